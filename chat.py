@@ -3000,14 +3000,14 @@ class Turn:
         self.actor: Session | None = None  # of the present act
         self.lasting: dict[Session, None] = {}  # whose acts made LASTING records
         self.dedup: dict[tuple[str, str], Event] = {}  # by owner, and the sender's id
-        self.entries: list[tuple] = []  # of the log of a cluster, see Store.write_entries()
+        self.entries: list[tuple] = []  # of the log of a cluster, as in NODE_TABLES
         self.changed: set[User | Channel] = set()  # have another state() to be stored
         self.conversations: dict[tuple[User, User], Conversation] = {}
         self.audiences: dict[tuple, Audience] = {}  # by what they were made of
         self.latest: Audience | None = None  # of the last event
-        self.met: dict[Audience, None] = {}  # all that had an event ...
-        self.seen: set[User] = set()  # ... their users ...
-        self.several: set[User] = set()  # ... and those who belong to several of them
+        self.noted: dict[Audience, None] = {}  # audiences of the events ...
+        self.addressed: set[User] = set()  # ... their users ...
+        self.in_several: set[User] = set()  # ... and those who belong to several of them
         # For the write beat
         self.individually_addressed: set[Session] = set()
         self.since: dict[Session, int] = {}  # connected in this turn, behind event id
@@ -3015,7 +3015,7 @@ class Turn:
         self.copies: dict[Session, list[int]] = {}
         self.moved: set[User] = set()  # joined or left a channel in this turn
         self.moved_channels: set[Channel] = set()  # where they did
-        self.left: dict[Session, User] = {}  # ended; still get what came before that
+        self.detached: dict[Session, User] = {}  # ended; still get what came before that
 
     def move(self, user: User, channel: Channel) -> None:
         """Note that a user joins or leaves a channel."""
@@ -3030,23 +3030,23 @@ class Turn:
         if name in LASTING and self.actor:
             self.lasting[self.actor] = None
 
-    def meet(self, audience: Audience) -> None:
+    def note_audience(self, audience: Audience) -> None:
         """Note the audience of an event."""
         self.latest = audience
-        if audience in self.met:
+        if audience in self.noted:
             return
-        self.met[audience] = None
-        if len(self.met) == 1:  # the usual turn: nothing to compare
+        self.noted[audience] = None
+        if len(self.noted) == 1:  # the usual turn: nothing to compare
             return
-        for one in self.met if len(self.met) == 2 else (audience,):
+        for one in self.noted if len(self.noted) == 2 else (audience,):
             users = one.users.union(*(channel.members for channel in one.channels))
-            self.several |= self.seen & users
-            self.seen |= users
+            self.in_several |= self.addressed & users
+            self.addressed |= users
 
     @property
     def is_full(self) -> bool:
         """True if the turn has as many events as it may tell to users one by one."""
-        return len(self.events) * len(self.several) > TOLD_A_TURN
+        return len(self.events) * len(self.in_several) > TOLD_A_TURN
 
     def audience(self, *parts: Any) -> Audience:
         """Return the audience of these parts. Within a turn it is one object: a member of the same
@@ -3118,7 +3118,7 @@ class Turn:
         if not groups:
             return b"".join([data for _, data in session.replies])
         copies = self.copies.get(session, ())
-        user, since = session.user or self.left.get(session), self.since.get(session, -1) + 1
+        user, since = session.user or self.detached.get(session), self.since.get(session, -1) + 1
         ranges = {}
         for group in groups:
             spans: list[tuple[int, float]] = [(0, math.inf)]
@@ -3158,7 +3158,7 @@ class Turn:
         for channel in self.moved_channels:
             channel.former.clear()
             channel.by_wire = None
-        for session, user in self.left.items():
+        for session, user in self.detached.items():
             user.sessions.remove(session)
             for channel in user.channels:  # where other sessions of the same user still are
                 channel.by_wire = None
@@ -3460,7 +3460,7 @@ class Hub:
         turn = self.turn
         turn.events.append(event)
         if audience is not turn.latest:
-            turn.meet(audience)
+            turn.note_audience(audience)
         if origin is not None:
             turn.individually_addressed.add(origin)
         if kind in PERSONAL:
@@ -3797,7 +3797,7 @@ def end_absence(hub: Hub, user: User) -> None:
 
 def detach(hub: Hub, session: Session) -> None:
     """Take a session, which ends with this turn, from its user. The user stays for now."""
-    hub.turn.left[session] = session.user
+    hub.turn.detached[session] = session.user
     hub.turn.individually_addressed.add(session)
     session.user, session.operator = None, False
     unfollow(hub, session)
@@ -20351,7 +20351,7 @@ class ActBeat:
         """Act on the lines of these peers until `end`; return whether all had their turn."""
         turn = self.site.hub.turn
         for n, peer in enumerate(peers):
-            if time.perf_counter() > end or (turn.several and turn.is_full):
+            if time.perf_counter() > end or (turn.in_several and turn.is_full):
                 self._put_first(peers[n:])
                 return False
             self.loop.guarded(self._act_on_peer, peer, end)
@@ -20385,7 +20385,7 @@ class ActBeat:
             replied = session.replied if session else 0
             if peer.held or peer.leaving or peer.queue.size + replied > UNSENT_NO_READ:
                 return  # more was answered than is likely to be read: the next lines can wait
-            if time.perf_counter() > end or (turn.several and turn.is_full):
+            if time.perf_counter() > end or (turn.in_several and turn.is_full):
                 return
             if session and session.has_more:
                 session.go_on()
