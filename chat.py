@@ -598,7 +598,8 @@ class Refused(ChatError):
 
 
 class Unusable(ChatError):
-    """The lack of a thing that this program needs. The program says so in one line and ends."""
+    """A thing that this program needs is missing or wrong. The program says so in one line and
+    ends."""
 
 
 class TlsFailed(ChatError):
@@ -740,7 +741,7 @@ def fold_text(text: str) -> str:
 
 def fold(name: str) -> str:
     """Return the key of a name: NFKC and full case folding, so that forms of one name agree. A text
-    too long for a name has a key that no name has: a blank is in it."""
+    too long for a name gets a key with a blank, which no name has."""
     if name.isascii():  # nothing to normalize, and asked for with every message
         return name.lower()
     if len(name) > FOLDED_MOST:
@@ -903,7 +904,8 @@ def parse_tags(text: str) -> dict[str, str]:
 
 
 def parse_message(line: str) -> Message:
-    """Parse a line of IRC. Spaces in a row count as one, a source is ignored, any case is right."""
+    """Parse a line of IRC. Several spaces count as one, a source is ignored, and a verb may be in
+    any case."""
     tags: dict[str, str] = {}
     if line.startswith("@"):
         head, _, line = line[1:].partition(" ")
@@ -967,7 +969,7 @@ def mask_pattern(mask: str) -> re.Pattern:
 
 
 def mask_work(mask: str) -> int:
-    """Return the work of compiling a mask, see WORK_PER_TOKEN: most of it is that of its stars."""
+    """Return the work of compiling a mask, see WORK_PER_TOKEN: its stars cause most of it."""
     return 3 * len(mask) + 20 * mask.count("*")
 
 
@@ -1265,7 +1267,7 @@ class Verifier(NamedTuple):
     server_key: bytes
 
     def fits(self, password: str) -> bool:
-        """Return whether a password is the stored one. The rounds take time: off the loop."""
+        """Return whether a password is the stored one. This is slow: call it off the loop."""
         if len(password) > PASSWORD_TRIED:
             return False
         stored_key, _ = scram_keys(password, self.salt, self.rounds)
@@ -1273,7 +1275,7 @@ class Verifier(NamedTuple):
 
 
 def make_verifier(password: str, rounds: int = ACCOUNT_ROUNDS) -> Verifier:
-    """Make a verifier for a new password, with a new salt. The rounds take time: off the loop."""
+    """Make a verifier for a new password, with a new salt. This is slow: call it off the loop."""
     salt = secrets.token_bytes(16)
     return Verifier(salt, rounds, *scram_keys(password, salt, rounds))
 
@@ -1292,8 +1294,8 @@ DECOY_KEY = secrets.token_bytes(16)
 
 
 def decoy_verifier(name: str, rounds: int | None = None) -> Verifier:
-    """Return a verifier for a name that does not exist: no password fits, and one name always gets
-    the same salt. So an answer does not reveal whether the account exists."""
+    """Return a verifier for an account that does not exist: no password fits, and a name always
+    gets the same salt. So an answer does not reveal whether the account exists."""
     salt = sha256_hmac(DECOY_KEY, fold(name).encode())[:16]
     return Verifier(salt, rounds or ACCOUNT_ROUNDS, b"", b"")
 
@@ -1819,7 +1821,8 @@ SOURCE_FIELDS = ("name", "address", "username", "account", "bot")  # what source
 
 
 class Session:
-    """One connection of a user, as the acts know it. A bare one is not of this process."""
+    """One connection of a user, as the acts know it. Those to this process are LocalSessions; on a
+    node of a cluster the others are connected to other nodes."""
 
     __slots__ = ("address", "client", "follows", "id", "operator", "token", "user")
     wire: Wire | None = None
@@ -2041,8 +2044,8 @@ class Mask:
         self.pattern = mask_pattern(re.sub("@:+", "@0::", rest).removeprefix("a:"))
 
     def matches(self, user: User, session: Session | None = None) -> bool:
-        """Return whether the mask is for a user, or for a session of that user: by its own address,
-        where the user has that of another session."""
+        """Return whether the mask matches a user, or one session of the user, whose address may
+        differ."""
         key = user.mask_key
         if self.by_account:
             return bool(user.account_key) and self.pattern.fullmatch(user.account_key) is not None
@@ -2465,7 +2468,8 @@ class Channel:
 
 def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
     """Return the audience of members with this rank symbol or a higher one, as they are now, and
-    the speaker, who may want an echo. Not kept: history cannot know who may read such events."""
+    the speaker, who may want an echo. History does not keep such events: it cannot know who may
+    read them."""
     level = list(SYMBOLS.values()).index(symbol)
     users = {user for user, member in channel.members.items() if member.level <= level}
     return Audience(symbol + channel.name, users=users | {speaker})
@@ -2520,7 +2524,8 @@ class Awaited:
 
 
 class Ask(Awaited):
-    """An act of this node that has not come back from the log, and what is to be done then."""
+    """An act that this node has sent to the log and that has not come back, with its
+    continuations."""
 
     __slots__ = ("name", "otherwise", "session", "values")
 
@@ -2995,14 +3000,14 @@ class Turn:
         self.actor: Session | None = None  # of the present act
         self.lasting: dict[Session, None] = {}  # whose acts made LASTING records
         self.dedup: dict[tuple[str, str], Event] = {}  # by owner, and the sender's id
-        self.entries: list[tuple] = []  # of the log of a cluster, see Store.write_entries()
+        self.entries: list[tuple] = []  # of the log of a cluster, as in NODE_TABLES
         self.changed: set[User | Channel] = set()  # have another state() to be stored
         self.conversations: dict[tuple[User, User], Conversation] = {}
         self.audiences: dict[tuple, Audience] = {}  # by what they were made of
         self.latest: Audience | None = None  # of the last event
-        self.met: dict[Audience, None] = {}  # all that had an event ...
-        self.seen: set[User] = set()  # ... their users ...
-        self.several: set[User] = set()  # ... and those who belong to several of them
+        self.noted: dict[Audience, None] = {}  # audiences of the events ...
+        self.addressed: set[User] = set()  # ... their users ...
+        self.in_several: set[User] = set()  # ... and those who belong to several of them
         # For the write beat
         self.individually_addressed: set[Session] = set()
         self.since: dict[Session, int] = {}  # connected in this turn, behind event id
@@ -3010,7 +3015,7 @@ class Turn:
         self.copies: dict[Session, list[int]] = {}
         self.moved: set[User] = set()  # joined or left a channel in this turn
         self.moved_channels: set[Channel] = set()  # where they did
-        self.left: dict[Session, User] = {}  # ended; still get what came before that
+        self.detached: dict[Session, User] = {}  # ended; still get what came before that
 
     def move(self, user: User, channel: Channel) -> None:
         """Note that a user joins or leaves a channel."""
@@ -3025,23 +3030,23 @@ class Turn:
         if name in LASTING and self.actor:
             self.lasting[self.actor] = None
 
-    def meet(self, audience: Audience) -> None:
+    def note_audience(self, audience: Audience) -> None:
         """Note the audience of an event."""
         self.latest = audience
-        if audience in self.met:
+        if audience in self.noted:
             return
-        self.met[audience] = None
-        if len(self.met) == 1:  # the usual turn: nothing to compare
+        self.noted[audience] = None
+        if len(self.noted) == 1:  # the usual turn: nothing to compare
             return
-        for one in self.met if len(self.met) == 2 else (audience,):
+        for one in self.noted if len(self.noted) == 2 else (audience,):
             users = one.users.union(*(channel.members for channel in one.channels))
-            self.several |= self.seen & users
-            self.seen |= users
+            self.in_several |= self.addressed & users
+            self.addressed |= users
 
     @property
     def is_full(self) -> bool:
         """True if the turn has as many events as it may tell to users one by one."""
-        return len(self.events) * len(self.several) > TOLD_A_TURN
+        return len(self.events) * len(self.in_several) > TOLD_A_TURN
 
     def audience(self, *parts: Any) -> Audience:
         """Return the audience of these parts. Within a turn it is one object: a member of the same
@@ -3113,7 +3118,7 @@ class Turn:
         if not groups:
             return b"".join([data for _, data in session.replies])
         copies = self.copies.get(session, ())
-        user, since = session.user or self.left.get(session), self.since.get(session, -1) + 1
+        user, since = session.user or self.detached.get(session), self.since.get(session, -1) + 1
         ranges = {}
         for group in groups:
             spans: list[tuple[int, float]] = [(0, math.inf)]
@@ -3153,7 +3158,7 @@ class Turn:
         for channel in self.moved_channels:
             channel.former.clear()
             channel.by_wire = None
-        for session, user in self.left.items():
+        for session, user in self.detached.items():
             user.sessions.remove(session)
             for channel in user.channels:  # where other sessions of the same user still are
                 channel.by_wire = None
@@ -3455,7 +3460,7 @@ class Hub:
         turn = self.turn
         turn.events.append(event)
         if audience is not turn.latest:
-            turn.meet(audience)
+            turn.note_audience(audience)
         if origin is not None:
             turn.individually_addressed.add(origin)
         if kind in PERSONAL:
@@ -3792,7 +3797,7 @@ def end_absence(hub: Hub, user: User) -> None:
 
 def detach(hub: Hub, session: Session) -> None:
     """Take a session, which ends with this turn, from its user. The user stays for now."""
-    hub.turn.left[session] = session.user
+    hub.turn.detached[session] = session.user
     hub.turn.individually_addressed.add(session)
     session.user, session.operator = None, False
     unfollow(hub, session)
@@ -3817,7 +3822,8 @@ def emit_to_witnesses(
 
 
 def move_to_address(hub: Hub, user: User, address: str) -> None:
-    """Give a user an address, if no session has the present one: bans match it."""
+    """Give a user another address if no session has the present one any more. Bans match the user's
+    address."""
     if host_of(user.source.address) in {host_of(s.address) for s in user.live}:
         return
     before = user.source
@@ -3828,7 +3834,7 @@ def move_to_address(hub: Hub, user: User, address: str) -> None:
 
 
 def attach(hub: Hub, who: Session, user: User, address: str) -> None:
-    """Add a session to a user. It replaces an older one with the same token."""
+    """Add a session to a user, in place of an older one with the same token."""
     replaced = [s for s in user.live if s.token and s.token == who.token]
     end_absence(hub, user)
     user.sessions.append(who)
@@ -4029,7 +4035,7 @@ def end_membership(hub: Hub, user: User, channel: Channel) -> None:
 
 
 def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None) -> None:
-    """Remove a user, and tell the QUIT. A QUIT always has a reason: some clients need one."""
+    """Remove a user, with a QUIT. A QUIT always has a reason: some clients need one."""
     audience = neighbours(hub.turn, user)
     hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(QUIT, user.source, audience, reason or "Connection closed", origin=origin)
@@ -4093,8 +4099,8 @@ def killed_text(by: Source, reason: str) -> str:
 
 
 def disconnect(hub: Hub, by: Source, user: User, reason: str, mask: Mask | None = None) -> bool:
-    """Close all sessions of a user, or those that a mask is for; return whether it is for any. A
-    user without a session left goes: there is no grace period."""
+    """Close all sessions of a user, or those that a mask matches; return False if it matches none.
+    A user without sessions is removed at once: there is no grace period."""
     ended = [one for one in user.live if mask is None or mask.matches(user, one)]
     if mask and not ended and (user.live or not mask.matches(user)):
         return False
@@ -4195,7 +4201,7 @@ def verify_account(hub: Hub, who: Session, name: str, verifier: tuple, email: st
 
 @act
 def change_password(hub: Hub, who: Session, account: str, proof: str, verifier: tuple) -> Account:
-    """Change an account's password; `proof` is of the old one."""
+    """Change an account's password; `proof` is that of the old password."""
     known = hub.accounts.get(fold(account))
     if known is None or proof != known.revision:
         raise wrong_login()
@@ -4598,14 +4604,16 @@ def remove_file(hub: Hub, who: Session, id: str) -> None:
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
-    """Note a message of the owner with the file's link. The file goes with the last of these."""
+    """Note that a message of the owner carries the file's link. The file is removed with the last
+    one."""
     if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
         hub.files.by_message[event.id] = file.id
         keep_file(hub, file._replace(messages=(*file.messages, event.id)))
 
 
 def redact_file(hub: Hub, who: Session, message: int) -> None:
-    """Forget a redacted message. A file whose last message that was goes, too."""
+    """Forget a redacted message that carried a file's link. The file is removed with its last
+    message."""
     file = hub.files.get(hub.files.by_message.pop(message, ""))
     if file is None:
         return
@@ -4698,8 +4706,9 @@ def check_may_redact(
 
 
 def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
-    """Return the keys under which a user reads what is called so: a channel, or the conversations
-    with a user or account, present or not, and with guests who had that name. Raises Refused."""
+    """Return the keys of the history that a user reads under a name: of a channel, or of the
+    conversations with a user or account, present or not, and with guests who had the name. Raises
+    Refused."""
     keys: list[str] = []
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
@@ -6525,7 +6534,7 @@ class LogUnusable(ChatError):
 
 
 class LogLost(LogUnusable):
-    """A log that does not have the entries which follow on those that this node has applied."""
+    """A log without the entries that follow the ones that this node has applied."""
 
 
 class NatsMessage(NamedTuple):
@@ -6895,7 +6904,7 @@ class NatsLog:
         return self.reading and self.asked is None and self.last < self.next
 
     def tick(self, now: float) -> None:
-        """Notice what does not come."""
+        """Handle answers and entries that are overdue. Called about once a second."""
         self.now = now
         if self.asked is not None and now - self.asked > LOG_ANSWER_SECONDS:
             raise NatsFailed("JetStream does not answer")
@@ -7309,7 +7318,8 @@ class Cluster:
         self._append()
 
     def _append(self) -> None:
-        """Send the batch that is under way, perhaps once more; NATS and the nodes know its id."""
+        """Send the batch that is under way, perhaps again: NATS and the nodes know its id and take
+        it once."""
         self.beat = self.now
         self.retry_at = self.now + BATCH_ANSWER_SECONDS
         number = self.sent.number
@@ -7529,7 +7539,7 @@ class Cluster:
 
     @property
     def leads(self) -> bool:
-        """True on one node: it does what one node has to do for all."""
+        """True on the node that asks for what has to be done once for all nodes."""
         return self.serving and self.caught_up and self.name == min(self.hub.nodes)
 
     # The end
@@ -8621,7 +8631,7 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
 
 
 def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
-    """Tell all that a client is told after registration; its user is in those channels already."""
+    """Send what follows registration. The user is in these channels already."""
     welcome(session)
     if not session.capabilities.isdisjoint(("draft/metadata-2", "draft/metadata-3")):
         tell_metadata(session, session.user, session.user.metadata)
@@ -8669,7 +8679,8 @@ def complete_registration(session: IrcSession) -> None:
 
 
 def check_server(session: IrcSession, name: str) -> None:
-    """Raise Refused if a query names another server than this one, the only one."""
+    """Raise Refused unless a query is for this server, by its name, a mask or a user: there is no
+    other."""
     site, key = session.site, fold(name)
     if not name or key == fold(site.name) or key in site.hub.users:
         return
@@ -8834,8 +8845,8 @@ def tell_logged_in(
     then: Callable = do_nothing,
     otherwise: Callable[[Refused], None] | None = None,
 ) -> None:
-    """Log the client's user in, if there is one; tell that, and call then(), or otherwise(the
-    refusal)."""
+    """Log the client in to an account, and tell it; without a user the log-in is part of its
+    registration. Then call then(), or otherwise(the refusal)."""
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
 
@@ -9091,7 +9102,7 @@ CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IR
 
 
 def client_tags(session: IrcSession) -> str:
-    """Return the client-only tags of the message that is answered (IRCv3 message-tags)."""
+    """Return the client-only tags of the present line (IRCv3 message-tags)."""
     if not session.message.tags or not session.wire.format.tagged:
         return ""
     tags = ((k, v) for k, v in session.message.tags.items() if CLIENT_TAG.fullmatch(k))
@@ -10572,7 +10583,7 @@ def change_modes_or_refuse(
 
 
 def named_channel(session: LineSession, name: str) -> Channel:
-    """Return the channel of that name; without a name the one the session speaks in."""
+    """Return the channel of that name; without a name the current one."""
     return session.site.hub.find_channel(name) if name else session.current_channel()
 
 
@@ -10958,7 +10969,8 @@ class Request(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The decoded path; "" if the target has none. Proxies may be sent a whole URL."""
+        """The decoded path; "" if the target has none. The target may be a whole URL, as for a
+        proxy."""
         import urllib.parse
 
         with contextlib.suppress(ValueError):
@@ -10970,7 +10982,8 @@ class Request(NamedTuple):
 
     @property
     def host(self) -> str:
-        """The host and port that the client asks: those of a whole URL stand above Host."""
+        """The host and port that the request is for: of the target if that is a whole URL, else of
+        Host."""
         match = re.match(r"[a-z]+://([^/?#]*)", self.target, re.IGNORECASE)
         return match[1] if match else self.header("host")
 
@@ -19343,7 +19356,8 @@ class Address:
 
 
 class Addresses(dict[str, Address]):
-    """Budgets that outlive connections. A full one is forgotten: a new one is the same."""
+    """The addresses of clients, by key, with budgets that outlive connections. An address with a
+    full budget is forgotten: a new one is the same."""
 
     def __init__(self, loop: Loop, flood: tuple[float, float] | None):
         super().__init__()
@@ -19926,8 +19940,8 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
 
 
 class SureTime:
-    """A time that has surely come, for what cannot be undone. A wall clock may be wrong for a
-    while: this is the earliest time by it within SURE_SECONDS on the monotonic clock."""
+    """The time that decides about deletions. A wall clock may be wrong for a while: this is the
+    earliest time by it within SURE_SECONDS on the monotonic clock."""
 
     def __init__(self, loop: Loop, clock: Callable[[], float]):
         self.loop, self.clock, self.began = loop, clock, loop.now
@@ -20360,7 +20374,7 @@ class ActBeat:
         """Act on the lines of these peers until `end`; return whether all had their turn."""
         turn = self.site.hub.turn
         for n, peer in enumerate(peers):
-            if time.perf_counter() > end or (turn.several and turn.is_full):
+            if time.perf_counter() > end or (turn.in_several and turn.is_full):
                 self._put_first(peers[n:])
                 return False
             self.loop.guarded(self._act_on_peer, peer, end)
@@ -20394,7 +20408,7 @@ class ActBeat:
             replied = session.replied if session else 0
             if peer.held or peer.leaving or peer.queue.size + replied > UNSENT_NO_READ:
                 return  # more was answered than is likely to be read: the next lines can wait
-            if time.perf_counter() > end or (turn.several and turn.is_full):
+            if time.perf_counter() > end or (turn.in_several and turn.is_full):
                 return
             if session and session.has_more:
                 session.go_on()
@@ -20881,7 +20895,7 @@ class Server:
         self.forget(peer)
 
     def forget(self, peer: Peer) -> None:
-        """Remove a peer. One that is lost while it leaves is removed twice."""
+        """Remove a peer. May be called twice: for a peer that is lost while it is being closed."""
         if peer not in self.peers:
             return
         self.peers.discard(peer)
