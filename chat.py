@@ -6001,6 +6001,169 @@ class Backlog:
             del self.records[next(markers, next(iter(self.records)))]
 
 
+class Retention:
+    """How much history is kept: `keep` rows of each conversation, foundings in which something was
+    said, and with a database in memory so many bytes. The rest is deleted in slices."""
+
+    def __init__(self, store: "Store", keep: int):
+        self.store, self.db, self.keep = store, store.db, keep
+        self.fresh: collections.Counter[int] = collections.Counter()  # rows by target, uncounted
+        self.founded: set[str] = set()  # keys with a new target, since the last count
+        self.count_due = 0.0
+        self.excess: set[str] = set()  # keys with more rows than they may have
+        self.orphans: set[int] = set()  # targets that no user can read
+
+    def stored(self, targets: collections.Counter[int]) -> None:
+        """Note the rows that were stored, by target."""
+        self.fresh.update(targets)
+        self.orphans.difference_update(targets)  # a founding that goes on after all
+
+    def tick(self, now: float) -> None:
+        """Count the rows now and then; `now` is monotonic, in seconds."""
+        if now >= self.count_due:
+            self.count_due = now + COUNT_SECONDS
+            self.count()
+
+    def mark_orphans(self, alive: set[str]) -> None:
+        """Mark for deletion what no user can read any more: sealed history, and the conversations
+        of two guests who are both gone. `alive` are the guests who are here, who may come back, or
+        whose conversations an account reads."""
+        if self.store.node:  # the nodes would not delete the same
+            return
+        rows = self.db.execute("SELECT id, key FROM targets WHERE key > '~'").fetchall()
+        for id, key in rows:
+            guests = key.split()  # one word: a sealed founding
+            if len(guests) == 1 or alive.isdisjoint(guests):
+                self.orphans.add(id)
+
+    def count(self) -> None:
+        """Add the rows stored lately to the counts, and note which channels have too many."""
+        fresh, self.fresh = self.fresh, collections.Counter()
+        update = "UPDATE targets SET events = events + ? WHERE id = ?"
+        key_of = "SELECT key FROM targets WHERE id = ?"
+        try:
+            with transaction(self.db):
+                self.db.executemany(update, [(count, target) for target, count in fresh.items()])
+                found = (self.db.execute(key_of, [target]).fetchone() for target in fresh)
+                for key in {row[0] for row in found if row}:  # each once: it may have many targets
+                    self._bound_key(key)
+            self.founded.clear()
+        except sqlite3.Error:  # busy or full: counted later
+            self.fresh.update(fresh)
+        if self.store.path is None:
+            self._bound_memory()
+
+    def _bound_key(self, key: str) -> None:
+        """Note whether a key has too many rows, or too many foundings."""
+        query = "SELECT sum(events), count(*) FROM targets WHERE key = ?"
+        events, foundings = self.db.execute(query, [key]).fetchone()
+        if events > self.keep:
+            self.excess.add(key)
+        if foundings > FOUNDINGS_SILENT and key in self.founded and not self.store.node:
+            self._give_up_silent(key)
+
+    def _give_up_silent(self, key: str) -> None:
+        """Give up all foundings of a channel, but the newest ones, in which nothing was said."""
+        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
+        spoken = f"EXISTS (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({kinds}))"
+        query = f"""
+            SELECT id FROM targets WHERE key = ? AND NOT {spoken}
+            ORDER BY founding DESC LIMIT -1 OFFSET {FOUNDINGS_SILENT}"""
+        self.orphans.update(row[0] for row in self.db.execute(query, [key]))
+
+    def _bound_memory(self) -> None:
+        """In memory, give up the history of the channels that have been silent longest."""
+        pragmas = ("page_count", "freelist_count", "page_size")
+        pages, free, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas)
+        used = (pages - free) * size
+        if used > MEMORY_BYTES and not self.orphans:
+            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
+            query = f"SELECT id, events FROM targets WHERE {newest} ORDER BY {newest}"
+            rows = self.db.execute(query).fetchall()
+            excess = (1 - MEMORY_BYTES / used) * sum(events for _, events in rows)
+            sizes = itertools.accumulate((events for _, events in rows), initial=0)
+            too_old = zip(rows[:-1], sizes, strict=False)  # not the one that is talked in
+            self.orphans.update(row[0] for row, before in too_old if before < excess)
+        oldest = "SELECT owner, own_id FROM dedup ORDER BY event LIMIT ?"
+        query = f"DELETE FROM dedup WHERE (owner, own_id) IN ({oldest})"
+        known = self.db.execute("SELECT count(*) FROM dedup").fetchone()[0]
+        if known > DEDUP_IN_MEMORY:
+            self.db.execute(query, [known - DEDUP_IN_MEMORY])
+
+    def prune(self, idle: bool, now: int) -> bool:
+        """Delete one slice of what exceeds the limits; return whether there is more to delete."""
+        try:
+            if self.orphans and idle:
+                self._delete_orphan(next(iter(self.orphans)), now)
+            elif self.excess:
+                self._delete_oldest(next(iter(self.excess)), idle, now)
+        except sqlite3.Error:  # busy or full: the next idle turn tries again
+            return False
+        return bool(self.orphans or self.excess)
+
+    def _delete_orphan(self, target: int, now: int) -> None:
+        """Delete rows of a target, and the target itself after its last row."""
+        if not self._delete(target, PRUNE_ROWS, now):
+            self.db.execute("DELETE FROM targets WHERE id = ?", [target])
+            self.store.forget_target(target)
+            self.orphans.discard(target)
+
+    def _excess(self, key: str) -> tuple[int, int, int]:
+        """Return how many rows a key has beyond `keep`, and the oldest target that has rows, with
+        its founding."""
+        query = "SELECT id, founding, events FROM targets WHERE key = ? ORDER BY founding"
+        targets = self.db.execute(query, [key]).fetchall()
+        oldest = next(((id, founding) for id, founding, events in targets if events > 0), (0, 0))
+        return (sum(events for _, _, events in targets) - self.keep, *oldest)
+
+    def _last_of(self, target: int, count: int) -> int:
+        """Return the id of the last of the oldest `count` rows of a target; 0 if it has no rows."""
+        query = "SELECT max(id) FROM (SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?)"
+        return self.db.execute(query, [target, count]).fetchone()[0] or 0
+
+    def _delete_oldest(self, key: str, idle: bool, now: int) -> None:
+        """Delete one slice of the rows that a key has beyond `keep`."""
+        excess, oldest, _ = self._excess(key)
+        if not idle and excess < self.keep * (PRUNE_OVERDUE - 1):
+            return
+        if excess <= 0 or not oldest:
+            self.excess.discard(key)
+        elif not self._delete(oldest, min(PRUNE_ROWS, excess), now):  # the count was wrong
+            self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
+
+    def excess_of(self, key: str) -> tuple[str, int, int] | None:
+        """Return key, founding and last id of a slice to be deleted by an act; None if there is
+        none any more."""
+        excess, oldest, founding = self._excess(key)
+        self.excess.discard(key)
+        last = self._last_of(oldest, min(PRUNE_ROWS, excess)) if excess > 0 else 0
+        return (key, founding, last) if last else None
+
+    def _delete(self, target: int, count: int, now: int) -> int:
+        with transaction(self.db):
+            return self._delete_up_to(target, self._last_of(target, count), now)
+
+    def _delete_up_to(self, target: int, last: int, now: int) -> int:
+        """Delete a target's rows up to an id, in a transaction; return how many there were."""
+        first = "SELECT ifnull(min(id), 0) FROM events WHERE target = ?"
+        gone = "UPDATE dedup SET time = ? WHERE target = ? AND event <= ? AND time > 0"
+        values = [now, target, last, target]
+        self.db.execute(f"{gone} AND event >= ({first})", values)
+        delete = "DELETE FROM events WHERE target = ? AND id <= ?"
+        deleted = self.db.execute(delete, [target, last]).rowcount
+        update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
+        self.db.execute(update, [deleted, target])
+        if deleted:  # a part of the index that has lost half of what was in it is made again
+            self.store.search_index.gone.append((0, last, deleted))
+        return deleted
+
+    def delete_slice(self, key: str, founding: int, last: int, now: int) -> None:
+        """Delete the rows of a founding up to an id, as an act asked for: see excess_of()."""
+        query = "SELECT id FROM targets WHERE key = ? AND founding = ?"
+        if row := self.db.execute(query, [key, founding]).fetchone():
+            self._delete_up_to(row[0], last, now)
+
+
 class Store:
     """The database of a server: a file, or in memory if `path` is None. Raises Unusable."""
 
@@ -6011,19 +6174,14 @@ class Store:
         wal = path and path.with_name(f"{path.name}-wal")
         # The write-ahead log still has what was redacted, also from before a crash
         self.erased = bool(wal) and wal.exists() and wal.stat().st_size > 0
-        self.keep = keep or (KEEP_EVENTS if path else KEEP_EVENTS_IN_MEMORY)
         self.db = open_database(path)
+        self.retention = Retention(self, keep or (KEEP_EVENTS if path else KEEP_EVENTS_IN_MEMORY))
         self.guarded: dict[pathlib.Path, int] = {}  # and the inode of each
         self.reading = Readers(path, self.db)
         self.history = History(self.reading)
         self.version = 0  # of the data, as seen last
         self.targets: dict[tuple[str, int], int] = {}  # ids by key and founding, lately written to
         self.unsure: list[tuple[str, int]] = []  # made in a transaction not yet committed
-        self.founded: set[str] = set()  # keys with a new target, since the last count
-        self.fresh: collections.Counter[int] = collections.Counter()  # rows by target, uncounted
-        self.count_due = 0.0
-        self.excess: set[str] = set()  # keys with more rows than they may have
-        self.orphans: set[int] = set()  # targets that no user can read
         self.backlog = Backlog()
         self.busy_since: float | None = None
         self.trouble = ""  # why events are being lost just now
@@ -6118,18 +6276,6 @@ class Store:
         found.update(repr(self.db.execute("SELECT count(*) FROM events").fetchone()).encode())
         return found.hexdigest()
 
-    def mark_orphans(self, alive: set[str]) -> None:
-        """Mark for deletion what no user can read any more: sealed history, and the conversations
-        of two guests who are both gone. `alive` are the guests who are here, who may come back, or
-        whose conversations an account reads."""
-        if self.node:  # the nodes would not delete the same
-            return
-        rows = self.db.execute("SELECT id, key FROM targets WHERE key > '~'").fetchall()
-        for id, key in rows:
-            guests = key.split()  # one word: a sealed founding
-            if len(guests) == 1 or alive.isdisjoint(guests):
-                self.orphans.add(id)
-
     # The commit beat
 
     def commit(self, turn: Turn, now: float, ticks: int = 0) -> str:
@@ -6196,15 +6342,14 @@ class Store:
         self.backlog.records.clear()
         if rows:
             targets = collections.Counter([row[0] for row in rows])
-            self.fresh.update(targets)
-            self.orphans.difference_update(targets)  # a founding that goes on after all
+            self.retention.stored(targets)
             self.search_index.stored(targets, rows[-1][1])
         if redacted:
             self.search_index.redacted(redacted)
             self.erased = True
-        if now >= self.count_due:
-            self.count_due = now + COUNT_SECONDS
-            self.count()
+        if len(self.targets) > TARGETS_CACHED:
+            self.targets.clear()
+        self.retention.tick(now)
 
     def _insert(self, events: Iterable[Event]) -> list[tuple]:
         """Insert events, a row for each target that keeps them; return the rows."""
@@ -6226,7 +6371,7 @@ class Store:
             self.db.execute(STATEMENTS[record.name][2], record.values)
             return []
         special = {"rename": self._rename, "seal": self._seal, "redact": self._redact}
-        special |= {"prune": self._prune, "sweep": self.dedup.forget}
+        special |= {"prune": self.retention.delete_slice, "sweep": self.dedup.forget}
         return special[record.name](*record.values) or []
 
     def _rename(self, old: str, new: str, founding: int) -> None:
@@ -6252,14 +6397,9 @@ class Store:
             return []
         self.db.execute("DELETE FROM events WHERE target = ? AND id = ?", [*row, id])
         self.db.execute("INSERT OR IGNORE INTO erased VALUES (?)", [id])
-        self.fresh[row[0]] -= 1
+        self.retention.fresh[row[0]] -= 1
         self.db.execute("UPDATE dedup SET time = ? WHERE event = ?", [now, id])
         return [id]
-
-    def _prune(self, key: str, founding: int, last: int, now: int) -> None:
-        query = "SELECT id FROM targets WHERE key = ? AND founding = ?"
-        if row := self.db.execute(query, [key, founding]).fetchone():
-            self._delete_up_to(row[0], last, now)
 
     def _target(self, target: tuple[str, int], audience: Audience) -> int:
         """Return the row id of a target that is not cached; add the row if there is none."""
@@ -6270,7 +6410,7 @@ class Store:
             insert = f"INSERT INTO targets ({columns}) VALUES (?, ?, ?, ?, ?, ?)"
             row = (self.db.execute(insert, [*target, *audience.parties]).lastrowid,)
             self.unsure.append(target)
-            self.founded.add(target[0])
+            self.retention.founded.add(target[0])
         self.targets[target] = row[0]
         return row[0]
 
@@ -6343,129 +6483,6 @@ class Store:
 
     # Housekeeping
 
-    def count(self) -> None:
-        """Add the rows stored lately to the counts, and note which channels have too many."""
-        fresh, self.fresh = self.fresh, collections.Counter()
-        update = "UPDATE targets SET events = events + ? WHERE id = ?"
-        key_of = "SELECT key FROM targets WHERE id = ?"
-        try:
-            with transaction(self.db):
-                self.db.executemany(update, [(count, target) for target, count in fresh.items()])
-                found = (self.db.execute(key_of, [target]).fetchone() for target in fresh)
-                for key in {row[0] for row in found if row}:  # each once: it may have many targets
-                    self._bound_key(key)
-            self.founded.clear()
-        except sqlite3.Error:  # busy or full: counted later
-            self.fresh.update(fresh)
-        if len(self.targets) > TARGETS_CACHED:
-            self.targets.clear()
-        if self.path is None:
-            self._bound_memory()
-
-    def _bound_key(self, key: str) -> None:
-        """Note whether a key has too many rows, or too many foundings."""
-        query = "SELECT sum(events), count(*) FROM targets WHERE key = ?"
-        events, foundings = self.db.execute(query, [key]).fetchone()
-        if events > self.keep:
-            self.excess.add(key)
-        if foundings > FOUNDINGS_SILENT and key in self.founded and not self.node:
-            self._give_up_silent(key)
-
-    def _give_up_silent(self, key: str) -> None:
-        """Give up all foundings of a channel, but the newest ones, in which nothing was said."""
-        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
-        spoken = f"EXISTS (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({kinds}))"
-        query = f"""
-            SELECT id FROM targets WHERE key = ? AND NOT {spoken}
-            ORDER BY founding DESC LIMIT -1 OFFSET {FOUNDINGS_SILENT}"""
-        self.orphans.update(row[0] for row in self.db.execute(query, [key]))
-
-    def _bound_memory(self) -> None:
-        """In memory, give up the history of the channels that have been silent longest."""
-        pragmas = ("page_count", "freelist_count", "page_size")
-        pages, free, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas)
-        used = (pages - free) * size
-        if used > MEMORY_BYTES and not self.orphans:
-            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            query = f"SELECT id, events FROM targets WHERE {newest} ORDER BY {newest}"
-            rows = self.db.execute(query).fetchall()
-            excess = (1 - MEMORY_BYTES / used) * sum(events for _, events in rows)
-            sizes = itertools.accumulate((events for _, events in rows), initial=0)
-            too_old = zip(rows[:-1], sizes, strict=False)  # not the one that is talked in
-            self.orphans.update(row[0] for row, before in too_old if before < excess)
-        oldest = "SELECT owner, own_id FROM dedup ORDER BY event LIMIT ?"
-        query = f"DELETE FROM dedup WHERE (owner, own_id) IN ({oldest})"
-        known = self.db.execute("SELECT count(*) FROM dedup").fetchone()[0]
-        if known > DEDUP_IN_MEMORY:
-            self.db.execute(query, [known - DEDUP_IN_MEMORY])
-
-    def prune(self, idle: bool, now: int) -> bool:
-        """Delete one slice of what exceeds the limits; return whether there is more to delete."""
-        try:
-            if self.orphans and idle:
-                self._delete_orphan(next(iter(self.orphans)), now)
-            elif self.excess:
-                self._delete_oldest(next(iter(self.excess)), idle, now)
-        except sqlite3.Error:  # busy or full: the next idle turn tries again
-            return False
-        return bool(self.orphans or self.excess)
-
-    def _delete_orphan(self, target: int, now: int) -> None:
-        """Delete rows of a target, and the target itself after its last row."""
-        if not self._delete(target, PRUNE_ROWS, now):
-            self.db.execute("DELETE FROM targets WHERE id = ?", [target])
-            self.targets = {key: known for key, known in self.targets.items() if known != target}
-            self.orphans.discard(target)
-
-    def _excess(self, key: str) -> tuple[int, int, int]:
-        """Return how many rows a key has beyond `keep`, and the oldest target that has rows, with
-        its founding."""
-        query = "SELECT id, founding, events FROM targets WHERE key = ? ORDER BY founding"
-        targets = self.db.execute(query, [key]).fetchall()
-        oldest = next(((id, founding) for id, founding, events in targets if events > 0), (0, 0))
-        return (sum(events for _, _, events in targets) - self.keep, *oldest)
-
-    def _last_of(self, target: int, count: int) -> int:
-        """Return the id of the last of the oldest `count` rows of a target; 0 if it has no rows."""
-        query = "SELECT max(id) FROM (SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?)"
-        return self.db.execute(query, [target, count]).fetchone()[0] or 0
-
-    def _delete_oldest(self, key: str, idle: bool, now: int) -> None:
-        """Delete one slice of the rows that a key has beyond `keep`."""
-        excess, oldest, _ = self._excess(key)
-        if not idle and excess < self.keep * (PRUNE_OVERDUE - 1):
-            return
-        if excess <= 0 or not oldest:
-            self.excess.discard(key)
-        elif not self._delete(oldest, min(PRUNE_ROWS, excess), now):  # the count was wrong
-            self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
-
-    def excess_of(self, key: str) -> tuple[str, int, int] | None:
-        """Return key, founding and last id of a slice to be deleted by an act; None if there is
-        none any more."""
-        excess, oldest, founding = self._excess(key)
-        self.excess.discard(key)
-        last = self._last_of(oldest, min(PRUNE_ROWS, excess)) if excess > 0 else 0
-        return (key, founding, last) if last else None
-
-    def _delete(self, target: int, count: int, now: int) -> int:
-        with transaction(self.db):
-            return self._delete_up_to(target, self._last_of(target, count), now)
-
-    def _delete_up_to(self, target: int, last: int, now: int) -> int:
-        """Delete a target's rows up to an id, in a transaction; return how many there were."""
-        first = "SELECT ifnull(min(id), 0) FROM events WHERE target = ?"
-        gone = "UPDATE dedup SET time = ? WHERE target = ? AND event <= ? AND time > 0"
-        values = [now, target, last, target]
-        self.db.execute(f"{gone} AND event >= ({first})", values)
-        delete = "DELETE FROM events WHERE target = ? AND id <= ?"
-        deleted = self.db.execute(delete, [target, last]).rowcount
-        update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
-        self.db.execute(update, [deleted, target])
-        if deleted:  # a part of the index that has lost half of what was in it is made again
-            self.search_index.gone.append((0, last, deleted))
-        return deleted
-
     def checkpoint(self) -> None:
         """Move the write-ahead log into the database. On a helper: this waits for the disk."""
         erased, self.erased = self.erased, False
@@ -6478,8 +6495,12 @@ class Store:
             elif frames * page_size > WAL_RESTART_BYTES:
                 db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
 
+    def forget_target(self, id: int) -> None:
+        """Forget the row id of a target that was deleted."""
+        self.targets = {key: known for key, known in self.targets.items() if known != id}
+
     def close(self) -> None:
-        self.count()
+        self.retention.count()
         self.search_index.close()
         self.reading.close()
         self.db.close()
@@ -6510,7 +6531,7 @@ def load_hub(
             hub.forget_markers(owner)  # a guest who has not come back, or never could
     except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unusable(f"the database {store.path} is damaged ({error!r}); move it away") from error
-    store.mark_orphans({*hub.users_by_id, *hub.accounts_of})
+    store.retention.mark_orphans({*hub.users_by_id, *hub.accounts_of})
     return hub
 
 
@@ -20828,11 +20849,11 @@ class Server:
                 self._stop_if_done()
         if self.leaving or self.jobs:
             self._after_writing()
-        if self.store.excess or self.store.orphans:
+        if self.store.retention.excess or self.store.retention.orphans:
             idle = not turn.events
             if self.cluster:
                 self._prune_by_act()
-            elif self.store.prune(idle, self.hub.now) and idle:
+            elif self.store.retention.prune(idle, self.hub.now) and idle:
                 self.loop.call_soon(do_nothing)  # and another slice in the next turn
         if self.hub.absent and self.grace_timer is None:  # for the first user whose period ends
             past = (self.hub.ticks - next(iter(self.hub.absent.values()))) / 1000
@@ -20843,9 +20864,9 @@ class Server:
 
     def _prune_by_act(self) -> None:
         """Delete the excess of one channel on all nodes; one of them asks for it."""
-        keys = list(self.store.excess) if self.cluster.leads else []
-        self.store.excess.intersection_update(keys)
-        if keys and (excess := self.store.excess_of(keys[0])):
+        keys = list(self.store.retention.excess) if self.cluster.leads else []
+        self.store.retention.excess.intersection_update(keys)
+        if keys and (excess := self.store.retention.excess_of(keys[0])):
             self.cluster.ask(None, "prune_history", excess)
 
     def deliver(self, turn: Turn) -> None:

@@ -1623,7 +1623,7 @@ def indexed_words(store):
 
 
 def counted_rows(store):
-    store.count()
+    store.retention.count()
     return store.db.execute("SELECT sum(events) FROM targets").fetchone()[0]
 
 
@@ -2036,7 +2036,7 @@ def test_parts_of_the_index_go_with_the_messages_that_they_were_of(folder, small
         house.say("alice", f"PRIVMSG #busy :number {n}")
     for _ in range(3):  # turns enough for the counts to be looked at
         house.turn()
-    while store.prune(idle=True, now=0):
+    while store.retention.prune(idle=True, now=0):
         pass
     index_all(store)
     assert found(store, "#busy", "number") == [f"number {n}" for n in range(300, 400)]
@@ -4560,7 +4560,7 @@ def test_receipts_are_forgotten_a_month_after_their_message(folder):
     house.begin_turn()
     house.say("alice", "PRIVMSG #a :6")
     house.turn()
-    while house.store.prune(idle=True, now=now):
+    while house.store.retention.prune(idle=True, now=now):
         pass
     now += chat.DEDUP_MS - 1
     assert known() == ["0", "1", "2", "3", "4"]
@@ -4830,11 +4830,11 @@ def test_a_slice_to_be_deleted_is_what_is_beyond_the_number_that_is_kept(beyond)
     house.say("alice", *map(str, range(5)))
     house.turn()
     events = [id for (id,) in store.db.execute("SELECT id FROM events ORDER BY id")]
-    store.keep = len(events) - beyond
+    store.retention.keep = len(events) - beyond
     founding = house.hub.channels[chat.LOBBY].founding
     wanted = (chat.LOBBY, founding, events[beyond - 1]) if beyond > 0 else None
-    assert store.excess_of(chat.LOBBY) == wanted
-    assert store.excess_of("#never") is None
+    assert store.retention.excess_of(chat.LOBBY) == wanted
+    assert store.retention.excess_of("#never") is None
 
 
 def test_a_busy_database_delays_the_turn_and_then_loses_it_with_a_word_to_the_speakers(folder):
@@ -4936,7 +4936,7 @@ def test_a_founding_that_goes_on_is_no_orphan():
     house = House()
     house.enter_irc("alice")
     ask(house, "alice", "JOIN #a", "PRIVMSG #a :one")
-    house.store.orphans.update(house.store.targets.values())
+    house.store.retention.orphans.update(house.store.targets.values())
     ask(house, "alice", "PRIVMSG #a :two")
     house.idle(3)
     assert texts(house.store, "#a") == ["one", "two"]
@@ -4980,10 +4980,10 @@ def test_the_rows_of_a_channel_are_added_up_once_however_many_foundings_it_has()
     house, asked = House(), []
     house.enter_irc("alice")
     house.say("alice", *["JOIN #a", "PART #a"] * 50)
-    house.store.count_due = math.inf
+    house.store.retention.count_due = math.inf
     house.turn()
     house.store.db.set_trace_callback(asked.append)
-    house.store.count()
+    house.store.retention.count()
     assert sum("sum(events)" in one for one in asked) == 1
 
 
@@ -5011,7 +5011,7 @@ def test_the_index_closes_also_if_a_part_cannot_be_made_again(folder, monkeypatc
 
 def test_after_a_crash_private_talks_are_deleted_to_the_last_row_and_never_seen_again(folder):
     store = chat.Store(folder / "chat.db")
-    store.count_due = float("inf")  # killed before the counts were written down
+    store.retention.count_due = float("inf")  # killed before the counts were written down
     house = House(store=store)
     house.enter("alice", "bob")
     house.say("alice", *(f"/tell bob {n}" for n in range(1200)))
@@ -5019,7 +5019,7 @@ def test_after_a_crash_private_talks_are_deleted_to_the_last_row_and_never_seen_
     store.db.close()
     house = House(store=chat.Store(folder / "chat.db"))
     house.enter("eve")
-    while house.store.prune(idle=True, now=0):
+    while house.store.retention.prune(idle=True, now=0):
         house.say("eve", "/join #new", "/part")
         house.turn()
     assert texts(house.store, "#new") == []
@@ -5035,7 +5035,7 @@ def test_counts_do_not_drift_while_history_is_pruned_under_load(folder):
     for _ in range(100):
         house.say("alice", *["x"] * 90)
         house.turn()
-        store.prune(idle=False, now=0)
+        store.retention.prune(idle=False, now=0)
     rows = store.db.execute("SELECT count(*) FROM events").fetchone()[0]
     assert counted_rows(store) == rows and rows < 1300
 
@@ -5046,7 +5046,7 @@ def test_memory_holds_only_so_much_history(monkeypatch):
     for n in range(20):
         house.say("alice", f"/join #{n}", *["x" * 1000] * 100, "/part")
         house.turn()
-        while house.store.prune(idle=True, now=0):
+        while house.store.retention.prune(idle=True, now=0):
             pass
     assert len(texts(house.store, "#19", 1000)) == 100
     assert texts(house.store, "#0") == []
@@ -5071,7 +5071,7 @@ def test_history_is_pruned_by_count_in_slices(folder):
     house.turn()
     store.commit(chat.Turn(), house.now + 10)
     slices = 0
-    while store.prune(idle=True, now=0):
+    while store.retention.prune(idle=True, now=0):
         slices += 1
     assert slices >= 2
     assert texts(store, chat.LOBBY, 1000) == [str(n) for n in range(1900, 2000)]
@@ -5105,12 +5105,12 @@ def test_pruning_waits_for_an_idle_turn_unless_it_is_overdue(folder):
     house.say("alice", *["x"] * 1050)
     house.turn()
     store.commit(chat.Turn(), house.now + 10)
-    store.prune(idle=False, now=0)
+    store.retention.prune(idle=False, now=0)
     assert len(texts(store, chat.LOBBY, 2000)) == 1050
     house.say("alice", *["x"] * 100)
     house.turn()
     store.commit(chat.Turn(), house.now + 20)
-    store.prune(idle=False, now=0)
+    store.retention.prune(idle=False, now=0)
     assert len(texts(store, chat.LOBBY, 2000)) == 1000
 
 
@@ -5122,7 +5122,7 @@ def test_private_talks_end_with_the_server(folder):
     house.store.close()
     store = chat.Store(folder / "chat.db")
     House(store=store)
-    while store.prune(idle=True, now=0):
+    while store.retention.prune(idle=True, now=0):
         pass
     assert store.db.execute("SELECT key FROM targets").fetchall() == [(chat.LOBBY,)]
     assert store.db.execute("SELECT count(*) FROM events WHERE text = 'psst'").fetchone() == (0,)
@@ -5203,9 +5203,9 @@ def test_a_channel_whose_history_did_not_fit_in_memory_has_what_is_said_there_ne
     while texts(house.store, "#lobby"):
         house.say("alice", f"/join #{next(others)}", *["x" * 1000] * 100, "/part")
         house.turn()
-        while texts(house.store, "#lobby") and house.store.prune(idle=True, now=0):
+        while texts(house.store, "#lobby") and house.store.retention.prune(idle=True, now=0):
             pass
-    house.store.prune(idle=True, now=0)  # finds no more of it
+    house.store.retention.prune(idle=True, now=0)  # finds no more of it
     house.say("alice", "/join #lobby", "again")
     house.turn()
     assert texts(house.store, "#lobby") == ["again"]
@@ -5328,7 +5328,7 @@ def test_a_private_conversation_goes_on_after_a_restart_with_the_user_who_comes_
     come_again(house, "bob", "bob", "b" * 32)
     house.say("alice", "PRIVMSG bob :psst")
     again = restarted(house, path)
-    assert again.store.orphans == set()
+    assert again.store.retention.orphans == set()
     come_again(again, "bob", "bob", "b" * 32)
     again.say("bob", "CHATHISTORY LATEST alice * 9")
     again.turn()
@@ -5336,7 +5336,7 @@ def test_a_private_conversation_goes_on_after_a_restart_with_the_user_who_comes_
     again.say("bob", "QUIT")
     again.grace_over()
     third = restarted(again, path)
-    assert len(third.store.orphans) == 1
+    assert len(third.store.retention.orphans) == 1
     third.store.close()
 
 
@@ -6555,13 +6555,13 @@ def test_a_file_on_another_node_is_redirected_to_and_is_unavailable_while_that_i
 def test_old_messages_are_pruned_on_all_nodes_alike(folder, monkeypatch):
     nodes = Nodes(folder, "n1", "n2")
     for house in nodes.values():
-        house.store.keep = 20
+        house.store.retention.keep = 20
     one = nodes["n1"]
     come(one, "alice")
     one.say("alice", "JOIN #x", *(f"PRIVMSG #x :{n}" for n in range(60)))
     nodes.turns(2)
     for house in nodes.values():
-        house.store.count()
+        house.store.retention.count()
     nodes.turns(3)
     assert_nodes_agree(nodes)
     query = "SELECT count(*) FROM events"
