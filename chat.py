@@ -11562,7 +11562,7 @@ class WebSession(LocalSession):
             self._begin(item)
         elif isinstance(item, BadRequest):
             self.request, self.closing = None, True
-            self.answer(item.status, str(item))
+            self.respond(item.status, str(item))
         else:
             self.body_left = item != END_OF_BODY
             self.take_body(item)
@@ -11576,24 +11576,24 @@ class WebSession(LocalSession):
         host = split_host(request.host)[0]
         expected = request.header("expect").lower()
         if not self._find_client(request):
-            return self.answer(400, "X-Forwarded-For ends with the address of the client")
+            return self.respond(400, "X-Forwarded-For ends with the address of the client")
         if request.minor and not host_allowed(self.site.web, host):
-            return self.answer(421, "this server has another name; --web-origin adds one")
+            return self.respond(421, "this server has another name; --web-origin adds one")
         if expected not in ("", "100-continue"):
-            return self.answer(417, "Expect is 100-continue, or nothing")
+            return self.respond(417, "Expect is 100-continue, or nothing")
         if (request.method, request.target) == ("OPTIONS", "*"):  # what the server can do
             every = {method for route in WEB_ROUTES.values() for method in route}
-            return self.answer(204, "", allow_header(every))
+            return self.respond(204, "", allow_header(every))
         methods = self._methods(request.path)
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
         if handler:
             return handler(self, request)
         if not methods:
-            return self.answer(404, "there is no such page")
+            return self.respond(404, "there is no such page")
         allowed = allow_header(methods)
         if request.method == "OPTIONS":
-            return self.answer(204, "", allowed)
-        return self.answer(405, f"{request.method} is not for this page", allowed)
+            return self.respond(204, "", allowed)
+        return self.respond(405, f"{request.method} is not for this page", allowed)
 
     def _find_client(self, request: Request) -> bool:
         """Set the client of a request: the other end of the connection, or, for a proxy of
@@ -11623,7 +11623,7 @@ class WebSession(LocalSession):
     def _methods(path: str) -> dict[str, Callable]:
         return WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
 
-    def answer(self, status: int, body: str | bytes = "", *headers: str) -> None:
+    def respond(self, status: int, body: str | bytes = "", *headers: str) -> None:
         """Send a whole answer. Close the connection if a long body is still to come unread."""
         request = self.request
         if request and self.body_left and self.take_body is do_nothing:
@@ -11672,7 +11672,7 @@ class WebSession(LocalSession):
         end, self.at_end = self.at_end, do_nothing
         end()
         status = REFUSAL_STATUSES.get(refusal.code, 503)
-        self.answer(status, str(refusal), *(CHALLENGE if status == 401 else ()), *self.cors())
+        self.respond(status, str(refusal), *(CHALLENGE if status == 401 else ()), *self.cors())
 
     def not_kept(self, events: list[Event], reason: str) -> None:
         """Do nothing: a web client sends no messages."""
@@ -11687,15 +11687,15 @@ def open_websocket(session: WebSession, request: Request) -> None:
     """Answer a WebSocket handshake (RFC 6455 section 4.2). An IRC session takes over then."""
     key = request.header("sec-websocket-key")
     if request.header("sec-websocket-version") != "13":
-        return session.answer(426, "the version is 13", "Sec-WebSocket-Version: 13")
+        return session.respond(426, "the version is 13", "Sec-WebSocket-Version: 13")
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) or request.method != "GET":
-        return session.answer(400, "a handshake is a GET with a key of 16 bytes")
+        return session.respond(400, "a handshake is a GET with a key of 16 bytes")
     if not request.minor or request.length != 0:
-        return session.answer(400, "a handshake is one of HTTP/1.1, without a body")
+        return session.respond(400, "a handshake is one of HTTP/1.1, without a body")
     if len(request.headers.get("origin", ())) > 1:
-        return session.answer(400, "a request has one Origin")
+        return session.respond(400, "a request has one Origin")
     if not origin_allowed(session.site.web, request.header("origin"), request.header("host")):
-        return session.answer(403, "pages of that origin may not join; --web-origin allows them")
+        return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
     lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
     lines.append(f"Sec-WebSocket-Accept: {websocket_accept(key)}")
@@ -11709,19 +11709,19 @@ def web_document(session: WebSession, request: Request) -> None:
     """GET /sw.js and the other parts of the page -- from memory, compressed if the client can"""
     document = session.site.web.documents.get(request.path)
     if document is None:
-        return session.answer(404, "there is no such page")
+        return session.respond(404, "there is no such page")
     offered = request.tokens("accept-encoding")
     how = "gzip" if any(map(ACCEPTS_GZIP.fullmatch, offered)) else ""
     authority = request.host if split_host(request.host)[0] else "localhost"
     headers = [f"ETag: {document.etags[how]}", "Cache-Control: no-cache", "Vary: Accept-Encoding"]
     if status := not_needed(request, document.etags[how]):
-        return session.answer(status, "", *headers)
+        return session.respond(status, "", *headers)
     headers += [f"Content-Type: {document.type}", *([f"Content-Encoding: {how}"] if how else [])]
     headers += [
         f"Content-Security-Policy: {document.policy.replace('{host}', authority)}",
         "X-DNS-Prefetch-Control: off",  # or a link in a message tells its host of the reader
     ]
-    return session.answer(200, document.forms[how], *headers)
+    return session.respond(200, document.forms[how], *headers)
 
 
 @on_request("GET", "/", "/irc")
@@ -11730,7 +11730,7 @@ def web_root(session: WebSession, request: Request) -> None:
     if "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection"):
         return open_websocket(session, request)
     if request.path == "/irc":
-        return session.answer(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
+        return session.respond(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
     return web_document(session, request)
 
 
@@ -11738,21 +11738,21 @@ def web_root(session: WebSession, request: Request) -> None:
 def web_health(session: WebSession, request: Request) -> None:
     """GET /health -- for monitors on this machine: 200, or 503 while history is not kept"""
     if not session.may_read_metrics():
-        return session.answer(404, "there is no such page")
+        return session.respond(404, "there is no such page")
     trouble = session.site.server.trouble()
-    return session.answer(503 if trouble else 200, trouble or "ok")
+    return session.respond(503 if trouble else 200, trouble or "ok")
 
 
 @on_request("GET", "/metrics")
 def web_metrics(session: WebSession, request: Request) -> None:
     """GET /metrics -- figures in Prometheus' text format, for this machine"""
     if not session.may_read_metrics():
-        return session.answer(404, "there is no such page")
+        return session.respond(404, "there is no such page")
     lines = []
     for name, (kind, text, value) in session.site.server.metrics().items():
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}"]
     kind = "Content-Type: text/plain; version=0.0.4; charset=utf-8"
-    return session.answer(200, "\n".join([*lines, ""]), kind)
+    return session.respond(200, "\n".join([*lines, ""]), kind)
 
 
 # Files: what they are
@@ -11938,7 +11938,7 @@ NO_SUCH_FILE = "there is no such file, or not any more"
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
     """Answer a request about a file, with the headers for other sites' pages and for tus."""
     tus = (TUS,) if is_tus(session.request) else ()
-    session.answer(status, body, *headers, *session.cors(), *tus)
+    session.respond(status, body, *headers, *session.cors(), *tus)
 
 
 def is_elsewhere(session: WebSession, request: Request) -> bool:
@@ -11964,7 +11964,7 @@ def on_files(method: str, path: str) -> Callable:
         @functools.wraps(handler)
         def guarded(session: WebSession, request: Request) -> None:
             if session.site.folder is None:
-                return session.answer(404, "this server keeps no files")
+                return session.respond(404, "this server keeps no files")
             asked = request.headers.get("tus-resumable", ["1.0.0"])
             if method != "OPTIONS" and asked != ["1.0.0"]:
                 return answer_file(session, 412, "this is tus 1.0.0", "Tus-Version: 1.0.0")
@@ -19521,7 +19521,7 @@ class Peer(Connection):
         """Answer a WebSocket handshake; from here on read frames with lines of IRC."""
         server = self.server
         if refusal := server.limits.speaks_http(self.home, False):
-            return self.session.answer(503, refusal)
+            return self.session.respond(503, refusal)
         self.session.ended()
         super().write(head)
         self.web, self.chats = False, True
