@@ -1190,9 +1190,9 @@ class Command(NamedTuple):
 class Commands(dict[str, Command]):
     """The commands of one dialect by verb, and the gate in front of them."""
 
-    def __init__(self, mark: str):
+    def __init__(self, prefix: str):
         super().__init__()
-        self.mark = mark  # what stands before a verb on the wire
+        self.prefix = prefix  # of a verb, as a user types it
 
     def __call__(self, verb: str, least: int = 0, most: int | None = None, doc: str = "", **needs):
         """Decorator: register the command `verb`. Dialects share a handler, each with its `doc`."""
@@ -1212,7 +1212,7 @@ class Commands(dict[str, Command]):
         to split into them. Return the rest of a long answer, if there is one. Raises Refused."""
         command = self.get(verb)
         if command is None:
-            text = f"there is no {self.mark}{verb}; {self.mark}help lists what there is"
+            text = f"there is no {self.prefix}{verb}; {self.prefix}help lists what there is"
             raise Refused("UNKNOWN_COMMAND", text, verb)
         if session.user is None and not command.nameless:
             raise Refused("NOT_NAMED", "choose a name first")
@@ -1609,15 +1609,19 @@ class ServerCalls(typing.Protocol):
     def restart(self) -> None: ...
     def stop(self) -> None: ...
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
-    # Run job() off the loop, behind other jobs of its owner: an address, or "" for the server
-    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None: ...
-    def run_to_end(
-        self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
-    ) -> None: ...  # off the loop, whatever becomes of the session: then(result, it is there)
     def trouble(self) -> str: ...  # what is wrong, "" if nothing is
     def metrics(self) -> dict[str, tuple[str, str, float]]: ...  # kind, text and value by name
-    # Run job() off the loop, then take_result() on it; a job of PAGE_LANE reads the store
+
+    # Run job() on a helper thread after this turn's commit; session.take_result() gets its result
     def later(self, session: "LocalSession", lane: str, job: Callable, then: "Awaited") -> None: ...
+
+    # Run job() on a helper thread; call then(its result, whether the session is still there)
+    def run_to_end(
+        self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
+    ) -> None: ...
+
+    # Run job() on a helper thread, behind other jobs of its owner: an address; "" is the server
+    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None: ...
 
 
 # Files
@@ -4157,9 +4161,14 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     return before
 
 
+def account_name(nick: str, wanted: str) -> str:
+    """Return the name of the account that a user asks to register; * stands for the nick."""
+    return nick if fold(wanted) in ("*", fold(nick)) else wanted
+
+
 def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> str:
     """Return the account name to register, which must be the user's own. Raises Refused."""
-    name = nick if fold(wanted) in ("*", fold(nick)) else wanted
+    name = account_name(nick, wanted)
     if user and user.account:
         raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", name)
     if not nick:
@@ -5096,7 +5105,7 @@ EMAIL = re.compile(rf"(?!.*=\?){ATOM}(\.{ATOM})*@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*
 def check_registration(session: LocalSession, nick: str, wanted: str, email: str) -> str:
     """Return the account name that a session may register. Raises Refused."""
     rules = session.site.registration
-    name = nick if fold(wanted) in ("*", fold(nick)) else wanted
+    name = account_name(nick, wanted)
     if "off" in rules:
         raise Refused("TEMPORARILY_UNAVAILABLE", "this server makes no accounts", name)
     if session.user is None and "before-connect" not in rules:
@@ -8449,12 +8458,12 @@ class IrcSession(LocalSession):
             self.replies.insert(replies, (last_id, add_tag(line, f"label={label}")))
 
     def tag_answer(
-        self, heard: Iterable[int], mark: Callable, tag: str, last: int | None = None
+        self, heard: Iterable[int], add: Callable, tag: str, last: int | None = None
     ) -> None:
         """Tag the answer's replies, and, once they are encoded, the events with these ids."""
         which = slice(self.labelled.replies, last)
-        self.replies[which] = [(n, mark(data, tag)) for n, data in self.replies[which]]
-        self.own_tags.update(dict.fromkeys(heard, (mark, tag)))
+        self.replies[which] = [(n, add(data, tag)) for n, data in self.replies[which]]
+        self.own_tags.update(dict.fromkeys(heard, (add, tag)))
 
     def batch_line(self, text: str) -> bytes:
         return irc_bytes(f":{self.site.name} BATCH {text}")
@@ -8475,11 +8484,11 @@ class IrcSession(LocalSession):
             line = data = self.withheld[event.id]
         else:
             data = self.wire.own(event, line)
-        marked = self.own_tags.get(event.id)
-        if not data or not marked:
+        tagging = self.own_tags.get(event.id)
+        if not data or not tagging:
             return data
-        mark, tag = marked
-        return mark(line, tag) + data[len(line) :]  # a message to oneself comes twice
+        add, tag = tagging
+        return add(line, tag) + data[len(line) :]  # a message to oneself comes twice
 
     def turn_over(self) -> None:
         super().turn_over()
@@ -9046,19 +9055,19 @@ service_command("drop", 1, exact=True, doc="DROP PASSWORD -- give up your accoun
 @in_steps
 def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> Steps:
     """CERT ADD|LIST|REMOVE [FINGERPRINT] -- certificates that log in: add the one you show"""
-    mark = session.conn.fingerprint
+    shown = session.conn.fingerprint
     if how.upper() == "ADD":
-        account = yield do(session.act, "add_certificate", mark)
-        session.service_says(f"{mark} logs in to {account} now (SASL EXTERNAL)")
+        account = yield do(session.act, "add_certificate", shown)
+        session.service_says(f"{shown} logs in to {account} now (SASL EXTERNAL)")
     elif how.upper() == "LIST":
         account = own_account(session.user)
         known = session.site.hub.accounts.certificates_of(account)
         for one in (*known, f"{counted(len(known), 'certificate')} of {account}"):
             session.service_says(one)
     elif how.upper() == "REMOVE":
-        mark = fingerprint.lower() or mark
-        account = yield do(session.act, "remove_certificate", mark)
-        session.service_says(f"{mark} does not log in to {account} any more")
+        removed = fingerprint.lower() or shown
+        account = yield do(session.act, "remove_certificate", removed)
+        session.service_says(f"{removed} does not log in to {account} any more")
     else:
         raise Refused("INVALID_PARAMS", "CERT has ADD, LIST and REMOVE")
 
@@ -19387,18 +19396,8 @@ class Peer(Connection):
 
     __slots__ = (
         *("address", "asked", "budget", "chats", "frame_writer", "greeted", "heard", "held"),
-        *(
-            "home",
-            "host",
-            "inbox",
-            "leaving",
-            "limit_key",
-            "looks",
-            "proxied_tls",
-            "server",
-            "session",
-        ),
-        *("waits_for_budget", "was_unsent", "web"),
+        *("home", "host", "inbox", "leaving", "limit_key", "looks", "proxied_tls", "server"),
+        *("session", "waits_for_budget", "was_unsent", "web"),
     )
 
     def __init__(self, server: "Server", sock: socket.socket, host: str, port: int, key: str):
