@@ -50,6 +50,7 @@ Glossary:
     line      the bytes between two newlines on the wire
     act       one change of shared state, by name and with plain data (ACTS)
     event     a change that other sessions can see: a message, a join, a topic ... (class Event)
+    log       of a turn: its events and replies; of a cluster: all acts, in NATS (NATS, CLUSTER)
     record    a change of stored state that is no event: an account, a marker (class Record)
     turn      one round of the loop, and the log of what happened in it (class Turn)
     conn      connection: a socket with its buffers; knows nothing of chat
@@ -3656,7 +3657,7 @@ def free_name(
     name = clean_name(wanted)
     if not name:
         raise Refused("NO_NAME", "a name needs at least one visible character; try again")
-    # Counting past a thousand guests would take too long: after some, any number will do
+    # To count past a thousand guests would take too long: after NAMES_COUNTED, random numbers
     rest = random.Random(seed)
     numbers = itertools.chain(range(2, NAMES_COUNTED), iter(lambda: rest.randrange(10**6), None))
     candidates = itertools.chain([name], (numbered_name(name, n) for n in numbers))
@@ -7414,8 +7415,8 @@ class Cluster:
         self._note_progress(entry)
 
     def _agrees(self, batch: ActBatch) -> bool:
-        """Compare another node's checksum with the one that this node had at that entry. If as many
-        nodes differ as agree, this node stops."""
+        """Compare another node's checksum with the one that this node had at that entry. If more
+        nodes differ than agree, stop this node. Return whether it goes on."""
         known = self.checksums.get(batch.applied)
         if known is None or batch.node == self.name:
             return True
@@ -7428,7 +7429,7 @@ class Cluster:
         return False
 
     def _applied(self, entry: LogEntry, batch: ActBatch) -> None:
-        """Note an entry, and look at what it means for this node."""
+        """Note an entry that was applied: with it, this node may begin or cease to take part."""
         hub, self.last_entry = self.hub, entry_digest(entry.data)
         self.unsaved_entries += 1
         self.unsaved_bytes += len(entry.data)
@@ -19587,7 +19588,7 @@ class Peer(Connection):
         super().ready(mask if self.wants_read() or self.state != OPEN else mask & ~READ)
 
     def received(self, data: bytes) -> None:
-        """Take plaintext from the client. Its first bytes may begin TLS."""
+        """Take bytes from the client, decrypted if there is TLS. The first ones may begin TLS."""
         self.heard = self.loop.now
         if self.inbox is None:
             self.server.times.silent.discard(self)
