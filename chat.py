@@ -20068,14 +20068,17 @@ class Committer:
 class OpenFile:
     """A file that is being read or written. The hash of a new file is computed as it is written."""
 
-    def __init__(self, path: pathlib.Path, new: bool | None = None):
-        """Open a file: `new` is True to create it, False to append to it, None to read it."""
+    FLAGS = {
+        "create": os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL,
+        "append": os.O_RDWR | os.O_APPEND,
+        "read": os.O_RDONLY,
+    }
+
+    def __init__(self, path: pathlib.Path, mode: str):
         self.path, self.fd = path, -1
         self.lock = threading.Lock()  # a connection may end while a job reads or writes
-        flags = os.O_RDONLY if new is None else os.O_RDWR | os.O_APPEND
-        flags |= (os.O_CREAT | os.O_EXCL) * bool(new)
-        self.fd = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        self.hash = hashlib.sha256() if new else None
+        self.fd = os.open(path, self.FLAGS[mode] | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        self.hash = hashlib.sha256() if mode == "create" else None
 
     def write(self, data: bytes) -> None:
         """Append data; do nothing if the file is closed, because its upload goes on elsewhere."""
@@ -20126,7 +20129,7 @@ class FileFolder:
     def begin(self, id: str) -> OpenFile:
         """Return a new file for the content of an upload. Raises Refused."""
         try:
-            file = self.writers[id] = OpenFile(self._part(id), new=True)
+            file = self.writers[id] = OpenFile(self._part(id), "create")
             return file
         except OSError as error:
             log.error("a file cannot be written: %s", reason_of(error))
@@ -20137,7 +20140,7 @@ class FileFolder:
         wrote it before writes no more, also if a piece of it still waits. Raises Refused."""
         if before := self.writers.get(id):
             before.close()
-        file = self.writers[id] = self._guarded(lambda: OpenFile(self._part(id), new=False))
+        file = self.writers[id] = self._guarded(lambda: OpenFile(self._part(id), "append"))
         return file, os.fstat(file.fd).st_size
 
     def size(self, id: str) -> int:
@@ -20169,7 +20172,7 @@ class FileFolder:
     def open(self, sha: str) -> OpenFile | None:
         """Return the content with this hash, opened; None if there is none."""
         try:
-            return OpenFile(self.path / sha)
+            return OpenFile(self.path / sha, "read")
         except OSError as error:
             log.error("the file %s cannot be read: %s", sha, reason_of(error))
             return None
