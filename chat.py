@@ -14038,6 +14038,90 @@ class HistoryRequests:
     }
 
 
+class Joins:
+    """The JOINs of one connection: those without an answer yet, and those that were refused.
+    Channels stand here by their keys. PlainTalk has none."""
+
+    def __init__(self, talk: "IrcTalk | PlainTalk"):
+        self.talk, self.core = talk, talk.core
+        self.unanswered: dict[str, tuple[int, float]] = {}  # how many JOINs, and since when
+        self.typed: dict[str, str] = {}  # that the user will look at once joined: their passwords
+        self.refused: dict[str, float] = {}  # when to try again
+        self.retried: set[str] = set()  # tried again: the user knows that they are refused
+
+    def join(self, room: Room) -> None:
+        self.note_sent(room.name)
+        self.talk.send("JOIN", room.name, *[room.password] * bool(room.password))
+
+    def note_sent(self, name: str) -> None:
+        """Note that a JOIN was sent."""
+        key = self.core.fold(name)
+        self.refused.pop(key, None)
+        count, _ = self.unanswered.get(key, (0, 0.0))
+        self.unanswered[key] = count + 1, self.core.ticks()
+
+    def note_typed(self, name: str, password: str) -> None:
+        """Note that the user asks for a channel."""
+        self.typed[self.core.fold(name)] = password
+        self.retried.discard(self.core.fold(name))
+
+    def waits(self, name: str) -> bool:
+        """Return whether a JOIN of a channel has no answer yet."""
+        return self.core.fold(name) in self.unanswered
+
+    def forget(self, name: str) -> None:
+        """Forget a channel: it is joined, or it is closed to this client."""
+        for of_joins in (self.unanswered, self.typed, self.refused):
+            of_joins.pop(self.core.fold(name), None)
+        self.retried.discard(self.core.fold(name))
+
+    def renamed(self, old: str, new: str) -> None:
+        """Use the name of the channel that the server joins in place of another one."""
+        for of_joins in (self.unanswered, self.typed):
+            if (key := self.core.fold(old)) in of_joins:
+                of_joins[self.core.fold(new)] = of_joins.pop(key)
+
+    def failed(self, name: str, why: str, number: str = "") -> None:
+        """Let the user decide about the messages for a channel that the client cannot join. It is
+        joined over the next connection, and before if the reason (a numeric) may pass."""
+        room, key = self.core.find(name), self.core.fold(name)
+        if room and room.inside:
+            return
+        count, since = self.unanswered.pop(key, (0, 0.0))
+        if count > 1:  # a JOIN with another password may be on its way
+            self.unanswered[key] = count - 1, since
+            return
+        self.typed.pop(key, None)
+        if room:
+            room.wanted = room.wanted and number not in NO_CHANNEL
+            passes = number in NOT_JOINED_NOW and room.entered
+            self.refused[key] = self.core.ticks() + REJOIN_SECONDS if passes else math.inf
+            self.core.park_all(room, why)
+
+    def tick(self, now: float) -> None:
+        """Give up JOINs that are not answered."""
+        for key, (_, since) in list(self.unanswered.items()):
+            if now - since > JOIN_SECONDS:
+                self.unanswered[key] = 1, since
+                self.failed(key, "the server does not answer to JOIN")
+
+    def try_again(self, now: float) -> None:
+        """Join the channels that could not be joined for a reason that may have passed."""
+        for key in [key for key, again in self.refused.items() if again < now]:
+            room = self.core.rooms.get(key)
+            del self.refused[key]
+            if room and room.wanted and not room.inside:
+                self.retried.add(key)
+                self.join(room)
+
+    def want_typed(self) -> None:
+        """Join the channels, whose JOINs were not answered, over the next connection."""
+        for key, password in self.typed.items():
+            room = self.core.room_for(key)
+            room.wanted, room.password = True, password
+        self.typed.clear()
+
+
 # The workshop's protocol
 
 PLAIN_LINES = {
@@ -14077,13 +14161,13 @@ class PlainTalk:
 
     doubts = pages = busy = False
     wait = None  # no rate limit
-    going: dict[str, str] = {}  # no channels
 
     def __init__(self, core: "ClientCore"):
         self.core = core
-        self.lines = MessageLines(self)  # all three are always empty
+        self.lines = MessageLines(self)  # all four are always empty
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
+        self.joins = Joins(self)
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         self.began = core.ticks()
         core.output.append(core.wanted_name)
@@ -14151,7 +14235,7 @@ class PlainTalk:
                     core.leave_to_user(one.id, ONE_ROOM)
 
     # The line protocol has nothing for these
-    bye = ping = leaves = renamed = watch = send = want_going = enter = do_nothing
+    bye = ping = leaves = renamed = watch = send = do_nothing
 
 
 # IRC: a connection
@@ -14171,16 +14255,11 @@ class IrcTalk:
         self.lines = MessageLines(self)
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
+        self.joins = Joins(self)
         self.batches: dict[str, Batch] = {}
         self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
         self.shown_names: set[str] = set()  # keys of channels whose members the user asked for
         self.stale_names: set[str] = set()  # channels for NAMES, since ranks may have changed
-        self.going: dict[str, str] = {}  # channels to look at once they are joined: their passwords
-        # Keys of channels with unanswered JOINs: how many, and since when
-        self.entering: dict[str, tuple[int, float]] = {}
-        # Keys of channels whose JOIN was refused: when to try again; and those tried again
-        self.refused: dict[str, float] = {}
-        self.retried: set[str] = set()
         self.named = self.introduced = self.negotiating = False
         self.resumed = False  # the session was resumed: the server says where the client is
         self.tries = 1  # attempts to get a nick
@@ -14342,10 +14421,7 @@ class IrcTalk:
         if not self.named and now - self.began > CAP_SECONDS:
             self.give_names()  # capabilities may still be told, after slow look-ups
         self.history.give_up_overdue(now)
-        for key, (_, since) in list(self.entering.items()):
-            if now - since > JOIN_SECONDS:
-                self.entering[key] = 1, since
-                self.cannot_enter(key, "the server does not answer to JOIN")
+        self.joins.tick(now)
         for reference, batch in list(self.batches.items()):
             if now - batch.at > BATCH_SECONDS:  # the end of the batch was lost
                 self.end_batch(self.batches.pop(reference))
@@ -14356,7 +14432,7 @@ class IrcTalk:
             self.core.dismissed = True
         elif self.ready:
             self.regain_name(now)
-            self.join_again(now)
+            self.joins.try_again(now)
             self.acks.doubt_echoes(now)
         else:
             self.hurry(now)
@@ -14386,18 +14462,11 @@ class IrcTalk:
         self.core.outbox.connection_lost()
         self.lines.unsent.clear()
         self.acks.clear()
-        self.entering.clear()
-        self.want_going()
+        self.joins.unanswered.clear()
+        self.joins.want_typed()
         for room in self.core.rooms.values():
             room.inside = False
             self.core.changed(room)
-
-    def want_going(self) -> None:
-        """Join the channels, whose JOINs were not answered, the next time."""
-        for key, password in self.going.items():
-            room = self.core.room_for(key)
-            room.wanted, room.password = True, password
-        self.going.clear()
 
     def renamed(self, old: str, new: str) -> None:
         """Use the new name of a conversation in the pending requests for history."""
@@ -14478,51 +14547,14 @@ class IrcTalk:
         if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
             self.send("NICK", wanted)
 
-    def note_join(self, name: str) -> None:
-        """Note that a JOIN was sent."""
-        self.refused.pop(self.core.fold(name), None)
-        count, _ = self.entering.get(self.core.fold(name), (0, 0.0))
-        self.entering[self.core.fold(name)] = count + 1, self.core.ticks()
-
-    def join_failed(self, name: str) -> bool:
-        """Note that a JOIN of a channel failed; return whether no other one is unanswered."""
-        count, since = self.entering.pop(self.core.fold(name), (0, 0.0))
-        if count > 1:
-            self.entering[self.core.fold(name)] = count - 1, since
-        return count <= 1
-
-    def cannot_enter(self, name: str, why: str, number: str = "") -> None:
-        """Let the user decide about the messages for a channel that the client cannot join. It is
-        joined over the next connection, and before if the reason may pass."""
-        room = self.core.find(name)
-        if room and room.inside:
-            return
-        if not self.join_failed(name):  # a JOIN with another password may be on its way
-            return
-        self.going.pop(self.core.fold(name), None)
-        if room:
-            room.wanted = room.wanted and number not in NO_CHANNEL
-            passes = number in NOT_JOINED_NOW and room.entered
-            again = self.core.ticks() + REJOIN_SECONDS if passes else math.inf
-            self.refused[self.core.fold(name)] = again
-            self.core.park_all(room, why)
-
-    def join_again(self, now: float) -> None:
-        """Join the channels that could not be joined for a reason that may have passed."""
-        for key in [key for key, again in self.refused.items() if again < now]:
-            room = self.core.rooms.get(key)
-            del self.refused[key]
-            if room and room.wanted and not room.inside:
-                self.retried.add(key)
-                self.enter(room)
-
     def waits(self, one: Waiting) -> bool:
         """Return whether a message waits for the answer to a JOIN, or for a server. The later
         messages of a pipe, and commands, wait with it."""
         if self.unserved < math.inf:
             return not self.carries(one)
-        room, key = self.core.find(one.where), self.core.fold(one.where)
-        return room is not None and room.is_channel and not room.inside and key in self.entering
+        room = self.core.find(one.where)
+        outside = room is not None and room.is_channel and not room.inside
+        return outside and self.joins.waits(one.where)
 
     def where_of(self, heard: ServerLine) -> str:
         """Return the open conversation that a numeric is about; "" for none. A numeric that names a
@@ -14530,10 +14562,6 @@ class IrcTalk:
         rooms = (self.core.find(param) for param in heard.params[1:-1])
         about_talks = heard.verb in SAYING_FAILED
         return next((room.name for room in rooms if room and (room.is_channel or about_talks)), "")
-
-    def enter(self, room: Room) -> None:
-        self.note_join(room.name)
-        self.send("JOIN", room.name, *[room.password] * bool(room.password))
 
     # Messages
 
@@ -14554,8 +14582,8 @@ class IrcTalk:
             return False
         if room is None or not room.is_channel:
             return not self.server.is_channel(one.where)
-        entering = self.server.ours and self.core.fold(one.where) in self.entering
-        return room.inside or entering  # other servers may join the client later
+        # Other servers may join the client later
+        return room.inside or (self.server.ours and self.joins.waits(one.where))
 
     def longest_mask(self) -> str:
         return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
@@ -14748,7 +14776,7 @@ def refuses_join(talk: IrcTalk, number: str, name: str) -> bool:
     if number in NOT_JOINED and room:
         return room.is_channel and not room.inside
     error = number.isdecimal() and number[0] in "4569" and number not in NOT_OF_JOIN
-    return error and talk.core.fold(name) in talk.entering and not talk.server.ours
+    return error and talk.joins.waits(name) and not talk.server.ours
 
 
 @from_server("", least=1)
@@ -14759,8 +14787,8 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     text = between.join([" ".join(about), text] if about else [text])
     text = f"{heard.name}: " * ("!" in heard.source) + text
     if about and refuses_join(talk, heard.verb, about[0]):
-        talk.cannot_enter(about[0], text, heard.verb)
-        if talk.core.fold(about[0]) in talk.retried:
+        talk.joins.failed(about[0], text, heard.verb)
+        if talk.core.fold(about[0]) in talk.joins.retried:
             return  # the user knows
     lost, doubt = message_refused(talk, heard)
     refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
@@ -14995,7 +15023,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
         return talk.wait_for_server("the bouncer is not connected to its server")
     for room in core.rooms.values():
         if room.is_channel and room.wanted and not (talk.resumed and room.entered):
-            talk.enter(room)
+            talk.joins.join(room)
     if talk.pages and talk.since:
         talk.history.behind[""] = "targets"
     else:
@@ -15014,7 +15042,7 @@ def version_told(talk: IrcTalk, heard: ServerLine) -> None:
     if talk.server.ours and not talk.core.rooms:  # join the channel of all users
         room = talk.core.room_for(LOBBY)
         room.wanted = True
-        talk.enter(room)
+        talk.joins.join(room)
         talk.core.go(room)
 
 
@@ -15087,10 +15115,8 @@ def not_let_in(talk: IrcTalk, heard: ServerLine) -> None:
 
 def take_channel_name(talk: IrcTalk, old: str, new: str) -> None:
     """Use the name of the channel that the server lets the client join in place of another one."""
-    core, key = talk.core, talk.core.fold(old)
-    for of_joins in (talk.entering, talk.going):
-        if key in of_joins:
-            of_joins[core.fold(new)] = of_joins.pop(key)
+    core = talk.core
+    talk.joins.renamed(old, new)
     room, other = core.find(old), core.find(new)
     if room is None or room is other or room.inside:
         return
@@ -15109,8 +15135,7 @@ def sent_elsewhere(talk: IrcTalk, heard: ServerLine) -> None:
     tell_rest(talk, heard)
     take_channel_name(talk, old, new)
     if (room := talk.core.find(new)) and room.inside:  # the JOIN has come before
-        talk.entering.pop(talk.core.fold(new), None)
-        talk.going.pop(talk.core.fold(new), None)
+        talk.joins.forget(new)
 
 
 # Lines of a server: pings, confirmations, history and presence
@@ -15370,7 +15395,7 @@ def is_name_given_to(key: str, name: str, most: int) -> bool:
 def joined_as(talk: IrcTalk, name: str) -> None:
     """Give a channel its new name, if it is another one than that of the JOIN which was sent."""
     core, key, most = talk.core, talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
-    sent = [one for one in talk.entering if is_name_given_to(one, key, most)]
+    sent = [one for one in talk.joins.unanswered if is_name_given_to(one, key, most)]
     if core.find(name) is None and len(sent) == 1:
         take_channel_name(talk, sent[0], name)
 
@@ -15384,12 +15409,11 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     room = core.room_for(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
-    talk.refused.pop(core.fold(room.name), None)
-    talk.retried.discard(core.fold(room.name))
     room.topic = ""  # else 332 follows
-    asked = core.fold(room.name) in {*talk.entering, *talk.going}
-    talk.entering.pop(core.fold(room.name), None)
-    room.password = talk.going.get(core.fold(room.name), room.password) or ""
+    typed = core.fold(room.name) in talk.joins.typed
+    room.password = talk.joins.typed.get(core.fold(room.name), room.password) or ""
+    asked = typed or talk.joins.waits(room.name)
+    talk.joins.forget(room.name)
     core.keep_room(room)
     core.changed(room)
     if not core.tidy and not room.mark:  # a pipe takes messages from now on
@@ -15398,7 +15422,7 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
         elif core.began:  # joined earlier, before the connection broke
             room.mark = f"timestamp={tag_time(max(core.began, talk.since))}"
     core.newest = max(core.newest, heard.time or 0)
-    if talk.going.pop(core.fold(room.name), None) is not None:
+    if typed:
         core.arrive(room)
     elif core.tidy and not asked and core.ticks() - talk.began > LATE_JOIN_SECONDS:
         core.show(ViewEvent(NOTE, f"{room.name} was joined for you; /go {room.name} looks at it"))
@@ -15496,7 +15520,7 @@ def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
         if core.is_me(name):
             room.inside = room.wanted = False
             room.people.clear()
-            talk.entering.pop(core.fold(where), None)
+            talk.joins.forget(where)
             core.park_all(room, f"you were kicked from {where}")
             core.keep_room(room)
             core.changed(room)
@@ -15982,7 +16006,7 @@ class ForScreens:
         room = self.room_for(self.outbox.waiting[own_id].where)
         if room.is_channel and not room.inside and self.ready:
             room.wanted = True
-            self.talk.enter(room)
+            self.talk.joins.join(room)
 
     def cancel(self, own_id: str) -> None:
         """Drop a message that is not in flight."""
@@ -16618,7 +16642,7 @@ class ClientCore(ForScreens):
         if talk and any(asked.how in ("missed", "gap") for asked in talk.history.asked):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         if talk:
-            talk.want_going()
+            talk.joins.want_typed()
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
@@ -16843,7 +16867,7 @@ class ClientCore(ForScreens):
             room = self._show_own(one, piece)
             self.typed_at.pop(room.id, None)  # a message implies that typing is done
             outside = room.is_channel and self.ready and not room.inside
-            if outside and (not room.wanted or self.fold(room.name) in self.talk.refused):
+            if outside and (not room.wanted or self.fold(room.name) in self.talk.joins.refused):
                 self.park(one.id, f"you are not in {room.name}")
             elif room.is_channel and self.ready and self.talk.leaves(room):
                 self.park(one.id, f"you leave {room.name}")
@@ -17335,10 +17359,9 @@ def do_join(core: ClientCore, words: str) -> None:
         most = core.server.limit("CHANNELLEN", IRC_BYTES)
         if len(one.encode()) > most:
             raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
-        core.talk.going[core.fold(one)] = password
-        core.talk.retried.discard(core.fold(one))
+        core.talk.joins.note_typed(one, password)
         core.talk.command("JOIN", one, *optional(password))
-        core.talk.note_join(one)
+        core.talk.joins.note_sent(one)
         if room:
             room.wanted = True
         if not core.tidy:  # the next text of a pipe is meant for this channel
@@ -17365,7 +17388,7 @@ def do_part(core: ClientCore, *words: str) -> None:
     rooms = [asked_room(core, name or word) for name, word in pairs]
     reason = " ".join(words[any(named) :])
     for room in rooms:
-        if room.inside or core.fold(room.name) in core.talk.entering:
+        if room.inside or core.talk.joins.waits(room.name):
             core.online().command("PART", room.name, *optional(reason))
         else:
             core.close(room)

@@ -5511,7 +5511,9 @@ class Writing(Acts):
         self.drafts: dict[int, str] = {}  # of the other conversations
         self.kept = ""  # the draft of this one, as the engine knows it
         self.reply: Row | None = None  # the message that is answered
-        self.pasted = False  # the banner tells of the lines in the field
+        self.about_text = False  # the banner tells of the text in the field
+        self.closed = 0  # the conversation that the user closed last
+        self.begun = False  # the text was begun in a conversation that is gone
         self.typed_at = 0.0  # when others were told that the user types; 0: they were not
         self.edited_at = 0.0  # when the user changed the text last
         compose = self.compose
@@ -5527,6 +5529,8 @@ class Writing(Acts):
         if chat.is_quit(text):
             self.window.close(text[len("/quit") :].strip())
             return True
+        if self.begun:
+            return self._ask_where()
         reply = self.reply.view.id if self.reply and text[:1] != "/" else ""
         if not self.do("say", self.model.here, text, reply):
             self.window.ask(NOT_SENT)
@@ -5536,11 +5540,25 @@ class Writing(Acts):
         self.kept = ""
         if reply:
             self.reply = None
-        if reply or self.pasted:
+        if reply or self.about_text:
             self.banner.hide()
         if not self.transcript.at_bottom:
             self.transcript.to_bottom()
         return True
+
+    def _ask_where(self) -> bool:
+        """Ask before a text goes to another conversation than the one where it was begun."""
+
+        def send() -> None:
+            self.begun = False
+            self.banner.hide()
+            self.compose.submit()
+
+        room = self.model.room
+        button = f"Send it to {shorter(room.name, 30)}" if room else "Send it"
+        self._show_over_reply("the conversation where you began this is gone", (button, send))
+        self.about_text = True
+        return False
 
     def complete(self, word: str, first: bool) -> list[str]:
         """Return completions of a word: the users who spoke last come first."""
@@ -5572,18 +5590,23 @@ class Writing(Acts):
         """Go on with the draft of a conversation. A text that was typed before there was a place
         for it comes with the user."""
         draft = self.drafts.pop(number, room.draft if room else "")
-        text = self.compose.content if from_nowhere else ""
+        text = self.compose.content if from_nowhere or self.begun else ""
         if text.strip() and text != draft:
-            self.compose.editor.remember(draft)
+            if draft.strip():
+                self.compose.editor.remember(draft)
             draft = text
         self.compose.open(draft)
         self.kept = draft
 
     def leave_room(self) -> None:
-        """Keep what is half typed where it was begun."""
+        """Keep what is half typed where it was begun. If that was taken from the user, the text
+        stays in the field, and is not sent elsewhere without a question."""
         text, here = self.compose.content, self.model.here
-        if here not in self.model.rooms:
-            return self._keep_text(text)
+        gone = here not in self.model.rooms
+        self.begun = gone and here != self.closed and bool(text.strip())
+        if gone:
+            self.stop_reply()
+            return None if self.begun else self._keep_text(text)
         self.drafts[here] = text
         self.window.sidebar.set_draft(here, bool(text.strip()))
         self._keep_draft(text)
@@ -5621,6 +5644,7 @@ class Writing(Acts):
         """Keep a text that the user has changed, soon, and tell the others."""
         self.edited_at = time.monotonic()
         text = self.compose.content
+        self.begun = self.begun and bool(text.strip())
         if self.look.reorders and RIGHT_TO_LEFT.search(text[-SEEN_TYPED:]):
             self.window.tell(text[-SEEN_TYPED:].split("\n")[-1])
         self.timers.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
@@ -5658,7 +5682,7 @@ class Writing(Acts):
         self.banner.show(about, *buttons, dropped=self._paste_told)
 
     def _paste_told(self) -> None:
-        self.pasted = False
+        self.about_text = False
         row, self.reply = self.reply, None
         if row:
             self.start_reply(row)
@@ -5668,7 +5692,7 @@ class Writing(Acts):
         self.compose.focus_set()
 
     def stop_reply(self) -> None:
-        if self.reply or self.pasted:
+        if self.reply or self.about_text:
             self.reply = None
             self.banner.hide()
 
@@ -5694,7 +5718,7 @@ class Writing(Acts):
 
         about = f"{lines:,} lines: sent as {chat.counted(len(pieces), 'message')}"
         self._show_over_reply(about, ("Show", preview), ("Make it one line", as_one_line))
-        self.pasted = True
+        self.about_text = True
 
     def _offer_paste(self, text: str) -> None:
         """Offer to send a paste that is too long for the field as several messages."""
@@ -6114,8 +6138,12 @@ class RoomActs(Acts):
         self.say(f"/query {name}")
         self.compose.focus_set()
 
+    def close(self, number: int) -> None:
+        self.window.writing.closed = number
+        self.do("close", number)
+
     def close_this(self) -> None:
-        self.do("close", self.model.here)
+        self.close(self.model.here)
 
     def mute_this(self) -> None:
         """Mute the conversation that is looked at, or unmute it."""
@@ -6148,7 +6176,7 @@ class RoomActs(Acts):
                 add(label="Join", command=lambda: self.do("say", number, f"/join {room.name}"))
         menu.add_separator()
         text = "Leave and close" if room.channel and room.inside else "Close"
-        add(label=text, command=lambda: self.do("close", number))
+        add(label=text, command=lambda: self.close(number))
 
     def _add_server_acts(self, menu: tk.Menu, server: int) -> None:
         add = menu.add_command

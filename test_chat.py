@@ -15385,7 +15385,7 @@ def test_messages_go_to_the_channel_that_the_server_lets_the_client_join(
     name = name or lines[0].split()[-1]
     assert f"PRIVMSG {name} hello" in alice.sent(20)
     assert list(alice.core.rooms) == [alice.core.fold(name)] and alice.core.here == name
-    assert alice.core.room.inside and alice.core.talk.entering == {}
+    assert alice.core.room.inside and alice.core.talk.joins.unanswered == {}
 
 
 @pytest.mark.parametrize("number", ["480", "926", "485", "495", "500", "609", "471"])
@@ -15395,7 +15395,7 @@ def test_any_error_about_a_channel_to_be_joined_ends_the_wait_with_its_text(numb
     alice.sent(2)
     alice.hears(f"{number} alice #tea :Not today")
     assert "Not today" in alice.kinds("failed")[0] and len(alice.core.outbox.parked) == 1
-    assert alice.core.talk.entering == {}
+    assert alice.core.talk.joins.unanswered == {}
 
 
 SOURCES = [  # source, verb, how it is shown
@@ -18131,7 +18131,7 @@ def test_a_message_to_another_conversation_is_told_where_the_user_looks():
         busy=False,
         pump=chat.do_nothing,
         leaves=chat.do_nothing,
-        refused={},
+        joins=types.SimpleNamespace(refused={}),
     )
     desk.core.send("#rust", "shall we have tea?")
     desk.tell(*desk.core.take_views())
@@ -26465,6 +26465,39 @@ def test_a_server_that_wants_an_answer_of_the_user_is_answered_in_the_dialog(run
     see(alice, "sent when I am in")
 
 
+def test_a_text_goes_to_no_other_conversation_because_its_own_is_taken_away(running, window):
+    server = running()
+    bob = tagger(server, "bob", "JOIN #tea")
+    alice = at_home(window(server.address))
+    join(alice, "#tea")
+    engine = alice.model.engine
+
+    def begin(text):
+        """Begin an answer in #tea, from which another device or an operator takes the user."""
+        go(alice, "#tea")
+        bob.send("PRIVMSG #tea :and you?\r\n")
+        see(alice, "and you?\n")
+        press(alice, "Alt-r")
+        alice.compose.insert("insert", text)
+        alice.root.update()
+        engine.submit(lambda: engine.show(engine.core.feed(b":alice!u@h PART #tea\r\n")))
+        pump(alice, lambda: alice.model.room.name == "#lobby")
+
+    begin("half of a sen")
+    assert alice.writing.reply is None and not alice.banner.shown
+    alice.compose.insert("insert", "tence")
+    press(alice, "Return")
+    assert alice.compose.content == "half of a sentence" and alice.banner.shown
+    alice.banner.buttons.winfo_children()[0].invoke()
+    see(alice, "half of a sentence\n")
+    assert alice.compose.content == "" and not alice.banner.shown
+    enter(alice, "for all")
+    see(alice, "for all\n")
+    press(alice, "Up")
+    press(alice, "Up")
+    assert alice.compose.content == "half of a sentence"
+
+
 @pytest.mark.parametrize("asks", ["server", "engine"])
 def test_a_dialog_that_the_user_did_not_ask_for_waits_until_nothing_is_typed(window, asks):
     alice = window(name="")
@@ -26491,7 +26524,7 @@ def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window)
     alice = at_home(window(server.address))
     join(alice, "#tea")
     alice.compose.insert("end", "half a thought")
-    alice.model.do("close", alice.model.here)
+    alice.rooms.close_this()
     pump(alice, lambda: alice.model.room.name == "#lobby")
     press(alice, "Up")
     assert alice.compose.content == "half a thought"
@@ -28556,12 +28589,12 @@ def test_a_row_stays_where_it_is_while_older_ones_are_drawn_above_it(running, br
     tab.go(tab.url)
     tab.until("state.phase === 'online' && !room('#lobby').behind")
     step = """(async () => {
-      const frames = () => new Promise((done) => setTimeout(() => afterFrame(done), 60));
+      const frame = () => new Promise((done) => setTimeout(() => afterFrame(done), 30));
       const at = log.getBoundingClientRect().top + 200;
       const row = document.elementFromPoint(180, at)?.closest('.row');
       const before = row?.getBoundingClientRect().top;
       log.scrollTop -= 300;
-      await frames();
+      for (let last; last !== (last = row?.getBoundingClientRect().top);) await frame();
       return [log.scrollTop, row?.isConnected ? row.getBoundingClientRect().top - before : null];
     })()"""
     moved = [tab.js(step) for _ in range(40)]
