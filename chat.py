@@ -139,6 +139,7 @@ SERVER_NAME = "chat.py"  # unless --name says otherwise; IRC wants a dot in it
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 7000
 
+# Of messages, users, channels and accounts
 LINE_BYTES = 16 * 1024  # longest line in the line protocol; a page of text fits
 IRC_BYTES = 512  # longest line of IRC with its end (RFC 2812 section 2.3) ...
 TAGS_BYTES = 4095  # ... and of the tags before it with their @ (IRCv3 message-tags)
@@ -223,6 +224,7 @@ MAIL_SECONDS = 30  # for --sendmail to take one
 GRACE_SECONDS = 60.0  # how long a user who can come back stays after a lost connection ...
 ABSENT_MOST = 1000  # ... but no more users (PER_ADDRESS for one address): the first goes
 
+# Of the server's loop, for each connection
 LINES_SPLIT = 2048  # bytes made into lines at a time: well below any limit of a line
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that no user waits for a flood
@@ -235,6 +237,7 @@ UNSENT_SLOW = 512 * 1024  # bytes: more than this for SLOW_SECONDS closes the re
 SLOW_SECONDS = 20.0
 UNSENT_MOST = 4 * 1024 * 1024  # ... and more than this at once
 
+# Of budgets and silence
 FLOOD_BURST = 1000  # lines at once: a pasted file
 FLOOD_RATE = 100.0  # lines a second after that
 ADDRESS_SHARES = 16  # an address has the budget of so many connections
@@ -257,6 +260,7 @@ KEEPALIVE_SECONDS = 90  # first TCP probe to a silent line-protocol peer ...
 KEEPALIVE_PROBES = 3  # ... and how many of them, KEEPALIVE_EVERY apart
 KEEPALIVE_EVERY = 10
 
+# Of the store
 LAST_ID = 1 << 59  # no cluster makes so many; clients see 15 hexadecimal digits
 ID_BLOCK = 1_000_000  # ids are reserved so many at a time, before the first is used
 LAST_MOMENT = 253_402_300_799_000  # milliseconds: no calendar has the year 10,000
@@ -283,6 +287,8 @@ WAL_RESTART_BYTES = 64 * 1024 * 1024  # PASSIVE checkpoints never reset it under
 CHECKED_ON_START_BYTES = 16 * 1024 * 1024  # a larger database is not read whole: 300 ms to start
 HISTORY_LINES = 20  # /history without a number: a screen
 HISTORY_LINES_MOST = 500
+
+# Of what our clients keep, ask for and show
 PAGE_LINES = 100  # that our clients ask for at once
 PAGE_SECONDS = 15.0  # that a page may take before messages that wait for it are shown
 DOUBTED_AHEAD = 8  # messages under way if the server echoes none: a break leaves them in doubt
@@ -344,6 +350,7 @@ TYPING_MOST = 20  # users who type in one conversation
 NAMES_GREETED = 20  # who is here, told to a newcomer in one line
 NAMES_A_LINE = 100  # at 64 bytes each still well below LINE_BYTES
 
+# Of HTTP and files, and of the server's upkeep
 HEAD_BYTES = 16 * 1024  # of a request of HTTP
 HEADERS_MOST = 100
 CHUNK_LINE_BYTES = 256  # the size of a chunk, and extensions that nothing is done with
@@ -391,6 +398,7 @@ LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for tha
 CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
 ADDRESS_SECONDS = 15.0  # between two looks whether the budget of an address is full again
 
+# Of our clients' connections
 LISTEN_SECONDS = 1.0  # how long our client waits for a server to speak first ...
 LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the longer
 CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshake
@@ -399,6 +407,7 @@ BACKOFF_MOST = 30.0
 DISMISSED_SECONDS = 2.0  # for a server to hang up after it said ERROR
 ONLINE_SECONDS = 30.0  # a connection that lasts so long resets the back-off
 NEXT_ADDRESS_SECONDS = 0.25  # until the next address is tried, too (RFC 8305 section 5)
+NEXT_SERVER_SECONDS = 0.5  # at most, until a client tries the next server of a chat
 RETRY_SECONDS = 60.0  # that a filter looks for a server it has lost
 WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
 SILENT_SECONDS = 25.0  # ... which is given up after so long: half of it, then a PING ...
@@ -415,6 +424,7 @@ LINE_ROOM = 100  # bytes of text in a line, at least, however long our address i
 OUTBOX_FULL = 256  # messages waiting: with so many, a pipe is not read
 UNDERSTOOD_KEPT = 10_000  # said to a server that may turn out to speak IRC, to be said again
 
+# Of the terminal and the benchmark
 PAINTS_A_SECOND = 30  # of the terminal: more cannot be seen
 LINES_AT_ONCE = 200  # new in a conversation that a terminal shows: a page of history
 LINES_A_SECOND = 600  # ... and after that: more is left for those who read back
@@ -428,6 +438,8 @@ ESCAPE_LATE_SECONDS = 0.5  # ... unless what makes it one comes by then, over a 
 PASTE_SECONDS = 3.0  # without more of a paste: its end was lost
 LEAVE_SECONDS = 5.0  # in which a second Ctrl-C leaves; within CLEAR_SECONDS it only clears
 CLEAR_SECONDS = 1.0
+
+# Of a cluster and its log
 SESSION_BITS = 32  # of the id of a session; those above are the start of its node
 ASKS_A_SESSION = 256  # messages of one session that may be under way in the log
 BATCH_ACTS = 2000  # that a node sends at once ...
@@ -445,8 +457,6 @@ CHECKSUMS_KEPT = 10_000  # to compare with those of other nodes
 SNAPSHOT_BYTES = 16 * 1024 * 1024  # of entries after which a node makes a new snapshot ...
 SNAPSHOT_ENTRIES = 20_000  # ... or so many: they are applied again at the next start, in 2 s
 CLOCK_DIFFERS_SECONDS = 60.0  # of a node and NATS: that is told once
-
-NEXT_SERVER_SECONDS = 0.5  # at most, until a client tries the next server of a chat
 NODE_TICK_SECONDS = 1.0  # between two looks at what is due
 NATS_RETRY_SECONDS = 0.5  # until the next NATS server is tried
 NATS_PORT = 4222
@@ -11543,6 +11553,14 @@ def with_method(request: Request) -> Request:
     return request._replace(method=meant) if known and is_tus(request) else request
 
 
+class RequestSender(NamedTuple):
+    """The client that sent a request, perhaps through a proxy."""
+
+    host: str
+    passed_on: bool = False  # by a proxy whose headers are not believed: its client is unknown
+    secure: bool | None = None  # TLS up to the client; None without a proxy: see Peer.act_for()
+
+
 class WebSession(LocalSession):
     """A session that answers the requests of one connection in their order."""
 
@@ -11556,7 +11574,7 @@ class WebSession(LocalSession):
     def __init__(self, site: SessionContext, conn: Connected):
         super().__init__(site, conn)
         self.request: Request | None = None  # that is being answered
-        self.sender: tuple[str, bool, bool | None] = (conn.host, False, None)  # see _find_client()
+        self.sender = RequestSender(conn.host)  # of the last request
         self.on_this_machine = is_loopback(conn.host)  # the client
         self.closing = False  # behind the answer
         self.take_body: Callable[[bytes], None] = do_nothing  # takes pieces of its body
@@ -11620,9 +11638,9 @@ class WebSession(LocalSession):
             secure = request.tokens("x-forwarded-proto")[-1:] == ["https"]
         if not host:
             return False
-        client = (host, passed_on, secure)
-        if client != self.sender:  # of the request before: most connections have one client
-            self.sender = client
+        sender = RequestSender(host, passed_on, secure)
+        if sender != self.sender:  # most connections have one
+            self.sender = sender
             self.on_this_machine = is_loopback(host) and not passed_on
             key = address_key(host, host_of(conn.local))
             conn.act_for(host, f"a proxy at {key}" if passed_on else key, secure)
@@ -11909,7 +11927,7 @@ def authorize(session: WebSession, then: Callable[[str], None]) -> None:
 
     def check_ban(owner: str) -> None:
         account = owner[1:].rpartition("/")[0]  # of an identity; a guest has none
-        check_server_ban(hub, source_of(account or "*", f"{session.sender[0]}:0", "*", account))
+        check_server_ban(hub, source_of(account or "*", f"{session.sender.host}:0", "*", account))
         then(owner)
 
     if given and given == session.credentials and hub.accounts.is_proof(*session.proof):
