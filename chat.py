@@ -50,6 +50,7 @@ Glossary:
     line      the bytes between two newlines on the wire
     act       one change of shared state, by name and with plain data (ACTS)
     event     a change that other sessions can see: a message, a join, a topic ... (class Event)
+    log       of a turn: its events and replies; of a cluster: all acts, in NATS (NATS, CLUSTER)
     record    a change of stored state that is no event: an account, a marker (class Record)
     turn      one round of the loop, and the log of what happened in it (class Turn)
     conn      connection: a socket with its buffers; knows nothing of chat
@@ -138,6 +139,7 @@ SERVER_NAME = "chat.py"  # unless --name says otherwise; IRC wants a dot in it
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 7000
 
+# Of messages, users, channels and accounts
 LINE_BYTES = 16 * 1024  # longest line in the line protocol; a page of text fits
 IRC_BYTES = 512  # longest line of IRC with its end (RFC 2812 section 2.3) ...
 TAGS_BYTES = 4095  # ... and of the tags before it with their @ (IRCv3 message-tags)
@@ -222,6 +224,7 @@ MAIL_SECONDS = 30  # for --sendmail to take one
 GRACE_SECONDS = 60.0  # how long a user who can come back stays after a lost connection ...
 ABSENT_MOST = 1000  # ... but no more users (PER_ADDRESS for one address): the first goes
 
+# Of the server's loop, for each connection
 LINES_SPLIT = 2048  # bytes made into lines at a time: well below any limit of a line
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that no user waits for a flood
@@ -234,6 +237,7 @@ UNSENT_SLOW = 512 * 1024  # bytes: more than this for SLOW_SECONDS closes the re
 SLOW_SECONDS = 20.0
 UNSENT_MOST = 4 * 1024 * 1024  # ... and more than this at once
 
+# Of budgets and silence
 FLOOD_BURST = 1000  # lines at once: a pasted file
 FLOOD_RATE = 100.0  # lines a second after that
 ADDRESS_SHARES = 16  # an address has the budget of so many connections
@@ -256,6 +260,7 @@ KEEPALIVE_SECONDS = 90  # first TCP probe to a silent line-protocol peer ...
 KEEPALIVE_PROBES = 3  # ... and how many of them, KEEPALIVE_EVERY apart
 KEEPALIVE_EVERY = 10
 
+# Of the store
 LAST_ID = 1 << 59  # no cluster makes so many; clients see 15 hexadecimal digits
 ID_BLOCK = 1_000_000  # ids are reserved so many at a time, before the first is used
 LAST_MOMENT = 253_402_300_799_000  # milliseconds: no calendar has the year 10,000
@@ -282,6 +287,8 @@ WAL_RESTART_BYTES = 64 * 1024 * 1024  # PASSIVE checkpoints never reset it under
 CHECKED_ON_START_BYTES = 16 * 1024 * 1024  # a larger database is not read whole: 300 ms to start
 HISTORY_LINES = 20  # /history without a number: a screen
 HISTORY_LINES_MOST = 500
+
+# Of what our clients keep, ask for and show
 PAGE_LINES = 100  # that our clients ask for at once
 PAGE_SECONDS = 15.0  # that a page may take before messages that wait for it are shown
 DOUBTED_AHEAD = 8  # messages under way if the server echoes none: a break leaves them in doubt
@@ -343,6 +350,7 @@ TYPING_MOST = 20  # users who type in one conversation
 NAMES_GREETED = 20  # who is here, told to a newcomer in one line
 NAMES_A_LINE = 100  # at 64 bytes each still well below LINE_BYTES
 
+# Of HTTP and files, and of the server's upkeep
 HEAD_BYTES = 16 * 1024  # of a request of HTTP
 HEADERS_MOST = 100
 CHUNK_LINE_BYTES = 256  # the size of a chunk, and extensions that nothing is done with
@@ -390,6 +398,7 @@ LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for tha
 CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
 ADDRESS_SECONDS = 15.0  # between two looks whether the budget of an address is full again
 
+# Of our clients' connections
 LISTEN_SECONDS = 1.0  # how long our client waits for a server to speak first ...
 LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the longer
 CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshake
@@ -398,6 +407,7 @@ BACKOFF_MOST = 30.0
 DISMISSED_SECONDS = 2.0  # for a server to hang up after it said ERROR
 ONLINE_SECONDS = 30.0  # a connection that lasts so long resets the back-off
 NEXT_ADDRESS_SECONDS = 0.25  # until the next address is tried, too (RFC 8305 section 5)
+NEXT_SERVER_SECONDS = 0.5  # at most, until a client tries the next server of a chat
 RETRY_SECONDS = 60.0  # that a filter looks for a server it has lost
 WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
 SILENT_SECONDS = 25.0  # ... which is given up after so long: half of it, then a PING ...
@@ -414,6 +424,7 @@ LINE_ROOM = 100  # bytes of text in a line, at least, however long our address i
 OUTBOX_FULL = 256  # messages waiting: with so many, a pipe is not read
 UNDERSTOOD_KEPT = 10_000  # said to a server that may turn out to speak IRC, to be said again
 
+# Of the terminal and the benchmark
 PAINTS_A_SECOND = 30  # of the terminal: more cannot be seen
 LINES_AT_ONCE = 200  # new in a conversation that a terminal shows: a page of history
 LINES_A_SECOND = 600  # ... and after that: more is left for those who read back
@@ -427,6 +438,8 @@ ESCAPE_LATE_SECONDS = 0.5  # ... unless what makes it one comes by then, over a 
 PASTE_SECONDS = 3.0  # without more of a paste: its end was lost
 LEAVE_SECONDS = 5.0  # in which a second Ctrl-C leaves; within CLEAR_SECONDS it only clears
 CLEAR_SECONDS = 1.0
+
+# Of a cluster and its log
 SESSION_BITS = 32  # of the id of a session; those above are the start of its node
 ASKS_A_SESSION = 256  # messages of one session that may be under way in the log
 BATCH_ACTS = 2000  # that a node sends at once ...
@@ -444,8 +457,6 @@ CHECKSUMS_KEPT = 10_000  # to compare with those of other nodes
 SNAPSHOT_BYTES = 16 * 1024 * 1024  # of entries after which a node makes a new snapshot ...
 SNAPSHOT_ENTRIES = 20_000  # ... or so many: they are applied again at the next start, in 2 s
 CLOCK_DIFFERS_SECONDS = 60.0  # of a node and NATS: that is told once
-
-NEXT_SERVER_SECONDS = 0.5  # at most, until a client tries the next server of a chat
 NODE_TICK_SECONDS = 1.0  # between two looks at what is due
 NATS_RETRY_SECONDS = 0.5  # until the next NATS server is tried
 NATS_PORT = 4222
@@ -1190,9 +1201,9 @@ class Command(NamedTuple):
 class Commands(dict[str, Command]):
     """The commands of one dialect by verb, and the gate in front of them."""
 
-    def __init__(self, mark: str):
+    def __init__(self, prefix: str):
         super().__init__()
-        self.mark = mark  # what stands before a verb on the wire
+        self.prefix = prefix  # of a verb, as a user types it
 
     def __call__(self, verb: str, least: int = 0, most: int | None = None, doc: str = "", **needs):
         """Decorator: register the command `verb`. Dialects share a handler, each with its `doc`."""
@@ -1212,7 +1223,7 @@ class Commands(dict[str, Command]):
         to split into them. Return the rest of a long answer, if there is one. Raises Refused."""
         command = self.get(verb)
         if command is None:
-            text = f"there is no {self.mark}{verb}; {self.mark}help lists what there is"
+            text = f"there is no {self.prefix}{verb}; {self.prefix}help lists what there is"
             raise Refused("UNKNOWN_COMMAND", text, verb)
         if session.user is None and not command.nameless:
             raise Refused("NOT_NAMED", "choose a name first")
@@ -1609,15 +1620,19 @@ class ServerCalls(typing.Protocol):
     def restart(self) -> None: ...
     def stop(self) -> None: ...
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
-    # Run job() off the loop, behind other jobs of its owner: an address, or "" for the server
-    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None: ...
-    def run_to_end(
-        self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
-    ) -> None: ...  # off the loop, whatever becomes of the session: then(result, it is there)
     def trouble(self) -> str: ...  # what is wrong, "" if nothing is
     def metrics(self) -> dict[str, tuple[str, str, float]]: ...  # kind, text and value by name
-    # Run job() off the loop, then take_result() on it; a job of PAGE_LANE reads the store
+
+    # Run job() on a helper thread after this turn's commit; session.take_result() gets its result
     def later(self, session: "LocalSession", lane: str, job: Callable, then: "Awaited") -> None: ...
+
+    # Run job() on a helper thread; call then(its result, whether the session is still there)
+    def run_to_end(
+        self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
+    ) -> None: ...
+
+    # Run job() on a helper thread, behind other jobs of its owner: an address; "" is the server
+    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None: ...
 
 
 # Files
@@ -3652,7 +3667,7 @@ def free_name(
     name = clean_name(wanted)
     if not name:
         raise Refused("NO_NAME", "a name needs at least one visible character; try again")
-    # Counting past a thousand guests would take too long: after some, any number will do
+    # To count past a thousand guests would take too long: after NAMES_COUNTED, random numbers
     rest = random.Random(seed)
     numbers = itertools.chain(range(2, NAMES_COUNTED), iter(lambda: rest.randrange(10**6), None))
     candidates = itertools.chain([name], (numbered_name(name, n) for n in numbers))
@@ -4157,9 +4172,14 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     return before
 
 
+def account_name(nick: str, wanted: str) -> str:
+    """Return the name of the account that a user asks to register; * stands for the nick."""
+    return nick if fold(wanted) in ("*", fold(nick)) else wanted
+
+
 def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> str:
     """Return the account name to register, which must be the user's own. Raises Refused."""
-    name = nick if fold(wanted) in ("*", fold(nick)) else wanted
+    name = account_name(nick, wanted)
     if user and user.account:
         raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", name)
     if not nick:
@@ -5096,7 +5116,7 @@ EMAIL = re.compile(rf"(?!.*=\?){ATOM}(\.{ATOM})*@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*
 def check_registration(session: LocalSession, nick: str, wanted: str, email: str) -> str:
     """Return the account name that a session may register. Raises Refused."""
     rules = session.site.registration
-    name = nick if fold(wanted) in ("*", fold(nick)) else wanted
+    name = account_name(nick, wanted)
     if "off" in rules:
         raise Refused("TEMPORARILY_UNAVAILABLE", "this server makes no accounts", name)
     if session.user is None and "before-connect" not in rules:
@@ -7426,8 +7446,8 @@ class Cluster:
         self._note_progress(entry)
 
     def _agrees(self, batch: ActBatch) -> bool:
-        """Compare another node's checksum with the one that this node had at that entry. If as many
-        nodes differ as agree, this node stops."""
+        """Compare another node's checksum with the one that this node had at that entry. If more
+        nodes differ than agree, stop this node. Return whether it goes on."""
         known = self.checksums.get(batch.applied)
         if known is None or batch.node == self.name:
             return True
@@ -7440,7 +7460,7 @@ class Cluster:
         return False
 
     def _applied(self, entry: LogEntry, batch: ActBatch) -> None:
-        """Note an entry, and look at what it means for this node."""
+        """Note an entry that was applied: with it, this node may begin or cease to take part."""
         hub, self.last_entry = self.hub, entry_digest(entry.data)
         self.unsaved_entries += 1
         self.unsaved_bytes += len(entry.data)
@@ -8470,12 +8490,12 @@ class IrcSession(LocalSession):
             self.replies.insert(replies, (last_id, add_tag(line, f"label={label}")))
 
     def tag_answer(
-        self, heard: Iterable[int], mark: Callable, tag: str, last: int | None = None
+        self, heard: Iterable[int], add: Callable, tag: str, last: int | None = None
     ) -> None:
         """Tag the answer's replies, and, once they are encoded, the events with these ids."""
         which = slice(self.labelled.replies, last)
-        self.replies[which] = [(n, mark(data, tag)) for n, data in self.replies[which]]
-        self.own_tags.update(dict.fromkeys(heard, (mark, tag)))
+        self.replies[which] = [(n, add(data, tag)) for n, data in self.replies[which]]
+        self.own_tags.update(dict.fromkeys(heard, (add, tag)))
 
     def batch_line(self, text: str) -> bytes:
         return irc_bytes(f":{self.site.name} BATCH {text}")
@@ -8496,11 +8516,11 @@ class IrcSession(LocalSession):
             line = data = self.withheld[event.id]
         else:
             data = self.wire.own(event, line)
-        marked = self.own_tags.get(event.id)
-        if not data or not marked:
+        tagging = self.own_tags.get(event.id)
+        if not data or not tagging:
             return data
-        mark, tag = marked
-        return mark(line, tag) + data[len(line) :]  # a message to oneself comes twice
+        add, tag = tagging
+        return add(line, tag) + data[len(line) :]  # a message to oneself comes twice
 
     def turn_over(self) -> None:
         super().turn_over()
@@ -9067,19 +9087,19 @@ service_command("drop", 1, exact=True, doc="DROP PASSWORD -- give up your accoun
 @in_steps
 def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> Steps:
     """CERT ADD|LIST|REMOVE [FINGERPRINT] -- certificates that log in: add the one you show"""
-    mark = session.conn.fingerprint
+    shown = session.conn.fingerprint
     if how.upper() == "ADD":
-        account = yield do(session.act, "add_certificate", mark)
-        session.service_says(f"{mark} logs in to {account} now (SASL EXTERNAL)")
+        account = yield do(session.act, "add_certificate", shown)
+        session.service_says(f"{shown} logs in to {account} now (SASL EXTERNAL)")
     elif how.upper() == "LIST":
         account = own_account(session.user)
         known = session.site.hub.accounts.certificates_of(account)
         for one in (*known, f"{counted(len(known), 'certificate')} of {account}"):
             session.service_says(one)
     elif how.upper() == "REMOVE":
-        mark = fingerprint.lower() or mark
-        account = yield do(session.act, "remove_certificate", mark)
-        session.service_says(f"{mark} does not log in to {account} any more")
+        removed = fingerprint.lower() or shown
+        account = yield do(session.act, "remove_certificate", removed)
+        session.service_says(f"{removed} does not log in to {account} any more")
     else:
         raise Refused("INVALID_PARAMS", "CERT has ADD, LIST and REMOVE")
 
@@ -11554,6 +11574,14 @@ def with_method(request: Request) -> Request:
     return request._replace(method=meant) if known and is_tus(request) else request
 
 
+class RequestSender(NamedTuple):
+    """The client that sent a request, perhaps through a proxy."""
+
+    host: str
+    passed_on: bool = False  # by a proxy whose headers are not believed: its client is unknown
+    secure: bool | None = None  # TLS up to the client; None without a proxy: see Peer.act_for()
+
+
 class WebSession(LocalSession):
     """A session that answers the requests of one connection in their order."""
 
@@ -11567,7 +11595,7 @@ class WebSession(LocalSession):
     def __init__(self, site: SessionContext, conn: Connected):
         super().__init__(site, conn)
         self.request: Request | None = None  # that is being answered
-        self.sender: tuple[str, bool, bool | None] = (conn.host, False, None)  # see _find_client()
+        self.sender = RequestSender(conn.host)  # of the last request
         self.on_this_machine = is_loopback(conn.host)  # the client
         self.closing = False  # behind the answer
         self.take_body: Callable[[bytes], None] = do_nothing  # takes pieces of its body
@@ -11583,7 +11611,7 @@ class WebSession(LocalSession):
             self._begin(item)
         elif isinstance(item, BadRequest):
             self.request, self.closing = None, True
-            self.answer(item.status, str(item))
+            self.respond(item.status, str(item))
         else:
             self.body_left = item != END_OF_BODY
             self.take_body(item)
@@ -11597,24 +11625,24 @@ class WebSession(LocalSession):
         host = split_host(request.host)[0]
         expected = request.header("expect").lower()
         if not self._find_client(request):
-            return self.answer(400, "X-Forwarded-For ends with the address of the client")
+            return self.respond(400, "X-Forwarded-For ends with the address of the client")
         if request.minor and not host_allowed(self.site.web, host):
-            return self.answer(421, "this server has another name; --web-origin adds one")
+            return self.respond(421, "this server has another name; --web-origin adds one")
         if expected not in ("", "100-continue"):
-            return self.answer(417, "Expect is 100-continue, or nothing")
+            return self.respond(417, "Expect is 100-continue, or nothing")
         if (request.method, request.target) == ("OPTIONS", "*"):  # what the server can do
             every = {method for route in WEB_ROUTES.values() for method in route}
-            return self.answer(204, "", allow_header(every))
+            return self.respond(204, "", allow_header(every))
         methods = self._methods(request.path)
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
         if handler:
             return handler(self, request)
         if not methods:
-            return self.answer(404, "there is no such page")
+            return self.respond(404, "there is no such page")
         allowed = allow_header(methods)
         if request.method == "OPTIONS":
-            return self.answer(204, "", allowed)
-        return self.answer(405, f"{request.method} is not for this page", allowed)
+            return self.respond(204, "", allowed)
+        return self.respond(405, f"{request.method} is not for this page", allowed)
 
     def _find_client(self, request: Request) -> bool:
         """Set the client of a request: the other end of the connection, or, for a proxy of
@@ -11631,9 +11659,9 @@ class WebSession(LocalSession):
             secure = request.tokens("x-forwarded-proto")[-1:] == ["https"]
         if not host:
             return False
-        client = (host, passed_on, secure)
-        if client != self.sender:  # of the request before: most connections have one client
-            self.sender = client
+        sender = RequestSender(host, passed_on, secure)
+        if sender != self.sender:  # most connections have one
+            self.sender = sender
             self.on_this_machine = is_loopback(host) and not passed_on
             key = address_key(host, host_of(conn.local))
             conn.act_for(host, f"a proxy at {key}" if passed_on else key, secure)
@@ -11644,7 +11672,7 @@ class WebSession(LocalSession):
     def _methods(path: str) -> dict[str, Callable]:
         return WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
 
-    def answer(self, status: int, body: str | bytes = "", *headers: str) -> None:
+    def respond(self, status: int, body: str | bytes = "", *headers: str) -> None:
         """Send a whole answer. Close the connection if a long body is still to come unread."""
         request = self.request
         if request and self.body_left and self.take_body is do_nothing:
@@ -11693,7 +11721,7 @@ class WebSession(LocalSession):
         end, self.at_end = self.at_end, do_nothing
         end()
         status = REFUSAL_STATUSES.get(refusal.code, 503)
-        self.answer(status, str(refusal), *(CHALLENGE if status == 401 else ()), *self.cors())
+        self.respond(status, str(refusal), *(CHALLENGE if status == 401 else ()), *self.cors())
 
     def not_kept(self, events: list[Event], reason: str) -> None:
         """Do nothing: a web client sends no messages."""
@@ -11708,15 +11736,15 @@ def open_websocket(session: WebSession, request: Request) -> None:
     """Answer a WebSocket handshake (RFC 6455 section 4.2). An IRC session takes over then."""
     key = request.header("sec-websocket-key")
     if request.header("sec-websocket-version") != "13":
-        return session.answer(426, "the version is 13", "Sec-WebSocket-Version: 13")
+        return session.respond(426, "the version is 13", "Sec-WebSocket-Version: 13")
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) or request.method != "GET":
-        return session.answer(400, "a handshake is a GET with a key of 16 bytes")
+        return session.respond(400, "a handshake is a GET with a key of 16 bytes")
     if not request.minor or request.length != 0:
-        return session.answer(400, "a handshake is one of HTTP/1.1, without a body")
+        return session.respond(400, "a handshake is one of HTTP/1.1, without a body")
     if len(request.headers.get("origin", ())) > 1:
-        return session.answer(400, "a request has one Origin")
+        return session.respond(400, "a request has one Origin")
     if not origin_allowed(session.site.web, request.header("origin"), request.header("host")):
-        return session.answer(403, "pages of that origin may not join; --web-origin allows them")
+        return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
     lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
     lines.append(f"Sec-WebSocket-Accept: {websocket_accept(key)}")
@@ -11730,19 +11758,19 @@ def web_document(session: WebSession, request: Request) -> None:
     """GET /sw.js and the other parts of the page -- from memory, compressed if the client can"""
     document = session.site.web.documents.get(request.path)
     if document is None:
-        return session.answer(404, "there is no such page")
+        return session.respond(404, "there is no such page")
     offered = request.tokens("accept-encoding")
     how = "gzip" if any(map(ACCEPTS_GZIP.fullmatch, offered)) else ""
     authority = request.host if split_host(request.host)[0] else "localhost"
     headers = [f"ETag: {document.etags[how]}", "Cache-Control: no-cache", "Vary: Accept-Encoding"]
     if status := not_needed(request, document.etags[how]):
-        return session.answer(status, "", *headers)
+        return session.respond(status, "", *headers)
     headers += [f"Content-Type: {document.type}", *([f"Content-Encoding: {how}"] if how else [])]
     headers += [
         f"Content-Security-Policy: {document.policy.replace('{host}', authority)}",
         "X-DNS-Prefetch-Control: off",  # or a link in a message tells its host of the reader
     ]
-    return session.answer(200, document.forms[how], *headers)
+    return session.respond(200, document.forms[how], *headers)
 
 
 @on_request("GET", "/", "/irc")
@@ -11751,7 +11779,7 @@ def web_root(session: WebSession, request: Request) -> None:
     if "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection"):
         return open_websocket(session, request)
     if request.path == "/irc":
-        return session.answer(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
+        return session.respond(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
     return web_document(session, request)
 
 
@@ -11759,21 +11787,21 @@ def web_root(session: WebSession, request: Request) -> None:
 def web_health(session: WebSession, request: Request) -> None:
     """GET /health -- for monitors on this machine: 200, or 503 while history is not kept"""
     if not session.may_read_metrics():
-        return session.answer(404, "there is no such page")
+        return session.respond(404, "there is no such page")
     trouble = session.site.server.trouble()
-    return session.answer(503 if trouble else 200, trouble or "ok")
+    return session.respond(503 if trouble else 200, trouble or "ok")
 
 
 @on_request("GET", "/metrics")
 def web_metrics(session: WebSession, request: Request) -> None:
     """GET /metrics -- figures in Prometheus' text format, for this machine"""
     if not session.may_read_metrics():
-        return session.answer(404, "there is no such page")
+        return session.respond(404, "there is no such page")
     lines = []
     for name, (kind, text, value) in session.site.server.metrics().items():
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}"]
     kind = "Content-Type: text/plain; version=0.0.4; charset=utf-8"
-    return session.answer(200, "\n".join([*lines, ""]), kind)
+    return session.respond(200, "\n".join([*lines, ""]), kind)
 
 
 # Files: what they are
@@ -11920,7 +11948,7 @@ def authorize(session: WebSession, then: Callable[[str], None]) -> None:
 
     def check_ban(owner: str) -> None:
         account = owner[1:].rpartition("/")[0]  # of an identity; a guest has none
-        check_server_ban(hub, source_of(account or "*", f"{session.sender[0]}:0", "*", account))
+        check_server_ban(hub, source_of(account or "*", f"{session.sender.host}:0", "*", account))
         then(owner)
 
     if given and given == session.credentials and hub.accounts.is_proof(*session.proof):
@@ -11959,7 +11987,7 @@ NO_SUCH_FILE = "there is no such file, or not any more"
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
     """Answer a request about a file, with the headers for other sites' pages and for tus."""
     tus = (TUS,) if is_tus(session.request) else ()
-    session.answer(status, body, *headers, *session.cors(), *tus)
+    session.respond(status, body, *headers, *session.cors(), *tus)
 
 
 def is_elsewhere(session: WebSession, request: Request) -> bool:
@@ -11985,7 +12013,7 @@ def on_files(method: str, path: str) -> Callable:
         @functools.wraps(handler)
         def guarded(session: WebSession, request: Request) -> None:
             if session.site.folder is None:
-                return session.answer(404, "this server keeps no files")
+                return session.respond(404, "this server keeps no files")
             asked = request.headers.get("tus-resumable", ["1.0.0"])
             if method != "OPTIONS" and asked != ["1.0.0"]:
                 return answer_file(session, 412, "this is tus 1.0.0", "Tus-Version: 1.0.0")
@@ -19431,18 +19459,8 @@ class Peer(Connection):
 
     __slots__ = (
         *("address", "asked", "budget", "chats", "frame_writer", "greeted", "heard", "held"),
-        *(
-            "home",
-            "host",
-            "inbox",
-            "leaving",
-            "limit_key",
-            "looks",
-            "proxied_tls",
-            "server",
-            "session",
-        ),
-        *("waits_for_budget", "was_unsent", "web"),
+        *("home", "host", "inbox", "leaving", "limit_key", "looks", "proxied_tls", "server"),
+        *("session", "waits_for_budget", "was_unsent", "web"),
     )
 
     def __init__(self, server: "Server", sock: socket.socket, host: str, port: int, key: str):
@@ -19565,7 +19583,7 @@ class Peer(Connection):
         """Answer a WebSocket handshake; from here on read frames with lines of IRC."""
         server = self.server
         if refusal := server.limits.speaks_http(self.home, False):
-            return self.session.answer(503, refusal)
+            return self.session.respond(503, refusal)
         self.session.ended()
         super().write(head)
         self.web, self.chats = False, True
@@ -19632,7 +19650,7 @@ class Peer(Connection):
         super().ready(mask if self.wants_read() or self.state != OPEN else mask & ~READ)
 
     def received(self, data: bytes) -> None:
-        """Take plaintext from the client. Its first bytes may begin TLS."""
+        """Take bytes from the client, decrypted if there is TLS. The first ones may begin TLS."""
         self.heard = self.loop.now
         if self.inbox is None:
             self.server.times.silent.discard(self)
@@ -20112,14 +20130,17 @@ class Committer:
 class OpenFile:
     """A file that is being read or written. The hash of a new file is computed as it is written."""
 
-    def __init__(self, path: pathlib.Path, new: bool | None = None):
-        """Open a file: `new` is True to create it, False to append to it, None to read it."""
+    FLAGS = {
+        "create": os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL,
+        "append": os.O_RDWR | os.O_APPEND,
+        "read": os.O_RDONLY,
+    }
+
+    def __init__(self, path: pathlib.Path, mode: str):
         self.path, self.fd = path, -1
         self.lock = threading.Lock()  # a connection may end while a job reads or writes
-        flags = os.O_RDONLY if new is None else os.O_RDWR | os.O_APPEND
-        flags |= (os.O_CREAT | os.O_EXCL) * bool(new)
-        self.fd = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        self.hash = hashlib.sha256() if new else None
+        self.fd = os.open(path, self.FLAGS[mode] | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        self.hash = hashlib.sha256() if mode == "create" else None
 
     def write(self, data: bytes) -> None:
         """Append data; do nothing if the file is closed, because its upload goes on elsewhere."""
@@ -20170,7 +20191,7 @@ class FileFolder:
     def begin(self, id: str) -> OpenFile:
         """Return a new file for the content of an upload. Raises Refused."""
         try:
-            file = self.writers[id] = OpenFile(self._part(id), new=True)
+            file = self.writers[id] = OpenFile(self._part(id), "create")
             return file
         except OSError as error:
             log.error("a file cannot be written: %s", reason_of(error))
@@ -20181,7 +20202,7 @@ class FileFolder:
         wrote it before writes no more, also if a piece of it still waits. Raises Refused."""
         if before := self.writers.get(id):
             before.close()
-        file = self.writers[id] = self._guarded(lambda: OpenFile(self._part(id), new=False))
+        file = self.writers[id] = self._guarded(lambda: OpenFile(self._part(id), "append"))
         return file, os.fstat(file.fd).st_size
 
     def size(self, id: str) -> int:
@@ -20213,7 +20234,7 @@ class FileFolder:
     def open(self, sha: str) -> OpenFile | None:
         """Return the content with this hash, opened; None if there is none."""
         try:
-            return OpenFile(self.path / sha)
+            return OpenFile(self.path / sha, "read")
         except OSError as error:
             log.error("the file %s cannot be read: %s", sha, reason_of(error))
             return None

@@ -13250,7 +13250,7 @@ def test_a_broken_name_is_no_name(value):
 def test_a_file_that_was_opened_for_no_one_is_closed(files):
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
     for n in range(20):
-        chat.OpenFile(files.site.folder.path / f"{n}.part", new=True)
+        chat.OpenFile(files.site.folder.path / f"{n}.part", "create")
     gc.collect()
     after = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
     assert after <= before + 1
