@@ -322,6 +322,7 @@ class Opened(NamedTuple):
 RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 MIRRORED = str.maketrans("()[]{}<>\u00ab\u00bb", ")(][}{><\u00bb\u00ab")
 FORMS = ("isolated", "final", "initial", "medial")  # neither joined, to the one before, ...
+ARABIC_FORMS = re.compile("[\ufb50-\ufbc1\ufe80-\ufefc]")  # see arabic_forms()
 
 
 @functools.cache
@@ -414,6 +415,13 @@ def seen_line(line: str, base: int) -> str:
     return "".join(parts)
 
 
+def said_line(seen: str, base: int) -> str:
+    """Return the characters of a line that is drawn like this in the order in which they were
+    said: to order a line twice is to leave it as it was."""
+    line = seen_line(seen, base)
+    return ARABIC_FORMS.sub(lambda match: unicodedata.normalize("NFKC", match[0]), line)
+
+
 def broken_to_fit(line: str, fits: Callable[[str], bool]) -> Iterator[str]:
     """Yield a line in parts that fit, broken between words."""
     part = ""
@@ -498,6 +506,16 @@ def name_tag(name: str) -> str:
 def link_of(text: str) -> str:
     """Return the address of a link as it stands in a text."""
     return text if "://" in text else f"https://{text}"
+
+
+def link_meant(seen: str, text: str) -> str:
+    """Return the address of the link in a text that is drawn like this, perhaps in another order:
+    it has the same characters, or begins with them."""
+    letters = sorted(said_line(seen, 0))
+    links = LINK.findall(text)
+    same = [one for one in links if one == seen] or [one for one in links if sorted(one) == letters]
+    same += [one for one in links if one.startswith(seen)]
+    return link_of((same or [seen])[0])
 
 
 def linked(text: str, *tags: str) -> list:
@@ -3436,7 +3454,20 @@ class ReadText(tk.Text):
         self.look, self.padding = look, padding
         self.bar = ttk.Scrollbar(parent, command=self.yview)
         self.configure(yscrollcommand=self.bar.set)
+        self.bind("<<Copy>>", self._copy)
         look.follow(self.recolour)
+
+    def _copy(self, event: Any) -> str:
+        """Copy what is selected as it was said: lines may be drawn in another order."""
+        if self.tag_ranges("sel"):
+            lines = whole(self.get("sel.first", "sel.last")).split("\n")
+            for n, line in enumerate(lines) if self.look.reorders else ():
+                if RIGHT_TO_LEFT.search(line):
+                    tags = self.tag_names(f"sel.first linestart + {n} lines")
+                    lines[n] = said_line(line, int("rtl" in tags))
+            self.clipboard_clear()
+            self.clipboard_append("\n".join(lines))
+        return "break"
 
     def recolour(self) -> None:
         look, c, tag = self.look, self.look.colours, self.tag_configure
@@ -3832,8 +3863,9 @@ class Pointer:
         found = self.text.tag_prevrange("link", f"{index} + 1 indices")
         if not found or self.text.compare(found[1], "<=", index):
             return ""
-        match = LINK.match(self.text.get(*found))
-        return link_of(match.group()) if match else ""
+        number = self.text.row_at(index)
+        text = "" if number is None else self.sheet.rows[number].view.text
+        return link_meant(whole(self.text.get(*found)), text)
 
 
 class Transcript(ttk.Frame):

@@ -24640,6 +24640,24 @@ def test_a_window_is_put_where_the_screen_is():
 )
 def test_text_from_right_to_left_is_drawn_in_the_order_in_which_it_is_seen(text, seen):
     assert gui_client.seen_line(text, int(gui_client.is_rtl(text))) == seen
+    assert gui_client.said_line(seen, int(gui_client.is_rtl(text))) == text  # what is copied
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see https://he.wikipedia.org/wiki/תה now",
+        "ראה https://he.wikipedia.org/wiki/תה עכשיו",
+        "انظر https://ar.wikipedia.org/wiki/شاي الآن",
+        "www.example.org, https://he.wikipedia.org/wiki/תה and https://he.wikipedia.org/wiki/קפה",
+    ],
+)
+def test_a_link_with_letters_from_right_to_left_leads_where_it_was_meant_to(text):
+    pieces = gui_client.line_pieces(text, gui_client.Style(fits=lambda part: True), "said")
+    shown = [p for p, tags in zip(pieces[::2], pieces[1::2], strict=True) if "link" in tags]
+    assert [gui_client.link_meant(one, text) for one in shown] == [
+        gui_client.link_of(one) for one in gui_client.LINK.findall(text)
+    ]
 
 
 def test_a_line_from_right_to_left_is_broken_before_it_is_turned():
@@ -25692,6 +25710,18 @@ def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, 
     if way == "focus":
         last.focus_force()
     pump(alice, lambda: in_sight(last) and not in_sight(first))
+
+
+def test_what_is_copied_from_the_messages_is_in_the_order_in_which_it_was_said(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    text = alice.transcript.text
+    bob.send("שלום alice\nمرحبا 🍵\nplain\n")
+    see(alice, "plain\n")
+    text.tag_add("sel", "1.0", "end")
+    text.event_generate("<<Copy>>")
+    assert "שלום alice\nمرحبا 🍵\nplain\n" in (alice.root.clipboard_get())
 
 
 def test_a_link_is_opened_by_a_click_and_the_user_told_if_it_cannot_be(
