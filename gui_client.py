@@ -7185,9 +7185,11 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def heed_signals(window: Window) -> None:
-    """Let Ctrl-C in the terminal close the window."""
+    """Let Ctrl-C in the terminal close the window, but no signal that is ignored: under nohup it
+    outlives its terminal."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if number := getattr(signal, name, None):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, window.interrupt)
     window.bell.heed_signals()
 

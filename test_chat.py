@@ -26210,6 +26210,20 @@ def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(running, quic
     assert program.process.returncode != 0 and "Traceback" not in errors
 
 
+def test_a_window_under_nohup_outlives_its_terminal():
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in names}
+    bell = types.SimpleNamespace(heed_signals=chat.do_nothing)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        gui_client.heed_signals(types.SimpleNamespace(interrupt=chat.do_nothing, bell=bell))
+        heard = [signal.getsignal(number) for number in names]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert heard == [chat.do_nothing, chat.do_nothing, signal.SIG_IGN]
+
+
 def test_the_lines_of_the_protocol_are_shown_without_passwords(running, window):
     alice = at_home(window(running().address))
     enter(alice, "/register * verysecret")
