@@ -3455,7 +3455,21 @@ class ReadText(tk.Text):
         self.bar = ttk.Scrollbar(parent, command=self.yview)
         self.configure(yscrollcommand=self.bar.set)
         self.bind("<<Copy>>", self._copy)
+        self.show_hand("link")
         look.follow(self.recolour)
+
+    def show_hand(self, *tags: str) -> None:
+        """Show by the pointer that text with these tags does something."""
+        for tag in tags:
+            self.tag_bind(tag, "<Enter>", lambda _: self.configure(cursor="hand2"))
+            self.tag_bind(tag, "<Leave>", lambda _: self.configure(cursor="arrow"))
+
+    def link_at(self, index: str, said: str = "") -> str:
+        """Return the link there, or "". One tag serves all of them."""
+        found = self.tag_prevrange("link", f"{index} + 1 indices")
+        if not found or self.compare(found[1], "<=", index):
+            return ""
+        return link_meant(whole(self.get(*found)), said)
 
     def _copy(self, event: Any) -> str:
         """Copy what is selected as it was said: lines may be drawn in another order."""
@@ -3773,9 +3787,7 @@ class Pointer:
             text.bind(key, functools.partial(self._choose_next, step))
         text.bind("<Return>", self._menu)
         bind_menu(text, self._menu)
-        for tag in ("link", *CLICKED):
-            text.tag_bind(tag, "<Enter>", lambda _: text.configure(cursor="hand2"))
-            text.tag_bind(tag, "<Leave>", lambda _: text.configure(cursor="arrow"))
+        text.show_hand(*CLICKED)
 
     @property
     def row(self) -> Row | None:
@@ -3859,13 +3871,8 @@ class Pointer:
         return self.text.get(*found).split()[0] if found else ""
 
     def link_at(self, index: str) -> str:
-        """Return the link there, or "". One tag serves all of them."""
-        found = self.text.tag_prevrange("link", f"{index} + 1 indices")
-        if not found or self.text.compare(found[1], "<=", index):
-            return ""
         number = self.text.row_at(index)
-        text = "" if number is None else self.sheet.rows[number].view.text
-        return link_meant(whole(self.text.get(*found)), text)
+        return self.text.link_at(index, "" if number is None else self.sheet.rows[number].view.text)
 
 
 class Transcript(ttk.Frame):
@@ -4724,6 +4731,7 @@ class Panel(ttk.Frame):
         self.search: Callable[[str, bool], None] = chat.do_nothing
         self.jump: Callable[[int, chat.ViewEvent], None] = chat.do_nothing
         self.closed: Callable[[], None] = chat.do_nothing
+        self.open_link: Callable[[str], None] = chat.do_nothing
         self.rows: list[tuple[int, str, chat.ViewEvent]] = []
         self.wanted = ""  # words that were looked for
         self.everywhere = False
@@ -4848,8 +4856,13 @@ class Panel(ttk.Frame):
         return "break"
 
     def _click(self, event: Any) -> None:
-        self.text.mark_set("insert", f"@{event.x},{event.y}")
-        if not self.text.tag_ranges("sel"):
+        index = f"@{event.x},{event.y}"
+        self.text.mark_set("insert", index)
+        if self.text.tag_ranges("sel"):
+            return
+        if url := self.text.link_at(index):
+            self.open_link(url)
+        else:
             self._open()
 
     def _open(self) -> str:
@@ -6019,6 +6032,7 @@ class MessageActs(Acts):
         pointer = self.transcript.pointer
         pointer.menu_for, pointer.acted = self.menu, self.act
         pointer.told = self.window.status_line.tell
+        self.window.panel.open_link = self._open_link
 
     def menu(self, row: Row, event: Any) -> None:
         """Open the menu of a message."""
@@ -6081,11 +6095,14 @@ class MessageActs(Acts):
         if what == "react" and more:
             self._react(row, more)
         elif what == "link":
-            self.window.jobs.start(functools.partial(open_link, more), self.window.tell)
+            self._open_link(more)
         elif what in ("retry", "cancel"):
             self.do(what, self.model.here, row.view.own_id)
         elif act := self.ACTS.get(what):
             act(self, row)
+
+    def _open_link(self, url: str) -> None:
+        self.window.jobs.start(functools.partial(open_link, url), self.window.tell)
 
     def act_on_chosen(self, what: str) -> None:
         if row := self.transcript.pointer.row:

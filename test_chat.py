@@ -25742,6 +25742,15 @@ def test_a_link_is_opened_by_a_click_and_the_user_told_if_it_cannot_be(
     alice.messages.act(f"link {url}", alice.transcript.pointer.row)
     pump(alice, lambda: about.cget("text") == gui_client.HINT)
     assert opened == ["https://www.example.org"] * 2
+    alice.show_page("Topic of #lobby", "see www.example.org/topic")
+    alice.root.update()
+    text = alice.panel.text
+    x, y, *_ = text.bbox(f"{text.search('www.', '1.0')} + 3 chars")
+    for left in (x - 45, x + 1):  # beside it and on it
+        text.event_generate("<Button-1>", x=left, y=y + 1)
+        text.event_generate("<ButtonRelease-1>", x=left, y=y + 1)
+    pump(alice, lambda: opened[2:])
+    assert opened[2:] == ["https://www.example.org/topic"]
 
 
 def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certificate):
@@ -25819,20 +25828,14 @@ def test_a_text_goes_to_no_other_conversation_because_its_own_is_taken_away(runn
     bob = tagger(server, "bob", "JOIN #tea")
     alice = at_home(window(server.address))
     join(alice, "#tea")
-    engine = alice.model.engine
-
-    def begin(text):
-        """Begin an answer in #tea, from which another device or an operator takes the user."""
-        go(alice, "#tea")
-        bob.send("PRIVMSG #tea :and you?\r\n")
-        see(alice, "and you?\n")
-        press(alice, "Alt-r")
-        alice.compose.insert("insert", text)
-        alice.root.update()
-        engine.submit(lambda: engine.show(engine.core.feed(b":alice!u@h PART #tea\r\n")))
-        pump(alice, lambda: alice.model.room.name == "#lobby")
-
-    begin("half of a sen")
+    bob.send("PRIVMSG #tea :and you?\r\n")
+    see(alice, "and you?\n")
+    press(alice, "Alt-r")
+    alice.compose.insert("insert", "half of a sen")
+    alice.root.update()
+    engine, gone = alice.model.engine, b":alice!u@h PART #tea\r\n"  # by another device
+    engine.submit(lambda: engine.show(engine.core.feed(gone)))
+    pump(alice, lambda: alice.model.room.name == "#lobby")
     assert alice.writing.reply is None and not alice.banner.shown
     alice.compose.insert("insert", "tence")
     press(alice, "Return")
