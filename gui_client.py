@@ -6853,8 +6853,11 @@ class Window:
             self.ended(event.ended)
 
     def when_idle(self, what: str, act: Callable[[], Any]) -> None:
-        """Open a dialog as soon as the user does not type: it takes the keys."""
+        """Open a dialog as soon as the user does not type, also not in another one: it takes the
+        keys and the place of that."""
         wait = self.writing.edited_at + IDLE_SECONDS - time.monotonic()
+        if any(card.shown for card in self.cards):
+            wait = IDLE_SECONDS
         if wait > 0:
             self.timers.later(what, int(wait * 1000) + 1, lambda: self.when_idle(what, act))
         else:

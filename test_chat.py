@@ -25851,7 +25851,10 @@ def test_a_text_goes_to_no_other_conversation_because_its_own_is_taken_away(runn
 
 
 @pytest.mark.parametrize("asks", ["server", "engine"])
-def test_a_dialog_that_the_user_did_not_ask_for_waits_until_nothing_is_typed(window, asks):
+def test_a_dialog_that_the_user_did_not_ask_for_waits_until_nothing_is_typed(
+    window, asks, monkeypatch
+):
+    monkeypatch.setattr(gui_client, "IDLE_SECONDS", 0.3)
     alice = window(name="")
     alice.card.hide()
     alice.root.update()
@@ -25866,6 +25869,11 @@ def test_a_dialog_that_the_user_did_not_ask_for_waits_until_nothing_is_typed(win
     assert not alice.card.shown
     press(alice, "Key-x")
     assert alice.compose.content == "a sentence that is notx"
+    alice.ask_card.show("Write to", chat.do_nothing, "bo")
+    waits = time.monotonic() + 2 * gui_client.IDLE_SECONDS
+    pump(alice, lambda: time.monotonic() > waits)
+    assert alice.ask_card.shown and not alice.card.shown
+    alice.ask_card.hide()
     pump(alice, lambda: alice.card.shown)
     assert alice.card.error.cget("text") == "you are banned"
     assert time.monotonic() - alice.writing.edited_at >= gui_client.IDLE_SECONDS
