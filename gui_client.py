@@ -322,6 +322,7 @@ class Opened(NamedTuple):
 RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 MIRRORED = str.maketrans("()[]{}<>\u00ab\u00bb", ")(][}{><\u00bb\u00ab")
 FORMS = ("isolated", "final", "initial", "medial")  # neither joined, to the one before, ...
+ARABIC_FORMS = re.compile("[\ufb50-\ufbc1\ufe80-\ufefc]")  # see arabic_forms()
 
 
 @functools.cache
@@ -414,6 +415,13 @@ def seen_line(line: str, base: int) -> str:
     return "".join(parts)
 
 
+def said_line(seen: str, base: int) -> str:
+    """Return the characters of a line that is drawn like this in the order in which they were
+    said: to order a line twice is to leave it as it was."""
+    line = seen_line(seen, base)
+    return ARABIC_FORMS.sub(lambda match: unicodedata.normalize("NFKC", match[0]), line)
+
+
 def broken_to_fit(line: str, fits: Callable[[str], bool]) -> Iterator[str]:
     """Yield a line in parts that fit, broken between words."""
     part = ""
@@ -498,6 +506,16 @@ def name_tag(name: str) -> str:
 def link_of(text: str) -> str:
     """Return the address of a link as it stands in a text."""
     return text if "://" in text else f"https://{text}"
+
+
+def link_meant(seen: str, text: str) -> str:
+    """Return the address of the link in a text that is drawn like this, perhaps in another order:
+    it has the same characters, or begins with them."""
+    letters = sorted(said_line(seen, 0))
+    links = LINK.findall(text)
+    same = [one for one in links if one == seen] or [one for one in links if sorted(one) == letters]
+    same += [one for one in links if one.startswith(seen)]
+    return link_of((same or [seen])[0])
 
 
 def linked(text: str, *tags: str) -> list:
@@ -3436,7 +3454,34 @@ class ReadText(tk.Text):
         self.look, self.padding = look, padding
         self.bar = ttk.Scrollbar(parent, command=self.yview)
         self.configure(yscrollcommand=self.bar.set)
+        self.bind("<<Copy>>", self._copy)
+        self.show_hand("link")
         look.follow(self.recolour)
+
+    def show_hand(self, *tags: str) -> None:
+        """Show by the pointer that text with these tags does something."""
+        for tag in tags:
+            self.tag_bind(tag, "<Enter>", lambda _: self.configure(cursor="hand2"))
+            self.tag_bind(tag, "<Leave>", lambda _: self.configure(cursor="arrow"))
+
+    def link_at(self, index: str, said: str = "") -> str:
+        """Return the link there, or "". One tag serves all of them."""
+        found = self.tag_prevrange("link", f"{index} + 1 indices")
+        if not found or self.compare(found[1], "<=", index):
+            return ""
+        return link_meant(whole(self.get(*found)), said)
+
+    def _copy(self, event: Any) -> str:
+        """Copy what is selected as it was said: lines may be drawn in another order."""
+        if self.tag_ranges("sel"):
+            lines = whole(self.get("sel.first", "sel.last")).split("\n")
+            for n, line in enumerate(lines) if self.look.reorders else ():
+                if RIGHT_TO_LEFT.search(line):
+                    tags = self.tag_names(f"sel.first linestart + {n} lines")
+                    lines[n] = said_line(line, int("rtl" in tags))
+            self.clipboard_clear()
+            self.clipboard_append("\n".join(lines))
+        return "break"
 
     def recolour(self) -> None:
         look, c, tag = self.look, self.look.colours, self.tag_configure
@@ -3742,9 +3787,7 @@ class Pointer:
             text.bind(key, functools.partial(self._choose_next, step))
         text.bind("<Return>", self._menu)
         bind_menu(text, self._menu)
-        for tag in ("link", *CLICKED):
-            text.tag_bind(tag, "<Enter>", lambda _: text.configure(cursor="hand2"))
-            text.tag_bind(tag, "<Leave>", lambda _: text.configure(cursor="arrow"))
+        text.show_hand(*CLICKED)
 
     @property
     def row(self) -> Row | None:
@@ -3828,12 +3871,8 @@ class Pointer:
         return self.text.get(*found).split()[0] if found else ""
 
     def link_at(self, index: str) -> str:
-        """Return the link there, or "". One tag serves all of them."""
-        found = self.text.tag_prevrange("link", f"{index} + 1 indices")
-        if not found or self.text.compare(found[1], "<=", index):
-            return ""
-        match = LINK.match(self.text.get(*found))
-        return link_of(match.group()) if match else ""
+        number = self.text.row_at(index)
+        return self.text.link_at(index, "" if number is None else self.sheet.rows[number].view.text)
 
 
 class Transcript(ttk.Frame):
@@ -4692,6 +4731,7 @@ class Panel(ttk.Frame):
         self.search: Callable[[str, bool], None] = chat.do_nothing
         self.jump: Callable[[int, chat.ViewEvent], None] = chat.do_nothing
         self.closed: Callable[[], None] = chat.do_nothing
+        self.open_link: Callable[[str], None] = chat.do_nothing
         self.rows: list[tuple[int, str, chat.ViewEvent]] = []
         self.wanted = ""  # words that were looked for
         self.everywhere = False
@@ -4816,8 +4856,13 @@ class Panel(ttk.Frame):
         return "break"
 
     def _click(self, event: Any) -> None:
-        self.text.mark_set("insert", f"@{event.x},{event.y}")
-        if not self.text.tag_ranges("sel"):
+        index = f"@{event.x},{event.y}"
+        self.text.mark_set("insert", index)
+        if self.text.tag_ranges("sel"):
+            return
+        if url := self.text.link_at(index):
+            self.open_link(url)
+        else:
             self._open()
 
     def _open(self) -> str:
@@ -5987,6 +6032,7 @@ class MessageActs(Acts):
         pointer = self.transcript.pointer
         pointer.menu_for, pointer.acted = self.menu, self.act
         pointer.told = self.window.status_line.tell
+        self.window.panel.open_link = self._open_link
 
     def menu(self, row: Row, event: Any) -> None:
         """Open the menu of a message."""
@@ -6049,11 +6095,14 @@ class MessageActs(Acts):
         if what == "react" and more:
             self._react(row, more)
         elif what == "link":
-            self.window.jobs.start(functools.partial(open_link, more), self.window.tell)
+            self._open_link(more)
         elif what in ("retry", "cancel"):
             self.do(what, self.model.here, row.view.own_id)
         elif act := self.ACTS.get(what):
             act(self, row)
+
+    def _open_link(self, url: str) -> None:
+        self.window.jobs.start(functools.partial(open_link, url), self.window.tell)
 
     def act_on_chosen(self, what: str) -> None:
         if row := self.transcript.pointer.row:
@@ -6804,8 +6853,11 @@ class Window:
             self.ended(event.ended)
 
     def when_idle(self, what: str, act: Callable[[], Any]) -> None:
-        """Open a dialog as soon as the user does not type: it takes the keys."""
+        """Open a dialog as soon as the user does not type, also not in another one: it takes the
+        keys and the place of that."""
         wait = self.writing.edited_at + IDLE_SECONDS - time.monotonic()
+        if any(card.shown for card in self.cards):
+            wait = IDLE_SECONDS
         if wait > 0:
             self.timers.later(what, int(wait * 1000) + 1, lambda: self.when_idle(what, act))
         else:
@@ -7153,9 +7205,11 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def heed_signals(window: Window) -> None:
-    """Let Ctrl-C in the terminal close the window."""
+    """Let Ctrl-C in the terminal close the window, but no signal that is ignored: under nohup it
+    outlives its terminal."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if number := getattr(signal, name, None):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, window.interrupt)
     window.bell.heed_signals()
 

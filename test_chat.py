@@ -25321,6 +25321,24 @@ def test_a_window_is_put_where_the_screen_is():
 )
 def test_text_from_right_to_left_is_drawn_in_the_order_in_which_it_is_seen(text, seen):
     assert gui_client.seen_line(text, int(gui_client.is_rtl(text))) == seen
+    assert gui_client.said_line(seen, int(gui_client.is_rtl(text))) == text  # what is copied
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see https://he.wikipedia.org/wiki/תה now",
+        "ראה https://he.wikipedia.org/wiki/תה עכשיו",
+        "انظر https://ar.wikipedia.org/wiki/شاي الآن",
+        "www.example.org, https://he.wikipedia.org/wiki/תה and https://he.wikipedia.org/wiki/קפה",
+    ],
+)
+def test_a_link_with_letters_from_right_to_left_leads_where_it_was_meant_to(text):
+    pieces = gui_client.line_pieces(text, gui_client.Style(fits=lambda part: True), "said")
+    shown = [p for p, tags in zip(pieces[::2], pieces[1::2], strict=True) if "link" in tags]
+    assert [gui_client.link_meant(one, text) for one in shown] == [
+        gui_client.link_of(one) for one in gui_client.LINK.findall(text)
+    ]
 
 
 def test_a_line_from_right_to_left_is_broken_before_it_is_turned():
@@ -26375,6 +26393,18 @@ def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, 
     pump(alice, lambda: in_sight(last) and not in_sight(first))
 
 
+def test_what_is_copied_from_the_messages_is_in_the_order_in_which_it_was_said(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    text = alice.transcript.text
+    bob.send("שלום alice\nمرحبا 🍵\nplain\n")
+    see(alice, "plain\n")
+    text.tag_add("sel", "1.0", "end")
+    text.event_generate("<<Copy>>")
+    assert "שלום alice\nمرحبا 🍵\nplain\n" in (alice.root.clipboard_get())
+
+
 def test_a_link_is_opened_by_a_click_and_the_user_told_if_it_cannot_be(
     running, window, monkeypatch
 ):
@@ -26393,6 +26423,15 @@ def test_a_link_is_opened_by_a_click_and_the_user_told_if_it_cannot_be(
     alice.messages.act(f"link {url}", alice.transcript.pointer.row)
     pump(alice, lambda: about.cget("text") == gui_client.HINT)
     assert opened == ["https://www.example.org"] * 2
+    alice.show_page("Topic of #lobby", "see www.example.org/topic")
+    alice.root.update()
+    text = alice.panel.text
+    x, y, *_ = text.bbox(f"{text.search('www.', '1.0')} + 3 chars")
+    for left in (x - 45, x + 1):  # beside it and on it
+        text.event_generate("<Button-1>", x=left, y=y + 1)
+        text.event_generate("<ButtonRelease-1>", x=left, y=y + 1)
+    pump(alice, lambda: opened[2:])
+    assert opened[2:] == ["https://www.example.org/topic"]
 
 
 def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certificate):
@@ -26470,20 +26509,14 @@ def test_a_text_goes_to_no_other_conversation_because_its_own_is_taken_away(runn
     bob = tagger(server, "bob", "JOIN #tea")
     alice = at_home(window(server.address))
     join(alice, "#tea")
-    engine = alice.model.engine
-
-    def begin(text):
-        """Begin an answer in #tea, from which another device or an operator takes the user."""
-        go(alice, "#tea")
-        bob.send("PRIVMSG #tea :and you?\r\n")
-        see(alice, "and you?\n")
-        press(alice, "Alt-r")
-        alice.compose.insert("insert", text)
-        alice.root.update()
-        engine.submit(lambda: engine.show(engine.core.feed(b":alice!u@h PART #tea\r\n")))
-        pump(alice, lambda: alice.model.room.name == "#lobby")
-
-    begin("half of a sen")
+    bob.send("PRIVMSG #tea :and you?\r\n")
+    see(alice, "and you?\n")
+    press(alice, "Alt-r")
+    alice.compose.insert("insert", "half of a sen")
+    alice.root.update()
+    engine, gone = alice.model.engine, b":alice!u@h PART #tea\r\n"  # by another device
+    engine.submit(lambda: engine.show(engine.core.feed(gone)))
+    pump(alice, lambda: alice.model.room.name == "#lobby")
     assert alice.writing.reply is None and not alice.banner.shown
     alice.compose.insert("insert", "tence")
     press(alice, "Return")
@@ -26499,7 +26532,10 @@ def test_a_text_goes_to_no_other_conversation_because_its_own_is_taken_away(runn
 
 
 @pytest.mark.parametrize("asks", ["server", "engine"])
-def test_a_dialog_that_the_user_did_not_ask_for_waits_until_nothing_is_typed(window, asks):
+def test_a_dialog_that_the_user_did_not_ask_for_waits_until_nothing_is_typed(
+    window, asks, monkeypatch
+):
+    monkeypatch.setattr(gui_client, "IDLE_SECONDS", 0.3)
     alice = window(name="")
     alice.card.hide()
     alice.root.update()
@@ -26514,6 +26550,11 @@ def test_a_dialog_that_the_user_did_not_ask_for_waits_until_nothing_is_typed(win
     assert not alice.card.shown
     press(alice, "Key-x")
     assert alice.compose.content == "a sentence that is notx"
+    alice.ask_card.show("Write to", chat.do_nothing, "bo")
+    waits = time.monotonic() + 2 * gui_client.IDLE_SECONDS
+    pump(alice, lambda: time.monotonic() > waits)
+    assert alice.ask_card.shown and not alice.card.shown
+    alice.ask_card.hide()
     pump(alice, lambda: alice.card.shown)
     assert alice.card.error.cget("text") == "you are banned"
     assert time.monotonic() - alice.writing.edited_at >= gui_client.IDLE_SECONDS
@@ -26859,6 +26900,20 @@ def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(running, quic
         screen.terminate()
         _, errors = program.process.communicate(timeout=PATIENCE)
     assert program.process.returncode != 0 and "Traceback" not in errors
+
+
+def test_a_window_under_nohup_outlives_its_terminal():
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in names}
+    bell = types.SimpleNamespace(heed_signals=chat.do_nothing)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        gui_client.heed_signals(types.SimpleNamespace(interrupt=chat.do_nothing, bell=bell))
+        heard = [signal.getsignal(number) for number in names]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert heard == [chat.do_nothing, chat.do_nothing, signal.SIG_IGN]
 
 
 def test_the_lines_of_the_protocol_are_shown_without_passwords(running, window):
