@@ -27080,7 +27080,9 @@ def checked_option(parse: Callable, fits: Callable, advice: str) -> Callable[[st
 SASL_HELP = "of SCRAM-SHA-256, EXTERNAL and PLAIN, the best one first"
 
 listen_address = checked_option(
-    lambda text: "," not in text and parse_target(text)[:2], bool, "write HOST:PORT"
+    lambda text: "," not in text and parse_target(f":{text}" if text.isdecimal() else text)[:2],
+    bool,
+    "write HOST:PORT",
 )
 positive = checked_option(whole_number, bool, "a whole number from 1 on")
 message_rate = checked_option(
@@ -27101,7 +27103,7 @@ certificate_pin = checked_option(
 )
 registration_rules = checked_option(  # "" allows it after registration with a nick
     lambda text: frozenset(filter(None, text.split(","))),
-    {"off", "before-connect", "email-required"}.issuperset,
+    lambda rules: rules == {"off"} or {"before-connect", "email-required"}.issuperset(rules),
     "write off, or before-connect,email-required",
 )
 host_name = checked_option(  # one word that can stand in a line of IRC
@@ -27144,9 +27146,11 @@ def data_option(text: str) -> pathlib.Path | None:
 
 def mail_command(text: str) -> str:
     try:
-        shlex.split(text)
+        words = shlex.split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    if not words:
+        raise argparse.ArgumentTypeError("write a command, like: sendmail -t")
     return text
 
 
@@ -27271,6 +27275,8 @@ def run_server(args: argparse.Namespace) -> int:
     writer.setFormatter(LogFormat("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=args.log.upper(), handlers=[writer])
     os.umask(0o077)
+    if "email-required" in args.register and not args.sendmail:
+        raise Unusable("--register email-required needs --sendmail COMMAND")
     lock = lock_folder(args.data) if args.data else None
     names = set(ServerOptions._fields) - {"listen", "web", "files", "cluster"}
     listen = tuple(args.listen or ServerOptions().listen)

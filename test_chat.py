@@ -29015,6 +29015,10 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     (["server", "--oper", "boss:@/dev/stdin"], 1, "the password in /dev/stdin is not UTF-8 text"),
     (["server", "--password", "\udcff"], 1, "on the command line is not UTF-8 text"),
     (["server", "--sendmail", "mail 'x"], 2, "No closing quotation"),
+    (["server", "--sendmail", " "], 2, "write a command, like: sendmail -t"),
+    (["server", "--register", "off,before-connect"], 2, "write off, or before-connect"),
+    (["server", "--data", "none", "--register", "email-required"], 1, "needs --sendmail COMMAND"),
+    (["server", "--listen", "70000"], 2, "write HOST:PORT"),
     (
         ["server", "--data", "none", "--motd", "/"],
         1,
@@ -29037,6 +29041,10 @@ def test_a_password_in_a_file_is_one_line(tmp_path):
         path.write_text(content)
         with contextlib.nullcontext() if valid else pytest.raises(chat.Unusable, match="one line"):
             assert chat.read_secret(path) == content.strip()
+
+
+def test_the_address_to_listen_on_may_be_a_port_alone():
+    assert chat.listen_address("7001") == chat.listen_address(":7001") == ("127.0.0.1", 7001)
 
 
 def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
