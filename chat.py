@@ -3010,7 +3010,7 @@ class Turn:
         self.copies: dict[Session, list[int]] = {}
         self.moved: set[User] = set()  # joined or left a channel in this turn
         self.moved_channels: set[Channel] = set()  # where they did
-        self.left: dict[Session, User] = {}  # ended; still get what came before that
+        self.left: dict[Session, tuple[User, int]] = {}  # ended: still get events up to this id
 
     def move(self, user: User, channel: Channel) -> None:
         """Note that a user joins or leaves a channel."""
@@ -3113,13 +3113,14 @@ class Turn:
         if not groups:
             return b"".join([data for _, data in session.replies])
         copies = self.copies.get(session, ())
-        user, since = session.user or self.left.get(session), self.since.get(session, -1) + 1
+        user, until = self.left.get(session, (session.user, math.inf))
+        since = self.since.get(session, -1) + 1
         ranges = {}
         for group in groups:
             spans: list[tuple[int, float]] = [(0, math.inf)]
             if user in self.moved:
                 spans = group.audience.membership_spans(session, user)
-            ranges[group] = group.seen((max(a, since), b) for a, b in spans)
+            ranges[group] = group.seen((max(a, since), min(b, until)) for a, b in spans)
         if len(groups) == 1:
             return groups[0].joined_for(session, ranges[groups[0]], copies, report)
         numbered = list(session.replies)
@@ -3153,7 +3154,7 @@ class Turn:
         for channel in self.moved_channels:
             channel.former.clear()
             channel.by_wire = None
-        for session, user in self.left.items():
+        for session, (user, _) in self.left.items():
             user.sessions.remove(session)
             for channel in user.channels:  # where other sessions of the same user still are
                 channel.by_wire = None
@@ -3792,7 +3793,7 @@ def end_absence(hub: Hub, user: User) -> None:
 
 def detach(hub: Hub, session: Session) -> None:
     """Take a session, which ends with this turn, from its user. The user stays for now."""
-    hub.turn.left[session] = session.user
+    hub.turn.left[session] = session.user, hub.last_id
     hub.turn.individually_addressed.add(session)
     session.user, session.operator = None, False
     unfollow(hub, session)

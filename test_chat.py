@@ -1442,6 +1442,24 @@ def test_a_device_that_leaves_leaves_the_other_here_and_the_last_one_is_missed()
     assert sum("joined" in line for line in house.heard("bob")) == 1  # alice2, for a moment
 
 
+@pytest.mark.parametrize("who, line", (("a1", "QUIT"), ("boss", "KLINE 192.0.2.1")))
+def test_a_device_that_ends_is_told_nothing_that_follows_in_that_turn(who, line):
+    house = House()
+    account(house, "alice")
+    device(house, "a1", "alice", host="192.0.2.1")
+    device(house, "a2", "alice", host="192.0.2.2")
+    come(house, "boss")
+    ask(house, "boss", "OPER boss secret")
+    ask(house, "a1", "JOIN #c")
+    house.heard("a2")
+    house.say("boss", "JOIN #c", "PRIVMSG alice :before")
+    house.say(who, line)
+    house.say("boss", "PRIVMSG alice :private", "PRIVMSG #c :public")
+    house.turn()
+    assert spoken(house.heard("a1")) == ["before"]
+    assert spoken(house.heard("a2")) == ["before", "private", "public"]
+
+
 def test_a_login_on_another_connection_moves_one_device_only_and_sends_others_no_line():
     house = house_of("alice", "bob", "carol")
     for who in ("alice", "bob"):
