@@ -1921,6 +1921,7 @@ class User:
             "since": self.since,
             "metadata": self.metadata,
             "channels": {c.key: c.members[self].ranks for c in self.channels},
+            "invitations": {c.key: by_operator for c, by_operator in self.invitations.items()},
         }
 
     @classmethod
@@ -4012,6 +4013,7 @@ def enter(
 def close_channel(hub: Hub, channel: Channel) -> None:
     """End a channel. If it was ever private, its history is sealed from the next founder."""
     del hub.channels[channel.key]
+    hub.turn.changed |= channel.invited
     for user in list(channel.invited):
         channel.uninvite(user)
     if channel.private:
@@ -4409,6 +4411,7 @@ def invite(hub: Hub, who: Session, name: str, where: str) -> tuple[User, Channel
         next(iter(user.invitations)).uninvite(user)
     user.invitations[channel] = by_operator or user.invitations.get(channel, False)
     channel.invited.add(user)
+    hub.turn.changed.add(user)
     source = who.user.source
     hub.emit(INVITE, source, Audience(users={user}), channel.name, user.name, who)
     open_to_all = "i" not in channel.flags
@@ -4465,6 +4468,7 @@ def end_invitations(hub: Hub, channel: Channel, done: Iterable[ModeChange]) -> N
                 continue
             for user in [u for u in channel.invited if mask is None or mask.matches(u)]:
                 channel.uninvite(user)
+                hub.turn.changed.add(user)
 
 
 Changes = tuple[tuple[bool, str, str], ...]  # the fields of a ModeChange each
@@ -4533,7 +4537,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
         channel.former_key = channel.key
     channel.set_name(name)
     hub.channels[key] = channel
-    hub.turn.changed |= {channel, *channel.members}
+    hub.turn.changed |= {channel, *channel.members, *channel.invited}
     hub.emit(RENAME, user.source, with_outsider(hub, channel, user), reason, old, who)
     hub.emit(RENAMED, user.source, Audience(name, users=channel.members), reason, old)
 
@@ -4945,6 +4949,7 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
     """Load the users and channels of Hub.record_changes(). A channel is restored if an account
     founded it, or if one of its members may come back; else it ends as without its last member."""
     wanted: dict[User, dict[str, str]] = {}  # ranks in each channel, by its key
+    invited: dict[User, dict[str, bool]] = {}
     for resume_id, text in users:
         state = json.loads(text)
         user = User.revived(resume_id, state, hub.ticks)
@@ -4955,7 +4960,7 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
             continue
         add_user(hub, user)
         start_grace_period(hub, user)
-        wanted[user] = state["channels"]
+        wanted[user], invited[user] = state["channels"], state.get("invitations", {})
     for user in [user for user in wanted if hub.users_by_id.get(user.resume_id) is not user]:
         del wanted[user]  # one absent user too many
     identities = {account.identity for account in hub.accounts.values()}
@@ -4970,6 +4975,9 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
             give_up_channel(hub, channel)
     for user, joined in wanted.items():
         user.channels = {hub.channels[key]: None for key in joined if key in hub.channels}
+        for channel in (hub.channels[key] for key in invited[user] if key in hub.channels):
+            user.invitations[channel] = invited[user][channel.key]
+            channel.invited.add(user)
 
 
 # ======================================================================================

@@ -4005,6 +4005,31 @@ def test_an_invitation_does_not_hold_for_the_next_channel_of_the_name():
     assert refused(ask(house, "carol", "JOIN #a"), "473")
 
 
+@pytest.mark.parametrize(
+    "lines, where, held",
+    (
+        (["MODE #a +i"], "#a", False),
+        (["INVITE bob #a"], "#a", True),
+        (["INVITE bob #a", "RENAME #a #b"], "#b", True),
+        (["INVITE bob #a", "MODE #a -b+b bob!*@* bob!*@*"], "#a", False),
+        (["INVITE bob #a", "PART #a", "JOIN #a", "MODE #a +b bob!*@*"], "#a", False),
+    ),
+)
+def test_an_invitation_outlives_a_restart_unless_it_ended(folder, lines, where, held):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    come_again(house, "alice", "alice")
+    come_again(house, "bob", "bob", "b" * 32)
+    ask(house, "alice", "JOIN #a", "MODE #a +b bob!*@*")
+    for line in lines:
+        ask(house, "alice", line)
+    again = restarted(house, path)
+    come_again(again, "bob", "bob", "b" * 32)
+    assert refused(ask(again, "bob", "INVITE"), "336") == held
+    assert refused(ask(again, "bob", f"JOIN {where}"), "JOIN") == held
+    again.store.close()
+
+
 # BANS AND IDLE TIMES
 
 
