@@ -8318,12 +8318,22 @@ class IrcSession(LocalSession):
         elif event.kind == WENT_OFFLINE:
             self.reply(RPL_MONOFFLINE, source.name)
 
+    def tell_joined(self, name: str) -> None:
+        """Send the JOIN of the session's own user, who is in the channel already."""
+        user = self.user
+        shape = IRC_EXTENDED_JOIN if self.wire.extended_join else IRC_EVENTS[JOIN]
+        known = {"where": name, "about": user.account or "*", "tail": f" :{user.realname}"}
+        self.send_line(f":{user.source.mask} {shape.format(**known)}")
+
     def tell_renamed(self, old: str, name: str, reason: str) -> None:
-        """Tell a client without draft/channel-rename a PART and a JOIN. Names follow when the
-        session has its turn: a renaming of a crowded channel must not stop the others."""
+        """Tell a client without draft/channel-rename a PART and a JOIN, unless both names are the
+        same to it (CASEMAPPING=ascii). Names follow when the session has its turn: a renaming of a
+        crowded channel must not stop the others."""
+        if old.encode().lower() == name.encode().lower():
+            return
         mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
         self.send_line(f":{mask} PART {old} :renamed to {name}{f': {reason}' if reason else ''}")
-        self.send_line(f":{mask} JOIN {name}")
+        self.tell_joined(name)
         tell_about_channel(self, channel)
         self.postponed.append(tell_names_later(self, channel))
         self.conn.resume_soon()
@@ -8361,10 +8371,18 @@ class IrcSession(LocalSession):
             self.refuse_in_turn(refusal)
         self.mark_answer()
 
+    def begin_refusal(self, line: bytes) -> None:
+        """Take the verb and the label of a line that is refused as a whole."""
+        broken = parse_message(line.decode(errors="replace"))
+        self.message = broken._replace(verb=as_param(broken.verb))
+        if "labeled-response" in self.capabilities and "batch" not in broken.tags:
+            self.begin_answer(broken.tags.get("label", ""))
+
     def parse(self, line: bytes) -> Message:
         """Return the parts of a line. Raises Refused."""
         tags, _, body = line.partition(b" ") if line[:1] == b"@" else (b"", b"", line)
         if line == TOO_LONG or len(body) > IRC_BYTES - 2 or len(tags) > TAGS_BYTES:
+            self.begin_refusal(line if line != TOO_LONG else b"")
             text = f"a line has at most {IRC_BYTES} bytes, and {TAGS_BYTES - 1} of tags"
             raise Refused("LINE_TOO_LONG", text)
         if b"\r" in line or b"\0" in line:  # they would end what is made of it
@@ -8372,10 +8390,7 @@ class IrcSession(LocalSession):
         try:
             return parse_message(line.decode())
         except UnicodeDecodeError:
-            broken = parse_message(line.decode(errors="replace"))
-            self.message = broken._replace(verb=as_param(broken.verb))
-            if "labeled-response" in self.capabilities and "batch" not in broken.tags:
-                self.begin_answer(broken.tags.get("label", ""))
+            self.begin_refusal(line)
             text = "that line is not UTF-8 text and was not delivered"
             raise Refused("INVALID_UTF8", text) from None
 
@@ -8586,30 +8601,6 @@ def user_modes_text(session: IrcSession) -> str:
     return "".join(sorted(session.user.modes | ({"o"} if session.operator else set())))
 
 
-def welcome(session: IrcSession) -> None:
-    """Tell a client the server's facts after registration, in the order that clients rely on."""
-    site = session.site
-    session.reply(RPL_WELCOME, site.network, session.user.source.mask)
-    session.reply(RPL_YOURHOST, site.name, VERSION)
-    session.reply(RPL_CREATED, time_text(site.hub.started))
-    with_value = "".join(sorted(MASK_LISTS + RANKS + "kl"))
-    modes = "".join(sorted(with_value + "".join(FLAGS)))
-    user_modes = "".join(sorted(USER_MODES))
-    session.reply(RPL_MYINFO, site.name, f"chat.py-{VERSION}", user_modes, modes, with_value)
-    tell_isupport(session)
-    if "draft/whoami" in session.capabilities:
-        session.send_line(f":{session.user.source.mask} SETNAME :{session.user.realname}")
-    if not session.client:  # with a SESSION it may be on a bad line: bytes count
-        tell_lusers(session)
-    tell_motd(session)
-    session.reply(RPL_UMODEIS, user_modes_text(session))
-
-
-def abort_sasl(session: IrcSession) -> None:
-    session.exchange = None
-    session.reply(ERR_SASLABORTED)
-
-
 METADATA_KEY = re.compile(rf"[a-z0-9_./-]{{1,{METADATA_KEY_BYTES}}}")
 NO_KEY = "a key is made of a-z, 0-9, _, ., / and -"
 
@@ -8629,15 +8620,39 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
     in_batch(session, f"metadata {name}", map(line, keys))
 
 
+def welcome(session: IrcSession) -> None:
+    """Tell a client the server's facts after registration, in the order that clients rely on."""
+    site = session.site
+    session.reply(RPL_WELCOME, site.network, session.user.source.mask)
+    session.reply(RPL_YOURHOST, site.name, VERSION)
+    session.reply(RPL_CREATED, time_text(site.hub.started))
+    with_value = "".join(sorted(MASK_LISTS + RANKS + "kl"))
+    modes = "".join(sorted(with_value + "".join(FLAGS)))
+    user_modes = "".join(sorted(USER_MODES))
+    session.reply(RPL_MYINFO, site.name, f"chat.py-{VERSION}", user_modes, modes, with_value)
+    tell_isupport(session)
+    if "draft/whoami" in session.capabilities:
+        session.send_line(f":{session.user.source.mask} SETNAME :{session.user.realname}")
+    if not session.client:  # with a SESSION it may be on a bad line: bytes count
+        tell_lusers(session)
+    if not session.capabilities.isdisjoint(("draft/metadata-2", "draft/metadata-3")):
+        tell_metadata(session, session.user, session.user.metadata)
+    tell_motd(session)
+    session.reply(RPL_UMODEIS, user_modes_text(session))
+
+
+def abort_sasl(session: IrcSession) -> None:
+    session.exchange = None
+    session.reply(ERR_SASLABORTED)
+
+
 def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
     """Tell all that a client is told after registration; its user is in those channels already."""
     welcome(session)
-    if not session.capabilities.isdisjoint(("draft/metadata-2", "draft/metadata-3")):
-        tell_metadata(session, session.user, session.user.metadata)
     if session.site.hub.accounts.is_foreign(wanted, session.user.account):
         session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
     for channel in channels:
-        session.send_line(f":{session.user.source.mask} JOIN {channel.name}")
+        session.tell_joined(channel.name)
         tell_channel(session, channel)
 
 

@@ -2128,18 +2128,22 @@ def test_a_channel_can_have_its_old_name_back_and_others_can_have_it_meanwhile()
     assert texts(house.store, "#a") == ["one"] and texts(house.store, "#b") == []
 
 
-# Also in other letters only: then there is something to tell.
-@pytest.mark.parametrize("name, told", [("#b", 0), ("#B", 1)])
-def test_a_channel_that_is_renamed_to_its_own_name_tells_nothing(name, told):
+# Also in other letters only: then there is something to tell, but no PART and JOIN to a client that
+# takes both for one name (channel-rename, fallback; CASEMAPPING=ascii).
+@pytest.mark.parametrize(
+    "old, name, told, fallback",
+    [("#b", "#b", 0, False), ("#b", "#B", 1, False), ("#bä", "#BÄ", 1, True)],
+)
+def test_a_channel_that_is_renamed_to_its_own_name_tells_nothing(old, name, told, fallback):
     house = House()
     house.enter_irc("alice", "bob")
-    house.say("alice", "CAP REQ draft/channel-rename", "JOIN #b")
-    house.say("bob", "JOIN #b")
+    house.say("alice", "CAP REQ draft/channel-rename", f"JOIN {old}")
+    house.say("bob", f"JOIN {old}")
     house.turn()
     house.heard("alice"), house.heard("bob")
-    house.say("alice", f"RENAME #b {name}")
+    house.say("alice", f"RENAME {old} {name}")
     house.turn()
-    assert len(house.heard("alice")) == told and bool(house.heard("bob")) == bool(told)
+    assert len(house.heard("alice")) == told and bool(house.heard("bob")) == fallback
 
 
 def markers_told(house, who, *names):
@@ -10251,6 +10255,35 @@ def test_a_labelled_wallops_has_one_answer(mode, answers):
     assert [(line.verb, line.tags["label"]) for line in lines] == [(one, "x") for one in answers]
 
 
+@pytest.mark.parametrize(
+    "line, verb",
+    (
+        ("@label=x PRIVMSG #a :" + "y" * 500, "417"),
+        (f"@a={'y' * 5000};label=x PING y", "417"),
+        (b"@label=x PRIVMSG #a :\xff", "FAIL"),
+        (b"@label=x;a=\xff PRIVMSG #a :" + b"\xff" * 500, "417"),
+    ),
+)
+def test_a_line_that_is_refused_as_a_whole_is_answered_with_its_label(line, verb):
+    house = irc_house("#a", alice="labeled-response batch echo-message")
+    (answer,) = asked(house, "alice", line)
+    assert (answer.verb, answer.tags["label"]) == (verb, "x")
+
+
+# extended-join: the session's own JOIN, too, that it gets without having sent one
+def test_each_join_has_the_account_and_the_real_name_for_those_with_extended_join():
+    house = irc_house("#a", alice="extended-join", bob="extended-join")
+    asked(house, "alice", "REGISTER * * password")
+    forget(house)
+    joins = [*asked(house, "alice", "RENAME #a #b"), *heard(house, "bob")]
+    joins += map(parsed, device(house, "more", "alice", caps="extended-join"))
+    assert [line.params for line in of(joins, "JOIN")] == [
+        ["#b", "alice", "Real Name"],
+        ["#b", "*", "Real Name"],
+        ["#b", "alice", "Real Name"],
+    ]
+
+
 def test_a_mode_that_the_server_gave_has_the_server_as_its_source_in_history():
     caps = "draft/event-playback draft/chathistory batch"
     house = irc_house("#a", alice=caps)
@@ -11350,6 +11383,8 @@ def test_metadata_2_is_another_name_of_metadata_3():
     house.say("x", "CAP REQ :draft/metadata-2 batch", "NICK x", "USER u 0 * :r")
     lines = asked(house, "x", "CAP END")
     assert [x.params[1:] for x in of(lines, "BATCH")][:1] == [["metadata", "x"]]
+    verbs = [line.verb for line in lines]
+    assert verbs.index("BATCH") < verbs.index("422")  # in the burst
     asked(house, "x", "METADATA * SUB color", "JOIN #a")
     asked(house, "bob", "JOIN #a", "METADATA * SET color :red")
     assert [line.params[1:3] for line in of(heard(house, "x"), "761")] == [["bob", "color"]]
