@@ -1939,6 +1939,7 @@ class User:
             "since": self.since,
             "metadata": self.metadata,
             "channels": {c.key: c.members[self].ranks for c in self.channels},
+            "invitations": {c.key: by_operator for c, by_operator in self.invitations.items()},
         }
 
     @classmethod
@@ -3030,7 +3031,7 @@ class Turn:
         self.copies: dict[Session, list[int]] = {}
         self.moved: set[User] = set()  # joined or left a channel in this turn
         self.moved_channels: set[Channel] = set()  # where they did
-        self.detached: dict[Session, User] = {}  # ended; still get what came before that
+        self.detached: dict[Session, tuple[User, int]] = {}  # ended: still get events up to this id
 
     def move(self, user: User, channel: Channel) -> None:
         """Note that a user joins or leaves a channel."""
@@ -3133,13 +3134,14 @@ class Turn:
         if not groups:
             return b"".join([data for _, data in session.replies])
         copies = self.copies.get(session, ())
-        user, since = session.user or self.detached.get(session), self.since.get(session, -1) + 1
+        user, until = self.detached.get(session, (session.user, math.inf))
+        since = self.since.get(session, -1) + 1
         ranges = {}
         for group in groups:
             spans: list[tuple[int, float]] = [(0, math.inf)]
             if user in self.moved:
                 spans = group.audience.membership_spans(session, user)
-            ranges[group] = group.seen((max(a, since), b) for a, b in spans)
+            ranges[group] = group.seen((max(a, since), min(b, until)) for a, b in spans)
         if len(groups) == 1:
             return groups[0].joined_for(session, ranges[groups[0]], copies, report)
         numbered = list(session.replies)
@@ -3173,7 +3175,7 @@ class Turn:
         for channel in self.moved_channels:
             channel.former.clear()
             channel.by_wire = None
-        for session, user in self.detached.items():
+        for session, (user, _) in self.detached.items():
             user.sessions.remove(session)
             for channel in user.channels:  # where other sessions of the same user still are
                 channel.by_wire = None
@@ -3812,7 +3814,7 @@ def end_absence(hub: Hub, user: User) -> None:
 
 def detach(hub: Hub, session: Session) -> None:
     """Take a session, which ends with this turn, from its user. The user stays for now."""
-    hub.turn.detached[session] = session.user
+    hub.turn.detached[session] = session.user, hub.last_id
     hub.turn.individually_addressed.add(session)
     session.user, session.operator = None, False
     unfollow(hub, session)
@@ -4032,6 +4034,7 @@ def enter(
 def close_channel(hub: Hub, channel: Channel) -> None:
     """End a channel. If it was ever private, its history is sealed from the next founder."""
     del hub.channels[channel.key]
+    hub.turn.changed |= channel.invited
     for user in list(channel.invited):
         channel.uninvite(user)
     if channel.private:
@@ -4434,6 +4437,7 @@ def invite(hub: Hub, who: Session, name: str, where: str) -> tuple[User, Channel
         next(iter(user.invitations)).uninvite(user)
     user.invitations[channel] = by_operator or user.invitations.get(channel, False)
     channel.invited.add(user)
+    hub.turn.changed.add(user)
     source = who.user.source
     hub.emit(INVITE, source, Audience(users={user}), channel.name, user.name, who)
     open_to_all = "i" not in channel.flags
@@ -4490,6 +4494,7 @@ def end_invitations(hub: Hub, channel: Channel, done: Iterable[ModeChange]) -> N
                 continue
             for user in [u for u in channel.invited if mask is None or mask.matches(u)]:
                 channel.uninvite(user)
+                hub.turn.changed.add(user)
 
 
 Changes = tuple[tuple[bool, str, str], ...]  # the fields of a ModeChange each
@@ -4558,7 +4563,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
         channel.former_key = channel.key
     channel.set_name(name)
     hub.channels[key] = channel
-    hub.turn.changed |= {channel, *channel.members}
+    hub.turn.changed |= {channel, *channel.members, *channel.invited}
     hub.emit(RENAME, user.source, with_outsider(hub, channel, user), reason, old, who)
     hub.emit(RENAMED, user.source, Audience(name, users=channel.members), reason, old)
 
@@ -4973,6 +4978,7 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
     """Load the users and channels of Hub.record_changes(). A channel is restored if an account
     founded it, or if one of its members may come back; else it ends as without its last member."""
     wanted: dict[User, dict[str, str]] = {}  # ranks in each channel, by its key
+    invited: dict[User, dict[str, bool]] = {}
     for resume_id, text in users:
         state = json.loads(text)
         user = User.revived(resume_id, state, hub.ticks)
@@ -4983,7 +4989,7 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
             continue
         add_user(hub, user)
         start_grace_period(hub, user)
-        wanted[user] = state["channels"]
+        wanted[user], invited[user] = state["channels"], state.get("invitations", {})
     for user in [user for user in wanted if hub.users_by_id.get(user.resume_id) is not user]:
         del wanted[user]  # one absent user too many
     identities = {account.identity for account in hub.accounts.values()}
@@ -4998,6 +5004,9 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
             give_up_channel(hub, channel)
     for user, joined in wanted.items():
         user.channels = {hub.channels[key]: None for key in joined if key in hub.channels}
+        for channel in (hub.channels[key] for key in invited[user] if key in hub.channels):
+            user.invitations[channel] = invited[user][channel.key]
+            channel.invited.add(user)
 
 
 # ======================================================================================
@@ -8360,12 +8369,22 @@ class IrcSession(LocalSession):
         elif event.kind == WENT_OFFLINE:
             self.reply(RPL_MONOFFLINE, source.name)
 
+    def tell_joined(self, name: str) -> None:
+        """Send the JOIN of the session's own user, who is in the channel already."""
+        user = self.user
+        shape = IRC_EXTENDED_JOIN if self.wire.extended_join else IRC_EVENTS[JOIN]
+        known = {"where": name, "about": user.account or "*", "tail": f" :{user.realname}"}
+        self.send_line(f":{user.source.mask} {shape.format(**known)}")
+
     def tell_renamed(self, old: str, name: str, reason: str) -> None:
-        """Tell a client without draft/channel-rename a PART and a JOIN. Names follow when the
-        session has its turn: a renaming of a crowded channel must not stop the others."""
+        """Tell a client without draft/channel-rename a PART and a JOIN, unless both names are the
+        same to it (CASEMAPPING=ascii). Names follow when the session has its turn: a renaming of a
+        crowded channel must not stop the others."""
+        if old.encode().lower() == name.encode().lower():
+            return
         mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
         self.send_line(f":{mask} PART {old} :renamed to {name}{f': {reason}' if reason else ''}")
-        self.send_line(f":{mask} JOIN {name}")
+        self.tell_joined(name)
         tell_about_channel(self, channel)
         self.postponed.append(tell_names_later(self, channel))
         self.conn.resume_soon()
@@ -8403,10 +8422,18 @@ class IrcSession(LocalSession):
             self.refuse_in_turn(refusal)
         self.mark_answer()
 
+    def begin_refusal(self, line: bytes) -> None:
+        """Take the verb and the label of a line that is refused as a whole."""
+        broken = parse_message(line.decode(errors="replace"))
+        self.message = broken._replace(verb=as_param(broken.verb))
+        if "labeled-response" in self.capabilities and "batch" not in broken.tags:
+            self.begin_answer(broken.tags.get("label", ""))
+
     def parse(self, line: bytes) -> Message:
         """Return the parts of a line. Raises Refused."""
         tags, _, body = line.partition(b" ") if line[:1] == b"@" else (b"", b"", line)
         if line == TOO_LONG or len(body) > IRC_BYTES - 2 or len(tags) > TAGS_BYTES:
+            self.begin_refusal(line if line != TOO_LONG else b"")
             text = f"a line has at most {IRC_BYTES} bytes, and {TAGS_BYTES - 1} of tags"
             raise Refused("LINE_TOO_LONG", text)
         if b"\r" in line or b"\0" in line:  # they would end what is made of it
@@ -8414,10 +8441,7 @@ class IrcSession(LocalSession):
         try:
             return parse_message(line.decode())
         except UnicodeDecodeError:
-            broken = parse_message(line.decode(errors="replace"))
-            self.message = broken._replace(verb=as_param(broken.verb))
-            if "labeled-response" in self.capabilities and "batch" not in broken.tags:
-                self.begin_answer(broken.tags.get("label", ""))
+            self.begin_refusal(line)
             text = "that line is not UTF-8 text and was not delivered"
             raise Refused("INVALID_UTF8", text) from None
 
@@ -8628,30 +8652,6 @@ def user_modes_text(session: IrcSession) -> str:
     return "".join(sorted(session.user.modes | ({"o"} if session.operator else set())))
 
 
-def welcome(session: IrcSession) -> None:
-    """Tell a client the server's facts after registration, in the order that clients rely on."""
-    site = session.site
-    session.reply(RPL_WELCOME, site.network, session.user.source.mask)
-    session.reply(RPL_YOURHOST, site.name, VERSION)
-    session.reply(RPL_CREATED, time_text(site.hub.started))
-    with_value = "".join(sorted(MASK_LISTS + RANKS + "kl"))
-    modes = "".join(sorted(with_value + "".join(FLAGS)))
-    user_modes = "".join(sorted(USER_MODES))
-    session.reply(RPL_MYINFO, site.name, f"chat.py-{VERSION}", user_modes, modes, with_value)
-    tell_isupport(session)
-    if "draft/whoami" in session.capabilities:
-        session.send_line(f":{session.user.source.mask} SETNAME :{session.user.realname}")
-    if not session.client:  # with a SESSION it may be on a bad line: bytes count
-        tell_lusers(session)
-    tell_motd(session)
-    session.reply(RPL_UMODEIS, user_modes_text(session))
-
-
-def abort_sasl(session: IrcSession) -> None:
-    session.exchange = None
-    session.reply(ERR_SASLABORTED)
-
-
 METADATA_KEY = re.compile(rf"[a-z0-9_./-]{{1,{METADATA_KEY_BYTES}}}")
 NO_KEY = "a key is made of a-z, 0-9, _, ., / and -"
 
@@ -8671,15 +8671,39 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
     in_batch(session, f"metadata {name}", map(line, keys))
 
 
+def welcome(session: IrcSession) -> None:
+    """Tell a client the server's facts after registration, in the order that clients rely on."""
+    site = session.site
+    session.reply(RPL_WELCOME, site.network, session.user.source.mask)
+    session.reply(RPL_YOURHOST, site.name, VERSION)
+    session.reply(RPL_CREATED, time_text(site.hub.started))
+    with_value = "".join(sorted(MASK_LISTS + RANKS + "kl"))
+    modes = "".join(sorted(with_value + "".join(FLAGS)))
+    user_modes = "".join(sorted(USER_MODES))
+    session.reply(RPL_MYINFO, site.name, f"chat.py-{VERSION}", user_modes, modes, with_value)
+    tell_isupport(session)
+    if "draft/whoami" in session.capabilities:
+        session.send_line(f":{session.user.source.mask} SETNAME :{session.user.realname}")
+    if not session.client:  # with a SESSION it may be on a bad line: bytes count
+        tell_lusers(session)
+    if not session.capabilities.isdisjoint(("draft/metadata-2", "draft/metadata-3")):
+        tell_metadata(session, session.user, session.user.metadata)
+    tell_motd(session)
+    session.reply(RPL_UMODEIS, user_modes_text(session))
+
+
+def abort_sasl(session: IrcSession) -> None:
+    session.exchange = None
+    session.reply(ERR_SASLABORTED)
+
+
 def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
     """Send what follows registration. The user is in these channels already."""
     welcome(session)
-    if not session.capabilities.isdisjoint(("draft/metadata-2", "draft/metadata-3")):
-        tell_metadata(session, session.user, session.user.metadata)
     if session.site.hub.accounts.is_foreign(wanted, session.user.account):
         session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
     for channel in channels:
-        session.send_line(f":{session.user.source.mask} JOIN {channel.name}")
+        session.tell_joined(channel.name)
         tell_channel(session, channel)
 
 
@@ -27159,7 +27183,9 @@ def checked_option(parse: Callable, fits: Callable, advice: str) -> Callable[[st
 SASL_HELP = "of SCRAM-SHA-256, EXTERNAL and PLAIN, the best one first"
 
 listen_address = checked_option(
-    lambda text: "," not in text and parse_target(text)[:2], bool, "write HOST:PORT"
+    lambda text: "," not in text and parse_target(f":{text}" if text.isdecimal() else text)[:2],
+    bool,
+    "write HOST:PORT",
 )
 positive = checked_option(whole_number, bool, "a whole number from 1 on")
 message_rate = checked_option(
@@ -27180,7 +27206,7 @@ certificate_pin = checked_option(
 )
 registration_rules = checked_option(  # "" allows it after registration with a nick
     lambda text: frozenset(filter(None, text.split(","))),
-    {"off", "before-connect", "email-required"}.issuperset,
+    lambda rules: rules == {"off"} or {"before-connect", "email-required"}.issuperset(rules),
     "write off, or before-connect,email-required",
 )
 host_name = checked_option(  # one word that can stand in a line of IRC
@@ -27223,9 +27249,11 @@ def data_option(text: str) -> pathlib.Path | None:
 
 def mail_command(text: str) -> str:
     try:
-        shlex.split(text)
+        words = shlex.split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    if not words:
+        raise argparse.ArgumentTypeError("write a command, like: sendmail -t")
     return text
 
 
@@ -27350,6 +27378,8 @@ def run_server(args: argparse.Namespace) -> int:
     writer.setFormatter(LogFormat("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=args.log.upper(), handlers=[writer])
     os.umask(0o077)
+    if "email-required" in args.register and not args.sendmail:
+        raise Unusable("--register email-required needs --sendmail COMMAND")
     lock = lock_folder(args.data) if args.data else None
     names = set(ServerOptions._fields) - {"listen", "web", "files", "cluster"}
     listen = tuple(args.listen or ServerOptions().listen)

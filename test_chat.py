@@ -1442,6 +1442,24 @@ def test_a_device_that_leaves_leaves_the_other_here_and_the_last_one_is_missed()
     assert sum("joined" in line for line in house.heard("bob")) == 1  # alice2, for a moment
 
 
+@pytest.mark.parametrize("who, line", (("a1", "QUIT"), ("boss", "KLINE 192.0.2.1")))
+def test_a_device_that_ends_is_told_nothing_that_follows_in_that_turn(who, line):
+    house = House()
+    account(house, "alice")
+    device(house, "a1", "alice", host="192.0.2.1")
+    device(house, "a2", "alice", host="192.0.2.2")
+    come(house, "boss")
+    ask(house, "boss", "OPER boss secret")
+    ask(house, "a1", "JOIN #c")
+    house.heard("a2")
+    house.say("boss", "JOIN #c", "PRIVMSG alice :before")
+    house.say(who, line)
+    house.say("boss", "PRIVMSG alice :private", "PRIVMSG #c :public")
+    house.turn()
+    assert spoken(house.heard("a1")) == ["before"]
+    assert spoken(house.heard("a2")) == ["before", "private", "public"]
+
+
 def test_a_login_on_another_connection_moves_one_device_only_and_sends_others_no_line():
     house = house_of("alice", "bob", "carol")
     for who in ("alice", "bob"):
@@ -2110,18 +2128,22 @@ def test_a_channel_can_have_its_old_name_back_and_others_can_have_it_meanwhile()
     assert texts(house.store, "#a") == ["one"] and texts(house.store, "#b") == []
 
 
-# Also in other letters only: then there is something to tell.
-@pytest.mark.parametrize("name, told", [("#b", 0), ("#B", 1)])
-def test_a_channel_that_is_renamed_to_its_own_name_tells_nothing(name, told):
+# Also in other letters only: then there is something to tell, but no PART and JOIN to a client that
+# takes both for one name (channel-rename, fallback; CASEMAPPING=ascii).
+@pytest.mark.parametrize(
+    "old, name, told, fallback",
+    [("#b", "#b", 0, False), ("#b", "#B", 1, False), ("#bä", "#BÄ", 1, True)],
+)
+def test_a_channel_that_is_renamed_to_its_own_name_tells_nothing(old, name, told, fallback):
     house = House()
     house.enter_irc("alice", "bob")
-    house.say("alice", "CAP REQ draft/channel-rename", "JOIN #b")
-    house.say("bob", "JOIN #b")
+    house.say("alice", "CAP REQ draft/channel-rename", f"JOIN {old}")
+    house.say("bob", f"JOIN {old}")
     house.turn()
     house.heard("alice"), house.heard("bob")
-    house.say("alice", f"RENAME #b {name}")
+    house.say("alice", f"RENAME {old} {name}")
     house.turn()
-    assert len(house.heard("alice")) == told and bool(house.heard("bob")) == bool(told)
+    assert len(house.heard("alice")) == told and bool(house.heard("bob")) == fallback
 
 
 def markers_told(house, who, *names):
@@ -3985,6 +4007,31 @@ def test_an_invitation_does_not_hold_for_the_next_channel_of_the_name():
     ask(house, "alice", "PART #a", "JOIN #a", "MODE #a +i")
     assert not refused(ask(house, "carol", "INVITE"), "336")
     assert refused(ask(house, "carol", "JOIN #a"), "473")
+
+
+@pytest.mark.parametrize(
+    "lines, where, held",
+    (
+        (["MODE #a +i"], "#a", False),
+        (["INVITE bob #a"], "#a", True),
+        (["INVITE bob #a", "RENAME #a #b"], "#b", True),
+        (["INVITE bob #a", "MODE #a -b+b bob!*@* bob!*@*"], "#a", False),
+        (["INVITE bob #a", "PART #a", "JOIN #a", "MODE #a +b bob!*@*"], "#a", False),
+    ),
+)
+def test_an_invitation_outlives_a_restart_unless_it_ended(folder, lines, where, held):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    come_again(house, "alice", "alice")
+    come_again(house, "bob", "bob", "b" * 32)
+    ask(house, "alice", "JOIN #a", "MODE #a +b bob!*@*")
+    for line in lines:
+        ask(house, "alice", line)
+    again = restarted(house, path)
+    come_again(again, "bob", "bob", "b" * 32)
+    assert refused(ask(again, "bob", "INVITE"), "336") == held
+    assert refused(ask(again, "bob", f"JOIN {where}"), "JOIN") == held
+    again.store.close()
 
 
 # BANS AND IDLE TIMES
@@ -10208,6 +10255,35 @@ def test_a_labelled_wallops_has_one_answer(mode, answers):
     assert [(line.verb, line.tags["label"]) for line in lines] == [(one, "x") for one in answers]
 
 
+@pytest.mark.parametrize(
+    "line, verb",
+    (
+        ("@label=x PRIVMSG #a :" + "y" * 500, "417"),
+        (f"@a={'y' * 5000};label=x PING y", "417"),
+        (b"@label=x PRIVMSG #a :\xff", "FAIL"),
+        (b"@label=x;a=\xff PRIVMSG #a :" + b"\xff" * 500, "417"),
+    ),
+)
+def test_a_line_that_is_refused_as_a_whole_is_answered_with_its_label(line, verb):
+    house = irc_house("#a", alice="labeled-response batch echo-message")
+    (answer,) = asked(house, "alice", line)
+    assert (answer.verb, answer.tags["label"]) == (verb, "x")
+
+
+# extended-join: the session's own JOIN, too, that it gets without having sent one
+def test_each_join_has_the_account_and_the_real_name_for_those_with_extended_join():
+    house = irc_house("#a", alice="extended-join", bob="extended-join")
+    asked(house, "alice", "REGISTER * * password")
+    forget(house)
+    joins = [*asked(house, "alice", "RENAME #a #b"), *heard(house, "bob")]
+    joins += map(parsed, device(house, "more", "alice", caps="extended-join"))
+    assert [line.params for line in of(joins, "JOIN")] == [
+        ["#b", "alice", "Real Name"],
+        ["#b", "*", "Real Name"],
+        ["#b", "alice", "Real Name"],
+    ]
+
+
 def test_a_mode_that_the_server_gave_has_the_server_as_its_source_in_history():
     caps = "draft/event-playback draft/chathistory batch"
     house = irc_house("#a", alice=caps)
@@ -11307,6 +11383,8 @@ def test_metadata_2_is_another_name_of_metadata_3():
     house.say("x", "CAP REQ :draft/metadata-2 batch", "NICK x", "USER u 0 * :r")
     lines = asked(house, "x", "CAP END")
     assert [x.params[1:] for x in of(lines, "BATCH")][:1] == [["metadata", "x"]]
+    verbs = [line.verb for line in lines]
+    assert verbs.index("BATCH") < verbs.index("422")  # in the burst
     asked(house, "x", "METADATA * SUB color", "JOIN #a")
     asked(house, "bob", "JOIN #a", "METADATA * SET color :red")
     assert [line.params[1:3] for line in of(heard(house, "x"), "761")] == [["bob", "color"]]
@@ -29103,6 +29181,10 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     (["server", "--oper", "boss:@/dev/stdin"], 1, "the password in /dev/stdin is not UTF-8 text"),
     (["server", "--password", "\udcff"], 1, "on the command line is not UTF-8 text"),
     (["server", "--sendmail", "mail 'x"], 2, "No closing quotation"),
+    (["server", "--sendmail", " "], 2, "write a command, like: sendmail -t"),
+    (["server", "--register", "off,before-connect"], 2, "write off, or before-connect"),
+    (["server", "--data", "none", "--register", "email-required"], 1, "needs --sendmail COMMAND"),
+    (["server", "--listen", "70000"], 2, "write HOST:PORT"),
     (
         ["server", "--data", "none", "--motd", "/"],
         1,
@@ -29125,6 +29207,10 @@ def test_a_password_in_a_file_is_one_line(tmp_path):
         path.write_text(content)
         with contextlib.nullcontext() if valid else pytest.raises(chat.Unusable, match="one line"):
             assert chat.read_secret(path) == content.strip()
+
+
+def test_the_address_to_listen_on_may_be_a_port_alone():
+    assert chat.listen_address("7001") == chat.listen_address(":7001") == ("127.0.0.1", 7001)
 
 
 def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
