@@ -25808,7 +25808,7 @@ def test_the_end_stays_in_sight_when_fonts_panes_and_the_window_change(running, 
     ):
         act()
         rest()
-        assert page.at_bottom and page.text.yview()[1] == 1.0
+        pump(alice, lambda: page.at_bottom and page.text.yview()[1] == 1.0)
     assert alice.look.size == began
     page.yview("100.0")
     alice.root.update()
