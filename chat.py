@@ -18156,6 +18156,8 @@ BEGIN INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, words
 """
 BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client is writing
 LAST_NUMBER = 2**62  # above the number of every row
+ROOM_COLUMNS = ("name", "password", "channel", "wanted", "draft", "muted", "read_time", "place")
+ROOM_AT_FIRST = {"draft": "", "muted": False, "read_time": 0}  # which is no change
 MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_id, reply, file"
 
 
@@ -18378,6 +18380,7 @@ class ClientStore(Writer):
     def __init__(self, db: sqlite3.Connection, server: str = "", name: str = "", sole: bool = True):
         super().__init__(db)
         self.sole = sole  # the first client of this user stores messages without an id
+        self.kept_rooms: dict[str, dict[str, Any]] = {}  # columns by key, as stored or loaded last
         db.execute("INSERT OR IGNORE INTO owners (server, name) VALUES (?, ?)", [server, name])
         query = "SELECT owner FROM owners WHERE server = ? AND name = ?"
         self.owner = db.execute(query, [server, name]).fetchone()[0]
@@ -18428,6 +18431,8 @@ class ClientStore(Writer):
         change = "UPDATE OR REPLACE {} SET {} = ? WHERE owner = ? AND {} = ?"
         self.write(change.format("messages", "room", "room"), new, self.owner, old)
         self.write(change.format("rooms", "key", "key"), new, self.owner, old)
+        if old in self.kept_rooms:
+            self.kept_rooms[new] = self.kept_rooms.pop(old)
 
     def index(self) -> None:
         """Index a slice of the messages that are not indexed yet."""
@@ -18547,23 +18552,36 @@ class ClientStore(Writer):
         return [Transfer(**json.loads(state)) for (state,) in rows]
 
     def keep_room(self, key: str, room: Room, place: int = 0) -> None:
-        values = (key, room.name, room.password, room.is_channel, room.wanted, room.draft)
-        values += (room.muted, room.read_time, place)
-        marks = ", ".join("?" * (len(values) + 1))
-        self.write(f"REPLACE INTO rooms VALUES ({marks})", self.owner, *values)
+        """Store an open conversation: only what changed since this client stored or loaded it, as
+        another client of the user may have changed the rest."""
+        values = (room.name, room.password, room.is_channel, room.wanted, room.draft, room.muted)
+        row = dict(zip(ROOM_COLUMNS, (*values, room.read_time, place), strict=True))
+        before = self.kept_rooms.get(key, ROOM_AT_FIRST)
+        changed = [name for name in row if row[name] != before.get(name)]
+        self.kept_rooms[key] = row
+        if not changed:
+            return
+        marks, names = ", ".join("?" * (len(row) + 2)), ", ".join(row)
+        later = {"read_time": "max(read_time, excluded.read_time)"}
+        changes = ", ".join(f"{name} = {later.get(name, f'excluded.{name}')}" for name in changed)
+        insert = f"INSERT INTO rooms (owner, key, {names}) VALUES ({marks})"
+        conflict = f"ON CONFLICT (owner, key) DO UPDATE SET {changes}"
+        self.write(f"{insert} {conflict}", self.owner, key, *row.values())
 
     def forget_room(self, key: str) -> None:
+        self.kept_rooms.pop(key, None)
         self.write("DELETE FROM rooms WHERE owner = ? AND key = ?", self.owner, key)
 
     def rooms(self) -> list[Room]:
         """Return the conversations that were open at the end of the last run, in order."""
-        columns = "name, password, channel, wanted, draft, muted, read_time"
-        query = f"SELECT {columns} FROM rooms WHERE owner = ? ORDER BY place"
+        columns = ", ".join(ROOM_COLUMNS)
+        query = f"SELECT key, {columns} FROM rooms WHERE owner = ? ORDER BY place"
         rooms = []
-        for name, password, channel, *rest in self.db.execute(query, [self.owner]):
-            room = Room(name, password, bool(channel))
-            room.wanted, room.draft, room.muted, room.read_time = rest
-            room.wanted, room.muted = bool(room.wanted), bool(room.muted)
+        for key, *row in self.db.execute(query, [self.owner]):
+            self.kept_rooms[key] = known = dict(zip(ROOM_COLUMNS, row, strict=True))
+            room = Room(known["name"], known["password"], bool(known["channel"]))
+            room.wanted, room.muted = bool(known["wanted"]), bool(known["muted"])
+            room.draft, room.read_time = known["draft"], known["read_time"]
             rooms.append(room)
         return rooms
 

@@ -18148,6 +18148,36 @@ def test_results_go_to_a_screen_that_wants_them_apart():
     assert [texts for _, texts in got] == [["tea at five"], []]
 
 
+def test_two_clients_of_a_user_keep_each_others_changes_of_a_conversation(tmp_path):
+    one, two = (
+        chat.ClientStore(chat.open_client_file(tmp_path), "here", "alice") for _ in range(2)
+    )
+    mine = chat.Room("#tea")
+    one.keep_room("#tea", mine)
+    one.flush()
+    (theirs,) = two.rooms()
+    theirs.draft, theirs.muted, theirs.read_time = "half a thought", True, 2000
+    two.keep_room("#tea", theirs)
+    two.flush()
+    mine.read_time, mine.wanted = 1000, True
+    one.keep_room("#tea", mine)
+    one.flush()
+    (room,) = two.rooms()
+    assert (room.draft, room.muted, room.read_time) == ("half a thought", True, 2000)
+    assert room.wanted
+    two.rename("#tea", "#coffee")
+    two.forget_room("#coffee")
+    two.flush()
+    assert one.rooms() == []
+    one.keep_room("#tea", mine)  # an open conversation that another client closed is stored again
+    mine.draft = "more"
+    one.keep_room("#tea", mine)
+    one.flush()
+    assert [room.draft for room in two.rooms()] == ["more"]
+    for store in (one, two):
+        store.db.close()
+
+
 def test_a_store_of_the_version_before_is_taken_over(tmp_path):
     path = str(tmp_path / "client.db")
     db = sqlite3.connect(path)
