@@ -13153,7 +13153,7 @@ class Room:
 
     def came(self, name: str, ranks: str = "") -> None:
         """Add a member, up to a limit: a server may invent any number."""
-        if may_hold(self.people, name, PEOPLE_LISTED) and len(name.encode()) <= NAME_BYTES:
+        if may_hold(self.people, name, PEOPLE_LISTED) and len(name.encode()) <= IRC_BYTES:
             self.people[name] = ranks
 
     def spoke(self, name: str) -> None:
@@ -15067,7 +15067,8 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core.began = core.began or heard.time or 0
     if core.tidy or core.name != core.wanted_name:
         why = "is taken" if core.regain else "is no nick that this server takes"
-        why = f" ({core.wanted_name} {why})" if core.name != core.wanted_name else ""
+        told = core.name != core.wanted_name and not talk.resumed  # then it is the name of before
+        why = f" ({core.wanted_name} {why})" if told else ""
         core.show(ViewEvent(SERVER_TEXT, f"you are {core.name}{why}"))
     if core.me.login and not (talk.sasl.mechanism or talk.sasl.explained):
         offered = talk.server.offered.get("sasl")
@@ -22337,6 +22338,14 @@ def is_temporary(response: Response | None) -> bool:
     return response is None or (response.status >= 500 and response.status != 507)
 
 
+def user_path(text: str) -> pathlib.Path:
+    """Return the path that a user typed, which may begin with ~ or ~USER. Raises Refused."""
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError:  # no such user
+        raise Refused("NO_FILE", f"{text}: there is no such home folder") from None
+
+
 class Transfers:
     """The files that one link sends and saves; a few at once, while the others wait."""
 
@@ -22352,7 +22361,7 @@ class Transfers:
     def start(self, one: Transfer) -> None:
         """Add a transfer, which begins soon. Raises Refused if its file cannot be read."""
         if one.up:
-            path = pathlib.Path(one.path).expanduser()
+            path = user_path(one.path)
             try:
                 if not path.is_file():
                     raise Refused("NO_FILE", f"{path} is no file")
@@ -22362,8 +22371,7 @@ class Transfers:
                 raise Refused("NO_FILE", f"cannot read {path}: {reason_of(error)}") from None
             one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
         else:
-            path = pathlib.Path(one.path or one.name).expanduser()
-            path = self.folder / path
+            path = self.folder / user_path(one.path or one.name)
             one.path = str(free_path(path / one.name if path.is_dir() else path))
             one.name = pathlib.Path(one.path).name
         self.core.keep_transfer(one)

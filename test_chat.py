@@ -15425,6 +15425,20 @@ def test_a_nick_that_is_too_long_is_cut_to_what_servers_take_and_the_user_is_tol
     assert not core.regain
 
 
+def test_the_name_of_a_resumed_session_is_told_without_a_reason():
+    core = chat.ClientCore("alice", kind=chat.CHAT)
+    core.connected()
+    told = ":x NOTE SESSION RESUMED :you have your place again", ":x 001 alice2 :Welcome"
+    views = core.feed("".join(f"{line}\r\n" for line in told).encode())
+    assert [view.text for view in views if "you are" in view.text] == ["you are alice2"]
+
+
+def test_a_name_of_wide_letters_is_listed_however_many_bytes_it_has():
+    alice, name = Elsewhere(), "\u6f22" * 32
+    alice.hears(f":{name}!u@h JOIN #lobby")
+    assert name in alice.core.room.people
+
+
 def test_a_channel_that_we_are_sent_to_instead_takes_the_place_of_the_other():
     alice = Elsewhere(join=["#full"])
     alice.core.room.inside = False
@@ -17295,7 +17309,7 @@ def test_people_are_listed_up_to_the_limit(monkeypatch):
     alice = Elsewhere()
     room = alice.core.find("#lobby")
     room.people.clear()
-    longest = "n" * chat.NAME_BYTES
+    longest = "n" * chat.IRC_BYTES
     for name in (longest + "n", longest, "bob", "carol"):
         room.came(name)
         alice.core.note_person(name, away=True, account=name)
@@ -24816,6 +24830,7 @@ def test_what_cannot_be_sent_or_saved_is_told_with_the_reason(running, tmp_path)
     for text, words in (
         (f"/send {tmp_path}", "is no file"),
         (f"/send {tmp_path / 'none'}", "is no file"),
+        ("/send ~nosuchuser/x", "there is no such home folder"),
         ("/save", "no message here tells of such a file"),
         ("/transfers what", "usage: "),
     ):
