@@ -19597,7 +19597,7 @@ class Peer(Connection):
     def speak_http(self, first_line: bytes) -> None:
         """Read HTTP requests from here on; `first_line` is the first line of the first one."""
         server = self.server
-        if refusal := server.limits.speaks_http(self.home, True):
+        if refusal := server.limits.speaks_http(self.home):
             log.info("%s turned away: %s", self.address, refusal)
             self.write(TOO_MANY_HTTP)
             return self.close()
@@ -19625,7 +19625,7 @@ class Peer(Connection):
     def upgrade(self, head: bytes, opcode: int) -> None:
         """Answer a WebSocket handshake; from here on read frames with lines of IRC."""
         server = self.server
-        if refusal := server.limits.speaks_http(self.home, False):
+        if refusal := server.limits.becomes_chat(self.home):
             return self.session.respond(503, refusal)
         self.session.ended()
         super().write(head)
@@ -19961,15 +19961,19 @@ class ConnectionLimits:
         address.chat += 1
         return ""
 
-    def speaks_http(self, address: Address, on: bool) -> str:
-        """Count a connection as HTTP, or (not `on`) as IRC again for a WebSocket; return "", or why
-        that is not allowed."""
-        most = WEB_PER_ADDRESS if on else self.most_per_address
-        if self._is_full(address, address.web if on else address.chat, most):
-            return f"too many connections from {address.key}: {most} at most"
-        address.web += 1 if on else -1
-        address.chat += not on
+    def speaks_http(self, address: Address) -> str:
+        """Count a connection as HTTP; return "", or why it is not allowed."""
+        if self._is_full(address, address.web, WEB_PER_ADDRESS):
+            return f"too many connections from {address.key}: {WEB_PER_ADDRESS} at most"
+        address.web += 1
         return ""
+
+    def becomes_chat(self, address: Address) -> str:
+        """Count a connection that spoke HTTP as chat: a WebSocket; return "", or why it is not
+        allowed."""
+        refusal = self.speaks_chat(address)
+        address.web -= not refusal
+        return refusal
 
     def _is_full(self, address: Address, count: int, most: int) -> bool:
         return count >= most and not is_loopback(address.key) and address.key not in self.proxies

@@ -13426,8 +13426,8 @@ def test_connections_that_speak_http_have_a_count_of_their_own():
     one = [addresses.enter(key) for _ in range(4)][0]
     assert [limits.speaks_chat(one) for _ in range(2)] == ["", ""]
     assert limits.speaks_chat(one).startswith("too many connections")
-    assert limits.speaks_http(one, True) == "" and limits.refusal(4, key, one) == ""
-    assert limits.speaks_http(one, False).startswith("too many connections")  # a WebSocket is chat
+    assert limits.speaks_http(one) == "" and limits.refusal(4, key, one) == ""
+    assert limits.becomes_chat(one).startswith("too many connections")  # a WebSocket is chat
     one.peers += chat.WEB_PER_ADDRESS - 2
     assert limits.refusal(4, key, one).startswith("too many connections")  # of any kind
     one.peers -= chat.WEB_PER_ADDRESS - 2
