@@ -13451,11 +13451,11 @@ def test_a_proxy_has_as_many_connections_as_it_needs_and_its_clients_have_not():
     limits, addresses = chat.ConnectionLimits(options), chat.Addresses(FakeLoop(0.0), None)
     proxy = [addresses.enter("10.0.0.2") for _ in range(9)][0]
     assert limits.refusal(9, "10.0.0.2", proxy) == ""
-    assert {limits.speaks_http(proxy, True) for _ in range(9)} == {""}
+    assert {limits.speaks_http(proxy) for _ in range(9)} == {""}
     client = [addresses.enter("192.0.2.7") for _ in range(2)][0]
     client.web = 2
-    assert limits.speaks_http(client, False) == ""
-    assert limits.speaks_http(client, False).startswith("too many connections from 192.0.2.7")
+    assert limits.becomes_chat(client) == ""
+    assert limits.becomes_chat(client).startswith("too many connections from 192.0.2.7")
     limits.close()
 
 
