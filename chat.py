@@ -12638,6 +12638,7 @@ CASE_MAPPINGS = {  # names of 005's CASEMAPPING -> capitals and their small lett
 }
 CASE_MAPPINGS["strict-rfc1459"] = CASE_MAPPINGS["rfc1459-strict"]
 UNICODE_MAPPINGS = ("rfc7613", "rfc8265", "precis")  # of servers that allow all of Unicode
+HOST_CHARACTERS = set(".:/")  # that hosts have, and no nick
 STATUS_SYMBOLS = "~&@%+"  # before a channel, of ranks whose users are meant
 PARAMETER_MODES = "beIqaohvkl"  # modes with a parameter, where 005 has no CHANMODES
 
@@ -16665,11 +16666,12 @@ class ClientCore(ForScreens):
         return any(self.ignores(mask, heard.source) for mask in self.ignored)
 
     def ignores(self, mask: str, source: str) -> bool:
-        name = source.partition("!")[0]
-        if set(mask) & set("!@*?"):
-            full = mask if "!" in mask else f"*!{mask}" if "@" in mask else f"{mask}!*@*"
-            return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
-        return self.fold(mask) == self.fold(name)
+        name, of_host = source.partition("!")[0], bool(set(mask) & HOST_CHARACTERS)
+        if not (of_host or set(mask) & set("!@*?")):
+            return self.fold(mask) == self.fold(name)
+        alone = f"*!*@{mask}" if of_host else f"{mask}!*@*"
+        full = mask if "!" in mask else f"*!{mask}" if "@" in mask else alone
+        return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
 
     def is_called(self, text: str) -> bool:
         """Return whether a text contains the user's nick or a word of the setting highlight."""
@@ -17635,8 +17637,11 @@ def do_kick(core: ClientCore, *words: str) -> None:
 
 
 def ban_of(name: str) -> str:
-    """Return the mask for a ban; a nick becomes the mask of the user who has it."""
-    return name if set(name) & set("!@*:$") else f"{name}!*@*"
+    """Return the mask for a ban; a nick becomes the mask of the user who has it, and a host the
+    mask of its users."""
+    if set(name) & set("!@*:$"):  # a mask, or an extended one
+        return name
+    return f"*!*@{name}" if set(name) & HOST_CHARACTERS else f"{name}!*@*"
 
 
 def set_for_each(core: ClientCore, where: str, mode: str, values: list[str]) -> None:

@@ -16082,7 +16082,9 @@ def test_a_ctcp_in_history_is_no_message_and_what_was_taken_back_meanwhile_is_no
     assert alice.said() == ["#lobby bob: fine"]
 
 
-@pytest.mark.parametrize("mask", ["bob", "BOB", "bob!*@*", "*!*@spam.example", "b?b"])
+@pytest.mark.parametrize(
+    "mask", ["bob", "BOB", "bob!*@*", "*!*@spam.example", "b?b", "spam.example", "*.example"]
+)
 def test_an_ignored_user_opens_nothing_and_rings_nothing(mask):
     alice = Elsewhere()
     alice.types(f"/ignore {mask}")
@@ -16306,6 +16308,7 @@ COMMANDS_SENT = """
 /kick bob go now            KICK #lobby bob :go now
 /ban bob                    MODE #lobby +b bob!*@*
 /ban *!*@h                  MODE #lobby +b *!*@h
+/ban 192.0.2.9              MODE #lobby +b *!*@192.0.2.9
 /ban                        MODE #lobby +b
 /unban bob                  MODE #lobby -b bob!*@*
 /mode +m                    MODE #lobby +m
