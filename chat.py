@@ -318,6 +318,7 @@ TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
 TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 LASTLOG_MOST = 100  # messages that /lastlog shows
 CLOCK_AHEAD_MS = 3600 * 1000  # by which a server's clock may be ahead of a client's
+REPEATED_MS = 60_000  # between the times of one message, by this client and by a bouncer
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
 LISTED_ROWS = 1900  # of an answer to /list or /who; they are one page, and so below VIEWS_KEPT
 IDS_KEPT = 10_000  # of messages, to tell a repeat
@@ -12891,6 +12892,14 @@ def identity_of(view: ViewEvent) -> Any:
     return view.id or (view.time, view.name, view.text)
 
 
+def is_about(known: tuple[int, Any], room: int, view: ViewEvent) -> bool:
+    """Return whether a known message (its conversation and identity) has the words of this one, and
+    nearly its time."""
+    where, (when, *words) = known
+    near = abs(when - view.time) < REPEATED_MS
+    return near and where == room and words == [view.name, view.text]
+
+
 # Messages that have not arrived
 
 
@@ -16397,8 +16406,6 @@ class ClientCore(ForScreens):
     page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
     newest, newest_id = 0, ""  # time (ms) and id of the newest known message
     began = 0  # time of the first welcome
-    # Messages without ids that a server may send again, with the ids of their conversations
-    repeatable: Any = frozenset()
 
     def __init__(
         self,
@@ -16430,6 +16437,8 @@ class ClientCore(ForScreens):
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
         self.seen: dict[str, None] = {}  # ids of known messages
         self.removed: dict[str, None] = {}  # ids of redacted messages
+        # Messages without ids that a server may send again: conversation and identity
+        self.repeatable: set[tuple[int, Any]] = set()
         self.shown: set[str] = set()  # own ids of messages shown as waiting
         self.sent_before: set[str] = set()  # own ids of messages that the user sends again
         self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
@@ -17238,11 +17247,16 @@ class ClientCore(ForScreens):
         self.repeatable |= {(room.id, identity_of(view)) for view in spoken if not view.id}
 
     def is_repeated(self, room: Room, view: ViewEvent) -> bool:
-        """Return whether a message without an id, but with the server's time, is known already."""
-        known = (room.id, identity_of(view))
-        repeated = view.time is not None and not view.id and known in self.repeatable
-        self.repeatable -= {known} if repeated else set()
-        return repeated
+        """Return whether a message without an id, but with the server's time, is known already. The
+        user's own have the time of this client, which is not exactly that of a bouncer."""
+        if view.time is None or view.id:
+            return False
+        known = [(room.id, identity_of(view))]
+        if view.mine:
+            known = [one for one in self.repeatable if is_about(one, room.id, view)]
+        repeated = next((one for one in known if one in self.repeatable), None)
+        self.repeatable.discard(repeated)
+        return repeated is not None
 
     def hides(self, view: ViewEvent) -> bool:
         """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""

@@ -15986,6 +15986,21 @@ def test_what_a_bouncer_plays_again_is_shown_once():
         assert new == ["new"] or _ == 1 and new == []
 
 
+@pytest.mark.parametrize("seconds, shown", [(2, 1), (-2, 1), (300, 2)])
+def test_an_own_message_that_a_bouncer_plays_again_is_shown_once(seconds, shown):
+    alice = Elsewhere(caps="server-time")
+    alice.core.clock = lambda: 1_000_000.0
+    alice.types("hello", "/msg bob psst")
+    alice.sent(9)
+    alice.core.disconnected()
+    alice.connect(caps="server-time")
+    when = f"@time={chat.tag_time(1_000_000_000 + seconds * 1000)}"
+    alice.hears(*[f"{when} :alice!u@h PRIVMSG {words}" for words in ("#lobby :hello", "bob :psst")])
+    for room, text in (("#lobby", "hello"), ("bob", "psst")):
+        texts = [view.text for view in alice.core.rooms[room].views if view.kind == chat.MESSAGE]
+        assert texts == [text] * shown
+
+
 def test_a_live_line_that_a_page_holds_too_is_shown_once_without_ids():
     alice = Elsewhere(caps=PAGES_OF)
     line = "time=2026-11-26T18:00:00.000Z :bob!u@h PRIVMSG #lobby :hi"
