@@ -900,6 +900,9 @@ TAG_TRANSLATION = str.maketrans(
 )
 
 
+CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IRCv3 message-tags
+
+
 def escaped_tag(value: str) -> str:
     """Return a tag value as it is written on the wire; unescaped_tag() is the inverse."""
     return value.translate(TAG_TRANSLATION)
@@ -5484,6 +5487,14 @@ def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
 # Reading history
 
 
+def sound_tags(text: str) -> str:
+    """Return stored tags without what earlier versions stored, too: CR and LF in values, and names
+    that are none."""
+    tags = text.translate({13: "\\r", 10: "\\n", 0: None, 32: "\\s"}).split(";")
+    names = ((tag, tag.partition("=")[0]) for tag in tags)
+    return ";".join(tag for tag, name in names if name == FILE_TAG or CLIENT_TAG.fullmatch(name))
+
+
 def event_of(*row: Any) -> Event:
     """Return an event made of a row of the store, its COLUMNS."""
     id, time_ms, kind, name, address, username, about, text, author, tags = row
@@ -5491,9 +5502,7 @@ def event_of(*row: Any) -> Event:
     source = source_of(name, address, username, account)._replace(identity=author)
     if not address:  # of the server, which has only a name
         source = source._replace(mask=name)
-    # Version 0.2 stored client tags with CR and LF in their values
-    tags = tags.translate({13: "\\r", 10: "\\n", 0: None})
-    return Event(id, time_ms, kind, source, None, text, about, None, tags)
+    return Event(id, time_ms, kind, source, None, text, about, None, tags and sound_tags(tags))
 
 
 def is_sound(row: tuple) -> bool:
@@ -9162,9 +9171,6 @@ def irc_ns(session: IrcSession, *words: str) -> None:
 
 
 # Talking
-
-
-CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IRCv3 message-tags
 
 
 def client_tags(session: IrcSession) -> str:

@@ -9359,11 +9359,15 @@ def test_a_client_tag_cannot_end_a_line_live_or_in_history(value):
 
 
 def test_a_tag_that_an_earlier_version_stored_cannot_end_a_line():
-    event = chat.event_of(1, 1, chat.MESSAGE, "a", "h:1", "u", "", "hi", "~1", "+x=a\r\nERROR")
+    tags = "+x=a\r\nERROR;account=root;+a b=c;+;chat.py/file=/files/1,text/plain,5,,;+y/z=1"
+    event = chat.event_of(1, 1, chat.MESSAGE, "a", "h:1", "u", "", "hi", "~1", tags)
     wire = chat.IrcWires(chat.MessageIds()).get(frozenset({"message-tags"}))
     (line,) = wire.encode(chat.Audience("#a"), [event])
     check_grammar(line)
-    assert chat.parse_message(line.decode()).tags["+x"] == "a\r\nERROR"
+    heard = chat.parse_message(line.decode()).tags
+    assert heard["+x"] == "a\r\nERROR" and heard["+y/z"] == "1"
+    assert heard[chat.FILE_TAG] == "/files/1,text/plain,5,,"
+    assert not {"account", "+a b", "+"} & heard.keys()
 
 
 def test_a_quit_always_has_a_reason():
