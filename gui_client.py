@@ -6295,6 +6295,7 @@ class Commands(Acts):
             for one in {sequence, capital}:  # Caps Lock may be on
                 with contextlib.suppress(tk.TclError):  # a keyboard without that key
                     root.bind_class("WindowKeys", one, pressed)
+        root.bind("<Control-q>", lambda _: self.window.close())  # in a dialog, too
         # It is F10, too, but means another menu
         root.bind_class("WindowKeys", "<Shift-F10>", chat.do_nothing)
         cards = tuple(map(str, self.window.cards))

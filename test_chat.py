@@ -26516,6 +26516,15 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     assert choice.get() == "dark"
 
 
+@pytest.mark.parametrize("dialog", [False, True])
+def test_ctrl_q_closes_the_window_also_from_a_dialog(running, window, dialog):
+    alice = at_home(window(running().address))
+    if dialog:
+        alice.commands.open_settings()
+    press(alice, "Control-q", alice.settings.fields["font"] if dialog else None)
+    pump(alice, lambda: alice.gone)
+
+
 @pytest.mark.parametrize("way", ["wheel", "focus"])
 def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, way):
     alice = at_home(window(running().address))
