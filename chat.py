@@ -3139,7 +3139,7 @@ class Turn:
         the store could not take them."""
         lost: dict[Session, list[Event]] = {}
         for event in self.events:
-            if event.kind in SPOKEN and isinstance(event.origin, LocalSession):
+            if event.kind in (*SPOKEN, TAGS) and isinstance(event.origin, LocalSession):
                 lost.setdefault(event.origin, []).append(event)
         for session, events in lost.items():
             session.not_kept(events, reason)
@@ -8260,7 +8260,8 @@ class IrcSession(LocalSession):
         for event in events:
             own_id = parse_tags(event.tags).get(OWN_ID, "")
             ids = [self.site.hub.ids.text(event.id), *([own_id] if own_id else [])]
-            line = self.fail_line("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
+            verb = "TAGMSG" if event.kind == TAGS else "PRIVMSG"
+            line = self.fail_line(verb, "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
             data = self.timed(irc_bytes(f":{self.site.name} {line}"))
             if ack := self.acks.get(event.id):  # the label is on that
                 place = next(n for n, reply in enumerate(self.replies) if reply is ack)
@@ -8485,11 +8486,10 @@ class IrcSession(LocalSession):
     def own(self, event: Event, line: bytes) -> bytes:
         if event.origin is not self:  # a private message from another session of the user
             return line if self.wire.copies else b""
-        if event.id in self.withheld:
-            line = data = self.withheld[event.id]
-        else:
-            data = self.wire.own(event, line)
-        marked = self.own_tags.get(event.id)
+        data, marked = self.wire.own(event, line), self.own_tags.get(event.id)
+        if (instead := self.withheld.get(event.id)) is not None:
+            to_self = event.about == event.source.name
+            line, data = instead, instead + line * to_self
         if not data or not marked:
             return data
         mark, tag = marked
@@ -10119,9 +10119,9 @@ def server_query(doc: str, answer: Callable, server: int = 1, **needs: bool) -> 
     """Make a command with a fixed answer. `server`: which parameter may name the server, or 0."""
 
     @irc_command(doc.split()[0], most=server, doc=doc, **needs)
-    def handler(session: IrcSession, *params: str) -> None:
+    def handler(session: IrcSession, *params: str) -> LongAnswer:
         check_server(session, params[-1] if params and len(params) == server else "")
-        answer(session)
+        return answer(session)
 
 
 server_query("MOTD [<server>] -- the message of the day", tell_motd)
@@ -10137,10 +10137,15 @@ def tell_links(session: IrcSession) -> None:
     session.reply(RPL_ENDOFLINKS, "*", alone)
 
 
-def tell_map(session: IrcSession) -> None:
+def tell_map(session: IrcSession) -> Iterator[None]:
     hub = session.site.hub
-    starts = (node_of(one.id) for user in hub.users.values() for one in user.live)
-    connections = collections.Counter(starts)
+    connections: collections.Counter[int] = collections.Counter()
+    for user in in_slices(list(hub.users.values())):
+        if user is None:
+            yield
+            continue
+        hub.work += 2
+        connections.update(node_of(one.id) for one in user.live)
     for name, node in sorted(hub.nodes.items()) or [(session.site.name, None)]:
         count = connections[node.start if node else 0]
         session.reply(RPL_MAP, name, counted(count, "connection"))

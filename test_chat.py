@@ -4616,6 +4616,32 @@ def test_receipts_are_forgotten_a_month_after_their_message(folder):
     house.store.close()
 
 
+@pytest.mark.parametrize(
+    "line, heard",
+    (
+        ("{}PRIVMSG alice :note", ["FAIL PRIVMSG NOT_KEPT", "PRIVMSG alice :note"]),
+        ("{}NOTICE alice :note", ["FAIL PRIVMSG NOT_KEPT", "NOTICE alice :note"]),
+        ("@+draft/react=x{}TAGMSG #a", ["FAIL TAGMSG NOT_KEPT"]),
+        ("@+typing=active{}TAGMSG #a", ["TAGMSG #a"]),  # never kept
+    ),
+)
+@pytest.mark.parametrize("label", (False, True))
+def test_what_was_not_kept_is_not_echoed_and_a_note_to_oneself_arrives(line, heard, label):
+    house = House()
+    come(house, "alice", caps="message-tags echo-message labeled-response batch")
+    ask(house, "alice", "JOIN #a")
+    given = line.format((";label=x " if line[0] == "@" else "@label=x ") if label else " ")
+    house.say("alice", given)
+    house.hub.turn.not_kept("the disk is full")
+    house.turn()
+    lines = house.heard("alice")
+    assert all(words in told for words, told in zip(heard, lines, strict=True))
+    assert [" label=x" in told.replace("@", " ").replace(";", " ") for told in lines] == [
+        label,
+        False,
+    ][: len(lines)]
+
+
 def test_what_could_not_be_kept_is_not_said_to_be(folder):
     house = House(store=chat.Store(folder / "chat.db"))
     come_again(house, "alice", "alice")
@@ -20942,6 +20968,15 @@ def test_compiling_masks_costs_what_it_takes(line):
     house.hub.take_work()
     house.say("root", line.format("*a" * 100, "*b" * 100))
     assert house.hub.take_work() > 2000
+
+
+@pytest.mark.parametrize("line", ["WHO *", "MAP", "WALLOPS x", "KLINE 192.0.2.1"])
+def test_looking_at_all_users_is_charged_for_each(line):
+    house = operated()
+    house.enter_irc(*(f"guest{n}" for n in range(150)))
+    house.hub.take_work()
+    house.say("root", line)
+    assert house.hub.take_work() > 150
 
 
 @pytest.mark.parametrize("minutes", ["-1", "99999999999999999999999"])
