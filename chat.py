@@ -11369,6 +11369,8 @@ class FrameReader:
             if len(self.buffer) < start:
                 return None
             size = int.from_bytes(self.buffer[2:start], "big")
+            if size < (126 if start == 4 else 1 << 16):
+                raise BadFrame(1002, "a length has as few bytes as it needs")
         if opcode < CLOSE_FRAME and size + sum(map(len, self.parts)) > self.limit:
             raise BadFrame(1009, f"a message has at most {self.limit:,} bytes")
         end = start + 4 + size

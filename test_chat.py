@@ -12438,6 +12438,8 @@ BAD_FRAMES = [  # frames, and the code that they are closed with
     ([client_frame(9, b"x" * 126)], 1002),
     ([client_frame(9, b"x", last=False)], 1002),
     ([client_frame(0, b"x")], 1002),
+    ([b"\x81\xfe\x00\x7dmask"], 1002),
+    ([b"\x81\xff\x00\x00\x00\x00\x00\x00\xff\xffmask"], 1002),
     ([client_frame(1, b"x", False), client_frame(1, b"y")], 1002),
     ([client_frame(1, b"\xff")], 1007),
     ([client_frame(1, b"\xc3", False), client_frame(0, b"(")], 1007),
