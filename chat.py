@@ -4501,7 +4501,9 @@ def set_modes(hub: Hub, who: Session, name: str, changes: Changes, salt: str) ->
 
 def move_markers(hub: Hub, old: str, new: str) -> None:
     """Move the read markers of a renamed channel; those under the new name are out of date."""
-    for owner, marks in list(hub.markers.items()):
+    hub.work += len(hub.markers) // 4
+    moved = [one for one in hub.markers.items() if old in one[1] or new in one[1]]
+    for owner, marks in moved:
         for key in marks.keys() & {old, new}:
             hub.turn.record("marker_gone", owner, key)
         mark, _ = marks.pop(old, None), marks.pop(new, None)
@@ -9060,6 +9062,7 @@ service_command("drop", 1, exact=True, doc="DROP PASSWORD -- give up your accoun
 def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> Steps:
     """CERT ADD|LIST|REMOVE [FINGERPRINT] -- certificates that log in: add the one you show"""
     mark = session.conn.fingerprint
+    session.site.hub.work += len(session.site.hub.accounts.certificates) // 8
     if how.upper() == "ADD":
         account = yield do(session.act, "add_certificate", mark)
         session.service_says(f"{mark} logs in to {account} now (SASL EXTERNAL)")
@@ -9872,6 +9875,7 @@ def irc_token(session: IrcSession, subcommand: str, service: str = "", scope: st
     if service.upper() != "FILEHOST" or not known:
         text = "there is no such service; TOKEN SERVICELIST lists them"
         return session.fail("TOKEN", "UNKNOWN_SERVICE", text, service or "*")
+    session.site.hub.work += len(session.site.grants) // 3
     token = session.site.grants.make(session.user, session.site.hub.ticks)
     return session.line(f"TOKEN GENERATE FILEHOST :{token}")
 

@@ -20981,6 +20981,20 @@ def test_looking_at_all_users_is_charged_for_each(line):
     assert house.hub.take_work() > 150
 
 
+@pytest.mark.parametrize("line", ["RENAME #a #b", "NS CERT LIST", "TOKEN GENERATE FILEHOST"])
+def test_looking_through_a_table_of_the_server_is_charged(line):
+    house = operated()
+    house.site.folder = object()
+    root = house.hub.users["root"]
+    for n in range(3000):
+        house.hub.markers[f"={n}"] = {"#c": chat.Marker(1, 1)}
+        house.hub.accounts.certificates[str(n)] = "x"
+        house.site.grants[str(n)] = chat.Grant(root, house.hub.ticks + 1)
+    house.hub.take_work()
+    house.say("root", line)
+    assert house.hub.take_work() > 300
+
+
 @pytest.mark.parametrize("minutes", ["-1", "99999999999999999999999"])
 def test_a_kline_of_no_sensible_time_is_refused(minutes):
     house = operated()
