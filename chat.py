@@ -191,6 +191,8 @@ WORK_OF_A_RECEIVER = 5  # for each receiver that has to be told one by one
 WORK_OF_A_LINE = 8  # of an answer, and as much again ...
 WORK_OF_A_BYTE = 0.02  # ... for 400 bytes of it
 LOOKED_AT_ONCE = 100  # users or channels looked at before other sessions have their turn
+PLAYED_AT_ONCE = 25  # events of the past, likewise
+WORK_OF_THE_PAST = 10  # for each of them, beside its line: it is read and decoded
 PIECE_BYTES = 300  # of a message of several pieces: what one line carries at least ...
 MULTILINE_SLACK = 4  # ... and a sender may use so many times as many
 LINES_DROPPED = 10_000  # that may follow a /lines with too large a number
@@ -2752,6 +2754,13 @@ class LocalSession(Session):
             self.unfinished = None
             self.refuse(refusal)
         self.mark_answer()
+
+    def go_on_with(self, answer: Iterator[None]) -> None:
+        """Let the result of a job be a long answer. It is made at once if a line waits for it."""
+        if self.waits:
+            collections.deque(answer, maxlen=0)
+        else:
+            self.unfinished = answer
 
     def resume_answer(self) -> None:
         """Prepare to send more of an answer in a later turn. For labels."""
@@ -9703,18 +9712,33 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     in_batch(session, "draft/chathistory-targets", lines, ends)
 
 
-def play(session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool) -> None:
+def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[bytes]:
+    """Yield the lines of events of the past, each with the channel that it was said in, or ""; and
+    b"" now and then: there the rest can wait."""
+    for n, (where, event) in enumerate(pairs):
+        session.site.hub.work += WORK_OF_THE_PAST
+        if n % PLAYED_AT_ONCE == PLAYED_AT_ONCE - 1:
+            yield b""
+        yield from session.wire.encode(Audience(where), [event])
+
+
+def play(
+    session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool, check: Callable
+) -> Iterator[None]:
     """Send events of the past, in a batch for clients that know batches, up to PAGE_BYTES as
-    encoded. `whole`: no other event follows."""
-    past = Audience(name if name.startswith("#") else "")
+    encoded. `whole`: no other event follows. The last call of check() raises Refused if the user
+    may not read them any more."""
+    where = name if name.startswith("#") else ""
     lines, size = [], 0
-    for event in reversed(events) if newest else events:
-        (line,) = session.wire.encode(past, [event])
+    for line in played(session, ((where, e) for e in (reversed(events) if newest else events))):
         size += len(line)
         if lines and size > PAGE_BYTES:
             whole = False
             break
         lines.append(line)
+        if not line:
+            yield
+    check()
     lines = [line for line in (reversed(lines) if newest else lines) if line]
     in_batch(session, f"chathistory {name}", lines, last_page_tag(session, whole))
 
@@ -9789,14 +9813,19 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
             span = Span(scope, (kind,), after=since)
             page = functools.partial(session.site.store.history.page, span, CHANGES_A_PAGE, True)
             changes += yield do(session.read, page)
-    if readable(session, name, how) != scope:  # the user left it, or is another user now
-        raise invalid_target(how, name)
+
+    def check() -> None:
+        if readable(session, name, how) != scope:  # the user left it, or is another user now
+            raise invalid_target(how, name)
+
+    check()
     channel = session.site.hub.channels.get(fold(name))
     # A page of the store ends early where it is large, see History.page()
     size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
     whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
     events = sorted([*events, *changes], key=lambda event: event.id)
-    play(session, channel.name if channel else name, events, newest, whole)
+    name_now = channel.name if channel else name
+    session.go_on_with(play(session, name_now, events, newest, whole, check))
 
 
 @irc_command("SEARCH", 1)
@@ -9825,12 +9854,9 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     if name:
         readable(session, name, "in")
     names = {channel.key: channel.name for channel in user.channels}  # now, not when asked
-    lines = []
-    for scope, event in found:
-        where = names.get(scope.keys[0]) if scope.keys[0][:1] == "#" else ""
-        if where is not None:
-            lines += session.wire.encode(Audience(where), [event])
-    in_batch(session, "soju.im/search", lines)
+    places = [names.get(s.keys[0]) if s.keys[0][:1] == "#" else "" for s, _ in found]
+    pairs = [(where, e) for where, (_, e) in zip(places, found, strict=True) if where is not None]
+    in_batch(session, "soju.im/search", filter(None, played(session, pairs)))
 
 
 @irc_command("MARKREAD", most=2)
@@ -10892,10 +10918,19 @@ def line_stats(session: LineSession, letter: str) -> None:
     session.tell(counted(len(bans), "K-line"))
 
 
-def tell_past(session: LineSession, events: Iterable[Event], prefix: str) -> None:
-    for event in events:
+def tell_past(
+    session: LineSession, events: Iterable[Event], prefix: str, check: Callable, end: str
+) -> Iterator[None]:
+    """Tell events of the past and then the end, for as long as check() does not refuse it."""
+    check()
+    for n, event in enumerate(events):
+        session.site.hub.work += WORK_OF_THE_PAST
+        if n % PLAYED_AT_ONCE == PLAYED_AT_ONCE - 1:
+            yield
+            check()
         for text in line_texts(event, prefix):
             session.tell(f"{time_text(event.time)} {text}")
+    session.tell(end)
 
 
 @line_command("history", most=2)
@@ -10916,10 +10951,13 @@ def line_history(session: LineSession, *params: str) -> Steps:
         audience = channel.audience
     span = Span(scope_of(hub, session.user, audience))
     events = yield do(session.read, functools.partial(session.site.store.history.page, span, count))
-    if channel:
-        channel.member(session.user)  # or not any more
-    tell_past(session, events, line_prefix(audience))
-    session.tell(f"that was {counted(len(events), 'message')}")
+
+    def check() -> None:
+        if channel:
+            channel.member(session.user)  # or not any more
+
+    end = f"that was {counted(len(events), 'message')}"
+    session.go_on_with(tell_past(session, events, line_prefix(audience), check, end))
 
 
 @line_command("search", 1)
@@ -10930,9 +10968,13 @@ def line_search(session: LineSession, words: str) -> Steps:
     scope = scope_of(session.site.hub, session.user, channel.audience)
     search = functools.partial(session.site.store.search_index.search, [scope], words, Span(scope))
     found = yield do(session.read, functools.partial(search, HISTORY_LINES))
-    channel.member(session.user)  # or not any more
-    tell_past(session, [event for _, event in found], line_prefix(channel))
-    session.tell(f"found {counted(len(found), 'message')} with {words}")
+    events, prefix = [event for _, event in found], line_prefix(channel)
+    end = f"found {counted(len(found), 'message')} with {words}"
+
+    def check() -> None:
+        channel.member(session.user)  # or not any more
+
+    session.go_on_with(tell_past(session, events, prefix, check, end))
 
 
 @line_command("lines", 1, nameless=True)
@@ -20780,7 +20822,11 @@ class Server:
             level = logging.DEBUG if known else logging.ERROR
             log.log(level, "a job for %s failed: %s", peer.address, result)
             result = Refused("TRY_AGAIN", "that cannot be answered just now; try again later")
+        self.hub.take_work()  # what was done meanwhile was for others
+        replied = session.replied
         session.take_result(job, result)
+        if session.takes_lines:  # the bytes of files cost nothing
+            peer.charge(self.hub.take_work() + (session.replied - replied) * WORK_OF_A_BYTE)
 
     # The commit and the write beat
 

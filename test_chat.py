@@ -20981,6 +20981,58 @@ def test_looking_at_all_users_is_charged_for_each(line):
     assert house.hub.take_work() > 150
 
 
+PAST = [  # a line that asks for many messages of the past, by the dialect; a refusal of it
+    ("irc", "CHATHISTORY LATEST #a * 100", "FAIL CHATHISTORY INVALID_TARGET"),
+    ("line", "/history #a 100", "* you are not in #a"),
+]
+
+
+def house_with_a_past(dialect):
+    """A house in which bob, in this dialect, and root are in #a, where much was said."""
+    house = operated()
+    (house.enter_irc if dialect == "irc" else house.enter)("bob")
+    house.say("bob", "JOIN #a" if dialect == "irc" else "/join #a")
+    house.say("root", "JOIN #a", *(f"PRIVMSG #a :number {n}" for n in range(100)))
+    house.turn()
+    house.heard("bob")
+    return house
+
+
+def ask_for_the_past(house, line):
+    """Ask for it, up to the moment when it was read from the store."""
+    house.guests["bob"].take(line.encode())
+    house.written.clear()
+    house.end_turn()
+    house.loop.run_due()
+    return house.guests["bob"]
+
+
+@pytest.mark.parametrize("dialect, line, _", PAST)
+def test_messages_of_the_past_are_charged_and_sent_in_pieces(monkeypatch, dialect, line, _):
+    house, charged = house_with_a_past(dialect), []
+    monkeypatch.setattr(FakeConn, "charge", lambda _, items: charged.append(items))
+    bob, pieces = ask_for_the_past(house, line), 0
+    while bob.has_more:
+        bob.go_on()
+        charged.append(house.hub.take_work())
+        pieces += 1
+    house.turn()
+    assert pieces >= 4 and sum(charged) > 100 * chat.WORK_OF_THE_PAST
+    assert sum("number" in one for one in house.heard("bob")) >= 99
+
+
+@pytest.mark.parametrize("dialect, line, refusal", PAST)
+def test_a_user_who_is_kicked_meanwhile_gets_no_more_of_the_past(dialect, line, refusal):
+    house = house_with_a_past(dialect)
+    bob = ask_for_the_past(house, line)
+    bob.go_on()
+    house.say("root", "KICK #a bob")
+    house.pump(bob)
+    house.turn()
+    lines = house.heard("bob")
+    assert any(refusal in one for one in lines) and "number 99" not in str(lines)
+
+
 @pytest.mark.parametrize("line", ["RENAME #a #b", "NS CERT LIST", "TOKEN GENERATE FILEHOST"])
 def test_looking_through_a_table_of_the_server_is_charged(line):
     house = operated()
