@@ -4892,6 +4892,15 @@ def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
     return ban.mask
 
 
+@act
+def move_bans(hub: Hub, who: Session, milliseconds: int) -> None:
+    """Keep what is left of the time of each K-line when the clock is set by so much."""
+    for key, ban in hub.bans.items():
+        if ban.until:
+            hub.bans[key] = ban = ban._replace(until=max(1, ban.until + milliseconds))
+            hub.turn.record("ban", key, *ban)
+
+
 # Nodes of a cluster
 
 
@@ -9693,6 +9702,7 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
         session.site.store.history.newest, keys, hub.identities(user.identity)
     )
     found = yield do(session.read, newest)
+    hub.work += WORK_OF_THE_PAST * len(found)
     names = {channel.key: channel.name for channel in user.channels}
     matching = []
     for key, event in found:
@@ -20832,13 +20842,16 @@ class Server:
 
     def begin_turn(self) -> None:
         now = self.clock()
-        offset = now - self.loop.now
-        if abs(offset - self.clock_offset) > CLOCK_JUMP_SECONDS:
-            log.warning("the clock was set by %+.1f s", offset - self.clock_offset)
-        self.clock_offset = offset
+        jump = now - self.loop.now - self.clock_offset
+        self.clock_offset += jump
         if self.cluster:
-            return self._begin_by_log(now)
-        return self.hub.begin(now, self.loop.now)
+            self._begin_by_log(now)
+        else:
+            self.hub.begin(now, self.loop.now)
+        if abs(jump) > CLOCK_JUMP_SECONDS:
+            log.warning("the clock was set by %+.1f s", jump)
+            if not self.cluster:  # whose clock is that of the log
+                self.site.act("move_bans", int(jump * 1000))
 
     def _begin_by_log(self, now: float) -> None:
         """Begin a turn by the clock of the log, which is the same for all nodes."""

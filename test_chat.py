@@ -20972,6 +20972,25 @@ def test_compiling_masks_costs_what_it_takes(line):
     assert house.hub.take_work() > 2000
 
 
+@pytest.mark.parametrize("first, then", ((YEAR, 0), (0, YEAR), (0, -DAY_SECONDS)))
+def test_a_kline_lasts_as_long_as_it_was_set_for_whatever_becomes_of_the_clock(folder, first, then):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    house.enter_irc("root")
+    ask(house, "root", "OPER boss secret")
+    for ahead in (first, then):
+        house.clock = lambda ahead=ahead: house.now + ahead
+        house.turn()
+        if ahead == first:
+            ask(house, "root", "KLINE 192.0.2.9 10 x", "KLINE 192.0.2.8 0 x")
+    (until,) = (ban.until for ban in house.hub.bans.values() if ban.until)
+    assert abs(until / 1000 - house.clock() - 600) < 10
+    assert [ban.until for ban in restarted(house, path).hub.bans.values()] in (
+        [until, 0],
+        [0, until],
+    )
+
+
 @pytest.mark.parametrize("line", ["WHO *", "MAP", "WALLOPS x", "KLINE 192.0.2.1"])
 def test_looking_at_all_users_is_charged_for_each(line):
     house = operated()
