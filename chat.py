@@ -4969,7 +4969,7 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
     """Load the users and channels of Hub.record_changes(). A channel is restored if an account
     founded it, or if one of its members may come back; else it ends as without its last member."""
     wanted: dict[User, dict[str, str]] = {}  # ranks in each channel, by its key
-    invited: dict[User, dict[str, bool]] = {}
+    invitations: dict[User, dict[str, bool]] = {}
     for resume_id, text in users:
         state = json.loads(text)
         user = User.revived(resume_id, state, hub.ticks)
@@ -4980,7 +4980,7 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
             continue
         add_user(hub, user)
         start_grace_period(hub, user)
-        wanted[user], invited[user] = state["channels"], state.get("invitations", {})
+        wanted[user], invitations[user] = state["channels"], state.get("invitations", {})
     for user in [user for user in wanted if hub.users_by_id.get(user.resume_id) is not user]:
         del wanted[user]  # one absent user too many
     identities = {account.identity for account in hub.accounts.values()}
@@ -4995,8 +4995,8 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
             give_up_channel(hub, channel)
     for user, joined in wanted.items():
         user.channels = {hub.channels[key]: None for key in joined if key in hub.channels}
-        for channel in (hub.channels[key] for key in invited[user] if key in hub.channels):
-            user.invitations[channel] = invited[user][channel.key]
+        for channel in (hub.channels[key] for key in invitations[user] if key in hub.channels):
+            user.invitations[channel] = invitations[user][channel.key]
             channel.invited.add(user)
 
 
