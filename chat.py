@@ -193,6 +193,8 @@ WORK_OF_A_RECEIVER = 5  # for each receiver that has to be told one by one
 WORK_OF_A_LINE = 8  # of an answer, and as much again ...
 WORK_OF_A_BYTE = 0.02  # ... for 400 bytes of it
 LOOKED_AT_ONCE = 100  # users or channels looked at before other sessions have their turn
+PLAYED_AT_ONCE = 25  # events of the past, likewise
+WORK_OF_THE_PAST = 10  # for each of them, beside its line: it is read and decoded
 PIECE_BYTES = 300  # of a message of several pieces: what one line carries at least ...
 MULTILINE_SLACK = 4  # ... and a sender may use so many times as many
 LINES_DROPPED = 10_000  # that may follow a /lines with too large a number
@@ -2777,6 +2779,13 @@ class LocalSession(Session):
             self.refuse(refusal)
         self.mark_answer()
 
+    def go_on_with(self, answer: Iterator[None]) -> None:
+        """Let the result of a job be a long answer. It is made at once if a line waits for it."""
+        if self.waits:
+            collections.deque(answer, maxlen=0)
+        else:
+            self.unfinished = answer
+
     def resume_answer(self) -> None:
         """Prepare to send more of an answer in a later turn. For labels."""
 
@@ -3163,7 +3172,7 @@ class Turn:
         the store could not take them."""
         lost: dict[Session, list[Event]] = {}
         for event in self.events:
-            if event.kind in SPOKEN and isinstance(event.origin, LocalSession):
+            if event.kind in (*SPOKEN, TAGS) and isinstance(event.origin, LocalSession):
                 lost.setdefault(event.origin, []).append(event)
         for session, events in lost.items():
             session.not_kept(events, reason)
@@ -4531,7 +4540,9 @@ def set_modes(hub: Hub, who: Session, name: str, changes: Changes, salt: str) ->
 
 def move_markers(hub: Hub, old: str, new: str) -> None:
     """Move the read markers of a renamed channel; those under the new name are out of date."""
-    for owner, marks in list(hub.markers.items()):
+    hub.work += len(hub.markers) // 4
+    moved = [one for one in hub.markers.items() if old in one[1] or new in one[1]]
+    for owner, marks in moved:
         for key in marks.keys() & {old, new}:
             hub.turn.record("marker_gone", owner, key)
         mark, _ = marks.pop(old, None), marks.pop(new, None)
@@ -4914,6 +4925,15 @@ def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
     return ban.mask
 
 
+@act
+def move_bans(hub: Hub, who: Session, milliseconds: int) -> None:
+    """Keep what is left of the time of each K-line when the clock is set by so much."""
+    for key, ban in hub.bans.items():
+        if ban.until:
+            hub.bans[key] = ban = ban._replace(until=max(1, ban.until + milliseconds))
+            hub.turn.record("ban", key, *ban)
+
+
 # Nodes of a cluster
 
 
@@ -4982,7 +5002,7 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
     """Load the users and channels of Hub.record_changes(). A channel is restored if an account
     founded it, or if one of its members may come back; else it ends as without its last member."""
     wanted: dict[User, dict[str, str]] = {}  # ranks in each channel, by its key
-    invited: dict[User, dict[str, bool]] = {}
+    invitations: dict[User, dict[str, bool]] = {}
     for resume_id, text in users:
         state = json.loads(text)
         user = User.revived(resume_id, state, hub.ticks)
@@ -4993,7 +5013,7 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
             continue
         add_user(hub, user)
         start_grace_period(hub, user)
-        wanted[user], invited[user] = state["channels"], state.get("invitations", {})
+        wanted[user], invitations[user] = state["channels"], state.get("invitations", {})
     for user in [user for user in wanted if hub.users_by_id.get(user.resume_id) is not user]:
         del wanted[user]  # one absent user too many
     identities = {account.identity for account in hub.accounts.values()}
@@ -5008,8 +5028,8 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
             give_up_channel(hub, channel)
     for user, joined in wanted.items():
         user.channels = {hub.channels[key]: None for key in joined if key in hub.channels}
-        for channel in (hub.channels[key] for key in invited[user] if key in hub.channels):
-            user.invitations[channel] = invited[user][channel.key]
+        for channel in (hub.channels[key] for key in invitations[user] if key in hub.channels):
+            user.invitations[channel] = invitations[user][channel.key]
             channel.invited.add(user)
 
 
@@ -8321,7 +8341,8 @@ class IrcSession(LocalSession):
         for event in events:
             own_id = parse_tags(event.tags).get(OWN_ID, "")
             ids = [self.site.hub.ids.text(event.id), *([own_id] if own_id else [])]
-            line = self.fail_line("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
+            verb = "TAGMSG" if event.kind == TAGS else "PRIVMSG"
+            line = self.fail_line(verb, "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
             data = self.timed(irc_bytes(f":{self.site.name} {line}"))
             if ack := self.acks.get(event.id):  # the label is on that
                 place = next(n for n, reply in enumerate(self.replies) if reply is ack)
@@ -8546,11 +8567,10 @@ class IrcSession(LocalSession):
     def own(self, event: Event, line: bytes) -> bytes:
         if event.origin is not self:  # a private message from another session of the user
             return line if self.wire.copies else b""
-        if event.id in self.withheld:
-            line = data = self.withheld[event.id]
-        else:
-            data = self.wire.own(event, line)
-        tagging = self.own_tags.get(event.id)
+        data, tagging = self.wire.own(event, line), self.own_tags.get(event.id)
+        if (instead := self.withheld.get(event.id)) is not None:
+            to_self = event.about == event.source.name
+            line, data = instead, instead + line * to_self
         if not data or not tagging:
             return data
         add, tag = tagging
@@ -9122,6 +9142,7 @@ service_command("drop", 1, exact=True, doc="DROP PASSWORD -- give up your accoun
 def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> Steps:
     """CERT ADD|LIST|REMOVE [FINGERPRINT] -- certificates that log in: add the one you show"""
     shown = session.conn.fingerprint
+    session.site.hub.work += len(session.site.hub.accounts.certificates) // 8
     if how.upper() == "ADD":
         account = yield do(session.act, "add_certificate", shown)
         session.service_says(f"{shown} logs in to {account} now (SASL EXTERNAL)")
@@ -9740,6 +9761,7 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
         session.site.store.history.newest, keys, hub.identities(user.identity)
     )
     found = yield do(session.read, newest)
+    hub.work += WORK_OF_THE_PAST * len(found)
     names = {channel.key: channel.name for channel in user.channels}
     matching = []
     for key, event in found:
@@ -9759,18 +9781,33 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     in_batch(session, "draft/chathistory-targets", lines, ends)
 
 
-def play(session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool) -> None:
+def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[bytes]:
+    """Yield the lines of events of the past, each with the channel that it was said in, or ""; and
+    b"" now and then: there the rest can wait."""
+    for n, (where, event) in enumerate(pairs):
+        session.site.hub.work += WORK_OF_THE_PAST
+        if n % PLAYED_AT_ONCE == PLAYED_AT_ONCE - 1:
+            yield b""
+        yield from session.wire.encode(Audience(where), [event])
+
+
+def play(
+    session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool, check: Callable
+) -> Iterator[None]:
     """Send events of the past, in a batch for clients that know batches, up to PAGE_BYTES as
-    encoded. `whole`: no other event follows."""
-    past = Audience(name if name.startswith("#") else "")
+    encoded. `whole`: no other event follows. The last call of check() raises Refused if the user
+    may not read them any more."""
+    where = name if name.startswith("#") else ""
     lines, size = [], 0
-    for event in reversed(events) if newest else events:
-        (line,) = session.wire.encode(past, [event])
+    for line in played(session, ((where, e) for e in (reversed(events) if newest else events))):
         size += len(line)
         if lines and size > PAGE_BYTES:
             whole = False
             break
         lines.append(line)
+        if not line:
+            yield
+    check()
     lines = [line for line in (reversed(lines) if newest else lines) if line]
     in_batch(session, f"chathistory {name}", lines, last_page_tag(session, whole))
 
@@ -9845,14 +9882,19 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
             span = Span(scope, (kind,), after=since)
             page = functools.partial(session.site.store.history.page, span, CHANGES_A_PAGE, True)
             changes += yield do(session.read, page)
-    if readable(session, name, how) != scope:  # the user left it, or is another user now
-        raise invalid_target(how, name)
+
+    def check() -> None:
+        if readable(session, name, how) != scope:  # the user left it, or is another user now
+            raise invalid_target(how, name)
+
+    check()
     channel = session.site.hub.channels.get(fold(name))
     # A page of the store ends early where it is large, see History.page()
     size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
     whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
     events = sorted([*events, *changes], key=lambda event: event.id)
-    play(session, channel.name if channel else name, events, newest, whole)
+    name_now = channel.name if channel else name
+    session.go_on_with(play(session, name_now, events, newest, whole, check))
 
 
 @irc_command("SEARCH", 1)
@@ -9881,12 +9923,9 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     if name:
         readable(session, name, "in")
     names = {channel.key: channel.name for channel in user.channels}  # now, not when asked
-    lines = []
-    for scope, event in found:
-        where = names.get(scope.keys[0]) if scope.keys[0][:1] == "#" else ""
-        if where is not None:
-            lines += session.wire.encode(Audience(where), [event])
-    in_batch(session, "soju.im/search", lines)
+    places = [names.get(s.keys[0]) if s.keys[0][:1] == "#" else "" for s, _ in found]
+    pairs = [(where, e) for where, (_, e) in zip(places, found, strict=True) if where is not None]
+    in_batch(session, "soju.im/search", filter(None, played(session, pairs)))
 
 
 @irc_command("MARKREAD", most=2)
@@ -9931,6 +9970,7 @@ def irc_token(session: IrcSession, subcommand: str, service: str = "", scope: st
     if service.upper() != "FILEHOST" or not known:
         text = "there is no such service; TOKEN SERVICELIST lists them"
         return session.fail("TOKEN", "UNKNOWN_SERVICE", text, service or "*")
+    session.site.hub.work += len(session.site.grants) // 3
     token = session.site.grants.make(session.user, session.site.hub.ticks)
     return session.line(f"TOKEN GENERATE FILEHOST :{token}")
 
@@ -10178,9 +10218,9 @@ def server_query(doc: str, answer: Callable, server: int = 1, **needs: bool) -> 
     """Make a command with a fixed answer. `server`: which parameter may name the server, or 0."""
 
     @irc_command(doc.split()[0], most=server, doc=doc, **needs)
-    def handler(session: IrcSession, *params: str) -> None:
+    def handler(session: IrcSession, *params: str) -> LongAnswer:
         check_server(session, params[-1] if params and len(params) == server else "")
-        answer(session)
+        return answer(session)
 
 
 server_query("MOTD [<server>] -- the message of the day", tell_motd)
@@ -10196,10 +10236,15 @@ def tell_links(session: IrcSession) -> None:
     session.reply(RPL_ENDOFLINKS, "*", alone)
 
 
-def tell_map(session: IrcSession) -> None:
+def tell_map(session: IrcSession) -> Iterator[None]:
     hub = session.site.hub
-    starts = (node_of(one.id) for user in hub.users.values() for one in user.live)
-    connections = collections.Counter(starts)
+    connections: collections.Counter[int] = collections.Counter()
+    for user in in_slices(list(hub.users.values())):
+        if user is None:
+            yield
+            continue
+        hub.work += 2
+        connections.update(node_of(one.id) for one in user.live)
     for name, node in sorted(hub.nodes.items()) or [(session.site.name, None)]:
         count = connections[node.start if node else 0]
         session.reply(RPL_MAP, name, counted(count, "connection"))
@@ -10942,10 +10987,19 @@ def line_stats(session: LineSession, letter: str) -> None:
     session.tell(counted(len(bans), "K-line"))
 
 
-def tell_past(session: LineSession, events: Iterable[Event], prefix: str) -> None:
-    for event in events:
+def tell_past(
+    session: LineSession, events: Iterable[Event], prefix: str, check: Callable, end: str
+) -> Iterator[None]:
+    """Tell events of the past and then the end, for as long as check() does not refuse it."""
+    check()
+    for n, event in enumerate(events):
+        session.site.hub.work += WORK_OF_THE_PAST
+        if n % PLAYED_AT_ONCE == PLAYED_AT_ONCE - 1:
+            yield
+            check()
         for text in line_texts(event, prefix):
             session.tell(f"{time_text(event.time)} {text}")
+    session.tell(end)
 
 
 @line_command("history", most=2)
@@ -10966,10 +11020,13 @@ def line_history(session: LineSession, *params: str) -> Steps:
         audience = channel.audience
     span = Span(scope_of(hub, session.user, audience))
     events = yield do(session.read, functools.partial(session.site.store.history.page, span, count))
-    if channel:
-        channel.member(session.user)  # or not any more
-    tell_past(session, events, line_prefix(audience))
-    session.tell(f"that was {counted(len(events), 'message')}")
+
+    def check() -> None:
+        if channel:
+            channel.member(session.user)  # or not any more
+
+    end = f"that was {counted(len(events), 'message')}"
+    session.go_on_with(tell_past(session, events, line_prefix(audience), check, end))
 
 
 @line_command("search", 1)
@@ -10980,9 +11037,13 @@ def line_search(session: LineSession, words: str) -> Steps:
     scope = scope_of(session.site.hub, session.user, channel.audience)
     search = functools.partial(session.site.store.search_index.search, [scope], words, Span(scope))
     found = yield do(session.read, functools.partial(search, HISTORY_LINES))
-    channel.member(session.user)  # or not any more
-    tell_past(session, [event for _, event in found], line_prefix(channel))
-    session.tell(f"found {counted(len(found), 'message')} with {words}")
+    events, prefix = [event for _, event in found], line_prefix(channel)
+    end = f"found {counted(len(found), 'message')} with {words}"
+
+    def check() -> None:
+        channel.member(session.user)  # or not any more
+
+    session.go_on_with(tell_past(session, events, prefix, check, end))
 
 
 @line_command("lines", 1, nameless=True)
@@ -11425,6 +11486,8 @@ class FrameReader:
             if len(self.buffer) < start:
                 return None
             size = int.from_bytes(self.buffer[2:start], "big")
+            if size < (126 if start == 4 else 1 << 16):
+                raise BadFrame(1002, "a length has as few bytes as it needs")
         if opcode < CLOSE_FRAME and size + sum(map(len, self.parts)) > self.limit:
             raise BadFrame(1009, f"a message has at most {self.limit:,} bytes")
         end = start + 4 + size
@@ -20896,19 +20959,26 @@ class Server:
             level = logging.DEBUG if known else logging.ERROR
             log.log(level, "a job for %s failed: %s", peer.address, result)
             result = Refused("TRY_AGAIN", "that cannot be answered just now; try again later")
+        self.hub.take_work()  # what was done meanwhile was for others
+        replied = session.replied
         session.take_result(job, result)
+        if session.takes_lines:  # the bytes of files cost nothing
+            peer.charge(self.hub.take_work() + (session.replied - replied) * WORK_OF_A_BYTE)
 
     # The commit and the write beat
 
     def begin_turn(self) -> None:
         now = self.clock()
-        offset = now - self.loop.now
-        if abs(offset - self.clock_offset) > CLOCK_JUMP_SECONDS:
-            log.warning("the clock was set by %+.1f s", offset - self.clock_offset)
-        self.clock_offset = offset
+        jump = now - self.loop.now - self.clock_offset
+        self.clock_offset += jump
         if self.cluster:
-            return self._begin_by_log(now)
-        return self.hub.begin(now, self.loop.now)
+            self._begin_by_log(now)
+        else:
+            self.hub.begin(now, self.loop.now)
+        if abs(jump) > CLOCK_JUMP_SECONDS:
+            log.warning("the clock was set by %+.1f s", jump)
+            if not self.cluster:  # whose clock is that of the log
+                self.site.act("move_bans", int(jump * 1000))
 
     def _begin_by_log(self, now: float) -> None:
         """Begin a turn by the clock of the log, which is the same for all nodes."""

@@ -4616,6 +4616,32 @@ def test_receipts_are_forgotten_a_month_after_their_message(folder):
     house.store.close()
 
 
+@pytest.mark.parametrize(
+    "line, heard",
+    (
+        ("{}PRIVMSG alice :note", ["FAIL PRIVMSG NOT_KEPT", "PRIVMSG alice :note"]),
+        ("{}NOTICE alice :note", ["FAIL PRIVMSG NOT_KEPT", "NOTICE alice :note"]),
+        ("@+draft/react=x{}TAGMSG #a", ["FAIL TAGMSG NOT_KEPT"]),
+        ("@+typing=active{}TAGMSG #a", ["TAGMSG #a"]),  # never kept
+    ),
+)
+@pytest.mark.parametrize("label", (False, True))
+def test_what_was_not_kept_is_not_echoed_and_a_note_to_oneself_arrives(line, heard, label):
+    house = House()
+    come(house, "alice", caps="message-tags echo-message labeled-response batch")
+    ask(house, "alice", "JOIN #a")
+    given = line.format((";label=x " if line[0] == "@" else "@label=x ") if label else " ")
+    house.say("alice", given)
+    house.hub.turn.not_kept("the disk is full")
+    house.turn()
+    lines = house.heard("alice")
+    assert all(words in told for words, told in zip(heard, lines, strict=True))
+    assert [" label=x" in told.replace("@", " ").replace(";", " ") for told in lines] == [
+        label,
+        False,
+    ][: len(lines)]
+
+
 def test_what_could_not_be_kept_is_not_said_to_be(folder):
     house = House(store=chat.Store(folder / "chat.db"))
     come_again(house, "alice", "alice")
@@ -12416,6 +12442,8 @@ BAD_FRAMES = [  # frames, and the code that they are closed with
     ([client_frame(9, b"x" * 126)], 1002),
     ([client_frame(9, b"x", last=False)], 1002),
     ([client_frame(0, b"x")], 1002),
+    ([b"\x81\xfe\x00\x7dmask"], 1002),
+    ([b"\x81\xff\x00\x00\x00\x00\x00\x00\xff\xffmask"], 1002),
     ([client_frame(1, b"x", False), client_frame(1, b"y")], 1002),
     ([client_frame(1, b"\xff")], 1007),
     ([client_frame(1, b"\xc3", False), client_frame(0, b"(")], 1007),
@@ -21008,6 +21036,100 @@ def test_compiling_masks_costs_what_it_takes(line):
     house.hub.take_work()
     house.say("root", line.format("*a" * 100, "*b" * 100))
     assert house.hub.take_work() > 2000
+
+
+@pytest.mark.parametrize("first, then", ((YEAR, 0), (0, YEAR), (0, -DAY_SECONDS)))
+def test_a_kline_lasts_as_long_as_it_was_set_for_whatever_becomes_of_the_clock(folder, first, then):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    house.enter_irc("root")
+    ask(house, "root", "OPER boss secret")
+    for ahead in (first, then):
+        house.clock = lambda ahead=ahead: house.now + ahead
+        house.turn()
+        if ahead == first:
+            ask(house, "root", "KLINE 192.0.2.9 10 x", "KLINE 192.0.2.8 0 x")
+    (until,) = (ban.until for ban in house.hub.bans.values() if ban.until)
+    assert abs(until / 1000 - house.clock() - 600) < 10
+    assert [ban.until for ban in restarted(house, path).hub.bans.values()] in (
+        [until, 0],
+        [0, until],
+    )
+
+
+@pytest.mark.parametrize("line", ["WHO *", "MAP", "WALLOPS x", "KLINE 192.0.2.1"])
+def test_looking_at_all_users_is_charged_for_each(line):
+    house = operated()
+    house.enter_irc(*(f"guest{n}" for n in range(150)))
+    house.hub.take_work()
+    house.say("root", line)
+    assert house.hub.take_work() > 150
+
+
+PAST = [  # a line that asks for many messages of the past, by the dialect; a refusal of it
+    ("irc", "CHATHISTORY LATEST #a * 100", "FAIL CHATHISTORY INVALID_TARGET"),
+    ("line", "/history #a 100", "* you are not in #a"),
+]
+
+
+def house_with_a_past(dialect):
+    """A house in which bob, in this dialect, and root are in #a, where much was said."""
+    house = operated()
+    (house.enter_irc if dialect == "irc" else house.enter)("bob")
+    house.say("bob", "JOIN #a" if dialect == "irc" else "/join #a")
+    house.say("root", "JOIN #a", *(f"PRIVMSG #a :number {n}" for n in range(100)))
+    house.turn()
+    house.heard("bob")
+    return house
+
+
+def ask_for_the_past(house, line):
+    """Ask for it, up to the moment when it was read from the store."""
+    house.guests["bob"].take(line.encode())
+    house.written.clear()
+    house.end_turn()
+    house.loop.run_due()
+    return house.guests["bob"]
+
+
+@pytest.mark.parametrize("dialect, line, _", PAST)
+def test_messages_of_the_past_are_charged_and_sent_in_pieces(monkeypatch, dialect, line, _):
+    house, charged = house_with_a_past(dialect), []
+    monkeypatch.setattr(FakeConn, "charge", lambda _, items: charged.append(items))
+    bob, pieces = ask_for_the_past(house, line), 0
+    while bob.has_more:
+        bob.go_on()
+        charged.append(house.hub.take_work())
+        pieces += 1
+    house.turn()
+    assert pieces >= 4 and sum(charged) > 100 * chat.WORK_OF_THE_PAST
+    assert sum("number" in one for one in house.heard("bob")) >= 99
+
+
+@pytest.mark.parametrize("dialect, line, refusal", PAST)
+def test_a_user_who_is_kicked_meanwhile_gets_no_more_of_the_past(dialect, line, refusal):
+    house = house_with_a_past(dialect)
+    bob = ask_for_the_past(house, line)
+    bob.go_on()
+    house.say("root", "KICK #a bob")
+    house.pump(bob)
+    house.turn()
+    lines = house.heard("bob")
+    assert any(refusal in one for one in lines) and "number 99" not in str(lines)
+
+
+@pytest.mark.parametrize("line", ["RENAME #a #b", "NS CERT LIST", "TOKEN GENERATE FILEHOST"])
+def test_looking_through_a_table_of_the_server_is_charged(line):
+    house = operated()
+    house.site.folder = object()
+    root = house.hub.users["root"]
+    for n in range(3000):
+        house.hub.markers[f"={n}"] = {"#c": chat.Marker(1, 1)}
+        house.hub.accounts.certificates[str(n)] = "x"
+        house.site.grants[str(n)] = chat.Grant(root, house.hub.ticks + 1)
+    house.hub.take_work()
+    house.say("root", line)
+    assert house.hub.take_work() > 300
 
 
 @pytest.mark.parametrize("minutes", ["-1", "99999999999999999999999"])
