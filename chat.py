@@ -6704,6 +6704,7 @@ def log_entry(message: NatsMessage) -> tuple[LogEntry, int]:
 
 
 START_FROM_BACKUP = "start it from a copy of another node: chat.py backup FILE"
+LOG_IS_LOST = 'the README says what to do "if NATS has lost everything"'
 STREAM_MISSING, SUBJECT_TAKEN = 10059, 10065  # err_code of JetStream
 TOO_MANY_REPLICAS = (10005, 10023, 10074)
 OTHER_LOG = "name another one: nats://HOST:PORT/NAME"
@@ -6775,7 +6776,7 @@ class NatsLog:
         if error is None:
             return self._check(answer)
         if self.applied:
-            raise LogLost(f"the log {self.name} is gone from NATS")
+            raise LogLost(f"the log {self.name} is gone from NATS; {LOG_IS_LOST}")
         return self._create(LOG_REPLICAS)
 
     def _create(self, replicas: int) -> None:
@@ -6818,7 +6819,7 @@ class NatsLog:
         self.last, first = state.get("last_seq", 0), state.get("first_seq", 0)
         if self.last < self.applied:
             text = f"the log {self.name} went back: it ends at {self.last}"
-            raise LogLost(f"{text}, and this node has applied {self.applied}")
+            raise LogLost(f"{text}, and this node has applied {self.applied}; {LOG_IS_LOST}")
         if first > self.applied + 1:
             text = f"the log {self.name} begins at {first} now, and this node has applied"
             raise LogLost(f"{text} {self.applied}; {START_FROM_BACKUP}")
@@ -7410,7 +7411,8 @@ class Cluster:
         """Compare an entry that was applied before with the one that the log has now."""
         other = self.last_entry not in ("", entry_digest(entry.data))
         if entry.sequence == self.hub.sequence and other:
-            self.stop(f"the log has another entry {entry.sequence} than this node has applied")
+            text = f"the log has another entry {entry.sequence} than this node has applied"
+            self.stop(f"{text}; {LOG_IS_LOST}")
         self._note_progress(entry)
 
     def _agrees(self, batch: ActBatch) -> bool:
@@ -21925,6 +21927,7 @@ class NatsLink:
         self.host, self.address = "", ""
         self.began = 0.0  # when this connection was made; monotonic
         self.reason = ""  # why there is no connection; it was logged
+        self.up = False  # the log is read
         server.flush_log = self.flush
         self.dial()
         self.tick()
@@ -21999,8 +22002,6 @@ class NatsLink:
             if cluster.log and (entry := cluster.log.take(message)):
                 cluster.apply(entry)
         if dialogue.ready and cluster.log is None:
-            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.address)
-            self.reason = ""
             name, days = self.options.log, self.options.keep_days
             cluster.connected(NatsLog(dialogue, name, days, cluster.hub.sequence), self.loop.now)
         if (dialogue.wants_tls or self.context) and dialogue.info and self.conn.tls is None:
@@ -22018,6 +22019,10 @@ class NatsLink:
     def tick(self) -> None:
         self.give_up_silent()
         self.attempt(lambda: self.cluster.tick(self.loop.now))
+        if self.cluster.caught_up and not self.up:
+            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.address)
+            self.reason = ""
+        self.up = self.cluster.caught_up
         seconds = NODE_TICK_SECONDS if self.cluster.caught_up else NODE_TICK_SECONDS / 10
         self.loop.call_later(seconds, self.tick)
 
@@ -27516,7 +27521,9 @@ def cluster_option(text: str) -> NodeOptions:
     login, _, hosts = rest.rpartition("@")
     user, _, password = (urllib.parse.unquote(word) for word in login.partition(":"))
     servers = [split_host(host) for host in hosts.split(",")]
-    valid = scheme in ("nats", "tls") and all(host for host, _ in servers)
+    valid = scheme in ("nats", "tls") and all(
+        host and (port or 0) < 65536 for host, port in servers
+    )
     if not valid or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat"):
         raise argparse.ArgumentTypeError(advice)  # without the text: it may have a password
     known = tuple((host, port or NATS_PORT) for host, port in servers)

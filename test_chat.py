@@ -5957,9 +5957,9 @@ def test_a_reader_that_misses_an_entry_reads_it_through_another_consumer():
         ({"max_age": 10**9}, 1, 0, r"\(max_age 1000000000\)"),
         ({"max_msgs": 5, "max_msg_size": 1000}, 1, 0, r"\(max_msg_size 1000, max_msgs 5\)"),
         ({"max_consumers": 1}, 1, 0, r"\(max_consumers 1\)"),
-        ({}, 1, 7, "went back: it ends at 3, and this node has applied 7"),
+        ({}, 1, 7, "went back: it ends at 3, .*this node has applied 7; the README"),
         ({}, 5, 2, "begins at 5 now, and this node has applied 2; start it from a copy"),
-        (None, 1, 2, "is gone from NATS"),
+        (None, 1, 2, "is gone from NATS; the README says what to do"),
     ),
 )
 def test_a_log_that_does_not_fit_is_refused_with_the_reason(config, first, applied, reason):
@@ -6431,7 +6431,7 @@ def test_a_log_with_another_entry_than_the_one_applied_stops_the_node(folder):
     nodes.nats.entries[-1:] = [(b"[]", 1), (b"[]", 2)]
     one.link.join(nodes.nats)
     one.settle_log()
-    assert "the log has another entry" in one.failure
+    assert "the log has another entry" in one.failure and "the README says" in one.failure
 
 
 def test_acts_of_a_newer_version_stop_an_older_node(folder):
@@ -6529,6 +6529,24 @@ def test_a_turn_that_a_node_cannot_store_is_stored_as_a_whole_later_or_not_at_al
     one.committer.retry()
     assert not one.store.rows("identities")
     assert one.committer.close() and one.store.rows("identities")
+
+
+def test_a_nats_server_without_its_log_is_told_once_however_often_it_is_tried(folder, caplog):
+    nodes = Nodes(folder, "n1")
+    one, jetstream = nodes["n1"], nodes.nats.api
+    one.link.drop("broken")
+    nodes.nats.api = lambda *_: {"error": {"description": "no"}}
+    for _ in range(3):
+        one.link.join(nodes.nats)
+        one.link.exchange()
+        one.link.tick()
+    nodes.nats.api = jetstream
+    one.link.join(nodes.nats)
+    for _ in range(2):
+        one.link.exchange()
+        one.link.tick()
+    told = [text.partition(": ")[2] for text in caplog.messages if text.startswith("NATS at")]
+    assert told == ["broken; trying again", "JetStream: no; trying again", ""]
 
 
 @pytest.mark.parametrize("greeted", (False, True))
@@ -28886,6 +28904,8 @@ def test_two_nodes_over_a_real_nats_server_are_one_chat_also_when_one_is_killed(
         (("--node", "n1"), b"of no use without --cluster"),
         (("--cluster", "nats://h", "--node", "a", "--data", "none"), b"needs a data folder"),
         (("--cluster", "nats://user:secret@"), b"write nats://HOST:4222"),
+        (("--cluster", "nats://user:secret@h:65536"), b"write nats://HOST:4222"),
+        (("--cluster", "nats://user:secret@h,h:/x"), b"write nats://HOST:4222"),
         (("--cluster", "http://h", "--node", "n1"), b"write nats://HOST:4222"),
     ),
 )
