@@ -6360,7 +6360,8 @@ class Store:
 
     def _lose(self, turn: Turn, now: float, ticks: int) -> str:
         self.dedup.lose(turn.dedup, ticks)
-        self.backlog.add(turn.records, now)
+        if not self.node:  # which stores a turn as a whole, or applies its entries again
+            self.backlog.add(turn.records, now)
         return LOST
 
     def _check_folder(self) -> None:
@@ -6748,7 +6749,7 @@ class NatsDialogue:
             self.ready = True
         elif verb == "-ERR":
             text = rest.strip("' ")
-            if "authorization" in text.lower() or "authentication" in text.lower():
+            if re.search("authorization violation|authentication(?! timeout)", text, re.I):
                 raise LogUnusable(f"NATS refuses the user or password ({text})")
             raise NatsFailed(text)
         elif verb != "+OK":
@@ -6792,6 +6793,7 @@ def log_entry(message: NatsMessage) -> tuple[LogEntry, int]:
 
 
 START_FROM_BACKUP = "start it from a copy of another node: chat.py backup FILE"
+LOG_IS_LOST = 'the README says what to do "if NATS has lost everything"'
 STREAM_MISSING, SUBJECT_TAKEN = 10059, 10065  # err_code of JetStream
 TOO_MANY_REPLICAS = (10005, 10023, 10074)
 OTHER_LOG = "name another one: nats://HOST:PORT/NAME"
@@ -6863,7 +6865,7 @@ class NatsLog:
         if error is None:
             return self._check(answer)
         if self.applied:
-            raise LogLost(f"the log {self.name} is gone from NATS")
+            raise LogLost(f"the log {self.name} is gone from NATS; {LOG_IS_LOST}")
         return self._create(LOG_REPLICAS)
 
     def _create(self, replicas: int) -> None:
@@ -6906,7 +6908,7 @@ class NatsLog:
         self.last, first = state.get("last_seq", 0), state.get("first_seq", 0)
         if self.last < self.applied:
             text = f"the log {self.name} went back: it ends at {self.last}"
-            raise LogLost(f"{text}, and this node has applied {self.applied}")
+            raise LogLost(f"{text}, and this node has applied {self.applied}; {LOG_IS_LOST}")
         if first > self.applied + 1:
             text = f"the log {self.name} begins at {first} now, and this node has applied"
             raise LogLost(f"{text} {self.applied}; {START_FROM_BACKUP}")
@@ -7038,6 +7040,11 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if value.__class__ is list else value
 
 
+def is_act(actor: Any = None, name: Any = None) -> bool:
+    """Return whether the first two values of a list can begin an act."""
+    return actor.__class__ is int and name.__class__ is str
+
+
 class ActBatch(NamedTuple):
     """The acts that a node sends at once."""
 
@@ -7059,6 +7066,8 @@ class ActBatch(NamedTuple):
                 raise ValueError("an entry with a number that is none of ours")
             if tuple(map(type, batch)) != (int, str, str, int, int, int, str, list):
                 raise ValueError("an entry with other types")
+            if not all(act.__class__ is list and is_act(*act[:2]) for act in batch.acts):
+                raise ValueError("an entry with something that is no act")
             return batch
         except (TypeError, KeyError, RecursionError) as error:
             raise ValueError(str(error)) from None
@@ -7099,6 +7108,15 @@ def perform_act(hub: Hub, act: list, report: Callable) -> Any:
         return Refused("INTERNAL_ERROR", "that failed inside the server; please report it")
 
 
+def attempt(work: Callable[[], None], report: Callable) -> None:
+    """Do something of this node's own. A bug in it must not keep the node from applying the rest of
+    an entry, as the others do."""
+    try:
+        work()
+    except Exception:
+        report()
+
+
 def ticks_of_log(hub: Hub, when: int) -> int:
     """Return the Hub's ticks at a time of the log, all in milliseconds. They stand still over jumps
     of NATS's clock, and while there is no node."""
@@ -7120,8 +7138,9 @@ def apply_batch(
     begun = len(hub.turn.events)
     if asks:
         for act, ask in zip(batch.acts, asks, strict=True):
-            ask.begin()
-            ask.finish(perform_act(hub, act, report))
+            attempt(ask.begin, report)
+            result = perform_act(hub, act, report)
+            attempt(functools.partial(ask.finish, result), report)
     else:
         for act in batch.acts:
             perform_act(hub, act, report)
@@ -7326,6 +7345,7 @@ class Cluster:
         self.steady_since = 0.0  # when this node had caught up with the log
         self.namesake = ""  # the epoch of another node with this name, which may be running
         self.clock: float | None = None  # the log's clock less the monotonic one, in seconds
+        self.knows_time = False  # else that is only the time of an entry, which may be an old one
         self.serving = self.leaving = self.stopped = False
         self.hold = ""  # HELD or DROPPED: the clients, while the log cannot be reached
         self.checksums: collections.OrderedDict[int, str] = collections.OrderedDict()
@@ -7481,7 +7501,8 @@ class Cluster:
         """Compare an entry that was applied before with the one that the log has now."""
         other = self.last_entry not in ("", entry_digest(entry.data))
         if entry.sequence == self.hub.sequence and other:
-            self.stop(f"the log has another entry {entry.sequence} than this node has applied")
+            text = f"the log has another entry {entry.sequence} than this node has applied"
+            self.stop(f"{text}; {LOG_IS_LOST}")
         self._note_progress(entry)
 
     def _agrees(self, batch: ActBatch) -> bool:
@@ -7524,8 +7545,9 @@ class Cluster:
         if not entry.time:  # it was not read
             return
         self.lag = entry.waiting
-        if entry.waiting == 0 or self.clock is None:
-            self.clock = entry.time / 1000 - self.now
+        is_new = self.caught_up and entry.waiting == 0
+        if is_new or not self.knows_time:
+            self.clock, self.knows_time = entry.time / 1000 - self.now, is_new
         if entry.waiting == 0 and not self.caught_up:
             self.catch_up()
 
@@ -20804,13 +20826,18 @@ class Server:
         self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
         self.expire_files()
 
+    def looks_after(self, file: StoredFile) -> bool:
+        """Return whether this server is the one to remove a file that is too old."""
+        abandoned = self.cluster and self.cluster.leads and file.node not in self.hub.nodes
+        return self.site.has_content(file) or bool(abandoned)
+
     def expire_files(self) -> None:
         """Remove old files, and uploads that do not go on."""
         now = self.sure_time() * 1000
         for file in list(self.hub.files.values()):
             days = self.options.files_keep
             seconds = days * 24 * 3600 if file.sha else UPLOAD_SECONDS
-            old = now - file.made > seconds * 1000 and self.site.has_content(file)
+            old = now - file.made > seconds * 1000 and self.looks_after(file)
             if old and file.id not in self.site.uploading:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
@@ -20986,7 +21013,8 @@ class Server:
         wall = cluster.wall(self.loop.now)
         begun = now if wall is None else wall
         self.hub.begin(begun, ticks_of_log(self.hub, int(begun * 1000)) / 1000)
-        if wall is not None and abs(wall - now) > CLOCK_DIFFERS_SECONDS and not self.told_of_clock:
+        differs = cluster.knows_time and abs(wall - now) > CLOCK_DIFFERS_SECONDS
+        if differs and not self.told_of_clock:
             self.told_of_clock = True
             log.warning("the clock of this node and that of NATS differ by %.0f s", now - wall)
 
@@ -22118,7 +22146,9 @@ class NatsLink:
         self.dialogue: NatsDialogue | None = None
         self.context: Any = None  # of TLS
         self.host, self.address = "", ""
+        self.began = 0.0  # when this connection was made; monotonic
         self.reason = ""  # why there is no connection; it was logged
+        self.up = False  # the log is read
         server.flush_log = self.flush
         self.dial()
         self.tick()
@@ -22143,6 +22173,7 @@ class NatsLink:
     def connected(self, sock: socket.socket | None, reason: str) -> None:
         if sock is None:
             return self.again(reason)
+        self.began = self.loop.now
         options = self.options
         self.dialogue = NatsDialogue(options.node, options.user, options.password)
         self.conn = LinkConnection(self, sock)
@@ -22153,6 +22184,12 @@ class NatsLink:
             self.reason = reason
             log.warning("NATS at %s: %s; trying again", self.address, reason)
         self.loop.call_later(NATS_RETRY_SECONDS, self.dial)
+
+    def give_up_silent(self) -> None:
+        """Give up a server that has not introduced itself in time: the next one may be alive."""
+        late = self.loop.now - self.began > LOG_ANSWER_SECONDS
+        if self.conn and self.cluster.log is None and late:
+            self.conn.drop("it does not answer")
 
     def secured(self) -> None:
         self.dialogue.connect()
@@ -22186,8 +22223,6 @@ class NatsLink:
             if cluster.log and (entry := cluster.log.take(message)):
                 cluster.apply(entry)
         if dialogue.ready and cluster.log is None:
-            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.address)
-            self.reason = ""
             name, days = self.options.log, self.options.keep_days
             cluster.connected(NatsLog(dialogue, name, days, cluster.hub.sequence), self.loop.now)
         if (dialogue.wants_tls or self.context) and dialogue.info and self.conn.tls is None:
@@ -22203,7 +22238,12 @@ class NatsLink:
             self.conn.flush()
 
     def tick(self) -> None:
+        self.give_up_silent()
         self.attempt(lambda: self.cluster.tick(self.loop.now))
+        if self.cluster.caught_up and not self.up:
+            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.address)
+            self.reason = ""
+        self.up = self.cluster.caught_up
         seconds = NODE_TICK_SECONDS if self.cluster.caught_up else NODE_TICK_SECONDS / 10
         self.loop.call_later(seconds, self.tick)
 
@@ -27715,7 +27755,9 @@ def cluster_option(text: str) -> NodeOptions:
     login, _, hosts = rest.rpartition("@")
     user, _, password = (urllib.parse.unquote(word) for word in login.partition(":"))
     servers = [split_host(host) for host in hosts.split(",")]
-    valid = scheme in ("nats", "tls") and all(host for host, _ in servers)
+    valid = scheme in ("nats", "tls") and all(
+        host and (port or 0) < 65536 for host, port in servers
+    )
     if not valid or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat"):
         raise argparse.ArgumentTypeError(advice)  # without the text: it may have a password
     known = tuple((host, port or NATS_PORT) for host, port in servers)

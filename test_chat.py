@@ -5892,6 +5892,7 @@ class FakeLink(chat.NatsLink):
         options = self.options
         self.dialogue = chat.NatsDialogue(options.node, options.user, options.password)
         self.conn, self.tls, self.out = self, None, b""
+        self.began = self.loop.now
 
     def write(self, data):
         self.out += data
@@ -6029,9 +6030,9 @@ def test_a_reader_that_misses_an_entry_reads_it_through_another_consumer():
         ({"max_age": 10**9}, 1, 0, r"\(max_age 1000000000\)"),
         ({"max_msgs": 5, "max_msg_size": 1000}, 1, 0, r"\(max_msg_size 1000, max_msgs 5\)"),
         ({"max_consumers": 1}, 1, 0, r"\(max_consumers 1\)"),
-        ({}, 1, 7, "went back: it ends at 3, and this node has applied 7"),
+        ({}, 1, 7, "went back: it ends at 3, .*this node has applied 7; the README"),
         ({}, 5, 2, "begins at 5 now, and this node has applied 2; start it from a copy"),
-        (None, 1, 2, "is gone from NATS"),
+        (None, 1, 2, "is gone from NATS; the README says what to do"),
     ),
 )
 def test_a_log_that_does_not_fit_is_refused_with_the_reason(config, first, applied, reason):
@@ -6059,6 +6060,8 @@ def test_a_subject_that_another_stream_has_is_refused_with_the_way_out():
     (
         (b"-ERR 'Authorization Violation'\r\n", chat.LogUnusable),
         (b"-ERR 'Stale Connection'\r\n", chat.NatsFailed),
+        (b"-ERR 'Authentication Timeout'\r\n", chat.NatsFailed),
+        (b"-ERR 'User Authentication Expired'\r\n", chat.LogUnusable),
         (b'INFO {"max_payload": 1000}\r\n', chat.LogUnusable),
         (b"INFO []\r\n", chat.NatsFailed),
         (b"220 mail.example.org ESMTP\r\n", chat.NatsFailed),
@@ -6501,7 +6504,7 @@ def test_a_log_with_another_entry_than_the_one_applied_stops_the_node(folder):
     nodes.nats.entries[-1:] = [(b"[]", 1), (b"[]", 2)]
     one.link.join(nodes.nats)
     one.settle_log()
-    assert "the log has another entry" in one.failure
+    assert "the log has another entry" in one.failure and "the README says" in one.failure
 
 
 def test_acts_of_a_newer_version_stop_an_older_node(folder):
@@ -6514,10 +6517,11 @@ def test_acts_of_a_newer_version_stop_an_older_node(folder):
 
 
 HUGE = b'[1, "x", "e3", 1, 99999999999999999999999999, 0, "", []]'
+NO_ACTS = [b'[1, "x", "e3", 1, 5, 0, "", [%s]]' % act for act in (b"5", b"[]", b"[0]", b'["0", 1]')]
 
 
 @pytest.mark.parametrize(
-    "data", (b"", b"{}", b"[1]", b'[1, "n1", 2, 3, 4, 5, 6, 7]', b"\xff", HUGE)
+    "data", (b"", b"{}", b"[1]", b'[1, "n1", 2, 3, 4, 5, 6, 7]', b"\xff", HUGE, *NO_ACTS)
 )
 def test_an_entry_that_is_not_of_chat_py_is_passed_over_on_all_nodes(folder, data):
     nodes = Nodes(folder, "n1", "n2")
@@ -6541,6 +6545,96 @@ def test_a_log_that_takes_nothing_delays_what_is_said_and_loses_nothing(folder):
     assert told == ["0", "0", "1", "1", "2", "2"]  # each as an echo, and as a message to oneself
     assert sum("the log takes nothing: insufficient" in text for text in one.asked_for) == 1
     assert_nodes_agree(nodes)
+
+
+def test_a_bug_in_the_answer_to_an_act_costs_the_node_nothing_of_the_entry(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one, bugs = nodes["n1"], []
+    one.report = lambda: bugs.append(sys.exc_info()[0])
+    come(one, "alice")
+    one.guests["alice"].act("join", "#x", "", then=lambda _: {}["bug"])
+    come(one, "bob")
+    assert_nodes_agree(nodes)
+    assert bugs == [KeyError] and {"alice", "bob"} == nodes["n2"].hub.users.keys()
+
+
+def test_a_node_that_starts_again_after_a_day_does_not_take_the_last_entry_for_the_present(
+    folder, caplog, monkeypatch
+):
+    nodes = Nodes(folder, "n1")
+    nodes.kill("n1")
+    nodes.time += 86_400
+    take = chat.NatsLink.take
+
+    def take_in_a_turn(link, data):
+        link.server.begin_turn()
+        take(link, data)
+        link.server.begin_turn()
+
+    monkeypatch.setattr(chat.NatsLink, "take", take_in_a_turn)
+    nodes.start("n1")
+    nodes.turns(4)
+    assert "clock of this node" not in caplog.text
+
+
+def test_a_node_that_was_cut_off_does_not_take_the_last_entry_for_the_present(folder):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    come(one, "alice")
+    nodes.settle()
+    one.link.drop("broken")
+    nodes.turns(9)
+    before = one.cluster.wall(one.loop.now)
+    one.link.join(nodes.nats)
+    one.link.exchange()
+    assert one.cluster.caught_up and one.cluster.wall(one.loop.now) == before
+
+
+def test_a_turn_that_a_node_cannot_store_is_stored_as_a_whole_later_or_not_at_all(folder):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    come(one, "alice")
+    one.turn()
+    one.hub.turn.record("identity", "~1", "=alice/1")
+    one.store.guarded = {folder / "gone": 0}
+    assert one.store.commit(one.hub.turn, one.now) == chat.LOST
+    one.store.guarded, one.store.backlog.retry_at = {}, 0.0
+    one.committer.retry()
+    assert not one.store.rows("identities")
+    assert one.committer.close() and one.store.rows("identities")
+
+
+def test_a_nats_server_without_its_log_is_told_once_however_often_it_is_tried(folder, caplog):
+    nodes = Nodes(folder, "n1")
+    one, jetstream = nodes["n1"], nodes.nats.api
+    one.link.drop("broken")
+    nodes.nats.api = lambda *_: {"error": {"description": "no"}}
+    for _ in range(3):
+        one.link.join(nodes.nats)
+        one.link.exchange()
+        one.link.tick()
+    nodes.nats.api = jetstream
+    one.link.join(nodes.nats)
+    for _ in range(2):
+        one.link.exchange()
+        one.link.tick()
+    told = [text.partition(": ")[2] for text in caplog.messages if text.startswith("NATS at")]
+    assert told == ["broken; trying again", "JetStream: no; trying again", ""]
+
+
+@pytest.mark.parametrize("greeted", (False, True))
+def test_a_nats_server_that_says_nothing_for_a_while_is_given_up_for_the_next(folder, greeted):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    one.link.drop("broken")
+    nodes.nats.down = not greeted
+    one.link.join(nodes.nats)
+    one.link.exchange()
+    for seconds in (chat.LOG_ANSWER_SECONDS, 0.1):
+        assert one.link.client
+        one.loop.now += seconds
+        one.link.give_up_silent()
+    assert bool(one.link.client) == greeted
 
 
 def test_a_damaged_snapshot_is_one_clear_line(folder):
@@ -6623,6 +6717,29 @@ def test_a_file_on_another_node_is_redirected_to_and_is_unavailable_while_that_i
         assert sent.startswith(f"HTTP/1.1 {answer} ")
         assert ("Location: https://two.example/files/" in sent) == bool(url)
     assert not chat.is_elsewhere(chat.WebSession(two.site, FakeConn(two, "127.0.0.1:1")), head)
+
+
+def test_old_files_of_a_node_that_is_gone_are_removed_by_one_of_the_others(folder):
+    nodes = Nodes(folder, "n1", "n2", "n3")
+    for name in ("n1", "n3"):
+        values = ("a.txt", "text/plain", 5, "~1", "127.0.0.1", name)
+        nodes["n1"].site.act("begin_file", name * 16, *values)
+    nodes.settle()
+
+    def expire():
+        for house in nodes.values():
+            house.sure_time = lambda: 10.0**9
+            house.expire_files()
+        nodes.settle()
+
+    nodes["n3"].site.uploading["n3" * 16] = None
+    expire()
+    assert nodes["n2"].hub.files.keys() == {"n3" * 16}
+    nodes.kill("n3")
+    nodes.turns(40)
+    expire()
+    assert not nodes["n2"].hub.files
+    assert_nodes_agree(nodes)
 
 
 def test_old_messages_are_pruned_on_all_nodes_alike(folder, monkeypatch):
@@ -29151,6 +29268,8 @@ def test_two_nodes_over_a_real_nats_server_are_one_chat_also_when_one_is_killed(
         (("--node", "n1"), b"of no use without --cluster"),
         (("--cluster", "nats://h", "--node", "a", "--data", "none"), b"needs a data folder"),
         (("--cluster", "nats://user:secret@"), b"write nats://HOST:4222"),
+        (("--cluster", "nats://user:secret@h:65536"), b"write nats://HOST:4222"),
+        (("--cluster", "nats://user:secret@h,h:/x"), b"write nats://HOST:4222"),
         (("--cluster", "http://h", "--node", "n1"), b"write nats://HOST:4222"),
     ),
 )
