@@ -20110,7 +20110,8 @@ def faults_of_sending(abroad):
         count.update(word.replace("*", "k") for word in words)
         if one.target not in places[re.sub("-.*", "", words[0], flags=re.S)]:
             faults.append(f"misdirected: {one}")
-    echoes = "echo-message" in abroad.server.traits.caps
+    echoes = "echo-message" in abroad.server.traits.caps  # until it is taken away
+    echoes = echoes and not any("DEL :echo-message" in line for line in abroad.log)
     rows = [row for room in abroad.core.rooms.values() for row in room.views if row.mine]
     for key, words in abroad.texts.items():
         there = [count[word] for word in words]
@@ -20122,7 +20123,7 @@ def faults_of_sending(abroad):
             "lost": min(there) == 0 and not why and not (doubts and doubts.pop()),
             "stuck": waits and not parked,
             "false failure": min(there) and why and not DOUBT.search(" ".join(why)),
-            "shown twice": echoes and sum(words[0] in row.text for row in rows) > 1,
+            "shown twice": echoes and not why and sum(words[0] in row.text for row in rows) > 1,
             "sent again": parked and min(there) and any(not one.sent for one in waits),
         }
         faults += [f"{name}: {key} {why}" for name, is_so in wrong.items() if is_so]
@@ -20164,7 +20165,7 @@ def live_abroad(name, n, acts, **options):
     return abroad
 
 
-LIVES = 100 if THOROUGH else 4
+LIVES = 60 if THOROUGH else 4
 
 
 @pytest.mark.parametrize("name", FOREIGN)
