@@ -12991,6 +12991,12 @@ def is_about(known: tuple[int, Any], room: int, view: ViewEvent) -> bool:
     return near and where == room and words == [view.name, view.text]
 
 
+def position_of(view: ViewEvent) -> str:
+    """Return a word for the position of a message among others, its id or else its time; "" for a
+    view that is no message."""
+    return view.id or (str(view.time) if view.time and view.kind in SPOKEN else "")
+
+
 # Messages that have not arrived
 
 
@@ -13217,7 +13223,7 @@ class Room:
         self.entered = False  # ... unless the session is resumed, which includes it
         self.mark = ""  # everything up to here (msgid=... or timestamp=...) is held ...
         self.mark_time: int | None = None  # ... and the time of that message
-        self.holes: list[str] = []  # ids of messages before which others are missing, newest last
+        self.holes: list[str] = []  # positions before which messages are missing, newest last
         self.paged: ViewEvent | None = None  # the oldest of a page without visible messages
         self.held: list[ViewEvent] | None = None  # views that wait for earlier pages ...
         self.spilled = False  # ... and were too many to be held: pages will bring them
@@ -13238,13 +13244,14 @@ class Room:
 
     @property
     def hole(self) -> str:
-        """The id of the newest message before which others are missing; "" if there is none."""
+        """The position of the newest message before which others are missing; "" for none."""
         return self.holes[-1] if self.holes else ""
 
     @property
     def oldest(self) -> str:
-        """The id of the first message in this room; "" if there is none."""
-        return next((view.id for view in self.views if view.id and view.kind != FOUND), "")
+        """The position of the first message in this room; "" if there is none."""
+        known = (view for view in self.views if view.kind != FOUND)
+        return next(filter(None, map(position_of, known)), "")
 
     def hold(self, view: ViewEvent) -> None:
         """Hold a view until older messages have come. Too many are dropped: pages bring them."""
@@ -13898,6 +13905,13 @@ class Acknowledgements:
             self.echoes.append(sent)
             del self.echoes[:-ECHOES_KEPT]
 
+    def expect_no_echo(self, refused: SentLine) -> None:
+        """Forget the oldest line of a message that has no echo: the server has refused it."""
+        expected = (refused.target, refused.id)
+        there = (one for one in self.echoes if (one.target, one.of) == expected)
+        if one := next(there, None):
+            self.echoes.remove(one)
+
     def not_echoed(self, own_id: str) -> str:
         """Report a message as lost because the server dropped one of its lines; return PIECE."""
         if own_id in self.core.outbox.in_flight:
@@ -14009,9 +14023,12 @@ class HistoryRequests:
         return True
 
     def _selector_of(self, view: ViewEvent | None) -> str:
+        """Return the position before which there are older messages. Others may have the same
+        time; those that are shown are known."""
         if view is None:
             return "*"
-        return self._selector(f"msgid={view.id}" if view.id else "", view.time)
+        when = view.time and min(LAST_MOMENT, view.time + 1)
+        return self._selector(f"msgid={view.id}" if view.id else "", when)
 
     def _mark_of(self, room: Room) -> str:
         """Return the position after which messages of a room may be missing."""
@@ -14140,7 +14157,10 @@ class HistoryRequests:
         before = room.mark
         self._deliver_missed(room, views)
         new = room.mark != before or room.spilled
-        self._end_missed(room, new, "missed" if new else "")
+        crowded = not new and limit <= len(views) and limit < self.server.page_size
+        if crowded:  # by time: all of the page is of the moment up to which messages are held
+            self.core.page_lines = 2 * limit
+        self._end_missed(room, new, "missed" if new or crowded else "")
 
     def _page_gap(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the newest page of missed messages. If more were missed, the rows begin here."""
@@ -14149,7 +14169,7 @@ class HistoryRequests:
             room.views.clear()
             self.core.show(ViewEvent(RESET, where=room.name))
             room.whole = False
-            self.core.note_holes(room, *room.holes, *optional(views[0].id))
+            self.core.note_holes(room, *room.holes, *optional(position_of(views[0])))
             text = "more was said meanwhile; page up, or /history, shows it"
             self.core.show(ViewEvent(NOTE, text, where=room.name))
         self._deliver_missed(room, not_held(room, views))
@@ -14175,13 +14195,16 @@ class HistoryRequests:
     def _page_older(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Put a page of older messages before the first row. If none is visible, ask again."""
         core, shown = self.core, {identity_of(view) for view in room.views}
-        before = room.paged.id if room.paged else room.oldest
-        room.whole = not views or (bool(views[0].id) and views[0].id == before)
-        known = any(view.id and core.store and core.store.has(view.id) for view in views)
+        before = position_of(room.paged) if room.paged else room.oldest
+        room.whole = not views or position_of(views[0]) == before
+        stored = core.store.has if core.store else do_nothing
+        known = any(
+            stored(core.fold(room.name), view) for view in views if identity_of(view) not in shown
+        )
         if room.hole and (known or room.whole):
             core.note_holes(room, *room.holes[:-1])
         elif room.hole:
-            core.note_holes(room, *room.holes[:-1], views[0].id)
+            core.note_holes(room, *room.holes[:-1], position_of(views[0]))
         seen = []
         for view in views:
             if identity_of(view) not in shown and not core.hides(view):
@@ -14925,6 +14948,7 @@ def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
     if line is None:
         return "", ""
     talk.acks.sent.remove(line)
+    talk.acks.expect_no_echo(line)
     others = {one.id for one in lines if one.id in flying} - {line.id}
     certain = "echo-message" in talk.server.enabled or line.text in error or line.id not in flying
     doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
@@ -14954,6 +14978,8 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
         talk.joins.failed(about[0], text, heard.verb)
         if talk.core.fold(about[0]) in talk.joins.retried:
             return  # the user knows
+    if label := heard.tags.get("label"):
+        talk.acks.settle(label.partition(".")[0])  # errors come in the order of the lines
     lost, doubt = message_refused(talk, heard)
     refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
 
@@ -16600,17 +16626,17 @@ class ClientCore(ForScreens):
         elif self.store:
             self.store.forget_room(self.fold(room.name))
 
-    def note_holes(self, room: Room, *ids: str) -> None:
-        """Store the ids of the messages of a room before which others are missing."""
-        if self.store and (ids or room.holes):
-            room.holes = list(ids)
-            self.store.keep_fact(f"holes {self.fold(room.name)}", " ".join(ids))
+    def note_holes(self, room: Room, *positions: str) -> None:
+        """Store the positions in a room before which messages are missing."""
+        if self.store and (positions or room.holes):
+            room.holes = list(positions)
+            self.store.keep_fact(f"holes {self.fold(room.name)}", " ".join(positions))
 
     @staticmethod
     def behind_hole(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
         """Return the messages after the newest gap of a room; all of them if they have no gap."""
-        ids = [view.id for view in views]
-        return views[ids.index(room.hole) :] if room.hole and room.hole in ids else views
+        there = [*map(position_of, views)]
+        return views[there.index(room.hole) :] if room.hole and room.hole in there else views
 
     def older_from_store(self, room: Room) -> bool:
         """Put stored messages before the first one of a room; return whether there are any.
@@ -17221,15 +17247,18 @@ class ClientCore(ForScreens):
         self.is_back(view.name)
         if view.own_id:
             self.acknowledge(view)
-        if view.own_id == PIECE or (view.mine and self.is_service(view.where, view.text)):
+        if view.own_id == PIECE:
+            return self.note_known(view)
+        if view.mine and self.is_service(view.where, view.text):
             return
         if not view.where:
             return self.show(self.timed(view))
         room = self.room_for(view.where)
         if room.held is None:
-            self.deliver(room, view)
-        else:
-            room.hold(view)
+            return self.deliver(room, view)
+        room.hold(view)
+        if view.own_id in self.known_own:
+            self.note_known(view)
 
     def is_back(self, name: str) -> None:
         """Note that the user of a private conversation is there, who had left."""
@@ -17331,6 +17360,13 @@ class ClientCore(ForScreens):
             room.unread += 1
             room.called += view.called and not room.muted
         self.show(view)
+
+    def note_known(self, view: ViewEvent) -> None:
+        """Note a message, or a line of one, that is shown already: a page may bring it again."""
+        if view.id:
+            remember(self.seen, view.id)
+        elif room := self.find(view.where):
+            self.note_repeatable(room, [view])
 
     def note_repeatable(self, room: Room, views: Iterable[ViewEvent]) -> None:
         """Note messages without ids: if the server sends the same ones again, they are no news."""
@@ -18632,11 +18668,15 @@ class ClientStore(Writer):
         return self._view(row) if row else None
 
     @or_nothing
-    def has(self, id: str) -> bool:
-        """Return whether the message with this id is stored."""
+    def has(self, key: str, view: ViewEvent) -> bool:
+        """Return whether a message of a conversation is stored."""
         self.flush()
-        query = "SELECT 1 FROM messages WHERE owner = ? AND id = ?"
-        return self.db.execute(query, [self.owner, id]).fetchone() is not None
+        which, values = "room = ? AND time = ? AND name = ? AND text = ?", (key, view.time or 0)
+        values += (view.name, view.text)
+        if view.id:
+            which, values = "id = ?", (view.id,)
+        query = f"SELECT 1 FROM messages WHERE owner = ? AND {which}"
+        return self.db.execute(query, [self.owner, *values]).fetchone() is not None
 
     def newest(self) -> ViewEvent | None:
         """Return the message with an id that was stored last; None if there is none."""

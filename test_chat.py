@@ -17060,7 +17060,8 @@ def test_history_is_asked_for_by_time_where_a_server_knows_no_ids():
     alice.hears("@batch=1;msgid=m;time=2026-01-01T00:00:00.000Z :b!u@h PRIVMSG #lobby :x")
     alice.hears("BATCH -1")
     alice.core.talk.history.ask_page(alice.core.room, "older")
-    assert "BEFORE #lobby timestamp=2026-01-01T00:00:00.000Z" in "".join(alice.sent(9))
+    # With the others of this moment
+    assert "BEFORE #lobby timestamp=2026-01-01T00:00:00.001Z" in "".join(alice.sent(9))
 
 
 def test_an_echo_without_what_steers_terminals_is_still_ours():
@@ -19880,6 +19881,596 @@ def test_a_time_is_one_row_whatever_its_form_is():
 @pytest.mark.parametrize("name", ["&local", "#tea", "+free"])
 def test_channels_of_all_types_are_completed(name):
     assert chat.completions(name[:3], False, [], [name, "#other"]) == [f"{name} "]
+
+
+def test_the_echo_of_a_refused_line_is_not_waited_for():
+    alice = Elsewhere(caps="echo-message")
+    refused = "439 alice #lobby :too fast", ":alice!u@h PRIVMSG #lobby :thr33"
+    alice.types("one\ntwo\nthree", "four")
+    for answers in (
+        [":alice!u@h PRIVMSG #lobby :0ne", *refused],
+        [":alice!u@h PRIVMSG #lobby :f0ur"],
+    ):
+        tokens = [line[5:] for line in alice.sent(9) if line.startswith("PING ")]
+        alice.hears(*answers, *(f":irc.example PONG irc.example :{token}" for token in tokens))
+    for line in alice.sent(60):
+        alice.hears(f":irc.example PONG irc.example :{line[5:]}")
+    assert alice.kinds("failed") == ["#lobby: too fast: one …"]
+
+
+def test_a_labelled_error_comes_after_those_about_the_lines_before():
+    alice = Elsewhere(caps="message-tags batch labeled-response", tidy=False)
+    alice.types("one\ntwo")
+    (label,) = re.findall("label=([^ ]+)", " ".join(alice.sent(9)))
+    alice.hears(f"@label={label} 404 alice #lobby :no")
+    alice.types("three\nfour").sent(9)
+    alice.hears("404 alice #lobby :no")
+    assert [text[-9:] for text in alice.kinds("failed")] == ["no: one …", ": three …"]
+
+
+HISTORY_OF = "message-tags echo-message batch server-time draft/chathistory"
+
+
+@pytest.mark.parametrize("id", ["msgid=i{};", ""])
+@pytest.mark.parametrize("text", ["one", "one\ntwo"])
+def test_a_message_sent_before_a_page_came_is_shown_once(text, id):
+    """The server's history does not keep the tags of its clients."""
+    alice = Elsewhere("CHATHISTORY=9", caps=HISTORY_OF)
+    alice.types(text)
+    head = f":alice!u@h PRIVMSG {chat.LOBBY} :"
+    at = "time=2026-01-01T00:00:00.00{}Z"
+    lines = [line for line in alice.sent(9) if "PRIVMSG" in line]
+    tags = [line.partition("PRIVMSG")[0].strip("@ ") for line in lines]
+    echoes = [f"@{id}{at}".format(n, n) for n in range(len(lines))]
+    for echo, own, words in zip(echoes, tags, text.split("\n"), strict=True):
+        alice.hears(f"{echo}{';' * bool(own)}{own} {head}{words}")
+    page = [
+        f"{echo};batch=1 {head}{words}"
+        for echo, words in zip(echoes, text.split("\n"), strict=True)
+    ]
+    alice.hears(f"BATCH +1 chathistory {chat.LOBBY}", *page, "BATCH -1")
+    assert [view.text for view in alice.core.room.views if view.mine] == [text]
+
+
+def test_a_page_that_is_full_of_known_messages_of_one_moment_is_followed_by_a_larger_one():
+    alice = Elsewhere("CHATHISTORY=50", "MSGREFTYPES=timestamp", caps=PAGES_OF, tidy=False)
+    said = [
+        f"time=2026-01-01T00:00:00.00{n // 2}Z;batch=1 :bob!u@h PRIVMSG #lobby :{n}"
+        for n in range(4)
+    ]
+    alice.hears(*(f"@{line.replace(';batch=1', '')}" for line in said[:2]))
+    alice.views += alice.core.disconnected()
+    alice.core.page_lines = 1
+    alice.connect("CHATHISTORY=50", "MSGREFTYPES=timestamp", caps=PAGES_OF)
+    alice.sent(9)
+    for size in (1, 2, 4):
+        page = (f"@{line}" for line in said[:size])
+        alice.hears("BATCH +1 chathistory #lobby", *page, "BATCH -1")
+        (asked,) = [line for line in alice.sent(9) if "AFTER #lobby" in line]
+        assert asked.split()[-1] == str(2 * size)
+    assert alice.said() == [f"#lobby bob: {n}" for n in range(4)]
+
+
+def test_a_gap_in_messages_without_ids_is_remembered():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    tokens = "CHATHISTORY=2", "MSGREFTYPES=timestamp"
+    said = [
+        f"@time=2026-01-01T00:00:0{n}.000Z;batch=1 :bob!u@h PRIVMSG #lobby :{n}" for n in range(6)
+    ]
+    page = lambda *lines: ("BATCH +1 chathistory #lobby", *lines, "BATCH -1")  # noqa: E731
+    alice = Elsewhere(*tokens, caps=PAGES_OF, store=store)
+    alice.hears(*page(said[0])).views += alice.core.disconnected()
+    alice.connect(*tokens, caps=PAGES_OF)
+    alice.hears(*page(*said[4:]))
+    assert not alice.core.older_from_store(alice.core.room)
+    for older in (said[2:5], said[0:3]):
+        alice.core.talk.history.ask_page(alice.core.room, "older")
+        alice.hears(*page(*older))
+    assert [view.text for view in alice.core.room.views if view.kind == "message"] == [*"012345"]
+    assert alice.core.room.holes == []
+
+
+# A foreign server and chance, and a judge of what the readers saw
+
+
+class Traits(NamedTuple):
+    """What a server that is no chat.py has, and what it does to messages. It drops none in silence
+    where it does not echo, or alters words, or takes capabilities away: no client could tell."""
+
+    caps: str = ""
+    tokens: str = ""  # of 005
+    ids: bool = True  # messages have some, and pages are asked for by them
+    page: int = 50  # so many messages in a page of history
+    keeps_tags: bool = True  # history has the tags of the sender
+    drops: float = 0.0  # this part of the messages, in silence ...
+    refuses: float = 0.0  # ... and this one with a numeric
+    alters: bool = False  # the words of a message, for its readers
+    forwards: bool = False  # those who join #a to ##a
+
+
+LABELLING = "echo-message message-tags batch labeled-response"
+KEEPING = "message-tags batch server-time draft/chathistory"
+FOREIGN = {
+    "RFC 1459": Traits(refuses=0.15),
+    "echoes": Traits("echo-message", drops=0.1),
+    "echoes other words": Traits("echo-message", refuses=0.15, alters=True),
+    "tags": Traits("echo-message message-tags", drops=0.1, forwards=True),
+    "tags of clients are denied": Traits(LABELLING, "CLIENTTAGDENY=*", drops=0.1),
+    "labels": Traits(LABELLING, drops=0.1, refuses=0.1, forwards=True),
+    "labels, no echoes": Traits("message-tags batch labeled-response", refuses=0.15),
+    "long messages": Traits(f"{LABELLING} draft/multiline=max-bytes=200,max-lines=3", drops=0.1),
+    "history": Traits(f"echo-message {KEEPING}"),
+    "history and labels": Traits(f"{LABELLING} {KEEPING}", page=5, refuses=0.1),
+    "history without tags": Traits(f"echo-message {KEEPING}", page=3, keeps_tags=False),
+    "history by time": Traits(KEEPING, "MSGREFTYPES=timestamp", ids=False, page=10),
+}
+
+
+class Delivered(NamedTuple):
+    """A message that a server has sent to its readers."""
+
+    number: int
+    target: str
+    source: str
+    text: str
+    time: int
+    own_id: str = ""  # the client's tag
+
+
+def is_behind(message, selector):
+    """Whether a message is later than a position in history; None for one at that position."""
+    kind, _, value = selector.partition("=")
+    by_id = kind == "msgid"
+    at, here = int(value[1:]) if by_id else value, chat.tag_time(message.time)
+    here = message.number if by_id else here
+    return None if here == at else here > at
+
+
+class Foreign:
+    """A server that is no chat.py: lines of the client in, its own lines out."""
+
+    def __init__(self, traits, chance, clock):
+        self.traits, self.chance, self.clock = traits, chance, clock
+        self.others, self.delivered = {"bob"}, []
+        self.hangs_up()
+
+    def hangs_up(self):
+        self.nick, self.welcomed = "alice", False
+        self.inside, self.enabled, self.long = set(), set(), None
+
+    @property
+    def source(self):
+        return f"{self.nick}!u@h"
+
+    def takes(self, line):
+        """Return the answer to a line."""
+        verb, params, tags = chat.parse_message(line)
+        act = getattr(self, f"on_{verb.lower()}", None)
+        return act(params, tags) if act else []
+
+    def answer(self, line, tags=None, *more):
+        label = tags and "labeled-response" in self.enabled and tags.get("label")
+        more = [*([f"label={label}"] if label else []), *filter(None, more)]
+        return f"{'@' if more else ''}{';'.join(more)}{' ' if more else ''}{line}"
+
+    def numeric(self, number, *params, tags=None, text="no"):
+        return self.answer(f":irc {number} {self.nick} {' '.join(params)} :{text}", tags)
+
+    def timed(self, line):
+        at = f"time={chat.tag_time(int(self.clock() * 1000))}"
+        return f"@{at} {line}" if "server-time" in self.enabled else line
+
+    # Registration
+
+    def on_cap(self, params, tags):
+        if params[0] == "END":
+            return self.welcome()
+        if params[0] == "REQ":
+            self.enabled |= set(params[1].split())
+        words = {"LS": f"LS :{self.traits.caps}", "REQ": f"ACK :{params[-1]}"}
+        return [f":irc CAP * {words[params[0]]}"] if self.traits.caps else []
+
+    def on_user(self, params, tags):
+        return [] if self.traits.caps else [":irc 421 * CAP :?", *self.welcome()]
+
+    def welcome(self):
+        if self.welcomed:
+            return []
+        self.welcomed = True
+        tokens = f"CHANTYPES=# STATUSMSG=@+ CHATHISTORY={self.traits.page} {self.traits.tokens}"
+        first = [self.timed(self.numeric("001")), self.numeric("004", *"sxab")]
+        return [*first, self.numeric("005", *tokens.split())]
+
+    def on_nick(self, params, tags):
+        before, self.nick = self.source, params[0]
+        return [f":{before} NICK {self.nick}"] if self.welcomed else []
+
+    def on_ping(self, params, tags):
+        return [f":irc PONG irc :{params[0]}"]
+
+    # Channels
+
+    def on_join(self, params, tags):
+        (name,) = params
+        lines = []
+        if self.chance.random() < self.traits.refuses / 3:
+            return [self.numeric("471", name)]
+        if name == "#a" and self.traits.forwards:
+            lines, name = [self.numeric("470", name, "##a")], "##a"
+        self.inside.add(name)
+        people = " ".join((self.nick, *self.others))
+        members = self.numeric("353", "=", name, text=people), self.numeric("366", name)
+        return [*lines, self.timed(f":{self.source} JOIN {name}"), *members]
+
+    def on_part(self, params, tags):
+        if params[0] not in self.inside:
+            return [self.numeric("442", params[0], tags=tags)]
+        self.inside.remove(params[0])
+        return [f":{self.source} PART {params[0]}"]
+
+    # Messages
+
+    def cut(self, source, target, text):
+        """Return what readers get of a text: a line has 512 bytes."""
+        head = f":{source} PRIVMSG {target} :"
+        text = f"{head}{text}".encode()[:510].decode()[len(head) :]
+        return text.replace("k", "*") if self.traits.alters else text
+
+    def on_privmsg(self, params, tags):
+        target, text = params
+        if "batch" in tags:
+            self.long[1].append(text)
+            self.long[0] *= target == self.long[0]
+            return []
+        return self.message(target, self.cut(self.source, target, text), tags)
+
+    def on_batch(self, params, tags):
+        if params[0][0] == "+":
+            self.long = [params[2], [], tags]
+            return []
+        target, lines, tags = self.long
+        if not target:
+            return [self.answer(":irc FAIL BATCH MULTILINE_INVALID_TARGET x * :no", tags)]
+        return self.message(target, "\n".join(lines), tags)
+
+    def message(self, target, text, tags):
+        if bad := self.fault(target):
+            return [self.numeric(bad, target, tags=tags)]
+        own_id = tags.get(chat.OWN_ID, "") if "CLIENTTAGDENY" not in self.traits.tokens else ""
+        if self.chance.random() < self.traits.drops and "echo-message" in self.enabled:
+            return self.acked(tags)
+        one = self.note(target, self.source, text, own_id)
+        echoes = "echo-message" in self.enabled
+        return self.lines_of(one, tags, own_id) if echoes else self.acked(tags)
+
+    def acked(self, tags):
+        return [line for line in [self.answer(":irc ACK", tags)] if line[0] == "@"]
+
+    def fault(self, target):
+        """Return the number of the error about a message; "" for none."""
+        if target not in self.inside | self.others:
+            return "404" if target[0] == "#" else "401"
+        refused = self.chance.random() < self.traits.refuses
+        return self.chance.choice(("404", "439", "408")) if refused else ""
+
+    def note(self, target, source, text, own_id=""):
+        number = len(self.delivered) + 1
+        one = Delivered(number, target, source, text, int(self.clock() * 1000), own_id)
+        self.delivered.append(one)
+        return one
+
+    def lines_of(self, one, tags=None, own_id="", batch=""):
+        """Return the lines that bring a message to the client."""
+        at = f"time={chat.tag_time(one.time)}" if "server-time" in self.enabled else ""
+        tagged = "message-tags" in self.enabled
+        id = f"msgid=i{one.number}" if self.traits.ids and tagged else ""
+        own = f"{chat.OWN_ID}={own_id}" if own_id and tagged else ""
+        tagged = lambda line: self.answer(line, tags, id, at, own, batch)  # noqa: E731
+        if "\n" not in one.text:
+            return [tagged(f":{one.source} PRIVMSG {one.target} :{one.text}")]
+        lines = [f"@batch=z :{one.source} PRIVMSG {one.target} :{x}" for x in one.text.split("\n")]
+        opening = f":{one.source} BATCH +z draft/multiline {one.target}"
+        return [tagged(opening), *lines, ":irc BATCH -z"]
+
+    # History
+
+    def on_chathistory(self, params, tags):
+        kind, name, selector, limit = params
+        if kind == "TARGETS":
+            opening = self.answer(":irc BATCH +t draft/chathistory-targets", tags)
+            return [opening, ":irc BATCH -t"]
+        page = [one for one in self.delivered if one.target == name]
+        if selector != "*":
+            wanted = kind != "BEFORE"
+            page = [one for one in page if is_behind(one, selector) is wanted]
+        limit = min(int(limit), self.traits.page)
+        page = page[:limit] if kind == "AFTER" else page[-limit:]
+        lines = [self.answer(f":irc BATCH +h chathistory {name}", tags)]
+        for one in page:
+            own_id = one.own_id if self.traits.keeps_tags else ""
+            lines += self.lines_of(one, own_id=own_id, batch="batch=h")
+        return [*lines, ":irc BATCH -h"]
+
+    # What happens to the client
+
+    def forces(self, act):
+        """Return the lines of something that the server or another user does."""
+        return getattr(self, f"force_{act}")() if self.welcomed else []
+
+    def force_nick(self):
+        return self.on_nick([self.chance.choice(("alice", "alice2", "Guest"))], {})
+
+    def force_other(self):
+        (before,), new = self.others, self.chance.choice(("bob", "bobby"))
+        self.others = {new}
+        return [f":{before}!u@h NICK {new}"] if new != before else []
+
+    def force_kick(self):
+        if not self.inside:
+            return []
+        name = self.chance.choice(sorted(self.inside))
+        self.inside.remove(name)
+        return [f":op!u@h KICK {name} {self.nick} :x"]
+
+    def force_cap(self):
+        """Take a capability away, with those that need it."""
+        if not self.enabled or self.traits.drops or self.traits.alters:
+            return []
+        gone = {self.chance.choice(sorted(self.enabled))}
+        if gone & {"batch", "message-tags"}:
+            gone |= self.enabled & {"labeled-response", "draft/multiline", "draft/chathistory"}
+        self.enabled -= gone
+        return [f":irc CAP {self.nick} DEL :{name}" for name in sorted(gone)]
+
+
+QUIET_SECONDS = 20  # longer than a client waits for an echo, or for a page
+
+
+class Abroad:
+    """A client core on a foreign server: chance has the lines on their way, the clock, and the
+    line that breaks. `stored`: the client keeps messages, and is started again."""
+
+    def __init__(self, chance, traits, tidy=True, stored=False):
+        self.chance, self.now = chance, 0.0
+        self.server = Foreign(traits, chance, self.clock)
+        self.tidy, self.db = tidy, chat.open_client_database(":memory:") if stored else None
+        self.views, self.log, self.texts = [], [], {}
+        self.since = {}  # by channel: how many messages there were when the client had joined
+        self.broken = True
+        self.start()
+        self.connect()
+
+    def clock(self):
+        return 1_767_225_600 + self.now
+
+    def start(self):
+        kept = {}
+        if self.db:
+            take = lambda box: chat.do_nothing  # noqa: E731
+            kept["outbox"] = chat.adopt_outbox(self.db, "s", "alice", take)
+            kept["store"] = chat.ClientStore(self.db, "s", "alice")
+        join, clocks = ["#a", "#b"], {"clock": self.clock, "ticks": lambda: self.now}
+        self.core = chat.ClientCore("alice", self.tidy, chat.IRC, join=join, **clocks, **kept)
+        self.core.secure = True
+        self.shows(self.core.take_views())
+
+    def shows(self, views):
+        self.views += views
+        out = self.core.take_output().decode()
+        if not self.broken:
+            self.up += filter(None, out.split("\r\n"))
+
+    # The line
+
+    def connect(self):
+        self.server.hangs_up()
+        self.broken, self.up, self.down = False, collections.deque(), collections.deque()
+        self.log.append("(connected)")
+        self.shows(self.core.connected())
+
+    def lose(self):
+        self.broken = True
+        self.log.append("(lost)")
+        self.shows(self.core.disconnected())
+
+    def break_or_mend(self):
+        (self.connect if self.broken else self.lose)()
+
+    def restart(self):
+        if not (self.db and self.tidy):
+            return
+        self.broken = True
+        self.log.append("(started again)")
+        self.core.outbox.save(self.now)
+        self.core.close_store()
+        self.start()
+
+    def carry_up(self, count=0):
+        count = 0 if self.broken else count or self.chance.randint(1, 4)
+        for _ in range(min(len(self.up), count)):
+            self.log.append(f"> {self.up[0]}")
+            self.down += self.server.takes(self.up.popleft())
+
+    def carry_down(self, count=0):
+        count = 0 if self.broken else count or self.chance.randint(1, 6)
+        for _ in range(min(len(self.down), count)):
+            self.log.append(f"< {self.down[0]}")
+            line = self.down.popleft()
+            self.shows(self.core.feed(f"{line}\r\n".encode()))
+            if " JOIN " in line:
+                self.since.setdefault(line.split()[-1], len(self.server.delivered))
+
+    def wait(self, seconds=None):
+        self.now += seconds or self.chance.choice((0.3, 1, 3))
+        self.shows(self.core.tick())
+
+    def settle(self, seconds):
+        """Carry all lines, for so many seconds at most, until nothing has moved for some time."""
+        moved = 0
+        for second in range(seconds):
+            if self.broken:
+                self.connect()
+            idle = not self.up and not self.down and not self.core.outbox.in_flight
+            moved = moved if idle else second
+            if second - moved > QUIET_SECONDS:
+                return
+            self.carry_up(200)
+            self.carry_down(200)
+            self.wait(1)
+
+    # The users
+
+    def write(self):
+        """Enter a text of words that no other one has."""
+        name = self.chance.choice(("#a", "#b", "bob"))
+        room = next((self.core.find(n) for n in (name, f"#{name}") if self.core.find(n)), None)
+        if name == "bob" and name in self.server.others:
+            room = room or self.core.room_for(name)
+        if room is None:
+            return
+        key, count = (
+            f"{name.strip('#')}-k{len(self.texts)}",
+            self.chance.choice((1, 1, 1, 3, 8, 120)),
+        )
+        between = " " if count > 8 else "\n"
+        self.texts[key] = [f"{key}.{n}." for n in range(count)]
+        self.types(between.join(self.texts[key]), room)
+
+    def types(self, text, room=None):
+        self.log.append(f"(typed for {room and room.name}) {text!r:.60}")
+        self.shows(self.core.typed(text, room))
+
+    def command(self):
+        line = "/join #a", "/join #b", "/part #b", "/nick alice3", "/whois bob", "/raw PING foo"
+        if not self.broken and self.server.welcomed:
+            self.types(self.chance.choice(line))
+
+    def hear(self):
+        """Another user says something."""
+        (bob,) = self.server.others
+        self.now += self.chance.choice((0.001, 0.001, 0.5, 0))
+        name = self.chance.choice(("#a", "#b"))
+        text = f"{name}-m{len(self.server.delivered)}"
+        one = self.server.note(name, f"{bob}!u@h", text)
+        if not self.broken and name in self.server.inside:
+            self.down += self.server.lines_of(one)
+
+    def rename(self):
+        self.suffer("nick", "other")
+
+    def suffer(self, *acts):
+        if not self.broken:
+            self.down += self.server.forces(self.chance.choice(acts or ("kick", "cap")))
+
+    def live(self, steps, acts):
+        """Let so many things happen, and wait until all are done."""
+        acts = [act.partition("*") for act in acts.split()]
+        weights = [int(count or 1) for _, _, count in acts]
+        for act, _, _ in self.chance.choices(acts, weights, k=steps):
+            getattr(self, act)()
+        self.server.traits = self.server.traits._replace(drops=0, refuses=0)
+        self.settle(3000)
+
+    def page_up(self):
+        """Show what there is before the first row of each channel, as a user does."""
+        for room in [room for room in self.core.rooms.values() if room.is_channel]:
+            for _ in range(500):
+                if not self.core.older_from_store(room) and room.whole:
+                    break
+                asked = self.core.talk.history.asked
+                if not any(one.where == room.name for one in asked):
+                    self.core.talk.history.ask_page(room, "older")
+                self.core.flush()
+                self.shows(self.core.take_views())
+                self.settle(1)
+
+
+DOUBT = re.compile("may have arrived|lines have arrived|or one of the")
+
+
+def faults_of_sending(abroad):
+    """Return what went wrong with the user's messages: each word has one place to be, once."""
+    places = {"a": ("#a", "##a"), "b": ("#b",), "bob": ("bob", "bobby")}
+    failed = [view.text for view in abroad.views if view.kind == chat.FAILED]
+    doubts = [text for text in failed if "or one of the" in text]  # a later one was refused
+    outbox, count, faults = abroad.core.outbox, collections.Counter(), []
+    for one in abroad.server.delivered:
+        words = re.findall(r"\S+-.\d+\.\d+\.", one.text)
+        count.update(word.replace("*", "k") for word in words)
+        if one.target not in places[re.sub("-.*", "", words[0], flags=re.S)]:
+            faults.append(f"misdirected: {one}")
+    echoes = "echo-message" in abroad.server.traits.caps  # until it is taken away
+    echoes = echoes and not any("DEL :echo-message" in line for line in abroad.log)
+    rows = [row for room in abroad.core.rooms.values() for row in room.views if row.mine]
+    for key, words in abroad.texts.items():
+        there = [count[word] for word in words]
+        why = [text for text in failed if f"{key}." in text]
+        waits = [one for one in outbox.waiting.values() if f"{key}." in one.text]
+        parked = all(one.id in outbox.parked for one in waits)
+        wrong = {
+            "doubled": max(there) > 1,
+            "lost": min(there) == 0 and not why and not (doubts and doubts.pop()),
+            "stuck": waits and not parked,
+            "false failure": min(there) and why and not DOUBT.search(" ".join(why)),
+            "shown twice": echoes and not why and sum(words[0] in row.text for row in rows) > 1,
+            "sent again": parked and min(there) and any(not one.sent for one in waits),
+        }
+        faults += [f"{name}: {key} {why}" for name, is_so in wrong.items() if is_so]
+    return faults
+
+
+def faults_of_hearing(abroad):
+    """Return what went wrong with the messages of others: all are shown, once, in order."""
+    views, faults = abroad.views, []
+    if abroad.tidy:
+        abroad.page_up()
+        views = [view for room in abroad.core.rooms.values() for view in room.views]
+    for name in ("#a", "#b"):
+        delivered, since = abroad.server.delivered, abroad.since[name]
+        said = [one.text for one in delivered if one.target == name]
+        least = [one.text for one in delivered[since:] if one.target == name]
+        heard = [v.text for v in views if v.kind == chat.MESSAGE and v.where == name]
+        said = said if abroad.tidy else said[-max(len(least), len(heard)) :] if heard else least
+        if heard != said:
+            more, less = collections.Counter(heard), collections.Counter(said)
+            faults.append(f"{name}: doubled {[*(more - less)]}, missing {[*(less - more)]}")
+    held = [room.name for room in abroad.core.rooms.values() if room.held]
+    return faults + [f"held: {held}"] * bool(held)
+
+
+# What happens, and how often
+SENDING = (
+    "write*12 carry_up*5 carry_down*6 wait*3 rename*2 suffer command*2 restart break_or_mend*2"
+)
+HEARING = "hear*25 carry_up*5 carry_down*10 wait*4 rename*2 restart break_or_mend*3"
+
+
+def live_abroad(name, n, acts, **options):
+    """Return a client after a life on a foreign server, which chance has led."""
+    chance = random.Random(f"{SEED} {name} {n}")
+    traits = FOREIGN[name] if acts == SENDING else FOREIGN[name]._replace(refuses=0)
+    abroad = Abroad(chance, traits, chance.random() < 0.5, **options)
+    abroad.live(chance.randint(20, 120), acts)
+    return abroad
+
+
+LIVES = 60 if THOROUGH else 4
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_each_word_for_a_foreign_server_arrives_once_or_is_told_to_be_lost(name):
+    for n in range(LIVES):
+        abroad = live_abroad(name, n, SENDING, stored=n % 2 == 1)
+        faults = faults_of_sending(abroad)
+        assert not faults, "\n".join((f"CHAT_SEED={SEED}, life {n}", *abroad.log, *faults))
+
+
+@pytest.mark.parametrize("name", [name for name in FOREIGN if "history" in name])
+def test_each_message_on_a_foreign_server_with_history_is_shown_once_in_order(name):
+    for n in range(LIVES):
+        abroad = live_abroad(name, n, HEARING, stored=n % 2 == 1)
+        faults = faults_of_hearing(abroad)
+        assert not faults, "\n".join((f"CHAT_SEED={SEED}, life {n}", *abroad.log, *faults))
 
 
 # ======================================================================================
