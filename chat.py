@@ -9271,9 +9271,10 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         session.collected = Collected(reference, target, label, tags, client_id(session, target))
         session.labelled = None  # the answer comes at its end
         return
-    done, session.collected = session.collected, None
+    done = session.collected
     if done is None or done.reference != reference or sign != "-":
         raise Refused("INVALID_REFTAG", "there is no such batch", reference)
+    session.collected = None
     if done.failed:
         return
     if done.label and "labeled-response" in session.capabilities:

@@ -10545,6 +10545,20 @@ def test_a_batch_reference_that_is_none_is_refused(reference):
     assert fails(heard(house, "alice")) == []
 
 
+def test_a_line_that_ends_another_batch_does_not_end_the_open_one():
+    house = irc_house(
+        "#a", alice="draft/multiline batch labeled-response message-tags echo-message"
+    )
+    asked(house, "alice", "@label=m BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :one")
+    (refusal,) = asked(house, "alice", "@label=x BATCH -2")
+    assert (refusal.verb, refusal.tags["label"]) == ("FAIL", "x")
+    echo = asked(house, "alice", "@batch=1 PRIVMSG #a :two", "BATCH -1")
+    assert echo[0].tags["label"] == "m" and [x.params[-1] for x in of(echo, "PRIVMSG")] == [
+        "one",
+        "two",
+    ]
+
+
 MULTILINE = "batch message-tags draft/multiline"
 
 
