@@ -3385,6 +3385,7 @@ class Hub:
         self.accounts_of: dict[str, str] = {}  # the identity of a guest -> of the first account
         self.guests_of: dict[str, list[str]] = {}  # the reverse of that
         self.bans: dict[str, ServerBan] = {}  # by folded mask
+        self.bans_by_clock: set[str] = set()  # of these, those set by the clock of this start
         self.former: collections.deque[FormerUser] = collections.deque(maxlen=FORMER_USERS)
         self.invisible = 0  # users with +i
         self.operators: set[Session] = set()  # sessions that proved it by OPER
@@ -4874,6 +4875,7 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
     reason = cut(reason, REASON_BYTES) or "no reason given"
     ban = ServerBan(mask, who.user.source.mask, until, reason)
     hub.bans[fold(mask)] = ban
+    hub.bans_by_clock = hub.bans_by_clock & hub.bans.keys() | {fold(mask)}
     hub.turn.record("ban", fold(mask), *ban)
     hub.work += len(hub.users)
     by, others = who.user.source, [user for user in hub.users.values() if user is not who.user]
@@ -4894,8 +4896,10 @@ def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
 
 @act
 def move_bans(hub: Hub, who: Session, milliseconds: int) -> None:
-    """Keep what is left of the time of each K-line when the clock is set by so much."""
-    for key, ban in hub.bans.items():
+    """Keep what is left of the time of K-lines when the clock is set by so much. Those that were
+    loaded at the start may be by another clock than the one that was set."""
+    for key in sorted(hub.bans_by_clock & hub.bans.keys()):
+        ban = hub.bans[key]
         if ban.until:
             hub.bans[key] = ban = ban._replace(until=max(1, ban.until + milliseconds))
             hub.turn.record("ban", key, *ban)

@@ -21005,6 +21005,20 @@ def test_a_kline_lasts_as_long_as_it_was_set_for_whatever_becomes_of_the_clock(f
     )
 
 
+# A machine without a clock of its own starts in the past, and the network sets it right later
+def test_a_kline_of_the_store_ends_when_it_should_after_a_start_with_a_wrong_clock(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    house.enter_irc("root")
+    ask(house, "root", "OPER boss secret", "KLINE 192.0.2.9 10 x")
+    (before,) = house.hub.bans.values()
+    again = restarted(house, path)
+    for ahead in (-DAY_SECONDS, 0):
+        again.clock = lambda ahead=ahead: again.now + ahead
+        again.turn()
+    assert list(again.hub.bans.values()) == [before]
+
+
 @pytest.mark.parametrize("line", ["WHO *", "MAP", "WALLOPS x", "KLINE 192.0.2.1"])
 def test_looking_at_all_users_is_charged_for_each(line):
     house = operated()
