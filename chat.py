@@ -6528,6 +6528,8 @@ def load_hub(
         for guest, account in store.identities():
             hub.link_guest(guest, account)
         hub.bans = {key: ServerBan(*ban) for key, *ban in store.rows("bans")}
+        for ban in hub.bans.values():
+            compiled_ban(ban.mask)  # 0.1 ms each: the first user to come must not wait for it
         hub.files.load(store.rows("files"))
         revive(hub, store.rows("channels"), store.rows("stays"))
         for owner in [one for one in hub.markers if one[0] == "~" and one not in hub.users_by_id]:

@@ -21005,6 +21005,17 @@ def test_a_kline_lasts_as_long_as_it_was_set_for_whatever_becomes_of_the_clock(f
     )
 
 
+def test_the_klines_of_the_store_are_compiled_at_the_start(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    house.enter_irc("root")
+    ask(house, "root", "OPER boss secret", "KLINE 192.0.2.9 10 x", "KLINE 192.0.2.8 10 x")
+    chat.compiled_ban.cache_clear()
+    again = restarted(house, path)
+    again.enter_irc("bob")
+    assert chat.compiled_ban.cache_info().misses == chat.compiled_ban.cache_info().hits == 2
+
+
 # A machine without a clock of its own starts in the past, and the network sets it right later
 def test_a_kline_of_the_store_ends_when_it_should_after_a_start_with_a_wrong_clock(folder):
     path = folder / "chat.db"
