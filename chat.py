@@ -8198,7 +8198,7 @@ class IrcSession(LocalSession):
         *("account", "acks", "asked", "away", "batch", "capabilities", "collected", "exchange"),
         *("from_service", "labelled", "message", "metadata", "negotiating", "own_tags"),
         *("passed", "proof", "raw", "realname", "subscribed", "username", "wanted"),
-        *("watched", "wire", "withheld"),
+        *("watched", "wire", "wires_before", "withheld"),
     )
     probed = True
 
@@ -8225,6 +8225,8 @@ class IrcSession(LocalSession):
         self.own_tags: dict[int, tuple[Callable, str]] = {}
         self.capabilities: frozenset[str] = frozenset()  # enabled by CAP REQ
         self.wire = site.wires.get(self.capabilities)
+        # Of what it did in this turn before it changed them, by id: whether there is an echo
+        self.wires_before: dict[int, IrcWire] = {}
 
     @property
     def nick(self) -> str:
@@ -8512,7 +8514,8 @@ class IrcSession(LocalSession):
     def own(self, event: Event, line: bytes) -> bytes:
         if event.origin is not self:  # a private message from another session of the user
             return line if self.wire.copies else b""
-        data, marked = self.wire.own(event, line), self.own_tags.get(event.id)
+        wire = self.wires_before.get(event.id, self.wire)
+        data, marked = wire.own(event, line), self.own_tags.get(event.id)
         if (instead := self.withheld.get(event.id)) is not None:
             to_self = event.about == event.source.name
             line, data = instead, instead + line * to_self
@@ -8523,9 +8526,8 @@ class IrcSession(LocalSession):
 
     def turn_over(self) -> None:
         super().turn_over()
-        self.own_tags.clear()
-        self.withheld.clear()
-        self.acks.clear()
+        for known in (self.own_tags, self.withheld, self.acks, self.wires_before):
+            known.clear()
 
 
 # Answers of several commands
@@ -8787,6 +8789,11 @@ def irc_user(session: IrcSession, username: str, mode: str, unused: str, realnam
 
 def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
     """Enable capabilities. The session may get another wire by that."""
+    events = session.site.hub.turn.events if session.user else ()
+    session.site.hub.work += len(events) // 4
+    for event in events:
+        if event.origin is session:
+            session.wires_before.setdefault(event.id, session.wire)
     session.capabilities = frozenset(capabilities)
     session.wire = session.site.wires.get(session.capabilities)
     for channel in session.user.channels if session.user else ():

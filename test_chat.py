@@ -10272,6 +10272,17 @@ def test_netcat_is_told_where_a_message_was_taken_back():
         assert house.heard("dora") == [f"* alice took back a message in {where}"]
 
 
+# A message has one answer, that of the capabilities with which it was sent
+@pytest.mark.parametrize("sign, verbs", (("-", ["PRIVMSG", "CAP"]), ("", ["ACK", "CAP"])))
+def test_a_change_of_capabilities_in_the_same_turn_leaves_the_answers_before_it(sign, verbs):
+    echo = "echo-message" if sign else ""
+    house = irc_house("#a", alice=f"labeled-response batch message-tags {echo}")
+    lines = asked(house, "alice", "@label=x PRIVMSG #a :hi", f"CAP REQ :{sign}echo-message")
+    assert [line.verb for line in lines] == verbs and lines[0].tags["label"] == "x"
+    (line,) = asked(house, "alice", "@label=y PRIVMSG #a :hi")
+    assert line.verb == ("ACK" if sign else "PRIVMSG") and line.tags["label"] == "y"
+
+
 # An operator without mode w does not see it, and gets another answer
 @pytest.mark.parametrize("mode, answers", [("-w", ["ACK"]), ("+w", ["WALLOPS"])])
 def test_a_labelled_wallops_has_one_answer(mode, answers):
