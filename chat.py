@@ -9736,13 +9736,13 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     in_batch(session, "draft/chathistory-targets", lines, ends)
 
 
-def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[bytes]:
-    """Yield the lines of events of the past, each with the channel that it was said in, or ""; and
-    b"" now and then: there the rest can wait."""
+def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[bytes | None]:
+    """Yield the line of each event of the past, given with the channel that it was said in, or "";
+    and None now and then: there the rest can wait."""
     for n, (where, event) in enumerate(pairs):
         session.site.hub.work += WORK_OF_THE_PAST
         if n % PLAYED_AT_ONCE == PLAYED_AT_ONCE - 1:
-            yield b""
+            yield None
         yield from session.wire.encode(Audience(where), [event])
 
 
@@ -9755,13 +9755,14 @@ def play(
     where = name if name.startswith("#") else ""
     lines, size = [], 0
     for line in played(session, ((where, e) for e in (reversed(events) if newest else events))):
+        if line is None:
+            yield
+            continue
         size += len(line)
         if lines and size > PAGE_BYTES:
             whole = False
             break
         lines.append(line)
-        if not line:
-            yield
     check()
     lines = [line for line in (reversed(lines) if newest else lines) if line]
     in_batch(session, f"chathistory {name}", lines, last_page_tag(session, whole))
@@ -9852,6 +9853,23 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
     session.go_on_with(play(session, name_now, events, newest, whole, check))
 
 
+def tell_found(session: IrcSession, found: list[tuple[Scope, Event]]) -> Iterator[None]:
+    """Send the messages that a search found, but those of channels that the user has left."""
+    channels = session.user.channels
+    names = {channel.key: channel.name for channel in channels}  # now, not when asked
+    places = [names.get(s.keys[0]) if s.keys[0][:1] == "#" else "" for s, _ in found]
+    pairs = [(where, e) for where, (_, e) in zip(places, found, strict=True) if where is not None]
+    lines = []
+    for line in played(session, pairs):
+        if line is None:
+            yield
+        else:
+            lines.append(line)
+    here = {"", *(channel.name for channel in channels)}
+    told = (line for line, (where, _) in zip(lines, pairs, strict=True) if where in here)
+    in_batch(session, "soju.im/search", filter(None, told))
+
+
 @irc_command("SEARCH", 1)
 @in_steps
 def irc_search(session: IrcSession, attributes: str) -> Steps:
@@ -9877,10 +9895,7 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     found = yield do(session.read, search)
     if name:
         readable(session, name, "in")
-    names = {channel.key: channel.name for channel in user.channels}  # now, not when asked
-    places = [names.get(s.keys[0]) if s.keys[0][:1] == "#" else "" for s, _ in found]
-    pairs = [(where, e) for where, (_, e) in zip(places, found, strict=True) if where is not None]
-    in_batch(session, "soju.im/search", filter(None, played(session, pairs)))
+    session.go_on_with(tell_found(session, found))
 
 
 @irc_command("MARKREAD", most=2)

@@ -21052,6 +21052,7 @@ def test_looking_at_all_users_is_charged_for_each(line):
 
 PAST = [  # a line that asks for many messages of the past, by the dialect; a refusal of it
     ("irc", "CHATHISTORY LATEST #a * 100", "FAIL CHATHISTORY INVALID_TARGET"),
+    ("irc", "SEARCH text=number;limit=100", "BATCH"),
     ("line", "/history #a 100", "* you are not in #a"),
 ]
 
@@ -21061,6 +21062,7 @@ def house_with_a_past(dialect):
     house = operated()
     (house.enter_irc if dialect == "irc" else house.enter)("bob")
     house.say("bob", "JOIN #a" if dialect == "irc" else "/join #a")
+    house.say("bob", *(["CAP REQ batch"] if dialect == "irc" else []))
     house.say("root", "JOIN #a", *(f"PRIVMSG #a :number {n}" for n in range(100)))
     house.turn()
     house.heard("bob")
