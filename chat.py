@@ -3409,6 +3409,7 @@ class Hub:
         self.accounts_of: dict[str, str] = {}  # the identity of a guest -> of the first account
         self.guests_of: dict[str, list[str]] = {}  # the reverse of that
         self.bans: dict[str, ServerBan] = {}  # by folded mask
+        self.bans_by_clock: set[str] = set()  # of these, those set by the clock of this start
         self.former: collections.deque[FormerUser] = collections.deque(maxlen=FORMER_USERS)
         self.invisible = 0  # users with +i
         self.operators: set[Session] = set()  # sessions that proved it by OPER
@@ -4907,6 +4908,7 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
     reason = cut(reason, REASON_BYTES) or "no reason given"
     ban = ServerBan(mask, who.user.source.mask, until, reason)
     hub.bans[fold(mask)] = ban
+    hub.bans_by_clock = hub.bans_by_clock & hub.bans.keys() | {fold(mask)}
     hub.turn.record("ban", fold(mask), *ban)
     hub.work += len(hub.users)
     by, others = who.user.source, [user for user in hub.users.values() if user is not who.user]
@@ -4927,8 +4929,10 @@ def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
 
 @act
 def move_bans(hub: Hub, who: Session, milliseconds: int) -> None:
-    """Keep what is left of the time of each K-line when the clock is set by so much."""
-    for key, ban in hub.bans.items():
+    """Keep what is left of the time of K-lines when the clock is set by so much. Those that were
+    loaded at the start may be by another clock than the one that was set."""
+    for key in sorted(hub.bans_by_clock & hub.bans.keys()):
+        ban = hub.bans[key]
         if ban.until:
             hub.bans[key] = ban = ban._replace(until=max(1, ban.until + milliseconds))
             hub.turn.record("ban", key, *ban)
@@ -6585,6 +6589,8 @@ def load_hub(
         for guest, account in store.identities():
             hub.link_guest(guest, account)
         hub.bans = {key: ServerBan(*ban) for key, *ban in store.rows("bans")}
+        for ban in hub.bans.values():
+            compiled_ban(ban.mask)  # 0.1 ms each: the first user to come must not wait for it
         hub.files.load(store.rows("files"))
         revive(hub, store.rows("channels"), store.rows("stays"))
         for owner in [one for one in hub.markers if one[0] == "~" and one not in hub.users_by_id]:
@@ -8275,7 +8281,7 @@ class IrcSession(LocalSession):
         *("account", "acks", "asked", "away", "batch", "capabilities", "collected", "exchange"),
         *("from_service", "labelled", "message", "metadata", "negotiating", "own_tags"),
         *("passed", "proof", "raw", "realname", "subscribed", "username", "wanted"),
-        *("watched", "wire", "withheld"),
+        *("watched", "wire", "wires_before", "withheld"),
     )
     probed = True
 
@@ -8302,6 +8308,8 @@ class IrcSession(LocalSession):
         self.own_tags: dict[int, tuple[Callable, str]] = {}
         self.capabilities: frozenset[str] = frozenset()  # enabled by CAP REQ
         self.wire = site.wires.get(self.capabilities)
+        # Of what it did in this turn before it changed them, by id: whether there is an echo
+        self.wires_before: dict[int, IrcWire] = {}
 
     @property
     def nick(self) -> str:
@@ -8589,7 +8597,8 @@ class IrcSession(LocalSession):
     def own(self, event: Event, line: bytes) -> bytes:
         if event.origin is not self:  # a private message from another session of the user
             return line if self.wire.copies else b""
-        data, tagging = self.wire.own(event, line), self.own_tags.get(event.id)
+        wire = self.wires_before.get(event.id, self.wire)
+        data, tagging = wire.own(event, line), self.own_tags.get(event.id)
         if (instead := self.withheld.get(event.id)) is not None:
             to_self = event.about == event.source.name
             line, data = instead, instead + line * to_self
@@ -8600,9 +8609,8 @@ class IrcSession(LocalSession):
 
     def turn_over(self) -> None:
         super().turn_over()
-        self.own_tags.clear()
-        self.withheld.clear()
-        self.acks.clear()
+        for known in (self.own_tags, self.withheld, self.acks, self.wires_before):
+            known.clear()
 
 
 # Answers of several commands
@@ -8865,6 +8873,11 @@ def irc_user(session: IrcSession, username: str, mode: str, unused: str, realnam
 
 def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
     """Enable capabilities. The session may get another wire by that."""
+    events = session.site.hub.turn.events if session.user else ()
+    session.site.hub.work += len(events) // 4
+    for event in events:
+        if event.origin is session:
+            session.wires_before.setdefault(event.id, session.wire)
     session.capabilities = frozenset(capabilities)
     session.wire = session.site.wires.get(session.capabilities)
     for channel in session.user.channels if session.user else ():
@@ -9352,9 +9365,10 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         session.collected = Collected(reference, target, label, tags, client_id(session, target))
         session.labelled = None  # the answer comes at its end
         return
-    done, session.collected = session.collected, None
+    done = session.collected
     if done is None or done.reference != reference or sign != "-":
         raise Refused("INVALID_REFTAG", "there is no such batch", reference)
+    session.collected = None
     if done.failed:
         return
     if done.label and "labeled-response" in session.capabilities:
@@ -9803,13 +9817,13 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     in_batch(session, "draft/chathistory-targets", lines, ends)
 
 
-def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[bytes]:
-    """Yield the lines of events of the past, each with the channel that it was said in, or ""; and
-    b"" now and then: there the rest can wait."""
+def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[bytes | None]:
+    """Yield the line of each event of the past, given with the channel that it was said in, or "";
+    and None now and then: there the rest can wait."""
     for n, (where, event) in enumerate(pairs):
         session.site.hub.work += WORK_OF_THE_PAST
         if n % PLAYED_AT_ONCE == PLAYED_AT_ONCE - 1:
-            yield b""
+            yield None
         yield from session.wire.encode(Audience(where), [event])
 
 
@@ -9822,13 +9836,14 @@ def play(
     where = name if name.startswith("#") else ""
     lines, size = [], 0
     for line in played(session, ((where, e) for e in (reversed(events) if newest else events))):
+        if line is None:
+            yield
+            continue
         size += len(line)
         if lines and size > PAGE_BYTES:
             whole = False
             break
         lines.append(line)
-        if not line:
-            yield
     check()
     lines = [line for line in (reversed(lines) if newest else lines) if line]
     in_batch(session, f"chathistory {name}", lines, last_page_tag(session, whole))
@@ -9919,6 +9934,23 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
     session.go_on_with(play(session, name_now, events, newest, whole, check))
 
 
+def tell_found(session: IrcSession, found: list[tuple[Scope, Event]]) -> Iterator[None]:
+    """Send the messages that a search found, but those of channels that the user has left."""
+    channels = session.user.channels
+    names = {channel.key: channel.name for channel in channels}  # now, not when asked
+    places = [names.get(s.keys[0]) if s.keys[0][:1] == "#" else "" for s, _ in found]
+    pairs = [(where, e) for where, (_, e) in zip(places, found, strict=True) if where is not None]
+    lines = []
+    for line in played(session, pairs):
+        if line is None:
+            yield
+        else:
+            lines.append(line)
+    here = {"", *(channel.name for channel in channels)}
+    told = (line for line, (where, _) in zip(lines, pairs, strict=True) if where in here)
+    in_batch(session, "soju.im/search", filter(None, told))
+
+
 @irc_command("SEARCH", 1)
 @in_steps
 def irc_search(session: IrcSession, attributes: str) -> Steps:
@@ -9944,10 +9976,7 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     found = yield do(session.read, search)
     if name:
         readable(session, name, "in")
-    names = {channel.key: channel.name for channel in user.channels}  # now, not when asked
-    places = [names.get(s.keys[0]) if s.keys[0][:1] == "#" else "" for s, _ in found]
-    pairs = [(where, e) for where, (_, e) in zip(places, found, strict=True) if where is not None]
-    in_batch(session, "soju.im/search", filter(None, played(session, pairs)))
+    session.go_on_with(tell_found(session, found))
 
 
 @irc_command("MARKREAD", most=2)

@@ -10393,6 +10393,17 @@ def test_netcat_is_told_where_a_message_was_taken_back():
         assert house.heard("dora") == [f"* alice took back a message in {where}"]
 
 
+# A message has one answer, that of the capabilities with which it was sent
+@pytest.mark.parametrize("sign, verbs", (("-", ["PRIVMSG", "CAP"]), ("", ["ACK", "CAP"])))
+def test_a_change_of_capabilities_in_the_same_turn_leaves_the_answers_before_it(sign, verbs):
+    echo = "echo-message" if sign else ""
+    house = irc_house("#a", alice=f"labeled-response batch message-tags {echo}")
+    lines = asked(house, "alice", "@label=x PRIVMSG #a :hi", f"CAP REQ :{sign}echo-message")
+    assert [line.verb for line in lines] == verbs and lines[0].tags["label"] == "x"
+    (line,) = asked(house, "alice", "@label=y PRIVMSG #a :hi")
+    assert line.verb == ("ACK" if sign else "PRIVMSG") and line.tags["label"] == "y"
+
+
 # An operator without mode w does not see it, and gets another answer
 @pytest.mark.parametrize("mode, answers", [("-w", ["ACK"]), ("+w", ["WALLOPS"])])
 def test_a_labelled_wallops_has_one_answer(mode, answers):
@@ -10664,6 +10675,20 @@ def test_a_batch_reference_that_is_none_is_refused(reference):
         house.turn()
         assert messages_in(heard(house, "bob")) == [("alice", "#a", good)]
     assert fails(heard(house, "alice")) == []
+
+
+def test_a_line_that_ends_another_batch_does_not_end_the_open_one():
+    house = irc_house(
+        "#a", alice="draft/multiline batch labeled-response message-tags echo-message"
+    )
+    asked(house, "alice", "@label=m BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :one")
+    (refusal,) = asked(house, "alice", "@label=x BATCH -2")
+    assert (refusal.verb, refusal.tags["label"]) == ("FAIL", "x")
+    echo = asked(house, "alice", "@batch=1 PRIVMSG #a :two", "BATCH -1")
+    assert echo[0].tags["label"] == "m" and [x.params[-1] for x in of(echo, "PRIVMSG")] == [
+        "one",
+        "two",
+    ]
 
 
 MULTILINE = "batch message-tags draft/multiline"
@@ -21765,6 +21790,31 @@ def test_a_kline_lasts_as_long_as_it_was_set_for_whatever_becomes_of_the_clock(f
     )
 
 
+def test_the_klines_of_the_store_are_compiled_at_the_start(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    house.enter_irc("root")
+    ask(house, "root", "OPER boss secret", "KLINE 192.0.2.9 10 x", "KLINE 192.0.2.8 10 x")
+    chat.compiled_ban.cache_clear()
+    again = restarted(house, path)
+    again.enter_irc("bob")
+    assert chat.compiled_ban.cache_info().misses == chat.compiled_ban.cache_info().hits == 2
+
+
+# A machine without a clock of its own starts in the past, and the network sets it right later
+def test_a_kline_of_the_store_ends_when_it_should_after_a_start_with_a_wrong_clock(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    house.enter_irc("root")
+    ask(house, "root", "OPER boss secret", "KLINE 192.0.2.9 10 x")
+    (before,) = house.hub.bans.values()
+    again = restarted(house, path)
+    for ahead in (-DAY_SECONDS, 0):
+        again.clock = lambda ahead=ahead: again.now + ahead
+        again.turn()
+    assert list(again.hub.bans.values()) == [before]
+
+
 @pytest.mark.parametrize("line", ["WHO *", "MAP", "WALLOPS x", "KLINE 192.0.2.1"])
 def test_looking_at_all_users_is_charged_for_each(line):
     house = operated()
@@ -21776,6 +21826,7 @@ def test_looking_at_all_users_is_charged_for_each(line):
 
 PAST = [  # a line that asks for many messages of the past, by the dialect; a refusal of it
     ("irc", "CHATHISTORY LATEST #a * 100", "FAIL CHATHISTORY INVALID_TARGET"),
+    ("irc", "SEARCH text=number;limit=100", "BATCH"),
     ("line", "/history #a 100", "* you are not in #a"),
 ]
 
@@ -21785,6 +21836,7 @@ def house_with_a_past(dialect):
     house = operated()
     (house.enter_irc if dialect == "irc" else house.enter)("bob")
     house.say("bob", "JOIN #a" if dialect == "irc" else "/join #a")
+    house.say("bob", *(["CAP REQ batch"] if dialect == "irc" else []))
     house.say("root", "JOIN #a", *(f"PRIVMSG #a :number {n}" for n in range(100)))
     house.turn()
     house.heard("bob")
