@@ -7543,8 +7543,9 @@ class Cluster:
 
     def figures(self) -> list[str]:
         """Return how this node is doing, for operators."""
+        waiting = f"{self.lag} waiting" if self.caught_up else "which it cannot reach just now"
         return [
-            f"node {self.name}: entry {self.hub.sequence} of the log, {self.lag} waiting",
+            f"node {self.name}: entry {self.hub.sequence} of the log, {waiting}",
             f"last batch: {counted(self.size, 'act')}, back after {self.round_trip * 1000:.1f} ms",
             f"checksum {self.hub.checksum}",
         ]
@@ -20530,7 +20531,7 @@ class Server:
         self.told_of_clock = False  # that it differs from the log's
         self.paused = False  # clients are not read: the cluster cannot be reached
         self.failure = ""  # why this server ends
-        self.sure_time = SureTime(loop, lambda: self.clock())
+        self.sure_time = SureTime(loop, self.wall)
         self.committer = Committer(
             loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
         )
@@ -20566,6 +20567,11 @@ class Server:
             hub.end()
             self.store.save_node(save_hub(hub), 0, "")
         return hub
+
+    def wall(self) -> float:
+        """Return the time by the wall clock; on a node by that of the log, once it is known."""
+        wall = self.cluster.wall(self.loop.now) if self.cluster else None
+        return self.clock() if wall is None else wall
 
     def begin_serving(self) -> None:
         """Let clients come: at the start, or once this node takes part in its cluster."""
@@ -20789,13 +20795,12 @@ class Server:
     def _begin_by_log(self, now: float) -> None:
         """Begin a turn by the clock of the log, which is the same for all nodes."""
         cluster, cluster.now = self.cluster, self.loop.now
-        wall = cluster.wall(self.loop.now)
-        begun = now if wall is None else wall
+        begun = self.wall()
         self.hub.begin(begun, ticks_of_log(self.hub, int(begun * 1000)) / 1000)
-        differs = cluster.knows_time and abs(wall - now) > CLOCK_DIFFERS_SECONDS
+        differs = cluster.knows_time and abs(begun - now) > CLOCK_DIFFERS_SECONDS
         if differs and not self.told_of_clock:
             self.told_of_clock = True
-            log.warning("the clock of this node and that of NATS differ by %.0f s", now - wall)
+            log.warning("the clock of this node and that of NATS differ by %.0f s", now - begun)
 
     def end_turn(self) -> None:
         """Act, commit and write; then start what waits for the commit."""

@@ -6597,6 +6597,8 @@ def test_the_nodes_are_listed_and_operators_see_how_they_are_doing(folder):
     told = "\n".join(ask(one, "alice", "OPER boss secret", "STATS n"))
     assert f"entry {one.hub.sequence} of the log, 0 waiting" in told
     assert one.metrics()["chat_nodes"][2] == 2
+    one.link.drop("broken")
+    assert "of the log, which it cannot reach" in "\n".join(ask(one, "alice", "STATS n"))
 
 
 def test_an_act_is_the_same_after_the_log_and_its_text_takes_no_more_bytes_there():
@@ -6667,6 +6669,20 @@ def test_old_files_of_a_node_that_is_gone_are_removed_by_one_of_the_others(folde
     expire()
     assert not nodes["n2"].hub.files
     assert_nodes_agree(nodes)
+
+
+def test_a_node_whose_clock_is_ahead_removes_nothing_too_early(folder):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    one.clock = lambda: one.now + 10**9
+    values = ("a.txt", "text/plain", 5, "~1", "127.0.0.1", "n1")
+    one.site.act("begin_file", "f" * 32, *values)
+    times = []
+    for _ in range(int(chat.SURE_SECONDS / chat.SURE_STEP_SECONDS) + 2):
+        one.now += chat.SURE_STEP_SECONDS
+        nodes.settle()
+        times.append(one.sure_time())
+    assert 10**6 < times[-1] <= one.now
 
 
 def test_old_messages_are_pruned_on_all_nodes_alike(folder, monkeypatch):
