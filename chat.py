@@ -2472,15 +2472,18 @@ def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
 
 
 def neighbours(
-    turn: "Turn", user: User, sessions: Iterable[Session] = (), with_user: bool = False
+    turn: "Turn",
+    user: User,
+    sessions: Iterable[Session] | None = None,
+    with_user: bool = False,
 ) -> Audience:
     """Return the audience of the users who share a channel with a user, of some sessions, and (if
-    `with_user`) of the user, who may be in no channel. If it is one channel and no session, return
-    that channel's own audience: its events are encoded together."""
+    `with_user`) of the user, who may be in no channel. If it is one channel and `sessions` is None,
+    return that channel's own audience: its events are encoded together."""
     channels = tuple(user.channels)
-    sessions = frozenset(sessions)
-    if len(channels) == 1 and not sessions:
+    if len(channels) == 1 and sessions is None:
         return channels[0].audience
+    sessions = frozenset(sessions or ())
     targets = tuple(target for channel in channels for target in channel.audience.targets)
     return turn.audience("", channels, frozenset({user} if with_user else ()), sessions, targets)
 
@@ -3810,7 +3813,9 @@ def emit_to_witnesses(
 ) -> None:
     """Tell the user's act to the user, to common channels, and to watchers with
     extended-monitor."""
-    watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
+    watchers = hub.watchers.get(user.key)
+    # Only the watcher's own node knows the capability: the rest of the event must not depend on it
+    watching = [s for s in watchers if s.extended_monitor] if watchers else None
     audience = neighbours(hub.turn, user, watching, with_user=True)
     hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(kind, source, audience, *texts, origin=origin)
@@ -3888,7 +3893,7 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
     if isinstance(owner, Channel):
         audience, source = owner.audience, Source(owner.name, "")
     else:
-        watching = hub.watchers.get(owner.key, ())
+        watching = hub.watchers.get(owner.key)
         audience, source = neighbours(hub.turn, owner, watching, with_user=True), owner.source
     hub.work += len(subscribed)
     channels = set(audience.channels)
@@ -6915,7 +6920,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 3  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 4  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),

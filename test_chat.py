@@ -4115,7 +4115,7 @@ def act_at_random(seeded, house, n):
         start = [
             f"SESSION {SECRET[:-5]}{label:_<5}",
             f"NICK {label}",
-            "CAP REQ :message-tags batch",
+            f"CAP REQ :message-tags batch{' extended-monitor' * (label > 'alice')}",
             f"USER {label} 0 * :{label}",
             "CAP END",
         ]
@@ -6515,6 +6515,24 @@ def test_a_node_that_was_cut_off_does_not_take_the_last_entry_for_the_present(fo
     one.link.join(nodes.nats)
     one.link.exchange()
     assert one.cluster.caught_up and one.cluster.wall(one.loop.now) == before
+
+
+def test_what_only_one_node_knows_of_a_client_makes_no_difference_between_nodes(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one, two = nodes["n1"], nodes["n2"]
+    come(one, "alice", caps=f"{CAPS} extended-monitor away-notify account-notify setname")
+    come(one, "carol", caps="away-notify")
+    come(two, "bob")
+    two.say("bob", "JOIN #x")
+    for name in ("alice", "carol"):
+        one.say(name, "MONITOR + bob")
+    nodes.settle()
+    one.heard("carol")
+    assert not [line for line in ask(one, "alice", "PING 1") if " AWAY " in line]
+    two.say("bob", "AWAY :tea", "SETNAME :Robert", "NS REGISTER password")
+    assert_nodes_agree(nodes)
+    verbs = [line.split(" ")[2 - (line[0] == ":")] for line in one.heard("alice")]
+    assert verbs == ["AWAY", "SETNAME", "ACCOUNT"] and not one.heard("carol")
 
 
 def test_a_turn_that_a_node_cannot_store_is_stored_as_a_whole_later_or_not_at_all(folder):
