@@ -2498,15 +2498,18 @@ def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
 
 
 def neighbours(
-    turn: "Turn", user: User, sessions: Iterable[Session] = (), with_user: bool = False
+    turn: "Turn",
+    user: User,
+    sessions: Iterable[Session] | None = None,
+    with_user: bool = False,
 ) -> Audience:
     """Return the audience of the users who share a channel with a user, of some sessions, and (if
-    `with_user`) of the user, who may be in no channel. If it is one channel and no session, return
-    that channel's own audience: its events are encoded together."""
+    `with_user`) of the user, who may be in no channel. If it is one channel and `sessions` is None,
+    return that channel's own audience: its events are encoded together."""
     channels = tuple(user.channels)
-    sessions = frozenset(sessions)
-    if len(channels) == 1 and not sessions:
+    if len(channels) == 1 and sessions is None:
         return channels[0].audience
+    sessions = frozenset(sessions or ())
     targets = tuple(target for channel in channels for target in channel.audience.targets)
     return turn.audience("", channels, frozenset({user} if with_user else ()), sessions, targets)
 
@@ -3846,7 +3849,9 @@ def emit_to_witnesses(
 ) -> None:
     """Tell the user's act to the user, to common channels, and to watchers with
     extended-monitor."""
-    watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
+    watchers = hub.watchers.get(user.key)
+    # Only the watcher's own node knows the capability: the rest of the event must not depend on it
+    watching = [s for s in watchers if s.extended_monitor] if watchers else None
     audience = neighbours(hub.turn, user, watching, with_user=True)
     hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(kind, source, audience, *texts, origin=origin)
@@ -3925,7 +3930,7 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
     if isinstance(owner, Channel):
         audience, source = owner.audience, Source(owner.name, "")
     else:
-        watching = hub.watchers.get(owner.key, ())
+        watching = hub.watchers.get(owner.key)
         audience, source = neighbours(hub.turn, owner, watching, with_user=True), owner.source
     hub.work += len(subscribed)
     channels = set(audience.channels)
@@ -7010,7 +7015,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 3  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 4  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
@@ -7639,8 +7644,9 @@ class Cluster:
 
     def figures(self) -> list[str]:
         """Return how this node is doing, for operators."""
+        waiting = f"{self.lag} waiting" if self.caught_up else "which it cannot reach just now"
         return [
-            f"node {self.name}: entry {self.hub.sequence} of the log, {self.lag} waiting",
+            f"node {self.name}: entry {self.hub.sequence} of the log, {waiting}",
             f"last batch: {counted(self.size, 'act')}, back after {self.round_trip * 1000:.1f} ms",
             f"checksum {self.hub.checksum}",
         ]
@@ -20813,7 +20819,7 @@ class Server:
         self.told_of_clock = False  # that it differs from the log's
         self.paused = False  # clients are not read: the cluster cannot be reached
         self.failure = ""  # why this server ends
-        self.sure_time = SureTime(loop, lambda: self.clock())
+        self.sure_time = SureTime(loop, self.wall)
         self.committer = Committer(
             loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
         )
@@ -20849,6 +20855,11 @@ class Server:
             hub.end()
             self.store.save_node(save_hub(hub), 0, "")
         return hub
+
+    def wall(self) -> float:
+        """Return the time by the wall clock; on a node by that of the log, once it is known."""
+        wall = self.cluster.wall(self.loop.now) if self.cluster else None
+        return self.clock() if wall is None else wall
 
     def begin_serving(self) -> None:
         """Let clients come: at the start, or once this node takes part in its cluster."""
@@ -21079,13 +21090,12 @@ class Server:
     def _begin_by_log(self, now: float) -> None:
         """Begin a turn by the clock of the log, which is the same for all nodes."""
         cluster, cluster.now = self.cluster, self.loop.now
-        wall = cluster.wall(self.loop.now)
-        begun = now if wall is None else wall
+        begun = self.wall()
         self.hub.begin(begun, ticks_of_log(self.hub, int(begun * 1000)) / 1000)
-        differs = cluster.knows_time and abs(wall - now) > CLOCK_DIFFERS_SECONDS
+        differs = cluster.knows_time and abs(begun - now) > CLOCK_DIFFERS_SECONDS
         if differs and not self.told_of_clock:
             self.told_of_clock = True
-            log.warning("the clock of this node and that of NATS differ by %.0f s", now - wall)
+            log.warning("the clock of this node and that of NATS differ by %.0f s", now - begun)
 
     def end_turn(self) -> None:
         """Act, commit and write; then start what waits for the commit."""

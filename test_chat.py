@@ -4162,7 +4162,7 @@ def act_at_random(seeded, house, n):
         start = [
             f"SESSION {SECRET[:-5]}{label:_<5}",
             f"NICK {label}",
-            "CAP REQ :message-tags batch",
+            f"CAP REQ :message-tags batch{' extended-monitor' * (label > 'alice')}",
             f"USER {label} 0 * :{label}",
             "CAP END",
         ]
@@ -6590,6 +6590,24 @@ def test_a_node_that_was_cut_off_does_not_take_the_last_entry_for_the_present(fo
     assert one.cluster.caught_up and one.cluster.wall(one.loop.now) == before
 
 
+def test_what_only_one_node_knows_of_a_client_makes_no_difference_between_nodes(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one, two = nodes["n1"], nodes["n2"]
+    come(one, "alice", caps=f"{CAPS} extended-monitor away-notify account-notify setname")
+    come(one, "carol", caps="away-notify")
+    come(two, "bob")
+    two.say("bob", "JOIN #x")
+    for name in ("alice", "carol"):
+        one.say(name, "MONITOR + bob")
+    nodes.settle()
+    one.heard("carol")
+    assert not [line for line in ask(one, "alice", "PING 1") if " AWAY " in line]
+    two.say("bob", "AWAY :tea", "SETNAME :Robert", "NS REGISTER password")
+    assert_nodes_agree(nodes)
+    verbs = [line.split(" ")[2 - (line[0] == ":")] for line in one.heard("alice")]
+    assert verbs == ["AWAY", "SETNAME", "ACCOUNT"] and not one.heard("carol")
+
+
 def test_a_turn_that_a_node_cannot_store_is_stored_as_a_whole_later_or_not_at_all(folder):
     nodes = Nodes(folder, "n1")
     one = nodes["n1"]
@@ -6670,6 +6688,8 @@ def test_the_nodes_are_listed_and_operators_see_how_they_are_doing(folder):
     told = "\n".join(ask(one, "alice", "OPER boss secret", "STATS n"))
     assert f"entry {one.hub.sequence} of the log, 0 waiting" in told
     assert one.metrics()["chat_nodes"][2] == 2
+    one.link.drop("broken")
+    assert "of the log, which it cannot reach" in "\n".join(ask(one, "alice", "STATS n"))
 
 
 def test_an_act_is_the_same_after_the_log_and_its_text_takes_no_more_bytes_there():
@@ -6740,6 +6760,20 @@ def test_old_files_of_a_node_that_is_gone_are_removed_by_one_of_the_others(folde
     expire()
     assert not nodes["n2"].hub.files
     assert_nodes_agree(nodes)
+
+
+def test_a_node_whose_clock_is_ahead_removes_nothing_too_early(folder):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    one.clock = lambda: one.now + 10**9
+    values = ("a.txt", "text/plain", 5, "~1", "127.0.0.1", "n1")
+    one.site.act("begin_file", "f" * 32, *values)
+    times = []
+    for _ in range(int(chat.SURE_SECONDS / chat.SURE_STEP_SECONDS) + 2):
+        one.now += chat.SURE_STEP_SECONDS
+        nodes.settle()
+        times.append(one.sure_time())
+    assert 10**6 < times[-1] <= one.now
 
 
 def test_old_messages_are_pruned_on_all_nodes_alike(folder, monkeypatch):
