@@ -16097,8 +16097,11 @@ class ForScreens:
 
         kind = mimetypes.guess_type(one.name)[0]
         about = ", ".join(optional(kind or "", size_text(one.size)))
-        with contextlib.suppress(Refused):  # a service takes no files
-            self.send(one.room, f"{one.name} ({about}): {one.url}")
+        text = f"{one.name} ({about}): {one.url}"
+        try:
+            self.send(one.room, text)
+        except Refused as error:  # a service takes no files, or the room was left
+            self.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=one.room))
 
     def save_file(self, room: Room, view: ViewEvent, path: str) -> None:
         """Begin to save the file that a message links to. Raises Refused."""
@@ -22202,6 +22205,8 @@ class WebCall(Connection):
             if isinstance(item, Response):
                 self.response = item
                 self.request.began(item)
+                if self.state == CLOSED:  # an answer that is of no use
+                    return
             elif item == END_OF_BODY:
                 self.ended_well = True
                 self.drop("")
@@ -22256,25 +22261,37 @@ class Url(NamedTuple):
 
 def parse_url(text: str, base: Url) -> Url:
     """Return the parts of a URL, or of a path on the server of `base`. Raises Unusable."""
-    if text.startswith("/"):
-        return base._replace(path=text)
     scheme, _, rest = text.partition("://")
     authority, slash, path = rest.partition("/")
+    if re.fullmatch(r"/[!-~]*", text):
+        return base._replace(path=text)
     host, port = split_host(authority)
     if scheme.lower() not in ("http", "https") or not host or not re.fullmatch(r"[!-~]*", path):
-        raise Unusable(f"{text} is no address of a file")
+        raise Unusable(f"{visible(text) or 'nothing'} is no address of a file")
     tls = scheme.lower() == "https"
     return Url(tls, host, port or (443 if tls else 80), f"{slash or '/'}{path}")
 
 
-def free_path(path: pathlib.Path) -> pathlib.Path:
-    """Return this path, or one with a number, where no file is yet."""
+def free_path(path: pathlib.Path, taken: Collection[str] = ()) -> pathlib.Path:
+    """Return this path, or one with a number, where no file is yet; none of the `taken` ones."""
     for number in itertools.count(2):
-        if not path.exists() and not path.with_name(f"{path.name}.part").exists():
+        there = path.exists() or path.with_name(f"{path.name}.part").exists()
+        if not there and str(path) not in taken:
             return path
         stem = re.sub(r" \(\d+\)$", "", path.stem)
         path = path.with_name(f"{stem} ({number}){path.suffix}")
     raise Unusable("no name is free")  # never: the numbers have no end
+
+
+def range_given(response: Response) -> tuple[int, int]:
+    """Return where the body of an answer begins in a file, -1 if that is unknown, and the size of
+    the file, 0 if that is unknown."""
+    length = whole_bytes(response.header("content-length"))
+    if response.status == 200:
+        return 0, length
+    given = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]+/(.*)", response.header("content-range"))
+    start = int(given[1]) if given else -1
+    return start, given and (whole_bytes(given[2]) or length and start + length) or 0
 
 
 def whole_bytes(text: str) -> int:
@@ -22288,9 +22305,19 @@ def reason_given(response: Response | None, text: str) -> str:
 
 
 def is_temporary(response: Response | None) -> bool:
-    """Return whether a request may succeed later: it broke, or the server failed. 507 is a refusal:
-    the server has no room for the file."""
-    return response is None or (response.status >= 500 and response.status != 507)
+    """Return whether a request may succeed later: it broke, or the server failed, or there were too
+    many. 507 is a refusal: the server has no room for the file."""
+    if response is None or response.status in (408, 425, 429):
+        return True
+    return response.status >= 500 and response.status != 507
+
+
+def size_of(path: pathlib.Path | str) -> int:
+    """Return the size of a file. Raises Refused if there is something else, or OSError."""
+    known = os.stat(path)
+    if not stat.S_ISREG(known.st_mode):  # to read a pipe may take for ever
+        raise Refused("NO_FILE", f"{path} is no file")
+    return known.st_size
 
 
 class Transfers:
@@ -22310,9 +22337,7 @@ class Transfers:
         if one.up:
             path = pathlib.Path(one.path).expanduser()
             try:
-                if not path.is_file():
-                    raise Refused("NO_FILE", f"{path} is no file")
-                one.size = path.stat().st_size
+                one.size = size_of(path)
                 os.close(os.open(path, os.O_RDONLY))
             except OSError as error:
                 raise Refused("NO_FILE", f"cannot read {path}: {reason_of(error)}") from None
@@ -22320,7 +22345,9 @@ class Transfers:
         else:
             path = pathlib.Path(one.path or one.name).expanduser()
             path = self.folder / path
-            one.path = str(free_path(path / one.name if path.is_dir() else path))
+            path = path / one.name if path.is_dir() else path
+            taken = {two.path for two in self.core.transfers if not two.up}
+            one.path = str(free_path(path, taken))
             one.name = pathlib.Path(one.path).name
         self.core.keep_transfer(one)
         self.wake()
@@ -22359,13 +22386,17 @@ class Transfers:
         if one.id not in self.calls:
             return
         try:
+            if one.up and size_of(one.path) < one.size:
+                raise Unusable(f"{one.path} is shorter than it was")
             if not one.up:
                 self._download(one)
             elif one.url:
                 self._look(one, token)
             else:
                 self._create(one, token)
-        except (ChatError, OSError) as error:
+        except OSError as error:
+            self._failed(one, f"{one.path}: {reason_of(error)}")
+        except ChatError as error:
             self._failed(one, str(error))
 
     # Talking to the server
@@ -22459,10 +22490,10 @@ class Transfers:
         def told(response: Response | None, text: str) -> None:
             if is_temporary(response):
                 return self._broke(one, text)
-            if response.status in (403, 404):  # the upload expired, or is another guest's
+            if response.status in (403, 404, 410):  # the upload expired, or is another guest's
                 one.url = ""
                 return self._create(one, token)
-            if response.status != 200:
+            if response.status not in (200, 204):
                 return self._refused(one, response, text)
             return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
 
@@ -22495,9 +22526,12 @@ class Transfers:
         def answered(response: Response | None, text: str) -> None:
             if is_temporary(response):
                 return self._broke(one, text)
-            if response.status in (204, 409):
-                return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
-            return self._refused(one, response, text)
+            if response.status not in (204, 409):
+                return self._refused(one, response, text)
+            there = whole_bytes(response.header("upload-offset"))
+            if there <= at:
+                return self._broke(one, "the server takes nothing of it")
+            return self._send_from(one, token, there)
 
         self._go_on_from(one, at)
         request = CallRequest("PATCH", self._own_url(one), headers, answered, read, at, sent=sent)
@@ -22524,12 +22558,17 @@ class Transfers:
                 file.write(pieces.popleft())
 
         def began(response: Response) -> None:
-            if response.status == 200:  # all of it, from the beginning
+            if response.status not in (200, 206):
+                return
+            start, size = range_given(response)
+            etag = response.header("etag")
+            if start == 0:  # all of it, from the beginning
                 file.truncate(0)
                 one.done = 0
-            whole = response.header("content-range").rpartition("/")[2]
-            one.size = whole_bytes(whole or response.header("content-length"))
-            one.etag = response.header("etag")
+            elif start != at or one.etag != (etag or one.etag):
+                one.etag = ""  # so that the next attempt begins at the beginning
+                return self.calls[one.id].drop("the server sends another part of the file")
+            one.size, one.etag = size, etag
             self.core.keep_transfer(one)
 
         def piece(data: bytes) -> None:
@@ -22558,23 +22597,28 @@ class Transfers:
         def closed(response: Response | None, text: str, result: Any) -> None:
             if isinstance(result, Exception):
                 return self._failed(one, str(result))
-            if response and response.status == 416 and one.size == one.done:
-                return self._saved(one, part)
-            if response and response.status not in (200, 206):
+            if response and response.status == 416:
+                if whole_bytes(response.header("content-range").rpartition("/")[2]) == one.done:
+                    return self._saved(one, part)
+                one.etag = ""  # the file is another one now: from the beginning
+            elif response and not is_temporary(response) and response.status not in (200, 206):
                 return self._refused(one, response, text)
-            if response is None or one.done < one.size:
-                return self._broke(one, text or "the connection broke")
-            return self._saved(one, part)
+            elif response and response.status in (200, 206) and one.done >= one.size:
+                return self._saved(one, part)
+            return self._broke(one, text.strip() or "the connection broke")
 
         url = self._own_url(one)
         self._call(one, CallRequest("GET", url, headers, done, piece=piece, began=began))
 
     def _saved(self, one: Transfer, part: pathlib.Path) -> None:
-        part.replace(one.path)
+        path = pathlib.Path(one.path)
+        try:
+            path = free_path(path) if path.exists() else path  # there is one since it was begun
+            part.replace(path)
+        except OSError as error:
+            return self._failed(one, f"{path}: {reason_of(error)}")
         self._over(one)
-        self.link.show(
-            [ViewEvent(NOTE, f"saved {one.path} ({size_text(one.size)})", where=one.room)]
-        )
+        self.link.show([ViewEvent(NOTE, f"saved {path} ({size_text(one.done)})", where=one.room)])
 
     def fetch(self, path: str, most: int, then: Callable[[bytes, str], None]) -> None:
         """Call then(content, "") of a file of this server with at most so many bytes, or
@@ -22624,6 +22668,9 @@ class Transfers:
         if self.calls.pop(one.id, self) is self:
             return
         one.state, one.why = "failed", why
+        if not one.up:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{one.path}.part")
         self.core.forget_transfer(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])

@@ -16130,7 +16130,8 @@ def test_a_server_that_sends_no_text_is_left_for_good(data):
 
 
 @pytest.mark.parametrize(
-    "status, temporary", [(None, True), (500, True), (503, True), (507, False), (413, False)]
+    "status, temporary",
+    [(None, True), (429, True), (500, True), (503, True), (507, False), (413, False)],
 )
 def test_a_server_without_room_for_a_file_is_not_asked_again(status, temporary):
     response = status and chat.Response(status, {})
@@ -25129,6 +25130,134 @@ class Sender(Linked):
 
     def posted(self):
         return [view for view in self.core.room.views if "/files/" in view.text and view.id]
+
+
+class InMemory(chat.Transfers):
+    """Transfers whose requests are answered by a script: the status, headers and body of each; an
+    answer with a header "cut" breaks."""
+
+    def __init__(self, folder, *answers):
+        self.alice = Elsewhere("FILEHOST=/up", "soju.im/FILEHOST=/up")
+        self.answers, self.asked, self.shown = [*answers], [], []
+        loop = types.SimpleNamespace(now=0.0, call_later=chat.do_nothing)
+        run = lambda owner, job, then: then(chat.outcome_of(job))  # noqa: E731
+        link = types.SimpleNamespace(core=self.alice.core, loop=loop, poke=chat.do_nothing)
+        link.target, link.show = chat.Target("127.0.0.1", 1), self.shown.extend
+        link.helpers = types.SimpleNamespace(submit=run)
+        super().__init__(link, folder)
+
+    def _call(self, one, request, follows=True):
+        started = request.headers.get("Range", request.headers.get("Upload-Offset", ""))
+        self.asked.append(f"{request.method} {started}".strip())
+        dropped = []
+        call = types.SimpleNamespace(drop=dropped.append, update=chat.do_nothing, holds=False)
+        self.calls[one.id] = call
+        if self.answers:
+            status, headers, body = self.answers.pop(0)
+            response = chat.Response(status, {name.lower(): [x] for name, x in headers.items()})
+            request.began(response)
+            if request.piece and not dropped and status in (200, 206):
+                request.piece(body)
+            broken = dropped or "cut" in headers
+            request.done(None if broken else response, "" if broken else body.decode())
+
+    def run(self, one):
+        self.start(one)
+        for _ in range(4):
+            self.loop.now += 1000
+            self.wake()
+        return [view.text for view in self.shown if view.text]
+
+
+CREATED = 201, {"Location": "/files/1"}, b""
+AT_5 = 204, {"Upload-Offset": "5"}, b""
+AT_10 = 204, {"Upload-Offset": "10"}, b""
+UPLOADS = [  # answers, requests; whether the link is posted
+    ([CREATED, AT_10], ["POST", "PATCH 0"], True),
+    ([CREATED, AT_5, AT_10], ["POST", "PATCH 0", "PATCH 5"], True),
+    ([CREATED, *[(204, {}, b""), (200, {}, b"")] * 2], ["POST", *["PATCH 0", "HEAD"] * 2], False),
+    ([CREATED, AT_5, AT_5, AT_5], ["POST", "PATCH 0", "PATCH 5", "HEAD", "PATCH 5"], False),
+    ([CREATED, (500, {}, b""), (410, {}, b""), CREATED, AT_10], None, True),
+    ([CREATED, (500, {}, b""), AT_5, AT_10], ["POST", "PATCH 0", "HEAD", "PATCH 5"], True),
+    ([(429, {}, b"slow"), CREATED, AT_10], ["POST", "POST", "PATCH 0"], True),
+    ([(201, {"Location": "/a b"}, b"")], ["POST"], False),
+    ([(201, {"Location": "/\x1b[2J"}, b"")], ["POST"], False),
+    ([(201, {}, b"")], ["POST"], False),
+]
+
+
+@pytest.mark.parametrize("answers, asked, posted", UPLOADS)
+def test_an_upload_bears_wrong_answers_and_ends_or_waits(answers, asked, posted, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, *answers)
+    files.run(chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a.txt")))
+    assert files.asked[: len(asked or ())] == (asked or []) and len(files.asked) <= 2 + len(answers)
+    assert any("/files/1" in line for line in files.alice.sent(9)) == posted
+
+
+CUT = 200, {"Content-Length": "10", "ETag": '"a"', "cut": ""}, b"01234"
+REST = 206, {"Content-Range": "bytes 5-9/10", "ETag": '"a"'}, b"56789"
+WHOLE = 200, {"Content-Length": "10"}, b"0123456789"
+RANGES = "Content-Range"
+DOWNLOADS = [  # answers, requests; what is saved
+    ([WHOLE], ["GET"], WHOLE[2]),
+    ([CUT, REST], ["GET", "GET bytes=5-"], WHOLE[2]),
+    ([CUT, (206, {RANGES: "bytes 5-9/*"}, b"56789")], ["GET", "GET bytes=5-"], WHOLE[2]),
+    ([CUT, (206, {RANGES: "bytes 0-9/10"}, WHOLE[2])], ["GET", "GET bytes=5-"], WHOLE[2]),
+    ([CUT, (206, {RANGES: "bytes 7-9/10"}, b"789"), WHOLE], None, WHOLE[2]),
+    ([CUT, (206, {}, b"789"), WHOLE], ["GET", "GET bytes=5-", "GET"], WHOLE[2]),
+    ([CUT, (206, {**REST[1], "ETag": '"b"'}, b"xxxxx"), WHOLE], None, WHOLE[2]),
+    ([CUT, (416, {RANGES: "bytes */3"}, b""), WHOLE], ["GET", "GET bytes=5-", "GET"], WHOLE[2]),
+    ([CUT, (416, {RANGES: "bytes */5"}, b"")], ["GET", "GET bytes=5-"], b"01234"),
+    ([CUT, (503, {"ETag": '"x"', "Content-Length": "4"}, b"busy"), REST], None, WHOLE[2]),
+    ([(429, {}, b"slow"), WHOLE], ["GET", "GET"], WHOLE[2]),
+    ([CUT, (404, {}, b"gone")], ["GET", "GET bytes=5-"], None),
+]
+
+
+@pytest.mark.parametrize("answers, asked, saved", DOWNLOADS)
+def test_a_file_is_saved_as_it_is_or_not_at_all(answers, asked, saved, tmp_path):
+    files = InMemory(tmp_path, *answers)
+    files.run(chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"))
+    assert files.asked == asked or asked is None
+    there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert there == ({} if saved is None else {"a.txt": saved})
+
+
+def test_a_file_that_is_saved_replaces_none_that_came_meanwhile(tmp_path):
+    files = InMemory(tmp_path)
+    ones = [chat.Transfer(id, False, chat.LOBBY, "", name="a.txt", url="/files/1") for id in "12"]
+    files.core.talk.ready, files.answers = False, [WHOLE, CUT, REST]
+    for one in ones:
+        files.start(one)
+    (tmp_path / "a.txt").write_bytes(b"the user's")
+    files.core.talk.ready = True
+    files.wake()
+    files.loop.now += 1000
+    files.wake()
+    there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert there == {"a.txt": b"the user's", "a (2).txt": WHOLE[2], "a (3).txt": WHOLE[2]}
+
+
+@pytest.mark.parametrize("change", ["unlink", "truncate", "fifo", "folder"])
+def test_a_file_that_changes_while_it_waits_is_not_sent(change, tmp_path):
+    (path := tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, (500, {}, b""))
+    files.start(chat.Transfer("1", True, chat.LOBBY, str(path)))
+    path.unlink()
+    make = {"truncate": path.touch, "folder": path.mkdir, "fifo": lambda: os.mkfifo(path)}
+    make.get(change, chat.do_nothing)()
+    files.loop.now += 1000
+    files.wake()
+    assert files.asked == ["POST"] and not files.core.transfers
+    assert [view.text for view in files.shown if "a.txt was not sent: " in view.text]
+
+
+def test_the_link_of_a_file_that_cannot_be_posted_is_shown():
+    core = plain_core()
+    one = chat.Transfer("1", True, "bob", "a.txt", name="a.txt", url="http://a/files/1")
+    core.post_file(one)
+    assert any(one.url in view.text for view in core.take_views() if view.kind == "note")
 
 
 def test_a_transfer_that_is_stopped_drops_what_it_saved_and_no_file_of_the_user(tmp_path):
