@@ -18147,13 +18147,16 @@ def or_nothing(read: Callable) -> Callable:
 
 
 def open_client_database(path: str) -> sqlite3.Connection:
-    """Open client.db, or a database in memory, and create its tables. Raises sqlite3.Error."""
+    """Open client.db, or a database in memory, and create its tables. Raises sqlite3.Error, and
+    Unusable if a later version of this program has written it."""
     db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
     db.create_function("words_of", 1, words_of, deterministic=True)
     with contextlib.suppress(sqlite3.Error):  # a network home may refuse WAL: then a journal
         db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
     version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > CLIENT_VERSION:
+        raise Unusable(f"{path} is from a newer chat.py; {NO_STATE_ADVICE}")
     if version < CLIENT_VERSION:
         before = CLIENT_COLUMNS * (version == 1) + CLIENT_KINDS * (version > 0)
         try:

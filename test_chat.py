@@ -16932,6 +16932,14 @@ def test_many_clients_can_begin_at_once_in_a_new_folder(tmp_path):
     assert failed == [] and len(set(secrets)) == 8
 
 
+def test_a_file_of_a_later_version_is_not_used(tmp_path):
+    db = chat.open_client_file(tmp_path)
+    db.execute(f"PRAGMA user_version = {chat.CLIENT_VERSION + 1}")
+    db.close()
+    with pytest.raises(chat.Unusable, match="client.db is from a newer chat.py; .*--no-state"):
+        chat.open_client_file(tmp_path)
+
+
 def test_a_damaged_file_of_messages_is_one_clear_line(folder):
     options = chat.ClientOptions("alice", chat.parse_target("irc://here"), state=folder)
     store = chat.ClientStore(chat.open_client_file(folder), "here", "alice")
