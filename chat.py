@@ -16943,7 +16943,12 @@ class ClientCore(ForScreens):
         for one in lost:
             if one.id in self.shown:
                 self.unshow(one)
-        self.show(ViewEvent(BACK, "\n".join(one.text for one in lost)), ViewEvent(NOTE, why))
+        texts: dict[str, list[str]] = {}
+        for one in lost:
+            texts.setdefault(one.where, []).append("/me " * (one.kind == ACTION) + one.text)
+        for where, its in texts.items():
+            self.show(ViewEvent(BACK, "\n".join(its), where=where))
+        self.show(ViewEvent(NOTE, why))
 
     def _show_own(self, one: Waiting, text: str) -> Room:
         """Show a message of this client in its conversation; return the conversation."""
@@ -24567,6 +24572,8 @@ class TerminalClient(ManyServers):
         if seat is self.seat:
             return self.show(views)
         seat.screen.take(views)
+        for view in (one for one in views if one.kind == BACK):
+            self.take_back(seat.core, view)
         stopped = seat.link.phase == WAITING and not seat.link.again
         for view in (one for one in views if one.kind == NOTE and stopped):
             head = "" if view.text.startswith(str(seat.link.target)) else f"{seat.link.target}: "
@@ -24785,7 +24792,7 @@ class TerminalClient(ManyServers):
             self.change_drafts()
         for view in views:
             if view.kind == BACK:
-                self.give_text_back(view.text)
+                self.take_back(self.core, view)
             elif view.kind == STATUS and self.link.again and not self.told_why:
                 self.told_why = True
                 self.display.keep(ViewEvent(NOTE, view.text))
@@ -24815,6 +24822,14 @@ class TerminalClient(ManyServers):
         self.editor.set(after.draft if after else "")
         if after:
             after.draft = ""
+
+    def take_back(self, core: ClientCore, view: ViewEvent) -> None:
+        """Give a text that was not accepted back to the conversation in which it was entered: as a
+        draft, if the user is elsewhere by now."""
+        room = core.find(view.where) if view.where else self.writing_in
+        if room is self.writing_in or room is None:
+            return self.give_text_back(view.text)
+        room.draft = "\n".join(optional(room.draft, view.text))
 
     def give_text_back(self, text: str) -> None:
         """Put text that was not accepted back on the line; if it is a command, or the line is not
@@ -27520,7 +27535,7 @@ def run_client(args: argparse.Namespace) -> int:
         None if args.no_state else args.data or data_folder() / "client",
         args.password or "",
         tuple(filter(None, args.join.split(","))),
-        args.commands,
+        args.commands or sys.stdin.isatty(),  # TERM=dumb: who types /login says no password
         login,
         None if args.no_state else args.data or config_folder(),
         args.sasl,

@@ -25545,6 +25545,45 @@ def test_a_text_for_a_channel_that_the_client_left_goes_nowhere_else(at_keys):
     assert at_keys.core.here == "#den" and not spoken_to(at_keys)
 
 
+@pytest.mark.parametrize("typed, commands", [(True, True), (False, False)])
+def test_what_is_typed_on_a_terminal_without_a_screen_may_be_a_command(
+    monkeypatch, typed, commands
+):
+    """Else /login and /msg would be said to all."""
+    given = []
+    run = lambda options: (
+        given.append(options)
+        or types.SimpleNamespace(  # noqa: E731
+            run=lambda: "", close=chat.do_nothing
+        )
+    )
+    monkeypatch.setattr(chat, "Filter", run)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: typed))
+    monkeypatch.setenv("TERM", "dumb")
+    assert chat.main(["client", "alice", "--no-state"]) == 0
+    assert given[0].commands == commands
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_text_that_could_not_be_stored_comes_back_where_it_was_written(at_keys, elsewhere):
+    """Another program may have client.db locked for seconds: the user has gone on meanwhile."""
+    first, core = at_keys.seat, at_keys.core
+    written = (
+        ("#den", "two", chat.MESSAGE),
+        ("#den", "three", chat.MESSAGE),
+        ("#tea", "one", "action"),
+    )
+    lost = [core.outbox.add(0.0, *one) for one in written]
+    if elsewhere:
+        options = at_keys.options._replace(target=chat.parse_target("irc://there"), join=())
+        at_keys.look_at(at_keys.add(options))
+    core._give_back(lost, "it is locked")
+    at_keys.show_of(first, core.take_views())
+    assert core.find("#den").draft == "two\nthree"
+    assert core.find("#tea").draft == ("/me one" if elsewhere else "")
+    assert at_keys.editor.text == "" and (elsewhere or "/me one" in at_keys.editor.typed)
+
+
 @pytest.mark.parametrize("name", ["bob", "#tea"])
 def test_a_text_for_a_server_that_is_left_is_not_sent_to_another_one(at_keys, name):
     other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
