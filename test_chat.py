@@ -25551,12 +25551,11 @@ def test_what_is_typed_on_a_terminal_without_a_screen_may_be_a_command(
 ):
     """Else /login and /msg would be said to all."""
     given = []
-    run = lambda options: (
+
+    def run(options):
         given.append(options)
-        or types.SimpleNamespace(  # noqa: E731
-            run=lambda: "", close=chat.do_nothing
-        )
-    )
+        return types.SimpleNamespace(run=lambda: "", close=chat.do_nothing)
+
     monkeypatch.setattr(chat, "Filter", run)
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: typed))
     monkeypatch.setenv("TERM", "dumb")
