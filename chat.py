@@ -21490,7 +21490,8 @@ class CertificateCheck:
         self.doubted = ""
 
     def cause(self, reason: str, sts: bool) -> str:
-        """Return the cause of a failure of TLS: AGAIN if another attempt can find out more."""
+        """Return the cause of a failure of TLS: AGAIN if another attempt can find out more. Under a
+        policy (`sts`) there is none: the user must not be asked to go on."""
         refused = reason.startswith(TLS_TROUBLE)
         if self.other and refused:
             return FATAL
@@ -21871,7 +21872,8 @@ class Link:
     def _cause(self, reason: str) -> str:
         core, refused = self.core, reason.startswith(TLS_TROUBLE)
         if self.phase == SECURING and (refused or self.certificate.other):
-            return self.certificate.cause(reason, sts=bool(core.sts))
+            by_policy = self.target.tls and not self.given.tls  # perhaps of an earlier run
+            return self.certificate.cause(reason, by_policy)
         if core.cause == FATAL:
             return FATAL
         if core.redial:

@@ -18830,6 +18830,21 @@ def test_a_policy_for_tls_is_kept_as_long_as_the_server_said(tmp_path):
     assert known.under_policy(target, 61.0, 7000) == target._replace(port=7000, tls=True)
 
 
+@pytest.mark.parametrize(
+    "url, trusts", [("ircs://irc.example", True), ("irc://irc.example", False)]
+)
+def test_under_a_policy_for_tls_a_bad_certificate_cannot_be_trusted_by_hand(url, trusts):
+    """Also when the policy is of an earlier run of this client."""
+    link = Hanging(True, 60.0)
+    link.given = link.target = chat.parse_target(url)
+    link.known.remember("irc.example", port=6697, until=time.time() + 60)
+    link.start()
+    assert link.target.tls
+    link.phase = chat.SECURING
+    link.lost(f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: certificate has expired (_ssl.c:1)")
+    assert link.certificate.refused == ("has expired" if trusts else "") and link.ended != trusts
+
+
 # The terminal
 
 
