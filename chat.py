@@ -16760,7 +16760,8 @@ class ClientCore(ForScreens):
         if self.talk:
             self.talk.tick()
         for room in self.rooms.values():
-            if room.moves and self.clock() * 1000 - room.moved_at > MOVES_MS:
+            passed = abs(self.clock() * 1000 - room.moved_at)  # the clock may have been set back
+            if room.moves and passed > MOVES_MS:
                 self.show(self._in_room(room.show_moves()))
         here = self.current if self.reads_at_once and self.looked_at else None
         if here and not here.views.reading:

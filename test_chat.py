@@ -19705,6 +19705,18 @@ def test_a_gap_in_messages_without_ids_is_remembered():
     assert alice.core.room.holes == []
 
 
+@pytest.mark.parametrize("by", [-86400, 0, 86400])
+def test_joins_are_shown_soon_although_the_clock_was_set(by):
+    clock = [1_767_225_600.0]
+    alice = Elsewhere(clock=lambda: clock[0])
+    alice.hears(*(f":u{n}!u@h JOIN #lobby" for n in range(3)))
+    clock[0] += by
+    for _ in range(62):
+        clock[0] += 1
+        alice.sent(1)
+    assert alice.core.room.views[-1].text == "u1, u2 joined"
+
+
 # A foreign server and chance, and a judge of what the readers saw
 
 
