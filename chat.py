@@ -16307,8 +16307,11 @@ class ForScreens:
 
         kind = mimetypes.guess_type(one.name)[0]
         about = ", ".join(optional(kind or "", size_text(one.size)))
-        with contextlib.suppress(Refused):  # a service takes no files
-            self.send(one.room, f"{one.name} ({about}): {one.url}")
+        text = f"{one.name} ({about}): {one.url}"
+        try:
+            self.send(one.room, text)
+        except Refused as error:  # a service takes no files, or the room was left
+            self.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=one.room))
 
     def save_file(self, room: Room, view: ViewEvent, path: str) -> None:
         """Begin to save the file that a message links to. Raises Refused."""
@@ -16968,7 +16971,8 @@ class ClientCore(ForScreens):
         if self.talk:
             self.talk.tick()
         for room in self.rooms.values():
-            if room.moves and self.clock() * 1000 - room.moved_at > MOVES_MS:
+            passed = abs(self.clock() * 1000 - room.moved_at)  # the clock may have been set back
+            if room.moves and passed > MOVES_MS:
                 self.show(self._in_room(room.show_moves()))
         here = self.current if self.reads_at_once and self.looked_at else None
         if here and not here.views.reading:
@@ -17151,7 +17155,12 @@ class ClientCore(ForScreens):
         for one in lost:
             if one.id in self.shown:
                 self.unshow(one)
-        self.show(ViewEvent(BACK, "\n".join(one.text for one in lost)), ViewEvent(NOTE, why))
+        texts: dict[str, list[str]] = {}
+        for one in lost:
+            texts.setdefault(one.where, []).append("/me " * (one.kind == ACTION) + one.text)
+        for where, its in texts.items():
+            self.show(ViewEvent(BACK, "\n".join(its), where=where))
+        self.show(ViewEvent(NOTE, why))
 
     def _show_own(self, one: Waiting, text: str) -> Room:
         """Show a message of this client in its conversation; return the conversation."""
@@ -18365,13 +18374,16 @@ def or_nothing(read: Callable) -> Callable:
 
 
 def open_client_database(path: str) -> sqlite3.Connection:
-    """Open client.db, or a database in memory, and create its tables. Raises sqlite3.Error."""
+    """Open client.db, or a database in memory, and create its tables. Raises sqlite3.Error, and
+    Unusable if a later version of this program has written it."""
     db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
     db.create_function("words_of", 1, words_of, deterministic=True)
     with contextlib.suppress(sqlite3.Error):  # a network home may refuse WAL: then a journal
         db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
     version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > CLIENT_VERSION:
+        raise Unusable(f"{path} is from a newer chat.py; {NO_STATE_ADVICE}")
     if version < CLIENT_VERSION:
         before = CLIENT_COLUMNS * (version == 1) + CLIENT_KINDS * (version > 0)
         try:
@@ -21730,7 +21742,8 @@ class CertificateCheck:
         self.doubted = ""
 
     def cause(self, reason: str, sts: bool) -> str:
-        """Return the cause of a failure of TLS: AGAIN if another attempt can find out more."""
+        """Return the cause of a failure of TLS: AGAIN if another attempt can find out more. Under a
+        policy (`sts`) there is none: the user must not be asked to go on."""
         refused = reason.startswith(TLS_TROUBLE)
         if self.other and refused:
             return FATAL
@@ -22111,7 +22124,8 @@ class Link:
     def _cause(self, reason: str) -> str:
         core, refused = self.core, reason.startswith(TLS_TROUBLE)
         if self.phase == SECURING and (refused or self.certificate.other):
-            return self.certificate.cause(reason, sts=bool(core.sts))
+            by_policy = self.target.tls and not self.given.tls  # perhaps of an earlier run
+            return self.certificate.cause(reason, by_policy)
         if core.cause == FATAL:
             return FATAL
         if core.redial:
@@ -22465,6 +22479,8 @@ class WebCall(Connection):
             if isinstance(item, Response):
                 self.response = item
                 self.request.began(item)
+                if self.state == CLOSED:  # an answer that is of no use
+                    return
             elif item == END_OF_BODY:
                 self.ended_well = True
                 self.drop("")
@@ -22519,25 +22535,37 @@ class Url(NamedTuple):
 
 def parse_url(text: str, base: Url) -> Url:
     """Return the parts of a URL, or of a path on the server of `base`. Raises Unusable."""
-    if text.startswith("/"):
-        return base._replace(path=text)
     scheme, _, rest = text.partition("://")
     authority, slash, path = rest.partition("/")
+    if re.fullmatch(r"/[!-~]*", text):
+        return base._replace(path=text)
     host, port = split_host(authority)
     if scheme.lower() not in ("http", "https") or not host or not re.fullmatch(r"[!-~]*", path):
-        raise Unusable(f"{text} is no address of a file")
+        raise Unusable(f"{visible(text) or 'nothing'} is no address of a file")
     tls = scheme.lower() == "https"
     return Url(tls, host, port or (443 if tls else 80), f"{slash or '/'}{path}")
 
 
-def free_path(path: pathlib.Path) -> pathlib.Path:
-    """Return this path, or one with a number, where no file is yet."""
+def free_path(path: pathlib.Path, taken: Collection[str] = ()) -> pathlib.Path:
+    """Return this path, or one with a number, where no file is yet; none of the `taken` ones."""
     for number in itertools.count(2):
-        if not path.exists() and not path.with_name(f"{path.name}.part").exists():
+        there = path.exists() or path.with_name(f"{path.name}.part").exists()
+        if not there and str(path) not in taken:
             return path
         stem = re.sub(r" \(\d+\)$", "", path.stem)
         path = path.with_name(f"{stem} ({number}){path.suffix}")
     raise Unusable("no name is free")  # never: the numbers have no end
+
+
+def range_given(response: Response) -> tuple[int, int]:
+    """Return where the body of an answer begins in a file, -1 if that is unknown, and the size of
+    the file, 0 if that is unknown."""
+    length = whole_bytes(response.header("content-length"))
+    if response.status == 200:
+        return 0, length
+    given = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]+/(.*)", response.header("content-range"))
+    start = int(given[1]) if given else -1
+    return start, given and (whole_bytes(given[2]) or length and start + length) or 0
 
 
 def whole_bytes(text: str) -> int:
@@ -22551,9 +22579,19 @@ def reason_given(response: Response | None, text: str) -> str:
 
 
 def is_temporary(response: Response | None) -> bool:
-    """Return whether a request may succeed later: it broke, or the server failed. 507 is a refusal:
-    the server has no room for the file."""
-    return response is None or (response.status >= 500 and response.status != 507)
+    """Return whether a request may succeed later: it broke, or the server failed, or there were too
+    many. 507 is a refusal: the server has no room for the file."""
+    if response is None or response.status in (408, 425, 429):
+        return True
+    return response.status >= 500 and response.status != 507
+
+
+def size_of(path: pathlib.Path | str) -> int:
+    """Return the size of a file. Raises Refused if there is something else, or OSError."""
+    known = os.stat(path)
+    if not stat.S_ISREG(known.st_mode):  # to read a pipe may take for ever
+        raise Refused("NO_FILE", f"{path} is no file")
+    return known.st_size
 
 
 def user_path(text: str) -> pathlib.Path:
@@ -22581,16 +22619,16 @@ class Transfers:
         if one.up:
             path = user_path(one.path)
             try:
-                if not path.is_file():
-                    raise Refused("NO_FILE", f"{path} is no file")
-                one.size = path.stat().st_size
+                one.size = size_of(path)
                 os.close(os.open(path, os.O_RDONLY))
             except OSError as error:
                 raise Refused("NO_FILE", f"cannot read {path}: {reason_of(error)}") from None
             one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
         else:
             path = self.folder / user_path(one.path or one.name)
-            one.path = str(free_path(path / one.name if path.is_dir() else path))
+            path = path / one.name if path.is_dir() else path
+            taken = {two.path for two in self.core.transfers if not two.up}
+            one.path = str(free_path(path, taken))
             one.name = pathlib.Path(one.path).name
         self.core.keep_transfer(one)
         self.wake()
@@ -22629,13 +22667,17 @@ class Transfers:
         if one.id not in self.calls:
             return
         try:
+            if one.up and size_of(one.path) < one.size:
+                raise Unusable(f"{one.path} is shorter than it was")
             if not one.up:
                 self._download(one)
             elif one.url:
                 self._look(one, token)
             else:
                 self._create(one, token)
-        except (ChatError, OSError) as error:
+        except OSError as error:
+            self._failed(one, f"{one.path}: {reason_of(error)}")
+        except ChatError as error:
             self._failed(one, str(error))
 
     # Talking to the server
@@ -22729,10 +22771,10 @@ class Transfers:
         def told(response: Response | None, text: str) -> None:
             if is_temporary(response):
                 return self._broke(one, text)
-            if response.status in (403, 404):  # the upload expired, or is another guest's
+            if response.status in (403, 404, 410):  # the upload expired, or is another guest's
                 one.url = ""
                 return self._create(one, token)
-            if response.status != 200:
+            if response.status not in (200, 204):
                 return self._refused(one, response, text)
             return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
 
@@ -22765,9 +22807,12 @@ class Transfers:
         def answered(response: Response | None, text: str) -> None:
             if is_temporary(response):
                 return self._broke(one, text)
-            if response.status in (204, 409):
-                return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
-            return self._refused(one, response, text)
+            if response.status not in (204, 409):
+                return self._refused(one, response, text)
+            there = whole_bytes(response.header("upload-offset"))
+            if there <= at:
+                return self._broke(one, "the server takes nothing of it")
+            return self._send_from(one, token, there)
 
         self._go_on_from(one, at)
         request = CallRequest("PATCH", self._own_url(one), headers, answered, read, at, sent=sent)
@@ -22794,12 +22839,17 @@ class Transfers:
                 file.write(pieces.popleft())
 
         def began(response: Response) -> None:
-            if response.status == 200:  # all of it, from the beginning
+            if response.status not in (200, 206):
+                return
+            start, size = range_given(response)
+            etag = response.header("etag")
+            if start == 0:  # all of it, from the beginning
                 file.truncate(0)
                 one.done = 0
-            whole = response.header("content-range").rpartition("/")[2]
-            one.size = whole_bytes(whole or response.header("content-length"))
-            one.etag = response.header("etag")
+            elif start != at or one.etag != (etag or one.etag):
+                one.etag = ""  # so that the next attempt begins at the beginning
+                return self.calls[one.id].drop("the server sends another part of the file")
+            one.size, one.etag = size, etag
             self.core.keep_transfer(one)
 
         def piece(data: bytes) -> None:
@@ -22828,23 +22878,28 @@ class Transfers:
         def closed(response: Response | None, text: str, result: Any) -> None:
             if isinstance(result, Exception):
                 return self._failed(one, str(result))
-            if response and response.status == 416 and one.size == one.done:
-                return self._saved(one, part)
-            if response and response.status not in (200, 206):
+            if response and response.status == 416:
+                if whole_bytes(response.header("content-range").rpartition("/")[2]) == one.done:
+                    return self._saved(one, part)
+                one.etag = ""  # the file is another one now: from the beginning
+            elif response and not is_temporary(response) and response.status not in (200, 206):
                 return self._refused(one, response, text)
-            if response is None or one.done < one.size:
-                return self._broke(one, text or "the connection broke")
-            return self._saved(one, part)
+            elif response and response.status in (200, 206) and one.done >= one.size:
+                return self._saved(one, part)
+            return self._broke(one, text.strip() or "the connection broke")
 
         url = self._own_url(one)
         self._call(one, CallRequest("GET", url, headers, done, piece=piece, began=began))
 
     def _saved(self, one: Transfer, part: pathlib.Path) -> None:
-        part.replace(one.path)
+        path = pathlib.Path(one.path)
+        try:
+            path = free_path(path) if path.exists() else path  # there is one since it was begun
+            part.replace(path)
+        except OSError as error:
+            return self._failed(one, f"{path}: {reason_of(error)}")
         self._over(one)
-        self.link.show(
-            [ViewEvent(NOTE, f"saved {one.path} ({size_text(one.size)})", where=one.room)]
-        )
+        self.link.show([ViewEvent(NOTE, f"saved {path} ({size_text(one.done)})", where=one.room)])
 
     def fetch(self, path: str, most: int, then: Callable[[bytes, str], None]) -> None:
         """Call then(content, "") of a file of this server with at most so many bytes, or
@@ -22894,6 +22949,9 @@ class Transfers:
         if self.calls.pop(one.id, self) is self:
             return
         one.state, one.why = "failed", why
+        if not one.up:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{one.path}.part")
         self.core.forget_transfer(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
@@ -24787,6 +24845,8 @@ class TerminalClient(ManyServers):
         if seat is self.seat:
             return self.show(views)
         seat.screen.take(views)
+        for view in (one for one in views if one.kind == BACK):
+            self.take_back(seat.core, view)
         stopped = seat.link.phase == WAITING and not seat.link.again
         for view in (one for one in views if one.kind == NOTE and stopped):
             head = "" if view.text.startswith(str(seat.link.target)) else f"{seat.link.target}: "
@@ -25005,7 +25065,7 @@ class TerminalClient(ManyServers):
             self.change_drafts()
         for view in views:
             if view.kind == BACK:
-                self.give_text_back(view.text)
+                self.take_back(self.core, view)
             elif view.kind == STATUS and self.link.again and not self.told_why:
                 self.told_why = True
                 self.display.keep(ViewEvent(NOTE, view.text))
@@ -25035,6 +25095,14 @@ class TerminalClient(ManyServers):
         self.editor.set(after.draft if after else "")
         if after:
             after.draft = ""
+
+    def take_back(self, core: ClientCore, view: ViewEvent) -> None:
+        """Give a text that was not accepted back to the conversation in which it was entered: as a
+        draft, if the user is elsewhere by now."""
+        room = core.find(view.where) if view.where else self.writing_in
+        if room is self.writing_in or room is None:
+            return self.give_text_back(view.text)
+        room.draft = "\n".join(optional(room.draft, view.text))
 
     def give_text_back(self, text: str) -> None:
         """Put text that was not accepted back on the line; if it is a command, or the line is not
@@ -27746,7 +27814,7 @@ def run_client(args: argparse.Namespace) -> int:
         None if args.no_state else args.data or data_folder() / "client",
         args.password or "",
         tuple(filter(None, args.join.split(","))),
-        args.commands,
+        args.commands or sys.stdin.isatty(),  # TERM=dumb: who types /login says no password
         login,
         None if args.no_state else args.data or config_folder(),
         args.sasl,

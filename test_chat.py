@@ -16447,7 +16447,8 @@ def test_a_server_that_sends_no_text_is_left_for_good(data):
 
 
 @pytest.mark.parametrize(
-    "status, temporary", [(None, True), (500, True), (503, True), (507, False), (413, False)]
+    "status, temporary",
+    [(None, True), (429, True), (500, True), (503, True), (507, False), (413, False)],
 )
 def test_a_server_without_room_for_a_file_is_not_asked_again(status, temporary):
     response = status and chat.Response(status, {})
@@ -17247,6 +17248,14 @@ def test_many_clients_can_begin_at_once_in_a_new_folder(tmp_path):
     for thread in threads:
         thread.join()
     assert failed == [] and len(set(secrets)) == 8
+
+
+def test_a_file_of_a_later_version_is_not_used(tmp_path):
+    db = chat.open_client_file(tmp_path)
+    db.execute(f"PRAGMA user_version = {chat.CLIENT_VERSION + 1}")
+    db.close()
+    with pytest.raises(chat.Unusable, match="client.db is from a newer chat.py; .*--no-state"):
+        chat.open_client_file(tmp_path)
 
 
 def test_a_damaged_file_of_messages_is_one_clear_line(folder):
@@ -19169,6 +19178,21 @@ def test_a_policy_for_tls_is_kept_as_long_as_the_server_said(tmp_path):
     assert known.under_policy(target, 61.0, 7000) == target._replace(port=7000, tls=True)
 
 
+@pytest.mark.parametrize(
+    "url, trusts", [("ircs://irc.example", True), ("irc://irc.example", False)]
+)
+def test_under_a_policy_for_tls_a_bad_certificate_cannot_be_trusted_by_hand(url, trusts):
+    """Also when the policy is of an earlier run of this client."""
+    link = Hanging(True, 60.0)
+    link.given = link.target = chat.parse_target(url)
+    link.known.remember("irc.example", port=6697, until=time.time() + 60)
+    link.start()
+    assert link.target.tls
+    link.phase = chat.SECURING
+    link.lost(f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: certificate has expired (_ssl.c:1)")
+    assert link.certificate.refused == ("has expired" if trusts else "") and link.ended != trusts
+
+
 # The terminal
 
 
@@ -20027,6 +20051,18 @@ def test_a_gap_in_messages_without_ids_is_remembered():
         alice.hears(*page(*older))
     assert [view.text for view in alice.core.room.views if view.kind == "message"] == [*"012345"]
     assert alice.core.room.holes == []
+
+
+@pytest.mark.parametrize("by", [-86400, 0, 86400])
+def test_joins_are_shown_soon_although_the_clock_was_set(by):
+    clock = [1_767_225_600.0]
+    alice = Elsewhere(clock=lambda: clock[0])
+    alice.hears(*(f":u{n}!u@h JOIN #lobby" for n in range(3)))
+    clock[0] += by
+    for _ in range(62):
+        clock[0] += 1
+        alice.sent(1)
+    assert alice.core.room.views[-1].text == "u1, u2 joined"
 
 
 # A foreign server and chance, and a judge of what the readers saw
@@ -25600,6 +25636,134 @@ class Sender(Linked):
         return [view for view in self.core.room.views if "/files/" in view.text and view.id]
 
 
+class InMemory(chat.Transfers):
+    """Transfers whose requests are answered by a script: the status, headers and body of each; an
+    answer with a header "cut" breaks."""
+
+    def __init__(self, folder, *answers):
+        self.alice = Elsewhere("FILEHOST=/up", "soju.im/FILEHOST=/up")
+        self.answers, self.asked, self.shown = [*answers], [], []
+        loop = types.SimpleNamespace(now=0.0, call_later=chat.do_nothing)
+        run = lambda owner, job, then: then(chat.outcome_of(job))  # noqa: E731
+        link = types.SimpleNamespace(core=self.alice.core, loop=loop, poke=chat.do_nothing)
+        link.target, link.show = chat.Target("127.0.0.1", 1), self.shown.extend
+        link.helpers = types.SimpleNamespace(submit=run)
+        super().__init__(link, folder)
+
+    def _call(self, one, request, follows=True):
+        started = request.headers.get("Range", request.headers.get("Upload-Offset", ""))
+        self.asked.append(f"{request.method} {started}".strip())
+        dropped = []
+        call = types.SimpleNamespace(drop=dropped.append, update=chat.do_nothing, holds=False)
+        self.calls[one.id] = call
+        if self.answers:
+            status, headers, body = self.answers.pop(0)
+            response = chat.Response(status, {name.lower(): [x] for name, x in headers.items()})
+            request.began(response)
+            if request.piece and not dropped and status in (200, 206):
+                request.piece(body)
+            broken = dropped or "cut" in headers
+            request.done(None if broken else response, "" if broken else body.decode())
+
+    def run(self, one):
+        self.start(one)
+        for _ in range(4):
+            self.loop.now += 1000
+            self.wake()
+        return [view.text for view in self.shown if view.text]
+
+
+CREATED = 201, {"Location": "/files/1"}, b""
+AT_5 = 204, {"Upload-Offset": "5"}, b""
+AT_10 = 204, {"Upload-Offset": "10"}, b""
+UPLOADS = [  # answers, requests; whether the link is posted
+    ([CREATED, AT_10], ["POST", "PATCH 0"], True),
+    ([CREATED, AT_5, AT_10], ["POST", "PATCH 0", "PATCH 5"], True),
+    ([CREATED, *[(204, {}, b""), (200, {}, b"")] * 2], ["POST", *["PATCH 0", "HEAD"] * 2], False),
+    ([CREATED, AT_5, AT_5, AT_5], ["POST", "PATCH 0", "PATCH 5", "HEAD", "PATCH 5"], False),
+    ([CREATED, (500, {}, b""), (410, {}, b""), CREATED, AT_10], None, True),
+    ([CREATED, (500, {}, b""), AT_5, AT_10], ["POST", "PATCH 0", "HEAD", "PATCH 5"], True),
+    ([(429, {}, b"slow"), CREATED, AT_10], ["POST", "POST", "PATCH 0"], True),
+    ([(201, {"Location": "/a b"}, b"")], ["POST"], False),
+    ([(201, {"Location": "/\x1b[2J"}, b"")], ["POST"], False),
+    ([(201, {}, b"")], ["POST"], False),
+]
+
+
+@pytest.mark.parametrize("answers, asked, posted", UPLOADS)
+def test_an_upload_bears_wrong_answers_and_ends_or_waits(answers, asked, posted, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, *answers)
+    files.run(chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a.txt")))
+    assert files.asked[: len(asked or ())] == (asked or []) and len(files.asked) <= 2 + len(answers)
+    assert any("/files/1" in line for line in files.alice.sent(9)) == posted
+
+
+CUT = 200, {"Content-Length": "10", "ETag": '"a"', "cut": ""}, b"01234"
+REST = 206, {"Content-Range": "bytes 5-9/10", "ETag": '"a"'}, b"56789"
+WHOLE = 200, {"Content-Length": "10"}, b"0123456789"
+RANGES = "Content-Range"
+DOWNLOADS = [  # answers, requests; what is saved
+    ([WHOLE], ["GET"], WHOLE[2]),
+    ([CUT, REST], ["GET", "GET bytes=5-"], WHOLE[2]),
+    ([CUT, (206, {RANGES: "bytes 5-9/*"}, b"56789")], ["GET", "GET bytes=5-"], WHOLE[2]),
+    ([CUT, (206, {RANGES: "bytes 0-9/10"}, WHOLE[2])], ["GET", "GET bytes=5-"], WHOLE[2]),
+    ([CUT, (206, {RANGES: "bytes 7-9/10"}, b"789"), WHOLE], None, WHOLE[2]),
+    ([CUT, (206, {}, b"789"), WHOLE], ["GET", "GET bytes=5-", "GET"], WHOLE[2]),
+    ([CUT, (206, {**REST[1], "ETag": '"b"'}, b"xxxxx"), WHOLE], None, WHOLE[2]),
+    ([CUT, (416, {RANGES: "bytes */3"}, b""), WHOLE], ["GET", "GET bytes=5-", "GET"], WHOLE[2]),
+    ([CUT, (416, {RANGES: "bytes */5"}, b"")], ["GET", "GET bytes=5-"], b"01234"),
+    ([CUT, (503, {"ETag": '"x"', "Content-Length": "4"}, b"busy"), REST], None, WHOLE[2]),
+    ([(429, {}, b"slow"), WHOLE], ["GET", "GET"], WHOLE[2]),
+    ([CUT, (404, {}, b"gone")], ["GET", "GET bytes=5-"], None),
+]
+
+
+@pytest.mark.parametrize("answers, asked, saved", DOWNLOADS)
+def test_a_file_is_saved_as_it_is_or_not_at_all(answers, asked, saved, tmp_path):
+    files = InMemory(tmp_path, *answers)
+    files.run(chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"))
+    assert files.asked == asked or asked is None
+    there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert there == ({} if saved is None else {"a.txt": saved})
+
+
+def test_a_file_that_is_saved_replaces_none_that_came_meanwhile(tmp_path):
+    files = InMemory(tmp_path)
+    ones = [chat.Transfer(id, False, chat.LOBBY, "", name="a.txt", url="/files/1") for id in "12"]
+    files.core.talk.ready, files.answers = False, [WHOLE, CUT, REST]
+    for one in ones:
+        files.start(one)
+    (tmp_path / "a.txt").write_bytes(b"the user's")
+    files.core.talk.ready = True
+    files.wake()
+    files.loop.now += 1000
+    files.wake()
+    there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert there == {"a.txt": b"the user's", "a (2).txt": WHOLE[2], "a (3).txt": WHOLE[2]}
+
+
+@pytest.mark.parametrize("change", ["unlink", "truncate", "fifo", "folder"])
+def test_a_file_that_changes_while_it_waits_is_not_sent(change, tmp_path):
+    (path := tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, (500, {}, b""))
+    files.start(chat.Transfer("1", True, chat.LOBBY, str(path)))
+    path.unlink()
+    make = {"truncate": path.touch, "folder": path.mkdir, "fifo": lambda: os.mkfifo(path)}
+    make.get(change, chat.do_nothing)()
+    files.loop.now += 1000
+    files.wake()
+    assert files.asked == ["POST"] and not files.core.transfers
+    assert [view.text for view in files.shown if "a.txt was not sent: " in view.text]
+
+
+def test_the_link_of_a_file_that_cannot_be_posted_is_shown():
+    core = plain_core()
+    one = chat.Transfer("1", True, "bob", "a.txt", name="a.txt", url="http://a/files/1")
+    core.post_file(one)
+    assert any(one.url in view.text for view in core.take_views() if view.kind == "note")
+
+
 def test_a_transfer_that_is_stopped_drops_what_it_saved_and_no_file_of_the_user(tmp_path):
     transfers = chat.Transfers(Hanging(True, 60.0), tmp_path)
     for up in (True, False):
@@ -25876,6 +26040,44 @@ def test_a_text_for_a_channel_that_the_client_left_goes_nowhere_else(at_keys):
     assert "you left #tea; /close closes it" in notes_of(at_keys)
     at_keys.take(b"/cancel\r/close\r")
     assert at_keys.core.here == "#den" and not spoken_to(at_keys)
+
+
+@pytest.mark.parametrize("typed, commands", [(True, True), (False, False)])
+def test_what_is_typed_on_a_terminal_without_a_screen_may_be_a_command(
+    monkeypatch, typed, commands
+):
+    """Else /login and /msg would be said to all."""
+    given = []
+
+    def run(options):
+        given.append(options)
+        return types.SimpleNamespace(run=lambda: "", close=chat.do_nothing)
+
+    monkeypatch.setattr(chat, "Filter", run)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: typed))
+    monkeypatch.setenv("TERM", "dumb")
+    assert chat.main(["client", "alice", "--no-state"]) == 0
+    assert given[0].commands == commands
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_text_that_could_not_be_stored_comes_back_where_it_was_written(at_keys, elsewhere):
+    """Another program may have client.db locked for seconds: the user has gone on meanwhile."""
+    first, core = at_keys.seat, at_keys.core
+    written = (
+        ("#den", "two", chat.MESSAGE),
+        ("#den", "three", chat.MESSAGE),
+        ("#tea", "one", "action"),
+    )
+    lost = [core.outbox.add(0.0, *one) for one in written]
+    if elsewhere:
+        options = at_keys.options._replace(target=chat.parse_target("irc://there"), join=())
+        at_keys.look_at(at_keys.add(options))
+    core._give_back(lost, "it is locked")
+    at_keys.show_of(first, core.take_views())
+    assert core.find("#den").draft == "two\nthree"
+    assert core.find("#tea").draft == ("/me one" if elsewhere else "")
+    assert at_keys.editor.text == "" and (elsewhere or "/me one" in at_keys.editor.typed)
 
 
 @pytest.mark.parametrize("name", ["bob", "#tea"])
