@@ -22557,6 +22557,11 @@ def free_path(path: pathlib.Path, taken: Collection[str] = ()) -> pathlib.Path:
     raise Unusable("no name is free")  # never: the numbers have no end
 
 
+def whole_bytes(text: str) -> int:
+    """Return the number of bytes in a text; 0 if there is none."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
+
+
 def range_given(response: Response) -> tuple[int, int]:
     """Return where the body of an answer begins in a file, -1 if that is unknown, and the size of
     the file, 0 if that is unknown."""
@@ -22566,11 +22571,6 @@ def range_given(response: Response) -> tuple[int, int]:
     given = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]+/(.*)", response.header("content-range"))
     start = int(given[1]) if given else -1
     return start, given and (whole_bytes(given[2]) or length and start + length) or 0
-
-
-def whole_bytes(text: str) -> int:
-    """Return the number of bytes in a text; 0 if there is none."""
-    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
 
 
 def reason_given(response: Response | None, text: str) -> str:
@@ -22600,6 +22600,79 @@ def user_path(text: str) -> pathlib.Path:
         return pathlib.Path(text).expanduser()
     except RuntimeError:  # no such user
         raise Refused("NO_FILE", f"{text}: there is no such home folder") from None
+
+
+class Download:
+    """The part of a file that one request for it brings. It is written off the loop; until a piece
+    is on disk, the connection is not read."""
+
+    def __init__(self, transfers: "Transfers", one: Transfer, part: pathlib.Path, at: int):
+        self.transfers, self.one, self.part, self.at = transfers, one, part, at
+        self.pieces: collections.deque[bytes] = collections.deque()
+        self.file = open(part, "ab")  # noqa: SIM115 -- closed by close()
+
+    def began(self, response: Response) -> None:
+        """Take the head of the answer: which part of the file it is."""
+        one = self.one
+        if response.status not in (200, 206):
+            return
+        start, size = range_given(response)
+        etag = response.header("etag")
+        if start == 0:  # all of it, from the beginning
+            self.file.truncate(0)
+            one.done = 0
+        elif start != self.at or one.etag != (etag or one.etag):
+            one.etag = ""  # so that the next attempt begins at the beginning
+            return self.transfers.calls[one.id].drop("the server sends another part of the file")
+        one.size, one.etag = size, etag
+        self.transfers.core.keep_transfer(one)
+
+    def take(self, data: bytes) -> None:
+        """Take a piece of the file."""
+        self.pieces.append(data)
+        self.one.done += len(data)
+        if call := self.transfers.calls.get(self.one.id):
+            call.holds = True
+            call.update()
+            self._submit(self.write, functools.partial(self._written, call))
+
+    def write(self) -> None:
+        """Write the pieces. Off the loop."""
+        while self.pieces:
+            self.file.write(self.pieces.popleft())
+
+    def _submit(self, job: Callable, then: Callable) -> None:
+        self.transfers.link.helpers.submit(self.transfers, job, then)
+
+    def _written(self, call: WebCall, result: Any) -> None:
+        call.holds = False
+        call.update()
+        if isinstance(result, Exception):
+            call.drop(str(result))
+            self.transfers.failed(self.one, str(result))
+
+    def done(self, response: Response | None, text: str) -> None:
+        """Take the end of the answer, or of the connection."""
+        self._submit(self.close, functools.partial(self._closed, response, text))
+
+    def close(self) -> None:
+        self.write()
+        self.file.close()
+
+    def _closed(self, response: Response | None, text: str, result: Any) -> None:
+        one, transfers = self.one, self.transfers
+        whole = response and response.status in (200, 206)
+        if isinstance(result, Exception):
+            return transfers.failed(one, str(result))
+        if response and response.status == 416:
+            if whole_bytes(response.header("content-range").rpartition("/")[2]) == one.done:
+                return transfers.saved(one, self.part)
+            one.etag = ""  # the file is another one now: from the beginning
+        elif response and not whole and not is_temporary(response):
+            return transfers.refused(one, response, text)
+        elif whole and one.done >= one.size:
+            return transfers.saved(one, self.part)
+        return transfers.broke(one, text.strip() or "the connection broke")
 
 
 class Transfers:
@@ -22676,9 +22749,9 @@ class Transfers:
             else:
                 self._create(one, token)
         except OSError as error:
-            self._failed(one, f"{one.path}: {reason_of(error)}")
+            self.failed(one, f"{one.path}: {reason_of(error)}")
         except ChatError as error:
-            self._failed(one, str(error))
+            self.failed(one, str(error))
 
     # Talking to the server
 
@@ -22755,9 +22828,9 @@ class Transfers:
 
         def created(response: Response | None, text: str) -> None:
             if is_temporary(response):
-                return self._broke(one, text)
+                return self.broke(one, text)
             if response.status != 201:
-                return self._refused(one, response, text)
+                return self.refused(one, response, text)
             one.url = response.header("location")
             self.core.keep_transfer(one)
             return self._send_from(one, token, 0) if one.size else self._sent(one)
@@ -22770,12 +22843,12 @@ class Transfers:
 
         def told(response: Response | None, text: str) -> None:
             if is_temporary(response):
-                return self._broke(one, text)
+                return self.broke(one, text)
             if response.status in (403, 404, 410):  # the upload expired, or is another guest's
                 one.url = ""
                 return self._create(one, token)
             if response.status not in (200, 204):
-                return self._refused(one, response, text)
+                return self.refused(one, response, text)
             return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
 
         url = self._own_url(one)
@@ -22806,12 +22879,12 @@ class Transfers:
 
         def answered(response: Response | None, text: str) -> None:
             if is_temporary(response):
-                return self._broke(one, text)
+                return self.broke(one, text)
             if response.status not in (204, 409):
-                return self._refused(one, response, text)
+                return self.refused(one, response, text)
             there = whole_bytes(response.header("upload-offset"))
             if there <= at:
-                return self._broke(one, "the server takes nothing of it")
+                return self.broke(one, "the server takes nothing of it")
             return self._send_from(one, token, there)
 
         self._go_on_from(one, at)
@@ -22831,73 +22904,23 @@ class Transfers:
         at = part.stat().st_size if part.exists() else 0
         self._go_on_from(one, at)
         headers = {"Range": f"bytes={at}-", "If-Range": one.etag} if at and one.etag else {}
-        pieces: collections.deque[bytes] = collections.deque()
-        file = open(part, "ab")  # noqa: SIM115 -- closed by close()
+        down = Download(self, one, part, at)
+        self._call(
+            one,
+            CallRequest(
+                *("GET", self._own_url(one), headers, down.done),
+                piece=down.take,
+                began=down.began,
+            ),
+        )
 
-        def write() -> None:
-            while pieces:
-                file.write(pieces.popleft())
-
-        def began(response: Response) -> None:
-            if response.status not in (200, 206):
-                return
-            start, size = range_given(response)
-            etag = response.header("etag")
-            if start == 0:  # all of it, from the beginning
-                file.truncate(0)
-                one.done = 0
-            elif start != at or one.etag != (etag or one.etag):
-                one.etag = ""  # so that the next attempt begins at the beginning
-                return self.calls[one.id].drop("the server sends another part of the file")
-            one.size, one.etag = size, etag
-            self.core.keep_transfer(one)
-
-        def piece(data: bytes) -> None:
-            pieces.append(data)
-            one.done += len(data)
-            call = self.calls.get(one.id)
-            if call:
-                call.holds = True
-                call.update()
-                self.link.helpers.submit(self, write, functools.partial(written, call))
-
-        def written(call: WebCall, result: Any) -> None:
-            call.holds = False
-            call.update()
-            if isinstance(result, Exception):
-                call.drop(str(result))
-                self._failed(one, str(result))
-
-        def done(response: Response | None, text: str) -> None:
-            self.link.helpers.submit(self, close, functools.partial(closed, response, text))
-
-        def close() -> None:
-            write()
-            file.close()
-
-        def closed(response: Response | None, text: str, result: Any) -> None:
-            if isinstance(result, Exception):
-                return self._failed(one, str(result))
-            if response and response.status == 416:
-                if whole_bytes(response.header("content-range").rpartition("/")[2]) == one.done:
-                    return self._saved(one, part)
-                one.etag = ""  # the file is another one now: from the beginning
-            elif response and not is_temporary(response) and response.status not in (200, 206):
-                return self._refused(one, response, text)
-            elif response and response.status in (200, 206) and one.done >= one.size:
-                return self._saved(one, part)
-            return self._broke(one, text.strip() or "the connection broke")
-
-        url = self._own_url(one)
-        self._call(one, CallRequest("GET", url, headers, done, piece=piece, began=began))
-
-    def _saved(self, one: Transfer, part: pathlib.Path) -> None:
+    def saved(self, one: Transfer, part: pathlib.Path) -> None:
         path = pathlib.Path(one.path)
         try:
             path = free_path(path) if path.exists() else path  # there is one since it was begun
             part.replace(path)
         except OSError as error:
-            return self._failed(one, f"{path}: {reason_of(error)}")
+            return self.failed(one, f"{path}: {reason_of(error)}")
         self._over(one)
         self.link.show([ViewEvent(NOTE, f"saved {path} ({size_text(one.done)})", where=one.room)])
 
@@ -22929,7 +22952,7 @@ class Transfers:
         self.link.poke()
         self.wake()
 
-    def _broke(self, one: Transfer, why: str) -> None:
+    def broke(self, one: Transfer, why: str) -> None:
         """Wait before the next attempt, longer each time."""
         if self.calls.pop(one.id, self) is self:
             return
@@ -22939,13 +22962,13 @@ class Transfers:
         one.state, one.why = "waiting", why
         self.link.show([ViewEvent(TRANSFER, where=one.room, own_id=one.id)])
 
-    def _refused(self, one: Transfer, response: Response, text: str) -> None:
+    def refused(self, one: Transfer, response: Response, text: str) -> None:
         if response.status == 401 and one.failures < 2:  # the token has ended
             self.core.upload_token = ""
-            return self._broke(one, text.strip())
-        return self._failed(one, reason_given(response, text))
+            return self.broke(one, text.strip())
+        return self.failed(one, reason_given(response, text))
 
-    def _failed(self, one: Transfer, why: str) -> None:
+    def failed(self, one: Transfer, why: str) -> None:
         if self.calls.pop(one.id, self) is self:
             return
         one.state, one.why = "failed", why
