@@ -5120,7 +5120,8 @@ def identify(session: LocalSession, name: str, password: str, takes_name: bool) 
     """Log the session's user in to an account if the password is right. Raises Refused."""
     account, proof = yield from prove(session, name, password)
     yield do(session.act, "log_in", account, proof, takes_name)
-    session.answer(f"you are logged in as {account}")
+    if session.user:  # else a K-line of the account has ended the session
+        session.answer(f"you are logged in as {account}")
 
 
 def check_password(password: str, name: str) -> None:
@@ -10966,7 +10967,8 @@ def line_unban(session: LineSession, whom: str) -> None:
 def logged_in_line(session: LineSession, account: str, proof: str) -> Steps:
     """Log the session in to the account that it registered, and tell that."""
     yield do(session.act, "log_in", account, proof, False)
-    session.tell(f"{account} is yours; /login PASSWORD next time")
+    if session.user:  # else a K-line of the account has ended the session
+        session.tell(f"{account} is yours; /login PASSWORD next time")
 
 
 @line_command("register", 1, 2, exact=True)
@@ -13940,9 +13942,9 @@ class Acknowledgements:
             self.echoes.append(sent)
             del self.echoes[:-ECHOES_KEPT]
 
-    def expect_no_echo(self, refused: SentLine) -> None:
+    def expect_no_echo(self, line: SentLine) -> None:
         """Forget the oldest line of a message that has no echo: the server has refused it."""
-        expected = (refused.target, refused.id)
+        expected = (line.target, line.id)
         there = (one for one in self.echoes if (one.target, one.of) == expected)
         if one := next(there, None):
             self.echoes.remove(one)

@@ -2897,6 +2897,17 @@ def test_a_log_in_that_would_rename_does_not_escape_a_ban_or_mute(mask):
     assert house.hub.users["mallory2"].account == "mallory2"
 
 
+@pytest.mark.parametrize("said", ["NS IDENTIFY carol password", "/login carol password"])
+def test_a_log_in_to_an_account_with_a_k_line_is_told_by_the_end_only(said):
+    house = House()
+    account(house, "carol")
+    come(house, "eve") if said[0] != "/" else house.enter("eve")
+    come(house, "boss")
+    ask(house, "boss", "OPER boss secret", "KLINE a:carol 60 :spam")
+    answer = str(ask(house, "eve", said))
+    assert "spam" in answer and "you are logged in" not in answer and "eve" not in house.hub.users
+
+
 # Other users of the channel, and a user who is exempt or elsewhere, change as they like.
 @pytest.mark.parametrize("why", ["not banned", "exempt", "not in the channel"])
 def test_a_nick_change_of_a_user_whom_no_ban_concerns_is_free(why):
