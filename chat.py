@@ -10998,9 +10998,9 @@ def line_login(session: LineSession, *words: str) -> Steps:
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
     before, name_before = session.user, session.user.name
     yield from identify(session, name, password, True)
-    if session.user.name != name_before:
+    if session.user and session.user.name != name_before:
         session.tell(f"you are {session.user.name}")
-    if session.user is not before:
+    if session.user not in (before, None):
         session.change_channel()
 
 
