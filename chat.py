@@ -27716,7 +27716,7 @@ def run_server(args: argparse.Namespace) -> int:
     logging.basicConfig(level=args.log.upper(), handlers=[writer])
     os.umask(0o077)
     if "email-required" in args.register and not args.sendmail:
-        raise Unusable("--register email-required needs --sendmail COMMAND")
+        log.warning("without --sendmail COMMAND no code is sent, so no account can be registered")
     lock = lock_folder(args.data) if args.data else None
     names = set(ServerOptions._fields) - {"listen", "web", "files", "cluster"}
     listen = tuple(args.listen or ServerOptions().listen)

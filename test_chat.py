@@ -30390,7 +30390,6 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     (["server", "--sendmail", "mail 'x"], 2, "No closing quotation"),
     (["server", "--sendmail", " "], 2, "write a command, like: sendmail -t"),
     (["server", "--register", "off,before-connect"], 2, "write off, or before-connect"),
-    (["server", "--data", "none", "--register", "email-required"], 1, "needs --sendmail COMMAND"),
     (["server", "--listen", "70000"], 2, "write HOST:PORT"),
     (
         ["server", "--data", "none", "--motd", "/"],
@@ -30418,6 +30417,11 @@ def test_a_password_in_a_file_is_one_line(tmp_path):
 
 def test_the_address_to_listen_on_may_be_a_port_alone():
     assert chat.listen_address("7001") == chat.listen_address(":7001") == ("127.0.0.1", 7001)
+
+
+def test_a_server_that_can_send_no_code_says_that_nothing_can_be_registered():
+    with serving("--data", "none", "--register", "email-required") as (process, _):
+        assert b"no account can be registered" in process.stderr.readline()
 
 
 def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
