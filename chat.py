@@ -22344,24 +22344,31 @@ class Transfers:
     # Beginning and end
 
     def start(self, one: Transfer) -> None:
-        """Add a transfer, which begins soon. Raises Refused if its file cannot be read."""
-        if one.up:
-            path = pathlib.Path(one.path).expanduser()
-            try:
-                one.size = size_of(path)
-                os.close(os.open(path, os.O_RDONLY))
-            except OSError as error:
-                raise Refused("NO_FILE", f"cannot read {path}: {reason_of(error)}") from None
-            one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
-        else:
-            path = pathlib.Path(one.path or one.name).expanduser()
-            path = self.folder / path
-            path = path / one.name if path.is_dir() else path
-            taken = {two.path for two in self.core.transfers if not two.up}
-            one.path = str(free_path(path, taken))
-            one.name = pathlib.Path(one.path).name
+        """Add a transfer, which begins soon. Raises Refused if its file cannot be read, or none can
+        have this name."""
+        verb = "read" if one.up else "write"
+        try:
+            self._find_file(one, pathlib.Path(one.path or one.name).expanduser())
+        except OSError as error:
+            reason = f"cannot {verb} {one.path or one.name}: {reason_of(error)}"
+            raise Refused("NO_FILE", reason) from None
+        except (RuntimeError, ValueError):  # ~ and a name that no user has; half a character
+            raise Refused("NO_FILE", f"cannot {verb} {visible(one.path)}: no such path") from None
         self.core.keep_transfer(one)
         self.wake()
+
+    def _find_file(self, one: Transfer, path: pathlib.Path) -> None:
+        """Note the path of a file, its name and its size. A file to save gets a free path."""
+        if one.up:
+            one.size = size_of(path)
+            os.close(os.open(path, os.O_RDONLY))
+            one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
+            return
+        path = self.folder / path
+        path = path / one.name if path.is_dir() else path
+        taken = {two.path for two in self.core.transfers if not two.up}
+        one.path = str(free_path(path, taken))
+        one.name = pathlib.Path(one.path).name
 
     def end(self, one: Transfer) -> None:
         """Stop a transfer, and drop what has come of it."""
@@ -22407,7 +22414,7 @@ class Transfers:
                 self._create(one, token)
         except OSError as error:
             self._failed(one, f"{one.path}: {reason_of(error)}")
-        except ChatError as error:
+        except (ChatError, ValueError) as error:
             self._failed(one, str(error))
 
     # Talking to the server
@@ -22680,7 +22687,7 @@ class Transfers:
             return
         one.state, one.why = "failed", why
         if not one.up:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
         self.core.forget_transfer(one)
         verb = "sent" if one.up else "saved"

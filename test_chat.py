@@ -25274,6 +25274,16 @@ def test_a_file_that_is_saved_replaces_none_that_came_meanwhile(tmp_path):
     assert there == {"a.txt": b"the user's", "a (2).txt": WHOLE[2], "a (3).txt": WHOLE[2]}
 
 
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("path", ["x" * 300, "~ nobody/x", "a\0b", f"a.txt/{'x' * 5000}", "\udcff"])
+def test_a_path_that_cannot_be_is_refused(up, path, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"")
+    files = InMemory(tmp_path)
+    with contextlib.suppress(chat.Refused):  # some systems have some of them
+        files.start(chat.Transfer("1", up, chat.LOBBY, path, name="a.txt", url="/files/1"))
+        assert not up
+
+
 @pytest.mark.parametrize("change", ["unlink", "truncate", "fifo", "folder"])
 def test_a_file_that_changes_while_it_waits_is_not_sent(change, tmp_path):
     (path := tmp_path / "a.txt").write_bytes(b"0123456789")
