@@ -13731,9 +13731,9 @@ class Acknowledgements:
             self.echoes.append(sent)
             del self.echoes[:-ECHOES_KEPT]
 
-    def expect_no_echo(self, refused: SentLine) -> None:
+    def expect_no_echo(self, sent: SentLine) -> None:
         """Forget the oldest line of a message that has no echo: the server has refused it."""
-        expected = (refused.target, refused.id)
+        expected = (sent.target, sent.id)
         there = (one for one in self.echoes if (one.target, one.of) == expected)
         if one := next(there, None):
             self.echoes.remove(one)
@@ -15436,7 +15436,7 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
         elif core.began:  # joined earlier, before the connection broke
-            room.mark = f"timestamp={tag_time(max(core.began, talk.since))}"
+            room.mark = mark_at(max(core.began, talk.since))
     core.newest = max(core.newest, heard.time or 0)
     if typed:
         core.arrive(room)
@@ -22294,6 +22294,11 @@ def free_path(path: pathlib.Path, taken: Collection[str] = ()) -> pathlib.Path:
     raise Unusable("no name is free")  # never: the numbers have no end
 
 
+def whole_bytes(text: str) -> int:
+    """Return the number of bytes in a text; 0 if there is none."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
+
+
 def range_given(response: Response) -> tuple[int, int]:
     """Return where the body of an answer begins in a file, -1 if that is unknown, and the size of
     the file, 0 if that is unknown."""
@@ -22303,11 +22308,6 @@ def range_given(response: Response) -> tuple[int, int]:
     given = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]+/(.*)", response.header("content-range"))
     start = int(given[1]) if given else -1
     return start, given and (whole_bytes(given[2]) or length and start + length) or 0
-
-
-def whole_bytes(text: str) -> int:
-    """Return the number of bytes in a text; 0 if there is none."""
-    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
 
 
 def reason_given(response: Response | None, text: str) -> str:
@@ -22615,18 +22615,24 @@ class Transfers:
         def closed(response: Response | None, text: str, result: Any) -> None:
             if isinstance(result, Exception):
                 return self._failed(one, str(result))
-            if response and response.status == 416:
-                if whole_bytes(response.header("content-range").rpartition("/")[2]) == one.done:
-                    return self._saved(one, part)
-                one.etag = ""  # the file is another one now: from the beginning
-            elif response and not is_temporary(response) and response.status not in (200, 206):
-                return self._refused(one, response, text)
-            elif response and response.status in (200, 206) and one.done >= one.size:
-                return self._saved(one, part)
-            return self._broke(one, text.strip() or "the connection broke")
+            return self._downloaded(one, part, response, text)
 
         url = self._own_url(one)
         self._call(one, CallRequest("GET", url, headers, done, piece=piece, began=began))
+
+    def _downloaded(
+        self, one: Transfer, part: pathlib.Path, response: Response | None, text: str
+    ) -> None:
+        """Handle the end of a download: all of the file is there, or a part, or none will come."""
+        if response and response.status == 416:
+            if whole_bytes(response.header("content-range").rpartition("/")[2]) == one.done:
+                return self._saved(one, part)
+            one.etag = ""  # the file is another one now: from the beginning
+        elif response and not is_temporary(response) and response.status not in (200, 206):
+            return self._refused(one, response, text)
+        elif response and response.status in (200, 206) and one.done >= one.size:
+            return self._saved(one, part)
+        return self._broke(one, text.strip() or "the connection broke")
 
     def _saved(self, one: Transfer, part: pathlib.Path) -> None:
         path = pathlib.Path(one.path)

@@ -20146,8 +20146,8 @@ def faults_of_sending(abroad):
         count.update(word.replace("*", "k") for word in words)
         if one.target not in places[re.sub("-.*", "", words[0], flags=re.S)]:
             faults.append(f"misdirected: {one}")
-    echoes = "echo-message" in abroad.server.traits.caps  # until it is taken away
-    echoes = echoes and not any("DEL :echo-message" in line for line in abroad.log)
+    echoes = "echo-message" in abroad.server.traits.caps  # until something is taken away
+    echoes = echoes and not any(" DEL :" in line for line in abroad.log)
     rows = [row for room in abroad.core.rooms.values() for row in room.views if row.mine]
     for key, words in abroad.texts.items():
         there = [count[word] for word in words]
