@@ -21873,8 +21873,7 @@ class Link:
     def _cause(self, reason: str) -> str:
         core, refused = self.core, reason.startswith(TLS_TROUBLE)
         if self.phase == SECURING and (refused or self.certificate.other):
-            by_policy = self.target.tls and not self.given.tls  # perhaps of an earlier run
-            return self.certificate.cause(reason, by_policy)
+            return self.certificate.cause(reason, sts=self.target.tls and not self.given.tls)
         if core.cause == FATAL:
             return FATAL
         if core.redial:
