@@ -10,11 +10,13 @@ are those of chat.py, in its order. Helpers that many tests use:
     Browser         a client of the web dialect, joined to a House
     Pair            a client core joined to a House; two_screens() makes two that keep messages
     Elsewhere       a client core on a server that is no chat.py, of which there are only lines
+    Abroad          a client core on a Foreign server, which has traits; chance leads its life
     Desk            a terminal's display, and the screen that it draws
     Running         a server on a real port in a thread (the fixture `running`); Guest, Visitor
     program()       chat.py in a process; serving() is a server, piped() a client
     Proxy           a network that resets, delays and swallows
     Linked, Sender  a link with a loop of its own, and one that sends files
+    InMemory        transfers of files, whose requests a script answers
     window          opens windows on a virtual screen (a fixture)
     browse          opens tabs of a headless Chromium (a fixture); Tab
 """
