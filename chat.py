@@ -13942,9 +13942,9 @@ class Acknowledgements:
             self.echoes.append(sent)
             del self.echoes[:-ECHOES_KEPT]
 
-    def expect_no_echo(self, line: SentLine) -> None:
+    def expect_no_echo(self, sent: SentLine) -> None:
         """Forget the oldest line of a message that has no echo: the server has refused it."""
-        expected = (line.target, line.id)
+        expected = (sent.target, sent.id)
         there = (one for one in self.echoes if (one.target, one.of) == expected)
         if one := next(there, None):
             self.echoes.remove(one)
@@ -15648,7 +15648,7 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
         elif core.began:  # joined earlier, before the connection broke
-            room.mark = f"timestamp={tag_time(max(core.began, talk.since))}"
+            room.mark = mark_at(max(core.began, talk.since))
     core.newest = max(core.newest, heard.time or 0)
     if typed:
         core.arrive(room)
@@ -22126,8 +22126,7 @@ class Link:
     def _cause(self, reason: str) -> str:
         core, refused = self.core, reason.startswith(TLS_TROUBLE)
         if self.phase == SECURING and (refused or self.certificate.other):
-            by_policy = self.target.tls and not self.given.tls  # perhaps of an earlier run
-            return self.certificate.cause(reason, by_policy)
+            return self.certificate.cause(reason, sts=self.target.tls and not self.given.tls)
         if core.cause == FATAL:
             return FATAL
         if core.redial:
@@ -22596,14 +22595,6 @@ def size_of(path: pathlib.Path | str) -> int:
     return known.st_size
 
 
-def user_path(text: str) -> pathlib.Path:
-    """Return the path that a user typed, which may begin with ~ or ~USER. Raises Refused."""
-    try:
-        return pathlib.Path(text).expanduser()
-    except RuntimeError:  # no such user
-        raise Refused("NO_FILE", f"{text}: there is no such home folder") from None
-
-
 class Download:
     """The part of a file that one request for it brings. It is written off the loop; until a piece
     is on disk, the connection is not read."""
@@ -22690,23 +22681,31 @@ class Transfers:
     # Beginning and end
 
     def start(self, one: Transfer) -> None:
-        """Add a transfer, which begins soon. Raises Refused if its file cannot be read."""
-        if one.up:
-            path = user_path(one.path)
-            try:
-                one.size = size_of(path)
-                os.close(os.open(path, os.O_RDONLY))
-            except OSError as error:
-                raise Refused("NO_FILE", f"cannot read {path}: {reason_of(error)}") from None
-            one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
-        else:
-            path = self.folder / user_path(one.path or one.name)
-            path = path / one.name if path.is_dir() else path
-            taken = {two.path for two in self.core.transfers if not two.up}
-            one.path = str(free_path(path, taken))
-            one.name = pathlib.Path(one.path).name
+        """Add a transfer, which begins soon. Raises Refused if its file cannot be read, or none can
+        have this name."""
+        verb = "read" if one.up else "write"
+        try:
+            self._find_file(one, pathlib.Path(one.path or one.name).expanduser())
+        except OSError as error:
+            reason = f"cannot {verb} {one.path or one.name}: {reason_of(error)}"
+            raise Refused("NO_FILE", reason) from None
+        except (RuntimeError, ValueError):  # ~ and a name that no user has; half a character
+            raise Refused("NO_FILE", f"cannot {verb} {visible(one.path)}: no such path") from None
         self.core.keep_transfer(one)
         self.wake()
+
+    def _find_file(self, one: Transfer, path: pathlib.Path) -> None:
+        """Note the path of a file, its name and its size. A file to save gets a free path."""
+        if one.up:
+            one.size = size_of(path)
+            os.close(os.open(path, os.O_RDONLY))
+            one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
+            return
+        path = self.folder / path
+        path = path / one.name if path.is_dir() else path
+        taken = {two.path for two in self.core.transfers if not two.up}
+        one.path = str(free_path(path, taken))
+        one.name = pathlib.Path(one.path).name
 
     def end(self, one: Transfer) -> None:
         """Stop a transfer, and drop what has come of it."""
@@ -22752,7 +22751,7 @@ class Transfers:
                 self._create(one, token)
         except OSError as error:
             self.failed(one, f"{one.path}: {reason_of(error)}")
-        except ChatError as error:
+        except (ChatError, ValueError) as error:
             self.failed(one, str(error))
 
     # Talking to the server
@@ -22975,7 +22974,7 @@ class Transfers:
             return
         one.state, one.why = "failed", why
         if not one.up:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
         self.core.forget_transfer(one)
         verb = "sent" if one.up else "saved"
