@@ -21699,8 +21699,8 @@ def why_not_trusted(reason: str) -> str:
 
 
 class CertificateCheck:
-    """Whether the certificate of a server is the right one: signed by an authority, or pinned, or
-    trusted by the user. An attempt to connect leaves here what the next one has to find out."""
+    """The check of a server's certificate: signed by an authority, or pinned, or trusted by the
+    user. An attempt to connect leaves here what the next one has to find out."""
 
     def __init__(self, trust: Trust, known: KnownServers):
         self.trust, self.known = trust, known
@@ -22570,8 +22570,10 @@ def range_given(response: Response) -> tuple[int, int]:
     if response.status == 200:
         return 0, length
     given = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]+/(.*)", response.header("content-range"))
-    start = int(given[1]) if given else -1
-    return start, given and (whole_bytes(given[2]) or length and start + length) or 0
+    if given is None:
+        return -1, 0
+    start, size = int(given[1]), whole_bytes(given[2])
+    return start, size or (start + length if length else 0)
 
 
 def reason_given(response: Response | None, text: str) -> str:

@@ -20082,8 +20082,8 @@ def test_joins_are_shown_soon_although_the_clock_was_set(by):
 
 
 class Traits(NamedTuple):
-    """What a server that is no chat.py has, and what it does to messages. It drops none in silence
-    where it does not echo, or alters words, or takes capabilities away: no client could tell."""
+    """The properties of a foreign server, and its treatment of messages. It drops none in silence
+    if it has no echoes or alters words: no client could tell."""
 
     caps: str = ""
     tokens: str = ""  # of 005
@@ -20126,7 +20126,7 @@ class Delivered(NamedTuple):
 
 
 def is_behind(message, selector):
-    """Whether a message is later than a position in history; None for one at that position."""
+    """Return if a message is later than a position in history; None for one at that position."""
     kind, _, value = selector.partition("=")
     by_id = kind == "msgid"
     at, here = int(value[1:]) if by_id else value, chat.tag_time(message.time)
