@@ -11696,8 +11696,8 @@ def on_request(method: str, *paths: str) -> Callable:
 CORS = (
     "Access-Control-Allow-Origin: *",
     "Access-Control-Expose-Headers: Location, ETag, Content-Range, Content-Disposition, "
-    "Upload-Offset, Upload-Length, Upload-Expires, Tus-Resumable, Tus-Version, Tus-Extension, "
-    "Tus-Max-Size",
+    "Upload-Offset, Upload-Length, Upload-Metadata, Upload-Expires, Tus-Resumable, Tus-Version, "
+    "Tus-Extension, Tus-Max-Size",
 )
 CHALLENGE = ('WWW-Authenticate: Basic realm="chat", charset="UTF-8"', "WWW-Authenticate: Bearer")
 REFUSAL_STATUSES = {  # Refused.code -> status
@@ -11779,12 +11779,16 @@ class WebSession(LocalSession):
         expected = request.header("expect").lower()
         if not self._find_client(request):
             return self.respond(400, "X-Forwarded-For ends with the address of the client")
+        if request.host and not host:
+            return self.respond(400, "Host is a name or an address, and perhaps a port")
         if request.minor and not host_allowed(self.site.web, host):
             return self.respond(421, "this server has another name; --web-origin adds one")
         if expected not in ("", "100-continue"):
             return self.respond(417, "Expect is 100-continue, or nothing")
+        every = {"HEAD", "OPTIONS"}.union(*WEB_ROUTES.values())
+        if request.method not in every:
+            return self.respond(501, f"this server has no {request.method}")
         if (request.method, request.target) == ("OPTIONS", "*"):  # what the server can do
-            every = {method for route in WEB_ROUTES.values() for method in route}
             return self.respond(204, "", allow_header(every))
         methods = self._methods(request.path)
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
@@ -11849,6 +11853,8 @@ class WebSession(LocalSession):
             lines.append("Connection: close")
         elif self.request and self.request.minor == 0:
             lines.append("Connection: keep-alive")
+        if self.request and is_tus(self.request):
+            lines.append("Tus-Resumable: 1.0.0")
         self.send("\r\n".join([*lines, "", ""]).encode())
 
     def cors(self) -> tuple[str, ...]:
@@ -11885,11 +11891,15 @@ class WebSession(LocalSession):
         super().ended()
 
 
+WEBSOCKET_OFFER = "Upgrade: websocket", "Connection: Upgrade"  # RFC 9110 sections 7.8, 15.5.22
+
+
 def open_websocket(session: WebSession, request: Request) -> None:
     """Answer a WebSocket handshake (RFC 6455 section 4.2). An IRC session takes over then."""
     key = request.header("sec-websocket-key")
     if request.header("sec-websocket-version") != "13":
-        return session.respond(426, "the version is 13", "Sec-WebSocket-Version: 13")
+        version = "Sec-WebSocket-Version: 13"
+        return session.respond(426, "the version is 13", *WEBSOCKET_OFFER, version)
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) or request.method != "GET":
         return session.respond(400, "a handshake is a GET with a key of 16 bytes")
     if not request.minor or request.length != 0:
@@ -11899,7 +11909,7 @@ def open_websocket(session: WebSession, request: Request) -> None:
     if not origin_allowed(session.site.web, request.header("origin"), request.header("host")):
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
-    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
+    lines = ["HTTP/1.1 101 Switching Protocols", *WEBSOCKET_OFFER]
     lines.append(f"Sec-WebSocket-Accept: {websocket_accept(key)}")
     lines += [f"Sec-WebSocket-Protocol: {name}" for name in offered[:1]]
     opcode = SUBPROTOCOLS[offered[0]] if offered else TEXT_FRAME
@@ -11932,7 +11942,7 @@ def web_root(session: WebSession, request: Request) -> None:
     if "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection"):
         return open_websocket(session, request)
     if request.path == "/irc":
-        return session.respond(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
+        return session.respond(426, "this is a WebSocket that speaks IRC", *WEBSOCKET_OFFER)
     return web_document(session, request)
 
 
@@ -12125,7 +12135,6 @@ def authorize(session: WebSession, then: Callable[[str], None]) -> None:
 
 # Files: up (https://tus.io/protocols/resumable-upload, 1.0.0)
 
-TUS = "Tus-Resumable: 1.0.0"
 CORS_ASKED = (
     "Access-Control-Allow-Methods: GET, HEAD, POST, PATCH, DELETE, OPTIONS",
     "Access-Control-Allow-Headers: Authorization, Content-Type, Content-Disposition, "
@@ -12138,9 +12147,8 @@ NO_SUCH_FILE = "there is no such file, or not any more"
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
-    """Answer a request about a file, with the headers for other sites' pages and for tus."""
-    tus = (TUS,) if is_tus(session.request) else ()
-    session.respond(status, body, *headers, *session.cors(), *tus)
+    """Answer a request about a file, with the headers for other sites' pages."""
+    session.respond(status, body, *headers, *session.cors())
 
 
 def is_elsewhere(session: WebSession, request: Request) -> bool:
@@ -12246,7 +12254,9 @@ def tell_progress(session: WebSession, id: str, at: int) -> None:
     if session.request.method == "PATCH":
         return answer_file(session, 204, "", *headers)
     if session.request.method == "HEAD":
-        known = (f"Upload-Length: {file.size}", "Cache-Control: no-store")
+        name = base64.b64encode(file.name.encode()).decode()
+        known = (f"Upload-Length: {file.size}", f"Upload-Metadata: filename {name}")
+        known = (*known, "Cache-Control: no-store")
         return answer_file(session, 200, "", *headers, *known)
     return answer_file(session, 201, "", f"Location: {link_of(session, id)}", *headers)
 

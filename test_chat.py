@@ -10774,11 +10774,17 @@ HEADS = [  # a request, and the status of its answer
     ("GET /nothing HTTP/1.1\nHost: localhost", 404),
     ("GET /irc HTTP/1.1\nHost: localhost", 426),
     ("DELETE / HTTP/1.1\nHost: localhost", 405),
-    ("BREW / HTTP/1.1\nHost: localhost", 405),
+    ("BREW / HTTP/1.1\nHost: localhost", 501),
+    ("PUT /health HTTP/1.1\nHost: localhost", 501),
+    ("get / HTTP/1.1\nHost: localhost", 501),
     ("GET / HTTP/1.1", 400),  # no Host
     ("GET / HTTP/1.1\nHost: localhost\nHost: localhost", 400),
     ("GET / HTTP/1.1\nHost: evil.example", 421),
     ("GET / HTTP/1.1\nHost: ", 421),
+    ("GET / HTTP/1.1\nHost: user@localhost", 400),
+    ("GET / HTTP/1.1\nHost: localhost, evil.example", 400),
+    ("GET / HTTP/1.1\nHost: localhost:x", 400),
+    ("GET / HTTP/1.0\nHost: [localhost", 400),
     ("GET / HTTP/1.1\nHost: 192.168.1.5:7000", 200),
     ("GET / HTTP/1.1\nHost: [::1]:7000", 200),
     ("GET  / HTTP/1.1\nHost: localhost", 400),
@@ -12540,7 +12546,10 @@ BAD_HANDSHAKES = [  # what is changed, and the status
 @pytest.mark.parametrize(("old", "new", "status"), BAD_HANDSHAKES)
 def test_half_a_handshake_is_none(old, new, status):
     assert old in HANDSHAKE
-    assert Browser(House()).asks(HANDSHAKE.replace(old, new))[0] == status
+    answer = Browser(House()).asks(HANDSHAKE.replace(old, new))
+    assert answer[0] == status
+    if status == 426:  # says what to change to (RFC 9110 section 15.5.22)
+        assert (answer[1]["upgrade"], answer[1]["connection"]) == ("websocket", "upgrade")
 
 
 ORIGINS = [  # as a browser sends it, and whether its pages may join
@@ -12877,7 +12886,9 @@ def tus(house, method, path, *headers, body=b"", name="alice", label="tus"):
     head += ["Tus-Resumable: 1.0.0", *headers]
     if method in ("POST", "PATCH"):
         head.append(f"Content-Length: {len(body)}")
-    return Browser(house, label).asks("\n".join(head), body)
+    answer = Browser(house, label).asks("\n".join(head), body)
+    assert answer[1]["tus-resumable"] == "1.0.0"  # in every answer
+    return answer
 
 
 PIECE = f"Content-Type: {chat.PIECE_TYPE}"
@@ -12907,6 +12918,7 @@ def test_an_upload_goes_on_where_it_broke_off(files):
     assert got(files, path)[2] == body and on_disk(files) == [hashlib.sha256(body).hexdigest()]
     assert got(files, path)[1]["content-disposition"].endswith("t%c3%a4a.bin")
     assert tus(files, "HEAD", path)[1]["upload-offset"] == "1000"
+    assert there[1]["upload-metadata"] == f"filename {name}".lower()  # asks() has small letters
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 8", "Transfer-Encoding: chunked"])
@@ -12962,7 +12974,8 @@ BAD_TUS = [  # method, what stands behind /files, headers, status
     ("DELETE", "/OTHERS", [], 403),
     ("DELETE", "/../etc/passwd", [], 404),
     ("GET", "/%00", [], 404),
-    ("PUT", "/OWN", [], 405),
+    ("PUT", "/OWN", [], 501),
+    ("DELETE", "", [], 405),
 ]
 
 
