@@ -20843,6 +20843,7 @@ class Server:
         self.told_of_clock = False  # that it differs from the log's
         self.paused = False  # clients are not read: the cluster cannot be reached
         self.failure = ""  # why this server ends
+        self.uploads_seen: dict[str, float] = {}  # by id: when first, on the monotonic clock
         self.sure_time = SureTime(loop, self.wall)
         self.committer = Committer(
             loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
@@ -20936,13 +20937,15 @@ class Server:
         return self.site.has_content(file) or bool(abandoned)
 
     def expire_files(self) -> None:
-        """Remove old files, and uploads that do not go on."""
-        now = self.sure_time() * 1000
+        """Remove old files, and uploads that do not go on. An upload of a clock that was ahead ends
+        a day after this server first saw it."""
+        now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
         for file in list(self.hub.files.values()):
-            days = self.options.files_keep
-            seconds = days * 24 * 3600 if file.sha else UPLOAD_SECONDS
-            old = now - file.made > seconds * 1000 and self.looks_after(file)
-            if old and file.id not in self.site.uploading:
+            age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
+            if not file.sha:
+                seen = self.uploads_seen[file.id] = before.get(file.id, self.loop.now)
+                age, most = max(age, self.loop.now - seen), UPLOAD_SECONDS
+            if age > most and self.looks_after(file) and file.id not in self.site.uploading:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 

@@ -13300,6 +13300,20 @@ def test_an_upload_that_rests_for_a_night_can_go_on_and_a_file_has_its_days(file
         assert (got(files, path)[0], tus(files, "HEAD", part)[0]) == statuses
 
 
+def test_an_upload_that_was_begun_by_a_clock_that_is_ahead_ends_after_a_day(files):
+    files.clock = lambda: files.now + YEAR
+    files.begin_turn()
+    part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    files.clock = lambda: files.now
+    for status in (200, 200, 404):
+        files.begin_turn()
+        files.expire_files()
+        files.turn()
+        assert tus(files, "HEAD", part)[0] == status
+        files.now += 13 * 3600
+    assert not on_disk(files)
+
+
 def test_many_files_that_end_at_once_do_not_stop_the_server(files):
     for n in range(4000):
         id = f"{n:032x}"
