@@ -12966,13 +12966,14 @@ def parse_file_tag(value: str) -> FileTag | None:
 class Transfer:
     """A file being uploaded or downloaded, as the client store keeps it."""
 
-    KEPT = ("id", "up", "room", "path", "name", "size", "url", "type", "etag")
+    KEPT = ("id", "up", "room", "path", "name", "size", "changed", "url", "type", "etag")
 
     def __init__(self, id: str, up: bool, room: str, path: str, **known: Any):
         self.id, self.up = id, up
         self.room = room  # conversation for the link
         self.path = path  # on this computer
         self.name, self.size, self.type, self.etag = "", 0, "", ""
+        self.changed = 0  # when the file of an upload was, last; as stat() tells it
         self.url = ""  # on the server; "" while unknown
         for name, value in known.items():
             setattr(self, name, value)
@@ -22602,12 +22603,20 @@ def is_temporary(response: Response | None) -> bool:
     return response.status >= 500 and response.status != 507
 
 
-def size_of(path: pathlib.Path | str) -> int:
-    """Return the size of a file. Raises Refused if there is something else, or OSError."""
+def state_of(path: pathlib.Path | str) -> tuple[int, int]:
+    """Return the size of a file, and when it was changed. Raises Refused if there is something
+    else, or OSError."""
     known = os.stat(path)
     if not stat.S_ISREG(known.st_mode):  # to read a pipe may take for ever
         raise Refused("NO_FILE", f"{path} is no file")
-    return known.st_size
+    return known.st_size, known.st_mtime_ns
+
+
+def check_unchanged(one: Transfer) -> None:
+    """Raise Refused if the file of an upload is not as it was when the upload began: what arrives
+    would be parts of two files. Raises OSError if it cannot be read."""
+    if state_of(one.path) != (one.size, one.changed):
+        raise Refused("NO_FILE", f"{one.path} was changed meanwhile; send it again")
 
 
 class Download:
@@ -22712,7 +22721,7 @@ class Transfers:
     def _find_file(self, one: Transfer, path: pathlib.Path) -> None:
         """Note the path of a file, its name and its size. A file to save gets a free path."""
         if one.up:
-            one.size = size_of(path)
+            one.size, one.changed = state_of(path)
             os.close(os.open(path, os.O_RDONLY))
             one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
             return
@@ -22729,6 +22738,7 @@ class Transfers:
             call.drop("dropped")
         if not one.up:
             pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
+        self._take_back(one)
         self.wake()
 
     def watch(self) -> None:
@@ -22756,8 +22766,8 @@ class Transfers:
         if one.id not in self.calls:
             return
         try:
-            if one.up and size_of(one.path) < one.size:
-                raise Unusable(f"{one.path} is shorter than it was")
+            if one.up:
+                check_unchanged(one)
             if not one.up:
                 self._download(one)
             elif one.url:
@@ -22883,12 +22893,12 @@ class Transfers:
         headers = self._headers(token, Tus_Resumable="1.0.0", Upload_Offset=at, **piece)
 
         def read(where: int) -> bytes:
+            check_unchanged(one)  # first, since to open a pipe may take for ever
             with open(one.path, "rb") as file:
                 file.seek(where)
                 data = file.read(FILE_PIECE_BYTES)
-            if len(data) < min(FILE_PIECE_BYTES, one.size - where):
-                raise OSError(f"{one.path} is shorter than it was")
-            return data[: one.size - where]
+            check_unchanged(one)
+            return data
 
         def sent(done: int) -> None:
             one.done = max(at, done)
@@ -22911,6 +22921,25 @@ class Transfers:
         """Post the link of a complete upload."""
         self.core.post_file(one)
         self._over(one)
+
+    def _take_back(self, one: Transfer) -> None:
+        """Have the server remove what it has of an upload that is not completed: it counts against
+        the user's room. Without a connection it is removed when its time is over."""
+        if not (one.up and one.url and self.core.ready):
+            return
+        call = Transfer(f"removed {one.id}", True, "", "")
+
+        def done(response: Response | None, text: str) -> None:
+            self.calls.pop(call.id, None)
+
+        def remove(token: str) -> None:
+            headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0)
+            with contextlib.suppress(Unusable):  # the server gave no address
+                request = CallRequest("DELETE", self._own_url(one), headers, done)
+                self.calls[call.id] = None
+                self._call(call, request)
+
+        self.core.with_token(remove)
 
     # Down
 
@@ -22991,6 +23020,7 @@ class Transfers:
         if not one.up:
             with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
+        self._take_back(one)
         self.core.forget_transfer(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])

@@ -25698,6 +25698,7 @@ class InMemory(chat.Transfers):
     def _call(self, one, request, follows=True):
         started = request.headers.get("Range", request.headers.get("Upload-Offset", ""))
         self.asked.append(f"{request.method} {started}".strip())
+        self.last = request
         dropped = []
         call = types.SimpleNamespace(drop=dropped.append, update=chat.do_nothing, holds=False)
         self.calls[one.id] = call
@@ -25798,17 +25799,24 @@ def test_a_path_that_cannot_be_is_refused(up, path, tmp_path):
         assert not up
 
 
-@pytest.mark.parametrize("change", ["unlink", "truncate", "fifo", "folder"])
-def test_a_file_that_changes_while_it_waits_is_not_sent(change, tmp_path):
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("change", ["unlink", "truncate", "fifo", "folder", "grow", "rewrite"])
+def test_a_file_that_changes_while_it_waits_is_not_sent(change, begun, tmp_path):
     (path := tmp_path / "a.txt").write_bytes(b"0123456789")
-    files = InMemory(tmp_path, (500, {}, b""))
+    files = InMemory(tmp_path, *([CREATED] if begun else []), (500, {}, b""))
     files.start(chat.Transfer("1", True, chat.LOBBY, str(path)))
     path.unlink()
     make = {"truncate": path.touch, "folder": path.mkdir, "fifo": lambda: os.mkfifo(path)}
+    make["grow"] = lambda: path.write_bytes(b"0123456789a")
+    make["rewrite"] = lambda: path.write_bytes(b"9876543210")
     make.get(change, chat.do_nothing)()
+    if begun:  # a piece that is read now is not sent either
+        with pytest.raises((OSError, chat.Refused)):
+            files.last.source(0)
     files.loop.now += 1000
     files.wake()
-    assert files.asked == ["POST"] and not files.core.transfers
+    assert files.asked == (["POST", "PATCH 0", "DELETE"] if begun else ["POST"])
+    assert not files.core.transfers
     assert [view.text for view in files.shown if "a.txt was not sent: " in view.text]
 
 
@@ -26009,13 +26017,16 @@ def test_what_cannot_be_sent_or_saved_is_told_with_the_reason(running, tmp_path)
 def test_a_transfer_can_be_dropped(running, tmp_path):
     (tmp_path / "srv").mkdir()
     server = running(data=tmp_path / "srv")
-    (tmp_path / "big").write_bytes(bytes(3_000_000))
+    (tmp_path / "big").write_bytes(bytes(50_000_000))
     alice = Sender(chat.address_text(*server.address), tmp_path)
     alice.typed(f"/send {tmp_path / 'big'}")
     alice.typed("/transfers")
     assert alice.noted("1  sending big")
+    alice.until(lambda: alice.core.transfers[0].url)
     alice.typed("/transfers cancel 1")
-    assert not alice.core.transfers and not alice.transfers.calls
+    assert not alice.core.transfers
+    alice.until(lambda: not alice.transfers.calls)
+    assert not server.server.hub.files  # what is not completed takes no room
     alice.close()
 
 
