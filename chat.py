@@ -11708,6 +11708,7 @@ REFUSAL_STATUSES = {  # Refused.code -> status
     "NO_FILE": 404,
     "FILE_TOO_LARGE": 413,
     "NO_ROOM": 507,
+    "UNAVAILABLE": 503,
 }
 
 
@@ -12531,8 +12532,6 @@ def begin_sending(
     session: WebSession, status: int, headers: list[str], first: int, end: int, handle: Any
 ) -> None:
     """Send the head of an answer with a file; the content follows in pieces."""
-    if handle is None:
-        return answer_file(session, 404, NO_SUCH_FILE)
     session.send_head(status, *headers)
     session.reading = handle
     session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
@@ -20434,6 +20433,17 @@ class OpenFile:
 CONTENT_NAME = re.compile(r"[0-9a-f]{64}|[0-9a-f]{32}\.part")  # a SHA-256, or an upload's id
 
 
+DISK_IS_FULL = frozenset((errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)))
+
+
+def not_written(error: OSError) -> Refused:
+    """Return what a client is told whose file cannot be written. For a full disk that is final;
+    another trouble, such as too many open files, may soon be over."""
+    log.error("a file cannot be written: %s", reason_of(error))
+    code = "NO_ROOM" if error.errno in DISK_IS_FULL else "UNAVAILABLE"
+    return Refused(code, f"the file cannot be written: {reason_of(error)}")
+
+
 class FileFolder:
     """The content of files on disk. Its methods are jobs for helpers: a disk may be slow. Equal
     content is stored once, under its SHA-256; incomplete content is ID.part."""
@@ -20451,8 +20461,7 @@ class FileFolder:
             file = self.writers[id] = OpenFile(self._part(id), "create")
             return file
         except OSError as error:
-            log.error("a file cannot be written: %s", reason_of(error))
-            raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
+            raise not_written(error) from None
 
     def reopen(self, id: str) -> tuple[OpenFile, int]:
         """Return the file of an upload that goes on, and its size in bytes. The connection that
@@ -20488,13 +20497,15 @@ class FileFolder:
             os.close(folder)
         return sha, size, kind, *picture_size(kind, head)
 
-    def open(self, sha: str) -> OpenFile | None:
-        """Return the content with this hash, opened; None if there is none."""
+    def open(self, sha: str) -> OpenFile:
+        """Return the content with this hash, opened. Raises Refused."""
         try:
             return OpenFile(self.path / sha, "read")
         except OSError as error:
             log.error("the file %s cannot be read: %s", sha, reason_of(error))
-            return None
+            if isinstance(error, FileNotFoundError):
+                raise Refused("NO_FILE", NO_SUCH_FILE) from None
+            raise Refused("UNAVAILABLE", "the file cannot be read now; try again later") from None
 
     def read(self, file: OpenFile, at: int, size: int) -> bytes:
         """Return `size` bytes; b"" if not all of them can be read."""
@@ -20525,8 +20536,7 @@ class FileFolder:
         except FileNotFoundError:
             raise Refused("NO_FILE", NO_SUCH_FILE) from None
         except OSError as error:
-            log.error("a file cannot be written: %s", reason_of(error))
-            raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
+            raise not_written(error) from None
 
 
 ROUTES = (  # listening everywhere, a family, and an address for documentation (RFC 5737, RFC 3849)

@@ -13099,24 +13099,32 @@ def test_limits_are_told_and_leave_nothing(files):
     assert tus(files, "POST", "/files", "Upload-Length: 101")[0] == 413
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(files, monkeypatch):
-    def full(self, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+DISK_TROUBLE = [(errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EIO, 503), (errno.EMFILE, 503)]
 
-    monkeypatch.setattr(chat.OpenFile, "write", full)
+
+# A client gives up when there is no room, and tries again later when something else is wrong
+@pytest.mark.parametrize("number, expected", DISK_TROUBLE)
+@pytest.mark.parametrize("call", ["open", "write", "fsync"])
+def test_a_full_disk_is_told_and_leaves_nothing(files, monkeypatch, call, number, expected):
+    def fails(*values):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, fails)
     status, headers, body = posted(files, b"hello")
-    assert status == 507 and b"no space left" in body
-    assert on_disk(files) == [] and files.hub.files == {} and files.hub.files.finishing == set()
     monkeypatch.undo()
-    monkeypatch.setattr(os, "fsync", lambda fd: full(None, None))
-    assert posted(files, b"hello")[0] == 507 and files.hub.files == {}
+    assert status == expected and chat.reason_of(OSError(number, os.strerror(number))) in str(body)
+    assert on_disk(files) == [] and files.hub.files == {} and files.hub.files.finishing == set()
 
 
-def test_content_that_is_gone_from_disk_is_not_found(files):
+def test_content_that_is_gone_from_disk_is_not_found(files, monkeypatch):
     path = path_of(posted(files))
     for name in on_disk(files):
         (files.site.folder.path / name).unlink()
     assert got(files, path)[0] == 404
+    monkeypatch.setattr(
+        os, "open", lambda *values: (_ for _ in ()).throw(OSError(errno.EMFILE, ""))
+    )
+    assert got(files, path)[0] == 503  # it may be there all the same
 
 
 RANGES = [  # of a file of 10 bytes: header, status, content
