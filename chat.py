@@ -19874,11 +19874,11 @@ class Peer(Connection):
 
     def was_stalled(self) -> bool:
         """Return whether nothing is under way, or nothing was sent in the last few looks."""
-        if self.held:
+        if self.held or self.waits_for_budget:
             return False
         self.looks = self.looks + 1 if self.unsent == self.was_unsent else 0
         self.was_unsent = self.unsent
-        return not self.unsent or self.looks >= STALLED_LOOKS
+        return not self.answers or self.looks >= STALLED_LOOKS
 
     @property
     def waits_for_reader(self) -> bool:

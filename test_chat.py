@@ -13517,6 +13517,26 @@ def test_a_slow_download_is_not_cut(running, tmp_path, monkeypatch):
             assert got.partition(b"\r\n\r\n")[2][: len(body)] == body  # perhaps a 408 behind it
 
 
+LOOKS = [  # what is so at all looks; unsent bytes at each; whether it then counts as stalled
+    ({}, [0], [True]),  # idle
+    ({"held": True}, [0] * 6, [False] * 6),  # waits for a disk
+    ({"waits_for_budget": True}, [0] * 6, [False] * 6),
+    ({"answers": True}, [5, 5, 5, 5, 5], [False] * 4 + [True]),  # is not read
+    ({"answers": True}, [5, 5, 5, 4, 4], [False] * 5),
+    ({"answers": True}, [9, 0, 7, 0], [False] * 4),  # just between two pieces of a file
+]
+
+
+@pytest.mark.parametrize("state, unsent, stalled", LOOKS)
+def test_a_connection_is_stalled_if_nothing_is_under_way_or_nothing_is_read(state, unsent, stalled):
+    usual = {"held": False, "waits_for_budget": False, "answers": False}
+    peer = types.SimpleNamespace(**{**usual, **state}, looks=0, was_unsent=0)
+    told = []
+    for peer.unsent in unsent:
+        told.append(chat.Peer.was_stalled(peer))
+    assert told == stalled
+
+
 def test_a_connection_that_ends_while_a_file_is_completed_does_no_harm(files):
     browser = Browser(files)
     head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nContent-Length: 5\n\n"
