@@ -407,6 +407,7 @@ LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the lon
 CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshake
 BACKOFF_FIRST = 0.5  # seconds before the first attempt to reconnect
 BACKOFF_MOST = 30.0
+BACKOFF_DOUBLINGS = 6  # of the first wait: then it is the longest
 DISMISSED_SECONDS = 2.0  # for a server to hang up after it said ERROR
 ONLINE_SECONDS = 30.0  # a connection that lasts so long resets the back-off
 NEXT_ADDRESS_SECONDS = 0.25  # until the next address is tried, too (RFC 8305 section 5)
@@ -22708,6 +22709,7 @@ class Transfers:
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
         self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
+        self.dropped: list[Transfer] = []  # uploads that the server is to remove
         self.core.start_transfer, self.core.end_transfer = self.start, self.end
         link.transfers = self
         self.watch()
@@ -22749,7 +22751,6 @@ class Transfers:
         if not one.up:
             pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
         self._take_back(one)
-        self.wake()
 
     def watch(self) -> None:
         """Check every second: begin waiting transfers, and drop connections without progress."""
@@ -22770,6 +22771,9 @@ class Transfers:
                 self.calls[one.id] = None
                 one.state, one.why = "running", ""
                 self.core.with_token(functools.partial(self._run, one))
+        for one in [one for one in self.dropped if self.loop.now >= one.again]:
+            self.dropped.remove(one)
+            self.core.with_token(functools.partial(self._remove, one))
 
     def _run(self, one: Transfer, token: str) -> None:
         """Go on with a transfer; `token` is for uploads, or ""."""
@@ -22934,22 +22938,26 @@ class Transfers:
 
     def _take_back(self, one: Transfer) -> None:
         """Have the server remove what it has of an upload that is not completed: it counts against
-        the user's room. Without a connection it is removed when its time is over."""
-        if not (one.up and one.url and self.core.ready):
-            return
+        the user's room. An upload that is forgotten meanwhile is removed when its time is over."""
+        if one.up and one.url:
+            one.again = self.loop.now
+            self.dropped.append(one)
+        self.wake()
+
+    def _remove(self, one: Transfer, token: str) -> None:
         call = Transfer(f"removed {one.id}", True, "", "")
 
         def done(response: Response | None, text: str) -> None:
             self.calls.pop(call.id, None)
+            if is_temporary(response):
+                self._back_off(one)
+                self.dropped.append(one)
 
-        def remove(token: str) -> None:
-            headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0)
-            with contextlib.suppress(Unusable):  # the server gave no address
-                request = CallRequest("DELETE", self._own_url(one), headers, done)
-                self.calls[call.id] = None
-                self._call(call, request)
-
-        self.core.with_token(remove)
+        headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0)
+        with contextlib.suppress(Unusable):  # the server gave no address
+            request = CallRequest("DELETE", self._own_url(one), headers, done)
+            self.calls[call.id] = None
+            self._call(call, request)
 
     # Down
 
@@ -23007,13 +23015,16 @@ class Transfers:
         self.link.poke()
         self.wake()
 
+    def _back_off(self, one: Transfer) -> None:
+        one.failures += 1
+        wait = BACKOFF_FIRST * 2 ** min(one.failures, BACKOFF_DOUBLINGS)
+        one.again = self.loop.now + min(BACKOFF_MOST, wait)
+
     def broke(self, one: Transfer, why: str) -> None:
         """Wait before the next attempt, longer each time."""
         if self.calls.pop(one.id, self) is self:
             return
-        one.failures += 1
-        wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2**one.failures)
-        one.again = self.loop.now + wait
+        self._back_off(one)
         one.state, one.why = "waiting", why
         self.link.show([ViewEvent(TRANSFER, where=one.room, own_id=one.id)])
 
@@ -23030,11 +23041,10 @@ class Transfers:
         if not one.up:
             with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
-        self._take_back(one)
         self.core.forget_transfer(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
-        self.wake()
+        self._take_back(one)
 
 
 # ======================================================================================

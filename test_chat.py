@@ -25848,6 +25848,31 @@ def test_a_file_that_changes_while_it_waits_is_not_sent(change, begun, tmp_path)
     assert [view.text for view in files.shown if "a.txt was not sent: " in view.text]
 
 
+def test_an_upload_that_is_dropped_is_removed_as_soon_as_the_server_can_be_asked(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, CREATED, (500, {}, b""), (503, {}, b""), (204, {}, b""))
+    files.start(chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a.txt")))
+    files.core.talk.ready = False
+    files.core.drop_transfer(files.core.transfers[0])
+    files.wake()
+    assert files.asked == ["POST", "PATCH 0"]
+    files.core.talk.ready = True
+    for _ in range(4):
+        files.wake()
+        files.loop.now += chat.BACKOFF_MOST
+    assert files.asked[2:] == ["DELETE", "DELETE"] and not files.dropped
+
+
+def test_a_transfer_that_fails_for_days_is_tried_again_all_the_same(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, *[(503, {}, b"")] * 2000)
+    files.start(chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a.txt")))
+    for _ in range(1999):
+        files.loop.now += chat.BACKOFF_MOST
+        files.wake()
+    assert files.asked == ["POST"] * 2000
+
+
 def test_the_link_of_a_file_that_cannot_be_posted_is_shown():
     core = plain_core()
     one = chat.Transfer("1", True, "bob", "a.txt", name="a.txt", url="http://a/files/1")
