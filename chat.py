@@ -20588,10 +20588,12 @@ class TimeLimits:
         for delay in delays:
             delay.discard(peer)
 
-    def watch_requests(self, peer: Peer) -> None:
-        """After a request, or a piece of a body, begin to wait for what comes next."""
-        self.web_heads.discard(peer)
+    def watch_requests(self, peer: Peer, taken: bool) -> None:
+        """Wait for what comes next: after a request, or a piece of a body, that was `taken`; else
+        for the rest of a head, whose time began with its first byte."""
         begun = peer.inbox.start < len(peer.inbox.data) and not peer.inbox.in_body
+        if taken or not begun:
+            self.web_heads.discard(peer)
         (self.web_heads if begun and not peer.answers else self.web_idle).add(peer)
 
     def greet(self, peer: Peer) -> None:
@@ -20749,7 +20751,7 @@ class ActBeat:
             if peer.inbox.fruitless:
                 peer.charge(costs)
             if peer.web:
-                self.times.watch_requests(peer)
+                self.times.watch_requests(peer, taken=False)
             return False
         session = peer.session
         if session is None or (session.user is None and session.takes_lines):
@@ -20761,7 +20763,7 @@ class ActBeat:
         if peer.budget:
             self._charge(peer, replied, costs)
         if peer.web:
-            self.times.watch_requests(peer)
+            self.times.watch_requests(peer, taken=True)
         return True
 
     def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:

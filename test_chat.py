@@ -13684,6 +13684,15 @@ def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
         while chunk := slow.recv(65536):
             data += chunk
         assert data.startswith(b"HTTP/1.1 408 ")
+    with socket.create_connection(server.address) as slow:  # a byte now and then
+        slow.settimeout(0.01)
+        slow.sendall(b"GET / HTTP/1.1\r\nA: ")
+        data, began = b"", time.monotonic()
+        while not data and time.monotonic() - began < PATIENCE:
+            slow.sendall(b"a")
+            with contextlib.suppress(TimeoutError):
+                data = slow.recv(65536)
+        assert data.startswith(b"HTTP/1.1 408 ")
     with socket.create_connection(server.address) as idle:
         idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         data = b""
