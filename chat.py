@@ -360,6 +360,7 @@ CHUNK_LINE_BYTES = 256  # the size of a chunk, and extensions that nothing is do
 TRAILER_BYTES = 4 * 1024
 DISCARDED_BYTES = 64 * 1024  # of a body that is not wanted: else the connection is closed
 WORK_OF_A_PIECE = 20  # of a body: chunks of a byte are work, too
+WORK_OF_A_HEAD_BYTE = 0.2  # of a request, measured: a list of 8,000 words takes 1.6 ms
 WEB_SEND_BUFFER = 512 * 1024  # of the kernel, for a connection that speaks HTTP
 STALLED_LOOKS = 4  # times WEB_IDLE_SECONDS without progress end a download
 WEB_HEAD_SECONDS = 10.0  # from the first byte of a request to the end of its head
@@ -11775,6 +11776,8 @@ class WebSession(LocalSession):
         """Answer a request, or begin to: the handler of its path does that."""
         request = with_method(request)
         self.request, self.take_body = request, do_nothing
+        values = itertools.chain([request.target], *request.headers.values())
+        self.site.hub.work += WORK_OF_A_HEAD_BYTE * sum(map(len, values))
         self.body_left = request.length != 0
         self.closing = not request.keeps_alive
         host = split_host(request.host)[0]

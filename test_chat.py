@@ -23556,6 +23556,17 @@ def test_a_frame_with_a_line_costs_no_more_than_the_line():
         assert 50 <= before - made.budget.tokens < 51
 
 
+@pytest.mark.parametrize("size, least, most", [(100, 1, 2), (15_000, 30, 32)])
+def test_a_request_costs_by_the_size_of_its_head(size, least, most):
+    with beating() as (server, peer):
+        made = peer(data=b"GET /no HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        act_on_all(server)
+        before = made.budget.tokens
+        made.received(b"GET /no HTTP/1.1\r\nHost: localhost\r\nA: %s\r\n\r\n" % (b"a" * size))
+        act_on_all(server)
+        assert not made.busy and least <= before - made.budget.tokens < most
+
+
 def test_a_peer_without_a_turn_comes_before_those_that_had_one(monkeypatch):
     with beating(flood=None) as (server, peer):
         peers = [peer(n + 2, b"\n" * 1000) for n in range(3)]
