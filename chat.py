@@ -13398,18 +13398,6 @@ AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
-class Listing:
-    """The rows of a long answer of the server: the first ones, and how many there were."""
-
-    def __init__(self) -> None:
-        self.rows: list[str] = []
-        self.count = 0
-
-    def add(self, row: str) -> None:
-        self.count += 1
-        self.rows += [row] * (self.count <= LISTED_ROWS)
-
-
 class Asked(NamedTuple):
     """A request for history that is not answered yet."""
 
@@ -14346,6 +14334,68 @@ class Joins:
         self.typed.clear()
 
 
+ANSWERS = {  # commands, and the numerics that are shown only after them
+    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
+    "HELP": ("705", "706"),
+    "MODE": ("221",),
+    "ISON": ("303",),
+}
+LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
+
+
+class Listing:
+    """The rows of a long answer of the server: the first ones, and how many there were."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.count = 0
+
+    def add(self, row: str) -> None:
+        self.count += 1
+        self.rows += [row] * (self.count <= LISTED_ROWS)
+
+
+class WantedAnswers:
+    """The answers that are shown over one connection, because a command of the user asked for them.
+    The server sends others unasked, or to the client. PlainTalk has none."""
+
+    def __init__(self, talk: "IrcTalk | PlainTalk"):
+        self.core = talk.core
+        self.numerics: set[str] = set()
+        self.motd = False
+        self.names: set[str] = set()  # keys of channels whose members are shown
+        self.listings: dict[str, list[Listing]] = {}  # by command: those that are still coming
+
+    def expect(self, verb: str, *params: str) -> None:
+        """Show the answer to a command of the user."""
+        self.numerics.update(ANSWERS.get(verb, ()))
+        self.motd = self.motd or verb == "MOTD"
+        if verb in LISTS:
+            self.listings.setdefault(verb, []).append(Listing())
+        if verb == "NAMES" and params:
+            self.names.update(map(self.core.fold, params[0].split(",")))
+
+    def listing(self, verb: str) -> Listing | None:
+        """Return the listing to which the next row of an answer belongs; None if the user has not
+        asked for one."""
+        return next(iter(self.listings.get(verb, ())), None)
+
+    def end_listing(self, verb: str) -> Listing | None:
+        """Remove and return the listing whose last row has come; None if there is none."""
+        return self.listings[verb].pop(0) if self.listing(verb) else None
+
+    def show_listing(self, verb: str) -> None:
+        """Show the answer to a LIST or WHO of the user as a page."""
+        listing, title = self.end_listing(verb), LISTS[verb]
+        if listing is None:
+            return
+        if not listing.rows:
+            return self.core.show(ViewEvent(NOTE, f"{title}: nothing found"))
+        more = listing.count - len(listing.rows)
+        rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
+        self.core.show(ViewEvent(PAGE, "\n".join(rows), title))
+
+
 # The workshop's protocol
 
 PLAIN_LINES = {
@@ -14388,10 +14438,11 @@ class PlainTalk:
 
     def __init__(self, core: "ClientCore"):
         self.core = core
-        self.lines = MessageLines(self)  # all four are always empty
+        self.lines = MessageLines(self)  # all five are always empty
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.joins = Joins(self)
+        self.answers = WantedAnswers(self)
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         self.began = core.ticks()
         core.output.append(core.wanted_name)
@@ -14480,9 +14531,9 @@ class IrcTalk:
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.joins = Joins(self)
+        self.answers = WantedAnswers(self)
         self.batches: dict[str, Batch] = {}
         self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
-        self.shown_names: set[str] = set()  # keys of channels whose members the user asked for
         self.stale_names: set[str] = set()  # channels for NAMES, since ranks may have changed
         self.named = self.introduced = self.negotiating = False
         self.resumed = False  # the session was resumed: the server says where the client is
@@ -15446,28 +15497,20 @@ def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
 for quiet in (*("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"),):
     IRC_HEARD[quiet] = (do_nothing, 0)
 
-ANSWERS = {  # commands of the user, and what is shown only after them
-    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
-    "HELP": ("705", "706"),
-    "MODE": ("221",),
-    "ISON": ("303",),
-}
-LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
-
 
 @from_server(*itertools.chain(*ANSWERS.values()))
 def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
     """Show an answer to a command of the user; the client or the server itself caused the rest."""
-    if heard.verb in talk.core.asked_numerics and heard.params:
+    if heard.verb in talk.answers.numerics and heard.params:
         tell_rest(talk, heard)
 
 
 @from_server("375", "372", "376", "422", least=2)
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the message of the day, if the user asked for it."""
-    if talk.core.wants_motd:
+    if talk.answers.motd:
         talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
-        talk.core.wants_motd = heard.verb not in ("376", "422")
+        talk.answers.motd = heard.verb not in ("376", "422")
 
 
 @from_server("734", least=3)
@@ -15481,7 +15524,7 @@ def monitor_full(talk: IrcTalk, heard: ServerLine) -> None:
 def present_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
     tell_if_asked(talk, heard)
-    talk.core.asked_numerics.discard("303")
+    talk.answers.numerics.discard("303")
     wanted = talk.core.wanted_nick
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
@@ -15853,13 +15896,13 @@ def who_told(talk: IrcTalk, heard: ServerLine) -> None:
     _, where, user, host, _, name, flags, last = heard.params[:8]
     bot = talk.server.tokens.get("BOT", "") or " "
     core.note_person(name, away=flags[:1] == "G", bot=bot in flags[1:])
-    asked = core.listings.get("WHO", [])[:1]
-    if core.fold(where) in core.quiet_who or not asked:  # ZNC sends WHO, too
+    listing = talk.answers.listing("WHO")
+    if core.fold(where) in core.quiet_who or listing is None:  # ZNC sends WHO, too
         return
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
     real = last.partition(" ")[2]
-    asked[0].add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
+    listing.add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
 
 
 @from_server("315")
@@ -15869,7 +15912,7 @@ def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
         core.quiet_who.discard(core.fold(where))
         core.show(ViewEvent(PEOPLE, where=where))
     else:
-        core.show_listing("WHO")
+        talk.answers.show_listing("WHO")
 
 
 @from_server("AWAY")
@@ -15953,7 +15996,7 @@ def names_told(talk: IrcTalk, heard: ServerLine) -> None:
     """<symbol> <channel> :<names>; RFC 1459 has no symbol"""
     *_, where, names = heard.params
     key = talk.core.fold(where)
-    if key not in talk.core.rooms and key not in talk.shown_names:
+    if key not in talk.core.rooms and key not in talk.answers.names:
         return
     coming = talk.names.setdefault(key, {})
     for word in names.split()[: PEOPLE_LISTED - len(coming)]:
@@ -15969,8 +16012,8 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
     if room:
         known = {name: people.pop(name) for name in room.people if name in people}
         room.people = people | known  # the last speaker is last
-    asked = key in talk.shown_names
-    talk.shown_names.discard(key)
+    asked = key in talk.answers.names
+    talk.answers.names.discard(key)
     where = room.name if room else heard.params[1]
     talk.core.show(ViewEvent(PEOPLE, text if asked else "", where=where))
 
@@ -15979,22 +16022,21 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
 def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
     _, name, count, *topic = heard.params
     text = "  ".join(filter(None, [name, count, *topic[:1]]))
-    asked = talk.core.listings.get("LIST", [])[:1]
-    for listing in asked:
+    if listing := talk.answers.listing("LIST"):
         listing.add(text)
-    talk.core.show(*[ViewEvent(SERVER_TEXT, text)] * (not asked))
+    else:
+        talk.core.show(ViewEvent(SERVER_TEXT, text))
 
 
 @from_server("323")
 def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.show_listing("LIST")
+    talk.answers.show_listing("LIST")
 
 
 @from_server("263", "416", least=2)
 def answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     """<command> :Please try again, or too many matches: the rest of a long answer does not come"""
-    if listings := talk.core.listings.get(heard.params[1].upper()):
-        listings.pop(0)
+    talk.answers.end_listing(heard.params[1].upper())
     tell_rest(talk, heard)
 
 
@@ -16217,8 +16259,6 @@ class ForScreens:
         self.typed_at: dict[int, tuple[float, str]] = {}  # when the user's typing was told, and how
         self.known_people: dict[str, Person] = {}  # what is known beside their ranks, by key
         self.quiet_who: set[str] = set()  # keys of channels with a WHO of a screen
-        self.asked_numerics: set[str] = set()  # shown only because the user asked for them
-        self.listings: dict[str, list[Listing]] = {}  # answers to LIST and WHO, still coming
         # The last lines of the protocol: time (ms), True if sent, and the line
         self.traffic: collections.deque[tuple[int, bool, str]]
         self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
@@ -16527,7 +16567,6 @@ class ClientCore(ForScreens):
     told_trouble = ""  # the last reported trouble of the store
     doubted = ""  # text that is sent if the user enters it again
     replying = ""  # the id of the message that the typed text answers
-    wants_motd = False  # on the user's request
     views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
     # Of a screen: is a text for `current` begun?
@@ -16760,24 +16799,6 @@ class ClientCore(ForScreens):
         name = self.wanted_name
         return clean_name(name) if self.server.ours else NOT_IN_A_NICK.sub("_", name) or "_"
 
-    def wants(self, verb: str, *params: str) -> None:
-        """Note that the user sends a command of IRC, so that its answer is shown."""
-        self.asked_numerics.update(ANSWERS.get(verb, ()))
-        self.wants_motd = self.wants_motd or verb == "MOTD"
-        if verb in LISTS:
-            self.listings.setdefault(verb, []).append(Listing())
-        if verb == "NAMES" and params:
-            self.online().shown_names.update(map(self.fold, params[0].split(",")))
-
-    def show_listing(self, verb: str) -> None:
-        """Show the collected answer to a LIST or WHO of the user as a page."""
-        for listing in self.listings.get(verb, [])[:1]:
-            self.listings[verb].remove(listing)
-            more = listing.count - len(listing.rows)
-            rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
-            page = ViewEvent(PAGE, "\n".join(rows), LISTS[verb])
-            self.show(page if rows else ViewEvent(NOTE, f"{LISTS[verb]}: nothing found"))
-
     def online(self) -> Any:
         """Return the present talk. Raises Refused without a connection, and where the server knows
         no commands."""
@@ -16852,8 +16873,6 @@ class ClientCore(ForScreens):
         for room in self.rooms.values():  # a bouncer plays them again
             self.note_repeatable(room, room.views)
         self.output.clear()
-        self.asked_numerics.clear()
-        self.listings.clear()
         self.refusal, self.cause, self.redial, self.talk = "", TEMPORARY, False, None
         self.acknowledged = self.dismissed = False
         self.listening = not self.kind
@@ -17724,8 +17743,8 @@ def do_ctcp(core: ClientCore, name: str, request: str) -> None:
 def do_names(core: ClientCore, name: str = "") -> None:
     """/names [#CHANNEL] -- list the members"""
     where = name or asked_channel(core)
-    core.talk.shown_names.add(core.fold(where))
     core.talk.command("NAMES", where)
+    core.talk.answers.expect("NAMES", where)
 
 
 @client_command("topic", most=1)
@@ -17866,7 +17885,7 @@ def do_mode(core: ClientCore, words: str = "") -> None:
     else:
         where, _, rest = words.partition(" ")  # a user
     core.talk.command("MODE", where, *rest.split())
-    core.wants("MODE")
+    core.talk.answers.expect("MODE")
 
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
@@ -17901,7 +17920,7 @@ def command_that_is_sent(
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
-        core.wants(verb.upper())
+        core.talk.answers.expect(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
     client_command(verb, least, least or 1, exact=secret)(pass_on)
@@ -17924,7 +17943,7 @@ def do_whois(core: ClientCore, *words: str) -> None:
 def do_who(core: ClientCore, mask: str = "") -> None:
     """/who [#CHANNEL|MASK] -- list users with their addresses"""
     core.talk.command("WHO", mask or asked_channel(core))
-    core.wants("WHO")
+    core.talk.answers.expect("WHO")
 
 
 @client_command("register", most=2, exact=True)
@@ -18182,7 +18201,7 @@ def do_raw(core: ClientCore, line: str = "") -> None:
         return core.show(ViewEvent(PAGE, "\n".join(rows), "lines of the protocol"))
     verb, *params = line.split()
     core.online().raw(line)
-    core.wants(verb.upper(), *params)
+    core.talk.answers.expect(verb.upper(), *params)
 
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
