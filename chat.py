@@ -15465,23 +15465,23 @@ def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
         talk.acks.confirm(tags.get(OWN_ID, ""))
     where = talk.server.without_status(heard.params[0])
     room = core.find(where if mine or talk.server.is_channel(where) else heard.name)
-    if room is None or core.is_ignored(heard):
+    if room is None or core.ignored.covers(heard.source):
         return
     if TYPES in tags and mine:
         talk.acks.tags_arrived(room.name)
     elif TYPES in tags:
-        core.types(room, heard.name, tags[TYPES])
+        core.typing.note(room, heard.name, tags[TYPES])
     for tag, on in ((REACT, True), (UNREACT, False)):
         emoji = visible(tags.get(tag, ""))[:REACTION_CHARACTERS]
         if emoji.strip() and REPLY in tags:
-            core.reacted(room, tags[REPLY], emoji, heard.name, on)
+            core.reactions.note(room, tags[REPLY], emoji, heard.name, on)
 
 
 @from_server("TOKEN", least=3)
 def token_told(talk: IrcTalk, heard: ServerLine) -> None:
     """TOKEN GENERATE <service> :<token> (draft/authtoken)"""
     if heard.params[0] == "GENERATE":
-        talk.core.took_token(heard.params[-1])
+        talk.core.transfers.take_token(heard.params[-1])
 
 
 @from_server("MARKREAD", least=2)
@@ -15559,7 +15559,7 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
     elif verb == "CHATHISTORY":
         talk.history.refused(code, label, about)
     elif verb == "TOKEN":
-        talk.core.took_token("")
+        talk.core.transfers.take_token("")
     elif verb == "REGISTER":
         talk.core.me.proposed = None
         if talk.core.me.generated:
@@ -15591,7 +15591,7 @@ def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     verb, _, rest = heard.params[1].strip("\x01").partition(" ")
     verb = verb.upper()
-    if core.is_me(heard.name) or core.is_ignored(heard):
+    if core.is_me(heard.name) or core.ignored.covers(heard.source):
         return
     if heard.verb == "NOTICE":
         if verb == "PING" and (sent := positive_number(rest)) and sent <= core.ticks():
@@ -15735,7 +15735,7 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
     """Remove a user, or this client, from one conversation."""
     core = talk.core
     room.people.pop(name, None)
-    why = "" if core.is_ignored(heard) else why
+    why = "" if core.ignored.covers(heard.source) else why
     if core.is_me(name):
         room.inside = room.wanted = False
         commands = talk.acks.commands.items()
@@ -15770,13 +15770,13 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         if heard.name in room.people:
             user_went(talk, room, heard, heard.name, *heard.params[:1])
     if (room := core.find(heard.name)) and not room.is_channel:
-        told = heard.params and heard.params[0] and not core.is_ignored(heard)
+        told = heard.params and heard.params[0] and not core.ignored.covers(heard.source)
         why = f": {heard.params[0]}" if told else ""
         core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} has left{why}", where=room.name))
         room.gone = True  # as MONITOR tells, too
         # Another user may take that name
         core.park_all(room, f"{heard.name} has left", unsent=True)
-    core.forget_person(heard.name)
+    core.people.forget(heard.name)
     talk.name_is_free(heard.name)
 
 
@@ -15816,7 +15816,7 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
             core.happened(
                 room, ViewEvent(SERVER_TEXT, f"{old} is now called {new}", where=room.name)
             )
-    core.forget_person(old, new)
+    core.people.forget(old, new)
     core.is_back(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
@@ -15865,7 +15865,7 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     missing = [""] * 3
-    if heard.verb == "301" and talk.core.is_ignored(heard._replace(source=heard.params[1])):
+    if heard.verb == "301" and talk.core.ignored.covers(heard.params[1]):
         return
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
     room = talk.core.find(heard.params[1])
@@ -15895,9 +15895,9 @@ def who_told(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     _, where, user, host, _, name, flags, last = heard.params[:8]
     bot = talk.server.tokens.get("BOT", "") or " "
-    core.note_person(name, away=flags[:1] == "G", bot=bot in flags[1:])
+    core.people.note(name, away=flags[:1] == "G", bot=bot in flags[1:])
     listing = talk.answers.listing("WHO")
-    if core.fold(where) in core.quiet_who or listing is None:  # ZNC sends WHO, too
+    if core.fold(where) in core.people.asked or listing is None:  # ZNC sends WHO, too
         return
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
@@ -15908,8 +15908,8 @@ def who_told(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("315")
 def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
     core, where = talk.core, heard.params[1] if len(heard.params) > 1 else ""
-    if core.fold(where) in core.quiet_who:
-        core.quiet_who.discard(core.fold(where))
+    if core.fold(where) in core.people.asked:
+        core.people.asked.discard(core.fold(where))
         core.show(ViewEvent(PEOPLE, where=where))
     else:
         talk.answers.show_listing("WHO")
@@ -15918,18 +15918,18 @@ def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("AWAY")
 def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
-    talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
+    talk.core.people.note(heard.name, away=bool(heard.params and heard.params[0]))
     talk.core.show(ViewEvent(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
         state = "is away" if heard.params and heard.params[0] else "is back"
-        if state == "is away" and not talk.core.is_ignored(heard):
+        if state == "is away" and not talk.core.ignored.covers(heard.source):
             state = f"is away: {heard.params[0]}"
         talk.core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} {state}", where=room.name))
 
 
 @from_server("ACCOUNT", least=1)
 def account_changed(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.note_person(heard.name, account=heard.params[0].replace("*", ""))
+    talk.core.people.note(heard.name, account=heard.params[0].replace("*", ""))
 
 
 @from_server("305", "306", least=2)
@@ -15974,7 +15974,7 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("INVITE", least=2)
 def invited(talk: IrcTalk, heard: ServerLine) -> None:
     where = heard.params[1]
-    if talk.core.is_ignored(heard):
+    if talk.core.ignored.covers(heard.source):
         return
     text = f"{heard.name} invites you to {where}; /join {where}"
     talk.core.show(ViewEvent(SERVER_TEXT, text, called=True))
@@ -16227,6 +16227,71 @@ def message_pieces(text: str) -> Iterator[str]:
         yield "\n".join(piece for piece, _ in group)
 
 
+class Typing:
+    """The users who are typing: the others learn it of this user, and the client of them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.told: dict[int, tuple[float, str]] = {}  # by room: when the others were told, and what
+
+    def tell(self, room: Room, state: str) -> None:
+        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
+        is for a break, "done" for a text that is not sent after all."""
+        core, now = self.core, self.core.ticks()
+        since, told = self.told.get(room.id, (-math.inf, "done"))
+        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
+        if not due or (told == "done" and state == "paused") or not self._may_tell(room):
+            return
+        self.told[room.id] = now, state
+        label = f";label={QUIET}" * core.server.labels
+        core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
+
+    def _may_tell(self, room: Room) -> bool:
+        """Return whether the user wants that, the server takes it, and nothing has to go first."""
+        core, outbox = self.core, self.core.outbox
+        return (
+            core.can("typing")
+            and core.setting("typing") == "on"
+            and core.server.tells_own_tags  # else an error may be that of a message
+            and (room.inside or not room.is_channel)
+            and outbox.waiting.keys() <= outbox.parked.keys()
+            and core.talk.budget.tokens > TYPING_SPARE
+        )
+
+    def note(self, room: Room, name: str, state: str) -> None:
+        """Note that another user is typing, or has paused or stopped."""
+        room.typing.pop(name, None)
+        if state in TYPING_LASTS and len(room.typing) < TYPING_MOST:
+            room.typing[name] = self.core.ticks() + TYPING_LASTS[state]
+        self.core.show(ViewEvent(TYPING, state, name, room.name))
+
+    def end_overdue(self) -> None:
+        """Forget the users who have not continued to type."""
+        for room in self.core.rooms.values():
+            for name in [name for name, end in room.typing.items() if end < self.core.ticks()]:
+                self.note(room, name, "done")
+
+
+class IgnoreList(set[str]):
+    """The masks of the users who are ignored; `fold` is the server's rule for names."""
+
+    def __init__(self, masks: Iterable[str], fold: Callable[[str], str]):
+        super().__init__(masks)
+        self.fold = fold
+
+    def covers(self, source: str) -> bool:
+        """Return whether the user ignores a source, by nick or by mask."""
+        return any(self._matches(mask, source) for mask in self)
+
+    def _matches(self, mask: str, source: str) -> bool:
+        name, of_host = source.partition("!")[0], bool(set(mask) & HOST_CHARACTERS)
+        if not (of_host or set(mask) & set("!@*?")):
+            return self.fold(mask) == self.fold(name)
+        alone = f"*!*@{mask}" if of_host else f"{mask}!*@*"
+        full = mask if "!" in mask else f"*!{mask}" if "@" in mask else alone
+        return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
+
+
 class Person(NamedTuple):
     """A member of a channel."""
 
@@ -16235,6 +16300,165 @@ class Person(NamedTuple):
     away: bool = False
     account: str = ""
     bot: bool = False
+
+
+class People(dict[str, Person]):
+    """The facts that the server has told about users, beside their ranks, by key. A user without
+    such facts is not in it."""
+
+    def __init__(self, core: "ClientCore"):
+        super().__init__()
+        self.core = core
+        self.asked: set[str] = set()  # keys of channels with a WHO that is not answered yet
+
+    def of(self, room: Room) -> list[Person]:
+        """Return the members of a channel; the last speaker is last."""
+        fold = self.core.fold
+        people = ((self.get(fold(name), Person(name)), name) for name in room.people)
+        return [one._replace(name=name, rank=room.people[name]) for one, name in people]
+
+    def ask(self, room: Room) -> None:
+        """Ask once in a connection which members of a channel are away."""
+        asks = self.core.ready and room.inside and not room.asked_people
+        if asks and len(room.people) <= PEOPLE_ASKED:
+            room.asked_people = True
+            self.asked.add(self.core.fold(room.name))
+            self.core.talk.send("WHO", room.name)
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Note facts about a user: away, account, bot."""
+        key = self.core.fold(name)
+        person = self.get(key, Person(name))._replace(**facts)
+        if person == Person(person.name):
+            self.pop(key, None)
+        elif may_hold(self, key, PEOPLE_LISTED):
+            self[key] = person
+
+    def forget(self, name: str, new: str = "") -> None:
+        """Forget the facts about a user who left, or move them to the new nick."""
+        person = self.pop(self.core.fold(name), None)
+        if person and new:
+            self[self.core.fold(new)] = person
+
+
+class TransferList(list[Transfer]):
+    """The uploads and downloads of a client, and the token with which the server takes uploads
+    (draft/authtoken). The section TRANSFERS moves the bytes."""
+
+    start: Callable[[Transfer], None] | None = None  # both are set there
+    end: Callable[[Transfer], None] | None = None
+
+    def __init__(self, core: "ClientCore"):
+        super().__init__(core.store.transfers() if core.store else ())
+        self.core = core
+        self.upload_token, self.token_time = "", -math.inf  # when it was used last
+        self.wait_for_token: list[Callable[[str], None]] = []
+
+    @property
+    def url(self) -> str:
+        """The URL for uploads. Raises Refused if the server announces none."""
+        tokens, names = self.core.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
+        urls = [word for name in names for word in tokens.get(name, "").split()]
+        if not urls:
+            raise Refused("NO_FILEHOST", "this server takes no files")
+        return urls[0]
+
+    def with_token(self, then: Callable[[str], None]) -> None:
+        """Call then(token) with a token for uploads; "" if this server gives none."""
+        now = self.core.ticks()
+        if "draft/AUTHTOKEN" not in self.core.server.tokens:
+            return then("")
+        if self.upload_token and now - self.token_time < TOKEN_SECONDS / 2:
+            self.token_time = now
+            return then(self.upload_token)
+        self.wait_for_token.append(then)
+        return self.core.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
+
+    def take_token(self, token: str) -> None:
+        """Give a token of the server to the uploads that wait for one; "" if there will be none."""
+        self.upload_token, self.token_time = token, self.core.ticks()
+        waiting, self.wait_for_token = self.wait_for_token, []
+        for then in waiting:
+            then(token)
+
+    def keep(self, transfer: Transfer) -> None:
+        """Store and show a transfer: a new one, or its new state."""
+        if transfer not in self:
+            self.append(transfer)
+        if self.core.store:
+            self.core.store.keep_transfer(transfer)
+        self._show(transfer)
+
+    def forget(self, transfer: Transfer) -> None:
+        if transfer in self:
+            self.remove(transfer)
+        if self.core.store:
+            self.core.store.forget_transfer(transfer)
+        self._show(transfer)
+
+    def drop(self, transfer: Transfer) -> None:
+        """Stop the transfer of a file, and forget it."""
+        self.forget(transfer)
+        if self.end:
+            self.end(transfer)
+
+    def _show(self, transfer: Transfer) -> None:
+        self.core.show(ViewEvent(TRANSFER, where=transfer.room, own_id=transfer.id))
+
+    def post(self, upload: Transfer) -> None:
+        """Send the link of an uploaded file to its conversation."""
+        import mimetypes
+
+        kind = mimetypes.guess_type(upload.name)[0]
+        about = ", ".join(optional(kind or "", size_text(upload.size)))
+        text = f"{upload.name} ({about}): {upload.url}"
+        try:
+            self.core.send(upload.room, text)
+        except Refused as error:  # a service takes no files, or the room was left
+            self.core.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=upload.room))
+
+    def save(self, room: Room, view: ViewEvent, path: str) -> None:
+        """Begin to save the file that a message links to. Raises Refused."""
+        file = parse_file_tag(view.file)
+        ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
+        name = linked_name(view) or f"{file.path[-8:]}.{ending}"
+        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
+        self.start(Transfer(secrets.token_hex(8), False, room.name, path, **known))
+
+
+class Reactions:
+    """Reactions to messages (+draft/react). The client store keeps them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+
+    def of(self, id: str) -> dict[str, list[str]]:
+        """Return the reactions to a message: lists of nicks, by emoji."""
+        nicks: dict[str, list[str]] = {}
+        for emoji, name in self.core.store.reactions(id) if self.core.store and id else ():
+            nicks.setdefault(emoji, []).append(name)
+        return nicks
+
+    def send(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
+        """React to a message, or remove the reaction. Raises Refused."""
+        core = self.core
+        core.need("react")
+        if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
+            limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
+            raise Refused("BAD_REACTION", limit)
+        tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
+        label = ";label=reaction" * core.server.labels
+        core.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
+        if "echo-message" not in core.server.enabled:  # else the echo shows it
+            self.note(room, id, emoji, core.name, on)
+
+    def note(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
+        """Store and show the reaction of a user, or the end of it."""
+        before = name in self.of(id).get(emoji, ())
+        if self.core.store and before != on:
+            self.core.store.react(id, emoji, name, on)
+            view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
+            self.core.show(view._replace(mine=self.core.is_me(name)))
 
 
 class ForScreens:
@@ -16249,16 +16473,8 @@ class ForScreens:
     find: Callable[[str], Room | None]
     show: Callable[..., None]
     name = ""
-    start_transfer: Callable[[Transfer], None] | None = None  # both set by Transfers
-    end_transfer: Callable[[Transfer], None] | None = None
 
     def __init__(self) -> None:
-        self.transfers: list[Transfer] = []  # uploads and downloads
-        self.upload_token, self.token_at = "", -math.inf
-        self.wait_for_token: list[Callable[[str], None]] = []
-        self.typed_at: dict[int, tuple[float, str]] = {}  # when the user's typing was told, and how
-        self.known_people: dict[str, Person] = {}  # what is known beside their ranks, by key
-        self.quiet_who: set[str] = set()  # keys of channels with a WHO of a screen
         # The last lines of the protocol: time (ms), True if sent, and the line
         self.traffic: collections.deque[tuple[int, bool, str]]
         self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
@@ -16297,72 +16513,6 @@ class ForScreens:
             return []
         return [one for one in self.server.tokens.get("chat.py/NODES", "").split(",") if one]
 
-    @property
-    def file_host(self) -> str:
-        """The URL for uploads. Raises Refused if the server announces none."""
-        tokens, names = self.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
-        urls = [word for name in names for word in tokens.get(name, "").split()]
-        if not urls:
-            raise Refused("NO_FILEHOST", "this server takes no files")
-        return urls[0]
-
-    def with_token(self, then: Callable[[str], None]) -> None:
-        """Call then(token) with a token for uploads; "" if this server gives none."""
-        if "draft/AUTHTOKEN" not in self.server.tokens:
-            return then("")
-        if self.upload_token and self.ticks() - self.token_at < TOKEN_SECONDS / 2:
-            self.token_at = self.ticks()
-            return then(self.upload_token)
-        self.wait_for_token.append(then)
-        return self.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
-
-    def took_token(self, token: str) -> None:
-        """Give a token of the server to the uploads that wait for one; "" if there will be none."""
-        self.upload_token, self.token_at = token, self.ticks()
-        waiting, self.wait_for_token = self.wait_for_token, []
-        for then in waiting:
-            then(token)
-
-    def keep_transfer(self, one: Transfer) -> None:
-        if one not in self.transfers:
-            self.transfers.append(one)
-        if self.store:
-            self.store.keep_transfer(one)
-        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
-
-    def forget_transfer(self, one: Transfer) -> None:
-        if one in self.transfers:
-            self.transfers.remove(one)
-        if self.store:
-            self.store.forget_transfer(one)
-        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
-
-    def drop_transfer(self, one: Transfer) -> None:
-        """Stop the transfer of a file, and forget it."""
-        self.forget_transfer(one)
-        if self.end_transfer:
-            self.end_transfer(one)
-
-    def post_file(self, one: Transfer) -> None:
-        """Send the link of an uploaded file to its conversation."""
-        import mimetypes
-
-        kind = mimetypes.guess_type(one.name)[0]
-        about = ", ".join(optional(kind or "", size_text(one.size)))
-        text = f"{one.name} ({about}): {one.url}"
-        try:
-            self.send(one.room, text)
-        except Refused as error:  # a service takes no files, or the room was left
-            self.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=one.room))
-
-    def save_file(self, room: Room, view: ViewEvent, path: str) -> None:
-        """Begin to save the file that a message links to. Raises Refused."""
-        file = parse_file_tag(view.file)
-        ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
-        name = linked_name(view) or f"{file.path[-8:]}.{ending}"
-        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
-        self.start_transfer(Transfer(secrets.token_hex(8), False, room.name, path, **known))
-
     # Changes of messages: replies, reactions, redactions
 
     def can(self, what: str) -> bool:
@@ -16382,73 +16532,14 @@ class ForScreens:
         self.need("redact")
         self.talk.command("REDACT", room.name, id)
 
-    def react(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
-        """React to a message, or remove the reaction. Raises Refused."""
-        self.need("react")
-        if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
-            limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
-            raise Refused("BAD_REACTION", limit)
-        tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
-        label = ";label=reaction" * self.server.labels
-        self.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
-        if "echo-message" not in self.server.enabled:  # else the echo shows it
-            self.reacted(room, id, emoji, self.name, on)
-
-    def reacted(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
-        """Store and show the reaction of a user, or the end of it."""
-        known = name in self.reactions_of(id).get(emoji, ())
-        if self.store and known != on:
-            self.store.react(id, emoji, name, on)
-            view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
-            self.show(view._replace(mine=self.is_me(name)))
-
     def answered_words(self, view: ViewEvent) -> str:
         """Return the author and the text of the message that a view answers; "" for no answer."""
         room = self.find(view.where)
         if not view.reply or room is None:
             return ""
-        known = next((one for one in reversed(room.views) if one.id == view.reply), None)
-        known = known or self.kept(view.reply)
-        return f"{known.name}: {known.text}" if known else "an earlier message"
-
-    def reactions_of(self, id: str) -> dict[str, list[str]]:
-        """Return the reactions to a message: lists of nicks, by emoji."""
-        found: dict[str, list[str]] = {}
-        for emoji, name in self.store.reactions(id) if self.store and id else ():
-            found.setdefault(emoji, []).append(name)
-        return found
-
-    # Typing
-
-    def typing(self, room: Room, state: str) -> None:
-        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
-        is for a break, "done" for a text that is not sent after all."""
-        now = self.ticks()
-        ready = self.can("typing") and self.setting("typing") == "on"
-        ready = ready and self.server.tells_own_tags  # else an error may be that of a message
-        idle = self.outbox.waiting.keys() <= self.outbox.parked.keys()
-        ready = ready and (room.inside or not room.is_channel) and idle
-        ready = ready and self.talk.budget.tokens > TYPING_SPARE
-        since, told = self.typed_at.get(room.id, (-math.inf, "done"))
-        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
-        if ready and due and not (told == "done" and state == "paused"):
-            self.typed_at[room.id] = now, state
-            label = f";label={QUIET}" * self.server.labels
-            self.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
-
-    def types(self, room: Room, name: str, state: str) -> None:
-        """Note that another user is typing, or has paused or stopped."""
-        room.typing.pop(name, None)
-        if state in ("active", "paused") and len(room.typing) < TYPING_MOST:
-            seconds = TYPING_LASTS[state]
-            room.typing[name] = self.ticks() + seconds
-        self.show(ViewEvent(TYPING, state, name, room.name))
-
-    def end_typing(self) -> None:
-        """Forget the users who have not continued to type."""
-        for room in self.rooms.values():
-            for name in [one for one, until in room.typing.items() if until < self.ticks()]:
-                self.types(room, name, "done")
+        shown = (other for other in reversed(room.views) if other.id == view.reply)
+        answered = next(shown, None) or self.kept(view.reply)
+        return f"{answered.name}: {answered.text}" if answered else "an earlier message"
 
     # Read markers
 
@@ -16494,37 +16585,6 @@ class ForScreens:
         for one in rooms:
             self.keep_room(one)
         self.changed(room)
-
-    # Members
-
-    def people(self, room: Room) -> list[Person]:
-        """Return the members of a channel; the last speaker is last."""
-        known = ((self.known_people.get(self.fold(name)), name) for name in room.people)
-        people = (one._replace(name=name) if one else Person(name) for one, name in known)
-        return [one._replace(rank=room.people[one.name]) for one in people]
-
-    def ask_people(self, room: Room) -> None:
-        """Ask once in a connection which members of a channel are away."""
-        asks = self.ready and room.inside and not room.asked_people
-        if asks and len(room.people) <= PEOPLE_ASKED:
-            room.asked_people = True
-            self.quiet_who.add(self.fold(room.name))
-            self.talk.send("WHO", room.name)
-
-    def note_person(self, name: str, **about: Any) -> None:
-        """Note facts about a user that the server tells: away, account, bot."""
-        key = self.fold(name)
-        one = self.known_people.get(key, Person(name))._replace(**about)
-        if one == Person(one.name):
-            self.known_people.pop(key, None)
-        elif may_hold(self.known_people, key, PEOPLE_LISTED):
-            self.known_people[key] = one
-
-    def forget_person(self, name: str, new: str = "") -> None:
-        """Forget the facts about a user who left, or move them to the new nick."""
-        one = self.known_people.pop(self.fold(name), None)
-        if one and new:
-            self.known_people[self.fold(new)] = one
 
     # Stored messages
 
@@ -16629,7 +16689,9 @@ class ClientCore(ForScreens):
         self.talk: IrcTalk | PlainTalk | None = None  # while connected, once the protocol is known
         self.away, self.former_names = "", {}  # keys of this client's earlier nicks
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
-        self.ignored: set[str] = store.ignored() if store else set()  # masks
+        self.ignored = IgnoreList(store.ignored() if store else (), self.fold)
+        self.people, self.typing, self.reactions = People(self), Typing(self), Reactions(self)
+        self.transfers = TransferList(self)
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
         self.seen: dict[str, None] = {}  # ids of known messages
         self.removed: dict[str, None] = {}  # ids of redacted messages
@@ -16662,7 +16724,6 @@ class ClientCore(ForScreens):
             room = self.rooms.setdefault(self.fold(room.name), room)
             if not room.views:
                 self._load_room(room)
-        self.transfers = self.store.transfers()
         if newest := self.store.newest():
             self.newest, self.newest_id = newest.time or 0, newest.id
 
@@ -16764,7 +16825,9 @@ class ClientCore(ForScreens):
             version = self.store.version()
             if version != self.version:
                 ignored, settings = self.store.ignored(), self.store.settings()
-                self.ignored, self.version = ignored, version
+                self.version = version
+                self.ignored.clear()
+                self.ignored.update(ignored)
                 self.settings.clear()
                 self.settings.update(settings)
 
@@ -16775,10 +16838,6 @@ class ClientCore(ForScreens):
             text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
             self.show(ViewEvent(NOTE, text))
         self.told_trouble = trouble or self.told_trouble
-
-    def keep_ignored(self) -> None:
-        if self.store:
-            self.store.keep_ignored(self.ignored)
 
     def setting(self, name: str) -> str:
         return self.settings.get(name, SETTINGS[name].usual)
@@ -16848,18 +16907,6 @@ class ClientCore(ForScreens):
         for room in self.rooms.values():
             room.is_channel = room.is_channel or self.server.is_channel(room.name)
 
-    def is_ignored(self, heard: ServerLine) -> bool:
-        """Return whether the user ignores the source of a line, by nick or by mask."""
-        return any(self.ignores(mask, heard.source) for mask in self.ignored)
-
-    def ignores(self, mask: str, source: str) -> bool:
-        name, of_host = source.partition("!")[0], bool(set(mask) & HOST_CHARACTERS)
-        if not (of_host or set(mask) & set("!@*?")):
-            return self.fold(mask) == self.fold(name)
-        alone = f"*!*@{mask}" if of_host else f"{mask}!*@*"
-        full = mask if "!" in mask else f"*!{mask}" if "@" in mask else alone
-        return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
-
     def is_called(self, text: str) -> bool:
         """Return whether a text contains the user's nick or a word of the setting highlight."""
         words = [self.name, *self.setting("highlight").split()]
@@ -16898,8 +16945,8 @@ class ClientCore(ForScreens):
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
             self.changed(room)
-        self.quiet_who.clear()
-        self.took_token("")
+        self.people.asked.clear()
+        self.transfers.take_token("")
         return self.take_views()
 
     def silence(self) -> list[ViewEvent]:
@@ -16999,7 +17046,7 @@ class ClientCore(ForScreens):
         if here and not here.views.reading:
             self.mark_read(here)
         self.tell_read()
-        self.end_typing()
+        self.typing.end_overdue()
         self.refresh()
         if self.store:
             self.store.index()
@@ -17117,7 +17164,7 @@ class ClientCore(ForScreens):
         accepted = [one for one in added if one.id in self.outbox.waiting]
         for one, piece in zip(accepted, pieces, strict=False):
             room = self._show_own(one, piece)
-            self.typed_at.pop(room.id, None)  # a message implies that typing is done
+            self.typing.told.pop(room.id, None)  # a message implies that typing is done
             outside = room.is_channel and self.ready and not room.inside
             if outside and (not room.wanted or self.fold(room.name) in self.talk.joins.refused):
                 self.park(one.id, f"you are not in {room.name}")
@@ -17307,7 +17354,7 @@ class ClientCore(ForScreens):
 
     def said(self, view: ViewEvent, heard: ServerLine | None = None) -> None:
         """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
-        if heard is not None and not view.mine and self.is_ignored(heard):
+        if heard is not None and not view.mine and self.ignored.covers(heard.source):
             return
         self.is_back(view.name)
         if view.own_id:
@@ -17456,8 +17503,7 @@ class ClientCore(ForScreens):
             return True
         if view.mine:
             return self.is_service(view.where, view.text)
-        source = f"{view.name}!{view.address}"
-        return any(self.ignores(mask, source) for mask in self.ignored)
+        return self.ignored.covers(f"{view.name}!{view.address}")
 
     def remove(self, id: str) -> None:
         """Remove a redacted message, also one that is still to come."""
@@ -17807,12 +17853,17 @@ def do_away(core: ClientCore, reason: str = "") -> None:
 client_command("back", doc="/back -- say that you are here again")(do_away)
 
 
+def keep_ignored(core: ClientCore) -> None:
+    if core.store:
+        core.store.keep_ignored(core.ignored)
+
+
 @client_command("ignore", most=1, nameless=True)
 def do_ignore(core: ClientCore, mask: str = "") -> None:
     """/ignore [NAME|MASK] -- do not show what a user says; who is ignored"""
     if mask:
         core.ignored.add(mask)
-        core.keep_ignored()
+        keep_ignored(core)
     text = ", ".join(sorted(core.ignored)) or "no user"
     core.show(ViewEvent(NOTE, f"ignored: {text}"))
 
@@ -17824,7 +17875,7 @@ def do_unignore(core: ClientCore, mask: str) -> None:
     if core.fold(mask) not in known:
         raise Refused("NOT_IGNORED", f"{mask} is not ignored; /ignore lists the ignored users")
     core.ignored.discard(known[core.fold(mask)])
-    core.keep_ignored()
+    keep_ignored(core)
     do_ignore(core)
 
 
@@ -18117,7 +18168,7 @@ def do_react(core: ClientCore, *words: str, on: bool = True) -> None:
     """/react [-N] EMOJI -- react to the last message of another user, or the Nth from the end"""
     core.need("react")
     room, view, emoji = numbered_view(core, words, mine=False)
-    core.react(room, view.id, emoji, on)
+    core.reactions.send(room, view.id, emoji, on)
 
 
 client_command("unreact", 1, 2, doc="/unreact [-N] EMOJI -- take that back")(
@@ -18154,9 +18205,9 @@ client_command(
 def do_send(core: ClientCore, path: str) -> None:
     """/send FILE -- upload a file, and post its link here when it is there"""
     room = asked_room(core)
-    if core.start_transfer is None:
+    if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen send files")
-    core.start_transfer(Transfer(secrets.token_hex(8), True, room.name, path))
+    core.transfers.start(Transfer(secrets.token_hex(8), True, room.name, path))
 
 
 @client_command("save", most=2, nameless=True)
@@ -18167,10 +18218,10 @@ def do_save(core: ClientCore, *words: str) -> None:
     told = [(one, parse_file_tag(one.file)) for one in room.views if one.file]
     if len(told) < number or told[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
-    if core.start_transfer is None:
+    if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen save files")
     path = " ".join(words[bool(numbered) :])
-    core.save_file(room, told[-number][0], path)
+    core.transfers.save(room, told[-number][0], path)
 
 
 @client_command("transfers", most=2, nameless=True)
@@ -18179,7 +18230,7 @@ def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
     number = whole_number(which) or 0
     if what == "cancel" and 0 < number <= len(core.transfers):
         one = core.transfers[number - 1]
-        core.drop_transfer(one)
+        core.transfers.drop(one)
         return core.show(ViewEvent(NOTE, f"{one.name or one.path} is dropped"))
     if what:
         raise Refused("NO_TRANSFER", "usage: /transfers cancel 1")
@@ -21896,7 +21947,7 @@ class Link:
         """Tell the others in a conversation that the user types a message, or stopped."""
         if room is not None:
             tells = text.strip() and not text.startswith("/")
-            self.core.typing(room, "active" if tells else "done")
+            self.core.typing.tell(room, "active" if tells else "done")
             self.poke()
 
     def poke(self) -> None:
@@ -22639,7 +22690,7 @@ class Download:
             one.etag = ""  # so that the next attempt begins at the beginning
             return self.transfers.calls[one.id].drop("the server sends another part of the file")
         one.size, one.etag = size, etag
-        self.transfers.core.keep_transfer(one)
+        self.transfers.core.transfers.keep(one)
 
     def take(self, data: bytes) -> None:
         """Take a piece of the file."""
@@ -22695,7 +22746,7 @@ class Transfers:
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
         self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
-        self.core.start_transfer, self.core.end_transfer = self.start, self.end
+        self.core.transfers.start, self.core.transfers.end = self.start, self.end
         link.transfers = self
         self.watch()
 
@@ -22712,7 +22763,7 @@ class Transfers:
             raise Refused("NO_FILE", reason) from None
         except (RuntimeError, ValueError):  # ~ and a name that no user has; half a character
             raise Refused("NO_FILE", f"cannot {verb} {visible(one.path)}: no such path") from None
-        self.core.keep_transfer(one)
+        self.core.transfers.keep(one)
         self.wake()
 
     def _find_file(self, one: Transfer, path: pathlib.Path) -> None:
@@ -22755,7 +22806,7 @@ class Transfers:
                 free -= 1
                 self.calls[one.id] = None
                 one.state, one.why = "running", ""
-                self.core.with_token(functools.partial(self._run, one))
+                self.core.transfers.with_token(functools.partial(self._run, one))
 
     def _run(self, one: Transfer, token: str) -> None:
         """Go on with a transfer; `token` is for uploads, or ""."""
@@ -22846,7 +22897,7 @@ class Transfers:
         name = base64.b64encode(one.name.encode()).decode()
         known = {"Upload_Length": one.size, "Upload_Metadata": f"filename {name}"}
         headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0, **known)
-        url = parse_url(self.core.file_host, self.base)
+        url = parse_url(self.core.transfers.url, self.base)
 
         def created(response: Response | None, text: str) -> None:
             if is_temporary(response):
@@ -22854,7 +22905,7 @@ class Transfers:
             if response.status != 201:
                 return self.refused(one, response, text)
             one.url = response.header("location")
-            self.core.keep_transfer(one)
+            self.core.transfers.keep(one)
             return self._send_from(one, token, 0) if one.size else self._sent(one)
 
         self._call(one, CallRequest("POST", url, headers, created))
@@ -22915,7 +22966,7 @@ class Transfers:
 
     def _sent(self, one: Transfer) -> None:
         """Post the link of a complete upload."""
-        self.core.post_file(one)
+        self.core.transfers.post(one)
         self._over(one)
 
     # Down
@@ -22970,7 +23021,7 @@ class Transfers:
 
     def _over(self, one: Transfer) -> None:
         self.calls.pop(one.id, None)
-        self.core.forget_transfer(one)
+        self.core.transfers.forget(one)
         self.link.poke()
         self.wake()
 
@@ -22986,7 +23037,7 @@ class Transfers:
 
     def refused(self, one: Transfer, response: Response, text: str) -> None:
         if response.status == 401 and one.failures < 2:  # the token has ended
-            self.core.upload_token = ""
+            self.core.transfers.upload_token = ""
             return self.broke(one, text.strip())
         return self.failed(one, reason_given(response, text))
 
@@ -22997,7 +23048,7 @@ class Transfers:
         if not one.up:
             with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
-        self.core.forget_transfer(one)
+        self.core.transfers.forget(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
         self.wake()
