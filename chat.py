@@ -3570,10 +3570,14 @@ class Hub:
         return self.accounts_of.get(one, one) == self.accounts_of.get(other, other)
 
     def link_guest(self, guest: str, account: str) -> None:
-        """Let an account read the conversations of a guest, who is the same person."""
+        """Let an account read the conversations of a guest, who is the same person. An account has
+        the newest of its guests only: one more comes with each log-in of a guest who has talked."""
         self.accounts_of[guest] = account
         guests = self.guests_of.setdefault(account, [])
         guests.append(guest)
+        for old in guests[:-GUESTS_LINKED]:
+            del self.accounts_of[old]
+            self.turn.record("identity_gone", old)
         del guests[:-GUESTS_LINKED]
 
     # What the store and this turn's log know together
@@ -5389,6 +5393,7 @@ STATEMENTS = {
     "file": ("files", 1, "REPLACE INTO files VALUES (?, ?)"),
     "file_gone": ("files", 1, "DELETE FROM files WHERE id = ?"),
     "identity": ("identities", 1, "INSERT OR IGNORE INTO identities VALUES (?, ?)"),
+    "identity_gone": ("identities", 1, "DELETE FROM identities WHERE guest = ?"),
     "identities_gone": ("identities of", 1, "DELETE FROM identities WHERE account = ?"),
     "marker": ("markers", 2, "REPLACE INTO markers VALUES (?, ?, ?, ?)"),
     "marker_gone": ("markers", 2, "DELETE FROM markers WHERE owner = ? AND target = ?"),
@@ -7016,7 +7021,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 4  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 5  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
