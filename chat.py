@@ -2659,14 +2659,15 @@ class LocalSession(Session):
         then: Callable[[Any], None] | None = None,
         otherwise: Callable[[Refused], None] | None = None,
     ) -> None:
-        """Do an act as this session; call then(its result), or otherwise(the refusal): refuse()."""
+        """Do an act as this session; call then(its result), or otherwise(the refusal): refuse().
+        then() is not called when the act has ended the session."""
         if self.site.cluster:
             return self.site.cluster.ask(self, name, values, then, otherwise)
         try:
             result = self.site.hub.perform(name, self.id, *values)
         except Refused as refusal:
             return (otherwise or self.refuse)(refusal)
-        if then:
+        if then and not self.over:  # a K-line, for example, ends the session that logs in
             then(result)
 
     def later(self, lane: str, job: Callable, then: Callable) -> None:
@@ -5124,8 +5125,7 @@ def identify(session: LocalSession, name: str, password: str, takes_name: bool) 
     """Log the session's user in to an account if the password is right. Raises Refused."""
     account, proof = yield from prove(session, name, password)
     yield do(session.act, "log_in", account, proof, takes_name)
-    if session.user:  # else a K-line of the account has ended the session
-        session.answer(f"you are logged in as {account}")
+    session.answer(f"you are logged in as {account}")
 
 
 def check_password(password: str, name: str) -> None:
@@ -8993,8 +8993,6 @@ def tell_logged_in(
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
 
     def succeeded(before: int) -> None:
-        if user and session.user is None:  # a K-line of the account ended the session
-            return
         told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
         session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
         then()
@@ -10972,8 +10970,7 @@ def line_unban(session: LineSession, whom: str) -> None:
 def logged_in_line(session: LineSession, account: str, proof: str) -> Steps:
     """Log the session in to the account that it registered, and tell that."""
     yield do(session.act, "log_in", account, proof, False)
-    if session.user:  # else a K-line of the account has ended the session
-        session.tell(f"{account} is yours; /login PASSWORD next time")
+    session.tell(f"{account} is yours; /login PASSWORD next time")
 
 
 @line_command("register", 1, 2, exact=True)
@@ -11003,9 +11000,9 @@ def line_login(session: LineSession, *words: str) -> Steps:
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
     before, name_before = session.user, session.user.name
     yield from identify(session, name, password, True)
-    if session.user and session.user.name != name_before:
+    if session.user.name != name_before:
         session.tell(f"you are {session.user.name}")
-    if session.user not in (before, None):
+    if session.user is not before:
         session.change_channel()
 
 
