@@ -395,7 +395,7 @@ TOKEN_SECONDS = 600  # until an unused upload token ends
 TOKENS_A_USER = 8  # for uploads
 FILES_SWEEP_SECONDS = 600.0
 SURE_SECONDS = 6 * 3600.0  # deletions go by the lowest offset of the wall clock in so long ...
-SURE_STEP_SECONDS = 60.0  # ... one for each step of this length: see SureTime
+SURE_STEP_SECONDS = 600.0  # ... one for each step of this length: see SureTime
 LOG_LINES = 1000  # that wait for standard error to be read ...
 LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
 CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
@@ -5373,6 +5373,12 @@ MIGRATIONS = (
         state TEXT NOT NULL         -- JSON, see StoredFile.state()
     ) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE offsets (          -- of the wall clock: see SureTime
+        step INTEGER PRIMARY KEY,
+        seconds REAL NOT NULL
+    );
+    """,
 )
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
@@ -5398,6 +5404,8 @@ STATEMENTS = {
     "marker": ("markers", 2, "REPLACE INTO markers VALUES (?, ?, ?, ?)"),
     "marker_gone": ("markers", 2, "DELETE FROM markers WHERE owner = ? AND target = ?"),
     "markers_gone": ("markers of", 1, "DELETE FROM markers WHERE owner = ?"),
+    "offset": ("offsets", 1, "REPLACE INTO offsets VALUES (?, ?)"),
+    "offset_gone": ("offsets", 1, "DELETE FROM offsets WHERE step = ?"),
     "start": ("starts", 1, "REPLACE INTO starts VALUES (?, ?, ?)"),
     "user": ("stays", 1, "REPLACE INTO stays VALUES (?, ?)"),
     "user_gone": ("stays", 1, "DELETE FROM stays WHERE stay = ?"),
@@ -5427,6 +5435,7 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
     "files": (str, str),
     "identities": (str, str),
     "markers": (str, str, int, int),
+    "offsets": (int, float),
     "starts": (int, int, str),
     "stays": (str, str),
 }
@@ -20228,20 +20237,29 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
 
 class SureTime:
     """The time that decides about deletions. A wall clock may be wrong for a while: this is the
-    earliest time by it within SURE_SECONDS on the monotonic clock."""
+    earliest time by it within the last SURE_SECONDS in which the server ran. They may belong to
+    several starts, so that a server that never runs for so long at a stretch deletes, too."""
 
-    def __init__(self, loop: Loop, clock: Callable[[], float]):
-        self.loop, self.clock, self.began = loop, clock, loop.now
-        self.offsets: dict[float, float] = {}  # of the wall clock, by step of the monotonic one
+    def __init__(self, loop: Loop, clock: Callable[[], float], hub: Hub, store: Store):
+        self.loop, self.clock, self.hub, self.store = loop, clock, hub, store
+        self.offsets = dict(store.rows("offsets"))  # of the wall clock, by step of running
+        self.began = loop.now - max(self.offsets, default=0) * SURE_STEP_SECONDS
 
     def __call__(self) -> float:
         """Return the time, in seconds; 0 as long as the server has not run for long enough."""
-        now, offsets = self.loop.now, self.offsets
-        step, offset = now // SURE_STEP_SECONDS, self.clock() - now
-        offsets[step] = min(offset, offsets.get(step, offset))
+        ran, offsets = self.loop.now - self.began, self.offsets
+        step, offset = int(ran // SURE_STEP_SECONDS), self.clock() - ran
+        if offset < offsets.get(step, math.inf):
+            offsets[step] = offset
+            self._record("offset", step, offset)
         for old in [one for one in offsets if (step - one) * SURE_STEP_SECONDS > SURE_SECONDS]:
             del offsets[old]
-        return now + min(offsets.values()) if now - self.began >= SURE_SECONDS else 0.0
+            self._record("offset_gone", old)
+        return ran + min(offsets.values()) if ran >= SURE_SECONDS else 0.0
+
+    def _record(self, name: str, *values: Any) -> None:
+        if not self.store.node:  # whose tables are those of all nodes
+            self.hub.turn.record(name, *values)
 
 
 class Committer:
@@ -20835,7 +20853,7 @@ class Server:
         self.told_of_clock = False  # that it differs from the log's
         self.paused = False  # clients are not read: the cluster cannot be reached
         self.failure = ""  # why this server ends
-        self.sure_time = SureTime(loop, self.wall)
+        self.sure_time = SureTime(loop, self.wall, self.hub, self.store)
         self.committer = Committer(
             loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
         )

@@ -308,8 +308,8 @@ chat.migrate = migrate_quickly
 class House(chat.Server):
     """The server, without a network. What was sent is seen after turn()."""
 
-    def __init__(self, password=None, store=None, **options):
-        self.now = 1_000_000.0
+    def __init__(self, password=None, store=None, now=1_000_000.0, **options):
+        self.now = now
         self.written = set()
         self.asked_for = []  # what operators did with the server
         self.guests = {}
@@ -13328,6 +13328,23 @@ def test_a_clock_that_is_ahead_for_a_while_forgets_no_key_of_a_message():
         house.turn()
         assert house.store.db.execute(query).fetchone()[0] == left
         house.now += chat.SURE_SECONDS - 60 * 60
+
+
+@pytest.mark.parametrize("ahead", [0, YEAR])
+def test_a_server_that_runs_two_hours_a_day_deletes_by_the_wall_clock(folder, ahead):
+    for day in range(6):
+        house = House(store=chat.Store(folder / "chat.db"), now=1_000_000 + day * DAY_SECONDS)
+        if day == 5:  # of its last six hours of running, only the last two are wrong
+            house.clock = lambda house=house: house.now + ahead
+        for _ in range(13):
+            house.begin_turn()
+            sure = house.sure_time()
+            house.turn()
+            house.now += 600
+        assert bool(sure) == (day >= 2)
+        house.store.close()
+    assert house.now - 4 * DAY_SECONDS < sure < house.now - DAY_SECONDS
+    assert len(house.sure_time.offsets) <= chat.SURE_SECONDS // chat.SURE_STEP_SECONDS + 1
 
 
 def answered(address, data):
