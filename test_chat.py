@@ -29,6 +29,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import ctypes
 import datetime
 import errno
 import fcntl
@@ -14912,7 +14913,7 @@ def test_a_lock_of_one_byte_ends_with_its_process(folder):
     code += "print(bool(chat.lock_byte(path, 5)), flush=True)\nsys.stdin.read()"
     command = [sys.executable, "-c", code]
     end = chat.lock_byte(path, 3)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with Program(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"True\n"
         assert chat.lock_byte(path, 5) is None and chat.lock_byte(path, 3) is None
         chat.lock_byte(path, 4)()
@@ -14921,7 +14922,7 @@ def test_a_lock_of_one_byte_ends_with_its_process(folder):
         again = chat.lock_byte(path, 5)
         assert again is not None
         again()
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        with Program(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             assert other.stdout.readline() == b"True\n"
             other.communicate()
     end()
@@ -30029,8 +30030,87 @@ def test_return_that_ends_a_composition_sends_nothing(running, browse):
 # ======================================================================================
 
 
+@functools.cache
+def compiled():
+    """chat.pyc: to compile chat.py takes a process longer than all else at its start."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="chat-tests-"))
+    atexit.register(shutil.rmtree, folder)
+    return py_compile.compile(str(HERE / "chat.py"), str(folder / "chat.pyc"), doraise=True)
+
+
+PR_SET_CHILD_SUBREAPER = 36
+
+# Answers each request, a command `python -c CODE ...`, with the number of a process that runs the
+# code. Its parent ends at once, so that it becomes a child of the tests.
+LAUNCHER = """
+import gc, json, os, socket, sys, time
+sys.path.insert(0, sys.argv[1])
+import chat
+gc.freeze()
+requests = socket.socket(fileno=int(sys.argv[2]))
+while True:
+    request, ends, _, _ = socket.recv_fds(requests, 1 << 20, 3)
+    if not request:
+        os._exit(0)
+    reading, writing = os.pipe()
+    if parent := os.fork():
+        os.waitpid(parent, 0)
+        requests.send(os.read(reading, 20))
+    elif process := os.fork():
+        os.write(writing, b"%d" % process)
+        os._exit(0)
+    else:
+        break
+    for fd in (reading, writing, *ends):
+        os.close(fd)
+requests.close()
+for fd, end in enumerate(ends):
+    os.dup2(end, fd)
+for fd in (reading, writing, *ends):
+    os.close(fd)
+sys.orig_argv, folder, environment, alone = json.loads(request)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+time.tzset()
+alone and os.setsid()
+sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)
+sys.argv = ["-c", *sys.orig_argv[3:]]
+exec(sys.orig_argv[2])
+"""
+
+
+@functools.cache
+def launcher():
+    """Start the process that LAUNCHER describes; None where the system cannot do that."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None or prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        return None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-c", LAUNCHER, os.path.dirname(compiled()), str(theirs.fileno())]
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)  # the last one registered is called first
+    return ours
+
+
 class Program(subprocess.Popen):
-    """A process that does not outlive the test."""
+    """A process that does not outlive the test. It runs code that imports chat, so it is a copy of
+    one that has done so: most of what a new one does is to import."""
+
+    def _execute_child(self, args, executable, preexec_fn, *others):
+        if preexec_fn or launcher() is None:
+            super()._execute_child(args, executable, preexec_fn, *others)
+            return
+        (_, _, folder, environment), pipes, alone = others[:4], others[7:13], others[18]
+        ends = [given if given >= 0 else fd for fd, given in enumerate((pipes[0], *pipes[3:6:2]))]
+        request = [args, folder or os.getcwd(), dict(environment or os.environ), alone]
+        socket.send_fds(launcher(), [json.dumps(request).encode()], ends)
+        self.pid = int(launcher().recv(20))
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
 
     def wait(self, timeout=None):
         """Until its end, not until the next of the looks that Popen takes; killed if late."""
@@ -30046,14 +30126,6 @@ class Program(subprocess.Popen):
         super().__exit__(*exception)
 
 
-@functools.cache
-def compiled():
-    """chat.pyc: to compile chat.py takes a process longer than all else at its start."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="chat-tests-"))
-    atexit.register(shutil.rmtree, folder)
-    return py_compile.compile(str(HERE / "chat.py"), str(folder / "chat.pyc"), doraise=True)
-
-
 LIMITED = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -30066,9 +30138,8 @@ sys.exit(chat.main(sys.argv[3:]))
 def program(*arguments, limits=None, **options):
     """chat.py in a process of its own, with other limits where a test cannot wait so long."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    limited = ["-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits)]
-    command = limited if limits else [compiled()]
-    return Program([sys.executable, *command, *map(str, arguments)], **{**pipes, **options})
+    command = [sys.executable, "-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits or {})]
+    return Program([*command, *map(str, arguments)], **{**pipes, **options})
 
 
 def test_a_password_is_never_read_where_it_would_be_seen(monkeypatch):
