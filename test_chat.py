@@ -39,6 +39,7 @@ import hashlib
 import hmac
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -109,12 +110,45 @@ def in_turn(cases, *others):
 SCREEN = os.environ.get("CHAT_SCREEN", "")
 
 
-@pytest.fixture(autouse=True)
-def in_this_run(request):
-    """Skip a test that belongs to another process of this run."""
-    drawn = bool({"display", "chromium"} & set(request.fixturenames))
+def pytest_generate_tests(metafunc):
+    """Skip the tests that belong to another process of this run."""
+    drawn = bool({"display", "chromium"} & set(metafunc.fixturenames))
     if SCREEN and drawn != (SCREEN == "only"):
-        pytest.skip("CHAT_SCREEN")
+        pytest.mark.skip("CHAT_SCREEN")(metafunc.function)
+
+
+class Bugs(logging.Handler):
+    """Remembers the bugs of the server and of the window that were logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def emit(self, record):
+        if "a bug" in (text := record.getMessage()):
+            self.told.append(text)
+
+
+BUGS = Bugs()
+logging.getLogger("chat").addHandler(BUGS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_are_no_garbage():
+    """The collector passes over what was made before the first test."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_over():
+    """No bug is logged, and no socket of one test lives on into the next."""
+    before = set(Visitor.open)
+    BUGS.told.clear()
+    yield
+    for guest in set(Visitor.open) - before:
+        guest.close()
+    assert BUGS.told == []
 
 
 @pytest.fixture
@@ -20809,7 +20843,7 @@ def test_a_bug_costs_the_connection_it_happens_on_and_no_other(loop, pair, caplo
     other_theirs.sendall(b"fine")
     spin(loop, lambda: other.events and conn.events)
     assert conn.events == ["internal error"] and other.events == [b"fine"]
-    assert "a bug" in caplog.text
+    assert "a bug" in caplog.text and BUGS.told.pop()
     for sock in (other_sock, other_theirs):
         sock.close()
 
@@ -21101,15 +21135,6 @@ class Visitor(Guest):
         self.close()
 
 
-@pytest.fixture(autouse=True)
-def closed_visitors():
-    """No socket of one test lives on into the next."""
-    before = set(Visitor.open)
-    yield
-    for guest in set(Visitor.open) - before:
-        guest.close()
-
-
 @pytest.fixture
 def running():
     """Start servers in a thread; at the end their visitors go, then they stop."""
@@ -21125,14 +21150,6 @@ def running():
     for server in started:
         if server.thread.is_alive():  # not stopped by the test
             server.stop()
-
-
-@pytest.fixture(autouse=True)
-def no_bug_is_logged(caplog, request):
-    yield
-    if "costs_the_connection" not in request.node.name:
-        records = [r for when in ("setup", "call", "teardown") for r in caplog.get_records(when)]
-        assert not [record for record in records if "a bug" in record.getMessage()]
 
 
 def test_the_conversation_is_byte_for_byte_that_of_the_workshop(running):
