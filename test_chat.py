@@ -29,6 +29,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import ctypes
 import datetime
 import errno
 import fcntl
@@ -38,6 +39,7 @@ import hashlib
 import hmac
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -108,12 +110,45 @@ def in_turn(cases, *others):
 SCREEN = os.environ.get("CHAT_SCREEN", "")
 
 
-@pytest.fixture(autouse=True)
-def in_this_run(request):
-    """Skip a test that belongs to another process of this run."""
-    drawn = bool({"display", "chromium"} & set(request.fixturenames))
+def pytest_generate_tests(metafunc):
+    """Skip the tests that belong to another process of this run."""
+    drawn = bool({"display", "chromium"} & set(metafunc.fixturenames))
     if SCREEN and drawn != (SCREEN == "only"):
-        pytest.skip("CHAT_SCREEN")
+        pytest.mark.skip("CHAT_SCREEN")(metafunc.function)
+
+
+class Bugs(logging.Handler):
+    """Remembers the bugs of the server and of the window that were logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def emit(self, record):
+        if "a bug" in (text := record.getMessage()):
+            self.told.append(text)
+
+
+BUGS = Bugs()
+logging.getLogger("chat").addHandler(BUGS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_are_no_garbage():
+    """The collector passes over what was made before the first test."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_over():
+    """No bug is logged, and no socket of one test lives on into the next."""
+    before = set(Visitor.open)
+    BUGS.told.clear()
+    yield
+    for guest in set(Visitor.open) - before:
+        guest.close()
+    assert BUGS.told == []
 
 
 @pytest.fixture
@@ -14930,7 +14965,7 @@ def test_a_lock_of_one_byte_ends_with_its_process(folder):
     code += "print(bool(chat.lock_byte(path, 5)), flush=True)\nsys.stdin.read()"
     command = [sys.executable, "-c", code]
     end = chat.lock_byte(path, 3)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with Program(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"True\n"
         assert chat.lock_byte(path, 5) is None and chat.lock_byte(path, 3) is None
         chat.lock_byte(path, 4)()
@@ -14939,7 +14974,7 @@ def test_a_lock_of_one_byte_ends_with_its_process(folder):
         again = chat.lock_byte(path, 5)
         assert again is not None
         again()
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        with Program(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             assert other.stdout.readline() == b"True\n"
             other.communicate()
     end()
@@ -20826,7 +20861,7 @@ def test_a_bug_costs_the_connection_it_happens_on_and_no_other(loop, pair, caplo
     other_theirs.sendall(b"fine")
     spin(loop, lambda: other.events and conn.events)
     assert conn.events == ["internal error"] and other.events == [b"fine"]
-    assert "a bug" in caplog.text
+    assert "a bug" in caplog.text and BUGS.told.pop()
     for sock in (other_sock, other_theirs):
         sock.close()
 
@@ -21118,15 +21153,6 @@ class Visitor(Guest):
         self.close()
 
 
-@pytest.fixture(autouse=True)
-def closed_visitors():
-    """No socket of one test lives on into the next."""
-    before = set(Visitor.open)
-    yield
-    for guest in set(Visitor.open) - before:
-        guest.close()
-
-
 @pytest.fixture
 def running():
     """Start servers in a thread; at the end their visitors go, then they stop."""
@@ -21142,14 +21168,6 @@ def running():
     for server in started:
         if server.thread.is_alive():  # not stopped by the test
             server.stop()
-
-
-@pytest.fixture(autouse=True)
-def no_bug_is_logged(caplog, request):
-    yield
-    if "costs_the_connection" not in request.node.name:
-        records = [r for when in ("setup", "call", "teardown") for r in caplog.get_records(when)]
-        assert not [record for record in records if "a bug" in record.getMessage()]
 
 
 def test_the_conversation_is_byte_for_byte_that_of_the_workshop(running):
@@ -30047,8 +30065,87 @@ def test_return_that_ends_a_composition_sends_nothing(running, browse):
 # ======================================================================================
 
 
+@functools.cache
+def compiled():
+    """chat.pyc: to compile chat.py takes a process longer than all else at its start."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="chat-tests-"))
+    atexit.register(shutil.rmtree, folder)
+    return py_compile.compile(str(HERE / "chat.py"), str(folder / "chat.pyc"), doraise=True)
+
+
+PR_SET_CHILD_SUBREAPER = 36
+
+# Answers each request, a command `python -c CODE ...`, with the number of a process that runs the
+# code. Its parent ends at once, so that it becomes a child of the tests.
+LAUNCHER = """
+import gc, json, os, socket, sys, time
+sys.path.insert(0, sys.argv[1])
+import chat
+gc.freeze()
+requests = socket.socket(fileno=int(sys.argv[2]))
+while True:
+    request, ends, _, _ = socket.recv_fds(requests, 1 << 20, 3)
+    if not request:
+        os._exit(0)
+    reading, writing = os.pipe()
+    if parent := os.fork():
+        os.waitpid(parent, 0)
+        requests.send(os.read(reading, 20))
+    elif process := os.fork():
+        os.write(writing, b"%d" % process)
+        os._exit(0)
+    else:
+        break
+    for fd in (reading, writing, *ends):
+        os.close(fd)
+requests.close()
+for fd, end in enumerate(ends):
+    os.dup2(end, fd)
+for fd in (reading, writing, *ends):
+    os.close(fd)
+sys.orig_argv, folder, environment, alone = json.loads(request)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+time.tzset()
+alone and os.setsid()
+sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)
+sys.argv = ["-c", *sys.orig_argv[3:]]
+exec(sys.orig_argv[2])
+"""
+
+
+@functools.cache
+def launcher():
+    """Start the process that LAUNCHER describes; None where the system cannot do that."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None or prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        return None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-c", LAUNCHER, os.path.dirname(compiled()), str(theirs.fileno())]
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)  # the last one registered is called first
+    return ours
+
+
 class Program(subprocess.Popen):
-    """A process that does not outlive the test."""
+    """A process that does not outlive the test. It runs code that imports chat, so it is a copy of
+    one that has done so: most of what a new one does is to import."""
+
+    def _execute_child(self, args, executable, preexec_fn, *others):
+        if preexec_fn or launcher() is None:
+            super()._execute_child(args, executable, preexec_fn, *others)
+            return
+        (_, _, folder, environment), pipes, alone = others[:4], others[7:13], others[18]
+        ends = [given if given >= 0 else fd for fd, given in enumerate((pipes[0], *pipes[3:6:2]))]
+        request = [args, folder or os.getcwd(), dict(environment or os.environ), alone]
+        socket.send_fds(launcher(), [json.dumps(request).encode()], ends)
+        self.pid = int(launcher().recv(20))
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
 
     def wait(self, timeout=None):
         """Until its end, not until the next of the looks that Popen takes; killed if late."""
@@ -30064,14 +30161,6 @@ class Program(subprocess.Popen):
         super().__exit__(*exception)
 
 
-@functools.cache
-def compiled():
-    """chat.pyc: to compile chat.py takes a process longer than all else at its start."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="chat-tests-"))
-    atexit.register(shutil.rmtree, folder)
-    return py_compile.compile(str(HERE / "chat.py"), str(folder / "chat.pyc"), doraise=True)
-
-
 LIMITED = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -30084,9 +30173,8 @@ sys.exit(chat.main(sys.argv[3:]))
 def program(*arguments, limits=None, **options):
     """chat.py in a process of its own, with other limits where a test cannot wait so long."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    limited = ["-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits)]
-    command = limited if limits else [compiled()]
-    return Program([sys.executable, *command, *map(str, arguments)], **{**pipes, **options})
+    command = [sys.executable, "-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits or {})]
+    return Program([*command, *map(str, arguments)], **{**pipes, **options})
 
 
 def test_a_password_is_never_read_where_it_would_be_seen(monkeypatch):
