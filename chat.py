@@ -13409,18 +13409,6 @@ AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
-class Listing:
-    """The rows of a long answer of the server: the first ones, and how many there were."""
-
-    def __init__(self) -> None:
-        self.rows: list[str] = []
-        self.count = 0
-
-    def add(self, row: str) -> None:
-        self.count += 1
-        self.rows += [row] * (self.count <= LISTED_ROWS)
-
-
 class Asked(NamedTuple):
     """A request for history that is not answered yet."""
 
@@ -14357,6 +14345,68 @@ class Joins:
         self.typed.clear()
 
 
+ANSWERS = {  # commands, and the numerics that are shown only after them
+    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
+    "HELP": ("705", "706"),
+    "MODE": ("221",),
+    "ISON": ("303",),
+}
+LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
+
+
+class Listing:
+    """The rows of a long answer of the server: the first ones, and how many there were."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.count = 0
+
+    def add(self, row: str) -> None:
+        self.count += 1
+        self.rows += [row] * (self.count <= LISTED_ROWS)
+
+
+class WantedAnswers:
+    """The answers that are shown over one connection, because a command of the user asked for them.
+    The server sends others unasked, or to the client. PlainTalk has none."""
+
+    def __init__(self, talk: "IrcTalk | PlainTalk"):
+        self.core = talk.core
+        self.numerics: set[str] = set()
+        self.motd = False
+        self.names: set[str] = set()  # keys of channels whose members are shown
+        self.listings: dict[str, list[Listing]] = {}  # by command: those that are still coming
+
+    def expect(self, verb: str, *params: str) -> None:
+        """Show the answer to a command of the user."""
+        self.numerics.update(ANSWERS.get(verb, ()))
+        self.motd = self.motd or verb == "MOTD"
+        if verb in LISTS:
+            self.listings.setdefault(verb, []).append(Listing())
+        if verb == "NAMES" and params:
+            self.names.update(map(self.core.fold, params[0].split(",")))
+
+    def listing(self, verb: str) -> Listing | None:
+        """Return the listing to which the next row of an answer belongs; None if the user has not
+        asked for one."""
+        return next(iter(self.listings.get(verb, ())), None)
+
+    def end_listing(self, verb: str) -> Listing | None:
+        """Remove and return the listing whose last row has come; None if there is none."""
+        return self.listings[verb].pop(0) if self.listing(verb) else None
+
+    def show_listing(self, verb: str) -> None:
+        """Show the answer to a LIST or WHO of the user as a page."""
+        listing, title = self.end_listing(verb), LISTS[verb]
+        if listing is None:
+            return
+        if not listing.rows:
+            return self.core.show(ViewEvent(NOTE, f"{title}: nothing found"))
+        more = listing.count - len(listing.rows)
+        rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
+        self.core.show(ViewEvent(PAGE, "\n".join(rows), title))
+
+
 # The workshop's protocol
 
 PLAIN_LINES = {
@@ -14399,10 +14449,11 @@ class PlainTalk:
 
     def __init__(self, core: "ClientCore"):
         self.core = core
-        self.lines = MessageLines(self)  # all four are always empty
+        self.lines = MessageLines(self)  # all five are always empty
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.joins = Joins(self)
+        self.answers = WantedAnswers(self)
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         self.began = core.ticks()
         core.output.append(core.wanted_name)
@@ -14491,9 +14542,9 @@ class IrcTalk:
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.joins = Joins(self)
+        self.answers = WantedAnswers(self)
         self.batches: dict[str, Batch] = {}
         self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
-        self.shown_names: set[str] = set()  # keys of channels whose members the user asked for
         self.stale_names: set[str] = set()  # channels for NAMES, since ranks may have changed
         self.named = self.introduced = self.negotiating = False
         self.resumed = False  # the session was resumed: the server says where the client is
@@ -15425,23 +15476,23 @@ def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
         talk.acks.confirm(tags.get(OWN_ID, ""))
     where = talk.server.without_status(heard.params[0])
     room = core.find(where if mine or talk.server.is_channel(where) else heard.name)
-    if room is None or core.is_ignored(heard):
+    if room is None or core.ignored.covers(heard.source):
         return
     if TYPES in tags and mine:
         talk.acks.tags_arrived(room.name)
     elif TYPES in tags:
-        core.types(room, heard.name, tags[TYPES])
+        core.typing.note(room, heard.name, tags[TYPES])
     for tag, on in ((REACT, True), (UNREACT, False)):
         emoji = visible(tags.get(tag, ""))[:REACTION_CHARACTERS]
         if emoji.strip() and REPLY in tags:
-            core.reacted(room, tags[REPLY], emoji, heard.name, on)
+            core.reactions.note(room, tags[REPLY], emoji, heard.name, on)
 
 
 @from_server("TOKEN", least=3)
 def token_told(talk: IrcTalk, heard: ServerLine) -> None:
     """TOKEN GENERATE <service> :<token> (draft/authtoken)"""
     if heard.params[0] == "GENERATE":
-        talk.core.took_token(heard.params[-1])
+        talk.core.transfers.take_token(heard.params[-1])
 
 
 @from_server("MARKREAD", least=2)
@@ -15457,28 +15508,20 @@ def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
 for quiet in (*("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"),):
     IRC_HEARD[quiet] = (do_nothing, 0)
 
-ANSWERS = {  # commands of the user, and what is shown only after them
-    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
-    "HELP": ("705", "706"),
-    "MODE": ("221",),
-    "ISON": ("303",),
-}
-LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
-
 
 @from_server(*itertools.chain(*ANSWERS.values()))
 def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
     """Show an answer to a command of the user; the client or the server itself caused the rest."""
-    if heard.verb in talk.core.asked_numerics and heard.params:
+    if heard.verb in talk.answers.numerics and heard.params:
         tell_rest(talk, heard)
 
 
 @from_server("375", "372", "376", "422", least=2)
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the message of the day, if the user asked for it."""
-    if talk.core.wants_motd:
+    if talk.answers.motd:
         talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
-        talk.core.wants_motd = heard.verb not in ("376", "422")
+        talk.answers.motd = heard.verb not in ("376", "422")
 
 
 @from_server("734", least=3)
@@ -15492,7 +15535,7 @@ def monitor_full(talk: IrcTalk, heard: ServerLine) -> None:
 def present_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
     tell_if_asked(talk, heard)
-    talk.core.asked_numerics.discard("303")
+    talk.answers.numerics.discard("303")
     wanted = talk.core.wanted_nick
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
@@ -15527,7 +15570,7 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
     elif verb == "CHATHISTORY":
         talk.history.refused(code, label, about)
     elif verb == "TOKEN":
-        talk.core.took_token("")
+        talk.core.transfers.take_token("")
     elif verb == "REGISTER":
         talk.core.me.proposed = None
         if talk.core.me.generated:
@@ -15559,7 +15602,7 @@ def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     verb, _, rest = heard.params[1].strip("\x01").partition(" ")
     verb = verb.upper()
-    if core.is_me(heard.name) or core.is_ignored(heard):
+    if core.is_me(heard.name) or core.ignored.covers(heard.source):
         return
     if heard.verb == "NOTICE":
         if verb == "PING" and (sent := positive_number(rest)) and sent <= core.ticks():
@@ -15703,7 +15746,7 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
     """Remove a user, or this client, from one conversation."""
     core = talk.core
     room.people.pop(name, None)
-    why = "" if core.is_ignored(heard) else why
+    why = "" if core.ignored.covers(heard.source) else why
     if core.is_me(name):
         room.inside = room.wanted = False
         commands = talk.acks.commands.items()
@@ -15738,13 +15781,13 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         if heard.name in room.people:
             user_went(talk, room, heard, heard.name, *heard.params[:1])
     if (room := core.find(heard.name)) and not room.is_channel:
-        told = heard.params and heard.params[0] and not core.is_ignored(heard)
+        told = heard.params and heard.params[0] and not core.ignored.covers(heard.source)
         why = f": {heard.params[0]}" if told else ""
         core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} has left{why}", where=room.name))
         room.gone = True  # as MONITOR tells, too
         # Another user may take that name
         core.park_all(room, f"{heard.name} has left", unsent=True)
-    core.forget_person(heard.name)
+    core.people.forget(heard.name)
     talk.name_is_free(heard.name)
 
 
@@ -15784,7 +15827,7 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
             core.happened(
                 room, ViewEvent(SERVER_TEXT, f"{old} is now called {new}", where=room.name)
             )
-    core.forget_person(old, new)
+    core.people.forget(old, new)
     core.is_back(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
@@ -15833,7 +15876,7 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     missing = [""] * 3
-    if heard.verb == "301" and talk.core.is_ignored(heard._replace(source=heard.params[1])):
+    if heard.verb == "301" and talk.core.ignored.covers(heard.params[1]):
         return
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
     room = talk.core.find(heard.params[1])
@@ -15863,41 +15906,41 @@ def who_told(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     _, where, user, host, _, name, flags, last = heard.params[:8]
     bot = talk.server.tokens.get("BOT", "") or " "
-    core.note_person(name, away=flags[:1] == "G", bot=bot in flags[1:])
-    asked = core.listings.get("WHO", [])[:1]
-    if core.fold(where) in core.quiet_who or not asked:  # ZNC sends WHO, too
+    core.people.note(name, away=flags[:1] == "G", bot=bot in flags[1:])
+    listing = talk.answers.listing("WHO")
+    if core.fold(where) in core.people.asked or listing is None:  # ZNC sends WHO, too
         return
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
     real = last.partition(" ")[2]
-    asked[0].add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
+    listing.add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
 
 
 @from_server("315")
 def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
     core, where = talk.core, heard.params[1] if len(heard.params) > 1 else ""
-    if core.fold(where) in core.quiet_who:
-        core.quiet_who.discard(core.fold(where))
+    if core.fold(where) in core.people.asked:
+        core.people.asked.discard(core.fold(where))
         core.show(ViewEvent(PEOPLE, where=where))
     else:
-        core.show_listing("WHO")
+        talk.answers.show_listing("WHO")
 
 
 @from_server("AWAY")
 def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
-    talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
+    talk.core.people.note(heard.name, away=bool(heard.params and heard.params[0]))
     talk.core.show(ViewEvent(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
         state = "is away" if heard.params and heard.params[0] else "is back"
-        if state == "is away" and not talk.core.is_ignored(heard):
+        if state == "is away" and not talk.core.ignored.covers(heard.source):
             state = f"is away: {heard.params[0]}"
         talk.core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} {state}", where=room.name))
 
 
 @from_server("ACCOUNT", least=1)
 def account_changed(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.note_person(heard.name, account=heard.params[0].replace("*", ""))
+    talk.core.people.note(heard.name, account=heard.params[0].replace("*", ""))
 
 
 @from_server("305", "306", least=2)
@@ -15942,7 +15985,7 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("INVITE", least=2)
 def invited(talk: IrcTalk, heard: ServerLine) -> None:
     where = heard.params[1]
-    if talk.core.is_ignored(heard):
+    if talk.core.ignored.covers(heard.source):
         return
     text = f"{heard.name} invites you to {where}; /join {where}"
     talk.core.show(ViewEvent(SERVER_TEXT, text, called=True))
@@ -15964,7 +16007,7 @@ def names_told(talk: IrcTalk, heard: ServerLine) -> None:
     """<symbol> <channel> :<names>; RFC 1459 has no symbol"""
     *_, where, names = heard.params
     key = talk.core.fold(where)
-    if key not in talk.core.rooms and key not in talk.shown_names:
+    if key not in talk.core.rooms and key not in talk.answers.names:
         return
     coming = talk.names.setdefault(key, {})
     for word in names.split()[: PEOPLE_LISTED - len(coming)]:
@@ -15980,8 +16023,8 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
     if room:
         known = {name: people.pop(name) for name in room.people if name in people}
         room.people = people | known  # the last speaker is last
-    asked = key in talk.shown_names
-    talk.shown_names.discard(key)
+    asked = key in talk.answers.names
+    talk.answers.names.discard(key)
     where = room.name if room else heard.params[1]
     talk.core.show(ViewEvent(PEOPLE, text if asked else "", where=where))
 
@@ -15990,22 +16033,21 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
 def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
     _, name, count, *topic = heard.params
     text = "  ".join(filter(None, [name, count, *topic[:1]]))
-    asked = talk.core.listings.get("LIST", [])[:1]
-    for listing in asked:
+    if listing := talk.answers.listing("LIST"):
         listing.add(text)
-    talk.core.show(*[ViewEvent(SERVER_TEXT, text)] * (not asked))
+    else:
+        talk.core.show(ViewEvent(SERVER_TEXT, text))
 
 
 @from_server("323")
 def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.show_listing("LIST")
+    talk.answers.show_listing("LIST")
 
 
 @from_server("263", "416", least=2)
 def answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     """<command> :Please try again, or too many matches: the rest of a long answer does not come"""
-    if listings := talk.core.listings.get(heard.params[1].upper()):
-        listings.pop(0)
+    talk.answers.end_listing(heard.params[1].upper())
     tell_rest(talk, heard)
 
 
@@ -16196,6 +16238,71 @@ def message_pieces(text: str) -> Iterator[str]:
         yield "\n".join(piece for piece, _ in group)
 
 
+class Typing:
+    """The users who are typing: the others learn it of this user, and the client of them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.told: dict[int, tuple[float, str]] = {}  # by room: when the others were told, and what
+
+    def tell(self, room: Room, state: str) -> None:
+        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
+        is for a break, "done" for a text that is not sent after all."""
+        core, now = self.core, self.core.ticks()
+        since, told = self.told.get(room.id, (-math.inf, "done"))
+        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
+        if not due or (told == "done" and state == "paused") or not self._may_tell(room):
+            return
+        self.told[room.id] = now, state
+        label = f";label={QUIET}" * core.server.labels
+        core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
+
+    def _may_tell(self, room: Room) -> bool:
+        """Return whether the user wants that, the server takes it, and nothing has to go first."""
+        core, outbox = self.core, self.core.outbox
+        return (
+            core.can("typing")
+            and core.setting("typing") == "on"
+            and core.server.tells_own_tags  # else an error may be that of a message
+            and (room.inside or not room.is_channel)
+            and outbox.waiting.keys() <= outbox.parked.keys()
+            and core.talk.budget.tokens > TYPING_SPARE
+        )
+
+    def note(self, room: Room, name: str, state: str) -> None:
+        """Note that another user is typing, or has paused or stopped."""
+        room.typing.pop(name, None)
+        if state in TYPING_LASTS and len(room.typing) < TYPING_MOST:
+            room.typing[name] = self.core.ticks() + TYPING_LASTS[state]
+        self.core.show(ViewEvent(TYPING, state, name, room.name))
+
+    def end_overdue(self) -> None:
+        """Forget the users who have not continued to type."""
+        for room in self.core.rooms.values():
+            for name in [name for name, end in room.typing.items() if end < self.core.ticks()]:
+                self.note(room, name, "done")
+
+
+class IgnoreList(set[str]):
+    """The masks of the users who are ignored; `fold` is the server's rule for names."""
+
+    def __init__(self, masks: Iterable[str], fold: Callable[[str], str]):
+        super().__init__(masks)
+        self.fold = fold
+
+    def covers(self, source: str) -> bool:
+        """Return whether the user ignores a source, by nick or by mask."""
+        return any(self._matches(mask, source) for mask in self)
+
+    def _matches(self, mask: str, source: str) -> bool:
+        name, of_host = source.partition("!")[0], bool(set(mask) & HOST_CHARACTERS)
+        if not (of_host or set(mask) & set("!@*?")):
+            return self.fold(mask) == self.fold(name)
+        alone = f"*!*@{mask}" if of_host else f"{mask}!*@*"
+        full = mask if "!" in mask else f"*!{mask}" if "@" in mask else alone
+        return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
+
+
 class Person(NamedTuple):
     """A member of a channel."""
 
@@ -16204,6 +16311,165 @@ class Person(NamedTuple):
     away: bool = False
     account: str = ""
     bot: bool = False
+
+
+class People(dict[str, Person]):
+    """The facts that the server has told about users, beside their ranks, by key. A user without
+    such facts is not in it."""
+
+    def __init__(self, core: "ClientCore"):
+        super().__init__()
+        self.core = core
+        self.asked: set[str] = set()  # keys of channels with a WHO that is not answered yet
+
+    def of(self, room: Room) -> list[Person]:
+        """Return the members of a channel; the last speaker is last."""
+        fold = self.core.fold
+        people = ((self.get(fold(name), Person(name)), name) for name in room.people)
+        return [one._replace(name=name, rank=room.people[name]) for one, name in people]
+
+    def ask(self, room: Room) -> None:
+        """Ask once in a connection which members of a channel are away."""
+        asks = self.core.ready and room.inside and not room.asked_people
+        if asks and len(room.people) <= PEOPLE_ASKED:
+            room.asked_people = True
+            self.asked.add(self.core.fold(room.name))
+            self.core.talk.send("WHO", room.name)
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Note facts about a user: away, account, bot."""
+        key = self.core.fold(name)
+        person = self.get(key, Person(name))._replace(**facts)
+        if person == Person(person.name):
+            self.pop(key, None)
+        elif may_hold(self, key, PEOPLE_LISTED):
+            self[key] = person
+
+    def forget(self, name: str, new: str = "") -> None:
+        """Forget the facts about a user who left, or move them to the new nick."""
+        person = self.pop(self.core.fold(name), None)
+        if person and new:
+            self[self.core.fold(new)] = person
+
+
+class TransferList(list[Transfer]):
+    """The uploads and downloads of a client, and the token with which the server takes uploads
+    (draft/authtoken). The section TRANSFERS moves the bytes."""
+
+    start: Callable[[Transfer], None] | None = None  # both are set there
+    end: Callable[[Transfer], None] | None = None
+
+    def __init__(self, core: "ClientCore"):
+        super().__init__(core.store.transfers() if core.store else ())
+        self.core = core
+        self.upload_token, self.token_time = "", -math.inf  # when it was used last
+        self.wait_for_token: list[Callable[[str], None]] = []
+
+    @property
+    def url(self) -> str:
+        """The URL for uploads. Raises Refused if the server announces none."""
+        tokens, names = self.core.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
+        urls = [word for name in names for word in tokens.get(name, "").split()]
+        if not urls:
+            raise Refused("NO_FILEHOST", "this server takes no files")
+        return urls[0]
+
+    def with_token(self, then: Callable[[str], None]) -> None:
+        """Call then(token) with a token for uploads; "" if this server gives none."""
+        now = self.core.ticks()
+        if "draft/AUTHTOKEN" not in self.core.server.tokens:
+            return then("")
+        if self.upload_token and now - self.token_time < TOKEN_SECONDS / 2:
+            self.token_time = now
+            return then(self.upload_token)
+        self.wait_for_token.append(then)
+        return self.core.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
+
+    def take_token(self, token: str) -> None:
+        """Give a token of the server to the uploads that wait for one; "" if there will be none."""
+        self.upload_token, self.token_time = token, self.core.ticks()
+        waiting, self.wait_for_token = self.wait_for_token, []
+        for then in waiting:
+            then(token)
+
+    def keep(self, transfer: Transfer) -> None:
+        """Store and show a transfer: a new one, or its new state."""
+        if transfer not in self:
+            self.append(transfer)
+        if self.core.store:
+            self.core.store.keep_transfer(transfer)
+        self._show(transfer)
+
+    def forget(self, transfer: Transfer) -> None:
+        if transfer in self:
+            self.remove(transfer)
+        if self.core.store:
+            self.core.store.forget_transfer(transfer)
+        self._show(transfer)
+
+    def drop(self, transfer: Transfer) -> None:
+        """Stop the transfer of a file, and forget it."""
+        self.forget(transfer)
+        if self.end:
+            self.end(transfer)
+
+    def _show(self, transfer: Transfer) -> None:
+        self.core.show(ViewEvent(TRANSFER, where=transfer.room, own_id=transfer.id))
+
+    def post(self, upload: Transfer) -> None:
+        """Send the link of an uploaded file to its conversation."""
+        import mimetypes
+
+        kind = mimetypes.guess_type(upload.name)[0]
+        about = ", ".join(optional(kind or "", size_text(upload.size)))
+        text = f"{upload.name} ({about}): {upload.url}"
+        try:
+            self.core.send(upload.room, text)
+        except Refused as error:  # a service takes no files, or the room was left
+            self.core.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=upload.room))
+
+    def save(self, room: Room, view: ViewEvent, path: str) -> None:
+        """Begin to save the file that a message links to. Raises Refused."""
+        file = parse_file_tag(view.file)
+        ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
+        name = linked_name(view) or f"{file.path[-8:]}.{ending}"
+        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
+        self.start(Transfer(secrets.token_hex(8), False, room.name, path, **known))
+
+
+class Reactions:
+    """Reactions to messages (+draft/react). The client store keeps them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+
+    def of(self, id: str) -> dict[str, list[str]]:
+        """Return the reactions to a message: lists of nicks, by emoji."""
+        nicks: dict[str, list[str]] = {}
+        for emoji, name in self.core.store.reactions(id) if self.core.store and id else ():
+            nicks.setdefault(emoji, []).append(name)
+        return nicks
+
+    def send(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
+        """React to a message, or remove the reaction. Raises Refused."""
+        core = self.core
+        core.need("react")
+        if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
+            limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
+            raise Refused("BAD_REACTION", limit)
+        tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
+        label = ";label=reaction" * core.server.labels
+        core.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
+        if "echo-message" not in core.server.enabled:  # else the echo shows it
+            self.note(room, id, emoji, core.name, on)
+
+    def note(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
+        """Store and show the reaction of a user, or the end of it."""
+        before = name in self.of(id).get(emoji, ())
+        if self.core.store and before != on:
+            self.core.store.react(id, emoji, name, on)
+            view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
+            self.core.show(view._replace(mine=self.core.is_me(name)))
 
 
 class ForScreens:
@@ -16218,18 +16484,8 @@ class ForScreens:
     find: Callable[[str], Room | None]
     show: Callable[..., None]
     name = ""
-    start_transfer: Callable[[Transfer], None] | None = None  # both set by Transfers
-    end_transfer: Callable[[Transfer], None] | None = None
 
     def __init__(self) -> None:
-        self.transfers: list[Transfer] = []  # uploads and downloads
-        self.upload_token, self.token_at = "", -math.inf
-        self.wait_for_token: list[Callable[[str], None]] = []
-        self.typed_at: dict[int, tuple[float, str]] = {}  # when the user's typing was told, and how
-        self.known_people: dict[str, Person] = {}  # what is known beside their ranks, by key
-        self.quiet_who: set[str] = set()  # keys of channels with a WHO of a screen
-        self.asked_numerics: set[str] = set()  # shown only because the user asked for them
-        self.listings: dict[str, list[Listing]] = {}  # answers to LIST and WHO, still coming
         # The last lines of the protocol: time (ms), True if sent, and the line
         self.traffic: collections.deque[tuple[int, bool, str]]
         self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
@@ -16268,72 +16524,6 @@ class ForScreens:
             return []
         return [one for one in self.server.tokens.get("chat.py/NODES", "").split(",") if one]
 
-    @property
-    def file_host(self) -> str:
-        """The URL for uploads. Raises Refused if the server announces none."""
-        tokens, names = self.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
-        urls = [word for name in names for word in tokens.get(name, "").split()]
-        if not urls:
-            raise Refused("NO_FILEHOST", "this server takes no files")
-        return urls[0]
-
-    def with_token(self, then: Callable[[str], None]) -> None:
-        """Call then(token) with a token for uploads; "" if this server gives none."""
-        if "draft/AUTHTOKEN" not in self.server.tokens:
-            return then("")
-        if self.upload_token and self.ticks() - self.token_at < TOKEN_SECONDS / 2:
-            self.token_at = self.ticks()
-            return then(self.upload_token)
-        self.wait_for_token.append(then)
-        return self.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
-
-    def took_token(self, token: str) -> None:
-        """Give a token of the server to the uploads that wait for one; "" if there will be none."""
-        self.upload_token, self.token_at = token, self.ticks()
-        waiting, self.wait_for_token = self.wait_for_token, []
-        for then in waiting:
-            then(token)
-
-    def keep_transfer(self, one: Transfer) -> None:
-        if one not in self.transfers:
-            self.transfers.append(one)
-        if self.store:
-            self.store.keep_transfer(one)
-        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
-
-    def forget_transfer(self, one: Transfer) -> None:
-        if one in self.transfers:
-            self.transfers.remove(one)
-        if self.store:
-            self.store.forget_transfer(one)
-        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
-
-    def drop_transfer(self, one: Transfer) -> None:
-        """Stop the transfer of a file, and forget it."""
-        self.forget_transfer(one)
-        if self.end_transfer:
-            self.end_transfer(one)
-
-    def post_file(self, one: Transfer) -> None:
-        """Send the link of an uploaded file to its conversation."""
-        import mimetypes
-
-        kind = mimetypes.guess_type(one.name)[0]
-        about = ", ".join(optional(kind or "", size_text(one.size)))
-        text = f"{one.name} ({about}): {one.url}"
-        try:
-            self.send(one.room, text)
-        except Refused as error:  # a service takes no files, or the room was left
-            self.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=one.room))
-
-    def save_file(self, room: Room, view: ViewEvent, path: str) -> None:
-        """Begin to save the file that a message links to. Raises Refused."""
-        file = parse_file_tag(view.file)
-        ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
-        name = linked_name(view) or f"{file.path[-8:]}.{ending}"
-        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
-        self.start_transfer(Transfer(secrets.token_hex(8), False, room.name, path, **known))
-
     # Changes of messages: replies, reactions, redactions
 
     def can(self, what: str) -> bool:
@@ -16353,73 +16543,14 @@ class ForScreens:
         self.need("redact")
         self.talk.command("REDACT", room.name, id)
 
-    def react(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
-        """React to a message, or remove the reaction. Raises Refused."""
-        self.need("react")
-        if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
-            limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
-            raise Refused("BAD_REACTION", limit)
-        tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
-        label = ";label=reaction" * self.server.labels
-        self.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
-        if "echo-message" not in self.server.enabled:  # else the echo shows it
-            self.reacted(room, id, emoji, self.name, on)
-
-    def reacted(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
-        """Store and show the reaction of a user, or the end of it."""
-        known = name in self.reactions_of(id).get(emoji, ())
-        if self.store and known != on:
-            self.store.react(id, emoji, name, on)
-            view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
-            self.show(view._replace(mine=self.is_me(name)))
-
     def answered_words(self, view: ViewEvent) -> str:
         """Return the author and the text of the message that a view answers; "" for no answer."""
         room = self.find(view.where)
         if not view.reply or room is None:
             return ""
-        known = next((one for one in reversed(room.views) if one.id == view.reply), None)
-        known = known or self.kept(view.reply)
-        return f"{known.name}: {known.text}" if known else "an earlier message"
-
-    def reactions_of(self, id: str) -> dict[str, list[str]]:
-        """Return the reactions to a message: lists of nicks, by emoji."""
-        found: dict[str, list[str]] = {}
-        for emoji, name in self.store.reactions(id) if self.store and id else ():
-            found.setdefault(emoji, []).append(name)
-        return found
-
-    # Typing
-
-    def typing(self, room: Room, state: str) -> None:
-        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
-        is for a break, "done" for a text that is not sent after all."""
-        now = self.ticks()
-        ready = self.can("typing") and self.setting("typing") == "on"
-        ready = ready and self.server.tells_own_tags  # else an error may be that of a message
-        idle = self.outbox.waiting.keys() <= self.outbox.parked.keys()
-        ready = ready and (room.inside or not room.is_channel) and idle
-        ready = ready and self.talk.budget.tokens > TYPING_SPARE
-        since, told = self.typed_at.get(room.id, (-math.inf, "done"))
-        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
-        if ready and due and not (told == "done" and state == "paused"):
-            self.typed_at[room.id] = now, state
-            label = f";label={QUIET}" * self.server.labels
-            self.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
-
-    def types(self, room: Room, name: str, state: str) -> None:
-        """Note that another user is typing, or has paused or stopped."""
-        room.typing.pop(name, None)
-        if state in ("active", "paused") and len(room.typing) < TYPING_MOST:
-            seconds = TYPING_LASTS[state]
-            room.typing[name] = self.ticks() + seconds
-        self.show(ViewEvent(TYPING, state, name, room.name))
-
-    def end_typing(self) -> None:
-        """Forget the users who have not continued to type."""
-        for room in self.rooms.values():
-            for name in [one for one, until in room.typing.items() if until < self.ticks()]:
-                self.types(room, name, "done")
+        shown = (other for other in reversed(room.views) if other.id == view.reply)
+        answered = next(shown, None) or self.kept(view.reply)
+        return f"{answered.name}: {answered.text}" if answered else "an earlier message"
 
     # Read markers
 
@@ -16466,37 +16597,6 @@ class ForScreens:
             self.keep_room(one)
         self.changed(room)
 
-    # Members
-
-    def people(self, room: Room) -> list[Person]:
-        """Return the members of a channel; the last speaker is last."""
-        known = ((self.known_people.get(self.fold(name)), name) for name in room.people)
-        people = (one._replace(name=name) if one else Person(name) for one, name in known)
-        return [one._replace(rank=room.people[one.name]) for one in people]
-
-    def ask_people(self, room: Room) -> None:
-        """Ask once in a connection which members of a channel are away."""
-        asks = self.ready and room.inside and not room.asked_people
-        if asks and len(room.people) <= PEOPLE_ASKED:
-            room.asked_people = True
-            self.quiet_who.add(self.fold(room.name))
-            self.talk.send("WHO", room.name)
-
-    def note_person(self, name: str, **about: Any) -> None:
-        """Note facts about a user that the server tells: away, account, bot."""
-        key = self.fold(name)
-        one = self.known_people.get(key, Person(name))._replace(**about)
-        if one == Person(one.name):
-            self.known_people.pop(key, None)
-        elif may_hold(self.known_people, key, PEOPLE_LISTED):
-            self.known_people[key] = one
-
-    def forget_person(self, name: str, new: str = "") -> None:
-        """Forget the facts about a user who left, or move them to the new nick."""
-        one = self.known_people.pop(self.fold(name), None)
-        if one and new:
-            self.known_people[self.fold(new)] = one
-
     # Stored messages
 
     def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[ViewEvent]:
@@ -16538,7 +16638,6 @@ class ClientCore(ForScreens):
     told_trouble = ""  # the last reported trouble of the store
     doubted = ""  # text that is sent if the user enters it again
     replying = ""  # the id of the message that the typed text answers
-    wants_motd = False  # on the user's request
     views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
     # Of a screen: is a text for `current` begun?
@@ -16601,7 +16700,9 @@ class ClientCore(ForScreens):
         self.talk: IrcTalk | PlainTalk | None = None  # while connected, once the protocol is known
         self.away, self.former_names = "", {}  # keys of this client's earlier nicks
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
-        self.ignored: set[str] = store.ignored() if store else set()  # masks
+        self.ignored = IgnoreList(store.ignored() if store else (), self.fold)
+        self.people, self.typing, self.reactions = People(self), Typing(self), Reactions(self)
+        self.transfers = TransferList(self)
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
         self.seen: dict[str, None] = {}  # ids of known messages
         self.removed: dict[str, None] = {}  # ids of redacted messages
@@ -16634,7 +16735,6 @@ class ClientCore(ForScreens):
             room = self.rooms.setdefault(self.fold(room.name), room)
             if not room.views:
                 self._load_room(room)
-        self.transfers = self.store.transfers()
         if newest := self.store.newest():
             self.newest, self.newest_id = newest.time or 0, newest.id
 
@@ -16736,7 +16836,9 @@ class ClientCore(ForScreens):
             version = self.store.version()
             if version != self.version:
                 ignored, settings = self.store.ignored(), self.store.settings()
-                self.ignored, self.version = ignored, version
+                self.version = version
+                self.ignored.clear()
+                self.ignored.update(ignored)
                 self.settings.clear()
                 self.settings.update(settings)
 
@@ -16747,10 +16849,6 @@ class ClientCore(ForScreens):
             text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
             self.show(ViewEvent(NOTE, text))
         self.told_trouble = trouble or self.told_trouble
-
-    def keep_ignored(self) -> None:
-        if self.store:
-            self.store.keep_ignored(self.ignored)
 
     def setting(self, name: str) -> str:
         return self.settings.get(name, SETTINGS[name].usual)
@@ -16770,24 +16868,6 @@ class ClientCore(ForScreens):
         """The wanted nick by the rules of this server, as far as they are known."""
         name = self.wanted_name
         return clean_name(name) if self.server.ours else NOT_IN_A_NICK.sub("_", name) or "_"
-
-    def wants(self, verb: str, *params: str) -> None:
-        """Note that the user sends a command of IRC, so that its answer is shown."""
-        self.asked_numerics.update(ANSWERS.get(verb, ()))
-        self.wants_motd = self.wants_motd or verb == "MOTD"
-        if verb in LISTS:
-            self.listings.setdefault(verb, []).append(Listing())
-        if verb == "NAMES" and params:
-            self.online().shown_names.update(map(self.fold, params[0].split(",")))
-
-    def show_listing(self, verb: str) -> None:
-        """Show the collected answer to a LIST or WHO of the user as a page."""
-        for listing in self.listings.get(verb, [])[:1]:
-            self.listings[verb].remove(listing)
-            more = listing.count - len(listing.rows)
-            rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
-            page = ViewEvent(PAGE, "\n".join(rows), LISTS[verb])
-            self.show(page if rows else ViewEvent(NOTE, f"{LISTS[verb]}: nothing found"))
 
     def online(self) -> Any:
         """Return the present talk. Raises Refused without a connection, and where the server knows
@@ -16838,18 +16918,6 @@ class ClientCore(ForScreens):
         for room in self.rooms.values():
             room.is_channel = room.is_channel or self.server.is_channel(room.name)
 
-    def is_ignored(self, heard: ServerLine) -> bool:
-        """Return whether the user ignores the source of a line, by nick or by mask."""
-        return any(self.ignores(mask, heard.source) for mask in self.ignored)
-
-    def ignores(self, mask: str, source: str) -> bool:
-        name, of_host = source.partition("!")[0], bool(set(mask) & HOST_CHARACTERS)
-        if not (of_host or set(mask) & set("!@*?")):
-            return self.fold(mask) == self.fold(name)
-        alone = f"*!*@{mask}" if of_host else f"{mask}!*@*"
-        full = mask if "!" in mask else f"*!{mask}" if "@" in mask else alone
-        return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
-
     def is_called(self, text: str) -> bool:
         """Return whether a text contains the user's nick or a word of the setting highlight."""
         words = [self.name, *self.setting("highlight").split()]
@@ -16863,8 +16931,6 @@ class ClientCore(ForScreens):
         for room in self.rooms.values():  # a bouncer plays them again
             self.note_repeatable(room, room.views)
         self.output.clear()
-        self.asked_numerics.clear()
-        self.listings.clear()
         self.refusal, self.cause, self.redial, self.talk = "", TEMPORARY, False, None
         self.acknowledged = self.dismissed = False
         self.listening = not self.kind
@@ -16890,8 +16956,8 @@ class ClientCore(ForScreens):
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
             self.changed(room)
-        self.quiet_who.clear()
-        self.took_token("")
+        self.people.asked.clear()
+        self.transfers.take_token("")
         return self.take_views()
 
     def silence(self) -> list[ViewEvent]:
@@ -16991,7 +17057,7 @@ class ClientCore(ForScreens):
         if here and not here.views.reading:
             self.mark_read(here)
         self.tell_read()
-        self.end_typing()
+        self.typing.end_overdue()
         self.refresh()
         if self.store:
             self.store.index()
@@ -17109,7 +17175,7 @@ class ClientCore(ForScreens):
         accepted = [one for one in added if one.id in self.outbox.waiting]
         for one, piece in zip(accepted, pieces, strict=False):
             room = self._show_own(one, piece)
-            self.typed_at.pop(room.id, None)  # a message implies that typing is done
+            self.typing.told.pop(room.id, None)  # a message implies that typing is done
             outside = room.is_channel and self.ready and not room.inside
             if outside and (not room.wanted or self.fold(room.name) in self.talk.joins.refused):
                 self.park(one.id, f"you are not in {room.name}")
@@ -17299,7 +17365,7 @@ class ClientCore(ForScreens):
 
     def said(self, view: ViewEvent, heard: ServerLine | None = None) -> None:
         """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
-        if heard is not None and not view.mine and self.is_ignored(heard):
+        if heard is not None and not view.mine and self.ignored.covers(heard.source):
             return
         self.is_back(view.name)
         if view.own_id:
@@ -17448,8 +17514,7 @@ class ClientCore(ForScreens):
             return True
         if view.mine:
             return self.is_service(view.where, view.text)
-        source = f"{view.name}!{view.address}"
-        return any(self.ignores(mask, source) for mask in self.ignored)
+        return self.ignored.covers(f"{view.name}!{view.address}")
 
     def remove(self, id: str) -> None:
         """Remove a redacted message, also one that is still to come."""
@@ -17735,8 +17800,8 @@ def do_ctcp(core: ClientCore, name: str, request: str) -> None:
 def do_names(core: ClientCore, name: str = "") -> None:
     """/names [#CHANNEL] -- list the members"""
     where = name or asked_channel(core)
-    core.talk.shown_names.add(core.fold(where))
     core.talk.command("NAMES", where)
+    core.talk.answers.expect("NAMES", where)
 
 
 @client_command("topic", most=1)
@@ -17799,12 +17864,17 @@ def do_away(core: ClientCore, reason: str = "") -> None:
 client_command("back", doc="/back -- say that you are here again")(do_away)
 
 
+def keep_ignored(core: ClientCore) -> None:
+    if core.store:
+        core.store.keep_ignored(core.ignored)
+
+
 @client_command("ignore", most=1, nameless=True)
 def do_ignore(core: ClientCore, mask: str = "") -> None:
     """/ignore [NAME|MASK] -- do not show what a user says; who is ignored"""
     if mask:
         core.ignored.add(mask)
-        core.keep_ignored()
+        keep_ignored(core)
     text = ", ".join(sorted(core.ignored)) or "no user"
     core.show(ViewEvent(NOTE, f"ignored: {text}"))
 
@@ -17816,7 +17886,7 @@ def do_unignore(core: ClientCore, mask: str) -> None:
     if core.fold(mask) not in known:
         raise Refused("NOT_IGNORED", f"{mask} is not ignored; /ignore lists the ignored users")
     core.ignored.discard(known[core.fold(mask)])
-    core.keep_ignored()
+    keep_ignored(core)
     do_ignore(core)
 
 
@@ -17877,7 +17947,7 @@ def do_mode(core: ClientCore, words: str = "") -> None:
     else:
         where, _, rest = words.partition(" ")  # a user
     core.talk.command("MODE", where, *rest.split())
-    core.wants("MODE")
+    core.talk.answers.expect("MODE")
 
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
@@ -17912,7 +17982,7 @@ def command_that_is_sent(
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
-        core.wants(verb.upper())
+        core.talk.answers.expect(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
     client_command(verb, least, least or 1, exact=secret)(pass_on)
@@ -17935,7 +18005,7 @@ def do_whois(core: ClientCore, *words: str) -> None:
 def do_who(core: ClientCore, mask: str = "") -> None:
     """/who [#CHANNEL|MASK] -- list users with their addresses"""
     core.talk.command("WHO", mask or asked_channel(core))
-    core.wants("WHO")
+    core.talk.answers.expect("WHO")
 
 
 @client_command("register", most=2, exact=True)
@@ -18109,7 +18179,7 @@ def do_react(core: ClientCore, *words: str, on: bool = True) -> None:
     """/react [-N] EMOJI -- react to the last message of another user, or the Nth from the end"""
     core.need("react")
     room, view, emoji = numbered_view(core, words, mine=False)
-    core.react(room, view.id, emoji, on)
+    core.reactions.send(room, view.id, emoji, on)
 
 
 client_command("unreact", 1, 2, doc="/unreact [-N] EMOJI -- take that back")(
@@ -18146,9 +18216,9 @@ client_command(
 def do_send(core: ClientCore, path: str) -> None:
     """/send FILE -- upload a file, and post its link here when it is there"""
     room = asked_room(core)
-    if core.start_transfer is None:
+    if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen send files")
-    core.start_transfer(Transfer(secrets.token_hex(8), True, room.name, path))
+    core.transfers.start(Transfer(secrets.token_hex(8), True, room.name, path))
 
 
 @client_command("save", most=2, nameless=True)
@@ -18159,10 +18229,10 @@ def do_save(core: ClientCore, *words: str) -> None:
     told = [(one, parse_file_tag(one.file)) for one in room.views if one.file]
     if len(told) < number or told[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
-    if core.start_transfer is None:
+    if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen save files")
     path = " ".join(words[bool(numbered) :])
-    core.save_file(room, told[-number][0], path)
+    core.transfers.save(room, told[-number][0], path)
 
 
 @client_command("transfers", most=2, nameless=True)
@@ -18171,7 +18241,7 @@ def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
     number = whole_number(which) or 0
     if what == "cancel" and 0 < number <= len(core.transfers):
         one = core.transfers[number - 1]
-        core.drop_transfer(one)
+        core.transfers.drop(one)
         return core.show(ViewEvent(NOTE, f"{one.name or one.path} is dropped"))
     if what:
         raise Refused("NO_TRANSFER", "usage: /transfers cancel 1")
@@ -18193,7 +18263,7 @@ def do_raw(core: ClientCore, line: str = "") -> None:
         return core.show(ViewEvent(PAGE, "\n".join(rows), "lines of the protocol"))
     verb, *params = line.split()
     core.online().raw(line)
-    core.wants(verb.upper(), *params)
+    core.talk.answers.expect(verb.upper(), *params)
 
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
@@ -21897,7 +21967,7 @@ class Link:
         """Tell the others in a conversation that the user types a message, or stopped."""
         if room is not None:
             tells = text.strip() and not text.startswith("/")
-            self.core.typing(room, "active" if tells else "done")
+            self.core.typing.tell(room, "active" if tells else "done")
             self.poke()
 
     def poke(self) -> None:
@@ -22640,7 +22710,7 @@ class Download:
             one.etag = ""  # so that the next attempt begins at the beginning
             return self.transfers.calls[one.id].drop("the server sends another part of the file")
         one.size, one.etag = size, etag
-        self.transfers.core.keep_transfer(one)
+        self.transfers.core.transfers.keep(one)
 
     def take(self, data: bytes) -> None:
         """Take a piece of the file."""
@@ -22696,7 +22766,7 @@ class Transfers:
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
         self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
-        self.core.start_transfer, self.core.end_transfer = self.start, self.end
+        self.core.transfers.start, self.core.transfers.end = self.start, self.end
         link.transfers = self
         self.watch()
 
@@ -22713,7 +22783,7 @@ class Transfers:
             raise Refused("NO_FILE", reason) from None
         except (RuntimeError, ValueError):  # ~ and a name that no user has; half a character
             raise Refused("NO_FILE", f"cannot {verb} {visible(one.path)}: no such path") from None
-        self.core.keep_transfer(one)
+        self.core.transfers.keep(one)
         self.wake()
 
     def _find_file(self, one: Transfer, path: pathlib.Path) -> None:
@@ -22756,7 +22826,7 @@ class Transfers:
                 free -= 1
                 self.calls[one.id] = None
                 one.state, one.why = "running", ""
-                self.core.with_token(functools.partial(self._run, one))
+                self.core.transfers.with_token(functools.partial(self._run, one))
 
     def _run(self, one: Transfer, token: str) -> None:
         """Go on with a transfer; `token` is for uploads, or ""."""
@@ -22847,7 +22917,7 @@ class Transfers:
         name = base64.b64encode(one.name.encode()).decode()
         known = {"Upload_Length": one.size, "Upload_Metadata": f"filename {name}"}
         headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0, **known)
-        url = parse_url(self.core.file_host, self.base)
+        url = parse_url(self.core.transfers.url, self.base)
 
         def created(response: Response | None, text: str) -> None:
             if is_temporary(response):
@@ -22855,7 +22925,7 @@ class Transfers:
             if response.status != 201:
                 return self.refused(one, response, text)
             one.url = response.header("location")
-            self.core.keep_transfer(one)
+            self.core.transfers.keep(one)
             return self._send_from(one, token, 0) if one.size else self._sent(one)
 
         self._call(one, CallRequest("POST", url, headers, created))
@@ -22916,7 +22986,7 @@ class Transfers:
 
     def _sent(self, one: Transfer) -> None:
         """Post the link of a complete upload."""
-        self.core.post_file(one)
+        self.core.transfers.post(one)
         self._over(one)
 
     # Down
@@ -22971,7 +23041,7 @@ class Transfers:
 
     def _over(self, one: Transfer) -> None:
         self.calls.pop(one.id, None)
-        self.core.forget_transfer(one)
+        self.core.transfers.forget(one)
         self.link.poke()
         self.wake()
 
@@ -22987,7 +23057,7 @@ class Transfers:
 
     def refused(self, one: Transfer, response: Response, text: str) -> None:
         if response.status == 401 and one.failures < 2:  # the token has ended
-            self.core.upload_token = ""
+            self.core.transfers.upload_token = ""
             return self.broke(one, text.strip())
         return self.failed(one, reason_given(response, text))
 
@@ -22998,7 +23068,7 @@ class Transfers:
         if not one.up:
             with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
-        self.core.forget_transfer(one)
+        self.core.transfers.forget(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
         self.wake()

@@ -1229,7 +1229,7 @@ def row_of(
         reason = outbox.parked.get(view.own_id) or screen.failed.get(view.own_id, "")
         state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
     looked_up = view.id and (view.past or not fresh or view.id in screen.reacted)
-    reactions = core.reactions_of(view.id) if looked_up else {}
+    reactions = core.reactions.of(view.id) if looked_up else {}
     told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
     answers = answered_by(core, room, view, by_id or {})
     missed = bool(view.id) and view.id in screen.missed
@@ -1493,11 +1493,11 @@ class Watched:
         self.people_changed = False
         core, room = self.seat.core, self.room
         asked = room.asked_people
-        core.ask_people(room)  # who is away
+        core.people.ask(room)  # who is away
         if room.asked_people != asked:
             self.loop.call_soon(self.seat.link.poke)
         known = room.is_channel and core.ready
-        now = {one.name: one for one in core.people(room)} if known else {}
+        now = {one.name: one for one in core.people.of(room)} if known else {}
         if len(now) > MEMBERS_LARGE:
             self.people_due = self.loop.now + MEMBERS_SECONDS
             self.loop.call_later(MEMBERS_SECONDS, chat.do_nothing)
@@ -1622,7 +1622,7 @@ class Wanted:
         """Stop the transfers of files that would only be opened: their folder goes."""
         for seat in self.seats:
             for one in [one for one in seat.core.transfers if one.id in self.opening]:
-                seat.core.drop_transfer(one)
+                seat.core.transfers.drop(one)
 
 
 class Requests:
@@ -1706,7 +1706,7 @@ class Requests:
         self._act(number, lambda core, room: core.redact(room, id))
 
     def react(self, number: int, id: str, emoji: str, on: bool) -> None:
-        self._act(number, lambda core, room: core.react(room, id, emoji, on))
+        self._act(number, lambda core, room: core.reactions.send(room, id, emoji, on))
 
     # Conversations
 
@@ -1779,13 +1779,13 @@ class Requests:
         if place is None or not place[1].name:
             raise chat.Unusable("open a conversation, and send the file there")
         one = chat.Transfer(secrets.token_hex(8), True, place[1].name, path)
-        self._act(number, lambda core, room: core.start_transfer(one))
+        self._act(number, lambda core, room: core.transfers.start(one))
 
     def save_file(self, number: int, view: chat.ViewEvent, path: str, opens: bool = False) -> None:
         """Save the file that a message links to; `opens`: Tk opens it then."""
         if place := self._place(number):
             core, before = place[0].core, place[0].core.transfers[:]
-            self._act(number, lambda core, room: core.save_file(room, view, path))
+            self._act(number, lambda core, room: core.transfers.save(room, view, path))
             for one in core.transfers if opens else ():
                 if one not in before:  # it was not refused
                     self.wanted.open(one)
@@ -1794,7 +1794,7 @@ class Requests:
         """Stop a file on its way, and forget it."""
         for seat in self._seats(server):
             for one in [one for one in seat.core.transfers if one.id == id]:
-                seat.core.drop_transfer(one)
+                seat.core.transfers.drop(one)
                 seat.link.poke()
 
     # Servers and settings

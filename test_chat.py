@@ -17455,10 +17455,10 @@ def test_a_list_of_users_is_shown_if_and_only_if_the_user_asked_for_it():
     alice.hears(reply, "315 alice #lobby :End")
     room = alice.core.find("#lobby")
     room.inside = True
-    alice.core.ask_people(room)  # the client's own, for its list of members
+    alice.core.people.ask(room)  # the client's own, for its list of members
     alice.hears(reply, "315 alice #lobby :End")
     assert len(alice.kinds("page")) == 1 and len(alice.kinds("server text")) == 1
-    assert alice.core.known_people["bob"].away
+    assert alice.core.people["bob"].away
     alice.types("/who #other").hears("352 alice #other u h irc.example bob H :0 Bob")
     alice.hears("315 alice #other :End")
     assert alice.kinds("page")[1:] == ["bob (u@h) in #other: Bob"]
@@ -17614,13 +17614,13 @@ def test_people_are_listed_up_to_the_limit(monkeypatch):
     longest = "n" * chat.IRC_BYTES
     for name in (longest + "n", longest, "bob", "carol"):
         room.came(name)
-        alice.core.note_person(name, away=True, account=name)
+        alice.core.people.note(name, away=True, account=name)
     assert list(room.people) == [longest, "bob"]
-    assert len(alice.core.known_people) == 2
+    assert len(alice.core.people) == 2
     room.typing.clear()
     monkeypatch.setattr(chat, "TYPING_MOST", 2)
     for name in "abc":
-        alice.core.types(room, name, "active")
+        alice.core.typing.note(room, name, "active")
     assert list(room.typing) == ["a", "b"]
 
 
@@ -17630,7 +17630,7 @@ def test_members_of_a_channel_are_asked_about_up_to_the_limit(monkeypatch, peopl
     alice = Elsewhere()
     room = alice.core.find("#lobby")
     room.inside, room.people = True, dict.fromkeys("abc"[:people], "")
-    alice.core.ask_people(room)
+    alice.core.people.ask(room)
     assert room.asked_people == asked and ("WHO #lobby" in alice.sent(9)) == asked
 
 
@@ -17673,8 +17673,8 @@ def test_news_of_what_is_known_is_taken_also_when_a_table_is_full(monkeypatch):
         room.came(name, ranks)
     assert room.people == {"bob": "@", "carol": ""}
     for name, away in (("bob", True), ("carol", True), ("bob", False), ("bob", True)):
-        core.note_person(name, away=away, account="x")
-    assert core.known_people["bob"].away and len(core.known_people) == 2
+        core.people.note(name, away=away, account="x")
+    assert core.people["bob"].away and len(core.people) == 2
 
 
 def test_conversations_are_as_many_as_the_limit_and_the_newest_unread_private_one_goes(monkeypatch):
@@ -18296,17 +18296,17 @@ def test_reactions_are_seen_kept_and_taken_back():
     alice.typed("/react \U0001f375")
     bob.exchange()
     id = last_of(bob).id
-    assert bob.core.reactions_of(id) == alice.core.reactions_of(id) == {"\U0001f375": ["alice"]}
+    assert bob.core.reactions.of(id) == alice.core.reactions.of(id) == {"\U0001f375": ["alice"]}
     reacted = [view for view in bob.views if view.kind == chat.REACTED]
     assert [(view.name, view.id, view.number) for view in reacted] == [("alice", id, 1)]
     assert sum(view.kind == chat.REACTED for view in alice.views) == 1  # its echo is no news
     alice.typed("/unreact \U0001f375")
     bob.exchange()
-    assert bob.core.reactions_of(id) == {} and bob.views[-1].number == -1
+    assert bob.core.reactions.of(id) == {} and bob.views[-1].number == -1
     alice.typed("/react \U0001f375")
     bob.typed("/redact")
     alice.exchange()
-    assert alice.core.reactions_of(id) == {}
+    assert alice.core.reactions.of(id) == {}
 
 
 def test_typing_is_told_now_and_then_and_ends_by_itself():
@@ -18315,7 +18315,7 @@ def test_typing_is_told_now_and_then_and_ends_by_itself():
     alice.core.ticks = bob.core.ticks = lambda: clock[0]
     here, there = alice.core.rooms["#lobby"], bob.core.rooms["#lobby"]
     for _ in range(3):  # keys
-        alice.core.typing(here, "active")
+        alice.core.typing.tell(here, "active")
         alice.core.flush()
     sent = alice.core.output.copy()
     exchange_all(alice, bob)
@@ -18325,7 +18325,7 @@ def test_typing_is_told_now_and_then_and_ends_by_itself():
     clock[0] += 7
     bob.core.tick()
     assert there.typing == {}
-    alice.core.typing(here, "active")
+    alice.core.typing.tell(here, "active")
     alice.core.flush()
     exchange_all(alice, bob)
     assert list(there.typing) == ["alice"]
@@ -18333,7 +18333,7 @@ def test_typing_is_told_now_and_then_and_ends_by_itself():
     bob.exchange()
     assert there.typing == {}
     alice.typed("/set typing off")
-    alice.core.typing(here, "active")
+    alice.core.typing.tell(here, "active")
     alice.core.flush()
     assert alice.core.output == []
 
@@ -18398,26 +18398,26 @@ def test_members_are_known_with_rank_absence_and_bots():
     alice, bob = two_screens()
     bob.typed("/away tea")
     lobby = alice.core.rooms["#lobby"]
-    alice.core.ask_people(lobby)
-    alice.core.ask_people(lobby)
+    alice.core.people.ask(lobby)
+    alice.core.people.ask(lobby)
     assert sum("WHO" in line for line in alice.core.talk.own_lines) == 1
     alice.exchange()
-    people = {one.name: one for one in alice.core.people(lobby)}
+    people = {one.name: one for one in alice.core.people.of(lobby)}
     assert people["bob"].away and not people["alice"].away
     bob.typed("/back")
     bob.typed("/raw MODE bob +B")
     alice.exchange()
     lobby.asked_people = False
-    alice.core.ask_people(lobby)
+    alice.core.people.ask(lobby)
     alice.exchange()
-    people = {one.name: one for one in alice.core.people(lobby)}
+    people = {one.name: one for one in alice.core.people.of(lobby)}
     assert not people["bob"].away and people["bob"].bot
     bob.typed("/nick rob")
     alice.exchange()
-    assert {one.name: one.bot for one in alice.core.people(lobby)}["rob"]
+    assert {one.name: one.bot for one in alice.core.people.of(lobby)}["rob"]
     bob.typed("/quit")
     alice.exchange()
-    assert alice.core.known_people == {}
+    assert alice.core.people == {}
 
 
 def test_one_message_that_could_not_be_sent_is_sent_again_or_dropped():
@@ -18525,7 +18525,7 @@ def test_other_servers_are_asked_for_nothing_that_they_do_not_take():
     there = Elsewhere("CLIENTTAGDENY=*", caps="message-tags")
     room = there.core.rooms["#lobby"]
     there.hears("@msgid=1 :bob!u@h PRIVMSG #lobby :hello")
-    there.core.typing(room, "active")
+    there.core.typing.tell(room, "active")
     there.types("/react +1")
     assert there.sent() == [] and there.kinds("back") == ["/react +1"]
     assert not any(map(there.core.can, ("reply", "react", "typing", "redact")))
@@ -18803,7 +18803,7 @@ def test_a_reaction_without_an_emoji_or_with_a_book_is_refused(text):
     alice.exchange()
     alice.typed(text)
     assert [view.text for view in alice.views if view.kind == "back"] == [text]
-    assert bob.core.reactions_of(last_of(bob).id) == {}
+    assert bob.core.reactions.of(last_of(bob).id) == {}
 
 
 @pytest.mark.parametrize("beyond, taken", [(0, True), (1, False)])
@@ -18812,7 +18812,7 @@ def test_a_reaction_is_as_long_as_the_limit_and_no_longer(beyond, taken):
     bob.typed("hi")
     alice.exchange()
     alice.typed("/react " + "x" * (chat.REACTION_CHARACTERS + beyond))
-    assert bool(alice.core.reactions_of(last_of(alice).id)) == taken
+    assert bool(alice.core.reactions.of(last_of(alice).id)) == taken
 
 
 def test_a_reaction_is_shown_when_the_server_has_taken_it():
@@ -18820,9 +18820,9 @@ def test_a_reaction_is_shown_when_the_server_has_taken_it():
     bob.typed("hi")
     alice.exchange()
     alice.views += alice.core.typed("/react +1")
-    assert alice.core.reactions_of(last_of(alice).id) == {}
+    assert alice.core.reactions.of(last_of(alice).id) == {}
     alice.exchange()
-    assert alice.core.reactions_of(last_of(alice).id) == {"+1": ["alice"]}
+    assert alice.core.reactions.of(last_of(alice).id) == {"+1": ["alice"]}
 
 
 def test_typing_is_told_although_a_message_is_left_to_the_user():
@@ -18831,7 +18831,7 @@ def test_typing_is_told_although_a_message_is_left_to_the_user():
     there.sent(9)
     (id,) = there.core.outbox.waiting
     there.core.park(id, "for a test")
-    there.core.typing(there.core.room, "active")
+    there.core.typing.tell(there.core.room, "active")
     there.core.flush()
     assert there.sent() == ["@+typing=active TAGMSG #lobby"]
 
@@ -18839,7 +18839,7 @@ def test_typing_is_told_although_a_message_is_left_to_the_user():
 @pytest.mark.parametrize("caps", ["", " batch labeled-response"])
 def test_an_error_about_typing_is_not_shown_and_of_no_message(caps):
     there = Elsewhere(caps=f"message-tags echo-message{caps}")
-    there.core.typing(there.core.room, "active")
+    there.core.typing.tell(there.core.room, "active")
     there.core.flush()
     (line,) = there.sent()
     there.types("hi")
@@ -18854,7 +18854,7 @@ def test_an_error_about_typing_is_not_shown_and_of_no_message(caps):
 
 def test_an_error_about_a_message_after_typing_that_was_taken_is_of_the_message():
     there = Elsewhere(caps="message-tags echo-message")
-    there.core.typing(there.core.room, "active")
+    there.core.typing.tell(there.core.room, "active")
     there.core.flush()
     there.types("hi")
     there.sent()
@@ -18947,11 +18947,11 @@ def test_a_plain_server_is_asked_for_nothing_that_it_does_not_know():
     core.connected()
     core.take_output()
     room = core.rooms["#lobby"]
-    core.ask_people(room)
-    core.typing(room, "active")
+    core.people.ask(room)
+    core.typing.tell(room, "active")
     core.mark_read(room)
     core.tick()
-    assert core.take_output() == b"" and core.people(room) == []
+    assert core.take_output() == b"" and core.people.of(room) == []
 
 
 def test_what_was_taken_back_while_a_client_was_away_is_gone_there_too():
@@ -19000,7 +19000,7 @@ def test_reactions_made_while_a_client_was_away_are_told_to_it_below_the_message
     alice.connect()
     exchange_all(alice, bob, carol)
     said = next(view for view in alice.core.rooms["#lobby"].views if view.text == "tea?")
-    assert alice.core.reactions_of(said.id) == {"+1": ["carol"], "yes": ["carol"]}
+    assert alice.core.reactions.of(said.id) == {"+1": ["carol"], "yes": ["carol"]}
     views = alice.views[seen:]
     kinds = [view.kind for view in views if view.kind in ("message", chat.REACTED)]
     assert kinds == ["message"] * (1 if known else 2) + [chat.REACTED] * 4
@@ -19580,11 +19580,11 @@ def test_a_user_in_a_channel_that_is_renamed_is_told_its_new_name():
 def test_an_account_is_known_until_the_user_logs_out():
     alice = Elsewhere(caps="account-notify away-notify")
     alice.hears(":bob!u@h JOIN #lobby", ":bob!u@h ACCOUNT bobby", ":bob!u@h AWAY :lunch")
-    assert alice.core.known_people["bob"].account == "bobby"
+    assert alice.core.people["bob"].account == "bobby"
     alice.hears(":bob!u@h NICK rob", ":rob!u@h AWAY")
-    assert alice.core.known_people["rob"].account == "bobby"
+    assert alice.core.people["rob"].account == "bobby"
     alice.hears(":rob!u@h ACCOUNT *")
-    assert alice.core.known_people == {}
+    assert alice.core.people == {}
 
 
 @pytest.mark.parametrize(
@@ -25824,7 +25824,7 @@ def test_a_file_that_changes_while_it_waits_is_not_sent(change, tmp_path):
 def test_the_link_of_a_file_that_cannot_be_posted_is_shown():
     core = plain_core()
     one = chat.Transfer("1", True, "bob", "a.txt", name="a.txt", url="http://a/files/1")
-    core.post_file(one)
+    core.transfers.post(one)
     assert any(one.url in view.text for view in core.take_views() if view.kind == "note")
 
 
