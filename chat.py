@@ -612,8 +612,7 @@ class Refused(ChatError):
 
 
 class Unusable(ChatError):
-    """A thing that this program needs is missing or wrong. The program says so in one line and
-    ends."""
+    """A thing that the program needs is missing or wrong: it says so in one line and ends."""
 
 
 class TlsFailed(ChatError):
@@ -921,8 +920,7 @@ def parse_tags(text: str) -> dict[str, str]:
 
 
 def parse_message(line: str) -> Message:
-    """Parse a line of IRC. Several spaces count as one, a source is ignored, and a verb may be in
-    any case."""
+    """Parse a line of IRC. Several spaces count as one; source and case of the verb are ignored."""
     tags: dict[str, str] = {}
     if line.startswith("@"):
         head, _, line = line[1:].partition(" ")
@@ -2066,8 +2064,7 @@ class Mask:
         self.pattern = mask_pattern(re.sub("@:+", "@0::", rest).removeprefix("a:"))
 
     def matches(self, user: User, session: Session | None = None) -> bool:
-        """Return whether the mask matches a user, or one session of the user, whose address may
-        differ."""
+        """Return whether the mask matches a user, or one session, whose address may differ."""
         key = user.mask_key
         if self.by_account:
             return bool(user.account_key) and self.pattern.fullmatch(user.account_key) is not None
@@ -2488,15 +2485,6 @@ class Channel:
         return [*spans, (member.since, math.inf)] if member else spans
 
 
-def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
-    """Return the audience of members with this rank symbol or a higher one, as they are now, and
-    the speaker, who may want an echo. History does not keep such events: it cannot know who may
-    read them."""
-    level = list(SYMBOLS.values()).index(symbol)
-    users = {user for user, member in channel.members.items() if member.level <= level}
-    return Audience(symbol + channel.name, users=users | {speaker})
-
-
 def neighbours(
     turn: "Turn",
     user: User,
@@ -2549,8 +2537,7 @@ class Awaited:
 
 
 class Ask(Awaited):
-    """An act that this node has sent to the log and that has not come back, with its
-    continuations."""
+    """An act that this node has sent to the log, and that has not come back yet."""
 
     __slots__ = ("name", "otherwise", "session", "values")
 
@@ -2795,11 +2782,6 @@ class LocalSession(Session):
     def mark_answer(self) -> None:
         """Mark what has been sent of an answer. For labels."""
 
-    @property
-    def has_answered(self) -> bool:
-        """True if the answer to the present line is whole: it waits for nothing, and has ended."""
-        return not self.deferred and self.unfinished is None
-
     # Sending
 
     def send(self, data: bytes, behind: int | None = None) -> None:
@@ -2835,10 +2817,6 @@ class LocalSession(Session):
             self.act("leave", self.parting, self.quit_intended)
         else:
             self.site.hub.sessions.pop(self.id, None)
-
-    def abandon(self) -> None:
-        """Detach the user without telling others: the server is going down."""
-        self.user = None
 
 
 do = functools.partial  # a step: what is called with then= as its last argument
@@ -2919,19 +2897,14 @@ class Group:
 
     def _spoken(self, wire: Wire, report: Callable) -> list[bytes]:
         """Encode the messages. A bug in one message loses only that message."""
-        if not self.special:
-            with contextlib.suppress(Exception):  # one by one then, see below
-                return wire.format.encode(self.audience, self.events)
-        lines = [b""] * len(self.events)
-        wanted = [n for n, event in enumerate(self.events) if event.kind in SPOKEN]
+        encode = functools.partial(wire.format.encode, self.audience)
+        spoken = [e for e in self.events if e.kind in SPOKEN] if self.special else self.events
         try:
-            encoded = wire.format.encode(self.audience, [self.events[n] for n in wanted])
+            lines = encode(spoken)
         except Exception:
-            encode = functools.partial(wire.format.encode, self.audience)
-            some = ([self.events[n]] for n in wanted)
-            encoded = [attempt_line(lambda e=e: b"".join(encode(e)), report) for e in some]
-        for n, line in zip(wanted, encoded, strict=True):
-            lines[n] = line
+            lines = [attempt_line(lambda e=e: b"".join(encode([e])), report) for e in spoken]
+        for n in self.special:
+            lines.insert(n, b"")
         return lines
 
     def joined(self, wire: Wire, report: Callable) -> tuple[bytes, list[int]]:
@@ -2962,14 +2935,8 @@ class Group:
         if copies:
             found = ((bisect.bisect_left(self.ids, id), id) for id in copies)
             mine = mine + [n for n, id in found if self.ids[n : n + 1] == [id]]
-        try:
-            return [(n, session.own(self.events[n], lines[n])) for n in mine]
-        except Exception:  # one by one then
-
-            def own_line(n: int) -> bytes:
-                return attempt_line(lambda: session.own(self.events[n], lines[n]), report)
-
-            return [(n, own_line(n)) for n in mine]
+        own = session.own
+        return [(n, attempt_line(lambda n=n: own(self.events[n], lines[n]), report)) for n in mine]
 
     def joined_for(
         self,
@@ -3553,7 +3520,10 @@ class Hub:
         if name[1:2] == "#" and name[0] in SYMBOLS.values():
             channel = self.find_channel(name[1:])
             self.work += len(channel.members)
-            return in_ranks(channel, name[0], user)
+            level = list(SYMBOLS.values()).index(name[0])
+            users = {one for one, member in channel.members.items() if member.level <= level}
+            # The speaker may want an echo. No history: it could not know who may read this
+            return Audience(name[0] + channel.name, users=users | {user})
         return self.conversation(user, self.find_user(name))
 
     def present_bans(self) -> list[ServerBan]:
@@ -3713,15 +3683,16 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
 
 
-def server_ban(hub: Hub, user: User) -> ServerBan | None:
-    """Return the K-line that keeps this user out, if there is one."""
+def server_ban(hub: Hub, source: Source) -> ServerBan | None:
+    """Return the K-line that keeps out a user with this name, address and account; or None."""
     hub.work += len(hub.bans)
+    user = User(source, "", "", 0)
     return next((ban for ban in hub.present_bans() if compiled_ban(ban.mask).matches(user)), None)
 
 
 def check_server_ban(hub: Hub, source: Source) -> None:
-    """Raise Refused if a K-line keeps out a user with this name, address and account."""
-    if ban := server_ban(hub, User(source, "", "", 0)):
+    """Raise Refused if a K-line keeps this user out."""
+    if ban := server_ban(hub, source):
         raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
 
 
@@ -3730,7 +3701,7 @@ def check_name_not_banned(hub: Hub, who: Session, name: str) -> None:
     user = who.user
     for session in () if who.operator else user.live:
         source = source_of(name, session.address, user.source.username, user.account)
-        if ban := server_ban(hub, User(source, "", "", 0)):
+        if ban := server_ban(hub, source):
             raise Refused("BAD_NAME", f"that name is banned from this server: {ban.reason}", name)
 
 
@@ -3847,8 +3818,7 @@ def forget_token(hub: Hub, user: User, token: str) -> None:
 def emit_to_witnesses(
     hub: Hub, kind: str, source: Source, user: User, *texts: str, origin: Session | None = None
 ) -> None:
-    """Tell the user's act to the user, to common channels, and to watchers with
-    extended-monitor."""
+    """Tell the act of a user to the user, common channels, and watchers with extended-monitor."""
     watchers = hub.watchers.get(user.key)
     # Only the watcher's own node knows the capability: the rest of the event must not depend on it
     watching = [s for s in watchers if s.extended_monitor] if watchers else None
@@ -3858,8 +3828,7 @@ def emit_to_witnesses(
 
 
 def move_to_address(hub: Hub, user: User, address: str) -> None:
-    """Give a user another address if no session has the present one any more. Bans match the user's
-    address."""
+    """Give a user another address, which bans match, if no session has the present one any more."""
     if host_of(user.source.address) in {host_of(s.address) for s in user.live}:
         return
     before = user.source
@@ -4165,7 +4134,7 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
         raise wrong_login()  # the account was dropped, or its password changed
     user, holder = who.user, hub.users.get(fold(account))
     source = source_of(user.name, user.source.address, user.source.username, account)
-    if ban := server_ban(hub, User(source, "", "", 0)):
+    if ban := server_ban(hub, source):
         disconnect(hub, hub.source, user, ban.reason)
         return before
     stays = not takes_name or holder in (None, user) or holder.account != account
@@ -4650,16 +4619,14 @@ def remove_file(hub: Hub, who: Session, id: str) -> None:
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
-    """Note that a message of the owner carries the file's link. The file is removed with the last
-    one."""
+    """Note that a message of the owner carries the file's link; the last one removes the file."""
     if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
         hub.files.by_message[event.id] = file.id
         keep_file(hub, file._replace(messages=(*file.messages, event.id)))
 
 
 def redact_file(hub: Hub, who: Session, message: int) -> None:
-    """Forget a redacted message that carried a file's link. The file is removed with its last
-    message."""
+    """Forget a redacted message that carried a file's link; the last one removes the file."""
     file = hub.files.get(hub.files.by_message.pop(message, ""))
     if file is None:
         return
@@ -8551,7 +8518,7 @@ class IrcSession(LocalSession):
         with more to come, go into a labelled batch."""
         if self.labelled is None:
             return
-        turn, whole = self.site.hub.turn, self.has_answered
+        turn, whole = self.site.hub.turn, not self.deferred and self.unfinished is None
         label, replies, events, _ = self.labelled
         heard = {e.id: count for e in turn.events[events:] if (count := self.count_own_lines(e))}
         count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
@@ -21222,8 +21189,8 @@ class Server:
         for peer in list(self.peers):
             if peer.session:
                 peer.session.farewell("the server is going down")
-                if self.cluster is None:
-                    peer.session.abandon()
+                if self.cluster is None:  # the users stay: no other user is told
+                    peer.session.user = None
             peer.close()
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if self.cluster:
