@@ -8505,17 +8505,10 @@ class IrcSession(LocalSession):
         if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
 
-    def take_result(self, job: Awaited, result: Any) -> None:
-        super().take_result(job, result)
-        self.from_service = self.from_service and self.deferred
-
-    def finish_result(self, ask: Ask, result: Any) -> None:
-        super().finish_result(ask, result)
-        self.from_service = self.from_service and self.deferred
-
     def mark_answer(self) -> None:
         """Label the replies since the answer was begun or resumed. Replies of several lines, or
         with more to come, go into a labelled batch."""
+        self.from_service = self.from_service and self.deferred
         if self.labelled is None:
             return
         turn, whole = self.site.hub.turn, not self.deferred and self.unfinished is None
@@ -8731,17 +8724,8 @@ def abort_sasl(session: IrcSession) -> None:
     session.reply(ERR_SASLABORTED)
 
 
-def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
-    """Send what follows registration. The user is in these channels already."""
-    welcome(session)
-    if session.site.hub.accounts.is_foreign(wanted, session.user.account):
-        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
-    for channel in channels:
-        session.tell_joined(channel.name)
-        tell_channel(session, channel)
-
-
-def complete_registration(session: IrcSession) -> None:
+@in_steps
+def complete_registration(session: IrcSession) -> Steps:
     """Register the user, once the client has sent NICK and USER and ended the negotiation."""
     if session.user or session.negotiating or not (session.wanted and session.username):
         return
@@ -8756,25 +8740,26 @@ def complete_registration(session: IrcSession) -> None:
         session.fail("SESSION", "ACCOUNT_REQUIRED", f"log in to {account} to have your place again")
         session.token = ""  # or it would be that of two users
 
-    def entered(result: tuple[bool, bool]) -> None:
-        attached, resumed = result
-        if resumed:
-            session.line("NOTE SESSION RESUMED :you have your place again")
-        session.conn.named()
-        greet_user(session, wanted, session.user.channels if attached else ())
-
     def kept_out(refusal: Refused) -> None:
         session.refuse(refusal)
         if refusal.code == "BANNED_FROM_SERVER":
             session.end(str(refusal), intended=False)
 
-    session.act(
-        *("enter", wanted, session.username, session.realname, session.conn.address),
+    attached, resumed = yield do(
+        *(session.act, "enter", wanted, session.username, session.realname, session.conn.address),
         *(session.account, session.proof, session.token, True, secrets.randbits(32)),
         *(tuple(session.metadata.items()), session.away),
-        then=entered,
         otherwise=kept_out,
     )
+    if resumed:
+        session.line("NOTE SESSION RESUMED :you have your place again")
+    session.conn.named()
+    welcome(session)
+    if session.site.hub.accounts.is_foreign(wanted, session.user.account):
+        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
+    for channel in session.user.channels if attached else ():
+        session.tell_joined(channel.name)
+        tell_channel(session, channel)
 
 
 def check_server(session: IrcSession, name: str) -> None:
@@ -8943,38 +8928,32 @@ def fail_sasl(session: IrcSession, refusal: Refused) -> None:
 
 
 def tell_logged_in(
-    session: IrcSession,
-    account: str,
-    proof: str,
-    then: Callable = do_nothing,
-    otherwise: Callable[[Refused], None] | None = None,
-) -> None:
+    session: IrcSession, account: str, proof: str, otherwise: Callable | None = None
+) -> Steps:
     """Log the client in to an account, and tell it; without a user the log-in is part of its
-    registration. Then call then(), or otherwise(the refusal)."""
+    registration. Return whether the session is still there. Call otherwise() with a refusal."""
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
-
-    def succeeded(before: int) -> None:
-        if user and session.user is None:  # a K-line of the account ended the session
-            return
-        told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
-        session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
-        then()
-
+    before = session.site.hub.last_id
     if user:
-        session.act("log_in", account, proof, False, then=succeeded, otherwise=otherwise)
-    else:
-        succeeded(session.site.hub.last_id)
+        before = yield do(session.act, "log_in", account, proof, False, otherwise=otherwise)
+        if session.user is None:  # a K-line of the account ended the session
+            return False
+    told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
+    session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
+    return True
 
 
-def end_sasl(session: IrcSession, account: str) -> None:
+@in_steps
+def end_sasl(session: IrcSession, account: str) -> Steps:
     exchange, session.exchange = session.exchange, None
     try:
         proof = revision_of(session, account, exchange.verifier)
     except Refused as refusal:
         return fail_sasl(session, refusal)
-    succeed = functools.partial(session.reply, RPL_SASLSUCCESS)
-    tell_logged_in(session, account, proof, succeed, functools.partial(fail_sasl, session))
+    fail = functools.partial(fail_sasl, session)
+    if (yield from tell_logged_in(session, account, proof, fail)):
+        session.reply(RPL_SASLSUCCESS)
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
@@ -9052,7 +9031,7 @@ def irc_register(session: IrcSession, account: str, email: str, password: str) -
         return session.line(f"REGISTER VERIFICATION_REQUIRED {name} :{text}")
     text = f"{name} is yours; log in with your password{email_used(session, email)}"
     session.line(f"REGISTER SUCCESS {name} :{text}")
-    tell_logged_in(session, name, proof)
+    yield from tell_logged_in(session, name, proof)
 
 
 @irc_command("VERIFY", 2, 2, nameless=True, exact=True)
@@ -9065,7 +9044,7 @@ def irc_verify(session: IrcSession, name: str, code: str) -> Steps:
         raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", known)
     account, proof = yield from verify(session, nick if name == "*" else name, code)
     session.line(f"VERIFY SUCCESS {account} :{account} is yours")
-    tell_logged_in(session, account, proof)
+    yield from tell_logged_in(session, account, proof)
 
 
 @irc_command("SESSION", 1, nameless=True)
@@ -9121,7 +9100,7 @@ def service_register(session: IrcSession, password: str, email: str = "") -> Ste
     if not proof:
         return session.service_says(f"a code was sent to {email}: VERIFY CODE")
     session.service_says(f"{name} is yours{email_used(session, email)}")
-    tell_logged_in(session, name, proof)
+    yield from tell_logged_in(session, name, proof)
 
 
 @service_command("verify", 1, exact=True)
@@ -9354,16 +9333,14 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
 
 
 @irc_command("AWAY", most=1, nameless=True)
-def irc_away(session: IrcSession, reason: str = "") -> None:
+@in_steps
+def irc_away(session: IrcSession, reason: str = "") -> Steps:
     """AWAY [<reason>] -- say that you are not here, or without a reason that you are back"""
-
-    def told(_: None) -> None:
-        session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
-
     if session.user:
-        return session.act("set_away", reason, then=told)
-    session.away = cut(reason, REASON_BYTES)
-    return told(None)
+        yield do(session.act, "set_away", reason)
+    else:
+        session.away = cut(reason, REASON_BYTES)
+    session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
 
 
 @irc_command("SETNAME", 1)
@@ -9389,12 +9366,10 @@ def irc_join(session: IrcSession, names: str, keys: str = "") -> Iterator[None]:
         return
     passwords = dict(zip(names.split(","), keys.split(","), strict=False))
 
-    def entered(channel: Channel | None) -> None:
-        if channel:
+    @in_steps
+    def enter(name: str) -> Steps:
+        if channel := (yield do(session.act, "join", name, passwords.get(name, ""))):
             tell_channel(session, channel)
-
-    def enter(name: str) -> None:
-        session.act("join", name, passwords.get(name, ""), then=entered)
 
     yield from each_in_pieces(session, names, enter)
 
@@ -9531,34 +9506,30 @@ def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
     return changes
 
 
-def user_mode(session: IrcSession, name: str, letters: str) -> None:
+@in_steps
+def user_mode(session: IrcSession, name: str, letters: str) -> Steps:
     """Read or change the user's own modes; those of others are not shown."""
     if session.site.hub.find_user(name) is not session.user:
         raise Refused("NOT_YOURSELF", "only your own modes are yours to see and change")
     if not letters:
         return session.reply(RPL_UMODEIS, user_modes_text(session))
     changes = parse_modes(letters[:USER_MODES_AT_ONCE], ())
-    known = tuple(tuple(change) for change in changes if change.letter in USER_MODES)
-
-    def changed(_: None) -> None:
-        if len(known) < len(changes):
-            text = f"there are only the user modes {''.join(USER_MODES)}"
-            session.refuse(Refused("UNKNOWN_USER_MODE", text))
-
-    return session.act("set_user_modes", known, then=changed) if known else changed(None)
+    if known := tuple(tuple(change) for change in changes if change.letter in USER_MODES):
+        yield do(session.act, "set_user_modes", known)
+    if len(known) < len(changes):
+        text = f"there are only the user modes {''.join(USER_MODES)}"
+        session.refuse(Refused("UNKNOWN_USER_MODE", text))
 
 
-@in_steps
 def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> Steps:
-    """Change the modes that can be changed, and tell the refusals of the others."""
-    if plain := tuple(map(tuple, changes)):
-        values = channel.name, plain, secrets.token_hex(16)
-        for refusal in (yield do(session.act, "set_modes", *values)):
-            session.refuse(refusal)
+    """Change the modes that can be changed; return the refusals of the others."""
+    values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
+    return (yield do(session.act, "set_modes", *values))
 
 
 @irc_command("MODE", 1, 15)
-def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) -> None:
+@in_steps
+def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) -> Steps:
     """MODE <channel or nickname> [<modes> [<value>...]] -- read or change modes"""
     if not name.startswith("#"):
         return user_mode(session, name, letters)
@@ -9575,7 +9546,9 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
         for mask in channel.lists[letter].values():
             session.reply(line, channel.name, mask.text, mask.setter, mask.when // 1000)
         session.reply(end, channel.name)
-    change_modes(session, channel, [c for c in changes if c.value or c.letter not in MASK_LISTS])
+    if changes := [c for c in changes if c.value or c.letter not in MASK_LISTS]:
+        for refusal in (yield from change_modes(session, channel, changes)):
+            session.refuse(refusal)
 
 
 @irc_command("RENAME", 2, 3)
@@ -9658,29 +9631,27 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
     tell_metadata(session, owner, keys)
 
 
-def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> None:
+@in_steps
+def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> Steps:
     """Add or remove keys; the first one past the limit is refused, and the rest ignored."""
     done: list[str] = []
     for key in keys:
         known = key in session.subscribed
         if not METADATA_KEY.fullmatch(key):
             session.refuse(Refused("INVALID_KEY", NO_KEY, key))
-        elif on and not known and len(session.subscribed) >= METADATA_SUBS:
+            continue
+        if on and not known and len(session.subscribed) >= METADATA_SUBS:
             text = f"{METADATA_SUBS} keys at most"
             session.refuse(Refused("LIMIT_REACHED", text, key, str(METADATA_SUBS)))
             break
+        done.append(key)
+        if on:
+            session.subscribed[key] = None
         else:
-            if on:
-                session.subscribed[key] = None
-            else:
-                session.subscribed.pop(key, None)
-            done.append(key)
+            session.subscribed.pop(key, None)
     if done:
-
-        def told(_: None) -> None:
-            session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
-
-        session.act("follow", "subscribers", tuple(done), on, then=told)
+        yield do(session.act, "follow", "subscribers", tuple(done), on)
+        session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
@@ -9858,9 +9829,8 @@ def changes_told(session: IrcSession) -> list[str]:
 
 def target_bound(session: IrcSession, text: str) -> Mark:
     """Return a bound of TARGETS: a time; our own clients may also give an id."""
-    if "chat.py/session" in session.capabilities and text.startswith("msgid="):
-        return parse_mark(session.site.hub, text, "TARGETS", "*")
-    if not text.startswith("timestamp="):
+    ours = "chat.py/session" in session.capabilities and text.startswith("msgid=")
+    if not ours and not text.startswith("timestamp="):
         raise Refused("INVALID_PARAMS", "a bound is timestamp=...", "TARGETS", text)
     return parse_mark(session.site.hub, text, "TARGETS", "*")
 
@@ -10651,35 +10621,28 @@ class LineSession(LocalSession):
             self.here.member(self.user)
         return self.here
 
-    def take_name(self, wanted: str) -> None:
-        """Take a line as the user's name: the first one, or one after a refusal."""
-        if not self.passed:
-            raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
-        self.wanted_name = clean_name(wanted)
-        self.act(
-            *("enter", wanted, "line", "", self.conn.address, "", "", "", False),
-            *(secrets.randbits(32), (), ""),
-            then=lambda _: self.entered(wanted),
-            otherwise=self.kept_out,
-        )
-
     def kept_out(self, refusal: Refused) -> None:
         if refusal.code == "BANNED_FROM_SERVER":
             self.end(str(refusal), intended=False)
         else:
             self.refuse(refusal)
 
-    def entered(self, wanted: str) -> None:
+    @in_steps
+    def take_name(self, wanted: str) -> Steps:
+        """Take a line as the user's name: the first one, or one after a refusal."""
+        if not self.passed:
+            raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
+        self.wanted_name = clean_name(wanted)
+        values = (wanted, "line", "", self.conn.address, "", "", "", False)
+        values += (secrets.randbits(32), (), "")
+        yield do(self.act, "enter", *values, otherwise=self.kept_out)
         self.conn.named()
         name = self.user.name
         if name != wanted:
             self.tell(f"you are {name}: {why_renamed(self.site.hub, wanted, name)}")
         elif self.greeted:
             self.tell(f"you are {name}{self.who_is_here()}; /help")
-        self.act("join", LOBBY, "", then=self.speak_in)
-
-    def speak_in(self, channel: Channel) -> None:
-        self.here = channel
+        self.here = yield do(self.act, "join", LOBBY, "")
 
     def change_channel(self) -> None:
         """If the user left the channel spoken in, speak in the lobby, else in another channel."""
@@ -10712,16 +10675,10 @@ class LineSession(LocalSession):
             self.say(message)
 
 
-@in_steps
-def change_modes_or_refuse(
-    session: LineSession, channel: Channel, changes: list, done: Callable = do_nothing
-) -> Steps:
-    """Change modes, and call done(); or tell the first refusal."""
-    values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
-    if refusals := (yield do(session.act, "set_modes", *values)):
-        session.refuse(refusals[0])
-    else:
-        done()
+def change_all_modes(session: LineSession, channel: Channel, changes: list) -> Steps:
+    """Change modes. Raises the first Refused of several."""
+    if refusals := (yield from change_modes(session, channel, changes)):
+        raise refusals[0]
 
 
 def named_channel(session: LineSession, name: str) -> Channel:
@@ -10870,13 +10827,11 @@ def line_nick(session: LineSession, wanted: str) -> Steps:
 
 
 @line_command("away", most=1)
-def line_away(session: LineSession, reason: str = "") -> None:
+@in_steps
+def line_away(session: LineSession, reason: str = "") -> Steps:
     """/away [REASON] -- say that you are not here, or without a reason that you are back"""
-
-    def told(_: None) -> None:
-        session.tell(f"you went away: {session.user.away}" if reason else "you came back")
-
-    session.act("set_away", reason, then=told)
+    yield do(session.act, "set_away", reason)
+    session.tell(f"you went away: {session.user.away}" if reason else "you came back")
 
 
 @line_command("invite", 1, 2)
@@ -10894,7 +10849,8 @@ def line_kick(session: LineSession, name: str, reason: str = "") -> None:
 
 
 @line_command("mode", most=1)
-def line_mode(session: LineSession, text: str = "") -> None:
+@in_steps
+def line_mode(session: LineSession, text: str = "") -> Steps:
     """/mode [MODES] -- see or change the channel you speak in: /mode +m-t, /mode +o NAME"""
     channel = session.current_channel()
     if not text:
@@ -10902,33 +10858,32 @@ def line_mode(session: LineSession, text: str = "") -> None:
         session.tell(f"the modes of {channel.name}: {channel.modes_text(session)} ({known})")
         return
     letters, *values = text.split()
-    change_modes_or_refuse(session, channel, parse_modes(letters, values))
+    yield from change_all_modes(session, channel, parse_modes(letters, values))
 
 
 @line_command("ban", most=1)
-def line_ban(session: LineSession, whom: str = "") -> None:
+@in_steps
+def line_ban(session: LineSession, whom: str = "") -> Steps:
     """/ban [NAME|MASK] -- keep a user out of the channel you speak in, and put them out"""
     channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     if not whom:
         masks = ", ".join(mask.text for mask in channel.lists["b"].values())
         return session.tell(f"banned from {channel.name}: {masks or 'no user'}")
     mask = ban_mask(user) if user else full_mask(whom)
-
-    def banned() -> None:
-        session.postponed.append(kick_banned(session, channel, Mask(mask)))
-
-    return change_modes_or_refuse(session, channel, [ModeChange(True, "b", mask)], banned)
+    yield from change_all_modes(session, channel, [ModeChange(True, "b", mask)])
+    session.postponed.append(kick_banned(session, channel, Mask(mask)))
 
 
 @line_command("unban", 1)
-def line_unban(session: LineSession, whom: str) -> None:
+@in_steps
+def line_unban(session: LineSession, whom: str) -> Steps:
     """/unban NAME|MASK -- let them in again"""
     channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     keys = {fold(whom), fold(full_mask(whom)), fold(ban_mask(user)) if user else ""}
     found = [channel.lists["b"][key].text for key in keys & channel.lists["b"].keys()]
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
-    change_modes_or_refuse(session, channel, [ModeChange(False, "b", mask) for mask in found])
+    yield from change_all_modes(session, channel, [ModeChange(False, "b", mask) for mask in found])
 
 
 def logged_in_line(session: LineSession, account: str, proof: str) -> Steps:
