@@ -11349,12 +11349,6 @@ CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 50
 SUBPROTOCOLS = {"text.ircv3.net": TEXT_FRAME, "binary.ircv3.net": BINARY_FRAME}
 
 
-def websocket_accept(key: str) -> str:
-    """Return the Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
-    digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
-    return base64.b64encode(digest).decode()
-
-
 def frame(opcode: int, payload: bytes) -> bytes:
     """Return a frame from the server, which is not masked."""
     size = len(payload)
@@ -11621,10 +11615,12 @@ CORS = (
     "Upload-Offset, Upload-Length, Upload-Expires, Tus-Resumable, Tus-Version, Tus-Extension, "
     "Tus-Max-Size",
 )
+TUS = "Tus-Resumable: 1.0.0"
 CHALLENGE = ('WWW-Authenticate: Basic realm="chat", charset="UTF-8"', "WWW-Authenticate: Bearer")
 REFUSAL_STATUSES = {  # Refused.code -> status
     "SASL_FAILED": 401,
     "BANNED_FROM_SERVER": 403,
+    "NOT_YOURS": 403,
     "TRY_LATER": 429,
     "BAD_HEADER": 400,
     "NO_FILE": 404,
@@ -11773,9 +11769,10 @@ class WebSession(LocalSession):
             lines.append("Connection: keep-alive")
         self.send("\r\n".join([*lines, "", ""]).encode())
 
-    def cors(self) -> tuple[str, ...]:
-        """Return headers that let the pages of other sites read an answer about a file."""
-        return CORS if self.request and "origin" in self.request.headers else ()
+    def file_headers(self) -> tuple[str, ...]:
+        """Return headers of an answer about a file, for pages of other sites and clients of tus."""
+        cors = CORS if self.request and "origin" in self.request.headers else ()
+        return (*cors, TUS) if self.request and is_tus(self.request) else cors
 
     def end_answer(self) -> None:
         """Close the connection after a complete answer, if that was decided."""
@@ -11796,7 +11793,8 @@ class WebSession(LocalSession):
         end, self.at_end = self.at_end, do_nothing
         end()
         status = REFUSAL_STATUSES.get(refusal.code, 503)
-        self.respond(status, str(refusal), *(CHALLENGE if status == 401 else ()), *self.cors())
+        challenge = CHALLENGE if status == 401 else ()
+        self.respond(status, str(refusal), *challenge, *self.file_headers())
 
     def not_kept(self, events: list[Event], reason: str) -> None:
         """Do nothing: a web client sends no messages."""
@@ -11822,7 +11820,8 @@ def open_websocket(session: WebSession, request: Request) -> None:
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
     lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
-    lines.append(f"Sec-WebSocket-Accept: {websocket_accept(key)}")
+    digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
+    lines.append(f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}")
     lines += [f"Sec-WebSocket-Protocol: {name}" for name in offered[:1]]
     opcode = SUBPROTOCOLS[offered[0]] if offered else TEXT_FRAME
     return session.conn.upgrade("\r\n".join([*lines, "", ""]).encode(), opcode)
@@ -12007,47 +12006,32 @@ def disposition(file: StoredFile) -> str:
 # Files: who may upload
 
 
-@in_steps
-def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
-    """Call then(identity) with the account's identity if the password is right. Raises Refused."""
-    account, proof = yield from prove(session, name, password)
-    session.proof = account, proof
-    then(session.site.hub.accounts.identity(account))
-
-
-def authorize(session: WebSession, then: Callable[[str], None]) -> None:
-    """Call then(identity) for the credentials of a request: an account's password (Basic) or a
-    token (Bearer). A right password is remembered for the connection. A K-line of the account or
-    of the address holds here, too. Raises Refused."""
-    given, hub = session.request.header("authorization"), session.site.hub
-
-    def check_ban(owner: str) -> None:
-        account = owner[1:].rpartition("/")[0]  # of an identity; a guest has none
-        check_server_ban(hub, source_of(account or "*", f"{session.sender.host}:0", "*", account))
-        then(owner)
-
-    if given and given == session.credentials and hub.accounts.is_proof(*session.proof):
-        return check_ban(session.owner)
+def authorize(session: WebSession) -> Steps:
+    """Return the identity of the user whose credentials a request has: an account's password
+    (Basic) or a token (Bearer). A right password is remembered for the connection. A K-line of the
+    account or of the address holds here, too. Raises Refused."""
+    given, hub, owner = session.request.header("authorization"), session.site.hub, ""
     scheme, _, value = given.partition(" ")
-
-    def proved(owner: str) -> None:
-        session.credentials, session.owner = given, owner
-        check_ban(owner)
-
-    if scheme.lower() == "bearer":
-        if owner := session.site.grants.owner(value.strip(), hub.ticks):
-            return check_ban(owner)
+    if given and given == session.credentials and hub.accounts.is_proof(*session.proof):
+        owner = session.owner
+    elif scheme.lower() == "bearer":
+        owner = session.site.grants.owner(value.strip(), hub.ticks)
     elif scheme.lower() == "basic":
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # of other bytes than base64 of UTF-8
             name, _, password = base64.b64decode(value, validate=True).decode().partition(":")
-            return prove_owner(session, name, password, proved)
-    text = "log in with your account, or with a token of TOKEN GENERATE FILEHOST"
-    raise Refused("SASL_FAILED", text)
+            account, proof = yield from prove(session, name, password)
+            owner = hub.accounts.identity(account)
+            session.credentials, session.owner, session.proof = given, owner, (account, proof)
+    if not owner:
+        text = "log in with your account, or with a token of TOKEN GENERATE FILEHOST"
+        raise Refused("SASL_FAILED", text)
+    account = owner[1:].rpartition("/")[0]  # of an identity; a guest has none
+    check_server_ban(hub, source_of(account or "*", f"{session.sender.host}:0", "*", account))
+    return owner
 
 
 # Files: up (https://tus.io/protocols/resumable-upload, 1.0.0)
 
-TUS = "Tus-Resumable: 1.0.0"
 CORS_ASKED = (
     "Access-Control-Allow-Methods: GET, HEAD, POST, PATCH, DELETE, OPTIONS",
     "Access-Control-Allow-Headers: Authorization, Content-Type, Content-Disposition, "
@@ -12060,9 +12044,7 @@ NO_SUCH_FILE = "there is no such file, or not any more"
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
-    """Answer a request about a file, with the headers for other sites' pages and for tus."""
-    tus = (TUS,) if is_tus(session.request) else ()
-    session.respond(status, body, *headers, *session.cors(), *tus)
+    session.respond(status, body, *headers, *session.file_headers())
 
 
 def is_elsewhere(session: WebSession, request: Request) -> bool:
@@ -12181,13 +12163,11 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     site.uploading.pop(id, None)
     files.finishing.add(id)
 
-    def completed(_: None) -> None:
-        tell_progress(session, id, upload.at)
-
     def finished(result: Any, is_there: bool) -> None:
         files.finishing.discard(id)
         if not isinstance(result, Exception):
-            return site.act("finish_file", id, *result, then=completed if is_there else do_nothing)
+            tell = (lambda _: tell_progress(session, id, upload.at)) if is_there else do_nothing
+            return site.act("finish_file", id, *result, then=tell)
         if not upload.resumable:
             site.act("remove_file", id)
         if not isinstance(result, Refused):
@@ -12241,9 +12221,15 @@ def take_pieces(session: WebSession) -> None:
         session.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def open_upload(session: WebSession, request: Request, id: str, size: int, _: None) -> None:
-    """Take the body of the request that began a file."""
-    tus = is_tus(request)
+def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> Steps:
+    """Register a new file for an authorized client, and take the body."""
+    id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
+    if tus := is_tus(request):
+        known = tus_metadata(request.header("upload-metadata"))
+        name = known.get("filename", "") or known.get("name", "")
+    address, node = session.conn.limit_key, session.site.node
+    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
+    yield do(session.act, "begin_file", *values)
     session.site.uploading[id] = session
     total = size if tus or request.length is not None else None
     upload = session.upload = Upload(id, total, resumable=tus)
@@ -12253,30 +12239,14 @@ def open_upload(session: WebSession, request: Request, id: str, size: int, _: No
     if tus and has_body and piece_type != PIECE_TYPE:
         drop_upload(session, keep=False)
         return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
-
-    def opened(handle: Any) -> None:
-        upload.handle = handle
-        if has_body:
-            return take_pieces(session)
-        return end_pieces(session)
-
-    session.later(FILE_LANE, functools.partial(session.site.folder.begin, id), opened)
-
-
-def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
-    """Register a new file for an authorized client, and take the body."""
-    id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
-    if is_tus(request):
-        known = tus_metadata(request.header("upload-metadata"))
-        name = known.get("filename", "") or known.get("name", "")
-    address, node = session.conn.limit_key, session.site.node
-    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
-    then = functools.partial(open_upload, session, request, id, size)
-    session.act("begin_file", *values, then=then)
+    begin = functools.partial(session.site.folder.begin, id)
+    upload.handle = yield do(session.later, FILE_LANE, begin)
+    return take_pieces(session) if has_body else end_pieces(session)
 
 
 @on_files("POST", "/files")
-def create_file(session: WebSession, request: Request) -> None:
+@in_steps
+def create_file(session: WebSession, request: Request) -> Steps:
     """POST /files -- upload a file, or with Tus-Resumable begin to: 201 with its Location"""
     most = session.site.hub.files.most
     size = request.length
@@ -12289,21 +12259,19 @@ def create_file(session: WebSession, request: Request) -> None:
         size = min(most, CHUNKS_RESERVED)
     if size > most:
         return answer_file(session, 413, f"a file has at most {most:,} bytes")
-    authorize(session, functools.partial(begin_upload, session, request, size))
+    owner = yield from authorize(session)
+    yield from begin_upload(session, request, size, owner)
 
 
-def own_file(session: WebSession, request: Request, then: Callable[[StoredFile], None]) -> None:
-    """Call then(file) if the file of a request belongs to the user who asks. Raises Refused."""
-
-    def check(owner: str) -> None:
-        file = session.site.hub.files.get(request.path.removeprefix("/files/"))
-        if file is None:
-            return answer_file(session, 404, NO_SUCH_FILE)
-        if not session.site.hub.same_person(file.owner, owner):
-            return answer_file(session, 403, "this is another user's file")
-        return then(file)
-
-    authorize(session, check)
+def own_file(session: WebSession, request: Request) -> Steps:
+    """Return the file of a request, which must belong to the user who asks. Raises Refused."""
+    owner = yield from authorize(session)
+    file = session.site.hub.files.get(request.path.removeprefix("/files/"))
+    if file is None:
+        raise Refused("NO_FILE", NO_SUCH_FILE)
+    if not session.site.hub.same_person(file.owner, owner):
+        raise Refused("NOT_YOURS", "this is another user's file")
+    return file
 
 
 def end_older(session: WebSession, id: str) -> None:
@@ -12313,80 +12281,62 @@ def end_older(session: WebSession, id: str) -> None:
 
 
 @on_files("PATCH", "/files/*")
-def continue_file(session: WebSession, request: Request) -> None:
+@in_steps
+def continue_file(session: WebSession, request: Request) -> Steps:
     """PATCH /files/ID -- the next bytes of an upload, from Upload-Offset on (tus)"""
     if request.header("content-type").partition(";")[0].strip().lower() != PIECE_TYPE:
         return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
     if not re.fullmatch(r"[0-9]{1,18}", request.header("upload-offset")):
         return answer_file(session, 400, "Upload-Offset is where the piece begins")
-    offset = int(request.header("upload-offset"))
-
-    def begin(file: StoredFile) -> None:
-        site = session.site
-        if file.sha:
-            return answer_file(session, 403, "this file is complete")
-        if file.id in site.hub.files.finishing:
-            return answer_file(session, 423, "this file is just being completed")
-        end_older(session, file.id)
-        upload = session.upload = Upload(file.id, file.size, resumable=True)
-        session.at_end = functools.partial(drop_upload, session, keep=True)
-        site.uploading[file.id] = session
-        job = functools.partial(site.folder.reopen, file.id)
-        return session.later(FILE_LANE, job, functools.partial(opened, upload))
-
-    def opened(upload: Upload, found: tuple[Any, int]) -> None:
-        upload.handle, upload.at = found
-        if upload.at != offset:
-            at = upload.at
-            drop_upload(session, keep=True)
-            return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
-        if offset + (request.length or 0) > upload.total:
-            drop_upload(session, keep=True)
-            return answer_file(session, 413, f"the file has {upload.total:,} bytes")
-        if request.length == 0:
-            return end_pieces(session)
-        return take_pieces(session)
-
-    return own_file(session, request, begin)
+    offset, site = int(request.header("upload-offset")), session.site
+    file = yield from own_file(session, request)
+    if file.sha:
+        return answer_file(session, 403, "this file is complete")
+    if file.id in site.hub.files.finishing:
+        return answer_file(session, 423, "this file is just being completed")
+    end_older(session, file.id)
+    upload = session.upload = Upload(file.id, file.size, resumable=True)
+    session.at_end = functools.partial(drop_upload, session, keep=True)
+    site.uploading[file.id] = session
+    reopen = functools.partial(site.folder.reopen, file.id)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    if (at := upload.at) != offset:
+        drop_upload(session, keep=True)
+        return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
+    if offset + (request.length or 0) > upload.total:
+        drop_upload(session, keep=True)
+        return answer_file(session, 413, f"the file has {upload.total:,} bytes")
+    return end_pieces(session) if request.length == 0 else take_pieces(session)
 
 
 @on_files("DELETE", "/files/*")
-def delete_file(session: WebSession, request: Request) -> None:
+@in_steps
+def delete_file(session: WebSession, request: Request) -> Steps:
     """DELETE /files/ID -- remove a file of your own, complete or not"""
-
-    def remove(file: StoredFile) -> None:
-        if file.id in session.site.hub.files.finishing:
-            return answer_file(session, 423, "this file is just being completed")
-        end_older(session, file.id)
-        session.act("remove_file", file.id, then=lambda _: answer_file(session, 204))
-
-    own_file(session, request, remove)
+    file = yield from own_file(session, request)
+    if file.id in session.site.hub.files.finishing:
+        return answer_file(session, 423, "this file is just being completed")
+    end_older(session, file.id)
+    yield do(session.act, "remove_file", file.id)
+    answer_file(session, 204)
 
 
-def tell_offset(session: WebSession, request: Request) -> None:
+@in_steps
+def tell_offset(session: WebSession, request: Request) -> Steps:
     """Answer HEAD with Tus-Resumable: how many bytes of an upload there are."""
-
-    def look(file: StoredFile) -> None:
-        if file.sha or file.id in session.site.hub.files.finishing:
-            return tell_progress(session, file.id, file.size)
-        job = functools.partial(session.site.folder.size, file.id)
-        return session.later(FILE_LANE, job, functools.partial(tell, file))
-
-    def tell(file: StoredFile, at: int) -> None:
-        files = session.site.hub.files
-        known = files.get(file.id)  # meanwhile it may have been completed, or removed
-        if at < file.size or known is None or known.sha or file.id in files.finishing:
-            return tell_progress(session, file.id, at)
-        end_older(session, file.id)
-        upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
-        job = functools.partial(session.site.folder.reopen, file.id)
-        return session.later(FILE_LANE, job, functools.partial(complete, upload))
-
-    def complete(upload: Upload, found: tuple[Any, int]) -> None:
-        upload.handle, upload.at = found
-        finish_upload(session, upload)
-
-    own_file(session, request, look)
+    files, folder = session.site.hub.files, session.site.folder
+    file = yield from own_file(session, request)
+    if file.sha or file.id in files.finishing:
+        return tell_progress(session, file.id, file.size)
+    at = yield do(session.later, FILE_LANE, functools.partial(folder.size, file.id))
+    known = files.get(file.id)  # meanwhile it may have been completed, or removed
+    if at < file.size or known is None or known.sha or file.id in files.finishing:
+        return tell_progress(session, file.id, at)
+    end_older(session, file.id)
+    upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
+    reopen = functools.partial(folder.reopen, file.id)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    finish_upload(session, upload)
 
 
 # Files: down
@@ -12439,22 +12389,9 @@ def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
     stop_sending(session)
 
 
-def begin_sending(
-    session: WebSession, status: int, headers: list[str], first: int, end: int, handle: Any
-) -> None:
-    """Send the head of an answer with a file; the content follows in pieces."""
-    if handle is None:
-        return answer_file(session, 404, NO_SUCH_FILE)
-    session.send_head(status, *headers)
-    session.reading = handle
-    session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
-    if session.request.method == "HEAD" or first == end:
-        return stop_sending(session)
-    session.unfinished = pieces_of_file(session, first, end)
-
-
 @on_files("GET", "/files/*")
-def send_file(session: WebSession, request: Request) -> None:
+@in_steps
+def send_file(session: WebSession, request: Request) -> Steps:
     """GET /files/ID -- a file, or a range of it"""
     if request.method == "HEAD" and is_tus(request):
         return tell_offset(session, request)
@@ -12480,11 +12417,16 @@ def send_file(session: WebSession, request: Request) -> None:
     is_video = file.type.startswith("video/")
     allowed = "; media-src 'self'; style-src 'unsafe-inline'" if is_video else ""
     policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
-    headers += [policy, *session.cors()]
-    headers += [f"Content-Length: {end - first}"]
+    headers += [policy, *session.file_headers(), f"Content-Length: {end - first}"]
     job = functools.partial(session.site.folder.open, file.sha)
-    opened = functools.partial(begin_sending, session, 206 if part else 200, headers, first, end)
-    return session.later(READ_LANE, job, opened)
+    handle = session.reading = yield do(session.later, READ_LANE, job)
+    if handle is None:
+        return answer_file(session, 404, NO_SUCH_FILE)
+    session.send_head(206 if part else 200, *headers)
+    session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
+    if request.method == "HEAD" or first == end:
+        return stop_sending(session)
+    session.unfinished = pieces_of_file(session, first, end)  # the content
 
 
 # ======================================================================================
