@@ -2486,10 +2486,7 @@ class Channel:
 
 
 def neighbours(
-    turn: "Turn",
-    user: User,
-    sessions: Iterable[Session] | None = None,
-    with_user: bool = False,
+    turn: "Turn", user: User, sessions: Iterable[Session] | None = None, with_user: bool = False
 ) -> Audience:
     """Return the audience of the users who share a channel with a user, of some sessions, and (if
     `with_user`) of the user, who may be in no channel. If it is one channel and `sessions` is None,
@@ -2839,13 +2836,13 @@ def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
 # The log of a turn
 
 
-def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
-    """Return encode(), or b"" if it raises: a bug in one event loses that event only."""
+def attempt(work: Callable[[], Any], report: Callable) -> Any:
+    """Return work(), or None if it raises: a bug in one event or result loses that one only."""
     try:
-        return encode()
+        return work()
     except Exception:
         report()
-        return b""
+        return None
 
 
 class Group:
@@ -2890,9 +2887,8 @@ class Group:
         if self.special:
             lines = self.encoded[key] = lines.copy()
             for n in self.special:
-                lines[n] = attempt_line(
-                    lambda n=n: wire.line(self.audience, self.events[n]), report
-                )
+                encode = functools.partial(wire.line, self.audience, self.events[n])
+                lines[n] = attempt(encode, report) or b""
         return lines
 
     def _spoken(self, wire: Wire, report: Callable) -> list[bytes]:
@@ -2902,7 +2898,7 @@ class Group:
         try:
             lines = encode(spoken)
         except Exception:
-            lines = [attempt_line(lambda e=e: b"".join(encode([e])), report) for e in spoken]
+            lines = [attempt(lambda e=e: b"".join(encode([e])), report) or b"" for e in spoken]
         for n in self.special:
             lines.insert(n, b"")
         return lines
@@ -2935,8 +2931,8 @@ class Group:
         if copies:
             found = ((bisect.bisect_left(self.ids, id), id) for id in copies)
             mine = mine + [n for n, id in found if self.ids[n : n + 1] == [id]]
-        own = session.own
-        return [(n, attempt_line(lambda n=n: own(self.events[n], lines[n]), report)) for n in mine]
+        own = ((n, functools.partial(session.own, self.events[n], lines[n])) for n in mine)
+        return [(n, attempt(line, report) or b"") for n, line in own]
 
     def joined_for(
         self,
@@ -3098,9 +3094,7 @@ class Turn:
                 own = session if session in self.individually_addressed else session.wire
                 alike.setdefault((own, *told), []).append(session)
         for (_, *told), sessions in alike.items():
-            one = sessions[0]
-            data = attempt_line(lambda s=one, t=told: self.lines_for(s, t, report), report)
-            if data:
+            if data := attempt(lambda s=sessions[0], t=told: self.lines_for(s, t, report), report):
                 yield data, sessions
 
     def _in_several(self, groups: Collection[Group]) -> set[Session]:
@@ -6090,16 +6084,14 @@ class Retention:
             self._bound_memory()
 
     def _bound_key(self, key: str) -> None:
-        """Note whether a key has too many rows, or too many foundings."""
+        """Note a key with too many rows. Of too many foundings of a channel give up those, but the
+        newest ones, in which nothing was said."""
         query = "SELECT sum(events), count(*) FROM targets WHERE key = ?"
         events, foundings = self.db.execute(query, [key]).fetchone()
         if events > self.keep:
             self.excess.add(key)
-        if foundings > FOUNDINGS_SILENT and key in self.founded and not self.store.node:
-            self._give_up_silent(key)
-
-    def _give_up_silent(self, key: str) -> None:
-        """Give up all foundings of a channel, but the newest ones, in which nothing was said."""
+        if foundings <= FOUNDINGS_SILENT or key not in self.founded or self.store.node:
+            return
         kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
         spoken = f"EXISTS (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({kinds}))"
         query = f"""
@@ -7019,11 +7011,6 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if value.__class__ is list else value
 
 
-def is_act(actor: Any = None, name: Any = None) -> bool:
-    """Return whether the first two values of a list can begin an act."""
-    return actor.__class__ is int and name.__class__ is str
-
-
 class ActBatch(NamedTuple):
     """The acts that a node sends at once."""
 
@@ -7045,8 +7032,9 @@ class ActBatch(NamedTuple):
                 raise ValueError("an entry with a number that is none of ours")
             if tuple(map(type, batch)) != (int, str, str, int, int, int, str, list):
                 raise ValueError("an entry with other types")
-            if not all(act.__class__ is list and is_act(*act[:2]) for act in batch.acts):
-                raise ValueError("an entry with something that is no act")
+            for act in batch.acts:
+                if type(act) is not list or list(map(type, act[:2])) != [int, str]:
+                    raise ValueError("an entry with something that is no act")
             return batch
         except (TypeError, KeyError, RecursionError) as error:
             raise ValueError(str(error)) from None
@@ -7087,15 +7075,6 @@ def perform_act(hub: Hub, act: list, report: Callable) -> Any:
         return Refused("INTERNAL_ERROR", "that failed inside the server; please report it")
 
 
-def attempt(work: Callable[[], None], report: Callable) -> None:
-    """Do something of this node's own. A bug in it must not keep the node from applying the rest of
-    an entry, as the others do."""
-    try:
-        work()
-    except Exception:
-        report()
-
-
 def ticks_of_log(hub: Hub, when: int) -> int:
     """Return the Hub's ticks at a time of the log, all in milliseconds. They stand still over jumps
     of NATS's clock, and while there is no node."""
@@ -7116,8 +7095,8 @@ def apply_batch(
         return False
     begun = len(hub.turn.events)
     if asks:
-        for act, ask in zip(batch.acts, asks, strict=True):
-            attempt(ask.begin, report)
+        for act, ask in zip(batch.acts, asks, strict=True):  # a bug in what only this node does
+            attempt(ask.begin, report)  # must not keep it from the rest of the entry
             result = perform_act(hub, act, report)
             attempt(functools.partial(ask.finish, result), report)
     else:
@@ -7212,6 +7191,16 @@ def save_hub(hub: Hub) -> bytes:
     return zlib.compress(pickle.dumps((kinds, file.getvalue())), 1)
 
 
+NOT_READABLE = (
+    pickle.UnpicklingError,
+    zlib.error,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
+
+
 def load_snapshot(data: bytes, hub: Hub) -> None:
     """Fill a new Hub from a snapshot. Raises ValueError if it is damaged."""
     try:
@@ -7222,14 +7211,7 @@ def load_snapshot(data: bytes, hub: Hub) -> None:
         for one in objects.values():
             for name, value in unpickler.load().items():
                 setattr(one, name, value)
-    except (
-        pickle.UnpicklingError,
-        zlib.error,
-        EOFError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except NOT_READABLE as error:
         raise ValueError(f"the snapshot is damaged ({error})") from None
     for channel in (one for one in objects.values() if isinstance(one, Channel)):
         channel.set_name(channel.name)
@@ -11704,7 +11686,8 @@ class WebSession(LocalSession):
         if (request.method, request.target) == ("OPTIONS", "*"):  # what the server can do
             every = {method for route in WEB_ROUTES.values() for method in route}
             return self.respond(204, "", allow_header(every))
-        methods = self._methods(request.path)
+        path = request.path
+        methods = WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
         if handler:
             return handler(self, request)
@@ -11738,10 +11721,6 @@ class WebSession(LocalSession):
             conn.act_for(host, f"a proxy at {key}" if passed_on else key, secure)
             self.address = conn.address
         return True
-
-    @staticmethod
-    def _methods(path: str) -> dict[str, Callable]:
-        return WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
 
     def respond(self, status: int, body: str | bytes = "", *headers: str) -> None:
         """Send a whole answer. Close the connection if a long body is still to come unread."""
@@ -19363,11 +19342,11 @@ class Helpers:
         for lane in self.lanes.values():
             for _ in lane.threads:
                 lane.jobs.put(None)
-        for name in (PAGE_LANE, DISK_LANE):
-            for thread in self.lanes[name].threads if name in self.lanes else ():
-                thread.join(STOP_SECONDS)
         lanes = (self.lanes[name] for name in (PAGE_LANE, DISK_LANE) if name in self.lanes)
-        return not any(thread.is_alive() for lane in lanes for thread in lane.threads)
+        readers = [thread for lane in lanes for thread in lane.threads]
+        for thread in readers:
+            thread.join(STOP_SECONDS)
+        return not any(thread.is_alive() for thread in readers)
 
     def _work(self, lane: Lane) -> None:
         while work := lane.jobs.get():
@@ -19702,11 +19681,6 @@ class Peer(Connection):
 
     def write(self, data: bytes) -> None:
         super().write(self.frame_writer(data) if self.frame_writer else data)
-
-    def end_frames(self) -> None:
-        """Send a close frame on a WebSocket that is still open."""
-        if self.frame_writer and not self.inbox.closed:
-            super().write(close_frame(1000))
 
     def answer_frames(self) -> None:
         out, self.inbox.out = self.inbox.out, b""
@@ -20988,7 +20962,8 @@ class Server:
         turn = self.hub.turn
         if turn.happened:
             try:
-                self.deliver(turn)
+                for data, sessions in turn.deliveries(report_bug):
+                    broadcast(data, sessions)
             finally:
                 self.hub.end()
         if self.cluster:
@@ -21017,10 +20992,6 @@ class Server:
         if keys and (excess := self.store.retention.excess_of(keys[0])):
             self.cluster.ask(None, "prune_history", excess)
 
-    def deliver(self, turn: Turn) -> None:
-        for data, sessions in turn.deliveries(report_bug):
-            broadcast(data, sessions)
-
     def _after_writing(self) -> None:
         """Close connections that were left in this turn, and hand its jobs to helpers."""
         leaving, self.leaving = self.leaving, []
@@ -21028,7 +20999,8 @@ class Server:
             if peer.gone:
                 self.forget(peer)
             else:
-                peer.end_frames()
+                if peer.frame_writer and not peer.inbox.closed:  # a WebSocket that is still open
+                    Connection.write(peer, close_frame(1000))
                 Connection.close(peer)
                 if peer.web:
                     self.times.web_idle.add(peer)
@@ -27390,6 +27362,8 @@ listen_address = checked_option(
     "write HOST:PORT",
 )
 positive = checked_option(whole_number, bool, "a whole number from 1 on")
+positive_number_option = checked_option(positive_number, bool, "a number above 0")
+proxy_address = checked_option(forwarded_host, bool, "write an IP address")
 message_rate = checked_option(
     float, lambda rate: 0 <= rate < math.inf, "messages a second, or 0 for a window"
 )
@@ -27411,19 +27385,16 @@ registration_rules = checked_option(  # "" allows it after registration with a n
     lambda rules: rules == {"off"} or {"before-connect", "email-required"}.issuperset(rules),
     "write off, or before-connect,email-required",
 )
+join_option = checked_option(  # channels, each perhaps with a password after a blank
+    str,
+    lambda text: all(len(one.split()) <= 2 for one in text.split(",")),
+    "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'",
+)
 host_name = checked_option(  # one word that can stand in a line of IRC
     str,
     re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}").fullmatch,
     "letters, digits, dots and hyphens, please",
 )
-
-
-def join_option(text: str) -> str:
-    """Check the value of --join: channels, each perhaps with a password after a blank."""
-    if any(len(one.split()) > 2 for one in text.split(",")):
-        told = "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'"
-        raise argparse.ArgumentTypeError(told)
-    return text
 
 
 def server_target(text: str) -> Target:
@@ -27767,12 +27738,6 @@ def byte_count(text: str) -> int:
     return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
 
 
-def positive_number_option(text: str) -> float:
-    if not (number := positive_number(text)):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return number
-
-
 def web_origin(text: str) -> str:
     """Return a valid origin, as browsers send it: https://HOST or http://HOST:PORT."""
     scheme, _, authority = text.lower().rstrip("/").partition("://")
@@ -27799,14 +27764,6 @@ def cluster_option(text: str) -> NodeOptions:
         raise argparse.ArgumentTypeError(advice)  # without the text: it may have a password
     known = tuple((host, port or NATS_PORT) for host, port in servers)
     return NodeOptions("", known, scheme == "tls", user, password, name or "chat")
-
-
-def proxy_address(text: str) -> str:
-    """Return the valid address of a proxy, as its connections show it."""
-    host = forwarded_host(text)
-    if not host:
-        raise argparse.ArgumentTypeError(f"{text} is no IP address")
-    return host
 
 
 def parser_of(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
