@@ -896,11 +896,7 @@ class Message(NamedTuple):
 
 
 TAG_ESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n", "\\": "\\"}
-TAG_TRANSLATION = str.maketrans(
-    {sign: f"\\{mark}" for mark, sign in TAG_ESCAPES.items()} | {"\0": ""}
-)
-
-
+TAG_TRANSLATION = str.maketrans({c: f"\\{mark}" for mark, c in TAG_ESCAPES.items()} | {"\0": ""})
 CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IRCv3 message-tags
 
 
@@ -1748,8 +1744,7 @@ class Grants(dict[str, Grant]):
         return token
 
     def owner(self, token: str, ticks: int) -> str:
-        """Return the identity of the user with this token; "" if there is none. Every use extends
-        the token's time."""
+        """Return the identity of the user with this token, or "". Each use extends its time."""
         digest = hashed_token(token)
         one = self.get(digest)
         if one is None or one.until < ticks or not one.user.sessions:
@@ -2088,9 +2083,8 @@ def host_of_mask(host: str) -> str:
 
 
 def full_mask(text: str) -> str:
-    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c; a word with a dot or a colon, which no
-    name has, is a host: 192.0.2.* -> *!*@192.0.2.*, ::1 -> *!*@::1. An extended mask keeps its
-    letter."""
+    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c, m:bob -> m:bob!*@*; a word with a dot or
+    a colon, which no name has, is a host: 192.0.2.* -> *!*@192.0.2.*, ::1 -> *!*@::1."""
     mute = "m:" if text.startswith("m:") else ""
     text = text.removeprefix("m:")
     if text.startswith("a:"):
@@ -2953,9 +2947,7 @@ class Group:
                 return b"".join(lines)
         own = self.own_lines(session, copies, report)
         blob, starts = self.joined(session.wire, report)
-        breaks = [
-            (bisect.bisect_right(self.ids, after), 0, data) for after, data in session.replies
-        ]
+        breaks = [(bisect.bisect_right(self.ids, id), 0, data) for id, data in session.replies]
         breaks += [(n, 1, data) for n, data in own]
         breaks.sort(key=lambda one: one[:2])
         pieces, position = [], 0
@@ -3564,12 +3556,9 @@ class Hub:
             return None
         recent = (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS))
         for event in recent:
-            targets = event.audience.targets
-            foundings = [
-                founding for key, founding in targets if self.key_now(key, founding) in keys
-            ]
-            if foundings:
-                return foundings[0], event.source.identity
+            for key, founding in event.audience.targets:
+                if self.key_now(key, founding) in keys:
+                    return founding, event.source.identity
         renamed = (one.values[0] for one in records if one.name == "rename")
         for key in dict.fromkeys((*keys, *renamed)):
             known = self.store.author_of(key, id)
@@ -3779,8 +3768,7 @@ def user_of_token(hub: Hub, token: str, account: str) -> tuple[User | None, str]
 
 
 def absent_key(user: User) -> str:
-    """Return the address of an absent user as limits count it. Which networks a node is in must not
-    matter: all nodes count alike."""
+    """Return the address of an absent user as limits count it, on all nodes alike."""
     return address_key(host_of(user.source.address))
 
 
@@ -4713,9 +4701,8 @@ def check_may_redact(
 
 
 def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
-    """Return the keys of the history that a user reads under a name: of a channel, or of the
-    conversations with a user or account, present or not, and with guests who had the name. Raises
-    Refused."""
+    """Return the keys of the history that a user reads under a name: of a channel, or of talks with
+    a user or account, present or not, and with guests who had the name. Raises Refused."""
     keys: list[str] = []
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
@@ -5479,8 +5466,7 @@ def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
 
 
 def sound_tags(text: str) -> str:
-    """Return stored tags without what earlier versions stored, too: CR and LF in values, and names
-    that are none."""
+    """Return stored tags without CR, LF and invalid names, which earlier versions stored, too."""
     tags = text.translate({13: "\\r", 10: "\\n", 0: None, 32: "\\s"}).split(";")
     names = ((tag, tag.partition("=")[0]) for tag in tags)
     return ";".join(tag for tag, name in names if name == FILE_TAG or CLIENT_TAG.fullmatch(name))
@@ -5656,8 +5642,7 @@ class History:
         return older + self.page(span._replace(after=inclusive), count - len(older), newest=False)
 
     def between(self, span: Span, one: Mark, other: Mark, count: int) -> list[Event]:
-        """Return the events between two marks, beginning at the first one, which may be the
-        later."""
+        """Return the events between two marks, from the first one on; that may be the later one."""
         if one.id and other.id:  # the id alone defines the order
             backwards = one.id > other.id
         else:
@@ -6137,8 +6122,7 @@ class Retention:
             self.orphans.discard(target)
 
     def _excess(self, key: str) -> tuple[int, int, int]:
-        """Return how many rows a key has beyond `keep`, and the oldest target that has rows, with
-        its founding."""
+        """Return the rows of a key beyond `keep`, its oldest target with rows, and its founding."""
         query = "SELECT id, founding, events FROM targets WHERE key = ? ORDER BY founding"
         targets = self.db.execute(query, [key]).fetchall()
         oldest = next(((id, founding) for id, founding, events in targets if events > 0), (0, 0))
@@ -6160,8 +6144,7 @@ class Retention:
             self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
 
     def excess_of(self, key: str) -> tuple[str, int, int] | None:
-        """Return key, founding and last id of a slice to be deleted by an act; None if there is
-        none any more."""
+        """Return key, founding and last id of a slice that an act is to delete; None without."""
         excess, oldest, founding = self._excess(key)
         self.excess.discard(key)
         last = self._last_of(oldest, min(PRUNE_ROWS, excess)) if excess > 0 else 0
@@ -7191,14 +7174,7 @@ def save_hub(hub: Hub) -> bytes:
     return zlib.compress(pickle.dumps((kinds, file.getvalue())), 1)
 
 
-NOT_READABLE = (
-    pickle.UnpicklingError,
-    zlib.error,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
+UNREADABLE = (pickle.UnpicklingError, zlib.error, EOFError, LookupError, TypeError, AttributeError)
 
 
 def load_snapshot(data: bytes, hub: Hub) -> None:
@@ -7211,7 +7187,7 @@ def load_snapshot(data: bytes, hub: Hub) -> None:
         for one in objects.values():
             for name, value in unpickler.load().items():
                 setattr(one, name, value)
-    except NOT_READABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"the snapshot is damaged ({error})") from None
     for channel in (one for one in objects.values() if isinstance(one, Channel)):
         channel.set_name(channel.name)
@@ -7379,8 +7355,7 @@ class Cluster:
         self._append()
 
     def _append(self) -> None:
-        """Send the batch that is under way, perhaps again: NATS and the nodes know its id and take
-        it once."""
+        """Send the batch that is under way, perhaps again: NATS and nodes take each id once."""
         self.beat = self.now
         self.retry_at = self.now + BATCH_ANSWER_SECONDS
         number = self.sent.number
@@ -8745,8 +8720,7 @@ def complete_registration(session: IrcSession) -> Steps:
 
 
 def check_server(session: IrcSession, name: str) -> None:
-    """Raise Refused unless a query is for this server, by its name, a mask or a user: there is no
-    other."""
+    """Raise Refused unless a query is for this server, by its name, a mask or a user."""
     site, key = session.site, fold(name)
     if not name or key == fold(site.name) or key in site.hub.users:
         return
@@ -8837,9 +8811,8 @@ def capability_values(session: IrcSession) -> dict[str, str]:
     rules += [f"min-password-length={PASSWORD_LEAST}", f"max-password-length={PASSWORD_MOST}"]
     values = {"draft/account-registration": ",".join(rules), "sasl": ",".join(mechanisms(session))}
     if site.sts:  # a policy, not to be asked for (IRCv3 sts)
-        values = {
-            "sts": f"duration={site.sts}" if secure else f"port={site.server.tls_port}"
-        } | values
+        policy = f"duration={site.sts}" if secure else f"port={site.server.tls_port}"
+        values = {"sts": policy} | values
     return CAPABILITIES | values
 
 
@@ -8991,8 +8964,7 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
 
 
 def check_admitted(session: IrcSession) -> None:
-    """Raise Refused if a client that is not registered yet will not be let in. It makes no account,
-    with which it could upload files."""
+    """Raise Refused if a client will not be let in; an account would let it upload files."""
     if session.user:
         return
     if not session.passed:
@@ -9757,9 +9729,8 @@ def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[
 def play(
     session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool, check: Callable
 ) -> Iterator[None]:
-    """Send events of the past, in a batch for clients that know batches, up to PAGE_BYTES as
-    encoded. `whole`: no other event follows. The last call of check() raises Refused if the user
-    may not read them any more."""
+    """Send events of the past, up to PAGE_BYTES as encoded, in a batch for clients that know those.
+    `whole`: no event follows. check() raises Refused if the user may not read them any more."""
     where = name if name.startswith("#") else ""
     lines, size = [], 0
     for line in played(session, ((where, e) for e in (reversed(events) if newest else events))):
@@ -9884,11 +9855,7 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     from=<nick>;after=<time>;before=<time>;limit=<n>"""
     wanted, user = parse_tags(attributes), session.user
     count = min(whole_number(wanted.get("limit", "")) or HISTORY_LINES, HISTORY_LINES_MOST)
-    bounds = {
-        name: Mark(time=parse_time(wanted[name], name))
-        for name in ("after", "before")
-        if name in wanted
-    }
+    bounds = {n: Mark(time=parse_time(wanted[n], n)) for n in ("after", "before") if n in wanted}
     if not wanted.get("text", "").strip():
         raise Refused("INVALID_PARAMS", "no words given", "text")
     name = wanted.get("in", "")
@@ -9963,11 +9930,7 @@ def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = ""
 
 def can_see(user: User, other: User) -> bool:
     """Return whether lists show a user to another: a user with +i only in a common channel."""
-    return (
-        user is other
-        or "i" not in other.modes
-        or not user.channels.keys().isdisjoint(other.channels)
-    )
+    return user is other or "i" not in other.modes or bool(user.channels.keys() & other.channels)
 
 
 def who_flags(user: User, member: Membership | None, multi: bool) -> str:
@@ -11065,8 +11028,7 @@ class Request(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The decoded path; "" if the target has none. The target may be a whole URL, as for a
-        proxy."""
+        """The decoded path; "" if there is none. The target may be a whole URL, as for a proxy."""
         import urllib.parse
 
         with contextlib.suppress(ValueError):
@@ -11078,8 +11040,7 @@ class Request(NamedTuple):
 
     @property
     def host(self) -> str:
-        """The host and port that the request is for: of the target if that is a whole URL, else of
-        Host."""
+        """The host and port of the request: of its target if that is a whole URL, else of Host."""
         match = re.match(r"[a-z]+://([^/?#]*)", self.target, re.IGNORECASE)
         return match[1] if match else self.header("host")
 
@@ -11311,8 +11272,7 @@ ACCEPTS_GZIP = re.compile(r"gzip(?!.*;\s*q=0(\.0*)?\s*$).*")  # RFC 9110 section
 
 
 class Document:
-    """A document that the server keeps in memory. In its policy, {host} stands for the host and
-    port of the request."""
+    """A document in the server's memory. In its policy, {host} stands for that of the request."""
 
     def __init__(self, text: str, type: str, policy: str = "default-src 'none'"):
         self.type, self.policy = type, policy
@@ -11499,8 +11459,7 @@ class FrameReader:
 
 
 class FrameWriter:
-    """Lines of IRC in, frames out, one for each line. The same bytes for a whole channel are framed
-    once."""
+    """Lines of IRC in, frames out, one a line. Bytes that go to a whole channel are framed once."""
 
     def __init__(self, opcode: int):
         self.opcode = opcode
@@ -11926,8 +11885,7 @@ def webp_size(head: bytes) -> tuple[int, int]:
 
 
 def picture_size(kind: str, head: bytes) -> tuple[int, int]:
-    """Return width and height of a picture, by its first bytes; 0 and 0 if they do not tell, or
-    tell what no program could show."""
+    """Return a picture's width and height, by its first bytes; 0, 0 if they tell no possible one."""
     width = height = 0
     if kind == "image/png" and head[12:16] == b"IHDR" and len(head) >= 24:
         width, height = struct.unpack_from(">II", head, 16)
@@ -19532,9 +19490,8 @@ class Addresses(dict[str, Address]):
         for address in list(self.values()):
             self.forget_if_full(address)
         now = self.loop.now
-        idle = sorted(
-            (one for one in self.values() if not one.peers), key=lambda one: one.used(now)
-        )
+        idle = [address for address in self.values() if not address.peers]
+        idle.sort(key=lambda address: address.used(now))
         for address in idle[: max(0, len(self) - ADDRESSES_KEPT)]:
             del self[address.key]
 
@@ -20006,8 +19963,7 @@ class ConnectionLimits:
         return ""
 
     def becomes_chat(self, address: Address) -> str:
-        """Count a connection that spoke HTTP as chat: a WebSocket; return "", or why it is not
-        allowed."""
+        """Count a WebSocket, which spoke HTTP, as chat; return "", or why it is not allowed."""
         refusal = self.speaks_chat(address)
         address.web -= not refusal
         return refusal
@@ -27757,10 +27713,12 @@ def cluster_option(text: str) -> NodeOptions:
     login, _, hosts = rest.rpartition("@")
     user, _, password = (urllib.parse.unquote(word) for word in login.partition(":"))
     servers = [split_host(host) for host in hosts.split(",")]
-    valid = scheme in ("nats", "tls") and all(
-        host and (port or 0) < 65536 for host, port in servers
-    )
-    if not valid or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat"):
+    valid = all(host and (port or 0) < 65536 for host, port in servers)
+    if (
+        scheme not in ("nats", "tls")
+        or not valid
+        or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat")
+    ):
         raise argparse.ArgumentTypeError(advice)  # without the text: it may have a password
     known = tuple((host, port or NATS_PORT) for host, port in servers)
     return NodeOptions("", known, scheme == "tls", user, password, name or "chat")
