@@ -645,7 +645,6 @@ class Framer(typing.Protocol):
     def feed(self, data: bytes) -> None: ...
     def take(self) -> Any: ...  # the next one; None if there is none yet
     def clear(self) -> None: ...  # drop what was fed and not taken
-    def finish(self) -> None: ...  # the input has ended
 
 
 class LineBuffer:
@@ -1579,31 +1578,10 @@ class Connected(typing.Protocol):
 class Wire(typing.Protocol):
     """One way to turn events into bytes. Sessions with the same wire share them."""
 
-    format: "Format"  # for SPOKEN events; several wires may have the same one
+    format: "IrcFormat | LineWire"  # for SPOKEN events; several wires may have the same one
 
     def line(self, audience: "Audience", event: "Event") -> bytes: ...  # any other event
     def own(self, event: "Event", line: bytes) -> bytes: ...  # what its origin gets instead
-
-
-class Format(typing.Protocol):
-    def encode(self, audience: "Audience", events: "list[Event]") -> list[bytes]: ...
-
-
-class Dedup(typing.Protocol):
-    """The lookup of a message by the id that its sender gave it."""
-
-    def find(self, owners: Iterable[str], own_id: str) -> int | None: ...
-    def lost(self, owners: Iterable[str], own_id: str, ticks: int) -> bool: ...
-
-
-class ActStore(typing.Protocol):
-    """The questions that an act may ask of the store."""
-
-    dedup: Dedup
-
-    def author_of(self, key: str, id: int) -> "tuple[int, str] | None": ...
-    def guest_conversations(self, owner: str, name_key: str) -> list[str]: ...
-    def foundings(self, key: str) -> set[int]: ...
 
 
 class ServerCalls(typing.Protocol):
@@ -2599,16 +2577,14 @@ class LocalSession(Session):
         """Act on one complete line, or TOO_LONG, from the peer."""
         raise NotImplementedError
 
-    def not_kept(self, events: list[Event], reason: str) -> None:
-        """Tell the client that these messages of its own were delivered but not stored."""
-        raise NotImplementedError
-
-    def notice(self, text: str) -> None:
-        """Send a text from the server."""
-        raise NotImplementedError
-
     def refuse(self, refusal: Refused) -> None:
         raise NotImplementedError
+
+    def not_kept(self, events: list[Event], reason: str) -> None:
+        """Tell the client that these messages of its own were delivered but not stored."""
+
+    def notice(self, text: str) -> None:
+        """Send a text from the server. A client of HTTP gets answers only."""
 
     def answer(self, text: str) -> None:
         """Tell the result of a command, if no numeric or event does."""
@@ -3349,7 +3325,7 @@ class Hub:
     def __init__(self, last_id: int = 0, ids: MessageIds | None = None, name: str = SERVER_NAME):
         self.ids = ids or MessageIds()
         self.name = name  # of the server
-        self.store: ActStore | None = None
+        self.store: "Store | None" = None  # acts ask it nothing but each question() below
         self.absent_per_host = PER_ADDRESS
         self.accounts = Accounts()
         self.markers = Markers()
@@ -11110,7 +11086,6 @@ class HttpReader:
         self.trailers = TRAILER_BYTES  # that may still come
         self.failed = False
         self.step: Callable[[], Any] = self._head
-        self.ended = False
 
     @property
     def buffer(self) -> bytes:
@@ -11141,10 +11116,6 @@ class HttpReader:
 
     def clear(self) -> None:
         self.data, self.start = b"", 0
-
-    def finish(self) -> None:
-        """Note the end of input: an incomplete request is dropped."""
-        self.ended = True
 
     def take(self) -> Request | BadRequest | bytes | None:
         try:
@@ -11344,7 +11315,7 @@ class FrameReader:
         self.opcode = 0  # ... and its kind; 0 if there is none
         self.decoder: Any = None  # of its text
         self.out = b""
-        self.closed = self.ended = self.fruitless = False
+        self.closed = self.fruitless = False
 
     @property
     def pending(self) -> bool:
@@ -11358,9 +11329,6 @@ class FrameReader:
     def clear(self) -> None:
         self.buffer.clear()
         self.lines.clear()
-
-    def finish(self) -> None:
-        self.ended = True
 
     def take(self) -> bytes | None:
         """Return the next line; None if there is none yet. One call looks at a few frames only, so
@@ -11467,14 +11435,12 @@ class FrameWriter:
 
     def __call__(self, data: bytes) -> bytes:
         if data is not self.last:
-            self.last, lines = data, data.removesuffix(b"\r\n").split(b"\r\n")
-            self.framed = b"".join(frame(self.opcode, self._payload(line)) for line in lines)
+            self.last = data
+            if self.opcode == TEXT_FRAME and not data.isascii():
+                data = data.decode(errors="replace").encode()
+            lines = data.removesuffix(b"\r\n").split(b"\r\n")
+            self.framed = b"".join(frame(self.opcode, line) for line in lines)
         return self.framed
-
-    def _payload(self, line: bytes) -> bytes:
-        if self.opcode == BINARY_FRAME or line.isascii():
-            return line
-        return line.decode(errors="replace").encode()
 
 
 # Answering requests
@@ -11599,8 +11565,7 @@ class WebSession(LocalSession):
 
     __slots__ = (
         *("at_end", "body_left", "closing", "credentials", "on_this_machine", "owner", "proof"),
-        "reading",
-        *("request", "sender", "take_body", "upload"),
+        *("reading", "request", "sender", "take_body", "upload"),
     )
     takes_lines = False
 
@@ -11721,11 +11686,6 @@ class WebSession(LocalSession):
         """Return whether the client may read /health and /metrics: one on this machine, or all."""
         return self.site.web.open_metrics or self.on_this_machine
 
-    # What chat wants of a session
-
-    def notice(self, text: str) -> None:
-        """Send nothing: a web client gets only answers."""
-
     def refuse(self, refusal: Refused) -> None:
         """Answer with the status of a refusal, and end the upload or download that was going on."""
         end, self.at_end = self.at_end, do_nothing
@@ -11733,9 +11693,6 @@ class WebSession(LocalSession):
         status = REFUSAL_STATUSES.get(refusal.code, 503)
         challenge = CHALLENGE if status == 401 else ()
         self.respond(status, str(refusal), *challenge, *self.file_headers())
-
-    def not_kept(self, events: list[Event], reason: str) -> None:
-        """Do nothing: a web client sends no messages."""
 
     def ended(self) -> None:
         end, self.at_end = self.at_end, do_nothing
@@ -11885,7 +11842,7 @@ def webp_size(head: bytes) -> tuple[int, int]:
 
 
 def picture_size(kind: str, head: bytes) -> tuple[int, int]:
-    """Return a picture's width and height, by its first bytes; 0, 0 if they tell no possible one."""
+    """Return a picture's width and height, by its first bytes; 0, 0 without a possible size."""
     width = height = 0
     if kind == "image/png" and head[12:16] == b"IHDR" and len(head) >= 24:
         width, height = struct.unpack_from(">II", head, 16)
