@@ -612,8 +612,7 @@ class Refused(ChatError):
 
 
 class Unusable(ChatError):
-    """A thing that this program needs is missing or wrong. The program says so in one line and
-    ends."""
+    """A thing that the program needs is missing or wrong: it says so in one line and ends."""
 
 
 class TlsFailed(ChatError):
@@ -646,7 +645,6 @@ class Framer(typing.Protocol):
     def feed(self, data: bytes) -> None: ...
     def take(self) -> Any: ...  # the next one; None if there is none yet
     def clear(self) -> None: ...  # drop what was fed and not taken
-    def finish(self) -> None: ...  # the input has ended
 
 
 class LineBuffer:
@@ -897,11 +895,7 @@ class Message(NamedTuple):
 
 
 TAG_ESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n", "\\": "\\"}
-TAG_TRANSLATION = str.maketrans(
-    {sign: f"\\{mark}" for mark, sign in TAG_ESCAPES.items()} | {"\0": ""}
-)
-
-
+TAG_TRANSLATION = str.maketrans({c: f"\\{mark}" for mark, c in TAG_ESCAPES.items()} | {"\0": ""})
 CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IRCv3 message-tags
 
 
@@ -921,8 +915,7 @@ def parse_tags(text: str) -> dict[str, str]:
 
 
 def parse_message(line: str) -> Message:
-    """Parse a line of IRC. Several spaces count as one, a source is ignored, and a verb may be in
-    any case."""
+    """Parse a line of IRC. Several spaces count as one; source and case of the verb are ignored."""
     tags: dict[str, str] = {}
     if line.startswith("@"):
         head, _, line = line[1:].partition(" ")
@@ -1585,31 +1578,10 @@ class Connected(typing.Protocol):
 class Wire(typing.Protocol):
     """One way to turn events into bytes. Sessions with the same wire share them."""
 
-    format: "Format"  # for SPOKEN events; several wires may have the same one
+    format: "IrcFormat | LineWire"  # for SPOKEN events; several wires may have the same one
 
     def line(self, audience: "Audience", event: "Event") -> bytes: ...  # any other event
     def own(self, event: "Event", line: bytes) -> bytes: ...  # what its origin gets instead
-
-
-class Format(typing.Protocol):
-    def encode(self, audience: "Audience", events: "list[Event]") -> list[bytes]: ...
-
-
-class Dedup(typing.Protocol):
-    """The lookup of a message by the id that its sender gave it."""
-
-    def find(self, owners: Iterable[str], own_id: str) -> int | None: ...
-    def lost(self, owners: Iterable[str], own_id: str, ticks: int) -> bool: ...
-
-
-class ActStore(typing.Protocol):
-    """The questions that an act may ask of the store."""
-
-    dedup: Dedup
-
-    def author_of(self, key: str, id: int) -> "tuple[int, str] | None": ...
-    def guest_conversations(self, owner: str, name_key: str) -> list[str]: ...
-    def foundings(self, key: str) -> set[int]: ...
 
 
 class ServerCalls(typing.Protocol):
@@ -1750,8 +1722,7 @@ class Grants(dict[str, Grant]):
         return token
 
     def owner(self, token: str, ticks: int) -> str:
-        """Return the identity of the user with this token; "" if there is none. Every use extends
-        the token's time."""
+        """Return the identity of the user with this token, or "". Each use extends its time."""
         digest = hashed_token(token)
         one = self.get(digest)
         if one is None or one.until < ticks or not one.user.sessions:
@@ -2066,8 +2037,7 @@ class Mask:
         self.pattern = mask_pattern(re.sub("@:+", "@0::", rest).removeprefix("a:"))
 
     def matches(self, user: User, session: Session | None = None) -> bool:
-        """Return whether the mask matches a user, or one session of the user, whose address may
-        differ."""
+        """Return whether the mask matches a user, or one session, whose address may differ."""
         key = user.mask_key
         if self.by_account:
             return bool(user.account_key) and self.pattern.fullmatch(user.account_key) is not None
@@ -2091,9 +2061,8 @@ def host_of_mask(host: str) -> str:
 
 
 def full_mask(text: str) -> str:
-    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c; a word with a dot or a colon, which no
-    name has, is a host: 192.0.2.* -> *!*@192.0.2.*, ::1 -> *!*@::1. An extended mask keeps its
-    letter."""
+    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c, m:bob -> m:bob!*@*; a word with a dot or
+    a colon, which no name has, is a host: 192.0.2.* -> *!*@192.0.2.*, ::1 -> *!*@::1."""
     mute = "m:" if text.startswith("m:") else ""
     text = text.removeprefix("m:")
     if text.startswith("a:"):
@@ -2488,20 +2457,8 @@ class Channel:
         return [*spans, (member.since, math.inf)] if member else spans
 
 
-def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
-    """Return the audience of members with this rank symbol or a higher one, as they are now, and
-    the speaker, who may want an echo. History does not keep such events: it cannot know who may
-    read them."""
-    level = list(SYMBOLS.values()).index(symbol)
-    users = {user for user, member in channel.members.items() if member.level <= level}
-    return Audience(symbol + channel.name, users=users | {speaker})
-
-
 def neighbours(
-    turn: "Turn",
-    user: User,
-    sessions: Iterable[Session] | None = None,
-    with_user: bool = False,
+    turn: "Turn", user: User, sessions: Iterable[Session] | None = None, with_user: bool = False
 ) -> Audience:
     """Return the audience of the users who share a channel with a user, of some sessions, and (if
     `with_user`) of the user, who may be in no channel. If it is one channel and `sessions` is None,
@@ -2549,8 +2506,7 @@ class Awaited:
 
 
 class Ask(Awaited):
-    """An act that this node has sent to the log and that has not come back, with its
-    continuations."""
+    """An act that this node has sent to the log, and that has not come back yet."""
 
     __slots__ = ("name", "otherwise", "session", "values")
 
@@ -2621,16 +2577,14 @@ class LocalSession(Session):
         """Act on one complete line, or TOO_LONG, from the peer."""
         raise NotImplementedError
 
-    def not_kept(self, events: list[Event], reason: str) -> None:
-        """Tell the client that these messages of its own were delivered but not stored."""
-        raise NotImplementedError
-
-    def notice(self, text: str) -> None:
-        """Send a text from the server."""
-        raise NotImplementedError
-
     def refuse(self, refusal: Refused) -> None:
         raise NotImplementedError
+
+    def not_kept(self, events: list[Event], reason: str) -> None:
+        """Tell the client that these messages of its own were delivered but not stored."""
+
+    def notice(self, text: str) -> None:
+        """Send a text from the server. A client of HTTP gets answers only."""
 
     def answer(self, text: str) -> None:
         """Tell the result of a command, if no numeric or event does."""
@@ -2796,11 +2750,6 @@ class LocalSession(Session):
     def mark_answer(self) -> None:
         """Mark what has been sent of an answer. For labels."""
 
-    @property
-    def has_answered(self) -> bool:
-        """True if the answer to the present line is whole: it waits for nothing, and has ended."""
-        return not self.deferred and self.unfinished is None
-
     # Sending
 
     def send(self, data: bytes, behind: int | None = None) -> None:
@@ -2837,10 +2786,6 @@ class LocalSession(Session):
         else:
             self.site.hub.sessions.pop(self.id, None)
 
-    def abandon(self) -> None:
-        """Detach the user without telling others: the server is going down."""
-        self.user = None
-
 
 do = functools.partial  # a step: what is called with then= as its last argument
 Steps = Iterator[functools.partial]
@@ -2862,13 +2807,13 @@ def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
 # The log of a turn
 
 
-def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
-    """Return encode(), or b"" if it raises: a bug in one event loses that event only."""
+def attempt(work: Callable[[], Any], report: Callable) -> Any:
+    """Return work(), or None if it raises: a bug in one event or result loses that one only."""
     try:
-        return encode()
+        return work()
     except Exception:
         report()
-        return b""
+        return None
 
 
 class Group:
@@ -2913,26 +2858,20 @@ class Group:
         if self.special:
             lines = self.encoded[key] = lines.copy()
             for n in self.special:
-                lines[n] = attempt_line(
-                    lambda n=n: wire.line(self.audience, self.events[n]), report
-                )
+                encode = functools.partial(wire.line, self.audience, self.events[n])
+                lines[n] = attempt(encode, report) or b""
         return lines
 
     def _spoken(self, wire: Wire, report: Callable) -> list[bytes]:
         """Encode the messages. A bug in one message loses only that message."""
-        if not self.special:
-            with contextlib.suppress(Exception):  # one by one then, see below
-                return wire.format.encode(self.audience, self.events)
-        lines = [b""] * len(self.events)
-        wanted = [n for n, event in enumerate(self.events) if event.kind in SPOKEN]
+        encode = functools.partial(wire.format.encode, self.audience)
+        spoken = [e for e in self.events if e.kind in SPOKEN] if self.special else self.events
         try:
-            encoded = wire.format.encode(self.audience, [self.events[n] for n in wanted])
+            lines = encode(spoken)
         except Exception:
-            encode = functools.partial(wire.format.encode, self.audience)
-            some = ([self.events[n]] for n in wanted)
-            encoded = [attempt_line(lambda e=e: b"".join(encode(e)), report) for e in some]
-        for n, line in zip(wanted, encoded, strict=True):
-            lines[n] = line
+            lines = [attempt(lambda e=e: b"".join(encode([e])), report) or b"" for e in spoken]
+        for n in self.special:
+            lines.insert(n, b"")
         return lines
 
     def joined(self, wire: Wire, report: Callable) -> tuple[bytes, list[int]]:
@@ -2963,14 +2902,8 @@ class Group:
         if copies:
             found = ((bisect.bisect_left(self.ids, id), id) for id in copies)
             mine = mine + [n for n, id in found if self.ids[n : n + 1] == [id]]
-        try:
-            return [(n, session.own(self.events[n], lines[n])) for n in mine]
-        except Exception:  # one by one then
-
-            def own_line(n: int) -> bytes:
-                return attempt_line(lambda: session.own(self.events[n], lines[n]), report)
-
-            return [(n, own_line(n)) for n in mine]
+        own = ((n, functools.partial(session.own, self.events[n], lines[n])) for n in mine)
+        return [(n, attempt(line, report) or b"") for n, line in own]
 
     def joined_for(
         self,
@@ -2991,9 +2924,7 @@ class Group:
                 return b"".join(lines)
         own = self.own_lines(session, copies, report)
         blob, starts = self.joined(session.wire, report)
-        breaks = [
-            (bisect.bisect_right(self.ids, after), 0, data) for after, data in session.replies
-        ]
+        breaks = [(bisect.bisect_right(self.ids, id), 0, data) for id, data in session.replies]
         breaks += [(n, 1, data) for n, data in own]
         breaks.sort(key=lambda one: one[:2])
         pieces, position = [], 0
@@ -3132,9 +3063,7 @@ class Turn:
                 own = session if session in self.individually_addressed else session.wire
                 alike.setdefault((own, *told), []).append(session)
         for (_, *told), sessions in alike.items():
-            one = sessions[0]
-            data = attempt_line(lambda s=one, t=told: self.lines_for(s, t, report), report)
-            if data:
+            if data := attempt(lambda s=sessions[0], t=told: self.lines_for(s, t, report), report):
                 yield data, sessions
 
     def _in_several(self, groups: Collection[Group]) -> set[Session]:
@@ -3397,7 +3326,7 @@ class Hub:
     def __init__(self, last_id: int = 0, ids: MessageIds | None = None, name: str = SERVER_NAME):
         self.ids = ids or MessageIds()
         self.name = name  # of the server
-        self.store: ActStore | None = None
+        self.store: "Store | None" = None  # acts ask it nothing but each question() below
         self.absent_per_host = PER_ADDRESS
         self.accounts = Accounts()
         self.markers = Markers()
@@ -3554,7 +3483,10 @@ class Hub:
         if name[1:2] == "#" and name[0] in SYMBOLS.values():
             channel = self.find_channel(name[1:])
             self.work += len(channel.members)
-            return in_ranks(channel, name[0], user)
+            level = list(SYMBOLS.values()).index(name[0])
+            users = {one for one, member in channel.members.items() if member.level <= level}
+            # The speaker may want an echo. No history: it could not know who may read this
+            return Audience(name[0] + channel.name, users=users | {user})
         return self.conversation(user, self.find_user(name))
 
     def present_bans(self) -> list[ServerBan]:
@@ -3605,12 +3537,9 @@ class Hub:
             return None
         recent = (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS))
         for event in recent:
-            targets = event.audience.targets
-            foundings = [
-                founding for key, founding in targets if self.key_now(key, founding) in keys
-            ]
-            if foundings:
-                return foundings[0], event.source.identity
+            for key, founding in event.audience.targets:
+                if self.key_now(key, founding) in keys:
+                    return founding, event.source.identity
         renamed = (one.values[0] for one in records if one.name == "rename")
         for key in dict.fromkeys((*keys, *renamed)):
             known = self.store.author_of(key, id)
@@ -3718,15 +3647,16 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
 
 
-def server_ban(hub: Hub, user: User) -> ServerBan | None:
-    """Return the K-line that keeps this user out, if there is one."""
+def server_ban(hub: Hub, source: Source) -> ServerBan | None:
+    """Return the K-line that keeps out a user with this name, address and account; or None."""
     hub.work += len(hub.bans)
+    user = User(source, "", "", 0)
     return next((ban for ban in hub.present_bans() if compiled_ban(ban.mask).matches(user)), None)
 
 
 def check_server_ban(hub: Hub, source: Source) -> None:
-    """Raise Refused if a K-line keeps out a user with this name, address and account."""
-    if ban := server_ban(hub, User(source, "", "", 0)):
+    """Raise Refused if a K-line keeps this user out."""
+    if ban := server_ban(hub, source):
         raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
 
 
@@ -3735,7 +3665,7 @@ def check_name_not_banned(hub: Hub, who: Session, name: str) -> None:
     user = who.user
     for session in () if who.operator else user.live:
         source = source_of(name, session.address, user.source.username, user.account)
-        if ban := server_ban(hub, User(source, "", "", 0)):
+        if ban := server_ban(hub, source):
             raise Refused("BAD_NAME", f"that name is banned from this server: {ban.reason}", name)
 
 
@@ -3819,8 +3749,7 @@ def user_of_token(hub: Hub, token: str, account: str) -> tuple[User | None, str]
 
 
 def absent_key(user: User) -> str:
-    """Return the address of an absent user as limits count it. Which networks a node is in must not
-    matter: all nodes count alike."""
+    """Return the address of an absent user as limits count it, on all nodes alike."""
     return address_key(host_of(user.source.address))
 
 
@@ -3852,8 +3781,7 @@ def forget_token(hub: Hub, user: User, token: str) -> None:
 def emit_to_witnesses(
     hub: Hub, kind: str, source: Source, user: User, *texts: str, origin: Session | None = None
 ) -> None:
-    """Tell the user's act to the user, to common channels, and to watchers with
-    extended-monitor."""
+    """Tell the act of a user to the user, common channels, and watchers with extended-monitor."""
     watchers = hub.watchers.get(user.key)
     # Only the watcher's own node knows the capability: the rest of the event must not depend on it
     watching = [s for s in watchers if s.extended_monitor] if watchers else None
@@ -3863,8 +3791,7 @@ def emit_to_witnesses(
 
 
 def move_to_address(hub: Hub, user: User, address: str) -> None:
-    """Give a user another address if no session has the present one any more. Bans match the user's
-    address."""
+    """Give a user another address, which bans match, if no session has the present one any more."""
     if host_of(user.source.address) in {host_of(s.address) for s in user.live}:
         return
     before = user.source
@@ -4170,7 +4097,7 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
         raise wrong_login()  # the account was dropped, or its password changed
     user, holder = who.user, hub.users.get(fold(account))
     source = source_of(user.name, user.source.address, user.source.username, account)
-    if ban := server_ban(hub, User(source, "", "", 0)):
+    if ban := server_ban(hub, source):
         disconnect(hub, hub.source, user, ban.reason)
         return before
     stays = not takes_name or holder in (None, user) or holder.account != account
@@ -4655,16 +4582,14 @@ def remove_file(hub: Hub, who: Session, id: str) -> None:
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
-    """Note that a message of the owner carries the file's link. The file is removed with the last
-    one."""
+    """Note that a message of the owner carries the file's link; the last one removes the file."""
     if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
         hub.files.by_message[event.id] = file.id
         keep_file(hub, file._replace(messages=(*file.messages, event.id)))
 
 
 def redact_file(hub: Hub, who: Session, message: int) -> None:
-    """Forget a redacted message that carried a file's link. The file is removed with its last
-    message."""
+    """Forget a redacted message that carried a file's link; the last one removes the file."""
     file = hub.files.get(hub.files.by_message.pop(message, ""))
     if file is None:
         return
@@ -4757,9 +4682,8 @@ def check_may_redact(
 
 
 def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
-    """Return the keys of the history that a user reads under a name: of a channel, or of the
-    conversations with a user or account, present or not, and with guests who had the name. Raises
-    Refused."""
+    """Return the keys of the history that a user reads under a name: of a channel, or of talks with
+    a user or account, present or not, and with guests who had the name. Raises Refused."""
     keys: list[str] = []
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
@@ -5532,8 +5456,7 @@ def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
 
 
 def sound_tags(text: str) -> str:
-    """Return stored tags without what earlier versions stored, too: CR and LF in values, and names
-    that are none."""
+    """Return stored tags without CR, LF and invalid names, which earlier versions stored, too."""
     tags = text.translate({13: "\\r", 10: "\\n", 0: None, 32: "\\s"}).split(";")
     names = ((tag, tag.partition("=")[0]) for tag in tags)
     return ";".join(tag for tag, name in names if name == FILE_TAG or CLIENT_TAG.fullmatch(name))
@@ -5709,8 +5632,7 @@ class History:
         return older + self.page(span._replace(after=inclusive), count - len(older), newest=False)
 
     def between(self, span: Span, one: Mark, other: Mark, count: int) -> list[Event]:
-        """Return the events between two marks, beginning at the first one, which may be the
-        later."""
+        """Return the events between two marks, from the first one on; that may be the later one."""
         if one.id and other.id:  # the id alone defines the order
             backwards = one.id > other.id
         else:
@@ -6137,16 +6059,14 @@ class Retention:
             self._bound_memory()
 
     def _bound_key(self, key: str) -> None:
-        """Note whether a key has too many rows, or too many foundings."""
+        """Note a key with too many rows. Of too many foundings of a channel give up those, but the
+        newest ones, in which nothing was said."""
         query = "SELECT sum(events), count(*) FROM targets WHERE key = ?"
         events, foundings = self.db.execute(query, [key]).fetchone()
         if events > self.keep:
             self.excess.add(key)
-        if foundings > FOUNDINGS_SILENT and key in self.founded and not self.store.node:
-            self._give_up_silent(key)
-
-    def _give_up_silent(self, key: str) -> None:
-        """Give up all foundings of a channel, but the newest ones, in which nothing was said."""
+        if foundings <= FOUNDINGS_SILENT or key not in self.founded or self.store.node:
+            return
         kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
         spoken = f"EXISTS (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({kinds}))"
         query = f"""
@@ -6192,8 +6112,7 @@ class Retention:
             self.orphans.discard(target)
 
     def _excess(self, key: str) -> tuple[int, int, int]:
-        """Return how many rows a key has beyond `keep`, and the oldest target that has rows, with
-        its founding."""
+        """Return the rows of a key beyond `keep`, its oldest target with rows, and its founding."""
         query = "SELECT id, founding, events FROM targets WHERE key = ? ORDER BY founding"
         targets = self.db.execute(query, [key]).fetchall()
         oldest = next(((id, founding) for id, founding, events in targets if events > 0), (0, 0))
@@ -6215,8 +6134,7 @@ class Retention:
             self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
 
     def excess_of(self, key: str) -> tuple[str, int, int] | None:
-        """Return key, founding and last id of a slice to be deleted by an act; None if there is
-        none any more."""
+        """Return key, founding and last id of a slice that an act is to delete; None without."""
         excess, oldest, founding = self._excess(key)
         self.excess.discard(key)
         last = self._last_of(oldest, min(PRUNE_ROWS, excess)) if excess > 0 else 0
@@ -7066,11 +6984,6 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if value.__class__ is list else value
 
 
-def is_act(actor: Any = None, name: Any = None) -> bool:
-    """Return whether the first two values of a list can begin an act."""
-    return actor.__class__ is int and name.__class__ is str
-
-
 class ActBatch(NamedTuple):
     """The acts that a node sends at once."""
 
@@ -7092,8 +7005,9 @@ class ActBatch(NamedTuple):
                 raise ValueError("an entry with a number that is none of ours")
             if tuple(map(type, batch)) != (int, str, str, int, int, int, str, list):
                 raise ValueError("an entry with other types")
-            if not all(act.__class__ is list and is_act(*act[:2]) for act in batch.acts):
-                raise ValueError("an entry with something that is no act")
+            for act in batch.acts:
+                if type(act) is not list or list(map(type, act[:2])) != [int, str]:
+                    raise ValueError("an entry with something that is no act")
             return batch
         except (TypeError, KeyError, RecursionError) as error:
             raise ValueError(str(error)) from None
@@ -7134,15 +7048,6 @@ def perform_act(hub: Hub, act: list, report: Callable) -> Any:
         return Refused("INTERNAL_ERROR", "that failed inside the server; please report it")
 
 
-def attempt(work: Callable[[], None], report: Callable) -> None:
-    """Do something of this node's own. A bug in it must not keep the node from applying the rest of
-    an entry, as the others do."""
-    try:
-        work()
-    except Exception:
-        report()
-
-
 def ticks_of_log(hub: Hub, when: int) -> int:
     """Return the Hub's ticks at a time of the log, all in milliseconds. They stand still over jumps
     of NATS's clock, and while there is no node."""
@@ -7163,8 +7068,8 @@ def apply_batch(
         return False
     begun = len(hub.turn.events)
     if asks:
-        for act, ask in zip(batch.acts, asks, strict=True):
-            attempt(ask.begin, report)
+        for act, ask in zip(batch.acts, asks, strict=True):  # a bug in what only this node does
+            attempt(ask.begin, report)  # must not keep it from the rest of the entry
             result = perform_act(hub, act, report)
             attempt(functools.partial(ask.finish, result), report)
     else:
@@ -7259,6 +7164,9 @@ def save_hub(hub: Hub) -> bytes:
     return zlib.compress(pickle.dumps((kinds, file.getvalue())), 1)
 
 
+UNREADABLE = (pickle.UnpicklingError, zlib.error, EOFError, LookupError, TypeError, AttributeError)
+
+
 def load_snapshot(data: bytes, hub: Hub) -> None:
     """Fill a new Hub from a snapshot. Raises ValueError if it is damaged."""
     try:
@@ -7269,14 +7177,7 @@ def load_snapshot(data: bytes, hub: Hub) -> None:
         for one in objects.values():
             for name, value in unpickler.load().items():
                 setattr(one, name, value)
-    except (
-        pickle.UnpicklingError,
-        zlib.error,
-        EOFError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except UNREADABLE as error:
         raise ValueError(f"the snapshot is damaged ({error})") from None
     for channel in (one for one in objects.values() if isinstance(one, Channel)):
         channel.set_name(channel.name)
@@ -7444,8 +7345,7 @@ class Cluster:
         self._append()
 
     def _append(self) -> None:
-        """Send the batch that is under way, perhaps again: NATS and the nodes know its id and take
-        it once."""
+        """Send the batch that is under way, perhaps again: NATS and nodes take each id once."""
         self.beat = self.now
         self.retry_at = self.now + BATCH_ANSWER_SECONDS
         number = self.sent.number
@@ -8552,20 +8452,13 @@ class IrcSession(LocalSession):
         if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
 
-    def take_result(self, job: Awaited, result: Any) -> None:
-        super().take_result(job, result)
-        self.from_service = self.from_service and self.deferred
-
-    def finish_result(self, ask: Ask, result: Any) -> None:
-        super().finish_result(ask, result)
-        self.from_service = self.from_service and self.deferred
-
     def mark_answer(self) -> None:
         """Label the replies since the answer was begun or resumed. Replies of several lines, or
         with more to come, go into a labelled batch."""
+        self.from_service = self.from_service and self.deferred
         if self.labelled is None:
             return
-        turn, whole = self.site.hub.turn, self.has_answered
+        turn, whole = self.site.hub.turn, not self.deferred and self.unfinished is None
         label, replies, events, _ = self.labelled
         heard = {e.id: count for e in turn.events[events:] if (count := self.count_own_lines(e))}
         count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
@@ -8778,17 +8671,8 @@ def abort_sasl(session: IrcSession) -> None:
     session.reply(ERR_SASLABORTED)
 
 
-def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
-    """Send what follows registration. The user is in these channels already."""
-    welcome(session)
-    if session.site.hub.accounts.is_foreign(wanted, session.user.account):
-        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
-    for channel in channels:
-        session.tell_joined(channel.name)
-        tell_channel(session, channel)
-
-
-def complete_registration(session: IrcSession) -> None:
+@in_steps
+def complete_registration(session: IrcSession) -> Steps:
     """Register the user, once the client has sent NICK and USER and ended the negotiation."""
     if session.user or session.negotiating or not (session.wanted and session.username):
         return
@@ -8803,30 +8687,30 @@ def complete_registration(session: IrcSession) -> None:
         session.fail("SESSION", "ACCOUNT_REQUIRED", f"log in to {account} to have your place again")
         session.token = ""  # or it would be that of two users
 
-    def entered(result: tuple[bool, bool]) -> None:
-        attached, resumed = result
-        if resumed:
-            session.line("NOTE SESSION RESUMED :you have your place again")
-        session.conn.named()
-        greet_user(session, wanted, session.user.channels if attached else ())
-
     def kept_out(refusal: Refused) -> None:
         session.refuse(refusal)
         if refusal.code == "BANNED_FROM_SERVER":
             session.end(str(refusal), intended=False)
 
-    session.act(
-        *("enter", wanted, session.username, session.realname, session.conn.address),
+    attached, resumed = yield do(
+        *(session.act, "enter", wanted, session.username, session.realname, session.conn.address),
         *(session.account, session.proof, session.token, True, secrets.randbits(32)),
         *(tuple(session.metadata.items()), session.away),
-        then=entered,
         otherwise=kept_out,
     )
+    if resumed:
+        session.line("NOTE SESSION RESUMED :you have your place again")
+    session.conn.named()
+    welcome(session)
+    if session.site.hub.accounts.is_foreign(wanted, session.user.account):
+        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
+    for channel in session.user.channels if attached else ():
+        session.tell_joined(channel.name)
+        tell_channel(session, channel)
 
 
 def check_server(session: IrcSession, name: str) -> None:
-    """Raise Refused unless a query is for this server, by its name, a mask or a user: there is no
-    other."""
+    """Raise Refused unless a query is for this server, by its name, a mask or a user."""
     site, key = session.site, fold(name)
     if not name or key == fold(site.name) or key in site.hub.users:
         return
@@ -8917,9 +8801,8 @@ def capability_values(session: IrcSession) -> dict[str, str]:
     rules += [f"min-password-length={PASSWORD_LEAST}", f"max-password-length={PASSWORD_MOST}"]
     values = {"draft/account-registration": ",".join(rules), "sasl": ",".join(mechanisms(session))}
     if site.sts:  # a policy, not to be asked for (IRCv3 sts)
-        values = {
-            "sts": f"duration={site.sts}" if secure else f"port={site.server.tls_port}"
-        } | values
+        policy = f"duration={site.sts}" if secure else f"port={site.server.tls_port}"
+        values = {"sts": policy} | values
     return CAPABILITIES | values
 
 
@@ -8990,36 +8873,29 @@ def fail_sasl(session: IrcSession, refusal: Refused) -> None:
 
 
 def tell_logged_in(
-    session: IrcSession,
-    account: str,
-    proof: str,
-    then: Callable = do_nothing,
-    otherwise: Callable[[Refused], None] | None = None,
-) -> None:
+    session: IrcSession, account: str, proof: str, otherwise: Callable | None = None
+) -> Steps:
     """Log the client in to an account, and tell it; without a user the log-in is part of its
-    registration. Then call then(), or otherwise(the refusal)."""
+    registration. Call otherwise() with a refusal."""
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
-
-    def succeeded(before: int) -> None:
-        told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
-        session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
-        then()
-
+    before = session.site.hub.last_id
     if user:
-        session.act("log_in", account, proof, False, then=succeeded, otherwise=otherwise)
-    else:
-        succeeded(session.site.hub.last_id)
+        before = yield do(session.act, "log_in", account, proof, False, otherwise=otherwise)
+    told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
+    session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
 
 
-def end_sasl(session: IrcSession, account: str) -> None:
+@in_steps
+def end_sasl(session: IrcSession, account: str) -> Steps:
     exchange, session.exchange = session.exchange, None
     try:
         proof = revision_of(session, account, exchange.verifier)
     except Refused as refusal:
         return fail_sasl(session, refusal)
-    succeed = functools.partial(session.reply, RPL_SASLSUCCESS)
-    tell_logged_in(session, account, proof, succeed, functools.partial(fail_sasl, session))
+    fail = functools.partial(fail_sasl, session)
+    yield from tell_logged_in(session, account, proof, fail)
+    session.reply(RPL_SASLSUCCESS)
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
@@ -9075,8 +8951,7 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
 
 
 def check_admitted(session: IrcSession) -> None:
-    """Raise Refused if a client that is not registered yet will not be let in. It makes no account,
-    with which it could upload files."""
+    """Raise Refused if a client will not be let in; an account would let it upload files."""
     if session.user:
         return
     if not session.passed:
@@ -9097,7 +8972,7 @@ def irc_register(session: IrcSession, account: str, email: str, password: str) -
         return session.line(f"REGISTER VERIFICATION_REQUIRED {name} :{text}")
     text = f"{name} is yours; log in with your password{email_used(session, email)}"
     session.line(f"REGISTER SUCCESS {name} :{text}")
-    tell_logged_in(session, name, proof)
+    yield from tell_logged_in(session, name, proof)
 
 
 @irc_command("VERIFY", 2, 2, nameless=True, exact=True)
@@ -9110,7 +8985,7 @@ def irc_verify(session: IrcSession, name: str, code: str) -> Steps:
         raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", known)
     account, proof = yield from verify(session, nick if name == "*" else name, code)
     session.line(f"VERIFY SUCCESS {account} :{account} is yours")
-    tell_logged_in(session, account, proof)
+    yield from tell_logged_in(session, account, proof)
 
 
 @irc_command("SESSION", 1, nameless=True)
@@ -9166,7 +9041,7 @@ def service_register(session: IrcSession, password: str, email: str = "") -> Ste
     if not proof:
         return session.service_says(f"a code was sent to {email}: VERIFY CODE")
     session.service_says(f"{name} is yours{email_used(session, email)}")
-    tell_logged_in(session, name, proof)
+    yield from tell_logged_in(session, name, proof)
 
 
 @service_command("verify", 1, exact=True)
@@ -9399,16 +9274,14 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
 
 
 @irc_command("AWAY", most=1, nameless=True)
-def irc_away(session: IrcSession, reason: str = "") -> None:
+@in_steps
+def irc_away(session: IrcSession, reason: str = "") -> Steps:
     """AWAY [<reason>] -- say that you are not here, or without a reason that you are back"""
-
-    def told(_: None) -> None:
-        session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
-
     if session.user:
-        return session.act("set_away", reason, then=told)
-    session.away = cut(reason, REASON_BYTES)
-    return told(None)
+        yield do(session.act, "set_away", reason)
+    else:
+        session.away = cut(reason, REASON_BYTES)
+    session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
 
 
 @irc_command("SETNAME", 1)
@@ -9434,12 +9307,10 @@ def irc_join(session: IrcSession, names: str, keys: str = "") -> Iterator[None]:
         return
     passwords = dict(zip(names.split(","), keys.split(","), strict=False))
 
-    def entered(channel: Channel | None) -> None:
-        if channel:
+    @in_steps
+    def enter(name: str) -> Steps:
+        if channel := (yield do(session.act, "join", name, passwords.get(name, ""))):
             tell_channel(session, channel)
-
-    def enter(name: str) -> None:
-        session.act("join", name, passwords.get(name, ""), then=entered)
 
     yield from each_in_pieces(session, names, enter)
 
@@ -9576,34 +9447,30 @@ def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
     return changes
 
 
-def user_mode(session: IrcSession, name: str, letters: str) -> None:
+@in_steps
+def user_mode(session: IrcSession, name: str, letters: str) -> Steps:
     """Read or change the user's own modes; those of others are not shown."""
     if session.site.hub.find_user(name) is not session.user:
         raise Refused("NOT_YOURSELF", "only your own modes are yours to see and change")
     if not letters:
         return session.reply(RPL_UMODEIS, user_modes_text(session))
     changes = parse_modes(letters[:USER_MODES_AT_ONCE], ())
-    known = tuple(tuple(change) for change in changes if change.letter in USER_MODES)
-
-    def changed(_: None) -> None:
-        if len(known) < len(changes):
-            text = f"there are only the user modes {''.join(USER_MODES)}"
-            session.refuse(Refused("UNKNOWN_USER_MODE", text))
-
-    return session.act("set_user_modes", known, then=changed) if known else changed(None)
+    if known := tuple(tuple(change) for change in changes if change.letter in USER_MODES):
+        yield do(session.act, "set_user_modes", known)
+    if len(known) < len(changes):
+        text = f"there are only the user modes {''.join(USER_MODES)}"
+        session.refuse(Refused("UNKNOWN_USER_MODE", text))
 
 
-@in_steps
 def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> Steps:
-    """Change the modes that can be changed, and tell the refusals of the others."""
-    if plain := tuple(map(tuple, changes)):
-        values = channel.name, plain, secrets.token_hex(16)
-        for refusal in (yield do(session.act, "set_modes", *values)):
-            session.refuse(refusal)
+    """Change the modes that can be changed; return the refusals of the others."""
+    values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
+    return (yield do(session.act, "set_modes", *values))
 
 
 @irc_command("MODE", 1, 15)
-def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) -> None:
+@in_steps
+def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) -> Steps:
     """MODE <channel or nickname> [<modes> [<value>...]] -- read or change modes"""
     if not name.startswith("#"):
         return user_mode(session, name, letters)
@@ -9620,7 +9487,9 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
         for mask in channel.lists[letter].values():
             session.reply(line, channel.name, mask.text, mask.setter, mask.when // 1000)
         session.reply(end, channel.name)
-    change_modes(session, channel, [c for c in changes if c.value or c.letter not in MASK_LISTS])
+    if changes := [c for c in changes if c.value or c.letter not in MASK_LISTS]:
+        for refusal in (yield from change_modes(session, channel, changes)):
+            session.refuse(refusal)
 
 
 @irc_command("RENAME", 2, 3)
@@ -9703,29 +9572,27 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
     tell_metadata(session, owner, keys)
 
 
-def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> None:
+@in_steps
+def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> Steps:
     """Add or remove keys; the first one past the limit is refused, and the rest ignored."""
     done: list[str] = []
     for key in keys:
         known = key in session.subscribed
         if not METADATA_KEY.fullmatch(key):
             session.refuse(Refused("INVALID_KEY", NO_KEY, key))
-        elif on and not known and len(session.subscribed) >= METADATA_SUBS:
+            continue
+        if on and not known and len(session.subscribed) >= METADATA_SUBS:
             text = f"{METADATA_SUBS} keys at most"
             session.refuse(Refused("LIMIT_REACHED", text, key, str(METADATA_SUBS)))
             break
+        done.append(key)
+        if on:
+            session.subscribed[key] = None
         else:
-            if on:
-                session.subscribed[key] = None
-            else:
-                session.subscribed.pop(key, None)
-            done.append(key)
+            session.subscribed.pop(key, None)
     if done:
-
-        def told(_: None) -> None:
-            session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
-
-        session.act("follow", "subscribers", tuple(done), on, then=told)
+        yield do(session.act, "follow", "subscribers", tuple(done), on)
+        session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
@@ -9849,9 +9716,8 @@ def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[
 def play(
     session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool, check: Callable
 ) -> Iterator[None]:
-    """Send events of the past, in a batch for clients that know batches, up to PAGE_BYTES as
-    encoded. `whole`: no other event follows. The last call of check() raises Refused if the user
-    may not read them any more."""
+    """Send events of the past, up to PAGE_BYTES as encoded, in a batch for clients that know those.
+    `whole`: no event follows. check() raises Refused if the user may not read them any more."""
     where = name if name.startswith("#") else ""
     lines, size = [], 0
     for line in played(session, ((where, e) for e in (reversed(events) if newest else events))):
@@ -9903,9 +9769,8 @@ def changes_told(session: IrcSession) -> list[str]:
 
 def target_bound(session: IrcSession, text: str) -> Mark:
     """Return a bound of TARGETS: a time; our own clients may also give an id."""
-    if "chat.py/session" in session.capabilities and text.startswith("msgid="):
-        return parse_mark(session.site.hub, text, "TARGETS", "*")
-    if not text.startswith("timestamp="):
+    ours = "chat.py/session" in session.capabilities and text.startswith("msgid=")
+    if not ours and not text.startswith("timestamp="):
         raise Refused("INVALID_PARAMS", "a bound is timestamp=...", "TARGETS", text)
     return parse_mark(session.site.hub, text, "TARGETS", "*")
 
@@ -9977,11 +9842,7 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     from=<nick>;after=<time>;before=<time>;limit=<n>"""
     wanted, user = parse_tags(attributes), session.user
     count = min(whole_number(wanted.get("limit", "")) or HISTORY_LINES, HISTORY_LINES_MOST)
-    bounds = {
-        name: Mark(time=parse_time(wanted[name], name))
-        for name in ("after", "before")
-        if name in wanted
-    }
+    bounds = {n: Mark(time=parse_time(wanted[n], n)) for n in ("after", "before") if n in wanted}
     if not wanted.get("text", "").strip():
         raise Refused("INVALID_PARAMS", "no words given", "text")
     name = wanted.get("in", "")
@@ -10056,11 +9917,7 @@ def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = ""
 
 def can_see(user: User, other: User) -> bool:
     """Return whether lists show a user to another: a user with +i only in a common channel."""
-    return (
-        user is other
-        or "i" not in other.modes
-        or not user.channels.keys().isdisjoint(other.channels)
-    )
+    return user is other or "i" not in other.modes or bool(user.channels.keys() & other.channels)
 
 
 def who_flags(user: User, member: Membership | None, multi: bool) -> str:
@@ -10696,35 +10553,28 @@ class LineSession(LocalSession):
             self.here.member(self.user)
         return self.here
 
-    def take_name(self, wanted: str) -> None:
-        """Take a line as the user's name: the first one, or one after a refusal."""
-        if not self.passed:
-            raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
-        self.wanted_name = clean_name(wanted)
-        self.act(
-            *("enter", wanted, "line", "", self.conn.address, "", "", "", False),
-            *(secrets.randbits(32), (), ""),
-            then=lambda _: self.entered(wanted),
-            otherwise=self.kept_out,
-        )
-
     def kept_out(self, refusal: Refused) -> None:
         if refusal.code == "BANNED_FROM_SERVER":
             self.end(str(refusal), intended=False)
         else:
             self.refuse(refusal)
 
-    def entered(self, wanted: str) -> None:
+    @in_steps
+    def take_name(self, wanted: str) -> Steps:
+        """Take a line as the user's name: the first one, or one after a refusal."""
+        if not self.passed:
+            raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
+        self.wanted_name = clean_name(wanted)
+        values = (wanted, "line", "", self.conn.address, "", "", "", False)
+        values += (secrets.randbits(32), (), "")
+        yield do(self.act, "enter", *values, otherwise=self.kept_out)
         self.conn.named()
         name = self.user.name
         if name != wanted:
             self.tell(f"you are {name}: {why_renamed(self.site.hub, wanted, name)}")
         elif self.greeted:
             self.tell(f"you are {name}{self.who_is_here()}; /help")
-        self.act("join", LOBBY, "", then=self.speak_in)
-
-    def speak_in(self, channel: Channel) -> None:
-        self.here = channel
+        self.here = yield do(self.act, "join", LOBBY, "")
 
     def change_channel(self) -> None:
         """If the user left the channel spoken in, speak in the lobby, else in another channel."""
@@ -10757,16 +10607,10 @@ class LineSession(LocalSession):
             self.say(message)
 
 
-@in_steps
-def change_modes_or_refuse(
-    session: LineSession, channel: Channel, changes: list, done: Callable = do_nothing
-) -> Steps:
-    """Change modes, and call done(); or tell the first refusal."""
-    values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
-    if refusals := (yield do(session.act, "set_modes", *values)):
-        session.refuse(refusals[0])
-    else:
-        done()
+def change_all_modes(session: LineSession, channel: Channel, changes: list) -> Steps:
+    """Change modes. Raises the first Refused of several."""
+    if refusals := (yield from change_modes(session, channel, changes)):
+        raise refusals[0]
 
 
 def named_channel(session: LineSession, name: str) -> Channel:
@@ -10915,13 +10759,11 @@ def line_nick(session: LineSession, wanted: str) -> Steps:
 
 
 @line_command("away", most=1)
-def line_away(session: LineSession, reason: str = "") -> None:
+@in_steps
+def line_away(session: LineSession, reason: str = "") -> Steps:
     """/away [REASON] -- say that you are not here, or without a reason that you are back"""
-
-    def told(_: None) -> None:
-        session.tell(f"you went away: {session.user.away}" if reason else "you came back")
-
-    session.act("set_away", reason, then=told)
+    yield do(session.act, "set_away", reason)
+    session.tell(f"you went away: {session.user.away}" if reason else "you came back")
 
 
 @line_command("invite", 1, 2)
@@ -10939,7 +10781,8 @@ def line_kick(session: LineSession, name: str, reason: str = "") -> None:
 
 
 @line_command("mode", most=1)
-def line_mode(session: LineSession, text: str = "") -> None:
+@in_steps
+def line_mode(session: LineSession, text: str = "") -> Steps:
     """/mode [MODES] -- see or change the channel you speak in: /mode +m-t, /mode +o NAME"""
     channel = session.current_channel()
     if not text:
@@ -10947,33 +10790,32 @@ def line_mode(session: LineSession, text: str = "") -> None:
         session.tell(f"the modes of {channel.name}: {channel.modes_text(session)} ({known})")
         return
     letters, *values = text.split()
-    change_modes_or_refuse(session, channel, parse_modes(letters, values))
+    yield from change_all_modes(session, channel, parse_modes(letters, values))
 
 
 @line_command("ban", most=1)
-def line_ban(session: LineSession, whom: str = "") -> None:
+@in_steps
+def line_ban(session: LineSession, whom: str = "") -> Steps:
     """/ban [NAME|MASK] -- keep a user out of the channel you speak in, and put them out"""
     channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     if not whom:
         masks = ", ".join(mask.text for mask in channel.lists["b"].values())
         return session.tell(f"banned from {channel.name}: {masks or 'no user'}")
     mask = ban_mask(user) if user else full_mask(whom)
-
-    def banned() -> None:
-        session.postponed.append(kick_banned(session, channel, Mask(mask)))
-
-    return change_modes_or_refuse(session, channel, [ModeChange(True, "b", mask)], banned)
+    yield from change_all_modes(session, channel, [ModeChange(True, "b", mask)])
+    session.postponed.append(kick_banned(session, channel, Mask(mask)))
 
 
 @line_command("unban", 1)
-def line_unban(session: LineSession, whom: str) -> None:
+@in_steps
+def line_unban(session: LineSession, whom: str) -> Steps:
     """/unban NAME|MASK -- let them in again"""
     channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     keys = {fold(whom), fold(full_mask(whom)), fold(ban_mask(user)) if user else ""}
     found = [channel.lists["b"][key].text for key in keys & channel.lists["b"].keys()]
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
-    change_modes_or_refuse(session, channel, [ModeChange(False, "b", mask) for mask in found])
+    yield from change_all_modes(session, channel, [ModeChange(False, "b", mask) for mask in found])
 
 
 def logged_in_line(session: LineSession, account: str, proof: str) -> Steps:
@@ -11172,8 +11014,7 @@ class Request(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The decoded path; "" if the target has none. The target may be a whole URL, as for a
-        proxy."""
+        """The decoded path; "" if there is none. The target may be a whole URL, as for a proxy."""
         import urllib.parse
 
         with contextlib.suppress(ValueError):
@@ -11185,8 +11026,7 @@ class Request(NamedTuple):
 
     @property
     def host(self) -> str:
-        """The host and port that the request is for: of the target if that is a whole URL, else of
-        Host."""
+        """The host and port of the request: of its target if that is a whole URL, else of Host."""
         match = re.match(r"[a-z]+://([^/?#]*)", self.target, re.IGNORECASE)
         return match[1] if match else self.header("host")
 
@@ -11256,7 +11096,6 @@ class HttpReader:
         self.trailers = TRAILER_BYTES  # that may still come
         self.failed = False
         self.step: Callable[[], Any] = self._head
-        self.ended = False
 
     @property
     def buffer(self) -> bytes:
@@ -11287,10 +11126,6 @@ class HttpReader:
 
     def clear(self) -> None:
         self.data, self.start = b"", 0
-
-    def finish(self) -> None:
-        """Note the end of input: an incomplete request is dropped."""
-        self.ended = True
 
     def take(self) -> Request | BadRequest | bytes | None:
         try:
@@ -11418,8 +11253,7 @@ ACCEPTS_GZIP = re.compile(r"gzip(?!.*;\s*q=0(\.0*)?\s*$).*")  # RFC 9110 section
 
 
 class Document:
-    """A document that the server keeps in memory. In its policy, {host} stands for the host and
-    port of the request."""
+    """A document in the server's memory. In its policy, {host} stands for that of the request."""
 
     def __init__(self, text: str, type: str, policy: str = "default-src 'none'"):
         self.type, self.policy = type, policy
@@ -11436,12 +11270,6 @@ WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0, 1, 2, 8, 9, 10
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 SUBPROTOCOLS = {"text.ircv3.net": TEXT_FRAME, "binary.ircv3.net": BINARY_FRAME}
-
-
-def websocket_accept(key: str) -> str:
-    """Return the Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
-    digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
-    return base64.b64encode(digest).decode()
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
@@ -11497,7 +11325,7 @@ class FrameReader:
         self.opcode = 0  # ... and its kind; 0 if there is none
         self.decoder: Any = None  # of its text
         self.out = b""
-        self.closed = self.ended = self.fruitless = False
+        self.closed = self.fruitless = False
 
     @property
     def pending(self) -> bool:
@@ -11511,9 +11339,6 @@ class FrameReader:
     def clear(self) -> None:
         self.buffer.clear()
         self.lines.clear()
-
-    def finish(self) -> None:
-        self.ended = True
 
     def take(self) -> bytes | None:
         """Return the next line; None if there is none yet. One call looks at a few frames only, so
@@ -11612,8 +11437,7 @@ class FrameReader:
 
 
 class FrameWriter:
-    """Lines of IRC in, frames out, one for each line. The same bytes for a whole channel are framed
-    once."""
+    """Lines of IRC in, frames out, one a line. Bytes that go to a whole channel are framed once."""
 
     def __init__(self, opcode: int):
         self.opcode = opcode
@@ -11621,14 +11445,12 @@ class FrameWriter:
 
     def __call__(self, data: bytes) -> bytes:
         if data is not self.last:
-            self.last, lines = data, data.removesuffix(b"\r\n").split(b"\r\n")
-            self.framed = b"".join(frame(self.opcode, self._payload(line)) for line in lines)
+            self.last = data
+            if self.opcode == TEXT_FRAME and not data.isascii():
+                data = data.decode(errors="replace").encode()
+            lines = data.removesuffix(b"\r\n").split(b"\r\n")
+            self.framed = b"".join(frame(self.opcode, line) for line in lines)
         return self.framed
-
-    def _payload(self, line: bytes) -> bytes:
-        if self.opcode == BINARY_FRAME or line.isascii():
-            return line
-        return line.decode(errors="replace").encode()
 
 
 # Answering requests
@@ -11710,10 +11532,12 @@ CORS = (
     "Upload-Offset, Upload-Length, Upload-Expires, Tus-Resumable, Tus-Version, Tus-Extension, "
     "Tus-Max-Size",
 )
+TUS = "Tus-Resumable: 1.0.0"
 CHALLENGE = ('WWW-Authenticate: Basic realm="chat", charset="UTF-8"', "WWW-Authenticate: Bearer")
 REFUSAL_STATUSES = {  # Refused.code -> status
     "SASL_FAILED": 401,
     "BANNED_FROM_SERVER": 403,
+    "NOT_YOURS": 403,
     "TRY_LATER": 429,
     "BAD_HEADER": 400,
     "NO_FILE": 404,
@@ -11751,8 +11575,7 @@ class WebSession(LocalSession):
 
     __slots__ = (
         *("at_end", "body_left", "closing", "credentials", "on_this_machine", "owner", "proof"),
-        "reading",
-        *("request", "sender", "take_body", "upload"),
+        *("reading", "request", "sender", "take_body", "upload"),
     )
     takes_lines = False
 
@@ -11797,7 +11620,8 @@ class WebSession(LocalSession):
         if (request.method, request.target) == ("OPTIONS", "*"):  # what the server can do
             every = {method for route in WEB_ROUTES.values() for method in route}
             return self.respond(204, "", allow_header(every))
-        methods = self._methods(request.path)
+        path = request.path
+        methods = WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
         if handler:
             return handler(self, request)
@@ -11832,10 +11656,6 @@ class WebSession(LocalSession):
             self.address = conn.address
         return True
 
-    @staticmethod
-    def _methods(path: str) -> dict[str, Callable]:
-        return WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
-
     def respond(self, status: int, body: str | bytes = "", *headers: str) -> None:
         """Send a whole answer. Close the connection if a long body is still to come unread."""
         request = self.request
@@ -11862,9 +11682,10 @@ class WebSession(LocalSession):
             lines.append("Connection: keep-alive")
         self.send("\r\n".join([*lines, "", ""]).encode())
 
-    def cors(self) -> tuple[str, ...]:
-        """Return headers that let the pages of other sites read an answer about a file."""
-        return CORS if self.request and "origin" in self.request.headers else ()
+    def file_headers(self) -> tuple[str, ...]:
+        """Return headers of an answer about a file, for pages of other sites and clients of tus."""
+        cors = CORS if self.request and "origin" in self.request.headers else ()
+        return (*cors, TUS) if self.request and is_tus(self.request) else cors
 
     def end_answer(self) -> None:
         """Close the connection after a complete answer, if that was decided."""
@@ -11875,20 +11696,13 @@ class WebSession(LocalSession):
         """Return whether the client may read /health and /metrics: one on this machine, or all."""
         return self.site.web.open_metrics or self.on_this_machine
 
-    # What chat wants of a session
-
-    def notice(self, text: str) -> None:
-        """Send nothing: a web client gets only answers."""
-
     def refuse(self, refusal: Refused) -> None:
         """Answer with the status of a refusal, and end the upload or download that was going on."""
         end, self.at_end = self.at_end, do_nothing
         end()
         status = REFUSAL_STATUSES.get(refusal.code, 503)
-        self.respond(status, str(refusal), *(CHALLENGE if status == 401 else ()), *self.cors())
-
-    def not_kept(self, events: list[Event], reason: str) -> None:
-        """Do nothing: a web client sends no messages."""
+        challenge = CHALLENGE if status == 401 else ()
+        self.respond(status, str(refusal), *challenge, *self.file_headers())
 
     def ended(self) -> None:
         end, self.at_end = self.at_end, do_nothing
@@ -11911,7 +11725,8 @@ def open_websocket(session: WebSession, request: Request) -> None:
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
     lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
-    lines.append(f"Sec-WebSocket-Accept: {websocket_accept(key)}")
+    digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
+    lines.append(f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}")
     lines += [f"Sec-WebSocket-Protocol: {name}" for name in offered[:1]]
     opcode = SUBPROTOCOLS[offered[0]] if offered else TEXT_FRAME
     return session.conn.upgrade("\r\n".join([*lines, "", ""]).encode(), opcode)
@@ -12037,8 +11852,7 @@ def webp_size(head: bytes) -> tuple[int, int]:
 
 
 def picture_size(kind: str, head: bytes) -> tuple[int, int]:
-    """Return width and height of a picture, by its first bytes; 0 and 0 if they do not tell, or
-    tell what no program could show."""
+    """Return a picture's width and height, by its first bytes; 0, 0 without a possible size."""
     width = height = 0
     if kind == "image/png" and head[12:16] == b"IHDR" and len(head) >= 24:
         width, height = struct.unpack_from(">II", head, 16)
@@ -12096,47 +11910,32 @@ def disposition(file: StoredFile) -> str:
 # Files: who may upload
 
 
-@in_steps
-def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
-    """Call then(identity) with the account's identity if the password is right. Raises Refused."""
-    account, proof = yield from prove(session, name, password)
-    session.proof = account, proof
-    then(session.site.hub.accounts.identity(account))
-
-
-def authorize(session: WebSession, then: Callable[[str], None]) -> None:
-    """Call then(identity) for the credentials of a request: an account's password (Basic) or a
-    token (Bearer). A right password is remembered for the connection. A K-line of the account or
-    of the address holds here, too. Raises Refused."""
-    given, hub = session.request.header("authorization"), session.site.hub
-
-    def check_ban(owner: str) -> None:
-        account = owner[1:].rpartition("/")[0]  # of an identity; a guest has none
-        check_server_ban(hub, source_of(account or "*", f"{session.sender.host}:0", "*", account))
-        then(owner)
-
-    if given and given == session.credentials and hub.accounts.is_proof(*session.proof):
-        return check_ban(session.owner)
+def authorize(session: WebSession) -> Steps:
+    """Return the identity of the user whose credentials a request has: an account's password
+    (Basic) or a token (Bearer). A right password is remembered for the connection. A K-line of the
+    account or of the address holds here, too. Raises Refused."""
+    given, hub, owner = session.request.header("authorization"), session.site.hub, ""
     scheme, _, value = given.partition(" ")
-
-    def proved(owner: str) -> None:
-        session.credentials, session.owner = given, owner
-        check_ban(owner)
-
-    if scheme.lower() == "bearer":
-        if owner := session.site.grants.owner(value.strip(), hub.ticks):
-            return check_ban(owner)
+    if given and given == session.credentials and hub.accounts.is_proof(*session.proof):
+        owner = session.owner
+    elif scheme.lower() == "bearer":
+        owner = session.site.grants.owner(value.strip(), hub.ticks)
     elif scheme.lower() == "basic":
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # of other bytes than base64 of UTF-8
             name, _, password = base64.b64decode(value, validate=True).decode().partition(":")
-            return prove_owner(session, name, password, proved)
-    text = "log in with your account, or with a token of TOKEN GENERATE FILEHOST"
-    raise Refused("SASL_FAILED", text)
+            account, proof = yield from prove(session, name, password)
+            owner = hub.accounts.identity(account)
+            session.credentials, session.owner, session.proof = given, owner, (account, proof)
+    if not owner:
+        text = "log in with your account, or with a token of TOKEN GENERATE FILEHOST"
+        raise Refused("SASL_FAILED", text)
+    account = owner[1:].rpartition("/")[0]  # of an identity; a guest has none
+    check_server_ban(hub, source_of(account or "*", f"{session.sender.host}:0", "*", account))
+    return owner
 
 
 # Files: up (https://tus.io/protocols/resumable-upload, 1.0.0)
 
-TUS = "Tus-Resumable: 1.0.0"
 CORS_ASKED = (
     "Access-Control-Allow-Methods: GET, HEAD, POST, PATCH, DELETE, OPTIONS",
     "Access-Control-Allow-Headers: Authorization, Content-Type, Content-Disposition, "
@@ -12149,9 +11948,7 @@ NO_SUCH_FILE = "there is no such file, or not any more"
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
-    """Answer a request about a file, with the headers for other sites' pages and for tus."""
-    tus = (TUS,) if is_tus(session.request) else ()
-    session.respond(status, body, *headers, *session.cors(), *tus)
+    session.respond(status, body, *headers, *session.file_headers())
 
 
 def is_elsewhere(session: WebSession, request: Request) -> bool:
@@ -12270,13 +12067,11 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     site.uploading.pop(id, None)
     files.finishing.add(id)
 
-    def completed(_: None) -> None:
-        tell_progress(session, id, upload.at)
-
     def finished(result: Any, is_there: bool) -> None:
         files.finishing.discard(id)
         if not isinstance(result, Exception):
-            return site.act("finish_file", id, *result, then=completed if is_there else do_nothing)
+            tell = (lambda _: tell_progress(session, id, upload.at)) if is_there else do_nothing
+            return site.act("finish_file", id, *result, then=tell)
         if not upload.resumable:
             site.act("remove_file", id)
         if not isinstance(result, Refused):
@@ -12330,9 +12125,15 @@ def take_pieces(session: WebSession) -> None:
         session.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def open_upload(session: WebSession, request: Request, id: str, size: int, _: None) -> None:
-    """Take the body of the request that began a file."""
-    tus = is_tus(request)
+def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> Steps:
+    """Register a new file for an authorized client, and take the body."""
+    id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
+    if tus := is_tus(request):
+        known = tus_metadata(request.header("upload-metadata"))
+        name = known.get("filename", "") or known.get("name", "")
+    address, node = session.conn.limit_key, session.site.node
+    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
+    yield do(session.act, "begin_file", *values)
     session.site.uploading[id] = session
     total = size if tus or request.length is not None else None
     upload = session.upload = Upload(id, total, resumable=tus)
@@ -12342,30 +12143,14 @@ def open_upload(session: WebSession, request: Request, id: str, size: int, _: No
     if tus and has_body and piece_type != PIECE_TYPE:
         drop_upload(session, keep=False)
         return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
-
-    def opened(handle: Any) -> None:
-        upload.handle = handle
-        if has_body:
-            return take_pieces(session)
-        return end_pieces(session)
-
-    session.later(FILE_LANE, functools.partial(session.site.folder.begin, id), opened)
-
-
-def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
-    """Register a new file for an authorized client, and take the body."""
-    id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
-    if is_tus(request):
-        known = tus_metadata(request.header("upload-metadata"))
-        name = known.get("filename", "") or known.get("name", "")
-    address, node = session.conn.limit_key, session.site.node
-    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
-    then = functools.partial(open_upload, session, request, id, size)
-    session.act("begin_file", *values, then=then)
+    begin = functools.partial(session.site.folder.begin, id)
+    upload.handle = yield do(session.later, FILE_LANE, begin)
+    return take_pieces(session) if has_body else end_pieces(session)
 
 
 @on_files("POST", "/files")
-def create_file(session: WebSession, request: Request) -> None:
+@in_steps
+def create_file(session: WebSession, request: Request) -> Steps:
     """POST /files -- upload a file, or with Tus-Resumable begin to: 201 with its Location"""
     most = session.site.hub.files.most
     size = request.length
@@ -12378,21 +12163,19 @@ def create_file(session: WebSession, request: Request) -> None:
         size = min(most, CHUNKS_RESERVED)
     if size > most:
         return answer_file(session, 413, f"a file has at most {most:,} bytes")
-    authorize(session, functools.partial(begin_upload, session, request, size))
+    owner = yield from authorize(session)
+    yield from begin_upload(session, request, size, owner)
 
 
-def own_file(session: WebSession, request: Request, then: Callable[[StoredFile], None]) -> None:
-    """Call then(file) if the file of a request belongs to the user who asks. Raises Refused."""
-
-    def check(owner: str) -> None:
-        file = session.site.hub.files.get(request.path.removeprefix("/files/"))
-        if file is None:
-            return answer_file(session, 404, NO_SUCH_FILE)
-        if not session.site.hub.same_person(file.owner, owner):
-            return answer_file(session, 403, "this is another user's file")
-        return then(file)
-
-    authorize(session, check)
+def own_file(session: WebSession, request: Request) -> Steps:
+    """Return the file of a request, which must belong to the user who asks. Raises Refused."""
+    owner = yield from authorize(session)
+    file = session.site.hub.files.get(request.path.removeprefix("/files/"))
+    if file is None:
+        raise Refused("NO_FILE", NO_SUCH_FILE)
+    if not session.site.hub.same_person(file.owner, owner):
+        raise Refused("NOT_YOURS", "this is another user's file")
+    return file
 
 
 def end_older(session: WebSession, id: str) -> None:
@@ -12402,80 +12185,62 @@ def end_older(session: WebSession, id: str) -> None:
 
 
 @on_files("PATCH", "/files/*")
-def continue_file(session: WebSession, request: Request) -> None:
+@in_steps
+def continue_file(session: WebSession, request: Request) -> Steps:
     """PATCH /files/ID -- the next bytes of an upload, from Upload-Offset on (tus)"""
     if request.header("content-type").partition(";")[0].strip().lower() != PIECE_TYPE:
         return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
     if not re.fullmatch(r"[0-9]{1,18}", request.header("upload-offset")):
         return answer_file(session, 400, "Upload-Offset is where the piece begins")
-    offset = int(request.header("upload-offset"))
-
-    def begin(file: StoredFile) -> None:
-        site = session.site
-        if file.sha:
-            return answer_file(session, 403, "this file is complete")
-        if file.id in site.hub.files.finishing:
-            return answer_file(session, 423, "this file is just being completed")
-        end_older(session, file.id)
-        upload = session.upload = Upload(file.id, file.size, resumable=True)
-        session.at_end = functools.partial(drop_upload, session, keep=True)
-        site.uploading[file.id] = session
-        job = functools.partial(site.folder.reopen, file.id)
-        return session.later(FILE_LANE, job, functools.partial(opened, upload))
-
-    def opened(upload: Upload, found: tuple[Any, int]) -> None:
-        upload.handle, upload.at = found
-        if upload.at != offset:
-            at = upload.at
-            drop_upload(session, keep=True)
-            return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
-        if offset + (request.length or 0) > upload.total:
-            drop_upload(session, keep=True)
-            return answer_file(session, 413, f"the file has {upload.total:,} bytes")
-        if request.length == 0:
-            return end_pieces(session)
-        return take_pieces(session)
-
-    return own_file(session, request, begin)
+    offset, site = int(request.header("upload-offset")), session.site
+    file = yield from own_file(session, request)
+    if file.sha:
+        return answer_file(session, 403, "this file is complete")
+    if file.id in site.hub.files.finishing:
+        return answer_file(session, 423, "this file is just being completed")
+    end_older(session, file.id)
+    upload = session.upload = Upload(file.id, file.size, resumable=True)
+    session.at_end = functools.partial(drop_upload, session, keep=True)
+    site.uploading[file.id] = session
+    reopen = functools.partial(site.folder.reopen, file.id)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    if (at := upload.at) != offset:
+        drop_upload(session, keep=True)
+        return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
+    if offset + (request.length or 0) > upload.total:
+        drop_upload(session, keep=True)
+        return answer_file(session, 413, f"the file has {upload.total:,} bytes")
+    return end_pieces(session) if request.length == 0 else take_pieces(session)
 
 
 @on_files("DELETE", "/files/*")
-def delete_file(session: WebSession, request: Request) -> None:
+@in_steps
+def delete_file(session: WebSession, request: Request) -> Steps:
     """DELETE /files/ID -- remove a file of your own, complete or not"""
-
-    def remove(file: StoredFile) -> None:
-        if file.id in session.site.hub.files.finishing:
-            return answer_file(session, 423, "this file is just being completed")
-        end_older(session, file.id)
-        session.act("remove_file", file.id, then=lambda _: answer_file(session, 204))
-
-    own_file(session, request, remove)
+    file = yield from own_file(session, request)
+    if file.id in session.site.hub.files.finishing:
+        return answer_file(session, 423, "this file is just being completed")
+    end_older(session, file.id)
+    yield do(session.act, "remove_file", file.id)
+    answer_file(session, 204)
 
 
-def tell_offset(session: WebSession, request: Request) -> None:
+@in_steps
+def tell_offset(session: WebSession, request: Request) -> Steps:
     """Answer HEAD with Tus-Resumable: how many bytes of an upload there are."""
-
-    def look(file: StoredFile) -> None:
-        if file.sha or file.id in session.site.hub.files.finishing:
-            return tell_progress(session, file.id, file.size)
-        job = functools.partial(session.site.folder.size, file.id)
-        return session.later(FILE_LANE, job, functools.partial(tell, file))
-
-    def tell(file: StoredFile, at: int) -> None:
-        files = session.site.hub.files
-        known = files.get(file.id)  # meanwhile it may have been completed, or removed
-        if at < file.size or known is None or known.sha or file.id in files.finishing:
-            return tell_progress(session, file.id, at)
-        end_older(session, file.id)
-        upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
-        job = functools.partial(session.site.folder.reopen, file.id)
-        return session.later(FILE_LANE, job, functools.partial(complete, upload))
-
-    def complete(upload: Upload, found: tuple[Any, int]) -> None:
-        upload.handle, upload.at = found
-        finish_upload(session, upload)
-
-    own_file(session, request, look)
+    files, folder = session.site.hub.files, session.site.folder
+    file = yield from own_file(session, request)
+    if file.sha or file.id in files.finishing:
+        return tell_progress(session, file.id, file.size)
+    at = yield do(session.later, FILE_LANE, functools.partial(folder.size, file.id))
+    known = files.get(file.id)  # meanwhile it may have been completed, or removed
+    if at < file.size or known is None or known.sha or file.id in files.finishing:
+        return tell_progress(session, file.id, at)
+    end_older(session, file.id)
+    upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
+    reopen = functools.partial(folder.reopen, file.id)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    finish_upload(session, upload)
 
 
 # Files: down
@@ -12528,22 +12293,9 @@ def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
     stop_sending(session)
 
 
-def begin_sending(
-    session: WebSession, status: int, headers: list[str], first: int, end: int, handle: Any
-) -> None:
-    """Send the head of an answer with a file; the content follows in pieces."""
-    if handle is None:
-        return answer_file(session, 404, NO_SUCH_FILE)
-    session.send_head(status, *headers)
-    session.reading = handle
-    session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
-    if session.request.method == "HEAD" or first == end:
-        return stop_sending(session)
-    session.unfinished = pieces_of_file(session, first, end)
-
-
 @on_files("GET", "/files/*")
-def send_file(session: WebSession, request: Request) -> None:
+@in_steps
+def send_file(session: WebSession, request: Request) -> Steps:
     """GET /files/ID -- a file, or a range of it"""
     if request.method == "HEAD" and is_tus(request):
         return tell_offset(session, request)
@@ -12569,11 +12321,16 @@ def send_file(session: WebSession, request: Request) -> None:
     is_video = file.type.startswith("video/")
     allowed = "; media-src 'self'; style-src 'unsafe-inline'" if is_video else ""
     policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
-    headers += [policy, *session.cors()]
-    headers += [f"Content-Length: {end - first}"]
+    headers += [policy, *session.file_headers(), f"Content-Length: {end - first}"]
     job = functools.partial(session.site.folder.open, file.sha)
-    opened = functools.partial(begin_sending, session, 206 if part else 200, headers, first, end)
-    return session.later(READ_LANE, job, opened)
+    handle = session.reading = yield do(session.later, READ_LANE, job)
+    if handle is None:
+        return answer_file(session, 404, NO_SUCH_FILE)
+    session.send_head(206 if part else 200, *headers)
+    session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
+    if request.method == "HEAD" or first == end:
+        return stop_sending(session)
+    session.unfinished = pieces_of_file(session, first, end)  # the content
 
 
 # ======================================================================================
@@ -19580,11 +19337,11 @@ class Helpers:
         for lane in self.lanes.values():
             for _ in lane.threads:
                 lane.jobs.put(None)
-        for name in (PAGE_LANE, DISK_LANE):
-            for thread in self.lanes[name].threads if name in self.lanes else ():
-                thread.join(STOP_SECONDS)
         lanes = (self.lanes[name] for name in (PAGE_LANE, DISK_LANE) if name in self.lanes)
-        return not any(thread.is_alive() for lane in lanes for thread in lane.threads)
+        readers = [thread for lane in lanes for thread in lane.threads]
+        for thread in readers:
+            thread.join(STOP_SECONDS)
+        return not any(thread.is_alive() for thread in readers)
 
     def _work(self, lane: Lane) -> None:
         while work := lane.jobs.get():
@@ -19770,9 +19527,8 @@ class Addresses(dict[str, Address]):
         for address in list(self.values()):
             self.forget_if_full(address)
         now = self.loop.now
-        idle = sorted(
-            (one for one in self.values() if not one.peers), key=lambda one: one.used(now)
-        )
+        idle = [address for address in self.values() if not address.peers]
+        idle.sort(key=lambda address: address.used(now))
         for address in idle[: max(0, len(self) - ADDRESSES_KEPT)]:
             del self[address.key]
 
@@ -19919,11 +19675,6 @@ class Peer(Connection):
 
     def write(self, data: bytes) -> None:
         super().write(self.frame_writer(data) if self.frame_writer else data)
-
-    def end_frames(self) -> None:
-        """Send a close frame on a WebSocket that is still open."""
-        if self.frame_writer and not self.inbox.closed:
-            super().write(close_frame(1000))
 
     def answer_frames(self) -> None:
         out, self.inbox.out = self.inbox.out, b""
@@ -20249,8 +20000,7 @@ class ConnectionLimits:
         return ""
 
     def becomes_chat(self, address: Address) -> str:
-        """Count a connection that spoke HTTP as chat: a WebSocket; return "", or why it is not
-        allowed."""
+        """Count a WebSocket, which spoke HTTP, as chat; return "", or why it is not allowed."""
         refusal = self.speaks_chat(address)
         address.web -= not refusal
         return refusal
@@ -21214,7 +20964,8 @@ class Server:
         turn = self.hub.turn
         if turn.happened:
             try:
-                self.deliver(turn)
+                for data, sessions in turn.deliveries(report_bug):
+                    broadcast(data, sessions)
             finally:
                 self.hub.end()
         if self.cluster:
@@ -21243,10 +20994,6 @@ class Server:
         if keys and (excess := self.store.retention.excess_of(keys[0])):
             self.cluster.ask(None, "prune_history", excess)
 
-    def deliver(self, turn: Turn) -> None:
-        for data, sessions in turn.deliveries(report_bug):
-            broadcast(data, sessions)
-
     def _after_writing(self) -> None:
         """Close connections that were left in this turn, and hand its jobs to helpers."""
         leaving, self.leaving = self.leaving, []
@@ -21254,7 +21001,8 @@ class Server:
             if peer.gone:
                 self.forget(peer)
             else:
-                peer.end_frames()
+                if peer.frame_writer and not peer.inbox.closed:  # a WebSocket that is still open
+                    Connection.write(peer, close_frame(1000))
                 Connection.close(peer)
                 if peer.web:
                     self.times.web_idle.add(peer)
@@ -21312,8 +21060,8 @@ class Server:
         for peer in list(self.peers):
             if peer.session:
                 peer.session.farewell("the server is going down")
-                if self.cluster is None:
-                    peer.session.abandon()
+                if self.cluster is None:  # the users stay: no other user is told
+                    peer.session.user = None
             peer.close()
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if self.cluster:
@@ -27616,6 +27364,8 @@ listen_address = checked_option(
     "write HOST:PORT",
 )
 positive = checked_option(whole_number, bool, "a whole number from 1 on")
+positive_number_option = checked_option(positive_number, bool, "a number above 0")
+proxy_address = checked_option(forwarded_host, bool, "write an IP address")
 message_rate = checked_option(
     float, lambda rate: 0 <= rate < math.inf, "messages a second, or 0 for a window"
 )
@@ -27637,19 +27387,16 @@ registration_rules = checked_option(  # "" allows it after registration with a n
     lambda rules: rules == {"off"} or {"before-connect", "email-required"}.issuperset(rules),
     "write off, or before-connect,email-required",
 )
+join_option = checked_option(  # channels, each perhaps with a password after a blank
+    str,
+    lambda text: all(len(one.split()) <= 2 for one in text.split(",")),
+    "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'",
+)
 host_name = checked_option(  # one word that can stand in a line of IRC
     str,
     re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}").fullmatch,
     "letters, digits, dots and hyphens, please",
 )
-
-
-def join_option(text: str) -> str:
-    """Check the value of --join: channels, each perhaps with a password after a blank."""
-    if any(len(one.split()) > 2 for one in text.split(",")):
-        told = "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'"
-        raise argparse.ArgumentTypeError(told)
-    return text
 
 
 def server_target(text: str) -> Target:
@@ -27993,12 +27740,6 @@ def byte_count(text: str) -> int:
     return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
 
 
-def positive_number_option(text: str) -> float:
-    if not (number := positive_number(text)):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return number
-
-
 def web_origin(text: str) -> str:
     """Return a valid origin, as browsers send it: https://HOST or http://HOST:PORT."""
     scheme, _, authority = text.lower().rstrip("/").partition("://")
@@ -28018,21 +27759,15 @@ def cluster_option(text: str) -> NodeOptions:
     login, _, hosts = rest.rpartition("@")
     user, _, password = (urllib.parse.unquote(word) for word in login.partition(":"))
     servers = [split_host(host) for host in hosts.split(",")]
-    valid = scheme in ("nats", "tls") and all(
-        host and (port or 0) < 65536 for host, port in servers
-    )
-    if not valid or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat"):
+    valid = all(host and (port or 0) < 65536 for host, port in servers)
+    if (
+        scheme not in ("nats", "tls")
+        or not valid
+        or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat")
+    ):
         raise argparse.ArgumentTypeError(advice)  # without the text: it may have a password
     known = tuple((host, port or NATS_PORT) for host, port in servers)
     return NodeOptions("", known, scheme == "tls", user, password, name or "chat")
-
-
-def proxy_address(text: str) -> str:
-    """Return the valid address of a proxy, as its connections show it."""
-    host = forwarded_host(text)
-    if not host:
-        raise argparse.ArgumentTypeError(f"{text} is no IP address")
-    return host
 
 
 def parser_of(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
