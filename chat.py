@@ -11529,10 +11529,9 @@ def on_request(method: str, *paths: str) -> Callable:
 CORS = (
     "Access-Control-Allow-Origin: *",
     "Access-Control-Expose-Headers: Location, ETag, Content-Range, Content-Disposition, "
-    "Upload-Offset, Upload-Length, Upload-Expires, Tus-Resumable, Tus-Version, Tus-Extension, "
-    "Tus-Max-Size",
+    "Upload-Offset, Upload-Length, Upload-Metadata, Upload-Expires, Tus-Resumable, Tus-Version, "
+    "Tus-Extension, Tus-Max-Size",
 )
-TUS = "Tus-Resumable: 1.0.0"
 CHALLENGE = ('WWW-Authenticate: Basic realm="chat", charset="UTF-8"', "WWW-Authenticate: Bearer")
 REFUSAL_STATUSES = {  # Refused.code -> status
     "SASL_FAILED": 401,
@@ -11613,12 +11612,16 @@ class WebSession(LocalSession):
         expected = request.header("expect").lower()
         if not self._find_client(request):
             return self.respond(400, "X-Forwarded-For ends with the address of the client")
+        if request.host and not host:
+            return self.respond(400, "Host is a name or an address, and perhaps a port")
         if request.minor and not host_allowed(self.site.web, host):
             return self.respond(421, "this server has another name; --web-origin adds one")
         if expected not in ("", "100-continue"):
             return self.respond(417, "Expect is 100-continue, or nothing")
+        every = {"HEAD", "OPTIONS"}.union(*WEB_ROUTES.values())
+        if request.method not in every:
+            return self.respond(501, f"this server has no {request.method}")
         if (request.method, request.target) == ("OPTIONS", "*"):  # what the server can do
-            every = {method for route in WEB_ROUTES.values() for method in route}
             return self.respond(204, "", allow_header(every))
         path = request.path
         methods = WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
@@ -11680,12 +11683,13 @@ class WebSession(LocalSession):
             lines.append("Connection: close")
         elif self.request and self.request.minor == 0:
             lines.append("Connection: keep-alive")
+        if self.request and is_tus(self.request):
+            lines.append("Tus-Resumable: 1.0.0")
         self.send("\r\n".join([*lines, "", ""]).encode())
 
-    def file_headers(self) -> tuple[str, ...]:
-        """Return headers of an answer about a file, for pages of other sites and clients of tus."""
-        cors = CORS if self.request and "origin" in self.request.headers else ()
-        return (*cors, TUS) if self.request and is_tus(self.request) else cors
+    def cors(self) -> tuple[str, ...]:
+        """Return headers that let the pages of other sites read an answer about a file."""
+        return CORS if self.request and "origin" in self.request.headers else ()
 
     def end_answer(self) -> None:
         """Close the connection after a complete answer, if that was decided."""
@@ -11702,7 +11706,7 @@ class WebSession(LocalSession):
         end()
         status = REFUSAL_STATUSES.get(refusal.code, 503)
         challenge = CHALLENGE if status == 401 else ()
-        self.respond(status, str(refusal), *challenge, *self.file_headers())
+        self.respond(status, str(refusal), *challenge, *self.cors())
 
     def ended(self) -> None:
         end, self.at_end = self.at_end, do_nothing
@@ -11710,11 +11714,15 @@ class WebSession(LocalSession):
         super().ended()
 
 
+WEBSOCKET_OFFER = "Upgrade: websocket", "Connection: Upgrade"  # RFC 9110 sections 7.8, 15.5.22
+
+
 def open_websocket(session: WebSession, request: Request) -> None:
     """Answer a WebSocket handshake (RFC 6455 section 4.2). An IRC session takes over then."""
     key = request.header("sec-websocket-key")
     if request.header("sec-websocket-version") != "13":
-        return session.respond(426, "the version is 13", "Sec-WebSocket-Version: 13")
+        version = "Sec-WebSocket-Version: 13"
+        return session.respond(426, "the version is 13", *WEBSOCKET_OFFER, version)
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) or request.method != "GET":
         return session.respond(400, "a handshake is a GET with a key of 16 bytes")
     if not request.minor or request.length != 0:
@@ -11724,7 +11732,7 @@ def open_websocket(session: WebSession, request: Request) -> None:
     if not origin_allowed(session.site.web, request.header("origin"), request.header("host")):
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
-    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
+    lines = ["HTTP/1.1 101 Switching Protocols", *WEBSOCKET_OFFER]
     digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
     lines.append(f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}")
     lines += [f"Sec-WebSocket-Protocol: {name}" for name in offered[:1]]
@@ -11758,7 +11766,7 @@ def web_root(session: WebSession, request: Request) -> None:
     if "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection"):
         return open_websocket(session, request)
     if request.path == "/irc":
-        return session.respond(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
+        return session.respond(426, "this is a WebSocket that speaks IRC", *WEBSOCKET_OFFER)
     return web_document(session, request)
 
 
@@ -11948,7 +11956,8 @@ NO_SUCH_FILE = "there is no such file, or not any more"
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
-    session.respond(status, body, *headers, *session.file_headers())
+    """Answer a request about a file, with the headers for other sites' pages."""
+    session.respond(status, body, *headers, *session.cors())
 
 
 def is_elsewhere(session: WebSession, request: Request) -> bool:
@@ -12054,7 +12063,9 @@ def tell_progress(session: WebSession, id: str, at: int) -> None:
     if session.request.method == "PATCH":
         return answer_file(session, 204, "", *headers)
     if session.request.method == "HEAD":
-        known = (f"Upload-Length: {file.size}", "Cache-Control: no-store")
+        name = base64.b64encode(file.name.encode()).decode()
+        known = (f"Upload-Length: {file.size}", f"Upload-Metadata: filename {name}")
+        known = (*known, "Cache-Control: no-store")
         return answer_file(session, 200, "", *headers, *known)
     return answer_file(session, 201, "", f"Location: {link_of(session, id)}", *headers)
 
@@ -12321,7 +12332,7 @@ def send_file(session: WebSession, request: Request) -> Steps:
     is_video = file.type.startswith("video/")
     allowed = "; media-src 'self'; style-src 'unsafe-inline'" if is_video else ""
     policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
-    headers += [policy, *session.file_headers(), f"Content-Length: {end - first}"]
+    headers += [policy, *session.cors(), f"Content-Length: {end - first}"]
     job = functools.partial(session.site.folder.open, file.sha)
     handle = session.reading = yield do(session.later, READ_LANE, job)
     if handle is None:
@@ -12724,13 +12735,14 @@ def parse_file_tag(value: str) -> FileTag | None:
 class Transfer:
     """A file being uploaded or downloaded, as the client store keeps it."""
 
-    KEPT = ("id", "up", "room", "path", "name", "size", "url", "type", "etag")
+    KEPT = ("id", "up", "room", "path", "name", "size", "changed", "url", "type", "etag")
 
     def __init__(self, id: str, up: bool, room: str, path: str, **known: Any):
         self.id, self.up = id, up
         self.room = room  # conversation for the link
         self.path = path  # on this computer
         self.name, self.size, self.type, self.etag = "", 0, "", ""
+        self.changed = 0  # when the file of an upload was, last; as stat() tells it
         self.url = ""  # on the server; "" while unknown
         for name, value in known.items():
             setattr(self, name, value)
@@ -20673,6 +20685,7 @@ class Server:
         self.told_of_clock = False  # that it differs from the log's
         self.paused = False  # clients are not read: the cluster cannot be reached
         self.failure = ""  # why this server ends
+        self.uploads_seen: dict[str, float] = {}  # by id: when first, on the monotonic clock
         self.sure_time = SureTime(loop, self.wall, self.hub, self.store)
         self.committer = Committer(
             loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
@@ -20766,13 +20779,15 @@ class Server:
         return self.site.has_content(file) or bool(abandoned)
 
     def expire_files(self) -> None:
-        """Remove old files, and uploads that do not go on."""
-        now = self.sure_time() * 1000
+        """Remove old files, and uploads that do not go on. An upload of a clock that was ahead ends
+        a day after this server first saw it."""
+        now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
         for file in list(self.hub.files.values()):
-            days = self.options.files_keep
-            seconds = days * 24 * 3600 if file.sha else UPLOAD_SECONDS
-            old = now - file.made > seconds * 1000 and self.looks_after(file)
-            if old and file.id not in self.site.uploading:
+            age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
+            if not file.sha:
+                seen = self.uploads_seen[file.id] = before.get(file.id, self.loop.now)
+                age, most = max(age, self.loop.now - seen), UPLOAD_SECONDS
+            if age > most and self.looks_after(file) and file.id not in self.site.uploading:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 
@@ -22427,12 +22442,20 @@ def is_temporary(response: Response | None) -> bool:
     return response.status >= 500 and response.status != 507
 
 
-def size_of(path: pathlib.Path | str) -> int:
-    """Return the size of a file. Raises Refused if there is something else, or OSError."""
+def state_of(path: pathlib.Path | str) -> tuple[int, int]:
+    """Return the size of a file, and when it was changed. Raises Refused if there is something
+    else, or OSError."""
     known = os.stat(path)
     if not stat.S_ISREG(known.st_mode):  # to read a pipe may take for ever
         raise Refused("NO_FILE", f"{path} is no file")
-    return known.st_size
+    return known.st_size, known.st_mtime_ns
+
+
+def check_unchanged(one: Transfer) -> None:
+    """Raise Refused if the file of an upload is not as it was when the upload began: what arrives
+    would be parts of two files. Raises OSError if it cannot be read."""
+    if state_of(one.path) != (one.size, one.changed):
+        raise Refused("NO_FILE", f"{one.path} was changed meanwhile; send it again")
 
 
 class Download:
@@ -22537,7 +22560,7 @@ class Transfers:
     def _find_file(self, one: Transfer, path: pathlib.Path) -> None:
         """Note the path of a file, its name and its size. A file to save gets a free path."""
         if one.up:
-            one.size = size_of(path)
+            one.size, one.changed = state_of(path)
             os.close(os.open(path, os.O_RDONLY))
             one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
             return
@@ -22554,6 +22577,7 @@ class Transfers:
             call.drop("dropped")
         if not one.up:
             pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
+        self._take_back(one)
         self.wake()
 
     def watch(self) -> None:
@@ -22581,8 +22605,8 @@ class Transfers:
         if one.id not in self.calls:
             return
         try:
-            if one.up and size_of(one.path) < one.size:
-                raise Unusable(f"{one.path} is shorter than it was")
+            if one.up:
+                check_unchanged(one)
             if not one.up:
                 self._download(one)
             elif one.url:
@@ -22708,12 +22732,12 @@ class Transfers:
         headers = self._headers(token, Tus_Resumable="1.0.0", Upload_Offset=at, **piece)
 
         def read(where: int) -> bytes:
+            check_unchanged(one)  # first, since to open a pipe may take for ever
             with open(one.path, "rb") as file:
                 file.seek(where)
                 data = file.read(FILE_PIECE_BYTES)
-            if len(data) < min(FILE_PIECE_BYTES, one.size - where):
-                raise OSError(f"{one.path} is shorter than it was")
-            return data[: one.size - where]
+            check_unchanged(one)
+            return data
 
         def sent(done: int) -> None:
             one.done = max(at, done)
@@ -22736,6 +22760,25 @@ class Transfers:
         """Post the link of a complete upload."""
         self.core.transfers.post(one)
         self._over(one)
+
+    def _take_back(self, one: Transfer) -> None:
+        """Have the server remove what it has of an upload that is not completed: it counts against
+        the user's room. Without a connection it is removed when its time is over."""
+        if not (one.up and one.url and self.core.ready):
+            return
+        call = Transfer(f"removed {one.id}", True, "", "")
+
+        def done(response: Response | None, text: str) -> None:
+            self.calls.pop(call.id, None)
+
+        def remove(token: str) -> None:
+            headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0)
+            with contextlib.suppress(Unusable):  # the server gave no address
+                request = CallRequest("DELETE", self._own_url(one), headers, done)
+                self.calls[call.id] = None
+                self._call(call, request)
+
+        self.core.with_token(remove)
 
     # Down
 
@@ -22816,6 +22859,7 @@ class Transfers:
         if not one.up:
             with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
+        self._take_back(one)
         self.core.transfers.forget(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])

@@ -10810,11 +10810,17 @@ HEADS = [  # a request, and the status of its answer
     ("GET /nothing HTTP/1.1\nHost: localhost", 404),
     ("GET /irc HTTP/1.1\nHost: localhost", 426),
     ("DELETE / HTTP/1.1\nHost: localhost", 405),
-    ("BREW / HTTP/1.1\nHost: localhost", 405),
+    ("BREW / HTTP/1.1\nHost: localhost", 501),
+    ("PUT /health HTTP/1.1\nHost: localhost", 501),
+    ("get / HTTP/1.1\nHost: localhost", 501),
     ("GET / HTTP/1.1", 400),  # no Host
     ("GET / HTTP/1.1\nHost: localhost\nHost: localhost", 400),
     ("GET / HTTP/1.1\nHost: evil.example", 421),
     ("GET / HTTP/1.1\nHost: ", 421),
+    ("GET / HTTP/1.1\nHost: user@localhost", 400),
+    ("GET / HTTP/1.1\nHost: localhost, evil.example", 400),
+    ("GET / HTTP/1.1\nHost: localhost:x", 400),
+    ("GET / HTTP/1.0\nHost: [localhost", 400),
     ("GET / HTTP/1.1\nHost: 192.168.1.5:7000", 200),
     ("GET / HTTP/1.1\nHost: [::1]:7000", 200),
     ("GET  / HTTP/1.1\nHost: localhost", 400),
@@ -12576,7 +12582,10 @@ BAD_HANDSHAKES = [  # what is changed, and the status
 @pytest.mark.parametrize(("old", "new", "status"), BAD_HANDSHAKES)
 def test_half_a_handshake_is_none(old, new, status):
     assert old in HANDSHAKE
-    assert Browser(House()).asks(HANDSHAKE.replace(old, new))[0] == status
+    answer = Browser(House()).asks(HANDSHAKE.replace(old, new))
+    assert answer[0] == status
+    if status == 426:  # says what to change to (RFC 9110 section 15.5.22)
+        assert (answer[1]["upgrade"], answer[1]["connection"]) == ("websocket", "upgrade")
 
 
 ORIGINS = [  # as a browser sends it, and whether its pages may join
@@ -12913,7 +12922,9 @@ def tus(house, method, path, *headers, body=b"", name="alice", label="tus"):
     head += ["Tus-Resumable: 1.0.0", *headers]
     if method in ("POST", "PATCH"):
         head.append(f"Content-Length: {len(body)}")
-    return Browser(house, label).asks("\n".join(head), body)
+    answer = Browser(house, label).asks("\n".join(head), body)
+    assert answer[1]["tus-resumable"] == "1.0.0"  # in every answer
+    return answer
 
 
 PIECE = f"Content-Type: {chat.PIECE_TYPE}"
@@ -12943,6 +12954,7 @@ def test_an_upload_goes_on_where_it_broke_off(files):
     assert got(files, path)[2] == body and on_disk(files) == [hashlib.sha256(body).hexdigest()]
     assert got(files, path)[1]["content-disposition"].endswith("t%c3%a4a.bin")
     assert tus(files, "HEAD", path)[1]["upload-offset"] == "1000"
+    assert there[1]["upload-metadata"] == f"filename {name}".lower()  # asks() has small letters
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 8", "Transfer-Encoding: chunked"])
@@ -12998,7 +13010,8 @@ BAD_TUS = [  # method, what stands behind /files, headers, status
     ("DELETE", "/OTHERS", [], 403),
     ("DELETE", "/../etc/passwd", [], 404),
     ("GET", "/%00", [], 404),
-    ("PUT", "/OWN", [], 405),
+    ("PUT", "/OWN", [], 501),
+    ("DELETE", "", [], 405),
 ]
 
 
@@ -13322,6 +13335,20 @@ def test_an_upload_that_rests_for_a_night_can_go_on_and_a_file_has_its_days(file
         files.expire_files()
         files.turn()
         assert (got(files, path)[0], tus(files, "HEAD", part)[0]) == statuses
+
+
+def test_an_upload_that_was_begun_by_a_clock_that_is_ahead_ends_after_a_day(files):
+    files.clock = lambda: files.now + YEAR
+    files.begin_turn()
+    part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    files.clock = lambda: files.now
+    for status in (200, 200, 404):
+        files.begin_turn()
+        files.expire_files()
+        files.turn()
+        assert tus(files, "HEAD", part)[0] == status
+        files.now += 13 * 3600
+    assert not on_disk(files)
 
 
 def test_many_files_that_end_at_once_do_not_stop_the_server(files):
@@ -25708,6 +25735,7 @@ class InMemory(chat.Transfers):
     def _call(self, one, request, follows=True):
         started = request.headers.get("Range", request.headers.get("Upload-Offset", ""))
         self.asked.append(f"{request.method} {started}".strip())
+        self.last = request
         dropped = []
         call = types.SimpleNamespace(drop=dropped.append, update=chat.do_nothing, holds=False)
         self.calls[one.id] = call
@@ -25808,17 +25836,24 @@ def test_a_path_that_cannot_be_is_refused(up, path, tmp_path):
         assert not up
 
 
-@pytest.mark.parametrize("change", ["unlink", "truncate", "fifo", "folder"])
-def test_a_file_that_changes_while_it_waits_is_not_sent(change, tmp_path):
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("change", ["unlink", "truncate", "fifo", "folder", "grow", "rewrite"])
+def test_a_file_that_changes_while_it_waits_is_not_sent(change, begun, tmp_path):
     (path := tmp_path / "a.txt").write_bytes(b"0123456789")
-    files = InMemory(tmp_path, (500, {}, b""))
+    files = InMemory(tmp_path, *([CREATED] if begun else []), (500, {}, b""))
     files.start(chat.Transfer("1", True, chat.LOBBY, str(path)))
     path.unlink()
     make = {"truncate": path.touch, "folder": path.mkdir, "fifo": lambda: os.mkfifo(path)}
+    make["grow"] = lambda: path.write_bytes(b"0123456789a")
+    make["rewrite"] = lambda: path.write_bytes(b"9876543210")
     make.get(change, chat.do_nothing)()
+    if begun:  # a piece that is read now is not sent either
+        with pytest.raises((OSError, chat.Refused)):
+            files.last.source(0)
     files.loop.now += 1000
     files.wake()
-    assert files.asked == ["POST"] and not files.core.transfers
+    assert files.asked == (["POST", "PATCH 0", "DELETE"] if begun else ["POST"])
+    assert not files.core.transfers
     assert [view.text for view in files.shown if "a.txt was not sent: " in view.text]
 
 
@@ -26019,13 +26054,16 @@ def test_what_cannot_be_sent_or_saved_is_told_with_the_reason(running, tmp_path)
 def test_a_transfer_can_be_dropped(running, tmp_path):
     (tmp_path / "srv").mkdir()
     server = running(data=tmp_path / "srv")
-    (tmp_path / "big").write_bytes(bytes(3_000_000))
+    (tmp_path / "big").write_bytes(bytes(50_000_000))
     alice = Sender(chat.address_text(*server.address), tmp_path)
     alice.typed(f"/send {tmp_path / 'big'}")
     alice.typed("/transfers")
     assert alice.noted("1  sending big")
+    alice.until(lambda: alice.core.transfers[0].url)
     alice.typed("/transfers cancel 1")
-    assert not alice.core.transfers and not alice.transfers.calls
+    assert not alice.core.transfers
+    alice.until(lambda: not alice.transfers.calls)
+    assert not server.server.hub.files  # what is not completed takes no room
     alice.close()
 
 
