@@ -2044,10 +2044,10 @@ class Engine(chat.ManyServers):
     def _keep(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view, unless the core has done so."""
         room = self.room_of(seat, view)
-        if view.kind in chat.MOVES:  # many of them are to be one row
+        if view.kind in chat.MOVES:
             self.watched.members_changed()
-            if any(one is view for one in reversed(room.moves)):
-                return
+        if view.kind in chat.FOLDED and any(one is view for one in reversed(room.moves)):
+            return  # many of them are to be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(seat.core.timed(view, room))
 
@@ -2116,7 +2116,7 @@ class Engine(chat.ManyServers):
     TAKEN = {
         chat.MESSAGE: _said,
         chat.NOTICE: _said,
-        **dict.fromkeys((*chat.MOVES, chat.SERVER_TEXT, chat.NOTE, chat.FOUND), _keep),
+        **dict.fromkeys((*chat.FOLDED, chat.SERVER_TEXT, chat.NOTE, chat.FOUND), _keep),
         chat.STATUS: _status,
         chat.FAILED: _failed,
         chat.ARRIVED: arrived,
