@@ -2758,6 +2758,7 @@ class Look:
 # Every field is a Text, also those of one line: emoji typed into an Entry corrupt its
 # memory, and what it then returns would be sent (Tk 8.6, seen with CPython 3.11 to 3.13).
 
+SHIFT_KEY = 0x1
 COMMAND_KEYS = 0x4 | (0x20000 if os.name == "nt" else 0x8)  # Control, Alt: no letters
 MENU_KEYS = ("<Menu>", "<App>", "<Shift-F10>")  # as far as this system knows them
 
@@ -3010,6 +3011,9 @@ def command_offers(word: str) -> list[tuple[str, str, str]]:
     return [(f"{one.syntax.split()[0]} ", one.syntax, one.summary) for one in found]
 
 
+EDGES = {-1: "1.0", 1: "end-1c"}  # of a text, upwards and downwards
+
+
 class Compose(Field):
     """The field for messages. It grows with its text and has a history of sent lines.
 
@@ -3032,14 +3036,15 @@ class Compose(Field):
         self.several: Callable[[str], None] = chat.do_nothing  # a paste of several lines
         self.path: Callable[[str], None] = chat.do_nothing  # a paste that may be the path of a file
         self.placed = ""  # the text that was set last: it was not typed
+        self.stepped_to, self.column = "", 0  # by Up and Down: the index, and pixels from the left
         self.hint = tk.Label(self, padx=0, pady=0, cursor="xterm", anchor="w")
         self.hint.bind("<Button-1>", lambda _: self.focus_set())
         for sequence, handler in (
             ("<Shift-Return>", self._newline),
             ("<Tab>", lambda _: self._complete("tab")),
             ("<<PrevWindow>>", lambda _: self._complete("back-tab")),
-            ("<Up>", lambda _: self._arrow("up", "linestart", "1.0")),
-            ("<Down>", lambda _: self._arrow("down", "lineend", "end-1c")),
+            ("<Up>", lambda event: self._arrow(event, -1)),
+            ("<Down>", lambda event: self._arrow(event, 1)),
             ("<Key>", self._forget_offers),
             ("<<Modified>>", self._modified),
             ("<Configure>", lambda _: self.show_cursor() or self.fit()),
@@ -3121,21 +3126,40 @@ class Compose(Field):
             at, rows = self.index(f"{below} display linestart"), rows + 1
         return rows
 
-    def _arrow(self, key: str, edge: str, end: str) -> str | None:
+    def _arrow(self, event: Any, step: int) -> str | None:
+        """Move in the offers, to another row, or from the first or last row in the sent lines."""
         if self.offers and self.offers.shown:
-            self.offers.move(-1 if key == "up" else 1)
-            return "break"
-        return self._recall(key, edge, end)
-
-    def _recall(self, key: str, edge: str, end: str) -> str | None:
-        """Go through the sent lines, from the first or the last row of the field."""
-        if self.compare(f"insert display {edge}", "!=", end):
+            self.offers.move(step)
+        elif event.state & SHIFT_KEY:
+            self.tk.call("tk::TextKeySelect", self, self._row_beside(step))
+        elif event.state & COMMAND_KEYS:
             return None
+        elif self.dlineinfo("insert") == self.dlineinfo(EDGES[step]):
+            self._recall("down" if step > 0 else "up")
+        else:
+            self.tk.call("tk::TextSetCursor", self, self._row_beside(step))
+        return "break"
+
+    def _row_beside(self, step: int) -> str:
+        """Return the index one row up or down, in the column in which the first such step began.
+        It is looked for on the screen: Tk's own way takes a minute in a line of 60 kB."""
+        self.see("insert")
+        if self.index("insert") != self.stepped_to:
+            self.column = self.bbox("insert")[0]
+        _, top, _, high, _ = row = self.dlineinfo("insert")
+        there, last = (top + high, self.winfo_height()) if step > 0 else (top - 1, 0)
+        if row == self.dlineinfo(f"@0,{last}"):
+            self.yview_scroll(step, "units")
+            there = last
+        self.stepped_to = self.index(f"@{self.column},{there}")
+        return self.stepped_to
+
+    def _recall(self, key: str) -> None:
+        """Go through the sent lines."""
         self.editor.set(self.content)
         self.editor.press(chat.Key(key))
         if self.editor.text != self.content:
             self.set(self.editor.text)
-        return "break"
 
     # Completion
 
@@ -3200,8 +3224,9 @@ class Compose(Field):
             self.hint.place(x=1, y=0)  # from where text begins: a Text's padding counts
         else:
             self.hint.place_forget()
-        if self.winfo_width() > 1:
-            self.configure(height=self._rows())
+        # Tk lays out all of a text whose widget is configured, also as it was
+        if self.winfo_width() > 1 and (rows := self._rows()) != int(self.cget("height")):
+            self.configure(height=rows)
 
 
 # ======================================================================================
