@@ -472,7 +472,7 @@ ONLY_LINK = re.compile(r".+ \([^()]*\d [KMG]?B\): \S+")  # what clients say of a
 
 TK_FORMATS = {"image/png": "png", "image/gif": "gif"}  # of pictures that Tk decodes
 PICTURE_BYTES = 2 * 1024 * 1024  # of a picture shown among the messages, at most ...
-PICTURE_SIDE = 4096  # ... and pixels of a side: Tk decodes such a one in a third of a second ...
+PICTURE_SIDE = 4096  # ... and pixels of a side ...
 PICTURE_PIXELS = 3840 * 2160  # ... so one larger than a screen is shown by a click, in a window
 PICTURE_BOX = (400, 300)  # pixels for a picture, where 96 are an inch
 # What is opened by a click, and under which ending, whatever the sender calls it: a program that
@@ -3232,8 +3232,23 @@ class Compose(Field):
 # ======================================================================================
 # FILES
 # ======================================================================================
-# Pictures are decoded on Tk's thread, one at a time, from content that has been looked at
-# first: Tk's own decoder believes what it reads. Images are made and freed there, too.
+# Pictures are decoded by Tk, from content that has been looked at first: Tk's own decoder
+# believes what it reads. It takes a third of a second for 16 million pixels, so large ones are
+# decoded by another process. Images are made and freed on Tk's thread.
+
+AT_ONCE_PIXELS = 1_000_000  # of a picture that is decoded on Tk's thread, in 20 ms
+STRIP_PIXELS = 250_000  # of one that was decoded elsewhere, put on the screen in 10 ms
+DECODE_SECONDS = 20  # that another process may take
+DECODER = """
+import sys, tkinter
+given, by, wanted, paper = sys.argv[1:]
+root = tkinter.Tk()
+root.withdraw()
+picture = tkinter.PhotoImage(master=root, data=sys.stdin.buffer.read(), format=given)
+picture = picture.subsample(int(by))
+pixels = root.tk.call(picture, "data", "-format", wanted, "-background", paper)
+sys.stdout.buffer.write(pixels)
+"""
 
 
 def gif_frame_size(data: bytes) -> tuple[int, int]:
@@ -3274,6 +3289,58 @@ def decoded(root: tk.Misc, file: chat.FileTag, data: bytes, by: int = 1) -> tk.P
         return image.subsample(by) if by > 1 else image
     except (tk.TclError, MemoryError):
         return None
+
+
+def decoded_elsewhere(file: chat.FileTag, data: bytes, by: int, paper: str) -> bytes:
+    """Return a picture that another process has decoded: in full as PPM, on a colour, or divided
+    as a PNG. Return b"" if that failed."""
+    wanted = "png" if by > 1 else "ppm"
+    arguments = [TK_FORMATS[file.type], str(by), wanted, paper]
+    command = [sys.executable, "-I", "-c", DECODER, *arguments]
+    try:
+        done = subprocess.run(
+            command, input=data, capture_output=True, timeout=DECODE_SECONDS, check=False
+        )
+    except (OSError, ValueError, MemoryError, subprocess.SubprocessError):
+        return b""
+    return done.stdout
+
+
+class Decoder:
+    """Decodes pictures. The user can type on while it decodes a large one."""
+
+    def __init__(self, root: tk.Misc, look: Look, jobs: Jobs, timers: Timers):
+        self.root, self.look, self.jobs, self.timers = root, look, jobs, timers
+
+    def decode(
+        self, file: chat.FileTag, data: bytes, by: int, then: Callable[[tk.PhotoImage | None], Any]
+    ) -> None:
+        """Call back with a picture whose sides are divided by `by`; None if it is damaged."""
+        if file.width * file.height <= AT_ONCE_PIXELS:
+            return then(decoded(self.root, file, data, by))
+
+        def arrived(pixels: bytes) -> None:
+            if not pixels:
+                then(decoded(self.root, file, data, by))
+            elif by > 1:
+                then(tk.PhotoImage(master=self.root, data=pixels, format="png"))
+            else:
+                image = tk.PhotoImage(master=self.root, width=file.width, height=file.height)
+                then(image)
+                self._put(image, pixels[-3 * file.width * file.height :], file.width, 0)
+
+        paper = self.look.colours.paper
+        return self.jobs.start(functools.partial(decoded_elsewhere, file, data, by, paper), arrived)
+
+    def _put(self, image: tk.PhotoImage, pixels: bytes, width: int, top: int) -> None:
+        """Put the pixels of a picture in their places, from one row on: a strip at a time."""
+        end = 3 * width * (top + max(1, STRIP_PIXELS // width))
+        strip = pixels[3 * width * top : end]
+        head = b"P6 %d %d 255\n" % (width, len(strip) // (3 * width))
+        self.root.tk.call(image, "put", head + strip, "-format", "ppm", "-to", 0, top)
+        if end < len(pixels):
+            put = functools.partial(self._put, image, pixels, width, end // (3 * width))
+            self.timers.later(f"strips of {image}", 1, put)
 
 
 def open_command(path: str, system: str) -> list[str]:
@@ -3689,6 +3756,8 @@ class Pictures:
         self.arrived: collections.deque[Picture] = collections.deque()  # to be decoded
         self.asked: tuple[chat.FileTag, ...] = ()
         self.looks = self.decodes = False  # soon
+        self.decoding: Picture | None = None
+        self.decode: Callable = chat.do_nothing  # see Decoder
         self.wants: Callable[[tuple], None] = chat.do_nothing  # called with those to be fetched
         self.failed: Callable[[str, str], None] = chat.do_nothing  # called with a path and why
 
@@ -3754,6 +3823,7 @@ class Pictures:
         self.asked = ()
         self.arrived.clear()
         if all_of_them:
+            self.decoding = None
             self.images.clear()
             self.placed.clear()
 
@@ -3769,24 +3839,30 @@ class Pictures:
 
     def _decode_next(self) -> None:
         """Decode one picture: the user may be typing."""
-        self.decodes = False
         if not self.arrived:
+            self.decodes = False
             return
-        picture = self.arrived.popleft()
-        if picture.file.path not in self.images:  # it came twice; Tk shows none that is freed
-            self._decode(picture)
+        picture = self.decoding = self.arrived.popleft()
+        file, data = picture.file, picture.data
+        why = picture.why or picture_trouble(file, data)
+        if file.path in self.images:  # it came twice; Tk shows none that is freed
+            self._decoded(picture, self.images[file.path])
+        elif why:
+            self._decoded(picture, None, why)
+        else:
+            by = divisor(file, self.text.sheet.style.box)
+            self.decode(file, data, by, functools.partial(self._decoded, picture))
+
+    def _decoded(self, picture: Picture, image: tk.PhotoImage | None, why: str = "") -> None:
+        """Keep a picture, unless another server is looked at by now, and go on with the next."""
+        self.decodes = False
+        if picture is self.decoding:
+            if image is None:
+                self.failed(picture.file.path, why or "it is damaged")
+            else:
+                self.images[picture.file.path] = image
         self.look_soon()
         self._decode_soon()
-
-    def _decode(self, picture: Picture) -> None:
-        file, data = picture.file, picture.data
-        image, why = None, picture.why or picture_trouble(file, data)
-        if not why:
-            image = decoded(self.text, file, data, divisor(file, self.text.sheet.style.box))
-        if image is None:
-            self.failed(file.path, why or "it is damaged")
-        else:
-            self.images[file.path] = image
 
 
 class Pointer:
@@ -5923,6 +5999,8 @@ class FileActs(Acts):
         self.picture: PictureWindow | None = None  # the last one in full
         self.compose.path = self._look_for_file
         pictures = self.transcript.pictures
+        self.decode = Decoder(window.root, self.look, window.jobs, self.timers).decode
+        pictures.decode = self.decode
         pictures.wants = lambda files: self.do("pictures", self.model.here, files)
 
     def close(self) -> None:
@@ -6039,13 +6117,18 @@ class FileActs(Acts):
 
     def _show_full(self, file: chat.FileTag, data: bytes, why: str) -> None:
         why = why or picture_trouble(file, data)
-        image = None if why else decoded(self.window.root, file, data)
-        if image is None:
-            return self.window.tell(f"the picture is not shown: {why or 'it is damaged'}")
-        self.window.tell("")
-        title = f"{file.words()} \u2013 chat"
-        self.picture = PictureWindow(self.window.root, self.look, image, title)
-        return None
+        if why:
+            return self.window.tell(f"the picture is not shown: {why}")
+
+        def show(image: tk.PhotoImage | None) -> None:
+            if image is None:
+                return self.window.tell("the picture is not shown: it is damaged")
+            self.window.tell("")
+            title = f"{file.words()} \u2013 chat"
+            self.picture = PictureWindow(self.window.root, self.look, image, title)
+            return None
+
+        return self.decode(file, data, 1, show)
 
 
 class MessageActs(Acts):

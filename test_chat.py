@@ -28775,6 +28775,53 @@ def test_a_picture_that_is_fetched_twice_stays_in_sight(window):
     assert page.text.image_cget(name, "image") == str(page.pictures.images[picture.file.path])
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_large_picture_does_not_stop_the_window(window, full):
+    alice, (wide, high) = window(name=""), (4000, 2000)
+    data = drawn_png(wide, high)
+    file = chat.parse_file_tag(f"/files/{7:032x},image/png,{len(data)},{wide},{high}")
+    began = time.thread_time()
+    image = gui_client.decoded(alice.root, file, data)
+    last = time.thread_time()
+    at_once, worst = last - began, 0.0
+    images = alice.transcript.pictures.images
+    alice.files.take_picture(gui_client.Picture(alice.model.server_here, file, data, full))
+
+    def is_there():  # looked at after each event
+        nonlocal worst, last
+        worst, last = max(worst, time.thread_time() - last), time.thread_time()
+        return images or alice.files.picture
+
+    pump(alice, is_there)
+    assert worst < at_once
+    if full:
+        shown = alice.files.picture.image
+        pump(alice, lambda: shown.get(wide - 1, high - 1) == image.get(wide - 1, high - 1))
+    else:
+        image, shown = image.subsample(10), images[file.path]  # to fit into the box
+    spots = [(x, y) for x in range(0, image.width(), 99) for y in range(0, image.height(), 77)]
+    assert (shown.width(), shown.height()) == (image.width(), image.height())
+    assert [shown.get(*spot) for spot in spots] == [image.get(*spot) for spot in spots]
+
+
+def test_a_picture_that_is_decoded_when_another_server_is_looked_at_is_dropped(window):
+    alice, taken = window(name=""), []
+    pictures = alice.transcript.pictures
+    pictures.decode = lambda file, data, by, then: taken.append(then)
+    file, other = (
+        chat.parse_file_tag(f"/files/{n:032x},image/png,{len(PNG)},640,480") for n in range(2)
+    )
+    image = gui_client.tk.PhotoImage(master=alice.root, width=1, height=1)
+    pictures.take(gui_client.Picture(0, file, PNG))
+    pump(alice, lambda: taken)
+    pictures.forget(all_of_them=True)
+    pictures.take(gui_client.Picture(0, other, PNG))
+    taken.pop()(image)
+    pump(alice, lambda: taken)
+    taken.pop()(image)
+    assert list(pictures.images) == [other.path]
+
+
 def test_a_picture_that_cannot_be_shown_has_a_card_with_the_reason(running, window, tmp_path):
     server = keeps_files(running, tmp_path)
     alice = at_home(window(server.address))
