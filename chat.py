@@ -304,8 +304,8 @@ CLIENT_ROWS_AT_ONCE = 500  # that are written in one transaction, at least once 
 CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
 CLIENT_HITS_MOST = 2000  # that one search takes ...
 CLIENT_HITS_SEEN = 50_000  # ... of so many that it looks at, which may be of other conversations
-MOVES_MS = 60_000  # joins and quits within this time after the first share one row ...
-MOVES_NAMED = 10  # ... which names so many users
+MOVES_MS = 60_000  # joins, or changes of a kind, within this time after the first share a row ...
+MOVES_NAMED = 10  # ... which names so many users, and so many changes
 TOPIC_MARGIN = 50  # columns of the status row that are not for the topic
 HANGING = 6  # columns that the later rows of a line are indented: the width of the time
 # Lines to other servers at once, and a second: RFC 1459 section 8.10 and InspIRCd, ngIRCd and
@@ -12402,9 +12402,11 @@ def dialect_of(first_line: bytes) -> str:
 
 CHAT, IRC, PLAIN = "chat.py", "irc", "plain"  # the kinds of server this client can talk to
 
-# Kinds of views: MESSAGE, NOTICE, JOIN, PART and QUIT, as of events, and these
+# Kinds of views: MESSAGE, NOTICE, those of MOVES and CHANGES, as of events, and these
 MOVES = (JOIN, PART, QUIT)
-MOVED = "moved"  # several of them in one row
+CHANGES = (NICK, TOPIC, MODE, AWAY)  # a text tells them
+FOLDED = (*MOVES, *CHANGES)
+MOVED = "moved"  # several of FOLDED in one row
 SERVER_TEXT, NOTE = "server text", "note"  # of this client
 STATUS, UP = "status", "up"  # of the connection; it stands
 PEOPLE = "people"  # the members changed; with a text if the user asked for them
@@ -12440,7 +12442,7 @@ class ViewEvent(NamedTuple):
     past: bool = False  # from history, so no news
     id: str = ""  # the server's id of a message
     own_id: str = ""  # this client's id of its own message
-    address: str = ""  # of the user who joined or left
+    address: str = ""  # of the user who joined or left; the new nick of one who changed it
     line: str = ""  # as a server of the line protocol wrote it
     number: int = 0  # of the row in the client store, if the view comes from there
     room: int = 0  # id of the conversation; 0 for none
@@ -12778,7 +12780,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "bell": Setting("on", ("on", "off"), "ring when you are mentioned"),
     "desktop": Setting("on", ("on", "off"), "tell the desktop when you are mentioned: the window"),
-    "fold": Setting("on", ("on", "off"), "show the joins and quits of many in one row"),
+    "fold": Setting("on", ("on", "off"), "show joins, quits and changes of many in one row"),
     "font": Setting("", (), "the font's family: the window"),
     "highlight": Setting("", (), "words besides your nick that count as a mention"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
@@ -12996,11 +12998,38 @@ MOVED_WORDS = {  # by a user's first and last move in a row: True for a JOIN
 }
 
 
-def moved_text(moves: Iterable[ViewEvent]) -> str:
-    """Return one line about the users who joined and left; name a user who did both once."""
+def row_kind(view: ViewEvent) -> str:
+    """Return the kind of views with which this one may share a row."""
+    return MOVED if view.kind in MOVES else view.kind
+
+
+def changed_texts(moves: Iterable[ViewEvent]) -> list[str]:
+    """Return texts about changes: the last topic, the last nick and away state of each user, and
+    all changes of modes."""
+    nicks: dict[str, str] = {}  # nick -> that of the same user at first
+    texts: dict[Any, list[str]] = {}
+    for n, view in enumerate(moves):
+        if view.kind == NICK:
+            nicks[view.address] = nicks.pop(view.name, view.name)
+        elif view.kind in CHANGES:
+            known = {MODE: n, AWAY: view.name}.get(view.kind)
+            texts.setdefault((view.kind, known), []).append(view.text)
+    told = [
+        f"{old} is now called {new}" if old != new else f"{old} changed nick and back"
+        for new, old in nicks.items()
+    ]
+    for last in texts.values():
+        told.append(last[-1] + (f" (the last of {len(last):,})" if len(last) > 1 else ""))
+    more = len(told) - MOVES_NAMED
+    return [*told[:MOVES_NAMED], *([f"and {counted(more, 'change')} more"] if more > 0 else [])]
+
+
+def moved_text(moves: list[ViewEvent]) -> str:
+    """Return one line about the users who joined and left, each named once, and about changes."""
     joins: dict[str, list[bool]] = {}  # by name: whether each move was a JOIN
     for view in moves:
-        joins.setdefault(view.name, []).append(view.kind == JOIN)
+        if view.kind in MOVES:
+            joins.setdefault(view.name, []).append(view.kind == JOIN)
     groups: dict[str, list[str]] = {}
     for name, moved in joins.items():
         groups.setdefault(MOVED_WORDS[moved[0], moved[-1]], []).append(name)
@@ -13008,7 +13037,7 @@ def moved_text(moves: Iterable[ViewEvent]) -> str:
     for what, names in groups.items():
         more = f" and {len(names) - MOVES_NAMED:,} more" if len(names) > MOVES_NAMED else ""
         told.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
-    return "; ".join(told)
+    return "; ".join([*told, *changed_texts(moves)])
 
 
 def may_hold(table: Collection, key: str, most: int) -> bool:
@@ -13050,8 +13079,9 @@ class Room:
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
         self.spoken: dict[str, None] = {}  # names of users who wrote a message here
-        self.moves: list[ViewEvent] = []  # joins and quits collected for one row ...
-        self.moved_at = -MOVES_MS  # ... and when the last such row was shown
+        self.moves: list[ViewEvent] = []  # joins, quits and changes collected for one row ...
+        self.movers: set[str] = set()  # ... the names of their users ...
+        self.moved_at: dict[str, int] = {}  # ... and when the last row of each kind was shown
         self.unread = self.called = 0
         self.muted = False  # messages here do not call the user
         self.read_time = 0  # ms; messages up to then were read, on some device ...
@@ -13115,12 +13145,29 @@ class Room:
         self.unread -= len(gone)
         self.called = max(0, self.called - sum(view.called for view in gone))
 
+    def move(self, view: ViewEvent) -> bool:
+        """Collect a join, quit or change if one of its kind was shown a short time ago; return
+        whether it was collected."""
+        kind, when = row_kind(view), view.time or 0
+        if when - self.moved_at.get(kind, -MOVES_MS) >= MOVES_MS:
+            self.moved_at[kind] = when
+            return False
+        self.moves.append(view)
+        self.movers.update(filter(None, (view.name, view.address)))
+        return True
+
+    def moves_are_due(self, now: float) -> bool:
+        """Return whether the collected ones are to be shown; the clock may have been set back."""
+        first = self.moves[0] if self.moves else None
+        return first is not None and abs(now - self.moved_at[row_kind(first)]) > MOVES_MS
+
     def show_moves(self) -> ViewEvent:
-        """Append the collected joins and quits as one row; return the row."""
+        """Append what was collected as one row; return the row."""
         moves, self.moves = self.moves, []
+        self.movers.clear()
         row = ViewEvent(MOVED, moved_text(moves), where=self.name, time=moves[-1].time)
         self.views.append(moves[0] if len(moves) == 1 else row)
-        self.moved_at = row.time or 0
+        self.moved_at |= dict.fromkeys(map(row_kind, moves), row.time or 0)
         return row
 
     def read(self, when: int) -> bool:
@@ -15593,9 +15640,8 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
         core.show(ViewEvent(SERVER_TEXT, f"you are {new}"))
     for room in list(core.rooms.values()):
         if room.renamed(old, new) and not mine:
-            core.happened(
-                room, ViewEvent(SERVER_TEXT, f"{old} is now called {new}", where=room.name)
-            )
+            text = f"{old} is now called {new}"
+            core.happened(room, ViewEvent(NICK, text, old, room.name, address=new))
     core.people.forget(old, new)
     core.is_back(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
@@ -15626,7 +15672,7 @@ def topic_set(talk: IrcTalk, heard: ServerLine) -> None:
         if not room.topic:
             text = f"{heard.name} removed the topic of {room.name}"
         talk.core.changed(room)
-        talk.core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name, time=heard.time))
+        talk.core.happened(room, ViewEvent(TOPIC, text, heard.name, room.name, heard.time))
 
 
 WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
@@ -15704,7 +15750,8 @@ def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
         state = "is away" if heard.params and heard.params[0] else "is back"
         if state == "is away" and not talk.core.ignored.covers(heard.source):
             state = f"is away: {heard.params[0]}"
-        talk.core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} {state}", where=room.name))
+        text = f"{heard.name} {state}"
+        talk.core.happened(room, ViewEvent(AWAY, text, heard.name, room.name))
 
 
 @from_server("ACCOUNT", least=1)
@@ -15738,7 +15785,7 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     if room is None:
         return
     text = f"{heard.name} set {' '.join(heard.params[1:])} in {room.name}"
-    talk.core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
+    talk.core.happened(room, ViewEvent(MODE, text, heard.name, room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
         if letter == "k" and value != "*":  # some servers hide it
@@ -16819,8 +16866,7 @@ class ClientCore(ForScreens):
         if self.talk:
             self.talk.tick()
         for room in self.rooms.values():
-            passed = abs(self.clock() * 1000 - room.moved_at)  # the clock may have been set back
-            if room.moves and passed > MOVES_MS:
+            if room.moves_are_due(self.clock() * 1000):
                 self.show(self._in_room(room.show_moves()))
         here = self.current if self.reads_at_once and self.looked_at else None
         if here and not here.views.reading:
@@ -17199,21 +17245,24 @@ class ClientCore(ForScreens):
         view = self.timed(view, room)
         if room.held is not None:
             return room.hold(view)
-        known = view.name in room.spoken or self.setting("fold") == "off"
-        moved, when = view.kind in MOVES and not known, view.time or 0
-        if not moved and room.moves:
+        if not (self.folds(room, view) and room.move(view)):
             self.unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
-        if moved and when - room.moved_at < MOVES_MS:
-            room.moves.append(view)
-        else:
             room.views.append(view)
-            room.moved_at = when if moved else room.moved_at
         self.show(view)
 
+    def folds(self, room: Room, view: ViewEvent) -> bool:
+        """Return whether an event may share a row with others: none that the user did or that is
+        about the user, and none of a user who spoke here, but for being away."""
+        if view.kind not in FOLDED or self.setting("fold") == "off":
+            return False
+        if view.kind in CHANGES and (self.is_me(view.name) or calls(view.text, self.name)):
+            return False
+        return view.kind == AWAY or view.name not in room.spoken
+
     def unfold(self, room: Room, *names: str) -> None:
-        """Show the collected joins if one of these users is among them: else their row would follow
-        the user's message, kick or new nick."""
-        if not {move.name for move in room.moves}.isdisjoint(names):
+        """Show the collected joins and changes if one of these users is among them: else their row
+        would follow the user's message, kick or new nick."""
+        if not room.movers.isdisjoint(names):
             self.show(self._in_room(room.show_moves()))
 
     def deliver(self, room: Room, view: ViewEvent, paged: bool = False) -> None:
@@ -22778,7 +22827,7 @@ class Transfers:
                 self.calls[call.id] = None
                 self._call(call, request)
 
-        self.core.with_token(remove)
+        self.core.transfers.with_token(remove)
 
     # Down
 
@@ -23590,6 +23639,7 @@ LINES = {  # how each kind of view looks
     PART: moved_lines,
     QUIT: moved_lines,
     MOVED: several_moved_lines,
+    **dict.fromkeys(CHANGES, told_lines),
     SERVER_TEXT: told_lines,
     NOTE: told_lines,
     FAILED: failed_lines,
@@ -23953,7 +24003,7 @@ class Display:
     def keep(self, view: ViewEvent, room: Room | None = None) -> None:
         """Add a view to its conversation, unless the core has added it."""
         room = room or self.core.find(view.where) or self.room
-        if view.kind in MOVES and any(one is view for one in reversed(room.moves)):
+        if view.kind in FOLDED and any(one is view for one in reversed(room.moves)):
             return  # they will be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(self.core.timed(view))
@@ -24023,9 +24073,7 @@ class Display:
         NOTICE: _take_said,
         FOUND: lambda self, view: self.keep(view, self.room),
         REACTED: _take_reacted,
-        JOIN: keep,
-        PART: keep,
-        QUIT: keep,
+        **dict.fromkeys(FOLDED, keep),
         SERVER_TEXT: keep,
         NOTE: keep,
         QR_CODE: keep,
@@ -24523,7 +24571,7 @@ def filter_lines(view: ViewEvent) -> list[str]:
     if view.kind in MOVES:
         verb = "joined" if view.kind == JOIN else "left"
         return [f"{where}{view.name} ({view.address}) {verb} the chat!"]
-    if view.kind in (SERVER_TEXT, PAGE, QR_CODE) or (view.kind == PEOPLE and view.text):
+    if view.kind in (*CHANGES, SERVER_TEXT, PAGE, QR_CODE) or (view.kind == PEOPLE and view.text):
         return [f"* {line}" for line in view.text.split("\n")]
     return []
 

@@ -19392,18 +19392,21 @@ def test_ctrl_r_on_an_empty_line_looks_for_what_is_typed_then():
     assert editor.text == "alpha tw"
 
 
-def test_many_joins_cost_no_more_each_than_a_few():
+@pytest.mark.parametrize("kind", [chat.JOIN, chat.TOPIC])
+def test_many_joins_cost_no_more_each_than_a_few_nor_do_messages_after_them(kind):
     desk = Desk()
     for one in desk.core.rooms.values():
-        one.moved_at = 10**15
+        one.moved_at = {chat.MOVED: 10**15, chat.TOPIC: 10**15}
     took = []
     for count in (2_000, 8_000):
-        views = [chat.ViewEvent(chat.JOIN, name=f"u{n}", where="#lobby") for n in range(count)]
+        views = [chat.ViewEvent(kind, name=f"u{n}", where="#lobby") for n in range(count)]
+        began = time.process_time()
         for view in views:
             desk.core.happened(desk.core.room, view)
-        began = time.process_time()
         desk.display.take(desk.core.take_views())
+        desk.hear(*map(str, range(count // 10)))
         took.append((time.process_time() - began) / count)
+    assert not [view for view in desk.core.room.views if view.kind == kind]
     assert took[1] < 20 * took[0] + 0.0001
 
 
@@ -19458,6 +19461,57 @@ def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
     )
     assert len([view for view in alice.views if view.kind in chat.MOVES]) == 33
     assert len([view for view in alice.views if view.kind == "moved"]) == 1
+
+
+@pytest.mark.parametrize(
+    "lines, rows",
+    [
+        (
+            [f":n{n}!u@h NICK n{n + 1}" for n in range(40)] + [":eve!u@h NICK joe"],
+            ["n0 is now called n1", "n1 is now called n40; eve is now called joe"],
+        ),
+        (
+            [":eve!u@h NICK a", ":a!u@h NICK b", ":b!u@h NICK a"],
+            ["eve is now called a", "a changed nick and back"],
+        ),
+        (
+            [f":op!u@h TOPIC #lobby :{n}" for n in range(40)],
+            ["op set the topic of #lobby: 0", "op set the topic of #lobby: 39 (the last of 39)"],
+        ),
+        (
+            [f":op!u@h MODE #lobby +b m{n}" for n in range(40)],
+            [
+                "op set +b m0 in #lobby",
+                "; ".join(f"op set +b m{n} in #lobby" for n in range(1, 11))
+                + "; and 29 changes more",
+            ],
+        ),
+        ([":op!u@h MODE #lobby +v-v alice alice"] * 2, ["op set +v-v alice alice in #lobby"] * 2),
+        (
+            [f":bob!u@h AWAY{why}" for n in range(9) for why in (f" :{n}", "")],
+            ["bob is away: 0", "bob is back (the last of 17)"],
+        ),
+        (  # each kind for itself; what is collected comes before what its users say
+            [":eve!u@h JOIN #lobby", ":op!u@h TOPIC #lobby :tea", ":eve!u@h NICK joe"]
+            + [":n0!u@h JOIN #lobby", ":n0!u@h NICK zoe", ":zoe!u@h PRIVMSG #lobby :hi"],
+            ["eve joined", "op set the topic of #lobby: tea", "eve is now called joe"]
+            + ["n0 joined; n0 is now called zoe", "hi"],
+        ),
+    ],
+)
+def test_changes_of_a_kind_in_a_minute_are_one_row_unless_they_are_about_the_user(lines, rows):
+    alice = Elsewhere(caps="away-notify", join=("#lobby",), clock=lambda: 1e9)
+    room = alice.core.find("bob" if "AWAY" in lines[0] else "#lobby") or alice.core.room_for("bob")
+    alice.core.release(room)
+    for name in ("n0", "eve", "op"):
+        room.came(name)
+    before = len(room.views)
+    alice.hears(*lines)
+    alice.core.clock = lambda: 1e9 + 61
+    alice.core.tick()
+    new = list(room.views)[before:]
+    told = [view.text or gui_client.told_text(view).removeprefix("\u2192 ") for view in new]
+    assert told == rows
 
 
 def test_settings_are_listed_checked_and_kept():
@@ -26487,14 +26541,16 @@ def test_rows_of_one_segment_are_in_its_order_in_the_window_too():
         ":irc.example 001 alice :Welcome",
         ":alice!u@h JOIN #lobby",
         ":bob!u@h PRIVMSG #lobby :one",
+        *(f":op!u@h TOPIC #lobby :{n}" for n in range(3)),  # the others come later, in one row
         ":irc.example 404 alice #lobby :Cannot send to channel",
         ":bob!u@h INVITE alice #other",
         ":bob!u@h PRIVMSG #lobby :two",
     )
     engine.show(core.feed("".join(f"{line}\r\n" for line in lines).encode()))
     rows = [view.text for view in room.views]
-    assert rows[-4:] == [
+    assert rows[-5:] == [
         "one",
+        "op set the topic of #lobby: 0",
         "#lobby: Cannot send to channel",
         "bob invites you to #other; /join #other",
         "two",
@@ -26921,11 +26977,11 @@ def test_a_long_line_in_the_field_is_laid_out_in_no_time_and_a_longer_paste_is_o
     monkeypatch.setattr(field, "selection_get", lambda selection: "word " * 8_000)
     began = time.process_time()
     field._paste("CLIPBOARD")
-    for _ in range(10):
-        field.insert("insert", "x")
-        field.fit()
-        field._recall("up", "linestart", "1.0")
+    for _ in range(3):
+        for key in ("x", "Up", "Up", "Shift-Up", "Down", "Down", "Down"):  # to where it began
+            press(alice, key)
     assert time.process_time() - began < 2.0
+    assert field.content == f"{'word ' * 8_000}xxx" and field.index("insert") == "1.40003"
     assert int(field.cget("height")) == field.MOST_LINES
     lines = [f"line {n}, as long as what people paste" for n in range(2_000)]
     monkeypatch.setattr(field, "selection_get", lambda selection: "\n".join(lines))
@@ -28792,6 +28848,53 @@ def test_a_picture_that_is_fetched_twice_stays_in_sight(window):
     pump(alice, lambda: not page.pictures.arrived)
     (name,) = page.text.image_names()
     assert page.text.image_cget(name, "image") == str(page.pictures.images[picture.file.path])
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_large_picture_does_not_stop_the_window(window, full):
+    alice, (wide, high) = window(name=""), (4000, 2000)
+    data = drawn_png(wide, high)
+    file = chat.parse_file_tag(f"/files/{7:032x},image/png,{len(data)},{wide},{high}")
+    began = time.thread_time()
+    image = gui_client.decoded(alice.root, file, data)
+    last = time.thread_time()
+    at_once, worst = last - began, 0.0
+    images = alice.transcript.pictures.images
+    alice.files.take_picture(gui_client.Picture(alice.model.server_here, file, data, full))
+
+    def is_there():  # looked at after each event
+        nonlocal worst, last
+        worst, last = max(worst, time.thread_time() - last), time.thread_time()
+        return images or alice.files.picture
+
+    pump(alice, is_there)
+    assert worst < at_once
+    if full:
+        shown = alice.files.picture.image
+        pump(alice, lambda: shown.get(wide - 1, high - 1) == image.get(wide - 1, high - 1))
+    else:
+        image, shown = image.subsample(10), images[file.path]  # to fit into the box
+    spots = [(x, y) for x in range(0, image.width(), 99) for y in range(0, image.height(), 77)]
+    assert (shown.width(), shown.height()) == (image.width(), image.height())
+    assert [shown.get(*spot) for spot in spots] == [image.get(*spot) for spot in spots]
+
+
+def test_a_picture_that_is_decoded_when_another_server_is_looked_at_is_dropped(window):
+    alice, taken = window(name=""), []
+    pictures = alice.transcript.pictures
+    pictures.decode = lambda file, data, by, then: taken.append(then)
+    file, other = (
+        chat.parse_file_tag(f"/files/{n:032x},image/png,{len(PNG)},640,480") for n in range(2)
+    )
+    image = gui_client.tk.PhotoImage(master=alice.root, width=1, height=1)
+    pictures.take(gui_client.Picture(0, file, PNG))
+    pump(alice, lambda: taken)
+    pictures.forget(all_of_them=True)
+    pictures.take(gui_client.Picture(0, other, PNG))
+    taken.pop()(image)
+    pump(alice, lambda: taken)
+    taken.pop()(image)
+    assert list(pictures.images) == [other.path]
 
 
 def test_a_picture_that_cannot_be_shown_has_a_card_with_the_reason(running, window, tmp_path):
