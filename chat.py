@@ -22152,7 +22152,6 @@ class ResponseReader(HttpReader):
     def finish(self) -> None:
         if self.to_the_end:
             self.step = self._end
-        super().finish()
 
 
 class WebCall(Connection):
