@@ -782,11 +782,8 @@ def is_solid(c: str) -> bool:
     """Return whether a character shows ink: it is no control, separator or blank."""
     if c.isascii():
         return "!" <= c <= "~"
-    return (
-        unicodedata.category(c)[0] not in "CZ"
-        and c not in BLANKS
-        and not DEFAULT_IGNORABLE.match(c)
-    )
+    invisible = unicodedata.category(c)[0] in "CZ" or c in BLANKS or DEFAULT_IGNORABLE.match(c)
+    return not invisible
 
 
 # Characters that look like an ASCII one, each over the lower case of what it looks like, after
@@ -3759,8 +3756,8 @@ def detach(hub: Hub, session: Session) -> None:
 
 
 def forget_token(hub: Hub, user: User, token: str) -> None:
-    if user.tokens.pop(token, user) is None:
-        del hub.users_by_token[token]
+    if token in user.tokens:
+        del user.tokens[token], hub.users_by_token[token]
 
 
 def emit_to_witnesses(
@@ -6481,16 +6478,12 @@ class Store:
 
 
 def load_hub(
-    store: Store,
-    now: float,
-    ticks: float,
-    name: str = SERVER_NAME,
-    absent_per_host: int = PER_ADDRESS,
+    store: Store, now: float, ticks: float, name: str = SERVER_NAME, absent_most: int = PER_ADDRESS
 ) -> Hub:
     """Return the Hub as the last server left it. Raises Unusable."""
     try:
         hub = Hub(store.last_id, MessageIds(store.starts), name)
-        hub.store, hub.absent_per_host = store, absent_per_host
+        hub.store, hub.absent_per_host = store, absent_most
         hub.begin(now, ticks)
         hub.accounts.load(store.accounts())
         hub.accounts.certificates.update(store.rows("certificates"))
@@ -6596,11 +6589,7 @@ class NatsDialogue:
         return number
 
     def request(
-        self,
-        subject: str,
-        data: bytes,
-        then: Callable[[NatsMessage], None],
-        headers: dict[str, str] | None = None,
+        self, subject: str, data: bytes, then: Callable, headers: dict[str, str] | None = None
     ) -> None:
         """Publish a message; call then(the reply)."""
         reply = f"{self.inbox}.{next(self.numbers)}"
@@ -6930,7 +6919,7 @@ ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     )
 )
 # Kinds of messages from the log -> the constants, which other code compares by identity
-KINDS = dict(zip((*SPOKEN, TAGS, HINT), (*SPOKEN, TAGS, HINT), strict=True))
+KINDS = {kind: kind for kind in (*SPOKEN, TAGS, HINT)}
 
 
 def wrapped_bytes(value: Any) -> dict[str, str]:

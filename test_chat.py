@@ -5596,7 +5596,7 @@ def test_a_turn_that_was_not_stored_brings_no_former_name_of_a_channel_back(fold
 def test_a_user_who_is_one_too_many_after_a_restart_is_in_no_channel(folder, monkeypatch, host):
     monkeypatch.setattr(chat, "ABSENT_MOST", 5)
     store = chat.Store(folder / "chat.db")
-    hub = chat.load_hub(store, 1.0, 1.0, absent_per_host=100)
+    hub = chat.load_hub(store, 1.0, 1.0, absent_most=100)
     for n in range(7):
         values = f"u{n}", "u", "U", f"{host.format(n)}:1", "", "", f"{n:032x}"
         hub.perform("enter", n + 1, *values, True, 0, (), "")
@@ -5605,7 +5605,7 @@ def test_a_user_who_is_one_too_many_after_a_restart_is_in_no_channel(folder, mon
     assert store.commit(hub.turn, 1.0) == chat.KEPT
     store.close()
     store = chat.Store(folder / "chat.db")
-    hub = chat.load_hub(store, 2.0, 2.0, absent_per_host=3)
+    hub = chat.load_hub(store, 2.0, 2.0, absent_most=3)
     left = {"u4", "u5", "u6"} if host == "198.51.100.7" else {f"u{n}" for n in range(2, 7)}
     assert {user.name for user in hub.channels["#tea"].members} == left == hub.users.keys()
     store.close()
