@@ -367,15 +367,8 @@ WEB_IDLE_SECONDS = 15.0  # between requests, between pieces of a body, and witho
 WEB_PER_ADDRESS = 256  # connections from one address that speak HTTP
 FRAMES_AT_ONCE = 64  # of a WebSocket that are looked at for one line
 FRAGMENTS_MOST = 1024  # frames of one message
-HELPER_THREADS = {  # of each lane; only one writes files, so that pieces stay in order
-    "pages": 3,
-    "passwords": 2,
-    "mail": 1,
-    "disk": 1,
-    "files": 1,
-    "reads": 2,
-    "finishes": 2,
-}
+HELPER_THREADS = {"pages": 3, "passwords": 2, "reads": 2, "finishes": 2}  # of these lanes ...
+HELPERS_ELSE = 1  # ... and of each other: the pieces of files are written in order
 FILE_BYTES = 256 * 1024 * 1024  # of one file that a user uploads
 FILES_BYTES = 4 * 1024**3  # of all; a user, or an address, has a quarter
 FILES_COUNT = 10_000  # all of them are kept in memory
@@ -789,11 +782,8 @@ def is_solid(c: str) -> bool:
     """Return whether a character shows ink: it is no control, separator or blank."""
     if c.isascii():
         return "!" <= c <= "~"
-    return (
-        unicodedata.category(c)[0] not in "CZ"
-        and c not in BLANKS
-        and not DEFAULT_IGNORABLE.match(c)
-    )
+    invisible = unicodedata.category(c)[0] in "CZ" or c in BLANKS or DEFAULT_IGNORABLE.match(c)
+    return not invisible
 
 
 # Characters that look like an ASCII one, each over the lower case of what it looks like, after
@@ -1511,12 +1501,13 @@ class Throttle:
                 return (until - now) // 1000 + 1
         return 0
 
-    def check(
-        self, host: str, subject: str, now: int, code: str = "TRY_LATER", *params: str
+    def begin(
+        self, host: str, subject: str, now: int, code: str = "TRY_LATER", *about: str
     ) -> None:
-        """Raise Refused with this code if there were too many failures lately."""
+        """Count an attempt as failed until succeeded(). Raises Refused after too many of these."""
         if seconds := self.wait(host, subject, now):
-            raise Refused(code, f"too many failures; try again in {seconds} s", *params)
+            raise Refused(code, f"too many failures; try again in {seconds} s", *about)
+        self.failed(host, subject, now)
 
     def failed(self, host: str, subject: str, now: int) -> None:
         """Count a failed attempt. A full table forgets those with the fewest failures."""
@@ -1536,8 +1527,7 @@ class Throttle:
         self.failures = {key: one for key, one in self.failures.items() if now < one[1]}
 
     def succeeded(self, host: str, subject: str) -> None:
-        """Forget the failures for a subject, and one failure of the address: every attempt counts
-        as a failure until it succeeds."""
+        """Forget the failures for a subject, and one failure of the address: that of begin()."""
         self.failures.pop(self.key(host, subject), None)
         count, until = self.failures.pop((host, None), (0, 0))
         if count > 1:
@@ -1813,8 +1803,7 @@ SOURCE_FIELDS = ("name", "address", "username", "account", "bot")  # what source
 
 
 class Session:
-    """One connection of a user, as the acts know it. Those to this process are LocalSessions; on a
-    node of a cluster the others are connected to other nodes."""
+    """One connection of a user, as the acts know it: a LocalSession, or one to another node."""
 
     __slots__ = ("address", "client", "follows", "id", "operator", "token", "user")
     wire: Wire | None = None
@@ -3101,8 +3090,7 @@ class Turn:
         return b"".join([data for _, data in sorted(rest + replies, key=lambda one: one[0])])
 
     def not_kept(self, reason: str) -> None:
-        """Tell the senders of this turn's messages, and those who changed an account or a ban, that
-        the store could not take them."""
+        """Tell those whose messages, or changes of accounts and bans, the store could not take."""
         lost: dict[Session, list[Event]] = {}
         for event in self.events:
             if event.kind in (*SPOKEN, TAGS) and isinstance(event.origin, LocalSession):
@@ -3238,8 +3226,7 @@ class Accounts(dict[str, Account]):
 
     def verified(self, name: str, code: str, host: str, ticks: int) -> Account:
         """Return the account that this code was sent for. Raises Refused."""
-        self.throttle.check(host, f"code {name}", ticks, "TEMPORARILY_UNAVAILABLE", name)
-        self.throttle.failed(host, f"code {name}", ticks)
+        self.throttle.begin(host, f"code {name}", ticks, "TEMPORARILY_UNAVAILABLE", name)
         account, expected = self.pending.get(fold(name), (None, ""))
         fits = hmac.compare_digest(code.encode(), expected.encode())
         if account is None or not fits or fold(name) in self:
@@ -3774,8 +3761,8 @@ def detach(hub: Hub, session: Session) -> None:
 
 
 def forget_token(hub: Hub, user: User, token: str) -> None:
-    if user.tokens.pop(token, user) is None:
-        del hub.users_by_token[token]
+    if token in user.tokens:
+        del user.tokens[token], hub.users_by_token[token]
 
 
 def emit_to_witnesses(
@@ -4997,8 +4984,7 @@ def check_server_password(session: LocalSession, given: str) -> bool:
     if site.password is None:
         return True
     throttle, host = site.hub.accounts.throttle, session.conn.limit_key
-    throttle.check(host, SERVER_PASSWORD, site.hub.ticks, "WRONG_PASSWORD")
-    throttle.failed(host, SERVER_PASSWORD, site.hub.ticks)
+    throttle.begin(host, SERVER_PASSWORD, site.hub.ticks, "WRONG_PASSWORD")
     if not hmac.compare_digest(given.encode(), site.password.encode()):
         return False
     throttle.succeeded(host, SERVER_PASSWORD)
@@ -5010,8 +4996,7 @@ def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
     back after a right password. Raises Refused."""
     session.site.server.refresh()
     hub, host = session.site.hub, session.conn.limit_key
-    hub.accounts.throttle.check(host, name, hub.ticks)
-    hub.accounts.throttle.failed(host, name, hub.ticks)
+    hub.accounts.throttle.begin(host, name, hub.ticks)
     return hub.accounts.find(name)
 
 
@@ -5110,8 +5095,7 @@ def register_nick(
     accounts, host, ticks = site.hub.accounts, session.conn.limit_key, site.hub.ticks
     by_mail = "email-required" in site.registration
     if by_mail:  # so that no client can fill a stranger's mailbox
-        accounts.throttle.check(host, MAILED_CODE, ticks, "TEMPORARILY_UNAVAILABLE", name)
-        accounts.throttle.failed(host, MAILED_CODE, ticks)
+        accounts.throttle.begin(host, MAILED_CODE, ticks, "TEMPORARILY_UNAVAILABLE", name)
     if seconds := accounts.made.wait(host, "", ticks):
         text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
@@ -5147,8 +5131,7 @@ def email_used(session: LocalSession, email: str) -> str:
 def oper(session: LocalSession, name: str, password: str, done: Callable[[], None]) -> Steps:
     """Make the session an operator if the password is right. Unknown names take the same time."""
     hub, host = session.site.hub, session.conn.limit_key
-    hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks, "WRONG_PASSWORD")
-    hub.accounts.throttle.failed(host, OPERATOR_PASSWORD, hub.ticks)
+    hub.accounts.throttle.begin(host, OPERATOR_PASSWORD, hub.ticks, "WRONG_PASSWORD")
     verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
     fits = yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))
     who = f"{session.user.source.mask} as {name}"
@@ -6509,16 +6492,12 @@ class Store:
 
 
 def load_hub(
-    store: Store,
-    now: float,
-    ticks: float,
-    name: str = SERVER_NAME,
-    absent_per_host: int = PER_ADDRESS,
+    store: Store, now: float, ticks: float, name: str = SERVER_NAME, absent_most: int = PER_ADDRESS
 ) -> Hub:
     """Return the Hub as the last server left it. Raises Unusable."""
     try:
         hub = Hub(store.last_id, MessageIds(store.starts), name)
-        hub.store, hub.absent_per_host = store, absent_per_host
+        hub.store, hub.absent_per_host = store, absent_most
         hub.begin(now, ticks)
         hub.accounts.load(store.accounts())
         hub.accounts.certificates.update(store.rows("certificates"))
@@ -6624,11 +6603,7 @@ class NatsDialogue:
         return number
 
     def request(
-        self,
-        subject: str,
-        data: bytes,
-        then: Callable[[NatsMessage], None],
-        headers: dict[str, str] | None = None,
+        self, subject: str, data: bytes, then: Callable, headers: dict[str, str] | None = None
     ) -> None:
         """Publish a message; call then(the reply)."""
         reply = f"{self.inbox}.{next(self.numbers)}"
@@ -6958,7 +6933,7 @@ ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     )
 )
 # Kinds of messages from the log -> the constants, which other code compares by identity
-KINDS = dict(zip((*SPOKEN, TAGS, HINT), (*SPOKEN, TAGS, HINT), strict=True))
+KINDS = {kind: kind for kind in (*SPOKEN, TAGS, HINT)}
 
 
 def wrapped_bytes(value: Any) -> dict[str, str]:
@@ -7024,8 +6999,7 @@ def checksum(before: str, events: Iterable[Event], last_id: int) -> str:
         f"{e.text}\0{e.about}\0{e.tags}"
         for e in events
     )
-    data = "\n".join((before, str(last_id), *texts)).encode()
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+    return entry_digest("\n".join((before, str(last_id), *texts)).encode())
 
 
 def perform_act(hub: Hub, act: list, report: Callable) -> Any:
@@ -7454,11 +7428,10 @@ class Cluster:
         while len(self.checksums) > CHECKSUMS_KEPT:
             self.checksums.popitem(last=False)
         me = hub.nodes.get(self.name)
-        if self.namesake and batch.epoch == self.namesake:
+        other = self.serving and me and me.epoch not in self.epochs
+        if other or (self.namesake and batch.epoch == self.namesake):
             return self.stop(f"another node is called {self.name}; choose another --node")
         if self.serving and (me is None or me.epoch != self.epoch):
-            if me and me.epoch not in self.epochs:
-                return self.stop(f"another node is called {self.name}; choose another --node")
             self.server.note("this node was declared gone: it begins again")
             self.begin_epoch()
         elif not (self.serving or self.leaving) and me and me.epoch == self.epoch:
@@ -8250,6 +8223,10 @@ class IrcSession(LocalSession):
         """Send a line, given with its source."""
         self.send(self.timed(irc_bytes(text)))
 
+    def server_line(self, text: str) -> bytes:
+        """Return a line of the server, given without its source, as bytes."""
+        return irc_bytes(f":{self.site.name} {text}")
+
     def timed(self, lines: bytes) -> bytes:
         """Add the time to the server's own lines, for clients with server-time."""
         if not self.wire.format.timed:
@@ -8266,7 +8243,7 @@ class IrcSession(LocalSession):
 
     def shaped_line(self, shape: str, *values: Any) -> bytes:
         """Return the whole line of a numeric as bytes, without sending it."""
-        return irc_bytes(f":{self.site.name} {self.shaped(shape, *values)}")
+        return self.server_line(self.shaped(shape, *values))
 
     def reply_list(
         self, shape: str, words: Iterable[str], *values: Any, between: str = " "
@@ -8294,7 +8271,7 @@ class IrcSession(LocalSession):
             ids = [self.site.hub.ids.text(event.id), *([own_id] if own_id else [])]
             verb = "TAGMSG" if event.kind == TAGS else "PRIVMSG"
             line = self.fail_line(verb, "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
-            data = self.timed(irc_bytes(f":{self.site.name} {line}"))
+            data = self.timed(self.server_line(line))
             if ack := self.acks.get(event.id):  # the label is on that
                 place = next(n for n, reply in enumerate(self.replies) if reply is ack)
                 label = ack[1].partition(b" ")[0][1:].decode()
@@ -8466,13 +8443,13 @@ class IrcSession(LocalSession):
             self.put_in_batch(heard)
         elif whole:
             if not count:
-                self.send(irc_bytes(f":{self.site.name} ACK"))
+                self.send(self.server_line("ACK"))
             self.tag_answer(heard, add_tag, f"label={label}", replies + 1)
             if not count:
                 own = (e.id for e in turn.events[events:] if e.origin is self)
                 self.acks.update(dict.fromkeys(own, self.replies[replies]))
         if whole and self.batch:
-            self.send(self.batch_line(f"-{self.batch}"))
+            self.send(self.server_line(f"BATCH -{self.batch}"))
         if whole:
             self.labelled, self.batch = None, ""
         elif self.latest:
@@ -8485,7 +8462,7 @@ class IrcSession(LocalSession):
         self.tag_answer(heard, add_tag_to_all, f"batch={self.batch}")
         if not begun:
             label, replies, _, last_id = self.labelled
-            line = self.batch_line(f"+{self.batch} labeled-response")
+            line = self.server_line(f"BATCH +{self.batch} labeled-response")
             self.replies.insert(replies, (last_id, add_tag(line, f"label={label}")))
 
     def tag_answer(
@@ -8495,9 +8472,6 @@ class IrcSession(LocalSession):
         which = slice(self.labelled.replies, last)
         self.replies[which] = [(n, add(data, tag)) for n, data in self.replies[which]]
         self.own_tags.update(dict.fromkeys(heard, (add, tag)))
-
-    def batch_line(self, text: str) -> bytes:
-        return irc_bytes(f":{self.site.name} BATCH {text}")
 
     def count_own_lines(self, event: Event) -> int:
         """Return the number of lines or batches that this session gets of an event of its own."""
@@ -8576,13 +8550,13 @@ def batch_in_pieces(
     """Send lines, in a batch for clients that know batches. After each line, the rest can wait."""
     batched, reference = "batch" in session.capabilities, session.site.reference()
     if batched:
-        opening = session.batch_line(f"+{reference} {kind}")
+        opening = session.server_line(f"BATCH +{reference} {kind}")
         session.send(add_tag(opening, tags) if tags else opening)
     for line in lines:
         session.send(add_tag_to_all(line, f"batch={reference}") if batched else line)
         yield
     if batched:
-        session.send(session.batch_line(f"-{reference}"))
+        session.send(session.server_line(f"BATCH -{reference}"))
 
 
 def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes], tags: str = "") -> None:
@@ -8639,8 +8613,7 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
             return session.shaped_line(RPL_KEYVALUE, name, key, owner.metadata[key])
         if METADATA_KEY.fullmatch(key):
             return session.shaped_line(RPL_KEYNOTSET, name, as_param(key))
-        fail = session.fail_line("METADATA", "INVALID_KEY", NO_KEY, key)
-        return irc_bytes(f":{session.site.name} {fail}")
+        return session.server_line(session.fail_line("METADATA", "INVALID_KEY", NO_KEY, key))
 
     in_batch(session, f"metadata {name}", map(line, keys))
 
@@ -9695,12 +9668,9 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     matching.sort()
     page = matching[:count]
     page += itertools.takewhile(lambda one: one[0] == page[-1][0], matching[count:])
-    lines = (
-        irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
-        for when, name in page
-    )
+    told = (f"CHATHISTORY TARGETS {name} {tag_time(when)}" for when, name in page)
     ends = last_page_tag(session, len(page) == len(matching))
-    in_batch(session, "draft/chathistory-targets", lines, ends)
+    in_batch(session, "draft/chathistory-targets", map(session.server_line, told), ends)
 
 
 def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[bytes | None]:
@@ -9890,8 +9860,8 @@ def irc_token(session: IrcSession, subcommand: str, service: str = "", scope: st
         if not known:
             return session.line("NOTE TOKEN NO_SERVICES :this server keeps no files")
         url = f"{base_url(session.site, session.conn.secure, session.conn.local)}/files"
-        line = f":{session.site.name} TOKEN SERVICE FILEHOST {url} :files for the chat"
-        return in_batch(session, "draft/authtoken *", [irc_bytes(line)])
+        line = session.server_line(f"TOKEN SERVICE FILEHOST {url} :files for the chat")
+        return in_batch(session, "draft/authtoken *", [line])
     if verb == "VALIDATE":
         text = "tokens are for this server's own files"
         return session.fail("TOKEN", "NO_PERMISSIONS", text, service or "*")
@@ -10004,12 +9974,10 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     me, source, hub = session.user, user.source, session.site.hub
     yield RPL_WHOISUSER, source.username, source.host, user.realname
     hub.work += len(user.channels)
-    seen = [
-        c for c in user.channels if c.visible_to(me) and (c in me.channels or can_see(me, user))
-    ]
-    multi = "multi-prefix" in session.capabilities
-    symbols = (channel.members[user].symbols for channel in seen)
-    names = [(s if multi else s[:1]) + c.name for s, c in zip(symbols, seen, strict=True)]
+    shown, multi = can_see(me, user), "multi-prefix" in session.capabilities
+    seen = (c for c in user.channels if c.visible_to(me) and (c in me.channels or shown))
+    symbols = ((c, c.members[user].symbols) for c in seen)
+    names = [(ranks if multi else ranks[:1]) + channel.name for channel, ranks in symbols]
     session.reply_list(RPL_WHOISCHANNELS, names, user.name)
     if user.account:
         yield RPL_WHOISACCOUNT, user.account
@@ -11136,8 +11104,7 @@ class HttpReader:
             return error
 
     def _line(self, most: int) -> bytes | None:
-        """Take a line of at most `most` bytes, which ends with CRLF; None if it is incomplete.
-        Raises BadRequest."""
+        """Take a line of at most `most` bytes and CRLF; None if incomplete. Raises BadRequest."""
         end = self.data.find(b"\n", self.start, self.start + most + 2)
         if end < 0:
             if len(self.data) - self.start > most + 1:
@@ -19385,8 +19352,8 @@ class Helpers:
         """Run job() on a thread, then then(result) on the loop; an exception is a result, too. A
         job that is not `wanted` any more when its turn comes is skipped."""
         if lane not in self.lanes:
-            self.lanes[lane] = Lane(HELPER_THREADS[lane])
-            for _ in range(HELPER_THREADS[lane]):
+            self.lanes[lane] = Lane(HELPER_THREADS.get(lane, HELPERS_ELSE))
+            for _ in range(self.lanes[lane].size):
                 thread = threading.Thread(target=self._work, args=(self.lanes[lane],), daemon=True)
                 self.lanes[lane].threads.append(thread)
                 thread.start()
@@ -20450,8 +20417,7 @@ def web_of(options: ServerOptions, ports: Iterable[int]) -> WebOptions:
 
 
 class TimeLimits:
-    """The time limits of peers: to say something, to give a name, to read, to answer a PING, and to
-    send a request."""
+    """The time limits of peers: to speak, give a name, read, answer a PING, and send a request."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
@@ -22305,7 +22271,6 @@ class ResponseReader(HttpReader):
     def finish(self) -> None:
         if self.to_the_end:
             self.step = self._end
-        super().finish()
 
 
 class WebCall(Connection):
@@ -27582,8 +27547,7 @@ def lock_folder(folder: pathlib.Path) -> int:
 
 
 def web_addresses(server: Server) -> list[str]:
-    """Return the addresses of the page for browsers: that for this machine, if there is one, then
-    that for others, if they reach it."""
+    """Return the page's address for this machine, if there is one, and for others, if they can."""
     host, port = server.listeners[0].address
     near = is_loopback(host) or host in ("0.0.0.0", "::")
     own = address_text("localhost" if near else host, port)

@@ -1219,18 +1219,17 @@ def test_an_exchange_puts_chunks_of_400_bytes_together():
 def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     throttle, now = chat.Throttle(), 10**9
     for _ in range(chat.LOGIN_TRIES):
-        throttle.check("10.0.0.1", "alice", now)
-        throttle.failed("10.0.0.1", "Alice", now)
+        throttle.begin("10.0.0.1", "Alice", now)
     with pytest.raises(chat.Refused, match="try again in 60 s|try again in 61 s"):
-        throttle.check("10.0.0.1", "ALICE", now)
-    throttle.check("10.0.0.2", "alice", now)
-    throttle.check("10.0.0.1", "bob", now)
-    throttle.check("10.0.0.1", "alice", now + 61_000)
+        throttle.begin("10.0.0.1", "ALICE", now)
+    assert not throttle.wait("10.0.0.2", "alice", now)
+    assert not throttle.wait("10.0.0.1", "bob", now)
+    assert not throttle.wait("10.0.0.1", "alice", now + 61_000)
     for n in range(3 * chat.LOGIN_FAILURES_KEPT):
         throttle.failed(f"host{n}", "alice", now)
     assert len(throttle.failures) <= chat.LOGIN_FAILURES_KEPT
     with pytest.raises(chat.Refused):  # an address that fills the table is not forgotten by that
-        throttle.check("10.0.0.1", "alice", now)
+        throttle.begin("10.0.0.1", "alice", now)
 
 
 def test_an_address_can_have_so_many_accounts_made_and_this_machine_any_number():
@@ -2357,10 +2356,9 @@ def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often()
     throttle, now = chat.Throttle(), 10**9
     for subject, most in (("alice", chat.LOGIN_TRIES), ("*oper", chat.LOGIN_TRIES_SERVER)):
         for _ in range(most):
-            throttle.check("10.0.0.1", subject, now)
-            throttle.failed("10.0.0.1", subject, now)
+            throttle.begin("10.0.0.1", subject, now)
         with pytest.raises(chat.Refused):
-            throttle.check("10.0.0.1", subject, now)
+            throttle.begin("10.0.0.1", subject, now)
 
 
 # ======================================================================================
@@ -5634,7 +5632,7 @@ def test_a_turn_that_was_not_stored_brings_no_former_name_of_a_channel_back(fold
 def test_a_user_who_is_one_too_many_after_a_restart_is_in_no_channel(folder, monkeypatch, host):
     monkeypatch.setattr(chat, "ABSENT_MOST", 5)
     store = chat.Store(folder / "chat.db")
-    hub = chat.load_hub(store, 1.0, 1.0, absent_per_host=100)
+    hub = chat.load_hub(store, 1.0, 1.0, absent_most=100)
     for n in range(7):
         values = f"u{n}", "u", "U", f"{host.format(n)}:1", "", "", f"{n:032x}"
         hub.perform("enter", n + 1, *values, True, 0, (), "")
@@ -5643,7 +5641,7 @@ def test_a_user_who_is_one_too_many_after_a_restart_is_in_no_channel(folder, mon
     assert store.commit(hub.turn, 1.0) == chat.KEPT
     store.close()
     store = chat.Store(folder / "chat.db")
-    hub = chat.load_hub(store, 2.0, 2.0, absent_per_host=3)
+    hub = chat.load_hub(store, 2.0, 2.0, absent_most=3)
     left = {"u4", "u5", "u6"} if host == "198.51.100.7" else {f"u{n}" for n in range(2, 7)}
     assert {user.name for user in hub.channels["#tea"].members} == left == hub.users.keys()
     store.close()
