@@ -26091,6 +26091,8 @@ async function retry({ own }) {
 const CHUNK = 256 * 1024; // bytes of a request
 
 class Uploader {
+  patience = 4000; // ms: browsers keep idle connections, and do not notice that one is dead
+
   async run() {
     if (this.running) return;
     this.running = true;
@@ -26107,7 +26109,10 @@ class Uploader {
 
   async call(method, url, headers, body) {
     const Authorization = `Bearer ${this.token ??= await this.newToken()}`;
-    const end = new AbortController(), timer = setTimeout(() => end.abort(), 60000);
+    const end = this.end = new AbortController(), timer = setTimeout(() => {
+      this.patience = Math.min(2 * this.patience, 60000); // if the line is only slow
+      end.abort();
+    }, body ? 60000 : this.patience);
     const response = await fetch(url, { method, body, signal: end.signal,
       headers: { 'Tus-Resumable': '1.0.0', Authorization, ...headers } })
       .finally(() => clearTimeout(timer));
@@ -26305,6 +26310,7 @@ class Leader {
     this.flying.clear();
     this.registered = this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
+    this.uploader.end?.abort(); // its connection may be as dead
     if (leader !== this || state.phase === 'ended') return;
     const wait = this.wait * (0.75 + Math.random() / 2);
     this.wait = Math.min(LONGEST, this.wait * 2);
