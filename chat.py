@@ -5791,14 +5791,21 @@ class SearchIndex:
                     path.with_name(path.name + suffix).unlink(missing_ok=True)
         return None
 
+    @classmethod
+    @functools.cache
+    def _probe(cls) -> None:
+        """Raise sqlite3.DatabaseError unless this Python has FTS5 and the tokenizer."""
+        with contextlib.closing(connect(None, "rwc")) as db:
+            db.execute(
+                f"""CREATE VIRTUAL TABLE probe USING fts5(text, tokenize="{cls.TOKENIZER}")"""
+            )
+
     def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
         """Open the index. Raises sqlite3.DatabaseError if it is damaged, or without FTS5."""
+        self._probe()
         db = connect(path, "rwc")
-        db.executescript(f"""
+        db.executescript("""
             PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF; PRAGMA secure_delete = ON;
-            CREATE VIRTUAL TABLE temp.probe USING fts5(
-                text, content='', tokenize="{self.TOKENIZER}");
-            DROP TABLE temp.probe;
             CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
                 part INTEGER PRIMARY KEY,
                 first INTEGER NOT NULL,     -- ids of events, both included
