@@ -5710,14 +5710,21 @@ class SearchIndex:
                     path.with_name(path.name + suffix).unlink(missing_ok=True)
         return None
 
+    @classmethod
+    @functools.cache
+    def _probe(cls) -> None:
+        """Raise sqlite3.DatabaseError unless this Python has FTS5 and the tokenizer."""
+        with contextlib.closing(connect(None, "rwc")) as db:
+            db.execute(
+                f"""CREATE VIRTUAL TABLE probe USING fts5(text, tokenize="{cls.TOKENIZER}")"""
+            )
+
     def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
         """Open the index. Raises sqlite3.DatabaseError if it is damaged, or without FTS5."""
+        self._probe()
         db = connect(path, "rwc")
-        db.executescript(f"""
+        db.executescript("""
             PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF; PRAGMA secure_delete = ON;
-            CREATE VIRTUAL TABLE temp.probe USING fts5(
-                text, content='', tokenize="{self.TOKENIZER}");
-            DROP TABLE temp.probe;
             CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
                 part INTEGER PRIMARY KEY,
                 first INTEGER NOT NULL,     -- ids of events, both included
@@ -25986,6 +25993,8 @@ async function retry({ own }) {
 const CHUNK = 256 * 1024; // bytes of a request
 
 class Uploader {
+  patience = 4000; // ms: browsers keep idle connections, and do not notice that one is dead
+
   async run() {
     if (this.running) return;
     this.running = true;
@@ -26002,7 +26011,10 @@ class Uploader {
 
   async call(method, url, headers, body) {
     const Authorization = `Bearer ${this.token ??= await this.newToken()}`;
-    const end = new AbortController(), timer = setTimeout(() => end.abort(), 60000);
+    const end = this.end = new AbortController(), timer = setTimeout(() => {
+      this.patience = Math.min(2 * this.patience, 60000); // if the line is only slow
+      end.abort();
+    }, body ? 60000 : this.patience);
     const response = await fetch(url, { method, body, signal: end.signal,
       headers: { 'Tus-Resumable': '1.0.0', Authorization, ...headers } })
       .finally(() => clearTimeout(timer));
@@ -26200,6 +26212,7 @@ class Leader {
     this.flying.clear();
     this.registered = this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
+    this.uploader.end?.abort(); // its connection may be as dead
     if (leader !== this || state.phase === 'ended') return;
     const wait = this.wait * (0.75 + Math.random() / 2);
     this.wait = Math.min(LONGEST, this.wait * 2);
