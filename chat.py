@@ -304,8 +304,8 @@ CLIENT_ROWS_AT_ONCE = 500  # that are written in one transaction, at least once 
 CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
 CLIENT_HITS_MOST = 2000  # that one search takes ...
 CLIENT_HITS_SEEN = 50_000  # ... of so many that it looks at, which may be of other conversations
-MOVES_MS = 60_000  # joins and quits within this time after the first share one row ...
-MOVES_NAMED = 10  # ... which names so many users
+MOVES_MS = 60_000  # joins, or changes of a kind, within this time after the first share a row ...
+MOVES_NAMED = 10  # ... which names so many users, and so many changes
 TOPIC_MARGIN = 50  # columns of the status row that are not for the topic
 HANGING = 6  # columns that the later rows of a line are indented: the width of the time
 # Lines to other servers at once, and a second: RFC 1459 section 8.10 and InspIRCd, ngIRCd and
@@ -388,7 +388,7 @@ TOKEN_SECONDS = 600  # until an unused upload token ends
 TOKENS_A_USER = 8  # for uploads
 FILES_SWEEP_SECONDS = 600.0
 SURE_SECONDS = 6 * 3600.0  # deletions go by the lowest offset of the wall clock in so long ...
-SURE_STEP_SECONDS = 60.0  # ... one for each step of this length: see SureTime
+SURE_STEP_SECONDS = 600.0  # ... one for each step of this length: see SureTime
 LOG_LINES = 1000  # that wait for standard error to be read ...
 LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
 CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
@@ -2608,14 +2608,15 @@ class LocalSession(Session):
         then: Callable[[Any], None] | None = None,
         otherwise: Callable[[Refused], None] | None = None,
     ) -> None:
-        """Do an act as this session; call then(its result), or otherwise(the refusal): refuse()."""
+        """Do an act as this session; call then(its result), or otherwise(the refusal): refuse().
+        then() is not called when the act has ended the session."""
         if self.site.cluster:
             return self.site.cluster.ask(self, name, values, then, otherwise)
         try:
             result = self.site.hub.perform(name, self.id, *values)
         except Refused as refusal:
             return (otherwise or self.refuse)(refusal)
-        if then:
+        if then and not self.over:  # a K-line, for example, ends the session that logs in
             then(result)
 
     def later(self, lane: str, job: Callable, *values: Any, then: Callable) -> None:
@@ -3480,10 +3481,14 @@ class Hub:
         return self.accounts_of.get(one, one) == self.accounts_of.get(other, other)
 
     def link_guest(self, guest: str, account: str) -> None:
-        """Let an account read the conversations of a guest, who is the same person."""
+        """Let an account read the conversations of a guest, who is the same person. An account has
+        the newest of its guests only: one more comes with each log-in of a guest who has talked."""
         self.accounts_of[guest] = account
         guests = self.guests_of.setdefault(account, [])
         guests.append(guest)
+        for old in guests[:-GUESTS_LINKED]:
+            del self.accounts_of[old]
+            self.turn.record("identity_gone", old)
         del guests[:-GUESTS_LINKED]
 
     # What the store and this turn's log know together
@@ -5018,8 +5023,7 @@ def identify(session: LocalSession, name: str, password: str, takes_name: bool) 
     """Log the session's user in to an account if the password is right. Raises Refused."""
     account, proof = yield from prove(session, name, password)
     yield do(session.act, "log_in", account, proof, takes_name)
-    if session.user:  # else a K-line of the account has ended the session
-        session.answer(f"you are logged in as {account}")
+    session.answer(f"you are logged in as {account}")
 
 
 def check_password(password: str, name: str) -> None:
@@ -5264,6 +5268,12 @@ MIGRATIONS = (
         state TEXT NOT NULL         -- JSON, see StoredFile.state()
     ) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE offsets (          -- of the wall clock: see SureTime
+        step INTEGER PRIMARY KEY,
+        seconds REAL NOT NULL
+    );
+    """,
 )
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
@@ -5286,10 +5296,13 @@ STATEMENTS = {
     "file": ("files", 1, "REPLACE INTO files VALUES (?, ?)"),
     "file_gone": ("files", 1, "DELETE FROM files WHERE id = ?"),
     "identity": ("identities", 1, "INSERT OR IGNORE INTO identities VALUES (?, ?)"),
+    "identity_gone": ("identities", 1, "DELETE FROM identities WHERE guest = ?"),
     "identities_gone": ("identities of", 1, "DELETE FROM identities WHERE account = ?"),
     "marker": ("markers", 2, "REPLACE INTO markers VALUES (?, ?, ?, ?)"),
     "marker_gone": ("markers", 2, "DELETE FROM markers WHERE owner = ? AND target = ?"),
     "markers_gone": ("markers of", 1, "DELETE FROM markers WHERE owner = ?"),
+    "offset": ("offsets", 1, "REPLACE INTO offsets VALUES (?, ?)"),
+    "offset_gone": ("offsets", 1, "DELETE FROM offsets WHERE step = ?"),
     "start": ("starts", 1, "REPLACE INTO starts VALUES (?, ?, ?)"),
     "user": ("stays", 1, "REPLACE INTO stays VALUES (?, ?)"),
     "user_gone": ("stays", 1, "DELETE FROM stays WHERE stay = ?"),
@@ -5319,6 +5332,7 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
     "files": (str, str),
     "identities": (str, str),
     "markers": (str, str, int, int),
+    "offsets": (int, float),
     "starts": (int, int, str),
     "stays": (str, str),
 }
@@ -5685,14 +5699,21 @@ class SearchIndex:
                     path.with_name(path.name + suffix).unlink(missing_ok=True)
         return None
 
+    @classmethod
+    @functools.cache
+    def _probe(cls) -> None:
+        """Raise sqlite3.DatabaseError unless this Python has FTS5 and the tokenizer."""
+        with contextlib.closing(connect(None, "rwc")) as db:
+            db.execute(
+                f"""CREATE VIRTUAL TABLE probe USING fts5(text, tokenize="{cls.TOKENIZER}")"""
+            )
+
     def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
         """Open the index. Raises sqlite3.DatabaseError if it is damaged, or without FTS5."""
+        self._probe()
         db = connect(path, "rwc")
-        db.executescript(f"""
+        db.executescript("""
             PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF; PRAGMA secure_delete = ON;
-            CREATE VIRTUAL TABLE temp.probe USING fts5(
-                text, content='', tokenize="{self.TOKENIZER}");
-            DROP TABLE temp.probe;
             CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
                 part INTEGER PRIMARY KEY,
                 first INTEGER NOT NULL,     -- ids of events, both included
@@ -6891,7 +6912,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 4  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 5  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
@@ -8817,17 +8838,14 @@ def tell_logged_in(
     session: IrcSession, account: str, proof: str, otherwise: Callable | None = None
 ) -> Steps:
     """Log the client in to an account, and tell it; without a user the log-in is part of its
-    registration. Return whether the session is still there. Call otherwise() with a refusal."""
+    registration. Call otherwise() with a refusal."""
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
     before = session.site.hub.last_id
     if user:
         before = yield do(session.act, "log_in", account, proof, False, otherwise=otherwise)
-        if session.user is None:  # a K-line of the account ended the session
-            return False
     told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
     session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
-    return True
 
 
 @in_steps
@@ -8838,8 +8856,8 @@ def end_sasl(session: IrcSession, account: str) -> Steps:
     except Refused as refusal:
         return fail_sasl(session, refusal)
     fail = functools.partial(fail_sasl, session)
-    if (yield from tell_logged_in(session, account, proof, fail)):
-        session.reply(RPL_SASLSUCCESS)
+    yield from tell_logged_in(session, account, proof, fail)
+    session.reply(RPL_SASLSUCCESS)
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
@@ -10750,8 +10768,7 @@ def line_unban(session: LineSession, whom: str) -> Steps:
 def logged_in_line(session: LineSession, account: str, proof: str) -> Steps:
     """Log the session in to the account that it registered, and tell that."""
     yield do(session.act, "log_in", account, proof, False)
-    if session.user:  # else a K-line of the account has ended the session
-        session.tell(f"{account} is yours; /login PASSWORD next time")
+    session.tell(f"{account} is yours; /login PASSWORD next time")
 
 
 @line_command("register", 1, 2, exact=True)
@@ -10781,9 +10798,9 @@ def line_login(session: LineSession, *words: str) -> Steps:
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
     before, name_before = session.user, session.user.name
     yield from identify(session, name, password, True)
-    if session.user and session.user.name != name_before:
+    if session.user.name != name_before:
         session.tell(f"you are {session.user.name}")
-    if session.user not in (before, None):
+    if session.user is not before:
         session.change_channel()
 
 
@@ -11458,10 +11475,9 @@ def on_request(method: str, *paths: str) -> Callable:
 CORS = (
     "Access-Control-Allow-Origin: *",
     "Access-Control-Expose-Headers: Location, ETag, Content-Range, Content-Disposition, "
-    "Upload-Offset, Upload-Length, Upload-Expires, Tus-Resumable, Tus-Version, Tus-Extension, "
-    "Tus-Max-Size",
+    "Upload-Offset, Upload-Length, Upload-Metadata, Upload-Expires, Tus-Resumable, Tus-Version, "
+    "Tus-Extension, Tus-Max-Size",
 )
-TUS = "Tus-Resumable: 1.0.0"
 CHALLENGE = ('WWW-Authenticate: Basic realm="chat", charset="UTF-8"', "WWW-Authenticate: Bearer")
 REFUSAL_STATUSES = {  # Refused.code -> status
     "SASL_FAILED": 401,
@@ -11542,12 +11558,16 @@ class WebSession(LocalSession):
         expected = request.header("expect").lower()
         if not self._find_client(request):
             return self.respond(400, "X-Forwarded-For ends with the address of the client")
+        if request.host and not host:
+            return self.respond(400, "Host is a name or an address, and perhaps a port")
         if request.minor and not host_allowed(self.site.web, host):
             return self.respond(421, "this server has another name; --web-origin adds one")
         if expected not in ("", "100-continue"):
             return self.respond(417, "Expect is 100-continue, or nothing")
+        every = {"HEAD", "OPTIONS"}.union(*WEB_ROUTES.values())
+        if request.method not in every:
+            return self.respond(501, f"this server has no {request.method}")
         if (request.method, request.target) == ("OPTIONS", "*"):  # what the server can do
-            every = {method for route in WEB_ROUTES.values() for method in route}
             return self.respond(204, "", allow_header(every))
         path = request.path
         methods = WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
@@ -11609,12 +11629,13 @@ class WebSession(LocalSession):
             lines.append("Connection: close")
         elif self.request and self.request.minor == 0:
             lines.append("Connection: keep-alive")
+        if self.request and is_tus(self.request):
+            lines.append("Tus-Resumable: 1.0.0")
         self.send("\r\n".join([*lines, "", ""]).encode())
 
-    def file_headers(self) -> tuple[str, ...]:
-        """Return headers of an answer about a file, for pages of other sites and clients of tus."""
-        cors = CORS if self.request and "origin" in self.request.headers else ()
-        return (*cors, TUS) if self.request and is_tus(self.request) else cors
+    def cors(self) -> tuple[str, ...]:
+        """Return headers that let the pages of other sites read an answer about a file."""
+        return CORS if self.request and "origin" in self.request.headers else ()
 
     def end_answer(self) -> None:
         """Close the connection after a complete answer, if that was decided."""
@@ -11631,7 +11652,7 @@ class WebSession(LocalSession):
         end()
         status = REFUSAL_STATUSES.get(refusal.code, 503)
         challenge = CHALLENGE if status == 401 else ()
-        self.respond(status, str(refusal), *challenge, *self.file_headers())
+        self.respond(status, str(refusal), *challenge, *self.cors())
 
     def ended(self) -> None:
         end, self.at_end = self.at_end, do_nothing
@@ -11639,11 +11660,15 @@ class WebSession(LocalSession):
         super().ended()
 
 
+WEBSOCKET_OFFER = "Upgrade: websocket", "Connection: Upgrade"  # RFC 9110 sections 7.8, 15.5.22
+
+
 def open_websocket(session: WebSession, request: Request) -> None:
     """Answer a WebSocket handshake (RFC 6455 section 4.2). An IRC session takes over then."""
     key = request.header("sec-websocket-key")
     if request.header("sec-websocket-version") != "13":
-        return session.respond(426, "the version is 13", "Sec-WebSocket-Version: 13")
+        version = "Sec-WebSocket-Version: 13"
+        return session.respond(426, "the version is 13", *WEBSOCKET_OFFER, version)
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) or request.method != "GET":
         return session.respond(400, "a handshake is a GET with a key of 16 bytes")
     if not request.minor or request.length != 0:
@@ -11653,7 +11678,7 @@ def open_websocket(session: WebSession, request: Request) -> None:
     if not origin_allowed(session.site.web, request.header("origin"), request.header("host")):
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
-    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
+    lines = ["HTTP/1.1 101 Switching Protocols", *WEBSOCKET_OFFER]
     digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
     lines.append(f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}")
     lines += [f"Sec-WebSocket-Protocol: {name}" for name in offered[:1]]
@@ -11687,7 +11712,7 @@ def web_root(session: WebSession, request: Request) -> None:
     if "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection"):
         return open_websocket(session, request)
     if request.path == "/irc":
-        return session.respond(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
+        return session.respond(426, "this is a WebSocket that speaks IRC", *WEBSOCKET_OFFER)
     return web_document(session, request)
 
 
@@ -11877,7 +11902,8 @@ NO_SUCH_FILE = "there is no such file, or not any more"
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
-    session.respond(status, body, *headers, *session.file_headers())
+    """Answer a request about a file, with the headers for other sites' pages."""
+    session.respond(status, body, *headers, *session.cors())
 
 
 def is_elsewhere(session: WebSession, request: Request) -> bool:
@@ -11983,7 +12009,9 @@ def tell_progress(session: WebSession, id: str, at: int) -> None:
     if session.request.method == "PATCH":
         return answer_file(session, 204, "", *headers)
     if session.request.method == "HEAD":
-        known = (f"Upload-Length: {file.size}", "Cache-Control: no-store")
+        name = base64.b64encode(file.name.encode()).decode()
+        known = (f"Upload-Length: {file.size}", f"Upload-Metadata: filename {name}")
+        known = (*known, "Cache-Control: no-store")
         return answer_file(session, 200, "", *headers, *known)
     return answer_file(session, 201, "", f"Location: {link_of(session, id)}", *headers)
 
@@ -12245,7 +12273,7 @@ def send_file(session: WebSession, request: Request) -> Steps:
     is_video = file.type.startswith("video/")
     allowed = "; media-src 'self'; style-src 'unsafe-inline'" if is_video else ""
     policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
-    headers += [policy, *session.file_headers(), f"Content-Length: {end - first}"]
+    headers += [policy, *session.cors(), f"Content-Length: {end - first}"]
     open_file = session.site.folder.open
     handle = session.reading = yield do(session.later, READ_LANE, open_file, file.sha)
     if handle is None:
@@ -12315,9 +12343,11 @@ def dialect_of(first_line: bytes) -> str:
 
 CHAT, IRC, PLAIN = "chat.py", "irc", "plain"  # the kinds of server this client can talk to
 
-# Kinds of views: MESSAGE, NOTICE, JOIN, PART and QUIT, as of events, and these
+# Kinds of views: MESSAGE, NOTICE, those of MOVES and CHANGES, as of events, and these
 MOVES = (JOIN, PART, QUIT)
-MOVED = "moved"  # several of them in one row
+CHANGES = (NICK, TOPIC, MODE, AWAY)  # a text tells them
+FOLDED = (*MOVES, *CHANGES)
+MOVED = "moved"  # several of FOLDED in one row
 SERVER_TEXT, NOTE = "server text", "note"  # of this client
 STATUS, UP = "status", "up"  # of the connection; it stands
 PEOPLE = "people"  # the members changed; with a text if the user asked for them
@@ -12353,7 +12383,7 @@ class ViewEvent(NamedTuple):
     past: bool = False  # from history, so no news
     id: str = ""  # the server's id of a message
     own_id: str = ""  # this client's id of its own message
-    address: str = ""  # of the user who joined or left
+    address: str = ""  # of the user who joined or left; the new nick of one who changed it
     line: str = ""  # as a server of the line protocol wrote it
     number: int = 0  # of the row in the client store, if the view comes from there
     room: int = 0  # id of the conversation; 0 for none
@@ -12648,13 +12678,14 @@ def parse_file_tag(value: str) -> FileTag | None:
 class Transfer:
     """A file being uploaded or downloaded, as the client store keeps it."""
 
-    KEPT = ("id", "up", "room", "path", "name", "size", "url", "type", "etag")
+    KEPT = ("id", "up", "room", "path", "name", "size", "changed", "url", "type", "etag")
 
     def __init__(self, id: str, up: bool, room: str, path: str, **known: Any):
         self.id, self.up = id, up
         self.room = room  # conversation for the link
         self.path = path  # on this computer
         self.name, self.size, self.type, self.etag = "", 0, "", ""
+        self.changed = 0  # when the file of an upload was, last; as stat() tells it
         self.url = ""  # on the server; "" while unknown
         for name, value in known.items():
             setattr(self, name, value)
@@ -12690,7 +12721,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "bell": Setting("on", ("on", "off"), "ring when you are mentioned"),
     "desktop": Setting("on", ("on", "off"), "tell the desktop when you are mentioned: the window"),
-    "fold": Setting("on", ("on", "off"), "show the joins and quits of many in one row"),
+    "fold": Setting("on", ("on", "off"), "show joins, quits and changes of many in one row"),
     "font": Setting("", (), "the font's family: the window"),
     "highlight": Setting("", (), "words besides your nick that count as a mention"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
@@ -12908,11 +12939,38 @@ MOVED_WORDS = {  # by a user's first and last move in a row: True for a JOIN
 }
 
 
-def moved_text(moves: Iterable[ViewEvent]) -> str:
-    """Return one line about the users who joined and left; name a user who did both once."""
+def row_kind(view: ViewEvent) -> str:
+    """Return the kind of views with which this one may share a row."""
+    return MOVED if view.kind in MOVES else view.kind
+
+
+def changed_texts(moves: Iterable[ViewEvent]) -> list[str]:
+    """Return texts about changes: the last topic, the last nick and away state of each user, and
+    all changes of modes."""
+    nicks: dict[str, str] = {}  # nick -> that of the same user at first
+    texts: dict[Any, list[str]] = {}
+    for n, view in enumerate(moves):
+        if view.kind == NICK:
+            nicks[view.address] = nicks.pop(view.name, view.name)
+        elif view.kind in CHANGES:
+            known = {MODE: n, AWAY: view.name}.get(view.kind)
+            texts.setdefault((view.kind, known), []).append(view.text)
+    told = [
+        f"{old} is now called {new}" if old != new else f"{old} changed nick and back"
+        for new, old in nicks.items()
+    ]
+    for last in texts.values():
+        told.append(last[-1] + (f" (the last of {len(last):,})" if len(last) > 1 else ""))
+    more = len(told) - MOVES_NAMED
+    return [*told[:MOVES_NAMED], *([f"and {counted(more, 'change')} more"] if more > 0 else [])]
+
+
+def moved_text(moves: list[ViewEvent]) -> str:
+    """Return one line about the users who joined and left, each named once, and about changes."""
     joins: dict[str, list[bool]] = {}  # by name: whether each move was a JOIN
     for view in moves:
-        joins.setdefault(view.name, []).append(view.kind == JOIN)
+        if view.kind in MOVES:
+            joins.setdefault(view.name, []).append(view.kind == JOIN)
     groups: dict[str, list[str]] = {}
     for name, moved in joins.items():
         groups.setdefault(MOVED_WORDS[moved[0], moved[-1]], []).append(name)
@@ -12920,7 +12978,7 @@ def moved_text(moves: Iterable[ViewEvent]) -> str:
     for what, names in groups.items():
         more = f" and {len(names) - MOVES_NAMED:,} more" if len(names) > MOVES_NAMED else ""
         told.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
-    return "; ".join(told)
+    return "; ".join([*told, *changed_texts(moves)])
 
 
 def may_hold(table: Collection, key: str, most: int) -> bool:
@@ -12962,8 +13020,9 @@ class Room:
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
         self.spoken: dict[str, None] = {}  # names of users who wrote a message here
-        self.moves: list[ViewEvent] = []  # joins and quits collected for one row ...
-        self.moved_at = -MOVES_MS  # ... and when the last such row was shown
+        self.moves: list[ViewEvent] = []  # joins, quits and changes collected for one row ...
+        self.movers: set[str] = set()  # ... the names of their users ...
+        self.moved_at: dict[str, int] = {}  # ... and when the last row of each kind was shown
         self.unread = self.called = 0
         self.muted = False  # messages here do not call the user
         self.read_time = 0  # ms; messages up to then were read, on some device ...
@@ -13027,12 +13086,29 @@ class Room:
         self.unread -= len(gone)
         self.called = max(0, self.called - sum(view.called for view in gone))
 
+    def move(self, view: ViewEvent) -> bool:
+        """Collect a join, quit or change if one of its kind was shown a short time ago; return
+        whether it was collected."""
+        kind, when = row_kind(view), view.time or 0
+        if when - self.moved_at.get(kind, -MOVES_MS) >= MOVES_MS:
+            self.moved_at[kind] = when
+            return False
+        self.moves.append(view)
+        self.movers.update(filter(None, (view.name, view.address)))
+        return True
+
+    def moves_are_due(self, now: float) -> bool:
+        """Return whether the collected ones are to be shown; the clock may have been set back."""
+        first = self.moves[0] if self.moves else None
+        return first is not None and abs(now - self.moved_at[row_kind(first)]) > MOVES_MS
+
     def show_moves(self) -> ViewEvent:
-        """Append the collected joins and quits as one row; return the row."""
+        """Append what was collected as one row; return the row."""
         moves, self.moves = self.moves, []
+        self.movers.clear()
         row = ViewEvent(MOVED, moved_text(moves), where=self.name, time=moves[-1].time)
         self.views.append(moves[0] if len(moves) == 1 else row)
-        self.moved_at = row.time or 0
+        self.moved_at |= dict.fromkeys(map(row_kind, moves), row.time or 0)
         return row
 
     def read(self, when: int) -> bool:
@@ -13088,18 +13164,6 @@ class Batch:
 
 AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
-
-
-class Listing:
-    """The rows of a long answer of the server: the first ones, and how many there were."""
-
-    def __init__(self) -> None:
-        self.rows: list[str] = []
-        self.count = 0
-
-    def add(self, row: str) -> None:
-        self.count += 1
-        self.rows += [row] * (self.count <= LISTED_ROWS)
 
 
 class Asked(NamedTuple):
@@ -14038,6 +14102,68 @@ class Joins:
         self.typed.clear()
 
 
+ANSWERS = {  # commands, and the numerics that are shown only after them
+    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
+    "HELP": ("705", "706"),
+    "MODE": ("221",),
+    "ISON": ("303",),
+}
+LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
+
+
+class Listing:
+    """The rows of a long answer of the server: the first ones, and how many there were."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.count = 0
+
+    def add(self, row: str) -> None:
+        self.count += 1
+        self.rows += [row] * (self.count <= LISTED_ROWS)
+
+
+class WantedAnswers:
+    """The answers that are shown over one connection, because a command of the user asked for them.
+    The server sends others unasked, or to the client. PlainTalk has none."""
+
+    def __init__(self, talk: "IrcTalk | PlainTalk"):
+        self.core = talk.core
+        self.numerics: set[str] = set()
+        self.motd = False
+        self.names: set[str] = set()  # keys of channels whose members are shown
+        self.listings: dict[str, list[Listing]] = {}  # by command: those that are still coming
+
+    def expect(self, verb: str, *params: str) -> None:
+        """Show the answer to a command of the user."""
+        self.numerics.update(ANSWERS.get(verb, ()))
+        self.motd = self.motd or verb == "MOTD"
+        if verb in LISTS:
+            self.listings.setdefault(verb, []).append(Listing())
+        if verb == "NAMES" and params:
+            self.names.update(map(self.core.fold, params[0].split(",")))
+
+    def listing(self, verb: str) -> Listing | None:
+        """Return the listing to which the next row of an answer belongs; None if the user has not
+        asked for one."""
+        return next(iter(self.listings.get(verb, ())), None)
+
+    def end_listing(self, verb: str) -> Listing | None:
+        """Remove and return the listing whose last row has come; None if there is none."""
+        return self.listings[verb].pop(0) if self.listing(verb) else None
+
+    def show_listing(self, verb: str) -> None:
+        """Show the answer to a LIST or WHO of the user as a page."""
+        listing, title = self.end_listing(verb), LISTS[verb]
+        if listing is None:
+            return
+        if not listing.rows:
+            return self.core.show(ViewEvent(NOTE, f"{title}: nothing found"))
+        more = listing.count - len(listing.rows)
+        rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
+        self.core.show(ViewEvent(PAGE, "\n".join(rows), title))
+
+
 # The workshop's protocol
 
 PLAIN_LINES = {
@@ -14080,10 +14206,11 @@ class PlainTalk:
 
     def __init__(self, core: "ClientCore"):
         self.core = core
-        self.lines = MessageLines(self)  # all four are always empty
+        self.lines = MessageLines(self)  # all five are always empty
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.joins = Joins(self)
+        self.answers = WantedAnswers(self)
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         self.began = core.ticks()
         core.output.append(core.wanted_name)
@@ -14172,9 +14299,9 @@ class IrcTalk:
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.joins = Joins(self)
+        self.answers = WantedAnswers(self)
         self.batches: dict[str, Batch] = {}
         self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
-        self.shown_names: set[str] = set()  # keys of channels whose members the user asked for
         self.stale_names: set[str] = set()  # channels for NAMES, since ranks may have changed
         self.named = self.introduced = self.negotiating = False
         self.resumed = False  # the session was resumed: the server says where the client is
@@ -15106,23 +15233,23 @@ def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
         talk.acks.confirm(tags.get(OWN_ID, ""))
     where = talk.server.without_status(heard.params[0])
     room = core.find(where if mine or talk.server.is_channel(where) else heard.name)
-    if room is None or core.is_ignored(heard):
+    if room is None or core.ignored.covers(heard.source):
         return
     if TYPES in tags and mine:
         talk.acks.tags_arrived(room.name)
     elif TYPES in tags:
-        core.types(room, heard.name, tags[TYPES])
+        core.typing.note(room, heard.name, tags[TYPES])
     for tag, on in ((REACT, True), (UNREACT, False)):
         emoji = visible(tags.get(tag, ""))[:REACTION_CHARACTERS]
         if emoji.strip() and REPLY in tags:
-            core.reacted(room, tags[REPLY], emoji, heard.name, on)
+            core.reactions.note(room, tags[REPLY], emoji, heard.name, on)
 
 
 @from_server("TOKEN", least=3)
 def token_told(talk: IrcTalk, heard: ServerLine) -> None:
     """TOKEN GENERATE <service> :<token> (draft/authtoken)"""
     if heard.params[0] == "GENERATE":
-        talk.core.took_token(heard.params[-1])
+        talk.core.transfers.take_token(heard.params[-1])
 
 
 @from_server("MARKREAD", least=2)
@@ -15138,28 +15265,20 @@ def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
 for quiet in (*("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"),):
     IRC_HEARD[quiet] = (do_nothing, 0)
 
-ANSWERS = {  # commands of the user, and what is shown only after them
-    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
-    "HELP": ("705", "706"),
-    "MODE": ("221",),
-    "ISON": ("303",),
-}
-LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
-
 
 @from_server(*itertools.chain(*ANSWERS.values()))
 def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
     """Show an answer to a command of the user; the client or the server itself caused the rest."""
-    if heard.verb in talk.core.asked_numerics and heard.params:
+    if heard.verb in talk.answers.numerics and heard.params:
         tell_rest(talk, heard)
 
 
 @from_server("375", "372", "376", "422", least=2)
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the message of the day, if the user asked for it."""
-    if talk.core.wants_motd:
+    if talk.answers.motd:
         talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
-        talk.core.wants_motd = heard.verb not in ("376", "422")
+        talk.answers.motd = heard.verb not in ("376", "422")
 
 
 @from_server("734", least=3)
@@ -15173,7 +15292,7 @@ def monitor_full(talk: IrcTalk, heard: ServerLine) -> None:
 def present_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
     tell_if_asked(talk, heard)
-    talk.core.asked_numerics.discard("303")
+    talk.answers.numerics.discard("303")
     wanted = talk.core.wanted_nick
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
@@ -15208,7 +15327,7 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
     elif verb == "CHATHISTORY":
         talk.history.refused(code, label, about)
     elif verb == "TOKEN":
-        talk.core.took_token("")
+        talk.core.transfers.take_token("")
     elif verb == "REGISTER":
         talk.core.me.proposed = None
         if talk.core.me.generated:
@@ -15240,7 +15359,7 @@ def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     verb, _, rest = heard.params[1].strip("\x01").partition(" ")
     verb = verb.upper()
-    if core.is_me(heard.name) or core.is_ignored(heard):
+    if core.is_me(heard.name) or core.ignored.covers(heard.source):
         return
     if heard.verb == "NOTICE":
         if verb == "PING" and (sent := positive_number(rest)) and sent <= core.ticks():
@@ -15384,7 +15503,7 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
     """Remove a user, or this client, from one conversation."""
     core = talk.core
     room.people.pop(name, None)
-    why = "" if core.is_ignored(heard) else why
+    why = "" if core.ignored.covers(heard.source) else why
     if core.is_me(name):
         room.inside = room.wanted = False
         commands = talk.acks.commands.items()
@@ -15419,13 +15538,13 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         if heard.name in room.people:
             user_went(talk, room, heard, heard.name, *heard.params[:1])
     if (room := core.find(heard.name)) and not room.is_channel:
-        told = heard.params and heard.params[0] and not core.is_ignored(heard)
+        told = heard.params and heard.params[0] and not core.ignored.covers(heard.source)
         why = f": {heard.params[0]}" if told else ""
         core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} has left{why}", where=room.name))
         room.gone = True  # as MONITOR tells, too
         # Another user may take that name
         core.park_all(room, f"{heard.name} has left", unsent=True)
-    core.forget_person(heard.name)
+    core.people.forget(heard.name)
     talk.name_is_free(heard.name)
 
 
@@ -15462,10 +15581,9 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
         core.show(ViewEvent(SERVER_TEXT, f"you are {new}"))
     for room in list(core.rooms.values()):
         if room.renamed(old, new) and not mine:
-            core.happened(
-                room, ViewEvent(SERVER_TEXT, f"{old} is now called {new}", where=room.name)
-            )
-    core.forget_person(old, new)
+            text = f"{old} is now called {new}"
+            core.happened(room, ViewEvent(NICK, text, old, room.name, address=new))
+    core.people.forget(old, new)
     core.is_back(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
@@ -15495,7 +15613,7 @@ def topic_set(talk: IrcTalk, heard: ServerLine) -> None:
         if not room.topic:
             text = f"{heard.name} removed the topic of {room.name}"
         talk.core.changed(room)
-        talk.core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name, time=heard.time))
+        talk.core.happened(room, ViewEvent(TOPIC, text, heard.name, room.name, heard.time))
 
 
 WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
@@ -15514,7 +15632,7 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     missing = [""] * 3
-    if heard.verb == "301" and talk.core.is_ignored(heard._replace(source=heard.params[1])):
+    if heard.verb == "301" and talk.core.ignored.covers(heard.params[1]):
         return
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
     room = talk.core.find(heard.params[1])
@@ -15544,41 +15662,42 @@ def who_told(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     _, where, user, host, _, name, flags, last = heard.params[:8]
     bot = talk.server.tokens.get("BOT", "") or " "
-    core.note_person(name, away=flags[:1] == "G", bot=bot in flags[1:])
-    asked = core.listings.get("WHO", [])[:1]
-    if core.fold(where) in core.quiet_who or not asked:  # ZNC sends WHO, too
+    core.people.note(name, away=flags[:1] == "G", bot=bot in flags[1:])
+    listing = talk.answers.listing("WHO")
+    if core.fold(where) in core.people.asked or listing is None:  # ZNC sends WHO, too
         return
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
     real = last.partition(" ")[2]
-    asked[0].add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
+    listing.add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
 
 
 @from_server("315")
 def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
     core, where = talk.core, heard.params[1] if len(heard.params) > 1 else ""
-    if core.fold(where) in core.quiet_who:
-        core.quiet_who.discard(core.fold(where))
+    if core.fold(where) in core.people.asked:
+        core.people.asked.discard(core.fold(where))
         core.show(ViewEvent(PEOPLE, where=where))
     else:
-        core.show_listing("WHO")
+        talk.answers.show_listing("WHO")
 
 
 @from_server("AWAY")
 def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
-    talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
+    talk.core.people.note(heard.name, away=bool(heard.params and heard.params[0]))
     talk.core.show(ViewEvent(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
         state = "is away" if heard.params and heard.params[0] else "is back"
-        if state == "is away" and not talk.core.is_ignored(heard):
+        if state == "is away" and not talk.core.ignored.covers(heard.source):
             state = f"is away: {heard.params[0]}"
-        talk.core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} {state}", where=room.name))
+        text = f"{heard.name} {state}"
+        talk.core.happened(room, ViewEvent(AWAY, text, heard.name, room.name))
 
 
 @from_server("ACCOUNT", least=1)
 def account_changed(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.note_person(heard.name, account=heard.params[0].replace("*", ""))
+    talk.core.people.note(heard.name, account=heard.params[0].replace("*", ""))
 
 
 @from_server("305", "306", least=2)
@@ -15607,7 +15726,7 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     if room is None:
         return
     text = f"{heard.name} set {' '.join(heard.params[1:])} in {room.name}"
-    talk.core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
+    talk.core.happened(room, ViewEvent(MODE, text, heard.name, room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
         if letter == "k" and value != "*":  # some servers hide it
@@ -15623,7 +15742,7 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("INVITE", least=2)
 def invited(talk: IrcTalk, heard: ServerLine) -> None:
     where = heard.params[1]
-    if talk.core.is_ignored(heard):
+    if talk.core.ignored.covers(heard.source):
         return
     text = f"{heard.name} invites you to {where}; /join {where}"
     talk.core.show(ViewEvent(SERVER_TEXT, text, called=True))
@@ -15645,7 +15764,7 @@ def names_told(talk: IrcTalk, heard: ServerLine) -> None:
     """<symbol> <channel> :<names>; RFC 1459 has no symbol"""
     *_, where, names = heard.params
     key = talk.core.fold(where)
-    if key not in talk.core.rooms and key not in talk.shown_names:
+    if key not in talk.core.rooms and key not in talk.answers.names:
         return
     coming = talk.names.setdefault(key, {})
     for word in names.split()[: PEOPLE_LISTED - len(coming)]:
@@ -15661,8 +15780,8 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
     if room:
         known = {name: people.pop(name) for name in room.people if name in people}
         room.people = people | known  # the last speaker is last
-    asked = key in talk.shown_names
-    talk.shown_names.discard(key)
+    asked = key in talk.answers.names
+    talk.answers.names.discard(key)
     where = room.name if room else heard.params[1]
     talk.core.show(ViewEvent(PEOPLE, text if asked else "", where=where))
 
@@ -15671,22 +15790,21 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
 def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
     _, name, count, *topic = heard.params
     text = "  ".join(filter(None, [name, count, *topic[:1]]))
-    asked = talk.core.listings.get("LIST", [])[:1]
-    for listing in asked:
+    if listing := talk.answers.listing("LIST"):
         listing.add(text)
-    talk.core.show(*[ViewEvent(SERVER_TEXT, text)] * (not asked))
+    else:
+        talk.core.show(ViewEvent(SERVER_TEXT, text))
 
 
 @from_server("323")
 def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.show_listing("LIST")
+    talk.answers.show_listing("LIST")
 
 
 @from_server("263", "416", least=2)
 def answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     """<command> :Please try again, or too many matches: the rest of a long answer does not come"""
-    if listings := talk.core.listings.get(heard.params[1].upper()):
-        listings.pop(0)
+    talk.answers.end_listing(heard.params[1].upper())
     tell_rest(talk, heard)
 
 
@@ -15877,6 +15995,71 @@ def message_pieces(text: str) -> Iterator[str]:
         yield "\n".join(piece for piece, _ in group)
 
 
+class Typing:
+    """The users who are typing: the others learn it of this user, and the client of them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.told: dict[int, tuple[float, str]] = {}  # by room: when the others were told, and what
+
+    def tell(self, room: Room, state: str) -> None:
+        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
+        is for a break, "done" for a text that is not sent after all."""
+        core, now = self.core, self.core.ticks()
+        since, told = self.told.get(room.id, (-math.inf, "done"))
+        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
+        if not due or (told == "done" and state == "paused") or not self._may_tell(room):
+            return
+        self.told[room.id] = now, state
+        label = f";label={QUIET}" * core.server.labels
+        core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
+
+    def _may_tell(self, room: Room) -> bool:
+        """Return whether the user wants that, the server takes it, and nothing has to go first."""
+        core, outbox = self.core, self.core.outbox
+        return (
+            core.can("typing")
+            and core.setting("typing") == "on"
+            and core.server.tells_own_tags  # else an error may be that of a message
+            and (room.inside or not room.is_channel)
+            and outbox.waiting.keys() <= outbox.parked.keys()
+            and core.talk.budget.tokens > TYPING_SPARE
+        )
+
+    def note(self, room: Room, name: str, state: str) -> None:
+        """Note that another user is typing, or has paused or stopped."""
+        room.typing.pop(name, None)
+        if state in TYPING_LASTS and len(room.typing) < TYPING_MOST:
+            room.typing[name] = self.core.ticks() + TYPING_LASTS[state]
+        self.core.show(ViewEvent(TYPING, state, name, room.name))
+
+    def end_overdue(self) -> None:
+        """Forget the users who have not continued to type."""
+        for room in self.core.rooms.values():
+            for name in [name for name, end in room.typing.items() if end < self.core.ticks()]:
+                self.note(room, name, "done")
+
+
+class IgnoreList(set[str]):
+    """The masks of the users who are ignored; `fold` is the server's rule for names."""
+
+    def __init__(self, masks: Iterable[str], fold: Callable[[str], str]):
+        super().__init__(masks)
+        self.fold = fold
+
+    def covers(self, source: str) -> bool:
+        """Return whether the user ignores a source, by nick or by mask."""
+        return any(self._matches(mask, source) for mask in self)
+
+    def _matches(self, mask: str, source: str) -> bool:
+        name, of_host = source.partition("!")[0], bool(set(mask) & HOST_CHARACTERS)
+        if not (of_host or set(mask) & set("!@*?")):
+            return self.fold(mask) == self.fold(name)
+        alone = f"*!*@{mask}" if of_host else f"{mask}!*@*"
+        full = mask if "!" in mask else f"*!{mask}" if "@" in mask else alone
+        return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
+
+
 class Person(NamedTuple):
     """A member of a channel."""
 
@@ -15885,6 +16068,165 @@ class Person(NamedTuple):
     away: bool = False
     account: str = ""
     bot: bool = False
+
+
+class People(dict[str, Person]):
+    """The facts that the server has told about users, beside their ranks, by key. A user without
+    such facts is not in it."""
+
+    def __init__(self, core: "ClientCore"):
+        super().__init__()
+        self.core = core
+        self.asked: set[str] = set()  # keys of channels with a WHO that is not answered yet
+
+    def of(self, room: Room) -> list[Person]:
+        """Return the members of a channel; the last speaker is last."""
+        fold = self.core.fold
+        people = ((self.get(fold(name), Person(name)), name) for name in room.people)
+        return [one._replace(name=name, rank=room.people[name]) for one, name in people]
+
+    def ask(self, room: Room) -> None:
+        """Ask once in a connection which members of a channel are away."""
+        asks = self.core.ready and room.inside and not room.asked_people
+        if asks and len(room.people) <= PEOPLE_ASKED:
+            room.asked_people = True
+            self.asked.add(self.core.fold(room.name))
+            self.core.talk.send("WHO", room.name)
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Note facts about a user: away, account, bot."""
+        key = self.core.fold(name)
+        person = self.get(key, Person(name))._replace(**facts)
+        if person == Person(person.name):
+            self.pop(key, None)
+        elif may_hold(self, key, PEOPLE_LISTED):
+            self[key] = person
+
+    def forget(self, name: str, new: str = "") -> None:
+        """Forget the facts about a user who left, or move them to the new nick."""
+        person = self.pop(self.core.fold(name), None)
+        if person and new:
+            self[self.core.fold(new)] = person
+
+
+class TransferList(list[Transfer]):
+    """The uploads and downloads of a client, and the token with which the server takes uploads
+    (draft/authtoken). The section TRANSFERS moves the bytes."""
+
+    start: Callable[[Transfer], None] | None = None  # both are set there
+    end: Callable[[Transfer], None] | None = None
+
+    def __init__(self, core: "ClientCore"):
+        super().__init__(core.store.transfers() if core.store else ())
+        self.core = core
+        self.upload_token, self.token_time = "", -math.inf  # when it was used last
+        self.wait_for_token: list[Callable[[str], None]] = []
+
+    @property
+    def url(self) -> str:
+        """The URL for uploads. Raises Refused if the server announces none."""
+        tokens, names = self.core.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
+        urls = [word for name in names for word in tokens.get(name, "").split()]
+        if not urls:
+            raise Refused("NO_FILEHOST", "this server takes no files")
+        return urls[0]
+
+    def with_token(self, then: Callable[[str], None]) -> None:
+        """Call then(token) with a token for uploads; "" if this server gives none."""
+        now = self.core.ticks()
+        if "draft/AUTHTOKEN" not in self.core.server.tokens:
+            return then("")
+        if self.upload_token and now - self.token_time < TOKEN_SECONDS / 2:
+            self.token_time = now
+            return then(self.upload_token)
+        self.wait_for_token.append(then)
+        return self.core.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
+
+    def take_token(self, token: str) -> None:
+        """Give a token of the server to the uploads that wait for one; "" if there will be none."""
+        self.upload_token, self.token_time = token, self.core.ticks()
+        waiting, self.wait_for_token = self.wait_for_token, []
+        for then in waiting:
+            then(token)
+
+    def keep(self, transfer: Transfer) -> None:
+        """Store and show a transfer: a new one, or its new state."""
+        if transfer not in self:
+            self.append(transfer)
+        if self.core.store:
+            self.core.store.keep_transfer(transfer)
+        self._show(transfer)
+
+    def forget(self, transfer: Transfer) -> None:
+        if transfer in self:
+            self.remove(transfer)
+        if self.core.store:
+            self.core.store.forget_transfer(transfer)
+        self._show(transfer)
+
+    def drop(self, transfer: Transfer) -> None:
+        """Stop the transfer of a file, and forget it."""
+        self.forget(transfer)
+        if self.end:
+            self.end(transfer)
+
+    def _show(self, transfer: Transfer) -> None:
+        self.core.show(ViewEvent(TRANSFER, where=transfer.room, own_id=transfer.id))
+
+    def post(self, upload: Transfer) -> None:
+        """Send the link of an uploaded file to its conversation."""
+        import mimetypes
+
+        kind = mimetypes.guess_type(upload.name)[0]
+        about = ", ".join(optional(kind or "", size_text(upload.size)))
+        text = f"{upload.name} ({about}): {upload.url}"
+        try:
+            self.core.send(upload.room, text)
+        except Refused as error:  # a service takes no files, or the room was left
+            self.core.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=upload.room))
+
+    def save(self, room: Room, view: ViewEvent, path: str) -> None:
+        """Begin to save the file that a message links to. Raises Refused."""
+        file = parse_file_tag(view.file)
+        ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
+        name = linked_name(view) or f"{file.path[-8:]}.{ending}"
+        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
+        self.start(Transfer(secrets.token_hex(8), False, room.name, path, **known))
+
+
+class Reactions:
+    """Reactions to messages (+draft/react). The client store keeps them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+
+    def of(self, id: str) -> dict[str, list[str]]:
+        """Return the reactions to a message: lists of nicks, by emoji."""
+        nicks: dict[str, list[str]] = {}
+        for emoji, name in self.core.store.reactions(id) if self.core.store and id else ():
+            nicks.setdefault(emoji, []).append(name)
+        return nicks
+
+    def send(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
+        """React to a message, or remove the reaction. Raises Refused."""
+        core = self.core
+        core.need("react")
+        if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
+            limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
+            raise Refused("BAD_REACTION", limit)
+        tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
+        label = ";label=reaction" * core.server.labels
+        core.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
+        if "echo-message" not in core.server.enabled:  # else the echo shows it
+            self.note(room, id, emoji, core.name, on)
+
+    def note(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
+        """Store and show the reaction of a user, or the end of it."""
+        before = name in self.of(id).get(emoji, ())
+        if self.core.store and before != on:
+            self.core.store.react(id, emoji, name, on)
+            view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
+            self.core.show(view._replace(mine=self.core.is_me(name)))
 
 
 class ForScreens:
@@ -15899,18 +16241,8 @@ class ForScreens:
     find: Callable[[str], Room | None]
     show: Callable[..., None]
     name = ""
-    start_transfer: Callable[[Transfer], None] | None = None  # both set by Transfers
-    end_transfer: Callable[[Transfer], None] | None = None
 
     def __init__(self) -> None:
-        self.transfers: list[Transfer] = []  # uploads and downloads
-        self.upload_token, self.token_at = "", -math.inf
-        self.wait_for_token: list[Callable[[str], None]] = []
-        self.typed_at: dict[int, tuple[float, str]] = {}  # when the user's typing was told, and how
-        self.known_people: dict[str, Person] = {}  # what is known beside their ranks, by key
-        self.quiet_who: set[str] = set()  # keys of channels with a WHO of a screen
-        self.asked_numerics: set[str] = set()  # shown only because the user asked for them
-        self.listings: dict[str, list[Listing]] = {}  # answers to LIST and WHO, still coming
         # The last lines of the protocol: time (ms), True if sent, and the line
         self.traffic: collections.deque[tuple[int, bool, str]]
         self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
@@ -15949,72 +16281,6 @@ class ForScreens:
             return []
         return [one for one in self.server.tokens.get("chat.py/NODES", "").split(",") if one]
 
-    @property
-    def file_host(self) -> str:
-        """The URL for uploads. Raises Refused if the server announces none."""
-        tokens, names = self.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
-        urls = [word for name in names for word in tokens.get(name, "").split()]
-        if not urls:
-            raise Refused("NO_FILEHOST", "this server takes no files")
-        return urls[0]
-
-    def with_token(self, then: Callable[[str], None]) -> None:
-        """Call then(token) with a token for uploads; "" if this server gives none."""
-        if "draft/AUTHTOKEN" not in self.server.tokens:
-            return then("")
-        if self.upload_token and self.ticks() - self.token_at < TOKEN_SECONDS / 2:
-            self.token_at = self.ticks()
-            return then(self.upload_token)
-        self.wait_for_token.append(then)
-        return self.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
-
-    def took_token(self, token: str) -> None:
-        """Give a token of the server to the uploads that wait for one; "" if there will be none."""
-        self.upload_token, self.token_at = token, self.ticks()
-        waiting, self.wait_for_token = self.wait_for_token, []
-        for then in waiting:
-            then(token)
-
-    def keep_transfer(self, one: Transfer) -> None:
-        if one not in self.transfers:
-            self.transfers.append(one)
-        if self.store:
-            self.store.keep_transfer(one)
-        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
-
-    def forget_transfer(self, one: Transfer) -> None:
-        if one in self.transfers:
-            self.transfers.remove(one)
-        if self.store:
-            self.store.forget_transfer(one)
-        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
-
-    def drop_transfer(self, one: Transfer) -> None:
-        """Stop the transfer of a file, and forget it."""
-        self.forget_transfer(one)
-        if self.end_transfer:
-            self.end_transfer(one)
-
-    def post_file(self, one: Transfer) -> None:
-        """Send the link of an uploaded file to its conversation."""
-        import mimetypes
-
-        kind = mimetypes.guess_type(one.name)[0]
-        about = ", ".join(optional(kind or "", size_text(one.size)))
-        text = f"{one.name} ({about}): {one.url}"
-        try:
-            self.send(one.room, text)
-        except Refused as error:  # a service takes no files, or the room was left
-            self.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=one.room))
-
-    def save_file(self, room: Room, view: ViewEvent, path: str) -> None:
-        """Begin to save the file that a message links to. Raises Refused."""
-        file = parse_file_tag(view.file)
-        ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
-        name = linked_name(view) or f"{file.path[-8:]}.{ending}"
-        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
-        self.start_transfer(Transfer(secrets.token_hex(8), False, room.name, path, **known))
-
     # Changes of messages: replies, reactions, redactions
 
     def can(self, what: str) -> bool:
@@ -16034,73 +16300,14 @@ class ForScreens:
         self.need("redact")
         self.talk.command("REDACT", room.name, id)
 
-    def react(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
-        """React to a message, or remove the reaction. Raises Refused."""
-        self.need("react")
-        if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
-            limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
-            raise Refused("BAD_REACTION", limit)
-        tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
-        label = ";label=reaction" * self.server.labels
-        self.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
-        if "echo-message" not in self.server.enabled:  # else the echo shows it
-            self.reacted(room, id, emoji, self.name, on)
-
-    def reacted(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
-        """Store and show the reaction of a user, or the end of it."""
-        known = name in self.reactions_of(id).get(emoji, ())
-        if self.store and known != on:
-            self.store.react(id, emoji, name, on)
-            view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
-            self.show(view._replace(mine=self.is_me(name)))
-
     def answered_words(self, view: ViewEvent) -> str:
         """Return the author and the text of the message that a view answers; "" for no answer."""
         room = self.find(view.where)
         if not view.reply or room is None:
             return ""
-        known = next((one for one in reversed(room.views) if one.id == view.reply), None)
-        known = known or self.kept(view.reply)
-        return f"{known.name}: {known.text}" if known else "an earlier message"
-
-    def reactions_of(self, id: str) -> dict[str, list[str]]:
-        """Return the reactions to a message: lists of nicks, by emoji."""
-        found: dict[str, list[str]] = {}
-        for emoji, name in self.store.reactions(id) if self.store and id else ():
-            found.setdefault(emoji, []).append(name)
-        return found
-
-    # Typing
-
-    def typing(self, room: Room, state: str) -> None:
-        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
-        is for a break, "done" for a text that is not sent after all."""
-        now = self.ticks()
-        ready = self.can("typing") and self.setting("typing") == "on"
-        ready = ready and self.server.tells_own_tags  # else an error may be that of a message
-        idle = self.outbox.waiting.keys() <= self.outbox.parked.keys()
-        ready = ready and (room.inside or not room.is_channel) and idle
-        ready = ready and self.talk.budget.tokens > TYPING_SPARE
-        since, told = self.typed_at.get(room.id, (-math.inf, "done"))
-        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
-        if ready and due and not (told == "done" and state == "paused"):
-            self.typed_at[room.id] = now, state
-            label = f";label={QUIET}" * self.server.labels
-            self.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
-
-    def types(self, room: Room, name: str, state: str) -> None:
-        """Note that another user is typing, or has paused or stopped."""
-        room.typing.pop(name, None)
-        if state in ("active", "paused") and len(room.typing) < TYPING_MOST:
-            seconds = TYPING_LASTS[state]
-            room.typing[name] = self.ticks() + seconds
-        self.show(ViewEvent(TYPING, state, name, room.name))
-
-    def end_typing(self) -> None:
-        """Forget the users who have not continued to type."""
-        for room in self.rooms.values():
-            for name in [one for one, until in room.typing.items() if until < self.ticks()]:
-                self.types(room, name, "done")
+        shown = (other for other in reversed(room.views) if other.id == view.reply)
+        answered = next(shown, None) or self.kept(view.reply)
+        return f"{answered.name}: {answered.text}" if answered else "an earlier message"
 
     # Read markers
 
@@ -16147,37 +16354,6 @@ class ForScreens:
             self.keep_room(one)
         self.changed(room)
 
-    # Members
-
-    def people(self, room: Room) -> list[Person]:
-        """Return the members of a channel; the last speaker is last."""
-        known = ((self.known_people.get(self.fold(name)), name) for name in room.people)
-        people = (one._replace(name=name) if one else Person(name) for one, name in known)
-        return [one._replace(rank=room.people[one.name]) for one in people]
-
-    def ask_people(self, room: Room) -> None:
-        """Ask once in a connection which members of a channel are away."""
-        asks = self.ready and room.inside and not room.asked_people
-        if asks and len(room.people) <= PEOPLE_ASKED:
-            room.asked_people = True
-            self.quiet_who.add(self.fold(room.name))
-            self.talk.send("WHO", room.name)
-
-    def note_person(self, name: str, **about: Any) -> None:
-        """Note facts about a user that the server tells: away, account, bot."""
-        key = self.fold(name)
-        one = self.known_people.get(key, Person(name))._replace(**about)
-        if one == Person(one.name):
-            self.known_people.pop(key, None)
-        elif may_hold(self.known_people, key, PEOPLE_LISTED):
-            self.known_people[key] = one
-
-    def forget_person(self, name: str, new: str = "") -> None:
-        """Forget the facts about a user who left, or move them to the new nick."""
-        one = self.known_people.pop(self.fold(name), None)
-        if one and new:
-            self.known_people[self.fold(new)] = one
-
     # Stored messages
 
     def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[ViewEvent]:
@@ -16219,7 +16395,6 @@ class ClientCore(ForScreens):
     told_trouble = ""  # the last reported trouble of the store
     doubted = ""  # text that is sent if the user enters it again
     replying = ""  # the id of the message that the typed text answers
-    wants_motd = False  # on the user's request
     views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
     # Of a screen: is a text for `current` begun?
@@ -16282,7 +16457,9 @@ class ClientCore(ForScreens):
         self.talk: IrcTalk | PlainTalk | None = None  # while connected, once the protocol is known
         self.away, self.former_names = "", {}  # keys of this client's earlier nicks
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
-        self.ignored: set[str] = store.ignored() if store else set()  # masks
+        self.ignored = IgnoreList(store.ignored() if store else (), self.fold)
+        self.people, self.typing, self.reactions = People(self), Typing(self), Reactions(self)
+        self.transfers = TransferList(self)
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
         self.seen: dict[str, None] = {}  # ids of known messages
         self.removed: dict[str, None] = {}  # ids of redacted messages
@@ -16315,7 +16492,6 @@ class ClientCore(ForScreens):
             room = self.rooms.setdefault(self.fold(room.name), room)
             if not room.views:
                 self._load_room(room)
-        self.transfers = self.store.transfers()
         if newest := self.store.newest():
             self.newest, self.newest_id = newest.time or 0, newest.id
 
@@ -16417,7 +16593,9 @@ class ClientCore(ForScreens):
             version = self.store.version()
             if version != self.version:
                 ignored, settings = self.store.ignored(), self.store.settings()
-                self.ignored, self.version = ignored, version
+                self.version = version
+                self.ignored.clear()
+                self.ignored.update(ignored)
                 self.settings.clear()
                 self.settings.update(settings)
 
@@ -16428,10 +16606,6 @@ class ClientCore(ForScreens):
             text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
             self.show(ViewEvent(NOTE, text))
         self.told_trouble = trouble or self.told_trouble
-
-    def keep_ignored(self) -> None:
-        if self.store:
-            self.store.keep_ignored(self.ignored)
 
     def setting(self, name: str) -> str:
         return self.settings.get(name, SETTINGS[name].usual)
@@ -16451,24 +16625,6 @@ class ClientCore(ForScreens):
         """The wanted nick by the rules of this server, as far as they are known."""
         name = self.wanted_name
         return clean_name(name) if self.server.ours else NOT_IN_A_NICK.sub("_", name) or "_"
-
-    def wants(self, verb: str, *params: str) -> None:
-        """Note that the user sends a command of IRC, so that its answer is shown."""
-        self.asked_numerics.update(ANSWERS.get(verb, ()))
-        self.wants_motd = self.wants_motd or verb == "MOTD"
-        if verb in LISTS:
-            self.listings.setdefault(verb, []).append(Listing())
-        if verb == "NAMES" and params:
-            self.online().shown_names.update(map(self.fold, params[0].split(",")))
-
-    def show_listing(self, verb: str) -> None:
-        """Show the collected answer to a LIST or WHO of the user as a page."""
-        for listing in self.listings.get(verb, [])[:1]:
-            self.listings[verb].remove(listing)
-            more = listing.count - len(listing.rows)
-            rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
-            page = ViewEvent(PAGE, "\n".join(rows), LISTS[verb])
-            self.show(page if rows else ViewEvent(NOTE, f"{LISTS[verb]}: nothing found"))
 
     def online(self) -> Any:
         """Return the present talk. Raises Refused without a connection, and where the server knows
@@ -16519,18 +16675,6 @@ class ClientCore(ForScreens):
         for room in self.rooms.values():
             room.is_channel = room.is_channel or self.server.is_channel(room.name)
 
-    def is_ignored(self, heard: ServerLine) -> bool:
-        """Return whether the user ignores the source of a line, by nick or by mask."""
-        return any(self.ignores(mask, heard.source) for mask in self.ignored)
-
-    def ignores(self, mask: str, source: str) -> bool:
-        name, of_host = source.partition("!")[0], bool(set(mask) & HOST_CHARACTERS)
-        if not (of_host or set(mask) & set("!@*?")):
-            return self.fold(mask) == self.fold(name)
-        alone = f"*!*@{mask}" if of_host else f"{mask}!*@*"
-        full = mask if "!" in mask else f"*!{mask}" if "@" in mask else alone
-        return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
-
     def is_called(self, text: str) -> bool:
         """Return whether a text contains the user's nick or a word of the setting highlight."""
         words = [self.name, *self.setting("highlight").split()]
@@ -16544,8 +16688,6 @@ class ClientCore(ForScreens):
         for room in self.rooms.values():  # a bouncer plays them again
             self.note_repeatable(room, room.views)
         self.output.clear()
-        self.asked_numerics.clear()
-        self.listings.clear()
         self.refusal, self.cause, self.redial, self.talk = "", TEMPORARY, False, None
         self.acknowledged = self.dismissed = False
         self.listening = not self.kind
@@ -16571,8 +16713,8 @@ class ClientCore(ForScreens):
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
             self.changed(room)
-        self.quiet_who.clear()
-        self.took_token("")
+        self.people.asked.clear()
+        self.transfers.take_token("")
         return self.take_views()
 
     def silence(self) -> list[ViewEvent]:
@@ -16665,14 +16807,13 @@ class ClientCore(ForScreens):
         if self.talk:
             self.talk.tick()
         for room in self.rooms.values():
-            passed = abs(self.clock() * 1000 - room.moved_at)  # the clock may have been set back
-            if room.moves and passed > MOVES_MS:
+            if room.moves_are_due(self.clock() * 1000):
                 self.show(self._in_room(room.show_moves()))
         here = self.current if self.reads_at_once and self.looked_at else None
         if here and not here.views.reading:
             self.mark_read(here)
         self.tell_read()
-        self.end_typing()
+        self.typing.end_overdue()
         self.refresh()
         if self.store:
             self.store.index()
@@ -16790,7 +16931,7 @@ class ClientCore(ForScreens):
         accepted = [one for one in added if one.id in self.outbox.waiting]
         for one, piece in zip(accepted, pieces, strict=False):
             room = self._show_own(one, piece)
-            self.typed_at.pop(room.id, None)  # a message implies that typing is done
+            self.typing.told.pop(room.id, None)  # a message implies that typing is done
             outside = room.is_channel and self.ready and not room.inside
             if outside and (not room.wanted or self.fold(room.name) in self.talk.joins.refused):
                 self.park(one.id, f"you are not in {room.name}")
@@ -16980,7 +17121,7 @@ class ClientCore(ForScreens):
 
     def said(self, view: ViewEvent, heard: ServerLine | None = None) -> None:
         """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
-        if heard is not None and not view.mine and self.is_ignored(heard):
+        if heard is not None and not view.mine and self.ignored.covers(heard.source):
             return
         self.is_back(view.name)
         if view.own_id:
@@ -17045,21 +17186,24 @@ class ClientCore(ForScreens):
         view = self.timed(view, room)
         if room.held is not None:
             return room.hold(view)
-        known = view.name in room.spoken or self.setting("fold") == "off"
-        moved, when = view.kind in MOVES and not known, view.time or 0
-        if not moved and room.moves:
+        if not (self.folds(room, view) and room.move(view)):
             self.unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
-        if moved and when - room.moved_at < MOVES_MS:
-            room.moves.append(view)
-        else:
             room.views.append(view)
-            room.moved_at = when if moved else room.moved_at
         self.show(view)
 
+    def folds(self, room: Room, view: ViewEvent) -> bool:
+        """Return whether an event may share a row with others: none that the user did or that is
+        about the user, and none of a user who spoke here, but for being away."""
+        if view.kind not in FOLDED or self.setting("fold") == "off":
+            return False
+        if view.kind in CHANGES and (self.is_me(view.name) or calls(view.text, self.name)):
+            return False
+        return view.kind == AWAY or view.name not in room.spoken
+
     def unfold(self, room: Room, *names: str) -> None:
-        """Show the collected joins if one of these users is among them: else their row would follow
-        the user's message, kick or new nick."""
-        if not {move.name for move in room.moves}.isdisjoint(names):
+        """Show the collected joins and changes if one of these users is among them: else their row
+        would follow the user's message, kick or new nick."""
+        if not room.movers.isdisjoint(names):
             self.show(self._in_room(room.show_moves()))
 
     def deliver(self, room: Room, view: ViewEvent, paged: bool = False) -> None:
@@ -17129,8 +17273,7 @@ class ClientCore(ForScreens):
             return True
         if view.mine:
             return self.is_service(view.where, view.text)
-        source = f"{view.name}!{view.address}"
-        return any(self.ignores(mask, source) for mask in self.ignored)
+        return self.ignored.covers(f"{view.name}!{view.address}")
 
     def remove(self, id: str) -> None:
         """Remove a redacted message, also one that is still to come."""
@@ -17416,8 +17559,8 @@ def do_ctcp(core: ClientCore, name: str, request: str) -> None:
 def do_names(core: ClientCore, name: str = "") -> None:
     """/names [#CHANNEL] -- list the members"""
     where = name or asked_channel(core)
-    core.talk.shown_names.add(core.fold(where))
     core.talk.command("NAMES", where)
+    core.talk.answers.expect("NAMES", where)
 
 
 @client_command("topic", most=1)
@@ -17480,12 +17623,17 @@ def do_away(core: ClientCore, reason: str = "") -> None:
 client_command("back", doc="/back -- say that you are here again")(do_away)
 
 
+def keep_ignored(core: ClientCore) -> None:
+    if core.store:
+        core.store.keep_ignored(core.ignored)
+
+
 @client_command("ignore", most=1, nameless=True)
 def do_ignore(core: ClientCore, mask: str = "") -> None:
     """/ignore [NAME|MASK] -- do not show what a user says; who is ignored"""
     if mask:
         core.ignored.add(mask)
-        core.keep_ignored()
+        keep_ignored(core)
     text = ", ".join(sorted(core.ignored)) or "no user"
     core.show(ViewEvent(NOTE, f"ignored: {text}"))
 
@@ -17497,7 +17645,7 @@ def do_unignore(core: ClientCore, mask: str) -> None:
     if core.fold(mask) not in known:
         raise Refused("NOT_IGNORED", f"{mask} is not ignored; /ignore lists the ignored users")
     core.ignored.discard(known[core.fold(mask)])
-    core.keep_ignored()
+    keep_ignored(core)
     do_ignore(core)
 
 
@@ -17558,7 +17706,7 @@ def do_mode(core: ClientCore, words: str = "") -> None:
     else:
         where, _, rest = words.partition(" ")  # a user
     core.talk.command("MODE", where, *rest.split())
-    core.wants("MODE")
+    core.talk.answers.expect("MODE")
 
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
@@ -17593,7 +17741,7 @@ def command_that_is_sent(
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
-        core.wants(verb.upper())
+        core.talk.answers.expect(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
     client_command(verb, least, least or 1, exact=secret)(pass_on)
@@ -17616,7 +17764,7 @@ def do_whois(core: ClientCore, *words: str) -> None:
 def do_who(core: ClientCore, mask: str = "") -> None:
     """/who [#CHANNEL|MASK] -- list users with their addresses"""
     core.talk.command("WHO", mask or asked_channel(core))
-    core.wants("WHO")
+    core.talk.answers.expect("WHO")
 
 
 @client_command("register", most=2, exact=True)
@@ -17790,7 +17938,7 @@ def do_react(core: ClientCore, *words: str, on: bool = True) -> None:
     """/react [-N] EMOJI -- react to the last message of another user, or the Nth from the end"""
     core.need("react")
     room, view, emoji = numbered_view(core, words, mine=False)
-    core.react(room, view.id, emoji, on)
+    core.reactions.send(room, view.id, emoji, on)
 
 
 client_command("unreact", 1, 2, doc="/unreact [-N] EMOJI -- take that back")(
@@ -17827,9 +17975,9 @@ client_command(
 def do_send(core: ClientCore, path: str) -> None:
     """/send FILE -- upload a file, and post its link here when it is there"""
     room = asked_room(core)
-    if core.start_transfer is None:
+    if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen send files")
-    core.start_transfer(Transfer(secrets.token_hex(8), True, room.name, path))
+    core.transfers.start(Transfer(secrets.token_hex(8), True, room.name, path))
 
 
 @client_command("save", most=2, nameless=True)
@@ -17840,10 +17988,10 @@ def do_save(core: ClientCore, *words: str) -> None:
     told = [(one, parse_file_tag(one.file)) for one in room.views if one.file]
     if len(told) < number or told[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
-    if core.start_transfer is None:
+    if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen save files")
     path = " ".join(words[bool(numbered) :])
-    core.save_file(room, told[-number][0], path)
+    core.transfers.save(room, told[-number][0], path)
 
 
 @client_command("transfers", most=2, nameless=True)
@@ -17852,7 +18000,7 @@ def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
     number = whole_number(which) or 0
     if what == "cancel" and 0 < number <= len(core.transfers):
         one = core.transfers[number - 1]
-        core.drop_transfer(one)
+        core.transfers.drop(one)
         return core.show(ViewEvent(NOTE, f"{one.name or one.path} is dropped"))
     if what:
         raise Refused("NO_TRANSFER", "usage: /transfers cancel 1")
@@ -17874,7 +18022,7 @@ def do_raw(core: ClientCore, line: str = "") -> None:
         return core.show(ViewEvent(PAGE, "\n".join(rows), "lines of the protocol"))
     verb, *params = line.split()
     core.online().raw(line)
-    core.wants(verb.upper(), *params)
+    core.talk.answers.expect(verb.upper(), *params)
 
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
@@ -19911,20 +20059,29 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
 
 class SureTime:
     """The time that decides about deletions. A wall clock may be wrong for a while: this is the
-    earliest time by it within SURE_SECONDS on the monotonic clock."""
+    earliest time by it within the last SURE_SECONDS in which the server ran. They may belong to
+    several starts, so that a server that never runs for so long at a stretch deletes, too."""
 
-    def __init__(self, loop: Loop, clock: Callable[[], float]):
-        self.loop, self.clock, self.began = loop, clock, loop.now
-        self.offsets: dict[float, float] = {}  # of the wall clock, by step of the monotonic one
+    def __init__(self, loop: Loop, clock: Callable[[], float], hub: Hub, store: Store):
+        self.loop, self.clock, self.hub, self.store = loop, clock, hub, store
+        self.offsets = dict(store.rows("offsets"))  # of the wall clock, by step of running
+        self.began = loop.now - max(self.offsets, default=0) * SURE_STEP_SECONDS
 
     def __call__(self) -> float:
         """Return the time, in seconds; 0 as long as the server has not run for long enough."""
-        now, offsets = self.loop.now, self.offsets
-        step, offset = now // SURE_STEP_SECONDS, self.clock() - now
-        offsets[step] = min(offset, offsets.get(step, offset))
+        ran, offsets = self.loop.now - self.began, self.offsets
+        step, offset = int(ran // SURE_STEP_SECONDS), self.clock() - ran
+        if offset < offsets.get(step, math.inf):
+            offsets[step] = offset
+            self._record("offset", step, offset)
         for old in [one for one in offsets if (step - one) * SURE_STEP_SECONDS > SURE_SECONDS]:
             del offsets[old]
-        return now + min(offsets.values()) if now - self.began >= SURE_SECONDS else 0.0
+            self._record("offset_gone", old)
+        return ran + min(offsets.values()) if ran >= SURE_SECONDS else 0.0
+
+    def _record(self, name: str, *values: Any) -> None:
+        if not self.store.node:  # whose tables are those of all nodes
+            self.hub.turn.record(name, *values)
 
 
 class Committer:
@@ -20517,7 +20674,8 @@ class Server:
         self.told_of_clock = False  # that it differs from the log's
         self.paused = False  # clients are not read: the cluster cannot be reached
         self.failure = ""  # why this server ends
-        self.sure_time = SureTime(loop, self.wall)
+        self.uploads_seen: dict[str, float] = {}  # by id: when first, on the monotonic clock
+        self.sure_time = SureTime(loop, self.wall, self.hub, self.store)
         self.committer = Committer(
             loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
         )
@@ -20610,13 +20768,15 @@ class Server:
         return self.site.has_content(file) or bool(abandoned)
 
     def expire_files(self) -> None:
-        """Remove old files, and uploads that do not go on."""
-        now = self.sure_time() * 1000
+        """Remove old files, and uploads that do not go on. An upload of a clock that was ahead ends
+        a day after this server first saw it."""
+        now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
         for file in list(self.hub.files.values()):
-            days = self.options.files_keep
-            seconds = days * 24 * 3600 if file.sha else UPLOAD_SECONDS
-            old = now - file.made > seconds * 1000 and self.looks_after(file)
-            if old and file.id not in self.site.uploading:
+            age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
+            if not file.sha:
+                seen = self.uploads_seen[file.id] = before.get(file.id, self.loop.now)
+                age, most = max(age, self.loop.now - seen), UPLOAD_SECONDS
+            if age > most and self.looks_after(file) and file.id not in self.site.uploading:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 
@@ -21559,7 +21719,7 @@ class Link:
         """Tell the others in a conversation that the user types a message, or stopped."""
         if room is not None:
             tells = text.strip() and not text.startswith("/")
-            self.core.typing(room, "active" if tells else "done")
+            self.core.typing.tell(room, "active" if tells else "done")
             self.poke()
 
     def poke(self) -> None:
@@ -22270,12 +22430,20 @@ def is_temporary(response: Response | None) -> bool:
     return response.status >= 500 and response.status != 507
 
 
-def size_of(path: pathlib.Path | str) -> int:
-    """Return the size of a file. Raises Refused if there is something else, or OSError."""
+def state_of(path: pathlib.Path | str) -> tuple[int, int]:
+    """Return the size of a file, and when it was changed. Raises Refused if there is something
+    else, or OSError."""
     known = os.stat(path)
     if not stat.S_ISREG(known.st_mode):  # to read a pipe may take for ever
         raise Refused("NO_FILE", f"{path} is no file")
-    return known.st_size
+    return known.st_size, known.st_mtime_ns
+
+
+def check_unchanged(one: Transfer) -> None:
+    """Raise Refused if the file of an upload is not as it was when the upload began: what arrives
+    would be parts of two files. Raises OSError if it cannot be read."""
+    if state_of(one.path) != (one.size, one.changed):
+        raise Refused("NO_FILE", f"{one.path} was changed meanwhile; send it again")
 
 
 class Download:
@@ -22301,7 +22469,7 @@ class Download:
             one.etag = ""  # so that the next attempt begins at the beginning
             return self.transfers.calls[one.id].drop("the server sends another part of the file")
         one.size, one.etag = size, etag
-        self.transfers.core.keep_transfer(one)
+        self.transfers.core.transfers.keep(one)
 
     def take(self, data: bytes) -> None:
         """Take a piece of the file."""
@@ -22357,7 +22525,7 @@ class Transfers:
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
         self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
-        self.core.start_transfer, self.core.end_transfer = self.start, self.end
+        self.core.transfers.start, self.core.transfers.end = self.start, self.end
         link.transfers = self
         self.watch()
 
@@ -22374,13 +22542,13 @@ class Transfers:
             raise Refused("NO_FILE", reason) from None
         except (RuntimeError, ValueError):  # ~ and a name that no user has; half a character
             raise Refused("NO_FILE", f"cannot {verb} {visible(one.path)}: no such path") from None
-        self.core.keep_transfer(one)
+        self.core.transfers.keep(one)
         self.wake()
 
     def _find_file(self, one: Transfer, path: pathlib.Path) -> None:
         """Note the path of a file, its name and its size. A file to save gets a free path."""
         if one.up:
-            one.size = size_of(path)
+            one.size, one.changed = state_of(path)
             os.close(os.open(path, os.O_RDONLY))
             one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
             return
@@ -22397,6 +22565,7 @@ class Transfers:
             call.drop("dropped")
         if not one.up:
             pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
+        self._take_back(one)
         self.wake()
 
     def watch(self) -> None:
@@ -22417,15 +22586,15 @@ class Transfers:
                 free -= 1
                 self.calls[one.id] = None
                 one.state, one.why = "running", ""
-                self.core.with_token(functools.partial(self._run, one))
+                self.core.transfers.with_token(functools.partial(self._run, one))
 
     def _run(self, one: Transfer, token: str) -> None:
         """Go on with a transfer; `token` is for uploads, or ""."""
         if one.id not in self.calls:
             return
         try:
-            if one.up and size_of(one.path) < one.size:
-                raise Unusable(f"{one.path} is shorter than it was")
+            if one.up:
+                check_unchanged(one)
             if not one.up:
                 self._download(one)
             elif one.url:
@@ -22508,7 +22677,7 @@ class Transfers:
         name = base64.b64encode(one.name.encode()).decode()
         known = {"Upload_Length": one.size, "Upload_Metadata": f"filename {name}"}
         headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0, **known)
-        url = parse_url(self.core.file_host, self.base)
+        url = parse_url(self.core.transfers.url, self.base)
 
         def created(response: Response | None, text: str) -> None:
             if is_temporary(response):
@@ -22516,7 +22685,7 @@ class Transfers:
             if response.status != 201:
                 return self.refused(one, response, text)
             one.url = response.header("location")
-            self.core.keep_transfer(one)
+            self.core.transfers.keep(one)
             return self._send_from(one, token, 0) if one.size else self._sent(one)
 
         self._call(one, CallRequest("POST", url, headers, created))
@@ -22551,12 +22720,12 @@ class Transfers:
         headers = self._headers(token, Tus_Resumable="1.0.0", Upload_Offset=at, **piece)
 
         def read(where: int) -> bytes:
+            check_unchanged(one)  # first, since to open a pipe may take for ever
             with open(one.path, "rb") as file:
                 file.seek(where)
                 data = file.read(FILE_PIECE_BYTES)
-            if len(data) < min(FILE_PIECE_BYTES, one.size - where):
-                raise OSError(f"{one.path} is shorter than it was")
-            return data[: one.size - where]
+            check_unchanged(one)
+            return data
 
         def sent(done: int) -> None:
             one.done = max(at, done)
@@ -22577,8 +22746,27 @@ class Transfers:
 
     def _sent(self, one: Transfer) -> None:
         """Post the link of a complete upload."""
-        self.core.post_file(one)
+        self.core.transfers.post(one)
         self._over(one)
+
+    def _take_back(self, one: Transfer) -> None:
+        """Have the server remove what it has of an upload that is not completed: it counts against
+        the user's room. Without a connection it is removed when its time is over."""
+        if not (one.up and one.url and self.core.ready):
+            return
+        call = Transfer(f"removed {one.id}", True, "", "")
+
+        def done(response: Response | None, text: str) -> None:
+            self.calls.pop(call.id, None)
+
+        def remove(token: str) -> None:
+            headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0)
+            with contextlib.suppress(Unusable):  # the server gave no address
+                request = CallRequest("DELETE", self._own_url(one), headers, done)
+                self.calls[call.id] = None
+                self._call(call, request)
+
+        self.core.transfers.with_token(remove)
 
     # Down
 
@@ -22632,7 +22820,7 @@ class Transfers:
 
     def _over(self, one: Transfer) -> None:
         self.calls.pop(one.id, None)
-        self.core.forget_transfer(one)
+        self.core.transfers.forget(one)
         self.link.poke()
         self.wake()
 
@@ -22648,7 +22836,7 @@ class Transfers:
 
     def refused(self, one: Transfer, response: Response, text: str) -> None:
         if response.status == 401 and one.failures < 2:  # the token has ended
-            self.core.upload_token = ""
+            self.core.transfers.upload_token = ""
             return self.broke(one, text.strip())
         return self.failed(one, reason_given(response, text))
 
@@ -22659,7 +22847,8 @@ class Transfers:
         if not one.up:
             with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
-        self.core.forget_transfer(one)
+        self._take_back(one)
+        self.core.transfers.forget(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
         self.wake()
@@ -23389,6 +23578,7 @@ LINES = {  # how each kind of view looks
     PART: moved_lines,
     QUIT: moved_lines,
     MOVED: several_moved_lines,
+    **dict.fromkeys(CHANGES, told_lines),
     SERVER_TEXT: told_lines,
     NOTE: told_lines,
     FAILED: failed_lines,
@@ -23752,7 +23942,7 @@ class Display:
     def keep(self, view: ViewEvent, room: Room | None = None) -> None:
         """Add a view to its conversation, unless the core has added it."""
         room = room or self.core.find(view.where) or self.room
-        if view.kind in MOVES and any(one is view for one in reversed(room.moves)):
+        if view.kind in FOLDED and any(one is view for one in reversed(room.moves)):
             return  # they will be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(self.core.timed(view))
@@ -23822,9 +24012,7 @@ class Display:
         NOTICE: _take_said,
         FOUND: lambda self, view: self.keep(view, self.room),
         REACTED: _take_reacted,
-        JOIN: keep,
-        PART: keep,
-        QUIT: keep,
+        **dict.fromkeys(FOLDED, keep),
         SERVER_TEXT: keep,
         NOTE: keep,
         QR_CODE: keep,
@@ -24322,7 +24510,7 @@ def filter_lines(view: ViewEvent) -> list[str]:
     if view.kind in MOVES:
         verb = "joined" if view.kind == JOIN else "left"
         return [f"{where}{view.name} ({view.address}) {verb} the chat!"]
-    if view.kind in (SERVER_TEXT, PAGE, QR_CODE) or (view.kind == PEOPLE and view.text):
+    if view.kind in (*CHANGES, SERVER_TEXT, PAGE, QR_CODE) or (view.kind == PEOPLE and view.text):
         return [f"* {line}" for line in view.text.split("\n")]
     return []
 
@@ -25772,6 +25960,8 @@ async function retry({ own }) {
 const CHUNK = 256 * 1024; // bytes of a request
 
 class Uploader {
+  patience = 4000; // ms: browsers keep idle connections, and do not notice that one is dead
+
   async run() {
     if (this.running) return;
     this.running = true;
@@ -25788,7 +25978,10 @@ class Uploader {
 
   async call(method, url, headers, body) {
     const Authorization = `Bearer ${this.token ??= await this.newToken()}`;
-    const end = new AbortController(), timer = setTimeout(() => end.abort(), 60000);
+    const end = this.end = new AbortController(), timer = setTimeout(() => {
+      this.patience = Math.min(2 * this.patience, 60000); // if the line is only slow
+      end.abort();
+    }, body ? 60000 : this.patience);
     const response = await fetch(url, { method, body, signal: end.signal,
       headers: { 'Tus-Resumable': '1.0.0', Authorization, ...headers } })
       .finally(() => clearTimeout(timer));
@@ -25986,6 +26179,7 @@ class Leader {
     this.flying.clear();
     this.registered = this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
+    this.uploader.end?.abort(); // its connection may be as dead
     if (leader !== this || state.phase === 'ended') return;
     const wait = this.wait * (0.75 + Math.random() / 2);
     this.wait = Math.min(LONGEST, this.wait * 2);
