@@ -1457,9 +1457,8 @@ def is_loopback(host: str) -> bool:
 
 
 def address_key(host: str, own: str = "") -> str:
-    """Return an address as limits count it: an IPv6 address as its /64, since one user has a whole
-    /64. A LAN shares a /64: addresses in the /64 of `own` (our address) count as themselves, and so
-    do link-local ones."""
+    """Return an address as limits count it: an IPv6 address as its /64, since one user has all of
+    that. A LAN shares one: addresses in the /64 of `own`, ours, and link-local ones stay whole."""
     host = host.strip("[]").partition("%")[0]
     if ":" not in host:
         return host
@@ -2017,9 +2016,8 @@ class Membership:
 
 
 class Mask:
-    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?, or an
-    extended mask. a:ACCOUNT means the users logged in to that account; m:MASK means users who may
-    be in the channel but not speak."""
+    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?; or else
+    a:ACCOUNT, for users logged in to it, or m:MASK, for users who may join but not speak."""
 
     __slots__ = ("by_account", "mutes", "pattern", "setter", "text", "when")
 
@@ -8326,8 +8324,7 @@ class IrcSession(LocalSession):
 
     def tell_renamed(self, old: str, name: str, reason: str) -> None:
         """Tell a client without draft/channel-rename a PART and a JOIN, unless both names are the
-        same to it (CASEMAPPING=ascii). Names follow when the session has its turn: a renaming of a
-        crowded channel must not stop the others."""
+        same to it (CASEMAPPING=ascii). Names follow in its turn: a crowd must not stop others."""
         if old.encode().lower() == name.encode().lower():
             return
         mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
@@ -8512,9 +8509,8 @@ def isupport(site: SessionContext) -> list[str]:
 
 
 def web_tokens(session: IrcSession) -> list[str]:
-    """Return the tokens of 005 with the address of the page for browsers, and the address for
-    uploads (draft/FILEHOST, and soju's name for it) beside the one that says that upload tokens can
-    be asked for (draft/authtoken)."""
+    """Return the tokens of 005 for the page for browsers, for uploads (draft/FILEHOST, and soju's
+    name for it), and for the tokens that uploads need (draft/authtoken)."""
     url = base_url(session.site, session.conn.secure, session.conn.local)
     tokens = [f"chat.py/WEB={url}/"]
     if session.site.folder is not None:
