@@ -1173,6 +1173,12 @@ class Budget:
 LongAnswer = Iterator[None] | None  # the rest of it, if there is one
 
 
+def require_operator(who: "Session") -> None:
+    """Raise Refused unless the session operates the server."""
+    if not who.operator:
+        raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
+
+
 class Command(NamedTuple):
     """A command, and the requirements that the gate checks before it runs."""
 
@@ -1227,8 +1233,8 @@ class Commands(dict[str, Command]):
             params = given[: command.most]
         if len(params) < command.least:
             raise Refused("NEED_MORE_PARAMS", f"usage: {command.syntax}", verb)
-        if command.privileged and not session.operator:
-            raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
+        if command.privileged:
+            require_operator(session)
         return command.handler(session, *params)
 
 
@@ -1451,9 +1457,8 @@ def is_loopback(host: str) -> bool:
 
 
 def address_key(host: str, own: str = "") -> str:
-    """Return an address as limits count it: an IPv6 address as its /64, since one user has a whole
-    /64. A LAN shares a /64: addresses in the /64 of `own` (our address) count as themselves, and so
-    do link-local ones."""
+    """Return an address as limits count it: an IPv6 address as its /64, since one user has all of
+    that. A LAN shares one: addresses in the /64 of `own`, ours, and link-local ones stay whole."""
     host = host.strip("[]").partition("%")[0]
     if ":" not in host:
         return host
@@ -2011,9 +2016,8 @@ class Membership:
 
 
 class Mask:
-    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?, or an
-    extended mask. a:ACCOUNT means the users logged in to that account; m:MASK means users who may
-    be in the channel but not speak."""
+    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?; or else
+    a:ACCOUNT, for users logged in to it, or m:MASK, for users who may join but not speak."""
 
     __slots__ = ("by_account", "mutes", "pattern", "setter", "text", "when")
 
@@ -2613,16 +2617,16 @@ class LocalSession(Session):
         if then and not self.over:  # a K-line, for example, ends the session that logs in
             then(result)
 
-    def later(self, lane: str, job: Callable, then: Callable) -> None:
-        """Run job() off the loop, then then(its result). The session's next line waits for that."""
+    def later(self, lane: str, job: Callable, *values: Any, then: Callable) -> None:
+        """Run job(*values) off the loop, then then(its result). The next line waits for that."""
         self.deferred = True
         self.jobs += 1
         self.latest = Awaited(self, then)
-        self.site.server.later(self, lane, job, self.latest)
+        self.site.server.later(self, lane, functools.partial(job, *values), self.latest)
 
-    def read(self, job: Callable, then: Callable) -> None:
-        """Run a job that reads the store, then then(its result). The next line waits for that."""
-        self.later(PAGE_LANE, job, then)
+    def read(self, job: Callable, *values: Any, then: Callable) -> None:
+        """Run a job that reads the store: see later()."""
+        self.later(PAGE_LANE, job, *values, then=then)
 
     def take_result(self, job: Awaited, result: Any) -> None:
         """Handle the result of a job: a value, or the ChatError that it raised."""
@@ -2796,10 +2800,10 @@ def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
 # The log of a turn
 
 
-def attempt(work: Callable[[], Any], report: Callable) -> Any:
-    """Return work(), or None if it raises: a bug in one event or result loses that one only."""
+def attempt(report: Callable, work: Callable, *values: Any) -> Any:
+    """Return work(*values), or None if it raises: a bug loses one event or result only."""
     try:
-        return work()
+        return work(*values)
     except Exception:
         report()
         return None
@@ -2808,26 +2812,23 @@ def attempt(work: Callable[[], Any], report: Callable) -> Any:
 class Group:
     """The events of one audience in a turn: encoded once for each wire, and joined once."""
 
-    def __init__(self, audience: Audience):
-        self.audience = audience
+    def __init__(self, audience: Audience, report: Callable):
+        self.audience, self.report = audience, report  # to which bugs go
         self.by_wire = audience.sessions_by_wire()
         self.events: list[Event] = []
         self.special: list[int] = []  # indices of what is not SPOKEN: each wire has its own line
-        self.origins: dict[Session | None, list[int]] = {}  # indices of their events
+        # Indices of their events
+        self.origins: dict[Session, list[int]] = collections.defaultdict(list)
         self.encoded: dict[Any, list[bytes]] = {}  # a line each, by wire or format
         self.joins: dict[Any, tuple[bytes, list[int]]] = {}  # all lines, and where each begins
 
     def add(self, event: Event) -> None:
-        index, origin, events = len(self.events), event.origin, self.events
-        if origin is not None:
-            mine = self.origins.get(origin)
-            if mine is None:
-                self.origins[origin] = [index]
-            else:
-                mine.append(index)
+        index = len(self.events)
+        if event.origin is not None:
+            self.origins[event.origin].append(index)
         if event.kind is not MESSAGE and event.kind not in SPOKEN:
             self.special.append(index)
-        events.append(event)
+        self.events.append(event)
 
     @functools.cached_property
     def ids(self) -> list[int]:
@@ -2837,37 +2838,36 @@ class Group:
         """Return the cache key: wires with one format share a group that has only messages."""
         return wire if self.special else wire.format
 
-    def lines(self, wire: Wire, report: Callable) -> list[bytes]:
+    def lines(self, wire: Wire) -> list[bytes]:
         """Return a line for each event, as this wire has them. They are encoded once."""
         key = self.key(wire)
         if (lines := self.encoded.get(key)) is not None:
             return lines
         if (lines := self.encoded.get(wire.format)) is None:
-            lines = self.encoded[wire.format] = self._spoken(wire, report)
+            lines = self.encoded[wire.format] = self._spoken(wire)
         if self.special:
             lines = self.encoded[key] = lines.copy()
             for n in self.special:
-                encode = functools.partial(wire.line, self.audience, self.events[n])
-                lines[n] = attempt(encode, report) or b""
+                lines[n] = attempt(self.report, wire.line, self.audience, self.events[n]) or b""
         return lines
 
-    def _spoken(self, wire: Wire, report: Callable) -> list[bytes]:
+    def _spoken(self, wire: Wire) -> list[bytes]:
         """Encode the messages. A bug in one message loses only that message."""
         encode = functools.partial(wire.format.encode, self.audience)
         spoken = [e for e in self.events if e.kind in SPOKEN] if self.special else self.events
         try:
             lines = encode(spoken)
         except Exception:
-            lines = [attempt(lambda e=e: b"".join(encode([e])), report) or b"" for e in spoken]
+            lines = [b"".join(attempt(self.report, encode, [event]) or ()) for event in spoken]
         for n in self.special:
             lines.insert(n, b"")
         return lines
 
-    def joined(self, wire: Wire, report: Callable) -> tuple[bytes, list[int]]:
+    def joined(self, wire: Wire) -> tuple[bytes, list[int]]:
         """Return all lines as one bytes object, and the offsets where they begin and end."""
         key = self.key(wire)
         if (found := self.joins.get(key)) is None:
-            lines = self.lines(wire, report)
+            lines = self.lines(wire)
             starts = list(itertools.accumulate(map(len, lines), initial=0))
             found = self.joins[key] = b"".join(lines), starts
         return found
@@ -2882,24 +2882,17 @@ class Group:
                 ranges.append((start, end))
         return ranges
 
-    def own_lines(
-        self, session: LocalSession, copies: Iterable[int], report: Callable
-    ) -> list[tuple[int, bytes]]:
+    def own_lines(self, session: LocalSession, copies: Iterable[int]) -> list[tuple[int, bytes]]:
         """Return the lines that a session gets for its own user's events: index and bytes."""
-        lines = self.lines(session.wire, report)
+        lines, own, report = self.lines(session.wire), session.own, self.report
         mine = self.origins.get(session, [])
         if copies:
             found = ((bisect.bisect_left(self.ids, id), id) for id in copies)
             mine = mine + [n for n, id in found if self.ids[n : n + 1] == [id]]
-        own = ((n, functools.partial(session.own, self.events[n], lines[n])) for n in mine)
-        return [(n, attempt(line, report) or b"") for n, line in own]
+        return [(n, attempt(report, own, self.events[n], lines[n]) or b"") for n in mine]
 
     def joined_for(
-        self,
-        session: LocalSession,
-        ranges: list[tuple[int, int]],
-        copies: Iterable[int],
-        report: Callable,
+        self, session: LocalSession, ranges: list[tuple[int, int]], copies: Iterable[int]
     ) -> bytes:
         """Return the bytes of a session that no other group concerns. The lines between its replies
         and its own events are slices of the shared bytes: a thousand users who join in one turn
@@ -2907,14 +2900,13 @@ class Group:
         count, mine = len(self.ids), self.origins.get(session, ())
         if ranges == [(0, count)] and 50 * len(mine) > count and not (copies or session.replies):
             with contextlib.suppress(Exception):  # one of a few who speak
-                lines = self.lines(session.wire, report).copy()
+                lines = self.lines(session.wire).copy()
                 for n in mine:
                     lines[n] = session.own(self.events[n], lines[n])
                 return b"".join(lines)
-        own = self.own_lines(session, copies, report)
-        blob, starts = self.joined(session.wire, report)
+        blob, starts = self.joined(session.wire)
         breaks = [(bisect.bisect_right(self.ids, id), 0, data) for id, data in session.replies]
-        breaks += [(n, 1, data) for n, data in own]
+        breaks += [(n, 1, data) for n, data in self.own_lines(session, copies)]
         breaks.sort(key=lambda one: one[:2])
         pieces, position = [], 0
         for index, taken, data in [*breaks, (count, 0, b"")]:
@@ -3034,15 +3026,13 @@ class Turn:
             if group is not None:
                 group.add(event)
             elif event.kind not in PERSONAL:  # they were rendered before, see Session.hear()
-                group = groups[event.audience] = Group(event.audience)
+                group = groups[event.audience] = Group(event.audience, report)
                 group.add(event)
         several = self._in_several(groups.values())
-        heard: dict[Session, list[Group]] = {
-            session: [] for session in self.individually_addressed | several
-        }
+        heard: dict[Session, list[Group]] = {s: [] for s in self.individually_addressed | several}
         for group in groups.values():
             for wire, sessions in group.by_wire.items():
-                if wire is not None and (data := group.joined(wire, report)[0]):
+                if wire is not None and (data := group.joined(wire)[0]):
                     yield data, sessions - heard.keys()
                 for session in heard.keys() & sessions:
                     heard[session].append(group)
@@ -3052,7 +3042,7 @@ class Turn:
                 own = session if session in self.individually_addressed else session.wire
                 alike.setdefault((own, *told), []).append(session)
         for (_, *told), sessions in alike.items():
-            if data := attempt(lambda s=sessions[0], t=told: self.lines_for(s, t, report), report):
+            if data := attempt(report, self.lines_for, sessions[0], told):
                 yield data, sessions
 
     def _in_several(self, groups: Collection[Group]) -> set[Session]:
@@ -3063,7 +3053,7 @@ class Turn:
         times = collections.Counter(itertools.chain(*lists))
         return {session for session, count in times.items() if count > 1}
 
-    def lines_for(self, session: LocalSession, groups: list[Group], report: Callable) -> bytes:
+    def lines_for(self, session: LocalSession, groups: list[Group]) -> bytes:
         """Return one session's lines of the log, in the log's order."""
         session.replies.sort(key=lambda one: one[0])
         if not groups:
@@ -3078,11 +3068,10 @@ class Turn:
                 spans = group.audience.membership_spans(session, user)
             ranges[group] = group.seen((max(a, since), min(b, until)) for a, b in spans)
         if len(groups) == 1:
-            return groups[0].joined_for(session, ranges[groups[0]], copies, report)
+            return groups[0].joined_for(session, ranges[groups[0]], copies)
         numbered = list(session.replies)
         for group in groups:
-            lines = group.lines(session.wire, report)
-            own = dict(group.own_lines(session, copies, report))
+            lines, own = group.lines(session.wire), dict(group.own_lines(session, copies))
             for n in itertools.chain(*(range(*one) for one in ranges[group])):
                 numbered.append((group.ids[n], own.get(n, lines[n])))
         # A reply stands behind the event that it follows. The sort is stable
@@ -4126,9 +4115,8 @@ def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> st
     if not nick:
         raise Refused("NEED_NICK", "take a name first", "*")
     if name != nick:
-        raise Refused(
-            "ACCOUNT_NAME_MUST_BE_NICK", f"an account is named like its user: {nick}", name
-        )
+        text = f"an account is named like its user: {nick}"
+        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", text, name)
     if hub.accounts.is_foreign(name, "") or hub.users.get(fold(name)) not in (None, user):
         raise Refused("ACCOUNT_EXISTS", f"{name} is registered already", name)
     return name
@@ -4569,14 +4557,14 @@ def remove_file(hub: Hub, who: Session, id: str) -> None:
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
-    """Note that a message of the owner carries the file's link; the last one removes the file."""
+    """Note that a message carries its owner's file, which is removed with the last of these."""
     if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
         hub.files.by_message[event.id] = file.id
         keep_file(hub, file._replace(messages=(*file.messages, event.id)))
 
 
 def redact_file(hub: Hub, who: Session, message: int) -> None:
-    """Forget a redacted message that carried a file's link; the last one removes the file."""
+    """Forget a redacted message that carried a file, which is removed with the last of these."""
     file = hub.files.get(hub.files.by_message.pop(message, ""))
     if file is None:
         return
@@ -4668,6 +4656,10 @@ def check_may_redact(
     raise Refused("REDACT_FORBIDDEN", text, name, message_id)
 
 
+def invalid_target(*about: str) -> Refused:
+    return Refused("INVALID_TARGET", "no such channel or conversation that you may read", *about)
+
+
 def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
     """Return the keys of the history that a user reads under a name: of a channel, or of talks with
     a user or account, present or not, and with guests who had the name. Raises Refused."""
@@ -4681,7 +4673,7 @@ def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
             keys += conversation_keys(hub, user.identity, identity)
         keys += hub.guest_conversations(user.identity, fold(name))
     if not keys:
-        raise Refused("INVALID_TARGET", "no such channel or conversation that you may read", name)
+        raise invalid_target(name)
     return keys
 
 
@@ -4795,11 +4787,6 @@ def become_operator(hub: Hub, who: Session, name: str) -> None:
     hub.operators.add(who)
     user = who.user
     hub.emit(USER_MODE, user.source, Audience(user.name, sessions={who}), "+o", user.name, who)
-
-
-def require_operator(who: Session) -> None:
-    if not who.operator:
-        raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
 
 
 @act
@@ -5025,7 +5012,7 @@ def revision_of(session: LocalSession, name: str, verifier: Verifier) -> str:
 def prove(session: LocalSession, name: str, password: str) -> Steps:
     """Check an account's password; return the registered name and the proof. Raises Refused."""
     account, verifier = claimed_account(session, name)
-    if not (yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))):
+    if not (yield do(session.later, PASSWORD_LANE, verifier.fits, password)):
         raise wrong_login()
     return account, revision_of(session, account, verifier)
 
@@ -5052,7 +5039,7 @@ def change_own_password(session: LocalSession, old: str, new: str) -> Steps:
     name = own_account(session.user)
     check_password(new, name)
     account, proof = yield from prove(session, name, old)
-    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, new))
+    verifier = yield do(session.later, PASSWORD_LANE, make_verifier, new)
     yield do(session.act, "change_password", account, proof, tuple(verifier))
     session.answer(PASSWORD_CHANGED)
 
@@ -5076,9 +5063,8 @@ def check_registration(session: LocalSession, nick: str, wanted: str, email: str
     if "off" in rules:
         raise Refused("TEMPORARILY_UNAVAILABLE", "this server makes no accounts", name)
     if session.user is None and "before-connect" not in rules:
-        raise Refused(
-            "COMPLETE_CONNECTION_REQUIRED", "register after you have joined the server", name
-        )
+        text = "register after you have joined the server"
+        raise Refused("COMPLETE_CONNECTION_REQUIRED", text, name)
     name = check_new_account(session.site.hub, session.user, nick, wanted)
     if ("email-required" in rules or email not in ("", "*")) and not EMAIL.fullmatch(email):
         raise Refused("INVALID_EMAIL", "write one address, like alice@example.org", name)
@@ -5101,11 +5087,11 @@ def register_nick(
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
     if not is_loopback(host):
         accounts.made.failed(host, "", ticks)
-    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, password))
+    verifier = yield do(session.later, PASSWORD_LANE, make_verifier, password)
     check_registration(session, nick, wanted, email)  # another user may have been quicker
     if by_mail:
         code = accounts.await_code(Account(name, verifier, email))
-        yield do(session.later, MAIL_LANE, functools.partial(site.server.mail, email, name, code))
+        yield do(session.later, MAIL_LANE, site.server.mail, email, name, code)
         return name, ""
     account = yield do(session.act, "register_account", nick, wanted, tuple(verifier), "")
     return account.name, account.revision
@@ -5133,7 +5119,7 @@ def oper(session: LocalSession, name: str, password: str, done: Callable[[], Non
     hub, host = session.site.hub, session.conn.limit_key
     hub.accounts.throttle.begin(host, OPERATOR_PASSWORD, hub.ticks, "WRONG_PASSWORD")
     verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
-    fits = yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))
+    fits = yield do(session.later, PASSWORD_LANE, verifier.fits, password)
     who = f"{session.user.source.mask} as {name}"
     session.site.server.note(f"OPER: {who}{'' if fits else ': wrong password'}")
     if not fits:
@@ -5289,6 +5275,8 @@ MIGRATIONS = (
 )
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
+NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest id of a target
+SPOKEN_KINDS = ", ".join(f"'{kind}'" for kind in SPOKEN)
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 
@@ -5692,8 +5680,7 @@ class SearchIndex:
             self.reading = Readers(path, self.db)
             query = "SELECT ifnull(max(last), 0), ifnull(max(stale * 2 >= messages AND stale), 0)"
             self.indexed, self.rebuild_due = self.db.execute(f"{query} FROM parts").fetchone()
-            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            query = f"SELECT id FROM targets WHERE {newest} > ?"
+            query = f"SELECT id FROM targets WHERE {NEWEST} > ?"
             self.behind = {row[0] for row in store.db.execute(query, [self.indexed])}
             self.known = store.last_id
             self.redacted(row[0] for row in store.db.execute("SELECT id FROM erased"))
@@ -5804,10 +5791,9 @@ class SearchIndex:
         self, db: sqlite3.Connection, targets: Iterable[int], first: int, last: int
     ) -> list[tuple]:
         """Return id, place and text for the index: the place is words for target and name."""
-        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
         query = f"""
             SELECT id, name, text FROM events
-            WHERE target = ? AND id BETWEEN ? AND ? AND kind IN ({kinds})"""
+            WHERE target = ? AND id BETWEEN ? AND ? AND kind IN ({SPOKEN_KINDS})"""
         return [
             (id, f"t{target} n{fold(name).encode().hex()}", words_of(text))
             for target in targets
@@ -5929,9 +5915,7 @@ class DedupKeys:
     def lost(self, owners: Iterable[str], own_id: str, ticks: int) -> bool:
         return any(self.not_stored.get((owner, own_id), 0) > ticks for owner in owners)
 
-    def _look_up(
-        self, db: sqlite3.Connection, owners: Iterable[str], own_id: str
-    ) -> tuple[int, int] | None:
+    def _look_up(self, db: sqlite3.Connection, owners: Iterable[str], own_id: str) -> tuple | None:
         names = list(owners)
         marks = ", ".join("?" * len(names))
         query = f"SELECT event, target FROM dedup WHERE own_id = ? AND owner IN ({marks})"
@@ -6057,10 +6041,9 @@ class Retention:
             self.excess.add(key)
         if foundings <= FOUNDINGS_SILENT or key not in self.founded or self.store.node:
             return
-        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
-        spoken = f"EXISTS (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({kinds}))"
         query = f"""
-            SELECT id FROM targets WHERE key = ? AND NOT {spoken}
+            SELECT id FROM targets WHERE key = ? AND NOT EXISTS
+                (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({SPOKEN_KINDS}))
             ORDER BY founding DESC LIMIT -1 OFFSET {FOUNDINGS_SILENT}"""
         self.orphans.update(row[0] for row in self.db.execute(query, [key]))
 
@@ -6070,8 +6053,7 @@ class Retention:
         pages, free, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas)
         used = (pages - free) * size
         if used > MEMORY_BYTES and not self.orphans:
-            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            query = f"SELECT id, events FROM targets WHERE {newest} ORDER BY {newest}"
+            query = f"SELECT id, events FROM targets WHERE {NEWEST} ORDER BY {NEWEST}"
             rows = self.db.execute(query).fetchall()
             excess = (1 - MEMORY_BYTES / used) * sum(events for _, events in rows)
             sizes = itertools.accumulate((events for _, events in rows), initial=0)
@@ -6102,7 +6084,7 @@ class Retention:
             self.orphans.discard(target)
 
     def _excess(self, key: str) -> tuple[int, int, int]:
-        """Return the rows of a key beyond `keep`, its oldest target with rows, and its founding."""
+        """Return how many rows exceed `keep`, the oldest target with rows, and its founding."""
         query = "SELECT id, founding, events FROM targets WHERE key = ? ORDER BY founding"
         targets = self.db.execute(query, [key]).fetchall()
         oldest = next(((id, founding) for id, founding, events in targets if events > 0), (0, 0))
@@ -6124,7 +6106,7 @@ class Retention:
             self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
 
     def excess_of(self, key: str) -> tuple[str, int, int] | None:
-        """Return key, founding and last id of a slice that an act is to delete; None without."""
+        """Return key, founding and last id of a slice for an act to delete; None if it has none."""
         excess, oldest, founding = self._excess(key)
         self.excess.discard(key)
         last = self._last_of(oldest, min(PRUNE_ROWS, excess)) if excess > 0 else 0
@@ -6201,9 +6183,7 @@ class Store:
     def reserve_ids(self) -> None:
         """Begin a block of ids for this start. Ids that earlier starts reserved and did not store
         are not valid in requests."""
-        newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-        query = f"SELECT ifnull(max({newest}), 0) FROM targets"
-        last = self.db.execute(query).fetchone()[0]
+        last = self.db.execute(f"SELECT ifnull(max({NEWEST}), 0) FROM targets").fetchone()[0]
         reserved = self.db.execute("SELECT ifnull(max(reserved), 0) FROM starts").fetchone()[0]
         self.last_id = self.reserved = max(last, reserved)
         if self.node:
@@ -7050,9 +7030,9 @@ def apply_batch(
     begun = len(hub.turn.events)
     if asks:
         for act, ask in zip(batch.acts, asks, strict=True):  # a bug in what only this node does
-            attempt(ask.begin, report)  # must not keep it from the rest of the entry
+            attempt(report, ask.begin)  # must not keep it from the rest of the entry
             result = perform_act(hub, act, report)
-            attempt(functools.partial(ask.finish, result), report)
+            attempt(report, ask.finish, result)
     else:
         for act in batch.acts:
             perform_act(hub, act, report)
@@ -8344,8 +8324,7 @@ class IrcSession(LocalSession):
 
     def tell_renamed(self, old: str, name: str, reason: str) -> None:
         """Tell a client without draft/channel-rename a PART and a JOIN, unless both names are the
-        same to it (CASEMAPPING=ascii). Names follow when the session has its turn: a renaming of a
-        crowded channel must not stop the others."""
+        same to it (CASEMAPPING=ascii). Names follow in its turn: a crowd must not stop others."""
         if old.encode().lower() == name.encode().lower():
             return
         mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
@@ -8530,9 +8509,8 @@ def isupport(site: SessionContext) -> list[str]:
 
 
 def web_tokens(session: IrcSession) -> list[str]:
-    """Return the tokens of 005 with the address of the page for browsers, and the address for
-    uploads (draft/FILEHOST, and soju's name for it) beside the one that says that upload tokens can
-    be asked for (draft/authtoken)."""
+    """Return the tokens of 005 for the page for browsers, for uploads (draft/FILEHOST, and soju's
+    name for it), and for the tokens that uploads need (draft/authtoken)."""
     url = base_url(session.site, session.conn.secure, session.conn.local)
     tokens = [f"chat.py/WEB={url}/"]
     if session.site.folder is not None:
@@ -8892,7 +8870,7 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
             session.send_line(f"AUTHENTICATE {piece}")
     else:
         then = functools.partial(go_on_sasl, session, exchange.mechanism.send)
-        session.later(PASSWORD_LANE, said, then)
+        session.later(PASSWORD_LANE, said, then=then)
 
 
 def begin_sasl(session: IrcSession, name: str) -> None:
@@ -9123,7 +9101,7 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     if known and session.site.store.path is None:  # in memory a read comes too soon
         found = known[0].id, known[0]
     else:
-        found = yield do(session.read, functools.partial(hub.store.dedup.event, owners, own_id))
+        found = yield do(session.read, hub.store.dedup.event, owners, own_id)
     if found is None:  # the turn in which it was said could not be stored
         return session.tell_not_kept(own_id, "it could not be stored")
     id, event = found
@@ -9604,12 +9582,6 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Lo
 # History
 
 
-def invalid_target(subcommand: str, name: str) -> Refused:
-    return Refused(
-        "INVALID_TARGET", "no such channel or conversation that you may read", subcommand, name
-    )
-
-
 def readable(session: IrcSession, name: str, about: str) -> Scope:
     """Return the scope of a channel, user, account or nick, if it may be read. Raises Refused."""
     hub, user = session.site.hub, session.user
@@ -9659,10 +9631,8 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     hub, user = session.site.hub, session.user
     first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))  # an id is first
     keys = [channel.key for channel in user.channels]
-    newest = functools.partial(
-        session.site.store.history.newest, keys, hub.identities(user.identity)
-    )
-    found = yield do(session.read, newest)
+    newest = session.site.store.history.newest
+    found = yield do(session.read, newest, keys, hub.identities(user.identity))
     hub.work += WORK_OF_THE_PAST * len(found)
     names = {channel.key: channel.name for channel in user.channels}
     matching = []
@@ -9777,9 +9747,8 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
         if marks[0] != "*":
             since = parse_mark(session.site.hub, marks[0], how, name)
         for kind in changes_told(session):
-            span = Span(scope, (kind,), after=since)
-            page = functools.partial(session.site.store.history.page, span, CHANGES_A_PAGE, True)
-            changes += yield do(session.read, page)
+            span, page = Span(scope, (kind,), after=since), session.site.store.history.page
+            changes += yield do(session.read, page, span, CHANGES_A_PAGE)
 
     def check() -> None:
         if readable(session, name, how) != scope:  # the user left it, or is another user now
@@ -9828,9 +9797,8 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     else:
         scopes = [Scope((channel.key,)) for channel in user.channels]
     span, author = Span(Scope(()), SPOKEN, **bounds), fold(wanted.get("from", ""))
-    index = session.site.store.search_index
-    search = functools.partial(index.search, scopes, wanted["text"], span, count, author)
-    found = yield do(session.read, search)
+    search = session.site.store.search_index.search
+    found = yield do(session.read, search, scopes, wanted["text"], span, count, author)
     if name:
         readable(session, name, "in")
     session.go_on_with(tell_found(session, found))
@@ -9853,7 +9821,7 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> Steps:
         id = 0
     else:
         span = Span(scope, SPOKEN, Mark(time=stamp - 1), Mark(time=stamp + 1))
-        found = yield do(session.read, functools.partial(session.site.store.history.page, span, 1))
+        found = yield do(session.read, session.site.store.history.page, span, 1)
         id = found[0].id if found else 0
     yield do(session.act, "mark_read", name, stamp, id)
     session.tell_marker(name)
@@ -10906,7 +10874,7 @@ def line_history(session: LineSession, *params: str) -> Steps:
         channel.member(session.user)
         audience = channel.audience
     span = Span(scope_of(hub, session.user, audience))
-    events = yield do(session.read, functools.partial(session.site.store.history.page, span, count))
+    events = yield do(session.read, session.site.store.history.page, span, count)
 
     def check() -> None:
         if channel:
@@ -10922,8 +10890,8 @@ def line_search(session: LineSession, words: str) -> Steps:
     """/search WORDS -- what was said with them in the channel you speak in"""
     channel = session.current_channel()
     scope = scope_of(session.site.hub, session.user, channel.audience)
-    search = functools.partial(session.site.store.search_index.search, [scope], words, Span(scope))
-    found = yield do(session.read, functools.partial(search, HISTORY_LINES))
+    search = session.site.store.search_index.search
+    found = yield do(session.read, search, [scope], words, Span(scope), HISTORY_LINES)
     events, prefix = [event for _, event in found], line_prefix(channel)
     end = f"found {counted(len(found), 'message')} with {words}"
 
@@ -12081,9 +12049,10 @@ def end_pieces(session: WebSession) -> None:
     finish_upload(session, upload)
 
 
-def take_piece(session: WebSession, piece: bytes) -> None:
+@in_steps
+def take_piece(session: WebSession, piece: bytes) -> Steps:
     """Write a piece of the body to disk. The next piece waits for that."""
-    upload, folder = session.upload, session.site.folder
+    upload = session.upload
     if piece == END_OF_BODY:
         session.take_body = do_nothing
         return end_pieces(session)
@@ -12094,12 +12063,9 @@ def take_piece(session: WebSession, piece: bytes) -> None:
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
     file = session.site.hub.files.get(upload.id)
-    job = functools.partial(folder.append, upload.handle, piece)
-    write = functools.partial(session.later, FILE_LANE, job, do_nothing)
     if upload.total is None and file and upload.at > file.size:
-        size = min(most, 2 * upload.at)
-        return session.act("resize_file", upload.id, size, then=lambda _: write())
-    return write()
+        yield do(session.act, "resize_file", upload.id, min(most, 2 * upload.at))
+    yield do(session.later, FILE_LANE, session.site.folder.append, upload.handle, piece)
 
 
 def take_pieces(session: WebSession) -> None:
@@ -12128,8 +12094,7 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
     if tus and has_body and piece_type != PIECE_TYPE:
         drop_upload(session, keep=False)
         return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
-    begin = functools.partial(session.site.folder.begin, id)
-    upload.handle = yield do(session.later, FILE_LANE, begin)
+    upload.handle = yield do(session.later, FILE_LANE, session.site.folder.begin, id)
     return take_pieces(session) if has_body else end_pieces(session)
 
 
@@ -12187,8 +12152,7 @@ def continue_file(session: WebSession, request: Request) -> Steps:
     upload = session.upload = Upload(file.id, file.size, resumable=True)
     session.at_end = functools.partial(drop_upload, session, keep=True)
     site.uploading[file.id] = session
-    reopen = functools.partial(site.folder.reopen, file.id)
-    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, site.folder.reopen, file.id)
     if (at := upload.at) != offset:
         drop_upload(session, keep=True)
         return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
@@ -12217,14 +12181,13 @@ def tell_offset(session: WebSession, request: Request) -> Steps:
     file = yield from own_file(session, request)
     if file.sha or file.id in files.finishing:
         return tell_progress(session, file.id, file.size)
-    at = yield do(session.later, FILE_LANE, functools.partial(folder.size, file.id))
+    at = yield do(session.later, FILE_LANE, folder.size, file.id)
     known = files.get(file.id)  # meanwhile it may have been completed, or removed
     if at < file.size or known is None or known.sha or file.id in files.finishing:
         return tell_progress(session, file.id, at)
     end_older(session, file.id)
     upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
-    reopen = functools.partial(folder.reopen, file.id)
-    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, folder.reopen, file.id)
     finish_upload(session, upload)
 
 
@@ -12269,8 +12232,8 @@ def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
     hub, most = session.site.hub, FILE_PIECE_BYTES
     while at < end:
         size, asked = min(most, end - at), hub.ticks
-        read = functools.partial(session.site.folder.read, session.reading, at, size)
-        session.later(READ_LANE, read, functools.partial(send_piece, session))
+        then, read = functools.partial(send_piece, session), session.site.folder.read
+        session.later(READ_LANE, read, session.reading, at, size, then=then)
         yield
         at += size
         fast = hub.ticks - asked < FAST_PIECE_MS
@@ -12307,8 +12270,8 @@ def send_file(session: WebSession, request: Request) -> Steps:
     allowed = "; media-src 'self'; style-src 'unsafe-inline'" if is_video else ""
     policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
     headers += [policy, *session.cors(), f"Content-Length: {end - first}"]
-    job = functools.partial(session.site.folder.open, file.sha)
-    handle = session.reading = yield do(session.later, READ_LANE, job)
+    open_file = session.site.folder.open
+    handle = session.reading = yield do(session.later, READ_LANE, open_file, file.sha)
     if handle is None:
         return answer_file(session, 404, NO_SUCH_FILE)
     session.send_head(206 if part else 200, *headers)
@@ -27658,7 +27621,7 @@ def lock_folder(folder: pathlib.Path) -> int:
 
 
 def web_addresses(server: Server) -> list[str]:
-    """Return the page's address for this machine, if there is one, and for others, if they can."""
+    """Return the page's addresses: for this machine, and for others if they reach it."""
     host, port = server.listeners[0].address
     near = is_loopback(host) or host in ("0.0.0.0", "::")
     own = address_text("localhost" if near else host, port)
