@@ -28097,11 +28097,12 @@ def test_two_windows_with_one_name_are_told_apart_and_told_why(running, window):
 
 
 WINDOW_PROGRAM = """
-import sys
+import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import gui_client
 from tkinter import READABLE
-window = gui_client.Window(gui_client.WindowOptions("alice", sys.argv[2], state=sys.argv[3]))
+state = pathlib.Path(sys.argv[3])
+window = gui_client.Window(gui_client.WindowOptions("alice", sys.argv[2], state=state))
 def told(*_):
     act, _, text = sys.stdin.readline().rstrip("\\n").partition(" ")
     if act == "type":
@@ -28126,12 +28127,10 @@ class WindowProgram:
     """A window in a process of its own, which types what it is told."""
 
     def __init__(self, address, state):
-        program = WINDOW_PROGRAM.replace("state=sys.argv[3]", "state=pathlib.Path(sys.argv[3])")
-        program = f"import pathlib{program}"
-        where = chat.address_text(*address)
-        command = [sys.executable, "-c", program, str(HERE), where, str(state)]
+        command = [sys.executable, "-c", WINDOW_PROGRAM, compiled("gui_client")]
+        command += [chat.address_text(*address), str(state)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen(command, text=True, **pipes)
+        self.process = Program(command, text=True, **pipes)
 
     def wait(self, answer):
         assert self.process.stdout.readline() == f"{answer}\n", self.process.stderr.read()
@@ -30049,11 +30048,18 @@ def test_return_that_ends_a_composition_sends_nothing(running, browse):
 
 
 @functools.cache
-def compiled():
-    """chat.pyc: to compile chat.py takes a process longer than all else at its start."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="chat-tests-"))
+def bytecode():
+    """Return a folder for what is compiled here."""
+    folder = tempfile.mkdtemp(prefix="chat-tests-")
     atexit.register(shutil.rmtree, folder)
-    return py_compile.compile(str(HERE / "chat.py"), str(folder / "chat.pyc"), doraise=True)
+    return folder
+
+
+@functools.cache
+def compiled(name="chat"):
+    """Compile one of our files, which takes a process longer than all else; return the folder."""
+    py_compile.compile(str(HERE / f"{name}.py"), f"{bytecode()}/{name}.pyc", doraise=True)
+    return bytecode()
 
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -30107,7 +30113,7 @@ def launcher():
     if prctl is None or prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         return None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-c", LAUNCHER, os.path.dirname(compiled()), str(theirs.fileno())]
+    command = [sys.executable, "-c", LAUNCHER, compiled(), str(theirs.fileno())]
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
     theirs.close()
     atexit.register(process.wait)
@@ -30157,7 +30163,7 @@ sys.exit(chat.main(sys.argv[3:]))
 def program(*arguments, limits=None, **options):
     """chat.py in a process of its own, with other limits where a test cannot wait so long."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    command = [sys.executable, "-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits or {})]
+    command = [sys.executable, "-c", LIMITED, compiled(), json.dumps(limits or {})]
     return Program([*command, *map(str, arguments)], **{**pipes, **options})
 
 
