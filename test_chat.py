@@ -28163,7 +28163,7 @@ def await_draft(folder, text):
         assert time.monotonic() < until
 
 
-@pytest.mark.parametrize("seed", range(5 if THOROUGH else 1))
+@pytest.mark.parametrize("seed", some(range(3)))
 def test_nothing_that_was_typed_is_lost_whatever_is_killed(display, quick, folder, seed):
     """Kill the window and stop the server at random moments: each text is said once, or waits
     in the outbox, or is a draft."""
@@ -29248,7 +29248,7 @@ def test_a_conversation_of_page_and_netcat(running, browse):
     assert tab.rows() == ["hello anna", "hello bob", "two\nlines"]
 
 
-@pytest.mark.parametrize("run", range(3 if THOROUGH else 1))
+@pytest.mark.parametrize("run", some(range(2)))
 def test_page_and_network_that_breaks_lose_and_double_nothing(running, browse, seeded, run):
     server = with_page(running)
     witness = Witness(server.address)
@@ -29313,7 +29313,7 @@ def test_a_page_that_was_closed_sends_what_waits_when_it_is_opened_again(running
     assert witness.heard("and this")[0] == ["typed before it was closed", "and this"]
 
 
-@pytest.mark.parametrize("run", range(5 if THOROUGH else 1))
+@pytest.mark.parametrize("run", some(range(2)))
 def test_a_reload_at_any_moment_loses_and_doubles_nothing(running, browse, seeded, run):
     server, chance = with_page(running), random.Random(run)
     witness = Witness(server.address)
@@ -29646,7 +29646,7 @@ def test_a_page_that_was_kept_opens_without_its_server_and_shows_what_was_said(r
     tab.until("!document.querySelector('#phase').hidden")
 
 
-@pytest.mark.parametrize("name", ["__proto__", "constructor", "toString", "hasOwnProperty"])
+@pytest.mark.parametrize("name", some(["__proto__", "constructor"]))
 def test_names_that_javascript_knows_are_names_like_others(running, browse, name):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
@@ -29727,7 +29727,7 @@ def test_messages_of_a_server_that_lost_its_data_come_after_those_of_before(runn
     assert tab.rows() in (lines, lines[5:])
 
 
-@pytest.mark.parametrize("after", some([0, 5, 20, 60], 2))
+@pytest.mark.parametrize("after", [0, 20])
 def test_a_long_paste_is_accepted_whole_or_not_at_all(running, browse, after):
     server = with_page(running)
     ben = server.guest()
