@@ -6328,7 +6328,7 @@ def fault_at_random(seeded, nodes, names):
         house.cluster.save(now=True)
 
 
-@pytest.mark.parametrize("run", some(range(20), 2))
+@pytest.mark.parametrize("run", some(range(20)))
 def test_nodes_that_are_killed_cut_off_and_started_again_are_the_same_in_the_end(
     seeded, folder, run
 ):
@@ -20689,7 +20689,7 @@ def live_abroad(name, n, acts, **options):
     return abroad
 
 
-LIVES = 60 if THOROUGH else 4
+LIVES = 60 if THOROUGH else 2
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -24270,7 +24270,7 @@ def test_a_burst_of_history_is_shown_whole():
     assert desk.said == texts
 
 
-@pytest.mark.parametrize("columns, rows", [(80, 24), (40, 10), (40, 5), (10, 4)])
+@pytest.mark.parametrize("columns, rows", some([(40, 10), (10, 4), (80, 24), (40, 5)], 2))
 def test_one_can_read_back_row_by_row_and_come_back(columns, rows):
     desk = Desk(columns, rows)
     desk.hear(*(f"{n} " + "é你" * (n % 40) + "\n" * (n % 3) for n in range(200)))
@@ -28206,11 +28206,12 @@ def test_two_windows_with_one_name_are_told_apart_and_told_why(running, window):
 
 
 WINDOW_PROGRAM = """
-import sys
+import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import gui_client
 from tkinter import READABLE
-window = gui_client.Window(gui_client.WindowOptions("alice", sys.argv[2], state=sys.argv[3]))
+state = pathlib.Path(sys.argv[3])
+window = gui_client.Window(gui_client.WindowOptions("alice", sys.argv[2], state=state))
 def told(*_):
     act, _, text = sys.stdin.readline().rstrip("\\n").partition(" ")
     if act == "type":
@@ -28235,12 +28236,10 @@ class WindowProgram:
     """A window in a process of its own, which types what it is told."""
 
     def __init__(self, address, state):
-        program = WINDOW_PROGRAM.replace("state=sys.argv[3]", "state=pathlib.Path(sys.argv[3])")
-        program = f"import pathlib{program}"
-        where = chat.address_text(*address)
-        command = [sys.executable, "-c", program, str(HERE), where, str(state)]
+        command = [sys.executable, "-c", WINDOW_PROGRAM, compiled("gui_client")]
+        command += [chat.address_text(*address), str(state)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen(command, text=True, **pipes)
+        self.process = Program(command, text=True, **pipes)
 
     def wait(self, answer):
         assert self.process.stdout.readline() == f"{answer}\n", self.process.stderr.read()
@@ -28273,7 +28272,7 @@ def await_draft(folder, text):
         assert time.monotonic() < until
 
 
-@pytest.mark.parametrize("seed", range(5 if THOROUGH else 1))
+@pytest.mark.parametrize("seed", some(range(3)))
 def test_nothing_that_was_typed_is_lost_whatever_is_killed(display, quick, folder, seed):
     """Kill the window and stop the server at random moments: each text is said once, or waits
     in the outbox, or is a draft."""
@@ -28310,9 +28309,8 @@ def test_nothing_that_was_typed_is_lost_whatever_is_killed(display, quick, folde
             server.stop()
 
 
-def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(running, quick, folder):
-    if not shutil.which("Xvfb"):
-        pytest.skip("Xvfb is not installed")
+def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(display, running, quick, folder):
+    """It has a screen of its own, not that of the others."""
     ours, theirs = os.pipe()
     command = ["Xvfb", "-displayfd", str(theirs), "-screen", "0", "800x600x24"]
     with subprocess.Popen(command, pass_fds=[theirs], stderr=subprocess.DEVNULL) as screen:
@@ -29406,7 +29404,7 @@ def test_a_conversation_of_page_and_netcat(running, browse):
     assert tab.rows() == ["hello anna", "hello bob", "two\nlines"]
 
 
-@pytest.mark.parametrize("run", range(3 if THOROUGH else 1))
+@pytest.mark.parametrize("run", some(range(2)))
 def test_page_and_network_that_breaks_lose_and_double_nothing(running, browse, seeded, run):
     server = with_page(running)
     witness = Witness(server.address)
@@ -29471,7 +29469,7 @@ def test_a_page_that_was_closed_sends_what_waits_when_it_is_opened_again(running
     assert witness.heard("and this")[0] == ["typed before it was closed", "and this"]
 
 
-@pytest.mark.parametrize("run", range(5 if THOROUGH else 1))
+@pytest.mark.parametrize("run", some(range(2)))
 def test_a_reload_at_any_moment_loses_and_doubles_nothing(running, browse, seeded, run):
     server, chance = with_page(running), random.Random(run)
     witness = Witness(server.address)
@@ -29804,7 +29802,7 @@ def test_a_page_that_was_kept_opens_without_its_server_and_shows_what_was_said(r
     tab.until("!document.querySelector('#phase').hidden")
 
 
-@pytest.mark.parametrize("name", ["__proto__", "constructor", "toString", "hasOwnProperty"])
+@pytest.mark.parametrize("name", some(["__proto__", "constructor"]))
 def test_names_that_javascript_knows_are_names_like_others(running, browse, name):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
@@ -29885,7 +29883,7 @@ def test_messages_of_a_server_that_lost_its_data_come_after_those_of_before(runn
     assert tab.rows() in (lines, lines[5:])
 
 
-@pytest.mark.parametrize("after", some([0, 5, 20, 60], 2))
+@pytest.mark.parametrize("after", [0, 20])
 def test_a_long_paste_is_accepted_whole_or_not_at_all(running, browse, after):
     server = with_page(running)
     ben = server.guest()
@@ -30206,11 +30204,18 @@ def test_return_that_ends_a_composition_sends_nothing(running, browse):
 
 
 @functools.cache
-def compiled():
-    """chat.pyc: to compile chat.py takes a process longer than all else at its start."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="chat-tests-"))
+def bytecode():
+    """Return a folder for what is compiled here."""
+    folder = tempfile.mkdtemp(prefix="chat-tests-")
     atexit.register(shutil.rmtree, folder)
-    return py_compile.compile(str(HERE / "chat.py"), str(folder / "chat.pyc"), doraise=True)
+    return folder
+
+
+@functools.cache
+def compiled(name="chat"):
+    """Compile one of our files, which takes a process longer than all else; return the folder."""
+    py_compile.compile(str(HERE / f"{name}.py"), f"{bytecode()}/{name}.pyc", doraise=True)
+    return bytecode()
 
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -30218,7 +30223,8 @@ PR_SET_CHILD_SUBREAPER = 36
 # Answers each request, a command `python -c CODE ...`, with the number of a process that runs the
 # code. Its parent ends at once, so that it becomes a child of the tests.
 LAUNCHER = """
-import gc, json, os, socket, sys, time
+import gc, json, os, signal, socket, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 sys.path.insert(0, sys.argv[1])
 import chat
 gc.freeze()
@@ -30263,7 +30269,7 @@ def launcher():
     if prctl is None or prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         return None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-c", LAUNCHER, os.path.dirname(compiled()), str(theirs.fileno())]
+    command = [sys.executable, "-c", LAUNCHER, compiled(), str(theirs.fileno())]
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
     theirs.close()
     atexit.register(process.wait)
@@ -30313,7 +30319,7 @@ sys.exit(chat.main(sys.argv[3:]))
 def program(*arguments, limits=None, **options):
     """chat.py in a process of its own, with other limits where a test cannot wait so long."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    command = [sys.executable, "-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits or {})]
+    command = [sys.executable, "-c", LIMITED, compiled(), json.dumps(limits or {})]
     return Program([*command, *map(str, arguments)], **{**pipes, **options})
 
 
