@@ -21334,6 +21334,14 @@ BELIEVE_THE_SYSTEM = Trust()
 NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
 
 
+def resolve_server(target: Target, trust: Trust) -> tuple[Any, list[tuple[int, tuple]]]:
+    """Return the TLS context for a server, None without TLS, and the server's addresses, each with
+    its family. Both may take a while: this is for a helper."""
+    context = trust.context() if target.tls else None
+    found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    return context, [(family, address) for family, *_, address in found]
+
+
 def advice_after(why: str) -> str:
     """Return what the user can do after a failure that will not pass by itself."""
     wants_password = "password" in why.lower() and "/pass" not in why
@@ -21841,14 +21849,8 @@ class Link:
         with contextlib.suppress(sqlite3.Error):  # then it is what it was
             self.known.refresh()
         trust = self.certificate.next_trust(self.target)
-
-        def look_up() -> tuple[Any, list]:
-            """Look up the addresses, and load certificates for TLS: both may take a while."""
-            host, port = self.target.host, self.target.port
-            context = trust.context() if self.target.tls else None
-            return context, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-
-        self.helpers.submit(self, look_up, self._found)
+        job = functools.partial(resolve_server, self.target, trust)
+        self.helpers.submit(self, job, self._found)
 
     def status(self, text: str) -> None:
         self.show([ViewEvent(STATUS, text)])
@@ -21946,10 +21948,9 @@ class Link:
             return self.lost(reason)
         if isinstance(result, Exception):  # UnicodeError: no name of a host looks like that
             return self.lost("no name of a host")
-        context, found = result
+        context, addresses = result
         self.began = self.loop.now
         self._enter(CONNECTING)
-        addresses = [(family, address) for family, *_, address in found]
         self.race = HappyEyeballs(self.loop, addresses, functools.partial(self._tried, context))
 
     def _tried(self, context: Any, sock: socket.socket | None, reason: str) -> None:
@@ -22239,7 +22240,7 @@ class NatsLink:
         self.conn: LinkConnection | None = None
         self.dialogue: NatsDialogue | None = None
         self.context: Any = None  # of TLS
-        self.host, self.address = "", ""
+        self.target: Target | None = None
         self.began = 0.0  # when this connection was made; monotonic
         self.reason = ""  # why there is no connection; it was logged
         self.up = False  # the log is read
@@ -22249,20 +22250,15 @@ class NatsLink:
 
     def dial(self) -> None:
         """Try the next NATS server."""
-        self.host, port = next(self.servers)
-        self.address = address_text(self.host, port)
-
-        def look_up() -> tuple[Any, list]:
-            context = Trust(None, None, False, None).context() if self.options.tls else None
-            return context, socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)
-
-        self.server.helpers.submit(self, look_up, self.found)
+        self.target = Target(*next(self.servers), self.options.tls)
+        job = functools.partial(resolve_server, self.target, BELIEVE_THE_SYSTEM)
+        self.server.helpers.submit(self, job, self.found)
 
     def found(self, result: Any) -> None:
         if isinstance(result, Exception):
             return self.again(str(result))
         self.context, addresses = result
-        return HappyEyeballs(self.loop, [(one[0], one[4]) for one in addresses], self.connected)
+        return HappyEyeballs(self.loop, addresses, self.connected)
 
     def connected(self, sock: socket.socket | None, reason: str) -> None:
         if sock is None:
@@ -22276,7 +22272,7 @@ class NatsLink:
         """Try the next server in a moment; log the reason if it is another one."""
         if reason != self.reason:
             self.reason = reason
-            log.warning("NATS at %s: %s; trying again", self.address, reason)
+            log.warning("NATS at %s: %s; trying again", self.target, reason)
         self.loop.call_later(NATS_RETRY_SECONDS, self.dial)
 
     def give_up_silent(self) -> None:
@@ -22321,7 +22317,8 @@ class NatsLink:
             cluster.connected(NatsLog(dialogue, name, days, cluster.hub.sequence), self.loop.now)
         if (dialogue.wants_tls or self.context) and dialogue.info and self.conn.tls is None:
             dialogue.out.clear()  # it introduces itself once that is done
-            self.conn.encrypt(TlsFilter(self.context or Trust().context(), self.host))
+            context = self.context or BELIEVE_THE_SYSTEM.context()
+            self.conn.encrypt(TlsFilter(context, self.target.host))
 
     def flush(self) -> None:
         """Send what the dialogue has to send, at once: all nodes wait for it."""
@@ -22335,7 +22332,7 @@ class NatsLink:
         self.give_up_silent()
         self.attempt(lambda: self.cluster.tick(self.loop.now))
         if self.cluster.caught_up and not self.up:
-            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.address)
+            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.target)
             self.reason = ""
         self.up = self.cluster.caught_up
         seconds = NODE_TICK_SECONDS if self.cluster.caught_up else NODE_TICK_SECONDS / 10
@@ -22779,20 +22776,14 @@ class Transfers:
 
         here = (url.host, url.port) == (link.target.host, link.target.port) and link.conn
         peer = peer_address(link.conn.sock) if here and link.conn.state == OPEN else None
+        host, port = peer or (url.host, url.port)
         trust = link.trust._replace(pin=link.certificate.pin)
-
-        def look_up() -> tuple[Any, list]:
-            context = trust.context() if url.tls else None
-            where = peer or (url.host, url.port)
-            return context, socket.getaddrinfo(*where, type=socket.SOCK_STREAM)
 
         def found(result: Any) -> None:
             if isinstance(result, Exception):
                 return done(None, str(result))
             context, addresses = result
-            addresses = [(family, address) for family, *_, address in addresses]
-            tried = functools.partial(connected, context)
-            HappyEyeballs(self.loop, addresses, tried)
+            HappyEyeballs(self.loop, addresses, functools.partial(connected, context))
 
         def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
             if sock is None:
@@ -22803,7 +22794,8 @@ class Transfers:
             call = request._replace(done=done)
             self.calls[one.id] = WebCall(link.helpers, sock, tls, call, trust)
 
-        link.helpers.submit(self, look_up, found)
+        job = functools.partial(resolve_server, Target(host, port, url.tls), trust)
+        link.helpers.submit(self, job, found)
 
     def _headers(self, token: str, **more: Any) -> dict[str, str]:
         headers = {name.replace("_", "-"): str(value) for name, value in more.items()}
