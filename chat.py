@@ -22513,26 +22513,20 @@ class CallRequest(NamedTuple):
     sent: Callable[[int], None] = do_nothing
 
     def head(self) -> bytes:
-        lines = [f"{self.method} {self.url.path} HTTP/1.1", f"Host: {self.url.authority}"]
+        lines = [f"{self.method} {self.url.path} HTTP/1.1", f"Host: {self.url.server}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         return "\r\n".join([*lines, "Connection: close", "", ""]).encode()
 
 
 class Url(NamedTuple):
-    """The parts of an http or https URL."""
+    """An http or https URL."""
 
-    tls: bool
-    host: str
-    port: int
+    server: Target
     path: str
-
-    @property
-    def authority(self) -> str:
-        return address_text(self.host, self.port)
 
 
 def parse_url(text: str, base: Url) -> Url:
-    """Return the parts of a URL, or of a path on the server of `base`. Raises Unusable."""
+    """Parse a URL, or a path on the server of `base`. Raises Unusable."""
     scheme, _, rest = text.partition("://")
     authority, slash, path = rest.partition("/")
     if re.fullmatch(r"/[!-~]*", text):
@@ -22541,18 +22535,16 @@ def parse_url(text: str, base: Url) -> Url:
     if scheme.lower() not in ("http", "https") or not host or not re.fullmatch(r"[!-~]*", path):
         raise Unusable(f"{visible(text) or 'nothing'} is no address of a file")
     tls = scheme.lower() == "https"
-    return Url(tls, host, port or (443 if tls else 80), f"{slash or '/'}{path}")
+    return Url(Target(host, port or (443 if tls else 80), tls), f"{slash or '/'}{path}")
 
 
 def free_path(path: pathlib.Path, taken: Collection[str] = ()) -> pathlib.Path:
     """Return this path, or one with a number, where no file is yet; none of the `taken` ones."""
-    for number in itertools.count(2):
-        there = path.exists() or path.with_name(f"{path.name}.part").exists()
-        if not there and str(path) not in taken:
-            return path
+    numbers = itertools.count(2)
+    while path.exists() or path.with_name(f"{path.name}.part").exists() or str(path) in taken:
         stem = re.sub(r" \(\d+\)$", "", path.stem)
-        path = path.with_name(f"{stem} ({number}){path.suffix}")
-    raise Unusable("no name is free")  # never: the numbers have no end
+        path = path.with_name(f"{stem} ({next(numbers)}){path.suffix}")
+    return path
 
 
 def whole_bytes(text: str) -> int:
@@ -22757,8 +22749,7 @@ class Transfers:
 
     @property
     def base(self) -> Url:
-        target = self.link.target
-        return Url(target.tls, target.host, target.port, "/")
+        return Url(self.link.target, "/")
 
     def _call(self, one: Transfer, request: CallRequest, follows: bool = True) -> None:
         """Connect to the server of a request, and send the request. A download follows one redirect
@@ -22774,9 +22765,9 @@ class Transfers:
                         return self._call(one, request._replace(url=there), follows=False)
             return request.done(response, text)
 
-        here = (url.host, url.port) == (link.target.host, link.target.port) and link.conn
+        here = url.server[:2] == link.target[:2] and link.conn
         peer = peer_address(link.conn.sock) if here and link.conn.state == OPEN else None
-        host, port = peer or (url.host, url.port)
+        target = Target(*(peer or url.server[:2]), url.server.tls)
         trust = link.trust._replace(pin=link.certificate.pin)
 
         def found(result: Any) -> None:
@@ -22787,15 +22778,16 @@ class Transfers:
 
         def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
             if sock is None:
+        """Return the headers of a request of tus, with a login: the token, or name and password."""
+        more["Tus_Resumable"] = "1.0.0"
                 return done(None, reason)
             if one.id not in self.calls:
                 return sock.close()
-            tls = TlsFilter(context, url.host) if context else None
+            tls = TlsFilter(context, url.server.host) if context else None
             call = request._replace(done=done)
             self.calls[one.id] = WebCall(link.helpers, sock, tls, call, trust)
 
-        job = functools.partial(resolve_server, Target(host, port, url.tls), trust)
-        link.helpers.submit(self, job, found)
+        link.helpers.submit(self, functools.partial(resolve_server, target, trust), found)
 
     def _headers(self, token: str, **more: Any) -> dict[str, str]:
         headers = {name.replace("_", "-"): str(value) for name, value in more.items()}
@@ -22805,6 +22797,20 @@ class Transfers:
         elif login:
             words = f"{login.account}:{login.password}".encode()
             headers["Authorization"] = f"Basic {base64.b64encode(words).decode()}"
+    def _ask(self, one: Transfer, request: CallRequest, *accepted: int) -> None:
+        """Send a request of an upload. After a status that is not one of the accepted ones, the
+        upload waits or fails."""
+
+        def answered(response: Response | None, text: str) -> None:
+            if is_temporary(response):
+                self.broke(one, text)
+            elif response.status in accepted:
+                request.done(response, text)
+            else:
+                self.refused(one, response, text)
+
+        self._call(one, request._replace(done=answered))
+
         return headers
 
     def _go_on_from(self, one: Transfer, at: int) -> None:
@@ -22818,36 +22824,28 @@ class Transfers:
     def _create(self, one: Transfer, token: str) -> None:
         name = base64.b64encode(one.name.encode()).decode()
         known = {"Upload_Length": one.size, "Upload_Metadata": f"filename {name}"}
-        headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0, **known)
+        headers = self._headers(token, Content_Length=0, **known)
         url = parse_url(self.core.file_host, self.base)
 
-        def created(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status != 201:
-                return self.refused(one, response, text)
+        def created(response: Response, text: str) -> None:
             one.url = response.header("location")
             self.core.keep_transfer(one)
-            return self._send_from(one, token, 0) if one.size else self._sent(one)
+            self._send_from(one, token, 0)
 
-        self._call(one, CallRequest("POST", url, headers, created))
+        self._ask(one, CallRequest("POST", url, headers, created), 201)
 
     def _look(self, one: Transfer, token: str) -> None:
         """Ask the server how many bytes of an upload it has."""
-        headers = self._headers(token, Tus_Resumable="1.0.0")
+        gone = (403, 404, 410)  # the upload expired, or is another guest's
 
-        def told(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status in (403, 404, 410):  # the upload expired, or is another guest's
+        def told(response: Response, text: str) -> None:
+            if response.status in gone:
                 one.url = ""
                 return self._create(one, token)
-            if response.status not in (200, 204):
-                return self.refused(one, response, text)
             return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
 
-        url = self._own_url(one)
-        self._call(one, CallRequest("HEAD", url, headers, told))
+        request = CallRequest("HEAD", self._own_url(one), self._headers(token), told)
+        self._ask(one, request, 200, 204, *gone)
 
     def _own_url(self, one: Transfer) -> Url:
         """Return the URL of a file: on this server, under the address that the client uses."""
@@ -22857,9 +22855,10 @@ class Transfers:
 
     def _send_from(self, one: Transfer, token: str, at: int) -> None:
         if at >= one.size:
-            return self._sent(one)
+            self.core.post_file(one)
+            return self._over(one)
         piece = {"Content_Type": PIECE_TYPE, "Content_Length": one.size - at}
-        headers = self._headers(token, Tus_Resumable="1.0.0", Upload_Offset=at, **piece)
+        headers = self._headers(token, Upload_Offset=at, **piece)
 
         def read(where: int) -> bytes:
             with open(one.path, "rb") as file:
@@ -22872,11 +22871,7 @@ class Transfers:
         def sent(done: int) -> None:
             one.done = max(at, done)
 
-        def answered(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status not in (204, 409):
-                return self.refused(one, response, text)
+        def answered(response: Response, text: str) -> None:
             there = whole_bytes(response.header("upload-offset"))
             if there <= at:
                 return self.broke(one, "the server takes nothing of it")
@@ -22884,12 +22879,7 @@ class Transfers:
 
         self._go_on_from(one, at)
         request = CallRequest("PATCH", self._own_url(one), headers, answered, read, at, sent=sent)
-        self._call(one, request)
-
-    def _sent(self, one: Transfer) -> None:
-        """Post the link of a complete upload."""
-        self.core.post_file(one)
-        self._over(one)
+        self._ask(one, request, 204, 409)
 
     # Down
 
@@ -22900,14 +22890,8 @@ class Transfers:
         self._go_on_from(one, at)
         headers = {"Range": f"bytes={at}-", "If-Range": one.etag} if at and one.etag else {}
         down = Download(self, one, part, at)
-        self._call(
-            one,
-            CallRequest(
-                *("GET", self._own_url(one), headers, down.done),
-                piece=down.take,
-                began=down.began,
-            ),
-        )
+        request = CallRequest("GET", self._own_url(one), headers, down.done)
+        self._call(one, request._replace(piece=down.take, began=down.began))
 
     def saved(self, one: Transfer, part: pathlib.Path) -> None:
         path = pathlib.Path(one.path)
