@@ -23137,9 +23137,6 @@ def is_regional(c: str) -> bool:
     return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
 
 
-SOFT_HYPHEN = "\xad"
-
-
 def is_inner_jamo(c: str) -> bool:
     """Return whether `c` is a vowel or final of conjoining Hangul, which joins its initial."""
     return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
@@ -23154,7 +23151,7 @@ def cluster_width(cluster: str) -> int:
     first = cluster[0]
     if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
         return 2
-    if first == SOFT_HYPHEN:
+    if first == "\xad":  # the soft hyphen
         return 1
     marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
     if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
@@ -23609,8 +23606,8 @@ def said_lines(view: ViewEvent, look: Look) -> list[str]:
 def noticed_lines(view: ViewEvent, look: Look) -> list[str]:
     """Return the lines of a NOTICE: those of a message, with - around the name."""
     head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
-    first, *others = view.text.split("\n")
-    return [f"{head}-{look.palette.name(view.name)}- {first}", *(f"    {line}" for line in others)]
+    text = view.text.replace("\n", "\n    ")
+    return f"{head}-{look.palette.name(view.name)}- {text}".split("\n")
 
 
 def found_lines(view: ViewEvent, look: Look) -> list[str]:
@@ -23639,9 +23636,8 @@ EXPLAINED = re.compile(r"(/\S.*?|\S.*?:) {2,}(\S.*)")  # a command or a key, and
 def told_lines(view: ViewEvent, look: Look) -> list[str]:
     if match := EXPLAINED.fullmatch(view.text):
         return beside(*match.groups(), look.columns)
-    first, *others = view.text.split("\n")
-    head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}{first}")
-    return [head, *(look.palette.dim(f"  {line}") for line in others)]
+    text = f"{clock_of(view, look)} {where_of(view, look)}{view.text}"
+    return [look.palette.dim(line) for line in text.replace("\n", "\n  ").split("\n")]
 
 
 def page_lines(view: ViewEvent, look: Look) -> list[str]:
@@ -24034,15 +24030,12 @@ class Display:
         for view in views:
             if self.noted.pop(id(view), None) is None and view.kind in self.ROWS:
                 self.ROWS[view.kind](self, view)
-            if view.called and not (view.past or view.mine or self._is_muted(view)):
+            room = self.core.find(view.where)
+            if view.called and not (view.past or view.mine or (room and room.muted)):
                 self.bell |= self.core.setting("bell") == "on"
                 self.notice = notification(self.core.setting("notify"), view)
             if handler := self.TAKEN.get(view.kind):
                 handler(self, view)
-
-    def _is_muted(self, view: ViewEvent) -> bool:
-        room = self.core.find(view.where)
-        return room is not None and room.muted
 
     def keep(self, view: ViewEvent, room: Room | None = None) -> None:
         """Add a view to its conversation, unless the core has added it."""
