@@ -25248,8 +25248,6 @@ class Bench:
         for n in range(self.options.senders):
             self.senders.append(self._connect(f"s{n}"))
         self._settle()
-        for conn in self.receivers:
-            conn.counted = True
         for conn in self.receivers if self.options.rate else self.receivers[:1]:
             conn.times = True
         began = reported = time.perf_counter()
