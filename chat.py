@@ -21384,15 +21384,6 @@ def lock_range(fd: int, number: int, on: bool) -> None:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN, 1, number)
 
 
-def unlock_byte(path: pathlib.Path, number: int) -> None:
-    fd, held = LOCK_FILES.get(path, (-1, set()))
-    if number in held:
-        lock_range(fd, number, False)
-        held.discard(number)
-        if not held:
-            os.close(LOCK_FILES.pop(path)[0])
-
-
 def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
     """Lock one byte of a file until this process ends, and return a function that unlocks it; None
     if it is locked already. POSIX drops all locks of a process on a file when it closes the file
@@ -21409,7 +21400,15 @@ def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
             return None
         raise  # this file system cannot lock
     held.add(number)
-    return functools.partial(unlock_byte, path, number)
+
+    def unlock() -> None:
+        if number in held:
+            lock_range(fd, number, False)
+            held.discard(number)
+            if not held:
+                os.close(LOCK_FILES.pop(path)[0])
+
+    return unlock
 
 
 # The files of earlier versions, each of which is taken over once
@@ -21714,9 +21713,8 @@ class CertificateCheck:
         self.trust, self.known = trust, known
         self.pin: str | None = None  # of the certificate that the server is to have
         self.refused = ""  # why a certificate was: the next attempt only reads its fingerprint
-        self.other = (
-            ""  # the new fingerprint of a known server: the next attempt finds if it is signed
-        )
+        # The new fingerprint of a known server: the next attempt finds out whether it is signed
+        self.other = ""
         self.doubted, self.doubt = "", ""  # what the user has to judge: fingerprint and reason
 
     def next_trust(self, target: Target) -> Trust:
@@ -21728,7 +21726,7 @@ class CertificateCheck:
     def judge(self, target: Target, fingerprint: str) -> tuple[str, str]:
         """Return why a certificate is not accepted, or ""; and what the user has to know of it."""
         if self.refused:
-            self.ask_user(fingerprint, f"the certificate of {target} {self.refused}")
+            self.doubted, self.doubt = fingerprint, f"the certificate of {target} {self.refused}"
             self.refused = ""
             return UNTRUSTED, self.doubt
         if not Trust(pin=self.pin).accepts(fingerprint):
@@ -21742,9 +21740,6 @@ class CertificateCheck:
         self.other = ""  # it is signed: the one that the user trusted is not needed any more
         self.known.remember(target, pin="")
         return "", f"{target} has a new certificate, signed by a trusted authority"
-
-    def ask_user(self, fingerprint: str, doubt: str) -> None:
-        self.doubted, self.doubt = fingerprint, doubt
 
     def trust_doubted(self, target: Target) -> None:
         """Pin the certificate that the user has judged."""
@@ -21920,7 +21915,7 @@ class Link:
         self.leaving, self.reason = True, reason
         if at_once and not self.core.ready:
             self._end("")
-        elif at_once and self.core.ready:
+        elif at_once:
             self._say_goodbye()
         else:
             self._carry_on([])
@@ -22024,7 +22019,9 @@ class Link:
             self.dismissal = self.loop.call_later(DISMISSED_SECONDS, drop)
         if self.core.ready:
             self._stand()
-        self._keep_pace()
+        wait = self.core.talk.wait if self.core.talk else None
+        if wait is not None and self.pace is None:  # as the server's rate limit allows it
+            self.pace = self.loop.call_later(max(wait, 0.01), self._send_more)
 
     def _keep_policy(self) -> None:
         """Remember how long this server demands TLS, if it says so over TLS (IRCv3 sts)."""
@@ -22041,12 +22038,6 @@ class Link:
             return LOGGING_IN if core.talk.sasl.running else REGISTERING
         syncing = any(room.held is not None and room.inside for room in core.rooms.values())
         return SYNCING if syncing else ONLINE
-
-    def _keep_pace(self) -> None:
-        """Send more once the server's rate limit allows it."""
-        wait = self.core.talk.wait if self.core.talk else None
-        if wait is not None and self.pace is None:
-            self.pace = self.loop.call_later(max(wait, 0.01), self._send_more)
 
     def _send_more(self) -> None:
         self.pace = None
@@ -22151,21 +22142,20 @@ class Link:
             return self._end(text)
         advice = advice_after(text)
         if self.certificate.other and not self.trust.pin:
-            self.certificate.ask_user(self.certificate.other, text)
+            self.certificate.doubted, self.certificate.doubt = self.certificate.other, text
             advice = "/trust believes the new one from now on, /quit leaves"
-        self.certificate.other, self.core.quitting = "", False
-        self._enter(WAITING)
-        self.show([ViewEvent(NOTE, f"{text}; {advice}")])
-        return self.status(text)
+        self.certificate.other = ""
+        return self._wait_for_user(text, advice)
 
     def _ask_user(self, reason: str) -> None:
-        """Stop trying, and tell the user the choices; without a user, end."""
+        """Tell the user the choices; without a user, end the link."""
         why = f"{self.target}: {self.core.refusal or reason}"
-        if not self.asks:
-            return self._end(why)
+        return self._wait_for_user(why, advice_after(why)) if self.asks else self._end(why)
+
+    def _wait_for_user(self, why: str, advice: str) -> None:
         self.core.quitting = False
         self._enter(WAITING)
-        self.show([ViewEvent(NOTE, f"{why}; {advice_after(why)}")])
+        self.show([ViewEvent(NOTE, f"{why}; {advice}")])
         self.status(why)
 
     def _come_back(self, reason: str) -> None:
