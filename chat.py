@@ -23800,8 +23800,8 @@ class ScrollbackView:
         self.back = False  # a page is read
         self.end = self.cut = 0
         self.at_top = False  # nothing older is here ...
-        self.owed = 0  # ... but the person wanted to go up by so many rows
-        self.mark: int | None = None  # the number of the first view that is new to the person
+        self.owed = 0  # ... but the user wanted to go up by so many rows
+        self.mark: int | None = None  # the number of the first view that is new to the user
         self.budget = Budget(LINES_AT_ONCE, LINES_A_SECOND, now)
 
     @property
@@ -23888,7 +23888,7 @@ class ScrollbackView:
         self.cut += rows
         while self.end > self.first + 1 and self.cut >= (tall := len(self.rows(self.end))):
             self.end, self.cut = self.end - 1, self.cut - tall
-        missing = max(0, self.height - self._above())
+        missing = max(0, self.height + self.cut - len(self._page_rows()))
         self._down(missing)
         self.at_top = missing > 0
         self.owed = rows if (self.end, self.cut) == before else 0
@@ -23908,21 +23908,17 @@ class ScrollbackView:
     def page(self) -> list[tuple[str, bool]]:
         """Return the rows of the page, as rows() has them."""
         self.end = max(self.end, min(self.total, self.first + 1))  # the oldest may be gone
+        rows = self._page_rows()
+        return rows[: len(rows) - self.cut][-self.height :]
+
+    def _page_rows(self) -> list[tuple[str, bool]]:
+        """Return the rows of the last views up to number `end`: as many views as fill the page."""
         rows: list[tuple[str, bool]] = []
         for number in range(self.end, self.first, -1):
             rows = self.rows(number) + rows
             if len(rows) - self.cut >= self.height:
                 break
-        return rows[: len(rows) - self.cut][-self.height :]
-
-    def _above(self) -> int:
-        """Return the number of rows from the page's bottom upwards, at most a page and a view."""
-        found = -self.cut
-        for number in range(self.end, self.first, -1):
-            found += len(self.rows(number))
-            if found >= self.height:
-                break
-        return found
+        return rows
 
     def _down(self, rows: int) -> None:
         self.cut -= rows
@@ -23988,12 +23984,12 @@ class Display:
         self.cleared = False  # ... or emptied: what was said is above
         self.bell = False
         self.notice = ""  # for the desktop, as an escape sequence
-        self.server = ""  # which it is, if there are several
+        self.server = ""  # its address, if there are several servers
         self.elsewhere: Callable[[], Iterable[tuple[str, Room]]] = list  # on the other servers
-        self.fetching = False  # what is older than all that is here
+        self.fetching = False  # older messages are on their way
         self.paged = False  # the other buffer is shown ...
         self.was_drawn = False  # ... and whether the two rows are there on the first
-        self.seen: Any = None  # what was written last, and need not be again
+        self.seen: Any = None  # the last frame: it is not written twice
         self.noted: dict[int, ViewEvent] = {}  # views that are rows already, by identity
         core.at_once = self.note
 
