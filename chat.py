@@ -21415,7 +21415,7 @@ def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
 
 
 def take_over(db: sqlite3.Connection, servers: pathlib.Path, logins: pathlib.Path) -> None:
-    """Move what files of JSON hold to client.db. A damaged file is left alone."""
+    """Move the contents of two JSON files to client.db. A damaged file is left alone."""
     rows, found = {"servers": [], "logins": []}, []
     for path in (servers, logins):
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -21635,7 +21635,7 @@ class HappyEyeballs:
 
 
 class LinkConnection(Connection):
-    """A connection that tells its link what happens."""
+    """A connection that passes its events on to its link."""
 
     __slots__ = ("link",)
 
@@ -21707,7 +21707,7 @@ def why_not_trusted(reason: str) -> str:
 
 class CertificateCheck:
     """The check of a server's certificate: signed by an authority, or pinned, or trusted by the
-    user. An attempt to connect leaves here what the next one has to find out."""
+    user. It can take two attempts to connect: the fields say what the next one looks for."""
 
     def __init__(self, trust: Trust, known: KnownServers):
         self.trust, self.known = trust, known
@@ -21724,7 +21724,7 @@ class CertificateCheck:
         return self.trust._replace(pin=self.pin, insecure=looking)
 
     def judge(self, target: Target, fingerprint: str) -> tuple[str, str]:
-        """Return why a certificate is not accepted, or ""; and what the user has to know of it."""
+        """Return why a certificate is not accepted, or "", and a text about it for the user."""
         if self.refused:
             self.doubted, self.doubt = fingerprint, f"the certificate of {target} {self.refused}"
             self.refused = ""
@@ -21996,7 +21996,7 @@ class Link:
         self._carry_on(self.core.feed(data))
 
     def _carry_on(self, views: list[ViewEvent]) -> None:
-        """Show, send and decide what is next, after anything that may have changed the core."""
+        """Show, send and decide the next step, after anything that may have changed the core."""
         self.show(views + self.core.take_views())
         if self.core.outbox.locked_at < math.inf and self.pace is None:
             self.pace = self.loop.call_later(LOCK_RETRY_SECONDS, self._send_more)
@@ -22577,8 +22577,8 @@ def size_of(path: pathlib.Path | str) -> int:
 
 
 class Download:
-    """The part of a file that one request for it brings. It is written off the loop; until a piece
-    is on disk, the connection is not read."""
+    """One request for the rest of a file. The file is written off the loop; until a piece is on
+    disk, the connection is not read."""
 
     def __init__(self, transfers: "Transfers", one: Transfer, part: pathlib.Path, at: int):
         self.transfers, self.one, self.part, self.at = transfers, one, part, at
@@ -22768,8 +22768,6 @@ class Transfers:
 
         def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
             if sock is None:
-        """Return the headers of a request of tus, with a login: the token, or name and password."""
-        more["Tus_Resumable"] = "1.0.0"
                 return done(None, reason)
             if one.id not in self.calls:
                 return sock.close()
@@ -22780,6 +22778,8 @@ class Transfers:
         link.helpers.submit(self, functools.partial(resolve_server, target, trust), found)
 
     def _headers(self, token: str, **more: Any) -> dict[str, str]:
+        """Return the headers of a request of tus, with a login: the token, or name and password."""
+        more["Tus_Resumable"] = "1.0.0"
         headers = {name.replace("_", "-"): str(value) for name, value in more.items()}
         login = self.core.me.login
         if token:
@@ -22787,6 +22787,16 @@ class Transfers:
         elif login:
             words = f"{login.account}:{login.password}".encode()
             headers["Authorization"] = f"Basic {base64.b64encode(words).decode()}"
+        return headers
+
+    def _go_on_from(self, one: Transfer, at: int) -> None:
+        """Note from which byte on a transfer goes on; after progress the back-off begins again."""
+        if at > one.reached:
+            one.failures = 0
+        one.reached = one.done = at
+
+    # Up
+
     def _ask(self, one: Transfer, request: CallRequest, *accepted: int) -> None:
         """Send a request of an upload. After a status that is not one of the accepted ones, the
         upload waits or fails."""
@@ -22800,16 +22810,6 @@ class Transfers:
                 self.refused(one, response, text)
 
         self._call(one, request._replace(done=answered))
-
-        return headers
-
-    def _go_on_from(self, one: Transfer, at: int) -> None:
-        """Note from which byte on a transfer goes on; after progress the back-off begins again."""
-        if at > one.reached:
-            one.failures = 0
-        one.reached = one.done = at
-
-    # Up
 
     def _create(self, one: Transfer, token: str) -> None:
         name = base64.b64encode(one.name.encode()).decode()
@@ -23015,9 +23015,8 @@ STRING_BEGINS = ("\x1b]", "\x1bP", "\x1b_", "\x1b^", "\x1bX")  # of such answers
 STRING_ANSWER = re.compile(r"\x1b(?:\][0-9]|P[0-9>+$!]|_G)")  # else Alt and a capital letter
 STRING_MOST = 4096  # characters of one: what is longer is none
 SEQUENCE_MOST = 32  # characters of any other sequence
-LATE_SEQUENCE = (
-    r"\[[0-9;?<=>]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"  # what an ESC may still belong to
-)
+# The rest of a sequence whose ESC was taken for a key
+LATE_SEQUENCE = r"\[[0-9;?<=>]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
@@ -23032,9 +23031,9 @@ class KeyDecoder:
     def __init__(self) -> None:
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.rest = ""
-        self.pasted: str | None = None  # what of a paste has come so far
+        self.pasted: str | None = None  # the beginning of a paste whose end has not come
         self.escaped = -math.inf  # when the beginning of a sequence was taken for keys ...
-        self.cut = ""  # ... and what it was: ESC, or more
+        self.cut = ""  # ... and that beginning: ESC, or more
 
     def feed(self, data: bytes, now: float = 0.0) -> list[Key]:
         """Return the keys in these bytes, which came at time `now`, in seconds."""
