@@ -24311,7 +24311,7 @@ class Input:
         except PermissionError:  # /dev/null
             self.watched = False
         if not self.watched:
-            self.loop.call_soon(self._read)
+            self.loop.call_soon(self.ready)
 
     def pause(self) -> None:
         if not self.paused:
@@ -24319,10 +24319,7 @@ class Input:
             if self.watched:
                 self.loop.selector.unregister(self.fd)
 
-    def ready(self, mask: int) -> None:
-        self._read()
-
-    def _read(self) -> None:
+    def ready(self, mask: int = READ) -> None:
         if self.paused:
             return
         try:
@@ -24336,7 +24333,7 @@ class Input:
             self.pause()
         self.take(data)
         if data and not self.watched:
-            self.loop.call_soon(self._read)
+            self.loop.call_soon(self.ready)
 
 
 class ClientOptions(NamedTuple):
@@ -24405,6 +24402,10 @@ class Client:
     def show(self, views: list[ViewEvent]) -> None:
         raise NotImplementedError
 
+    def note(self, text: str) -> None:
+        """Show a text of the client's own, where the user looks."""
+        self.show([ViewEvent(NOTE, text)])
+
     def over(self, reason: str) -> None:
         """End the client with its link."""
         self.reason = self.reason or reason
@@ -24442,6 +24443,8 @@ class Seat:
 class ManyServers(Client):
     """The base of the clients with a screen. The user looks at one server: `seat`. Its core and
     link are also those of this client."""
+
+    leave_seconds: float = STOP_SECONDS
 
     def __init__(self, options: ClientOptions):
         super().__init__(options)
@@ -24491,28 +24494,28 @@ class ManyServers(Client):
             self.connect(url)
         self.look_at(first)
 
-    def connect(self, words: str, **more: Any) -> None:
+    def connect(self, words: str) -> None:
         """Handle /connect [URL [NICK]], or HOST PORT [NICK]: add a server beside the others, or
-        list them. `more` are options of ClientOptions."""
+        list them."""
         url, *more_words = words.split() or [""]
         if more_words and more_words[0].isdecimal():  # HOST PORT, as other clients have it
             url = f"{url}:{more_words.pop(0)}"
         name = " ".join(more_words)
         if not url:
             targets = ", ".join(str(seat.link.target) for seat in self.seats)
-            return self.show([ViewEvent(NOTE, f"connected to: {targets}; /connect URL adds one")])
+            return self.note(f"connected to: {targets}; /connect URL adds one")
         try:
             target = parse_target(url)
             known = (seat for seat in self.seats if str(seat.link.given) == str(target))
             if (seat := next(known, None)) is not None:
                 return self.look_at(seat)
+            options = self.options._replace(target=target, join=(), lobby=False)
             # The secrets of the first server are not for this one
-            usual = {"join": (), "password": "", "login": None, "lobby": False}
-            usual |= {"trust": Trust(self.options.trust.ca)}
-            usual |= {"name": name or nick_in(url) or self.options.name}
-            return self.look_at(self.add(self.options._replace(target=target, **usual | more)))
+            options = options._replace(password="", login=None, trust=Trust(self.options.trust.ca))
+            name = name or nick_in(url) or self.options.name
+            return self.look_at(self.add(options._replace(name=name)))
         except ChatError as error:
-            return self.show([ViewEvent(NOTE, str(error))])
+            return self.note(str(error))
 
     def add(self, options: ClientOptions) -> Seat:
         """Connect to one more server, and stay if that fails. Raises Unusable."""
@@ -24528,7 +24531,7 @@ class ManyServers(Client):
     def disconnect(self) -> None:
         """Handle /disconnect: leave the server that is looked at."""
         if len(self.seats) == 1:
-            return self.show([ViewEvent(NOTE, "this is the only server; /quit leaves")])
+            return self.note("this is the only server; /quit leaves")
         return self.seat.link.leave(at_once=True)
 
     def keep_servers(self) -> None:
@@ -24564,13 +24567,11 @@ class ManyServers(Client):
         self.seats_changed()
         if waiting := len(seat.core.outbox.waiting):
             reason += f"; {self.fate_of(waiting)}"
-        return self.show(
-            [ViewEvent(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")]
-        )
+        return self.note(f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")
 
     def leave(self, reason: str = "") -> None:
-        """Leave all servers; give them STOP_SECONDS to take the rest."""
-        self.loop.call_later(STOP_SECONDS, lambda: self.over(""))
+        """Leave all servers; give them some seconds to take the rest."""
+        self.loop.call_later(self.leave_seconds, lambda: self.over(""))
         self.quitting = True
         for seat in list(self.seats):
             seat.link.leave(at_once=True, reason=reason)
@@ -24868,7 +24869,7 @@ class TerminalClient(ManyServers):
             elif (text := self.editor.press(key)) is not None:
                 self.enter(text)
             if self.editor.refused:
-                self.show([ViewEvent(NOTE, self.editor.refused)])
+                self.note(self.editor.refused)
                 self.editor.refused = ""
         if self.editor.left:
             self.leave()
@@ -24912,7 +24913,7 @@ class TerminalClient(ManyServers):
         note = f"nothing was sent: {self.ended_room} is closed; Up brings the text back"
         self.ended_room = ""
         self.editor.set(self.writing_in.draft if self.writing_in else "")
-        self.show([ViewEvent(NOTE, note)])
+        self.note(note)
 
     def places(self) -> list[tuple[Seat, Room]]:
         """Return all conversations, server by server; their numbers are those of Alt and /go. A
@@ -24931,7 +24932,7 @@ class TerminalClient(ManyServers):
             head = f"{seat.link.target}: " if len(self.seats) > 1 and seat is not server else ""
             server = seat
             listed.append(f"{head}{n} {room.name or '(no conversation)'}{new}")
-        self.show([ViewEvent(NOTE, ", ".join(listed) or "there is none; /join #CHANNEL")])
+        self.note(", ".join(listed) or "there is none; /join #CHANNEL")
 
     def interrupt(self) -> None:
         """Handle Ctrl-C: empty the line, which Up brings back; on an empty line ask, and the next
@@ -24945,7 +24946,7 @@ class TerminalClient(ManyServers):
             return self.leave()
         elif now - self.cleared > CLEAR_SECONDS:
             self.asked = now
-            self.show([ViewEvent(NOTE, "Ctrl-C again leaves; so does /quit")])
+            self.note("Ctrl-C again leaves; so does /quit")
         self.pressed = True
 
     def complete(self, word: str, first: bool) -> list[str]:
@@ -24996,9 +24997,6 @@ class TerminalClient(ManyServers):
     def page_up(self) -> None:
         self.up(self.display.reader.height - 1)
 
-    def page_down(self) -> None:
-        self.display.reader.down(self.display.reader.height - 1)
-
     def up(self, rows: int) -> None:
         """Scroll up, and ask for older messages before the user reaches the oldest ones here."""
         reader = self.display.reader
@@ -25019,7 +25017,7 @@ class TerminalClient(ManyServers):
     KEYS = {
         "redraw": redraw,
         "page-up": page_up,
-        "page-down": page_down,
+        "page-down": lambda self: self.display.reader.down(self.display.reader.height - 1),
         "room-unread": go_unread,
         "room-next": go_next,
         "room-previous": lambda self: self.go_next(-1),
