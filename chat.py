@@ -25470,12 +25470,12 @@ function el(tag, properties, ...children) {
   for (const key in properties) { // Firefox before 119 has them as attributes only
     if (/^aria/.test(key)) made.setAttribute(key.replace('aria', 'aria-'), properties[key]);
   }
-  made.append(...children.filter(Boolean));
+  made.append(...children.flat().filter(Boolean));
   return made;
 }
 
-const button = (text, onclick, more) =>
-  el('button', { type: 'button', onclick, ...more }, text);
+const button = (content, onclick, more) =>
+  el('button', { type: 'button', onclick, ...more }, content);
 const dim = (text) => el('p', { className: 'dim' }, text);
 const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(count)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
@@ -25489,7 +25489,7 @@ const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
 
-function formatter(style) { // made once, and not before it is needed: that is slow
+function formatter(style) { // made when it is first used: this is slow
   let made;
   return (time) => (made ??= new Intl.DateTimeFormat([], style)).format(new Date(time));
 }
@@ -25523,17 +25523,13 @@ const LINES = 190, BYTES = 16000; // of a message of several lines (draft/multil
 
 // Cut text into pieces of at most `room` bytes, between characters
 function pieces(text, room) {
-  const found = [''];
-  let used = 0;
-  for (const character of text) {
-    const size = character < '\x80' ? 1 : bytesOf(character).length;
-    if (used + size > room) {
-      found.push('');
-      used = 0;
-    }
-    found[found.length - 1] += character;
-    used += size;
-  }
+  const found = [], bytes = new Uint8Array(room);
+  let rest = text;
+  do {
+    const { read } = new TextEncoder().encodeInto(rest, bytes);
+    found.push(rest.slice(0, read));
+    rest = rest.slice(read);
+  } while (rest);
   return found;
 }
 
@@ -25632,7 +25628,7 @@ const state = { me: '', account: '', rooms: {}, outbox: [], batches: {},
   asked: {}, page: PAGE, phase: 'closed', why: '', retryAt: 0 };
 
 const isMe = (nick) => fold(nick) === fold(state.me);
-const roomOf = (target, nick) => room(isChannel(target) || isMe(nick) ? target : nick);
+const partner = (target, nick) => (isChannel(target) || isMe(nick) ? target : nick);
 const allRooms = () => Object.values(state.rooms);
 const lastOf = (list) => list[list.length - 1];
 
@@ -25668,13 +25664,13 @@ function fileOf(tag = '') {
   return path ? { path, type, size: +size, width: +width, height: +height } : null;
 }
 
-// A msgid is a number that grows, and four letters for a start of the server: one that has lost its
-// data begins again
+// A msgid is a number that grows, and four letters for the start of the server. After a server has
+// lost its data, its numbers begin again, with other letters
 const serial = (id) => parseInt(id.slice(0, -4), 16) || 0;
 const before = (a, b) => (a.id.slice(-4) === b.id.slice(-4) ? serial(a.id) < serial(b.id)
   : a.time < b.time);
 
-// The place of a message: in front of those that were said later
+// The index at which a message is inserted: in front of the later ones
 function placeOf(to, message) {
   let place = to.messages.length;
   for (let i = place - 1; message.id && i >= 0; i--) {
@@ -25685,7 +25681,7 @@ function placeOf(to, message) {
   return place;
 }
 
-// Put messages into a room, without those that are there: those of one place together
+// Add the messages that a room does not have yet; those with one place are inserted together
 function add(to, messages) {
   const places = new Map();
   for (const message of messages.filter(({ id }) => !id || !to.ids[id])) {
@@ -25745,9 +25741,8 @@ function react(to, id, nick, emoji, on) {
 // A message, reaction or removal: from a page of the past, or as it happens
 function happened(nick, [target, text], { verb, tags }) {
   if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
-  const to = state.rooms[fold(isChannel(target) || isMe(nick) ? target : nick)];
-  const id = tags['+draft/reply'];
-  if (!to) return; // one who only types opens no conversation
+  const to = state.rooms[fold(partner(target, nick))], id = tags['+draft/reply'];
+  if (!to) return; // typing alone opens no conversation
   if (verb === 'REDACT') {
     const message = find(to, text);
     const gone = { text: '', file: null, gone: true, reactions: [] };
@@ -25767,7 +25762,7 @@ function happened(nick, [target, text], { verb, tags }) {
 function heard(nick, [, text], line) {
   if (!line.source.includes('!')) return note(text); // from the server
   if (/^\x01(?!ACTION )/.test(text)) return null;
-  const message = messageOf(line), to = roomOf(message.target, nick);
+  const message = messageOf(line), to = room(partner(message.target, nick));
   delete to.typing[fold(nick)];
   add(to, [message]);
   if (line.tags.label) arrived(line.tags.label, to); // also a repeat, or said under another name
@@ -25780,7 +25775,7 @@ const RANKS = '~&@%+';
 const news = (to, text) => Object.keys(to.members).length <= 50 && tell(to, text);
 const because = (reason) => (reason ? `: ${reason}` : '');
 
-// What is said from now on is missed: `upTo` is the id of the last message that was not
+// Note that messages are missed from now on; `upTo` becomes the id of the last one that was not
 function miss(to) {
   to.joined = false;
   if (to.behind) return;
@@ -25811,7 +25806,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   NOTICE: heard,
   TAGMSG: happened,
   REDACT: happened,
-  PING: (nick, params) => reply(`PONG :${params[0]}`),
+  PING: (nick, params) => respond(`PONG :${params[0]}`),
   JOIN(nick, [name]) {
     const to = room(name);
     if (isMe(nick)) {
@@ -25846,7 +25841,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   MODE(nick, [name, ...modes]) {
     if (!isChannel(name)) return;
     tell(room(name), `${nick} set ${modes.join(' ')}`);
-    if (/[qaohv]/.test(modes[0])) reply(`NAMES ${name}`);
+    if (/[qaohv]/.test(modes[0])) respond(`NAMES ${name}`);
   },
   INVITE: (nick, [, name]) => note(`${nick} invites you: /join ${name}`),
   MARKREAD(nick, [name, marker = '']) {
@@ -25869,13 +25864,13 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   900: (nick, [, , account]) => { state.account = account; refresh(); },
   REGISTER(nick, [result, account, text]) {
     note(text);
-    if (result === 'SUCCESS') leader?.proveRegistered(account);
+    if (result === 'SUCCESS' && leader?.login) leader.prove({ ...leader.login, account });
   },
   NOTE: (nick, params) => params[0] !== 'SESSION' && note(lastOf(params)),
   FAIL: refused,
 };
 
-// Numerics that say nothing that a user here has to know: those of registration and of lists
+// Numerics that are not shown: those of registration and of lists
 const QUIET = /^(00.|2..|30[16]|333|366|37.|422|43[1237]|464|90[3-7])$/;
 
 function dispatch(line) {
@@ -25898,7 +25893,10 @@ function endBatch(key, { kind, target, line, lines }) {
   const said = lines.filter(({ verb }) => /PRIVMSG|NOTICE/.test(verb)).map(messageOf)
     .filter(({ text }) => !text.startsWith('\x01'));
   if (kind === 'soju.im/search') return showFound(said, asked);
-  if (kind === 'draft/chathistory-targets') return knowTargets(lines);
+  if (kind === 'draft/chathistory-targets') {
+    lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
+    return catchUp();
+  }
   if (kind !== 'chathistory') {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
   }
@@ -25935,7 +25933,7 @@ const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.i
 // Ask for what came while this browser was away: one room after the other, the one on the screen
 // first. What is said meanwhile stands below the gap
 function catchUp() {
-  if (!leader?.mayCatchUp() || isAsked('after', 'latest', 'targets')) return;
+  if (!leader?.registered || waiting().length || isAsked('after', 'latest', 'targets')) return;
   if (!leader.knowsTargets) {
     const newest = setting('newest');
     const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
@@ -25946,11 +25944,6 @@ function catchUp() {
   const { key, name, upTo } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
   if (upTo) request('after', key, `AFTER ${name} msgid=${upTo} ${state.page}`);
   else if (key) request('latest', key, `LATEST ${name} * ${state.page}`);
-}
-
-function knowTargets(lines) {
-  lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
-  catchUp();
 }
 
 function turnPage({ key, how }, messages, ended) {
@@ -26001,11 +25994,11 @@ function askOlder(to) {
 // A row with a blob is a file: when it is uploaded, the row becomes the message with its link
 
 // All parts of a long text are accepted, or none: a draft is sent again under the same ids
-async function say(target, text, { action = false, answers = '', own = newId() } = {}) {
+async function say(target, text, { action = false, reply = '', own = newId() } = {}) {
   const texts = action ? [text.replace(/\s+/g, ' ')] : messagesOf(text);
   const first = Math.max(Date.now(), (lastOf(state.outbox)?.n ?? 0) + 1); // clocks may be set back
   await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: first + n / 1000,
-    target, text: part, action, reply: n ? '' : answers, failed: '' })));
+    target, text: part, action, reply: n ? '' : reply, failed: '' })));
 }
 
 const blobs = {}; // files that this browser does not keep, by `own`: they end with the tabs
@@ -26039,6 +26032,7 @@ async function retry({ own }) {
 // ---- Uploads (tus 1.0)
 
 const CHUNK = 256 * 1024; // bytes of a request
+const offsetIn = (response) => +(response.headers.get('Upload-Offset') ?? NaN);
 
 class Uploader {
   async run() {
@@ -26075,14 +26069,15 @@ class Uploader {
 
   async upload(row) {
     if (!(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
-    let at = row.link ? await this.offset(row) : NaN;
+    let at = NaN; // in the file, as the server has it
+    if (row.link) at = offsetIn(await this.call('HEAD', new URL(row.link).pathname));
     if (!(at >= 0)) at = await this.create(row);
     const path = new URL(row.link).pathname;
     const wanted = () => state.outbox.some(({ own }) => own === row.own);
     while (at < row.size && wanted()) {
       const response = await this.call('PATCH', path, { 'Upload-Offset': at,
         'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK));
-      at = +(response.headers.get('Upload-Offset') ?? NaN);
+      at = offsetIn(response);
       if (wanted()) publish({ row: { ...shared(row), sent: at } });
     }
     if (!wanted()) { // cancelled, maybe while its link was being stored
@@ -26102,33 +26097,28 @@ class Uploader {
     await store('outbox', 'put', blobs[row.own] ? shared(row) : row);
     return 0;
   }
-
-  async offset(row) {
-    const response = await this.call('HEAD', new URL(row.link).pathname);
-    return +(response.headers.get('Upload-Offset') ?? NaN);
-  }
 }
 
 // ---- The connection: only the leader has one
 
 const CAPABILITIES = 'message-tags server-time batch echo-message labeled-response '
   + 'draft/multiline draft/chathistory draft/message-redaction standard-replies soju.im/search '
-  + 'chat.py/session sasl draft/no-implicit-names away-notify '
-  + 'draft/read-marker';
+  + 'chat.py/session sasl draft/no-implicit-names away-notify draft/read-marker';
 const SHORTEST = 500, LONGEST = 30000; // ms between two attempts
-const OPENING = 20000, SILENCE = 30000, LIMIT = 10000; // ms: until online; until a PING; then
+// ms until the page has to be online, until a PING, and until its answer
+const OPENING = 20000, SILENCE = 30000, LIMIT = 10000;
 
 class Leader {
   wait = SHORTEST;
   window = 8; // messages that may be under way
-  flying = new Set();
+  inFlight = new Set();
   uploader = new Uploader();
 
   connect() {
     clearTimeout(this.timer);
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
     if (!setting('secret')) set('secret', randomHex(16));
-    this.scram?.terminate(); // its answer is one of the connection before
+    this.scram?.terminate(); // it belongs to the last connection
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
     const socket = this.socket = new WebSocket(url, 'text.ircv3.net');
@@ -26220,28 +26210,24 @@ class Leader {
   pump() {
     if (!this.registered) return;
     for (const row of waiting()) {
-      if (this.flying.size >= this.window) break;
-      if (!this.flying.has(row.own)) linesOf(row).forEach((line) => this.send(line));
-      this.flying.add(row.own);
+      if (this.inFlight.size >= this.window) break;
+      if (!this.inFlight.has(row.own)) linesOf(row).forEach((line) => this.send(line));
+      this.inFlight.add(row.own);
     }
     catchUp();
-  }
-
-  mayCatchUp() {
-    return this.registered && !waiting().length;
   }
 
   arrived(own) {
     this.wait = SHORTEST;
     this.window = Math.min(64, this.window * 2);
-    this.flying.delete(own);
+    this.inFlight.delete(own);
     store('outbox', 'delete', own);
     this.pump();
   }
 
   async fail(own, failed) {
     const row = await storedRow(own);
-    this.flying.delete(own);
+    this.inFlight.delete(own);
     if (row) await accept({ ...row, failed });
   }
 
@@ -26251,8 +26237,8 @@ class Leader {
     this.socket = null;
     clearTimeout(this.timer);
     if (this.registered && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
-    if (this.flying.size) this.window = 1;
-    this.flying.clear();
+    if (this.inFlight.size) this.window = 1;
+    this.inFlight.clear();
     this.registered = this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
     if (leader !== this || state.phase === 'ended') return;
@@ -26267,10 +26253,10 @@ class Leader {
     this.closed();
   }
 
-  enter(name, word, secret) { // from the form: also the passwords of account and server
+  enter(name, password, serverPassword) { // from the form
     publish({ me: name });
-    if (word) this.login = { account: name, password: word };
-    if (secret) set('password', secret);
+    if (password) this.login = { account: name, password };
+    if (serverPassword) set('password', serverPassword);
     set('welcomed', false);
     publish({ phase: 'closed' });
     this.hurry();
@@ -26293,10 +26279,6 @@ class Leader {
   signUp(password) {
     this.login = { account: state.me, password };
     this.send(`REGISTER * * :${password}`);
-  }
-
-  proveRegistered(account) { // for the keys
-    if (this.login) this.prove({ ...this.login, account });
   }
 
   // By SCRAM, in a worker: a phone works on a password for a second or more. The keys that it makes
@@ -26344,7 +26326,6 @@ function remember(to) {
   if (leader) keeping ||= setTimeout(keepRooms, 1000);
 }
 
-
 async function keepRooms() {
   keeping = 0;
   let newest = '';
@@ -26367,14 +26348,10 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-const channel = openChannel();
-function openChannel() { // where a browser keeps nothing of this page, it may refuse this, too
-  try {
-    return new BroadcastChannel('chat');
-  } catch {
-    return { postMessage() {} };
-  }
-}
+let channel = { postMessage() {} };
+try {
+  channel = new BroadcastChannel('chat');
+} catch { /* where a browser keeps nothing of this page, it may refuse this, too */ }
 
 let leader = null;
 let attached = false; // the model is that of the leader
@@ -26392,7 +26369,7 @@ function act(name, ...values) { // have the leader do something
 }
 
 const ask = (line) => act('send', line); // a line that the user wants to be sent
-const reply = (line) => leader?.send(line); // one that answers a line: only the leader answers
+const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
   opened(name) { // the leader reads its past
@@ -26422,7 +26399,7 @@ const ITEMS = {
   dropped(own) {
     delete blobs[own];
     state.outbox = without(own);
-    leader?.flying.delete(own);
+    leader?.inFlight.delete(own);
     leader?.pump();
     refresh();
   },
@@ -26480,7 +26457,7 @@ function follow() {
   if (navigator.locks) elect();
 }
 
-// A tab that finds no leader, or a frozen one, takes its place
+// Look for the leader. If there is none, or it is frozen, this tab takes its place
 function callLeader() {
   const now = Date.now(), heard = () => leader || answered >= now;
   channel.postMessage({ hello: tab, known: attached });
@@ -26505,29 +26482,22 @@ function elect(steal) {
 
 const EMOJI = ['\u{1f44d}', '\u2764\ufe0f', '\u{1f602}', '\u{1f62e}', '\u{1f622}', '\u{1f64f}'];
 const ROWS = 50; // of a block: the browser draws only the blocks that are in sight
-const LINK = /https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}]/gu;
+const LINK = /(https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}])/u;
 
 const TAKEN = 'taken back';
 const log = $('log');
 let here = fold('#lobby'); // key of the room on the screen
 let drawnFrom = 0; // its first message that has a row
 let stuck = true; // the reader is at the end, and stays there
-let answering = null; // the message that the next one replies to
+let replyTo = null; // the message that the next one replies to
 
 const shown = () => state.rooms[here] ?? allRooms()[0] ?? room('#lobby');
 const outside = { target: '_blank', rel: 'noopener noreferrer' };
 const isPicture = (type) => /^image\/(png|jpeg|gif|webp)$/.test(type);
 
-function withLinks(text) {
-  const made = el('p', { className: 'text', dir: 'auto' });
-  let at = 0;
-  for (const { 0: url, index } of text.matchAll(LINK)) {
-    made.append(text.slice(at, index), el('a', { href: url, ...outside }, url));
-    at = index + url.length;
-  }
-  made.append(text.slice(at));
-  return made;
-}
+// A text and its links, which are every other part of it
+const withLinks = (text) => el('p', { className: 'text', dir: 'auto' },
+  text.split(LINK).map((part, n) => (n % 2 ? el('a', { href: part, ...outside }, part) : part)));
 
 function headOf({ nick, time }) {
   const name = el('b', {}, nick);
@@ -26579,7 +26549,7 @@ function fillRow(row) {
 const above = (row) =>
   row.previousElementSibling ?? row.parentElement.previousElementSibling?.lastElementChild;
 
-// What a row shows because of the row above it: the day; no name, if that has the same
+// Show the day if it is not that of the row above, and the name if it is not the same
 function decorate(row) {
   if (!row?.message) return;
   const { nick, time, info, reply: id } = row.message, last = above(row)?.message;
@@ -26591,7 +26561,7 @@ function decorate(row) {
   row.classList.toggle('same', Boolean(same));
 }
 
-// The place of new rows in front of the row `next`: between two blocks
+// The element in front of which new rows are put that come before the row `next`
 function blockBefore(next) {
   if (!next) return $('waiting');
   const block = next.parentElement;
@@ -26646,13 +26616,11 @@ function keepPlace(change) {
 
 function inserted(to, index, messages) {
   if (to !== shown() || !messages.length) return;
-  const end = index + messages.length;
   if (index < drawnFrom) {
     drawnFrom += messages.length;
     return;
   }
-  const next = to.messages[end];
-  keepPlace(() => drawRows(messages, next && rows.get(next)));
+  keepPlace(() => drawRows(messages, rows.get(to.messages[index + messages.length])));
   markRead();
 }
 
@@ -26709,7 +26677,7 @@ function refresh() {
   drawing = true;
 }
 
-// Replace what is in an element if `facts` are not those of the last time: a tap needs its button
+// Replace the content of an element only if `facts` have changed: a tap needs its button to stay
 function fill(parent, facts, make) {
   const text = JSON.stringify(facts);
   if (parent.facts === text) return;
@@ -26743,14 +26711,12 @@ function drawRooms() {
   const list = allRooms().map(({ key, name, joined: inside, unread, called }) =>
     ({ key, name, away: isChannel(name) && !inside, unread, called, now: key === shown().key }))
     .sort((a, b) => isChannel(b.name) - isChannel(a.name) || a.key.localeCompare(b.key));
-  fill($('rooms'), list, () => [...list.map((to) => {
-    const made = button('', () => openRoom(to.name), { ariaCurrent: String(to.now) });
-    made.classList.toggle('dim', to.away);
-    made.append(el('span', {}, to.name));
-    if (to.unread) made.append(el('span', { className: `badge ${to.called ? 'called' : ''}`,
-      ariaLabel: `${to.unread} unread` }, to.unread));
-    return made;
-  }), button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
+  const badge = ({ unread, called }) => unread && el('span', { ariaLabel: `${unread} unread`,
+    className: `badge ${called ? 'called' : ''}` }, unread);
+  fill($('rooms'), list, () => [...list.map((to) => button(
+    [el('span', {}, to.name), badge(to)], () => openRoom(to.name),
+    { ariaCurrent: String(to.now), className: to.away ? 'dim' : '' })),
+  button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
 }
 
 function peopleOf(members) {
@@ -26791,7 +26757,7 @@ function openRoom(name) {
   here = to.key;
   set('here', to.name);
   $('rooms').classList.remove('open');
-  setAnswer(null);
+  setReplyTo(null);
   if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
   restoreDraft();
@@ -26837,30 +26803,30 @@ field.oninput = () => {
   ask(`@label=typing;+typing=active TAGMSG ${shown().name}`);
 };
 
-function setAnswer(message) {
-  answering = message;
+function setReplyTo(message) {
+  replyTo = message;
   $('reply').hidden = !message;
   if (!message) return;
   $('reply').firstElementChild.textContent = `Reply to ${message.nick}: ${message.text}`;
   field.focus();
 }
-$('reply').lastElementChild.onclick = () => setAnswer(null);
+$('reply').lastElementChild.onclick = () => setReplyTo(null);
 
 $('composer').onsubmit = async (event) => {
   event.preventDefault();
   const text = field.value, to = shown(), own = setting(`draft.${here}`)?.own;
   if (!text.trim()) return;
-  const answers = answering?.id;
+  const reply = replyTo?.id;
   try {
     if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
-    else await say(to.name, text.replace(/^\/\//, '/'), { answers, own });
+    else await say(to.name, text.replace(/^\/\//, '/'), { reply, own });
   } catch (error) {
     note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
     return;
   }
   set(`draft.${to.key}`, null);
   if (to === shown() && field.value === text) field.value = '';
-  setAnswer(null);
+  setReplyTo(null);
   stuck = true;
   grow();
   keepPlace();
@@ -26886,8 +26852,8 @@ function complete() {
   return Boolean(found);
 }
 
-// Commands: what is sent for one, with $1 for its first word, $2 for what follows that, $* for
-// all of it, and $# for the name of the room; or a function
+// Command -> the line that it sends, with $1 for its first word, $* for all words, and $# for the
+// name of the room; or a function
 const COMMANDS = new Map(Object.entries({
   me: (text, to, own) => say(to.name, text, { action: true, own }),
   msg: (text) => {
@@ -26910,10 +26876,9 @@ function command(line, to, own) {
     throw new Error(`there is no /${name}, only /${[...COMMANDS.keys()].join(' /')}; `
       + 'a text that begins with / is sent with //');
   }
-  const [, first, rest] = /^(\S*)\s*(.*)$/s.exec(text);
-  const parts = { $1: first, $2: rest, '$*': text, '$#': to.name };
+  const parts = { $1: text.split(/\s/)[0], '$*': text, '$#': to.name };
   return typeof known === 'function' ? known(text, to, own)
-    : ask(known.replace(/\$[12*#]/g, (part) => parts[part]).replace(/\s+/g, ' '));
+    : ask(known.replace(/\$[1*#]/g, (part) => parts[part]).replace(/\s+/g, ' '));
 }
 
 function enter(name, password = '') {
@@ -26948,10 +26913,10 @@ async function shrunk(file) {
   const scale = Math.min(1, SHRUNK / Math.max(bitmap.width, bitmap.height));
   const [width, height] = [bitmap.width * scale, bitmap.height * scale];
   const canvas = el('canvas', { width, height });
-  const paper = canvas.getContext('2d');
-  paper.fillStyle = '#fff'; // a JPEG has no transparency
-  paper.fillRect(0, 0, width, height);
-  paper.drawImage(bitmap, 0, 0, width, height);
+  const context = canvas.getContext('2d');
+  context.fillStyle = '#fff'; // a JPEG has no transparency
+  context.fillRect(0, 0, width, height);
+  context.drawImage(bitmap, 0, 0, width, height);
   const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
   return blob && blob.size < file.size ? blob : null;
 }
@@ -26999,7 +26964,7 @@ function messageSheet(message) {
   };
   openSheet(`${nick}: ${text.slice(0, 80)}`, [el('div', { className: 'buttons' },
     ...EMOJI.map((emoji) => choice(emoji, () => toggle(message, emoji))), other)],
-  [choice('Reply', () => setAnswer(message)),
+  [choice('Reply', () => setReplyTo(message)),
     isMe(nick) ? choice('Take back', () => ask(`REDACT ${to} ${id}`))
       : choice(`Message ${nick}`, () => openRoom(nick))]);
 }
@@ -27053,7 +27018,7 @@ function form(title, fields, text, action, more = [], kind = '') {
   const inputs = fields.map(([, properties]) =>
     el('input', { autocomplete: 'off', autocapitalize: 'off', ...properties }));
   const made = el('form', {},
-    ...inputs.flatMap((input, n) => [el('label', {}, fields[n][0], input)]),
+    ...inputs.map((input, n) => el('label', {}, fields[n][0], input)),
     el('div', { className: 'buttons' }, el('button', { className: 'main' }, text)));
   made.onsubmit = (event) => {
     event.preventDefault();
@@ -27065,13 +27030,12 @@ function form(title, fields, text, action, more = [], kind = '') {
 }
 
 const SECRET = { type: 'password', autocomplete: 'current-password' };
-const nameField = () =>
-  ['Your name', { value: state.me, required: true, maxLength: 32 }];
+const nameField = () => ['Your name', { value: state.me, required: true, maxLength: 32 }];
 
 function nameSheet() {
   const fields = [nameField(), ['Password, if the name is an account', SECRET]];
   if (/has a password/.test(state.why)) fields.push(['Password of this server', SECRET]);
-  const join = (name, ...words) => act('enter', name.replace(/\s/g, '_'), ...words);
+  const join = (name, ...passwords) => act('enter', name.replace(/\s/g, '_'), ...passwords);
   form(state.why || 'Join the chat', fields, 'Join', join, [otherWays()], 'name');
 }
 
@@ -27379,11 +27343,8 @@ PAGE_MANIFEST = {
 }
 
 
-KEEPS_ONLY_OURS = "default-src 'none'; connect-src 'self'"
-
-
 def served(text: str) -> str:
-    """Return a document without what only its readers here need: comments, indentation, line breaks
+    """Return a document without the parts that no browser needs: comments, indentation, line breaks
     where nothing depends on them, and blanks in the style and around operators of the script. (No
     text in the script has an operator between blanks.)"""
     text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
@@ -27411,10 +27372,11 @@ def page_policy(page: str) -> str:
 
 def page_documents() -> dict[str, Document]:
     """Return the documents of the page, by path."""
-    manifest, page = json.dumps(PAGE_MANIFEST), served(PAGE_TEXT)
+    manifest, page, worker = json.dumps(PAGE_MANIFEST), served(PAGE_TEXT), served(PAGE_WORKER)
+    only_ours = "default-src 'none'; connect-src 'self'"
     return {
         "/": Document(page, "text/html; charset=utf-8", page_policy(page)),
-        "/sw.js": Document(served(PAGE_WORKER), "text/javascript; charset=utf-8", KEEPS_ONLY_OURS),
+        "/sw.js": Document(worker, "text/javascript; charset=utf-8", only_ours),
         "/manifest.webmanifest": Document(manifest, "application/manifest+json"),
         "/icon.svg": Document(PAGE_ICON, "image/svg+xml"),
     }

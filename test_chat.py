@@ -27623,7 +27623,7 @@ def test_the_look_follows_the_settings(running, window, folder):
     press(alice, "Control-plus")
     pump(alice, lambda: alice.look.size == size + 1)
     alice.commands.open_settings()
-    assert alice.settings.fields["theme"].get() == "dark"
+    assert alice.settings.fields["theme"].value == "dark"
     assert alice.settings.fields["size"].content == str(size + 1)
     alice.settings.fields["time"].set("%H:%M:%S")
     alice.settings.done()
@@ -27659,7 +27659,7 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     menu.unpost()
     menu.invoke(menu.index("dark"))
     pump(alice, lambda: alice.look.colours is gui_client.DARK)
-    assert choice.get() == "dark"
+    assert choice.value == "dark"
 
 
 @pytest.mark.parametrize("dialog", [False, True])
@@ -29789,7 +29789,7 @@ def test_a_removed_text_is_gone_from_quotes_too(running, browse):
     tab = browse(server.address).enter("anna")
     tab.say("a secret")
     tab.until("!state.outbox.length")
-    tab.js("setAnswer(lastOf(shown().messages))")
+    tab.js("setReplyTo(lastOf(shown().messages))")
     tab.say("indeed")
     tab.until("document.querySelector('blockquote')?.textContent === 'anna: a secret'")
     tab.js("ask(`REDACT #lobby ${find(shown(), shown().messages.slice(-2)[0].id).id}`)")
