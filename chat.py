@@ -304,8 +304,8 @@ CLIENT_ROWS_AT_ONCE = 500  # that are written in one transaction, at least once 
 CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
 CLIENT_HITS_MOST = 2000  # that one search takes ...
 CLIENT_HITS_SEEN = 50_000  # ... of so many that it looks at, which may be of other conversations
-MOVES_MS = 60_000  # joins and quits within this time after the first share one row ...
-MOVES_NAMED = 10  # ... which names so many users
+MOVES_MS = 60_000  # joins, or changes of a kind, within this time after the first share a row ...
+MOVES_NAMED = 10  # ... which names so many users, and so many changes
 TOPIC_MARGIN = 50  # columns of the status row that are not for the topic
 HANGING = 6  # columns that the later rows of a line are indented: the width of the time
 # Lines to other servers at once, and a second: RFC 1459 section 8.10 and InspIRCd, ngIRCd and
@@ -367,15 +367,8 @@ WEB_IDLE_SECONDS = 15.0  # between requests, between pieces of a body, and witho
 WEB_PER_ADDRESS = 256  # connections from one address that speak HTTP
 FRAMES_AT_ONCE = 64  # of a WebSocket that are looked at for one line
 FRAGMENTS_MOST = 1024  # frames of one message
-HELPER_THREADS = {  # of each lane; only one writes files, so that pieces stay in order
-    "pages": 3,
-    "passwords": 2,
-    "mail": 1,
-    "disk": 1,
-    "files": 1,
-    "reads": 2,
-    "finishes": 2,
-}
+HELPER_THREADS = {"pages": 3, "passwords": 2, "reads": 2, "finishes": 2}  # of these lanes ...
+HELPERS_ELSE = 1  # ... and of each other: the pieces of files are written in order
 FILE_BYTES = 256 * 1024 * 1024  # of one file that a user uploads
 FILES_BYTES = 4 * 1024**3  # of all; a user, or an address, has a quarter
 FILES_COUNT = 10_000  # all of them are kept in memory
@@ -395,7 +388,7 @@ TOKEN_SECONDS = 600  # until an unused upload token ends
 TOKENS_A_USER = 8  # for uploads
 FILES_SWEEP_SECONDS = 600.0
 SURE_SECONDS = 6 * 3600.0  # deletions go by the lowest offset of the wall clock in so long ...
-SURE_STEP_SECONDS = 60.0  # ... one for each step of this length: see SureTime
+SURE_STEP_SECONDS = 600.0  # ... one for each step of this length: see SureTime
 LOG_LINES = 1000  # that wait for standard error to be read ...
 LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
 CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
@@ -612,8 +605,7 @@ class Refused(ChatError):
 
 
 class Unusable(ChatError):
-    """A thing that this program needs is missing or wrong. The program says so in one line and
-    ends."""
+    """A thing that the program needs is missing or wrong: it says so in one line and ends."""
 
 
 class TlsFailed(ChatError):
@@ -646,7 +638,6 @@ class Framer(typing.Protocol):
     def feed(self, data: bytes) -> None: ...
     def take(self) -> Any: ...  # the next one; None if there is none yet
     def clear(self) -> None: ...  # drop what was fed and not taken
-    def finish(self) -> None: ...  # the input has ended
 
 
 class LineBuffer:
@@ -791,11 +782,8 @@ def is_solid(c: str) -> bool:
     """Return whether a character shows ink: it is no control, separator or blank."""
     if c.isascii():
         return "!" <= c <= "~"
-    return (
-        unicodedata.category(c)[0] not in "CZ"
-        and c not in BLANKS
-        and not DEFAULT_IGNORABLE.match(c)
-    )
+    invisible = unicodedata.category(c)[0] in "CZ" or c in BLANKS or DEFAULT_IGNORABLE.match(c)
+    return not invisible
 
 
 # Characters that look like an ASCII one, each over the lower case of what it looks like, after
@@ -897,11 +885,7 @@ class Message(NamedTuple):
 
 
 TAG_ESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n", "\\": "\\"}
-TAG_TRANSLATION = str.maketrans(
-    {sign: f"\\{mark}" for mark, sign in TAG_ESCAPES.items()} | {"\0": ""}
-)
-
-
+TAG_TRANSLATION = str.maketrans({c: f"\\{mark}" for mark, c in TAG_ESCAPES.items()} | {"\0": ""})
 CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IRCv3 message-tags
 
 
@@ -921,8 +905,7 @@ def parse_tags(text: str) -> dict[str, str]:
 
 
 def parse_message(line: str) -> Message:
-    """Parse a line of IRC. Several spaces count as one, a source is ignored, and a verb may be in
-    any case."""
+    """Parse a line of IRC. Several spaces count as one; source and case of the verb are ignored."""
     tags: dict[str, str] = {}
     if line.startswith("@"):
         head, _, line = line[1:].partition(" ")
@@ -1518,12 +1501,13 @@ class Throttle:
                 return (until - now) // 1000 + 1
         return 0
 
-    def check(
-        self, host: str, subject: str, now: int, code: str = "TRY_LATER", *params: str
+    def begin(
+        self, host: str, subject: str, now: int, code: str = "TRY_LATER", *about: str
     ) -> None:
-        """Raise Refused with this code if there were too many failures lately."""
+        """Count an attempt as failed until succeeded(). Raises Refused after too many of these."""
         if seconds := self.wait(host, subject, now):
-            raise Refused(code, f"too many failures; try again in {seconds} s", *params)
+            raise Refused(code, f"too many failures; try again in {seconds} s", *about)
+        self.failed(host, subject, now)
 
     def failed(self, host: str, subject: str, now: int) -> None:
         """Count a failed attempt. A full table forgets those with the fewest failures."""
@@ -1543,8 +1527,7 @@ class Throttle:
         self.failures = {key: one for key, one in self.failures.items() if now < one[1]}
 
     def succeeded(self, host: str, subject: str) -> None:
-        """Forget the failures for a subject, and one failure of the address: every attempt counts
-        as a failure until it succeeds."""
+        """Forget the failures for a subject, and one failure of the address: that of begin()."""
         self.failures.pop(self.key(host, subject), None)
         count, until = self.failures.pop((host, None), (0, 0))
         if count > 1:
@@ -1585,31 +1568,10 @@ class Connected(typing.Protocol):
 class Wire(typing.Protocol):
     """One way to turn events into bytes. Sessions with the same wire share them."""
 
-    format: "Format"  # for SPOKEN events; several wires may have the same one
+    format: "IrcFormat | LineWire"  # for SPOKEN events; several wires may have the same one
 
     def line(self, audience: "Audience", event: "Event") -> bytes: ...  # any other event
     def own(self, event: "Event", line: bytes) -> bytes: ...  # what its origin gets instead
-
-
-class Format(typing.Protocol):
-    def encode(self, audience: "Audience", events: "list[Event]") -> list[bytes]: ...
-
-
-class Dedup(typing.Protocol):
-    """The lookup of a message by the id that its sender gave it."""
-
-    def find(self, owners: Iterable[str], own_id: str) -> int | None: ...
-    def lost(self, owners: Iterable[str], own_id: str, ticks: int) -> bool: ...
-
-
-class ActStore(typing.Protocol):
-    """The questions that an act may ask of the store."""
-
-    dedup: Dedup
-
-    def author_of(self, key: str, id: int) -> "tuple[int, str] | None": ...
-    def guest_conversations(self, owner: str, name_key: str) -> list[str]: ...
-    def foundings(self, key: str) -> set[int]: ...
 
 
 class ServerCalls(typing.Protocol):
@@ -1750,8 +1712,7 @@ class Grants(dict[str, Grant]):
         return token
 
     def owner(self, token: str, ticks: int) -> str:
-        """Return the identity of the user with this token; "" if there is none. Every use extends
-        the token's time."""
+        """Return the identity of the user with this token, or "". Each use extends its time."""
         digest = hashed_token(token)
         one = self.get(digest)
         if one is None or one.until < ticks or not one.user.sessions:
@@ -1842,8 +1803,7 @@ SOURCE_FIELDS = ("name", "address", "username", "account", "bot")  # what source
 
 
 class Session:
-    """One connection of a user, as the acts know it. Those to this process are LocalSessions; on a
-    node of a cluster the others are connected to other nodes."""
+    """One connection of a user, as the acts know it: a LocalSession, or one to another node."""
 
     __slots__ = ("address", "client", "follows", "id", "operator", "token", "user")
     wire: Wire | None = None
@@ -2066,8 +2026,7 @@ class Mask:
         self.pattern = mask_pattern(re.sub("@:+", "@0::", rest).removeprefix("a:"))
 
     def matches(self, user: User, session: Session | None = None) -> bool:
-        """Return whether the mask matches a user, or one session of the user, whose address may
-        differ."""
+        """Return whether the mask matches a user, or one session, whose address may differ."""
         key = user.mask_key
         if self.by_account:
             return bool(user.account_key) and self.pattern.fullmatch(user.account_key) is not None
@@ -2091,9 +2050,8 @@ def host_of_mask(host: str) -> str:
 
 
 def full_mask(text: str) -> str:
-    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c; a word with a dot or a colon, which no
-    name has, is a host: 192.0.2.* -> *!*@192.0.2.*, ::1 -> *!*@::1. An extended mask keeps its
-    letter."""
+    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c, m:bob -> m:bob!*@*; a word with a dot or
+    a colon, which no name has, is a host: 192.0.2.* -> *!*@192.0.2.*, ::1 -> *!*@::1."""
     mute = "m:" if text.startswith("m:") else ""
     text = text.removeprefix("m:")
     if text.startswith("a:"):
@@ -2488,20 +2446,8 @@ class Channel:
         return [*spans, (member.since, math.inf)] if member else spans
 
 
-def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
-    """Return the audience of members with this rank symbol or a higher one, as they are now, and
-    the speaker, who may want an echo. History does not keep such events: it cannot know who may
-    read them."""
-    level = list(SYMBOLS.values()).index(symbol)
-    users = {user for user, member in channel.members.items() if member.level <= level}
-    return Audience(symbol + channel.name, users=users | {speaker})
-
-
 def neighbours(
-    turn: "Turn",
-    user: User,
-    sessions: Iterable[Session] | None = None,
-    with_user: bool = False,
+    turn: "Turn", user: User, sessions: Iterable[Session] | None = None, with_user: bool = False
 ) -> Audience:
     """Return the audience of the users who share a channel with a user, of some sessions, and (if
     `with_user`) of the user, who may be in no channel. If it is one channel and `sessions` is None,
@@ -2549,8 +2495,7 @@ class Awaited:
 
 
 class Ask(Awaited):
-    """An act that this node has sent to the log and that has not come back, with its
-    continuations."""
+    """An act that this node has sent to the log, and that has not come back yet."""
 
     __slots__ = ("name", "otherwise", "session", "values")
 
@@ -2621,16 +2566,14 @@ class LocalSession(Session):
         """Act on one complete line, or TOO_LONG, from the peer."""
         raise NotImplementedError
 
-    def not_kept(self, events: list[Event], reason: str) -> None:
-        """Tell the client that these messages of its own were delivered but not stored."""
-        raise NotImplementedError
-
-    def notice(self, text: str) -> None:
-        """Send a text from the server."""
-        raise NotImplementedError
-
     def refuse(self, refusal: Refused) -> None:
         raise NotImplementedError
+
+    def not_kept(self, events: list[Event], reason: str) -> None:
+        """Tell the client that these messages of its own were delivered but not stored."""
+
+    def notice(self, text: str) -> None:
+        """Send a text from the server. A client of HTTP gets answers only."""
 
     def answer(self, text: str) -> None:
         """Tell the result of a command, if no numeric or event does."""
@@ -2659,14 +2602,15 @@ class LocalSession(Session):
         then: Callable[[Any], None] | None = None,
         otherwise: Callable[[Refused], None] | None = None,
     ) -> None:
-        """Do an act as this session; call then(its result), or otherwise(the refusal): refuse()."""
+        """Do an act as this session; call then(its result), or otherwise(the refusal): refuse().
+        then() is not called when the act has ended the session."""
         if self.site.cluster:
             return self.site.cluster.ask(self, name, values, then, otherwise)
         try:
             result = self.site.hub.perform(name, self.id, *values)
         except Refused as refusal:
             return (otherwise or self.refuse)(refusal)
-        if then:
+        if then and not self.over:  # a K-line, for example, ends the session that logs in
             then(result)
 
     def later(self, lane: str, job: Callable, then: Callable) -> None:
@@ -2795,11 +2739,6 @@ class LocalSession(Session):
     def mark_answer(self) -> None:
         """Mark what has been sent of an answer. For labels."""
 
-    @property
-    def has_answered(self) -> bool:
-        """True if the answer to the present line is whole: it waits for nothing, and has ended."""
-        return not self.deferred and self.unfinished is None
-
     # Sending
 
     def send(self, data: bytes, behind: int | None = None) -> None:
@@ -2836,10 +2775,6 @@ class LocalSession(Session):
         else:
             self.site.hub.sessions.pop(self.id, None)
 
-    def abandon(self) -> None:
-        """Detach the user without telling others: the server is going down."""
-        self.user = None
-
 
 do = functools.partial  # a step: what is called with then= as its last argument
 Steps = Iterator[functools.partial]
@@ -2861,13 +2796,13 @@ def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
 # The log of a turn
 
 
-def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
-    """Return encode(), or b"" if it raises: a bug in one event loses that event only."""
+def attempt(work: Callable[[], Any], report: Callable) -> Any:
+    """Return work(), or None if it raises: a bug in one event or result loses that one only."""
     try:
-        return encode()
+        return work()
     except Exception:
         report()
-        return b""
+        return None
 
 
 class Group:
@@ -2912,26 +2847,20 @@ class Group:
         if self.special:
             lines = self.encoded[key] = lines.copy()
             for n in self.special:
-                lines[n] = attempt_line(
-                    lambda n=n: wire.line(self.audience, self.events[n]), report
-                )
+                encode = functools.partial(wire.line, self.audience, self.events[n])
+                lines[n] = attempt(encode, report) or b""
         return lines
 
     def _spoken(self, wire: Wire, report: Callable) -> list[bytes]:
         """Encode the messages. A bug in one message loses only that message."""
-        if not self.special:
-            with contextlib.suppress(Exception):  # one by one then, see below
-                return wire.format.encode(self.audience, self.events)
-        lines = [b""] * len(self.events)
-        wanted = [n for n, event in enumerate(self.events) if event.kind in SPOKEN]
+        encode = functools.partial(wire.format.encode, self.audience)
+        spoken = [e for e in self.events if e.kind in SPOKEN] if self.special else self.events
         try:
-            encoded = wire.format.encode(self.audience, [self.events[n] for n in wanted])
+            lines = encode(spoken)
         except Exception:
-            encode = functools.partial(wire.format.encode, self.audience)
-            some = ([self.events[n]] for n in wanted)
-            encoded = [attempt_line(lambda e=e: b"".join(encode(e)), report) for e in some]
-        for n, line in zip(wanted, encoded, strict=True):
-            lines[n] = line
+            lines = [attempt(lambda e=e: b"".join(encode([e])), report) or b"" for e in spoken]
+        for n in self.special:
+            lines.insert(n, b"")
         return lines
 
     def joined(self, wire: Wire, report: Callable) -> tuple[bytes, list[int]]:
@@ -2962,14 +2891,8 @@ class Group:
         if copies:
             found = ((bisect.bisect_left(self.ids, id), id) for id in copies)
             mine = mine + [n for n, id in found if self.ids[n : n + 1] == [id]]
-        try:
-            return [(n, session.own(self.events[n], lines[n])) for n in mine]
-        except Exception:  # one by one then
-
-            def own_line(n: int) -> bytes:
-                return attempt_line(lambda: session.own(self.events[n], lines[n]), report)
-
-            return [(n, own_line(n)) for n in mine]
+        own = ((n, functools.partial(session.own, self.events[n], lines[n])) for n in mine)
+        return [(n, attempt(line, report) or b"") for n, line in own]
 
     def joined_for(
         self,
@@ -2990,9 +2913,7 @@ class Group:
                 return b"".join(lines)
         own = self.own_lines(session, copies, report)
         blob, starts = self.joined(session.wire, report)
-        breaks = [
-            (bisect.bisect_right(self.ids, after), 0, data) for after, data in session.replies
-        ]
+        breaks = [(bisect.bisect_right(self.ids, id), 0, data) for id, data in session.replies]
         breaks += [(n, 1, data) for n, data in own]
         breaks.sort(key=lambda one: one[:2])
         pieces, position = [], 0
@@ -3131,9 +3052,7 @@ class Turn:
                 own = session if session in self.individually_addressed else session.wire
                 alike.setdefault((own, *told), []).append(session)
         for (_, *told), sessions in alike.items():
-            one = sessions[0]
-            data = attempt_line(lambda s=one, t=told: self.lines_for(s, t, report), report)
-            if data:
+            if data := attempt(lambda s=sessions[0], t=told: self.lines_for(s, t, report), report):
                 yield data, sessions
 
     def _in_several(self, groups: Collection[Group]) -> set[Session]:
@@ -3171,8 +3090,7 @@ class Turn:
         return b"".join([data for _, data in sorted(rest + replies, key=lambda one: one[0])])
 
     def not_kept(self, reason: str) -> None:
-        """Tell the senders of this turn's messages, and those who changed an account or a ban, that
-        the store could not take them."""
+        """Tell those whose messages, or changes of accounts and bans, the store could not take."""
         lost: dict[Session, list[Event]] = {}
         for event in self.events:
             if event.kind in (*SPOKEN, TAGS) and isinstance(event.origin, LocalSession):
@@ -3308,8 +3226,7 @@ class Accounts(dict[str, Account]):
 
     def verified(self, name: str, code: str, host: str, ticks: int) -> Account:
         """Return the account that this code was sent for. Raises Refused."""
-        self.throttle.check(host, f"code {name}", ticks, "TEMPORARILY_UNAVAILABLE", name)
-        self.throttle.failed(host, f"code {name}", ticks)
+        self.throttle.begin(host, f"code {name}", ticks, "TEMPORARILY_UNAVAILABLE", name)
         account, expected = self.pending.get(fold(name), (None, ""))
         fits = hmac.compare_digest(code.encode(), expected.encode())
         if account is None or not fits or fold(name) in self:
@@ -3396,7 +3313,7 @@ class Hub:
     def __init__(self, last_id: int = 0, ids: MessageIds | None = None, name: str = SERVER_NAME):
         self.ids = ids or MessageIds()
         self.name = name  # of the server
-        self.store: ActStore | None = None
+        self.store: "Store | None" = None  # acts ask it nothing but each question() below
         self.absent_per_host = PER_ADDRESS
         self.accounts = Accounts()
         self.markers = Markers()
@@ -3553,7 +3470,10 @@ class Hub:
         if name[1:2] == "#" and name[0] in SYMBOLS.values():
             channel = self.find_channel(name[1:])
             self.work += len(channel.members)
-            return in_ranks(channel, name[0], user)
+            level = list(SYMBOLS.values()).index(name[0])
+            users = {one for one, member in channel.members.items() if member.level <= level}
+            # The speaker may want an echo. No history: it could not know who may read this
+            return Audience(name[0] + channel.name, users=users | {user})
         return self.conversation(user, self.find_user(name))
 
     def present_bans(self) -> list[ServerBan]:
@@ -3570,10 +3490,14 @@ class Hub:
         return self.accounts_of.get(one, one) == self.accounts_of.get(other, other)
 
     def link_guest(self, guest: str, account: str) -> None:
-        """Let an account read the conversations of a guest, who is the same person."""
+        """Let an account read the conversations of a guest, who is the same person. An account has
+        the newest of its guests only: one more comes with each log-in of a guest who has talked."""
         self.accounts_of[guest] = account
         guests = self.guests_of.setdefault(account, [])
         guests.append(guest)
+        for old in guests[:-GUESTS_LINKED]:
+            del self.accounts_of[old]
+            self.turn.record("identity_gone", old)
         del guests[:-GUESTS_LINKED]
 
     # What the store and this turn's log know together
@@ -3600,12 +3524,9 @@ class Hub:
             return None
         recent = (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS))
         for event in recent:
-            targets = event.audience.targets
-            foundings = [
-                founding for key, founding in targets if self.key_now(key, founding) in keys
-            ]
-            if foundings:
-                return foundings[0], event.source.identity
+            for key, founding in event.audience.targets:
+                if self.key_now(key, founding) in keys:
+                    return founding, event.source.identity
         renamed = (one.values[0] for one in records if one.name == "rename")
         for key in dict.fromkeys((*keys, *renamed)):
             known = self.store.author_of(key, id)
@@ -3713,15 +3634,16 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
 
 
-def server_ban(hub: Hub, user: User) -> ServerBan | None:
-    """Return the K-line that keeps this user out, if there is one."""
+def server_ban(hub: Hub, source: Source) -> ServerBan | None:
+    """Return the K-line that keeps out a user with this name, address and account; or None."""
     hub.work += len(hub.bans)
+    user = User(source, "", "", 0)
     return next((ban for ban in hub.present_bans() if compiled_ban(ban.mask).matches(user)), None)
 
 
 def check_server_ban(hub: Hub, source: Source) -> None:
-    """Raise Refused if a K-line keeps out a user with this name, address and account."""
-    if ban := server_ban(hub, User(source, "", "", 0)):
+    """Raise Refused if a K-line keeps this user out."""
+    if ban := server_ban(hub, source):
         raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
 
 
@@ -3730,7 +3652,7 @@ def check_name_not_banned(hub: Hub, who: Session, name: str) -> None:
     user = who.user
     for session in () if who.operator else user.live:
         source = source_of(name, session.address, user.source.username, user.account)
-        if ban := server_ban(hub, User(source, "", "", 0)):
+        if ban := server_ban(hub, source):
             raise Refused("BAD_NAME", f"that name is banned from this server: {ban.reason}", name)
 
 
@@ -3814,8 +3736,7 @@ def user_of_token(hub: Hub, token: str, account: str) -> tuple[User | None, str]
 
 
 def absent_key(user: User) -> str:
-    """Return the address of an absent user as limits count it. Which networks a node is in must not
-    matter: all nodes count alike."""
+    """Return the address of an absent user as limits count it, on all nodes alike."""
     return address_key(host_of(user.source.address))
 
 
@@ -3840,15 +3761,14 @@ def detach(hub: Hub, session: Session) -> None:
 
 
 def forget_token(hub: Hub, user: User, token: str) -> None:
-    if user.tokens.pop(token, user) is None:
-        del hub.users_by_token[token]
+    if token in user.tokens:
+        del user.tokens[token], hub.users_by_token[token]
 
 
 def emit_to_witnesses(
     hub: Hub, kind: str, source: Source, user: User, *texts: str, origin: Session | None = None
 ) -> None:
-    """Tell the user's act to the user, to common channels, and to watchers with
-    extended-monitor."""
+    """Tell the act of a user to the user, common channels, and watchers with extended-monitor."""
     watchers = hub.watchers.get(user.key)
     # Only the watcher's own node knows the capability: the rest of the event must not depend on it
     watching = [s for s in watchers if s.extended_monitor] if watchers else None
@@ -3858,8 +3778,7 @@ def emit_to_witnesses(
 
 
 def move_to_address(hub: Hub, user: User, address: str) -> None:
-    """Give a user another address if no session has the present one any more. Bans match the user's
-    address."""
+    """Give a user another address, which bans match, if no session has the present one any more."""
     if host_of(user.source.address) in {host_of(s.address) for s in user.live}:
         return
     before = user.source
@@ -4165,7 +4084,7 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
         raise wrong_login()  # the account was dropped, or its password changed
     user, holder = who.user, hub.users.get(fold(account))
     source = source_of(user.name, user.source.address, user.source.username, account)
-    if ban := server_ban(hub, User(source, "", "", 0)):
+    if ban := server_ban(hub, source):
         disconnect(hub, hub.source, user, ban.reason)
         return before
     stays = not takes_name or holder in (None, user) or holder.account != account
@@ -4650,16 +4569,14 @@ def remove_file(hub: Hub, who: Session, id: str) -> None:
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
-    """Note that a message of the owner carries the file's link. The file is removed with the last
-    one."""
+    """Note that a message of the owner carries the file's link; the last one removes the file."""
     if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
         hub.files.by_message[event.id] = file.id
         keep_file(hub, file._replace(messages=(*file.messages, event.id)))
 
 
 def redact_file(hub: Hub, who: Session, message: int) -> None:
-    """Forget a redacted message that carried a file's link. The file is removed with its last
-    message."""
+    """Forget a redacted message that carried a file's link; the last one removes the file."""
     file = hub.files.get(hub.files.by_message.pop(message, ""))
     if file is None:
         return
@@ -4752,9 +4669,8 @@ def check_may_redact(
 
 
 def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
-    """Return the keys of the history that a user reads under a name: of a channel, or of the
-    conversations with a user or account, present or not, and with guests who had the name. Raises
-    Refused."""
+    """Return the keys of the history that a user reads under a name: of a channel, or of talks with
+    a user or account, present or not, and with guests who had the name. Raises Refused."""
     keys: list[str] = []
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
@@ -5068,8 +4984,7 @@ def check_server_password(session: LocalSession, given: str) -> bool:
     if site.password is None:
         return True
     throttle, host = site.hub.accounts.throttle, session.conn.limit_key
-    throttle.check(host, SERVER_PASSWORD, site.hub.ticks, "WRONG_PASSWORD")
-    throttle.failed(host, SERVER_PASSWORD, site.hub.ticks)
+    throttle.begin(host, SERVER_PASSWORD, site.hub.ticks, "WRONG_PASSWORD")
     if not hmac.compare_digest(given.encode(), site.password.encode()):
         return False
     throttle.succeeded(host, SERVER_PASSWORD)
@@ -5081,8 +4996,7 @@ def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
     back after a right password. Raises Refused."""
     session.site.server.refresh()
     hub, host = session.site.hub, session.conn.limit_key
-    hub.accounts.throttle.check(host, name, hub.ticks)
-    hub.accounts.throttle.failed(host, name, hub.ticks)
+    hub.accounts.throttle.begin(host, name, hub.ticks)
     return hub.accounts.find(name)
 
 
@@ -5120,8 +5034,7 @@ def identify(session: LocalSession, name: str, password: str, takes_name: bool) 
     """Log the session's user in to an account if the password is right. Raises Refused."""
     account, proof = yield from prove(session, name, password)
     yield do(session.act, "log_in", account, proof, takes_name)
-    if session.user:  # else a K-line of the account has ended the session
-        session.answer(f"you are logged in as {account}")
+    session.answer(f"you are logged in as {account}")
 
 
 def check_password(password: str, name: str) -> None:
@@ -5182,8 +5095,7 @@ def register_nick(
     accounts, host, ticks = site.hub.accounts, session.conn.limit_key, site.hub.ticks
     by_mail = "email-required" in site.registration
     if by_mail:  # so that no client can fill a stranger's mailbox
-        accounts.throttle.check(host, MAILED_CODE, ticks, "TEMPORARILY_UNAVAILABLE", name)
-        accounts.throttle.failed(host, MAILED_CODE, ticks)
+        accounts.throttle.begin(host, MAILED_CODE, ticks, "TEMPORARILY_UNAVAILABLE", name)
     if seconds := accounts.made.wait(host, "", ticks):
         text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
@@ -5219,8 +5131,7 @@ def email_used(session: LocalSession, email: str) -> str:
 def oper(session: LocalSession, name: str, password: str, done: Callable[[], None]) -> Steps:
     """Make the session an operator if the password is right. Unknown names take the same time."""
     hub, host = session.site.hub, session.conn.limit_key
-    hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks, "WRONG_PASSWORD")
-    hub.accounts.throttle.failed(host, OPERATOR_PASSWORD, hub.ticks)
+    hub.accounts.throttle.begin(host, OPERATOR_PASSWORD, hub.ticks, "WRONG_PASSWORD")
     verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
     fits = yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))
     who = f"{session.user.source.mask} as {name}"
@@ -5369,6 +5280,12 @@ MIGRATIONS = (
         state TEXT NOT NULL         -- JSON, see StoredFile.state()
     ) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE offsets (          -- of the wall clock: see SureTime
+        step INTEGER PRIMARY KEY,
+        seconds REAL NOT NULL
+    );
+    """,
 )
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
@@ -5389,10 +5306,13 @@ STATEMENTS = {
     "file": ("files", 1, "REPLACE INTO files VALUES (?, ?)"),
     "file_gone": ("files", 1, "DELETE FROM files WHERE id = ?"),
     "identity": ("identities", 1, "INSERT OR IGNORE INTO identities VALUES (?, ?)"),
+    "identity_gone": ("identities", 1, "DELETE FROM identities WHERE guest = ?"),
     "identities_gone": ("identities of", 1, "DELETE FROM identities WHERE account = ?"),
     "marker": ("markers", 2, "REPLACE INTO markers VALUES (?, ?, ?, ?)"),
     "marker_gone": ("markers", 2, "DELETE FROM markers WHERE owner = ? AND target = ?"),
     "markers_gone": ("markers of", 1, "DELETE FROM markers WHERE owner = ?"),
+    "offset": ("offsets", 1, "REPLACE INTO offsets VALUES (?, ?)"),
+    "offset_gone": ("offsets", 1, "DELETE FROM offsets WHERE step = ?"),
     "start": ("starts", 1, "REPLACE INTO starts VALUES (?, ?, ?)"),
     "user": ("stays", 1, "REPLACE INTO stays VALUES (?, ?)"),
     "user_gone": ("stays", 1, "DELETE FROM stays WHERE stay = ?"),
@@ -5422,6 +5342,7 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
     "files": (str, str),
     "identities": (str, str),
     "markers": (str, str, int, int),
+    "offsets": (int, float),
     "starts": (int, int, str),
     "stays": (str, str),
 }
@@ -5518,8 +5439,7 @@ def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
 
 
 def sound_tags(text: str) -> str:
-    """Return stored tags without what earlier versions stored, too: CR and LF in values, and names
-    that are none."""
+    """Return stored tags without CR, LF and invalid names, which earlier versions stored, too."""
     tags = text.translate({13: "\\r", 10: "\\n", 0: None, 32: "\\s"}).split(";")
     names = ((tag, tag.partition("=")[0]) for tag in tags)
     return ";".join(tag for tag, name in names if name == FILE_TAG or CLIENT_TAG.fullmatch(name))
@@ -5695,8 +5615,7 @@ class History:
         return older + self.page(span._replace(after=inclusive), count - len(older), newest=False)
 
     def between(self, span: Span, one: Mark, other: Mark, count: int) -> list[Event]:
-        """Return the events between two marks, beginning at the first one, which may be the
-        later."""
+        """Return the events between two marks, from the first one on; that may be the later one."""
         if one.id and other.id:  # the id alone defines the order
             backwards = one.id > other.id
         else:
@@ -5791,14 +5710,21 @@ class SearchIndex:
                     path.with_name(path.name + suffix).unlink(missing_ok=True)
         return None
 
+    @classmethod
+    @functools.cache
+    def _probe(cls) -> None:
+        """Raise sqlite3.DatabaseError unless this Python has FTS5 and the tokenizer."""
+        with contextlib.closing(connect(None, "rwc")) as db:
+            db.execute(
+                f"""CREATE VIRTUAL TABLE probe USING fts5(text, tokenize="{cls.TOKENIZER}")"""
+            )
+
     def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
         """Open the index. Raises sqlite3.DatabaseError if it is damaged, or without FTS5."""
+        self._probe()
         db = connect(path, "rwc")
-        db.executescript(f"""
+        db.executescript("""
             PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF; PRAGMA secure_delete = ON;
-            CREATE VIRTUAL TABLE temp.probe USING fts5(
-                text, content='', tokenize="{self.TOKENIZER}");
-            DROP TABLE temp.probe;
             CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
                 part INTEGER PRIMARY KEY,
                 first INTEGER NOT NULL,     -- ids of events, both included
@@ -6123,16 +6049,14 @@ class Retention:
             self._bound_memory()
 
     def _bound_key(self, key: str) -> None:
-        """Note whether a key has too many rows, or too many foundings."""
+        """Note a key with too many rows. Of too many foundings of a channel give up those, but the
+        newest ones, in which nothing was said."""
         query = "SELECT sum(events), count(*) FROM targets WHERE key = ?"
         events, foundings = self.db.execute(query, [key]).fetchone()
         if events > self.keep:
             self.excess.add(key)
-        if foundings > FOUNDINGS_SILENT and key in self.founded and not self.store.node:
-            self._give_up_silent(key)
-
-    def _give_up_silent(self, key: str) -> None:
-        """Give up all foundings of a channel, but the newest ones, in which nothing was said."""
+        if foundings <= FOUNDINGS_SILENT or key not in self.founded or self.store.node:
+            return
         kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
         spoken = f"EXISTS (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({kinds}))"
         query = f"""
@@ -6178,8 +6102,7 @@ class Retention:
             self.orphans.discard(target)
 
     def _excess(self, key: str) -> tuple[int, int, int]:
-        """Return how many rows a key has beyond `keep`, and the oldest target that has rows, with
-        its founding."""
+        """Return the rows of a key beyond `keep`, its oldest target with rows, and its founding."""
         query = "SELECT id, founding, events FROM targets WHERE key = ? ORDER BY founding"
         targets = self.db.execute(query, [key]).fetchall()
         oldest = next(((id, founding) for id, founding, events in targets if events > 0), (0, 0))
@@ -6201,8 +6124,7 @@ class Retention:
             self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
 
     def excess_of(self, key: str) -> tuple[str, int, int] | None:
-        """Return key, founding and last id of a slice to be deleted by an act; None if there is
-        none any more."""
+        """Return key, founding and last id of a slice that an act is to delete; None without."""
         excess, oldest, founding = self._excess(key)
         self.excess.discard(key)
         last = self._last_of(oldest, min(PRUNE_ROWS, excess)) if excess > 0 else 0
@@ -6577,16 +6499,12 @@ class Store:
 
 
 def load_hub(
-    store: Store,
-    now: float,
-    ticks: float,
-    name: str = SERVER_NAME,
-    absent_per_host: int = PER_ADDRESS,
+    store: Store, now: float, ticks: float, name: str = SERVER_NAME, absent_most: int = PER_ADDRESS
 ) -> Hub:
     """Return the Hub as the last server left it. Raises Unusable."""
     try:
         hub = Hub(store.last_id, MessageIds(store.starts), name)
-        hub.store, hub.absent_per_host = store, absent_per_host
+        hub.store, hub.absent_per_host = store, absent_most
         hub.begin(now, ticks)
         hub.accounts.load(store.accounts())
         hub.accounts.certificates.update(store.rows("certificates"))
@@ -6692,11 +6610,7 @@ class NatsDialogue:
         return number
 
     def request(
-        self,
-        subject: str,
-        data: bytes,
-        then: Callable[[NatsMessage], None],
-        headers: dict[str, str] | None = None,
+        self, subject: str, data: bytes, then: Callable, headers: dict[str, str] | None = None
     ) -> None:
         """Publish a message; call then(the reply)."""
         reply = f"{self.inbox}.{next(self.numbers)}"
@@ -7016,7 +6930,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 4  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 5  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
@@ -7026,7 +6940,7 @@ ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     )
 )
 # Kinds of messages from the log -> the constants, which other code compares by identity
-KINDS = dict(zip((*SPOKEN, TAGS, HINT), (*SPOKEN, TAGS, HINT), strict=True))
+KINDS = {kind: kind for kind in (*SPOKEN, TAGS, HINT)}
 
 
 def wrapped_bytes(value: Any) -> dict[str, str]:
@@ -7052,11 +6966,6 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if value.__class__ is list else value
 
 
-def is_act(actor: Any = None, name: Any = None) -> bool:
-    """Return whether the first two values of a list can begin an act."""
-    return actor.__class__ is int and name.__class__ is str
-
-
 class ActBatch(NamedTuple):
     """The acts that a node sends at once."""
 
@@ -7078,8 +6987,9 @@ class ActBatch(NamedTuple):
                 raise ValueError("an entry with a number that is none of ours")
             if tuple(map(type, batch)) != (int, str, str, int, int, int, str, list):
                 raise ValueError("an entry with other types")
-            if not all(act.__class__ is list and is_act(*act[:2]) for act in batch.acts):
-                raise ValueError("an entry with something that is no act")
+            for act in batch.acts:
+                if type(act) is not list or list(map(type, act[:2])) != [int, str]:
+                    raise ValueError("an entry with something that is no act")
             return batch
         except (TypeError, KeyError, RecursionError) as error:
             raise ValueError(str(error)) from None
@@ -7096,8 +7006,7 @@ def checksum(before: str, events: Iterable[Event], last_id: int) -> str:
         f"{e.text}\0{e.about}\0{e.tags}"
         for e in events
     )
-    data = "\n".join((before, str(last_id), *texts)).encode()
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+    return entry_digest("\n".join((before, str(last_id), *texts)).encode())
 
 
 def perform_act(hub: Hub, act: list, report: Callable) -> Any:
@@ -7120,15 +7029,6 @@ def perform_act(hub: Hub, act: list, report: Callable) -> Any:
         return Refused("INTERNAL_ERROR", "that failed inside the server; please report it")
 
 
-def attempt(work: Callable[[], None], report: Callable) -> None:
-    """Do something of this node's own. A bug in it must not keep the node from applying the rest of
-    an entry, as the others do."""
-    try:
-        work()
-    except Exception:
-        report()
-
-
 def ticks_of_log(hub: Hub, when: int) -> int:
     """Return the Hub's ticks at a time of the log, all in milliseconds. They stand still over jumps
     of NATS's clock, and while there is no node."""
@@ -7149,8 +7049,8 @@ def apply_batch(
         return False
     begun = len(hub.turn.events)
     if asks:
-        for act, ask in zip(batch.acts, asks, strict=True):
-            attempt(ask.begin, report)
+        for act, ask in zip(batch.acts, asks, strict=True):  # a bug in what only this node does
+            attempt(ask.begin, report)  # must not keep it from the rest of the entry
             result = perform_act(hub, act, report)
             attempt(functools.partial(ask.finish, result), report)
     else:
@@ -7245,6 +7145,9 @@ def save_hub(hub: Hub) -> bytes:
     return zlib.compress(pickle.dumps((kinds, file.getvalue())), 1)
 
 
+UNREADABLE = (pickle.UnpicklingError, zlib.error, EOFError, LookupError, TypeError, AttributeError)
+
+
 def load_snapshot(data: bytes, hub: Hub) -> None:
     """Fill a new Hub from a snapshot. Raises ValueError if it is damaged."""
     try:
@@ -7255,14 +7158,7 @@ def load_snapshot(data: bytes, hub: Hub) -> None:
         for one in objects.values():
             for name, value in unpickler.load().items():
                 setattr(one, name, value)
-    except (
-        pickle.UnpicklingError,
-        zlib.error,
-        EOFError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except UNREADABLE as error:
         raise ValueError(f"the snapshot is damaged ({error})") from None
     for channel in (one for one in objects.values() if isinstance(one, Channel)):
         channel.set_name(channel.name)
@@ -7430,8 +7326,7 @@ class Cluster:
         self._append()
 
     def _append(self) -> None:
-        """Send the batch that is under way, perhaps again: NATS and the nodes know its id and take
-        it once."""
+        """Send the batch that is under way, perhaps again: NATS and nodes take each id once."""
         self.beat = self.now
         self.retry_at = self.now + BATCH_ANSWER_SECONDS
         number = self.sent.number
@@ -7540,11 +7435,10 @@ class Cluster:
         while len(self.checksums) > CHECKSUMS_KEPT:
             self.checksums.popitem(last=False)
         me = hub.nodes.get(self.name)
-        if self.namesake and batch.epoch == self.namesake:
+        other = self.serving and me and me.epoch not in self.epochs
+        if other or (self.namesake and batch.epoch == self.namesake):
             return self.stop(f"another node is called {self.name}; choose another --node")
         if self.serving and (me is None or me.epoch != self.epoch):
-            if me and me.epoch not in self.epochs:
-                return self.stop(f"another node is called {self.name}; choose another --node")
             self.server.note("this node was declared gone: it begins again")
             self.begin_epoch()
         elif not (self.serving or self.leaving) and me and me.epoch == self.epoch:
@@ -8336,6 +8230,10 @@ class IrcSession(LocalSession):
         """Send a line, given with its source."""
         self.send(self.timed(irc_bytes(text)))
 
+    def server_line(self, text: str) -> bytes:
+        """Return a line of the server, given without its source, as bytes."""
+        return irc_bytes(f":{self.site.name} {text}")
+
     def timed(self, lines: bytes) -> bytes:
         """Add the time to the server's own lines, for clients with server-time."""
         if not self.wire.format.timed:
@@ -8352,7 +8250,7 @@ class IrcSession(LocalSession):
 
     def shaped_line(self, shape: str, *values: Any) -> bytes:
         """Return the whole line of a numeric as bytes, without sending it."""
-        return irc_bytes(f":{self.site.name} {self.shaped(shape, *values)}")
+        return self.server_line(self.shaped(shape, *values))
 
     def reply_list(
         self, shape: str, words: Iterable[str], *values: Any, between: str = " "
@@ -8380,7 +8278,7 @@ class IrcSession(LocalSession):
             ids = [self.site.hub.ids.text(event.id), *([own_id] if own_id else [])]
             verb = "TAGMSG" if event.kind == TAGS else "PRIVMSG"
             line = self.fail_line(verb, "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
-            data = self.timed(irc_bytes(f":{self.site.name} {line}"))
+            data = self.timed(self.server_line(line))
             if ack := self.acks.get(event.id):  # the label is on that
                 place = next(n for n, reply in enumerate(self.replies) if reply is ack)
                 label = ack[1].partition(b" ")[0][1:].decode()
@@ -8538,20 +8436,13 @@ class IrcSession(LocalSession):
         if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
 
-    def take_result(self, job: Awaited, result: Any) -> None:
-        super().take_result(job, result)
-        self.from_service = self.from_service and self.deferred
-
-    def finish_result(self, ask: Ask, result: Any) -> None:
-        super().finish_result(ask, result)
-        self.from_service = self.from_service and self.deferred
-
     def mark_answer(self) -> None:
         """Label the replies since the answer was begun or resumed. Replies of several lines, or
         with more to come, go into a labelled batch."""
+        self.from_service = self.from_service and self.deferred
         if self.labelled is None:
             return
-        turn, whole = self.site.hub.turn, self.has_answered
+        turn, whole = self.site.hub.turn, not self.deferred and self.unfinished is None
         label, replies, events, _ = self.labelled
         heard = {e.id: count for e in turn.events[events:] if (count := self.count_own_lines(e))}
         count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
@@ -8559,13 +8450,13 @@ class IrcSession(LocalSession):
             self.put_in_batch(heard)
         elif whole:
             if not count:
-                self.send(irc_bytes(f":{self.site.name} ACK"))
+                self.send(self.server_line("ACK"))
             self.tag_answer(heard, add_tag, f"label={label}", replies + 1)
             if not count:
                 own = (e.id for e in turn.events[events:] if e.origin is self)
                 self.acks.update(dict.fromkeys(own, self.replies[replies]))
         if whole and self.batch:
-            self.send(self.batch_line(f"-{self.batch}"))
+            self.send(self.server_line(f"BATCH -{self.batch}"))
         if whole:
             self.labelled, self.batch = None, ""
         elif self.latest:
@@ -8578,7 +8469,7 @@ class IrcSession(LocalSession):
         self.tag_answer(heard, add_tag_to_all, f"batch={self.batch}")
         if not begun:
             label, replies, _, last_id = self.labelled
-            line = self.batch_line(f"+{self.batch} labeled-response")
+            line = self.server_line(f"BATCH +{self.batch} labeled-response")
             self.replies.insert(replies, (last_id, add_tag(line, f"label={label}")))
 
     def tag_answer(
@@ -8588,9 +8479,6 @@ class IrcSession(LocalSession):
         which = slice(self.labelled.replies, last)
         self.replies[which] = [(n, add(data, tag)) for n, data in self.replies[which]]
         self.own_tags.update(dict.fromkeys(heard, (add, tag)))
-
-    def batch_line(self, text: str) -> bytes:
-        return irc_bytes(f":{self.site.name} BATCH {text}")
 
     def count_own_lines(self, event: Event) -> int:
         """Return the number of lines or batches that this session gets of an event of its own."""
@@ -8669,13 +8557,13 @@ def batch_in_pieces(
     """Send lines, in a batch for clients that know batches. After each line, the rest can wait."""
     batched, reference = "batch" in session.capabilities, session.site.reference()
     if batched:
-        opening = session.batch_line(f"+{reference} {kind}")
+        opening = session.server_line(f"BATCH +{reference} {kind}")
         session.send(add_tag(opening, tags) if tags else opening)
     for line in lines:
         session.send(add_tag_to_all(line, f"batch={reference}") if batched else line)
         yield
     if batched:
-        session.send(session.batch_line(f"-{reference}"))
+        session.send(session.server_line(f"BATCH -{reference}"))
 
 
 def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes], tags: str = "") -> None:
@@ -8732,8 +8620,7 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
             return session.shaped_line(RPL_KEYVALUE, name, key, owner.metadata[key])
         if METADATA_KEY.fullmatch(key):
             return session.shaped_line(RPL_KEYNOTSET, name, as_param(key))
-        fail = session.fail_line("METADATA", "INVALID_KEY", NO_KEY, key)
-        return irc_bytes(f":{session.site.name} {fail}")
+        return session.server_line(session.fail_line("METADATA", "INVALID_KEY", NO_KEY, key))
 
     in_batch(session, f"metadata {name}", map(line, keys))
 
@@ -8764,17 +8651,8 @@ def abort_sasl(session: IrcSession) -> None:
     session.reply(ERR_SASLABORTED)
 
 
-def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
-    """Send what follows registration. The user is in these channels already."""
-    welcome(session)
-    if session.site.hub.accounts.is_foreign(wanted, session.user.account):
-        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
-    for channel in channels:
-        session.tell_joined(channel.name)
-        tell_channel(session, channel)
-
-
-def complete_registration(session: IrcSession) -> None:
+@in_steps
+def complete_registration(session: IrcSession) -> Steps:
     """Register the user, once the client has sent NICK and USER and ended the negotiation."""
     if session.user or session.negotiating or not (session.wanted and session.username):
         return
@@ -8789,30 +8667,30 @@ def complete_registration(session: IrcSession) -> None:
         session.fail("SESSION", "ACCOUNT_REQUIRED", f"log in to {account} to have your place again")
         session.token = ""  # or it would be that of two users
 
-    def entered(result: tuple[bool, bool]) -> None:
-        attached, resumed = result
-        if resumed:
-            session.line("NOTE SESSION RESUMED :you have your place again")
-        session.conn.named()
-        greet_user(session, wanted, session.user.channels if attached else ())
-
     def kept_out(refusal: Refused) -> None:
         session.refuse(refusal)
         if refusal.code == "BANNED_FROM_SERVER":
             session.end(str(refusal), intended=False)
 
-    session.act(
-        *("enter", wanted, session.username, session.realname, session.conn.address),
+    attached, resumed = yield do(
+        *(session.act, "enter", wanted, session.username, session.realname, session.conn.address),
         *(session.account, session.proof, session.token, True, secrets.randbits(32)),
         *(tuple(session.metadata.items()), session.away),
-        then=entered,
         otherwise=kept_out,
     )
+    if resumed:
+        session.line("NOTE SESSION RESUMED :you have your place again")
+    session.conn.named()
+    welcome(session)
+    if session.site.hub.accounts.is_foreign(wanted, session.user.account):
+        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
+    for channel in session.user.channels if attached else ():
+        session.tell_joined(channel.name)
+        tell_channel(session, channel)
 
 
 def check_server(session: IrcSession, name: str) -> None:
-    """Raise Refused unless a query is for this server, by its name, a mask or a user: there is no
-    other."""
+    """Raise Refused unless a query is for this server, by its name, a mask or a user."""
     site, key = session.site, fold(name)
     if not name or key == fold(site.name) or key in site.hub.users:
         return
@@ -8903,9 +8781,8 @@ def capability_values(session: IrcSession) -> dict[str, str]:
     rules += [f"min-password-length={PASSWORD_LEAST}", f"max-password-length={PASSWORD_MOST}"]
     values = {"draft/account-registration": ",".join(rules), "sasl": ",".join(mechanisms(session))}
     if site.sts:  # a policy, not to be asked for (IRCv3 sts)
-        values = {
-            "sts": f"duration={site.sts}" if secure else f"port={site.server.tls_port}"
-        } | values
+        policy = f"duration={site.sts}" if secure else f"port={site.server.tls_port}"
+        values = {"sts": policy} | values
     return CAPABILITIES | values
 
 
@@ -8976,38 +8853,29 @@ def fail_sasl(session: IrcSession, refusal: Refused) -> None:
 
 
 def tell_logged_in(
-    session: IrcSession,
-    account: str,
-    proof: str,
-    then: Callable = do_nothing,
-    otherwise: Callable[[Refused], None] | None = None,
-) -> None:
+    session: IrcSession, account: str, proof: str, otherwise: Callable | None = None
+) -> Steps:
     """Log the client in to an account, and tell it; without a user the log-in is part of its
-    registration. Then call then(), or otherwise(the refusal)."""
+    registration. Call otherwise() with a refusal."""
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
-
-    def succeeded(before: int) -> None:
-        if user and session.user is None:  # a K-line of the account ended the session
-            return
-        told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
-        session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
-        then()
-
+    before = session.site.hub.last_id
     if user:
-        session.act("log_in", account, proof, False, then=succeeded, otherwise=otherwise)
-    else:
-        succeeded(session.site.hub.last_id)
+        before = yield do(session.act, "log_in", account, proof, False, otherwise=otherwise)
+    told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
+    session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
 
 
-def end_sasl(session: IrcSession, account: str) -> None:
+@in_steps
+def end_sasl(session: IrcSession, account: str) -> Steps:
     exchange, session.exchange = session.exchange, None
     try:
         proof = revision_of(session, account, exchange.verifier)
     except Refused as refusal:
         return fail_sasl(session, refusal)
-    succeed = functools.partial(session.reply, RPL_SASLSUCCESS)
-    tell_logged_in(session, account, proof, succeed, functools.partial(fail_sasl, session))
+    fail = functools.partial(fail_sasl, session)
+    yield from tell_logged_in(session, account, proof, fail)
+    session.reply(RPL_SASLSUCCESS)
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
@@ -9063,8 +8931,7 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
 
 
 def check_admitted(session: IrcSession) -> None:
-    """Raise Refused if a client that is not registered yet will not be let in. It makes no account,
-    with which it could upload files."""
+    """Raise Refused if a client will not be let in; an account would let it upload files."""
     if session.user:
         return
     if not session.passed:
@@ -9085,7 +8952,7 @@ def irc_register(session: IrcSession, account: str, email: str, password: str) -
         return session.line(f"REGISTER VERIFICATION_REQUIRED {name} :{text}")
     text = f"{name} is yours; log in with your password{email_used(session, email)}"
     session.line(f"REGISTER SUCCESS {name} :{text}")
-    tell_logged_in(session, name, proof)
+    yield from tell_logged_in(session, name, proof)
 
 
 @irc_command("VERIFY", 2, 2, nameless=True, exact=True)
@@ -9098,7 +8965,7 @@ def irc_verify(session: IrcSession, name: str, code: str) -> Steps:
         raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", known)
     account, proof = yield from verify(session, nick if name == "*" else name, code)
     session.line(f"VERIFY SUCCESS {account} :{account} is yours")
-    tell_logged_in(session, account, proof)
+    yield from tell_logged_in(session, account, proof)
 
 
 @irc_command("SESSION", 1, nameless=True)
@@ -9154,7 +9021,7 @@ def service_register(session: IrcSession, password: str, email: str = "") -> Ste
     if not proof:
         return session.service_says(f"a code was sent to {email}: VERIFY CODE")
     session.service_says(f"{name} is yours{email_used(session, email)}")
-    tell_logged_in(session, name, proof)
+    yield from tell_logged_in(session, name, proof)
 
 
 @service_command("verify", 1, exact=True)
@@ -9387,16 +9254,14 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
 
 
 @irc_command("AWAY", most=1, nameless=True)
-def irc_away(session: IrcSession, reason: str = "") -> None:
+@in_steps
+def irc_away(session: IrcSession, reason: str = "") -> Steps:
     """AWAY [<reason>] -- say that you are not here, or without a reason that you are back"""
-
-    def told(_: None) -> None:
-        session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
-
     if session.user:
-        return session.act("set_away", reason, then=told)
-    session.away = cut(reason, REASON_BYTES)
-    return told(None)
+        yield do(session.act, "set_away", reason)
+    else:
+        session.away = cut(reason, REASON_BYTES)
+    session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
 
 
 @irc_command("SETNAME", 1)
@@ -9422,12 +9287,10 @@ def irc_join(session: IrcSession, names: str, keys: str = "") -> Iterator[None]:
         return
     passwords = dict(zip(names.split(","), keys.split(","), strict=False))
 
-    def entered(channel: Channel | None) -> None:
-        if channel:
+    @in_steps
+    def enter(name: str) -> Steps:
+        if channel := (yield do(session.act, "join", name, passwords.get(name, ""))):
             tell_channel(session, channel)
-
-    def enter(name: str) -> None:
-        session.act("join", name, passwords.get(name, ""), then=entered)
 
     yield from each_in_pieces(session, names, enter)
 
@@ -9564,34 +9427,30 @@ def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
     return changes
 
 
-def user_mode(session: IrcSession, name: str, letters: str) -> None:
+@in_steps
+def user_mode(session: IrcSession, name: str, letters: str) -> Steps:
     """Read or change the user's own modes; those of others are not shown."""
     if session.site.hub.find_user(name) is not session.user:
         raise Refused("NOT_YOURSELF", "only your own modes are yours to see and change")
     if not letters:
         return session.reply(RPL_UMODEIS, user_modes_text(session))
     changes = parse_modes(letters[:USER_MODES_AT_ONCE], ())
-    known = tuple(tuple(change) for change in changes if change.letter in USER_MODES)
-
-    def changed(_: None) -> None:
-        if len(known) < len(changes):
-            text = f"there are only the user modes {''.join(USER_MODES)}"
-            session.refuse(Refused("UNKNOWN_USER_MODE", text))
-
-    return session.act("set_user_modes", known, then=changed) if known else changed(None)
+    if known := tuple(tuple(change) for change in changes if change.letter in USER_MODES):
+        yield do(session.act, "set_user_modes", known)
+    if len(known) < len(changes):
+        text = f"there are only the user modes {''.join(USER_MODES)}"
+        session.refuse(Refused("UNKNOWN_USER_MODE", text))
 
 
-@in_steps
 def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> Steps:
-    """Change the modes that can be changed, and tell the refusals of the others."""
-    if plain := tuple(map(tuple, changes)):
-        values = channel.name, plain, secrets.token_hex(16)
-        for refusal in (yield do(session.act, "set_modes", *values)):
-            session.refuse(refusal)
+    """Change the modes that can be changed; return the refusals of the others."""
+    values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
+    return (yield do(session.act, "set_modes", *values))
 
 
 @irc_command("MODE", 1, 15)
-def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) -> None:
+@in_steps
+def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) -> Steps:
     """MODE <channel or nickname> [<modes> [<value>...]] -- read or change modes"""
     if not name.startswith("#"):
         return user_mode(session, name, letters)
@@ -9608,7 +9467,9 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
         for mask in channel.lists[letter].values():
             session.reply(line, channel.name, mask.text, mask.setter, mask.when // 1000)
         session.reply(end, channel.name)
-    change_modes(session, channel, [c for c in changes if c.value or c.letter not in MASK_LISTS])
+    if changes := [c for c in changes if c.value or c.letter not in MASK_LISTS]:
+        for refusal in (yield from change_modes(session, channel, changes)):
+            session.refuse(refusal)
 
 
 @irc_command("RENAME", 2, 3)
@@ -9691,29 +9552,27 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
     tell_metadata(session, owner, keys)
 
 
-def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> None:
+@in_steps
+def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> Steps:
     """Add or remove keys; the first one past the limit is refused, and the rest ignored."""
     done: list[str] = []
     for key in keys:
         known = key in session.subscribed
         if not METADATA_KEY.fullmatch(key):
             session.refuse(Refused("INVALID_KEY", NO_KEY, key))
-        elif on and not known and len(session.subscribed) >= METADATA_SUBS:
+            continue
+        if on and not known and len(session.subscribed) >= METADATA_SUBS:
             text = f"{METADATA_SUBS} keys at most"
             session.refuse(Refused("LIMIT_REACHED", text, key, str(METADATA_SUBS)))
             break
+        done.append(key)
+        if on:
+            session.subscribed[key] = None
         else:
-            if on:
-                session.subscribed[key] = None
-            else:
-                session.subscribed.pop(key, None)
-            done.append(key)
+            session.subscribed.pop(key, None)
     if done:
-
-        def told(_: None) -> None:
-            session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
-
-        session.act("follow", "subscribers", tuple(done), on, then=told)
+        yield do(session.act, "follow", "subscribers", tuple(done), on)
+        session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
@@ -9816,12 +9675,9 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     matching.sort()
     page = matching[:count]
     page += itertools.takewhile(lambda one: one[0] == page[-1][0], matching[count:])
-    lines = (
-        irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
-        for when, name in page
-    )
+    told = (f"CHATHISTORY TARGETS {name} {tag_time(when)}" for when, name in page)
     ends = last_page_tag(session, len(page) == len(matching))
-    in_batch(session, "draft/chathistory-targets", lines, ends)
+    in_batch(session, "draft/chathistory-targets", map(session.server_line, told), ends)
 
 
 def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[bytes | None]:
@@ -9837,9 +9693,8 @@ def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[
 def play(
     session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool, check: Callable
 ) -> Iterator[None]:
-    """Send events of the past, in a batch for clients that know batches, up to PAGE_BYTES as
-    encoded. `whole`: no other event follows. The last call of check() raises Refused if the user
-    may not read them any more."""
+    """Send events of the past, up to PAGE_BYTES as encoded, in a batch for clients that know those.
+    `whole`: no event follows. check() raises Refused if the user may not read them any more."""
     where = name if name.startswith("#") else ""
     lines, size = [], 0
     for line in played(session, ((where, e) for e in (reversed(events) if newest else events))):
@@ -9891,9 +9746,8 @@ def changes_told(session: IrcSession) -> list[str]:
 
 def target_bound(session: IrcSession, text: str) -> Mark:
     """Return a bound of TARGETS: a time; our own clients may also give an id."""
-    if "chat.py/session" in session.capabilities and text.startswith("msgid="):
-        return parse_mark(session.site.hub, text, "TARGETS", "*")
-    if not text.startswith("timestamp="):
+    ours = "chat.py/session" in session.capabilities and text.startswith("msgid=")
+    if not ours and not text.startswith("timestamp="):
         raise Refused("INVALID_PARAMS", "a bound is timestamp=...", "TARGETS", text)
     return parse_mark(session.site.hub, text, "TARGETS", "*")
 
@@ -9965,11 +9819,7 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     from=<nick>;after=<time>;before=<time>;limit=<n>"""
     wanted, user = parse_tags(attributes), session.user
     count = min(whole_number(wanted.get("limit", "")) or HISTORY_LINES, HISTORY_LINES_MOST)
-    bounds = {
-        name: Mark(time=parse_time(wanted[name], name))
-        for name in ("after", "before")
-        if name in wanted
-    }
+    bounds = {n: Mark(time=parse_time(wanted[n], n)) for n in ("after", "before") if n in wanted}
     if not wanted.get("text", "").strip():
         raise Refused("INVALID_PARAMS", "no words given", "text")
     name = wanted.get("in", "")
@@ -10017,8 +9867,8 @@ def irc_token(session: IrcSession, subcommand: str, service: str = "", scope: st
         if not known:
             return session.line("NOTE TOKEN NO_SERVICES :this server keeps no files")
         url = f"{base_url(session.site, session.conn.secure, session.conn.local)}/files"
-        line = f":{session.site.name} TOKEN SERVICE FILEHOST {url} :files for the chat"
-        return in_batch(session, "draft/authtoken *", [irc_bytes(line)])
+        line = session.server_line(f"TOKEN SERVICE FILEHOST {url} :files for the chat")
+        return in_batch(session, "draft/authtoken *", [line])
     if verb == "VALIDATE":
         text = "tokens are for this server's own files"
         return session.fail("TOKEN", "NO_PERMISSIONS", text, service or "*")
@@ -10044,11 +9894,7 @@ def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = ""
 
 def can_see(user: User, other: User) -> bool:
     """Return whether lists show a user to another: a user with +i only in a common channel."""
-    return (
-        user is other
-        or "i" not in other.modes
-        or not user.channels.keys().isdisjoint(other.channels)
-    )
+    return user is other or "i" not in other.modes or bool(user.channels.keys() & other.channels)
 
 
 def who_flags(user: User, member: Membership | None, multi: bool) -> str:
@@ -10135,12 +9981,10 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     me, source, hub = session.user, user.source, session.site.hub
     yield RPL_WHOISUSER, source.username, source.host, user.realname
     hub.work += len(user.channels)
-    seen = [
-        c for c in user.channels if c.visible_to(me) and (c in me.channels or can_see(me, user))
-    ]
-    multi = "multi-prefix" in session.capabilities
-    symbols = (channel.members[user].symbols for channel in seen)
-    names = [(s if multi else s[:1]) + c.name for s, c in zip(symbols, seen, strict=True)]
+    shown, multi = can_see(me, user), "multi-prefix" in session.capabilities
+    seen = (c for c in user.channels if c.visible_to(me) and (c in me.channels or shown))
+    symbols = ((c, c.members[user].symbols) for c in seen)
+    names = [(ranks if multi else ranks[:1]) + channel.name for channel, ranks in symbols]
     session.reply_list(RPL_WHOISCHANNELS, names, user.name)
     if user.account:
         yield RPL_WHOISACCOUNT, user.account
@@ -10684,35 +10528,28 @@ class LineSession(LocalSession):
             self.here.member(self.user)
         return self.here
 
-    def take_name(self, wanted: str) -> None:
-        """Take a line as the user's name: the first one, or one after a refusal."""
-        if not self.passed:
-            raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
-        self.wanted_name = clean_name(wanted)
-        self.act(
-            *("enter", wanted, "line", "", self.conn.address, "", "", "", False),
-            *(secrets.randbits(32), (), ""),
-            then=lambda _: self.entered(wanted),
-            otherwise=self.kept_out,
-        )
-
     def kept_out(self, refusal: Refused) -> None:
         if refusal.code == "BANNED_FROM_SERVER":
             self.end(str(refusal), intended=False)
         else:
             self.refuse(refusal)
 
-    def entered(self, wanted: str) -> None:
+    @in_steps
+    def take_name(self, wanted: str) -> Steps:
+        """Take a line as the user's name: the first one, or one after a refusal."""
+        if not self.passed:
+            raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
+        self.wanted_name = clean_name(wanted)
+        values = (wanted, "line", "", self.conn.address, "", "", "", False)
+        values += (secrets.randbits(32), (), "")
+        yield do(self.act, "enter", *values, otherwise=self.kept_out)
         self.conn.named()
         name = self.user.name
         if name != wanted:
             self.tell(f"you are {name}: {why_renamed(self.site.hub, wanted, name)}")
         elif self.greeted:
             self.tell(f"you are {name}{self.who_is_here()}; /help")
-        self.act("join", LOBBY, "", then=self.speak_in)
-
-    def speak_in(self, channel: Channel) -> None:
-        self.here = channel
+        self.here = yield do(self.act, "join", LOBBY, "")
 
     def change_channel(self) -> None:
         """If the user left the channel spoken in, speak in the lobby, else in another channel."""
@@ -10745,16 +10582,10 @@ class LineSession(LocalSession):
             self.say(message)
 
 
-@in_steps
-def change_modes_or_refuse(
-    session: LineSession, channel: Channel, changes: list, done: Callable = do_nothing
-) -> Steps:
-    """Change modes, and call done(); or tell the first refusal."""
-    values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
-    if refusals := (yield do(session.act, "set_modes", *values)):
-        session.refuse(refusals[0])
-    else:
-        done()
+def change_all_modes(session: LineSession, channel: Channel, changes: list) -> Steps:
+    """Change modes. Raises the first Refused of several."""
+    if refusals := (yield from change_modes(session, channel, changes)):
+        raise refusals[0]
 
 
 def named_channel(session: LineSession, name: str) -> Channel:
@@ -10903,13 +10734,11 @@ def line_nick(session: LineSession, wanted: str) -> Steps:
 
 
 @line_command("away", most=1)
-def line_away(session: LineSession, reason: str = "") -> None:
+@in_steps
+def line_away(session: LineSession, reason: str = "") -> Steps:
     """/away [REASON] -- say that you are not here, or without a reason that you are back"""
-
-    def told(_: None) -> None:
-        session.tell(f"you went away: {session.user.away}" if reason else "you came back")
-
-    session.act("set_away", reason, then=told)
+    yield do(session.act, "set_away", reason)
+    session.tell(f"you went away: {session.user.away}" if reason else "you came back")
 
 
 @line_command("invite", 1, 2)
@@ -10927,7 +10756,8 @@ def line_kick(session: LineSession, name: str, reason: str = "") -> None:
 
 
 @line_command("mode", most=1)
-def line_mode(session: LineSession, text: str = "") -> None:
+@in_steps
+def line_mode(session: LineSession, text: str = "") -> Steps:
     """/mode [MODES] -- see or change the channel you speak in: /mode +m-t, /mode +o NAME"""
     channel = session.current_channel()
     if not text:
@@ -10935,40 +10765,38 @@ def line_mode(session: LineSession, text: str = "") -> None:
         session.tell(f"the modes of {channel.name}: {channel.modes_text(session)} ({known})")
         return
     letters, *values = text.split()
-    change_modes_or_refuse(session, channel, parse_modes(letters, values))
+    yield from change_all_modes(session, channel, parse_modes(letters, values))
 
 
 @line_command("ban", most=1)
-def line_ban(session: LineSession, whom: str = "") -> None:
+@in_steps
+def line_ban(session: LineSession, whom: str = "") -> Steps:
     """/ban [NAME|MASK] -- keep a user out of the channel you speak in, and put them out"""
     channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     if not whom:
         masks = ", ".join(mask.text for mask in channel.lists["b"].values())
         return session.tell(f"banned from {channel.name}: {masks or 'no user'}")
     mask = ban_mask(user) if user else full_mask(whom)
-
-    def banned() -> None:
-        session.postponed.append(kick_banned(session, channel, Mask(mask)))
-
-    return change_modes_or_refuse(session, channel, [ModeChange(True, "b", mask)], banned)
+    yield from change_all_modes(session, channel, [ModeChange(True, "b", mask)])
+    session.postponed.append(kick_banned(session, channel, Mask(mask)))
 
 
 @line_command("unban", 1)
-def line_unban(session: LineSession, whom: str) -> None:
+@in_steps
+def line_unban(session: LineSession, whom: str) -> Steps:
     """/unban NAME|MASK -- let them in again"""
     channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     keys = {fold(whom), fold(full_mask(whom)), fold(ban_mask(user)) if user else ""}
     found = [channel.lists["b"][key].text for key in keys & channel.lists["b"].keys()]
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
-    change_modes_or_refuse(session, channel, [ModeChange(False, "b", mask) for mask in found])
+    yield from change_all_modes(session, channel, [ModeChange(False, "b", mask) for mask in found])
 
 
 def logged_in_line(session: LineSession, account: str, proof: str) -> Steps:
     """Log the session in to the account that it registered, and tell that."""
     yield do(session.act, "log_in", account, proof, False)
-    if session.user:  # else a K-line of the account has ended the session
-        session.tell(f"{account} is yours; /login PASSWORD next time")
+    session.tell(f"{account} is yours; /login PASSWORD next time")
 
 
 @line_command("register", 1, 2, exact=True)
@@ -10998,9 +10826,9 @@ def line_login(session: LineSession, *words: str) -> Steps:
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
     before, name_before = session.user, session.user.name
     yield from identify(session, name, password, True)
-    if session.user and session.user.name != name_before:
+    if session.user.name != name_before:
         session.tell(f"you are {session.user.name}")
-    if session.user not in (before, None):
+    if session.user is not before:
         session.change_channel()
 
 
@@ -11161,8 +10989,7 @@ class Request(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The decoded path; "" if the target has none. The target may be a whole URL, as for a
-        proxy."""
+        """The decoded path; "" if there is none. The target may be a whole URL, as for a proxy."""
         import urllib.parse
 
         with contextlib.suppress(ValueError):
@@ -11174,8 +11001,7 @@ class Request(NamedTuple):
 
     @property
     def host(self) -> str:
-        """The host and port that the request is for: of the target if that is a whole URL, else of
-        Host."""
+        """The host and port of the request: of its target if that is a whole URL, else of Host."""
         match = re.match(r"[a-z]+://([^/?#]*)", self.target, re.IGNORECASE)
         return match[1] if match else self.header("host")
 
@@ -11245,7 +11071,6 @@ class HttpReader:
         self.trailers = TRAILER_BYTES  # that may still come
         self.failed = False
         self.step: Callable[[], Any] = self._head
-        self.ended = False
 
     @property
     def buffer(self) -> bytes:
@@ -11277,10 +11102,6 @@ class HttpReader:
     def clear(self) -> None:
         self.data, self.start = b"", 0
 
-    def finish(self) -> None:
-        """Note the end of input: an incomplete request is dropped."""
-        self.ended = True
-
     def take(self) -> Request | BadRequest | bytes | None:
         try:
             return self.step()
@@ -11290,8 +11111,7 @@ class HttpReader:
             return error
 
     def _line(self, most: int) -> bytes | None:
-        """Take a line of at most `most` bytes, which ends with CRLF; None if it is incomplete.
-        Raises BadRequest."""
+        """Take a line of at most `most` bytes and CRLF; None if incomplete. Raises BadRequest."""
         end = self.data.find(b"\n", self.start, self.start + most + 2)
         if end < 0:
             if len(self.data) - self.start > most + 1:
@@ -11407,8 +11227,7 @@ ACCEPTS_GZIP = re.compile(r"gzip(?!.*;\s*q=0(\.0*)?\s*$).*")  # RFC 9110 section
 
 
 class Document:
-    """A document that the server keeps in memory. In its policy, {host} stands for the host and
-    port of the request."""
+    """A document in the server's memory. In its policy, {host} stands for that of the request."""
 
     def __init__(self, text: str, type: str, policy: str = "default-src 'none'"):
         self.type, self.policy = type, policy
@@ -11425,12 +11244,6 @@ WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0, 1, 2, 8, 9, 10
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 SUBPROTOCOLS = {"text.ircv3.net": TEXT_FRAME, "binary.ircv3.net": BINARY_FRAME}
-
-
-def websocket_accept(key: str) -> str:
-    """Return the Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
-    digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
-    return base64.b64encode(digest).decode()
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
@@ -11486,7 +11299,7 @@ class FrameReader:
         self.opcode = 0  # ... and its kind; 0 if there is none
         self.decoder: Any = None  # of its text
         self.out = b""
-        self.closed = self.ended = self.fruitless = False
+        self.closed = self.fruitless = False
 
     @property
     def pending(self) -> bool:
@@ -11500,9 +11313,6 @@ class FrameReader:
     def clear(self) -> None:
         self.buffer.clear()
         self.lines.clear()
-
-    def finish(self) -> None:
-        self.ended = True
 
     def take(self) -> bytes | None:
         """Return the next line; None if there is none yet. One call looks at a few frames only, so
@@ -11601,8 +11411,7 @@ class FrameReader:
 
 
 class FrameWriter:
-    """Lines of IRC in, frames out, one for each line. The same bytes for a whole channel are framed
-    once."""
+    """Lines of IRC in, frames out, one a line. Bytes that go to a whole channel are framed once."""
 
     def __init__(self, opcode: int):
         self.opcode = opcode
@@ -11610,14 +11419,12 @@ class FrameWriter:
 
     def __call__(self, data: bytes) -> bytes:
         if data is not self.last:
-            self.last, lines = data, data.removesuffix(b"\r\n").split(b"\r\n")
-            self.framed = b"".join(frame(self.opcode, self._payload(line)) for line in lines)
+            self.last = data
+            if self.opcode == TEXT_FRAME and not data.isascii():
+                data = data.decode(errors="replace").encode()
+            lines = data.removesuffix(b"\r\n").split(b"\r\n")
+            self.framed = b"".join(frame(self.opcode, line) for line in lines)
         return self.framed
-
-    def _payload(self, line: bytes) -> bytes:
-        if self.opcode == BINARY_FRAME or line.isascii():
-            return line
-        return line.decode(errors="replace").encode()
 
 
 # Answering requests
@@ -11696,13 +11503,14 @@ def on_request(method: str, *paths: str) -> Callable:
 CORS = (
     "Access-Control-Allow-Origin: *",
     "Access-Control-Expose-Headers: Location, ETag, Content-Range, Content-Disposition, "
-    "Upload-Offset, Upload-Length, Upload-Expires, Tus-Resumable, Tus-Version, Tus-Extension, "
-    "Tus-Max-Size",
+    "Upload-Offset, Upload-Length, Upload-Metadata, Upload-Expires, Tus-Resumable, Tus-Version, "
+    "Tus-Extension, Tus-Max-Size",
 )
 CHALLENGE = ('WWW-Authenticate: Basic realm="chat", charset="UTF-8"', "WWW-Authenticate: Bearer")
 REFUSAL_STATUSES = {  # Refused.code -> status
     "SASL_FAILED": 401,
     "BANNED_FROM_SERVER": 403,
+    "NOT_YOURS": 403,
     "TRY_LATER": 429,
     "BAD_HEADER": 400,
     "NO_FILE": 404,
@@ -11740,8 +11548,7 @@ class WebSession(LocalSession):
 
     __slots__ = (
         *("at_end", "body_left", "closing", "credentials", "on_this_machine", "owner", "proof"),
-        "reading",
-        *("request", "sender", "take_body", "upload"),
+        *("reading", "request", "sender", "take_body", "upload"),
     )
     takes_lines = False
 
@@ -11779,14 +11586,19 @@ class WebSession(LocalSession):
         expected = request.header("expect").lower()
         if not self._find_client(request):
             return self.respond(400, "X-Forwarded-For ends with the address of the client")
+        if request.host and not host:
+            return self.respond(400, "Host is a name or an address, and perhaps a port")
         if request.minor and not host_allowed(self.site.web, host):
             return self.respond(421, "this server has another name; --web-origin adds one")
         if expected not in ("", "100-continue"):
             return self.respond(417, "Expect is 100-continue, or nothing")
+        every = {"HEAD", "OPTIONS"}.union(*WEB_ROUTES.values())
+        if request.method not in every:
+            return self.respond(501, f"this server has no {request.method}")
         if (request.method, request.target) == ("OPTIONS", "*"):  # what the server can do
-            every = {method for route in WEB_ROUTES.values() for method in route}
             return self.respond(204, "", allow_header(every))
-        methods = self._methods(request.path)
+        path = request.path
+        methods = WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
         if handler:
             return handler(self, request)
@@ -11821,10 +11633,6 @@ class WebSession(LocalSession):
             self.address = conn.address
         return True
 
-    @staticmethod
-    def _methods(path: str) -> dict[str, Callable]:
-        return WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
-
     def respond(self, status: int, body: str | bytes = "", *headers: str) -> None:
         """Send a whole answer. Close the connection if a long body is still to come unread."""
         request = self.request
@@ -11849,6 +11657,8 @@ class WebSession(LocalSession):
             lines.append("Connection: close")
         elif self.request and self.request.minor == 0:
             lines.append("Connection: keep-alive")
+        if self.request and is_tus(self.request):
+            lines.append("Tus-Resumable: 1.0.0")
         self.send("\r\n".join([*lines, "", ""]).encode())
 
     def cors(self) -> tuple[str, ...]:
@@ -11864,20 +11674,13 @@ class WebSession(LocalSession):
         """Return whether the client may read /health and /metrics: one on this machine, or all."""
         return self.site.web.open_metrics or self.on_this_machine
 
-    # What chat wants of a session
-
-    def notice(self, text: str) -> None:
-        """Send nothing: a web client gets only answers."""
-
     def refuse(self, refusal: Refused) -> None:
         """Answer with the status of a refusal, and end the upload or download that was going on."""
         end, self.at_end = self.at_end, do_nothing
         end()
         status = REFUSAL_STATUSES.get(refusal.code, 503)
-        self.respond(status, str(refusal), *(CHALLENGE if status == 401 else ()), *self.cors())
-
-    def not_kept(self, events: list[Event], reason: str) -> None:
-        """Do nothing: a web client sends no messages."""
+        challenge = CHALLENGE if status == 401 else ()
+        self.respond(status, str(refusal), *challenge, *self.cors())
 
     def ended(self) -> None:
         end, self.at_end = self.at_end, do_nothing
@@ -11885,11 +11688,15 @@ class WebSession(LocalSession):
         super().ended()
 
 
+WEBSOCKET_OFFER = "Upgrade: websocket", "Connection: Upgrade"  # RFC 9110 sections 7.8, 15.5.22
+
+
 def open_websocket(session: WebSession, request: Request) -> None:
     """Answer a WebSocket handshake (RFC 6455 section 4.2). An IRC session takes over then."""
     key = request.header("sec-websocket-key")
     if request.header("sec-websocket-version") != "13":
-        return session.respond(426, "the version is 13", "Sec-WebSocket-Version: 13")
+        version = "Sec-WebSocket-Version: 13"
+        return session.respond(426, "the version is 13", *WEBSOCKET_OFFER, version)
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) or request.method != "GET":
         return session.respond(400, "a handshake is a GET with a key of 16 bytes")
     if not request.minor or request.length != 0:
@@ -11899,8 +11706,9 @@ def open_websocket(session: WebSession, request: Request) -> None:
     if not origin_allowed(session.site.web, request.header("origin"), request.header("host")):
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
-    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
-    lines.append(f"Sec-WebSocket-Accept: {websocket_accept(key)}")
+    lines = ["HTTP/1.1 101 Switching Protocols", *WEBSOCKET_OFFER]
+    digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
+    lines.append(f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}")
     lines += [f"Sec-WebSocket-Protocol: {name}" for name in offered[:1]]
     opcode = SUBPROTOCOLS[offered[0]] if offered else TEXT_FRAME
     return session.conn.upgrade("\r\n".join([*lines, "", ""]).encode(), opcode)
@@ -11932,7 +11740,7 @@ def web_root(session: WebSession, request: Request) -> None:
     if "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection"):
         return open_websocket(session, request)
     if request.path == "/irc":
-        return session.respond(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
+        return session.respond(426, "this is a WebSocket that speaks IRC", *WEBSOCKET_OFFER)
     return web_document(session, request)
 
 
@@ -12026,8 +11834,7 @@ def webp_size(head: bytes) -> tuple[int, int]:
 
 
 def picture_size(kind: str, head: bytes) -> tuple[int, int]:
-    """Return width and height of a picture, by its first bytes; 0 and 0 if they do not tell, or
-    tell what no program could show."""
+    """Return a picture's width and height, by its first bytes; 0, 0 without a possible size."""
     width = height = 0
     if kind == "image/png" and head[12:16] == b"IHDR" and len(head) >= 24:
         width, height = struct.unpack_from(">II", head, 16)
@@ -12085,47 +11892,32 @@ def disposition(file: StoredFile) -> str:
 # Files: who may upload
 
 
-@in_steps
-def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
-    """Call then(identity) with the account's identity if the password is right. Raises Refused."""
-    account, proof = yield from prove(session, name, password)
-    session.proof = account, proof
-    then(session.site.hub.accounts.identity(account))
-
-
-def authorize(session: WebSession, then: Callable[[str], None]) -> None:
-    """Call then(identity) for the credentials of a request: an account's password (Basic) or a
-    token (Bearer). A right password is remembered for the connection. A K-line of the account or
-    of the address holds here, too. Raises Refused."""
-    given, hub = session.request.header("authorization"), session.site.hub
-
-    def check_ban(owner: str) -> None:
-        account = owner[1:].rpartition("/")[0]  # of an identity; a guest has none
-        check_server_ban(hub, source_of(account or "*", f"{session.sender.host}:0", "*", account))
-        then(owner)
-
-    if given and given == session.credentials and hub.accounts.is_proof(*session.proof):
-        return check_ban(session.owner)
+def authorize(session: WebSession) -> Steps:
+    """Return the identity of the user whose credentials a request has: an account's password
+    (Basic) or a token (Bearer). A right password is remembered for the connection. A K-line of the
+    account or of the address holds here, too. Raises Refused."""
+    given, hub, owner = session.request.header("authorization"), session.site.hub, ""
     scheme, _, value = given.partition(" ")
-
-    def proved(owner: str) -> None:
-        session.credentials, session.owner = given, owner
-        check_ban(owner)
-
-    if scheme.lower() == "bearer":
-        if owner := session.site.grants.owner(value.strip(), hub.ticks):
-            return check_ban(owner)
+    if given and given == session.credentials and hub.accounts.is_proof(*session.proof):
+        owner = session.owner
+    elif scheme.lower() == "bearer":
+        owner = session.site.grants.owner(value.strip(), hub.ticks)
     elif scheme.lower() == "basic":
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # of other bytes than base64 of UTF-8
             name, _, password = base64.b64decode(value, validate=True).decode().partition(":")
-            return prove_owner(session, name, password, proved)
-    text = "log in with your account, or with a token of TOKEN GENERATE FILEHOST"
-    raise Refused("SASL_FAILED", text)
+            account, proof = yield from prove(session, name, password)
+            owner = hub.accounts.identity(account)
+            session.credentials, session.owner, session.proof = given, owner, (account, proof)
+    if not owner:
+        text = "log in with your account, or with a token of TOKEN GENERATE FILEHOST"
+        raise Refused("SASL_FAILED", text)
+    account = owner[1:].rpartition("/")[0]  # of an identity; a guest has none
+    check_server_ban(hub, source_of(account or "*", f"{session.sender.host}:0", "*", account))
+    return owner
 
 
 # Files: up (https://tus.io/protocols/resumable-upload, 1.0.0)
 
-TUS = "Tus-Resumable: 1.0.0"
 CORS_ASKED = (
     "Access-Control-Allow-Methods: GET, HEAD, POST, PATCH, DELETE, OPTIONS",
     "Access-Control-Allow-Headers: Authorization, Content-Type, Content-Disposition, "
@@ -12138,9 +11930,8 @@ NO_SUCH_FILE = "there is no such file, or not any more"
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
-    """Answer a request about a file, with the headers for other sites' pages and for tus."""
-    tus = (TUS,) if is_tus(session.request) else ()
-    session.respond(status, body, *headers, *session.cors(), *tus)
+    """Answer a request about a file, with the headers for other sites' pages."""
+    session.respond(status, body, *headers, *session.cors())
 
 
 def is_elsewhere(session: WebSession, request: Request) -> bool:
@@ -12246,7 +12037,9 @@ def tell_progress(session: WebSession, id: str, at: int) -> None:
     if session.request.method == "PATCH":
         return answer_file(session, 204, "", *headers)
     if session.request.method == "HEAD":
-        known = (f"Upload-Length: {file.size}", "Cache-Control: no-store")
+        name = base64.b64encode(file.name.encode()).decode()
+        known = (f"Upload-Length: {file.size}", f"Upload-Metadata: filename {name}")
+        known = (*known, "Cache-Control: no-store")
         return answer_file(session, 200, "", *headers, *known)
     return answer_file(session, 201, "", f"Location: {link_of(session, id)}", *headers)
 
@@ -12259,13 +12052,11 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     site.uploading.pop(id, None)
     files.finishing.add(id)
 
-    def completed(_: None) -> None:
-        tell_progress(session, id, upload.at)
-
     def finished(result: Any, is_there: bool) -> None:
         files.finishing.discard(id)
         if not isinstance(result, Exception):
-            return site.act("finish_file", id, *result, then=completed if is_there else do_nothing)
+            tell = (lambda _: tell_progress(session, id, upload.at)) if is_there else do_nothing
+            return site.act("finish_file", id, *result, then=tell)
         if not upload.resumable:
             site.act("remove_file", id)
         if not isinstance(result, Refused):
@@ -12319,9 +12110,15 @@ def take_pieces(session: WebSession) -> None:
         session.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def open_upload(session: WebSession, request: Request, id: str, size: int, _: None) -> None:
-    """Take the body of the request that began a file."""
-    tus = is_tus(request)
+def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> Steps:
+    """Register a new file for an authorized client, and take the body."""
+    id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
+    if tus := is_tus(request):
+        known = tus_metadata(request.header("upload-metadata"))
+        name = known.get("filename", "") or known.get("name", "")
+    address, node = session.conn.limit_key, session.site.node
+    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
+    yield do(session.act, "begin_file", *values)
     session.site.uploading[id] = session
     total = size if tus or request.length is not None else None
     upload = session.upload = Upload(id, total, resumable=tus)
@@ -12331,30 +12128,14 @@ def open_upload(session: WebSession, request: Request, id: str, size: int, _: No
     if tus and has_body and piece_type != PIECE_TYPE:
         drop_upload(session, keep=False)
         return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
-
-    def opened(handle: Any) -> None:
-        upload.handle = handle
-        if has_body:
-            return take_pieces(session)
-        return end_pieces(session)
-
-    session.later(FILE_LANE, functools.partial(session.site.folder.begin, id), opened)
-
-
-def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
-    """Register a new file for an authorized client, and take the body."""
-    id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
-    if is_tus(request):
-        known = tus_metadata(request.header("upload-metadata"))
-        name = known.get("filename", "") or known.get("name", "")
-    address, node = session.conn.limit_key, session.site.node
-    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
-    then = functools.partial(open_upload, session, request, id, size)
-    session.act("begin_file", *values, then=then)
+    begin = functools.partial(session.site.folder.begin, id)
+    upload.handle = yield do(session.later, FILE_LANE, begin)
+    return take_pieces(session) if has_body else end_pieces(session)
 
 
 @on_files("POST", "/files")
-def create_file(session: WebSession, request: Request) -> None:
+@in_steps
+def create_file(session: WebSession, request: Request) -> Steps:
     """POST /files -- upload a file, or with Tus-Resumable begin to: 201 with its Location"""
     most = session.site.hub.files.most
     size = request.length
@@ -12367,21 +12148,19 @@ def create_file(session: WebSession, request: Request) -> None:
         size = min(most, CHUNKS_RESERVED)
     if size > most:
         return answer_file(session, 413, f"a file has at most {most:,} bytes")
-    authorize(session, functools.partial(begin_upload, session, request, size))
+    owner = yield from authorize(session)
+    yield from begin_upload(session, request, size, owner)
 
 
-def own_file(session: WebSession, request: Request, then: Callable[[StoredFile], None]) -> None:
-    """Call then(file) if the file of a request belongs to the user who asks. Raises Refused."""
-
-    def check(owner: str) -> None:
-        file = session.site.hub.files.get(request.path.removeprefix("/files/"))
-        if file is None:
-            return answer_file(session, 404, NO_SUCH_FILE)
-        if not session.site.hub.same_person(file.owner, owner):
-            return answer_file(session, 403, "this is another user's file")
-        return then(file)
-
-    authorize(session, check)
+def own_file(session: WebSession, request: Request) -> Steps:
+    """Return the file of a request, which must belong to the user who asks. Raises Refused."""
+    owner = yield from authorize(session)
+    file = session.site.hub.files.get(request.path.removeprefix("/files/"))
+    if file is None:
+        raise Refused("NO_FILE", NO_SUCH_FILE)
+    if not session.site.hub.same_person(file.owner, owner):
+        raise Refused("NOT_YOURS", "this is another user's file")
+    return file
 
 
 def end_older(session: WebSession, id: str) -> None:
@@ -12391,80 +12170,62 @@ def end_older(session: WebSession, id: str) -> None:
 
 
 @on_files("PATCH", "/files/*")
-def continue_file(session: WebSession, request: Request) -> None:
+@in_steps
+def continue_file(session: WebSession, request: Request) -> Steps:
     """PATCH /files/ID -- the next bytes of an upload, from Upload-Offset on (tus)"""
     if request.header("content-type").partition(";")[0].strip().lower() != PIECE_TYPE:
         return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
     if not re.fullmatch(r"[0-9]{1,18}", request.header("upload-offset")):
         return answer_file(session, 400, "Upload-Offset is where the piece begins")
-    offset = int(request.header("upload-offset"))
-
-    def begin(file: StoredFile) -> None:
-        site = session.site
-        if file.sha:
-            return answer_file(session, 403, "this file is complete")
-        if file.id in site.hub.files.finishing:
-            return answer_file(session, 423, "this file is just being completed")
-        end_older(session, file.id)
-        upload = session.upload = Upload(file.id, file.size, resumable=True)
-        session.at_end = functools.partial(drop_upload, session, keep=True)
-        site.uploading[file.id] = session
-        job = functools.partial(site.folder.reopen, file.id)
-        return session.later(FILE_LANE, job, functools.partial(opened, upload))
-
-    def opened(upload: Upload, found: tuple[Any, int]) -> None:
-        upload.handle, upload.at = found
-        if upload.at != offset:
-            at = upload.at
-            drop_upload(session, keep=True)
-            return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
-        if offset + (request.length or 0) > upload.total:
-            drop_upload(session, keep=True)
-            return answer_file(session, 413, f"the file has {upload.total:,} bytes")
-        if request.length == 0:
-            return end_pieces(session)
-        return take_pieces(session)
-
-    return own_file(session, request, begin)
+    offset, site = int(request.header("upload-offset")), session.site
+    file = yield from own_file(session, request)
+    if file.sha:
+        return answer_file(session, 403, "this file is complete")
+    if file.id in site.hub.files.finishing:
+        return answer_file(session, 423, "this file is just being completed")
+    end_older(session, file.id)
+    upload = session.upload = Upload(file.id, file.size, resumable=True)
+    session.at_end = functools.partial(drop_upload, session, keep=True)
+    site.uploading[file.id] = session
+    reopen = functools.partial(site.folder.reopen, file.id)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    if (at := upload.at) != offset:
+        drop_upload(session, keep=True)
+        return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
+    if offset + (request.length or 0) > upload.total:
+        drop_upload(session, keep=True)
+        return answer_file(session, 413, f"the file has {upload.total:,} bytes")
+    return end_pieces(session) if request.length == 0 else take_pieces(session)
 
 
 @on_files("DELETE", "/files/*")
-def delete_file(session: WebSession, request: Request) -> None:
+@in_steps
+def delete_file(session: WebSession, request: Request) -> Steps:
     """DELETE /files/ID -- remove a file of your own, complete or not"""
-
-    def remove(file: StoredFile) -> None:
-        if file.id in session.site.hub.files.finishing:
-            return answer_file(session, 423, "this file is just being completed")
-        end_older(session, file.id)
-        session.act("remove_file", file.id, then=lambda _: answer_file(session, 204))
-
-    own_file(session, request, remove)
+    file = yield from own_file(session, request)
+    if file.id in session.site.hub.files.finishing:
+        return answer_file(session, 423, "this file is just being completed")
+    end_older(session, file.id)
+    yield do(session.act, "remove_file", file.id)
+    answer_file(session, 204)
 
 
-def tell_offset(session: WebSession, request: Request) -> None:
+@in_steps
+def tell_offset(session: WebSession, request: Request) -> Steps:
     """Answer HEAD with Tus-Resumable: how many bytes of an upload there are."""
-
-    def look(file: StoredFile) -> None:
-        if file.sha or file.id in session.site.hub.files.finishing:
-            return tell_progress(session, file.id, file.size)
-        job = functools.partial(session.site.folder.size, file.id)
-        return session.later(FILE_LANE, job, functools.partial(tell, file))
-
-    def tell(file: StoredFile, at: int) -> None:
-        files = session.site.hub.files
-        known = files.get(file.id)  # meanwhile it may have been completed, or removed
-        if at < file.size or known is None or known.sha or file.id in files.finishing:
-            return tell_progress(session, file.id, at)
-        end_older(session, file.id)
-        upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
-        job = functools.partial(session.site.folder.reopen, file.id)
-        return session.later(FILE_LANE, job, functools.partial(complete, upload))
-
-    def complete(upload: Upload, found: tuple[Any, int]) -> None:
-        upload.handle, upload.at = found
-        finish_upload(session, upload)
-
-    own_file(session, request, look)
+    files, folder = session.site.hub.files, session.site.folder
+    file = yield from own_file(session, request)
+    if file.sha or file.id in files.finishing:
+        return tell_progress(session, file.id, file.size)
+    at = yield do(session.later, FILE_LANE, functools.partial(folder.size, file.id))
+    known = files.get(file.id)  # meanwhile it may have been completed, or removed
+    if at < file.size or known is None or known.sha or file.id in files.finishing:
+        return tell_progress(session, file.id, at)
+    end_older(session, file.id)
+    upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
+    reopen = functools.partial(folder.reopen, file.id)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    finish_upload(session, upload)
 
 
 # Files: down
@@ -12517,22 +12278,9 @@ def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
     stop_sending(session)
 
 
-def begin_sending(
-    session: WebSession, status: int, headers: list[str], first: int, end: int, handle: Any
-) -> None:
-    """Send the head of an answer with a file; the content follows in pieces."""
-    if handle is None:
-        return answer_file(session, 404, NO_SUCH_FILE)
-    session.send_head(status, *headers)
-    session.reading = handle
-    session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
-    if session.request.method == "HEAD" or first == end:
-        return stop_sending(session)
-    session.unfinished = pieces_of_file(session, first, end)
-
-
 @on_files("GET", "/files/*")
-def send_file(session: WebSession, request: Request) -> None:
+@in_steps
+def send_file(session: WebSession, request: Request) -> Steps:
     """GET /files/ID -- a file, or a range of it"""
     if request.method == "HEAD" and is_tus(request):
         return tell_offset(session, request)
@@ -12558,11 +12306,16 @@ def send_file(session: WebSession, request: Request) -> None:
     is_video = file.type.startswith("video/")
     allowed = "; media-src 'self'; style-src 'unsafe-inline'" if is_video else ""
     policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
-    headers += [policy, *session.cors()]
-    headers += [f"Content-Length: {end - first}"]
+    headers += [policy, *session.cors(), f"Content-Length: {end - first}"]
     job = functools.partial(session.site.folder.open, file.sha)
-    opened = functools.partial(begin_sending, session, 206 if part else 200, headers, first, end)
-    return session.later(READ_LANE, job, opened)
+    handle = session.reading = yield do(session.later, READ_LANE, job)
+    if handle is None:
+        return answer_file(session, 404, NO_SUCH_FILE)
+    session.send_head(206 if part else 200, *headers)
+    session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
+    if request.method == "HEAD" or first == end:
+        return stop_sending(session)
+    session.unfinished = pieces_of_file(session, first, end)  # the content
 
 
 # ======================================================================================
@@ -12623,9 +12376,11 @@ def dialect_of(first_line: bytes) -> str:
 
 CHAT, IRC, PLAIN = "chat.py", "irc", "plain"  # the kinds of server this client can talk to
 
-# Kinds of views: MESSAGE, NOTICE, JOIN, PART and QUIT, as of events, and these
+# Kinds of views: MESSAGE, NOTICE, those of MOVES and CHANGES, as of events, and these
 MOVES = (JOIN, PART, QUIT)
-MOVED = "moved"  # several of them in one row
+CHANGES = (NICK, TOPIC, MODE, AWAY)  # a text tells them
+FOLDED = (*MOVES, *CHANGES)
+MOVED = "moved"  # several of FOLDED in one row
 SERVER_TEXT, NOTE = "server text", "note"  # of this client
 STATUS, UP = "status", "up"  # of the connection; it stands
 PEOPLE = "people"  # the members changed; with a text if the user asked for them
@@ -12661,7 +12416,7 @@ class ViewEvent(NamedTuple):
     past: bool = False  # from history, so no news
     id: str = ""  # the server's id of a message
     own_id: str = ""  # this client's id of its own message
-    address: str = ""  # of the user who joined or left
+    address: str = ""  # of the user who joined or left; the new nick of one who changed it
     line: str = ""  # as a server of the line protocol wrote it
     number: int = 0  # of the row in the client store, if the view comes from there
     room: int = 0  # id of the conversation; 0 for none
@@ -12956,13 +12711,14 @@ def parse_file_tag(value: str) -> FileTag | None:
 class Transfer:
     """A file being uploaded or downloaded, as the client store keeps it."""
 
-    KEPT = ("id", "up", "room", "path", "name", "size", "url", "type", "etag")
+    KEPT = ("id", "up", "room", "path", "name", "size", "changed", "url", "type", "etag")
 
     def __init__(self, id: str, up: bool, room: str, path: str, **known: Any):
         self.id, self.up = id, up
         self.room = room  # conversation for the link
         self.path = path  # on this computer
         self.name, self.size, self.type, self.etag = "", 0, "", ""
+        self.changed = 0  # when the file of an upload was, last; as stat() tells it
         self.url = ""  # on the server; "" while unknown
         for name, value in known.items():
             setattr(self, name, value)
@@ -12998,7 +12754,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "bell": Setting("on", ("on", "off"), "ring when you are mentioned"),
     "desktop": Setting("on", ("on", "off"), "tell the desktop when you are mentioned: the window"),
-    "fold": Setting("on", ("on", "off"), "show the joins and quits of many in one row"),
+    "fold": Setting("on", ("on", "off"), "show joins, quits and changes of many in one row"),
     "font": Setting("", (), "the font's family: the window"),
     "highlight": Setting("", (), "words besides your nick that count as a mention"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
@@ -13216,11 +12972,38 @@ MOVED_WORDS = {  # by a user's first and last move in a row: True for a JOIN
 }
 
 
-def moved_text(moves: Iterable[ViewEvent]) -> str:
-    """Return one line about the users who joined and left; name a user who did both once."""
+def row_kind(view: ViewEvent) -> str:
+    """Return the kind of views with which this one may share a row."""
+    return MOVED if view.kind in MOVES else view.kind
+
+
+def changed_texts(moves: Iterable[ViewEvent]) -> list[str]:
+    """Return texts about changes: the last topic, the last nick and away state of each user, and
+    all changes of modes."""
+    nicks: dict[str, str] = {}  # nick -> that of the same user at first
+    texts: dict[Any, list[str]] = {}
+    for n, view in enumerate(moves):
+        if view.kind == NICK:
+            nicks[view.address] = nicks.pop(view.name, view.name)
+        elif view.kind in CHANGES:
+            known = {MODE: n, AWAY: view.name}.get(view.kind)
+            texts.setdefault((view.kind, known), []).append(view.text)
+    told = [
+        f"{old} is now called {new}" if old != new else f"{old} changed nick and back"
+        for new, old in nicks.items()
+    ]
+    for last in texts.values():
+        told.append(last[-1] + (f" (the last of {len(last):,})" if len(last) > 1 else ""))
+    more = len(told) - MOVES_NAMED
+    return [*told[:MOVES_NAMED], *([f"and {counted(more, 'change')} more"] if more > 0 else [])]
+
+
+def moved_text(moves: list[ViewEvent]) -> str:
+    """Return one line about the users who joined and left, each named once, and about changes."""
     joins: dict[str, list[bool]] = {}  # by name: whether each move was a JOIN
     for view in moves:
-        joins.setdefault(view.name, []).append(view.kind == JOIN)
+        if view.kind in MOVES:
+            joins.setdefault(view.name, []).append(view.kind == JOIN)
     groups: dict[str, list[str]] = {}
     for name, moved in joins.items():
         groups.setdefault(MOVED_WORDS[moved[0], moved[-1]], []).append(name)
@@ -13228,7 +13011,7 @@ def moved_text(moves: Iterable[ViewEvent]) -> str:
     for what, names in groups.items():
         more = f" and {len(names) - MOVES_NAMED:,} more" if len(names) > MOVES_NAMED else ""
         told.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
-    return "; ".join(told)
+    return "; ".join([*told, *changed_texts(moves)])
 
 
 def may_hold(table: Collection, key: str, most: int) -> bool:
@@ -13270,8 +13053,9 @@ class Room:
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
         self.spoken: dict[str, None] = {}  # names of users who wrote a message here
-        self.moves: list[ViewEvent] = []  # joins and quits collected for one row ...
-        self.moved_at = -MOVES_MS  # ... and when the last such row was shown
+        self.moves: list[ViewEvent] = []  # joins, quits and changes collected for one row ...
+        self.movers: set[str] = set()  # ... the names of their users ...
+        self.moved_at: dict[str, int] = {}  # ... and when the last row of each kind was shown
         self.unread = self.called = 0
         self.muted = False  # messages here do not call the user
         self.read_time = 0  # ms; messages up to then were read, on some device ...
@@ -13335,12 +13119,29 @@ class Room:
         self.unread -= len(gone)
         self.called = max(0, self.called - sum(view.called for view in gone))
 
+    def move(self, view: ViewEvent) -> bool:
+        """Collect a join, quit or change if one of its kind was shown a short time ago; return
+        whether it was collected."""
+        kind, when = row_kind(view), view.time or 0
+        if when - self.moved_at.get(kind, -MOVES_MS) >= MOVES_MS:
+            self.moved_at[kind] = when
+            return False
+        self.moves.append(view)
+        self.movers.update(filter(None, (view.name, view.address)))
+        return True
+
+    def moves_are_due(self, now: float) -> bool:
+        """Return whether the collected ones are to be shown; the clock may have been set back."""
+        first = self.moves[0] if self.moves else None
+        return first is not None and abs(now - self.moved_at[row_kind(first)]) > MOVES_MS
+
     def show_moves(self) -> ViewEvent:
-        """Append the collected joins and quits as one row; return the row."""
+        """Append what was collected as one row; return the row."""
         moves, self.moves = self.moves, []
+        self.movers.clear()
         row = ViewEvent(MOVED, moved_text(moves), where=self.name, time=moves[-1].time)
         self.views.append(moves[0] if len(moves) == 1 else row)
-        self.moved_at = row.time or 0
+        self.moved_at |= dict.fromkeys(map(row_kind, moves), row.time or 0)
         return row
 
     def read(self, when: int) -> bool:
@@ -13396,18 +13197,6 @@ class Batch:
 
 AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
-
-
-class Listing:
-    """The rows of a long answer of the server: the first ones, and how many there were."""
-
-    def __init__(self) -> None:
-        self.rows: list[str] = []
-        self.count = 0
-
-    def add(self, row: str) -> None:
-        self.count += 1
-        self.rows += [row] * (self.count <= LISTED_ROWS)
 
 
 class Asked(NamedTuple):
@@ -14346,6 +14135,68 @@ class Joins:
         self.typed.clear()
 
 
+ANSWERS = {  # commands, and the numerics that are shown only after them
+    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
+    "HELP": ("705", "706"),
+    "MODE": ("221",),
+    "ISON": ("303",),
+}
+LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
+
+
+class Listing:
+    """The rows of a long answer of the server: the first ones, and how many there were."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.count = 0
+
+    def add(self, row: str) -> None:
+        self.count += 1
+        self.rows += [row] * (self.count <= LISTED_ROWS)
+
+
+class WantedAnswers:
+    """The answers that are shown over one connection, because a command of the user asked for them.
+    The server sends others unasked, or to the client. PlainTalk has none."""
+
+    def __init__(self, talk: "IrcTalk | PlainTalk"):
+        self.core = talk.core
+        self.numerics: set[str] = set()
+        self.motd = False
+        self.names: set[str] = set()  # keys of channels whose members are shown
+        self.listings: dict[str, list[Listing]] = {}  # by command: those that are still coming
+
+    def expect(self, verb: str, *params: str) -> None:
+        """Show the answer to a command of the user."""
+        self.numerics.update(ANSWERS.get(verb, ()))
+        self.motd = self.motd or verb == "MOTD"
+        if verb in LISTS:
+            self.listings.setdefault(verb, []).append(Listing())
+        if verb == "NAMES" and params:
+            self.names.update(map(self.core.fold, params[0].split(",")))
+
+    def listing(self, verb: str) -> Listing | None:
+        """Return the listing to which the next row of an answer belongs; None if the user has not
+        asked for one."""
+        return next(iter(self.listings.get(verb, ())), None)
+
+    def end_listing(self, verb: str) -> Listing | None:
+        """Remove and return the listing whose last row has come; None if there is none."""
+        return self.listings[verb].pop(0) if self.listing(verb) else None
+
+    def show_listing(self, verb: str) -> None:
+        """Show the answer to a LIST or WHO of the user as a page."""
+        listing, title = self.end_listing(verb), LISTS[verb]
+        if listing is None:
+            return
+        if not listing.rows:
+            return self.core.show(ViewEvent(NOTE, f"{title}: nothing found"))
+        more = listing.count - len(listing.rows)
+        rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
+        self.core.show(ViewEvent(PAGE, "\n".join(rows), title))
+
+
 # The workshop's protocol
 
 PLAIN_LINES = {
@@ -14388,10 +14239,11 @@ class PlainTalk:
 
     def __init__(self, core: "ClientCore"):
         self.core = core
-        self.lines = MessageLines(self)  # all four are always empty
+        self.lines = MessageLines(self)  # all five are always empty
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.joins = Joins(self)
+        self.answers = WantedAnswers(self)
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         self.began = core.ticks()
         core.output.append(core.wanted_name)
@@ -14480,9 +14332,9 @@ class IrcTalk:
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.joins = Joins(self)
+        self.answers = WantedAnswers(self)
         self.batches: dict[str, Batch] = {}
         self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
-        self.shown_names: set[str] = set()  # keys of channels whose members the user asked for
         self.stale_names: set[str] = set()  # channels for NAMES, since ranks may have changed
         self.named = self.introduced = self.negotiating = False
         self.resumed = False  # the session was resumed: the server says where the client is
@@ -15414,23 +15266,23 @@ def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
         talk.acks.confirm(tags.get(OWN_ID, ""))
     where = talk.server.without_status(heard.params[0])
     room = core.find(where if mine or talk.server.is_channel(where) else heard.name)
-    if room is None or core.is_ignored(heard):
+    if room is None or core.ignored.covers(heard.source):
         return
     if TYPES in tags and mine:
         talk.acks.tags_arrived(room.name)
     elif TYPES in tags:
-        core.types(room, heard.name, tags[TYPES])
+        core.typing.note(room, heard.name, tags[TYPES])
     for tag, on in ((REACT, True), (UNREACT, False)):
         emoji = visible(tags.get(tag, ""))[:REACTION_CHARACTERS]
         if emoji.strip() and REPLY in tags:
-            core.reacted(room, tags[REPLY], emoji, heard.name, on)
+            core.reactions.note(room, tags[REPLY], emoji, heard.name, on)
 
 
 @from_server("TOKEN", least=3)
 def token_told(talk: IrcTalk, heard: ServerLine) -> None:
     """TOKEN GENERATE <service> :<token> (draft/authtoken)"""
     if heard.params[0] == "GENERATE":
-        talk.core.took_token(heard.params[-1])
+        talk.core.transfers.take_token(heard.params[-1])
 
 
 @from_server("MARKREAD", least=2)
@@ -15446,28 +15298,20 @@ def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
 for quiet in (*("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"),):
     IRC_HEARD[quiet] = (do_nothing, 0)
 
-ANSWERS = {  # commands of the user, and what is shown only after them
-    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
-    "HELP": ("705", "706"),
-    "MODE": ("221",),
-    "ISON": ("303",),
-}
-LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
-
 
 @from_server(*itertools.chain(*ANSWERS.values()))
 def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
     """Show an answer to a command of the user; the client or the server itself caused the rest."""
-    if heard.verb in talk.core.asked_numerics and heard.params:
+    if heard.verb in talk.answers.numerics and heard.params:
         tell_rest(talk, heard)
 
 
 @from_server("375", "372", "376", "422", least=2)
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the message of the day, if the user asked for it."""
-    if talk.core.wants_motd:
+    if talk.answers.motd:
         talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
-        talk.core.wants_motd = heard.verb not in ("376", "422")
+        talk.answers.motd = heard.verb not in ("376", "422")
 
 
 @from_server("734", least=3)
@@ -15481,7 +15325,7 @@ def monitor_full(talk: IrcTalk, heard: ServerLine) -> None:
 def present_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
     tell_if_asked(talk, heard)
-    talk.core.asked_numerics.discard("303")
+    talk.answers.numerics.discard("303")
     wanted = talk.core.wanted_nick
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
@@ -15516,7 +15360,7 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
     elif verb == "CHATHISTORY":
         talk.history.refused(code, label, about)
     elif verb == "TOKEN":
-        talk.core.took_token("")
+        talk.core.transfers.take_token("")
     elif verb == "REGISTER":
         talk.core.me.proposed = None
         if talk.core.me.generated:
@@ -15548,7 +15392,7 @@ def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     verb, _, rest = heard.params[1].strip("\x01").partition(" ")
     verb = verb.upper()
-    if core.is_me(heard.name) or core.is_ignored(heard):
+    if core.is_me(heard.name) or core.ignored.covers(heard.source):
         return
     if heard.verb == "NOTICE":
         if verb == "PING" and (sent := positive_number(rest)) and sent <= core.ticks():
@@ -15692,7 +15536,7 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
     """Remove a user, or this client, from one conversation."""
     core = talk.core
     room.people.pop(name, None)
-    why = "" if core.is_ignored(heard) else why
+    why = "" if core.ignored.covers(heard.source) else why
     if core.is_me(name):
         room.inside = room.wanted = False
         commands = talk.acks.commands.items()
@@ -15727,13 +15571,13 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         if heard.name in room.people:
             user_went(talk, room, heard, heard.name, *heard.params[:1])
     if (room := core.find(heard.name)) and not room.is_channel:
-        told = heard.params and heard.params[0] and not core.is_ignored(heard)
+        told = heard.params and heard.params[0] and not core.ignored.covers(heard.source)
         why = f": {heard.params[0]}" if told else ""
         core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} has left{why}", where=room.name))
         room.gone = True  # as MONITOR tells, too
         # Another user may take that name
         core.park_all(room, f"{heard.name} has left", unsent=True)
-    core.forget_person(heard.name)
+    core.people.forget(heard.name)
     talk.name_is_free(heard.name)
 
 
@@ -15770,10 +15614,9 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
         core.show(ViewEvent(SERVER_TEXT, f"you are {new}"))
     for room in list(core.rooms.values()):
         if room.renamed(old, new) and not mine:
-            core.happened(
-                room, ViewEvent(SERVER_TEXT, f"{old} is now called {new}", where=room.name)
-            )
-    core.forget_person(old, new)
+            text = f"{old} is now called {new}"
+            core.happened(room, ViewEvent(NICK, text, old, room.name, address=new))
+    core.people.forget(old, new)
     core.is_back(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
@@ -15803,7 +15646,7 @@ def topic_set(talk: IrcTalk, heard: ServerLine) -> None:
         if not room.topic:
             text = f"{heard.name} removed the topic of {room.name}"
         talk.core.changed(room)
-        talk.core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name, time=heard.time))
+        talk.core.happened(room, ViewEvent(TOPIC, text, heard.name, room.name, heard.time))
 
 
 WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
@@ -15822,7 +15665,7 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     missing = [""] * 3
-    if heard.verb == "301" and talk.core.is_ignored(heard._replace(source=heard.params[1])):
+    if heard.verb == "301" and talk.core.ignored.covers(heard.params[1]):
         return
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
     room = talk.core.find(heard.params[1])
@@ -15852,41 +15695,42 @@ def who_told(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     _, where, user, host, _, name, flags, last = heard.params[:8]
     bot = talk.server.tokens.get("BOT", "") or " "
-    core.note_person(name, away=flags[:1] == "G", bot=bot in flags[1:])
-    asked = core.listings.get("WHO", [])[:1]
-    if core.fold(where) in core.quiet_who or not asked:  # ZNC sends WHO, too
+    core.people.note(name, away=flags[:1] == "G", bot=bot in flags[1:])
+    listing = talk.answers.listing("WHO")
+    if core.fold(where) in core.people.asked or listing is None:  # ZNC sends WHO, too
         return
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
     real = last.partition(" ")[2]
-    asked[0].add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
+    listing.add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
 
 
 @from_server("315")
 def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
     core, where = talk.core, heard.params[1] if len(heard.params) > 1 else ""
-    if core.fold(where) in core.quiet_who:
-        core.quiet_who.discard(core.fold(where))
+    if core.fold(where) in core.people.asked:
+        core.people.asked.discard(core.fold(where))
         core.show(ViewEvent(PEOPLE, where=where))
     else:
-        core.show_listing("WHO")
+        talk.answers.show_listing("WHO")
 
 
 @from_server("AWAY")
 def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
-    talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
+    talk.core.people.note(heard.name, away=bool(heard.params and heard.params[0]))
     talk.core.show(ViewEvent(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
         state = "is away" if heard.params and heard.params[0] else "is back"
-        if state == "is away" and not talk.core.is_ignored(heard):
+        if state == "is away" and not talk.core.ignored.covers(heard.source):
             state = f"is away: {heard.params[0]}"
-        talk.core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} {state}", where=room.name))
+        text = f"{heard.name} {state}"
+        talk.core.happened(room, ViewEvent(AWAY, text, heard.name, room.name))
 
 
 @from_server("ACCOUNT", least=1)
 def account_changed(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.note_person(heard.name, account=heard.params[0].replace("*", ""))
+    talk.core.people.note(heard.name, account=heard.params[0].replace("*", ""))
 
 
 @from_server("305", "306", least=2)
@@ -15915,7 +15759,7 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     if room is None:
         return
     text = f"{heard.name} set {' '.join(heard.params[1:])} in {room.name}"
-    talk.core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
+    talk.core.happened(room, ViewEvent(MODE, text, heard.name, room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
         if letter == "k" and value != "*":  # some servers hide it
@@ -15931,7 +15775,7 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("INVITE", least=2)
 def invited(talk: IrcTalk, heard: ServerLine) -> None:
     where = heard.params[1]
-    if talk.core.is_ignored(heard):
+    if talk.core.ignored.covers(heard.source):
         return
     text = f"{heard.name} invites you to {where}; /join {where}"
     talk.core.show(ViewEvent(SERVER_TEXT, text, called=True))
@@ -15953,7 +15797,7 @@ def names_told(talk: IrcTalk, heard: ServerLine) -> None:
     """<symbol> <channel> :<names>; RFC 1459 has no symbol"""
     *_, where, names = heard.params
     key = talk.core.fold(where)
-    if key not in talk.core.rooms and key not in talk.shown_names:
+    if key not in talk.core.rooms and key not in talk.answers.names:
         return
     coming = talk.names.setdefault(key, {})
     for word in names.split()[: PEOPLE_LISTED - len(coming)]:
@@ -15969,8 +15813,8 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
     if room:
         known = {name: people.pop(name) for name in room.people if name in people}
         room.people = people | known  # the last speaker is last
-    asked = key in talk.shown_names
-    talk.shown_names.discard(key)
+    asked = key in talk.answers.names
+    talk.answers.names.discard(key)
     where = room.name if room else heard.params[1]
     talk.core.show(ViewEvent(PEOPLE, text if asked else "", where=where))
 
@@ -15979,22 +15823,21 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
 def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
     _, name, count, *topic = heard.params
     text = "  ".join(filter(None, [name, count, *topic[:1]]))
-    asked = talk.core.listings.get("LIST", [])[:1]
-    for listing in asked:
+    if listing := talk.answers.listing("LIST"):
         listing.add(text)
-    talk.core.show(*[ViewEvent(SERVER_TEXT, text)] * (not asked))
+    else:
+        talk.core.show(ViewEvent(SERVER_TEXT, text))
 
 
 @from_server("323")
 def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.show_listing("LIST")
+    talk.answers.show_listing("LIST")
 
 
 @from_server("263", "416", least=2)
 def answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     """<command> :Please try again, or too many matches: the rest of a long answer does not come"""
-    if listings := talk.core.listings.get(heard.params[1].upper()):
-        listings.pop(0)
+    talk.answers.end_listing(heard.params[1].upper())
     tell_rest(talk, heard)
 
 
@@ -16185,6 +16028,71 @@ def message_pieces(text: str) -> Iterator[str]:
         yield "\n".join(piece for piece, _ in group)
 
 
+class Typing:
+    """The users who are typing: the others learn it of this user, and the client of them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.told: dict[int, tuple[float, str]] = {}  # by room: when the others were told, and what
+
+    def tell(self, room: Room, state: str) -> None:
+        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
+        is for a break, "done" for a text that is not sent after all."""
+        core, now = self.core, self.core.ticks()
+        since, told = self.told.get(room.id, (-math.inf, "done"))
+        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
+        if not due or (told == "done" and state == "paused") or not self._may_tell(room):
+            return
+        self.told[room.id] = now, state
+        label = f";label={QUIET}" * core.server.labels
+        core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
+
+    def _may_tell(self, room: Room) -> bool:
+        """Return whether the user wants that, the server takes it, and nothing has to go first."""
+        core, outbox = self.core, self.core.outbox
+        return (
+            core.can("typing")
+            and core.setting("typing") == "on"
+            and core.server.tells_own_tags  # else an error may be that of a message
+            and (room.inside or not room.is_channel)
+            and outbox.waiting.keys() <= outbox.parked.keys()
+            and core.talk.budget.tokens > TYPING_SPARE
+        )
+
+    def note(self, room: Room, name: str, state: str) -> None:
+        """Note that another user is typing, or has paused or stopped."""
+        room.typing.pop(name, None)
+        if state in TYPING_LASTS and len(room.typing) < TYPING_MOST:
+            room.typing[name] = self.core.ticks() + TYPING_LASTS[state]
+        self.core.show(ViewEvent(TYPING, state, name, room.name))
+
+    def end_overdue(self) -> None:
+        """Forget the users who have not continued to type."""
+        for room in self.core.rooms.values():
+            for name in [name for name, end in room.typing.items() if end < self.core.ticks()]:
+                self.note(room, name, "done")
+
+
+class IgnoreList(set[str]):
+    """The masks of the users who are ignored; `fold` is the server's rule for names."""
+
+    def __init__(self, masks: Iterable[str], fold: Callable[[str], str]):
+        super().__init__(masks)
+        self.fold = fold
+
+    def covers(self, source: str) -> bool:
+        """Return whether the user ignores a source, by nick or by mask."""
+        return any(self._matches(mask, source) for mask in self)
+
+    def _matches(self, mask: str, source: str) -> bool:
+        name, of_host = source.partition("!")[0], bool(set(mask) & HOST_CHARACTERS)
+        if not (of_host or set(mask) & set("!@*?")):
+            return self.fold(mask) == self.fold(name)
+        alone = f"*!*@{mask}" if of_host else f"{mask}!*@*"
+        full = mask if "!" in mask else f"*!{mask}" if "@" in mask else alone
+        return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
+
+
 class Person(NamedTuple):
     """A member of a channel."""
 
@@ -16193,6 +16101,165 @@ class Person(NamedTuple):
     away: bool = False
     account: str = ""
     bot: bool = False
+
+
+class People(dict[str, Person]):
+    """The facts that the server has told about users, beside their ranks, by key. A user without
+    such facts is not in it."""
+
+    def __init__(self, core: "ClientCore"):
+        super().__init__()
+        self.core = core
+        self.asked: set[str] = set()  # keys of channels with a WHO that is not answered yet
+
+    def of(self, room: Room) -> list[Person]:
+        """Return the members of a channel; the last speaker is last."""
+        fold = self.core.fold
+        people = ((self.get(fold(name), Person(name)), name) for name in room.people)
+        return [one._replace(name=name, rank=room.people[name]) for one, name in people]
+
+    def ask(self, room: Room) -> None:
+        """Ask once in a connection which members of a channel are away."""
+        asks = self.core.ready and room.inside and not room.asked_people
+        if asks and len(room.people) <= PEOPLE_ASKED:
+            room.asked_people = True
+            self.asked.add(self.core.fold(room.name))
+            self.core.talk.send("WHO", room.name)
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Note facts about a user: away, account, bot."""
+        key = self.core.fold(name)
+        person = self.get(key, Person(name))._replace(**facts)
+        if person == Person(person.name):
+            self.pop(key, None)
+        elif may_hold(self, key, PEOPLE_LISTED):
+            self[key] = person
+
+    def forget(self, name: str, new: str = "") -> None:
+        """Forget the facts about a user who left, or move them to the new nick."""
+        person = self.pop(self.core.fold(name), None)
+        if person and new:
+            self[self.core.fold(new)] = person
+
+
+class TransferList(list[Transfer]):
+    """The uploads and downloads of a client, and the token with which the server takes uploads
+    (draft/authtoken). The section TRANSFERS moves the bytes."""
+
+    start: Callable[[Transfer], None] | None = None  # both are set there
+    end: Callable[[Transfer], None] | None = None
+
+    def __init__(self, core: "ClientCore"):
+        super().__init__(core.store.transfers() if core.store else ())
+        self.core = core
+        self.upload_token, self.token_time = "", -math.inf  # when it was used last
+        self.wait_for_token: list[Callable[[str], None]] = []
+
+    @property
+    def url(self) -> str:
+        """The URL for uploads. Raises Refused if the server announces none."""
+        tokens, names = self.core.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
+        urls = [word for name in names for word in tokens.get(name, "").split()]
+        if not urls:
+            raise Refused("NO_FILEHOST", "this server takes no files")
+        return urls[0]
+
+    def with_token(self, then: Callable[[str], None]) -> None:
+        """Call then(token) with a token for uploads; "" if this server gives none."""
+        now = self.core.ticks()
+        if "draft/AUTHTOKEN" not in self.core.server.tokens:
+            return then("")
+        if self.upload_token and now - self.token_time < TOKEN_SECONDS / 2:
+            self.token_time = now
+            return then(self.upload_token)
+        self.wait_for_token.append(then)
+        return self.core.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
+
+    def take_token(self, token: str) -> None:
+        """Give a token of the server to the uploads that wait for one; "" if there will be none."""
+        self.upload_token, self.token_time = token, self.core.ticks()
+        waiting, self.wait_for_token = self.wait_for_token, []
+        for then in waiting:
+            then(token)
+
+    def keep(self, transfer: Transfer) -> None:
+        """Store and show a transfer: a new one, or its new state."""
+        if transfer not in self:
+            self.append(transfer)
+        if self.core.store:
+            self.core.store.keep_transfer(transfer)
+        self._show(transfer)
+
+    def forget(self, transfer: Transfer) -> None:
+        if transfer in self:
+            self.remove(transfer)
+        if self.core.store:
+            self.core.store.forget_transfer(transfer)
+        self._show(transfer)
+
+    def drop(self, transfer: Transfer) -> None:
+        """Stop the transfer of a file, and forget it."""
+        self.forget(transfer)
+        if self.end:
+            self.end(transfer)
+
+    def _show(self, transfer: Transfer) -> None:
+        self.core.show(ViewEvent(TRANSFER, where=transfer.room, own_id=transfer.id))
+
+    def post(self, upload: Transfer) -> None:
+        """Send the link of an uploaded file to its conversation."""
+        import mimetypes
+
+        kind = mimetypes.guess_type(upload.name)[0]
+        about = ", ".join(optional(kind or "", size_text(upload.size)))
+        text = f"{upload.name} ({about}): {upload.url}"
+        try:
+            self.core.send(upload.room, text)
+        except Refused as error:  # a service takes no files, or the room was left
+            self.core.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=upload.room))
+
+    def save(self, room: Room, view: ViewEvent, path: str) -> None:
+        """Begin to save the file that a message links to. Raises Refused."""
+        file = parse_file_tag(view.file)
+        ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
+        name = linked_name(view) or f"{file.path[-8:]}.{ending}"
+        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
+        self.start(Transfer(secrets.token_hex(8), False, room.name, path, **known))
+
+
+class Reactions:
+    """Reactions to messages (+draft/react). The client store keeps them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+
+    def of(self, id: str) -> dict[str, list[str]]:
+        """Return the reactions to a message: lists of nicks, by emoji."""
+        nicks: dict[str, list[str]] = {}
+        for emoji, name in self.core.store.reactions(id) if self.core.store and id else ():
+            nicks.setdefault(emoji, []).append(name)
+        return nicks
+
+    def send(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
+        """React to a message, or remove the reaction. Raises Refused."""
+        core = self.core
+        core.need("react")
+        if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
+            limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
+            raise Refused("BAD_REACTION", limit)
+        tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
+        label = ";label=reaction" * core.server.labels
+        core.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
+        if "echo-message" not in core.server.enabled:  # else the echo shows it
+            self.note(room, id, emoji, core.name, on)
+
+    def note(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
+        """Store and show the reaction of a user, or the end of it."""
+        before = name in self.of(id).get(emoji, ())
+        if self.core.store and before != on:
+            self.core.store.react(id, emoji, name, on)
+            view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
+            self.core.show(view._replace(mine=self.core.is_me(name)))
 
 
 class ForScreens:
@@ -16207,18 +16274,8 @@ class ForScreens:
     find: Callable[[str], Room | None]
     show: Callable[..., None]
     name = ""
-    start_transfer: Callable[[Transfer], None] | None = None  # both set by Transfers
-    end_transfer: Callable[[Transfer], None] | None = None
 
     def __init__(self) -> None:
-        self.transfers: list[Transfer] = []  # uploads and downloads
-        self.upload_token, self.token_at = "", -math.inf
-        self.wait_for_token: list[Callable[[str], None]] = []
-        self.typed_at: dict[int, tuple[float, str]] = {}  # when the user's typing was told, and how
-        self.known_people: dict[str, Person] = {}  # what is known beside their ranks, by key
-        self.quiet_who: set[str] = set()  # keys of channels with a WHO of a screen
-        self.asked_numerics: set[str] = set()  # shown only because the user asked for them
-        self.listings: dict[str, list[Listing]] = {}  # answers to LIST and WHO, still coming
         # The last lines of the protocol: time (ms), True if sent, and the line
         self.traffic: collections.deque[tuple[int, bool, str]]
         self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
@@ -16257,72 +16314,6 @@ class ForScreens:
             return []
         return [one for one in self.server.tokens.get("chat.py/NODES", "").split(",") if one]
 
-    @property
-    def file_host(self) -> str:
-        """The URL for uploads. Raises Refused if the server announces none."""
-        tokens, names = self.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
-        urls = [word for name in names for word in tokens.get(name, "").split()]
-        if not urls:
-            raise Refused("NO_FILEHOST", "this server takes no files")
-        return urls[0]
-
-    def with_token(self, then: Callable[[str], None]) -> None:
-        """Call then(token) with a token for uploads; "" if this server gives none."""
-        if "draft/AUTHTOKEN" not in self.server.tokens:
-            return then("")
-        if self.upload_token and self.ticks() - self.token_at < TOKEN_SECONDS / 2:
-            self.token_at = self.ticks()
-            return then(self.upload_token)
-        self.wait_for_token.append(then)
-        return self.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
-
-    def took_token(self, token: str) -> None:
-        """Give a token of the server to the uploads that wait for one; "" if there will be none."""
-        self.upload_token, self.token_at = token, self.ticks()
-        waiting, self.wait_for_token = self.wait_for_token, []
-        for then in waiting:
-            then(token)
-
-    def keep_transfer(self, one: Transfer) -> None:
-        if one not in self.transfers:
-            self.transfers.append(one)
-        if self.store:
-            self.store.keep_transfer(one)
-        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
-
-    def forget_transfer(self, one: Transfer) -> None:
-        if one in self.transfers:
-            self.transfers.remove(one)
-        if self.store:
-            self.store.forget_transfer(one)
-        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
-
-    def drop_transfer(self, one: Transfer) -> None:
-        """Stop the transfer of a file, and forget it."""
-        self.forget_transfer(one)
-        if self.end_transfer:
-            self.end_transfer(one)
-
-    def post_file(self, one: Transfer) -> None:
-        """Send the link of an uploaded file to its conversation."""
-        import mimetypes
-
-        kind = mimetypes.guess_type(one.name)[0]
-        about = ", ".join(optional(kind or "", size_text(one.size)))
-        text = f"{one.name} ({about}): {one.url}"
-        try:
-            self.send(one.room, text)
-        except Refused as error:  # a service takes no files, or the room was left
-            self.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=one.room))
-
-    def save_file(self, room: Room, view: ViewEvent, path: str) -> None:
-        """Begin to save the file that a message links to. Raises Refused."""
-        file = parse_file_tag(view.file)
-        ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
-        name = linked_name(view) or f"{file.path[-8:]}.{ending}"
-        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
-        self.start_transfer(Transfer(secrets.token_hex(8), False, room.name, path, **known))
-
     # Changes of messages: replies, reactions, redactions
 
     def can(self, what: str) -> bool:
@@ -16342,73 +16333,14 @@ class ForScreens:
         self.need("redact")
         self.talk.command("REDACT", room.name, id)
 
-    def react(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
-        """React to a message, or remove the reaction. Raises Refused."""
-        self.need("react")
-        if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
-            limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
-            raise Refused("BAD_REACTION", limit)
-        tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
-        label = ";label=reaction" * self.server.labels
-        self.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
-        if "echo-message" not in self.server.enabled:  # else the echo shows it
-            self.reacted(room, id, emoji, self.name, on)
-
-    def reacted(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
-        """Store and show the reaction of a user, or the end of it."""
-        known = name in self.reactions_of(id).get(emoji, ())
-        if self.store and known != on:
-            self.store.react(id, emoji, name, on)
-            view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
-            self.show(view._replace(mine=self.is_me(name)))
-
     def answered_words(self, view: ViewEvent) -> str:
         """Return the author and the text of the message that a view answers; "" for no answer."""
         room = self.find(view.where)
         if not view.reply or room is None:
             return ""
-        known = next((one for one in reversed(room.views) if one.id == view.reply), None)
-        known = known or self.kept(view.reply)
-        return f"{known.name}: {known.text}" if known else "an earlier message"
-
-    def reactions_of(self, id: str) -> dict[str, list[str]]:
-        """Return the reactions to a message: lists of nicks, by emoji."""
-        found: dict[str, list[str]] = {}
-        for emoji, name in self.store.reactions(id) if self.store and id else ():
-            found.setdefault(emoji, []).append(name)
-        return found
-
-    # Typing
-
-    def typing(self, room: Room, state: str) -> None:
-        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
-        is for a break, "done" for a text that is not sent after all."""
-        now = self.ticks()
-        ready = self.can("typing") and self.setting("typing") == "on"
-        ready = ready and self.server.tells_own_tags  # else an error may be that of a message
-        idle = self.outbox.waiting.keys() <= self.outbox.parked.keys()
-        ready = ready and (room.inside or not room.is_channel) and idle
-        ready = ready and self.talk.budget.tokens > TYPING_SPARE
-        since, told = self.typed_at.get(room.id, (-math.inf, "done"))
-        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
-        if ready and due and not (told == "done" and state == "paused"):
-            self.typed_at[room.id] = now, state
-            label = f";label={QUIET}" * self.server.labels
-            self.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
-
-    def types(self, room: Room, name: str, state: str) -> None:
-        """Note that another user is typing, or has paused or stopped."""
-        room.typing.pop(name, None)
-        if state in ("active", "paused") and len(room.typing) < TYPING_MOST:
-            seconds = TYPING_LASTS[state]
-            room.typing[name] = self.ticks() + seconds
-        self.show(ViewEvent(TYPING, state, name, room.name))
-
-    def end_typing(self) -> None:
-        """Forget the users who have not continued to type."""
-        for room in self.rooms.values():
-            for name in [one for one, until in room.typing.items() if until < self.ticks()]:
-                self.types(room, name, "done")
+        shown = (other for other in reversed(room.views) if other.id == view.reply)
+        answered = next(shown, None) or self.kept(view.reply)
+        return f"{answered.name}: {answered.text}" if answered else "an earlier message"
 
     # Read markers
 
@@ -16455,37 +16387,6 @@ class ForScreens:
             self.keep_room(one)
         self.changed(room)
 
-    # Members
-
-    def people(self, room: Room) -> list[Person]:
-        """Return the members of a channel; the last speaker is last."""
-        known = ((self.known_people.get(self.fold(name)), name) for name in room.people)
-        people = (one._replace(name=name) if one else Person(name) for one, name in known)
-        return [one._replace(rank=room.people[one.name]) for one in people]
-
-    def ask_people(self, room: Room) -> None:
-        """Ask once in a connection which members of a channel are away."""
-        asks = self.ready and room.inside and not room.asked_people
-        if asks and len(room.people) <= PEOPLE_ASKED:
-            room.asked_people = True
-            self.quiet_who.add(self.fold(room.name))
-            self.talk.send("WHO", room.name)
-
-    def note_person(self, name: str, **about: Any) -> None:
-        """Note facts about a user that the server tells: away, account, bot."""
-        key = self.fold(name)
-        one = self.known_people.get(key, Person(name))._replace(**about)
-        if one == Person(one.name):
-            self.known_people.pop(key, None)
-        elif may_hold(self.known_people, key, PEOPLE_LISTED):
-            self.known_people[key] = one
-
-    def forget_person(self, name: str, new: str = "") -> None:
-        """Forget the facts about a user who left, or move them to the new nick."""
-        one = self.known_people.pop(self.fold(name), None)
-        if one and new:
-            self.known_people[self.fold(new)] = one
-
     # Stored messages
 
     def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[ViewEvent]:
@@ -16527,7 +16428,6 @@ class ClientCore(ForScreens):
     told_trouble = ""  # the last reported trouble of the store
     doubted = ""  # text that is sent if the user enters it again
     replying = ""  # the id of the message that the typed text answers
-    wants_motd = False  # on the user's request
     views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
     # Of a screen: is a text for `current` begun?
@@ -16590,7 +16490,9 @@ class ClientCore(ForScreens):
         self.talk: IrcTalk | PlainTalk | None = None  # while connected, once the protocol is known
         self.away, self.former_names = "", {}  # keys of this client's earlier nicks
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
-        self.ignored: set[str] = store.ignored() if store else set()  # masks
+        self.ignored = IgnoreList(store.ignored() if store else (), self.fold)
+        self.people, self.typing, self.reactions = People(self), Typing(self), Reactions(self)
+        self.transfers = TransferList(self)
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
         self.seen: dict[str, None] = {}  # ids of known messages
         self.removed: dict[str, None] = {}  # ids of redacted messages
@@ -16623,7 +16525,6 @@ class ClientCore(ForScreens):
             room = self.rooms.setdefault(self.fold(room.name), room)
             if not room.views:
                 self._load_room(room)
-        self.transfers = self.store.transfers()
         if newest := self.store.newest():
             self.newest, self.newest_id = newest.time or 0, newest.id
 
@@ -16725,7 +16626,9 @@ class ClientCore(ForScreens):
             version = self.store.version()
             if version != self.version:
                 ignored, settings = self.store.ignored(), self.store.settings()
-                self.ignored, self.version = ignored, version
+                self.version = version
+                self.ignored.clear()
+                self.ignored.update(ignored)
                 self.settings.clear()
                 self.settings.update(settings)
 
@@ -16736,10 +16639,6 @@ class ClientCore(ForScreens):
             text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
             self.show(ViewEvent(NOTE, text))
         self.told_trouble = trouble or self.told_trouble
-
-    def keep_ignored(self) -> None:
-        if self.store:
-            self.store.keep_ignored(self.ignored)
 
     def setting(self, name: str) -> str:
         return self.settings.get(name, SETTINGS[name].usual)
@@ -16759,24 +16658,6 @@ class ClientCore(ForScreens):
         """The wanted nick by the rules of this server, as far as they are known."""
         name = self.wanted_name
         return clean_name(name) if self.server.ours else NOT_IN_A_NICK.sub("_", name) or "_"
-
-    def wants(self, verb: str, *params: str) -> None:
-        """Note that the user sends a command of IRC, so that its answer is shown."""
-        self.asked_numerics.update(ANSWERS.get(verb, ()))
-        self.wants_motd = self.wants_motd or verb == "MOTD"
-        if verb in LISTS:
-            self.listings.setdefault(verb, []).append(Listing())
-        if verb == "NAMES" and params:
-            self.online().shown_names.update(map(self.fold, params[0].split(",")))
-
-    def show_listing(self, verb: str) -> None:
-        """Show the collected answer to a LIST or WHO of the user as a page."""
-        for listing in self.listings.get(verb, [])[:1]:
-            self.listings[verb].remove(listing)
-            more = listing.count - len(listing.rows)
-            rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
-            page = ViewEvent(PAGE, "\n".join(rows), LISTS[verb])
-            self.show(page if rows else ViewEvent(NOTE, f"{LISTS[verb]}: nothing found"))
 
     def online(self) -> Any:
         """Return the present talk. Raises Refused without a connection, and where the server knows
@@ -16827,18 +16708,6 @@ class ClientCore(ForScreens):
         for room in self.rooms.values():
             room.is_channel = room.is_channel or self.server.is_channel(room.name)
 
-    def is_ignored(self, heard: ServerLine) -> bool:
-        """Return whether the user ignores the source of a line, by nick or by mask."""
-        return any(self.ignores(mask, heard.source) for mask in self.ignored)
-
-    def ignores(self, mask: str, source: str) -> bool:
-        name, of_host = source.partition("!")[0], bool(set(mask) & HOST_CHARACTERS)
-        if not (of_host or set(mask) & set("!@*?")):
-            return self.fold(mask) == self.fold(name)
-        alone = f"*!*@{mask}" if of_host else f"{mask}!*@*"
-        full = mask if "!" in mask else f"*!{mask}" if "@" in mask else alone
-        return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
-
     def is_called(self, text: str) -> bool:
         """Return whether a text contains the user's nick or a word of the setting highlight."""
         words = [self.name, *self.setting("highlight").split()]
@@ -16852,8 +16721,6 @@ class ClientCore(ForScreens):
         for room in self.rooms.values():  # a bouncer plays them again
             self.note_repeatable(room, room.views)
         self.output.clear()
-        self.asked_numerics.clear()
-        self.listings.clear()
         self.refusal, self.cause, self.redial, self.talk = "", TEMPORARY, False, None
         self.acknowledged = self.dismissed = False
         self.listening = not self.kind
@@ -16879,8 +16746,8 @@ class ClientCore(ForScreens):
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
             self.changed(room)
-        self.quiet_who.clear()
-        self.took_token("")
+        self.people.asked.clear()
+        self.transfers.take_token("")
         return self.take_views()
 
     def silence(self) -> list[ViewEvent]:
@@ -16973,14 +16840,13 @@ class ClientCore(ForScreens):
         if self.talk:
             self.talk.tick()
         for room in self.rooms.values():
-            passed = abs(self.clock() * 1000 - room.moved_at)  # the clock may have been set back
-            if room.moves and passed > MOVES_MS:
+            if room.moves_are_due(self.clock() * 1000):
                 self.show(self._in_room(room.show_moves()))
         here = self.current if self.reads_at_once and self.looked_at else None
         if here and not here.views.reading:
             self.mark_read(here)
         self.tell_read()
-        self.end_typing()
+        self.typing.end_overdue()
         self.refresh()
         if self.store:
             self.store.index()
@@ -17098,7 +16964,7 @@ class ClientCore(ForScreens):
         accepted = [one for one in added if one.id in self.outbox.waiting]
         for one, piece in zip(accepted, pieces, strict=False):
             room = self._show_own(one, piece)
-            self.typed_at.pop(room.id, None)  # a message implies that typing is done
+            self.typing.told.pop(room.id, None)  # a message implies that typing is done
             outside = room.is_channel and self.ready and not room.inside
             if outside and (not room.wanted or self.fold(room.name) in self.talk.joins.refused):
                 self.park(one.id, f"you are not in {room.name}")
@@ -17288,7 +17154,7 @@ class ClientCore(ForScreens):
 
     def said(self, view: ViewEvent, heard: ServerLine | None = None) -> None:
         """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
-        if heard is not None and not view.mine and self.is_ignored(heard):
+        if heard is not None and not view.mine and self.ignored.covers(heard.source):
             return
         self.is_back(view.name)
         if view.own_id:
@@ -17353,21 +17219,24 @@ class ClientCore(ForScreens):
         view = self.timed(view, room)
         if room.held is not None:
             return room.hold(view)
-        known = view.name in room.spoken or self.setting("fold") == "off"
-        moved, when = view.kind in MOVES and not known, view.time or 0
-        if not moved and room.moves:
+        if not (self.folds(room, view) and room.move(view)):
             self.unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
-        if moved and when - room.moved_at < MOVES_MS:
-            room.moves.append(view)
-        else:
             room.views.append(view)
-            room.moved_at = when if moved else room.moved_at
         self.show(view)
 
+    def folds(self, room: Room, view: ViewEvent) -> bool:
+        """Return whether an event may share a row with others: none that the user did or that is
+        about the user, and none of a user who spoke here, but for being away."""
+        if view.kind not in FOLDED or self.setting("fold") == "off":
+            return False
+        if view.kind in CHANGES and (self.is_me(view.name) or calls(view.text, self.name)):
+            return False
+        return view.kind == AWAY or view.name not in room.spoken
+
     def unfold(self, room: Room, *names: str) -> None:
-        """Show the collected joins if one of these users is among them: else their row would follow
-        the user's message, kick or new nick."""
-        if not {move.name for move in room.moves}.isdisjoint(names):
+        """Show the collected joins and changes if one of these users is among them: else their row
+        would follow the user's message, kick or new nick."""
+        if not room.movers.isdisjoint(names):
             self.show(self._in_room(room.show_moves()))
 
     def deliver(self, room: Room, view: ViewEvent, paged: bool = False) -> None:
@@ -17437,8 +17306,7 @@ class ClientCore(ForScreens):
             return True
         if view.mine:
             return self.is_service(view.where, view.text)
-        source = f"{view.name}!{view.address}"
-        return any(self.ignores(mask, source) for mask in self.ignored)
+        return self.ignored.covers(f"{view.name}!{view.address}")
 
     def remove(self, id: str) -> None:
         """Remove a redacted message, also one that is still to come."""
@@ -17724,8 +17592,8 @@ def do_ctcp(core: ClientCore, name: str, request: str) -> None:
 def do_names(core: ClientCore, name: str = "") -> None:
     """/names [#CHANNEL] -- list the members"""
     where = name or asked_channel(core)
-    core.talk.shown_names.add(core.fold(where))
     core.talk.command("NAMES", where)
+    core.talk.answers.expect("NAMES", where)
 
 
 @client_command("topic", most=1)
@@ -17788,12 +17656,17 @@ def do_away(core: ClientCore, reason: str = "") -> None:
 client_command("back", doc="/back -- say that you are here again")(do_away)
 
 
+def keep_ignored(core: ClientCore) -> None:
+    if core.store:
+        core.store.keep_ignored(core.ignored)
+
+
 @client_command("ignore", most=1, nameless=True)
 def do_ignore(core: ClientCore, mask: str = "") -> None:
     """/ignore [NAME|MASK] -- do not show what a user says; who is ignored"""
     if mask:
         core.ignored.add(mask)
-        core.keep_ignored()
+        keep_ignored(core)
     text = ", ".join(sorted(core.ignored)) or "no user"
     core.show(ViewEvent(NOTE, f"ignored: {text}"))
 
@@ -17805,7 +17678,7 @@ def do_unignore(core: ClientCore, mask: str) -> None:
     if core.fold(mask) not in known:
         raise Refused("NOT_IGNORED", f"{mask} is not ignored; /ignore lists the ignored users")
     core.ignored.discard(known[core.fold(mask)])
-    core.keep_ignored()
+    keep_ignored(core)
     do_ignore(core)
 
 
@@ -17866,7 +17739,7 @@ def do_mode(core: ClientCore, words: str = "") -> None:
     else:
         where, _, rest = words.partition(" ")  # a user
     core.talk.command("MODE", where, *rest.split())
-    core.wants("MODE")
+    core.talk.answers.expect("MODE")
 
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
@@ -17901,7 +17774,7 @@ def command_that_is_sent(
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
-        core.wants(verb.upper())
+        core.talk.answers.expect(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
     client_command(verb, least, least or 1, exact=secret)(pass_on)
@@ -17924,7 +17797,7 @@ def do_whois(core: ClientCore, *words: str) -> None:
 def do_who(core: ClientCore, mask: str = "") -> None:
     """/who [#CHANNEL|MASK] -- list users with their addresses"""
     core.talk.command("WHO", mask or asked_channel(core))
-    core.wants("WHO")
+    core.talk.answers.expect("WHO")
 
 
 @client_command("register", most=2, exact=True)
@@ -18098,7 +17971,7 @@ def do_react(core: ClientCore, *words: str, on: bool = True) -> None:
     """/react [-N] EMOJI -- react to the last message of another user, or the Nth from the end"""
     core.need("react")
     room, view, emoji = numbered_view(core, words, mine=False)
-    core.react(room, view.id, emoji, on)
+    core.reactions.send(room, view.id, emoji, on)
 
 
 client_command("unreact", 1, 2, doc="/unreact [-N] EMOJI -- take that back")(
@@ -18135,9 +18008,9 @@ client_command(
 def do_send(core: ClientCore, path: str) -> None:
     """/send FILE -- upload a file, and post its link here when it is there"""
     room = asked_room(core)
-    if core.start_transfer is None:
+    if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen send files")
-    core.start_transfer(Transfer(secrets.token_hex(8), True, room.name, path))
+    core.transfers.start(Transfer(secrets.token_hex(8), True, room.name, path))
 
 
 @client_command("save", most=2, nameless=True)
@@ -18148,10 +18021,10 @@ def do_save(core: ClientCore, *words: str) -> None:
     told = [(one, parse_file_tag(one.file)) for one in room.views if one.file]
     if len(told) < number or told[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
-    if core.start_transfer is None:
+    if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen save files")
     path = " ".join(words[bool(numbered) :])
-    core.save_file(room, told[-number][0], path)
+    core.transfers.save(room, told[-number][0], path)
 
 
 @client_command("transfers", most=2, nameless=True)
@@ -18160,7 +18033,7 @@ def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
     number = whole_number(which) or 0
     if what == "cancel" and 0 < number <= len(core.transfers):
         one = core.transfers[number - 1]
-        core.drop_transfer(one)
+        core.transfers.drop(one)
         return core.show(ViewEvent(NOTE, f"{one.name or one.path} is dropped"))
     if what:
         raise Refused("NO_TRANSFER", "usage: /transfers cancel 1")
@@ -18182,7 +18055,7 @@ def do_raw(core: ClientCore, line: str = "") -> None:
         return core.show(ViewEvent(PAGE, "\n".join(rows), "lines of the protocol"))
     verb, *params = line.split()
     core.online().raw(line)
-    core.wants(verb.upper(), *params)
+    core.talk.answers.expect(verb.upper(), *params)
 
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
@@ -19486,8 +19359,8 @@ class Helpers:
         """Run job() on a thread, then then(result) on the loop; an exception is a result, too. A
         job that is not `wanted` any more when its turn comes is skipped."""
         if lane not in self.lanes:
-            self.lanes[lane] = Lane(HELPER_THREADS[lane])
-            for _ in range(HELPER_THREADS[lane]):
+            self.lanes[lane] = Lane(HELPER_THREADS.get(lane, HELPERS_ELSE))
+            for _ in range(self.lanes[lane].size):
                 thread = threading.Thread(target=self._work, args=(self.lanes[lane],), daemon=True)
                 self.lanes[lane].threads.append(thread)
                 thread.start()
@@ -19499,11 +19372,11 @@ class Helpers:
         for lane in self.lanes.values():
             for _ in lane.threads:
                 lane.jobs.put(None)
-        for name in (PAGE_LANE, DISK_LANE):
-            for thread in self.lanes[name].threads if name in self.lanes else ():
-                thread.join(STOP_SECONDS)
         lanes = (self.lanes[name] for name in (PAGE_LANE, DISK_LANE) if name in self.lanes)
-        return not any(thread.is_alive() for lane in lanes for thread in lane.threads)
+        readers = [thread for lane in lanes for thread in lane.threads]
+        for thread in readers:
+            thread.join(STOP_SECONDS)
+        return not any(thread.is_alive() for thread in readers)
 
     def _work(self, lane: Lane) -> None:
         while work := lane.jobs.get():
@@ -19689,9 +19562,8 @@ class Addresses(dict[str, Address]):
         for address in list(self.values()):
             self.forget_if_full(address)
         now = self.loop.now
-        idle = sorted(
-            (one for one in self.values() if not one.peers), key=lambda one: one.used(now)
-        )
+        idle = [address for address in self.values() if not address.peers]
+        idle.sort(key=lambda address: address.used(now))
         for address in idle[: max(0, len(self) - ADDRESSES_KEPT)]:
             del self[address.key]
 
@@ -19838,11 +19710,6 @@ class Peer(Connection):
 
     def write(self, data: bytes) -> None:
         super().write(self.frame_writer(data) if self.frame_writer else data)
-
-    def end_frames(self) -> None:
-        """Send a close frame on a WebSocket that is still open."""
-        if self.frame_writer and not self.inbox.closed:
-            super().write(close_frame(1000))
 
     def answer_frames(self) -> None:
         out, self.inbox.out = self.inbox.out, b""
@@ -20168,8 +20035,7 @@ class ConnectionLimits:
         return ""
 
     def becomes_chat(self, address: Address) -> str:
-        """Count a connection that spoke HTTP as chat: a WebSocket; return "", or why it is not
-        allowed."""
+        """Count a WebSocket, which spoke HTTP, as chat; return "", or why it is not allowed."""
         refusal = self.speaks_chat(address)
         address.web -= not refusal
         return refusal
@@ -20226,20 +20092,29 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
 
 class SureTime:
     """The time that decides about deletions. A wall clock may be wrong for a while: this is the
-    earliest time by it within SURE_SECONDS on the monotonic clock."""
+    earliest time by it within the last SURE_SECONDS in which the server ran. They may belong to
+    several starts, so that a server that never runs for so long at a stretch deletes, too."""
 
-    def __init__(self, loop: Loop, clock: Callable[[], float]):
-        self.loop, self.clock, self.began = loop, clock, loop.now
-        self.offsets: dict[float, float] = {}  # of the wall clock, by step of the monotonic one
+    def __init__(self, loop: Loop, clock: Callable[[], float], hub: Hub, store: Store):
+        self.loop, self.clock, self.hub, self.store = loop, clock, hub, store
+        self.offsets = dict(store.rows("offsets"))  # of the wall clock, by step of running
+        self.began = loop.now - max(self.offsets, default=0) * SURE_STEP_SECONDS
 
     def __call__(self) -> float:
         """Return the time, in seconds; 0 as long as the server has not run for long enough."""
-        now, offsets = self.loop.now, self.offsets
-        step, offset = now // SURE_STEP_SECONDS, self.clock() - now
-        offsets[step] = min(offset, offsets.get(step, offset))
+        ran, offsets = self.loop.now - self.began, self.offsets
+        step, offset = int(ran // SURE_STEP_SECONDS), self.clock() - ran
+        if offset < offsets.get(step, math.inf):
+            offsets[step] = offset
+            self._record("offset", step, offset)
         for old in [one for one in offsets if (step - one) * SURE_STEP_SECONDS > SURE_SECONDS]:
             del offsets[old]
-        return now + min(offsets.values()) if now - self.began >= SURE_SECONDS else 0.0
+            self._record("offset_gone", old)
+        return ran + min(offsets.values()) if ran >= SURE_SECONDS else 0.0
+
+    def _record(self, name: str, *values: Any) -> None:
+        if not self.store.node:  # whose tables are those of all nodes
+            self.hub.turn.record(name, *values)
 
 
 class Committer:
@@ -20549,8 +20424,7 @@ def web_of(options: ServerOptions, ports: Iterable[int]) -> WebOptions:
 
 
 class TimeLimits:
-    """The time limits of peers: to say something, to give a name, to read, to answer a PING, and to
-    send a request."""
+    """The time limits of peers: to speak, give a name, read, answer a PING, and send a request."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
@@ -20833,7 +20707,8 @@ class Server:
         self.told_of_clock = False  # that it differs from the log's
         self.paused = False  # clients are not read: the cluster cannot be reached
         self.failure = ""  # why this server ends
-        self.sure_time = SureTime(loop, self.wall)
+        self.uploads_seen: dict[str, float] = {}  # by id: when first, on the monotonic clock
+        self.sure_time = SureTime(loop, self.wall, self.hub, self.store)
         self.committer = Committer(
             loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
         )
@@ -20926,13 +20801,15 @@ class Server:
         return self.site.has_content(file) or bool(abandoned)
 
     def expire_files(self) -> None:
-        """Remove old files, and uploads that do not go on."""
-        now = self.sure_time() * 1000
+        """Remove old files, and uploads that do not go on. An upload of a clock that was ahead ends
+        a day after this server first saw it."""
+        now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
         for file in list(self.hub.files.values()):
-            days = self.options.files_keep
-            seconds = days * 24 * 3600 if file.sha else UPLOAD_SECONDS
-            old = now - file.made > seconds * 1000 and self.looks_after(file)
-            if old and file.id not in self.site.uploading:
+            age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
+            if not file.sha:
+                seen = self.uploads_seen[file.id] = before.get(file.id, self.loop.now)
+                age, most = max(age, self.loop.now - seen), UPLOAD_SECONDS
+            if age > most and self.looks_after(file) and file.id not in self.site.uploading:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 
@@ -21124,7 +21001,8 @@ class Server:
         turn = self.hub.turn
         if turn.happened:
             try:
-                self.deliver(turn)
+                for data, sessions in turn.deliveries(report_bug):
+                    broadcast(data, sessions)
             finally:
                 self.hub.end()
         if self.cluster:
@@ -21153,10 +21031,6 @@ class Server:
         if keys and (excess := self.store.retention.excess_of(keys[0])):
             self.cluster.ask(None, "prune_history", excess)
 
-    def deliver(self, turn: Turn) -> None:
-        for data, sessions in turn.deliveries(report_bug):
-            broadcast(data, sessions)
-
     def _after_writing(self) -> None:
         """Close connections that were left in this turn, and hand its jobs to helpers."""
         leaving, self.leaving = self.leaving, []
@@ -21164,7 +21038,8 @@ class Server:
             if peer.gone:
                 self.forget(peer)
             else:
-                peer.end_frames()
+                if peer.frame_writer and not peer.inbox.closed:  # a WebSocket that is still open
+                    Connection.write(peer, close_frame(1000))
                 Connection.close(peer)
                 if peer.web:
                     self.times.web_idle.add(peer)
@@ -21222,8 +21097,8 @@ class Server:
         for peer in list(self.peers):
             if peer.session:
                 peer.session.farewell("the server is going down")
-                if self.cluster is None:
-                    peer.session.abandon()
+                if self.cluster is None:  # the users stay: no other user is told
+                    peer.session.user = None
             peer.close()
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if self.cluster:
@@ -21874,7 +21749,7 @@ class Link:
         """Tell the others in a conversation that the user types a message, or stopped."""
         if room is not None:
             tells = text.strip() and not text.startswith("/")
-            self.core.typing(room, "active" if tells else "done")
+            self.core.typing.tell(room, "active" if tells else "done")
             self.poke()
 
     def poke(self) -> None:
@@ -22390,7 +22265,6 @@ class ResponseReader(HttpReader):
     def finish(self) -> None:
         if self.to_the_end:
             self.step = self._end
-        super().finish()
 
 
 class WebCall(Connection):
@@ -22568,12 +22442,20 @@ def is_temporary(response: Response | None) -> bool:
     return response.status >= 500 and response.status != 507
 
 
-def size_of(path: pathlib.Path | str) -> int:
-    """Return the size of a file. Raises Refused if there is something else, or OSError."""
+def state_of(path: pathlib.Path | str) -> tuple[int, int]:
+    """Return the size of a file, and when it was changed. Raises Refused if there is something
+    else, or OSError."""
     known = os.stat(path)
     if not stat.S_ISREG(known.st_mode):  # to read a pipe may take for ever
         raise Refused("NO_FILE", f"{path} is no file")
-    return known.st_size
+    return known.st_size, known.st_mtime_ns
+
+
+def check_unchanged(one: Transfer) -> None:
+    """Raise Refused if the file of an upload is not as it was when the upload began: what arrives
+    would be parts of two files. Raises OSError if it cannot be read."""
+    if state_of(one.path) != (one.size, one.changed):
+        raise Refused("NO_FILE", f"{one.path} was changed meanwhile; send it again")
 
 
 class Download:
@@ -22599,7 +22481,7 @@ class Download:
             one.etag = ""  # so that the next attempt begins at the beginning
             return self.transfers.calls[one.id].drop("the server sends another part of the file")
         one.size, one.etag = size, etag
-        self.transfers.core.keep_transfer(one)
+        self.transfers.core.transfers.keep(one)
 
     def take(self, data: bytes) -> None:
         """Take a piece of the file."""
@@ -22655,7 +22537,7 @@ class Transfers:
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
         self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
-        self.core.start_transfer, self.core.end_transfer = self.start, self.end
+        self.core.transfers.start, self.core.transfers.end = self.start, self.end
         link.transfers = self
         self.watch()
 
@@ -22672,13 +22554,13 @@ class Transfers:
             raise Refused("NO_FILE", reason) from None
         except (RuntimeError, ValueError):  # ~ and a name that no user has; half a character
             raise Refused("NO_FILE", f"cannot {verb} {visible(one.path)}: no such path") from None
-        self.core.keep_transfer(one)
+        self.core.transfers.keep(one)
         self.wake()
 
     def _find_file(self, one: Transfer, path: pathlib.Path) -> None:
         """Note the path of a file, its name and its size. A file to save gets a free path."""
         if one.up:
-            one.size = size_of(path)
+            one.size, one.changed = state_of(path)
             os.close(os.open(path, os.O_RDONLY))
             one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
             return
@@ -22695,6 +22577,7 @@ class Transfers:
             call.drop("dropped")
         if not one.up:
             pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
+        self._take_back(one)
         self.wake()
 
     def watch(self) -> None:
@@ -22715,15 +22598,15 @@ class Transfers:
                 free -= 1
                 self.calls[one.id] = None
                 one.state, one.why = "running", ""
-                self.core.with_token(functools.partial(self._run, one))
+                self.core.transfers.with_token(functools.partial(self._run, one))
 
     def _run(self, one: Transfer, token: str) -> None:
         """Go on with a transfer; `token` is for uploads, or ""."""
         if one.id not in self.calls:
             return
         try:
-            if one.up and size_of(one.path) < one.size:
-                raise Unusable(f"{one.path} is shorter than it was")
+            if one.up:
+                check_unchanged(one)
             if not one.up:
                 self._download(one)
             elif one.url:
@@ -22815,11 +22698,11 @@ class Transfers:
         name = base64.b64encode(one.name.encode()).decode()
         known = {"Upload_Length": one.size, "Upload_Metadata": f"filename {name}"}
         headers = self._headers(token, Content_Length=0, **known)
-        url = parse_url(self.core.file_host, self.base)
+        url = parse_url(self.core.transfers.url, self.base)
 
         def created(response: Response, text: str) -> None:
             one.url = response.header("location")
-            self.core.keep_transfer(one)
+            self.core.transfers.keep(one)
             self._send_from(one, token, 0)
 
         self._ask(one, CallRequest("POST", url, headers, created), 201)
@@ -22845,18 +22728,18 @@ class Transfers:
 
     def _send_from(self, one: Transfer, token: str, at: int) -> None:
         if at >= one.size:
-            self.core.post_file(one)
+            self.core.transfers.post(one)
             return self._over(one)
         piece = {"Content_Type": PIECE_TYPE, "Content_Length": one.size - at}
         headers = self._headers(token, Upload_Offset=at, **piece)
 
         def read(where: int) -> bytes:
+            check_unchanged(one)  # first, since to open a pipe may take for ever
             with open(one.path, "rb") as file:
                 file.seek(where)
                 data = file.read(FILE_PIECE_BYTES)
-            if len(data) < min(FILE_PIECE_BYTES, one.size - where):
-                raise OSError(f"{one.path} is shorter than it was")
-            return data[: one.size - where]
+            check_unchanged(one)
+            return data
 
         def sent(done: int) -> None:
             one.done = max(at, done)
@@ -22870,6 +22753,25 @@ class Transfers:
         self._go_on_from(one, at)
         request = CallRequest("PATCH", self._own_url(one), headers, answered, read, at, sent=sent)
         self._ask(one, request, 204, 409)
+
+    def _take_back(self, one: Transfer) -> None:
+        """Have the server remove what it has of an upload that is not completed: it counts against
+        the user's room. Without a connection it is removed when its time is over."""
+        if not (one.up and one.url and self.core.ready):
+            return
+        call = Transfer(f"removed {one.id}", True, "", "")
+
+        def done(response: Response | None, text: str) -> None:
+            self.calls.pop(call.id, None)
+
+        def remove(token: str) -> None:
+            headers = self._headers(token, Content_Length=0)
+            with contextlib.suppress(Unusable):  # the server gave no address
+                request = CallRequest("DELETE", self._own_url(one), headers, done)
+                self.calls[call.id] = None
+                self._call(call, request)
+
+        self.core.transfers.with_token(remove)
 
     # Down
 
@@ -22917,7 +22819,7 @@ class Transfers:
 
     def _over(self, one: Transfer) -> None:
         self.calls.pop(one.id, None)
-        self.core.forget_transfer(one)
+        self.core.transfers.forget(one)
         self.link.poke()
         self.wake()
 
@@ -22933,7 +22835,7 @@ class Transfers:
 
     def refused(self, one: Transfer, response: Response, text: str) -> None:
         if response.status == 401 and one.failures < 2:  # the token has ended
-            self.core.upload_token = ""
+            self.core.transfers.upload_token = ""
             return self.broke(one, text.strip())
         return self.failed(one, reason_given(response, text))
 
@@ -22944,7 +22846,8 @@ class Transfers:
         if not one.up:
             with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
-        self.core.forget_transfer(one)
+        self._take_back(one)
+        self.core.transfers.forget(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
         self.wake()
@@ -23669,6 +23572,7 @@ LINES = {  # how each kind of view looks
     PART: moved_lines,
     QUIT: moved_lines,
     MOVED: several_moved_lines,
+    **dict.fromkeys(CHANGES, told_lines),
     SERVER_TEXT: told_lines,
     NOTE: told_lines,
     FAILED: failed_lines,
@@ -24025,7 +23929,7 @@ class Display:
     def keep(self, view: ViewEvent, room: Room | None = None) -> None:
         """Add a view to its conversation, unless the core has added it."""
         room = room or self.core.find(view.where) or self.room
-        if view.kind in MOVES and any(one is view for one in reversed(room.moves)):
+        if view.kind in FOLDED and any(one is view for one in reversed(room.moves)):
             return  # they will be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(self.core.timed(view))
@@ -24095,9 +23999,7 @@ class Display:
         NOTICE: _take_said,
         FOUND: lambda self, view: self.keep(view, self.room),
         REACTED: _take_reacted,
-        JOIN: keep,
-        PART: keep,
-        QUIT: keep,
+        **dict.fromkeys(FOLDED, keep),
         SERVER_TEXT: keep,
         NOTE: keep,
         QR_CODE: keep,
@@ -24596,7 +24498,7 @@ def filter_lines(view: ViewEvent) -> list[str]:
     if view.kind in MOVES:
         verb = "joined" if view.kind == JOIN else "left"
         return [f"{where}{view.name} ({view.address}) {verb} the chat!"]
-    if view.kind in (SERVER_TEXT, PAGE, QR_CODE) or (view.kind == PEOPLE and view.text):
+    if view.kind in (*CHANGES, SERVER_TEXT, PAGE, QR_CODE) or (view.kind == PEOPLE and view.text):
         return [f"* {line}" for line in view.text.split("\n")]
     return []
 
@@ -26035,6 +25937,8 @@ const CHUNK = 256 * 1024; // bytes of a request
 const offsetIn = (response) => +(response.headers.get('Upload-Offset') ?? NaN);
 
 class Uploader {
+  patience = 4000; // ms: browsers keep idle connections, and do not notice that one is dead
+
   async run() {
     if (this.running) return;
     this.running = true;
@@ -26051,7 +25955,10 @@ class Uploader {
 
   async call(method, url, headers, body) {
     const Authorization = `Bearer ${this.token ??= await this.newToken()}`;
-    const end = new AbortController(), timer = setTimeout(() => end.abort(), 60000);
+    const end = this.end = new AbortController(), timer = setTimeout(() => {
+      this.patience = Math.min(2 * this.patience, 60000); // if the line is only slow
+      end.abort();
+    }, body ? 60000 : this.patience);
     const response = await fetch(url, { method, body, signal: end.signal,
       headers: { 'Tus-Resumable': '1.0.0', Authorization, ...headers } })
       .finally(() => clearTimeout(timer));
@@ -26241,6 +26148,7 @@ class Leader {
     this.inFlight.clear();
     this.registered = this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
+    this.uploader.end?.abort(); // its connection may be as dead
     if (leader !== this || state.phase === 'ended') return;
     const wait = this.wait * (0.75 + Math.random() / 2);
     this.wait = Math.min(LONGEST, this.wait * 2);
@@ -27438,6 +27346,8 @@ listen_address = checked_option(
     "write HOST:PORT",
 )
 positive = checked_option(whole_number, bool, "a whole number from 1 on")
+positive_number_option = checked_option(positive_number, bool, "a number above 0")
+proxy_address = checked_option(forwarded_host, bool, "write an IP address")
 message_rate = checked_option(
     float, lambda rate: 0 <= rate < math.inf, "messages a second, or 0 for a window"
 )
@@ -27459,19 +27369,16 @@ registration_rules = checked_option(  # "" allows it after registration with a n
     lambda rules: rules == {"off"} or {"before-connect", "email-required"}.issuperset(rules),
     "write off, or before-connect,email-required",
 )
+join_option = checked_option(  # channels, each perhaps with a password after a blank
+    str,
+    lambda text: all(len(one.split()) <= 2 for one in text.split(",")),
+    "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'",
+)
 host_name = checked_option(  # one word that can stand in a line of IRC
     str,
     re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}").fullmatch,
     "letters, digits, dots and hyphens, please",
 )
-
-
-def join_option(text: str) -> str:
-    """Check the value of --join: channels, each perhaps with a password after a blank."""
-    if any(len(one.split()) > 2 for one in text.split(",")):
-        told = "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'"
-        raise argparse.ArgumentTypeError(told)
-    return text
 
 
 def server_target(text: str) -> Target:
@@ -27565,8 +27472,7 @@ def lock_folder(folder: pathlib.Path) -> int:
 
 
 def web_addresses(server: Server) -> list[str]:
-    """Return the addresses of the page for browsers: that for this machine, if there is one, then
-    that for others, if they reach it."""
+    """Return the page's address for this machine, if there is one, and for others, if they can."""
     host, port = server.listeners[0].address
     near = is_loopback(host) or host in ("0.0.0.0", "::")
     own = address_text("localhost" if near else host, port)
@@ -27815,12 +27721,6 @@ def byte_count(text: str) -> int:
     return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
 
 
-def positive_number_option(text: str) -> float:
-    if not (number := positive_number(text)):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return number
-
-
 def web_origin(text: str) -> str:
     """Return a valid origin, as browsers send it: https://HOST or http://HOST:PORT."""
     scheme, _, authority = text.lower().rstrip("/").partition("://")
@@ -27840,21 +27740,15 @@ def cluster_option(text: str) -> NodeOptions:
     login, _, hosts = rest.rpartition("@")
     user, _, password = (urllib.parse.unquote(word) for word in login.partition(":"))
     servers = [split_host(host) for host in hosts.split(",")]
-    valid = scheme in ("nats", "tls") and all(
-        host and (port or 0) < 65536 for host, port in servers
-    )
-    if not valid or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat"):
+    valid = all(host and (port or 0) < 65536 for host, port in servers)
+    if (
+        scheme not in ("nats", "tls")
+        or not valid
+        or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat")
+    ):
         raise argparse.ArgumentTypeError(advice)  # without the text: it may have a password
     known = tuple((host, port or NATS_PORT) for host, port in servers)
     return NodeOptions("", known, scheme == "tls", user, password, name or "chat")
-
-
-def proxy_address(text: str) -> str:
-    """Return the valid address of a proxy, as its connections show it."""
-    host = forwarded_host(text)
-    if not host:
-        raise argparse.ArgumentTypeError(f"{text} is no IP address")
-    return host
 
 
 def parser_of(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:

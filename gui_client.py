@@ -472,7 +472,7 @@ ONLY_LINK = re.compile(r".+ \([^()]*\d [KMG]?B\): \S+")  # what clients say of a
 
 TK_FORMATS = {"image/png": "png", "image/gif": "gif"}  # of pictures that Tk decodes
 PICTURE_BYTES = 2 * 1024 * 1024  # of a picture shown among the messages, at most ...
-PICTURE_SIDE = 4096  # ... and pixels of a side: Tk decodes such a one in a third of a second ...
+PICTURE_SIDE = 4096  # ... and pixels of a side ...
 PICTURE_PIXELS = 3840 * 2160  # ... so one larger than a screen is shown by a click, in a window
 PICTURE_BOX = (400, 300)  # pixels for a picture, where 96 are an inch
 # What is opened by a click, and under which ending, whatever the sender calls it: a program that
@@ -1219,7 +1219,7 @@ def row_of(
         reason = outbox.parked.get(view.own_id) or screen.failed.get(view.own_id, "")
         state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
     looked_up = view.id and (view.past or not fresh or view.id in screen.reacted)
-    reactions = core.reactions_of(view.id) if looked_up else {}
+    reactions = core.reactions.of(view.id) if looked_up else {}
     told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
     answers = answered_by(core, room, view, by_id or {})
     missed = bool(view.id) and view.id in screen.missed
@@ -1483,11 +1483,11 @@ class Watched:
         self.people_changed = False
         core, room = self.seat.core, self.room
         asked = room.asked_people
-        core.ask_people(room)  # who is away
+        core.people.ask(room)  # who is away
         if room.asked_people != asked:
             self.loop.call_soon(self.seat.link.poke)
         known = room.is_channel and core.ready
-        now = {one.name: one for one in core.people(room)} if known else {}
+        now = {one.name: one for one in core.people.of(room)} if known else {}
         if len(now) > MEMBERS_LARGE:
             self.people_due = self.loop.now + MEMBERS_SECONDS
             self.loop.call_later(MEMBERS_SECONDS, chat.do_nothing)
@@ -1612,7 +1612,7 @@ class Wanted:
         """Stop the transfers of files that would only be opened: their folder goes."""
         for seat in self.seats:
             for one in [one for one in seat.core.transfers if one.id in self.opening]:
-                seat.core.drop_transfer(one)
+                seat.core.transfers.drop(one)
 
 
 class Requests:
@@ -1696,7 +1696,7 @@ class Requests:
         self._act(number, lambda core, room: core.redact(room, id))
 
     def react(self, number: int, id: str, emoji: str, on: bool) -> None:
-        self._act(number, lambda core, room: core.react(room, id, emoji, on))
+        self._act(number, lambda core, room: core.reactions.send(room, id, emoji, on))
 
     # Conversations
 
@@ -1769,13 +1769,13 @@ class Requests:
         if place is None or not place[1].name:
             raise chat.Unusable("open a conversation, and send the file there")
         one = chat.Transfer(secrets.token_hex(8), True, place[1].name, path)
-        self._act(number, lambda core, room: core.start_transfer(one))
+        self._act(number, lambda core, room: core.transfers.start(one))
 
     def save_file(self, number: int, view: chat.ViewEvent, path: str, opens: bool = False) -> None:
         """Save the file that a message links to; `opens`: Tk opens it then."""
         if place := self._place(number):
             core, before = place[0].core, place[0].core.transfers[:]
-            self._act(number, lambda core, room: core.save_file(room, view, path))
+            self._act(number, lambda core, room: core.transfers.save(room, view, path))
             for one in core.transfers if opens else ():
                 if one not in before:  # it was not refused
                     self.wanted.open(one)
@@ -1784,7 +1784,7 @@ class Requests:
         """Stop a file on its way, and forget it."""
         for seat in self._seats(server):
             for one in [one for one in seat.core.transfers if one.id == id]:
-                seat.core.drop_transfer(one)
+                seat.core.transfers.drop(one)
                 seat.link.poke()
 
     # Servers and settings
@@ -2024,10 +2024,10 @@ class Engine(chat.ManyServers):
     def _keep(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view, unless the core has done so."""
         room = self.room_of(seat, view)
-        if view.kind in chat.MOVES:  # many of them are to be one row
+        if view.kind in chat.MOVES:
             self.watched.members_changed()
-            if any(one is view for one in reversed(room.moves)):
-                return
+        if view.kind in chat.FOLDED and any(one is view for one in reversed(room.moves)):
+            return  # many of them are to be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(seat.core.timed(view, room))
 
@@ -2096,7 +2096,7 @@ class Engine(chat.ManyServers):
     TAKEN = {
         chat.MESSAGE: _said,
         chat.NOTICE: _said,
-        **dict.fromkeys((*chat.MOVES, chat.SERVER_TEXT, chat.NOTE, chat.FOUND), _keep),
+        **dict.fromkeys((*chat.FOLDED, chat.SERVER_TEXT, chat.NOTE, chat.FOUND), _keep),
         chat.STATUS: _status,
         chat.FAILED: _failed,
         chat.ARRIVED: arrived,
@@ -2738,6 +2738,7 @@ class Look:
 # Every field is a Text, also those of one line: emoji typed into an Entry corrupt its
 # memory, and what it then returns would be sent (Tk 8.6, seen with CPython 3.11 to 3.13).
 
+SHIFT_KEY = 0x1
 COMMAND_KEYS = 0x4 | (0x20000 if os.name == "nt" else 0x8)  # Control, Alt: no letters
 MENU_KEYS = ("<Menu>", "<App>", "<Shift-F10>")  # as far as this system knows them
 
@@ -2990,6 +2991,9 @@ def command_offers(word: str) -> list[tuple[str, str, str]]:
     return [(f"{one.syntax.split()[0]} ", one.syntax, one.summary) for one in found]
 
 
+EDGES = {-1: "1.0", 1: "end-1c"}  # of a text, upwards and downwards
+
+
 class Compose(Field):
     """The field for messages. It grows with its text and has a history of sent lines.
 
@@ -3012,14 +3016,15 @@ class Compose(Field):
         self.several: Callable[[str], None] = chat.do_nothing  # a paste of several lines
         self.path: Callable[[str], None] = chat.do_nothing  # a paste that may be the path of a file
         self.placed = ""  # the text that was set last: it was not typed
+        self.stepped_to, self.column = "", 0  # by Up and Down: the index, and pixels from the left
         self.hint = tk.Label(self, padx=0, pady=0, cursor="xterm", anchor="w")
         self.hint.bind("<Button-1>", lambda _: self.focus_set())
         for sequence, handler in (
             ("<Shift-Return>", self._newline),
             ("<Tab>", lambda _: self._complete("tab")),
             ("<<PrevWindow>>", lambda _: self._complete("back-tab")),
-            ("<Up>", lambda _: self._arrow("up", "linestart", "1.0")),
-            ("<Down>", lambda _: self._arrow("down", "lineend", "end-1c")),
+            ("<Up>", lambda event: self._arrow(event, -1)),
+            ("<Down>", lambda event: self._arrow(event, 1)),
             ("<Key>", self._forget_offers),
             ("<<Modified>>", self._modified),
             ("<Configure>", lambda _: self.show_cursor() or self.fit()),
@@ -3101,21 +3106,40 @@ class Compose(Field):
             at, rows = self.index(f"{below} display linestart"), rows + 1
         return rows
 
-    def _arrow(self, key: str, edge: str, end: str) -> str | None:
+    def _arrow(self, event: Any, step: int) -> str | None:
+        """Move in the offers, to another row, or from the first or last row in the sent lines."""
         if self.offers and self.offers.shown:
-            self.offers.move(-1 if key == "up" else 1)
-            return "break"
-        return self._recall(key, edge, end)
-
-    def _recall(self, key: str, edge: str, end: str) -> str | None:
-        """Go through the sent lines, from the first or the last row of the field."""
-        if self.compare(f"insert display {edge}", "!=", end):
+            self.offers.move(step)
+        elif event.state & SHIFT_KEY:
+            self.tk.call("tk::TextKeySelect", self, self._row_beside(step))
+        elif event.state & COMMAND_KEYS:
             return None
+        elif self.dlineinfo("insert") == self.dlineinfo(EDGES[step]):
+            self._recall("down" if step > 0 else "up")
+        else:
+            self.tk.call("tk::TextSetCursor", self, self._row_beside(step))
+        return "break"
+
+    def _row_beside(self, step: int) -> str:
+        """Return the index one row up or down, in the column in which the first such step began.
+        It is looked for on the screen: Tk's own way takes a minute in a line of 60 kB."""
+        self.see("insert")
+        if self.index("insert") != self.stepped_to:
+            self.column = self.bbox("insert")[0]
+        _, top, _, high, _ = row = self.dlineinfo("insert")
+        there, last = (top + high, self.winfo_height()) if step > 0 else (top - 1, 0)
+        if row == self.dlineinfo(f"@0,{last}"):
+            self.yview_scroll(step, "units")
+            there = last
+        self.stepped_to = self.index(f"@{self.column},{there}")
+        return self.stepped_to
+
+    def _recall(self, key: str) -> None:
+        """Go through the sent lines."""
         self.editor.set(self.content)
         self.editor.press(chat.Key(key))
         if self.editor.text != self.content:
             self.set(self.editor.text)
-        return "break"
 
     # Completion
 
@@ -3180,15 +3204,31 @@ class Compose(Field):
             self.hint.place(x=1, y=0)  # from where text begins: a Text's padding counts
         else:
             self.hint.place_forget()
-        if self.winfo_width() > 1:
-            self.configure(height=self._rows())
+        # Tk lays out all of a text whose widget is configured, also as it was
+        if self.winfo_width() > 1 and (rows := self._rows()) != int(self.cget("height")):
+            self.configure(height=rows)
 
 
 # ======================================================================================
 # FILES
 # ======================================================================================
-# Pictures are decoded on Tk's thread, one at a time, from content that has been looked at
-# first: Tk's own decoder believes what it reads. Images are made and freed there, too.
+# Pictures are decoded by Tk, from content that has been looked at first: Tk's own decoder
+# believes what it reads. It takes a third of a second for 16 million pixels, so large ones are
+# decoded by another process. Images are made and freed on Tk's thread.
+
+AT_ONCE_PIXELS = 1_000_000  # of a picture that is decoded on Tk's thread, in 20 ms
+STRIP_PIXELS = 250_000  # of one that was decoded elsewhere, put on the screen in 10 ms
+DECODE_SECONDS = 20  # that another process may take
+DECODER = """
+import sys, tkinter
+given, by, wanted, paper = sys.argv[1:]
+root = tkinter.Tk()
+root.withdraw()
+picture = tkinter.PhotoImage(master=root, data=sys.stdin.buffer.read(), format=given)
+picture = picture.subsample(int(by))
+pixels = root.tk.call(picture, "data", "-format", wanted, "-background", paper)
+sys.stdout.buffer.write(pixels)
+"""
 
 
 def gif_frame_size(data: bytes) -> tuple[int, int]:
@@ -3229,6 +3269,58 @@ def decoded(root: tk.Misc, file: chat.FileTag, data: bytes, by: int = 1) -> tk.P
         return image.subsample(by) if by > 1 else image
     except (tk.TclError, MemoryError):
         return None
+
+
+def decoded_elsewhere(file: chat.FileTag, data: bytes, by: int, paper: str) -> bytes:
+    """Return a picture that another process has decoded: in full as PPM, on a colour, or divided
+    as a PNG. Return b"" if that failed."""
+    wanted = "png" if by > 1 else "ppm"
+    arguments = [TK_FORMATS[file.type], str(by), wanted, paper]
+    command = [sys.executable, "-I", "-c", DECODER, *arguments]
+    try:
+        done = subprocess.run(
+            command, input=data, capture_output=True, timeout=DECODE_SECONDS, check=False
+        )
+    except (OSError, ValueError, MemoryError, subprocess.SubprocessError):
+        return b""
+    return done.stdout
+
+
+class Decoder:
+    """Decodes pictures. The user can type on while it decodes a large one."""
+
+    def __init__(self, root: tk.Misc, look: Look, jobs: Jobs, timers: Timers):
+        self.root, self.look, self.jobs, self.timers = root, look, jobs, timers
+
+    def decode(
+        self, file: chat.FileTag, data: bytes, by: int, then: Callable[[tk.PhotoImage | None], Any]
+    ) -> None:
+        """Call back with a picture whose sides are divided by `by`; None if it is damaged."""
+        if file.width * file.height <= AT_ONCE_PIXELS:
+            return then(decoded(self.root, file, data, by))
+
+        def arrived(pixels: bytes) -> None:
+            if not pixels:
+                then(decoded(self.root, file, data, by))
+            elif by > 1:
+                then(tk.PhotoImage(master=self.root, data=pixels, format="png"))
+            else:
+                image = tk.PhotoImage(master=self.root, width=file.width, height=file.height)
+                then(image)
+                self._put(image, pixels[-3 * file.width * file.height :], file.width, 0)
+
+        paper = self.look.colours.paper
+        return self.jobs.start(functools.partial(decoded_elsewhere, file, data, by, paper), arrived)
+
+    def _put(self, image: tk.PhotoImage, pixels: bytes, width: int, top: int) -> None:
+        """Put the pixels of a picture in their places, from one row on: a strip at a time."""
+        end = 3 * width * (top + max(1, STRIP_PIXELS // width))
+        strip = pixels[3 * width * top : end]
+        head = b"P6 %d %d 255\n" % (width, len(strip) // (3 * width))
+        self.root.tk.call(image, "put", head + strip, "-format", "ppm", "-to", 0, top)
+        if end < len(pixels):
+            put = functools.partial(self._put, image, pixels, width, end // (3 * width))
+            self.timers.later(f"strips of {image}", 1, put)
 
 
 def open_command(path: str, system: str) -> list[str]:
@@ -3644,6 +3736,8 @@ class Pictures:
         self.arrived: collections.deque[Picture] = collections.deque()  # to be decoded
         self.asked: tuple[chat.FileTag, ...] = ()
         self.looks = self.decodes = False  # soon
+        self.decoding: Picture | None = None
+        self.decode: Callable = chat.do_nothing  # see Decoder
         self.wants: Callable[[tuple], None] = chat.do_nothing  # called with those to be fetched
         self.failed: Callable[[str, str], None] = chat.do_nothing  # called with a path and why
 
@@ -3709,6 +3803,7 @@ class Pictures:
         self.asked = ()
         self.arrived.clear()
         if all_of_them:
+            self.decoding = None
             self.images.clear()
             self.placed.clear()
 
@@ -3724,24 +3819,30 @@ class Pictures:
 
     def _decode_next(self) -> None:
         """Decode one picture: the user may be typing."""
-        self.decodes = False
         if not self.arrived:
+            self.decodes = False
             return
-        picture = self.arrived.popleft()
-        if picture.file.path not in self.images:  # it came twice; Tk shows none that is freed
-            self._decode(picture)
+        picture = self.decoding = self.arrived.popleft()
+        file, data = picture.file, picture.data
+        why = picture.why or picture_trouble(file, data)
+        if file.path in self.images:  # it came twice; Tk shows none that is freed
+            self._decoded(picture, self.images[file.path])
+        elif why:
+            self._decoded(picture, None, why)
+        else:
+            by = divisor(file, self.text.sheet.style.box)
+            self.decode(file, data, by, functools.partial(self._decoded, picture))
+
+    def _decoded(self, picture: Picture, image: tk.PhotoImage | None, why: str = "") -> None:
+        """Keep a picture, unless another server is looked at by now, and go on with the next."""
+        self.decodes = False
+        if picture is self.decoding:
+            if image is None:
+                self.failed(picture.file.path, why or "it is damaged")
+            else:
+                self.images[picture.file.path] = image
         self.look_soon()
         self._decode_soon()
-
-    def _decode(self, picture: Picture) -> None:
-        file, data = picture.file, picture.data
-        image, why = None, picture.why or picture_trouble(file, data)
-        if not why:
-            image = decoded(self.text, file, data, divisor(file, self.text.sheet.style.box))
-        if image is None:
-            self.failed(file.path, why or "it is damaged")
-        else:
-            self.images[file.path] = image
 
 
 class Pointer:
@@ -5865,6 +5966,8 @@ class FileActs(Acts):
         self.picture: PictureWindow | None = None  # the last one in full
         self.compose.path = self._look_for_file
         pictures = self.transcript.pictures
+        self.decode = Decoder(window.root, self.look, window.jobs, self.timers).decode
+        pictures.decode = self.decode
         pictures.wants = lambda files: self.do("pictures", self.model.here, files)
 
     def close(self) -> None:
@@ -5981,13 +6084,18 @@ class FileActs(Acts):
 
     def _show_full(self, file: chat.FileTag, data: bytes, why: str) -> None:
         why = why or picture_trouble(file, data)
-        image = None if why else decoded(self.window.root, file, data)
-        if image is None:
-            return self.window.tell(f"the picture is not shown: {why or 'it is damaged'}")
-        self.window.tell("")
-        title = f"{file.words()} \u2013 chat"
-        self.picture = PictureWindow(self.window.root, self.look, image, title)
-        return None
+        if why:
+            return self.window.tell(f"the picture is not shown: {why}")
+
+        def show(image: tk.PhotoImage | None) -> None:
+            if image is None:
+                return self.window.tell("the picture is not shown: it is damaged")
+            self.window.tell("")
+            title = f"{file.words()} \u2013 chat"
+            self.picture = PictureWindow(self.window.root, self.look, image, title)
+            return None
+
+        return self.decode(file, data, 1, show)
 
 
 class MessageActs(Acts):
