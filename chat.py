@@ -25390,6 +25390,7 @@ const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
+const oneLine = (text) => text.replace(/\s+/g, ' ');
 
 function formatter(style) { // made when it is first used: this is slow
   let made;
@@ -25897,7 +25898,7 @@ function askOlder(to) {
 
 // All parts of a long text are accepted, or none: a draft is sent again under the same ids
 async function say(target, text, { action = false, reply = '', own = newId() } = {}) {
-  const texts = action ? [text.replace(/\s+/g, ' ')] : messagesOf(text);
+  const texts = action ? [oneLine(text)] : messagesOf(text);
   const first = Math.max(Date.now(), (lastOf(state.outbox)?.n ?? 0) + 1); // clocks may be set back
   await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: first + n / 1000,
     target, text: part, action, reply: n ? '' : reply, failed: '' })));
@@ -26760,9 +26761,7 @@ function complete() {
   return Boolean(found);
 }
 
-// Command -> the line that it sends, with $1 for its first word, $* for all words, and $# for the
-// name of the room; or a function
-const COMMANDS = new Map(Object.entries({
+const COMMANDS = new Map(Object.entries({ // name -> what it does
   me: (text, to, own) => say(to.name, text, { action: true, own }),
   msg: (text) => {
     const [, name, said] = /^(\S+)\s*(.*)$/s.exec(text);
@@ -26771,22 +26770,20 @@ const COMMANDS = new Map(Object.entries({
   },
   join: (text) => enter(...text.split(' ')),
   search: (text) => searchSheet(text),
-  part: 'PART $# :$*',
-  nick: 'NICK $1',
-  topic: 'TOPIC $# :$*',
-  whois: 'WHOIS $1',
-  raw: '$*',
+  part: (text, to) => ask(`PART ${to.name} :${oneLine(text)}`),
+  nick: (text) => ask(`NICK ${oneLine(text)}`),
+  topic: (text, to) => ask(`TOPIC ${to.name} :${oneLine(text)}`),
+  whois: (text) => ask(`WHOIS ${text.split(/\s/)[0]}`),
+  raw: (text) => ask(oneLine(text)),
 }));
 
 function command(line, to, own) {
-  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), known = COMMANDS.get(name.toLowerCase());
-  if (!known) {
+  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), run = COMMANDS.get(name.toLowerCase());
+  if (!run) {
     throw new Error(`there is no /${name}, only /${[...COMMANDS.keys()].join(' /')}; `
       + 'a text that begins with / is sent with //');
   }
-  const parts = { $1: text.split(/\s/)[0], '$*': text, '$#': to.name };
-  return typeof known === 'function' ? known(text, to, own)
-    : ask(known.replace(/\$[1*#]/g, (part) => parts[part]).replace(/\s+/g, ' '));
+  return run(text, to, own);
 }
 
 function enter(name, password = '') {
