@@ -24519,22 +24519,20 @@ class Filter(Client):
         super().__init__(options)
         self.was_up = False
         self.refused = 0  # lines that could not be said
-        self.login, self.join = options.login, options.join
-        self.commands = options.commands
         self.lines = LineBuffer(LINE_BYTES)
         self.failure = ""  # of something, although the rest went well
         self.speak = self.link.typed if options.commands else self.core.speak
         self.input = Input(self.loop, 0, self.take)
         self.input.pause()  # until there is a server to tell it to
         self.link.drained = self.go_on
-        self.over_with = self.saying = False  # the input has ended; its lines are being said
+        self.input_over = self.saying = False  # the input has ended; its lines are being said
 
     def take(self, data: bytes) -> None:
         if data:
             self.lines.feed(data)
         else:
             self.lines.finish()
-            self.over_with = True
+            self.input_over = True
         self.go_on()
 
     def go_on(self) -> None:
@@ -24542,7 +24540,7 @@ class Filter(Client):
         if self.saying:  # which may make room, and call this
             return
         self.saying, said = True, False
-        while (self.core.ready or not self.commands) and not self.link.leaving:
+        while (self.core.ready or not self.options.commands) and not self.link.leaving:
             if (line := self.lines.take()) is None:
                 break
             self._say(line)
@@ -24552,24 +24550,25 @@ class Filter(Client):
         self.saying = False
         if self.link.leaving:
             return
-        if self.over_with and not self.lines.pending:
+        if self.input_over and not self.lines.pending:
             self.link.drained = do_nothing
             self.input.pause()
             self.link.leave(reason=self.link.reason)
-        elif self.link.has_room() and not self.over_with:
+        elif self.link.has_room() and not self.input_over:
             self.input.resume()
         else:
             self.input.pause()
 
     def _say(self, line: bytes) -> None:
+        text = line.decode(errors="replace")
         if line == TOO_LONG:
             self.failure = f"a line has at most {LINE_BYTES:,} bytes: it was not sent"
-        elif self.commands and is_quit(line.decode(errors="replace")):
-            self.link.reason = line.decode(errors="replace")[len("/quit") :].strip()
-            self.over_with = True  # and the client leaves once the lines before are acknowledged
+        elif self.options.commands and is_quit(text):
+            self.link.reason = text[len("/quit") :].strip()
+            self.input_over = True  # and the client leaves once the lines before are acknowledged
             self.lines.clear()
         else:
-            self.speak(line.decode(errors="replace"))
+            self.speak(text)
 
     def show(self, views: list[ViewEvent]) -> None:
         lines = []
@@ -24595,12 +24594,13 @@ class Filter(Client):
             reasons.append(f"{counted(failures, 'message')} did not arrive")
         if self.core.refusals and not reason:
             reasons.append(f"{counted(self.core.refusals, 'command')} refused")
-        if self.login and self.was_up and not self.core.me.account:
-            reasons.append(f"not logged in as {self.login.account}")
+        login = self.options.login
+        if login and self.was_up and not self.core.me.account:
+            reasons.append(f"not logged in as {login.account}")
         if self.core.unsure and not (self.core.sure or self.core.insists or reason):
             text = f"the server answered {beginning(self.core.unsure)!r}"
             reasons.append(f"{text}: perhaps it is no chat{IF_PLAIN}")
-        if self.join and self.was_up and self.core.kind == PLAIN:
+        if self.options.join and self.was_up and self.core.kind == PLAIN:
             reasons.append("a plain server has no channels; if it is one of IRC, write irc://...")
         if waiting:
             reasons.append(self.fate_of(waiting))

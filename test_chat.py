@@ -25072,7 +25072,7 @@ def test_a_pipe_ends_with_the_number_of_messages_that_did_not_arrive(
     outbox = types.SimpleNamespace(waiting=dict.fromkeys(range(waiting)))
     end.core = types.SimpleNamespace(outbox=outbox, failures=failures, refusals=0, unsure="")
     end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(0.0)
-    end.login, end.join, end.options = None, (), types.SimpleNamespace(state=None)
+    end.options = types.SimpleNamespace(state=None, login=None, join=())
     end.over(reason)
     assert re.findall("[0-9]+", end.reason) == told and end.reason.startswith(reason)
 
