@@ -19490,7 +19490,8 @@ def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
 )
 def test_changes_of_a_kind_in_a_minute_are_one_row_unless_they_are_about_the_user(lines, rows):
     alice = Elsewhere(caps="away-notify", join=("#lobby",), clock=lambda: 1e9)
-    room = alice.core.find("bob" if "AWAY" in lines[0] else "#lobby") or alice.core.rooms.open("bob")
+    where = "bob" if "AWAY" in lines[0] else "#lobby"
+    room = alice.core.find(where) or alice.core.rooms.open(where)
     alice.core.incoming.release(room)
     for name in ("n0", "eve", "op"):
         room.came(name)
@@ -25068,7 +25069,7 @@ def test_a_pipe_ends_with_the_number_of_messages_that_did_not_arrive(
     outbox = types.SimpleNamespace(waiting=dict.fromkeys(range(waiting)))
     end.core = types.SimpleNamespace(outbox=outbox, failures=failures, refusals=0, unsure="")
     end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(0.0)
-    end.login, end.join, end.options = None, (), types.SimpleNamespace(state=None)
+    end.options = types.SimpleNamespace(state=None, login=None, join=())
     end.over(reason)
     assert re.findall("[0-9]+", end.reason) == told and end.reason.startswith(reason)
 
@@ -27751,7 +27752,7 @@ def test_the_look_follows_the_settings(running, window, folder):
     press(alice, "Control-plus")
     pump(alice, lambda: alice.look.size == size + 1)
     alice.commands.open_settings()
-    assert alice.settings.fields["theme"].get() == "dark"
+    assert alice.settings.fields["theme"].value == "dark"
     assert alice.settings.fields["size"].content == str(size + 1)
     alice.settings.fields["time"].set("%H:%M:%S")
     alice.settings.done()
@@ -27787,7 +27788,7 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     menu.unpost()
     menu.invoke(menu.index("dark"))
     pump(alice, lambda: alice.look.colours is gui_client.DARK)
-    assert choice.get() == "dark"
+    assert choice.value == "dark"
 
 
 @pytest.mark.parametrize("dialog", [False, True])
@@ -29963,7 +29964,7 @@ def test_a_removed_text_is_gone_from_quotes_too(running, browse):
     tab = browse(server.address).enter("anna")
     tab.say("a secret")
     tab.until("!state.outbox.length")
-    tab.js("setAnswer(lastOf(shown().messages))")
+    tab.js("setReplyTo(lastOf(shown().messages))")
     tab.say("indeed")
     tab.until("document.querySelector('blockquote')?.textContent === 'anna: a secret'")
     tab.js("ask(`REDACT #lobby ${find(shown(), shown().messages.slice(-2)[0].id).id}`)")
