@@ -25451,7 +25451,7 @@ const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
-const oneLine = (text) => text.replace(/\s+/g, ' ');
+const inOneLine = (text) => text.replace(/\s+/g, ' ');
 
 function formatter(style) { // made when it is first used: this is slow
   let made;
@@ -25959,7 +25959,7 @@ function askOlder(to) {
 
 // All parts of a long text are accepted, or none: a draft is sent again under the same ids
 async function say(target, text, { action = false, reply = '', own = newId() } = {}) {
-  const texts = action ? [oneLine(text)] : messagesOf(text);
+  const texts = action ? [inOneLine(text)] : messagesOf(text);
   const first = Math.max(Date.now(), (lastOf(state.outbox)?.n ?? 0) + 1); // clocks may be set back
   await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: first + n / 1000,
     target, text: part, action, reply: n ? '' : reply, failed: '' })));
@@ -26831,11 +26831,11 @@ const COMMANDS = new Map(Object.entries({ // name -> what it does
   },
   join: (text) => enter(...text.split(' ')),
   search: (text) => searchSheet(text),
-  part: (text, to) => ask(`PART ${to.name} :${oneLine(text)}`),
-  nick: (text) => ask(`NICK ${oneLine(text)}`),
-  topic: (text, to) => ask(`TOPIC ${to.name} :${oneLine(text)}`),
+  part: (text, to) => ask(`PART ${to.name} :${inOneLine(text)}`),
+  nick: (text) => ask(`NICK ${inOneLine(text)}`),
+  topic: (text, to) => ask(`TOPIC ${to.name} :${inOneLine(text)}`),
   whois: (text) => ask(`WHOIS ${text.split(/\s/)[0]}`),
-  raw: (text) => ask(oneLine(text)),
+  raw: (text) => ask(inOneLine(text)),
 }));
 
 function command(line, to, own) {
