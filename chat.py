@@ -885,7 +885,9 @@ class Message(NamedTuple):
 
 
 TAG_ESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n", "\\": "\\"}
-TAG_TRANSLATION = str.maketrans({c: f"\\{mark}" for mark, c in TAG_ESCAPES.items()} | {"\0": ""})
+TAG_TRANSLATION = str.maketrans(
+    {char: f"\\{mark}" for mark, char in TAG_ESCAPES.items()} | {"\0": ""}
+)
 CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IRCv3 message-tags
 
 
@@ -5276,7 +5278,7 @@ MIGRATIONS = (
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
 NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest id of a target
-SPOKEN_KINDS = ", ".join(f"'{kind}'" for kind in SPOKEN)
+SPOKEN_KINDS = ", ".join(map("'{}'".format, SPOKEN))
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 
@@ -6920,7 +6922,7 @@ ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     )
 )
 # Kinds of messages from the log -> the constants, which other code compares by identity
-KINDS = {kind: kind for kind in (*SPOKEN, TAGS, HINT)}
+KINDS = {constant: constant for constant in (*SPOKEN, TAGS, HINT)}
 
 
 def wrapped_bytes(value: Any) -> dict[str, str]:
@@ -27429,7 +27431,7 @@ registration_rules = checked_option(  # "" allows it after registration with a n
 )
 join_option = checked_option(  # channels, each perhaps with a password after a blank
     str,
-    lambda text: all(len(one.split()) <= 2 for one in text.split(",")),
+    lambda text: all(len(word.split()) <= 2 for word in text.split(",")),
     "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'",
 )
 host_name = checked_option(  # one word that can stand in a line of IRC
