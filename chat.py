@@ -27431,7 +27431,7 @@ registration_rules = checked_option(  # "" allows it after registration with a n
 )
 join_option = checked_option(  # channels, each perhaps with a password after a blank
     str,
-    lambda text: all(len(word.split()) <= 2 for word in text.split(",")),
+    lambda text: max(map(len, map(str.split, text.split(",")))) <= 2,
     "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'",
 )
 host_name = checked_option(  # one word that can stand in a line of IRC
