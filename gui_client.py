@@ -472,7 +472,7 @@ ONLY_LINK = re.compile(r".+ \([^()]*\d [KMG]?B\): \S+")  # what clients say of a
 
 TK_FORMATS = {"image/png": "png", "image/gif": "gif"}  # of pictures that Tk decodes
 PICTURE_BYTES = 2 * 1024 * 1024  # of a picture shown among the messages, at most ...
-PICTURE_SIDE = 4096  # ... and pixels of a side: Tk decodes such a one in a third of a second ...
+PICTURE_SIDE = 4096  # ... and pixels of a side ...
 PICTURE_PIXELS = 3840 * 2160  # ... so one larger than a screen is shown by a click, in a window
 PICTURE_BOX = (400, 300)  # pixels for a picture, where 96 are an inch
 # What is opened by a click, and under which ending, whatever the sender calls it: a program that
@@ -525,16 +525,6 @@ def linked(text: str, *tags: str) -> list:
         pieces += [text[end : match.start()], tags, match.group(), (*tags, "link")]
         end = match.end()
     return [*pieces, text[end:], tags]
-
-
-def moment_of(view: chat.ViewEvent) -> datetime.datetime:
-    """Return the local time of a view."""
-    try:
-        return datetime.datetime.fromtimestamp(
-            time.time() if view.time is None else view.time / 1000
-        )
-    except (ValueError, OverflowError, OSError):  # no calendar has this: the server made it up
-        return datetime.datetime.now()
 
 
 def clock_text(moment: datetime.datetime, style: str) -> str:
@@ -601,7 +591,7 @@ def head_pieces(row: Row, style: Style) -> list:
     """Return the name and the time above the messages of one speaker."""
     view, tags = row.view, ("head",)
     name = f"-{view.name}-" if view.kind == chat.NOTICE else view.name
-    clock = clock_text(moment_of(view), style.clock)
+    clock = clock_text(chat.moment_of(view), style.clock)
     named = (*tags, name_tag(view.name), "name")
     return [style.name(shorter(name, NAME_SHOWN)), named, f"  {clock}\n", (*tags, "clock")]
 
@@ -738,7 +728,7 @@ def told_text(view: chat.ViewEvent) -> str:
 
 def told_pieces(row: Row, style: Style) -> list:
     """Return a row that is no message: joins, quits, texts of the server and of the client."""
-    clock = clock_text(moment_of(row.view), style.clock)
+    clock = clock_text(chat.moment_of(row.view), style.clock)
     text = broken(style.name(told_text(row.view)))
     tags = ("told", "table") if "  " in text else ("told",)
     return [f"{clock}\t", ("told", "clock"), *linked(text, *tags), "\n", ("told",)]
@@ -921,8 +911,8 @@ class Sheet:
 
     def _above(self, row: Row, before: Row | None) -> list:
         """Return the lines above a row: another day, and what is new."""
-        day = moment_of(row.view).date()
-        known = moment_of(before.view).date() if before else None
+        day = chat.moment_of(row.view).date()
+        known = chat.moment_of(before.view).date() if before else None
         pieces = [f"{day_text(day)}\n", ("day",)] if day != known else []
         if self.marked is not None and row.key == self.marked:
             pieces += ["\n", ("rule",), "new\n", ("new",)]
@@ -1170,11 +1160,11 @@ def find_kept(
     """Return kept messages with these words, from a user, in a conversation, with a link."""
     room = core.find(wanted["in"]) if "in" in wanted else room
     if words:
-        found = core.find_kept(words, room, FOUND_MOST if not wanted else LOOKED_AT)
+        found = core.stored.find(words, room, FOUND_MOST if not wanted else LOOKED_AT)
     else:
         rooms = [room] if room else core.rooms.values()
         last = chat.ViewEvent(chat.NOTE, time=LAST)
-        found = [view for one in rooms for view in core.kept_beside(one, last, LOOKED_AT)]
+        found = [view for one in rooms for view in core.stored.beside(one, last, LOOKED_AT)]
     return [view for view in found if is_wanted(core, view, wanted)]
 
 
@@ -1207,7 +1197,7 @@ def answered_by(
     if not view.reply:
         return "", ""
     said = by_id.get(view.reply) or find_view(room, lambda one: one.id == view.reply)
-    said = said or core.kept(view.reply)
+    said = said or core.stored.message(view.reply)
     return (said.name, said.text[: 4 * EXCERPT]) if said else UNKNOWN_ANSWER
 
 
@@ -1229,7 +1219,7 @@ def row_of(
         reason = outbox.parked.get(view.own_id) or screen.failed.get(view.own_id, "")
         state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
     looked_up = view.id and (view.past or not fresh or view.id in screen.reacted)
-    reactions = core.reactions_of(view.id) if looked_up else {}
+    reactions = core.reactions.of(view.id) if looked_up else {}
     told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
     answers = answered_by(core, room, view, by_id or {})
     missed = bool(view.id) and view.id in screen.missed
@@ -1380,7 +1370,7 @@ class Watched:
 
     def update(self, seat: chat.Seat) -> None:
         """At the end of a turn: send what is new where the user looks."""
-        room = seat.core.current or seat.screen.nowhere
+        room = seat.core.room or seat.screen.nowhere
         again, self.again = self.again, False
         if room is not self.room:
             self.watch(seat, room)
@@ -1493,11 +1483,11 @@ class Watched:
         self.people_changed = False
         core, room = self.seat.core, self.room
         asked = room.asked_people
-        core.ask_people(room)  # who is away
+        core.people.ask(room)  # who is away
         if room.asked_people != asked:
             self.loop.call_soon(self.seat.link.poke)
         known = room.is_channel and core.ready
-        now = {one.name: one for one in core.people(room)} if known else {}
+        now = {one.name: one for one in core.people.of(room)} if known else {}
         if len(now) > MEMBERS_LARGE:
             self.people_due = self.loop.now + MEMBERS_SECONDS
             self.loop.call_later(MEMBERS_SECONDS, chat.do_nothing)
@@ -1531,7 +1521,7 @@ class Watched:
         return None
 
     def _more_past(self) -> None:
-        views = self.seat.core.kept_beside(self.room, self.past[0], ROWS_MORE)
+        views = self.seat.core.stored.beside(self.room, self.past[0], ROWS_MORE)
         self.past[:0] = views
         self._send_rows(START, views)
         self.tell(Fetching(self.room.id, more=bool(views)))
@@ -1540,7 +1530,7 @@ class Watched:
         """Fetch what follows on rows of the past."""
         if not (self.past and self.is_at(number)):
             return
-        views = self.seat.core.kept_beside(self.room, self.past[-1], ROWS_MORE, after=True)
+        views = self.seat.core.stored.beside(self.room, self.past[-1], ROWS_MORE, after=True)
         if not views:
             return self.present(number)
         self.past += views
@@ -1558,7 +1548,7 @@ class Watched:
             self.watch(seat, room)
         near, self.past = list(room.views), []
         if not any(looks_same(view, one) for one in near):
-            near = self.past = seat.core.around(room, view, CONTEXT_ROWS)
+            near = self.past = seat.core.stored.around(room, view, CONTEXT_ROWS)
         mark = next((n for n, one in enumerate(near) if looks_same(view, one)), -1)
         if not self.past:
             self.count = len(near)
@@ -1622,7 +1612,7 @@ class Wanted:
         """Stop the transfers of files that would only be opened: their folder goes."""
         for seat in self.seats:
             for one in [one for one in seat.core.transfers if one.id in self.opening]:
-                seat.core.drop_transfer(one)
+                seat.core.transfers.drop(one)
 
 
 class Requests:
@@ -1656,7 +1646,7 @@ class Requests:
         """Take a text or a command, for the conversation in which it was entered; 0: before
         there was one."""
         engine = self.engine
-        here = engine.core.current or engine.seat.screen.nowhere
+        here = engine.core.room or engine.seat.screen.nowhere
         place = self._place(number) if number else (engine.seat, here)
         if place is None:
             engine.tell(Back(number, text))
@@ -1673,7 +1663,7 @@ class Requests:
         inside = room if room is not seat.screen.nowhere else None
         seat.link.typed(text.rstrip() if text[:1] == "/" else text, inside, reply)
         if inside and inside in seat.core.rooms.values():
-            seat.core.keep_room(inside)
+            seat.core.rooms.keep(inside)
         return None
 
     def draft(self, number: int, text: str) -> None:
@@ -1681,7 +1671,7 @@ class Requests:
         if (place := self._place(number)) and place[1].name:
             seat, room = place
             room.draft = "" if chat.is_secret(text) else text
-            seat.core.keep_room(room)
+            seat.core.rooms.keep(room)
             if seat.core.store:
                 seat.core.store.flush()
             self.engine.overview.touch(number)
@@ -1695,18 +1685,18 @@ class Requests:
     def retry(self, number: int, own_id: str) -> None:
         if place := self._place(number):
             seat, _ = place
-            seat.core.retry(own_id)
+            seat.core.outgoing.retry(own_id)
             self.engine.arrived(seat, chat.ViewEvent(chat.ARRIVED, room=number, own_id=own_id))
             seat.link.poke()
 
     def cancel(self, number: int, own_id: str) -> None:
-        self._act(number, lambda core, room: core.cancel(own_id))
+        self._act(number, lambda core, room: core.outgoing.cancel(own_id))
 
     def redact(self, number: int, id: str) -> None:
         self._act(number, lambda core, room: core.redact(room, id))
 
     def react(self, number: int, id: str, emoji: str, on: bool) -> None:
-        self._act(number, lambda core, room: core.react(room, id, emoji, on))
+        self._act(number, lambda core, room: core.reactions.send(room, id, emoji, on))
 
     # Conversations
 
@@ -1716,7 +1706,7 @@ class Requests:
             seat, room = place
             self.engine.look_at(seat)
             if room.name:
-                seat.core.go(room)
+                seat.core.rooms.go(room)
             self.engine.show(seat.core.take_views())
 
     def close(self, number: int) -> None:
@@ -1725,20 +1715,20 @@ class Requests:
             seat.link.typed(f"/close {room.name}", room)
 
     def mute(self, number: int, on: bool) -> None:
-        self._act(number, lambda core, room: core.mute(room, on))
+        self._act(number, lambda core, room: core.rooms.mute(room, on))
 
     def read(self, number: int, when: int = 0) -> None:
         """Note that the user has seen everything in a conversation, or what was said up to a
         time: more may have come since."""
-        if place := self._place(number):
-            seat, room = place
+
+        def act(core: chat.ClientCore, room: chat.Room) -> None:
             times = (view.time or 0 for view in room.views if view.kind in chat.SPOKEN)
             if not when or max(times, default=0) <= when:
-                seat.core.mark_read(room)
+                core.rooms.mark_read(room)
             elif room.read(when):
-                seat.core.keep_room(room)
-            seat.link.poke()
-            self.engine.overview.touch(number)
+                core.rooms.keep(room)
+
+        self._act(number, act)
 
     def focus(self, focused: bool) -> None:
         self.engine.core.looked_at = focused
@@ -1746,7 +1736,7 @@ class Requests:
     def jump(self, number: int, view: chat.ViewEvent) -> None:
         """Show a message among those around it."""
         if not number:  # it was closed since
-            number = self.engine.core.room_for(view.where).id
+            number = self.engine.core.rooms.open(view.where).id
         self.look(number)
         if place := self._place(number):
             self.engine.watched.jump(*place, view)
@@ -1779,13 +1769,13 @@ class Requests:
         if place is None or not place[1].name:
             raise chat.Unusable("open a conversation, and send the file there")
         one = chat.Transfer(secrets.token_hex(8), True, place[1].name, path)
-        self._act(number, lambda core, room: core.start_transfer(one))
+        self._act(number, lambda core, room: core.transfers.start(one))
 
     def save_file(self, number: int, view: chat.ViewEvent, path: str, opens: bool = False) -> None:
         """Save the file that a message links to; `opens`: Tk opens it then."""
         if place := self._place(number):
             core, before = place[0].core, place[0].core.transfers[:]
-            self._act(number, lambda core, room: core.save_file(room, view, path))
+            self._act(number, lambda core, room: core.transfers.save(room, view, path))
             for one in core.transfers if opens else ():
                 if one not in before:  # it was not refused
                     self.wanted.open(one)
@@ -1794,7 +1784,7 @@ class Requests:
         """Stop a file on its way, and forget it."""
         for seat in self._seats(server):
             for one in [one for one in seat.core.transfers if one.id == id]:
-                seat.core.drop_transfer(one)
+                seat.core.transfers.drop(one)
                 seat.link.poke()
 
     # Servers and settings
@@ -1854,6 +1844,8 @@ class Requests:
 
 class Engine(chat.ManyServers):
     """The client; its screen is a queue of batches. `wake` is called when there is one."""
+
+    leave_seconds = LEAVE_SECONDS
 
     def __init__(self, options: chat.ClientOptions, wake: Callable[[], None]):
         self.wake = wake
@@ -1934,23 +1926,15 @@ class Engine(chat.ManyServers):
         self.ended = reason
         super().over(reason)
 
-    def leave(self, reason: str = "") -> None:
-        """Leave all servers; the window does not wait for them for long."""
-        self.quitting = True
-        self.loop.call_later(LEAVE_SECONDS, lambda: self.over(""))
-        for seat in list(self.seats):
-            seat.link.leave(at_once=True, reason=reason)
-
     def screen_for(self, seat: chat.Seat) -> SeatScreen:
         seat.core.reads_at_once = False  # the window says what has been read
         seat.core.stays_when_left = False  # it keeps what was typed there
         seat.core.results = functools.partial(self._results, seat)
         seat.core.at_once = functools.partial(self._place, seat)
-        seat.core.settings = self.seats[0].core.settings  # one set of them for all
         return SeatScreen()
 
     def is_writing(self, seat: chat.Seat) -> bool:
-        return seat.core.current is not None and seat.core.current.id == self.writing
+        return seat.core.room is not None and seat.core.room.id == self.writing
 
     # Batches
 
@@ -1990,10 +1974,6 @@ class Engine(chat.ManyServers):
             if view.room:
                 self.overview.touch(view.room)
 
-    def note(self, text: str) -> None:
-        """Show a text of the client's own, where the user looks."""
-        self.show([chat.ViewEvent(chat.NOTE, text)])
-
     def _note_ready(self, seat: chat.Seat) -> None:
         """Note that a connection stands, or stands no more."""
         screen, ready = seat.screen, seat.core.ready
@@ -2008,7 +1988,7 @@ class Engine(chat.ManyServers):
 
     def _note_removed(self, seat: chat.Seat) -> None:
         """Note messages that were redacted since: the core tells only of those in its rooms."""
-        removed, last = seat.core.removed, seat.screen.last_removed
+        removed, last = seat.core.known.redacted, seat.screen.last_removed
         seat.screen.last_removed = next(reversed(removed), "")
         for id in itertools.takewhile(lambda id: id != last, reversed(removed)):
             self.watched.redacted(id)
@@ -2030,12 +2010,12 @@ class Engine(chat.ManyServers):
         core = seat.core
         room = core.by_id(view.room) if view.room else None
         room = room or (core.find(view.where) if view.where else None)
-        return room or core.current or seat.screen.nowhere
+        return room or core.room or seat.screen.nowhere
 
     def _place(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view of the core at once, before a message that comes after it. Without a
         conversation it waits for the end of the segment, which may open the first one."""
-        if seat.core.current and (
+        if seat.core.room and (
             view.kind == chat.FAILED or self.TAKEN.get(view.kind) is Engine._keep
         ):
             seat.screen.placed[id(view)] = view
@@ -2044,10 +2024,10 @@ class Engine(chat.ManyServers):
     def _keep(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view, unless the core has done so."""
         room = self.room_of(seat, view)
-        if view.kind in chat.MOVES:  # many of them are to be one row
+        if view.kind in chat.MOVES:
             self.watched.members_changed()
-            if any(one is view for one in reversed(room.moves)):
-                return
+        if view.kind in chat.FOLDED and any(one is view for one in reversed(room.moves)):
+            return  # many of them are to be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(seat.core.timed(view, room))
 
@@ -2116,7 +2096,7 @@ class Engine(chat.ManyServers):
     TAKEN = {
         chat.MESSAGE: _said,
         chat.NOTICE: _said,
-        **dict.fromkeys((*chat.MOVES, chat.SERVER_TEXT, chat.NOTE, chat.FOUND), _keep),
+        **dict.fromkeys((*chat.FOLDED, chat.SERVER_TEXT, chat.NOTE, chat.FOUND), _keep),
         chat.STATUS: _status,
         chat.FAILED: _failed,
         chat.ARRIVED: arrived,
@@ -2758,6 +2738,7 @@ class Look:
 # Every field is a Text, also those of one line: emoji typed into an Entry corrupt its
 # memory, and what it then returns would be sent (Tk 8.6, seen with CPython 3.11 to 3.13).
 
+SHIFT_KEY = 0x1
 COMMAND_KEYS = 0x4 | (0x20000 if os.name == "nt" else 0x8)  # Control, Alt: no letters
 MENU_KEYS = ("<Menu>", "<App>", "<Shift-F10>")  # as far as this system knows them
 
@@ -3010,6 +2991,9 @@ def command_offers(word: str) -> list[tuple[str, str, str]]:
     return [(f"{one.syntax.split()[0]} ", one.syntax, one.summary) for one in found]
 
 
+EDGES = {-1: "1.0", 1: "end-1c"}  # of a text, upwards and downwards
+
+
 class Compose(Field):
     """The field for messages. It grows with its text and has a history of sent lines.
 
@@ -3032,14 +3016,15 @@ class Compose(Field):
         self.several: Callable[[str], None] = chat.do_nothing  # a paste of several lines
         self.path: Callable[[str], None] = chat.do_nothing  # a paste that may be the path of a file
         self.placed = ""  # the text that was set last: it was not typed
+        self.stepped_to, self.column = "", 0  # by Up and Down: the index, and pixels from the left
         self.hint = tk.Label(self, padx=0, pady=0, cursor="xterm", anchor="w")
         self.hint.bind("<Button-1>", lambda _: self.focus_set())
         for sequence, handler in (
             ("<Shift-Return>", self._newline),
             ("<Tab>", lambda _: self._complete("tab")),
             ("<<PrevWindow>>", lambda _: self._complete("back-tab")),
-            ("<Up>", lambda _: self._arrow("up", "linestart", "1.0")),
-            ("<Down>", lambda _: self._arrow("down", "lineend", "end-1c")),
+            ("<Up>", lambda event: self._arrow(event, -1)),
+            ("<Down>", lambda event: self._arrow(event, 1)),
             ("<Key>", self._forget_offers),
             ("<<Modified>>", self._modified),
             ("<Configure>", lambda _: self.show_cursor() or self.fit()),
@@ -3121,21 +3106,40 @@ class Compose(Field):
             at, rows = self.index(f"{below} display linestart"), rows + 1
         return rows
 
-    def _arrow(self, key: str, edge: str, end: str) -> str | None:
+    def _arrow(self, event: Any, step: int) -> str | None:
+        """Move in the offers, to another row, or from the first or last row in the sent lines."""
         if self.offers and self.offers.shown:
-            self.offers.move(-1 if key == "up" else 1)
-            return "break"
-        return self._recall(key, edge, end)
-
-    def _recall(self, key: str, edge: str, end: str) -> str | None:
-        """Go through the sent lines, from the first or the last row of the field."""
-        if self.compare(f"insert display {edge}", "!=", end):
+            self.offers.move(step)
+        elif event.state & SHIFT_KEY:
+            self.tk.call("tk::TextKeySelect", self, self._row_beside(step))
+        elif event.state & COMMAND_KEYS:
             return None
+        elif self.dlineinfo("insert") == self.dlineinfo(EDGES[step]):
+            self._recall("down" if step > 0 else "up")
+        else:
+            self.tk.call("tk::TextSetCursor", self, self._row_beside(step))
+        return "break"
+
+    def _row_beside(self, step: int) -> str:
+        """Return the index one row up or down, in the column in which the first such step began.
+        It is looked for on the screen: Tk's own way takes a minute in a line of 60 kB."""
+        self.see("insert")
+        if self.index("insert") != self.stepped_to:
+            self.column = self.bbox("insert")[0]
+        _, top, _, high, _ = row = self.dlineinfo("insert")
+        there, last = (top + high, self.winfo_height()) if step > 0 else (top - 1, 0)
+        if row == self.dlineinfo(f"@0,{last}"):
+            self.yview_scroll(step, "units")
+            there = last
+        self.stepped_to = self.index(f"@{self.column},{there}")
+        return self.stepped_to
+
+    def _recall(self, key: str) -> None:
+        """Go through the sent lines."""
         self.editor.set(self.content)
         self.editor.press(chat.Key(key))
         if self.editor.text != self.content:
             self.set(self.editor.text)
-        return "break"
 
     # Completion
 
@@ -3200,15 +3204,31 @@ class Compose(Field):
             self.hint.place(x=1, y=0)  # from where text begins: a Text's padding counts
         else:
             self.hint.place_forget()
-        if self.winfo_width() > 1:
-            self.configure(height=self._rows())
+        # Tk lays out all of a text whose widget is configured, also as it was
+        if self.winfo_width() > 1 and (rows := self._rows()) != int(self.cget("height")):
+            self.configure(height=rows)
 
 
 # ======================================================================================
 # FILES
 # ======================================================================================
-# Pictures are decoded on Tk's thread, one at a time, from content that has been looked at
-# first: Tk's own decoder believes what it reads. Images are made and freed there, too.
+# Pictures are decoded by Tk, from content that has been looked at first: Tk's own decoder
+# believes what it reads. It takes a third of a second for 16 million pixels, so large ones are
+# decoded by another process. Images are made and freed on Tk's thread.
+
+AT_ONCE_PIXELS = 1_000_000  # of a picture that is decoded on Tk's thread, in 20 ms
+STRIP_PIXELS = 250_000  # of one that was decoded elsewhere, put on the screen in 10 ms
+DECODE_SECONDS = 20  # that another process may take
+DECODER = """
+import sys, tkinter
+given, by, wanted, paper = sys.argv[1:]
+root = tkinter.Tk()
+root.withdraw()
+picture = tkinter.PhotoImage(master=root, data=sys.stdin.buffer.read(), format=given)
+picture = picture.subsample(int(by))
+pixels = root.tk.call(picture, "data", "-format", wanted, "-background", paper)
+sys.stdout.buffer.write(pixels)
+"""
 
 
 def gif_frame_size(data: bytes) -> tuple[int, int]:
@@ -3249,6 +3269,58 @@ def decoded(root: tk.Misc, file: chat.FileTag, data: bytes, by: int = 1) -> tk.P
         return image.subsample(by) if by > 1 else image
     except (tk.TclError, MemoryError):
         return None
+
+
+def decoded_elsewhere(file: chat.FileTag, data: bytes, by: int, paper: str) -> bytes:
+    """Return a picture that another process has decoded: in full as PPM, on a colour, or divided
+    as a PNG. Return b"" if that failed."""
+    wanted = "png" if by > 1 else "ppm"
+    arguments = [TK_FORMATS[file.type], str(by), wanted, paper]
+    command = [sys.executable, "-I", "-c", DECODER, *arguments]
+    try:
+        done = subprocess.run(
+            command, input=data, capture_output=True, timeout=DECODE_SECONDS, check=False
+        )
+    except (OSError, ValueError, MemoryError, subprocess.SubprocessError):
+        return b""
+    return done.stdout
+
+
+class Decoder:
+    """Decodes pictures. The user can type on while it decodes a large one."""
+
+    def __init__(self, root: tk.Misc, look: Look, jobs: Jobs, timers: Timers):
+        self.root, self.look, self.jobs, self.timers = root, look, jobs, timers
+
+    def decode(
+        self, file: chat.FileTag, data: bytes, by: int, then: Callable[[tk.PhotoImage | None], Any]
+    ) -> None:
+        """Call back with a picture whose sides are divided by `by`; None if it is damaged."""
+        if file.width * file.height <= AT_ONCE_PIXELS:
+            return then(decoded(self.root, file, data, by))
+
+        def arrived(pixels: bytes) -> None:
+            if not pixels:
+                then(decoded(self.root, file, data, by))
+            elif by > 1:
+                then(tk.PhotoImage(master=self.root, data=pixels, format="png"))
+            else:
+                image = tk.PhotoImage(master=self.root, width=file.width, height=file.height)
+                then(image)
+                self._put(image, pixels[-3 * file.width * file.height :], file.width, 0)
+
+        paper = self.look.colours.paper
+        return self.jobs.start(functools.partial(decoded_elsewhere, file, data, by, paper), arrived)
+
+    def _put(self, image: tk.PhotoImage, pixels: bytes, width: int, top: int) -> None:
+        """Put the pixels of a picture in their places, from one row on: a strip at a time."""
+        end = 3 * width * (top + max(1, STRIP_PIXELS // width))
+        strip = pixels[3 * width * top : end]
+        head = b"P6 %d %d 255\n" % (width, len(strip) // (3 * width))
+        self.root.tk.call(image, "put", head + strip, "-format", "ppm", "-to", 0, top)
+        if end < len(pixels):
+            put = functools.partial(self._put, image, pixels, width, end // (3 * width))
+            self.timers.later(f"strips of {image}", 1, put)
 
 
 def open_command(path: str, system: str) -> list[str]:
@@ -3664,6 +3736,8 @@ class Pictures:
         self.arrived: collections.deque[Picture] = collections.deque()  # to be decoded
         self.asked: tuple[chat.FileTag, ...] = ()
         self.looks = self.decodes = False  # soon
+        self.decoding: Picture | None = None
+        self.decode: Callable = chat.do_nothing  # see Decoder
         self.wants: Callable[[tuple], None] = chat.do_nothing  # called with those to be fetched
         self.failed: Callable[[str, str], None] = chat.do_nothing  # called with a path and why
 
@@ -3729,6 +3803,7 @@ class Pictures:
         self.asked = ()
         self.arrived.clear()
         if all_of_them:
+            self.decoding = None
             self.images.clear()
             self.placed.clear()
 
@@ -3744,24 +3819,30 @@ class Pictures:
 
     def _decode_next(self) -> None:
         """Decode one picture: the user may be typing."""
-        self.decodes = False
         if not self.arrived:
+            self.decodes = False
             return
-        picture = self.arrived.popleft()
-        if picture.file.path not in self.images:  # it came twice; Tk shows none that is freed
-            self._decode(picture)
+        picture = self.decoding = self.arrived.popleft()
+        file, data = picture.file, picture.data
+        why = picture.why or picture_trouble(file, data)
+        if file.path in self.images:  # it came twice; Tk shows none that is freed
+            self._decoded(picture, self.images[file.path])
+        elif why:
+            self._decoded(picture, None, why)
+        else:
+            by = divisor(file, self.text.sheet.style.box)
+            self.decode(file, data, by, functools.partial(self._decoded, picture))
+
+    def _decoded(self, picture: Picture, image: tk.PhotoImage | None, why: str = "") -> None:
+        """Keep a picture, unless another server is looked at by now, and go on with the next."""
+        self.decodes = False
+        if picture is self.decoding:
+            if image is None:
+                self.failed(picture.file.path, why or "it is damaged")
+            else:
+                self.images[picture.file.path] = image
         self.look_soon()
         self._decode_soon()
-
-    def _decode(self, picture: Picture) -> None:
-        file, data = picture.file, picture.data
-        image, why = None, picture.why or picture_trouble(file, data)
-        if not why:
-            image = decoded(self.text, file, data, divisor(file, self.text.sheet.style.box))
-        if image is None:
-            self.failed(file.path, why or "it is damaged")
-        else:
-            self.images[file.path] = image
 
 
 class Pointer:
@@ -3830,7 +3911,7 @@ class Pointer:
     def about(self, number: int) -> str:
         """Return the time of a row, and the users who reacted to it."""
         row = self.sheet.rows[number]
-        moment = moment_of(row.view)
+        moment = chat.moment_of(row.view)
         told = [f"{day_text(moment.date())} {moment:%H:%M:%S}"]
         told += [f"{emoji} {', '.join(names[:5])}" for emoji, names in row.reactions[:4]]
         return self.text.look.drawable("   ".join(told))
@@ -4822,7 +4903,7 @@ class Panel(ttk.Frame):
         self.title.configure(text=self.look.seen(shorter(f"{count}: {title}", NAME_SHOWN)))
         pieces: list = []
         for n, (_, where, view) in enumerate(self.rows):
-            when = f"{moment_of(view):%Y-%m-%d %H:%M}"
+            when = f"{chat.moment_of(view):%Y-%m-%d %H:%M}"
             tag = f"row{n}"
             pieces += [shorter(view.name, NAME_SHOWN), ("head", name_tag(view.name), tag)]
             pieces += [f"  {where}  {when}\n", ("head", tag)]
@@ -5068,9 +5149,7 @@ class ConnectCard(Card):
                 label.configure(wraplength=20 * self.look.em)
 
     def show(self, name: str, server: str, error: str = "") -> None:
-        self.name.set(name)
-        self.server.set(server)
-        self.tls.set(server.startswith(("ircs://", "chats://")))
+        self._take(name, server)
         self.register.set(False)
         self.error.configure(text=self.look.seen(label_text(error)))
         self.error.configure(wraplength=20 * self.look.em)
@@ -5274,9 +5353,6 @@ class Choice(ttk.Button):
         self.look, self.values, self.chosen = look, values, chosen
         for key in ("<Return>", "<Down>"):
             self.bind(key, lambda _: self._offer())
-
-    def get(self) -> str:
-        return self.value
 
     def set(self, value: str) -> None:
         self.value = value
@@ -5527,16 +5603,6 @@ def enabled(on: bool) -> str:
     return "normal" if on else "disabled"
 
 
-def command_arguments(command: str, word: str) -> list[str]:
-    """Return completions of the first argument of a command that takes known words."""
-    known: Iterable[str] = ()
-    if command == "/set":
-        known = chat.SETTINGS
-    elif command == "/help":
-        known = (*chat.HELP_TOPICS, *chat.client_command)
-    return sorted(f"{one} " for one in known if one.startswith(word)) if word else []
-
-
 class Acts:
     """The base of the classes below: the window, and what all of them use of it."""
 
@@ -5618,7 +5684,9 @@ class Writing(Acts):
         command = self.compose.editor.before.split(" ")[0]
         if command[:1] == "/" and not first:
             names.update(dict.fromkeys(name for name in rooms if not chat.is_channel(name)))
-            return command_arguments(command, word) or chat.completions(word, first, names, rooms)
+            topics = chat.TOPICS_COMPLETED.get(command, ()) if word else ()
+            known = sorted(f"{topic} " for topic in topics if topic.startswith(word))
+            return known or chat.completions(word, first, names, rooms)
         return chat.completions(word, first, names, [one for one in rooms if chat.is_channel(one)])
 
     def type_on(self, text: str) -> None:
@@ -5898,6 +5966,8 @@ class FileActs(Acts):
         self.picture: PictureWindow | None = None  # the last one in full
         self.compose.path = self._look_for_file
         pictures = self.transcript.pictures
+        self.decode = Decoder(window.root, self.look, window.jobs, self.timers).decode
+        pictures.decode = self.decode
         pictures.wants = lambda files: self.do("pictures", self.model.here, files)
 
     def close(self) -> None:
@@ -6014,13 +6084,18 @@ class FileActs(Acts):
 
     def _show_full(self, file: chat.FileTag, data: bytes, why: str) -> None:
         why = why or picture_trouble(file, data)
-        image = None if why else decoded(self.window.root, file, data)
-        if image is None:
-            return self.window.tell(f"the picture is not shown: {why or 'it is damaged'}")
-        self.window.tell("")
-        title = f"{file.words()} \u2013 chat"
-        self.picture = PictureWindow(self.window.root, self.look, image, title)
-        return None
+        if why:
+            return self.window.tell(f"the picture is not shown: {why}")
+
+        def show(image: tk.PhotoImage | None) -> None:
+            if image is None:
+                return self.window.tell("the picture is not shown: it is damaged")
+            self.window.tell("")
+            title = f"{file.words()} \u2013 chat"
+            self.picture = PictureWindow(self.window.root, self.look, image, title)
+            return None
+
+        return self.decode(file, data, 1, show)
 
 
 class MessageActs(Acts):
@@ -7225,6 +7300,8 @@ def sharpen() -> None:
 def main(arguments: list[str] | None = None) -> int:
     try:
         args = command_line().parse_args(arguments)
+        state = None if args.no_state else args.data or chat.data_folder() / "client"
+        config = None if args.no_state else args.data or chat.config_folder()
     except chat.ChatError as error:
         print(f"gui_client.py: {error}", file=sys.stderr)
         return 1
@@ -7233,12 +7310,6 @@ def main(arguments: list[str] | None = None) -> int:
         return make_pictures(args.demo)
     sharpen()
     trust = chat.Trust(args.ca, args.pin, args.insecure, args.client_cert)
-    try:
-        state = None if args.no_state else args.data or chat.data_folder() / "client"
-        config = None if args.no_state else args.data or chat.config_folder()
-    except chat.ChatError as error:
-        print(f"gui_client.py: {error}", file=sys.stderr)
-        return 1
     options = WindowOptions(
         whole(args.name),
         whole(args.server),
