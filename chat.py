@@ -20880,8 +20880,7 @@ class Server:
         return self.site.has_content(file) or bool(abandoned)
 
     def expire_files(self) -> None:
-        """Remove old files, and uploads that do not go on. An upload of a clock that was ahead ends
-        a day after this server first saw it."""
+        """Remove old files, and uploads that are a day old, by the clock or since first seen."""
         now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
         for file in list(self.hub.files.values()):
             age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
@@ -26004,8 +26003,11 @@ async function accept(...rows) {
 }
 
 async function cancel({ own }) {
+  const row = await storedRow(own);
   await store('outbox', 'delete', own);
   publish({ dropped: own });
+  if (row?.size && row.link) // or what has come of it counts against the user's room for a day
+    leader?.uploader.call('DELETE', new URL(row.link).pathname).catch(() => {});
 }
 
 async function storedRow(own) {

@@ -30032,6 +30032,24 @@ def test_a_cancelled_file_is_never_sent(running, browse, folder, tmp_path):
     assert tab.rows() == ["nothing but this"]
 
 
+def test_the_server_removes_what_has_come_of_a_cancelled_file(running, browse, folder, tmp_path):
+    server = with_page(running, data=folder)
+    (tmp_path / "notes.txt").write_text("x" * 3000)
+    tab = browse(server.address).enter("anna")
+    tab.js("globalThis.usual = fetch; globalThis.seen = []; null")
+    cut = "how.method === 'PATCH' ? Promise.reject(Error('cut')) : usual(url, how)"
+    tab.js(f"fetch = (url, how) => {{ seen.push(how.method); return {cut}; }}; null")
+    tab.choose(tmp_path / "notes.txt")
+    tab.press("Send")
+    tab.until("seen.includes('PATCH')")
+    assert len(server.server.hub.files) == 1
+    tab.js("[...document.querySelectorAll('#waiting button')].pop().click()")
+    tab.until("seen.includes('DELETE')")
+    tab.say("nothing but this")
+    tab.wait_for("nothing but this")
+    assert not server.server.hub.files
+
+
 def test_a_removed_text_is_gone_from_quotes_too(running, browse):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
