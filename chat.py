@@ -11678,7 +11678,7 @@ def open_websocket(session: WebSession, request: Request) -> None:
         return session.respond(400, "a handshake is one of HTTP/1.1, without a body")
     if len(request.headers.get("origin", ())) > 1:
         return session.respond(400, "a request has one Origin")
-    if not origin_allowed(session.site.web, request.header("origin"), request.header("host")):
+    if not origin_allowed(session.site.web, request.header("origin"), request.host):
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
     lines = ["HTTP/1.1 101 Switching Protocols", *WEBSOCKET_OFFER]
@@ -12204,7 +12204,7 @@ def tell_offset(session: WebSession, request: Request) -> Steps:
 def wanted_range(header: str, size: int) -> tuple[int, int] | None:
     """Return first byte and end of a Range (RFC 9110 section 14). None means all of the file, as
     for several ranges and for invalid ones. Raises Refused if the range is outside the file."""
-    match = re.fullmatch(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", header)
+    match = re.fullmatch(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", header, re.IGNORECASE)
     if match is None or not (match[1] or match[2]):
         return None
     if not match[1]:

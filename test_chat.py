@@ -12578,6 +12578,11 @@ BAD_HANDSHAKES = [  # what is changed, and the status
     ("Host: localhost:7000", "Host: localhost:7000\nOrigin: http://evil.example", 403),
     ("Host: localhost:7000", "Host: localhost:7000\nOrigin: http://a\nOrigin: http://b", 400),
     ("Host: localhost:7000", "Host: evil.example", 421),
+    (  # of a target that is a whole URL, Host is ignored
+        "GET /irc HTTP/1.1\nHost: localhost:7000",
+        "GET http://localhost:7000/irc HTTP/1.1\nHost: evil.example\nOrigin: http://evil.example",
+        403,
+    ),
 ]
 
 
@@ -13169,6 +13174,7 @@ def test_content_that_is_gone_from_disk_is_not_found(files, monkeypatch):
 RANGES = [  # of a file of 10 bytes: header, status, content
     ("bytes=0-3", 206, b"0123"),
     ("bytes=4-", 206, b"456789"),
+    ("Bytes=4-", 206, b"456789"),
     ("bytes=-3", 206, b"789"),
     ("bytes=-99", 206, b"0123456789"),
     ("bytes=9-9", 206, b"9"),
