@@ -2607,8 +2607,8 @@ def test_a_copy_of_a_service_cannot_send_a_notice(service, code):
 
 
 # Channels have the same fault. Also: JOIN, RENAME, line protocol.
-@pytest.mark.parametrize("code, place, _", INVISIBLE, ids=as_id)
-def test_a_channel_with_an_invisible_character_in_its_name_cannot_be(code, place, _):
+@pytest.mark.parametrize("code, place", dict.fromkeys(case[:2] for case in INVISIBLE), ids=as_id)
+def test_a_channel_with_an_invisible_character_in_its_name_cannot_be(code, place):
     house = House()
     come(house, "alice")
     house.enter("dora")
@@ -4299,7 +4299,7 @@ def picture_of(hub):
     return whole
 
 
-@pytest.mark.parametrize("run", some(range(20), 2))
+@pytest.mark.parametrize("run", some(range(8), 2))
 def test_the_same_acts_on_a_new_hub_give_the_same_state_and_the_same_events(seeded, run):
     house = House()
     start = house.now
@@ -4350,7 +4350,7 @@ def lasting(hub):
     }
 
 
-@pytest.mark.parametrize("run", some(range(20), 2))
+@pytest.mark.parametrize("run", some(range(8), 2))
 def test_what_is_stored_is_loaded_as_it_was(seeded, run, tmp_path):
     house = House(store=chat.Store(tmp_path / "chat.db"))
     live_at_random(seeded, house, 300)
@@ -6328,7 +6328,7 @@ def fault_at_random(seeded, nodes, names):
         house.cluster.save(now=True)
 
 
-@pytest.mark.parametrize("run", some(range(20)))
+@pytest.mark.parametrize("run", some(range(8)))
 def test_nodes_that_are_killed_cut_off_and_started_again_are_the_same_in_the_end(
     seeded, folder, run
 ):
@@ -20694,7 +20694,7 @@ def live_abroad(name, n, acts, **options):
     return abroad
 
 
-LIVES = 60 if THOROUGH else 2
+LIVES = 20 if THOROUGH else 2
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -25655,7 +25655,7 @@ def test_a_network_that_swallows_everything_is_noticed_and_left(running):
 
 def test_a_slow_line_with_a_long_delay_carries_everything(running):
     server = running()
-    with Proxy(server.address, latency=0.05, rate=20_000) as proxy:
+    with Proxy(server.address, latency=0.03, rate=20_000) as proxy:
         exactly_once(server.address, proxy.where, 1000 if RUNS else 10)
 
 
