@@ -13,7 +13,8 @@ are those of chat.py, in its order. Helpers that many tests use:
     Abroad          a client core on a Foreign server, which has traits; chance leads its life
     Desk            a terminal's display, and the screen that it draws
     Running         a server on a real port in a thread (the fixture `running`); Guest, Visitor
-    program()       chat.py in a process; serving() is a server, piped() a client
+    program()       chat.py in a process, a copy of one that has imported it; serving() is a
+                    server, piped() a client
     Proxy           a network that resets, delays and swallows
     Linked, Sender  a link with a loop of its own, and one that sends files
     InMemory        transfers of files, whose requests a script answers
