@@ -1173,6 +1173,12 @@ class Budget:
 LongAnswer = Iterator[None] | None  # the rest of it, if there is one
 
 
+def require_operator(who: "Session") -> None:
+    """Raise Refused unless the session operates the server."""
+    if not who.operator:
+        raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
+
+
 class Command(NamedTuple):
     """A command, and the requirements that the gate checks before it runs."""
 
@@ -1227,8 +1233,8 @@ class Commands(dict[str, Command]):
             params = given[: command.most]
         if len(params) < command.least:
             raise Refused("NEED_MORE_PARAMS", f"usage: {command.syntax}", verb)
-        if command.privileged and not session.operator:
-            raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
+        if command.privileged:
+            require_operator(session)
         return command.handler(session, *params)
 
 
@@ -1451,9 +1457,8 @@ def is_loopback(host: str) -> bool:
 
 
 def address_key(host: str, own: str = "") -> str:
-    """Return an address as limits count it: an IPv6 address as its /64, since one user has a whole
-    /64. A LAN shares a /64: addresses in the /64 of `own` (our address) count as themselves, and so
-    do link-local ones."""
+    """Return an address as limits count it: an IPv6 address as its /64, since one user has all of
+    that. A LAN shares one: addresses in the /64 of `own`, ours, and link-local ones stay whole."""
     host = host.strip("[]").partition("%")[0]
     if ":" not in host:
         return host
@@ -2011,9 +2016,8 @@ class Membership:
 
 
 class Mask:
-    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?, or an
-    extended mask. a:ACCOUNT means the users logged in to that account; m:MASK means users who may
-    be in the channel but not speak."""
+    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?; or else
+    a:ACCOUNT, for users logged in to it, or m:MASK, for users who may join but not speak."""
 
     __slots__ = ("by_account", "mutes", "pattern", "setter", "text", "when")
 
@@ -2613,16 +2617,16 @@ class LocalSession(Session):
         if then and not self.over:  # a K-line, for example, ends the session that logs in
             then(result)
 
-    def later(self, lane: str, job: Callable, then: Callable) -> None:
-        """Run job() off the loop, then then(its result). The session's next line waits for that."""
+    def later(self, lane: str, job: Callable, *values: Any, then: Callable) -> None:
+        """Run job(*values) off the loop, then then(its result). The next line waits for that."""
         self.deferred = True
         self.jobs += 1
         self.latest = Awaited(self, then)
-        self.site.server.later(self, lane, job, self.latest)
+        self.site.server.later(self, lane, functools.partial(job, *values), self.latest)
 
-    def read(self, job: Callable, then: Callable) -> None:
-        """Run a job that reads the store, then then(its result). The next line waits for that."""
-        self.later(PAGE_LANE, job, then)
+    def read(self, job: Callable, *values: Any, then: Callable) -> None:
+        """Run a job that reads the store: see later()."""
+        self.later(PAGE_LANE, job, *values, then=then)
 
     def take_result(self, job: Awaited, result: Any) -> None:
         """Handle the result of a job: a value, or the ChatError that it raised."""
@@ -2796,10 +2800,10 @@ def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
 # The log of a turn
 
 
-def attempt(work: Callable[[], Any], report: Callable) -> Any:
-    """Return work(), or None if it raises: a bug in one event or result loses that one only."""
+def attempt(report: Callable, work: Callable, *values: Any) -> Any:
+    """Return work(*values), or None if it raises: a bug loses one event or result only."""
     try:
-        return work()
+        return work(*values)
     except Exception:
         report()
         return None
@@ -2808,26 +2812,23 @@ def attempt(work: Callable[[], Any], report: Callable) -> Any:
 class Group:
     """The events of one audience in a turn: encoded once for each wire, and joined once."""
 
-    def __init__(self, audience: Audience):
-        self.audience = audience
+    def __init__(self, audience: Audience, report: Callable):
+        self.audience, self.report = audience, report  # to which bugs go
         self.by_wire = audience.sessions_by_wire()
         self.events: list[Event] = []
         self.special: list[int] = []  # indices of what is not SPOKEN: each wire has its own line
-        self.origins: dict[Session | None, list[int]] = {}  # indices of their events
+        # Indices of their events
+        self.origins: dict[Session, list[int]] = collections.defaultdict(list)
         self.encoded: dict[Any, list[bytes]] = {}  # a line each, by wire or format
         self.joins: dict[Any, tuple[bytes, list[int]]] = {}  # all lines, and where each begins
 
     def add(self, event: Event) -> None:
-        index, origin, events = len(self.events), event.origin, self.events
-        if origin is not None:
-            mine = self.origins.get(origin)
-            if mine is None:
-                self.origins[origin] = [index]
-            else:
-                mine.append(index)
+        index = len(self.events)
+        if event.origin is not None:
+            self.origins[event.origin].append(index)
         if event.kind is not MESSAGE and event.kind not in SPOKEN:
             self.special.append(index)
-        events.append(event)
+        self.events.append(event)
 
     @functools.cached_property
     def ids(self) -> list[int]:
@@ -2837,37 +2838,36 @@ class Group:
         """Return the cache key: wires with one format share a group that has only messages."""
         return wire if self.special else wire.format
 
-    def lines(self, wire: Wire, report: Callable) -> list[bytes]:
+    def lines(self, wire: Wire) -> list[bytes]:
         """Return a line for each event, as this wire has them. They are encoded once."""
         key = self.key(wire)
         if (lines := self.encoded.get(key)) is not None:
             return lines
         if (lines := self.encoded.get(wire.format)) is None:
-            lines = self.encoded[wire.format] = self._spoken(wire, report)
+            lines = self.encoded[wire.format] = self._spoken(wire)
         if self.special:
             lines = self.encoded[key] = lines.copy()
             for n in self.special:
-                encode = functools.partial(wire.line, self.audience, self.events[n])
-                lines[n] = attempt(encode, report) or b""
+                lines[n] = attempt(self.report, wire.line, self.audience, self.events[n]) or b""
         return lines
 
-    def _spoken(self, wire: Wire, report: Callable) -> list[bytes]:
+    def _spoken(self, wire: Wire) -> list[bytes]:
         """Encode the messages. A bug in one message loses only that message."""
         encode = functools.partial(wire.format.encode, self.audience)
         spoken = [e for e in self.events if e.kind in SPOKEN] if self.special else self.events
         try:
             lines = encode(spoken)
         except Exception:
-            lines = [attempt(lambda e=e: b"".join(encode([e])), report) or b"" for e in spoken]
+            lines = [b"".join(attempt(self.report, encode, [event]) or ()) for event in spoken]
         for n in self.special:
             lines.insert(n, b"")
         return lines
 
-    def joined(self, wire: Wire, report: Callable) -> tuple[bytes, list[int]]:
+    def joined(self, wire: Wire) -> tuple[bytes, list[int]]:
         """Return all lines as one bytes object, and the offsets where they begin and end."""
         key = self.key(wire)
         if (found := self.joins.get(key)) is None:
-            lines = self.lines(wire, report)
+            lines = self.lines(wire)
             starts = list(itertools.accumulate(map(len, lines), initial=0))
             found = self.joins[key] = b"".join(lines), starts
         return found
@@ -2882,24 +2882,17 @@ class Group:
                 ranges.append((start, end))
         return ranges
 
-    def own_lines(
-        self, session: LocalSession, copies: Iterable[int], report: Callable
-    ) -> list[tuple[int, bytes]]:
+    def own_lines(self, session: LocalSession, copies: Iterable[int]) -> list[tuple[int, bytes]]:
         """Return the lines that a session gets for its own user's events: index and bytes."""
-        lines = self.lines(session.wire, report)
+        lines, for_origin, report = self.lines(session.wire), session.for_origin, self.report
         mine = self.origins.get(session, [])
         if copies:
             found = ((bisect.bisect_left(self.ids, id), id) for id in copies)
             mine = mine + [n for n, id in found if self.ids[n : n + 1] == [id]]
-        own = ((n, functools.partial(session.for_origin, self.events[n], lines[n])) for n in mine)
-        return [(n, attempt(line, report) or b"") for n, line in own]
+        return [(n, attempt(report, for_origin, self.events[n], lines[n]) or b"") for n in mine]
 
     def joined_for(
-        self,
-        session: LocalSession,
-        ranges: list[tuple[int, int]],
-        copies: Iterable[int],
-        report: Callable,
+        self, session: LocalSession, ranges: list[tuple[int, int]], copies: Iterable[int]
     ) -> bytes:
         """Return the bytes of a session that no other group concerns. The lines between its replies
         and its own events are slices of the shared bytes: a thousand users who join in one turn
@@ -2907,14 +2900,13 @@ class Group:
         count, mine = len(self.ids), self.origins.get(session, ())
         if ranges == [(0, count)] and 50 * len(mine) > count and not (copies or session.replies):
             with contextlib.suppress(Exception):  # one of a few who speak
-                lines = self.lines(session.wire, report).copy()
+                lines = self.lines(session.wire).copy()
                 for n in mine:
                     lines[n] = session.for_origin(self.events[n], lines[n])
                 return b"".join(lines)
-        own = self.own_lines(session, copies, report)
-        blob, starts = self.joined(session.wire, report)
+        blob, starts = self.joined(session.wire)
         breaks = [(bisect.bisect_right(self.ids, id), 0, data) for id, data in session.replies]
-        breaks += [(n, 1, data) for n, data in own]
+        breaks += [(n, 1, data) for n, data in self.own_lines(session, copies)]
         breaks.sort(key=lambda one: one[:2])
         pieces, position = [], 0
         for index, taken, data in [*breaks, (count, 0, b"")]:
@@ -3034,15 +3026,13 @@ class Turn:
             if group is not None:
                 group.add(event)
             elif event.kind not in PERSONAL:  # they were rendered before, see Session.hear()
-                group = groups[event.audience] = Group(event.audience)
+                group = groups[event.audience] = Group(event.audience, report)
                 group.add(event)
         several = self._in_several(groups.values())
-        heard: dict[Session, list[Group]] = {
-            session: [] for session in self.individually_addressed | several
-        }
+        heard: dict[Session, list[Group]] = {s: [] for s in self.individually_addressed | several}
         for group in groups.values():
             for wire, sessions in group.by_wire.items():
-                if wire is not None and (data := group.joined(wire, report)[0]):
+                if wire is not None and (data := group.joined(wire)[0]):
                     yield data, sessions - heard.keys()
                 for session in heard.keys() & sessions:
                     heard[session].append(group)
@@ -3052,7 +3042,7 @@ class Turn:
                 own = session if session in self.individually_addressed else session.wire
                 alike.setdefault((own, *told), []).append(session)
         for (_, *told), sessions in alike.items():
-            if data := attempt(lambda s=sessions[0], t=told: self.lines_for(s, t, report), report):
+            if data := attempt(report, self.lines_for, sessions[0], told):
                 yield data, sessions
 
     def _in_several(self, groups: Collection[Group]) -> set[Session]:
@@ -3063,7 +3053,7 @@ class Turn:
         times = collections.Counter(itertools.chain(*lists))
         return {session for session, count in times.items() if count > 1}
 
-    def lines_for(self, session: LocalSession, groups: list[Group], report: Callable) -> bytes:
+    def lines_for(self, session: LocalSession, groups: list[Group]) -> bytes:
         """Return one session's lines of the log, in the log's order."""
         session.replies.sort(key=lambda one: one[0])
         if not groups:
@@ -3078,11 +3068,10 @@ class Turn:
                 spans = group.audience.membership_spans(session, user)
             ranges[group] = group.seen((max(a, since), min(b, until)) for a, b in spans)
         if len(groups) == 1:
-            return groups[0].joined_for(session, ranges[groups[0]], copies, report)
+            return groups[0].joined_for(session, ranges[groups[0]], copies)
         numbered = list(session.replies)
         for group in groups:
-            lines = group.lines(session.wire, report)
-            own = dict(group.own_lines(session, copies, report))
+            lines, own = group.lines(session.wire), dict(group.own_lines(session, copies))
             for n in itertools.chain(*(range(*one) for one in ranges[group])):
                 numbered.append((group.ids[n], own.get(n, lines[n])))
         # A reply stands behind the event that it follows. The sort is stable
@@ -4126,9 +4115,8 @@ def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> st
     if not nick:
         raise Refused("NEED_NICK", "take a name first", "*")
     if name != nick:
-        raise Refused(
-            "ACCOUNT_NAME_MUST_BE_NICK", f"an account is named like its user: {nick}", name
-        )
+        text = f"an account is named like its user: {nick}"
+        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", text, name)
     if hub.accounts.is_foreign(name, "") or hub.users.get(fold(name)) not in (None, user):
         raise Refused("ACCOUNT_EXISTS", f"{name} is registered already", name)
     return name
@@ -4569,14 +4557,14 @@ def remove_file(hub: Hub, who: Session, id: str) -> None:
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
-    """Note that a message of the owner carries the file's link; the last one removes the file."""
+    """Note that a message carries its owner's file, which is removed with the last of these."""
     if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
         hub.files.by_message[event.id] = file.id
         keep_file(hub, file._replace(messages=(*file.messages, event.id)))
 
 
 def redact_file(hub: Hub, who: Session, message: int) -> None:
-    """Forget a redacted message that carried a file's link; the last one removes the file."""
+    """Forget a redacted message that carried a file, which is removed with the last of these."""
     file = hub.files.get(hub.files.by_message.pop(message, ""))
     if file is None:
         return
@@ -4668,6 +4656,10 @@ def check_may_redact(
     raise Refused("REDACT_FORBIDDEN", text, name, message_id)
 
 
+def invalid_target(*about: str) -> Refused:
+    return Refused("INVALID_TARGET", "no such channel or conversation that you may read", *about)
+
+
 def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
     """Return the keys of the history that a user reads under a name: of a channel, or of talks with
     a user or account, present or not, and with guests who had the name. Raises Refused."""
@@ -4681,7 +4673,7 @@ def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
             keys += conversation_keys(hub, user.identity, identity)
         keys += hub.guest_conversations(user.identity, fold(name))
     if not keys:
-        raise Refused("INVALID_TARGET", "no such channel or conversation that you may read", name)
+        raise invalid_target(name)
     return keys
 
 
@@ -4795,11 +4787,6 @@ def become_operator(hub: Hub, who: Session, name: str) -> None:
     hub.operators.add(who)
     user = who.user
     hub.emit(USER_MODE, user.source, Audience(user.name, sessions={who}), "+o", user.name, who)
-
-
-def require_operator(who: Session) -> None:
-    if not who.operator:
-        raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
 
 
 @act
@@ -5025,7 +5012,7 @@ def revision_of(session: LocalSession, name: str, verifier: Verifier) -> str:
 def prove(session: LocalSession, name: str, password: str) -> Steps:
     """Check an account's password; return the registered name and the proof. Raises Refused."""
     account, verifier = claimed_account(session, name)
-    if not (yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))):
+    if not (yield do(session.later, PASSWORD_LANE, verifier.fits, password)):
         raise wrong_login()
     return account, revision_of(session, account, verifier)
 
@@ -5052,7 +5039,7 @@ def change_own_password(session: LocalSession, old: str, new: str) -> Steps:
     name = own_account(session.user)
     check_password(new, name)
     account, proof = yield from prove(session, name, old)
-    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, new))
+    verifier = yield do(session.later, PASSWORD_LANE, make_verifier, new)
     yield do(session.act, "change_password", account, proof, tuple(verifier))
     session.answer(PASSWORD_CHANGED)
 
@@ -5076,9 +5063,8 @@ def check_registration(session: LocalSession, nick: str, wanted: str, email: str
     if "off" in rules:
         raise Refused("TEMPORARILY_UNAVAILABLE", "this server makes no accounts", name)
     if session.user is None and "before-connect" not in rules:
-        raise Refused(
-            "COMPLETE_CONNECTION_REQUIRED", "register after you have joined the server", name
-        )
+        text = "register after you have joined the server"
+        raise Refused("COMPLETE_CONNECTION_REQUIRED", text, name)
     name = check_new_account(session.site.hub, session.user, nick, wanted)
     if ("email-required" in rules or email not in ("", "*")) and not EMAIL.fullmatch(email):
         raise Refused("INVALID_EMAIL", "write one address, like alice@example.org", name)
@@ -5101,11 +5087,11 @@ def register_nick(
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
     if not is_loopback(host):
         accounts.made.failed(host, "", ticks)
-    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, password))
+    verifier = yield do(session.later, PASSWORD_LANE, make_verifier, password)
     check_registration(session, nick, wanted, email)  # another user may have been quicker
     if by_mail:
         code = accounts.await_code(Account(name, verifier, email))
-        yield do(session.later, MAIL_LANE, functools.partial(site.server.mail, email, name, code))
+        yield do(session.later, MAIL_LANE, site.server.mail, email, name, code)
         return name, ""
     account = yield do(session.act, "register_account", nick, wanted, tuple(verifier), "")
     return account.name, account.revision
@@ -5133,7 +5119,7 @@ def oper(session: LocalSession, name: str, password: str, done: Callable[[], Non
     hub, host = session.site.hub, session.conn.limit_key
     hub.accounts.throttle.begin(host, OPERATOR_PASSWORD, hub.ticks, "WRONG_PASSWORD")
     verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
-    fits = yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))
+    fits = yield do(session.later, PASSWORD_LANE, verifier.fits, password)
     who = f"{session.user.source.mask} as {name}"
     session.site.server.note(f"OPER: {who}{'' if fits else ': wrong password'}")
     if not fits:
@@ -5289,6 +5275,8 @@ MIGRATIONS = (
 )
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
+NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest id of a target
+SPOKEN_KINDS = ", ".join(f"'{kind}'" for kind in SPOKEN)
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 
@@ -5692,8 +5680,7 @@ class SearchIndex:
             self.reading = Readers(path, self.db)
             query = "SELECT ifnull(max(last), 0), ifnull(max(stale * 2 >= messages AND stale), 0)"
             self.indexed, self.rebuild_due = self.db.execute(f"{query} FROM parts").fetchone()
-            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            query = f"SELECT id FROM targets WHERE {newest} > ?"
+            query = f"SELECT id FROM targets WHERE {NEWEST} > ?"
             self.behind = {row[0] for row in store.db.execute(query, [self.indexed])}
             self.known = store.last_id
             self.redacted(row[0] for row in store.db.execute("SELECT id FROM erased"))
@@ -5804,10 +5791,9 @@ class SearchIndex:
         self, db: sqlite3.Connection, targets: Iterable[int], first: int, last: int
     ) -> list[tuple]:
         """Return id, place and text for the index: the place is words for target and name."""
-        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
         query = f"""
             SELECT id, name, text FROM events
-            WHERE target = ? AND id BETWEEN ? AND ? AND kind IN ({kinds})"""
+            WHERE target = ? AND id BETWEEN ? AND ? AND kind IN ({SPOKEN_KINDS})"""
         return [
             (id, f"t{target} n{fold(name).encode().hex()}", words_of(text))
             for target in targets
@@ -5929,9 +5915,7 @@ class DedupKeys:
     def lost(self, owners: Iterable[str], own_id: str, ticks: int) -> bool:
         return any(self.not_stored.get((owner, own_id), 0) > ticks for owner in owners)
 
-    def _look_up(
-        self, db: sqlite3.Connection, owners: Iterable[str], own_id: str
-    ) -> tuple[int, int] | None:
+    def _look_up(self, db: sqlite3.Connection, owners: Iterable[str], own_id: str) -> tuple | None:
         names = list(owners)
         marks = ", ".join("?" * len(names))
         query = f"SELECT event, target FROM dedup WHERE own_id = ? AND owner IN ({marks})"
@@ -6057,10 +6041,9 @@ class Retention:
             self.excess.add(key)
         if foundings <= FOUNDINGS_SILENT or key not in self.founded or self.store.node:
             return
-        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
-        spoken = f"EXISTS (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({kinds}))"
         query = f"""
-            SELECT id FROM targets WHERE key = ? AND NOT {spoken}
+            SELECT id FROM targets WHERE key = ? AND NOT EXISTS
+                (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({SPOKEN_KINDS}))
             ORDER BY founding DESC LIMIT -1 OFFSET {FOUNDINGS_SILENT}"""
         self.orphans.update(row[0] for row in self.db.execute(query, [key]))
 
@@ -6070,8 +6053,7 @@ class Retention:
         pages, free, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas)
         used = (pages - free) * size
         if used > MEMORY_BYTES and not self.orphans:
-            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            query = f"SELECT id, events FROM targets WHERE {newest} ORDER BY {newest}"
+            query = f"SELECT id, events FROM targets WHERE {NEWEST} ORDER BY {NEWEST}"
             rows = self.db.execute(query).fetchall()
             excess = (1 - MEMORY_BYTES / used) * sum(events for _, events in rows)
             sizes = itertools.accumulate((events for _, events in rows), initial=0)
@@ -6102,7 +6084,7 @@ class Retention:
             self.orphans.discard(target)
 
     def _excess(self, key: str) -> tuple[int, int, int]:
-        """Return the rows of a key beyond `keep`, its oldest target with rows, and its founding."""
+        """Return how many rows exceed `keep`, the oldest target with rows, and its founding."""
         query = "SELECT id, founding, events FROM targets WHERE key = ? ORDER BY founding"
         targets = self.db.execute(query, [key]).fetchall()
         oldest = next(((id, founding) for id, founding, events in targets if events > 0), (0, 0))
@@ -6124,7 +6106,7 @@ class Retention:
             self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
 
     def excess_of(self, key: str) -> tuple[str, int, int] | None:
-        """Return key, founding and last id of a slice that an act is to delete; None without."""
+        """Return key, founding and last id of a slice for an act to delete; None if it has none."""
         excess, oldest, founding = self._excess(key)
         self.excess.discard(key)
         last = self._last_of(oldest, min(PRUNE_ROWS, excess)) if excess > 0 else 0
@@ -6201,9 +6183,7 @@ class Store:
     def reserve_ids(self) -> None:
         """Begin a block of ids for this start. Ids that earlier starts reserved and did not store
         are not valid in requests."""
-        newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-        query = f"SELECT ifnull(max({newest}), 0) FROM targets"
-        last = self.db.execute(query).fetchone()[0]
+        last = self.db.execute(f"SELECT ifnull(max({NEWEST}), 0) FROM targets").fetchone()[0]
         reserved = self.db.execute("SELECT ifnull(max(reserved), 0) FROM starts").fetchone()[0]
         self.last_id = self.reserved = max(last, reserved)
         if self.node:
@@ -7050,9 +7030,9 @@ def apply_batch(
     begun = len(hub.turn.events)
     if asks:
         for act, ask in zip(batch.acts, asks, strict=True):  # a bug in what only this node does
-            attempt(ask.begin, report)  # must not keep it from the rest of the entry
+            attempt(report, ask.begin)  # must not keep it from the rest of the entry
             result = perform_act(hub, act, report)
-            attempt(functools.partial(ask.finish, result), report)
+            attempt(report, ask.finish, result)
     else:
         for act in batch.acts:
             perform_act(hub, act, report)
@@ -8344,8 +8324,7 @@ class IrcSession(LocalSession):
 
     def tell_renamed(self, old: str, name: str, reason: str) -> None:
         """Tell a client without draft/channel-rename a PART and a JOIN, unless both names are the
-        same to it (CASEMAPPING=ascii). Names follow when the session has its turn: a renaming of a
-        crowded channel must not stop the others."""
+        same to it (CASEMAPPING=ascii). Names follow in its turn: a crowd must not stop others."""
         if old.encode().lower() == name.encode().lower():
             return
         mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
@@ -8530,9 +8509,8 @@ def isupport(site: SessionContext) -> list[str]:
 
 
 def web_tokens(session: IrcSession) -> list[str]:
-    """Return the tokens of 005 with the address of the page for browsers, and the address for
-    uploads (draft/FILEHOST, and soju's name for it) beside the one that says that upload tokens can
-    be asked for (draft/authtoken)."""
+    """Return the tokens of 005 for the page for browsers, for uploads (draft/FILEHOST, and soju's
+    name for it), and for the tokens that uploads need (draft/authtoken)."""
     url = base_url(session.site, session.conn.secure, session.conn.local)
     tokens = [f"chat.py/WEB={url}/"]
     if session.site.folder is not None:
@@ -8892,7 +8870,7 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
             session.send_line(f"AUTHENTICATE {piece}")
     else:
         then = functools.partial(go_on_sasl, session, exchange.mechanism.send)
-        session.later(PASSWORD_LANE, said, then)
+        session.later(PASSWORD_LANE, said, then=then)
 
 
 def begin_sasl(session: IrcSession, name: str) -> None:
@@ -9123,7 +9101,7 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     if known and session.site.store.path is None:  # in memory a read comes too soon
         found = known[0].id, known[0]
     else:
-        found = yield do(session.read, functools.partial(hub.store.dedup.event, owners, own_id))
+        found = yield do(session.read, hub.store.dedup.event, owners, own_id)
     if found is None:  # the turn in which it was said could not be stored
         return session.tell_not_kept(own_id, "it could not be stored")
     id, event = found
@@ -9604,12 +9582,6 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Lo
 # History
 
 
-def invalid_target(subcommand: str, name: str) -> Refused:
-    return Refused(
-        "INVALID_TARGET", "no such channel or conversation that you may read", subcommand, name
-    )
-
-
 def readable(session: IrcSession, name: str, about: str) -> Scope:
     """Return the scope of a channel, user, account or nick, if it may be read. Raises Refused."""
     hub, user = session.site.hub, session.user
@@ -9659,10 +9631,8 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     hub, user = session.site.hub, session.user
     first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))  # an id is first
     keys = [channel.key for channel in user.channels]
-    newest = functools.partial(
-        session.site.store.history.newest, keys, hub.identities(user.identity)
-    )
-    found = yield do(session.read, newest)
+    newest = session.site.store.history.newest
+    found = yield do(session.read, newest, keys, hub.identities(user.identity))
     hub.work += WORK_OF_THE_PAST * len(found)
     names = {channel.key: channel.name for channel in user.channels}
     matching = []
@@ -9777,9 +9747,8 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
         if marks[0] != "*":
             since = parse_mark(session.site.hub, marks[0], how, name)
         for kind in changes_told(session):
-            span = Span(scope, (kind,), after=since)
-            page = functools.partial(session.site.store.history.page, span, CHANGES_A_PAGE, True)
-            changes += yield do(session.read, page)
+            span, page = Span(scope, (kind,), after=since), session.site.store.history.page
+            changes += yield do(session.read, page, span, CHANGES_A_PAGE)
 
     def check() -> None:
         if readable(session, name, how) != scope:  # the user left it, or is another user now
@@ -9828,9 +9797,8 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     else:
         scopes = [Scope((channel.key,)) for channel in user.channels]
     span, author = Span(Scope(()), SPOKEN, **bounds), fold(wanted.get("from", ""))
-    index = session.site.store.search_index
-    search = functools.partial(index.search, scopes, wanted["text"], span, count, author)
-    found = yield do(session.read, search)
+    search = session.site.store.search_index.search
+    found = yield do(session.read, search, scopes, wanted["text"], span, count, author)
     if name:
         readable(session, name, "in")
     session.go_on_with(tell_found(session, found))
@@ -9853,7 +9821,7 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> Steps:
         id = 0
     else:
         span = Span(scope, SPOKEN, Mark(time=stamp - 1), Mark(time=stamp + 1))
-        found = yield do(session.read, functools.partial(session.site.store.history.page, span, 1))
+        found = yield do(session.read, session.site.store.history.page, span, 1)
         id = found[0].id if found else 0
     yield do(session.act, "mark_read", name, stamp, id)
     session.tell_marker(name)
@@ -10906,7 +10874,7 @@ def line_history(session: LineSession, *params: str) -> Steps:
         channel.member(session.user)
         audience = channel.audience
     span = Span(scope_of(hub, session.user, audience))
-    events = yield do(session.read, functools.partial(session.site.store.history.page, span, count))
+    events = yield do(session.read, session.site.store.history.page, span, count)
 
     def check() -> None:
         if channel:
@@ -10922,8 +10890,8 @@ def line_search(session: LineSession, words: str) -> Steps:
     """/search WORDS -- what was said with them in the channel you speak in"""
     channel = session.current_channel()
     scope = scope_of(session.site.hub, session.user, channel.audience)
-    search = functools.partial(session.site.store.search_index.search, [scope], words, Span(scope))
-    found = yield do(session.read, functools.partial(search, HISTORY_LINES))
+    search = session.site.store.search_index.search
+    found = yield do(session.read, search, [scope], words, Span(scope), HISTORY_LINES)
     events, prefix = [event for _, event in found], line_prefix(channel)
     end = f"found {counted(len(found), 'message')} with {words}"
 
@@ -12081,9 +12049,10 @@ def end_pieces(session: WebSession) -> None:
     finish_upload(session, upload)
 
 
-def take_piece(session: WebSession, piece: bytes) -> None:
+@in_steps
+def take_piece(session: WebSession, piece: bytes) -> Steps:
     """Write a piece of the body to disk. The next piece waits for that."""
-    upload, folder = session.upload, session.site.folder
+    upload = session.upload
     if piece == END_OF_BODY:
         session.take_body = do_nothing
         return end_pieces(session)
@@ -12094,12 +12063,9 @@ def take_piece(session: WebSession, piece: bytes) -> None:
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
     file = session.site.hub.files.get(upload.id)
-    job = functools.partial(folder.append, upload.handle, piece)
-    write = functools.partial(session.later, FILE_LANE, job, do_nothing)
     if upload.total is None and file and upload.at > file.size:
-        size = min(most, 2 * upload.at)
-        return session.act("resize_file", upload.id, size, then=lambda _: write())
-    return write()
+        yield do(session.act, "resize_file", upload.id, min(most, 2 * upload.at))
+    yield do(session.later, FILE_LANE, session.site.folder.append, upload.handle, piece)
 
 
 def take_pieces(session: WebSession) -> None:
@@ -12128,8 +12094,7 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
     if tus and has_body and piece_type != PIECE_TYPE:
         drop_upload(session, keep=False)
         return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
-    begin = functools.partial(session.site.folder.begin, id)
-    upload.handle = yield do(session.later, FILE_LANE, begin)
+    upload.handle = yield do(session.later, FILE_LANE, session.site.folder.begin, id)
     return take_pieces(session) if has_body else end_pieces(session)
 
 
@@ -12187,8 +12152,7 @@ def continue_file(session: WebSession, request: Request) -> Steps:
     upload = session.upload = Upload(file.id, file.size, resumable=True)
     session.at_end = functools.partial(drop_upload, session, keep=True)
     site.uploading[file.id] = session
-    reopen = functools.partial(site.folder.reopen, file.id)
-    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, site.folder.reopen, file.id)
     if (at := upload.at) != offset:
         drop_upload(session, keep=True)
         return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
@@ -12217,14 +12181,13 @@ def tell_offset(session: WebSession, request: Request) -> Steps:
     file = yield from own_file(session, request)
     if file.sha or file.id in files.finishing:
         return tell_progress(session, file.id, file.size)
-    at = yield do(session.later, FILE_LANE, functools.partial(folder.size, file.id))
+    at = yield do(session.later, FILE_LANE, folder.size, file.id)
     known = files.get(file.id)  # meanwhile it may have been completed, or removed
     if at < file.size or known is None or known.sha or file.id in files.finishing:
         return tell_progress(session, file.id, at)
     end_older(session, file.id)
     upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
-    reopen = functools.partial(folder.reopen, file.id)
-    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, folder.reopen, file.id)
     finish_upload(session, upload)
 
 
@@ -12269,8 +12232,8 @@ def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
     hub, most = session.site.hub, FILE_PIECE_BYTES
     while at < end:
         size, asked = min(most, end - at), hub.ticks
-        read = functools.partial(session.site.folder.read, session.reading, at, size)
-        session.later(READ_LANE, read, functools.partial(send_piece, session))
+        then, read = functools.partial(send_piece, session), session.site.folder.read
+        session.later(READ_LANE, read, session.reading, at, size, then=then)
         yield
         at += size
         fast = hub.ticks - asked < FAST_PIECE_MS
@@ -12307,8 +12270,8 @@ def send_file(session: WebSession, request: Request) -> Steps:
     allowed = "; media-src 'self'; style-src 'unsafe-inline'" if is_video else ""
     policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
     headers += [policy, *session.cors(), f"Content-Length: {end - first}"]
-    job = functools.partial(session.site.folder.open, file.sha)
-    handle = session.reading = yield do(session.later, READ_LANE, job)
+    open_file = session.site.folder.open
+    handle = session.reading = yield do(session.later, READ_LANE, open_file, file.sha)
     if handle is None:
         return answer_file(session, 404, NO_SUCH_FILE)
     session.send_head(206 if part else 200, *headers)
@@ -21295,6 +21258,14 @@ BELIEVE_THE_SYSTEM = Trust()
 NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
 
 
+def resolve_server(target: Target, trust: Trust) -> tuple[Any, list[tuple[int, tuple]]]:
+    """Return the TLS context for a server, None without TLS, and the server's addresses, each with
+    its family. Both may take a while: this is for a helper."""
+    context = trust.context() if target.tls else None
+    found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    return context, [(family, address) for family, *_, address in found]
+
+
 def advice_after(why: str) -> str:
     """Return what the user can do after a failure that will not pass by itself."""
     wants_password = "password" in why.lower() and "/pass" not in why
@@ -21337,15 +21308,6 @@ def lock_range(fd: int, number: int, on: bool) -> None:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN, 1, number)
 
 
-def unlock_byte(path: pathlib.Path, number: int) -> None:
-    fd, held = LOCK_FILES.get(path, (-1, set()))
-    if number in held:
-        lock_range(fd, number, False)
-        held.discard(number)
-        if not held:
-            os.close(LOCK_FILES.pop(path)[0])
-
-
 def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
     """Lock one byte of a file until this process ends, and return a function that unlocks it; None
     if it is locked already. POSIX drops all locks of a process on a file when it closes the file
@@ -21362,14 +21324,22 @@ def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
             return None
         raise  # this file system cannot lock
     held.add(number)
-    return functools.partial(unlock_byte, path, number)
+
+    def unlock() -> None:
+        if number in held:
+            lock_range(fd, number, False)
+            held.discard(number)
+            if not held:
+                os.close(LOCK_FILES.pop(path)[0])
+
+    return unlock
 
 
 # The files of earlier versions, each of which is taken over once
 
 
 def take_over(db: sqlite3.Connection, servers: pathlib.Path, logins: pathlib.Path) -> None:
-    """Move what files of JSON hold to client.db. A damaged file is left alone."""
+    """Move the contents of two JSON files to client.db. A damaged file is left alone."""
     rows, found = {"servers": [], "logins": []}, []
     for path in (servers, logins):
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -21589,7 +21559,7 @@ class HappyEyeballs:
 
 
 class LinkConnection(Connection):
-    """A connection that tells its link what happens."""
+    """A connection that passes its events on to its link."""
 
     __slots__ = ("link",)
 
@@ -21661,15 +21631,14 @@ def why_not_trusted(reason: str) -> str:
 
 class CertificateCheck:
     """The check of a server's certificate: signed by an authority, or pinned, or trusted by the
-    user. An attempt to connect leaves here what the next one has to find out."""
+    user. It can take two attempts to connect: the fields say what the next one looks for."""
 
     def __init__(self, trust: Trust, known: KnownServers):
         self.trust, self.known = trust, known
         self.pin: str | None = None  # of the certificate that the server is to have
         self.refused = ""  # why a certificate was: the next attempt only reads its fingerprint
-        self.other = (
-            ""  # the new fingerprint of a known server: the next attempt finds if it is signed
-        )
+        # The new fingerprint of a known server: the next attempt finds out whether it is signed
+        self.other = ""
         self.doubted, self.doubt = "", ""  # what the user has to judge: fingerprint and reason
 
     def next_trust(self, target: Target) -> Trust:
@@ -21679,9 +21648,9 @@ class CertificateCheck:
         return self.trust._replace(pin=self.pin, insecure=looking)
 
     def judge(self, target: Target, fingerprint: str) -> tuple[str, str]:
-        """Return why a certificate is not accepted, or ""; and what the user has to know of it."""
+        """Return why a certificate is not accepted, or "", and a text about it for the user."""
         if self.refused:
-            self.ask_user(fingerprint, f"the certificate of {target} {self.refused}")
+            self.doubted, self.doubt = fingerprint, f"the certificate of {target} {self.refused}"
             self.refused = ""
             return UNTRUSTED, self.doubt
         if not Trust(pin=self.pin).accepts(fingerprint):
@@ -21695,9 +21664,6 @@ class CertificateCheck:
         self.other = ""  # it is signed: the one that the user trusted is not needed any more
         self.known.remember(target, pin="")
         return "", f"{target} has a new certificate, signed by a trusted authority"
-
-    def ask_user(self, fingerprint: str, doubt: str) -> None:
-        self.doubted, self.doubt = fingerprint, doubt
 
     def trust_doubted(self, target: Target) -> None:
         """Pin the certificate that the user has judged."""
@@ -21802,14 +21768,8 @@ class Link:
         with contextlib.suppress(sqlite3.Error):  # then it is what it was
             self.known.refresh()
         trust = self.certificate.next_trust(self.target)
-
-        def look_up() -> tuple[Any, list]:
-            """Look up the addresses, and load certificates for TLS: both may take a while."""
-            host, port = self.target.host, self.target.port
-            context = trust.context() if self.target.tls else None
-            return context, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-
-        self.helpers.submit(self, look_up, self._found)
+        job = functools.partial(resolve_server, self.target, trust)
+        self.helpers.submit(self, job, self._found)
 
     def status(self, text: str) -> None:
         self.show([ViewEvent(STATUS, text)])
@@ -21881,7 +21841,7 @@ class Link:
         self.leaving, self.reason = True, reason
         if at_once and not self.core.ready:
             self._end("")
-        elif at_once and self.core.ready:
+        elif at_once:
             self._say_goodbye()
         else:
             self._carry_on([])
@@ -21909,10 +21869,9 @@ class Link:
             return self.lost(reason)
         if isinstance(result, Exception):  # UnicodeError: no name of a host looks like that
             return self.lost("no name of a host")
-        context, found = result
+        context, addresses = result
         self.began = self.loop.now
         self._enter(CONNECTING)
-        addresses = [(family, address) for family, *_, address in found]
         self.race = HappyEyeballs(self.loop, addresses, functools.partial(self._tried, context))
 
     def _tried(self, context: Any, sock: socket.socket | None, reason: str) -> None:
@@ -21963,7 +21922,7 @@ class Link:
         self._carry_on(self.core.feed(data))
 
     def _carry_on(self, views: list[ViewEvent]) -> None:
-        """Show, send and decide what is next, after anything that may have changed the core."""
+        """Show, send and decide the next step, after anything that may have changed the core."""
         self.show(views + self.core.take_views())
         if self.core.outbox.locked_at < math.inf and self.pace is None:
             self.pace = self.loop.call_later(LOCK_RETRY_SECONDS, self._send_more)
@@ -21986,7 +21945,9 @@ class Link:
             self.dismissal = self.loop.call_later(DISMISSED_SECONDS, drop)
         if self.core.ready:
             self._stand()
-        self._keep_pace()
+        wait = self.core.talk.wait if self.core.talk else None
+        if wait is not None and self.pace is None:  # as the server's rate limit allows it
+            self.pace = self.loop.call_later(max(wait, 0.01), self._send_more)
 
     def _keep_policy(self) -> None:
         """Remember how long this server demands TLS, if it says so over TLS (IRCv3 sts)."""
@@ -22003,12 +21964,6 @@ class Link:
             return LOGGING_IN if core.talk.sasl.running else REGISTERING
         syncing = any(room.held is not None and room.inside for room in core.rooms.values())
         return SYNCING if syncing else ONLINE
-
-    def _keep_pace(self) -> None:
-        """Send more once the server's rate limit allows it."""
-        wait = self.core.talk.wait if self.core.talk else None
-        if wait is not None and self.pace is None:
-            self.pace = self.loop.call_later(max(wait, 0.01), self._send_more)
 
     def _send_more(self) -> None:
         self.pace = None
@@ -22113,21 +22068,20 @@ class Link:
             return self._end(text)
         advice = advice_after(text)
         if self.certificate.other and not self.trust.pin:
-            self.certificate.ask_user(self.certificate.other, text)
+            self.certificate.doubted, self.certificate.doubt = self.certificate.other, text
             advice = "/trust believes the new one from now on, /quit leaves"
-        self.certificate.other, self.core.quitting = "", False
-        self._enter(WAITING)
-        self.show([ViewEvent(NOTE, f"{text}; {advice}")])
-        return self.status(text)
+        self.certificate.other = ""
+        return self._wait_for_user(text, advice)
 
     def _ask_user(self, reason: str) -> None:
-        """Stop trying, and tell the user the choices; without a user, end."""
+        """Tell the user the choices; without a user, end the link."""
         why = f"{self.target}: {self.core.refusal or reason}"
-        if not self.asks:
-            return self._end(why)
+        return self._wait_for_user(why, advice_after(why)) if self.asks else self._end(why)
+
+    def _wait_for_user(self, why: str, advice: str) -> None:
         self.core.quitting = False
         self._enter(WAITING)
-        self.show([ViewEvent(NOTE, f"{why}; {advice_after(why)}")])
+        self.show([ViewEvent(NOTE, f"{why}; {advice}")])
         self.status(why)
 
     def _come_back(self, reason: str) -> None:
@@ -22204,7 +22158,7 @@ class NatsLink:
         self.conn: LinkConnection | None = None
         self.dialogue: NatsDialogue | None = None
         self.context: Any = None  # of TLS
-        self.host, self.address = "", ""
+        self.target: Target | None = None
         self.began = 0.0  # when this connection was made; monotonic
         self.reason = ""  # why there is no connection; it was logged
         self.up = False  # the log is read
@@ -22214,20 +22168,15 @@ class NatsLink:
 
     def dial(self) -> None:
         """Try the next NATS server."""
-        self.host, port = next(self.servers)
-        self.address = address_text(self.host, port)
-
-        def look_up() -> tuple[Any, list]:
-            context = Trust(None, None, False, None).context() if self.options.tls else None
-            return context, socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)
-
-        self.server.helpers.submit(self, look_up, self.found)
+        self.target = Target(*next(self.servers), self.options.tls)
+        job = functools.partial(resolve_server, self.target, BELIEVE_THE_SYSTEM)
+        self.server.helpers.submit(self, job, self.found)
 
     def found(self, result: Any) -> None:
         if isinstance(result, Exception):
             return self.again(str(result))
         self.context, addresses = result
-        return HappyEyeballs(self.loop, [(one[0], one[4]) for one in addresses], self.connected)
+        return HappyEyeballs(self.loop, addresses, self.connected)
 
     def connected(self, sock: socket.socket | None, reason: str) -> None:
         if sock is None:
@@ -22241,7 +22190,7 @@ class NatsLink:
         """Try the next server in a moment; log the reason if it is another one."""
         if reason != self.reason:
             self.reason = reason
-            log.warning("NATS at %s: %s; trying again", self.address, reason)
+            log.warning("NATS at %s: %s; trying again", self.target, reason)
         self.loop.call_later(NATS_RETRY_SECONDS, self.dial)
 
     def give_up_silent(self) -> None:
@@ -22286,7 +22235,8 @@ class NatsLink:
             cluster.connected(NatsLog(dialogue, name, days, cluster.hub.sequence), self.loop.now)
         if (dialogue.wants_tls or self.context) and dialogue.info and self.conn.tls is None:
             dialogue.out.clear()  # it introduces itself once that is done
-            self.conn.encrypt(TlsFilter(self.context or Trust().context(), self.host))
+            context = self.context or BELIEVE_THE_SYSTEM.context()
+            self.conn.encrypt(TlsFilter(context, self.target.host))
 
     def flush(self) -> None:
         """Send what the dialogue has to send, at once: all nodes wait for it."""
@@ -22300,7 +22250,7 @@ class NatsLink:
         self.give_up_silent()
         self.attempt(lambda: self.cluster.tick(self.loop.now))
         if self.cluster.caught_up and not self.up:
-            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.address)
+            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.target)
             self.reason = ""
         self.up = self.cluster.caught_up
         seconds = NODE_TICK_SECONDS if self.cluster.caught_up else NODE_TICK_SECONDS / 10
@@ -22480,26 +22430,20 @@ class CallRequest(NamedTuple):
     sent: Callable[[int], None] = do_nothing
 
     def head(self) -> bytes:
-        lines = [f"{self.method} {self.url.path} HTTP/1.1", f"Host: {self.url.authority}"]
+        lines = [f"{self.method} {self.url.path} HTTP/1.1", f"Host: {self.url.server}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         return "\r\n".join([*lines, "Connection: close", "", ""]).encode()
 
 
 class Url(NamedTuple):
-    """The parts of an http or https URL."""
+    """An http or https URL."""
 
-    tls: bool
-    host: str
-    port: int
+    server: Target
     path: str
-
-    @property
-    def authority(self) -> str:
-        return address_text(self.host, self.port)
 
 
 def parse_url(text: str, base: Url) -> Url:
-    """Return the parts of a URL, or of a path on the server of `base`. Raises Unusable."""
+    """Parse a URL, or a path on the server of `base`. Raises Unusable."""
     scheme, _, rest = text.partition("://")
     authority, slash, path = rest.partition("/")
     if re.fullmatch(r"/[!-~]*", text):
@@ -22508,18 +22452,16 @@ def parse_url(text: str, base: Url) -> Url:
     if scheme.lower() not in ("http", "https") or not host or not re.fullmatch(r"[!-~]*", path):
         raise Unusable(f"{visible(text) or 'nothing'} is no address of a file")
     tls = scheme.lower() == "https"
-    return Url(tls, host, port or (443 if tls else 80), f"{slash or '/'}{path}")
+    return Url(Target(host, port or (443 if tls else 80), tls), f"{slash or '/'}{path}")
 
 
 def free_path(path: pathlib.Path, taken: Collection[str] = ()) -> pathlib.Path:
     """Return this path, or one with a number, where no file is yet; none of the `taken` ones."""
-    for number in itertools.count(2):
-        there = path.exists() or path.with_name(f"{path.name}.part").exists()
-        if not there and str(path) not in taken:
-            return path
+    numbers = itertools.count(2)
+    while path.exists() or path.with_name(f"{path.name}.part").exists() or str(path) in taken:
         stem = re.sub(r" \(\d+\)$", "", path.stem)
-        path = path.with_name(f"{stem} ({number}){path.suffix}")
-    raise Unusable("no name is free")  # never: the numbers have no end
+        path = path.with_name(f"{stem} ({next(numbers)}){path.suffix}")
+    return path
 
 
 def whole_bytes(text: str) -> int:
@@ -22570,8 +22512,8 @@ def check_unchanged(one: Transfer) -> None:
 
 
 class Download:
-    """The part of a file that one request for it brings. It is written off the loop; until a piece
-    is on disk, the connection is not read."""
+    """One request for the rest of a file. The file is written off the loop; until a piece is on
+    disk, the connection is not read."""
 
     def __init__(self, transfers: "Transfers", one: Transfer, part: pathlib.Path, at: int):
         self.transfers, self.one, self.part, self.at = transfers, one, part, at
@@ -22733,8 +22675,7 @@ class Transfers:
 
     @property
     def base(self) -> Url:
-        target = self.link.target
-        return Url(target.tls, target.host, target.port, "/")
+        return Url(self.link.target, "/")
 
     def _call(self, one: Transfer, request: CallRequest, follows: bool = True) -> None:
         """Connect to the server of a request, and send the request. A download follows one redirect
@@ -22750,35 +22691,31 @@ class Transfers:
                         return self._call(one, request._replace(url=there), follows=False)
             return request.done(response, text)
 
-        here = (url.host, url.port) == (link.target.host, link.target.port) and link.conn
+        here = url.server[:2] == link.target[:2] and link.conn
         peer = peer_address(link.conn.sock) if here and link.conn.state == OPEN else None
+        target = Target(*(peer or url.server[:2]), url.server.tls)
         trust = link.trust._replace(pin=link.certificate.pin)
-
-        def look_up() -> tuple[Any, list]:
-            context = trust.context() if url.tls else None
-            where = peer or (url.host, url.port)
-            return context, socket.getaddrinfo(*where, type=socket.SOCK_STREAM)
 
         def found(result: Any) -> None:
             if isinstance(result, Exception):
                 return done(None, str(result))
             context, addresses = result
-            addresses = [(family, address) for family, *_, address in addresses]
-            tried = functools.partial(connected, context)
-            HappyEyeballs(self.loop, addresses, tried)
+            HappyEyeballs(self.loop, addresses, functools.partial(connected, context))
 
         def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
             if sock is None:
                 return done(None, reason)
             if one.id not in self.calls:
                 return sock.close()
-            tls = TlsFilter(context, url.host) if context else None
+            tls = TlsFilter(context, url.server.host) if context else None
             call = request._replace(done=done)
             self.calls[one.id] = WebCall(link.helpers, sock, tls, call, trust)
 
-        link.helpers.submit(self, look_up, found)
+        link.helpers.submit(self, functools.partial(resolve_server, target, trust), found)
 
     def _headers(self, token: str, **more: Any) -> dict[str, str]:
+        """Return the headers of a request of tus, with a login: the token, or name and password."""
+        more["Tus_Resumable"] = "1.0.0"
         headers = {name.replace("_", "-"): str(value) for name, value in more.items()}
         login = self.core.me.login
         if token:
@@ -22796,39 +22733,45 @@ class Transfers:
 
     # Up
 
+    def _ask(self, one: Transfer, request: CallRequest, *accepted: int) -> None:
+        """Send a request of an upload. After a status that is not one of the accepted ones, the
+        upload waits or fails."""
+
+        def answered(response: Response | None, text: str) -> None:
+            if is_temporary(response):
+                self.broke(one, text)
+            elif response.status in accepted:
+                request.done(response, text)
+            else:
+                self.refused(one, response, text)
+
+        self._call(one, request._replace(done=answered))
+
     def _create(self, one: Transfer, token: str) -> None:
         name = base64.b64encode(one.name.encode()).decode()
         known = {"Upload_Length": one.size, "Upload_Metadata": f"filename {name}"}
-        headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0, **known)
+        headers = self._headers(token, Content_Length=0, **known)
         url = parse_url(self.core.transfers.url, self.base)
 
-        def created(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status != 201:
-                return self.refused(one, response, text)
+        def created(response: Response, text: str) -> None:
             one.url = response.header("location")
             self.core.transfers.keep(one)
-            return self._send_from(one, token, 0) if one.size else self._sent(one)
+            self._send_from(one, token, 0)
 
-        self._call(one, CallRequest("POST", url, headers, created))
+        self._ask(one, CallRequest("POST", url, headers, created), 201)
 
     def _look(self, one: Transfer, token: str) -> None:
         """Ask the server how many bytes of an upload it has."""
-        headers = self._headers(token, Tus_Resumable="1.0.0")
+        gone = (403, 404, 410)  # the upload expired, or is another guest's
 
-        def told(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status in (403, 404, 410):  # the upload expired, or is another guest's
+        def told(response: Response, text: str) -> None:
+            if response.status in gone:
                 one.url = ""
                 return self._create(one, token)
-            if response.status not in (200, 204):
-                return self.refused(one, response, text)
             return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
 
-        url = self._own_url(one)
-        self._call(one, CallRequest("HEAD", url, headers, told))
+        request = CallRequest("HEAD", self._own_url(one), self._headers(token), told)
+        self._ask(one, request, 200, 204, *gone)
 
     def _own_url(self, one: Transfer) -> Url:
         """Return the URL of a file: on this server, under the address that the client uses."""
@@ -22838,9 +22781,10 @@ class Transfers:
 
     def _send_from(self, one: Transfer, token: str, at: int) -> None:
         if at >= one.size:
-            return self._sent(one)
+            self.core.transfers.post(one)
+            return self._over(one)
         piece = {"Content_Type": PIECE_TYPE, "Content_Length": one.size - at}
-        headers = self._headers(token, Tus_Resumable="1.0.0", Upload_Offset=at, **piece)
+        headers = self._headers(token, Upload_Offset=at, **piece)
 
         def read(where: int) -> bytes:
             check_unchanged(one)  # first, since to open a pipe may take for ever
@@ -22853,11 +22797,7 @@ class Transfers:
         def sent(done: int) -> None:
             one.done = max(at, done)
 
-        def answered(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status not in (204, 409):
-                return self.refused(one, response, text)
+        def answered(response: Response, text: str) -> None:
             there = whole_bytes(response.header("upload-offset"))
             if there <= at:
                 return self.broke(one, "the server takes nothing of it")
@@ -22865,12 +22805,7 @@ class Transfers:
 
         self._go_on_from(one, at)
         request = CallRequest("PATCH", self._own_url(one), headers, answered, read, at, sent=sent)
-        self._call(one, request)
-
-    def _sent(self, one: Transfer) -> None:
-        """Post the link of a complete upload."""
-        self.core.transfers.post(one)
-        self._over(one)
+        self._ask(one, request, 204, 409)
 
     def _take_back(self, one: Transfer) -> None:
         """Have the server remove what it has of an upload that is not completed: it counts against
@@ -22883,7 +22818,7 @@ class Transfers:
             self.calls.pop(call.id, None)
 
         def remove(token: str) -> None:
-            headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0)
+            headers = self._headers(token, Content_Length=0)
             with contextlib.suppress(Unusable):  # the server gave no address
                 request = CallRequest("DELETE", self._own_url(one), headers, done)
                 self.calls[call.id] = None
@@ -22900,14 +22835,8 @@ class Transfers:
         self._go_on_from(one, at)
         headers = {"Range": f"bytes={at}-", "If-Range": one.etag} if at and one.etag else {}
         down = Download(self, one, part, at)
-        self._call(
-            one,
-            CallRequest(
-                *("GET", self._own_url(one), headers, down.done),
-                piece=down.take,
-                began=down.began,
-            ),
-        )
+        request = CallRequest("GET", self._own_url(one), headers, down.done)
+        self._call(one, request._replace(piece=down.take, began=down.began))
 
     def saved(self, one: Transfer, part: pathlib.Path) -> None:
         path = pathlib.Path(one.path)
@@ -23042,9 +22971,8 @@ STRING_BEGINS = ("\x1b]", "\x1bP", "\x1b_", "\x1b^", "\x1bX")  # of such answers
 STRING_ANSWER = re.compile(r"\x1b(?:\][0-9]|P[0-9>+$!]|_G)")  # else Alt and a capital letter
 STRING_MOST = 4096  # characters of one: what is longer is none
 SEQUENCE_MOST = 32  # characters of any other sequence
-LATE_SEQUENCE = (
-    r"\[[0-9;?<=>]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"  # what an ESC may still belong to
-)
+# The rest of a sequence whose ESC was taken for a key
+LATE_SEQUENCE = r"\[[0-9;?<=>]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
@@ -23059,9 +22987,9 @@ class KeyDecoder:
     def __init__(self) -> None:
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.rest = ""
-        self.pasted: str | None = None  # what of a paste has come so far
+        self.pasted: str | None = None  # the beginning of a paste whose end has not come
         self.escaped = -math.inf  # when the beginning of a sequence was taken for keys ...
-        self.cut = ""  # ... and what it was: ESC, or more
+        self.cut = ""  # ... and that beginning: ESC, or more
 
     def feed(self, data: bytes, now: float = 0.0) -> list[Key]:
         """Return the keys in these bytes, which came at time `now`, in seconds."""
@@ -23154,9 +23082,6 @@ def is_regional(c: str) -> bool:
     return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
 
 
-SOFT_HYPHEN = "\xad"
-
-
 def is_inner_jamo(c: str) -> bool:
     """Return whether `c` is a vowel or final of conjoining Hangul, which joins its initial."""
     return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
@@ -23171,7 +23096,7 @@ def cluster_width(cluster: str) -> int:
     first = cluster[0]
     if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
         return 2
-    if first == SOFT_HYPHEN:
+    if first == "\xad":  # the soft hyphen
         return 1
     marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
     if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
@@ -23626,8 +23551,8 @@ def said_lines(view: ViewEvent, look: Look) -> list[str]:
 def noticed_lines(view: ViewEvent, look: Look) -> list[str]:
     """Return the lines of a NOTICE: those of a message, with - around the name."""
     head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
-    first, *others = view.text.split("\n")
-    return [f"{head}-{look.palette.name(view.name)}- {first}", *(f"    {line}" for line in others)]
+    text = view.text.replace("\n", "\n    ")
+    return f"{head}-{look.palette.name(view.name)}- {text}".split("\n")
 
 
 def found_lines(view: ViewEvent, look: Look) -> list[str]:
@@ -23656,9 +23581,8 @@ EXPLAINED = re.compile(r"(/\S.*?|\S.*?:) {2,}(\S.*)")  # a command or a key, and
 def told_lines(view: ViewEvent, look: Look) -> list[str]:
     if match := EXPLAINED.fullmatch(view.text):
         return beside(*match.groups(), look.columns)
-    first, *others = view.text.split("\n")
-    head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}{first}")
-    return [head, *(look.palette.dim(f"  {line}") for line in others)]
+    text = f"{clock_of(view, look)} {where_of(view, look)}{view.text}"
+    return [look.palette.dim(line) for line in text.replace("\n", "\n  ").split("\n")]
 
 
 def page_lines(view: ViewEvent, look: Look) -> list[str]:
@@ -23832,8 +23756,8 @@ class ScrollbackView:
         self.back = False  # a page is read
         self.end = self.cut = 0
         self.at_top = False  # nothing older is here ...
-        self.owed = 0  # ... but the person wanted to go up by so many rows
-        self.mark: int | None = None  # the number of the first view that is new to the person
+        self.owed = 0  # ... but the user wanted to go up by so many rows
+        self.mark: int | None = None  # the number of the first view that is new to the user
         self.budget = Budget(LINES_AT_ONCE, LINES_A_SECOND, now)
 
     @property
@@ -23920,7 +23844,7 @@ class ScrollbackView:
         self.cut += rows
         while self.end > self.first + 1 and self.cut >= (tall := len(self.rows(self.end))):
             self.end, self.cut = self.end - 1, self.cut - tall
-        missing = max(0, self.height - self._above())
+        missing = max(0, self.height + self.cut - len(self._page_rows()))
         self._down(missing)
         self.at_top = missing > 0
         self.owed = rows if (self.end, self.cut) == before else 0
@@ -23940,21 +23864,17 @@ class ScrollbackView:
     def page(self) -> list[tuple[str, bool]]:
         """Return the rows of the page, as rows() has them."""
         self.end = max(self.end, min(self.total, self.first + 1))  # the oldest may be gone
+        rows = self._page_rows()
+        return rows[: len(rows) - self.cut][-self.height :]
+
+    def _page_rows(self) -> list[tuple[str, bool]]:
+        """Return the rows of the last views up to number `end`: as many views as fill the page."""
         rows: list[tuple[str, bool]] = []
         for number in range(self.end, self.first, -1):
             rows = self.rows(number) + rows
             if len(rows) - self.cut >= self.height:
                 break
-        return rows[: len(rows) - self.cut][-self.height :]
-
-    def _above(self) -> int:
-        """Return the number of rows from the page's bottom upwards, at most a page and a view."""
-        found = -self.cut
-        for number in range(self.end, self.first, -1):
-            found += len(self.rows(number))
-            if found >= self.height:
-                break
-        return found
+        return rows
 
     def _down(self, rows: int) -> None:
         self.cut -= rows
@@ -24020,12 +23940,12 @@ class Display:
         self.cleared = False  # ... or emptied: what was said is above
         self.bell = False
         self.notice = ""  # for the desktop, as an escape sequence
-        self.server = ""  # which it is, if there are several
+        self.server = ""  # its address, if there are several servers
         self.elsewhere: Callable[[], Iterable[tuple[str, Room]]] = list  # on the other servers
-        self.fetching = False  # what is older than all that is here
+        self.fetching = False  # older messages are on their way
         self.paged = False  # the other buffer is shown ...
         self.was_drawn = False  # ... and whether the two rows are there on the first
-        self.seen: Any = None  # what was written last, and need not be again
+        self.seen: Any = None  # the last frame: it is not written twice
         self.noted: dict[int, ViewEvent] = {}  # views that are rows already, by identity
         core.at_once = self.note
 
@@ -24052,15 +23972,12 @@ class Display:
         for view in views:
             if self.noted.pop(id(view), None) is None and view.kind in self.ROWS:
                 self.ROWS[view.kind](self, view)
-            if view.called and not (view.past or view.mine or self._is_muted(view)):
+            room = self.core.find(view.where)
+            if view.called and not (view.past or view.mine or (room and room.muted)):
                 self.bell |= self.core.setting("bell") == "on"
                 self.notice = notification(self.core.setting("notify"), view)
             if handler := self.TAKEN.get(view.kind):
                 handler(self, view)
-
-    def _is_muted(self, view: ViewEvent) -> bool:
-        room = self.core.find(view.where)
-        return room is not None and room.muted
 
     def keep(self, view: ViewEvent, room: Room | None = None) -> None:
         """Add a view to its conversation, unless the core has added it."""
@@ -24349,7 +24266,7 @@ class Input:
         except PermissionError:  # /dev/null
             self.watched = False
         if not self.watched:
-            self.loop.call_soon(self._read)
+            self.loop.call_soon(self.ready)
 
     def pause(self) -> None:
         if not self.paused:
@@ -24357,10 +24274,7 @@ class Input:
             if self.watched:
                 self.loop.selector.unregister(self.fd)
 
-    def ready(self, mask: int) -> None:
-        self._read()
-
-    def _read(self) -> None:
+    def ready(self, mask: int = READ) -> None:
         if self.paused:
             return
         try:
@@ -24374,7 +24288,7 @@ class Input:
             self.pause()
         self.take(data)
         if data and not self.watched:
-            self.loop.call_soon(self._read)
+            self.loop.call_soon(self.ready)
 
 
 class ClientOptions(NamedTuple):
@@ -24443,6 +24357,10 @@ class Client:
     def show(self, views: list[ViewEvent]) -> None:
         raise NotImplementedError
 
+    def note(self, text: str) -> None:
+        """Show a text of the client's own, where the user looks."""
+        self.show([ViewEvent(NOTE, text)])
+
     def over(self, reason: str) -> None:
         """End the client with its link."""
         self.reason = self.reason or reason
@@ -24480,6 +24398,8 @@ class Seat:
 class ManyServers(Client):
     """The base of the clients with a screen. The user looks at one server: `seat`. Its core and
     link are also those of this client."""
+
+    leave_seconds: float = STOP_SECONDS
 
     def __init__(self, options: ClientOptions):
         super().__init__(options)
@@ -24529,28 +24449,28 @@ class ManyServers(Client):
             self.connect(url)
         self.look_at(first)
 
-    def connect(self, words: str, **more: Any) -> None:
+    def connect(self, words: str) -> None:
         """Handle /connect [URL [NICK]], or HOST PORT [NICK]: add a server beside the others, or
-        list them. `more` are options of ClientOptions."""
+        list them."""
         url, *more_words = words.split() or [""]
         if more_words and more_words[0].isdecimal():  # HOST PORT, as other clients have it
             url = f"{url}:{more_words.pop(0)}"
         name = " ".join(more_words)
         if not url:
             targets = ", ".join(str(seat.link.target) for seat in self.seats)
-            return self.show([ViewEvent(NOTE, f"connected to: {targets}; /connect URL adds one")])
+            return self.note(f"connected to: {targets}; /connect URL adds one")
         try:
             target = parse_target(url)
             known = (seat for seat in self.seats if str(seat.link.given) == str(target))
             if (seat := next(known, None)) is not None:
                 return self.look_at(seat)
+            options = self.options._replace(target=target, join=(), lobby=False)
             # The secrets of the first server are not for this one
-            usual = {"join": (), "password": "", "login": None, "lobby": False}
-            usual |= {"trust": Trust(self.options.trust.ca)}
-            usual |= {"name": name or nick_in(url) or self.options.name}
-            return self.look_at(self.add(self.options._replace(target=target, **usual | more)))
+            options = options._replace(password="", login=None, trust=Trust(self.options.trust.ca))
+            name = name or nick_in(url) or self.options.name
+            return self.look_at(self.add(options._replace(name=name)))
         except ChatError as error:
-            return self.show([ViewEvent(NOTE, str(error))])
+            return self.note(str(error))
 
     def add(self, options: ClientOptions) -> Seat:
         """Connect to one more server, and stay if that fails. Raises Unusable."""
@@ -24566,7 +24486,7 @@ class ManyServers(Client):
     def disconnect(self) -> None:
         """Handle /disconnect: leave the server that is looked at."""
         if len(self.seats) == 1:
-            return self.show([ViewEvent(NOTE, "this is the only server; /quit leaves")])
+            return self.note("this is the only server; /quit leaves")
         return self.seat.link.leave(at_once=True)
 
     def keep_servers(self) -> None:
@@ -24602,13 +24522,11 @@ class ManyServers(Client):
         self.seats_changed()
         if waiting := len(seat.core.outbox.waiting):
             reason += f"; {self.fate_of(waiting)}"
-        return self.show(
-            [ViewEvent(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")]
-        )
+        return self.note(f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")
 
     def leave(self, reason: str = "") -> None:
-        """Leave all servers; give them STOP_SECONDS to take the rest."""
-        self.loop.call_later(STOP_SECONDS, lambda: self.over(""))
+        """Leave all servers; give them some seconds to take the rest."""
+        self.loop.call_later(self.leave_seconds, lambda: self.over(""))
         self.quitting = True
         for seat in list(self.seats):
             seat.link.leave(at_once=True, reason=reason)
@@ -24654,22 +24572,20 @@ class Filter(Client):
         super().__init__(options)
         self.was_up = False
         self.refused = 0  # lines that could not be said
-        self.login, self.join = options.login, options.join
-        self.commands = options.commands
         self.lines = LineBuffer(LINE_BYTES)
         self.failure = ""  # of something, although the rest went well
         self.speak = self.link.typed if options.commands else self.core.input.say
         self.input = Input(self.loop, 0, self.take)
         self.input.pause()  # until there is a server to tell it to
         self.link.drained = self.go_on
-        self.over_with = self.saying = False  # the input has ended; its lines are being said
+        self.input_over = self.saying = False  # the input has ended; its lines are being said
 
     def take(self, data: bytes) -> None:
         if data:
             self.lines.feed(data)
         else:
             self.lines.finish()
-            self.over_with = True
+            self.input_over = True
         self.go_on()
 
     def go_on(self) -> None:
@@ -24677,7 +24593,7 @@ class Filter(Client):
         if self.saying:  # which may make room, and call this
             return
         self.saying, said = True, False
-        while (self.core.ready or not self.commands) and not self.link.leaving:
+        while (self.core.ready or not self.options.commands) and not self.link.leaving:
             if (line := self.lines.take()) is None:
                 break
             self._say(line)
@@ -24687,24 +24603,25 @@ class Filter(Client):
         self.saying = False
         if self.link.leaving:
             return
-        if self.over_with and not self.lines.pending:
+        if self.input_over and not self.lines.pending:
             self.link.drained = do_nothing
             self.input.pause()
             self.link.leave(reason=self.link.reason)
-        elif self.link.has_room() and not self.over_with:
+        elif self.link.has_room() and not self.input_over:
             self.input.resume()
         else:
             self.input.pause()
 
     def _say(self, line: bytes) -> None:
+        text = line.decode(errors="replace")
         if line == TOO_LONG:
             self.failure = f"a line has at most {LINE_BYTES:,} bytes: it was not sent"
-        elif self.commands and is_quit(line.decode(errors="replace")):
-            self.link.reason = line.decode(errors="replace")[len("/quit") :].strip()
-            self.over_with = True  # and the client leaves once the lines before are acknowledged
+        elif self.options.commands and is_quit(text):
+            self.link.reason = text[len("/quit") :].strip()
+            self.input_over = True  # and the client leaves once the lines before are acknowledged
             self.lines.clear()
         else:
-            self.speak(line.decode(errors="replace"))
+            self.speak(text)
 
     def show(self, views: list[ViewEvent]) -> None:
         lines = []
@@ -24730,12 +24647,13 @@ class Filter(Client):
             reasons.append(f"{counted(failures, 'message')} did not arrive")
         if self.core.refusals and not reason:
             reasons.append(f"{counted(self.core.refusals, 'command')} refused")
-        if self.login and self.was_up and not self.core.me.account:
-            reasons.append(f"not logged in as {self.login.account}")
+        login = self.options.login
+        if login and self.was_up and not self.core.me.account:
+            reasons.append(f"not logged in as {login.account}")
         if self.core.odd_line and not (self.core.kind_confirmed or self.core.kind_forced or reason):
             text = f"the server answered {beginning(self.core.odd_line)!r}"
             reasons.append(f"{text}: perhaps it is no chat{IF_PLAIN}")
-        if self.join and self.was_up and self.core.kind == PLAIN:
+        if self.options.join and self.was_up and self.core.kind == PLAIN:
             reasons.append("a plain server has no channels; if it is one of IRC, write irc://...")
         if waiting:
             reasons.append(self.fate_of(waiting))
@@ -24906,7 +24824,7 @@ class TerminalClient(ManyServers):
             elif (text := self.editor.press(key)) is not None:
                 self.enter(text)
             if self.editor.refused:
-                self.show([ViewEvent(NOTE, self.editor.refused)])
+                self.note(self.editor.refused)
                 self.editor.refused = ""
         if self.editor.left:
             self.leave()
@@ -24950,7 +24868,7 @@ class TerminalClient(ManyServers):
         note = f"nothing was sent: {self.ended_room} is closed; Up brings the text back"
         self.ended_room = ""
         self.editor.set(self.writing_in.draft if self.writing_in else "")
-        self.show([ViewEvent(NOTE, note)])
+        self.note(note)
 
     def places(self) -> list[tuple[Seat, Room]]:
         """Return all conversations, server by server; their numbers are those of Alt and /go. A
@@ -24969,7 +24887,7 @@ class TerminalClient(ManyServers):
             head = f"{seat.link.target}: " if len(self.seats) > 1 and seat is not server else ""
             server = seat
             listed.append(f"{head}{n} {room.name or '(no conversation)'}{new}")
-        self.show([ViewEvent(NOTE, ", ".join(listed) or "there is none; /join #CHANNEL")])
+        self.note(", ".join(listed) or "there is none; /join #CHANNEL")
 
     def interrupt(self) -> None:
         """Handle Ctrl-C: empty the line, which Up brings back; on an empty line ask, and the next
@@ -24983,7 +24901,7 @@ class TerminalClient(ManyServers):
             return self.leave()
         elif now - self.cleared > CLEAR_SECONDS:
             self.asked = now
-            self.show([ViewEvent(NOTE, "Ctrl-C again leaves; so does /quit")])
+            self.note("Ctrl-C again leaves; so does /quit")
         self.pressed = True
 
     def complete(self, word: str, first: bool) -> list[str]:
@@ -25034,9 +24952,6 @@ class TerminalClient(ManyServers):
     def page_up(self) -> None:
         self.up(self.display.reader.height - 1)
 
-    def page_down(self) -> None:
-        self.display.reader.down(self.display.reader.height - 1)
-
     def up(self, rows: int) -> None:
         """Scroll up, and ask for older messages before the user reaches the oldest ones here."""
         reader = self.display.reader
@@ -25057,7 +24972,7 @@ class TerminalClient(ManyServers):
     KEYS = {
         "redraw": redraw,
         "page-up": page_up,
-        "page-down": page_down,
+        "page-down": lambda self: self.display.reader.down(self.display.reader.height - 1),
         "room-unread": go_unread,
         "room-next": go_next,
         "room-previous": lambda self: self.go_next(-1),
@@ -25271,8 +25186,6 @@ class Bench:
         for n in range(self.options.senders):
             self.senders.append(self._connect(f"s{n}"))
         self._settle()
-        for conn in self.receivers:
-            conn.counted = True
         for conn in self.receivers if self.options.rate else self.receivers[:1]:
             conn.times = True
         began = reported = time.perf_counter()
@@ -25512,12 +25425,12 @@ function el(tag, properties, ...children) {
   for (const key in properties) { // Firefox before 119 has them as attributes only
     if (/^aria/.test(key)) made.setAttribute(key.replace('aria', 'aria-'), properties[key]);
   }
-  made.append(...children.filter(Boolean));
+  made.append(...children.flat().filter(Boolean));
   return made;
 }
 
-const button = (text, onclick, more) =>
-  el('button', { type: 'button', onclick, ...more }, text);
+const button = (content, onclick, more) =>
+  el('button', { type: 'button', onclick, ...more }, content);
 const dim = (text) => el('p', { className: 'dim' }, text);
 const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(count)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
@@ -25530,8 +25443,9 @@ const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
+const oneLine = (text) => text.replace(/\s+/g, ' ');
 
-function formatter(style) { // made once, and not before it is needed: that is slow
+function formatter(style) { // made when it is first used: this is slow
   let made;
   return (time) => (made ??= new Intl.DateTimeFormat([], style)).format(new Date(time));
 }
@@ -25565,17 +25479,13 @@ const LINES = 190, BYTES = 16000; // of a message of several lines (draft/multil
 
 // Cut text into pieces of at most `room` bytes, between characters
 function pieces(text, room) {
-  const found = [''];
-  let used = 0;
-  for (const character of text) {
-    const size = character < '\x80' ? 1 : bytesOf(character).length;
-    if (used + size > room) {
-      found.push('');
-      used = 0;
-    }
-    found[found.length - 1] += character;
-    used += size;
-  }
+  const found = [], bytes = new Uint8Array(room);
+  let rest = text;
+  do {
+    const { read } = new TextEncoder().encodeInto(rest, bytes);
+    found.push(rest.slice(0, read));
+    rest = rest.slice(read);
+  } while (rest);
   return found;
 }
 
@@ -25674,7 +25584,7 @@ const state = { me: '', account: '', rooms: {}, outbox: [], batches: {},
   asked: {}, page: PAGE, phase: 'closed', why: '', retryAt: 0 };
 
 const isMe = (nick) => fold(nick) === fold(state.me);
-const roomOf = (target, nick) => room(isChannel(target) || isMe(nick) ? target : nick);
+const partner = (target, nick) => (isChannel(target) || isMe(nick) ? target : nick);
 const allRooms = () => Object.values(state.rooms);
 const lastOf = (list) => list[list.length - 1];
 
@@ -25710,13 +25620,13 @@ function fileOf(tag = '') {
   return path ? { path, type, size: +size, width: +width, height: +height } : null;
 }
 
-// A msgid is a number that grows, and four letters for a start of the server: one that has lost its
-// data begins again
+// A msgid is a number that grows, and four letters for the start of the server. After a server has
+// lost its data, its numbers begin again, with other letters
 const serial = (id) => parseInt(id.slice(0, -4), 16) || 0;
 const before = (a, b) => (a.id.slice(-4) === b.id.slice(-4) ? serial(a.id) < serial(b.id)
   : a.time < b.time);
 
-// The place of a message: in front of those that were said later
+// The index at which a message is inserted: in front of the later ones
 function placeOf(to, message) {
   let place = to.messages.length;
   for (let i = place - 1; message.id && i >= 0; i--) {
@@ -25727,7 +25637,7 @@ function placeOf(to, message) {
   return place;
 }
 
-// Put messages into a room, without those that are there: those of one place together
+// Add the messages that a room does not have yet; those with one place are inserted together
 function add(to, messages) {
   const places = new Map();
   for (const message of messages.filter(({ id }) => !id || !to.ids[id])) {
@@ -25787,9 +25697,8 @@ function react(to, id, nick, emoji, on) {
 // A message, reaction or removal: from a page of the past, or as it happens
 function happened(nick, [target, text], { verb, tags }) {
   if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
-  const to = state.rooms[fold(isChannel(target) || isMe(nick) ? target : nick)];
-  const id = tags['+draft/reply'];
-  if (!to) return; // one who only types opens no conversation
+  const to = state.rooms[fold(partner(target, nick))], id = tags['+draft/reply'];
+  if (!to) return; // typing alone opens no conversation
   if (verb === 'REDACT') {
     const message = find(to, text);
     const gone = { text: '', file: null, gone: true, reactions: [] };
@@ -25809,7 +25718,7 @@ function happened(nick, [target, text], { verb, tags }) {
 function heard(nick, [, text], line) {
   if (!line.source.includes('!')) return note(text); // from the server
   if (/^\x01(?!ACTION )/.test(text)) return null;
-  const message = messageOf(line), to = roomOf(message.target, nick);
+  const message = messageOf(line), to = room(partner(message.target, nick));
   delete to.typing[fold(nick)];
   add(to, [message]);
   if (line.tags.label) arrived(line.tags.label, to); // also a repeat, or said under another name
@@ -25822,7 +25731,7 @@ const RANKS = '~&@%+';
 const news = (to, text) => Object.keys(to.members).length <= 50 && tell(to, text);
 const because = (reason) => (reason ? `: ${reason}` : '');
 
-// What is said from now on is missed: `upTo` is the id of the last message that was not
+// Note that messages are missed from now on; `upTo` becomes the id of the last one that was not
 function miss(to) {
   to.joined = false;
   if (to.behind) return;
@@ -25853,7 +25762,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   NOTICE: heard,
   TAGMSG: happened,
   REDACT: happened,
-  PING: (nick, params) => reply(`PONG :${params[0]}`),
+  PING: (nick, params) => respond(`PONG :${params[0]}`),
   JOIN(nick, [name]) {
     const to = room(name);
     if (isMe(nick)) {
@@ -25888,7 +25797,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   MODE(nick, [name, ...modes]) {
     if (!isChannel(name)) return;
     tell(room(name), `${nick} set ${modes.join(' ')}`);
-    if (/[qaohv]/.test(modes[0])) reply(`NAMES ${name}`);
+    if (/[qaohv]/.test(modes[0])) respond(`NAMES ${name}`);
   },
   INVITE: (nick, [, name]) => note(`${nick} invites you: /join ${name}`),
   MARKREAD(nick, [name, marker = '']) {
@@ -25911,13 +25820,13 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   900: (nick, [, , account]) => { state.account = account; refresh(); },
   REGISTER(nick, [result, account, text]) {
     note(text);
-    if (result === 'SUCCESS') leader?.proveRegistered(account);
+    if (result === 'SUCCESS' && leader?.login) leader.prove({ ...leader.login, account });
   },
   NOTE: (nick, params) => params[0] !== 'SESSION' && note(lastOf(params)),
   FAIL: refused,
 };
 
-// Numerics that say nothing that a user here has to know: those of registration and of lists
+// Numerics that are not shown: those of registration and of lists
 const QUIET = /^(00.|2..|30[16]|333|366|37.|422|43[1237]|464|90[3-7])$/;
 
 function dispatch(line) {
@@ -25940,7 +25849,10 @@ function endBatch(key, { kind, target, line, lines }) {
   const said = lines.filter(({ verb }) => /PRIVMSG|NOTICE/.test(verb)).map(messageOf)
     .filter(({ text }) => !text.startsWith('\x01'));
   if (kind === 'soju.im/search') return showFound(said, asked);
-  if (kind === 'draft/chathistory-targets') return knowTargets(lines);
+  if (kind === 'draft/chathistory-targets') {
+    lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
+    return catchUp();
+  }
   if (kind !== 'chathistory') {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
   }
@@ -25977,7 +25889,7 @@ const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.i
 // Ask for what came while this browser was away: one room after the other, the one on the screen
 // first. What is said meanwhile stands below the gap
 function catchUp() {
-  if (!leader?.mayCatchUp() || isAsked('after', 'latest', 'targets')) return;
+  if (!leader?.registered || waiting().length || isAsked('after', 'latest', 'targets')) return;
   if (!leader.knowsTargets) {
     const newest = setting('newest');
     const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
@@ -25988,11 +25900,6 @@ function catchUp() {
   const { key, name, upTo } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
   if (upTo) request('after', key, `AFTER ${name} msgid=${upTo} ${state.page}`);
   else if (key) request('latest', key, `LATEST ${name} * ${state.page}`);
-}
-
-function knowTargets(lines) {
-  lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
-  catchUp();
 }
 
 function turnPage({ key, how }, messages, ended) {
@@ -26043,11 +25950,11 @@ function askOlder(to) {
 // A row with a blob is a file: when it is uploaded, the row becomes the message with its link
 
 // All parts of a long text are accepted, or none: a draft is sent again under the same ids
-async function say(target, text, { action = false, answers = '', own = newId() } = {}) {
-  const texts = action ? [text.replace(/\s+/g, ' ')] : messagesOf(text);
+async function say(target, text, { action = false, reply = '', own = newId() } = {}) {
+  const texts = action ? [oneLine(text)] : messagesOf(text);
   const first = Math.max(Date.now(), (lastOf(state.outbox)?.n ?? 0) + 1); // clocks may be set back
   await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: first + n / 1000,
-    target, text: part, action, reply: n ? '' : answers, failed: '' })));
+    target, text: part, action, reply: n ? '' : reply, failed: '' })));
 }
 
 const blobs = {}; // files that this browser does not keep, by `own`: they end with the tabs
@@ -26081,6 +25988,7 @@ async function retry({ own }) {
 // ---- Uploads (tus 1.0)
 
 const CHUNK = 256 * 1024; // bytes of a request
+const offsetIn = (response) => +(response.headers.get('Upload-Offset') ?? NaN);
 
 class Uploader {
   patience = 4000; // ms: browsers keep idle connections, and do not notice that one is dead
@@ -26122,14 +26030,15 @@ class Uploader {
 
   async upload(row) {
     if (!(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
-    let at = row.link ? await this.offset(row) : NaN;
+    let at = NaN; // in the file, as the server has it
+    if (row.link) at = offsetIn(await this.call('HEAD', new URL(row.link).pathname));
     if (!(at >= 0)) at = await this.create(row);
     const path = new URL(row.link).pathname;
     const wanted = () => state.outbox.some(({ own }) => own === row.own);
     while (at < row.size && wanted()) {
       const response = await this.call('PATCH', path, { 'Upload-Offset': at,
         'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK));
-      at = +(response.headers.get('Upload-Offset') ?? NaN);
+      at = offsetIn(response);
       if (wanted()) publish({ row: { ...shared(row), sent: at } });
     }
     if (!wanted()) { // cancelled, maybe while its link was being stored
@@ -26149,33 +26058,28 @@ class Uploader {
     await store('outbox', 'put', blobs[row.own] ? shared(row) : row);
     return 0;
   }
-
-  async offset(row) {
-    const response = await this.call('HEAD', new URL(row.link).pathname);
-    return +(response.headers.get('Upload-Offset') ?? NaN);
-  }
 }
 
 // ---- The connection: only the leader has one
 
 const CAPABILITIES = 'message-tags server-time batch echo-message labeled-response '
   + 'draft/multiline draft/chathistory draft/message-redaction standard-replies soju.im/search '
-  + 'chat.py/session sasl draft/no-implicit-names away-notify '
-  + 'draft/read-marker';
+  + 'chat.py/session sasl draft/no-implicit-names away-notify draft/read-marker';
 const SHORTEST = 500, LONGEST = 30000; // ms between two attempts
-const OPENING = 20000, SILENCE = 30000, LIMIT = 10000; // ms: until online; until a PING; then
+// ms until the page has to be online, until a PING, and until its answer
+const OPENING = 20000, SILENCE = 30000, LIMIT = 10000;
 
 class Leader {
   wait = SHORTEST;
   window = 8; // messages that may be under way
-  flying = new Set();
+  inFlight = new Set();
   uploader = new Uploader();
 
   connect() {
     clearTimeout(this.timer);
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
     if (!setting('secret')) set('secret', randomHex(16));
-    this.scram?.terminate(); // its answer is one of the connection before
+    this.scram?.terminate(); // it belongs to the last connection
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
     const socket = this.socket = new WebSocket(url, 'text.ircv3.net');
@@ -26267,28 +26171,24 @@ class Leader {
   pump() {
     if (!this.registered) return;
     for (const row of waiting()) {
-      if (this.flying.size >= this.window) break;
-      if (!this.flying.has(row.own)) linesOf(row).forEach((line) => this.send(line));
-      this.flying.add(row.own);
+      if (this.inFlight.size >= this.window) break;
+      if (!this.inFlight.has(row.own)) linesOf(row).forEach((line) => this.send(line));
+      this.inFlight.add(row.own);
     }
     catchUp();
-  }
-
-  mayCatchUp() {
-    return this.registered && !waiting().length;
   }
 
   arrived(own) {
     this.wait = SHORTEST;
     this.window = Math.min(64, this.window * 2);
-    this.flying.delete(own);
+    this.inFlight.delete(own);
     store('outbox', 'delete', own);
     this.pump();
   }
 
   async fail(own, failed) {
     const row = await storedRow(own);
-    this.flying.delete(own);
+    this.inFlight.delete(own);
     if (row) await accept({ ...row, failed });
   }
 
@@ -26298,8 +26198,8 @@ class Leader {
     this.socket = null;
     clearTimeout(this.timer);
     if (this.registered && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
-    if (this.flying.size) this.window = 1;
-    this.flying.clear();
+    if (this.inFlight.size) this.window = 1;
+    this.inFlight.clear();
     this.registered = this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
     this.uploader.end?.abort(); // its connection may be as dead
@@ -26315,10 +26215,10 @@ class Leader {
     this.closed();
   }
 
-  enter(name, word, secret) { // from the form: also the passwords of account and server
+  enter(name, password, serverPassword) { // from the form
     publish({ me: name });
-    if (word) this.login = { account: name, password: word };
-    if (secret) set('password', secret);
+    if (password) this.login = { account: name, password };
+    if (serverPassword) set('password', serverPassword);
     set('welcomed', false);
     publish({ phase: 'closed' });
     this.hurry();
@@ -26341,10 +26241,6 @@ class Leader {
   signUp(password) {
     this.login = { account: state.me, password };
     this.send(`REGISTER * * :${password}`);
-  }
-
-  proveRegistered(account) { // for the keys
-    if (this.login) this.prove({ ...this.login, account });
   }
 
   // By SCRAM, in a worker: a phone works on a password for a second or more. The keys that it makes
@@ -26392,7 +26288,6 @@ function remember(to) {
   if (leader) keeping ||= setTimeout(keepRooms, 1000);
 }
 
-
 async function keepRooms() {
   keeping = 0;
   let newest = '';
@@ -26415,14 +26310,10 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-const channel = openChannel();
-function openChannel() { // where a browser keeps nothing of this page, it may refuse this, too
-  try {
-    return new BroadcastChannel('chat');
-  } catch {
-    return { postMessage() {} };
-  }
-}
+let channel = { postMessage() {} };
+try {
+  channel = new BroadcastChannel('chat');
+} catch { /* where a browser keeps nothing of this page, it may refuse this, too */ }
 
 let leader = null;
 let attached = false; // the model is that of the leader
@@ -26440,7 +26331,7 @@ function act(name, ...values) { // have the leader do something
 }
 
 const ask = (line) => act('send', line); // a line that the user wants to be sent
-const reply = (line) => leader?.send(line); // one that answers a line: only the leader answers
+const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
   opened(name) { // the leader reads its past
@@ -26470,7 +26361,7 @@ const ITEMS = {
   dropped(own) {
     delete blobs[own];
     state.outbox = without(own);
-    leader?.flying.delete(own);
+    leader?.inFlight.delete(own);
     leader?.pump();
     refresh();
   },
@@ -26528,7 +26419,7 @@ function follow() {
   if (navigator.locks) elect();
 }
 
-// A tab that finds no leader, or a frozen one, takes its place
+// Look for the leader. If there is none, or it is frozen, this tab takes its place
 function callLeader() {
   const now = Date.now(), heard = () => leader || answered >= now;
   channel.postMessage({ hello: tab, known: attached });
@@ -26553,29 +26444,22 @@ function elect(steal) {
 
 const EMOJI = ['\u{1f44d}', '\u2764\ufe0f', '\u{1f602}', '\u{1f62e}', '\u{1f622}', '\u{1f64f}'];
 const ROWS = 50; // of a block: the browser draws only the blocks that are in sight
-const LINK = /https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}]/gu;
+const LINK = /(https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}])/u;
 
 const TAKEN = 'taken back';
 const log = $('log');
 let here = fold('#lobby'); // key of the room on the screen
 let drawnFrom = 0; // its first message that has a row
 let stuck = true; // the reader is at the end, and stays there
-let answering = null; // the message that the next one replies to
+let replyTo = null; // the message that the next one replies to
 
 const shown = () => state.rooms[here] ?? allRooms()[0] ?? room('#lobby');
 const outside = { target: '_blank', rel: 'noopener noreferrer' };
 const isPicture = (type) => /^image\/(png|jpeg|gif|webp)$/.test(type);
 
-function withLinks(text) {
-  const made = el('p', { className: 'text', dir: 'auto' });
-  let at = 0;
-  for (const { 0: url, index } of text.matchAll(LINK)) {
-    made.append(text.slice(at, index), el('a', { href: url, ...outside }, url));
-    at = index + url.length;
-  }
-  made.append(text.slice(at));
-  return made;
-}
+// A text and its links, which are every other part of it
+const withLinks = (text) => el('p', { className: 'text', dir: 'auto' },
+  text.split(LINK).map((part, n) => (n % 2 ? el('a', { href: part, ...outside }, part) : part)));
 
 function headOf({ nick, time }) {
   const name = el('b', {}, nick);
@@ -26627,7 +26511,7 @@ function fillRow(row) {
 const above = (row) =>
   row.previousElementSibling ?? row.parentElement.previousElementSibling?.lastElementChild;
 
-// What a row shows because of the row above it: the day; no name, if that has the same
+// Show the day if it is not that of the row above, and the name if it is not the same
 function decorate(row) {
   if (!row?.message) return;
   const { nick, time, info, reply: id } = row.message, last = above(row)?.message;
@@ -26639,7 +26523,7 @@ function decorate(row) {
   row.classList.toggle('same', Boolean(same));
 }
 
-// The place of new rows in front of the row `next`: between two blocks
+// The element in front of which new rows are put that come before the row `next`
 function blockBefore(next) {
   if (!next) return $('waiting');
   const block = next.parentElement;
@@ -26694,13 +26578,11 @@ function keepPlace(change) {
 
 function inserted(to, index, messages) {
   if (to !== shown() || !messages.length) return;
-  const end = index + messages.length;
   if (index < drawnFrom) {
     drawnFrom += messages.length;
     return;
   }
-  const next = to.messages[end];
-  keepPlace(() => drawRows(messages, next && rows.get(next)));
+  keepPlace(() => drawRows(messages, rows.get(to.messages[index + messages.length])));
   markRead();
 }
 
@@ -26757,7 +26639,7 @@ function refresh() {
   drawing = true;
 }
 
-// Replace what is in an element if `facts` are not those of the last time: a tap needs its button
+// Replace the content of an element only if `facts` have changed: a tap needs its button to stay
 function fill(parent, facts, make) {
   const text = JSON.stringify(facts);
   if (parent.facts === text) return;
@@ -26791,14 +26673,12 @@ function drawRooms() {
   const list = allRooms().map(({ key, name, joined: inside, unread, called }) =>
     ({ key, name, away: isChannel(name) && !inside, unread, called, now: key === shown().key }))
     .sort((a, b) => isChannel(b.name) - isChannel(a.name) || a.key.localeCompare(b.key));
-  fill($('rooms'), list, () => [...list.map((to) => {
-    const made = button('', () => openRoom(to.name), { ariaCurrent: String(to.now) });
-    made.classList.toggle('dim', to.away);
-    made.append(el('span', {}, to.name));
-    if (to.unread) made.append(el('span', { className: `badge ${to.called ? 'called' : ''}`,
-      ariaLabel: `${to.unread} unread` }, to.unread));
-    return made;
-  }), button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
+  const badge = ({ unread, called }) => unread && el('span', { ariaLabel: `${unread} unread`,
+    className: `badge ${called ? 'called' : ''}` }, unread);
+  fill($('rooms'), list, () => [...list.map((to) => button(
+    [el('span', {}, to.name), badge(to)], () => openRoom(to.name),
+    { ariaCurrent: String(to.now), className: to.away ? 'dim' : '' })),
+  button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
 }
 
 function peopleOf(members) {
@@ -26839,7 +26719,7 @@ function openRoom(name) {
   here = to.key;
   set('here', to.name);
   $('rooms').classList.remove('open');
-  setAnswer(null);
+  setReplyTo(null);
   if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
   restoreDraft();
@@ -26885,30 +26765,30 @@ field.oninput = () => {
   ask(`@label=typing;+typing=active TAGMSG ${shown().name}`);
 };
 
-function setAnswer(message) {
-  answering = message;
+function setReplyTo(message) {
+  replyTo = message;
   $('reply').hidden = !message;
   if (!message) return;
   $('reply').firstElementChild.textContent = `Reply to ${message.nick}: ${message.text}`;
   field.focus();
 }
-$('reply').lastElementChild.onclick = () => setAnswer(null);
+$('reply').lastElementChild.onclick = () => setReplyTo(null);
 
 $('composer').onsubmit = async (event) => {
   event.preventDefault();
   const text = field.value, to = shown(), own = setting(`draft.${here}`)?.own;
   if (!text.trim()) return;
-  const answers = answering?.id;
+  const reply = replyTo?.id;
   try {
     if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
-    else await say(to.name, text.replace(/^\/\//, '/'), { answers, own });
+    else await say(to.name, text.replace(/^\/\//, '/'), { reply, own });
   } catch (error) {
     note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
     return;
   }
   set(`draft.${to.key}`, null);
   if (to === shown() && field.value === text) field.value = '';
-  setAnswer(null);
+  setReplyTo(null);
   stuck = true;
   grow();
   keepPlace();
@@ -26934,9 +26814,7 @@ function complete() {
   return Boolean(found);
 }
 
-// Commands: what is sent for one, with $1 for its first word, $2 for what follows that, $* for
-// all of it, and $# for the name of the room; or a function
-const COMMANDS = new Map(Object.entries({
+const COMMANDS = new Map(Object.entries({ // name -> what it does
   me: (text, to, own) => say(to.name, text, { action: true, own }),
   msg: (text) => {
     const [, name, said] = /^(\S+)\s*(.*)$/s.exec(text);
@@ -26945,23 +26823,20 @@ const COMMANDS = new Map(Object.entries({
   },
   join: (text) => enter(...text.split(' ')),
   search: (text) => searchSheet(text),
-  part: 'PART $# :$*',
-  nick: 'NICK $1',
-  topic: 'TOPIC $# :$*',
-  whois: 'WHOIS $1',
-  raw: '$*',
+  part: (text, to) => ask(`PART ${to.name} :${oneLine(text)}`),
+  nick: (text) => ask(`NICK ${oneLine(text)}`),
+  topic: (text, to) => ask(`TOPIC ${to.name} :${oneLine(text)}`),
+  whois: (text) => ask(`WHOIS ${text.split(/\s/)[0]}`),
+  raw: (text) => ask(oneLine(text)),
 }));
 
 function command(line, to, own) {
-  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), known = COMMANDS.get(name.toLowerCase());
-  if (!known) {
+  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), run = COMMANDS.get(name.toLowerCase());
+  if (!run) {
     throw new Error(`there is no /${name}, only /${[...COMMANDS.keys()].join(' /')}; `
       + 'a text that begins with / is sent with //');
   }
-  const [, first, rest] = /^(\S*)\s*(.*)$/s.exec(text);
-  const parts = { $1: first, $2: rest, '$*': text, '$#': to.name };
-  return typeof known === 'function' ? known(text, to, own)
-    : ask(known.replace(/\$[12*#]/g, (part) => parts[part]).replace(/\s+/g, ' '));
+  return run(text, to, own);
 }
 
 function enter(name, password = '') {
@@ -26996,10 +26871,10 @@ async function shrunk(file) {
   const scale = Math.min(1, SHRUNK / Math.max(bitmap.width, bitmap.height));
   const [width, height] = [bitmap.width * scale, bitmap.height * scale];
   const canvas = el('canvas', { width, height });
-  const paper = canvas.getContext('2d');
-  paper.fillStyle = '#fff'; // a JPEG has no transparency
-  paper.fillRect(0, 0, width, height);
-  paper.drawImage(bitmap, 0, 0, width, height);
+  const context = canvas.getContext('2d');
+  context.fillStyle = '#fff'; // a JPEG has no transparency
+  context.fillRect(0, 0, width, height);
+  context.drawImage(bitmap, 0, 0, width, height);
   const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
   return blob && blob.size < file.size ? blob : null;
 }
@@ -27047,7 +26922,7 @@ function messageSheet(message) {
   };
   openSheet(`${nick}: ${text.slice(0, 80)}`, [el('div', { className: 'buttons' },
     ...EMOJI.map((emoji) => choice(emoji, () => toggle(message, emoji))), other)],
-  [choice('Reply', () => setAnswer(message)),
+  [choice('Reply', () => setReplyTo(message)),
     isMe(nick) ? choice('Take back', () => ask(`REDACT ${to} ${id}`))
       : choice(`Message ${nick}`, () => openRoom(nick))]);
 }
@@ -27101,7 +26976,7 @@ function form(title, fields, text, action, more = [], kind = '') {
   const inputs = fields.map(([, properties]) =>
     el('input', { autocomplete: 'off', autocapitalize: 'off', ...properties }));
   const made = el('form', {},
-    ...inputs.flatMap((input, n) => [el('label', {}, fields[n][0], input)]),
+    ...inputs.map((input, n) => el('label', {}, fields[n][0], input)),
     el('div', { className: 'buttons' }, el('button', { className: 'main' }, text)));
   made.onsubmit = (event) => {
     event.preventDefault();
@@ -27113,13 +26988,12 @@ function form(title, fields, text, action, more = [], kind = '') {
 }
 
 const SECRET = { type: 'password', autocomplete: 'current-password' };
-const nameField = () =>
-  ['Your name', { value: state.me, required: true, maxLength: 32 }];
+const nameField = () => ['Your name', { value: state.me, required: true, maxLength: 32 }];
 
 function nameSheet() {
   const fields = [nameField(), ['Password, if the name is an account', SECRET]];
   if (/has a password/.test(state.why)) fields.push(['Password of this server', SECRET]);
-  const join = (name, ...words) => act('enter', name.replace(/\s/g, '_'), ...words);
+  const join = (name, ...passwords) => act('enter', name.replace(/\s/g, '_'), ...passwords);
   form(state.why || 'Join the chat', fields, 'Join', join, [otherWays()], 'name');
 }
 
@@ -27427,11 +27301,8 @@ PAGE_MANIFEST = {
 }
 
 
-KEEPS_ONLY_OURS = "default-src 'none'; connect-src 'self'"
-
-
 def served(text: str) -> str:
-    """Return a document without what only its readers here need: comments, indentation, line breaks
+    """Return a document without the parts that no browser needs: comments, indentation, line breaks
     where nothing depends on them, and blanks in the style and around operators of the script. (No
     text in the script has an operator between blanks.)"""
     text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
@@ -27459,10 +27330,11 @@ def page_policy(page: str) -> str:
 
 def page_documents() -> dict[str, Document]:
     """Return the documents of the page, by path."""
-    manifest, page = json.dumps(PAGE_MANIFEST), served(PAGE_TEXT)
+    manifest, page, worker = json.dumps(PAGE_MANIFEST), served(PAGE_TEXT), served(PAGE_WORKER)
+    only_ours = "default-src 'none'; connect-src 'self'"
     return {
         "/": Document(page, "text/html; charset=utf-8", page_policy(page)),
-        "/sw.js": Document(served(PAGE_WORKER), "text/javascript; charset=utf-8", KEEPS_ONLY_OURS),
+        "/sw.js": Document(worker, "text/javascript; charset=utf-8", only_ours),
         "/manifest.webmanifest": Document(manifest, "application/manifest+json"),
         "/icon.svg": Document(PAGE_ICON, "image/svg+xml"),
     }
@@ -27650,7 +27522,7 @@ def lock_folder(folder: pathlib.Path) -> int:
 
 
 def web_addresses(server: Server) -> list[str]:
-    """Return the page's address for this machine, if there is one, and for others, if they can."""
+    """Return the page's addresses: for this machine, and for others if they reach it."""
     host, port = server.listeners[0].address
     near = is_loopback(host) or host in ("0.0.0.0", "::")
     own = address_text("localhost" if near else host, port)

@@ -527,16 +527,6 @@ def linked(text: str, *tags: str) -> list:
     return [*pieces, text[end:], tags]
 
 
-def moment_of(view: chat.ViewEvent) -> datetime.datetime:
-    """Return the local time of a view."""
-    try:
-        return datetime.datetime.fromtimestamp(
-            time.time() if view.time is None else view.time / 1000
-        )
-    except (ValueError, OverflowError, OSError):  # no calendar has this: the server made it up
-        return datetime.datetime.now()
-
-
 def clock_text(moment: datetime.datetime, style: str) -> str:
     """Return a time in the user's format; in the default format if that is unusable."""
     try:
@@ -601,7 +591,7 @@ def head_pieces(row: Row, style: Style) -> list:
     """Return the name and the time above the messages of one speaker."""
     view, tags = row.view, ("head",)
     name = f"-{view.name}-" if view.kind == chat.NOTICE else view.name
-    clock = clock_text(moment_of(view), style.clock)
+    clock = clock_text(chat.moment_of(view), style.clock)
     named = (*tags, name_tag(view.name), "name")
     return [style.name(shorter(name, NAME_SHOWN)), named, f"  {clock}\n", (*tags, "clock")]
 
@@ -738,7 +728,7 @@ def told_text(view: chat.ViewEvent) -> str:
 
 def told_pieces(row: Row, style: Style) -> list:
     """Return a row that is no message: joins, quits, texts of the server and of the client."""
-    clock = clock_text(moment_of(row.view), style.clock)
+    clock = clock_text(chat.moment_of(row.view), style.clock)
     text = broken(style.name(told_text(row.view)))
     tags = ("told", "table") if "  " in text else ("told",)
     return [f"{clock}\t", ("told", "clock"), *linked(text, *tags), "\n", ("told",)]
@@ -921,8 +911,8 @@ class Sheet:
 
     def _above(self, row: Row, before: Row | None) -> list:
         """Return the lines above a row: another day, and what is new."""
-        day = moment_of(row.view).date()
-        known = moment_of(before.view).date() if before else None
+        day = chat.moment_of(row.view).date()
+        known = chat.moment_of(before.view).date() if before else None
         pieces = [f"{day_text(day)}\n", ("day",)] if day != known else []
         if self.marked is not None and row.key == self.marked:
             pieces += ["\n", ("rule",), "new\n", ("new",)]
@@ -1730,15 +1720,15 @@ class Requests:
     def read(self, number: int, when: int = 0) -> None:
         """Note that the user has seen everything in a conversation, or what was said up to a
         time: more may have come since."""
-        if place := self._place(number):
-            seat, room = place
+
+        def act(core: chat.ClientCore, room: chat.Room) -> None:
             times = (view.time or 0 for view in room.views if view.kind in chat.SPOKEN)
             if not when or max(times, default=0) <= when:
-                seat.core.rooms.mark_read(room)
+                core.rooms.mark_read(room)
             elif room.read(when):
-                seat.core.rooms.keep(room)
-            seat.link.poke()
-            self.engine.overview.touch(number)
+                core.rooms.keep(room)
+
+        self._act(number, act)
 
     def focus(self, focused: bool) -> None:
         self.engine.core.looked_at = focused
@@ -1855,6 +1845,8 @@ class Requests:
 class Engine(chat.ManyServers):
     """The client; its screen is a queue of batches. `wake` is called when there is one."""
 
+    leave_seconds = LEAVE_SECONDS
+
     def __init__(self, options: chat.ClientOptions, wake: Callable[[], None]):
         self.wake = wake
         self.batches: queue.SimpleQueue[tuple] = queue.SimpleQueue()
@@ -1934,19 +1926,11 @@ class Engine(chat.ManyServers):
         self.ended = reason
         super().over(reason)
 
-    def leave(self, reason: str = "") -> None:
-        """Leave all servers; the window does not wait for them for long."""
-        self.quitting = True
-        self.loop.call_later(LEAVE_SECONDS, lambda: self.over(""))
-        for seat in list(self.seats):
-            seat.link.leave(at_once=True, reason=reason)
-
     def screen_for(self, seat: chat.Seat) -> SeatScreen:
         seat.core.reads_at_once = False  # the window says what has been read
         seat.core.stays_when_left = False  # it keeps what was typed there
         seat.core.results = functools.partial(self._results, seat)
         seat.core.at_once = functools.partial(self._place, seat)
-        seat.core.settings = self.seats[0].core.settings  # one set of them for all
         return SeatScreen()
 
     def is_writing(self, seat: chat.Seat) -> bool:
@@ -1989,10 +1973,6 @@ class Engine(chat.ManyServers):
                 handler(self, seat, view)
             if view.room:
                 self.overview.touch(view.room)
-
-    def note(self, text: str) -> None:
-        """Show a text of the client's own, where the user looks."""
-        self.show([chat.ViewEvent(chat.NOTE, text)])
 
     def _note_ready(self, seat: chat.Seat) -> None:
         """Note that a connection stands, or stands no more."""
@@ -3931,7 +3911,7 @@ class Pointer:
     def about(self, number: int) -> str:
         """Return the time of a row, and the users who reacted to it."""
         row = self.sheet.rows[number]
-        moment = moment_of(row.view)
+        moment = chat.moment_of(row.view)
         told = [f"{day_text(moment.date())} {moment:%H:%M:%S}"]
         told += [f"{emoji} {', '.join(names[:5])}" for emoji, names in row.reactions[:4]]
         return self.text.look.drawable("   ".join(told))
@@ -4923,7 +4903,7 @@ class Panel(ttk.Frame):
         self.title.configure(text=self.look.seen(shorter(f"{count}: {title}", NAME_SHOWN)))
         pieces: list = []
         for n, (_, where, view) in enumerate(self.rows):
-            when = f"{moment_of(view):%Y-%m-%d %H:%M}"
+            when = f"{chat.moment_of(view):%Y-%m-%d %H:%M}"
             tag = f"row{n}"
             pieces += [shorter(view.name, NAME_SHOWN), ("head", name_tag(view.name), tag)]
             pieces += [f"  {where}  {when}\n", ("head", tag)]
@@ -5169,9 +5149,7 @@ class ConnectCard(Card):
                 label.configure(wraplength=20 * self.look.em)
 
     def show(self, name: str, server: str, error: str = "") -> None:
-        self.name.set(name)
-        self.server.set(server)
-        self.tls.set(server.startswith(("ircs://", "chats://")))
+        self._take(name, server)
         self.register.set(False)
         self.error.configure(text=self.look.seen(label_text(error)))
         self.error.configure(wraplength=20 * self.look.em)
@@ -5375,9 +5353,6 @@ class Choice(ttk.Button):
         self.look, self.values, self.chosen = look, values, chosen
         for key in ("<Return>", "<Down>"):
             self.bind(key, lambda _: self._offer())
-
-    def get(self) -> str:
-        return self.value
 
     def set(self, value: str) -> None:
         self.value = value
@@ -5628,16 +5603,6 @@ def enabled(on: bool) -> str:
     return "normal" if on else "disabled"
 
 
-def command_arguments(command: str, word: str) -> list[str]:
-    """Return completions of the first argument of a command that takes known words."""
-    known: Iterable[str] = ()
-    if command == "/set":
-        known = chat.SETTINGS
-    elif command == "/help":
-        known = (*chat.HELP_TOPICS, *chat.client_command)
-    return sorted(f"{one} " for one in known if one.startswith(word)) if word else []
-
-
 class Acts:
     """The base of the classes below: the window, and what all of them use of it."""
 
@@ -5719,7 +5684,9 @@ class Writing(Acts):
         command = self.compose.editor.before.split(" ")[0]
         if command[:1] == "/" and not first:
             names.update(dict.fromkeys(name for name in rooms if not chat.is_channel(name)))
-            return command_arguments(command, word) or chat.completions(word, first, names, rooms)
+            topics = chat.TOPICS_COMPLETED.get(command, ()) if word else ()
+            known = sorted(f"{topic} " for topic in topics if topic.startswith(word))
+            return known or chat.completions(word, first, names, rooms)
         return chat.completions(word, first, names, [one for one in rooms if chat.is_channel(one)])
 
     def type_on(self, text: str) -> None:
@@ -7333,6 +7300,8 @@ def sharpen() -> None:
 def main(arguments: list[str] | None = None) -> int:
     try:
         args = command_line().parse_args(arguments)
+        state = None if args.no_state else args.data or chat.data_folder() / "client"
+        config = None if args.no_state else args.data or chat.config_folder()
     except chat.ChatError as error:
         print(f"gui_client.py: {error}", file=sys.stderr)
         return 1
@@ -7341,12 +7310,6 @@ def main(arguments: list[str] | None = None) -> int:
         return make_pictures(args.demo)
     sharpen()
     trust = chat.Trust(args.ca, args.pin, args.insecure, args.client_cert)
-    try:
-        state = None if args.no_state else args.data or chat.data_folder() / "client"
-        config = None if args.no_state else args.data or chat.config_folder()
-    except chat.ChatError as error:
-        print(f"gui_client.py: {error}", file=sys.stderr)
-        return 1
     options = WindowOptions(
         whole(args.name),
         whole(args.server),

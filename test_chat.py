@@ -6328,7 +6328,7 @@ def fault_at_random(seeded, nodes, names):
         house.cluster.save(now=True)
 
 
-@pytest.mark.parametrize("run", some(range(20), 2))
+@pytest.mark.parametrize("run", some(range(20)))
 def test_nodes_that_are_killed_cut_off_and_started_again_are_the_same_in_the_end(
     seeded, folder, run
 ):
@@ -19490,9 +19490,8 @@ def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
 )
 def test_changes_of_a_kind_in_a_minute_are_one_row_unless_they_are_about_the_user(lines, rows):
     alice = Elsewhere(caps="away-notify", join=("#lobby",), clock=lambda: 1e9)
-    room = alice.core.find("bob" if "AWAY" in lines[0] else "#lobby") or alice.core.rooms.open(
-        "bob"
-    )
+    where = "bob" if "AWAY" in lines[0] else "#lobby"
+    room = alice.core.find(where) or alice.core.rooms.open(where)
     alice.core.incoming.release(room)
     for name in ("n0", "eve", "op"):
         room.came(name)
@@ -20691,7 +20690,7 @@ def live_abroad(name, n, acts, **options):
     return abroad
 
 
-LIVES = 60 if THOROUGH else 4
+LIVES = 60 if THOROUGH else 2
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -24272,7 +24271,7 @@ def test_a_burst_of_history_is_shown_whole():
     assert desk.said == texts
 
 
-@pytest.mark.parametrize("columns, rows", [(80, 24), (40, 10), (40, 5), (10, 4)])
+@pytest.mark.parametrize("columns, rows", some([(40, 10), (10, 4), (80, 24), (40, 5)], 2))
 def test_one_can_read_back_row_by_row_and_come_back(columns, rows):
     desk = Desk(columns, rows)
     desk.hear(*(f"{n} " + "é你" * (n % 40) + "\n" * (n % 3) for n in range(200)))
@@ -25070,7 +25069,7 @@ def test_a_pipe_ends_with_the_number_of_messages_that_did_not_arrive(
     outbox = types.SimpleNamespace(waiting=dict.fromkeys(range(waiting)))
     end.core = types.SimpleNamespace(outbox=outbox, failures=failures, refusals=0, odd_line="")
     end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(0.0)
-    end.login, end.join, end.options = None, (), types.SimpleNamespace(state=None)
+    end.options = types.SimpleNamespace(state=None, login=None, join=())
     end.over(reason)
     assert re.findall("[0-9]+", end.reason) == told and end.reason.startswith(reason)
 
@@ -27753,7 +27752,7 @@ def test_the_look_follows_the_settings(running, window, folder):
     press(alice, "Control-plus")
     pump(alice, lambda: alice.look.size == size + 1)
     alice.commands.open_settings()
-    assert alice.settings.fields["theme"].get() == "dark"
+    assert alice.settings.fields["theme"].value == "dark"
     assert alice.settings.fields["size"].content == str(size + 1)
     alice.settings.fields["time"].set("%H:%M:%S")
     alice.settings.done()
@@ -27789,7 +27788,7 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     menu.unpost()
     menu.invoke(menu.index("dark"))
     pump(alice, lambda: alice.look.colours is gui_client.DARK)
-    assert choice.get() == "dark"
+    assert choice.value == "dark"
 
 
 @pytest.mark.parametrize("dialog", [False, True])
@@ -28208,11 +28207,12 @@ def test_two_windows_with_one_name_are_told_apart_and_told_why(running, window):
 
 
 WINDOW_PROGRAM = """
-import sys
+import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import gui_client
 from tkinter import READABLE
-window = gui_client.Window(gui_client.WindowOptions("alice", sys.argv[2], state=sys.argv[3]))
+state = pathlib.Path(sys.argv[3])
+window = gui_client.Window(gui_client.WindowOptions("alice", sys.argv[2], state=state))
 def told(*_):
     act, _, text = sys.stdin.readline().rstrip("\\n").partition(" ")
     if act == "type":
@@ -28237,12 +28237,10 @@ class WindowProgram:
     """A window in a process of its own, which types what it is told."""
 
     def __init__(self, address, state):
-        program = WINDOW_PROGRAM.replace("state=sys.argv[3]", "state=pathlib.Path(sys.argv[3])")
-        program = f"import pathlib{program}"
-        where = chat.address_text(*address)
-        command = [sys.executable, "-c", program, str(HERE), where, str(state)]
+        command = [sys.executable, "-c", WINDOW_PROGRAM, compiled("gui_client")]
+        command += [chat.address_text(*address), str(state)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen(command, text=True, **pipes)
+        self.process = Program(command, text=True, **pipes)
 
     def wait(self, answer):
         assert self.process.stdout.readline() == f"{answer}\n", self.process.stderr.read()
@@ -28275,7 +28273,7 @@ def await_draft(folder, text):
         assert time.monotonic() < until
 
 
-@pytest.mark.parametrize("seed", range(5 if THOROUGH else 1))
+@pytest.mark.parametrize("seed", some(range(3)))
 def test_nothing_that_was_typed_is_lost_whatever_is_killed(display, quick, folder, seed):
     """Kill the window and stop the server at random moments: each text is said once, or waits
     in the outbox, or is a draft."""
@@ -28312,9 +28310,8 @@ def test_nothing_that_was_typed_is_lost_whatever_is_killed(display, quick, folde
             server.stop()
 
 
-def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(running, quick, folder):
-    if not shutil.which("Xvfb"):
-        pytest.skip("Xvfb is not installed")
+def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(display, running, quick, folder):
+    """It has a screen of its own, not that of the others."""
     ours, theirs = os.pipe()
     command = ["Xvfb", "-displayfd", str(theirs), "-screen", "0", "800x600x24"]
     with subprocess.Popen(command, pass_fds=[theirs], stderr=subprocess.DEVNULL) as screen:
@@ -29408,7 +29405,7 @@ def test_a_conversation_of_page_and_netcat(running, browse):
     assert tab.rows() == ["hello anna", "hello bob", "two\nlines"]
 
 
-@pytest.mark.parametrize("run", range(3 if THOROUGH else 1))
+@pytest.mark.parametrize("run", some(range(2)))
 def test_page_and_network_that_breaks_lose_and_double_nothing(running, browse, seeded, run):
     server = with_page(running)
     witness = Witness(server.address)
@@ -29473,7 +29470,7 @@ def test_a_page_that_was_closed_sends_what_waits_when_it_is_opened_again(running
     assert witness.heard("and this")[0] == ["typed before it was closed", "and this"]
 
 
-@pytest.mark.parametrize("run", range(5 if THOROUGH else 1))
+@pytest.mark.parametrize("run", some(range(2)))
 def test_a_reload_at_any_moment_loses_and_doubles_nothing(running, browse, seeded, run):
     server, chance = with_page(running), random.Random(run)
     witness = Witness(server.address)
@@ -29806,7 +29803,7 @@ def test_a_page_that_was_kept_opens_without_its_server_and_shows_what_was_said(r
     tab.until("!document.querySelector('#phase').hidden")
 
 
-@pytest.mark.parametrize("name", ["__proto__", "constructor", "toString", "hasOwnProperty"])
+@pytest.mark.parametrize("name", some(["__proto__", "constructor"]))
 def test_names_that_javascript_knows_are_names_like_others(running, browse, name):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
@@ -29887,7 +29884,7 @@ def test_messages_of_a_server_that_lost_its_data_come_after_those_of_before(runn
     assert tab.rows() in (lines, lines[5:])
 
 
-@pytest.mark.parametrize("after", some([0, 5, 20, 60], 2))
+@pytest.mark.parametrize("after", [0, 20])
 def test_a_long_paste_is_accepted_whole_or_not_at_all(running, browse, after):
     server = with_page(running)
     ben = server.guest()
@@ -29967,7 +29964,7 @@ def test_a_removed_text_is_gone_from_quotes_too(running, browse):
     tab = browse(server.address).enter("anna")
     tab.say("a secret")
     tab.until("!state.outbox.length")
-    tab.js("setAnswer(lastOf(shown().messages))")
+    tab.js("setReplyTo(lastOf(shown().messages))")
     tab.say("indeed")
     tab.until("document.querySelector('blockquote')?.textContent === 'anna: a secret'")
     tab.js("ask(`REDACT #lobby ${find(shown(), shown().messages.slice(-2)[0].id).id}`)")
@@ -30208,11 +30205,18 @@ def test_return_that_ends_a_composition_sends_nothing(running, browse):
 
 
 @functools.cache
-def compiled():
-    """chat.pyc: to compile chat.py takes a process longer than all else at its start."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="chat-tests-"))
+def bytecode():
+    """Return a folder for what is compiled here."""
+    folder = tempfile.mkdtemp(prefix="chat-tests-")
     atexit.register(shutil.rmtree, folder)
-    return py_compile.compile(str(HERE / "chat.py"), str(folder / "chat.pyc"), doraise=True)
+    return folder
+
+
+@functools.cache
+def compiled(name="chat"):
+    """Compile one of our files, which takes a process longer than all else; return the folder."""
+    py_compile.compile(str(HERE / f"{name}.py"), f"{bytecode()}/{name}.pyc", doraise=True)
+    return bytecode()
 
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -30220,7 +30224,8 @@ PR_SET_CHILD_SUBREAPER = 36
 # Answers each request, a command `python -c CODE ...`, with the number of a process that runs the
 # code. Its parent ends at once, so that it becomes a child of the tests.
 LAUNCHER = """
-import gc, json, os, socket, sys, time
+import gc, json, os, signal, socket, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 sys.path.insert(0, sys.argv[1])
 import chat
 gc.freeze()
@@ -30265,7 +30270,7 @@ def launcher():
     if prctl is None or prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         return None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-c", LAUNCHER, os.path.dirname(compiled()), str(theirs.fileno())]
+    command = [sys.executable, "-c", LAUNCHER, compiled(), str(theirs.fileno())]
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
     theirs.close()
     atexit.register(process.wait)
@@ -30315,7 +30320,7 @@ sys.exit(chat.main(sys.argv[3:]))
 def program(*arguments, limits=None, **options):
     """chat.py in a process of its own, with other limits where a test cannot wait so long."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    command = [sys.executable, "-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits or {})]
+    command = [sys.executable, "-c", LIMITED, compiled(), json.dumps(limits or {})]
     return Program([*command, *map(str, arguments)], **{**pipes, **options})
 
 
