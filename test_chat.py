@@ -13938,7 +13938,7 @@ def test_a_server_that_was_taken_for_a_workshop_server_is_connected_to_again(lin
     core.feed(b":x 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n")
     assert b" hello\r\n" in core.take_output()
     core = plain_core()
-    core.insists = True  # the user said --plain
+    core.kind_forced = True  # the user said --plain
     core.feed(line)
     assert (core.kind, core.redial) == (chat.PLAIN, False)
 
@@ -13951,7 +13951,7 @@ def test_a_server_that_greets_by_itself_is_told_nothing_unless_the_user_says_pla
     core.silence()
     assert (core.cause, core.take_output()) == (chat.FATAL, b"") and "--plain" in core.refusal
     core = chat.ClientCore("alice", kind=chat.PLAIN)
-    core.insists = True
+    core.kind_forced = True
     core.connected()
     core.feed(first.encode())
     assert core.cause != chat.FATAL and core.take_output() == b"alice\n"
@@ -13970,7 +13970,7 @@ def test_the_first_line_of_an_irc_server_may_come_slowly():
 def test_a_plain_server_is_doubted_until_it_speaks_the_protocol(line, unsure):
     core = plain_core()
     core.feed(f"{line}\n".encode() * bool(line))
-    assert bool(core.unsure and not core.sure) == unsure
+    assert bool(core.odd_line and not core.kind_confirmed) == unsure
 
 
 def test_a_server_that_sends_back_the_name_is_no_chat():
@@ -16317,9 +16317,9 @@ def test_a_live_line_that_a_page_holds_too_is_shown_once_without_ids():
 def test_a_message_about_chathistory_is_no_request_for_history(line, dated):
     alice = Elsewhere(caps=PAGES_OF)
     talk = alice.core.talk
-    talk.history.asked[0] = talk.history.asked[0]._replace(at=chat.UNSENT)
+    talk.history.requests[0] = talk.history.requests[0]._replace(at=chat.UNSENT)
     talk.history.note_time(line)
-    assert (talk.history.asked[0].at != chat.UNSENT) == dated
+    assert (talk.history.requests[0].at != chat.UNSENT) == dated
 
 
 def test_a_server_that_wants_tls_is_left_at_once_and_nothing_is_told_it():
@@ -17196,7 +17196,7 @@ def test_what_a_server_makes_up_has_limits():
     alice = Elsewhere(caps=PAGES_OF)
     alice.hears(*[f":x CHATHISTORY TARGETS n{n} 2026-01-01T00:00:00.000Z" for n in range(3000)])
     alice.hears(*[f":alice!u@h JOIN #n{n}" for n in range(3000)])
-    assert len(alice.core.talk.history.asked) <= 2 * chat.ROOMS_KEPT + 10
+    assert len(alice.core.talk.history.requests) <= 2 * chat.ROOMS_KEPT + 10
     assert len(alice.core.rooms) <= 2 * chat.ROOMS_KEPT
     alice.hears(":x BATCH +out x")
     alice.hears(*[f"@batch=out :x BATCH {sign}i{n} y" for n in range(3000) for sign in "+-"])
@@ -18037,7 +18037,7 @@ def test_an_echo_counts_although_the_page_before_it_is_still_on_its_way():
     (id,) = alice.core.outbox.waiting
     alice.hears(f"@label={id};msgid=9 :alice!u@h PRIVMSG #lobby :hello")
     assert alice.core.outbox.waiting == {} and alice.kinds("arrived") == ["hello"]
-    label = next(one.label for one in alice.core.talk.history.asked)
+    label = next(one.label for one in alice.core.talk.history.requests)
     alice.hears(f"@label={label} :x BATCH +1 chathistory #lobby")
     alice.hears(f"@batch=1;msgid=9;+chat.py/id={id} :alice!u@h PRIVMSG #lobby :hello", "BATCH -1")
     assert alice.said() == ["#lobby *alice: hello"]
@@ -18053,7 +18053,7 @@ def test_a_page_that_was_too_much_for_a_line_is_asked_for_in_parts():
         alice.dial()
         alice.exchange(6)
         sizes.append(alice.core.page_lines)
-        alice.core.talk.history.asked.append(chat.Asked("#lobby", "missed", 1))
+        alice.core.talk.history.requests.append(chat.HistoryRequest("#lobby", "missed", 1))
         alice.drop()
     assert alice.core.page_lines < chat.PAGE_LINES
     alice.connect()
@@ -18246,7 +18246,7 @@ def test_a_search_that_finds_nothing_says_so_and_one_that_does_has_a_beginning_a
     alice.exchange()
     for words, texts in (("coffee", []), ("tea", ["tea is ready"])):
         alice.views.clear()
-        alice.core.show_results(words, [v for v in [last_of(alice)] if words in v.text])
+        alice.core.stored.show_results(words, [v for v in [last_of(alice)] if words in v.text])
         shown = alice.core.take_views()
         notes = [view for view in shown if view.kind == chat.NOTE]
         assert [view.text for view in shown if view.kind == chat.FOUND] == texts
@@ -18291,10 +18291,10 @@ def test_an_answer_carries_the_id_of_what_it_answers():
     exchange_all(alice, bob)
     answer = last_of(bob)
     assert (answer.text, answer.reply) == ("I have", asked.id) and last_of(alice).reply == asked.id
-    assert bob.core.answered_words(answer) == "bob: who has tea?"
+    assert bob.core.stored.answered_words(answer) == "bob: who has tea?"
     bob.typed("/reply thank you")  # to the last one of another user
     alice.exchange()
-    assert alice.core.answered_words(last_of(alice)) == "alice: I have"
+    assert alice.core.stored.answered_words(last_of(alice)) == "alice: I have"
     alice.typed("/reply -2 and milk?")
     assert last_of(alice).reply == asked.id
     alice.typed("/reply -9 nothing")
@@ -18662,9 +18662,9 @@ def test_the_last_message_is_the_one_that_was_there_when_the_command_was_begun()
     alice.exchange()
     alice.core.typed("/reply my answer", None, "", begun)
     exchange_all(alice, bob)
-    assert bob.core.answered_words(last_of(bob)) == "bob: QUESTION"
+    assert bob.core.stored.answered_words(last_of(bob)) == "bob: QUESTION"
     alice.typed("/reply 3 beers please")  # a number is text
-    assert (last_of(alice).text, bob.core.answered_words(last_of(alice))) == (
+    assert (last_of(alice).text, bob.core.stored.answered_words(last_of(alice))) == (
         "3 beers please",
         "bob: something else",
     )
@@ -20610,7 +20610,7 @@ class Abroad:
             for _ in range(500):
                 if not self.core.stored.show_older(room) and room.whole:
                     break
-                asked = self.core.talk.history.asked
+                asked = self.core.talk.history.requests
                 if not any(one.where == room.name for one in asked):
                     self.core.talk.history.ask_page(room, "older")
                 self.core.flush()
@@ -25068,7 +25068,7 @@ def test_a_pipe_ends_with_the_number_of_messages_that_did_not_arrive(
 ):
     end = object.__new__(chat.Filter)
     outbox = types.SimpleNamespace(waiting=dict.fromkeys(range(waiting)))
-    end.core = types.SimpleNamespace(outbox=outbox, failures=failures, refusals=0, unsure="")
+    end.core = types.SimpleNamespace(outbox=outbox, failures=failures, refusals=0, odd_line="")
     end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(0.0)
     end.options = types.SimpleNamespace(state=None, login=None, join=())
     end.over(reason)
