@@ -2600,11 +2600,7 @@ class LocalSession(Session):
     # Acts, and what they need from off the loop
 
     def act(
-        self,
-        name: str,
-        *values: Any,
-        then: Callable[[Any], None] | None = None,
-        otherwise: Callable[[Refused], None] | None = None,
+        self, name: str, *values, then: Callable | None = None, otherwise: Callable | None = None
     ) -> None:
         """Do an act as this session; call then(its result), or otherwise(the refusal): refuse().
         then() is not called when the act has ended the session."""
@@ -10160,9 +10156,8 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
     check_server(session, server)
     site = session.site
     if letter == "u":
-        # On a node, ticks are the time of the log
-        hub, on_node = site.hub, site.cluster
-        ran = hub.now - hub.started if on_node else hub.ticks - hub.started_ticks
+        hub = site.hub  # on a node of a cluster its ticks are the log's
+        ran = hub.now - hub.started if site.cluster else hub.ticks - hub.started_ticks
         minutes, seconds = divmod(ran // 1000, 60)
         hours, minutes = divmod(minutes, 60)
         session.reply(RPL_STATSUPTIME, *divmod(hours, 24), minutes, seconds)
@@ -21057,12 +21052,10 @@ class Server:
         self.stopping = True
         for listener in self.listeners:
             listener.close()
-        for peer in list(self.peers):
-            if peer.session:
-                peer.session.farewell("the server is going down")
-                if self.cluster is None:  # the users stay: no other user is told
-                    peer.session.user = None
-            peer.close()
+        for peer in self.peers if self.cluster is None else ():
+            if peer.session:  # the users stay: no other user is told
+                peer.session.user = None
+        self.drop_clients("the server is going down")
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if self.cluster:
             self.cluster.leave()
