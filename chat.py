@@ -5618,7 +5618,7 @@ class History:
         """Return the last message of each key and of each private conversation of these identities.
         The text with each is its key, or "" for a conversation."""
         query = f"""
-            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN (?, ?, ?)
+            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN ({SPOKEN_KINDS})
             ORDER BY id DESC LIMIT 1"""
         found: dict[Any, tuple[str, Event]] = {}
         with self.reading() as db:
@@ -5630,7 +5630,7 @@ class History:
                 for id, one, other in db.execute(which, [identity] * 2).fetchall():
                     wanted.append((other if one == identity else one, "", id))
             for name, key, target in wanted:
-                row = db.execute(query, [target, *SPOKEN]).fetchone()
+                row = db.execute(query, [target]).fetchone()
                 if not row or not is_sound(row):
                     continue
                 if name not in found or found[name][1].id < row[0]:
@@ -6396,9 +6396,9 @@ class Store:
         """Return the founding and author of a message under this key; None if it is not there."""
         query = f"""
             SELECT t.founding, e.author FROM targets t JOIN events e ON e.target = t.id
-            WHERE t.key = ? AND e.id = ? AND e.kind IN ({", ".join("?" * 4)})"""
+            WHERE t.key = ? AND e.id = ? AND e.kind IN ({SPOKEN_KINDS}, '{TAGS}')"""
         try:
-            return self.db.execute(query, [key, id, *SPOKEN, TAGS]).fetchone()
+            return self.db.execute(query, [key, id]).fetchone()
         except sqlite3.Error:
             return None
 
@@ -10838,15 +10838,16 @@ def line_stats(session: LineSession, letter: str) -> None:
 
 
 def tell_past(
-    session: LineSession, events: Iterable[Event], prefix: str, check: Callable, end: str
+    session: LineSession, channel: Channel | None, events: list[Event], prefix: str, end: str
 ) -> Iterator[None]:
-    """Tell events of the past and then the end, for as long as check() does not refuse it."""
-    check()
+    """Tell events of the past and then the end; those of a channel only while the user is in it."""
+    check_inside = channel.member if channel else do_nothing
+    check_inside(session.user)
     for n, event in enumerate(events):
         session.site.hub.work += WORK_OF_THE_PAST
         if n % PLAYED_AT_ONCE == PLAYED_AT_ONCE - 1:
             yield
-            check()
+            check_inside(session.user)
         for text in line_texts(event, prefix):
             session.tell(f"{time_text(event.time)} {text}")
     session.tell(end)
@@ -10871,12 +10872,8 @@ def line_history(session: LineSession, *params: str) -> Steps:
     span = Span(scope_of(hub, session.user, audience))
     events = yield do(session.read, session.site.store.history.page, span, count)
 
-    def check() -> None:
-        if channel:
-            channel.member(session.user)  # or not any more
-
     end = f"that was {counted(len(events), 'message')}"
-    session.go_on_with(tell_past(session, events, line_prefix(audience), check, end))
+    session.go_on_with(tell_past(session, channel, events, line_prefix(audience), end))
 
 
 @line_command("search", 1)
@@ -10889,11 +10886,7 @@ def line_search(session: LineSession, words: str) -> Steps:
     found = yield do(session.read, search, [scope], words, Span(scope), HISTORY_LINES)
     events, prefix = [event for _, event in found], line_prefix(channel)
     end = f"found {counted(len(found), 'message')} with {words}"
-
-    def check() -> None:
-        channel.member(session.user)  # or not any more
-
-    session.go_on_with(tell_past(session, events, prefix, check, end))
+    session.go_on_with(tell_past(session, channel, events, prefix, end))
 
 
 @line_command("lines", 1, nameless=True)
