@@ -12489,8 +12489,8 @@ class ServerProfile:
         self.requested: set[str] = set()  # after the registration; no answer yet
         self.told = False  # 004 has come, and 005 if there is one
         kept = ("CASEMAPPING", "CHANTYPES") if before else ()
-        self.tokens = {
-            name: before.tokens[name] for name in kept if name in before.tokens
+        self.isupport = {
+            name: before.isupport[name] for name in kept if name in before.isupport
         }  # of 005
 
     # Names
@@ -12499,48 +12499,50 @@ class ServerProfile:
         """Return the key of a name. Names with the same key are the same name to this server."""
         if self.ours:
             return fold(name)
-        mapping = self.tokens.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
+        mapping = self.isupport.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
         if mapping in UNICODE_MAPPINGS:
             return fold(name)
         return name.translate(CASE_MAPPINGS.get(mapping, CASE_MAPPINGS["ascii"]))
 
     @property
     def channel_types(self) -> str:
-        return self.tokens.get("CHANTYPES", "#" if self.ours else "#&")
+        return self.isupport.get("CHANTYPES", "#" if self.ours else "#&")
 
     def is_channel(self, name: str) -> bool:
         return bool(name) and name[0] in self.channel_types
 
     def as_channel(self, name: str) -> str:
         """Return the full name of a channel, which a user may type without its first character."""
-        known = self.is_channel(name) or name[:1] in "#&!+"
-        return name if known else f"{self.channel_types[:1] or '#'}{name}"
+        full = self.is_channel(name) or name[:1] in "#&!+"
+        return name if full else f"{self.channel_types[:1] or '#'}{name}"
 
     def without_status(self, target: str) -> str:
         """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
         unchanged. Not all servers with such targets announce them."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
-        marks = self.status + "".join(one for one in symbols if one not in self.channel_types)
+        marks = self.status + "".join(
+            symbol for symbol in symbols if symbol not in self.channel_types
+        )
         most = len(target) - len(target.lstrip(marks))
         names = (target[n:] for n in range(most, 0, -1))  # @+free may be for +free
         return next(filter(self.is_channel, names), target)
 
     @property
     def status(self) -> str:
-        return self.tokens.get("STATUSMSG", "")
+        return self.isupport.get("STATUSMSG", "")
 
     @property
     def ranks(self) -> tuple[str, str]:
         """The letters of the modes that are ranks, and the symbols of these ranks before names."""
-        letters, _, symbols = self.tokens.get("PREFIX", "(ov)@+").removeprefix("(").partition(")")
+        letters, _, symbols = self.isupport.get("PREFIX", "(ov)@+").removeprefix("(").partition(")")
         return letters, symbols
 
     def takes_parameter(self, letter: str, sign: str) -> bool:
         """Return whether a parameter follows a channel mode (Modern IRC, CHANMODES)."""
         if letter in self.ranks[0]:
             return True
-        lists, always, on_set, *_ = (*self.tokens.get("CHANMODES", "").split(","), "", "", "")
-        if "CHANMODES" not in self.tokens:
+        lists, always, on_set, *_ = (*self.isupport.get("CHANMODES", "").split(","), "", "", "")
+        if "CHANMODES" not in self.isupport:
             return letter in PARAMETER_MODES and (letter != "l" or sign == "+")
         return letter in lists + always or (letter in on_set and sign == "+")
 
@@ -12558,7 +12560,7 @@ class ServerProfile:
 
     def limit(self, name: str, usual: int) -> int:
         """Return the number of a token of 005, or `usual` if the server has announced none."""
-        return whole_number(self.tokens.get(name, "")) or usual
+        return whole_number(self.isupport.get(name, "")) or usual
 
     @property
     def page_size(self) -> int:
@@ -12568,14 +12570,14 @@ class ServerProfile:
     def multiline_limits(self) -> tuple[int, int]:
         """The most bytes and lines of one message (draft/multiline)."""
         value = parse_tags(self.offered.get("draft/multiline", "").replace(",", ";"))
-        size, lines = (whole_number(value.get(f"max-{one}", "")) for one in ("bytes", "lines"))
+        size, lines = (whole_number(value.get(f"max-{name}", "")) for name in ("bytes", "lines"))
         return size or LINE_BYTES, lines or MESSAGE_LINES
 
     # Echoes and message tags
 
     def takes(self, tag: str) -> bool:
         """Return whether the server passes on a client-only tag, also back to this client."""
-        denied = self.tokens.get("CLIENTTAGDENY", "").split(",")
+        denied = self.isupport.get("CLIENTTAGDENY", "").split(",")
         name = tag.removeprefix("+")
         allowed = f"-{name}" in denied or not ({"*", name} & set(denied))
         return "message-tags" in self.enabled and allowed
@@ -12664,14 +12666,14 @@ class Transfer:
 
     KEPT = ("id", "up", "room", "path", "name", "size", "changed", "url", "type", "etag")
 
-    def __init__(self, id: str, up: bool, room: str, path: str, **known: Any):
+    def __init__(self, id: str, up: bool, room: str, path: str, **properties: Any):
         self.id, self.up = id, up
         self.room = room  # conversation for the link
         self.path = path  # on this computer
         self.name, self.size, self.type, self.etag = "", 0, "", ""
         self.changed = 0  # when the file of an upload was, last; as stat() tells it
         self.url = ""  # on the server; "" while unknown
-        for name, value in known.items():
+        for name, value in properties.items():
             setattr(self, name, value)
         self.done = 0  # bytes that have arrived
         self.state = "waiting"  # or "running", "failed"; complete transfers are removed
@@ -12727,10 +12729,10 @@ def identity_of(view: ViewEvent) -> Any:
     return view.id or (view.time, view.name, view.text)
 
 
-def is_about(known: tuple[int, Any], room: int, view: ViewEvent) -> bool:
+def is_about(message: tuple[int, Any], room: int, view: ViewEvent) -> bool:
     """Return whether a known message (its conversation and identity) has the words of this one, and
     nearly its time."""
-    where, (when, *words) = known
+    where, (when, *words) = message
     near = abs(when - view.time) < REPEATED_MS
     return near and where == room and words == [view.name, view.text]
 
@@ -12776,13 +12778,13 @@ class Outbox:
     def __init__(self, rows: Any = None, secret: str = "", waiting: Iterable[Waiting] = ()):
         self.rows = rows
         self.secret = secret or secrets.token_hex(SECRET_DIGITS // 2)
-        self.waiting = {one.id: one for one in waiting}
+        self.waiting = {message.id: message for message in waiting}
         self.in_flight: dict[str, None] = {}  # sent over this connection
         self.window = 1  # how many may be in flight: doubled each round trip, 1 after a break ...
         self.most = SENT_AHEAD  # ... and at most so many
         self.unconfirmed: set[str] = set()  # sent over a lost connection; history will tell
         # Left to the user (/retry, /cancel), and why
-        self.parked = {one.id: one.why for one in self.waiting.values() if one.why}
+        self.parked = {message.id: message.why for message in self.waiting.values() if message.why}
         self.unsaved: dict[str, None] = {}  # not accepted yet
         self.locked_at = math.inf  # since when another program has the file locked (ticks)
 
@@ -12794,10 +12796,10 @@ class Outbox:
             self.unsaved[id] = None
         return self.waiting[id]
 
-    def _change(self, one: Waiting) -> None:
-        self.waiting[one.id] = one
+    def _change(self, message: Waiting) -> None:
+        self.waiting[message.id] = message
         if self.rows:
-            self.rows.changes[one.id] = one
+            self.rows.changes[message.id] = message
 
     def save(self, now: float) -> bool:
         """Store all changes. Return False if they have to wait, because another program has the
@@ -12817,9 +12819,9 @@ class Outbox:
     def refused(self) -> list[Waiting]:
         """Remove and return the messages that could not be stored."""
         lost = [self.waiting.pop(id) for id in self.unsaved]
-        for one in lost:
-            self.parked.pop(one.id, None)
-            del self.rows.changes[one.id]
+        for message in lost:
+            self.parked.pop(message.id, None)
+            del self.rows.changes[message.id]
         self.unsaved.clear()
         return lost
 
@@ -12832,23 +12834,26 @@ class Outbox:
         if len(self.in_flight) >= self.window:
             return None
         later = self.in_flight.keys() | self.parked.keys() | self.unsaved.keys()
-        there = (one for id, one in self.waiting.items() if id not in later)
-        one = next((one for one in there if carries(one) or (waits and waits(one))), None)
-        if one is None or one.id in self.unconfirmed or not carries(one):
+        candidates = (message for id, message in self.waiting.items() if id not in later)
+        message = next(
+            (message for message in candidates if carries(message) or (waits and waits(message))),
+            None,
+        )
+        if message is None or message.id in self.unconfirmed or not carries(message):
             return None
-        return one
+        return message
 
-    def send(self, one: Waiting, now: float) -> None:
+    def send(self, message: Waiting, now: float) -> None:
         """Note that a message is being sent, at wall time `now` (s)."""
-        self.in_flight[one.id] = None
-        if not one.sent:
-            self._change(one._replace(sent=max(1, int(now * 1000))))
+        self.in_flight[message.id] = None
+        if not message.sent:
+            self._change(message._replace(sent=max(1, int(now * 1000))))
 
     def arrived_to(self, id: str, at: int) -> None:
         """Note that a message has arrived up to character `at`: some are sent as many lines."""
-        one = self.waiting.get(id)
-        if one and at > one.at:
-            self._change(one._replace(at=at))
+        message = self.waiting.get(id)
+        if message and at > message.at:
+            self._change(message._replace(at=at))
 
     def arrived(self, id: str) -> Waiting | None:
         """Remove and return a message that arrived, or that must not be sent again."""
@@ -12858,10 +12863,10 @@ class Outbox:
         self.unconfirmed.discard(id)
         self.unsaved.pop(id, None)
         self.parked.pop(id, None)
-        one = self.waiting.pop(id, None)
-        if one and self.rows:
+        message = self.waiting.pop(id, None)
+        if message and self.rows:
             self.rows.changes[id] = None
-        return one
+        return message
 
     def park(self, id: str, why: str) -> None:
         """Keep a message from being sent until the user decides about it; `why` is the reason."""
@@ -12877,15 +12882,15 @@ class Outbox:
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
         """Send the messages of a renamed conversation, if is_old(name), or their rest to `new`."""
-        for one in [*self.waiting.values()]:
-            if is_old(one.where):
-                self._change(one._replace(where=new))
+        for message in [*self.waiting.values()]:
+            if is_old(message.where):
+                self._change(message._replace(where=new))
 
     def take_back(self, sent: Iterable[Waiting]) -> None:
         """Put back messages that have not arrived."""
         later, self.waiting = self.waiting, {}
-        for one in sent:
-            self._change(one)
+        for message in sent:
+            self._change(message)
         self.waiting |= later
 
     def connection_lost(self) -> list[Waiting]:
@@ -12958,11 +12963,11 @@ def moved_text(moves: list[ViewEvent]) -> str:
     groups: dict[str, list[str]] = {}
     for name, moved in joins.items():
         groups.setdefault(MOVED_WORDS[moved[0], moved[-1]], []).append(name)
-    told = []
+    parts = []
     for what, names in groups.items():
         more = f" and {len(names) - MOVES_NAMED:,} more" if len(names) > MOVES_NAMED else ""
-        told.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
-    return "; ".join([*told, *changed_texts(moves)])
+        parts.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
+    return "; ".join([*parts, *changed_texts(moves)])
 
 
 def may_hold(table: Collection, key: str, most: int) -> bool:
@@ -12978,6 +12983,11 @@ def remember(ids: dict[str, None], id: str) -> None:
 
 
 ROOM_IDS = itertools.count(1)
+
+
+def mark_at(when: int) -> str:
+    """Return the mark of a room by the time of its last message: others may have the same time."""
+    return f"timestamp={tag_time(when - 1)}"
 
 
 class Room:
@@ -13022,8 +13032,17 @@ class Room:
     @property
     def oldest(self) -> str:
         """The position of the first message in this room; "" if there is none."""
-        known = (view for view in self.views if view.kind != FOUND)
-        return next(filter(None, map(position_of, known)), "")
+        views = (view for view in self.views if view.kind != FOUND)
+        return next(filter(None, map(position_of, views)), "")
+
+    def move_mark(self, id: str, when: int | None) -> None:
+        """Note that everything is held up to a message with this id, or, on a server without ids,
+        with this time (ms)."""
+        if id:
+            self.mark, self.mark_time = f"msgid={id}", when
+        elif when and not self.mark.startswith("msgid="):
+            self.mark_time = max(self.mark_time or 0, when)
+            self.mark = mark_at(self.mark_time)
 
     def hold(self, view: ViewEvent) -> None:
         """Hold a view until older messages have come. Too many are dropped: pages bring them."""
@@ -13095,12 +13114,16 @@ class Room:
         self.moved_at |= dict.fromkeys(map(row_kind, moves), row.time or 0)
         return row
 
+    def news_since(self, when: int) -> list[ViewEvent]:
+        """Return the messages of other users that are later than a time (ms)."""
+        return [view for view in self.views if is_news(view) and (view.time or 0) > when]
+
     def read(self, when: int) -> bool:
         """Note that messages up to a time (ms) have been read; return whether that is new."""
         if when <= self.read_time:
             return False
         self.read_time = when
-        later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
+        later = self.news_since(when)
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
         return True
@@ -13110,7 +13133,7 @@ class Room:
         if name in self.people:
             before = self.people[name]
             self.people[name] = "".join(
-                one for one in symbols if (on if one == symbol else one in before)
+                other for other in symbols if (on if other == symbol else other in before)
             )
 
 
@@ -13285,11 +13308,6 @@ def not_shown(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     return [view for view in views if view.id or identity_of(view) not in shown]
 
 
-def mark_at(when: int) -> str:
-    """Return the mark of a room by the time of its last message: others may have the same time."""
-    return f"timestamp={tag_time(when - 1)}"
-
-
 def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     """Return the messages of a page that are not among the held ones: these follow in their order,
     and there may be older ones than on the page."""
@@ -13337,8 +13355,8 @@ class SaslLogin:
         """Return the best mechanism that both sides know; "" if none is needed or possible. A
         password is sent in the clear only if the user asked for that."""
         offered = self.server.offered.get("sasl", "")
-        known = [*filter(None, offered.split(","))] or [*LOGINS]
-        self.others = [name for name in self.core.me.mechanisms if name in known]
+        supported = [*filter(None, offered.split(","))] or [*LOGINS]
+        self.others = [name for name in self.core.me.mechanisms if name in supported]
         return self.next_mechanism(asked)
 
     def next_mechanism(self, asked: bool = False) -> str:
@@ -13352,14 +13370,14 @@ class SaslLogin:
             if name != "PLAIN" or self.core.secure or asked or me.plain_allowed:
                 return name
             text = "not logged in: this server wants to be told the password in the clear"
-            self.core.show(ViewEvent(NOTE, f"{text}; /login does so, ircs:// is better"))
+            self.core.note(f"{text}; /login does so, ircs:// is better")
             self.explained = True
         return ""
 
     def begin(self, mechanism: str) -> None:
         self.mechanism, self.proven, self.taken_up = mechanism, False, False
-        known = self.login or self.core.me.login or Login("", "")
-        self.steps = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*known)
+        login = self.login or self.core.me.login or Login("", "")
+        self.steps = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*login)
         next(self.steps)  # the server speaks first, even if it says nothing
         self.exchange = Exchange(self.steps)
         self.talk.send("AUTHENTICATE", mechanism)
@@ -13437,31 +13455,31 @@ class MessageLines:
         """How many lines have been sent, and of how many."""
         return self.total - len(self.unsent), self.total
 
-    def begin(self, one: Waiting) -> None:
+    def begin(self, message: Waiting) -> None:
         """Make a message the next lines to be sent, with its own id on the last line or on all."""
-        rest = one.text[one.at :].removeprefix("\n") if one.at else one.text
-        room, tags = self._text_bytes(one), self._own_tags(one.id, one.reply)
+        rest = message.text[message.at :].removeprefix("\n") if message.at else message.text
+        room, tags = self._text_bytes(message), self._own_tags(message.id, message.reply)
         lines = list(sendable_lines(rest, room))
         size, count = self.server.multiline_limits
         if len(lines) > 1 and self.server.multiline and size >= LINE_ROOM:
             lines = list(sendable_lines(rest, min(room, size)))
             *first, last = in_batches(lines, size, count)
             for n, group in enumerate(first):
-                self._add_batch(group, self._own_tags(f"{one.id}.{n}", one.reply))
+                self._add_batch(group, self._own_tags(f"{message.id}.{n}", message.reply))
             self._add_batch(last, tags)
         else:
-            at = len(one.text) - len(rest)
+            at = len(message.text) - len(rest)
             for text, _ in lines:
-                at = one.text.find(text, at) + len(text)
+                at = message.text.find(text, at) + len(text)
                 self.unsent.append(Piece(text, end=at))
             self.unsent[-1] = self.unsent[-1]._replace(tags=tags, last=True)
-        self.id, self.sent_to, self.total = one.id, one.at, len(self.unsent)
+        self.id, self.sent_to, self.total = message.id, message.at, len(self.unsent)
 
-    def _text_bytes(self, one: Waiting) -> int:
+    def _text_bytes(self, message: Waiting) -> int:
         """Return how many bytes of a message fit in a line, as others see it."""
-        if one.kind == ACTION:
+        if message.kind == ACTION:
             return LINE_BYTES  # never cut: see check_message()
-        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {one.where} :"
+        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {message.where} :"
         most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
         return max(LINE_ROOM, most - 2 - len(head.encode()))
 
@@ -13481,21 +13499,25 @@ class MessageLines:
 
     def take(self) -> str:
         """Return the next line, for the message's target of now."""
-        piece, one, acks = self.unsent.popleft(), self.core.outbox.waiting[self.id], self.talk.acks
+        piece, message, acks = (
+            self.unsent.popleft(),
+            self.core.outbox.waiting[self.id],
+            self.talk.acks,
+        )
         if piece.verb == END_BATCH:
             return END_BATCH
         if piece.verb == BEGIN_BATCH:
-            acks.note_sent(one.where, one.id, one.text)
-            return f"{piece.tags}{BEGIN_BATCH} {one.where}"
-        piece = self._cut(piece, self._text_bytes(one))
-        text = f"\x01ACTION {piece.text}\x01" if one.kind == ACTION else piece.text
+            acks.note_sent(message.where, message.id, message.text)
+            return f"{piece.tags}{BEGIN_BATCH} {message.where}"
+        piece = self._cut(piece, self._text_bytes(message))
+        text = f"\x01ACTION {piece.text}\x01" if message.kind == ACTION else piece.text
         if piece.tags not in (BATCHED, CONTINUED):
             text = text or " "
             self.sent_to = piece.end
-            acks.note_sent(one.where, one.id, text)
-            id, end = (one.id, 0) if piece.last else ("", piece.end)
-            acks.note_echo(Echoed(self.core.fold(one.where), text, id, one.id, end))
-        return piece.tags + self.talk.line("PRIVMSG", one.where, text)
+            acks.note_sent(message.where, message.id, text)
+            id, end = (message.id, 0) if piece.last else ("", piece.end)
+            acks.note_echo(Echoed(self.core.fold(message.where), text, id, message.id, end))
+        return piece.tags + self.talk.line("PRIVMSG", message.where, text)
 
     def _cut(self, piece: Piece, room: int) -> Piece:
         """Return so much of an unsent line as fits in `room` bytes; the rest of it is sent next."""
@@ -13555,12 +13577,12 @@ class Acknowledgements:
         key = self.core.fold(self.server.without_status(target))
         self.sent.append(SentLine(key, id, text))
 
-    def note_message(self, one: Waiting) -> None:
+    def note_message(self, message: Waiting) -> None:
         """Note that the lines of a message are sent from now on."""
         self.last = max(self.last, self.core.ticks() - ECHO_SECONDS / 2)
-        self.echoes = [line for line in self.echoes if line.of != one.id]  # sent before
+        self.echoes = [line for line in self.echoes if line.of != message.id]  # sent before
         if not self.server.echoes:
-            self.unconfirmed.append(one.id)
+            self.unconfirmed.append(message.id)
 
     def note_command(self, line: str, by_user: bool) -> None:
         """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
@@ -13613,12 +13635,12 @@ class Acknowledgements:
 
     # PINGs
 
-    def ping_line(self, token: str, ids: Iterable[str] = ()) -> str:
+    def ping_line(self, ping_token: str, ids: Iterable[str] = ()) -> str:
         """Return a PING. Its PONG confirms the messages with these ids, and all commands so far."""
-        self.pings.append(token)
-        self.sent.append(SentLine("", token))
-        self.covered[token] = [*ids, *self.commands]
-        return self.talk.line("PING", token)
+        self.pings.append(ping_token)
+        self.sent.append(SentLine("", ping_token))
+        self.covered[ping_token] = [*ids, *self.commands]
+        return self.talk.line("PING", ping_token)
 
     def take_unconfirmed(self) -> str:
         """Return the PING behind the messages that no PING is behind yet."""
@@ -13634,13 +13656,13 @@ class Acknowledgements:
             self.core.output.append(self.ping_line(f"echo-{next(self.talk.labels)}"))
             self.overdue[self.pings[-1]] = alone
 
-    def ponged(self, token: str) -> None:
+    def ponged(self, ping_token: str) -> None:
         """Confirm the messages before a PING. Some servers do not repeat its token, but PONGs come
         in the order of the PINGs."""
-        self.repeats = self.repeats or token in self.pings
-        if token not in self.pings:
-            token = self.pings[0] if self.pings and not self.repeats else ""
-        if not token:
+        self.repeats = self.repeats or ping_token in self.pings
+        if ping_token not in self.pings:
+            ping_token = self.pings[0] if self.pings and not self.repeats else ""
+        if not ping_token:
             return
         while self.pings:
             answered = self.pings.popleft()
@@ -13654,7 +13676,7 @@ class Acknowledgements:
                     self.confirm(own_id)
                 else:
                     self.not_echoed(own_id)
-            if answered == token:
+            if answered == ping_token:
                 break
         self.talk.bouncer_said = ""
 
@@ -13671,7 +13693,7 @@ class Acknowledgements:
         return False
 
     def confirm(self, own_id: str) -> None:
-        self.core.acknowledge(ViewEvent(ARRIVED, own_id=own_id))
+        self.core.outgoing.acknowledge(ViewEvent(ARRIVED, own_id=own_id))
 
     # Echoes
 
@@ -13685,14 +13707,14 @@ class Acknowledgements:
     def expect_no_echo(self, sent: SentLine) -> None:
         """Forget the oldest line of a message that has no echo: the server has refused it."""
         expected = (sent.target, sent.id)
-        there = (one for one in self.echoes if (one.target, one.of) == expected)
-        if one := next(there, None):
-            self.echoes.remove(one)
+        lines = (line for line in self.echoes if (line.target, line.of) == expected)
+        if line := next(lines, None):
+            self.echoes.remove(line)
 
     def not_echoed(self, own_id: str) -> str:
         """Report a message as lost because the server dropped one of its lines; return PIECE."""
         if own_id in self.core.outbox.in_flight:
-            self.core.lost(own_id, NOT_ECHOED)
+            self.core.outgoing.lost(own_id, NOT_ECHOED)
         return PIECE
 
     def own_id_of(self, heard: ServerLine, target: str, text: str) -> str:
@@ -13702,37 +13724,41 @@ class Acknowledgements:
         waiting = self.core.outbox.waiting
         for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
             stem, dot, _ = name.partition(".")
-            if dot and (stem in waiting or stem in self.core.known_own):
+            if dot and (stem in waiting or stem in self.core.known.own):
                 return PIECE
             if name in waiting or (name and name == heard.tags.get(OWN_ID)):
-                dropped = any(one.of == name != one.id for one in self.echoes)
-                self.echoes = [one for one in self.echoes if one.of != name]
+                dropped = any(line.of == name != line.id for line in self.echoes)
+                self.echoes = [line for line in self.echoes if line.of != name]
                 return self.not_echoed(name) if dropped else name
         key = self.core.fold(target)
         place = self._place(heard, key, text) if heard.verb == "PRIVMSG" else None
         if place is None:
             return self._doubted(heard, key, text)
         sent, before = self.echoes[place], self.echoes[:place]
-        self.echoes[: place + 1] = [one for one in before if one.target != key]
+        self.echoes[: place + 1] = [line for line in before if line.target != key]
         self.core.outbox.arrived_to(sent.of, sent.end)
-        dropped = {self.not_echoed(one.of) and one.of for one in before if one.target == key}
+        dropped = {self.not_echoed(line.of) and line.of for line in before if line.target == key}
         return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
 
     def _doubted(self, heard: ServerLine, key: str, text: str) -> str:
         """Return the own id of a message that may have arrived, if history has its whole text or
         the rest of it, and PIECE if history has its next line; else ""."""
         outbox, when = self.core.outbox, heard.time or LAST_MOMENT
-        known = "batch" not in heard.tags or heard.tags.get("msgid", "") in self.core.seen
-        for id in [] if known else [*outbox.unconfirmed, *outbox.parked]:
-            one = outbox.waiting[id]
-            if not one.sent or self.core.fold(one.where) != key or when < one.sent - CLOCK_AHEAD_MS:
+        shown = "batch" not in heard.tags or heard.tags.get("msgid", "") in self.core.known.ids
+        for id in [] if shown else [*outbox.unconfirmed, *outbox.parked]:
+            message = outbox.waiting[id]
+            if (
+                not message.sent
+                or self.core.fold(message.where) != key
+                or when < message.sent - CLOCK_AHEAD_MS
+            ):
                 continue
-            rest = one.text[one.at :].removeprefix("\n")
-            whole = f"\x01ACTION {rest}\x01" if one.kind == ACTION else rest
+            rest = message.text[message.at :].removeprefix("\n")
+            whole = f"\x01ACTION {rest}\x01" if message.kind == ACTION else rest
             if text in (whole, shown_line(whole.encode(errors="replace"))):
                 return id
             if rest.startswith(f"{text}\n") or (len(text) > LINE_ROOM and rest.startswith(text)):
-                outbox.arrived_to(id, len(one.text) - len(rest) + len(text))
+                outbox.arrived_to(id, len(message.text) - len(rest) + len(text))
                 return PIECE
         return ""
 
@@ -13769,7 +13795,7 @@ class HistoryRequests:
         if (room.mark or self.core.tidy) and self.server.pages:
             self.behind[room.name] = how
         else:
-            self.core.release(room)
+            self.core.incoming.release(room)
 
     def ask_behind(self) -> None:
         """Request the pages that had to wait for the user's messages."""
@@ -13778,7 +13804,7 @@ class HistoryRequests:
             if how == "targets":
                 self._ask_targets()
             elif room := self.core.find(name):
-                self.ask_page(room, how) or self.core.release(room)
+                self.ask_page(room, how) or self.core.incoming.release(room)
 
     def ask_page(self, room: Room, how: str) -> bool:
         """Ask for a page of a room's history; return whether a page will come."""
@@ -13814,15 +13840,15 @@ class HistoryRequests:
 
     def _selector(self, mark: str, when: int | None) -> str:
         """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
-        takes_ids = "msgid" in self.server.tokens.get("MSGREFTYPES", "msgid").split(",")
+        takes_ids = "msgid" in self.server.isupport.get("MSGREFTYPES", "msgid").split(",")
         by_id = mark and (takes_ids or not when)
         return mark if by_id else f"timestamp={tag_time(when)}" if when else "*"
 
     def _ask_targets(self) -> None:
         """Ask which private conversations have missed messages. A chat.py is asked by the last id.
         Other servers are asked by time, a day earlier, because their clock may have been set."""
-        if "chat.py/session" in self.server.enabled and self.core.newest_id:
-            since = f"msgid={self.core.newest_id}"
+        if "chat.py/session" in self.server.enabled and self.core.known.newest_id:
+            since = f"msgid={self.core.known.newest_id}"
         else:
             since = f"timestamp={tag_time(max(0, self.talk.since - 24 * 3600 * 1000))}"
         now = f"timestamp={tag_time(LAST_MOMENT)}"
@@ -13858,12 +13884,12 @@ class HistoryRequests:
     def answered(self, label: str, target: str) -> Asked | None:
         """Remove and return the request that an answer belongs to; None if there is no request."""
         key = self.core.fold(target)
-        by_label = (one for one in self.asked if label and one.label == label)
-        by_target = (one for one in self.asked if self.core.fold(one.where) == key)
-        one = next(by_label, None) or next(by_target, None) or next(iter(self.asked), None)
-        if one is not None:
-            self.asked.remove(one)
-        return one
+        by_label = (asked for asked in self.asked if label and asked.label == label)
+        by_target = (asked for asked in self.asked if self.core.fold(asked.where) == key)
+        asked = next(by_label, None) or next(by_target, None) or next(iter(self.asked), None)
+        if asked is not None:
+            self.asked.remove(asked)
+        return asked
 
     def take_page(self, label: str, target: str, views: list[ViewEvent]) -> None:
         """Handle a page of history that was requested."""
@@ -13876,7 +13902,7 @@ class HistoryRequests:
     def refused(self, code: str, label: str, about: list[str]) -> None:
         """Handle a refused request for history. If the server does not know the last message of the
         room (a backup was restored), ask for the newest messages."""
-        named = next((one for one in about if self.core.find(one)), "")
+        named = next((name for name in about if self.core.find(name)), "")
         asked = self.answered(label, named)
         if asked is None:
             return
@@ -13890,13 +13916,13 @@ class HistoryRequests:
             return self.PAGES[asked.how](self, room, [], asked.limit)
         room.mark = ""
         text = "the server does not have the last message from here: something may be missing"
-        self.core.show(ViewEvent(NOTE, text, where=room.name))
+        self.core.note(text, room.name)
         self.ask_page(room, "last")
 
     def give_up_overdue(self, now: float) -> None:
         """Stop waiting for overdue pages, and show the views held for them. A late page is still
         used."""
-        for asked in [one for one in self.asked if 0 <= one.at < now - PAGE_SECONDS]:
+        for asked in [request for request in self.asked if 0 <= request.at < now - PAGE_SECONDS]:
             self.asked[self.asked.index(asked)] = asked._replace(at=GIVEN_UP)
             room = self.core.find(asked.where)
             if asked.how == "targets":
@@ -13904,8 +13930,8 @@ class HistoryRequests:
                 self.release_talks()
             elif room is not None and room.held is not None:
                 text = "the server does not send what was said meanwhile"
-                self.core.show(ViewEvent(NOTE, text, where=room.name))
-                self.core.release(room)
+                self.core.note(text, room.name)
+                self.core.incoming.release(room)
 
     def show_past(self, views: list[ViewEvent], title: str) -> None:
         """Show requested messages in the current conversation, apart from live messages."""
@@ -13916,17 +13942,19 @@ class HistoryRequests:
         busy = {self.core.fold(asked.where) for asked in self.asked}
         for key, room in list(self.core.rooms.items()):
             if not room.is_channel and room.held is not None and key not in busy:
-                self.core.release(room)
+                self.core.incoming.release(room)
 
     # Pages, by how they were requested
 
     def _page_last(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the page of messages from before the client joined."""
         for view in (new := not_shown(room, not_held(room, views))):
-            self.core.deliver(room, view._replace(past=True))
-        self.core.note_repeatable(room, new)  # live lines among the held ones may be on this page
+            self.core.incoming.deliver(room, view._replace(past=True))
+        self.core.known.note_without_id(
+            room, new
+        )  # live lines among the held ones may be on this page
         room.whole = not views  # a short page may consist of long messages
-        self.core.release(room)
+        self.core.incoming.release(room)
 
     def _page_missed(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle a page of missed messages, and ask for more until one page brings nothing new: a
@@ -13946,16 +13974,16 @@ class HistoryRequests:
             room.views.clear()
             self.core.show(ViewEvent(RESET, where=room.name))
             room.whole = False
-            self.core.note_holes(room, *room.holes, *optional(position_of(views[0])))
+            self.core.stored.note_holes(room, *room.holes, *optional(position_of(views[0])))
             text = "more was said meanwhile; page up, or /history, shows it"
-            self.core.show(ViewEvent(NOTE, text, where=room.name))
+            self.core.note(text, room.name)
         self._deliver_missed(room, not_held(room, views))
         self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
     def _deliver_missed(self, room: Room, views: list[ViewEvent]) -> None:
         for view in (unshown := not_shown(room, views)):
-            self.core.deliver(room, view, paged=True)
-        self.core.note_repeatable(room, unshown)
+            self.core.incoming.deliver(room, view, paged=True)
+        self.core.known.note_without_id(room, unshown)
 
     def _end_missed(self, room: Room, new: bool, more: str) -> None:
         """Ask for `more` after a page, or show what was held. With something `new` on it, the next
@@ -13967,7 +13995,7 @@ class HistoryRequests:
             room.spilled = False
             self.ask_page(room, more)
         else:
-            self.core.release(room)
+            self.core.incoming.release(room)
 
     def _page_older(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Put a page of older messages before the first row. If none is visible, ask again."""
@@ -13975,19 +14003,19 @@ class HistoryRequests:
         before = position_of(room.paged) if room.paged else room.oldest
         room.whole = not views or position_of(views[0]) == before
         stored = core.store.has if core.store else do_nothing
-        known = any(
+        overlaps = any(
             stored(core.fold(room.name), view) for view in views if identity_of(view) not in shown
         )
-        if room.hole and (known or room.whole):
-            core.note_holes(room, *room.holes[:-1])
+        if room.hole and (overlaps or room.whole):
+            core.stored.note_holes(room, *room.holes[:-1])
         elif room.hole:
-            core.note_holes(room, *room.holes[:-1], position_of(views[0]))
+            core.stored.note_holes(room, *room.holes[:-1], position_of(views[0]))
         seen = []
         for view in views:
-            if identity_of(view) not in shown and not core.hides(view):
+            if identity_of(view) not in shown and not core.incoming.hides(view):
                 shown.add(identity_of(view))
                 seen.append(view._replace(past=True))
-                core.keep(view)
+                core.stored.add(view)
         room.paged = views[0] if views and not seen else None
         room.views.extendleft(reversed(seen))
         if room.paged and not room.whole:
@@ -14060,7 +14088,7 @@ class Joins:
             room.wanted = room.wanted and number not in NO_CHANNEL
             passes = number in NOT_JOINED_NOW and room.entered
             self.refused[key] = self.core.ticks() + REJOIN_SECONDS if passes else math.inf
-            self.core.park_all(room, why)
+            self.core.outgoing.park_all(room, why)
 
     def tick(self, now: float) -> None:
         """Give up JOINs that are not answered."""
@@ -14081,7 +14109,7 @@ class Joins:
     def want_typed(self) -> None:
         """Join the channels, whose JOINs were not answered, over the next connection."""
         for key, password in self.typed.items():
-            room = self.core.room_for(key)
+            room = self.core.rooms.open(key)
             room.wanted, room.password = True, password
         self.typed.clear()
 
@@ -14142,7 +14170,7 @@ class WantedAnswers:
         if listing is None:
             return
         if not listing.rows:
-            return self.core.show(ViewEvent(NOTE, f"{title}: nothing found"))
+            return self.core.note(f"{title}: nothing found")
         more = listing.count - len(listing.rows)
         rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
         self.core.show(ViewEvent(PAGE, "\n".join(rows), title))
@@ -14200,7 +14228,7 @@ class PlainTalk:
         core.output.append(core.wanted_name)
         lobby = core.tidy or not core.rooms  # the texts of a pipe may be meant for a channel
         room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
-        room.inside, core.current = True, room if lobby else core.current
+        room.inside, core.rooms.current = True, room if lobby else core.room
 
     @property
     def ready(self) -> bool:
@@ -14232,34 +14260,36 @@ class PlainTalk:
             room.came(name)  # such a server does not list its members
         if kind == MESSAGE:
             called = calls(rest, core.name)
-            core.deliver(room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line))
+            core.incoming.deliver(
+                room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line)
+            )
             room.spoke(name)
         else:
             core.show(ViewEvent(kind, name=name, where=LOBBY, address=rest, line=line))
         core.show(ViewEvent(PEOPLE, where=LOBBY))
 
-    def carries(self, one: Waiting) -> bool:
+    def carries(self, message: Waiting) -> bool:
         """Return whether a message is for the lobby, the only conversation of this protocol."""
-        return self.core.fold(one.where) == self.core.fold(LOBBY)
+        return self.core.fold(message.where) == self.core.fold(LOBBY)
 
     def pump(self) -> None:
         """Send the messages that may be sent."""
         outbox = self.core.outbox
-        while one := outbox.next(self.carries):
-            text = f"*{one.text}*" if one.kind == ACTION else one.text
+        while message := outbox.next(self.carries):
+            text = f"*{message.text}*" if message.kind == ACTION else message.text
             self.core.output += text.split("\n")
             if not self.core.sure:
-                self.sent.append(one)
-            self.core.shown.discard(one.id)
-            outbox.arrived(one.id)  # or never will: such a server does not acknowledge
+                self.sent.append(message)
+            self.core.outgoing.shown.discard(message.id)
+            outbox.arrived(message.id)  # or never will: such a server does not acknowledge
 
     def tick(self) -> None:
         """Report the messages for other conversations, once the server is known to have none."""
         core, outbox = self.core, self.core.outbox
         if core.sure or core.insists or core.ticks() - self.began > CAP_SECONDS:
-            for one in [*outbox.waiting.values()]:
-                if not self.carries(one) and one.id not in outbox.parked:
-                    core.leave_to_user(one.id, ONE_ROOM)
+            for message in [*outbox.waiting.values()]:
+                if not self.carries(message) and message.id not in outbox.parked:
+                    core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
     bye = ping = leaves = renamed = watch = send = do_nothing
@@ -14302,7 +14332,7 @@ class IrcTalk:
         self.bouncer_said = ""  # ... and this its last message, until a PONG
         self.unserved = math.inf  # since when no server is behind it (ticks)
         # Later messages may have been missed: times are unique within one target
-        self.since = max(0, core.believable(core.newest) - 2 * TIMES_AHEAD)
+        self.since = max(0, core.believable(core.known.newest) - 2 * TIMES_AHEAD)
         core.output.append("CAP LS 302")
         if core.kind != CHAT:  # servers from before 2004 never answer CAP
             self.give_names()
@@ -14353,8 +14383,8 @@ class IrcTalk:
     def command(self, verb: str, *params: str) -> None:
         """Send a user's command after the messages accepted before it. Raises Refused if the server
         would cut the line."""
-        token, usual = COMMAND_LIMITS.get(verb, ("", IRC_BYTES))
-        most, text = self.server.limit(token, usual), params[-1] if params else ""
+        limit, usual = COMMAND_LIMITS.get(verb, ("", IRC_BYTES))
+        most, text = self.server.limit(limit, usual), params[-1] if params else ""
         size = len(text) if self.server.ours else len(text.encode())
         if size > most:
             raise Refused("TOO_LONG", f"this server takes {most} bytes there, and not {size}")
@@ -14366,8 +14396,8 @@ class IrcTalk:
 
     def raw(self, line: str) -> None:
         outbox = self.core.outbox
-        there = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
-        last = next((id for id in reversed(outbox.waiting) if id in there), "")
+        unsent = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
+        last = next((id for id in reversed(outbox.waiting) if id in unsent), "")
         self.queue.append((line, last or AT_ONCE))
 
     def pump(self) -> None:
@@ -14391,13 +14421,15 @@ class IrcTalk:
             self.acks.note_command(line := self.own_lines.popleft(), by_user=False)
         elif self.queue and not self._is_behind(self.queue[0][1]):
             self.acks.note_command(line := self.queue.popleft()[0], by_user=True)
-        elif one := outbox.next(self.carries, self.order):
-            if one.sent and one.id not in self.core.sent_before and self.doubts:
-                self.core.leave_to_user(one.id)  # sent by an earlier run of this program
+        elif message := outbox.next(self.carries, self.order):
+            if message.sent and message.id not in self.core.outgoing.sent_before and self.doubts:
+                self.core.outgoing.leave_to_user(
+                    message.id
+                )  # sent by an earlier run of this program
                 return True
-            outbox.send(one, self.core.clock())
-            self.lines.begin(one)
-            self.acks.note_message(one)
+            outbox.send(message, self.core.clock())
+            self.lines.begin(message)
+            self.acks.note_message(message)
             return True
         elif self.stale_names:  # one NAMES for many mode changes
             line = self.line("NAMES", self.stale_names.pop())
@@ -14413,9 +14445,9 @@ class IrcTalk:
     def _is_behind(self, id: str) -> bool:
         """Return whether the message that a queued line follows can still be sent."""
         outbox = self.core.outbox
-        one = outbox.waiting.get(id)
-        done = one is None or id in outbox.in_flight or id in outbox.parked
-        return not done and (self.carries(one) or self.waits(one))
+        message = outbox.waiting.get(id)
+        done = message is None or id in outbox.in_flight or id in outbox.parked
+        return not done and (self.carries(message) or self.waits(message))
 
     def _may_catch_up(self) -> bool:
         """Return whether pages may be requested. Waiting messages go first, because one page can
@@ -14467,7 +14499,7 @@ class IrcTalk:
     def hurry(self, now: float) -> None:
         """End a log-in or a registration that the server does not complete in time."""
         if self.sasl.running and now - self.began > LOGIN_SECONDS:
-            self.core.show(ViewEvent(NOTE, "not logged in: the server does not answer"))
+            self.core.note("not logged in: the server does not answer")
             self.sasl.end()
         if now - self.began > REGISTRATION_SECONDS:
             self.core.refuse("the server does not let us in", TEMPORARY)
@@ -14484,8 +14516,8 @@ class IrcTalk:
         done so too early. The messages in flight have not arrived."""
         if self.unserved == math.inf:
             self.unserved = self.core.ticks()
-            self.core.show(ViewEvent(NOTE, f"{why}; what you say waits for that"))
-        self.core.sent_before |= self.core.outbox.in_flight.keys()
+            self.core.note(f"{why}; what you say waits for that")
+        self.core.outgoing.sent_before |= self.core.outbox.in_flight.keys()
         self.core.outbox.connection_lost()
         self.lines.unsent.clear()
         self.acks.clear()
@@ -14498,9 +14530,11 @@ class IrcTalk:
     def renamed(self, old: str, new: str) -> None:
         """Use the new name of a conversation in the pending requests for history."""
         self.history.renamed(old, new)
-        one = self.core.outbox.waiting.get(self.lines.unfinished)
-        if one and self.lines.in_batch and self.core.fold(one.where) == self.core.fold(old):
-            self.core.park(one.id, f"{old} is now called {new}")  # a batch keeps its target
+        message = self.core.outbox.waiting.get(self.lines.unfinished)
+        if message and self.lines.in_batch and self.core.fold(message.where) == self.core.fold(old):
+            self.core.outgoing.park(
+                message.id, f"{old} is now called {new}"
+            )  # a batch keeps its target
 
     # Registration and joining
 
@@ -14543,7 +14577,7 @@ class IrcTalk:
         if core.is_me(wanted) or not core.regain or now < core.regain_at:
             return
         core.regain_at = now + REGAIN_SECONDS
-        if "MONITOR" in self.server.tokens and not self.monitor_failed:
+        if "MONITOR" in self.server.isupport and not self.monitor_failed:
             self.send("MONITOR", "+", wanted)
             core.regain_at = math.inf
         else:
@@ -14564,7 +14598,7 @@ class IrcTalk:
         names = [name for name in names if name and " " not in name and "," not in name]
         regains = sign == "-" and self.core.regain
         names = [name for name in names if not (regains and name == self.core.wanted_nick)]
-        if self.core.tidy and "MONITOR" in self.server.tokens and names:
+        if self.core.tidy and "MONITOR" in self.server.isupport and names:
             self.send("MONITOR", sign, ",".join(names[:WATCHED]))
 
     def name_is_free(self, name: str) -> None:
@@ -14574,14 +14608,14 @@ class IrcTalk:
         if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
             self.send("NICK", wanted)
 
-    def waits(self, one: Waiting) -> bool:
+    def waits(self, message: Waiting) -> bool:
         """Return whether a message waits for the answer to a JOIN, or for a server. The later
         messages of a pipe, and commands, wait with it."""
         if self.unserved < math.inf:
-            return not self.carries(one)
-        room = self.core.find(one.where)
+            return not self.carries(message)
+        room = self.core.find(message.where)
         outside = room is not None and room.is_channel and not room.inside
-        return outside and self.joins.waits(one.where)
+        return outside and self.joins.waits(message.where)
 
     def where_of(self, heard: ServerLine) -> str:
         """Return the open conversation that a numeric is about; "" for none. A numeric that names a
@@ -14601,16 +14635,16 @@ class IrcTalk:
         """Return whether a line is a PART from this channel."""
         return line.startswith("PART ") and self.core.find(line.split(" ")[1]) is room
 
-    def carries(self, one: Waiting) -> bool:
+    def carries(self, message: Waiting) -> bool:
         """Return whether a message can be sent; one for a channel waits until the client is in
         it. A bouncer alone takes messages only for itself: *status and its other modules."""
-        room = self.core.find(one.where)
-        if self.unserved < math.inf and one.where[:1] != "*":
+        room = self.core.find(message.where)
+        if self.unserved < math.inf and message.where[:1] != "*":
             return False
         if room is None or not room.is_channel:
-            return not self.server.is_channel(one.where)
+            return not self.server.is_channel(message.where)
         # Other servers may join the client later
-        return room.inside or (self.server.ours and self.joins.waits(one.where))
+        return room.inside or (self.server.ours and self.joins.waits(message.where))
 
     def longest_mask(self) -> str:
         return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
@@ -14655,14 +14689,14 @@ class IrcTalk:
         if batch.kind == "chathistory":
             for item in batch.items:  # messages redacted in the client's absence
                 if isinstance(item, ServerLine) and item.verb == "REDACT" and len(item.params) > 1:
-                    self.core.remove(item.params[1])
+                    self.core.incoming.redact(item.params[1])
             self.history.take_page(label, batch.target, self.views_of(batch))
             for item in batch.items:  # reactions, to these or to earlier ones
                 if isinstance(item, ServerLine) and item.verb == "TAGMSG":
                     self.act(item)
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
-                self.core.said(view, batch.opening)
+                self.core.incoming.message(view, batch.opening)
         elif batch.kind == "soju.im/search":
             self.history.show_past(self.views_of(batch), "search")
         else:  # its lines mean the same as without the batch
@@ -14724,12 +14758,12 @@ def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
     if label == QUIET or label in talk.core.outbox.parked:  # the user knows: the rest is not sent
         return
     if label in talk.core.outbox.waiting:
-        talk.core.lost(label, text)
+        talk.core.outgoing.lost(label, text)
         if not talk.server.echoes and any(line.id == label for line in talk.acks.sent):
             talk.ping()  # errors of its other lines come before the PONG, those of later ones after
     else:
         command_refused(talk, heard)
-        talk.core.show(ViewEvent(SERVER_TEXT, text, where=talk.where_of(heard)))
+        talk.core.server_text(text, talk.where_of(heard))
 
 
 NO_FAILURE = (  # numerics that refuse other commands, not messages
@@ -14789,7 +14823,7 @@ def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
         return "", ""
     talk.acks.sent.remove(line)
     talk.acks.expect_no_echo(line)
-    others = {one.id for one in lines if one.id in flying} - {line.id}
+    others = {sent.id for sent in lines if sent.id in flying} - {line.id}
     certain = "echo-message" in talk.server.enabled or line.text in error or line.id not in flying
     doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
     return line.id, "" if certain else doubt
@@ -14868,7 +14902,7 @@ def no_capabilities(talk: IrcTalk, heard: ServerLine) -> None:
     if talk.ready and heard.verb == "451":
         return talk.wait_for_server("the server has not let us in yet")
     if heard.params[1] == "AUTHENTICATE" and talk.sasl.running:
-        talk.core.show(ViewEvent(NOTE, "not logged in: this server knows no SASL"))
+        talk.core.note("not logged in: this server knows no SASL")
         return talk.sasl.end()
     if talk.introduced or talk.ready:
         return tell_rest(talk, heard)
@@ -14880,7 +14914,7 @@ def keep_login(core: "ClientCore") -> None:
         try:
             core.me.keep(core.me.login)
         except Unusable as error:
-            core.show(ViewEvent(NOTE, f"{error}; the next start cannot log in by itself"))
+            core.note(f"{error}; the next start cannot log in by itself")
 
 
 def renew_login(core: "ClientCore") -> None:
@@ -14907,7 +14941,7 @@ def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("900", least=1)
 def told_to_be_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    talk.core.server_text(heard.params[-1])
     if not talk.sasl.running:
         talk.sasl.confirm()
 
@@ -14946,8 +14980,8 @@ def come_another_time(talk: IrcTalk, why: str) -> None:
 @from_server("908", least=2)
 def mechanisms_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Keep only the mechanisms that the server lists after it refused one."""
-    known = heard.params[1].split(",")
-    talk.sasl.others = [name for name in talk.sasl.others if name in known]
+    supported = heard.params[1].split(",")
+    talk.sasl.others = [name for name in talk.sasl.others if name in supported]
 
 
 @from_server("902", "904", "905", "906", least=1)
@@ -14957,7 +14991,7 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         return tell_rest(talk, heard)
     if heard.verb == "904" and not talk.sasl.taken_up and (name := talk.sasl.next_mechanism()):
         return talk.sasl.begin(name)  # the mechanism was refused, not the password
-    core.show(ViewEvent(NOTE, why))
+    core.note(why)
     if core.me.proposed and not talk.ready:  # the /register before the break was lost
         core.me.login = None
         forget_login(core)
@@ -14969,8 +15003,8 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
 def try_name(talk: IrcTalk, heard: ServerLine, most: int, candidate: Callable[[int], str]) -> None:
     """Try another nick until the server takes one; give up after `most` attempts."""
     if talk.ready:
-        known = talk.not_regained("".join(heard.params[1:2]))
-        return None if known else tell_rest(talk, heard)
+        told = talk.not_regained("".join(heard.params[1:2]))
+        return None if told else tell_rest(talk, heard)
     if "chat.py/session" in talk.server.offered and not talk.server.enabled:
         return None  # about the nick sent before the secret, which decides
     talk.tries += 1
@@ -15034,21 +15068,23 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core.began = core.began or heard.time or 0
     if core.tidy or core.name != core.wanted_name:
         why = "is taken" if core.regain else "is no nick that this server takes"
-        told = core.name != core.wanted_name and not talk.resumed  # then it is the name of before
-        why = f" ({core.wanted_name} {why})" if told else ""
-        core.show(ViewEvent(SERVER_TEXT, f"you are {core.name}{why}"))
+        differs = (
+            core.name != core.wanted_name and not talk.resumed
+        )  # then it is the name of before
+        why = f" ({core.wanted_name} {why})" if differs else ""
+        core.server_text(f"you are {core.name}{why}")
     if core.me.login and not (talk.sasl.mechanism or talk.sasl.explained):
         offered = talk.server.offered.get("sasl")
         why = "knows no SASL" if offered is None else f"logs in only by {offered}"
-        core.show(ViewEvent(NOTE, f"not logged in as {core.me.login.account}: this server {why}"))
+        core.note(f"not logged in as {core.me.login.account}: this server {why}")
     if core.away:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
         if core.find(core.outbox.waiting[id].where) is None:
-            core.leave_to_user(id)
-    for one in core.outbox.waiting.values():  # accepted messages need the channel
-        if talk.server.is_channel(one.where) and one.id not in core.outbox.parked:
-            core.room_for(one.where).wanted = True
+            core.outgoing.leave_to_user(id)
+    for message in core.outbox.waiting.values():  # accepted messages need the channel
+        if talk.server.is_channel(message.where) and message.id not in core.outbox.parked:
+            core.rooms.open(message.where).wanted = True
     if heard.source == ZNC_ITSELF:
         talk.bouncer = True
         return talk.wait_for_server("the bouncer is not connected to its server")
@@ -15065,32 +15101,32 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("004", least=3)
 def version_told(talk: IrcTalk, heard: ServerLine) -> None:
     talk.server.ours, talk.server.told = heard.params[2].startswith("chat.py"), True
-    talk.server.tokens.clear()  # of an earlier connection
+    talk.server.isupport.clear()  # of an earlier connection
     if not talk.server.ours:
         talk.budget = Budget(PACE_BURST, PACE_RATE, talk.core.ticks())
-    talk.core.rekey()
+    talk.core.rooms.rekey()
     talk.core.keep_facts()
     if talk.server.ours and not talk.core.rooms:  # join the channel of all users
-        room = talk.core.room_for(LOBBY)
+        room = talk.core.rooms.open(LOBBY)
         room.wanted = True
         talk.joins.join(room)
-        talk.core.go(room)
+        talk.core.rooms.go(room)
 
 
 @from_server("005", least=2)
 def support_told(talk: IrcTalk, heard: ServerLine) -> None:
-    tokens = talk.server.tokens
+    isupport = talk.server.isupport
     for word in heard.params[1:-1]:
         name, _, value = word.partition("=")
         if name[:1] == "-":
-            tokens.pop(name[1:], None)
-        elif may_hold(tokens, name, TOKENS_KEPT):
-            tokens[name] = value.replace("\\x20", " ")
-    talk.core.rekey()
+            isupport.pop(name[1:], None)
+        elif may_hold(isupport, name, TOKENS_KEPT):
+            isupport[name] = value.replace("\\x20", " ")
+    talk.core.rooms.rekey()
     talk.core.keep_facts()
     if "MONITOR" in {word.partition("=")[0] for word in heard.params[1:-1]}:
         talk.watch(room.name for room in talk.core.rooms.values() if not room.is_channel)
-    pace = [positive_number(one) for one in tokens.get("chat.py/FLOOD", "").split(",")]
+    pace = [positive_number(number) for number in isupport.get("chat.py/FLOOD", "").split(",")]
     if len(pace) == 2 and all(pace):
         talk.budget = Budget(*pace, talk.core.ticks())
     elif talk.server.ours:  # and announces no rate limit
@@ -15152,11 +15188,11 @@ def take_channel_name(talk: IrcTalk, old: str, new: str) -> None:
     if room is None or room is other or room.inside:
         return
     if other is None:
-        return core.rename(room, new)
+        return core.rooms.rename(room, new)
     core.outbox.readdress(lambda where: core.find(where) is room, other.name)
-    if core.current is room:
-        core.go(other)
-    return core.close(room)
+    if core.room is room:
+        core.rooms.go(other)
+    return core.rooms.close(room)
 
 
 @from_server("470", least=3)
@@ -15191,7 +15227,7 @@ def labelled_answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     if "echo-message" not in talk.server.enabled:
         talk.acks.confirm(label)
     elif stem not in talk.core.outbox.parked:  # else the user knows
-        talk.core.lost(stem, NOT_ECHOED)
+        talk.core.outgoing.lost(stem, NOT_ECHOED)
 
 
 INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    "}
@@ -15242,7 +15278,7 @@ def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
     room, value = talk.core.find(heard.params[0]), heard.params[1].removeprefix("timestamp=")
     if room and value != "*":
         with contextlib.suppress(Refused):
-            talk.core.told_read(room, parse_time(value))
+            talk.core.rooms.take_marker(room, parse_time(value))
 
 
 # Lines that only programs need, or that the client tells in other words
@@ -15261,7 +15297,7 @@ def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the message of the day, if the user asked for it."""
     if talk.answers.motd:
-        talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+        talk.core.server_text(heard.params[-1])
         talk.answers.motd = heard.verb not in ("376", "422")
 
 
@@ -15286,16 +15322,16 @@ def present_told(talk: IrcTalk, heard: ServerLine) -> None:
 def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Note which monitored users are online."""
     core, gone = talk.core, heard.verb == "731"
-    for name in (one.partition("!")[0] for one in heard.params[1].split(",")):
+    for name in (source.partition("!")[0] for source in heard.params[1].split(",")):
         if gone:
             talk.name_is_free(name)
         room = core.find(name)
         if room and not room.is_channel and room.gone != gone:
             text = f"{name} {'is not here' if gone else 'is here'}"
             if gone or room.gone is not None:  # at first, being online is no news
-                core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
+                core.incoming.text(room, text)
             if gone:
-                core.park_all(room, text, unsent=True)
+                core.outgoing.park_all(room, text, unsent=True)
             room.gone = gone
             core.changed(room)
 
@@ -15318,7 +15354,7 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
             forget_login(talk.core)
         refused(talk, heard, text)
     elif code == "NOT_KEPT" and len(about) > 1:
-        talk.core.lost(about[1], text)
+        talk.core.outgoing.lost(about[1], text)
     else:
         about_it = verb in ("PRIVMSG", "NOTICE", "TAGMSG", "BATCH", "MULTILINE", "*")
         named = ["BATCH"] if verb in ("BATCH", "MULTILINE") else [verb]
@@ -15335,7 +15371,7 @@ def noted(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.params[:2] == ["SESSION", "RESUMED"]:
         talk.resumed = True
     else:
-        talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+        talk.core.server_text(heard.params[-1])
 
 
 def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
@@ -15348,7 +15384,7 @@ def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.verb == "NOTICE":
         if verb == "PING" and (sent := positive_number(rest)) and sent <= core.ticks():
             rest = f"after {core.ticks() - sent:.1f} s"
-        return core.show(ViewEvent(SERVER_TEXT, f"{heard.name} answers {verb}: {rest}"))
+        return core.server_text(f"{heard.name} answers {verb}: {rest}")
     answers = {
         "VERSION": f"chat.py {VERSION}",
         "PING": rest,
@@ -15381,9 +15417,9 @@ def message_came(talk: IrcTalk, heard: ServerLine) -> None:
     view = spoken_view(talk, heard, text)
     if view.kind in SPOKEN:
         if view.kind == NOTICE and not (view.mine or talk.core.find(view.where)):
-            talk.core.keep(talk.core.timed(view))
+            talk.core.stored.add(talk.core.timed(view))
             view = view._replace(where="")  # a notice opens no conversation
-        return talk.core.said(view, heard)
+        return talk.core.incoming.message(view, heard)
     if (throttled := THROTTLED.match(text)) and not is_person(heard):
         return tell_rest(talk, heard._replace(verb="439", params=["", throttled[1], text]))
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
@@ -15399,10 +15435,10 @@ def message_came(talk: IrcTalk, heard: ServerLine) -> None:
 def missed_in_a_talk(talk: IrcTalk, heard: ServerLine) -> None:
     """Ask for the missed messages of a private conversation that TARGETS names."""
     name = heard.params[1]
-    asked = any(one.how == "targets" for one in talk.history.asked)
+    asked = any(request.how == "targets" for request in talk.history.asked)
     if talk.server.is_channel(name) or not asked or len(talk.history.asked) > TARGETS_ASKED:
         return
-    room = talk.core.room_for(name)
+    room = talk.core.rooms.open(name)
     room.held = room.held or []
     room.mark = room.mark or f"timestamp={tag_time(talk.since)}"
     talk.history.ask_page(room, "gap" if talk.core.tidy else "missed")
@@ -15418,7 +15454,7 @@ def is_name_given_to(key: str, name: str, most: int) -> bool:
 def joined_as(talk: IrcTalk, name: str) -> None:
     """Give a channel its new name, if it is another one than that of the JOIN which was sent."""
     core, key, most = talk.core, talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
-    sent = [one for one in talk.joins.unanswered if is_name_given_to(one, key, most)]
+    sent = [key_sent for key_sent in talk.joins.unanswered if is_name_given_to(key_sent, key, most)]
     if core.find(name) is None and len(sent) == 1:
         take_channel_name(talk, sent[0], name)
 
@@ -15429,7 +15465,7 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
         return  # no user has so many channels
     joined_as(talk, heard.params[0])
-    room = core.room_for(heard.params[0])
+    room = core.rooms.open(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
     room.topic = ""  # else 332 follows
@@ -15437,25 +15473,25 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     room.password = talk.joins.typed.get(core.fold(room.name), room.password) or ""
     asked = typed or talk.joins.waits(room.name)
     talk.joins.forget(room.name)
-    core.keep_room(room)
+    core.rooms.keep(room)
     core.changed(room)
     if not core.tidy and not room.mark:  # a pipe takes messages from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
         elif core.began:  # joined earlier, before the connection broke
             room.mark = mark_at(max(core.began, talk.since))
-    core.newest = max(core.newest, heard.time or 0)
+    core.known.newest = max(core.known.newest, heard.time or 0)
     if typed:
-        core.arrive(room)
+        core.rooms.go_joined(room)
     elif core.tidy and not asked and core.ticks() - talk.began > LATE_JOIN_SECONDS:
-        core.show(ViewEvent(NOTE, f"{room.name} was joined for you; /go {room.name} looks at it"))
+        core.note(f"{room.name} was joined for you; /go {room.name} looks at it")
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
     talk.history.catch_up(room)
     waiting = (core.outbox.waiting[id].where for id in core.outbox.parked)
     if count := sum(core.fold(where) == core.fold(room.name) for where in waiting):
         text = f"{counted(count, 'message')} could not be sent before; /retry sends, /cancel drops"
-        core.show(ViewEvent(NOTE, text, where=room.name))
+        core.note(text, room.name)
 
 
 def one_by_one(handler: Callable) -> Callable:
@@ -15475,11 +15511,13 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
     core, name = talk.core, heard.params[0]
     if core.is_me(heard.name):
         return we_joined(talk, heard)
-    core.is_back(heard.name)
+    core.incoming.note_present(heard.name)
     if room := core.find(name):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
-        core.happened(room, ViewEvent(JOIN, name=heard.name, where=room.name, address=address))
+        core.incoming.event(
+            room, ViewEvent(JOIN, name=heard.name, where=room.name, address=address)
+        )
         core.show(ViewEvent(PEOPLE, where=room.name))
 
 
@@ -15494,7 +15532,7 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
         talk.acks.commands = {id: line for id, line in commands if not talk.parts(line, room)}
         return core.changed(room)
     kind, address = PART if heard.verb == "PART" else QUIT, heard.source.partition("@")[2]
-    core.happened(room, ViewEvent(kind, why, name, room.name, address=address))
+    core.incoming.event(room, ViewEvent(kind, why, name, room.name, address=address))
     core.show(ViewEvent(PEOPLE, where=room.name))
 
 
@@ -15507,7 +15545,7 @@ def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
         return
     user_went(talk, room, heard, heard.name, *heard.params[1:2])
     if core.is_me(heard.name):
-        core.left(room)
+        core.rooms.close_left(room)
 
 
 @from_server("QUIT")
@@ -15522,12 +15560,12 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         if heard.name in room.people:
             user_went(talk, room, heard, heard.name, *heard.params[:1])
     if (room := core.find(heard.name)) and not room.is_channel:
-        told = heard.params and heard.params[0] and not core.ignored.covers(heard.source)
-        why = f": {heard.params[0]}" if told else ""
-        core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} has left{why}", where=room.name))
+        says_why = heard.params and heard.params[0] and not core.ignored.covers(heard.source)
+        why = f": {heard.params[0]}" if says_why else ""
+        core.incoming.text(room, f"{heard.name} has left{why}")
         room.gone = True  # as MONITOR tells, too
         # Another user may take that name
-        core.park_all(room, f"{heard.name} has left", unsent=True)
+        core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
     core.people.forget(heard.name)
     talk.name_is_free(heard.name)
 
@@ -15538,14 +15576,16 @@ def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
     if room := core.find(where):
         reason = f": {why[0]}" if why else ""
         text = f"{heard.name} kicked {name} from {where}{reason}"
-        core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name)))
+        core.incoming.event(
+            room, ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name))
+        )
         room.people.pop(name, None)
         if core.is_me(name):
             room.inside = room.wanted = False
             room.people.clear()
             talk.joins.forget(where)
-            core.park_all(room, f"you were kicked from {where}")
-            core.keep_room(room)
+            core.outgoing.park_all(room, f"you were kicked from {where}")
+            core.rooms.keep(room)
             core.changed(room)
         core.show(ViewEvent(PEOPLE, where=room.name))
 
@@ -15562,18 +15602,18 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
         core.former_names.pop(core.fold(new), None)
         core.name = new
         talk.mask = f"{new}!{talk.mask.partition('!')[2]}" if "!" in talk.mask else ""
-        core.show(ViewEvent(SERVER_TEXT, f"you are {new}"))
+        core.server_text(f"you are {new}")
     for room in list(core.rooms.values()):
         if room.renamed(old, new) and not mine:
             text = f"{old} is now called {new}"
-            core.happened(room, ViewEvent(NICK, text, old, room.name, address=new))
+            core.incoming.event(room, ViewEvent(NICK, text, old, room.name, address=new))
     core.people.forget(old, new)
-    core.is_back(new)
+    core.incoming.note_present(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
-            core.park_all(room, f"{old} is now called {new}", unsent=True)
+            core.outgoing.park_all(room, f"{old} is now called {new}", unsent=True)
         else:  # continue the private conversation
-            core.rename(room, new)
+            core.rooms.rename(room, new)
     core.show(ViewEvent(PEOPLE))
     if not mine:
         talk.name_is_free(old)
@@ -15583,10 +15623,8 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
 def channel_renamed(talk: IrcTalk, heard: ServerLine) -> None:
     core, (old, new, *_) = talk.core, heard.params
     if room := core.find(old):
-        core.rename(room, new)
-        core.happened(
-            room, ViewEvent(SERVER_TEXT, f"{heard.name} renamed {old} to {new}", where=new)
-        )
+        core.rooms.rename(room, new)
+        core.incoming.text(room, f"{heard.name} renamed {old} to {new}")
 
 
 @from_server("TOPIC", least=2)
@@ -15597,7 +15635,7 @@ def topic_set(talk: IrcTalk, heard: ServerLine) -> None:
         if not room.topic:
             text = f"{heard.name} removed the topic of {room.name}"
         talk.core.changed(room)
-        talk.core.happened(room, ViewEvent(TOPIC, text, heard.name, room.name, heard.time))
+        talk.core.incoming.event(room, ViewEvent(TOPIC, text, heard.name, room.name, heard.time))
 
 
 WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
@@ -15619,10 +15657,7 @@ def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.verb == "301" and talk.core.ignored.covers(heard.params[1]):
         return
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
-    room = talk.core.find(heard.params[1])
-    talk.core.show(
-        ViewEvent(SERVER_TEXT, text, where=room.name if room and heard.verb == "301" else "")
-    )
+    talk.core.server_text(text, heard.params[1] if heard.verb == "301" else "")
 
 
 @from_server("367", "348", "346", least=3)
@@ -15634,10 +15669,7 @@ def mask_listed(talk: IrcTalk, heard: ServerLine) -> None:
     date = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     when = f" on {date:%Y-%m-%d %H:%M} UTC" if seconds else ""
     kind = {"367": "banned", "348": "excepted", "346": "invited"}[heard.verb]
-    room = talk.core.find(where)
-    talk.core.show(
-        ViewEvent(SERVER_TEXT, f"{kind}: {mask}{setter}{when}", where=room.name if room else "")
-    )
+    talk.core.server_text(f"{kind}: {mask}{setter}{when}", where)
 
 
 @from_server("352", least=8)
@@ -15645,7 +15677,7 @@ def who_told(talk: IrcTalk, heard: ServerLine) -> None:
     """<channel> <user> <host> <server> <nick> <flags> :<hops> <real name>"""
     core = talk.core
     _, where, user, host, _, name, flags, last = heard.params[:8]
-    bot = talk.server.tokens.get("BOT", "") or " "
+    bot = talk.server.isupport.get("BOT", "") or " "
     core.people.note(name, away=flags[:1] == "G", bot=bot in flags[1:])
     listing = talk.answers.listing("WHO")
     if core.fold(where) in core.people.asked or listing is None:  # ZNC sends WHO, too
@@ -15676,7 +15708,7 @@ def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
         if state == "is away" and not talk.core.ignored.covers(heard.source):
             state = f"is away: {heard.params[0]}"
         text = f"{heard.name} {state}"
-        talk.core.happened(room, ViewEvent(AWAY, text, heard.name, room.name))
+        talk.core.incoming.event(room, ViewEvent(AWAY, text, heard.name, room.name))
 
 
 @from_server("ACCOUNT", least=1)
@@ -15688,18 +15720,17 @@ def account_changed(talk: IrcTalk, heard: ServerLine) -> None:
 def own_away_told(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.verb == "305":
         talk.core.away = ""
-    talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    talk.core.server_text(heard.params[-1])
 
 
 @from_server("332", "331", least=3)
 def topic_told(talk: IrcTalk, heard: ServerLine) -> None:
     _, where, topic = heard.params[:3]
-    room = talk.core.find(where)
-    if room:
+    if room := talk.core.find(where):
         room.topic = topic if heard.verb == "332" else ""
         talk.core.changed(room)
     text = f"the topic of {where}: {topic}" if heard.verb == "332" else f"{where} has no topic"
-    talk.core.show(ViewEvent(SERVER_TEXT, text, where=room.name if room else ""))
+    talk.core.server_text(text, where)
 
 
 @from_server("MODE", least=2)
@@ -15710,12 +15741,12 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     if room is None:
         return
     text = f"{heard.name} set {' '.join(heard.params[1:])} in {room.name}"
-    talk.core.happened(room, ViewEvent(MODE, text, heard.name, room.name))
+    talk.core.incoming.event(room, ViewEvent(MODE, text, heard.name, room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
         if letter == "k" and value != "*":  # some servers hide it
             room.password = value if sign == "+" else ""
-            talk.core.keep_room(room)
+            talk.core.rooms.keep(room)
         if letter in ranks:
             room.rank(value, ranks[letter], sign == "+", server.ranks[1])
             if sign == "-" and "multi-prefix" not in server.enabled:
@@ -15736,11 +15767,11 @@ def invited(talk: IrcTalk, heard: ServerLine) -> None:
 def taken_back(talk: IrcTalk, heard: ServerLine) -> None:
     """Remove a redacted message, also one that is still to come in a page."""
     core, (where, id) = talk.core, heard.params[:2]
-    core.remove(id)
+    core.incoming.redact(id)
     name = where if talk.server.is_channel(where) or core.is_me(heard.name) else heard.name
     if room := core.find(name):
         text = f"{heard.name} took back a message"
-        core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
+        core.incoming.text(room, text)
 
 
 @from_server("353", least=3)
@@ -15762,8 +15793,8 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
     people, room = talk.names.pop(key, {}), talk.core.rooms.get(key)
     text = ", ".join(ranks + name for name, ranks in people.items()) or "there is no user"
     if room:
-        known = {name: people.pop(name) for name in room.people if name in people}
-        room.people = people | known  # the last speaker is last
+        present = {name: people.pop(name) for name in room.people if name in people}
+        room.people = people | present  # the last speaker is last
     asked = key in talk.answers.names
     talk.answers.names.discard(key)
     where = room.name if room else heard.params[1]
@@ -15777,7 +15808,7 @@ def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
     if listing := talk.answers.listing("LIST"):
         listing.add(text)
     else:
-        talk.core.show(ViewEvent(SERVER_TEXT, text))
+        talk.core.server_text(text)
 
 
 @from_server("323")
@@ -15798,16 +15829,14 @@ def invitation_sent(talk: IrcTalk, heard: ServerLine) -> None:
     _, name, where = heard.params[:3]
     if talk.server.is_channel(name):
         name, where = where, name
-    room = talk.core.find(where)
-    text = f"{name} is invited to {where}"
-    talk.core.show(ViewEvent(SERVER_TEXT, text, where=room.name if room else ""))
+    talk.core.server_text(f"{name} is invited to {where}", where)
 
 
 @from_server("REGISTER", "VERIFY", least=2)
 def registered(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the result of a registration; after a success, log in to the account from now on."""
     core = talk.core
-    core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    core.server_text(heard.params[-1])
     if heard.params[0] == "SUCCESS":
         renew_login(core)
 
@@ -15824,37 +15853,6 @@ def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
         raise Refused("TOO_LONG", f"an action (/me) has at most {FITS_ALWAYS} bytes")
     if len(where.encode()) > name_bytes:
         raise Refused("BAD_NAME", f"a name has at most {name_bytes} bytes")
-
-
-class Rooms(dict[str, Room]):
-    """The conversations of a client, by key, in the order in which they were opened."""
-
-    def rekey(self, fold: Callable[[str], str]) -> None:
-        """Apply a server's rule for names to all keys. Keep the first of two rooms with one key."""
-        rooms = list(self.values())
-        self.clear()
-        for room in rooms:
-            self.setdefault(fold(room.name), room)
-
-    def least(self, besides: Collection[Room]) -> Room | None:
-        """Return the private conversation, not in `besides`, that the user misses least; None for
-        none: the oldest one without news, else the newest, since a flood of strangers comes last.
-        The user misses any in which the user wrote, or began to."""
-        private = [room for room in self.values() if not room.is_channel and room not in besides]
-        private = [room for room in private if not (room.draft or any(v.mine for v in room.views))]
-        read = (room for room in private if not room.unread)
-        return next(read, None) or next(reversed(private), None)
-
-
-def wanted_rooms(join: Iterable[str], fold: Callable[[str], str] = fold) -> Rooms:
-    """Return the conversations that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
-    names = [words.split() for words in join if words.split()]
-    rooms = Rooms()
-    for name, *password in names:
-        name = name if is_channel(name) else f"#{name}"
-        room = rooms[fold(name)] = Room(name, *password[:1], channel=True)
-        room.wanted = True
-    return rooms
 
 
 class Credentials:
@@ -15883,7 +15881,7 @@ def first_words(core: "ClientCore", line: str) -> bool:
     other = other_protocol(line)
     if line.startswith("* ") and not other:  # the server refuses the client, with a reason
         core.refuse(line.removeprefix("* "), TEMPORARY)
-        core.show(ViewEvent(SERVER_TEXT, core.refusal))
+        core.server_text(core.refusal)
         return True
     if other or not IRC_SPEAKS.match(line):  # a workshop server waits for the name
         core.listening = False
@@ -15924,12 +15922,12 @@ def password_command(text: str) -> str:
     words = [word.lower().lstrip("/.,;:!\\-'") for word in text.split()]
     if len(words) < 2:
         return ""
-    first, told = words[0], words[1:3]
+    first, others = words[0], words[1:3]
     if first in PASSWORD_WORDS:
         return PASSWORD_WORDS[first]
     if first in SAYING_WORDS or names_service(first):
-        found = next((PASSWORD_WORDS[word] for word in told if word in PASSWORD_WORDS), "")
-        return found if len(words) > 2 else ""
+        command = next((PASSWORD_WORDS[word] for word in others if word in PASSWORD_WORDS), "")
+        return command if len(words) > 2 else ""
     near = difflib.get_close_matches(first, MISSPELT, 1, 0.8) if len(words) < 4 else []
     return PASSWORD_WORDS[near[0]] if near and abs(len(near[0]) - len(first)) < 2 else ""
 
@@ -15966,9 +15964,9 @@ def nearest_command(verb: str) -> str:
     """Return a question that names the command that the user may have meant; "" for none."""
     import difflib
 
-    known = [*client_command, *CLIENT_ALIASES]
+    verbs = [*client_command, *CLIENT_ALIASES]
     near = [OTHERS_COMMANDS[verb]] if verb in OTHERS_COMMANDS else []
-    near += difflib.get_close_matches(verb, known, 1, 0.6)
+    near += difflib.get_close_matches(verb, verbs, 1, 0.6)
     return f" (/{near[0]}?)" if near else ""
 
 
@@ -15977,6 +15975,177 @@ def message_pieces(text: str) -> Iterator[str]:
     lines = [(piece, False) for piece, _ in sendable_lines(text, LINE_BYTES)]
     for group in in_batches(lines, LINE_BYTES, MESSAGE_LINES):
         yield "\n".join(piece for piece, _ in group)
+
+
+class Rooms(dict[str, Room]):
+    """The open conversations of a client, by key, in the order of its list. The user looks at the
+    `current` one."""
+
+    def __init__(self, core: "ClientCore", join: Iterable[str]):
+        """Open the channels that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
+        super().__init__()
+        self.core = core
+        self.current: Room | None = None
+        for name, *password in filter(None, map(str.split, join)):
+            name = name if is_channel(name) else f"#{name}"
+            room = self[core.fold(name)] = Room(name, *password[:1], channel=True)
+            room.wanted = True
+
+    def load(self, named: bool) -> None:
+        """Open the conversations of the last run; only those of --join if it `named` some. Load the
+        last messages of each."""
+        self.rekey()
+        stored = self.core.store.rooms()
+        if stored and not named:
+            self.clear()
+        for room in (*self.values(), *stored):
+            room = self.setdefault(self.core.fold(room.name), room)
+            if not room.views:
+                self.core.stored.load(room)
+
+    def keep(self, room: Room) -> None:
+        """Store that a conversation is open, and whether to join it again; delete a closed one."""
+        store, key = self.core.store, self.core.fold(room.name)
+        if store and key in self:
+            store.keep_room(key, room, list(self).index(key))
+        elif store:
+            store.forget_room(key)
+
+    def rekey(self) -> None:
+        """Apply the server's rules for comparing names, and for the names of channels. Keep the
+        first of two conversations with one key."""
+        rooms = list(self.values())
+        self.clear()
+        for room in rooms:
+            self.setdefault(self.core.fold(room.name), room)
+            room.is_channel = room.is_channel or self.core.server.is_channel(room.name)
+
+    # Opening and closing
+
+    def open(self, name: str) -> Room:
+        """Return a conversation; open it if needed. If there are too many, a private one is closed,
+        but not the current one, and none with waiting messages."""
+        core, key = self.core, self.core.fold(name)
+        if key in self:
+            return self[key]
+        if len(self) >= ROOMS_KEPT:
+            needed = {core.find(message.where) for message in core.outbox.waiting.values()}
+            if least := self._least({self.current, *needed}):
+                self.close(least)
+        room = self[key] = Room(name, channel=core.server.is_channel(name))
+        if core.ready and not room.is_channel:
+            core.talk.watch([name])
+        if core.store:
+            core.stored.load(room)
+            self.keep(room)
+        core.changed(room)
+        return room
+
+    def _least(self, besides: Collection[Room | None]) -> Room | None:
+        """Return the private conversation, not in `besides`, that the user misses least; None for
+        none: the oldest one without news, else the newest, since a flood of strangers comes last.
+        The user misses any in which the user wrote, or began to."""
+        private = [room for room in self.values() if not room.is_channel and room not in besides]
+        private = [room for room in private if not (room.draft or any(v.mine for v in room.views))]
+        read = (room for room in private if not room.unread)
+        return next(read, None) or next(reversed(private), None)
+
+    def go(self, room: Room) -> None:
+        """Make a conversation the current one."""
+        self.core.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
+        self.current = room
+        if self.core.reads_at_once:
+            room.unread = room.called = 0
+            self.mark_read(room)
+
+    def go_joined(self, room: Room) -> None:
+        """Go to a channel that the user asked for, but not away from a text that is begun."""
+        if self.current is None or self.current is room or not self.core.is_writing():
+            return self.go(room)
+        self.core.note(f"{room.name} is joined; /go {room.name} looks at it")
+
+    def close_left(self, room: Room) -> None:
+        """Close a channel that this client left. It stays open while a text for it is begun."""
+        core = self.core
+        if self.current is not room or not (core.stays_when_left and core.is_writing()):
+            return self.close(room)
+        self.keep(room)
+        core.note(f"you left {room.name}; /close closes it", room.name)
+
+    def close(self, room: Room) -> None:
+        """Close a conversation, and on a screen go to the last one that is open."""
+        core = self.core
+        if room.is_channel:  # else its messages can be sent without it
+            core.outgoing.park_all(room, f"you left {room.name}", unsent=True)
+        elif core.ready:
+            core.talk.watch([room.name], "-")
+        self.pop(core.fold(room.name), None)
+        self.keep(room)
+        core.changed(room)
+        for message in core.outgoing.waiting_for(room):
+            if message.id in core.outbox.unconfirmed:
+                core.outgoing.leave_to_user(message.id)
+        if self.current is room:
+            self.current = None
+            for other in list(self.values())[-1:] if core.tidy else ():
+                self.go(other)
+
+    def rename(self, room: Room, name: str) -> None:
+        """Rename a conversation. Another one with the new name has ended, and is dropped."""
+        core, old, other = self.core, self.core.fold(room.name), self.core.find(name)
+        if other is not None and other is not room:
+            self.pop(core.fold(name))
+            self.current = room if self.current is other else self.current
+        if core.talk:
+            core.talk.renamed(room.name, name)
+        if core.ready and not room.is_channel:
+            core.talk.watch([room.name], "-")
+            core.talk.watch([name])
+        core.outbox.readdress(lambda where: core.fold(where) == old, name)
+        if core.store:
+            core.store.rename(old, core.fold(name))
+        room.name = name
+        self.rekey()
+        self.keep(room)
+        core.changed(room)
+        if self.current is room:
+            self.go(room)
+
+    def mute(self, room: Room, on: bool) -> None:
+        """Mute a conversation, so that its messages do not call the user, or unmute it."""
+        room.muted, room.called = on, 0
+        self.keep(room)
+        self.core.changed(room)
+
+    # Read markers
+
+    def mark_read(self, room: Room) -> None:
+        """Note that the user has read everything in a conversation."""
+        newest = max((view.time or 0 for view in room.views if is_news(view)), default=0)
+        newest = self.core.believable(newest)
+        if room.unread or room.called:
+            self.core.changed(room)
+        room.unread = room.called = 0
+        if newest > room.read_time:
+            room.read_time = newest
+            self.keep(room)
+
+    def send_markers(self) -> None:
+        """Tell the server, for the user's other devices, how far the user has read."""
+        core = self.core
+        if not core.ready or "draft/read-marker" not in core.server.enabled:
+            return
+        for room in self.values():
+            if room.read_time > room.told_time and (room.inside or not room.is_channel):
+                room.told_time = room.read_time
+                core.talk.send("MARKREAD", room.name, f"timestamp={tag_time(room.read_time)}")
+
+    def take_marker(self, room: Room, when: int) -> None:
+        """Note up to which time (ms) the user has read a conversation on another device."""
+        room.told_time = max(room.told_time, when)
+        if room.read(self.core.believable(when)):
+            self.keep(room)
+            self.core.show(ViewEvent(READ_ELSEWHERE, where=room.name))
 
 
 class Typing:
@@ -15990,9 +16159,9 @@ class Typing:
         """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
         is for a break, "done" for a text that is not sent after all."""
         core, now = self.core, self.core.ticks()
-        since, told = self.told.get(room.id, (-math.inf, "done"))
-        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
-        if not due or (told == "done" and state == "paused") or not self._may_tell(room):
+        since, before = self.told.get(room.id, (-math.inf, "done"))
+        due = state != before or (state == "active" and now - since > TYPING_SECONDS)
+        if not due or (before == "done" and state == "paused") or not self._may_tell(room):
             return
         self.told[room.id] = now, state
         label = f";label={QUIET}" * core.server.labels
@@ -16067,7 +16236,7 @@ class People(dict[str, Person]):
         """Return the members of a channel; the last speaker is last."""
         fold = self.core.fold
         people = ((self.get(fold(name), Person(name)), name) for name in room.people)
-        return [one._replace(name=name, rank=room.people[name]) for one, name in people]
+        return [person._replace(name=name, rank=room.people[name]) for person, name in people]
 
     def ask(self, room: Room) -> None:
         """Ask once in a connection which members of a channel are away."""
@@ -16109,8 +16278,8 @@ class TransferList(list[Transfer]):
     @property
     def url(self) -> str:
         """The URL for uploads. Raises Refused if the server announces none."""
-        tokens, names = self.core.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
-        urls = [word for name in names for word in tokens.get(name, "").split()]
+        isupport, names = self.core.server.isupport, ("soju.im/FILEHOST", "draft/FILEHOST")
+        urls = [word for name in names for word in isupport.get(name, "").split()]
         if not urls:
             raise Refused("NO_FILEHOST", "this server takes no files")
         return urls[0]
@@ -16118,7 +16287,7 @@ class TransferList(list[Transfer]):
     def with_token(self, then: Callable[[str], None]) -> None:
         """Call then(token) with a token for uploads; "" if this server gives none."""
         now = self.core.ticks()
-        if "draft/AUTHTOKEN" not in self.core.server.tokens:
+        if "draft/AUTHTOKEN" not in self.core.server.isupport:
             return then("")
         if self.upload_token and now - self.token_time < TOKEN_SECONDS / 2:
             self.token_time = now
@@ -16126,12 +16295,12 @@ class TransferList(list[Transfer]):
         self.wait_for_token.append(then)
         return self.core.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
 
-    def take_token(self, token: str) -> None:
+    def take_token(self, upload_token: str) -> None:
         """Give a token of the server to the uploads that wait for one; "" if there will be none."""
-        self.upload_token, self.token_time = token, self.core.ticks()
+        self.upload_token, self.token_time = upload_token, self.core.ticks()
         waiting, self.wait_for_token = self.wait_for_token, []
         for then in waiting:
-            then(token)
+            then(upload_token)
 
     def keep(self, transfer: Transfer) -> None:
         """Store and show a transfer: a new one, or its new state."""
@@ -16165,17 +16334,17 @@ class TransferList(list[Transfer]):
         about = ", ".join(optional(kind or "", size_text(upload.size)))
         text = f"{upload.name} ({about}): {upload.url}"
         try:
-            self.core.send(upload.room, text)
+            self.core.outgoing.send(upload.room, text)
         except Refused as error:  # a service takes no files, or the room was left
-            self.core.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=upload.room))
+            self.core.note(f"not posted, since {error}: {text}", upload.room)
 
     def save(self, room: Room, view: ViewEvent, path: str) -> None:
         """Begin to save the file that a message links to. Raises Refused."""
         file = parse_file_tag(view.file)
         ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
         name = linked_name(view) or f"{file.path[-8:]}.{ending}"
-        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
-        self.start(Transfer(secrets.token_hex(8), False, room.name, path, **known))
+        properties = {"name": name, "url": file.path, "size": file.size, "type": file.type}
+        self.start(Transfer(secrets.token_hex(8), False, room.name, path, **properties))
 
 
 class Reactions:
@@ -16213,161 +16382,585 @@ class Reactions:
             self.core.show(view._replace(mine=self.core.is_me(name)))
 
 
-class ForScreens:
-    """The methods of a client core for screens, besides typed(), which takes the user's text."""
+class StoredMessages:
+    """The messages that the client store keeps of each conversation, and the gaps between them.
+    Without a store there are none."""
 
-    server: ServerProfile
-    outbox: Outbox
-    rooms: Rooms
-    talk: IrcTalk | PlainTalk | None
-    store: "ClientStore | None"
-    fold: Callable[[str], str]
-    find: Callable[[str], Room | None]
-    show: Callable[..., None]
-    name = ""
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+
+    def add(self, view: ViewEvent) -> None:
+        if self.core.store:
+            self.core.store.add(self.core.fold(view.where), view)
+
+    def load(self, room: Room) -> None:
+        """Begin a conversation with the last messages of an earlier run."""
+        core, key = self.core, self.core.fold(room.name)
+        room.holes = core.store.fact(f"holes {key}").split()
+        room.read_time = core.believable(room.read_time)
+        for view in self._after_hole(room, core.store.page(key, STORED_LINES)):
+            room.views.append(view)
+            room.move_mark(view.id, core.believable(view.time))
+            if view.id:
+                remember(core.known.ids, view.id)
+        room.views.dropped = len(room.views) == STORED_LINES
+        room.unread = len(room.news_since(room.read_time)) if room.read_time else 0
+
+    def note_holes(self, room: Room, *positions: str) -> None:
+        """Store the positions in a room before which messages are missing."""
+        if self.core.store and (positions or room.holes):
+            room.holes = list(positions)
+            self.core.store.keep_fact(f"holes {self.core.fold(room.name)}", " ".join(positions))
+
+    @staticmethod
+    def _after_hole(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
+        """Return the messages after the newest gap of a room; all of them if they have no gap."""
+        positions = [position_of(view) for view in views]
+        return views[positions.index(room.hole) :] if room.hole in positions else views
+
+    def show_older(self, room: Room) -> bool:
+        """Put stored messages before the first one of a room; return whether there are any.
+        Messages before a gap are shown only if the server cannot be asked to fill that gap."""
+        core = self.core
+        if not core.store:
+            return False
+        at_hole = bool(room.hole) and room.hole == room.oldest
+        if at_hole and core.ready and core.talk.pages:
+            return False
+        first = next((view for view in room.views if view.kind in SPOKEN), None)
+        shown = {identity_of(view) for view in room.views}
+        page = core.store.page(core.fold(room.name), PAGE_LINES, first)
+        views = [view for view in page if identity_of(view) not in shown]
+        if at_hole and views:
+            views.append(ViewEvent(NOTE, "messages are missing here", where=room.name))
+            room.holes = room.holes[:-1]  # in this run only: the next run may fill the gap
+        else:
+            views = self._after_hole(room, views)
+        room.views.extendleft(reversed(views))
+        room.views.dropped = len(views) == PAGE_LINES
+        if views:
+            core.show(ViewEvent(OLDER, str(len(views)), where=room.name))
+        return bool(views)
+
+    def find(self, words: str, room: Room | None = None, count: int = 200) -> list[ViewEvent]:
+        """Return the last messages that contain these words, in order."""
+        core, key = self.core, self.core.fold(room.name) if room else None
+        views = core.store.find(words, count, key) if core.store else []
+        return [core.in_room(view) for view in views if not core.incoming.hides(view)]
+
+    def message(self, id: str) -> ViewEvent | None:
+        """Return the message with this id; None if there is none."""
+        return self.core.store.message(id) if self.core.store and id else None
+
+    def beside(
+        self, room: Room, view: ViewEvent, count: int, after: bool = False
+    ) -> list[ViewEvent]:
+        """Return the messages before one, or after it, in order."""
+        core, key = self.core, self.core.fold(room.name)
+        views = core.store.page(key, count, view, after) if core.store else []
+        return [other for other in views if not core.incoming.hides(other)]
+
+    def around(self, room: Room, view: ViewEvent, count: int) -> list[ViewEvent]:
+        """Return a message and those around it, in order."""
+        before = self.beside(room, view, count // 2)
+        return [*before, view, *self.beside(room, view, count // 2, after=True)]
+
+
+class KnownMessages:
+    """The messages that the client has, so that a repeat is recognized: by its id, else by its
+    words and its time."""
 
     def __init__(self) -> None:
-        # The last lines of the protocol: time (ms), True if sent, and the line
-        self.traffic: collections.deque[tuple[int, bool, str]]
-        self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
+        self.ids: dict[str, None] = {}
+        self.redacted: dict[str, None] = {}  # ids
+        self.own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
+        self.without_id: set[tuple[int, Any]] = set()  # conversation and identity
+        self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest message
 
-    # Messages that were not sent
+    def note(self, room: Room | None, view: ViewEvent) -> None:
+        """Note a message, or a line of one, that is shown already: a page may bring it again."""
+        if view.id:
+            remember(self.ids, view.id)
+        elif room:
+            self.note_without_id(room, [view])
+
+    def note_without_id(self, room: Room, views: Iterable[ViewEvent]) -> None:
+        """Note those of these messages that have no id: the server may send them again."""
+        spoken = (view for view in views if view.kind in SPOKEN and view.time)
+        self.without_id |= {(room.id, identity_of(view)) for view in spoken if not view.id}
+
+    def is_repeat(self, room: Room, view: ViewEvent) -> bool:
+        """Return whether a message without an id, but with the server's time, is known; it is known
+        as a repeat once. The user's own have the time of this client, which is not exactly that of
+        a bouncer."""
+        if view.time is None or view.id:
+            return False
+        key: Any = (room.id, identity_of(view))
+        if view.mine:
+            alike = (other for other in self.without_id if is_about(other, room.id, view))
+            key = next(alike, None)
+        if key not in self.without_id:
+            return False
+        self.without_id.remove(key)
+        return True
+
+
+class Incoming:
+    """The messages and events of the server, on their way to the screen: each is shown once, in
+    order, and a conversation that waits for a page of older messages holds them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core, self.known = core, core.known
+
+    def message(self, view: ViewEvent, heard: ServerLine | None = None) -> None:
+        """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
+        core = self.core
+        if heard is not None and not view.mine and core.ignored.covers(heard.source):
+            return
+        self.note_present(view.name)
+        if view.own_id:
+            core.outgoing.acknowledge(view)
+        if view.own_id == PIECE:
+            return self.known.note(core.find(view.where), view)
+        if view.mine and core.is_service(view.where, view.text):
+            return
+        if not view.where:
+            return core.show(core.timed(view))
+        room = core.rooms.open(view.where)
+        if room.held is None:
+            return self.deliver(room, view)
+        room.hold(view)
+        if view.own_id in self.known.own:
+            self.known.note(room, view)
+
+    def note_present(self, name: str) -> None:
+        """Note that the user of a private conversation is there, who had left."""
+        room = self.core.find(name)
+        if room and room.gone:
+            room.gone = False
+            self.core.changed(room)
+
+    def event(self, room: Room, view: ViewEvent) -> None:
+        """Show an event that is no message, like a join or a topic, or hold it behind pages."""
+        view = self.core.timed(view, room)
+        if room.held is not None:
+            return room.hold(view)
+        if not (self._folds(room, view) and room.move(view)):
+            self._unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
+            room.views.append(view)
+        self.core.show(view)
+
+    def _folds(self, room: Room, view: ViewEvent) -> bool:
+        """Return whether an event may share a row with others: none that the user did or that is
+        about the user, and none of a user who spoke here, but for being away."""
+        core = self.core
+        if view.kind not in FOLDED or core.setting("fold") == "off":
+            return False
+        if view.kind in CHANGES and (core.is_me(view.name) or calls(view.text, core.name)):
+            return False
+        return view.kind == AWAY or view.name not in room.spoken
+
+    def text(self, room: Room, text: str) -> None:
+        """Show a text about an event in a conversation."""
+        self.event(room, ViewEvent(SERVER_TEXT, text, where=room.name))
+
+    def _unfold(self, room: Room, *names: str) -> None:
+        """Show the collected joins and changes if one of these users is among them: else their row
+        would follow the user's message, kick or new nick."""
+        if not room.movers.isdisjoint(names):
+            self.core.show(room.show_moves())
+
+    def deliver(self, room: Room, view: ViewEvent, paged: bool = False) -> None:
+        """Store and show the next message of a room. One from a page may have been read, as its
+        time tells; a live one is new, whatever its time is."""
+        core, known = self.core, self.known
+        known.newest = max(known.newest, view.time or 0)
+        if not view.own_id and known.is_repeat(room, view):
+            return
+        repeated = view.id in known.ids
+        room.move_mark("" if repeated else view.id, core.believable(view.time))
+        if view.id and not repeated:
+            known.newest_id = view.id
+        if view.id:
+            remember(known.ids, view.id)
+        if view.own_id:
+            arrived = view.own_id in core.outbox.waiting
+            shown = view.own_id in core.outgoing.shown
+            core.outgoing.acknowledge(view)
+            if shown or view.own_id in known.own:
+                return
+            repeated = repeated and not arrived
+        if repeated or view.own_id == PIECE or self.hides(view):
+            return
+        room.spoke(view.name)
+        room.typing.pop(view.name, None)
+        self._unfold(room, view.name)
+        view = core.timed(view, room)
+        core.stored.add(view)
+        room.views.append(view)
+        elsewhere = room is not core.room or not core.looked_at or not core.reads_at_once
+        new = view.time > room.read_time or not paged
+        if elsewhere and new and not (view.mine or view.past):
+            room.unread += 1
+            room.called += view.called and not room.muted
+        core.show(view)
+
+    def release(self, room: Room) -> None:
+        """Show what was held while older messages were fetched."""
+        held, room.held = room.held or [], None
+        for view in held:  # messages known from pages, too: one may be an echo
+            (self.deliver if view.kind in SPOKEN else self.event)(room, view)
+        waiting = self.core.outgoing.waiting_for(room)
+        self.core.outbox.unconfirmed.difference_update(message.id for message in waiting)
+
+    def hides(self, view: ViewEvent) -> bool:
+        """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
+        if view.kind not in SPOKEN or view.id in self.known.redacted:
+            return True
+        if view.mine:
+            return self.core.is_service(view.where, view.text)
+        return self.core.ignored.covers(f"{view.name}!{view.address}")
+
+    def redact(self, id: str) -> None:
+        """Remove a redacted message, also one that is still to come."""
+        core = self.core
+        remember(self.known.redacted, id)
+        if core.store:
+            core.store.remove(id)
+        for room in core.rooms.values():
+            if room.unread:
+                room.forget_news(id)
+            if room.drop(lambda view: view.id == id):
+                core.show(ViewEvent(REMOVED, where=room.name, id=id))
+                core.changed(room)
+
+
+class Outgoing:
+    """The user's messages, from the moment that they are accepted until they have arrived or the
+    user has decided about them. The outbox keeps them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.shown: set[str] = set()  # own ids of messages shown as waiting
+        self.sent_before: set[str] = set()  # own ids of messages that the user sends again
+
+    # Accepting
+
+    def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
+        """Accept a message: show it at once, and send it when possible. A text that is too long for
+        one message becomes several. Raises Refused for a service that cannot have it."""
+        core = self.core
+        core.check_conversation(where)
+        text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
+        if kind == MESSAGE and core.is_service(where, text):
+            return self._send_to_service(where, text)
+        split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
+        pieces, added = list(split), []
+        for n, piece in enumerate(pieces):
+            try:
+                lengths = (core.server.limit(name, 0) for name in ("CHANNELLEN", "NICKLEN"))
+                check_message(where, piece, kind, max(NAME_BYTES, *lengths))
+            except ChatError as error:
+                rest = "\n".join(pieces[n:])
+                core.show(ViewEvent(BACK, rest), ViewEvent(NOTE, f"{error}; nothing was sent"))
+                break
+            kept = piece if piece.strip("\n") else ""
+            added.append(core.outbox.add(core.clock(), where, kept, kind, core.input.reply))
+        if core.tidy:  # a pipe stores many at once
+            self.save()
+        accepted = [message for message in added if message.id in core.outbox.waiting]
+        for message, piece in zip(accepted, pieces, strict=False):
+            self._show(message, piece)
+            self._park_outside(message)
+        if len(accepted) == len(pieces) > 1:
+            core.note(f"too long for one message: sent as {len(pieces)}")
+
+    def _park_outside(self, message: Waiting) -> None:
+        """Let the user decide about a new message for a channel that the client is not in, or that
+        the user leaves."""
+        core, room = self.core, self.core.rooms.open(message.where)
+        core.typing.told.pop(room.id, None)  # a message implies that typing is done
+        if not (room.is_channel and core.ready):
+            return
+        refused = core.fold(room.name) in core.talk.joins.refused
+        if not room.inside and (not room.wanted or refused):
+            self.park(message.id, f"you are not in {room.name}")
+        elif core.talk.leaves(room):
+            self.park(message.id, f"you leave {room.name}")
+
+    def _send_to_service(self, where: str, text: str) -> None:
+        """Send a text to a service without keeping or showing it: it may be a password. Services
+        store nothing, and must not get it twice. Raises Refused."""
+        for line in text.split("\n"):
+            self.core.online().command("PRIVMSG", where, line)
+        if self.core.tidy:
+            told = f"sent to {where}; it may be a password, so it is neither shown nor kept"
+            self.core.note(told)
+
+    def show_aside(self, kind: str, target: str, text: str) -> None:
+        """Show a notice, or a message to some members of a channel, if no echo will."""
+        core = self.core
+        if "echo-message" in core.server.enabled:
+            return
+        where = core.server.without_status(target)
+        if room := core.find(where):
+            text = for_some(target, where, text)
+            view = ViewEvent(kind, text, core.name, room.name, mine=True)
+            return core.incoming.deliver(room, view)
+        core.server_text(f"you to {target}: {text}")
+
+    def save(self) -> bool:
+        """Store the outbox, and so accept what was added. Return False if that has to wait."""
+        try:
+            return self.core.outbox.save(self.core.ticks())
+        except Unusable as error:
+            self._give_back(self.core.outbox.refused(), f"{error}; nothing was sent")
+            return True
+
+    def _give_back(self, lost: list[Waiting], why: str) -> None:
+        """Return messages that could not be stored to the user; a pipe has lost them."""
+        core = self.core
+        if not core.tidy:
+            core.failures += len(lost)
+            core.tell_trouble(why, why)
+            return
+        texts: dict[str, list[str]] = {}
+        for message in lost:
+            if message.id in self.shown:
+                self._unshow(message)
+            text = "/me " * (message.kind == ACTION) + message.text
+            texts.setdefault(message.where, []).append(text)
+        for where, lines in texts.items():
+            core.show(ViewEvent(BACK, "\n".join(lines), where=where))
+        core.note(why)
+
+    # On the screen
+
+    def show_waiting(self) -> None:
+        """Show the messages that an earlier run accepted and no server has acknowledged. Without a
+        user to decide about them, all are sent."""
+        core = self.core
+        if not core.tidy:
+            for id in [*core.outbox.parked]:
+                core.outbox.retry(id)
+            return
+        for message in core.outbox.waiting.values():
+            self._show(message, message.text)
+        core.views.clear()  # each is in its conversation already
+        for id in core.outbox.parked:
+            self._tell_parked(core.outbox.waiting[id])
+
+    def _show(self, message: Waiting, text: str) -> None:
+        core = self.core
+        self.shown.add(message.id)
+        shown = f"*{text}*" if message.kind == ACTION else text
+        room = core.rooms.open(message.where)
+        view = ViewEvent(
+            *(MESSAGE, shown, core.name, message.where, accepted_at(message.id)),
+            mine=True,
+            own_id=message.id,
+            reply=message.reply,
+        )
+        view = core.timed(view, room)
+        room.views.append(view)
+        core.show(view)
+
+    def _unshow(self, message: Waiting) -> None:
+        """Remove a message that was shown as waiting from its conversation."""
+        self.shown.discard(message.id)
+        if room := self.core.find(message.where):
+            room.drop(lambda view: view.own_id == message.id)
+            self.core.show(ViewEvent(REMOVED, where=message.where, own_id=message.id))
+
+    # Outcomes
+
+    def acknowledge(self, view: ViewEvent) -> None:
+        """Note that the server has a message of this client; store it and show its arrival."""
+        core, message = self.core, self.core.outbox.arrived(view.own_id)
+        if message is not None:
+            core.progress += 1
+            core.acknowledged = True
+            if core.talk:
+                core.talk.acks.acknowledged(message.id)
+            text = f"*{message.text}*" if message.kind == ACTION else message.text
+            said = ViewEvent(
+                *(MESSAGE, text, core.name, message.where, view.time),
+                mine=True,
+                id=view.id,
+                own_id=message.id,
+                reply=message.reply,
+                file=view.file,
+            )
+            core.stored.add(core.timed(said))
+        if view.own_id in self.shown:
+            self.shown.discard(view.own_id)
+            remember(core.known.own, view.own_id)
+            where = message.where if message else view.where
+            if (room := core.find(where)) and view.id:
+                room.name_view(view.own_id, view.id, view.file)
+            core.show(view._replace(kind=ARRIVED, where=where))
+
+    def lost(self, own_id: str, reason: str) -> None:
+        """Report that a message has not arrived, and do not send it again."""
+        message = self.core.outbox.arrived(own_id)
+        if message is not None:
+            self.shown.discard(own_id)
+            self.core.failures += 1
+            text = f"{reason}: {beginning(message.text)}"
+            self.core.show(ViewEvent(FAILED, text, where=message.where, own_id=own_id))
+
+    def leave_to_user(self, own_id: str, reason: str = LINE_BROKE) -> None:
+        """Give up a message that may have arrived, or, with a screen, let the user decide."""
+        if self.core.tidy:
+            self.park(own_id, reason)
+        else:
+            self.lost(own_id, reason)
+
+    def park(self, own_id: str, reason: str) -> None:
+        """Report that a message cannot be sent now, and let the user decide about it."""
+        self.core.outbox.park(own_id, reason)
+        if self.core.talk:
+            self.core.talk.acks.forget(own_id)
+        self._tell_parked(self.core.outbox.waiting[own_id])
+
+    def _tell_parked(self, message: Waiting) -> None:
+        """Tell the user why a message waits for a decision."""
+        reason, what = message.why, "it"
+        if message.at:
+            arrived, total = (
+                message.text.count("\n", 0, message.at) + 1,
+                message.text.count("\n") + 1,
+            )
+            reason, what = f"{reason}; {arrived} of {total} lines have arrived", "the rest"
+        advice = f"; /retry sends {what}, /cancel drops it" if self.core.tidy else ""
+        text = f"{reason}: {beginning(message.text)}{advice}"
+        self.core.show(ViewEvent(FAILED, text, where=message.where, own_id=message.id))
+
+    def waiting_for(self, room: Room) -> list[Waiting]:
+        """Return the messages to a conversation that are not known to have arrived."""
+        fold, waiting = self.core.fold, self.core.outbox.waiting.values()
+        return [message for message in waiting if fold(message.where) == fold(room.name)]
+
+    def park_all(self, room: Room, why: str, unsent: bool = False) -> None:
+        """Let the user decide about the messages to a conversation that are not acknowledged, or
+        only about those that are not sent, or not as a whole. A chat.py answers the others."""
+        core, outbox = self.core, self.core.outbox
+        unfinished = core.talk.lines.unfinished if core.talk else ""
+        answered = outbox.in_flight.keys() - {unfinished}
+        decided = {*outbox.parked, *(answered if unsent or core.server.ours else ())}
+        for message in self.waiting_for(room):
+            if message.id in decided:
+                continue
+            if message.id == unfinished and "echo-message" not in core.server.enabled:
+                outbox.arrived_to(message.id, core.talk.lines.sent_to)
+            sent = message.sent and message.id != unfinished
+            self.park(message.id, "it may have arrived or not" if sent else why)
+
+    # Decisions of the user
 
     def retry(self, own_id: str) -> None:
         """Send a message that was left to the user; join its channel first if needed."""
-        if own_id not in self.outbox.parked:
+        core = self.core
+        if own_id not in core.outbox.parked:
             return
-        self.outbox.retry(own_id)
+        core.outbox.retry(own_id)
         self.sent_before.add(own_id)
-        room = self.room_for(self.outbox.waiting[own_id].where)
-        if room.is_channel and not room.inside and self.ready:
+        room = core.rooms.open(core.outbox.waiting[own_id].where)
+        if room.is_channel and not room.inside and core.ready:
             room.wanted = True
-            self.talk.joins.join(room)
+            core.talk.joins.join(room)
 
     def cancel(self, own_id: str) -> None:
         """Drop a message that is not in flight."""
-        if own_id in self.outbox.in_flight or own_id not in self.outbox.waiting:
-            return
-        self.unshow(self.outbox.arrived(own_id))
-
-    def unshow(self, one: Waiting) -> None:
-        """Remove a message that was shown as waiting from its conversation."""
-        self.shown.discard(one.id)
-        if room := self.find(one.where):
-            room.drop(lambda view: view.own_id == one.id)
-            self.show(ViewEvent(REMOVED, where=one.where, own_id=one.id))
-
-    # Files
-
-    def nodes(self) -> list[str]:
-        """Return the addresses of all servers of this chat, as the server announces them."""
-        if not self.server.ours:
-            return []
-        return [one for one in self.server.tokens.get("chat.py/NODES", "").split(",") if one]
+        outbox = self.core.outbox
+        if own_id in outbox.waiting and own_id not in outbox.in_flight:
+            self._unshow(outbox.arrived(own_id))
 
     # Changes of messages: replies, reactions, redactions
-
-    def can(self, what: str) -> bool:
-        """Return whether this server allows a "reply", "react", "redact" or "typing"."""
-        if what == "redact":
-            return self.ready and "draft/message-redaction" in self.server.enabled
-        tag = {"reply": REPLY, "react": REACT, "typing": TYPES}[what]
-        return self.ready and self.server.takes(tag)
-
-    def need(self, what: str) -> None:
-        """Raise Refused if this server does not allow a "reply", "react", "redact" or "typing"."""
-        if not self.can(what):
-            raise Refused("CANNOT", f"this server takes no {what}")
-
-    def redact(self, room: Room, id: str) -> None:
-        """Redact a message of the user, or as an operator one of another user. Raises Refused."""
-        self.need("redact")
-        self.talk.command("REDACT", room.name, id)
-
-    def answered_words(self, view: ViewEvent) -> str:
-        """Return the author and the text of the message that a view answers; "" for no answer."""
-        room = self.find(view.where)
-        if not view.reply or room is None:
-            return ""
-        shown = (other for other in reversed(room.views) if other.id == view.reply)
-        answered = next(shown, None) or self.kept(view.reply)
-        return f"{answered.name}: {answered.text}" if answered else "an earlier message"
-
-    # Read markers
-
-    def mark_read(self, room: Room) -> None:
-        """Note that the user has read everything in a conversation."""
-        newest = max((view.time or 0 for view in room.views if is_news(view)), default=0)
-        newest = self.believable(newest)
-        if room.unread or room.called:
-            self.changed(room)
-        room.unread = room.called = 0
-        if newest > room.read_time:
-            room.read_time = newest
-            self.keep_room(room)
-
-    def tell_read(self) -> None:
-        """Send read markers to the server, for the user's other devices."""
-        if not self.ready or "draft/read-marker" not in self.server.enabled:
-            return
-        for room in self.rooms.values():
-            if room.read_time > room.told_time and (room.inside or not room.is_channel):
-                room.told_time = room.read_time
-                self.talk.send("MARKREAD", room.name, f"timestamp={tag_time(room.read_time)}")
-
-    def told_read(self, room: Room, when: int) -> None:
-        """Note up to which time (ms) the user has read a conversation on another device."""
-        room.told_time = max(room.told_time, when)
-        if room.read(self.believable(when)):
-            self.keep_room(room)
-            self.show(ViewEvent(READ_ELSEWHERE, where=room.name))
-
-    def mute(self, room: Room, on: bool) -> None:
-        """Mute a conversation, so that its messages do not call the user, or unmute it."""
-        room.muted, room.called = on, 0
-        self.keep_room(room)
-        self.changed(room)
-
-    def move(self, room: Room, place: int) -> None:
-        """Move a conversation to another place in the list, counted from 0."""
-        rooms = [one for one in self.rooms.values() if one is not room]
-        rooms.insert(place, room)
-        self.rooms.clear()
-        self.rooms.update((self.fold(one.name), one) for one in rooms)
-        for one in rooms:
-            self.keep_room(one)
-        self.changed(room)
-
-    # Stored messages
-
-    def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[ViewEvent]:
-        """Return the last stored messages that contain these words, in order."""
-        if not self.store:
-            return []
-        found = self.store.find(words, count, self.fold(room.name) if room else None)
-        return [self._in_room(view) for view in found if not self.hides(view)]
-
-    def kept(self, id: str) -> ViewEvent | None:
-        """Return the stored message with this id; None if there is none."""
-        return self.store.message(id) if self.store and id else None
-
-    def kept_beside(
-        self, room: Room, view: ViewEvent, count: int, after: bool = False
-    ) -> list[ViewEvent]:
-        """Return the stored messages before one, or after it, in order."""
-        found = self.store.page(self.fold(room.name), count, view, after) if self.store else []
-        return [one for one in found if not self.hides(one)]
-
-    def around(self, room: Room, view: ViewEvent, count: int) -> list[ViewEvent]:
-        """Return a message and the stored messages around it, in order."""
-        before, after = (self.kept_beside(room, view, count // 2, one) for one in (False, True))
-        return [*before, view, *after]
 
 
 NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
 
 
-class ClientCore(ForScreens):
+class TypedText:
+    """The text that a user enters: a command, or a message for the current conversation."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.doubted = ""  # a text that is sent if the user enters it again
+        self.reply = ""  # the id of the message that the text answers
+        self.views_seen: float = math.inf  # how many were in the conversation when it was begun
+
+    def take(self, text: str, room: Room | None, reply: str, seen: float) -> None:
+        """Take a text for a conversation, which is the current one meanwhile."""
+        rooms, looked_at = self.core.rooms, self.core.room
+        self.reply, self.views_seen = reply, seen
+        rooms.current = room or looked_at
+        if text[:1] == "/" and text[:2] != "//":
+            self._run(text)
+        elif (doubt := self._doubt(text)) and self.doubted != text:
+            self.doubted = text
+            self._give_back(text, doubt)
+        else:
+            self.say(text[1:] if text[:2] == "//" else text)
+        stayed = room is not None and rooms.current is room
+        if stayed and looked_at and self.core.find(looked_at.name) is looked_at:
+            rooms.current = looked_at
+        self.reply, self.views_seen = "", math.inf
+
+    def _give_back(self, text: str, why: str) -> None:
+        self.core.show(ViewEvent(BACK, text), ViewEvent(NOTE, why))
+
+    def _doubt(self, text: str) -> str:
+        """Return why a text may not be meant as a message to all; "" if there is no doubt."""
+        if not self.core.tidy:  # a program knows what it sends
+            return ""
+        words = text.split()
+        first = words[0] if words else ""
+        if text[:1] == " " and first[:1] == "/" and first[1:] in client_command:
+            return f"nothing was sent: is {first} a command? Enter again sends it as text"
+        if command := password_command(text):
+            return f"nothing was sent: is that /{command}? Enter again sends it as text"
+        if len(words) == 1 and text[:1] in ("#", "&") and self.core.server.is_channel(text):
+            return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
+        return ""
+
+    def _run(self, text: str) -> None:
+        core, (verb, _, rest) = self.core, text[1:].partition(" ")
+        verb = CLIENT_ALIASES.get(verb.lower(), verb.lower())
+        try:
+            if why := self._refusal(verb, text):
+                raise Refused("NO_COMMAND", f"{why}; nothing was sent")
+            client_command.run(core, verb, rest)
+        except ChatError as refusal:
+            self._give_back(text, str(refusal))
+            if not core.tidy and verb in GOING:  # the next text is not meant for this conversation
+                core.rooms.current = None
+
+    def _refusal(self, verb: str, text: str) -> str:
+        """Return why a command cannot be run now; "" if it can."""
+        command = client_command.get(verb)
+        if command is None:
+            is_text = f"; //{beginning(verb)} \u2026 is a text" if "/" in verb else ""
+            return f"there is no /{verb}{nearest_command(verb)}; /help lists the commands{is_text}"
+        if self.core.kind == PLAIN and not command.nameless:
+            return "this server knows no commands"
+        if "\n" in text:
+            return "a command is one line"
+        return "" if self.core.ready or command.nameless else "not connected"
+
+    def say(self, text: str) -> None:
+        """Accept a text as a message in the current conversation."""
+        self.doubted = ""
+        if self.core.room is None:
+            return self._give_back(text, "nowhere to say that; /join #CHANNEL")
+        try:
+            self.core.outgoing.send(self.core.here, text)
+        except ChatError as error:
+            self._give_back(text, str(error))
+
+
+class ClientCore:
     """The client's side of a conversation with one server.
 
     Call connected() for each new connection, feed() with the bytes received, silence() if the
@@ -16377,9 +16970,6 @@ class ClientCore(ForScreens):
     and `ticks` monotonic time, in seconds."""
 
     told_trouble = ""  # the last reported trouble of the store
-    doubted = ""  # text that is sent if the user enters it again
-    replying = ""  # the id of the message that the typed text answers
-    views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
     # Of a screen: is a text for `current` begun?
     is_writing: Callable[[], bool] = staticmethod(lambda: False)
@@ -16412,7 +17002,6 @@ class ClientCore(ForScreens):
     progress = 0  # number of acknowledged messages and of missing pages that came
     acknowledged = False  # some message was, over this connection
     page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
-    newest, newest_id = 0, ""  # time (ms) and id of the newest known message
     began = 0  # time of the first welcome
 
     def __init__(
@@ -16430,7 +17019,6 @@ class ClientCore(ForScreens):
         store: "ClientStore | None" = None,
         named: bool | None = None,
     ):
-        super().__init__()
         self.store = store
         self.wanted_name = self.name = name
         self.tidy, self.kind, self.password = tidy, kind, password
@@ -16445,127 +17033,45 @@ class ClientCore(ForScreens):
         self.people, self.typing, self.reactions = People(self), Typing(self), Reactions(self)
         self.transfers = TransferList(self)
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
-        self.seen: dict[str, None] = {}  # ids of known messages
-        self.removed: dict[str, None] = {}  # ids of redacted messages
-        # Messages without ids that a server may send again: conversation and identity
-        self.repeatable: set[tuple[int, Any]] = set()
-        self.shown: set[str] = set()  # own ids of messages shown as waiting
-        self.sent_before: set[str] = set()  # own ids of messages that the user sends again
-        self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
-        self.rooms = wanted_rooms(join, self.fold)
+        self.known, self.stored = KnownMessages(), StoredMessages(self)
+        self.incoming, self.outgoing = Incoming(self), Outgoing(self)
+        self.rooms = Rooms(self, join)
         if store:
             self._load([*join] not in ([], [LOBBY]) if named is None else named)
-        self.current: Room | None = next(iter(self.rooms.values()), None)  # looked at
+        self.rooms.current = next(iter(self.rooms.values()), None)
+        self.input = TypedText(self)
+        # The last lines of the protocol: time (ms), True if sent, and the line
+        self.traffic: collections.deque[tuple[int, bool, str]]
+        self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[ViewEvent] = []
         self.output: list[str] = []
-        self._show_waiting()
+        self.outgoing.show_waiting()
 
     # State that outlives the program
 
     def _load(self, named: bool) -> None:
-        """Load the open conversations and their last messages from the store."""
+        """Continue with the state that an earlier run has stored."""
         self.server.ours = self.server.ours or self.store.fact("ours") == "yes"
         if mapping := self.store.fact("CASEMAPPING"):
-            self.server.tokens["CASEMAPPING"] = mapping
-        self.rooms.rekey(self.fold)
-        stored = self.store.rooms()
-        if stored and not named:
-            self.rooms.clear()
-        for room in (*self.rooms.values(), *stored):
-            room = self.rooms.setdefault(self.fold(room.name), room)
-            if not room.views:
-                self._load_room(room)
+            self.server.isupport["CASEMAPPING"] = mapping
+        self.rooms.load(named)
         if newest := self.store.newest():
-            self.newest, self.newest_id = newest.time or 0, newest.id
-
-    def _load_room(self, room: Room) -> None:
-        room.holes = self.store.fact(f"holes {self.fold(room.name)}").split()
-        room.read_time = self.believable(room.read_time)
-        for view in self.behind_hole(room, self.store.page(self.fold(room.name), STORED_LINES)):
-            room.views.append(view)
-            if view.id:
-                remember(self.seen, view.id)
-                room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
-            elif view.time:
-                room.mark_time = self.believable(view.time)
-                room.mark = mark_at(room.mark_time)
-        room.views.dropped = len(room.views) == STORED_LINES
-        later = [view for view in room.views if is_news(view) and (view.time or 0) > room.read_time]
-        room.unread = len(later) if room.read_time else 0
-
-    def _show_waiting(self) -> None:
-        """Show the messages that an earlier run accepted and no server has acknowledged. Without a
-        user to decide about them, all are sent."""
-        for id in () if self.tidy else [*self.outbox.parked]:
-            self.outbox.retry(id)
-        for one in self.outbox.waiting.values() if self.tidy else ():
-            self._show_own(one, one.text)
-        self.views.clear()  # each is in its conversation already
-        for id in self.outbox.parked:
-            self.tell_parked(self.outbox.waiting[id])
-
-    def keep(self, view: ViewEvent) -> None:
-        """Store a message."""
-        if self.store:
-            self.store.add(self.fold(view.where), view)
-
-    def keep_room(self, room: Room) -> None:
-        """Store that a conversation is open, and whether to join it again; delete a closed one."""
-        if self.store and self.fold(room.name) in self.rooms:
-            place = list(self.rooms).index(self.fold(room.name))
-            self.store.keep_room(self.fold(room.name), room, place)
-        elif self.store:
-            self.store.forget_room(self.fold(room.name))
-
-    def note_holes(self, room: Room, *positions: str) -> None:
-        """Store the positions in a room before which messages are missing."""
-        if self.store and (positions or room.holes):
-            room.holes = list(positions)
-            self.store.keep_fact(f"holes {self.fold(room.name)}", " ".join(positions))
-
-    @staticmethod
-    def behind_hole(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
-        """Return the messages after the newest gap of a room; all of them if they have no gap."""
-        there = [*map(position_of, views)]
-        return views[there.index(room.hole) :] if room.hole and room.hole in there else views
-
-    def older_from_store(self, room: Room) -> bool:
-        """Put stored messages before the first one of a room; return whether there are any.
-        Messages before a gap are shown only if the server cannot be asked to fill that gap."""
-        if not self.store:
-            return False
-        at_hole = bool(room.hole) and room.hole == room.oldest
-        if at_hole and self.ready and self.talk.pages:
-            return False
-        first = next((view for view in room.views if view.kind in SPOKEN), None)
-        views = self.store.page(self.fold(room.name), PAGE_LINES, first)
-        shown = {identity_of(view) for view in room.views}
-        views = [view for view in views if identity_of(view) not in shown]
-        if at_hole and views:
-            views.append(ViewEvent(NOTE, "messages are missing here", where=room.name))
-            room.holes = room.holes[:-1]  # in this run only: the next run may fill the gap
-        else:
-            views = self.behind_hole(room, views)
-        room.views.extendleft(reversed(views))
-        room.views.dropped = len(views) == PAGE_LINES
-        if views:
-            self.show(ViewEvent(OLDER, str(len(views)), where=room.name))
-        return bool(views)
+            self.known.newest, self.known.newest_id = newest.time or 0, newest.id
 
     def keep_facts(self) -> None:
         """Store how the server compares names, since the keys of conversations depend on that."""
         if self.store:
             self.store.keep_fact("ours", "yes" if self.server.ours else "no")
-            self.store.keep_fact("CASEMAPPING", self.server.tokens.get("CASEMAPPING", ""))
+            self.store.keep_fact("CASEMAPPING", self.server.isupport.get("CASEMAPPING", ""))
 
     def close_store(self) -> None:
         """Store the open conversations and their drafts, and leave the outbox to another client."""
         if self.store:
             for room in self.rooms.values():
-                self.keep_room(room)
+                self.rooms.keep(room)
             self.store.flush()
-        self.save()
+        self.outgoing.save()
         if self.outbox.rows:
             self.outbox.rows.close()
 
@@ -16583,12 +17089,10 @@ class ClientCore(ForScreens):
                 self.settings.clear()
                 self.settings.update(settings)
 
-    def tell_trouble(self) -> None:
-        """Tell the user once that the store cannot be used."""
-        trouble, self.store.trouble = self.store.trouble, ""
+    def tell_trouble(self, trouble: str, text: str) -> None:
+        """Tell the user once about a trouble of the store."""
         if trouble and trouble != self.told_trouble:
-            text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
-            self.show(ViewEvent(NOTE, text))
+            self.note(text)
         self.told_trouble = trouble or self.told_trouble
 
     def setting(self, name: str) -> str:
@@ -16619,19 +17123,43 @@ class ClientCore(ForScreens):
             raise Refused("NO_COMMANDS", "this server knows no commands; nothing was sent")
         return self.talk
 
+    def nodes(self) -> list[str]:
+        """Return the addresses of all servers of this chat, as the server announces them."""
+        if not self.server.ours:
+            return []
+        return [node for node in self.server.isupport.get("chat.py/NODES", "").split(",") if node]
+
+    def can(self, what: str) -> bool:
+        """Return whether this server allows a "reply", "react", "redact" or "typing"."""
+        if what == "redact":
+            return self.ready and "draft/message-redaction" in self.server.enabled
+        tag = {"reply": REPLY, "react": REACT, "typing": TYPES}[what]
+        return self.ready and self.server.takes(tag)
+
+    def need(self, what: str) -> None:
+        """Raise Refused if this server does not allow a "reply", "react", "redact" or "typing"."""
+        if not self.can(what):
+            raise Refused("CANNOT", f"this server takes no {what}")
+
+    def redact(self, room: Room, id: str) -> None:
+        """Redact a message of the user, or as an operator one of another user. Raises Refused."""
+        self.need("redact")
+        self.talk.command("REDACT", room.name, id)
+
     @property
     def user(self) -> "ClientCore":
         """The named user that the check before a command asks for: the core itself."""
         return self
 
     @property
-    def here(self) -> str:
-        """The name of the current conversation; "" if there is none."""
-        return self.current.name if self.current else ""
+    def room(self) -> Room | None:
+        """The current conversation."""
+        return self.rooms.current
 
     @property
-    def room(self) -> Room | None:
-        return self.current
+    def here(self) -> str:
+        """The name of the current conversation; "" if there is none."""
+        return self.room.name if self.room else ""
 
     @property
     def idle(self) -> bool:
@@ -16653,12 +17181,6 @@ class ClientCore(ForScreens):
     def by_id(self, id: int) -> Room | None:
         return next((room for room in self.rooms.values() if room.id == id), None)
 
-    def rekey(self) -> None:
-        """Apply the rules of the server for comparing names and for the names of channels."""
-        self.rooms.rekey(self.fold)
-        for room in self.rooms.values():
-            room.is_channel = room.is_channel or self.server.is_channel(room.name)
-
     def is_called(self, text: str) -> bool:
         """Return whether a text contains the user's nick or a word of the setting highlight."""
         words = [self.name, *self.setting("highlight").split()]
@@ -16668,9 +17190,9 @@ class ClientCore(ForScreens):
 
     def connected(self) -> list[ViewEvent]:
         self.inbox = LineBuffer(self.inbox.limit)
-        self.repeatable = set()
+        self.known.without_id.clear()
         for room in self.rooms.values():  # a bouncer plays them again
-            self.note_repeatable(room, room.views)
+            self.known.note_without_id(room, room.views)
         self.output.clear()
         self.refusal, self.cause, self.redial, self.talk = "", TEMPORARY, False, None
         self.acknowledged = self.dismissed = False
@@ -16684,11 +17206,11 @@ class ClientCore(ForScreens):
         deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
         flown = self.outbox.connection_lost()
-        for one in flown if talk and talk.doubts else ():
+        for message in flown if talk and talk.doubts else ():
             if talk.pages:
-                self.outbox.unconfirmed.add(one.id)
+                self.outbox.unconfirmed.add(message.id)
             else:
-                self.leave_to_user(one.id)
+                self.outgoing.leave_to_user(message.id)
         if talk and any(asked.how in ("missed", "gap") for asked in talk.history.asked):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         if talk:
@@ -16727,7 +17249,7 @@ class ClientCore(ForScreens):
     def _take_lines(self) -> None:
         while self.cause != FATAL and (raw := self.inbox.take()) is not None:
             if raw == TOO_LONG:
-                self.show(ViewEvent(NOTE, "the server sent a line too long to be shown"))
+                self.note("the server sent a line too long to be shown")
                 continue
             line = shown_line(raw, irc=self.kind != PLAIN)
             logged = SECRET_LINE.sub("\\1 \u2026", line)  # a server may send back what it got
@@ -16749,7 +17271,7 @@ class ClientCore(ForScreens):
         """Return the lines to be sent, once the store has what they change."""
         end = "\n" if self.kind == PLAIN else "\r\n"
         ends = {} if self.kind == PLAIN else NOT_IN_IRC
-        if not self.save():
+        if not self.outgoing.save():
             return b""
         lines = [line.translate(ends) for line in self.output]
         when = int(self.clock() * 1000)
@@ -16778,8 +17300,8 @@ class ClientCore(ForScreens):
 
     def told_sts(self, value: str) -> None:
         """Note the port and the duration for which the server demands TLS (IRCv3 sts)."""
-        tokens = parse_tags(value.replace(",", ";"))
-        port, seconds = (whole_number(tokens.get(one, "")) for one in ("port", "duration"))
+        values = parse_tags(value.replace(",", ";"))
+        port, seconds = (whole_number(values.get(name, "")) for name in ("port", "duration"))
         if self.tls and seconds is not None:  # other values are to be ignored
             self.sts = port or 0, seconds
         elif not self.tls and port and port <= 65535:
@@ -16792,16 +17314,18 @@ class ClientCore(ForScreens):
             self.talk.tick()
         for room in self.rooms.values():
             if room.moves_are_due(self.clock() * 1000):
-                self.show(self._in_room(room.show_moves()))
-        here = self.current if self.reads_at_once and self.looked_at else None
+                self.show(room.show_moves())
+        here = self.room if self.reads_at_once and self.looked_at else None
         if here and not here.views.reading:
-            self.mark_read(here)
-        self.tell_read()
+            self.rooms.mark_read(here)
+        self.rooms.send_markers()
         self.typing.end_overdue()
         self.refresh()
         if self.store:
             self.store.index()
-            self.tell_trouble()
+            trouble, self.store.trouble = self.store.trouble, ""
+            text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
+            self.tell_trouble(trouble, text)
         self.flush()
         return self.take_views()
 
@@ -16818,126 +17342,15 @@ class ClientCore(ForScreens):
         """Take a command, or a message of one or several lines. `room` is the conversation of the
         text, perhaps not the current one. `reply` is the id of the message that the text answers.
         `seen` views were there when the text was begun: "the last message" is one of these."""
-        looked_at, self.replying, self.views_seen = self.current, reply, seen
-        self.current = room or looked_at
-        self._typed(text)
-        stayed = room is not None and self.current is room
-        if stayed and looked_at and self.find(looked_at.name) is looked_at:
-            self.current = looked_at
-        self.replying, self.views_seen = "", math.inf
+        self.input.take(text, room, reply, seen)
         self.flush()
         return self.take_views()
-
-    def _typed(self, text: str) -> None:
-        if text[:1] == "/" and text[:2] != "//":
-            self._command(text)
-        elif (doubt := self._doubtful(text)) and self.doubted != text:
-            self.doubted = text
-            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, doubt))
-        else:
-            self.speak(text[1:] if text[:2] == "//" else text)
-
-    def _doubtful(self, text: str) -> str:
-        """Return why a text may not be meant as a message to all; "" if there is no doubt."""
-        if not self.tidy:  # a program knows what it sends
-            return ""
-        first = text.split()[:1]
-        if text[:1] == " " and first and first[0][:1] == "/" and first[0][1:] in client_command:
-            return f"nothing was sent: is {first[0]} a command? Enter again sends it as text"
-        words = text.split()
-        if command := password_command(text):
-            return f"nothing was sent: is that /{command}? Enter again sends it as text"
-        if len(words) == 1 and text[:1] in ("#", "&") and self.server.is_channel(text):
-            return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
-        return ""
 
     def say(self, text: str) -> list[ViewEvent]:
         """Send a text as a message, whatever its first character is."""
-        self.speak(text)
+        self.input.say(text)
         self.flush()
         return self.take_views()
-
-    def _command(self, text: str) -> None:
-        verb, _, rest = text[1:].partition(" ")
-        verb = CLIENT_ALIASES.get(verb.lower(), verb.lower())
-        known = client_command.get(verb)
-        local = known and known.nameless
-        near = "" if known else nearest_command(verb)
-        why = (
-            f"there is no /{verb}{near}; /help lists the commands" * (known is None)
-            + f"; //{beginning(verb)} \u2026 is a text" * (known is None and "/" in verb)
-            or "this server knows no commands" * (self.kind == PLAIN and not local)
-            or "a command is one line" * ("\n" in text)
-            or "not connected" * (not (self.ready or local))
-        )
-        try:
-            if why:
-                raise Refused("NO_COMMAND", f"{why}; nothing was sent")
-            client_command.run(self, verb, rest)
-        except ChatError as refusal:
-            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, str(refusal)))
-            if not self.tidy and verb in GOING:  # the next text is not meant for this conversation
-                self.current = None
-
-    def speak(self, text: str) -> None:
-        """Accept a text as a message in the current conversation. A pipe stores many at once."""
-        self.doubted = ""
-        if self.current is None:
-            return self.show(
-                ViewEvent(BACK, text), ViewEvent(NOTE, "nowhere to say that; /join #CHANNEL")
-            )
-        try:
-            self.send(self.here, text)
-        except ChatError as error:
-            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, str(error)))
-
-    def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
-        """Accept a message: show it at once, and send it when possible. A text that is too long for
-        one message becomes several. Raises Refused for a service that cannot have it."""
-        self.check_conversation(where)
-        text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
-        if kind == MESSAGE and self.is_service(where, text):
-            return self.tell_service(where, text)
-        split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
-        pieces, added = list(split), []
-        for n, piece in enumerate(pieces):
-            try:
-                lengths = (self.server.limit(f"{one}LEN", 0) for one in ("CHANNEL", "NICK"))
-                check_message(where, piece, kind, max(NAME_BYTES, *lengths))
-            except ChatError as error:
-                rest = "\n".join(pieces[n:])
-                self.show(ViewEvent(BACK, rest), ViewEvent(NOTE, f"{error}; nothing was sent"))
-                break
-            kept = piece if piece.strip("\n") else ""
-            added.append(self.outbox.add(self.clock(), where, kept, kind, self.replying))
-        if self.tidy:  # a pipe stores many at once
-            self.save()
-        accepted = [one for one in added if one.id in self.outbox.waiting]
-        for one, piece in zip(accepted, pieces, strict=False):
-            room = self._show_own(one, piece)
-            self.typing.told.pop(room.id, None)  # a message implies that typing is done
-            outside = room.is_channel and self.ready and not room.inside
-            if outside and (not room.wanted or self.fold(room.name) in self.talk.joins.refused):
-                self.park(one.id, f"you are not in {room.name}")
-            elif room.is_channel and self.ready and self.talk.leaves(room):
-                self.park(one.id, f"you leave {room.name}")
-        if len(accepted) == len(pieces) > 1:
-            self.show(ViewEvent(NOTE, f"too long for one message: sent as {len(pieces)}"))
-
-    def check_conversation(self, name: str) -> None:
-        """Raise Refused if this server has no conversation with this name."""
-        if self.kind == PLAIN and self.fold(name) != self.fold(LOBBY):
-            raise Refused("ONE_ROOM", ONE_ROOM)
-
-    def sent_aside(self, kind: str, target: str, text: str) -> None:
-        """Show a notice, or a message to some members of a channel, if no echo will."""
-        if "echo-message" in self.server.enabled:
-            return
-        where = self.server.without_status(target)
-        if room := self.find(where):
-            text = for_some(target, where, text)
-            return self.deliver(room, ViewEvent(kind, text, self.name, room.name, mine=True))
-        self.show(ViewEvent(SERVER_TEXT, f"you to {target}: {text}"))
 
     def is_service(self, name: str, text: str) -> bool:
         """Return whether a text goes to a service, and so may be a password."""
@@ -16948,207 +17361,60 @@ class ClientCore(ForScreens):
         short = fold(name) in SHORT_SERVICES  # the nick of a user, too
         return names_service(name) and (not short or password_command(text) != "")
 
-    def tell_service(self, where: str, text: str) -> None:
-        """Send a text to a service without keeping or showing it: it may be a password. Services
-        store nothing, and must not get it twice. Raises Refused."""
-        for line in text.split("\n"):
-            self.online().command("PRIVMSG", where, line)
-        told = f"sent to {where}; it may be a password, so it is neither shown nor kept"
-        self.show(*[ViewEvent(NOTE, told)] * self.tidy)
-
-    def save(self) -> bool:
-        """Store the outbox, and so accept what was added. Return False if that has to wait."""
-        try:
-            return self.outbox.save(self.ticks())
-        except Unusable as error:
-            self._give_back(self.outbox.refused(), f"{error}; nothing was sent")
-            return True
-
-    def _give_back(self, lost: list[Waiting], why: str) -> None:
-        """Return messages that could not be stored to the user; a pipe has lost them."""
-        if not self.tidy:
-            self.failures += len(lost)
-            self.show(*[ViewEvent(NOTE, why)] * (why != self.told_trouble))
-            self.told_trouble = why
-            return
-        for one in lost:
-            if one.id in self.shown:
-                self.unshow(one)
-        texts: dict[str, list[str]] = {}
-        for one in lost:
-            texts.setdefault(one.where, []).append("/me " * (one.kind == ACTION) + one.text)
-        for where, its in texts.items():
-            self.show(ViewEvent(BACK, "\n".join(its), where=where))
-        self.show(ViewEvent(NOTE, why))
-
-    def _show_own(self, one: Waiting, text: str) -> Room:
-        """Show a message of this client in its conversation; return the conversation."""
-        self.shown.add(one.id)
-        shown = f"*{text}*" if one.kind == ACTION else text
-        room = self.room_for(one.where)
-        view = ViewEvent(
-            MESSAGE, shown, self.name, one.where, mine=True, own_id=one.id, reply=one.reply
-        )
-        view = self.timed(view._replace(time=accepted_at(one.id)), room)
-        room.views.append(view)
-        self.show(view)
-        return room
+    def check_conversation(self, name: str) -> None:
+        """Raise Refused if this server has no conversation with this name."""
+        if self.kind == PLAIN and self.fold(name) != self.fold(LOBBY):
+            raise Refused("ONE_ROOM", ONE_ROOM)
 
     def flush(self) -> None:
         """Store what the user did, and send the messages and lines that may be sent now."""
         if self.outbox.unsaved:
-            self.save()
+            self.outgoing.save()
         if self.talk and self.talk.ready and not self.redial and self.cause != FATAL:
             self.talk.pump()
-        self.save()
+        self.outgoing.save()
 
     # Views, conversations and the outcome of messages
 
     def show(self, *views: ViewEvent) -> None:
-        for view in map(self._in_room, views):
+        for view in map(self.in_room, views):
             self.views.append(view)
             if self.at_once:
                 self.at_once(view)
 
-    def _in_room(self, view: ViewEvent) -> ViewEvent:
+    def note(self, text: str, where: str = "") -> None:
+        """Show a text of this client."""
+        self.show(ViewEvent(NOTE, text, where=where))
+
+    def server_text(self, text: str, where: str = "") -> None:
+        """Show a text of the server, in the conversation `where` if that is open."""
+        room = self.find(where)
+        self.show(ViewEvent(SERVER_TEXT, text, where=room.name if room else ""))
+
+    def in_room(self, view: ViewEvent) -> ViewEvent:
         """Return a view with the id of its conversation."""
         room = self.find(view.where) if view.where and not view.room else None
         return view._replace(room=room.id) if room else view
 
+    def answered_words(self, view: ViewEvent) -> str:
+        """Return the author and the text of the message that a view answers; "" for no answer."""
+        room = self.find(view.where)
+        if not view.reply or room is None:
+            return ""
+        shown = (other for other in reversed(room.views) if other.id == view.reply)
+        answered = next(shown, None) or self.stored.message(view.reply)
+        return f"{answered.name}: {answered.text}" if answered else "an earlier message"
+
     def show_results(self, title: str, views: list[ViewEvent]) -> None:
         """Show the messages that a search or a request for history found, between two notes."""
-        views = [view for view in views if not self.hides(view)]
+        views = [view for view in views if not self.incoming.hides(view)]
         if self.results:
             return self.results(title, views)
         if not views:
-            return self.show(ViewEvent(NOTE, f"{title}: nothing found"))
+            return self.note(f"{title}: nothing found")
         found = (view._replace(kind=FOUND, past=True) for view in views)
         self.show(ViewEvent(NOTE, f"{title}: {counted(len(views), 'message')}"), *found)
-        self.show(ViewEvent(NOTE, f"end of {title}"))
-
-    def room_for(self, name: str) -> Room:
-        """Return a conversation; open it if needed. If there are too many, a private one is closed:
-        see Rooms.least(). It is not the current one, and has no waiting messages."""
-        if self.find(name) is None and len(self.rooms) >= ROOMS_KEPT:
-            needed = {self.find(one.where) for one in self.outbox.waiting.values()}
-            if least := self.rooms.least({self.current, *needed}):
-                self.close(least)
-        key = self.fold(name)
-        if key not in self.rooms:
-            room = self.rooms[key] = Room(name, channel=self.server.is_channel(name))
-            if self.ready and not room.is_channel:
-                self.talk.watch([name])
-            if self.store:
-                self._load_room(room)
-                self.keep_room(room)
-            self.changed(room)
-        return self.rooms[key]
-
-    def go(self, room: Room) -> None:
-        """Make a conversation the current one."""
-        self.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
-        self.current = room
-        if self.reads_at_once:
-            room.unread = room.called = 0
-            self.mark_read(room)
-
-    def arrive(self, room: Room) -> None:
-        """Go to a channel that the user asked for, but not away from a text that is begun."""
-        if self.current is None or self.current is room or not self.is_writing():
-            return self.go(room)
-        self.show(ViewEvent(NOTE, f"{room.name} is joined; /go {room.name} looks at it"))
-
-    def left(self, room: Room) -> None:
-        """Close a channel that this client left. It stays open while a text for it is begun."""
-        if self.current is not room or not (self.stays_when_left and self.is_writing()):
-            return self.close(room)
-        self.keep_room(room)
-        self.show(ViewEvent(NOTE, f"you left {room.name}; /close closes it", where=room.name))
-
-    def rename(self, room: Room, name: str) -> None:
-        """Rename a conversation. Another one with the new name has ended, and is dropped."""
-        old, other = self.fold(room.name), self.find(name)
-        if other is not None and other is not room:  # a conversation that has ended
-            self.rooms.pop(self.fold(name))
-            self.current = room if self.current is other else self.current
-        if self.talk:
-            self.talk.renamed(room.name, name)
-        if self.ready and not room.is_channel:
-            self.talk.watch([room.name], "-")
-            self.talk.watch([name])
-        self.outbox.readdress(lambda where: self.fold(where) == old, name)
-        if self.store:
-            self.store.rename(old, self.fold(name))
-        room.name = name
-        self.rooms.rekey(self.fold)
-        self.keep_room(room)
-        self.changed(room)
-        if self.current is room:
-            self.go(room)
-
-    def close(self, room: Room) -> None:
-        """Close a conversation, and on a screen go to the last one that is open."""
-        if room.is_channel:  # else its messages can be sent without it
-            self.park_all(room, f"you left {room.name}", unsent=True)
-        elif self.ready:
-            self.talk.watch([room.name], "-")
-        self.rooms.pop(self.fold(room.name), None)
-        self.keep_room(room)
-        self.changed(room)
-        for one in [*self.outbox.unconfirmed]:
-            if self.fold(self.outbox.waiting[one].where) == self.fold(room.name):
-                self.leave_to_user(one)
-        if self.current is room:
-            self.current = None
-            for other in list(self.rooms.values())[-1:] if self.tidy else ():
-                self.go(other)
-
-    def said(self, view: ViewEvent, heard: ServerLine | None = None) -> None:
-        """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
-        if heard is not None and not view.mine and self.ignored.covers(heard.source):
-            return
-        self.is_back(view.name)
-        if view.own_id:
-            self.acknowledge(view)
-        if view.own_id == PIECE:
-            return self.note_known(view)
-        if view.mine and self.is_service(view.where, view.text):
-            return
-        if not view.where:
-            return self.show(self.timed(view))
-        room = self.room_for(view.where)
-        if room.held is None:
-            return self.deliver(room, view)
-        room.hold(view)
-        if view.own_id in self.known_own:
-            self.note_known(view)
-
-    def is_back(self, name: str) -> None:
-        """Note that the user of a private conversation is there, who had left."""
-        room = self.find(name)
-        if room and room.gone:
-            room.gone = False
-            self.changed(room)
-
-    def acknowledge(self, view: ViewEvent) -> None:
-        """Note that the server has a message of this client; store it and show its arrival."""
-        one = self.outbox.arrived(view.own_id)
-        if one is not None:
-            self.progress += 1
-            self.acknowledged = True
-            if self.talk:
-                self.talk.acks.acknowledged(one.id)
-            text = f"*{one.text}*" if one.kind == ACTION else one.text
-            said = ViewEvent(MESSAGE, text, self.name, one.where, view.time, mine=True, id=view.id)
-            known = {"own_id": one.id, "reply": one.reply, "file": view.file}
-            self.keep(self.timed(said._replace(**known)))
-        if view.own_id in self.shown:
-            self.shown.discard(view.own_id)
-            remember(self.known_own, view.own_id)
-            where = one.where if one else view.where
-            if (room := self.find(where)) and view.id:
-                room.name_view(view.own_id, view.id, view.file)
-            self.show(view._replace(kind=ARRIVED, where=where))
+        self.note(f"end of {title}")
 
     def believable(self, when: int | None) -> int | None:
         """Return a time (ms) of a server, or of an earlier run, but not one that is far ahead of
@@ -17164,170 +17430,6 @@ class ClientCore(ForScreens):
     def changed(self, room: Room) -> None:
         """Tell the screens to draw the state of a conversation again."""
         self.show(ViewEvent(ROOM, where=room.name, room=room.id))
-
-    def happened(self, room: Room, view: ViewEvent) -> None:
-        """Show an event that is no message, like a join or a topic, or hold it behind pages."""
-        view = self.timed(view, room)
-        if room.held is not None:
-            return room.hold(view)
-        if not (self.folds(room, view) and room.move(view)):
-            self.unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
-            room.views.append(view)
-        self.show(view)
-
-    def folds(self, room: Room, view: ViewEvent) -> bool:
-        """Return whether an event may share a row with others: none that the user did or that is
-        about the user, and none of a user who spoke here, but for being away."""
-        if view.kind not in FOLDED or self.setting("fold") == "off":
-            return False
-        if view.kind in CHANGES and (self.is_me(view.name) or calls(view.text, self.name)):
-            return False
-        return view.kind == AWAY or view.name not in room.spoken
-
-    def unfold(self, room: Room, *names: str) -> None:
-        """Show the collected joins and changes if one of these users is among them: else their row
-        would follow the user's message, kick or new nick."""
-        if not room.movers.isdisjoint(names):
-            self.show(self._in_room(room.show_moves()))
-
-    def deliver(self, room: Room, view: ViewEvent, paged: bool = False) -> None:
-        """Store and show the next message of a room. One from a page may have been read, as its
-        time tells; a live one is new, whatever its time is."""
-        self.newest = max(self.newest, view.time or 0)
-        if not view.own_id and self.is_repeated(room, view):
-            return
-        known = view.id in self.seen
-        if view.id:
-            remember(self.seen, view.id)
-        if view.id and not known:
-            room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
-            self.newest_id = view.id
-        elif view.time and not room.mark.startswith("msgid="):  # a server without message ids
-            room.mark_time = max(room.mark_time or 0, self.believable(view.time))
-            room.mark = mark_at(room.mark_time)
-        if view.own_id:
-            arrived = view.own_id in self.outbox.waiting
-            seen_waiting = view.own_id in self.shown
-            self.acknowledge(view)
-            if seen_waiting or view.own_id in self.known_own:
-                return
-            known = known and not arrived
-        if known or view.own_id == PIECE or self.hides(view):
-            return
-        room.spoke(view.name)
-        room.typing.pop(view.name, None)
-        self.unfold(room, view.name)
-        view = self.timed(view, room)
-        self.keep(view)
-        room.views.append(view)
-        elsewhere = room is not self.current or not self.looked_at or not self.reads_at_once
-        new = view.time > room.read_time or not paged
-        if elsewhere and new and not (view.mine or view.past):
-            room.unread += 1
-            room.called += view.called and not room.muted
-        self.show(view)
-
-    def note_known(self, view: ViewEvent) -> None:
-        """Note a message, or a line of one, that is shown already: a page may bring it again."""
-        if view.id:
-            remember(self.seen, view.id)
-        elif room := self.find(view.where):
-            self.note_repeatable(room, [view])
-
-    def note_repeatable(self, room: Room, views: Iterable[ViewEvent]) -> None:
-        """Note messages without ids: if the server sends the same ones again, they are no news."""
-        spoken = (view for view in views if view.kind in SPOKEN and view.time)
-        self.repeatable |= {(room.id, identity_of(view)) for view in spoken if not view.id}
-
-    def is_repeated(self, room: Room, view: ViewEvent) -> bool:
-        """Return whether a message without an id, but with the server's time, is known already. The
-        user's own have the time of this client, which is not exactly that of a bouncer."""
-        if view.time is None or view.id:
-            return False
-        known = [(room.id, identity_of(view))]
-        if view.mine:
-            known = [one for one in self.repeatable if is_about(one, room.id, view)]
-        repeated = next((one for one in known if one in self.repeatable), None)
-        self.repeatable.discard(repeated)
-        return repeated is not None
-
-    def hides(self, view: ViewEvent) -> bool:
-        """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
-        if view.kind not in SPOKEN or view.id in self.removed:
-            return True
-        if view.mine:
-            return self.is_service(view.where, view.text)
-        return self.ignored.covers(f"{view.name}!{view.address}")
-
-    def remove(self, id: str) -> None:
-        """Remove a redacted message, also one that is still to come."""
-        remember(self.removed, id)
-        if self.store:
-            self.store.remove(id)
-        for room in self.rooms.values():
-            if room.unread:
-                room.forget_news(id)
-            if room.drop(lambda view: view.id == id):
-                self.show(ViewEvent(REMOVED, where=room.name, id=id))
-                self.changed(room)
-
-    def release(self, room: Room) -> None:
-        """Show the views that were held while older messages were fetched."""
-        held, room.held = room.held or [], None
-        for view in held:  # messages known from pages, too: one may be an echo
-            (self.deliver if view.kind in SPOKEN else self.happened)(room, view)
-        self.outbox.unconfirmed -= {
-            one.id
-            for one in self.outbox.waiting.values()
-            if self.fold(one.where) == self.fold(room.name)
-        }
-
-    def lost(self, own_id: str, reason: str) -> None:
-        """Report that a message has not arrived, and do not send it again."""
-        one = self.outbox.arrived(own_id)
-        if one is not None:
-            self.shown.discard(own_id)
-            self.failures += 1
-            text = f"{reason}: {beginning(one.text)}"
-            self.show(ViewEvent(FAILED, text, where=one.where, own_id=own_id))
-
-    def park_all(self, room: Room, why: str, unsent: bool = False) -> None:
-        """Let the user decide about the messages to a conversation that are not acknowledged, or
-        only about those that are not sent, or not as a whole. A chat.py answers the others."""
-        unfinished = self.talk.lines.unfinished if self.talk else ""
-        answered = self.outbox.in_flight.keys() - {unfinished}
-        decided = {*self.outbox.parked, *(answered if unsent or self.server.ours else ())}
-        for one in list(self.outbox.waiting.values()):
-            if self.fold(one.where) != self.fold(room.name) or one.id in decided:
-                continue
-            if one.id == unfinished and "echo-message" not in self.server.enabled:
-                self.outbox.arrived_to(one.id, self.talk.lines.sent_to)
-            sent = one.sent and one.id != unfinished
-            self.park(one.id, "it may have arrived or not" if sent else why)
-
-    def leave_to_user(self, own_id: str, reason: str = LINE_BROKE) -> None:
-        """Give up a message that may have arrived, or, with a screen, let the user decide."""
-        if self.tidy:
-            self.park(own_id, reason)
-        else:
-            self.lost(own_id, reason)
-
-    def park(self, own_id: str, reason: str) -> None:
-        """Report that a message cannot be sent now, and let the user decide about it."""
-        self.outbox.park(own_id, reason)
-        if self.talk:
-            self.talk.acks.forget(own_id)
-        self.tell_parked(self.outbox.waiting[own_id])
-
-    def tell_parked(self, one: Waiting) -> None:
-        """Tell the user why a message waits for a decision."""
-        reason, what = one.why, "it"
-        if one.at:
-            share = f"{one.text.count(chr(10), 0, one.at) + 1} of {one.text.count(chr(10)) + 1}"
-            reason, what = f"{reason}; {share} lines have arrived", "the rest"
-        advice = f"; /retry sends {what}, /cancel drops it" if self.tidy else ""
-        text = f"{reason}: {beginning(one.text)}{advice}"
-        self.show(ViewEvent(FAILED, text, where=one.where, own_id=one.id))
 
 
 # The commands of a user, over IRC
@@ -17389,13 +17491,13 @@ def do_help(core: ClientCore, verb: str = "") -> None:
     word = verb.lstrip("/").lower()
     wanted = client_command.get(CLIENT_ALIASES.get(word, word))
     verbs = HELP_TOPICS.get(word, client_command if not word else ())
-    shown = [wanted] if wanted else [client_command[one] for one in verbs]
+    shown = [wanted] if wanted else [client_command[command] for command in verbs]
     if not shown:
         topics = ", ".join(HELP_TOPICS)
         near = nearest_command(word)
         raise Refused("NO_HELP", f"no help about {verb}{near}; commands: /help; topics: {topics}")
-    column = max(len(one.syntax) for one in shown)
-    lines = [f"{one.syntax:{column}}  {one.summary}" for one in shown]
+    column = max(len(command.syntax) for command in shown)
+    lines = [f"{command.syntax:{column}}  {command.summary}" for command in shown]
     if not word:
         lines.append(f"{'//TEXT':{column}}  say a text that begins with /")
         lines.append(f"topics:  {', '.join(HELP_TOPICS)} (/help TOPIC)")
@@ -17422,24 +17524,24 @@ def do_join(core: ClientCore, words: str) -> None:
         advice = f"/raw JOIN {name} {rest[0]} takes {rest[0]} as a password"
         raise Refused("TOO_MANY", f"commas between several channels: /join #a,#b; {advice}")
     names, keys = names_in(name), "".join(rest).split(",")
-    for one, password in itertools.zip_longest(names, keys[: len(names)], fillvalue=""):
-        one = core.server.as_channel(one)
-        room = core.find(one)
+    for channel, password in itertools.zip_longest(names, keys[: len(names)], fillvalue=""):
+        channel = core.server.as_channel(channel)
+        room = core.find(channel)
         if room and room.inside:
-            core.go(room)
+            core.rooms.go(room)
             continue
         most = core.server.limit("CHANNELLEN", IRC_BYTES)
-        if len(one.encode()) > most:
+        if len(channel.encode()) > most:
             raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
-        core.talk.joins.note_typed(one, password)
-        core.talk.command("JOIN", one, *optional(password))
-        core.talk.joins.note_sent(one)
+        core.talk.joins.note_typed(channel, password)
+        core.talk.command("JOIN", channel, *optional(password))
+        core.talk.joins.note_sent(channel)
         if room:
             room.wanted = True
         if not core.tidy:  # the next text of a pipe is meant for this channel
-            there = core.room_for(one)
-            there.wanted, there.is_channel = True, True
-            core.go(there)
+            opened = core.rooms.open(channel)
+            opened.wanted, opened.is_channel = True, True
+            core.rooms.go(opened)
 
 
 def room_named(core: ClientCore, word: str, alone: bool) -> str:
@@ -17455,7 +17557,7 @@ def room_named(core: ClientCore, word: str, alone: bool) -> str:
 def do_part(core: ClientCore, *words: str) -> None:
     """/part [#CHANNEL] [REASON] -- leave a channel, or close a private conversation"""
     given = optional(*"".join(words[:1]).split(","))
-    named = [room_named(core, one, len(words) == 1) for one in given]
+    named = [room_named(core, channel, len(words) == 1) for channel in given]
     pairs = zip(named, given, strict=True) if any(named) else [("", "")]
     rooms = [asked_room(core, name or word) for name, word in pairs]
     reason = " ".join(words[any(named) :])
@@ -17463,7 +17565,7 @@ def do_part(core: ClientCore, *words: str) -> None:
         if room.inside or core.talk.joins.waits(room.name):
             core.online().command("PART", room.name, *optional(reason))
         else:
-            core.close(room)
+            core.rooms.close(room)
 
 
 @client_command("close", most=1, nameless=True)
@@ -17472,7 +17574,7 @@ def do_close(core: ClientCore, name: str = "") -> None:
     room = asked_room(core, name)
     if room.inside and core.ready:
         return do_part(core, room.name)
-    core.close(room)
+    core.rooms.close(room)
 
 
 @client_command("go", 1, nameless=True)
@@ -17480,9 +17582,9 @@ def do_go(core: ClientCore, name: str) -> None:
     """/go #CHANNEL|NAME|N -- look at another conversation, by its name or number"""
     number = whole_number(name)
     if number and number <= len(core.rooms):
-        return core.go(list(core.rooms.values())[number - 1])
-    found = core.find(name) or core.find(f"#{name}")
-    core.go(found or asked_room(core, name))
+        return core.rooms.go(list(core.rooms.values())[number - 1])
+    room = core.find(name) or core.find(f"#{name}")
+    core.rooms.go(room or asked_room(core, name))
 
 
 def go_to(core: ClientCore, name: str) -> None:
@@ -17490,19 +17592,19 @@ def go_to(core: ClientCore, name: str) -> None:
     if "," in name or core.server.without_status(name) != name:
         raise Refused("BAD_NAME", f"that is no single name; it takes a text: /msg {name} TEXT")
     core.check_conversation(name)
-    core.go(core.room_for(name))
+    core.rooms.go(core.rooms.open(name))
 
 
 @client_command("msg", 1, 2, nameless=True)
 def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
     names = names_in(name)
-    for one in names if text else ():
-        if core.server.without_status(one) != one:  # some members of a channel
-            core.online().command("PRIVMSG", one, text)
-            core.sent_aside(MESSAGE, one, text)
+    for target in names if text else ():
+        if core.server.without_status(target) != target:  # some members of a channel
+            core.online().command("PRIVMSG", target, text)
+            core.outgoing.show_aside(MESSAGE, target, text)
         else:
-            core.send(one, text)
+            core.outgoing.send(target, text)
     if len(names) > 1:
         need_given(text, "/msg NAME,NAME TEXT")
     elif not text or core.server.is_channel(name):
@@ -17514,13 +17616,13 @@ def do_query(core: ClientCore, name: str, text: str = "") -> None:
     """/query NAME [TEXT] -- open a private conversation, and say something there"""
     go_to(core, name)
     if text:
-        core.send(name, text)
+        core.outgoing.send(name, text)
 
 
 @client_command("me", 1, nameless=True)
 def do_me(core: ClientCore, text: str) -> None:
     """/me TEXT -- say what you do"""
-    core.send(asked_room(core).name, text, ACTION)
+    core.outgoing.send(asked_room(core).name, text, ACTION)
 
 
 @client_command("notice", 2)
@@ -17528,7 +17630,7 @@ def do_notice(core: ClientCore, name: str, text: str) -> None:
     """/notice NAME|#CHANNEL TEXT -- send a notice, which no program answers"""
     for line, _ in sendable_lines(text, FITS_ALWAYS):
         core.talk.command("NOTICE", name, line)
-    core.sent_aside(NOTICE, name, text)
+    core.outgoing.show_aside(NOTICE, name, text)
 
 
 @client_command("ctcp", 2)
@@ -17579,12 +17681,12 @@ def do_lastlog(core: ClientCore, words: str) -> None:
     """/lastlog WORDS -- what was said here with these words in it, as this client has kept it"""
     room = asked_room(core)
     if core.store:
-        found = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
+        views = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
     else:
         wanted = fold_text(words)
-        spoken = (one for one in room.views if one.kind in SPOKEN)
-        found = [one for one in spoken if wanted in fold_text(one.text)][-LASTLOG_MOST:]
-    core.show_results(f"lastlog of {core.here}", found)
+        spoken = (view for view in room.views if view.kind in SPOKEN)
+        views = [view for view in spoken if wanted in fold_text(view.text)][-LASTLOG_MOST:]
+    core.show_results(f"lastlog of {core.here}", views)
 
 
 @client_command("search", 1, nameless=True)
@@ -17619,16 +17721,16 @@ def do_ignore(core: ClientCore, mask: str = "") -> None:
         core.ignored.add(mask)
         keep_ignored(core)
     text = ", ".join(sorted(core.ignored)) or "no user"
-    core.show(ViewEvent(NOTE, f"ignored: {text}"))
+    core.note(f"ignored: {text}")
 
 
 @client_command("unignore", 1, nameless=True)
 def do_unignore(core: ClientCore, mask: str) -> None:
     """/unignore NAME|MASK -- show again what a user says"""
-    known = {core.fold(one): one for one in core.ignored}
-    if core.fold(mask) not in known:
+    masks = {core.fold(other): other for other in core.ignored}
+    if core.fold(mask) not in masks:
         raise Refused("NOT_IGNORED", f"{mask} is not ignored; /ignore lists the ignored users")
-    core.ignored.discard(known[core.fold(mask)])
+    core.ignored.discard(masks[core.fold(mask)])
     keep_ignored(core)
     do_ignore(core)
 
@@ -17846,14 +17948,12 @@ def do_reconnect(core: ClientCore) -> None:
 @client_command("qr", nameless=True)
 def do_qr(core: ClientCore) -> None:
     """/qr -- the server's address for a browser, also as a code for a phone's camera"""
-    url = core.server.tokens.get("chat.py/WEB", "") if core.server.ours else ""
+    url = core.server.isupport.get("chat.py/WEB", "") if core.server.ours else ""
     if not re.fullmatch(r"https?://[!-~]+", url) or len(url) > QR_BYTES:
         raise Refused("NO_PAGE", "this server announces no page for browsers")
     core.show(ViewEvent(QR_CODE, url))
     if split_host(url.split("/")[2])[0] in LOOPBACK_NAMES:
-        core.show(
-            ViewEvent(NOTE, "only this machine reaches that; --listen 0.0.0.0:7000 lets others in")
-        )
+        core.note("only this machine reaches that; --listen 0.0.0.0:7000 lets others in")
 
 
 @client_command("retry", nameless=True)
@@ -17862,7 +17962,7 @@ def do_retry(core: ClientCore) -> None:
     if not core.outbox.parked:
         raise Refused("NOTHING_WAITS", "there is nothing that could not be sent")
     for id in list(core.outbox.parked):
-        core.retry(id)
+        core.outgoing.retry(id)
 
 
 @client_command("cancel", most=1, nameless=True)
@@ -17874,15 +17974,15 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
         count = counted(len(outbox.waiting), "message")
         raise Refused("NOTHING_PARKED", f"{count} still to be sent; /cancel all drops what waits")
     for id in ids:
-        core.cancel(id)
-    told = [f"{counted(len(ids), 'message')} dropped"] * bool(ids)
+        core.outgoing.cancel(id)
+    dropped = [f"{counted(len(ids), 'message')} dropped"] * bool(ids)
     if which == "all" and talk and (id := talk.lines.unfinished) and not talk.lines.batching:
         sent, total = talk.lines.progress
-        told.append(f"{sent} of {total} lines sent, the rest dropped")
+        dropped.append(f"{sent} of {total} lines sent, the rest dropped")
         talk.lines.unsent.clear()
         outbox.arrived(id)
-        core.shown.discard(id)
-    core.show(ViewEvent(NOTE, "; ".join(told) or "there is nothing to drop"))
+        core.outgoing.shown.discard(id)
+    core.note("; ".join(dropped) or "there is nothing to drop")
 
 
 NTH = re.compile(r"-([1-9]\d{0,3})")
@@ -17897,8 +17997,8 @@ def numbered_view(
     first, *rest = [*words, ""]
     match, room = NTH.fullmatch(first), asked_room(core)
     number = int(match[1]) if match else 1
-    seen = [*room.views][: len(room.views) - max(0, room.views.total - core.views_seen)]
-    spoken = [one for one in seen if one.kind in SPOKEN and one.mine == mine]
+    seen = [*room.views][: len(room.views) - max(0, room.views.total - core.input.views_seen)]
+    spoken = [view for view in seen if view.kind in SPOKEN and view.mine == mine]
     if len(spoken) < number:
         raise Refused("NO_MESSAGE", "there is no such message here")
     if not spoken[-number].id:
@@ -17913,8 +18013,8 @@ def do_reply(core: ClientCore, words: str) -> None:
     room, view, text = numbered_view(core, words.split(" "), mine=False)
     if not text:
         raise Refused("NO_TEXT", "usage: /reply [-N] TEXT")
-    core.replying = view.id
-    core.send(room.name, text)
+    core.input.reply = view.id
+    core.outgoing.send(room.name, text)
 
 
 @client_command("react", 1, 2)
@@ -17944,10 +18044,8 @@ def do_redact(core: ClientCore, number: str = "") -> None:
 def do_mute(core: ClientCore, name: str = "", on: bool = True) -> None:
     """/mute [#CHANNEL|NAME] -- do not be told of mentions in a conversation"""
     room = asked_room(core, name)
-    core.mute(room, on)
-    core.show(
-        ViewEvent(NOTE, f"{room.name} is {'muted; /unmute ends that' if on else 'not muted'}")
-    )
+    core.rooms.mute(room, on)
+    core.note(f"{room.name} is {'muted; /unmute ends that' if on else 'not muted'}")
 
 
 client_command(
@@ -17969,13 +18067,13 @@ def do_save(core: ClientCore, *words: str) -> None:
     """/save [-N] [PATH] -- store the last file that a message here tells of, or the Nth"""
     room, numbered = asked_room(core), bool(words) and NTH.fullmatch(words[0])
     number = int(numbered[1]) if numbered else 1
-    told = [(one, parse_file_tag(one.file)) for one in room.views if one.file]
-    if len(told) < number or told[-number][1] is None:
+    files = [(view, parse_file_tag(view.file)) for view in room.views if view.file]
+    if len(files) < number or files[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
     if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen save files")
     path = " ".join(words[bool(numbered) :])
-    core.transfers.save(room, told[-number][0], path)
+    core.transfers.save(room, files[-number][0], path)
 
 
 @client_command("transfers", most=2, nameless=True)
@@ -17983,13 +18081,13 @@ def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
     """/transfers [cancel N] -- files on their way; to drop one"""
     number = whole_number(which) or 0
     if what == "cancel" and 0 < number <= len(core.transfers):
-        one = core.transfers[number - 1]
-        core.transfers.drop(one)
-        return core.show(ViewEvent(NOTE, f"{one.name or one.path} is dropped"))
+        transfer = core.transfers[number - 1]
+        core.transfers.drop(transfer)
+        return core.note(f"{transfer.name or transfer.path} is dropped")
     if what:
         raise Refused("NO_TRANSFER", "usage: /transfers cancel 1")
-    rows = [f"{n}  {one.words()}" for n, one in enumerate(core.transfers, 1)]
-    return core.show(ViewEvent(NOTE, "; ".join(rows) or "no file is on its way"))
+    rows = [f"{n}  {transfer.words()}" for n, transfer in enumerate(core.transfers, 1)]
+    return core.note("; ".join(rows) or "no file is on its way")
 
 
 @client_command("clear", nameless=True)
@@ -18029,12 +18127,12 @@ def do_set(core: ClientCore, name: str = "", value: str = "") -> None:
         raise Refused("NO_SETTING", f"there is no setting {name}; /set lists them")
     if value:
         change_setting(core, name, value)
-    for one in [name] if name else SETTINGS:
-        setting = SETTINGS[one]
-        now = core.setting(one) or "nothing"
+    for key in [name] if name else SETTINGS:
+        setting = SETTINGS[key]
+        now = core.setting(key) or "nothing"
         default = setting.usual or "nothing"
         usual = "" if now == default else f" (usually {default})"
-        core.show(ViewEvent(SERVER_TEXT, f"{one}:  {now}{usual}; {setting.summary}"))
+        core.server_text(f"{key}:  {now}{usual}; {setting.summary}")
 
 
 @client_command("quit", most=1, nameless=True)
@@ -18303,8 +18401,8 @@ class KnownServers(Writer):
     def remember(self, server: "Target | str", **values: Any) -> None:
         """Store some of the columns of a server; another client may know more of the others."""
         names = ("kind", "pin", "port", "until")
-        known = dict(zip(names, self._known(server), strict=True)) | values
-        if (row := tuple(known.values())) != self._known(server):
+        columns = dict(zip(names, self._known(server), strict=True)) | values
+        if (row := tuple(columns.values())) != self._known(server):
             self.rows[str(server)] = row
             marks = ", ".join("?" * (len(values) + 1))
             changes = ", ".join(f"{name} = excluded.{name}" for name in values)
@@ -18345,9 +18443,9 @@ class OutboxRows(Writer):
         self.changes: dict[str, Waiting | None] = {}  # by id; None: it is not waiting any more
 
     def flush(self) -> bool:
-        for id, one in self.changes.items():
-            if one:
-                self.write(self.PUT, self.box, *one)
+        for id, message in self.changes.items():
+            if message:
+                self.write(self.PUT, self.box, *message)
             else:
                 self.write("DELETE FROM outbox WHERE id = ?", id)
         done = super().flush()
@@ -18486,8 +18584,8 @@ class ClientStore(Writer):
     def _position(self, view: ViewEvent) -> tuple[int, int]:
         """Return the time and the number of a message, which determine its place in the order."""
         query = "SELECT max(number) FROM messages WHERE owner = ? AND id = ? AND id <> ''"
-        known = self.db.execute(query, [self.owner, view.id]).fetchone()[0]
-        return view.time or 0, view.number or known or LAST_NUMBER
+        stored = self.db.execute(query, [self.owner, view.id]).fetchone()[0]
+        return view.time or 0, view.number or stored or LAST_NUMBER
 
     @or_nothing
     def page(
@@ -18561,13 +18659,13 @@ class ClientStore(Writer):
 
     # Transfers, conversations, ignored users, facts, settings
 
-    def keep_transfer(self, one: Transfer) -> None:
-        state = json.dumps(one.kept())
-        self.write("REPLACE INTO transfers VALUES (?, ?, ?)", self.owner, one.id, state)
+    def keep_transfer(self, transfer: Transfer) -> None:
+        state = json.dumps(transfer.kept())
+        self.write("REPLACE INTO transfers VALUES (?, ?, ?)", self.owner, transfer.id, state)
         self.flush()
 
-    def forget_transfer(self, one: Transfer) -> None:
-        self.write("DELETE FROM transfers WHERE owner = ? AND id = ?", self.owner, one.id)
+    def forget_transfer(self, transfer: Transfer) -> None:
+        self.write("DELETE FROM transfers WHERE owner = ? AND id = ?", self.owner, transfer.id)
         self.flush()
 
     def transfers(self) -> list[Transfer]:
@@ -21158,6 +21256,14 @@ BELIEVE_THE_SYSTEM = Trust()
 NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
 
 
+def resolve_server(target: Target, trust: Trust) -> tuple[Any, list[tuple[int, tuple]]]:
+    """Return the TLS context for a server, None without TLS, and the server's addresses, each with
+    its family. Both may take a while: this is for a helper."""
+    context = trust.context() if target.tls else None
+    found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    return context, [(family, address) for family, *_, address in found]
+
+
 def advice_after(why: str) -> str:
     """Return what the user can do after a failure that will not pass by itself."""
     wants_password = "password" in why.lower() and "/pass" not in why
@@ -21200,15 +21306,6 @@ def lock_range(fd: int, number: int, on: bool) -> None:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN, 1, number)
 
 
-def unlock_byte(path: pathlib.Path, number: int) -> None:
-    fd, held = LOCK_FILES.get(path, (-1, set()))
-    if number in held:
-        lock_range(fd, number, False)
-        held.discard(number)
-        if not held:
-            os.close(LOCK_FILES.pop(path)[0])
-
-
 def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
     """Lock one byte of a file until this process ends, and return a function that unlocks it; None
     if it is locked already. POSIX drops all locks of a process on a file when it closes the file
@@ -21225,14 +21322,22 @@ def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
             return None
         raise  # this file system cannot lock
     held.add(number)
-    return functools.partial(unlock_byte, path, number)
+
+    def unlock() -> None:
+        if number in held:
+            lock_range(fd, number, False)
+            held.discard(number)
+            if not held:
+                os.close(LOCK_FILES.pop(path)[0])
+
+    return unlock
 
 
 # The files of earlier versions, each of which is taken over once
 
 
 def take_over(db: sqlite3.Connection, servers: pathlib.Path, logins: pathlib.Path) -> None:
-    """Move what files of JSON hold to client.db. A damaged file is left alone."""
+    """Move the contents of two JSON files to client.db. A damaged file is left alone."""
     rows, found = {"servers": [], "logins": []}, []
     for path in (servers, logins):
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -21452,7 +21557,7 @@ class HappyEyeballs:
 
 
 class LinkConnection(Connection):
-    """A connection that tells its link what happens."""
+    """A connection that passes its events on to its link."""
 
     __slots__ = ("link",)
 
@@ -21524,15 +21629,14 @@ def why_not_trusted(reason: str) -> str:
 
 class CertificateCheck:
     """The check of a server's certificate: signed by an authority, or pinned, or trusted by the
-    user. An attempt to connect leaves here what the next one has to find out."""
+    user. It can take two attempts to connect: the fields say what the next one looks for."""
 
     def __init__(self, trust: Trust, known: KnownServers):
         self.trust, self.known = trust, known
         self.pin: str | None = None  # of the certificate that the server is to have
         self.refused = ""  # why a certificate was: the next attempt only reads its fingerprint
-        self.other = (
-            ""  # the new fingerprint of a known server: the next attempt finds if it is signed
-        )
+        # The new fingerprint of a known server: the next attempt finds out whether it is signed
+        self.other = ""
         self.doubted, self.doubt = "", ""  # what the user has to judge: fingerprint and reason
 
     def next_trust(self, target: Target) -> Trust:
@@ -21542,9 +21646,9 @@ class CertificateCheck:
         return self.trust._replace(pin=self.pin, insecure=looking)
 
     def judge(self, target: Target, fingerprint: str) -> tuple[str, str]:
-        """Return why a certificate is not accepted, or ""; and what the user has to know of it."""
+        """Return why a certificate is not accepted, or "", and a text about it for the user."""
         if self.refused:
-            self.ask_user(fingerprint, f"the certificate of {target} {self.refused}")
+            self.doubted, self.doubt = fingerprint, f"the certificate of {target} {self.refused}"
             self.refused = ""
             return UNTRUSTED, self.doubt
         if not Trust(pin=self.pin).accepts(fingerprint):
@@ -21558,9 +21662,6 @@ class CertificateCheck:
         self.other = ""  # it is signed: the one that the user trusted is not needed any more
         self.known.remember(target, pin="")
         return "", f"{target} has a new certificate, signed by a trusted authority"
-
-    def ask_user(self, fingerprint: str, doubt: str) -> None:
-        self.doubted, self.doubt = fingerprint, doubt
 
     def trust_doubted(self, target: Target) -> None:
         """Pin the certificate that the user has judged."""
@@ -21665,14 +21766,8 @@ class Link:
         with contextlib.suppress(sqlite3.Error):  # then it is what it was
             self.known.refresh()
         trust = self.certificate.next_trust(self.target)
-
-        def look_up() -> tuple[Any, list]:
-            """Look up the addresses, and load certificates for TLS: both may take a while."""
-            host, port = self.target.host, self.target.port
-            context = trust.context() if self.target.tls else None
-            return context, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-
-        self.helpers.submit(self, look_up, self._found)
+        job = functools.partial(resolve_server, self.target, trust)
+        self.helpers.submit(self, job, self._found)
 
     def status(self, text: str) -> None:
         self.show([ViewEvent(STATUS, text)])
@@ -21724,7 +21819,7 @@ class Link:
     def ask_older(self, room: Room) -> bool:
         """Fetch messages before the first view of a room; return whether they are on their way."""
         talk = self.core.talk
-        if self.core.older_from_store(room):
+        if self.core.stored.show_older(room):
             self.show(self.core.take_views())
             return False
         if room.whole or not (self.core.ready and talk.pages):
@@ -21742,7 +21837,7 @@ class Link:
         self.leaving, self.reason = True, reason
         if at_once and not self.core.ready:
             self._end("")
-        elif at_once and self.core.ready:
+        elif at_once:
             self._say_goodbye()
         else:
             self._carry_on([])
@@ -21770,10 +21865,9 @@ class Link:
             return self.lost(reason)
         if isinstance(result, Exception):  # UnicodeError: no name of a host looks like that
             return self.lost("no name of a host")
-        context, found = result
+        context, addresses = result
         self.began = self.loop.now
         self._enter(CONNECTING)
-        addresses = [(family, address) for family, *_, address in found]
         self.race = HappyEyeballs(self.loop, addresses, functools.partial(self._tried, context))
 
     def _tried(self, context: Any, sock: socket.socket | None, reason: str) -> None:
@@ -21824,7 +21918,7 @@ class Link:
         self._carry_on(self.core.feed(data))
 
     def _carry_on(self, views: list[ViewEvent]) -> None:
-        """Show, send and decide what is next, after anything that may have changed the core."""
+        """Show, send and decide the next step, after anything that may have changed the core."""
         self.show(views + self.core.take_views())
         if self.core.outbox.locked_at < math.inf and self.pace is None:
             self.pace = self.loop.call_later(LOCK_RETRY_SECONDS, self._send_more)
@@ -21847,7 +21941,9 @@ class Link:
             self.dismissal = self.loop.call_later(DISMISSED_SECONDS, drop)
         if self.core.ready:
             self._stand()
-        self._keep_pace()
+        wait = self.core.talk.wait if self.core.talk else None
+        if wait is not None and self.pace is None:  # as the server's rate limit allows it
+            self.pace = self.loop.call_later(max(wait, 0.01), self._send_more)
 
     def _keep_policy(self) -> None:
         """Remember how long this server demands TLS, if it says so over TLS (IRCv3 sts)."""
@@ -21864,12 +21960,6 @@ class Link:
             return LOGGING_IN if core.talk.sasl.running else REGISTERING
         syncing = any(room.held is not None and room.inside for room in core.rooms.values())
         return SYNCING if syncing else ONLINE
-
-    def _keep_pace(self) -> None:
-        """Send more once the server's rate limit allows it."""
-        wait = self.core.talk.wait if self.core.talk else None
-        if wait is not None and self.pace is None:
-            self.pace = self.loop.call_later(max(wait, 0.01), self._send_more)
 
     def _send_more(self) -> None:
         self.pace = None
@@ -21974,21 +22064,20 @@ class Link:
             return self._end(text)
         advice = advice_after(text)
         if self.certificate.other and not self.trust.pin:
-            self.certificate.ask_user(self.certificate.other, text)
+            self.certificate.doubted, self.certificate.doubt = self.certificate.other, text
             advice = "/trust believes the new one from now on, /quit leaves"
-        self.certificate.other, self.core.quitting = "", False
-        self._enter(WAITING)
-        self.show([ViewEvent(NOTE, f"{text}; {advice}")])
-        return self.status(text)
+        self.certificate.other = ""
+        return self._wait_for_user(text, advice)
 
     def _ask_user(self, reason: str) -> None:
-        """Stop trying, and tell the user the choices; without a user, end."""
+        """Tell the user the choices; without a user, end the link."""
         why = f"{self.target}: {self.core.refusal or reason}"
-        if not self.asks:
-            return self._end(why)
+        return self._wait_for_user(why, advice_after(why)) if self.asks else self._end(why)
+
+    def _wait_for_user(self, why: str, advice: str) -> None:
         self.core.quitting = False
         self._enter(WAITING)
-        self.show([ViewEvent(NOTE, f"{why}; {advice_after(why)}")])
+        self.show([ViewEvent(NOTE, f"{why}; {advice}")])
         self.status(why)
 
     def _come_back(self, reason: str) -> None:
@@ -22063,7 +22152,7 @@ class NatsLink:
         self.conn: LinkConnection | None = None
         self.dialogue: NatsDialogue | None = None
         self.context: Any = None  # of TLS
-        self.host, self.address = "", ""
+        self.target: Target | None = None
         self.began = 0.0  # when this connection was made; monotonic
         self.reason = ""  # why there is no connection; it was logged
         self.up = False  # the log is read
@@ -22073,20 +22162,15 @@ class NatsLink:
 
     def dial(self) -> None:
         """Try the next NATS server."""
-        self.host, port = next(self.servers)
-        self.address = address_text(self.host, port)
-
-        def look_up() -> tuple[Any, list]:
-            context = Trust(None, None, False, None).context() if self.options.tls else None
-            return context, socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)
-
-        self.server.helpers.submit(self, look_up, self.found)
+        self.target = Target(*next(self.servers), self.options.tls)
+        job = functools.partial(resolve_server, self.target, BELIEVE_THE_SYSTEM)
+        self.server.helpers.submit(self, job, self.found)
 
     def found(self, result: Any) -> None:
         if isinstance(result, Exception):
             return self.again(str(result))
         self.context, addresses = result
-        return HappyEyeballs(self.loop, [(one[0], one[4]) for one in addresses], self.connected)
+        return HappyEyeballs(self.loop, addresses, self.connected)
 
     def connected(self, sock: socket.socket | None, reason: str) -> None:
         if sock is None:
@@ -22100,7 +22184,7 @@ class NatsLink:
         """Try the next server in a moment; log the reason if it is another one."""
         if reason != self.reason:
             self.reason = reason
-            log.warning("NATS at %s: %s; trying again", self.address, reason)
+            log.warning("NATS at %s: %s; trying again", self.target, reason)
         self.loop.call_later(NATS_RETRY_SECONDS, self.dial)
 
     def give_up_silent(self) -> None:
@@ -22145,7 +22229,8 @@ class NatsLink:
             cluster.connected(NatsLog(dialogue, name, days, cluster.hub.sequence), self.loop.now)
         if (dialogue.wants_tls or self.context) and dialogue.info and self.conn.tls is None:
             dialogue.out.clear()  # it introduces itself once that is done
-            self.conn.encrypt(TlsFilter(self.context or Trust().context(), self.host))
+            context = self.context or BELIEVE_THE_SYSTEM.context()
+            self.conn.encrypt(TlsFilter(context, self.target.host))
 
     def flush(self) -> None:
         """Send what the dialogue has to send, at once: all nodes wait for it."""
@@ -22159,7 +22244,7 @@ class NatsLink:
         self.give_up_silent()
         self.attempt(lambda: self.cluster.tick(self.loop.now))
         if self.cluster.caught_up and not self.up:
-            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.address)
+            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.target)
             self.reason = ""
         self.up = self.cluster.caught_up
         seconds = NODE_TICK_SECONDS if self.cluster.caught_up else NODE_TICK_SECONDS / 10
@@ -22339,26 +22424,20 @@ class CallRequest(NamedTuple):
     sent: Callable[[int], None] = do_nothing
 
     def head(self) -> bytes:
-        lines = [f"{self.method} {self.url.path} HTTP/1.1", f"Host: {self.url.authority}"]
+        lines = [f"{self.method} {self.url.path} HTTP/1.1", f"Host: {self.url.server}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         return "\r\n".join([*lines, "Connection: close", "", ""]).encode()
 
 
 class Url(NamedTuple):
-    """The parts of an http or https URL."""
+    """An http or https URL."""
 
-    tls: bool
-    host: str
-    port: int
+    server: Target
     path: str
-
-    @property
-    def authority(self) -> str:
-        return address_text(self.host, self.port)
 
 
 def parse_url(text: str, base: Url) -> Url:
-    """Return the parts of a URL, or of a path on the server of `base`. Raises Unusable."""
+    """Parse a URL, or a path on the server of `base`. Raises Unusable."""
     scheme, _, rest = text.partition("://")
     authority, slash, path = rest.partition("/")
     if re.fullmatch(r"/[!-~]*", text):
@@ -22367,18 +22446,16 @@ def parse_url(text: str, base: Url) -> Url:
     if scheme.lower() not in ("http", "https") or not host or not re.fullmatch(r"[!-~]*", path):
         raise Unusable(f"{visible(text) or 'nothing'} is no address of a file")
     tls = scheme.lower() == "https"
-    return Url(tls, host, port or (443 if tls else 80), f"{slash or '/'}{path}")
+    return Url(Target(host, port or (443 if tls else 80), tls), f"{slash or '/'}{path}")
 
 
 def free_path(path: pathlib.Path, taken: Collection[str] = ()) -> pathlib.Path:
     """Return this path, or one with a number, where no file is yet; none of the `taken` ones."""
-    for number in itertools.count(2):
-        there = path.exists() or path.with_name(f"{path.name}.part").exists()
-        if not there and str(path) not in taken:
-            return path
+    numbers = itertools.count(2)
+    while path.exists() or path.with_name(f"{path.name}.part").exists() or str(path) in taken:
         stem = re.sub(r" \(\d+\)$", "", path.stem)
-        path = path.with_name(f"{stem} ({number}){path.suffix}")
-    raise Unusable("no name is free")  # never: the numbers have no end
+        path = path.with_name(f"{stem} ({next(numbers)}){path.suffix}")
+    return path
 
 
 def whole_bytes(text: str) -> int:
@@ -22429,8 +22506,8 @@ def check_unchanged(one: Transfer) -> None:
 
 
 class Download:
-    """The part of a file that one request for it brings. It is written off the loop; until a piece
-    is on disk, the connection is not read."""
+    """One request for the rest of a file. The file is written off the loop; until a piece is on
+    disk, the connection is not read."""
 
     def __init__(self, transfers: "Transfers", one: Transfer, part: pathlib.Path, at: int):
         self.transfers, self.one, self.part, self.at = transfers, one, part, at
@@ -22592,8 +22669,7 @@ class Transfers:
 
     @property
     def base(self) -> Url:
-        target = self.link.target
-        return Url(target.tls, target.host, target.port, "/")
+        return Url(self.link.target, "/")
 
     def _call(self, one: Transfer, request: CallRequest, follows: bool = True) -> None:
         """Connect to the server of a request, and send the request. A download follows one redirect
@@ -22609,35 +22685,31 @@ class Transfers:
                         return self._call(one, request._replace(url=there), follows=False)
             return request.done(response, text)
 
-        here = (url.host, url.port) == (link.target.host, link.target.port) and link.conn
+        here = url.server[:2] == link.target[:2] and link.conn
         peer = peer_address(link.conn.sock) if here and link.conn.state == OPEN else None
+        target = Target(*(peer or url.server[:2]), url.server.tls)
         trust = link.trust._replace(pin=link.certificate.pin)
-
-        def look_up() -> tuple[Any, list]:
-            context = trust.context() if url.tls else None
-            where = peer or (url.host, url.port)
-            return context, socket.getaddrinfo(*where, type=socket.SOCK_STREAM)
 
         def found(result: Any) -> None:
             if isinstance(result, Exception):
                 return done(None, str(result))
             context, addresses = result
-            addresses = [(family, address) for family, *_, address in addresses]
-            tried = functools.partial(connected, context)
-            HappyEyeballs(self.loop, addresses, tried)
+            HappyEyeballs(self.loop, addresses, functools.partial(connected, context))
 
         def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
             if sock is None:
                 return done(None, reason)
             if one.id not in self.calls:
                 return sock.close()
-            tls = TlsFilter(context, url.host) if context else None
+            tls = TlsFilter(context, url.server.host) if context else None
             call = request._replace(done=done)
             self.calls[one.id] = WebCall(link.helpers, sock, tls, call, trust)
 
-        link.helpers.submit(self, look_up, found)
+        link.helpers.submit(self, functools.partial(resolve_server, target, trust), found)
 
     def _headers(self, token: str, **more: Any) -> dict[str, str]:
+        """Return the headers of a request of tus, with a login: the token, or name and password."""
+        more["Tus_Resumable"] = "1.0.0"
         headers = {name.replace("_", "-"): str(value) for name, value in more.items()}
         login = self.core.me.login
         if token:
@@ -22655,39 +22727,45 @@ class Transfers:
 
     # Up
 
+    def _ask(self, one: Transfer, request: CallRequest, *accepted: int) -> None:
+        """Send a request of an upload. After a status that is not one of the accepted ones, the
+        upload waits or fails."""
+
+        def answered(response: Response | None, text: str) -> None:
+            if is_temporary(response):
+                self.broke(one, text)
+            elif response.status in accepted:
+                request.done(response, text)
+            else:
+                self.refused(one, response, text)
+
+        self._call(one, request._replace(done=answered))
+
     def _create(self, one: Transfer, token: str) -> None:
         name = base64.b64encode(one.name.encode()).decode()
         known = {"Upload_Length": one.size, "Upload_Metadata": f"filename {name}"}
-        headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0, **known)
+        headers = self._headers(token, Content_Length=0, **known)
         url = parse_url(self.core.transfers.url, self.base)
 
-        def created(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status != 201:
-                return self.refused(one, response, text)
+        def created(response: Response, text: str) -> None:
             one.url = response.header("location")
             self.core.transfers.keep(one)
-            return self._send_from(one, token, 0) if one.size else self._sent(one)
+            self._send_from(one, token, 0)
 
-        self._call(one, CallRequest("POST", url, headers, created))
+        self._ask(one, CallRequest("POST", url, headers, created), 201)
 
     def _look(self, one: Transfer, token: str) -> None:
         """Ask the server how many bytes of an upload it has."""
-        headers = self._headers(token, Tus_Resumable="1.0.0")
+        gone = (403, 404, 410)  # the upload expired, or is another guest's
 
-        def told(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status in (403, 404, 410):  # the upload expired, or is another guest's
+        def told(response: Response, text: str) -> None:
+            if response.status in gone:
                 one.url = ""
                 return self._create(one, token)
-            if response.status not in (200, 204):
-                return self.refused(one, response, text)
             return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
 
-        url = self._own_url(one)
-        self._call(one, CallRequest("HEAD", url, headers, told))
+        request = CallRequest("HEAD", self._own_url(one), self._headers(token), told)
+        self._ask(one, request, 200, 204, *gone)
 
     def _own_url(self, one: Transfer) -> Url:
         """Return the URL of a file: on this server, under the address that the client uses."""
@@ -22697,9 +22775,10 @@ class Transfers:
 
     def _send_from(self, one: Transfer, token: str, at: int) -> None:
         if at >= one.size:
-            return self._sent(one)
+            self.core.transfers.post(one)
+            return self._over(one)
         piece = {"Content_Type": PIECE_TYPE, "Content_Length": one.size - at}
-        headers = self._headers(token, Tus_Resumable="1.0.0", Upload_Offset=at, **piece)
+        headers = self._headers(token, Upload_Offset=at, **piece)
 
         def read(where: int) -> bytes:
             check_unchanged(one)  # first, since to open a pipe may take for ever
@@ -22712,11 +22791,7 @@ class Transfers:
         def sent(done: int) -> None:
             one.done = max(at, done)
 
-        def answered(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status not in (204, 409):
-                return self.refused(one, response, text)
+        def answered(response: Response, text: str) -> None:
             there = whole_bytes(response.header("upload-offset"))
             if there <= at:
                 return self.broke(one, "the server takes nothing of it")
@@ -22724,12 +22799,7 @@ class Transfers:
 
         self._go_on_from(one, at)
         request = CallRequest("PATCH", self._own_url(one), headers, answered, read, at, sent=sent)
-        self._call(one, request)
-
-    def _sent(self, one: Transfer) -> None:
-        """Post the link of a complete upload."""
-        self.core.transfers.post(one)
-        self._over(one)
+        self._ask(one, request, 204, 409)
 
     def _take_back(self, one: Transfer) -> None:
         """Have the server remove what it has of an upload that is not completed: it counts against
@@ -22742,7 +22812,7 @@ class Transfers:
             self.calls.pop(call.id, None)
 
         def remove(token: str) -> None:
-            headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0)
+            headers = self._headers(token, Content_Length=0)
             with contextlib.suppress(Unusable):  # the server gave no address
                 request = CallRequest("DELETE", self._own_url(one), headers, done)
                 self.calls[call.id] = None
@@ -22759,14 +22829,8 @@ class Transfers:
         self._go_on_from(one, at)
         headers = {"Range": f"bytes={at}-", "If-Range": one.etag} if at and one.etag else {}
         down = Download(self, one, part, at)
-        self._call(
-            one,
-            CallRequest(
-                *("GET", self._own_url(one), headers, down.done),
-                piece=down.take,
-                began=down.began,
-            ),
-        )
+        request = CallRequest("GET", self._own_url(one), headers, down.done)
+        self._call(one, request._replace(piece=down.take, began=down.began))
 
     def saved(self, one: Transfer, part: pathlib.Path) -> None:
         path = pathlib.Path(one.path)
@@ -22901,9 +22965,8 @@ STRING_BEGINS = ("\x1b]", "\x1bP", "\x1b_", "\x1b^", "\x1bX")  # of such answers
 STRING_ANSWER = re.compile(r"\x1b(?:\][0-9]|P[0-9>+$!]|_G)")  # else Alt and a capital letter
 STRING_MOST = 4096  # characters of one: what is longer is none
 SEQUENCE_MOST = 32  # characters of any other sequence
-LATE_SEQUENCE = (
-    r"\[[0-9;?<=>]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"  # what an ESC may still belong to
-)
+# The rest of a sequence whose ESC was taken for a key
+LATE_SEQUENCE = r"\[[0-9;?<=>]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
@@ -22918,9 +22981,9 @@ class KeyDecoder:
     def __init__(self) -> None:
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.rest = ""
-        self.pasted: str | None = None  # what of a paste has come so far
+        self.pasted: str | None = None  # the beginning of a paste whose end has not come
         self.escaped = -math.inf  # when the beginning of a sequence was taken for keys ...
-        self.cut = ""  # ... and what it was: ESC, or more
+        self.cut = ""  # ... and that beginning: ESC, or more
 
     def feed(self, data: bytes, now: float = 0.0) -> list[Key]:
         """Return the keys in these bytes, which came at time `now`, in seconds."""
@@ -23013,9 +23076,6 @@ def is_regional(c: str) -> bool:
     return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
 
 
-SOFT_HYPHEN = "\xad"
-
-
 def is_inner_jamo(c: str) -> bool:
     """Return whether `c` is a vowel or final of conjoining Hangul, which joins its initial."""
     return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
@@ -23030,7 +23090,7 @@ def cluster_width(cluster: str) -> int:
     first = cluster[0]
     if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
         return 2
-    if first == SOFT_HYPHEN:
+    if first == "\xad":  # the soft hyphen
         return 1
     marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
     if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
@@ -23485,8 +23545,8 @@ def said_lines(view: ViewEvent, look: Look) -> list[str]:
 def noticed_lines(view: ViewEvent, look: Look) -> list[str]:
     """Return the lines of a NOTICE: those of a message, with - around the name."""
     head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
-    first, *others = view.text.split("\n")
-    return [f"{head}-{look.palette.name(view.name)}- {first}", *(f"    {line}" for line in others)]
+    text = view.text.replace("\n", "\n    ")
+    return f"{head}-{look.palette.name(view.name)}- {text}".split("\n")
 
 
 def found_lines(view: ViewEvent, look: Look) -> list[str]:
@@ -23515,9 +23575,8 @@ EXPLAINED = re.compile(r"(/\S.*?|\S.*?:) {2,}(\S.*)")  # a command or a key, and
 def told_lines(view: ViewEvent, look: Look) -> list[str]:
     if match := EXPLAINED.fullmatch(view.text):
         return beside(*match.groups(), look.columns)
-    first, *others = view.text.split("\n")
-    head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}{first}")
-    return [head, *(look.palette.dim(f"  {line}") for line in others)]
+    text = f"{clock_of(view, look)} {where_of(view, look)}{view.text}"
+    return [look.palette.dim(line) for line in text.replace("\n", "\n  ").split("\n")]
 
 
 def page_lines(view: ViewEvent, look: Look) -> list[str]:
@@ -23691,8 +23750,8 @@ class ScrollbackView:
         self.back = False  # a page is read
         self.end = self.cut = 0
         self.at_top = False  # nothing older is here ...
-        self.owed = 0  # ... but the person wanted to go up by so many rows
-        self.mark: int | None = None  # the number of the first view that is new to the person
+        self.owed = 0  # ... but the user wanted to go up by so many rows
+        self.mark: int | None = None  # the number of the first view that is new to the user
         self.budget = Budget(LINES_AT_ONCE, LINES_A_SECOND, now)
 
     @property
@@ -23779,7 +23838,7 @@ class ScrollbackView:
         self.cut += rows
         while self.end > self.first + 1 and self.cut >= (tall := len(self.rows(self.end))):
             self.end, self.cut = self.end - 1, self.cut - tall
-        missing = max(0, self.height - self._above())
+        missing = max(0, self.height + self.cut - len(self._page_rows()))
         self._down(missing)
         self.at_top = missing > 0
         self.owed = rows if (self.end, self.cut) == before else 0
@@ -23799,21 +23858,17 @@ class ScrollbackView:
     def page(self) -> list[tuple[str, bool]]:
         """Return the rows of the page, as rows() has them."""
         self.end = max(self.end, min(self.total, self.first + 1))  # the oldest may be gone
+        rows = self._page_rows()
+        return rows[: len(rows) - self.cut][-self.height :]
+
+    def _page_rows(self) -> list[tuple[str, bool]]:
+        """Return the rows of the last views up to number `end`: as many views as fill the page."""
         rows: list[tuple[str, bool]] = []
         for number in range(self.end, self.first, -1):
             rows = self.rows(number) + rows
             if len(rows) - self.cut >= self.height:
                 break
-        return rows[: len(rows) - self.cut][-self.height :]
-
-    def _above(self) -> int:
-        """Return the number of rows from the page's bottom upwards, at most a page and a view."""
-        found = -self.cut
-        for number in range(self.end, self.first, -1):
-            found += len(self.rows(number))
-            if found >= self.height:
-                break
-        return found
+        return rows
 
     def _down(self, rows: int) -> None:
         self.cut -= rows
@@ -23879,12 +23934,12 @@ class Display:
         self.cleared = False  # ... or emptied: what was said is above
         self.bell = False
         self.notice = ""  # for the desktop, as an escape sequence
-        self.server = ""  # which it is, if there are several
+        self.server = ""  # its address, if there are several servers
         self.elsewhere: Callable[[], Iterable[tuple[str, Room]]] = list  # on the other servers
-        self.fetching = False  # what is older than all that is here
+        self.fetching = False  # older messages are on their way
         self.paged = False  # the other buffer is shown ...
         self.was_drawn = False  # ... and whether the two rows are there on the first
-        self.seen: Any = None  # what was written last, and need not be again
+        self.seen: Any = None  # the last frame: it is not written twice
         self.noted: dict[int, ViewEvent] = {}  # views that are rows already, by identity
         core.at_once = self.note
 
@@ -23911,15 +23966,12 @@ class Display:
         for view in views:
             if self.noted.pop(id(view), None) is None and view.kind in self.ROWS:
                 self.ROWS[view.kind](self, view)
-            if view.called and not (view.past or view.mine or self._is_muted(view)):
+            room = self.core.find(view.where)
+            if view.called and not (view.past or view.mine or (room and room.muted)):
                 self.bell |= self.core.setting("bell") == "on"
                 self.notice = notification(self.core.setting("notify"), view)
             if handler := self.TAKEN.get(view.kind):
                 handler(self, view)
-
-    def _is_muted(self, view: ViewEvent) -> bool:
-        room = self.core.find(view.where)
-        return room is not None and room.muted
 
     def keep(self, view: ViewEvent, room: Room | None = None) -> None:
         """Add a view to its conversation, unless the core has added it."""
@@ -24208,7 +24260,7 @@ class Input:
         except PermissionError:  # /dev/null
             self.watched = False
         if not self.watched:
-            self.loop.call_soon(self._read)
+            self.loop.call_soon(self.ready)
 
     def pause(self) -> None:
         if not self.paused:
@@ -24216,10 +24268,7 @@ class Input:
             if self.watched:
                 self.loop.selector.unregister(self.fd)
 
-    def ready(self, mask: int) -> None:
-        self._read()
-
-    def _read(self) -> None:
+    def ready(self, mask: int = READ) -> None:
         if self.paused:
             return
         try:
@@ -24233,7 +24282,7 @@ class Input:
             self.pause()
         self.take(data)
         if data and not self.watched:
-            self.loop.call_soon(self._read)
+            self.loop.call_soon(self.ready)
 
 
 class ClientOptions(NamedTuple):
@@ -24302,6 +24351,10 @@ class Client:
     def show(self, views: list[ViewEvent]) -> None:
         raise NotImplementedError
 
+    def note(self, text: str) -> None:
+        """Show a text of the client's own, where the user looks."""
+        self.show([ViewEvent(NOTE, text)])
+
     def over(self, reason: str) -> None:
         """End the client with its link."""
         self.reason = self.reason or reason
@@ -24339,6 +24392,8 @@ class Seat:
 class ManyServers(Client):
     """The base of the clients with a screen. The user looks at one server: `seat`. Its core and
     link are also those of this client."""
+
+    leave_seconds: float = STOP_SECONDS
 
     def __init__(self, options: ClientOptions):
         super().__init__(options)
@@ -24388,28 +24443,28 @@ class ManyServers(Client):
             self.connect(url)
         self.look_at(first)
 
-    def connect(self, words: str, **more: Any) -> None:
+    def connect(self, words: str) -> None:
         """Handle /connect [URL [NICK]], or HOST PORT [NICK]: add a server beside the others, or
-        list them. `more` are options of ClientOptions."""
+        list them."""
         url, *more_words = words.split() or [""]
         if more_words and more_words[0].isdecimal():  # HOST PORT, as other clients have it
             url = f"{url}:{more_words.pop(0)}"
         name = " ".join(more_words)
         if not url:
             targets = ", ".join(str(seat.link.target) for seat in self.seats)
-            return self.show([ViewEvent(NOTE, f"connected to: {targets}; /connect URL adds one")])
+            return self.note(f"connected to: {targets}; /connect URL adds one")
         try:
             target = parse_target(url)
             known = (seat for seat in self.seats if str(seat.link.given) == str(target))
             if (seat := next(known, None)) is not None:
                 return self.look_at(seat)
+            options = self.options._replace(target=target, join=(), lobby=False)
             # The secrets of the first server are not for this one
-            usual = {"join": (), "password": "", "login": None, "lobby": False}
-            usual |= {"trust": Trust(self.options.trust.ca)}
-            usual |= {"name": name or nick_in(url) or self.options.name}
-            return self.look_at(self.add(self.options._replace(target=target, **usual | more)))
+            options = options._replace(password="", login=None, trust=Trust(self.options.trust.ca))
+            name = name or nick_in(url) or self.options.name
+            return self.look_at(self.add(options._replace(name=name)))
         except ChatError as error:
-            return self.show([ViewEvent(NOTE, str(error))])
+            return self.note(str(error))
 
     def add(self, options: ClientOptions) -> Seat:
         """Connect to one more server, and stay if that fails. Raises Unusable."""
@@ -24425,7 +24480,7 @@ class ManyServers(Client):
     def disconnect(self) -> None:
         """Handle /disconnect: leave the server that is looked at."""
         if len(self.seats) == 1:
-            return self.show([ViewEvent(NOTE, "this is the only server; /quit leaves")])
+            return self.note("this is the only server; /quit leaves")
         return self.seat.link.leave(at_once=True)
 
     def keep_servers(self) -> None:
@@ -24442,8 +24497,8 @@ class ManyServers(Client):
         self.core.looked_at = False
         self.seat, self.core, self.link = seat, seat.core, seat.link
         self.core.looked_at = True
-        if self.core.current and self.core.reads_at_once:
-            self.core.mark_read(self.core.current)
+        if self.core.room and self.core.reads_at_once:
+            self.core.rooms.mark_read(self.core.room)
         self.seats_changed()
 
     def seat_over(self, seat: Seat, reason: str) -> None:
@@ -24461,13 +24516,11 @@ class ManyServers(Client):
         self.seats_changed()
         if waiting := len(seat.core.outbox.waiting):
             reason += f"; {self.fate_of(waiting)}"
-        return self.show(
-            [ViewEvent(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")]
-        )
+        return self.note(f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")
 
     def leave(self, reason: str = "") -> None:
-        """Leave all servers; give them STOP_SECONDS to take the rest."""
-        self.loop.call_later(STOP_SECONDS, lambda: self.over(""))
+        """Leave all servers; give them some seconds to take the rest."""
+        self.loop.call_later(self.leave_seconds, lambda: self.over(""))
         self.quitting = True
         for seat in list(self.seats):
             seat.link.leave(at_once=True, reason=reason)
@@ -24513,22 +24566,20 @@ class Filter(Client):
         super().__init__(options)
         self.was_up = False
         self.refused = 0  # lines that could not be said
-        self.login, self.join = options.login, options.join
-        self.commands = options.commands
         self.lines = LineBuffer(LINE_BYTES)
         self.failure = ""  # of something, although the rest went well
-        self.speak = self.link.typed if options.commands else self.core.speak
+        self.speak = self.link.typed if options.commands else self.core.input.say
         self.input = Input(self.loop, 0, self.take)
         self.input.pause()  # until there is a server to tell it to
         self.link.drained = self.go_on
-        self.over_with = self.saying = False  # the input has ended; its lines are being said
+        self.input_over = self.saying = False  # the input has ended; its lines are being said
 
     def take(self, data: bytes) -> None:
         if data:
             self.lines.feed(data)
         else:
             self.lines.finish()
-            self.over_with = True
+            self.input_over = True
         self.go_on()
 
     def go_on(self) -> None:
@@ -24536,7 +24587,7 @@ class Filter(Client):
         if self.saying:  # which may make room, and call this
             return
         self.saying, said = True, False
-        while (self.core.ready or not self.commands) and not self.link.leaving:
+        while (self.core.ready or not self.options.commands) and not self.link.leaving:
             if (line := self.lines.take()) is None:
                 break
             self._say(line)
@@ -24546,24 +24597,25 @@ class Filter(Client):
         self.saying = False
         if self.link.leaving:
             return
-        if self.over_with and not self.lines.pending:
+        if self.input_over and not self.lines.pending:
             self.link.drained = do_nothing
             self.input.pause()
             self.link.leave(reason=self.link.reason)
-        elif self.link.has_room() and not self.over_with:
+        elif self.link.has_room() and not self.input_over:
             self.input.resume()
         else:
             self.input.pause()
 
     def _say(self, line: bytes) -> None:
+        text = line.decode(errors="replace")
         if line == TOO_LONG:
             self.failure = f"a line has at most {LINE_BYTES:,} bytes: it was not sent"
-        elif self.commands and is_quit(line.decode(errors="replace")):
-            self.link.reason = line.decode(errors="replace")[len("/quit") :].strip()
-            self.over_with = True  # and the client leaves once the lines before are acknowledged
+        elif self.options.commands and is_quit(text):
+            self.link.reason = text[len("/quit") :].strip()
+            self.input_over = True  # and the client leaves once the lines before are acknowledged
             self.lines.clear()
         else:
-            self.speak(line.decode(errors="replace"))
+            self.speak(text)
 
     def show(self, views: list[ViewEvent]) -> None:
         lines = []
@@ -24589,12 +24641,13 @@ class Filter(Client):
             reasons.append(f"{counted(failures, 'message')} did not arrive")
         if self.core.refusals and not reason:
             reasons.append(f"{counted(self.core.refusals, 'command')} refused")
-        if self.login and self.was_up and not self.core.me.account:
-            reasons.append(f"not logged in as {self.login.account}")
+        login = self.options.login
+        if login and self.was_up and not self.core.me.account:
+            reasons.append(f"not logged in as {login.account}")
         if self.core.unsure and not (self.core.sure or self.core.insists or reason):
             text = f"the server answered {beginning(self.core.unsure)!r}"
             reasons.append(f"{text}: perhaps it is no chat{IF_PLAIN}")
-        if self.join and self.was_up and self.core.kind == PLAIN:
+        if self.options.join and self.was_up and self.core.kind == PLAIN:
             reasons.append("a plain server has no channels; if it is one of IRC, write irc://...")
         if waiting:
             reasons.append(self.fate_of(waiting))
@@ -24649,7 +24702,7 @@ class TerminalClient(ManyServers):
         self.late: set[str] = set()  # own ids of what has been waiting for a while
         self.begun: float = math.inf  # views that there were when a command was begun
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
-        self.writing_in: Room | None = self.core.current  # the conversation that the line is for
+        self.writing_in: Room | None = self.core.room  # the conversation that the line is for
         self.ended_room = ""  # the name of a closed one, while the line is a text begun there
         self.escape: Timer | None = None
         self.input = Input(self.loop, 0, self.take)
@@ -24765,7 +24818,7 @@ class TerminalClient(ManyServers):
             elif (text := self.editor.press(key)) is not None:
                 self.enter(text)
             if self.editor.refused:
-                self.show([ViewEvent(NOTE, self.editor.refused)])
+                self.note(self.editor.refused)
                 self.editor.refused = ""
         if self.editor.left:
             self.leave()
@@ -24778,11 +24831,11 @@ class TerminalClient(ManyServers):
         if self.ended_room and not text:
             self.ended_room = ""
             self.editor.set(self.writing_in.draft if self.writing_in else "")
-        self.link.typing(self.core.current, "" if self.ended_room else text)
+        self.link.typing(self.core.room, "" if self.ended_room else text)
         if text[:1] != "/":
             self.begun = math.inf
-        elif self.begun == math.inf and self.core.current:
-            self.begun = self.core.current.views.total
+        elif self.begun == math.inf and self.core.room:
+            self.begun = self.core.room.views.total
 
     def enter(self, text: str) -> None:
         """Handle an entered line. An empty one is no message, although it is one from netcat."""
@@ -24809,7 +24862,7 @@ class TerminalClient(ManyServers):
         note = f"nothing was sent: {self.ended_room} is closed; Up brings the text back"
         self.ended_room = ""
         self.editor.set(self.writing_in.draft if self.writing_in else "")
-        self.show([ViewEvent(NOTE, note)])
+        self.note(note)
 
     def places(self) -> list[tuple[Seat, Room]]:
         """Return all conversations, server by server; their numbers are those of Alt and /go. A
@@ -24828,7 +24881,7 @@ class TerminalClient(ManyServers):
             head = f"{seat.link.target}: " if len(self.seats) > 1 and seat is not server else ""
             server = seat
             listed.append(f"{head}{n} {room.name or '(no conversation)'}{new}")
-        self.show([ViewEvent(NOTE, ", ".join(listed) or "there is none; /join #CHANNEL")])
+        self.note(", ".join(listed) or "there is none; /join #CHANNEL")
 
     def interrupt(self) -> None:
         """Handle Ctrl-C: empty the line, which Up brings back; on an empty line ask, and the next
@@ -24842,7 +24895,7 @@ class TerminalClient(ManyServers):
             return self.leave()
         elif now - self.cleared > CLEAR_SECONDS:
             self.asked = now
-            self.show([ViewEvent(NOTE, "Ctrl-C again leaves; so does /quit")])
+            self.note("Ctrl-C again leaves; so does /quit")
         self.pressed = True
 
     def complete(self, word: str, first: bool) -> list[str]:
@@ -24854,7 +24907,7 @@ class TerminalClient(ManyServers):
         seat, room = place
         self.look_at(seat)
         if room.name:
-            self.core.go(room)
+            self.core.rooms.go(room)
         self.show(self.core.take_views())
 
     def place_of(self, name: str) -> tuple[Seat, Room] | None:
@@ -24893,9 +24946,6 @@ class TerminalClient(ManyServers):
     def page_up(self) -> None:
         self.up(self.display.reader.height - 1)
 
-    def page_down(self) -> None:
-        self.display.reader.down(self.display.reader.height - 1)
-
     def up(self, rows: int) -> None:
         """Scroll up, and ask for older messages before the user reaches the oldest ones here."""
         reader = self.display.reader
@@ -24916,7 +24966,7 @@ class TerminalClient(ManyServers):
     KEYS = {
         "redraw": redraw,
         "page-up": page_up,
-        "page-down": page_down,
+        "page-down": lambda self: self.display.reader.down(self.display.reader.height - 1),
         "room-unread": go_unread,
         "room-next": go_next,
         "room-previous": lambda self: self.go_next(-1),
@@ -24938,7 +24988,7 @@ class TerminalClient(ManyServers):
             self.display.keep(ViewEvent(NOTE, f"connected to {self.link.target}"))
         self.was_ready = self.core.ready
         self.display.take(map(with_keys, views))
-        if self.writing_in is not self.core.current:
+        if self.writing_in is not self.core.room:
             self.change_drafts()
         for view in views:
             if view.kind == BACK:
@@ -24952,7 +25002,7 @@ class TerminalClient(ManyServers):
         """After a change of conversation, keep the old one's draft and restore the new one's. A
         text begun in a conversation that has ended stays on the line, but is not sent; so does one
         begun in none, which is for the first that there is."""
-        before, after = self.writing_in, self.core.current
+        before, after = self.writing_in, self.core.room
         self.writing_in = after
         left = {seat.link.ended for seat, room in self.places() if room is before}
         if self.editor.text and False not in left and not self.ended_room:
@@ -25130,8 +25180,6 @@ class Bench:
         for n in range(self.options.senders):
             self.senders.append(self._connect(f"s{n}"))
         self._settle()
-        for conn in self.receivers:
-            conn.counted = True
         for conn in self.receivers if self.options.rate else self.receivers[:1]:
             conn.times = True
         began = reported = time.perf_counter()
@@ -25371,12 +25419,12 @@ function el(tag, properties, ...children) {
   for (const key in properties) { // Firefox before 119 has them as attributes only
     if (/^aria/.test(key)) made.setAttribute(key.replace('aria', 'aria-'), properties[key]);
   }
-  made.append(...children.filter(Boolean));
+  made.append(...children.flat().filter(Boolean));
   return made;
 }
 
-const button = (text, onclick, more) =>
-  el('button', { type: 'button', onclick, ...more }, text);
+const button = (content, onclick, more) =>
+  el('button', { type: 'button', onclick, ...more }, content);
 const dim = (text) => el('p', { className: 'dim' }, text);
 const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(count)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
@@ -25389,8 +25437,9 @@ const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
+const oneLine = (text) => text.replace(/\s+/g, ' ');
 
-function formatter(style) { // made once, and not before it is needed: that is slow
+function formatter(style) { // made when it is first used: this is slow
   let made;
   return (time) => (made ??= new Intl.DateTimeFormat([], style)).format(new Date(time));
 }
@@ -25424,17 +25473,13 @@ const LINES = 190, BYTES = 16000; // of a message of several lines (draft/multil
 
 // Cut text into pieces of at most `room` bytes, between characters
 function pieces(text, room) {
-  const found = [''];
-  let used = 0;
-  for (const character of text) {
-    const size = character < '\x80' ? 1 : bytesOf(character).length;
-    if (used + size > room) {
-      found.push('');
-      used = 0;
-    }
-    found[found.length - 1] += character;
-    used += size;
-  }
+  const found = [], bytes = new Uint8Array(room);
+  let rest = text;
+  do {
+    const { read } = new TextEncoder().encodeInto(rest, bytes);
+    found.push(rest.slice(0, read));
+    rest = rest.slice(read);
+  } while (rest);
   return found;
 }
 
@@ -25533,7 +25578,7 @@ const state = { me: '', account: '', rooms: {}, outbox: [], batches: {},
   asked: {}, page: PAGE, phase: 'closed', why: '', retryAt: 0 };
 
 const isMe = (nick) => fold(nick) === fold(state.me);
-const roomOf = (target, nick) => room(isChannel(target) || isMe(nick) ? target : nick);
+const partner = (target, nick) => (isChannel(target) || isMe(nick) ? target : nick);
 const allRooms = () => Object.values(state.rooms);
 const lastOf = (list) => list[list.length - 1];
 
@@ -25569,13 +25614,13 @@ function fileOf(tag = '') {
   return path ? { path, type, size: +size, width: +width, height: +height } : null;
 }
 
-// A msgid is a number that grows, and four letters for a start of the server: one that has lost its
-// data begins again
+// A msgid is a number that grows, and four letters for the start of the server. After a server has
+// lost its data, its numbers begin again, with other letters
 const serial = (id) => parseInt(id.slice(0, -4), 16) || 0;
 const before = (a, b) => (a.id.slice(-4) === b.id.slice(-4) ? serial(a.id) < serial(b.id)
   : a.time < b.time);
 
-// The place of a message: in front of those that were said later
+// The index at which a message is inserted: in front of the later ones
 function placeOf(to, message) {
   let place = to.messages.length;
   for (let i = place - 1; message.id && i >= 0; i--) {
@@ -25586,7 +25631,7 @@ function placeOf(to, message) {
   return place;
 }
 
-// Put messages into a room, without those that are there: those of one place together
+// Add the messages that a room does not have yet; those with one place are inserted together
 function add(to, messages) {
   const places = new Map();
   for (const message of messages.filter(({ id }) => !id || !to.ids[id])) {
@@ -25646,9 +25691,8 @@ function react(to, id, nick, emoji, on) {
 // A message, reaction or removal: from a page of the past, or as it happens
 function happened(nick, [target, text], { verb, tags }) {
   if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
-  const to = state.rooms[fold(isChannel(target) || isMe(nick) ? target : nick)];
-  const id = tags['+draft/reply'];
-  if (!to) return; // one who only types opens no conversation
+  const to = state.rooms[fold(partner(target, nick))], id = tags['+draft/reply'];
+  if (!to) return; // typing alone opens no conversation
   if (verb === 'REDACT') {
     const message = find(to, text);
     const gone = { text: '', file: null, gone: true, reactions: [] };
@@ -25668,7 +25712,7 @@ function happened(nick, [target, text], { verb, tags }) {
 function heard(nick, [, text], line) {
   if (!line.source.includes('!')) return note(text); // from the server
   if (/^\x01(?!ACTION )/.test(text)) return null;
-  const message = messageOf(line), to = roomOf(message.target, nick);
+  const message = messageOf(line), to = room(partner(message.target, nick));
   delete to.typing[fold(nick)];
   add(to, [message]);
   if (line.tags.label) arrived(line.tags.label, to); // also a repeat, or said under another name
@@ -25681,7 +25725,7 @@ const RANKS = '~&@%+';
 const news = (to, text) => Object.keys(to.members).length <= 50 && tell(to, text);
 const because = (reason) => (reason ? `: ${reason}` : '');
 
-// What is said from now on is missed: `upTo` is the id of the last message that was not
+// Note that messages are missed from now on; `upTo` becomes the id of the last one that was not
 function miss(to) {
   to.joined = false;
   if (to.behind) return;
@@ -25712,7 +25756,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   NOTICE: heard,
   TAGMSG: happened,
   REDACT: happened,
-  PING: (nick, params) => reply(`PONG :${params[0]}`),
+  PING: (nick, params) => respond(`PONG :${params[0]}`),
   JOIN(nick, [name]) {
     const to = room(name);
     if (isMe(nick)) {
@@ -25747,7 +25791,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   MODE(nick, [name, ...modes]) {
     if (!isChannel(name)) return;
     tell(room(name), `${nick} set ${modes.join(' ')}`);
-    if (/[qaohv]/.test(modes[0])) reply(`NAMES ${name}`);
+    if (/[qaohv]/.test(modes[0])) respond(`NAMES ${name}`);
   },
   INVITE: (nick, [, name]) => note(`${nick} invites you: /join ${name}`),
   MARKREAD(nick, [name, marker = '']) {
@@ -25770,13 +25814,13 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   900: (nick, [, , account]) => { state.account = account; refresh(); },
   REGISTER(nick, [result, account, text]) {
     note(text);
-    if (result === 'SUCCESS') leader?.proveRegistered(account);
+    if (result === 'SUCCESS' && leader?.login) leader.prove({ ...leader.login, account });
   },
   NOTE: (nick, params) => params[0] !== 'SESSION' && note(lastOf(params)),
   FAIL: refused,
 };
 
-// Numerics that say nothing that a user here has to know: those of registration and of lists
+// Numerics that are not shown: those of registration and of lists
 const QUIET = /^(00.|2..|30[16]|333|366|37.|422|43[1237]|464|90[3-7])$/;
 
 function dispatch(line) {
@@ -25799,7 +25843,10 @@ function endBatch(key, { kind, target, line, lines }) {
   const said = lines.filter(({ verb }) => /PRIVMSG|NOTICE/.test(verb)).map(messageOf)
     .filter(({ text }) => !text.startsWith('\x01'));
   if (kind === 'soju.im/search') return showFound(said, asked);
-  if (kind === 'draft/chathistory-targets') return knowTargets(lines);
+  if (kind === 'draft/chathistory-targets') {
+    lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
+    return catchUp();
+  }
   if (kind !== 'chathistory') {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
   }
@@ -25836,7 +25883,7 @@ const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.i
 // Ask for what came while this browser was away: one room after the other, the one on the screen
 // first. What is said meanwhile stands below the gap
 function catchUp() {
-  if (!leader?.mayCatchUp() || isAsked('after', 'latest', 'targets')) return;
+  if (!leader?.registered || waiting().length || isAsked('after', 'latest', 'targets')) return;
   if (!leader.knowsTargets) {
     const newest = setting('newest');
     const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
@@ -25847,11 +25894,6 @@ function catchUp() {
   const { key, name, upTo } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
   if (upTo) request('after', key, `AFTER ${name} msgid=${upTo} ${state.page}`);
   else if (key) request('latest', key, `LATEST ${name} * ${state.page}`);
-}
-
-function knowTargets(lines) {
-  lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
-  catchUp();
 }
 
 function turnPage({ key, how }, messages, ended) {
@@ -25902,11 +25944,11 @@ function askOlder(to) {
 // A row with a blob is a file: when it is uploaded, the row becomes the message with its link
 
 // All parts of a long text are accepted, or none: a draft is sent again under the same ids
-async function say(target, text, { action = false, answers = '', own = newId() } = {}) {
-  const texts = action ? [text.replace(/\s+/g, ' ')] : messagesOf(text);
+async function say(target, text, { action = false, reply = '', own = newId() } = {}) {
+  const texts = action ? [oneLine(text)] : messagesOf(text);
   const first = Math.max(Date.now(), (lastOf(state.outbox)?.n ?? 0) + 1); // clocks may be set back
   await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: first + n / 1000,
-    target, text: part, action, reply: n ? '' : answers, failed: '' })));
+    target, text: part, action, reply: n ? '' : reply, failed: '' })));
 }
 
 const blobs = {}; // files that this browser does not keep, by `own`: they end with the tabs
@@ -25940,6 +25982,7 @@ async function retry({ own }) {
 // ---- Uploads (tus 1.0)
 
 const CHUNK = 256 * 1024; // bytes of a request
+const offsetIn = (response) => +(response.headers.get('Upload-Offset') ?? NaN);
 
 class Uploader {
   patience = 4000; // ms: browsers keep idle connections, and do not notice that one is dead
@@ -25981,14 +26024,15 @@ class Uploader {
 
   async upload(row) {
     if (!(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
-    let at = row.link ? await this.offset(row) : NaN;
+    let at = NaN; // in the file, as the server has it
+    if (row.link) at = offsetIn(await this.call('HEAD', new URL(row.link).pathname));
     if (!(at >= 0)) at = await this.create(row);
     const path = new URL(row.link).pathname;
     const wanted = () => state.outbox.some(({ own }) => own === row.own);
     while (at < row.size && wanted()) {
       const response = await this.call('PATCH', path, { 'Upload-Offset': at,
         'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK));
-      at = +(response.headers.get('Upload-Offset') ?? NaN);
+      at = offsetIn(response);
       if (wanted()) publish({ row: { ...shared(row), sent: at } });
     }
     if (!wanted()) { // cancelled, maybe while its link was being stored
@@ -26008,33 +26052,28 @@ class Uploader {
     await store('outbox', 'put', blobs[row.own] ? shared(row) : row);
     return 0;
   }
-
-  async offset(row) {
-    const response = await this.call('HEAD', new URL(row.link).pathname);
-    return +(response.headers.get('Upload-Offset') ?? NaN);
-  }
 }
 
 // ---- The connection: only the leader has one
 
 const CAPABILITIES = 'message-tags server-time batch echo-message labeled-response '
   + 'draft/multiline draft/chathistory draft/message-redaction standard-replies soju.im/search '
-  + 'chat.py/session sasl draft/no-implicit-names away-notify '
-  + 'draft/read-marker';
+  + 'chat.py/session sasl draft/no-implicit-names away-notify draft/read-marker';
 const SHORTEST = 500, LONGEST = 30000; // ms between two attempts
-const OPENING = 20000, SILENCE = 30000, LIMIT = 10000; // ms: until online; until a PING; then
+// ms until the page has to be online, until a PING, and until its answer
+const OPENING = 20000, SILENCE = 30000, LIMIT = 10000;
 
 class Leader {
   wait = SHORTEST;
   window = 8; // messages that may be under way
-  flying = new Set();
+  inFlight = new Set();
   uploader = new Uploader();
 
   connect() {
     clearTimeout(this.timer);
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
     if (!setting('secret')) set('secret', randomHex(16));
-    this.scram?.terminate(); // its answer is one of the connection before
+    this.scram?.terminate(); // it belongs to the last connection
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
     const socket = this.socket = new WebSocket(url, 'text.ircv3.net');
@@ -26126,28 +26165,24 @@ class Leader {
   pump() {
     if (!this.registered) return;
     for (const row of waiting()) {
-      if (this.flying.size >= this.window) break;
-      if (!this.flying.has(row.own)) linesOf(row).forEach((line) => this.send(line));
-      this.flying.add(row.own);
+      if (this.inFlight.size >= this.window) break;
+      if (!this.inFlight.has(row.own)) linesOf(row).forEach((line) => this.send(line));
+      this.inFlight.add(row.own);
     }
     catchUp();
-  }
-
-  mayCatchUp() {
-    return this.registered && !waiting().length;
   }
 
   arrived(own) {
     this.wait = SHORTEST;
     this.window = Math.min(64, this.window * 2);
-    this.flying.delete(own);
+    this.inFlight.delete(own);
     store('outbox', 'delete', own);
     this.pump();
   }
 
   async fail(own, failed) {
     const row = await storedRow(own);
-    this.flying.delete(own);
+    this.inFlight.delete(own);
     if (row) await accept({ ...row, failed });
   }
 
@@ -26157,8 +26192,8 @@ class Leader {
     this.socket = null;
     clearTimeout(this.timer);
     if (this.registered && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
-    if (this.flying.size) this.window = 1;
-    this.flying.clear();
+    if (this.inFlight.size) this.window = 1;
+    this.inFlight.clear();
     this.registered = this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
     this.uploader.end?.abort(); // its connection may be as dead
@@ -26174,10 +26209,10 @@ class Leader {
     this.closed();
   }
 
-  enter(name, word, secret) { // from the form: also the passwords of account and server
+  enter(name, password, serverPassword) { // from the form
     publish({ me: name });
-    if (word) this.login = { account: name, password: word };
-    if (secret) set('password', secret);
+    if (password) this.login = { account: name, password };
+    if (serverPassword) set('password', serverPassword);
     set('welcomed', false);
     publish({ phase: 'closed' });
     this.hurry();
@@ -26200,10 +26235,6 @@ class Leader {
   signUp(password) {
     this.login = { account: state.me, password };
     this.send(`REGISTER * * :${password}`);
-  }
-
-  proveRegistered(account) { // for the keys
-    if (this.login) this.prove({ ...this.login, account });
   }
 
   // By SCRAM, in a worker: a phone works on a password for a second or more. The keys that it makes
@@ -26251,7 +26282,6 @@ function remember(to) {
   if (leader) keeping ||= setTimeout(keepRooms, 1000);
 }
 
-
 async function keepRooms() {
   keeping = 0;
   let newest = '';
@@ -26274,14 +26304,10 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-const channel = openChannel();
-function openChannel() { // where a browser keeps nothing of this page, it may refuse this, too
-  try {
-    return new BroadcastChannel('chat');
-  } catch {
-    return { postMessage() {} };
-  }
-}
+let channel = { postMessage() {} };
+try {
+  channel = new BroadcastChannel('chat');
+} catch { /* where a browser keeps nothing of this page, it may refuse this, too */ }
 
 let leader = null;
 let attached = false; // the model is that of the leader
@@ -26299,7 +26325,7 @@ function act(name, ...values) { // have the leader do something
 }
 
 const ask = (line) => act('send', line); // a line that the user wants to be sent
-const reply = (line) => leader?.send(line); // one that answers a line: only the leader answers
+const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
   opened(name) { // the leader reads its past
@@ -26329,7 +26355,7 @@ const ITEMS = {
   dropped(own) {
     delete blobs[own];
     state.outbox = without(own);
-    leader?.flying.delete(own);
+    leader?.inFlight.delete(own);
     leader?.pump();
     refresh();
   },
@@ -26387,7 +26413,7 @@ function follow() {
   if (navigator.locks) elect();
 }
 
-// A tab that finds no leader, or a frozen one, takes its place
+// Look for the leader. If there is none, or it is frozen, this tab takes its place
 function callLeader() {
   const now = Date.now(), heard = () => leader || answered >= now;
   channel.postMessage({ hello: tab, known: attached });
@@ -26412,29 +26438,22 @@ function elect(steal) {
 
 const EMOJI = ['\u{1f44d}', '\u2764\ufe0f', '\u{1f602}', '\u{1f62e}', '\u{1f622}', '\u{1f64f}'];
 const ROWS = 50; // of a block: the browser draws only the blocks that are in sight
-const LINK = /https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}]/gu;
+const LINK = /(https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}])/u;
 
 const TAKEN = 'taken back';
 const log = $('log');
 let here = fold('#lobby'); // key of the room on the screen
 let drawnFrom = 0; // its first message that has a row
 let stuck = true; // the reader is at the end, and stays there
-let answering = null; // the message that the next one replies to
+let replyTo = null; // the message that the next one replies to
 
 const shown = () => state.rooms[here] ?? allRooms()[0] ?? room('#lobby');
 const outside = { target: '_blank', rel: 'noopener noreferrer' };
 const isPicture = (type) => /^image\/(png|jpeg|gif|webp)$/.test(type);
 
-function withLinks(text) {
-  const made = el('p', { className: 'text', dir: 'auto' });
-  let at = 0;
-  for (const { 0: url, index } of text.matchAll(LINK)) {
-    made.append(text.slice(at, index), el('a', { href: url, ...outside }, url));
-    at = index + url.length;
-  }
-  made.append(text.slice(at));
-  return made;
-}
+// A text and its links, which are every other part of it
+const withLinks = (text) => el('p', { className: 'text', dir: 'auto' },
+  text.split(LINK).map((part, n) => (n % 2 ? el('a', { href: part, ...outside }, part) : part)));
 
 function headOf({ nick, time }) {
   const name = el('b', {}, nick);
@@ -26486,7 +26505,7 @@ function fillRow(row) {
 const above = (row) =>
   row.previousElementSibling ?? row.parentElement.previousElementSibling?.lastElementChild;
 
-// What a row shows because of the row above it: the day; no name, if that has the same
+// Show the day if it is not that of the row above, and the name if it is not the same
 function decorate(row) {
   if (!row?.message) return;
   const { nick, time, info, reply: id } = row.message, last = above(row)?.message;
@@ -26498,7 +26517,7 @@ function decorate(row) {
   row.classList.toggle('same', Boolean(same));
 }
 
-// The place of new rows in front of the row `next`: between two blocks
+// The element in front of which new rows are put that come before the row `next`
 function blockBefore(next) {
   if (!next) return $('waiting');
   const block = next.parentElement;
@@ -26553,13 +26572,11 @@ function keepPlace(change) {
 
 function inserted(to, index, messages) {
   if (to !== shown() || !messages.length) return;
-  const end = index + messages.length;
   if (index < drawnFrom) {
     drawnFrom += messages.length;
     return;
   }
-  const next = to.messages[end];
-  keepPlace(() => drawRows(messages, next && rows.get(next)));
+  keepPlace(() => drawRows(messages, rows.get(to.messages[index + messages.length])));
   markRead();
 }
 
@@ -26616,7 +26633,7 @@ function refresh() {
   drawing = true;
 }
 
-// Replace what is in an element if `facts` are not those of the last time: a tap needs its button
+// Replace the content of an element only if `facts` have changed: a tap needs its button to stay
 function fill(parent, facts, make) {
   const text = JSON.stringify(facts);
   if (parent.facts === text) return;
@@ -26650,14 +26667,12 @@ function drawRooms() {
   const list = allRooms().map(({ key, name, joined: inside, unread, called }) =>
     ({ key, name, away: isChannel(name) && !inside, unread, called, now: key === shown().key }))
     .sort((a, b) => isChannel(b.name) - isChannel(a.name) || a.key.localeCompare(b.key));
-  fill($('rooms'), list, () => [...list.map((to) => {
-    const made = button('', () => openRoom(to.name), { ariaCurrent: String(to.now) });
-    made.classList.toggle('dim', to.away);
-    made.append(el('span', {}, to.name));
-    if (to.unread) made.append(el('span', { className: `badge ${to.called ? 'called' : ''}`,
-      ariaLabel: `${to.unread} unread` }, to.unread));
-    return made;
-  }), button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
+  const badge = ({ unread, called }) => unread && el('span', { ariaLabel: `${unread} unread`,
+    className: `badge ${called ? 'called' : ''}` }, unread);
+  fill($('rooms'), list, () => [...list.map((to) => button(
+    [el('span', {}, to.name), badge(to)], () => openRoom(to.name),
+    { ariaCurrent: String(to.now), className: to.away ? 'dim' : '' })),
+  button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
 }
 
 function peopleOf(members) {
@@ -26698,7 +26713,7 @@ function openRoom(name) {
   here = to.key;
   set('here', to.name);
   $('rooms').classList.remove('open');
-  setAnswer(null);
+  setReplyTo(null);
   if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
   restoreDraft();
@@ -26744,30 +26759,30 @@ field.oninput = () => {
   ask(`@label=typing;+typing=active TAGMSG ${shown().name}`);
 };
 
-function setAnswer(message) {
-  answering = message;
+function setReplyTo(message) {
+  replyTo = message;
   $('reply').hidden = !message;
   if (!message) return;
   $('reply').firstElementChild.textContent = `Reply to ${message.nick}: ${message.text}`;
   field.focus();
 }
-$('reply').lastElementChild.onclick = () => setAnswer(null);
+$('reply').lastElementChild.onclick = () => setReplyTo(null);
 
 $('composer').onsubmit = async (event) => {
   event.preventDefault();
   const text = field.value, to = shown(), own = setting(`draft.${here}`)?.own;
   if (!text.trim()) return;
-  const answers = answering?.id;
+  const reply = replyTo?.id;
   try {
     if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
-    else await say(to.name, text.replace(/^\/\//, '/'), { answers, own });
+    else await say(to.name, text.replace(/^\/\//, '/'), { reply, own });
   } catch (error) {
     note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
     return;
   }
   set(`draft.${to.key}`, null);
   if (to === shown() && field.value === text) field.value = '';
-  setAnswer(null);
+  setReplyTo(null);
   stuck = true;
   grow();
   keepPlace();
@@ -26793,9 +26808,7 @@ function complete() {
   return Boolean(found);
 }
 
-// Commands: what is sent for one, with $1 for its first word, $2 for what follows that, $* for
-// all of it, and $# for the name of the room; or a function
-const COMMANDS = new Map(Object.entries({
+const COMMANDS = new Map(Object.entries({ // name -> what it does
   me: (text, to, own) => say(to.name, text, { action: true, own }),
   msg: (text) => {
     const [, name, said] = /^(\S+)\s*(.*)$/s.exec(text);
@@ -26804,23 +26817,20 @@ const COMMANDS = new Map(Object.entries({
   },
   join: (text) => enter(...text.split(' ')),
   search: (text) => searchSheet(text),
-  part: 'PART $# :$*',
-  nick: 'NICK $1',
-  topic: 'TOPIC $# :$*',
-  whois: 'WHOIS $1',
-  raw: '$*',
+  part: (text, to) => ask(`PART ${to.name} :${oneLine(text)}`),
+  nick: (text) => ask(`NICK ${oneLine(text)}`),
+  topic: (text, to) => ask(`TOPIC ${to.name} :${oneLine(text)}`),
+  whois: (text) => ask(`WHOIS ${text.split(/\s/)[0]}`),
+  raw: (text) => ask(oneLine(text)),
 }));
 
 function command(line, to, own) {
-  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), known = COMMANDS.get(name.toLowerCase());
-  if (!known) {
+  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), run = COMMANDS.get(name.toLowerCase());
+  if (!run) {
     throw new Error(`there is no /${name}, only /${[...COMMANDS.keys()].join(' /')}; `
       + 'a text that begins with / is sent with //');
   }
-  const [, first, rest] = /^(\S*)\s*(.*)$/s.exec(text);
-  const parts = { $1: first, $2: rest, '$*': text, '$#': to.name };
-  return typeof known === 'function' ? known(text, to, own)
-    : ask(known.replace(/\$[12*#]/g, (part) => parts[part]).replace(/\s+/g, ' '));
+  return run(text, to, own);
 }
 
 function enter(name, password = '') {
@@ -26855,10 +26865,10 @@ async function shrunk(file) {
   const scale = Math.min(1, SHRUNK / Math.max(bitmap.width, bitmap.height));
   const [width, height] = [bitmap.width * scale, bitmap.height * scale];
   const canvas = el('canvas', { width, height });
-  const paper = canvas.getContext('2d');
-  paper.fillStyle = '#fff'; // a JPEG has no transparency
-  paper.fillRect(0, 0, width, height);
-  paper.drawImage(bitmap, 0, 0, width, height);
+  const context = canvas.getContext('2d');
+  context.fillStyle = '#fff'; // a JPEG has no transparency
+  context.fillRect(0, 0, width, height);
+  context.drawImage(bitmap, 0, 0, width, height);
   const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
   return blob && blob.size < file.size ? blob : null;
 }
@@ -26906,7 +26916,7 @@ function messageSheet(message) {
   };
   openSheet(`${nick}: ${text.slice(0, 80)}`, [el('div', { className: 'buttons' },
     ...EMOJI.map((emoji) => choice(emoji, () => toggle(message, emoji))), other)],
-  [choice('Reply', () => setAnswer(message)),
+  [choice('Reply', () => setReplyTo(message)),
     isMe(nick) ? choice('Take back', () => ask(`REDACT ${to} ${id}`))
       : choice(`Message ${nick}`, () => openRoom(nick))]);
 }
@@ -26960,7 +26970,7 @@ function form(title, fields, text, action, more = [], kind = '') {
   const inputs = fields.map(([, properties]) =>
     el('input', { autocomplete: 'off', autocapitalize: 'off', ...properties }));
   const made = el('form', {},
-    ...inputs.flatMap((input, n) => [el('label', {}, fields[n][0], input)]),
+    ...inputs.map((input, n) => el('label', {}, fields[n][0], input)),
     el('div', { className: 'buttons' }, el('button', { className: 'main' }, text)));
   made.onsubmit = (event) => {
     event.preventDefault();
@@ -26972,13 +26982,12 @@ function form(title, fields, text, action, more = [], kind = '') {
 }
 
 const SECRET = { type: 'password', autocomplete: 'current-password' };
-const nameField = () =>
-  ['Your name', { value: state.me, required: true, maxLength: 32 }];
+const nameField = () => ['Your name', { value: state.me, required: true, maxLength: 32 }];
 
 function nameSheet() {
   const fields = [nameField(), ['Password, if the name is an account', SECRET]];
   if (/has a password/.test(state.why)) fields.push(['Password of this server', SECRET]);
-  const join = (name, ...words) => act('enter', name.replace(/\s/g, '_'), ...words);
+  const join = (name, ...passwords) => act('enter', name.replace(/\s/g, '_'), ...passwords);
   form(state.why || 'Join the chat', fields, 'Join', join, [otherWays()], 'name');
 }
 
@@ -27286,11 +27295,8 @@ PAGE_MANIFEST = {
 }
 
 
-KEEPS_ONLY_OURS = "default-src 'none'; connect-src 'self'"
-
-
 def served(text: str) -> str:
-    """Return a document without what only its readers here need: comments, indentation, line breaks
+    """Return a document without the parts that no browser needs: comments, indentation, line breaks
     where nothing depends on them, and blanks in the style and around operators of the script. (No
     text in the script has an operator between blanks.)"""
     text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
@@ -27318,10 +27324,11 @@ def page_policy(page: str) -> str:
 
 def page_documents() -> dict[str, Document]:
     """Return the documents of the page, by path."""
-    manifest, page = json.dumps(PAGE_MANIFEST), served(PAGE_TEXT)
+    manifest, page, worker = json.dumps(PAGE_MANIFEST), served(PAGE_TEXT), served(PAGE_WORKER)
+    only_ours = "default-src 'none'; connect-src 'self'"
     return {
         "/": Document(page, "text/html; charset=utf-8", page_policy(page)),
-        "/sw.js": Document(served(PAGE_WORKER), "text/javascript; charset=utf-8", KEEPS_ONLY_OURS),
+        "/sw.js": Document(worker, "text/javascript; charset=utf-8", only_ours),
         "/manifest.webmanifest": Document(manifest, "application/manifest+json"),
         "/icon.svg": Document(PAGE_ICON, "image/svg+xml"),
     }
