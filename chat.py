@@ -20169,17 +20169,9 @@ class SureTime:
 class Committer:
     """The commit beat and the upkeep of the store: checkpoints, index and pruning."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        hub: Hub,
-        store: Store,
-        helpers: Helpers,
-        sure_time: SureTime,
-        cluster: Cluster | None = None,
-    ):
-        self.loop, self.hub, self.store, self.helpers = loop, hub, store, helpers
-        self.sure_time, self.cluster = sure_time, cluster
+    def __init__(self, server: "Server"):
+        self.loop, self.helpers, self.cluster = server.loop, server.helpers, server.cluster
+        self.hub, self.store, self.sure_time = server.hub, server.store, server.sure_time
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.index_due = self.retry_due = False
@@ -20758,9 +20750,7 @@ class Server:
         self.failure = ""  # why this server ends
         self.uploads_seen: dict[str, float] = {}  # by id: when first, on the monotonic clock
         self.sure_time = SureTime(loop, self.wall, self.hub, self.store)
-        self.committer = Committer(
-            loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
-        )
+        self.committer = Committer(self)
         self.stopping = self.restarting = False
         self.began = loop.now
         self.listeners = [Listener(self, *address) for address in options.listen]
