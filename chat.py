@@ -885,7 +885,9 @@ class Message(NamedTuple):
 
 
 TAG_ESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n", "\\": "\\"}
-TAG_TRANSLATION = str.maketrans({c: f"\\{mark}" for mark, c in TAG_ESCAPES.items()} | {"\0": ""})
+TAG_TRANSLATION = str.maketrans(
+    {char: f"\\{mark}" for mark, char in TAG_ESCAPES.items()} | {"\0": ""}
+)
 CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IRCv3 message-tags
 
 
@@ -5272,7 +5274,7 @@ MIGRATIONS = (
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
 NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest id of a target
-SPOKEN_KINDS = ", ".join(f"'{kind}'" for kind in SPOKEN)
+SPOKEN_KINDS = ", ".join(map("'{}'".format, SPOKEN))
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 
@@ -6916,7 +6918,7 @@ ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     )
 )
 # Kinds of messages from the log -> the constants, which other code compares by identity
-KINDS = {kind: kind for kind in (*SPOKEN, TAGS, HINT)}
+KINDS = {constant: constant for constant in (*SPOKEN, TAGS, HINT)}
 
 
 def wrapped_bytes(value: Any) -> dict[str, str]:
@@ -25427,7 +25429,7 @@ const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
-const oneLine = (text) => text.replace(/\s+/g, ' ');
+const inOneLine = (text) => text.replace(/\s+/g, ' ');
 
 function formatter(style) { // made when it is first used: this is slow
   let made;
@@ -25935,7 +25937,7 @@ function askOlder(to) {
 
 // All parts of a long text are accepted, or none: a draft is sent again under the same ids
 async function say(target, text, { action = false, reply = '', own = newId() } = {}) {
-  const texts = action ? [oneLine(text)] : messagesOf(text);
+  const texts = action ? [inOneLine(text)] : messagesOf(text);
   const first = Math.max(Date.now(), (lastOf(state.outbox)?.n ?? 0) + 1); // clocks may be set back
   await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: first + n / 1000,
     target, text: part, action, reply: n ? '' : reply, failed: '' })));
@@ -26807,11 +26809,11 @@ const COMMANDS = new Map(Object.entries({ // name -> what it does
   },
   join: (text) => enter(...text.split(' ')),
   search: (text) => searchSheet(text),
-  part: (text, to) => ask(`PART ${to.name} :${oneLine(text)}`),
-  nick: (text) => ask(`NICK ${oneLine(text)}`),
-  topic: (text, to) => ask(`TOPIC ${to.name} :${oneLine(text)}`),
+  part: (text, to) => ask(`PART ${to.name} :${inOneLine(text)}`),
+  nick: (text) => ask(`NICK ${inOneLine(text)}`),
+  topic: (text, to) => ask(`TOPIC ${to.name} :${inOneLine(text)}`),
   whois: (text) => ask(`WHOIS ${text.split(/\s/)[0]}`),
-  raw: (text) => ask(oneLine(text)),
+  raw: (text) => ask(inOneLine(text)),
 }));
 
 function command(line, to, own) {
@@ -27405,7 +27407,7 @@ registration_rules = checked_option(  # "" allows it after registration with a n
 )
 join_option = checked_option(  # channels, each perhaps with a password after a blank
     str,
-    lambda text: all(len(one.split()) <= 2 for one in text.split(",")),
+    lambda text: max(map(len, map(str.split, text.split(",")))) <= 2,
     "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'",
 )
 host_name = checked_option(  # one word that can stand in a line of IRC
