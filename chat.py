@@ -1584,6 +1584,8 @@ class Wire(typing.Protocol):
 class ServerCalls(typing.Protocol):
     """The part of the server that its sessions may use."""
 
+    hub: "Hub"
+    store: "Store"
     motd: list[str]
     tls_port: int
 
@@ -1735,15 +1737,8 @@ class Grants(dict[str, Grant]):
 class SessionContext:
     """The objects and settings that all sessions of one server share."""
 
-    def __init__(
-        self,
-        hub: "Hub",
-        store: "Store",
-        server: ServerCalls,
-        wires: "IrcWires",
-        options: "ServerOptions",
-    ):
-        self.hub, self.store, self.server = hub, store, server
+    def __init__(self, server: ServerCalls, wires: "IrcWires", options: "ServerOptions"):
+        self.hub, self.store, self.server = server.hub, server.store, server
         self.web = options.web  # settings of the web dialect
         self.folder: "FileFolder | None" = None  # jobs that read and write the content of files
         self.grants = Grants()  # upload tokens
@@ -20726,7 +20721,7 @@ class Server:
         path = options.data / "chat.db" if options.data else None
         self.store = store or Store(path, options.keep, bool(options.cluster))
         self.hub = self._load(options)
-        self.site = SessionContext(self.hub, self.store, self, IrcWires(self.hub.ids), options)
+        self.site = SessionContext(self, IrcWires(self.hub.ids), options)
         self.motd = read_motd(options.motd)
         self.job_trouble = ""  # the last failure of the database that was logged
         self.mail = functools.partial(mail_code, options)
