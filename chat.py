@@ -1584,6 +1584,8 @@ class Wire(typing.Protocol):
 class ServerCalls(typing.Protocol):
     """The part of the server that its sessions may use."""
 
+    hub: "Hub"
+    store: "Store"
     motd: list[str]
     tls_port: int
 
@@ -1735,15 +1737,8 @@ class Grants(dict[str, Grant]):
 class SessionContext:
     """The objects and settings that all sessions of one server share."""
 
-    def __init__(
-        self,
-        hub: "Hub",
-        store: "Store",
-        server: ServerCalls,
-        wires: "IrcWires",
-        options: "ServerOptions",
-    ):
-        self.hub, self.store, self.server = hub, store, server
+    def __init__(self, server: ServerCalls, wires: "IrcWires", options: "ServerOptions"):
+        self.hub, self.store, self.server = server.hub, server.store, server
         self.web = options.web  # settings of the web dialect
         self.folder: "FileFolder | None" = None  # jobs that read and write the content of files
         self.grants = Grants()  # upload tokens
@@ -2602,11 +2597,7 @@ class LocalSession(Session):
     # Acts, and what they need from off the loop
 
     def act(
-        self,
-        name: str,
-        *values: Any,
-        then: Callable[[Any], None] | None = None,
-        otherwise: Callable[[Refused], None] | None = None,
+        self, name: str, *values, then: Callable | None = None, otherwise: Callable | None = None
     ) -> None:
         """Do an act as this session; call then(its result), or otherwise(the refusal): refuse().
         then() is not called when the act has ended the session."""
@@ -5624,7 +5615,7 @@ class History:
         """Return the last message of each key and of each private conversation of these identities.
         The text with each is its key, or "" for a conversation."""
         query = f"""
-            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN (?, ?, ?)
+            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN ({SPOKEN_KINDS})
             ORDER BY id DESC LIMIT 1"""
         found: dict[Any, tuple[str, Event]] = {}
         with self.reading() as db:
@@ -5636,7 +5627,7 @@ class History:
                 for id, one, other in db.execute(which, [identity] * 2).fetchall():
                     wanted.append((other if one == identity else one, "", id))
             for name, key, target in wanted:
-                row = db.execute(query, [target, *SPOKEN]).fetchone()
+                row = db.execute(query, [target]).fetchone()
                 if not row or not is_sound(row):
                     continue
                 if name not in found or found[name][1].id < row[0]:
@@ -6402,9 +6393,9 @@ class Store:
         """Return the founding and author of a message under this key; None if it is not there."""
         query = f"""
             SELECT t.founding, e.author FROM targets t JOIN events e ON e.target = t.id
-            WHERE t.key = ? AND e.id = ? AND e.kind IN ({", ".join("?" * 4)})"""
+            WHERE t.key = ? AND e.id = ? AND e.kind IN ({SPOKEN_KINDS}, '{TAGS}')"""
         try:
-            return self.db.execute(query, [key, id, *SPOKEN, TAGS]).fetchone()
+            return self.db.execute(query, [key, id]).fetchone()
         except sqlite3.Error:
             return None
 
@@ -10162,9 +10153,8 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
     check_server(session, server)
     site = session.site
     if letter == "u":
-        # On a node, ticks are the time of the log
-        hub, on_node = site.hub, site.cluster
-        ran = hub.now - hub.started if on_node else hub.ticks - hub.started_ticks
+        hub = site.hub  # on a node of a cluster its ticks are the log's
+        ran = hub.now - hub.started if site.cluster else hub.ticks - hub.started_ticks
         minutes, seconds = divmod(ran // 1000, 60)
         hours, minutes = divmod(minutes, 60)
         session.reply(RPL_STATSUPTIME, *divmod(hours, 24), minutes, seconds)
@@ -10845,15 +10835,16 @@ def line_stats(session: LineSession, letter: str) -> None:
 
 
 def tell_past(
-    session: LineSession, events: Iterable[Event], prefix: str, check: Callable, end: str
+    session: LineSession, channel: Channel | None, events: list[Event], prefix: str, end: str
 ) -> Iterator[None]:
-    """Tell events of the past and then the end, for as long as check() does not refuse it."""
-    check()
+    """Tell events of the past and then the end; those of a channel only while the user is in it."""
+    check_inside = channel.member if channel else do_nothing
+    check_inside(session.user)
     for n, event in enumerate(events):
         session.site.hub.work += WORK_OF_THE_PAST
         if n % PLAYED_AT_ONCE == PLAYED_AT_ONCE - 1:
             yield
-            check()
+            check_inside(session.user)
         for text in line_texts(event, prefix):
             session.tell(f"{time_text(event.time)} {text}")
     session.tell(end)
@@ -10878,12 +10869,8 @@ def line_history(session: LineSession, *params: str) -> Steps:
     span = Span(scope_of(hub, session.user, audience))
     events = yield do(session.read, session.site.store.history.page, span, count)
 
-    def check() -> None:
-        if channel:
-            channel.member(session.user)  # or not any more
-
     end = f"that was {counted(len(events), 'message')}"
-    session.go_on_with(tell_past(session, events, line_prefix(audience), check, end))
+    session.go_on_with(tell_past(session, channel, events, line_prefix(audience), end))
 
 
 @line_command("search", 1)
@@ -10896,11 +10883,7 @@ def line_search(session: LineSession, words: str) -> Steps:
     found = yield do(session.read, search, [scope], words, Span(scope), HISTORY_LINES)
     events, prefix = [event for _, event in found], line_prefix(channel)
     end = f"found {counted(len(found), 'message')} with {words}"
-
-    def check() -> None:
-        channel.member(session.user)  # or not any more
-
-    session.go_on_with(tell_past(session, events, prefix, check, end))
+    session.go_on_with(tell_past(session, channel, events, prefix, end))
 
 
 @line_command("lines", 1, nameless=True)
@@ -20171,17 +20154,9 @@ class SureTime:
 class Committer:
     """The commit beat and the upkeep of the store: checkpoints, index and pruning."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        hub: Hub,
-        store: Store,
-        helpers: Helpers,
-        sure_time: SureTime,
-        cluster: Cluster | None = None,
-    ):
-        self.loop, self.hub, self.store, self.helpers = loop, hub, store, helpers
-        self.sure_time, self.cluster = sure_time, cluster
+    def __init__(self, server: "Server"):
+        self.loop, self.helpers, self.cluster = server.loop, server.helpers, server.cluster
+        self.hub, self.store, self.sure_time = server.hub, server.store, server.sure_time
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.index_due = self.retry_due = False
@@ -20734,7 +20709,7 @@ class Server:
         path = options.data / "chat.db" if options.data else None
         self.store = store or Store(path, options.keep, bool(options.cluster))
         self.hub = self._load(options)
-        self.site = SessionContext(self.hub, self.store, self, IrcWires(self.hub.ids), options)
+        self.site = SessionContext(self, IrcWires(self.hub.ids), options)
         self.motd = read_motd(options.motd)
         self.job_trouble = ""  # the last failure of the database that was logged
         self.mail = functools.partial(mail_code, options)
@@ -20760,9 +20735,7 @@ class Server:
         self.failure = ""  # why this server ends
         self.uploads_seen: dict[str, float] = {}  # by id: when first, on the monotonic clock
         self.sure_time = SureTime(loop, self.wall, self.hub, self.store)
-        self.committer = Committer(
-            loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
-        )
+        self.committer = Committer(self)
         self.stopping = self.restarting = False
         self.began = loop.now
         self.listeners = [Listener(self, *address) for address in options.listen]
@@ -21145,12 +21118,10 @@ class Server:
         self.stopping = True
         for listener in self.listeners:
             listener.close()
-        for peer in list(self.peers):
-            if peer.session:
-                peer.session.farewell("the server is going down")
-                if self.cluster is None:  # the users stay: no other user is told
-                    peer.session.user = None
-            peer.close()
+        for peer in self.peers if self.cluster is None else ():
+            if peer.session:  # the users stay: no other user is told
+                peer.session.user = None
+        self.drop_clients("the server is going down")
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if self.cluster:
             self.cluster.leave()
