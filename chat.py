@@ -25390,7 +25390,7 @@ const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
-const oneLine = (text) => text.replace(/\s+/g, ' ');
+const asOneLine = (text) => text.replace(/\s+/g, ' ');
 
 function formatter(style) { // made when it is first used: this is slow
   let made;
@@ -25898,7 +25898,7 @@ function askOlder(to) {
 
 // All parts of a long text are accepted, or none: a draft is sent again under the same ids
 async function say(target, text, { action = false, reply = '', own = newId() } = {}) {
-  const texts = action ? [oneLine(text)] : messagesOf(text);
+  const texts = action ? [asOneLine(text)] : messagesOf(text);
   const first = Math.max(Date.now(), (lastOf(state.outbox)?.n ?? 0) + 1); // clocks may be set back
   await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: first + n / 1000,
     target, text: part, action, reply: n ? '' : reply, failed: '' })));
@@ -26248,7 +26248,7 @@ async function keepRooms() {
     const end = behind ? messages.findIndex(({ id }) => id && id === upTo) + 1 : messages.length;
     const whole = messages.slice(0, end).filter(({ id }) => id);
     const put = store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
-    puts.push(Promise.resolve(put).then(() => { if (to.fresh === fresh) to.fresh = 0; }));
+    puts.push(put.then(() => { if (to.fresh === fresh) to.fresh = 0; }));
   }
   await Promise.all(puts); // or a new talk would be known neither here nor by TARGETS
   if (newest) set('newest', newest);
@@ -26508,7 +26508,7 @@ function measureBlocks() {
   const heights = full.map((block) => block.offsetHeight);
   full.forEach((block, n) => {
     block.style.setProperty('contain-intrinsic-size', `1px ${heights[n]}px`);
-    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`);
+    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`); // newer browsers
     block.classList.add('known');
   });
 }
@@ -26770,11 +26770,11 @@ const COMMANDS = new Map(Object.entries({ // name -> what it does
   },
   join: (text) => enter(...text.split(' ')),
   search: (text) => searchSheet(text),
-  part: (text, to) => ask(`PART ${to.name} :${oneLine(text)}`),
-  nick: (text) => ask(`NICK ${oneLine(text)}`),
-  topic: (text, to) => ask(`TOPIC ${to.name} :${oneLine(text)}`),
+  part: (text, to) => ask(`PART ${to.name} :${asOneLine(text)}`),
+  nick: (text) => ask(`NICK ${asOneLine(text)}`),
+  topic: (text, to) => ask(`TOPIC ${to.name} :${asOneLine(text)}`),
   whois: (text) => ask(`WHOIS ${text.split(/\s/)[0]}`),
-  raw: (text) => ask(oneLine(text)),
+  raw: (text) => ask(asOneLine(text)),
 }));
 
 function command(line, to, own) {
