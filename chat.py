@@ -885,7 +885,9 @@ class Message(NamedTuple):
 
 
 TAG_ESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n", "\\": "\\"}
-TAG_TRANSLATION = str.maketrans({c: f"\\{mark}" for mark, c in TAG_ESCAPES.items()} | {"\0": ""})
+TAG_TRANSLATION = str.maketrans(
+    {char: f"\\{mark}" for mark, char in TAG_ESCAPES.items()} | {"\0": ""}
+)
 CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IRCv3 message-tags
 
 
@@ -1173,6 +1175,12 @@ class Budget:
 LongAnswer = Iterator[None] | None  # the rest of it, if there is one
 
 
+def require_operator(who: "Session") -> None:
+    """Raise Refused unless the session operates the server."""
+    if not who.operator:
+        raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
+
+
 class Command(NamedTuple):
     """A command, and the requirements that the gate checks before it runs."""
 
@@ -1227,8 +1235,8 @@ class Commands(dict[str, Command]):
             params = given[: command.most]
         if len(params) < command.least:
             raise Refused("NEED_MORE_PARAMS", f"usage: {command.syntax}", verb)
-        if command.privileged and not session.operator:
-            raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
+        if command.privileged:
+            require_operator(session)
         return command.handler(session, *params)
 
 
@@ -1451,9 +1459,8 @@ def is_loopback(host: str) -> bool:
 
 
 def address_key(host: str, own: str = "") -> str:
-    """Return an address as limits count it: an IPv6 address as its /64, since one user has a whole
-    /64. A LAN shares a /64: addresses in the /64 of `own` (our address) count as themselves, and so
-    do link-local ones."""
+    """Return an address as limits count it: an IPv6 address as its /64, since one user has all of
+    that. A LAN shares one: addresses in the /64 of `own`, ours, and link-local ones stay whole."""
     host = host.strip("[]").partition("%")[0]
     if ":" not in host:
         return host
@@ -2011,9 +2018,8 @@ class Membership:
 
 
 class Mask:
-    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?, or an
-    extended mask. a:ACCOUNT means the users logged in to that account; m:MASK means users who may
-    be in the channel but not speak."""
+    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?; or else
+    a:ACCOUNT, for users logged in to it, or m:MASK, for users who may join but not speak."""
 
     __slots__ = ("by_account", "mutes", "pattern", "setter", "text", "when")
 
@@ -2613,16 +2619,16 @@ class LocalSession(Session):
         if then and not self.over:  # a K-line, for example, ends the session that logs in
             then(result)
 
-    def later(self, lane: str, job: Callable, then: Callable) -> None:
-        """Run job() off the loop, then then(its result). The session's next line waits for that."""
+    def later(self, lane: str, job: Callable, *values: Any, then: Callable) -> None:
+        """Run job(*values) off the loop, then then(its result). The next line waits for that."""
         self.deferred = True
         self.jobs += 1
         self.latest = Awaited(self, then)
-        self.site.server.later(self, lane, job, self.latest)
+        self.site.server.later(self, lane, functools.partial(job, *values), self.latest)
 
-    def read(self, job: Callable, then: Callable) -> None:
-        """Run a job that reads the store, then then(its result). The next line waits for that."""
-        self.later(PAGE_LANE, job, then)
+    def read(self, job: Callable, *values: Any, then: Callable) -> None:
+        """Run a job that reads the store: see later()."""
+        self.later(PAGE_LANE, job, *values, then=then)
 
     def take_result(self, job: Awaited, result: Any) -> None:
         """Handle the result of a job: a value, or the ChatError that it raised."""
@@ -2796,10 +2802,10 @@ def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
 # The log of a turn
 
 
-def attempt(work: Callable[[], Any], report: Callable) -> Any:
-    """Return work(), or None if it raises: a bug in one event or result loses that one only."""
+def attempt(report: Callable, work: Callable, *values: Any) -> Any:
+    """Return work(*values), or None if it raises: a bug loses one event or result only."""
     try:
-        return work()
+        return work(*values)
     except Exception:
         report()
         return None
@@ -2808,26 +2814,23 @@ def attempt(work: Callable[[], Any], report: Callable) -> Any:
 class Group:
     """The events of one audience in a turn: encoded once for each wire, and joined once."""
 
-    def __init__(self, audience: Audience):
-        self.audience = audience
+    def __init__(self, audience: Audience, report: Callable):
+        self.audience, self.report = audience, report  # to which bugs go
         self.by_wire = audience.sessions_by_wire()
         self.events: list[Event] = []
         self.special: list[int] = []  # indices of what is not SPOKEN: each wire has its own line
-        self.origins: dict[Session | None, list[int]] = {}  # indices of their events
+        # Indices of their events
+        self.origins: dict[Session, list[int]] = collections.defaultdict(list)
         self.encoded: dict[Any, list[bytes]] = {}  # a line each, by wire or format
         self.joins: dict[Any, tuple[bytes, list[int]]] = {}  # all lines, and where each begins
 
     def add(self, event: Event) -> None:
-        index, origin, events = len(self.events), event.origin, self.events
-        if origin is not None:
-            mine = self.origins.get(origin)
-            if mine is None:
-                self.origins[origin] = [index]
-            else:
-                mine.append(index)
+        index = len(self.events)
+        if event.origin is not None:
+            self.origins[event.origin].append(index)
         if event.kind is not MESSAGE and event.kind not in SPOKEN:
             self.special.append(index)
-        events.append(event)
+        self.events.append(event)
 
     @functools.cached_property
     def ids(self) -> list[int]:
@@ -2837,37 +2840,36 @@ class Group:
         """Return the cache key: wires with one format share a group that has only messages."""
         return wire if self.special else wire.format
 
-    def lines(self, wire: Wire, report: Callable) -> list[bytes]:
+    def lines(self, wire: Wire) -> list[bytes]:
         """Return a line for each event, as this wire has them. They are encoded once."""
         key = self.key(wire)
         if (lines := self.encoded.get(key)) is not None:
             return lines
         if (lines := self.encoded.get(wire.format)) is None:
-            lines = self.encoded[wire.format] = self._spoken(wire, report)
+            lines = self.encoded[wire.format] = self._spoken(wire)
         if self.special:
             lines = self.encoded[key] = lines.copy()
             for n in self.special:
-                encode = functools.partial(wire.line, self.audience, self.events[n])
-                lines[n] = attempt(encode, report) or b""
+                lines[n] = attempt(self.report, wire.line, self.audience, self.events[n]) or b""
         return lines
 
-    def _spoken(self, wire: Wire, report: Callable) -> list[bytes]:
+    def _spoken(self, wire: Wire) -> list[bytes]:
         """Encode the messages. A bug in one message loses only that message."""
         encode = functools.partial(wire.format.encode, self.audience)
         spoken = [e for e in self.events if e.kind in SPOKEN] if self.special else self.events
         try:
             lines = encode(spoken)
         except Exception:
-            lines = [attempt(lambda e=e: b"".join(encode([e])), report) or b"" for e in spoken]
+            lines = [b"".join(attempt(self.report, encode, [event]) or ()) for event in spoken]
         for n in self.special:
             lines.insert(n, b"")
         return lines
 
-    def joined(self, wire: Wire, report: Callable) -> tuple[bytes, list[int]]:
+    def joined(self, wire: Wire) -> tuple[bytes, list[int]]:
         """Return all lines as one bytes object, and the offsets where they begin and end."""
         key = self.key(wire)
         if (found := self.joins.get(key)) is None:
-            lines = self.lines(wire, report)
+            lines = self.lines(wire)
             starts = list(itertools.accumulate(map(len, lines), initial=0))
             found = self.joins[key] = b"".join(lines), starts
         return found
@@ -2882,24 +2884,17 @@ class Group:
                 ranges.append((start, end))
         return ranges
 
-    def own_lines(
-        self, session: LocalSession, copies: Iterable[int], report: Callable
-    ) -> list[tuple[int, bytes]]:
+    def own_lines(self, session: LocalSession, copies: Iterable[int]) -> list[tuple[int, bytes]]:
         """Return the lines that a session gets for its own user's events: index and bytes."""
-        lines = self.lines(session.wire, report)
+        lines, own, report = self.lines(session.wire), session.own, self.report
         mine = self.origins.get(session, [])
         if copies:
             found = ((bisect.bisect_left(self.ids, id), id) for id in copies)
             mine = mine + [n for n, id in found if self.ids[n : n + 1] == [id]]
-        own = ((n, functools.partial(session.own, self.events[n], lines[n])) for n in mine)
-        return [(n, attempt(line, report) or b"") for n, line in own]
+        return [(n, attempt(report, own, self.events[n], lines[n]) or b"") for n in mine]
 
     def joined_for(
-        self,
-        session: LocalSession,
-        ranges: list[tuple[int, int]],
-        copies: Iterable[int],
-        report: Callable,
+        self, session: LocalSession, ranges: list[tuple[int, int]], copies: Iterable[int]
     ) -> bytes:
         """Return the bytes of a session that no other group concerns. The lines between its replies
         and its own events are slices of the shared bytes: a thousand users who join in one turn
@@ -2907,14 +2902,13 @@ class Group:
         count, mine = len(self.ids), self.origins.get(session, ())
         if ranges == [(0, count)] and 50 * len(mine) > count and not (copies or session.replies):
             with contextlib.suppress(Exception):  # one of a few who speak
-                lines = self.lines(session.wire, report).copy()
+                lines = self.lines(session.wire).copy()
                 for n in mine:
                     lines[n] = session.own(self.events[n], lines[n])
                 return b"".join(lines)
-        own = self.own_lines(session, copies, report)
-        blob, starts = self.joined(session.wire, report)
+        blob, starts = self.joined(session.wire)
         breaks = [(bisect.bisect_right(self.ids, id), 0, data) for id, data in session.replies]
-        breaks += [(n, 1, data) for n, data in own]
+        breaks += [(n, 1, data) for n, data in self.own_lines(session, copies)]
         breaks.sort(key=lambda one: one[:2])
         pieces, position = [], 0
         for index, taken, data in [*breaks, (count, 0, b"")]:
@@ -3034,15 +3028,13 @@ class Turn:
             if group is not None:
                 group.add(event)
             elif event.kind not in PERSONAL:  # they were rendered before, see Session.hear()
-                group = groups[event.audience] = Group(event.audience)
+                group = groups[event.audience] = Group(event.audience, report)
                 group.add(event)
         several = self._in_several(groups.values())
-        heard: dict[Session, list[Group]] = {
-            session: [] for session in self.individually_addressed | several
-        }
+        heard: dict[Session, list[Group]] = {s: [] for s in self.individually_addressed | several}
         for group in groups.values():
             for wire, sessions in group.by_wire.items():
-                if wire is not None and (data := group.joined(wire, report)[0]):
+                if wire is not None and (data := group.joined(wire)[0]):
                     yield data, sessions - heard.keys()
                 for session in heard.keys() & sessions:
                     heard[session].append(group)
@@ -3052,7 +3044,7 @@ class Turn:
                 own = session if session in self.individually_addressed else session.wire
                 alike.setdefault((own, *told), []).append(session)
         for (_, *told), sessions in alike.items():
-            if data := attempt(lambda s=sessions[0], t=told: self.lines_for(s, t, report), report):
+            if data := attempt(report, self.lines_for, sessions[0], told):
                 yield data, sessions
 
     def _in_several(self, groups: Collection[Group]) -> set[Session]:
@@ -3063,7 +3055,7 @@ class Turn:
         times = collections.Counter(itertools.chain(*lists))
         return {session for session, count in times.items() if count > 1}
 
-    def lines_for(self, session: LocalSession, groups: list[Group], report: Callable) -> bytes:
+    def lines_for(self, session: LocalSession, groups: list[Group]) -> bytes:
         """Return one session's lines of the log, in the log's order."""
         session.replies.sort(key=lambda one: one[0])
         if not groups:
@@ -3078,11 +3070,10 @@ class Turn:
                 spans = group.audience.membership_spans(session, user)
             ranges[group] = group.seen((max(a, since), min(b, until)) for a, b in spans)
         if len(groups) == 1:
-            return groups[0].joined_for(session, ranges[groups[0]], copies, report)
+            return groups[0].joined_for(session, ranges[groups[0]], copies)
         numbered = list(session.replies)
         for group in groups:
-            lines = group.lines(session.wire, report)
-            own = dict(group.own_lines(session, copies, report))
+            lines, own = group.lines(session.wire), dict(group.own_lines(session, copies))
             for n in itertools.chain(*(range(*one) for one in ranges[group])):
                 numbered.append((group.ids[n], own.get(n, lines[n])))
         # A reply stands behind the event that it follows. The sort is stable
@@ -4126,9 +4117,8 @@ def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> st
     if not nick:
         raise Refused("NEED_NICK", "take a name first", "*")
     if name != nick:
-        raise Refused(
-            "ACCOUNT_NAME_MUST_BE_NICK", f"an account is named like its user: {nick}", name
-        )
+        text = f"an account is named like its user: {nick}"
+        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", text, name)
     if hub.accounts.is_foreign(name, "") or hub.users.get(fold(name)) not in (None, user):
         raise Refused("ACCOUNT_EXISTS", f"{name} is registered already", name)
     return name
@@ -4569,14 +4559,14 @@ def remove_file(hub: Hub, who: Session, id: str) -> None:
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
-    """Note that a message of the owner carries the file's link; the last one removes the file."""
+    """Note that a message carries its owner's file, which is removed with the last of these."""
     if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
         hub.files.by_message[event.id] = file.id
         keep_file(hub, file._replace(messages=(*file.messages, event.id)))
 
 
 def redact_file(hub: Hub, who: Session, message: int) -> None:
-    """Forget a redacted message that carried a file's link; the last one removes the file."""
+    """Forget a redacted message that carried a file, which is removed with the last of these."""
     file = hub.files.get(hub.files.by_message.pop(message, ""))
     if file is None:
         return
@@ -4668,6 +4658,10 @@ def check_may_redact(
     raise Refused("REDACT_FORBIDDEN", text, name, message_id)
 
 
+def invalid_target(*about: str) -> Refused:
+    return Refused("INVALID_TARGET", "no such channel or conversation that you may read", *about)
+
+
 def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
     """Return the keys of the history that a user reads under a name: of a channel, or of talks with
     a user or account, present or not, and with guests who had the name. Raises Refused."""
@@ -4681,7 +4675,7 @@ def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
             keys += conversation_keys(hub, user.identity, identity)
         keys += hub.guest_conversations(user.identity, fold(name))
     if not keys:
-        raise Refused("INVALID_TARGET", "no such channel or conversation that you may read", name)
+        raise invalid_target(name)
     return keys
 
 
@@ -4795,11 +4789,6 @@ def become_operator(hub: Hub, who: Session, name: str) -> None:
     hub.operators.add(who)
     user = who.user
     hub.emit(USER_MODE, user.source, Audience(user.name, sessions={who}), "+o", user.name, who)
-
-
-def require_operator(who: Session) -> None:
-    if not who.operator:
-        raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
 
 
 @act
@@ -5025,7 +5014,7 @@ def revision_of(session: LocalSession, name: str, verifier: Verifier) -> str:
 def prove(session: LocalSession, name: str, password: str) -> Steps:
     """Check an account's password; return the registered name and the proof. Raises Refused."""
     account, verifier = claimed_account(session, name)
-    if not (yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))):
+    if not (yield do(session.later, PASSWORD_LANE, verifier.fits, password)):
         raise wrong_login()
     return account, revision_of(session, account, verifier)
 
@@ -5052,7 +5041,7 @@ def change_own_password(session: LocalSession, old: str, new: str) -> Steps:
     name = own_account(session.user)
     check_password(new, name)
     account, proof = yield from prove(session, name, old)
-    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, new))
+    verifier = yield do(session.later, PASSWORD_LANE, make_verifier, new)
     yield do(session.act, "change_password", account, proof, tuple(verifier))
     session.answer(PASSWORD_CHANGED)
 
@@ -5076,9 +5065,8 @@ def check_registration(session: LocalSession, nick: str, wanted: str, email: str
     if "off" in rules:
         raise Refused("TEMPORARILY_UNAVAILABLE", "this server makes no accounts", name)
     if session.user is None and "before-connect" not in rules:
-        raise Refused(
-            "COMPLETE_CONNECTION_REQUIRED", "register after you have joined the server", name
-        )
+        text = "register after you have joined the server"
+        raise Refused("COMPLETE_CONNECTION_REQUIRED", text, name)
     name = check_new_account(session.site.hub, session.user, nick, wanted)
     if ("email-required" in rules or email not in ("", "*")) and not EMAIL.fullmatch(email):
         raise Refused("INVALID_EMAIL", "write one address, like alice@example.org", name)
@@ -5101,11 +5089,11 @@ def register_nick(
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
     if not is_loopback(host):
         accounts.made.failed(host, "", ticks)
-    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, password))
+    verifier = yield do(session.later, PASSWORD_LANE, make_verifier, password)
     check_registration(session, nick, wanted, email)  # another user may have been quicker
     if by_mail:
         code = accounts.await_code(Account(name, verifier, email))
-        yield do(session.later, MAIL_LANE, functools.partial(site.server.mail, email, name, code))
+        yield do(session.later, MAIL_LANE, site.server.mail, email, name, code)
         return name, ""
     account = yield do(session.act, "register_account", nick, wanted, tuple(verifier), "")
     return account.name, account.revision
@@ -5133,7 +5121,7 @@ def oper(session: LocalSession, name: str, password: str, done: Callable[[], Non
     hub, host = session.site.hub, session.conn.limit_key
     hub.accounts.throttle.begin(host, OPERATOR_PASSWORD, hub.ticks, "WRONG_PASSWORD")
     verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
-    fits = yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))
+    fits = yield do(session.later, PASSWORD_LANE, verifier.fits, password)
     who = f"{session.user.source.mask} as {name}"
     session.site.server.note(f"OPER: {who}{'' if fits else ': wrong password'}")
     if not fits:
@@ -5289,6 +5277,8 @@ MIGRATIONS = (
 )
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
+NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest id of a target
+SPOKEN_KINDS = ", ".join(map("'{}'".format, SPOKEN))
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 
@@ -5692,8 +5682,7 @@ class SearchIndex:
             self.reading = Readers(path, self.db)
             query = "SELECT ifnull(max(last), 0), ifnull(max(stale * 2 >= messages AND stale), 0)"
             self.indexed, self.rebuild_due = self.db.execute(f"{query} FROM parts").fetchone()
-            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            query = f"SELECT id FROM targets WHERE {newest} > ?"
+            query = f"SELECT id FROM targets WHERE {NEWEST} > ?"
             self.behind = {row[0] for row in store.db.execute(query, [self.indexed])}
             self.known = store.last_id
             self.redacted(row[0] for row in store.db.execute("SELECT id FROM erased"))
@@ -5804,10 +5793,9 @@ class SearchIndex:
         self, db: sqlite3.Connection, targets: Iterable[int], first: int, last: int
     ) -> list[tuple]:
         """Return id, place and text for the index: the place is words for target and name."""
-        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
         query = f"""
             SELECT id, name, text FROM events
-            WHERE target = ? AND id BETWEEN ? AND ? AND kind IN ({kinds})"""
+            WHERE target = ? AND id BETWEEN ? AND ? AND kind IN ({SPOKEN_KINDS})"""
         return [
             (id, f"t{target} n{fold(name).encode().hex()}", words_of(text))
             for target in targets
@@ -5929,9 +5917,7 @@ class DedupKeys:
     def lost(self, owners: Iterable[str], own_id: str, ticks: int) -> bool:
         return any(self.not_stored.get((owner, own_id), 0) > ticks for owner in owners)
 
-    def _look_up(
-        self, db: sqlite3.Connection, owners: Iterable[str], own_id: str
-    ) -> tuple[int, int] | None:
+    def _look_up(self, db: sqlite3.Connection, owners: Iterable[str], own_id: str) -> tuple | None:
         names = list(owners)
         marks = ", ".join("?" * len(names))
         query = f"SELECT event, target FROM dedup WHERE own_id = ? AND owner IN ({marks})"
@@ -6057,10 +6043,9 @@ class Retention:
             self.excess.add(key)
         if foundings <= FOUNDINGS_SILENT or key not in self.founded or self.store.node:
             return
-        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
-        spoken = f"EXISTS (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({kinds}))"
         query = f"""
-            SELECT id FROM targets WHERE key = ? AND NOT {spoken}
+            SELECT id FROM targets WHERE key = ? AND NOT EXISTS
+                (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({SPOKEN_KINDS}))
             ORDER BY founding DESC LIMIT -1 OFFSET {FOUNDINGS_SILENT}"""
         self.orphans.update(row[0] for row in self.db.execute(query, [key]))
 
@@ -6070,8 +6055,7 @@ class Retention:
         pages, free, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas)
         used = (pages - free) * size
         if used > MEMORY_BYTES and not self.orphans:
-            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            query = f"SELECT id, events FROM targets WHERE {newest} ORDER BY {newest}"
+            query = f"SELECT id, events FROM targets WHERE {NEWEST} ORDER BY {NEWEST}"
             rows = self.db.execute(query).fetchall()
             excess = (1 - MEMORY_BYTES / used) * sum(events for _, events in rows)
             sizes = itertools.accumulate((events for _, events in rows), initial=0)
@@ -6102,7 +6086,7 @@ class Retention:
             self.orphans.discard(target)
 
     def _excess(self, key: str) -> tuple[int, int, int]:
-        """Return the rows of a key beyond `keep`, its oldest target with rows, and its founding."""
+        """Return how many rows exceed `keep`, the oldest target with rows, and its founding."""
         query = "SELECT id, founding, events FROM targets WHERE key = ? ORDER BY founding"
         targets = self.db.execute(query, [key]).fetchall()
         oldest = next(((id, founding) for id, founding, events in targets if events > 0), (0, 0))
@@ -6124,7 +6108,7 @@ class Retention:
             self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
 
     def excess_of(self, key: str) -> tuple[str, int, int] | None:
-        """Return key, founding and last id of a slice that an act is to delete; None without."""
+        """Return key, founding and last id of a slice for an act to delete; None if it has none."""
         excess, oldest, founding = self._excess(key)
         self.excess.discard(key)
         last = self._last_of(oldest, min(PRUNE_ROWS, excess)) if excess > 0 else 0
@@ -6201,9 +6185,7 @@ class Store:
     def reserve_ids(self) -> None:
         """Begin a block of ids for this start. Ids that earlier starts reserved and did not store
         are not valid in requests."""
-        newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-        query = f"SELECT ifnull(max({newest}), 0) FROM targets"
-        last = self.db.execute(query).fetchone()[0]
+        last = self.db.execute(f"SELECT ifnull(max({NEWEST}), 0) FROM targets").fetchone()[0]
         reserved = self.db.execute("SELECT ifnull(max(reserved), 0) FROM starts").fetchone()[0]
         self.last_id = self.reserved = max(last, reserved)
         if self.node:
@@ -6940,7 +6922,7 @@ ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     )
 )
 # Kinds of messages from the log -> the constants, which other code compares by identity
-KINDS = {kind: kind for kind in (*SPOKEN, TAGS, HINT)}
+KINDS = {constant: constant for constant in (*SPOKEN, TAGS, HINT)}
 
 
 def wrapped_bytes(value: Any) -> dict[str, str]:
@@ -7050,9 +7032,9 @@ def apply_batch(
     begun = len(hub.turn.events)
     if asks:
         for act, ask in zip(batch.acts, asks, strict=True):  # a bug in what only this node does
-            attempt(ask.begin, report)  # must not keep it from the rest of the entry
+            attempt(report, ask.begin)  # must not keep it from the rest of the entry
             result = perform_act(hub, act, report)
-            attempt(functools.partial(ask.finish, result), report)
+            attempt(report, ask.finish, result)
     else:
         for act in batch.acts:
             perform_act(hub, act, report)
@@ -8344,8 +8326,7 @@ class IrcSession(LocalSession):
 
     def tell_renamed(self, old: str, name: str, reason: str) -> None:
         """Tell a client without draft/channel-rename a PART and a JOIN, unless both names are the
-        same to it (CASEMAPPING=ascii). Names follow when the session has its turn: a renaming of a
-        crowded channel must not stop the others."""
+        same to it (CASEMAPPING=ascii). Names follow in its turn: a crowd must not stop others."""
         if old.encode().lower() == name.encode().lower():
             return
         mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
@@ -8530,9 +8511,8 @@ def isupport(site: SessionContext) -> list[str]:
 
 
 def web_tokens(session: IrcSession) -> list[str]:
-    """Return the tokens of 005 with the address of the page for browsers, and the address for
-    uploads (draft/FILEHOST, and soju's name for it) beside the one that says that upload tokens can
-    be asked for (draft/authtoken)."""
+    """Return the tokens of 005 for the page for browsers, for uploads (draft/FILEHOST, and soju's
+    name for it), and for the tokens that uploads need (draft/authtoken)."""
     url = base_url(session.site, session.conn.secure, session.conn.local)
     tokens = [f"chat.py/WEB={url}/"]
     if session.site.folder is not None:
@@ -8892,7 +8872,7 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
             session.send_line(f"AUTHENTICATE {piece}")
     else:
         then = functools.partial(go_on_sasl, session, exchange.mechanism.send)
-        session.later(PASSWORD_LANE, said, then)
+        session.later(PASSWORD_LANE, said, then=then)
 
 
 def begin_sasl(session: IrcSession, name: str) -> None:
@@ -9123,7 +9103,7 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     if known and session.site.store.path is None:  # in memory a read comes too soon
         found = known[0].id, known[0]
     else:
-        found = yield do(session.read, functools.partial(hub.store.dedup.event, owners, own_id))
+        found = yield do(session.read, hub.store.dedup.event, owners, own_id)
     if found is None:  # the turn in which it was said could not be stored
         return session.tell_not_kept(own_id, "it could not be stored")
     id, event = found
@@ -9604,12 +9584,6 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Lo
 # History
 
 
-def invalid_target(subcommand: str, name: str) -> Refused:
-    return Refused(
-        "INVALID_TARGET", "no such channel or conversation that you may read", subcommand, name
-    )
-
-
 def readable(session: IrcSession, name: str, about: str) -> Scope:
     """Return the scope of a channel, user, account or nick, if it may be read. Raises Refused."""
     hub, user = session.site.hub, session.user
@@ -9659,10 +9633,8 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     hub, user = session.site.hub, session.user
     first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))  # an id is first
     keys = [channel.key for channel in user.channels]
-    newest = functools.partial(
-        session.site.store.history.newest, keys, hub.identities(user.identity)
-    )
-    found = yield do(session.read, newest)
+    newest = session.site.store.history.newest
+    found = yield do(session.read, newest, keys, hub.identities(user.identity))
     hub.work += WORK_OF_THE_PAST * len(found)
     names = {channel.key: channel.name for channel in user.channels}
     matching = []
@@ -9777,9 +9749,8 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
         if marks[0] != "*":
             since = parse_mark(session.site.hub, marks[0], how, name)
         for kind in changes_told(session):
-            span = Span(scope, (kind,), after=since)
-            page = functools.partial(session.site.store.history.page, span, CHANGES_A_PAGE, True)
-            changes += yield do(session.read, page)
+            span, page = Span(scope, (kind,), after=since), session.site.store.history.page
+            changes += yield do(session.read, page, span, CHANGES_A_PAGE)
 
     def check() -> None:
         if readable(session, name, how) != scope:  # the user left it, or is another user now
@@ -9828,9 +9799,8 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     else:
         scopes = [Scope((channel.key,)) for channel in user.channels]
     span, author = Span(Scope(()), SPOKEN, **bounds), fold(wanted.get("from", ""))
-    index = session.site.store.search_index
-    search = functools.partial(index.search, scopes, wanted["text"], span, count, author)
-    found = yield do(session.read, search)
+    search = session.site.store.search_index.search
+    found = yield do(session.read, search, scopes, wanted["text"], span, count, author)
     if name:
         readable(session, name, "in")
     session.go_on_with(tell_found(session, found))
@@ -9853,7 +9823,7 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> Steps:
         id = 0
     else:
         span = Span(scope, SPOKEN, Mark(time=stamp - 1), Mark(time=stamp + 1))
-        found = yield do(session.read, functools.partial(session.site.store.history.page, span, 1))
+        found = yield do(session.read, session.site.store.history.page, span, 1)
         id = found[0].id if found else 0
     yield do(session.act, "mark_read", name, stamp, id)
     session.tell_marker(name)
@@ -10906,7 +10876,7 @@ def line_history(session: LineSession, *params: str) -> Steps:
         channel.member(session.user)
         audience = channel.audience
     span = Span(scope_of(hub, session.user, audience))
-    events = yield do(session.read, functools.partial(session.site.store.history.page, span, count))
+    events = yield do(session.read, session.site.store.history.page, span, count)
 
     def check() -> None:
         if channel:
@@ -10922,8 +10892,8 @@ def line_search(session: LineSession, words: str) -> Steps:
     """/search WORDS -- what was said with them in the channel you speak in"""
     channel = session.current_channel()
     scope = scope_of(session.site.hub, session.user, channel.audience)
-    search = functools.partial(session.site.store.search_index.search, [scope], words, Span(scope))
-    found = yield do(session.read, functools.partial(search, HISTORY_LINES))
+    search = session.site.store.search_index.search
+    found = yield do(session.read, search, [scope], words, Span(scope), HISTORY_LINES)
     events, prefix = [event for _, event in found], line_prefix(channel)
     end = f"found {counted(len(found), 'message')} with {words}"
 
@@ -12081,9 +12051,10 @@ def end_pieces(session: WebSession) -> None:
     finish_upload(session, upload)
 
 
-def take_piece(session: WebSession, piece: bytes) -> None:
+@in_steps
+def take_piece(session: WebSession, piece: bytes) -> Steps:
     """Write a piece of the body to disk. The next piece waits for that."""
-    upload, folder = session.upload, session.site.folder
+    upload = session.upload
     if piece == END_OF_BODY:
         session.take_body = do_nothing
         return end_pieces(session)
@@ -12094,12 +12065,9 @@ def take_piece(session: WebSession, piece: bytes) -> None:
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
     file = session.site.hub.files.get(upload.id)
-    job = functools.partial(folder.append, upload.handle, piece)
-    write = functools.partial(session.later, FILE_LANE, job, do_nothing)
     if upload.total is None and file and upload.at > file.size:
-        size = min(most, 2 * upload.at)
-        return session.act("resize_file", upload.id, size, then=lambda _: write())
-    return write()
+        yield do(session.act, "resize_file", upload.id, min(most, 2 * upload.at))
+    yield do(session.later, FILE_LANE, session.site.folder.append, upload.handle, piece)
 
 
 def take_pieces(session: WebSession) -> None:
@@ -12128,8 +12096,7 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
     if tus and has_body and piece_type != PIECE_TYPE:
         drop_upload(session, keep=False)
         return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
-    begin = functools.partial(session.site.folder.begin, id)
-    upload.handle = yield do(session.later, FILE_LANE, begin)
+    upload.handle = yield do(session.later, FILE_LANE, session.site.folder.begin, id)
     return take_pieces(session) if has_body else end_pieces(session)
 
 
@@ -12187,8 +12154,7 @@ def continue_file(session: WebSession, request: Request) -> Steps:
     upload = session.upload = Upload(file.id, file.size, resumable=True)
     session.at_end = functools.partial(drop_upload, session, keep=True)
     site.uploading[file.id] = session
-    reopen = functools.partial(site.folder.reopen, file.id)
-    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, site.folder.reopen, file.id)
     if (at := upload.at) != offset:
         drop_upload(session, keep=True)
         return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
@@ -12217,14 +12183,13 @@ def tell_offset(session: WebSession, request: Request) -> Steps:
     file = yield from own_file(session, request)
     if file.sha or file.id in files.finishing:
         return tell_progress(session, file.id, file.size)
-    at = yield do(session.later, FILE_LANE, functools.partial(folder.size, file.id))
+    at = yield do(session.later, FILE_LANE, folder.size, file.id)
     known = files.get(file.id)  # meanwhile it may have been completed, or removed
     if at < file.size or known is None or known.sha or file.id in files.finishing:
         return tell_progress(session, file.id, at)
     end_older(session, file.id)
     upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
-    reopen = functools.partial(folder.reopen, file.id)
-    upload.handle, upload.at = yield do(session.later, FILE_LANE, reopen)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, folder.reopen, file.id)
     finish_upload(session, upload)
 
 
@@ -12269,8 +12234,8 @@ def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
     hub, most = session.site.hub, FILE_PIECE_BYTES
     while at < end:
         size, asked = min(most, end - at), hub.ticks
-        read = functools.partial(session.site.folder.read, session.reading, at, size)
-        session.later(READ_LANE, read, functools.partial(send_piece, session))
+        then, read = functools.partial(send_piece, session), session.site.folder.read
+        session.later(READ_LANE, read, session.reading, at, size, then=then)
         yield
         at += size
         fast = hub.ticks - asked < FAST_PIECE_MS
@@ -12307,8 +12272,8 @@ def send_file(session: WebSession, request: Request) -> Steps:
     allowed = "; media-src 'self'; style-src 'unsafe-inline'" if is_video else ""
     policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
     headers += [policy, *session.cors(), f"Content-Length: {end - first}"]
-    job = functools.partial(session.site.folder.open, file.sha)
-    handle = session.reading = yield do(session.later, READ_LANE, job)
+    open_file = session.site.folder.open
+    handle = session.reading = yield do(session.later, READ_LANE, open_file, file.sha)
     if handle is None:
         return answer_file(session, 404, NO_SUCH_FILE)
     session.send_head(206 if part else 200, *headers)
@@ -12538,8 +12503,8 @@ class ServerProfile:
         self.requested: set[str] = set()  # after the registration; no answer yet
         self.told = False  # 004 has come, and 005 if there is one
         kept = ("CASEMAPPING", "CHANTYPES") if before else ()
-        self.tokens = {
-            name: before.tokens[name] for name in kept if name in before.tokens
+        self.isupport = {
+            name: before.isupport[name] for name in kept if name in before.isupport
         }  # of 005
 
     # Names
@@ -12548,48 +12513,50 @@ class ServerProfile:
         """Return the key of a name. Names with the same key are the same name to this server."""
         if self.ours:
             return fold(name)
-        mapping = self.tokens.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
+        mapping = self.isupport.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
         if mapping in UNICODE_MAPPINGS:
             return fold(name)
         return name.translate(CASE_MAPPINGS.get(mapping, CASE_MAPPINGS["ascii"]))
 
     @property
     def channel_types(self) -> str:
-        return self.tokens.get("CHANTYPES", "#" if self.ours else "#&")
+        return self.isupport.get("CHANTYPES", "#" if self.ours else "#&")
 
     def is_channel(self, name: str) -> bool:
         return bool(name) and name[0] in self.channel_types
 
     def as_channel(self, name: str) -> str:
         """Return the full name of a channel, which a user may type without its first character."""
-        known = self.is_channel(name) or name[:1] in "#&!+"
-        return name if known else f"{self.channel_types[:1] or '#'}{name}"
+        full = self.is_channel(name) or name[:1] in "#&!+"
+        return name if full else f"{self.channel_types[:1] or '#'}{name}"
 
     def without_status(self, target: str) -> str:
         """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
         unchanged. Not all servers with such targets announce them."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
-        marks = self.status + "".join(one for one in symbols if one not in self.channel_types)
+        marks = self.status + "".join(
+            symbol for symbol in symbols if symbol not in self.channel_types
+        )
         most = len(target) - len(target.lstrip(marks))
         names = (target[n:] for n in range(most, 0, -1))  # @+free may be for +free
         return next(filter(self.is_channel, names), target)
 
     @property
     def status(self) -> str:
-        return self.tokens.get("STATUSMSG", "")
+        return self.isupport.get("STATUSMSG", "")
 
     @property
     def ranks(self) -> tuple[str, str]:
         """The letters of the modes that are ranks, and the symbols of these ranks before names."""
-        letters, _, symbols = self.tokens.get("PREFIX", "(ov)@+").removeprefix("(").partition(")")
+        letters, _, symbols = self.isupport.get("PREFIX", "(ov)@+").removeprefix("(").partition(")")
         return letters, symbols
 
     def takes_parameter(self, letter: str, sign: str) -> bool:
         """Return whether a parameter follows a channel mode (Modern IRC, CHANMODES)."""
         if letter in self.ranks[0]:
             return True
-        lists, always, on_set, *_ = (*self.tokens.get("CHANMODES", "").split(","), "", "", "")
-        if "CHANMODES" not in self.tokens:
+        lists, always, on_set, *_ = (*self.isupport.get("CHANMODES", "").split(","), "", "", "")
+        if "CHANMODES" not in self.isupport:
             return letter in PARAMETER_MODES and (letter != "l" or sign == "+")
         return letter in lists + always or (letter in on_set and sign == "+")
 
@@ -12607,7 +12574,7 @@ class ServerProfile:
 
     def limit(self, name: str, usual: int) -> int:
         """Return the number of a token of 005, or `usual` if the server has announced none."""
-        return whole_number(self.tokens.get(name, "")) or usual
+        return whole_number(self.isupport.get(name, "")) or usual
 
     @property
     def page_size(self) -> int:
@@ -12617,14 +12584,14 @@ class ServerProfile:
     def multiline_limits(self) -> tuple[int, int]:
         """The most bytes and lines of one message (draft/multiline)."""
         value = parse_tags(self.offered.get("draft/multiline", "").replace(",", ";"))
-        size, lines = (whole_number(value.get(f"max-{one}", "")) for one in ("bytes", "lines"))
+        size, lines = (whole_number(value.get(f"max-{name}", "")) for name in ("bytes", "lines"))
         return size or LINE_BYTES, lines or MESSAGE_LINES
 
     # Echoes and message tags
 
     def takes(self, tag: str) -> bool:
         """Return whether the server passes on a client-only tag, also back to this client."""
-        denied = self.tokens.get("CLIENTTAGDENY", "").split(",")
+        denied = self.isupport.get("CLIENTTAGDENY", "").split(",")
         name = tag.removeprefix("+")
         allowed = f"-{name}" in denied or not ({"*", name} & set(denied))
         return "message-tags" in self.enabled and allowed
@@ -12713,14 +12680,14 @@ class Transfer:
 
     KEPT = ("id", "up", "room", "path", "name", "size", "changed", "url", "type", "etag")
 
-    def __init__(self, id: str, up: bool, room: str, path: str, **known: Any):
+    def __init__(self, id: str, up: bool, room: str, path: str, **properties: Any):
         self.id, self.up = id, up
         self.room = room  # conversation for the link
         self.path = path  # on this computer
         self.name, self.size, self.type, self.etag = "", 0, "", ""
         self.changed = 0  # when the file of an upload was, last; as stat() tells it
         self.url = ""  # on the server; "" while unknown
-        for name, value in known.items():
+        for name, value in properties.items():
             setattr(self, name, value)
         self.done = 0  # bytes that have arrived
         self.state = "waiting"  # or "running", "failed"; complete transfers are removed
@@ -12776,10 +12743,10 @@ def identity_of(view: ViewEvent) -> Any:
     return view.id or (view.time, view.name, view.text)
 
 
-def is_about(known: tuple[int, Any], room: int, view: ViewEvent) -> bool:
+def is_about(message: tuple[int, Any], room: int, view: ViewEvent) -> bool:
     """Return whether a known message (its conversation and identity) has the words of this one, and
     nearly its time."""
-    where, (when, *words) = known
+    where, (when, *words) = message
     near = abs(when - view.time) < REPEATED_MS
     return near and where == room and words == [view.name, view.text]
 
@@ -12825,13 +12792,13 @@ class Outbox:
     def __init__(self, rows: Any = None, secret: str = "", waiting: Iterable[Waiting] = ()):
         self.rows = rows
         self.secret = secret or secrets.token_hex(SECRET_DIGITS // 2)
-        self.waiting = {one.id: one for one in waiting}
+        self.waiting = {message.id: message for message in waiting}
         self.in_flight: dict[str, None] = {}  # sent over this connection
         self.window = 1  # how many may be in flight: doubled each round trip, 1 after a break ...
         self.most = SENT_AHEAD  # ... and at most so many
         self.unconfirmed: set[str] = set()  # sent over a lost connection; history will tell
         # Left to the user (/retry, /cancel), and why
-        self.parked = {one.id: one.why for one in self.waiting.values() if one.why}
+        self.parked = {message.id: message.why for message in self.waiting.values() if message.why}
         self.unsaved: dict[str, None] = {}  # not accepted yet
         self.locked_at = math.inf  # since when another program has the file locked (ticks)
 
@@ -12843,10 +12810,10 @@ class Outbox:
             self.unsaved[id] = None
         return self.waiting[id]
 
-    def _change(self, one: Waiting) -> None:
-        self.waiting[one.id] = one
+    def _change(self, message: Waiting) -> None:
+        self.waiting[message.id] = message
         if self.rows:
-            self.rows.changes[one.id] = one
+            self.rows.changes[message.id] = message
 
     def save(self, now: float) -> bool:
         """Store all changes. Return False if they have to wait, because another program has the
@@ -12866,9 +12833,9 @@ class Outbox:
     def refused(self) -> list[Waiting]:
         """Remove and return the messages that could not be stored."""
         lost = [self.waiting.pop(id) for id in self.unsaved]
-        for one in lost:
-            self.parked.pop(one.id, None)
-            del self.rows.changes[one.id]
+        for message in lost:
+            self.parked.pop(message.id, None)
+            del self.rows.changes[message.id]
         self.unsaved.clear()
         return lost
 
@@ -12881,23 +12848,26 @@ class Outbox:
         if len(self.in_flight) >= self.window:
             return None
         later = self.in_flight.keys() | self.parked.keys() | self.unsaved.keys()
-        there = (one for id, one in self.waiting.items() if id not in later)
-        one = next((one for one in there if carries(one) or (waits and waits(one))), None)
-        if one is None or one.id in self.unconfirmed or not carries(one):
+        candidates = (message for id, message in self.waiting.items() if id not in later)
+        message = next(
+            (message for message in candidates if carries(message) or (waits and waits(message))),
+            None,
+        )
+        if message is None or message.id in self.unconfirmed or not carries(message):
             return None
-        return one
+        return message
 
-    def send(self, one: Waiting, now: float) -> None:
+    def send(self, message: Waiting, now: float) -> None:
         """Note that a message is being sent, at wall time `now` (s)."""
-        self.in_flight[one.id] = None
-        if not one.sent:
-            self._change(one._replace(sent=max(1, int(now * 1000))))
+        self.in_flight[message.id] = None
+        if not message.sent:
+            self._change(message._replace(sent=max(1, int(now * 1000))))
 
     def arrived_to(self, id: str, at: int) -> None:
         """Note that a message has arrived up to character `at`: some are sent as many lines."""
-        one = self.waiting.get(id)
-        if one and at > one.at:
-            self._change(one._replace(at=at))
+        message = self.waiting.get(id)
+        if message and at > message.at:
+            self._change(message._replace(at=at))
 
     def arrived(self, id: str) -> Waiting | None:
         """Remove and return a message that arrived, or that must not be sent again."""
@@ -12907,10 +12877,10 @@ class Outbox:
         self.unconfirmed.discard(id)
         self.unsaved.pop(id, None)
         self.parked.pop(id, None)
-        one = self.waiting.pop(id, None)
-        if one and self.rows:
+        message = self.waiting.pop(id, None)
+        if message and self.rows:
             self.rows.changes[id] = None
-        return one
+        return message
 
     def park(self, id: str, why: str) -> None:
         """Keep a message from being sent until the user decides about it; `why` is the reason."""
@@ -12926,15 +12896,15 @@ class Outbox:
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
         """Send the messages of a renamed conversation, if is_old(name), or their rest to `new`."""
-        for one in [*self.waiting.values()]:
-            if is_old(one.where):
-                self._change(one._replace(where=new))
+        for message in [*self.waiting.values()]:
+            if is_old(message.where):
+                self._change(message._replace(where=new))
 
     def take_back(self, sent: Iterable[Waiting]) -> None:
         """Put back messages that have not arrived."""
         later, self.waiting = self.waiting, {}
-        for one in sent:
-            self._change(one)
+        for message in sent:
+            self._change(message)
         self.waiting |= later
 
     def connection_lost(self) -> list[Waiting]:
@@ -13007,11 +12977,11 @@ def moved_text(moves: list[ViewEvent]) -> str:
     groups: dict[str, list[str]] = {}
     for name, moved in joins.items():
         groups.setdefault(MOVED_WORDS[moved[0], moved[-1]], []).append(name)
-    told = []
+    parts = []
     for what, names in groups.items():
         more = f" and {len(names) - MOVES_NAMED:,} more" if len(names) > MOVES_NAMED else ""
-        told.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
-    return "; ".join([*told, *changed_texts(moves)])
+        parts.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
+    return "; ".join([*parts, *changed_texts(moves)])
 
 
 def may_hold(table: Collection, key: str, most: int) -> bool:
@@ -13027,6 +12997,11 @@ def remember(ids: dict[str, None], id: str) -> None:
 
 
 ROOM_IDS = itertools.count(1)
+
+
+def mark_at(when: int) -> str:
+    """Return the mark of a room by the time of its last message: others may have the same time."""
+    return f"timestamp={tag_time(when - 1)}"
 
 
 class Room:
@@ -13071,8 +13046,17 @@ class Room:
     @property
     def oldest(self) -> str:
         """The position of the first message in this room; "" if there is none."""
-        known = (view for view in self.views if view.kind != FOUND)
-        return next(filter(None, map(position_of, known)), "")
+        views = (view for view in self.views if view.kind != FOUND)
+        return next(filter(None, map(position_of, views)), "")
+
+    def move_mark(self, id: str, when: int | None) -> None:
+        """Note that everything is held up to a message with this id, or, on a server without ids,
+        with this time (ms)."""
+        if id:
+            self.mark, self.mark_time = f"msgid={id}", when
+        elif when and not self.mark.startswith("msgid="):
+            self.mark_time = max(self.mark_time or 0, when)
+            self.mark = mark_at(self.mark_time)
 
     def hold(self, view: ViewEvent) -> None:
         """Hold a view until older messages have come. Too many are dropped: pages bring them."""
@@ -13144,12 +13128,16 @@ class Room:
         self.moved_at |= dict.fromkeys(map(row_kind, moves), row.time or 0)
         return row
 
+    def news_since(self, when: int) -> list[ViewEvent]:
+        """Return the messages of other users that are later than a time (ms)."""
+        return [view for view in self.views if is_news(view) and (view.time or 0) > when]
+
     def read(self, when: int) -> bool:
         """Note that messages up to a time (ms) have been read; return whether that is new."""
         if when <= self.read_time:
             return False
         self.read_time = when
-        later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
+        later = self.news_since(when)
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
         return True
@@ -13159,7 +13147,7 @@ class Room:
         if name in self.people:
             before = self.people[name]
             self.people[name] = "".join(
-                one for one in symbols if (on if one == symbol else one in before)
+                other for other in symbols if (on if other == symbol else other in before)
             )
 
 
@@ -13334,11 +13322,6 @@ def not_shown(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     return [view for view in views if view.id or identity_of(view) not in shown]
 
 
-def mark_at(when: int) -> str:
-    """Return the mark of a room by the time of its last message: others may have the same time."""
-    return f"timestamp={tag_time(when - 1)}"
-
-
 def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     """Return the messages of a page that are not among the held ones: these follow in their order,
     and there may be older ones than on the page."""
@@ -13386,8 +13369,8 @@ class SaslLogin:
         """Return the best mechanism that both sides know; "" if none is needed or possible. A
         password is sent in the clear only if the user asked for that."""
         offered = self.server.offered.get("sasl", "")
-        known = [*filter(None, offered.split(","))] or [*LOGINS]
-        self.others = [name for name in self.core.me.mechanisms if name in known]
+        supported = [*filter(None, offered.split(","))] or [*LOGINS]
+        self.others = [name for name in self.core.me.mechanisms if name in supported]
         return self.next_mechanism(asked)
 
     def next_mechanism(self, asked: bool = False) -> str:
@@ -13401,14 +13384,14 @@ class SaslLogin:
             if name != "PLAIN" or self.core.secure or asked or me.plain_allowed:
                 return name
             text = "not logged in: this server wants to be told the password in the clear"
-            self.core.show(ViewEvent(NOTE, f"{text}; /login does so, ircs:// is better"))
+            self.core.note(f"{text}; /login does so, ircs:// is better")
             self.explained = True
         return ""
 
     def begin(self, mechanism: str) -> None:
         self.mechanism, self.proven, self.taken_up = mechanism, False, False
-        known = self.login or self.core.me.login or Login("", "")
-        self.steps = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*known)
+        login = self.login or self.core.me.login or Login("", "")
+        self.steps = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*login)
         next(self.steps)  # the server speaks first, even if it says nothing
         self.exchange = Exchange(self.steps)
         self.talk.send("AUTHENTICATE", mechanism)
@@ -13486,31 +13469,31 @@ class MessageLines:
         """How many lines have been sent, and of how many."""
         return self.total - len(self.unsent), self.total
 
-    def begin(self, one: Waiting) -> None:
+    def begin(self, message: Waiting) -> None:
         """Make a message the next lines to be sent, with its own id on the last line or on all."""
-        rest = one.text[one.at :].removeprefix("\n") if one.at else one.text
-        room, tags = self._text_bytes(one), self._own_tags(one.id, one.reply)
+        rest = message.text[message.at :].removeprefix("\n") if message.at else message.text
+        room, tags = self._text_bytes(message), self._own_tags(message.id, message.reply)
         lines = list(sendable_lines(rest, room))
         size, count = self.server.multiline_limits
         if len(lines) > 1 and self.server.multiline and size >= LINE_ROOM:
             lines = list(sendable_lines(rest, min(room, size)))
             *first, last = in_batches(lines, size, count)
             for n, group in enumerate(first):
-                self._add_batch(group, self._own_tags(f"{one.id}.{n}", one.reply))
+                self._add_batch(group, self._own_tags(f"{message.id}.{n}", message.reply))
             self._add_batch(last, tags)
         else:
-            at = len(one.text) - len(rest)
+            at = len(message.text) - len(rest)
             for text, _ in lines:
-                at = one.text.find(text, at) + len(text)
+                at = message.text.find(text, at) + len(text)
                 self.unsent.append(Piece(text, end=at))
             self.unsent[-1] = self.unsent[-1]._replace(tags=tags, last=True)
-        self.id, self.sent_to, self.total = one.id, one.at, len(self.unsent)
+        self.id, self.sent_to, self.total = message.id, message.at, len(self.unsent)
 
-    def _text_bytes(self, one: Waiting) -> int:
+    def _text_bytes(self, message: Waiting) -> int:
         """Return how many bytes of a message fit in a line, as others see it."""
-        if one.kind == ACTION:
+        if message.kind == ACTION:
             return LINE_BYTES  # never cut: see check_message()
-        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {one.where} :"
+        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {message.where} :"
         most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
         return max(LINE_ROOM, most - 2 - len(head.encode()))
 
@@ -13530,21 +13513,25 @@ class MessageLines:
 
     def take(self) -> str:
         """Return the next line, for the message's target of now."""
-        piece, one, acks = self.unsent.popleft(), self.core.outbox.waiting[self.id], self.talk.acks
+        piece, message, acks = (
+            self.unsent.popleft(),
+            self.core.outbox.waiting[self.id],
+            self.talk.acks,
+        )
         if piece.verb == END_BATCH:
             return END_BATCH
         if piece.verb == BEGIN_BATCH:
-            acks.note_sent(one.where, one.id, one.text)
-            return f"{piece.tags}{BEGIN_BATCH} {one.where}"
-        piece = self._cut(piece, self._text_bytes(one))
-        text = f"\x01ACTION {piece.text}\x01" if one.kind == ACTION else piece.text
+            acks.note_sent(message.where, message.id, message.text)
+            return f"{piece.tags}{BEGIN_BATCH} {message.where}"
+        piece = self._cut(piece, self._text_bytes(message))
+        text = f"\x01ACTION {piece.text}\x01" if message.kind == ACTION else piece.text
         if piece.tags not in (BATCHED, CONTINUED):
             text = text or " "
             self.sent_to = piece.end
-            acks.note_sent(one.where, one.id, text)
-            id, end = (one.id, 0) if piece.last else ("", piece.end)
-            acks.note_echo(Echoed(self.core.fold(one.where), text, id, one.id, end))
-        return piece.tags + self.talk.line("PRIVMSG", one.where, text)
+            acks.note_sent(message.where, message.id, text)
+            id, end = (message.id, 0) if piece.last else ("", piece.end)
+            acks.note_echo(Echoed(self.core.fold(message.where), text, id, message.id, end))
+        return piece.tags + self.talk.line("PRIVMSG", message.where, text)
 
     def _cut(self, piece: Piece, room: int) -> Piece:
         """Return so much of an unsent line as fits in `room` bytes; the rest of it is sent next."""
@@ -13604,12 +13591,12 @@ class Acknowledgements:
         key = self.core.fold(self.server.without_status(target))
         self.sent.append(SentLine(key, id, text))
 
-    def note_message(self, one: Waiting) -> None:
+    def note_message(self, message: Waiting) -> None:
         """Note that the lines of a message are sent from now on."""
         self.last = max(self.last, self.core.ticks() - ECHO_SECONDS / 2)
-        self.echoes = [line for line in self.echoes if line.of != one.id]  # sent before
+        self.echoes = [line for line in self.echoes if line.of != message.id]  # sent before
         if not self.server.echoes:
-            self.unconfirmed.append(one.id)
+            self.unconfirmed.append(message.id)
 
     def note_command(self, line: str, by_user: bool) -> None:
         """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
@@ -13662,12 +13649,12 @@ class Acknowledgements:
 
     # PINGs
 
-    def ping_line(self, token: str, ids: Iterable[str] = ()) -> str:
+    def ping_line(self, ping_token: str, ids: Iterable[str] = ()) -> str:
         """Return a PING. Its PONG confirms the messages with these ids, and all commands so far."""
-        self.pings.append(token)
-        self.sent.append(SentLine("", token))
-        self.covered[token] = [*ids, *self.commands]
-        return self.talk.line("PING", token)
+        self.pings.append(ping_token)
+        self.sent.append(SentLine("", ping_token))
+        self.covered[ping_token] = [*ids, *self.commands]
+        return self.talk.line("PING", ping_token)
 
     def take_unconfirmed(self) -> str:
         """Return the PING behind the messages that no PING is behind yet."""
@@ -13683,13 +13670,13 @@ class Acknowledgements:
             self.core.output.append(self.ping_line(f"echo-{next(self.talk.labels)}"))
             self.overdue[self.pings[-1]] = alone
 
-    def ponged(self, token: str) -> None:
+    def ponged(self, ping_token: str) -> None:
         """Confirm the messages before a PING. Some servers do not repeat its token, but PONGs come
         in the order of the PINGs."""
-        self.repeats = self.repeats or token in self.pings
-        if token not in self.pings:
-            token = self.pings[0] if self.pings and not self.repeats else ""
-        if not token:
+        self.repeats = self.repeats or ping_token in self.pings
+        if ping_token not in self.pings:
+            ping_token = self.pings[0] if self.pings and not self.repeats else ""
+        if not ping_token:
             return
         while self.pings:
             answered = self.pings.popleft()
@@ -13703,7 +13690,7 @@ class Acknowledgements:
                     self.confirm(own_id)
                 else:
                     self.not_echoed(own_id)
-            if answered == token:
+            if answered == ping_token:
                 break
         self.talk.bouncer_said = ""
 
@@ -13720,7 +13707,7 @@ class Acknowledgements:
         return False
 
     def confirm(self, own_id: str) -> None:
-        self.core.acknowledge(ViewEvent(ARRIVED, own_id=own_id))
+        self.core.outgoing.acknowledge(ViewEvent(ARRIVED, own_id=own_id))
 
     # Echoes
 
@@ -13734,14 +13721,14 @@ class Acknowledgements:
     def expect_no_echo(self, sent: SentLine) -> None:
         """Forget the oldest line of a message that has no echo: the server has refused it."""
         expected = (sent.target, sent.id)
-        there = (one for one in self.echoes if (one.target, one.of) == expected)
-        if one := next(there, None):
-            self.echoes.remove(one)
+        lines = (line for line in self.echoes if (line.target, line.of) == expected)
+        if line := next(lines, None):
+            self.echoes.remove(line)
 
     def not_echoed(self, own_id: str) -> str:
         """Report a message as lost because the server dropped one of its lines; return PIECE."""
         if own_id in self.core.outbox.in_flight:
-            self.core.lost(own_id, NOT_ECHOED)
+            self.core.outgoing.lost(own_id, NOT_ECHOED)
         return PIECE
 
     def own_id_of(self, heard: ServerLine, target: str, text: str) -> str:
@@ -13751,37 +13738,41 @@ class Acknowledgements:
         waiting = self.core.outbox.waiting
         for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
             stem, dot, _ = name.partition(".")
-            if dot and (stem in waiting or stem in self.core.known_own):
+            if dot and (stem in waiting or stem in self.core.known.own):
                 return PIECE
             if name in waiting or (name and name == heard.tags.get(OWN_ID)):
-                dropped = any(one.of == name != one.id for one in self.echoes)
-                self.echoes = [one for one in self.echoes if one.of != name]
+                dropped = any(line.of == name != line.id for line in self.echoes)
+                self.echoes = [line for line in self.echoes if line.of != name]
                 return self.not_echoed(name) if dropped else name
         key = self.core.fold(target)
         place = self._place(heard, key, text) if heard.verb == "PRIVMSG" else None
         if place is None:
             return self._doubted(heard, key, text)
         sent, before = self.echoes[place], self.echoes[:place]
-        self.echoes[: place + 1] = [one for one in before if one.target != key]
+        self.echoes[: place + 1] = [line for line in before if line.target != key]
         self.core.outbox.arrived_to(sent.of, sent.end)
-        dropped = {self.not_echoed(one.of) and one.of for one in before if one.target == key}
+        dropped = {self.not_echoed(line.of) and line.of for line in before if line.target == key}
         return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
 
     def _doubted(self, heard: ServerLine, key: str, text: str) -> str:
         """Return the own id of a message that may have arrived, if history has its whole text or
         the rest of it, and PIECE if history has its next line; else ""."""
         outbox, when = self.core.outbox, heard.time or LAST_MOMENT
-        known = "batch" not in heard.tags or heard.tags.get("msgid", "") in self.core.seen
-        for id in [] if known else [*outbox.unconfirmed, *outbox.parked]:
-            one = outbox.waiting[id]
-            if not one.sent or self.core.fold(one.where) != key or when < one.sent - CLOCK_AHEAD_MS:
+        shown = "batch" not in heard.tags or heard.tags.get("msgid", "") in self.core.known.ids
+        for id in [] if shown else [*outbox.unconfirmed, *outbox.parked]:
+            message = outbox.waiting[id]
+            if (
+                not message.sent
+                or self.core.fold(message.where) != key
+                or when < message.sent - CLOCK_AHEAD_MS
+            ):
                 continue
-            rest = one.text[one.at :].removeprefix("\n")
-            whole = f"\x01ACTION {rest}\x01" if one.kind == ACTION else rest
+            rest = message.text[message.at :].removeprefix("\n")
+            whole = f"\x01ACTION {rest}\x01" if message.kind == ACTION else rest
             if text in (whole, shown_line(whole.encode(errors="replace"))):
                 return id
             if rest.startswith(f"{text}\n") or (len(text) > LINE_ROOM and rest.startswith(text)):
-                outbox.arrived_to(id, len(one.text) - len(rest) + len(text))
+                outbox.arrived_to(id, len(message.text) - len(rest) + len(text))
                 return PIECE
         return ""
 
@@ -13818,7 +13809,7 @@ class HistoryRequests:
         if (room.mark or self.core.tidy) and self.server.pages:
             self.behind[room.name] = how
         else:
-            self.core.release(room)
+            self.core.incoming.release(room)
 
     def ask_behind(self) -> None:
         """Request the pages that had to wait for the user's messages."""
@@ -13827,7 +13818,7 @@ class HistoryRequests:
             if how == "targets":
                 self._ask_targets()
             elif room := self.core.find(name):
-                self.ask_page(room, how) or self.core.release(room)
+                self.ask_page(room, how) or self.core.incoming.release(room)
 
     def ask_page(self, room: Room, how: str) -> bool:
         """Ask for a page of a room's history; return whether a page will come."""
@@ -13863,15 +13854,15 @@ class HistoryRequests:
 
     def _selector(self, mark: str, when: int | None) -> str:
         """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
-        takes_ids = "msgid" in self.server.tokens.get("MSGREFTYPES", "msgid").split(",")
+        takes_ids = "msgid" in self.server.isupport.get("MSGREFTYPES", "msgid").split(",")
         by_id = mark and (takes_ids or not when)
         return mark if by_id else f"timestamp={tag_time(when)}" if when else "*"
 
     def _ask_targets(self) -> None:
         """Ask which private conversations have missed messages. A chat.py is asked by the last id.
         Other servers are asked by time, a day earlier, because their clock may have been set."""
-        if "chat.py/session" in self.server.enabled and self.core.newest_id:
-            since = f"msgid={self.core.newest_id}"
+        if "chat.py/session" in self.server.enabled and self.core.known.newest_id:
+            since = f"msgid={self.core.known.newest_id}"
         else:
             since = f"timestamp={tag_time(max(0, self.talk.since - 24 * 3600 * 1000))}"
         now = f"timestamp={tag_time(LAST_MOMENT)}"
@@ -13907,12 +13898,12 @@ class HistoryRequests:
     def answered(self, label: str, target: str) -> Asked | None:
         """Remove and return the request that an answer belongs to; None if there is no request."""
         key = self.core.fold(target)
-        by_label = (one for one in self.asked if label and one.label == label)
-        by_target = (one for one in self.asked if self.core.fold(one.where) == key)
-        one = next(by_label, None) or next(by_target, None) or next(iter(self.asked), None)
-        if one is not None:
-            self.asked.remove(one)
-        return one
+        by_label = (asked for asked in self.asked if label and asked.label == label)
+        by_target = (asked for asked in self.asked if self.core.fold(asked.where) == key)
+        asked = next(by_label, None) or next(by_target, None) or next(iter(self.asked), None)
+        if asked is not None:
+            self.asked.remove(asked)
+        return asked
 
     def take_page(self, label: str, target: str, views: list[ViewEvent]) -> None:
         """Handle a page of history that was requested."""
@@ -13925,7 +13916,7 @@ class HistoryRequests:
     def refused(self, code: str, label: str, about: list[str]) -> None:
         """Handle a refused request for history. If the server does not know the last message of the
         room (a backup was restored), ask for the newest messages."""
-        named = next((one for one in about if self.core.find(one)), "")
+        named = next((name for name in about if self.core.find(name)), "")
         asked = self.answered(label, named)
         if asked is None:
             return
@@ -13939,13 +13930,13 @@ class HistoryRequests:
             return self.PAGES[asked.how](self, room, [], asked.limit)
         room.mark = ""
         text = "the server does not have the last message from here: something may be missing"
-        self.core.show(ViewEvent(NOTE, text, where=room.name))
+        self.core.note(text, room.name)
         self.ask_page(room, "last")
 
     def give_up_overdue(self, now: float) -> None:
         """Stop waiting for overdue pages, and show the views held for them. A late page is still
         used."""
-        for asked in [one for one in self.asked if 0 <= one.at < now - PAGE_SECONDS]:
+        for asked in [request for request in self.asked if 0 <= request.at < now - PAGE_SECONDS]:
             self.asked[self.asked.index(asked)] = asked._replace(at=GIVEN_UP)
             room = self.core.find(asked.where)
             if asked.how == "targets":
@@ -13953,8 +13944,8 @@ class HistoryRequests:
                 self.release_talks()
             elif room is not None and room.held is not None:
                 text = "the server does not send what was said meanwhile"
-                self.core.show(ViewEvent(NOTE, text, where=room.name))
-                self.core.release(room)
+                self.core.note(text, room.name)
+                self.core.incoming.release(room)
 
     def show_past(self, views: list[ViewEvent], title: str) -> None:
         """Show requested messages in the current conversation, apart from live messages."""
@@ -13965,17 +13956,19 @@ class HistoryRequests:
         busy = {self.core.fold(asked.where) for asked in self.asked}
         for key, room in list(self.core.rooms.items()):
             if not room.is_channel and room.held is not None and key not in busy:
-                self.core.release(room)
+                self.core.incoming.release(room)
 
     # Pages, by how they were requested
 
     def _page_last(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the page of messages from before the client joined."""
         for view in (new := not_shown(room, not_held(room, views))):
-            self.core.deliver(room, view._replace(past=True))
-        self.core.note_repeatable(room, new)  # live lines among the held ones may be on this page
+            self.core.incoming.deliver(room, view._replace(past=True))
+        self.core.known.note_without_id(
+            room, new
+        )  # live lines among the held ones may be on this page
         room.whole = not views  # a short page may consist of long messages
-        self.core.release(room)
+        self.core.incoming.release(room)
 
     def _page_missed(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle a page of missed messages, and ask for more until one page brings nothing new: a
@@ -13995,16 +13988,16 @@ class HistoryRequests:
             room.views.clear()
             self.core.show(ViewEvent(RESET, where=room.name))
             room.whole = False
-            self.core.note_holes(room, *room.holes, *optional(position_of(views[0])))
+            self.core.stored.note_holes(room, *room.holes, *optional(position_of(views[0])))
             text = "more was said meanwhile; page up, or /history, shows it"
-            self.core.show(ViewEvent(NOTE, text, where=room.name))
+            self.core.note(text, room.name)
         self._deliver_missed(room, not_held(room, views))
         self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
     def _deliver_missed(self, room: Room, views: list[ViewEvent]) -> None:
         for view in (unshown := not_shown(room, views)):
-            self.core.deliver(room, view, paged=True)
-        self.core.note_repeatable(room, unshown)
+            self.core.incoming.deliver(room, view, paged=True)
+        self.core.known.note_without_id(room, unshown)
 
     def _end_missed(self, room: Room, new: bool, more: str) -> None:
         """Ask for `more` after a page, or show what was held. With something `new` on it, the next
@@ -14016,7 +14009,7 @@ class HistoryRequests:
             room.spilled = False
             self.ask_page(room, more)
         else:
-            self.core.release(room)
+            self.core.incoming.release(room)
 
     def _page_older(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Put a page of older messages before the first row. If none is visible, ask again."""
@@ -14024,19 +14017,19 @@ class HistoryRequests:
         before = position_of(room.paged) if room.paged else room.oldest
         room.whole = not views or position_of(views[0]) == before
         stored = core.store.has if core.store else do_nothing
-        known = any(
+        overlaps = any(
             stored(core.fold(room.name), view) for view in views if identity_of(view) not in shown
         )
-        if room.hole and (known or room.whole):
-            core.note_holes(room, *room.holes[:-1])
+        if room.hole and (overlaps or room.whole):
+            core.stored.note_holes(room, *room.holes[:-1])
         elif room.hole:
-            core.note_holes(room, *room.holes[:-1], position_of(views[0]))
+            core.stored.note_holes(room, *room.holes[:-1], position_of(views[0]))
         seen = []
         for view in views:
-            if identity_of(view) not in shown and not core.hides(view):
+            if identity_of(view) not in shown and not core.incoming.hides(view):
                 shown.add(identity_of(view))
                 seen.append(view._replace(past=True))
-                core.keep(view)
+                core.stored.add(view)
         room.paged = views[0] if views and not seen else None
         room.views.extendleft(reversed(seen))
         if room.paged and not room.whole:
@@ -14109,7 +14102,7 @@ class Joins:
             room.wanted = room.wanted and number not in NO_CHANNEL
             passes = number in NOT_JOINED_NOW and room.entered
             self.refused[key] = self.core.ticks() + REJOIN_SECONDS if passes else math.inf
-            self.core.park_all(room, why)
+            self.core.outgoing.park_all(room, why)
 
     def tick(self, now: float) -> None:
         """Give up JOINs that are not answered."""
@@ -14130,7 +14123,7 @@ class Joins:
     def want_typed(self) -> None:
         """Join the channels, whose JOINs were not answered, over the next connection."""
         for key, password in self.typed.items():
-            room = self.core.room_for(key)
+            room = self.core.rooms.open(key)
             room.wanted, room.password = True, password
         self.typed.clear()
 
@@ -14191,7 +14184,7 @@ class WantedAnswers:
         if listing is None:
             return
         if not listing.rows:
-            return self.core.show(ViewEvent(NOTE, f"{title}: nothing found"))
+            return self.core.note(f"{title}: nothing found")
         more = listing.count - len(listing.rows)
         rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
         self.core.show(ViewEvent(PAGE, "\n".join(rows), title))
@@ -14249,7 +14242,7 @@ class PlainTalk:
         core.output.append(core.wanted_name)
         lobby = core.tidy or not core.rooms  # the texts of a pipe may be meant for a channel
         room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
-        room.inside, core.current = True, room if lobby else core.current
+        room.inside, core.rooms.current = True, room if lobby else core.room
 
     @property
     def ready(self) -> bool:
@@ -14281,34 +14274,36 @@ class PlainTalk:
             room.came(name)  # such a server does not list its members
         if kind == MESSAGE:
             called = calls(rest, core.name)
-            core.deliver(room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line))
+            core.incoming.deliver(
+                room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line)
+            )
             room.spoke(name)
         else:
             core.show(ViewEvent(kind, name=name, where=LOBBY, address=rest, line=line))
         core.show(ViewEvent(PEOPLE, where=LOBBY))
 
-    def carries(self, one: Waiting) -> bool:
+    def carries(self, message: Waiting) -> bool:
         """Return whether a message is for the lobby, the only conversation of this protocol."""
-        return self.core.fold(one.where) == self.core.fold(LOBBY)
+        return self.core.fold(message.where) == self.core.fold(LOBBY)
 
     def pump(self) -> None:
         """Send the messages that may be sent."""
         outbox = self.core.outbox
-        while one := outbox.next(self.carries):
-            text = f"*{one.text}*" if one.kind == ACTION else one.text
+        while message := outbox.next(self.carries):
+            text = f"*{message.text}*" if message.kind == ACTION else message.text
             self.core.output += text.split("\n")
             if not self.core.sure:
-                self.sent.append(one)
-            self.core.shown.discard(one.id)
-            outbox.arrived(one.id)  # or never will: such a server does not acknowledge
+                self.sent.append(message)
+            self.core.outgoing.shown.discard(message.id)
+            outbox.arrived(message.id)  # or never will: such a server does not acknowledge
 
     def tick(self) -> None:
         """Report the messages for other conversations, once the server is known to have none."""
         core, outbox = self.core, self.core.outbox
         if core.sure or core.insists or core.ticks() - self.began > CAP_SECONDS:
-            for one in [*outbox.waiting.values()]:
-                if not self.carries(one) and one.id not in outbox.parked:
-                    core.leave_to_user(one.id, ONE_ROOM)
+            for message in [*outbox.waiting.values()]:
+                if not self.carries(message) and message.id not in outbox.parked:
+                    core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
     bye = ping = leaves = renamed = watch = send = do_nothing
@@ -14351,7 +14346,7 @@ class IrcTalk:
         self.bouncer_said = ""  # ... and this its last message, until a PONG
         self.unserved = math.inf  # since when no server is behind it (ticks)
         # Later messages may have been missed: times are unique within one target
-        self.since = max(0, core.believable(core.newest) - 2 * TIMES_AHEAD)
+        self.since = max(0, core.believable(core.known.newest) - 2 * TIMES_AHEAD)
         core.output.append("CAP LS 302")
         if core.kind != CHAT:  # servers from before 2004 never answer CAP
             self.give_names()
@@ -14402,8 +14397,8 @@ class IrcTalk:
     def command(self, verb: str, *params: str) -> None:
         """Send a user's command after the messages accepted before it. Raises Refused if the server
         would cut the line."""
-        token, usual = COMMAND_LIMITS.get(verb, ("", IRC_BYTES))
-        most, text = self.server.limit(token, usual), params[-1] if params else ""
+        limit, usual = COMMAND_LIMITS.get(verb, ("", IRC_BYTES))
+        most, text = self.server.limit(limit, usual), params[-1] if params else ""
         size = len(text) if self.server.ours else len(text.encode())
         if size > most:
             raise Refused("TOO_LONG", f"this server takes {most} bytes there, and not {size}")
@@ -14415,8 +14410,8 @@ class IrcTalk:
 
     def raw(self, line: str) -> None:
         outbox = self.core.outbox
-        there = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
-        last = next((id for id in reversed(outbox.waiting) if id in there), "")
+        unsent = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
+        last = next((id for id in reversed(outbox.waiting) if id in unsent), "")
         self.queue.append((line, last or AT_ONCE))
 
     def pump(self) -> None:
@@ -14440,13 +14435,15 @@ class IrcTalk:
             self.acks.note_command(line := self.own_lines.popleft(), by_user=False)
         elif self.queue and not self._is_behind(self.queue[0][1]):
             self.acks.note_command(line := self.queue.popleft()[0], by_user=True)
-        elif one := outbox.next(self.carries, self.order):
-            if one.sent and one.id not in self.core.sent_before and self.doubts:
-                self.core.leave_to_user(one.id)  # sent by an earlier run of this program
+        elif message := outbox.next(self.carries, self.order):
+            if message.sent and message.id not in self.core.outgoing.sent_before and self.doubts:
+                self.core.outgoing.leave_to_user(
+                    message.id
+                )  # sent by an earlier run of this program
                 return True
-            outbox.send(one, self.core.clock())
-            self.lines.begin(one)
-            self.acks.note_message(one)
+            outbox.send(message, self.core.clock())
+            self.lines.begin(message)
+            self.acks.note_message(message)
             return True
         elif self.stale_names:  # one NAMES for many mode changes
             line = self.line("NAMES", self.stale_names.pop())
@@ -14462,9 +14459,9 @@ class IrcTalk:
     def _is_behind(self, id: str) -> bool:
         """Return whether the message that a queued line follows can still be sent."""
         outbox = self.core.outbox
-        one = outbox.waiting.get(id)
-        done = one is None or id in outbox.in_flight or id in outbox.parked
-        return not done and (self.carries(one) or self.waits(one))
+        message = outbox.waiting.get(id)
+        done = message is None or id in outbox.in_flight or id in outbox.parked
+        return not done and (self.carries(message) or self.waits(message))
 
     def _may_catch_up(self) -> bool:
         """Return whether pages may be requested. Waiting messages go first, because one page can
@@ -14516,7 +14513,7 @@ class IrcTalk:
     def hurry(self, now: float) -> None:
         """End a log-in or a registration that the server does not complete in time."""
         if self.sasl.running and now - self.began > LOGIN_SECONDS:
-            self.core.show(ViewEvent(NOTE, "not logged in: the server does not answer"))
+            self.core.note("not logged in: the server does not answer")
             self.sasl.end()
         if now - self.began > REGISTRATION_SECONDS:
             self.core.refuse("the server does not let us in", TEMPORARY)
@@ -14533,8 +14530,8 @@ class IrcTalk:
         done so too early. The messages in flight have not arrived."""
         if self.unserved == math.inf:
             self.unserved = self.core.ticks()
-            self.core.show(ViewEvent(NOTE, f"{why}; what you say waits for that"))
-        self.core.sent_before |= self.core.outbox.in_flight.keys()
+            self.core.note(f"{why}; what you say waits for that")
+        self.core.outgoing.sent_before |= self.core.outbox.in_flight.keys()
         self.core.outbox.connection_lost()
         self.lines.unsent.clear()
         self.acks.clear()
@@ -14547,9 +14544,11 @@ class IrcTalk:
     def renamed(self, old: str, new: str) -> None:
         """Use the new name of a conversation in the pending requests for history."""
         self.history.renamed(old, new)
-        one = self.core.outbox.waiting.get(self.lines.unfinished)
-        if one and self.lines.in_batch and self.core.fold(one.where) == self.core.fold(old):
-            self.core.park(one.id, f"{old} is now called {new}")  # a batch keeps its target
+        message = self.core.outbox.waiting.get(self.lines.unfinished)
+        if message and self.lines.in_batch and self.core.fold(message.where) == self.core.fold(old):
+            self.core.outgoing.park(
+                message.id, f"{old} is now called {new}"
+            )  # a batch keeps its target
 
     # Registration and joining
 
@@ -14592,7 +14591,7 @@ class IrcTalk:
         if core.is_me(wanted) or not core.regain or now < core.regain_at:
             return
         core.regain_at = now + REGAIN_SECONDS
-        if "MONITOR" in self.server.tokens and not self.monitor_failed:
+        if "MONITOR" in self.server.isupport and not self.monitor_failed:
             self.send("MONITOR", "+", wanted)
             core.regain_at = math.inf
         else:
@@ -14613,7 +14612,7 @@ class IrcTalk:
         names = [name for name in names if name and " " not in name and "," not in name]
         regains = sign == "-" and self.core.regain
         names = [name for name in names if not (regains and name == self.core.wanted_nick)]
-        if self.core.tidy and "MONITOR" in self.server.tokens and names:
+        if self.core.tidy and "MONITOR" in self.server.isupport and names:
             self.send("MONITOR", sign, ",".join(names[:WATCHED]))
 
     def name_is_free(self, name: str) -> None:
@@ -14623,14 +14622,14 @@ class IrcTalk:
         if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
             self.send("NICK", wanted)
 
-    def waits(self, one: Waiting) -> bool:
+    def waits(self, message: Waiting) -> bool:
         """Return whether a message waits for the answer to a JOIN, or for a server. The later
         messages of a pipe, and commands, wait with it."""
         if self.unserved < math.inf:
-            return not self.carries(one)
-        room = self.core.find(one.where)
+            return not self.carries(message)
+        room = self.core.find(message.where)
         outside = room is not None and room.is_channel and not room.inside
-        return outside and self.joins.waits(one.where)
+        return outside and self.joins.waits(message.where)
 
     def where_of(self, heard: ServerLine) -> str:
         """Return the open conversation that a numeric is about; "" for none. A numeric that names a
@@ -14650,16 +14649,16 @@ class IrcTalk:
         """Return whether a line is a PART from this channel."""
         return line.startswith("PART ") and self.core.find(line.split(" ")[1]) is room
 
-    def carries(self, one: Waiting) -> bool:
+    def carries(self, message: Waiting) -> bool:
         """Return whether a message can be sent; one for a channel waits until the client is in
         it. A bouncer alone takes messages only for itself: *status and its other modules."""
-        room = self.core.find(one.where)
-        if self.unserved < math.inf and one.where[:1] != "*":
+        room = self.core.find(message.where)
+        if self.unserved < math.inf and message.where[:1] != "*":
             return False
         if room is None or not room.is_channel:
-            return not self.server.is_channel(one.where)
+            return not self.server.is_channel(message.where)
         # Other servers may join the client later
-        return room.inside or (self.server.ours and self.joins.waits(one.where))
+        return room.inside or (self.server.ours and self.joins.waits(message.where))
 
     def longest_mask(self) -> str:
         return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
@@ -14704,14 +14703,14 @@ class IrcTalk:
         if batch.kind == "chathistory":
             for item in batch.items:  # messages redacted in the client's absence
                 if isinstance(item, ServerLine) and item.verb == "REDACT" and len(item.params) > 1:
-                    self.core.remove(item.params[1])
+                    self.core.incoming.redact(item.params[1])
             self.history.take_page(label, batch.target, self.views_of(batch))
             for item in batch.items:  # reactions, to these or to earlier ones
                 if isinstance(item, ServerLine) and item.verb == "TAGMSG":
                     self.act(item)
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
-                self.core.said(view, batch.opening)
+                self.core.incoming.message(view, batch.opening)
         elif batch.kind == "soju.im/search":
             self.history.show_past(self.views_of(batch), "search")
         else:  # its lines mean the same as without the batch
@@ -14773,12 +14772,12 @@ def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
     if label == QUIET or label in talk.core.outbox.parked:  # the user knows: the rest is not sent
         return
     if label in talk.core.outbox.waiting:
-        talk.core.lost(label, text)
+        talk.core.outgoing.lost(label, text)
         if not talk.server.echoes and any(line.id == label for line in talk.acks.sent):
             talk.ping()  # errors of its other lines come before the PONG, those of later ones after
     else:
         command_refused(talk, heard)
-        talk.core.show(ViewEvent(SERVER_TEXT, text, where=talk.where_of(heard)))
+        talk.core.server_text(text, talk.where_of(heard))
 
 
 NO_FAILURE = (  # numerics that refuse other commands, not messages
@@ -14838,7 +14837,7 @@ def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
         return "", ""
     talk.acks.sent.remove(line)
     talk.acks.expect_no_echo(line)
-    others = {one.id for one in lines if one.id in flying} - {line.id}
+    others = {sent.id for sent in lines if sent.id in flying} - {line.id}
     certain = "echo-message" in talk.server.enabled or line.text in error or line.id not in flying
     doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
     return line.id, "" if certain else doubt
@@ -14917,7 +14916,7 @@ def no_capabilities(talk: IrcTalk, heard: ServerLine) -> None:
     if talk.ready and heard.verb == "451":
         return talk.wait_for_server("the server has not let us in yet")
     if heard.params[1] == "AUTHENTICATE" and talk.sasl.running:
-        talk.core.show(ViewEvent(NOTE, "not logged in: this server knows no SASL"))
+        talk.core.note("not logged in: this server knows no SASL")
         return talk.sasl.end()
     if talk.introduced or talk.ready:
         return tell_rest(talk, heard)
@@ -14929,7 +14928,7 @@ def keep_login(core: "ClientCore") -> None:
         try:
             core.me.keep(core.me.login)
         except Unusable as error:
-            core.show(ViewEvent(NOTE, f"{error}; the next start cannot log in by itself"))
+            core.note(f"{error}; the next start cannot log in by itself")
 
 
 def renew_login(core: "ClientCore") -> None:
@@ -14956,7 +14955,7 @@ def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("900", least=1)
 def told_to_be_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    talk.core.server_text(heard.params[-1])
     if not talk.sasl.running:
         talk.sasl.confirm()
 
@@ -14995,8 +14994,8 @@ def come_another_time(talk: IrcTalk, why: str) -> None:
 @from_server("908", least=2)
 def mechanisms_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Keep only the mechanisms that the server lists after it refused one."""
-    known = heard.params[1].split(",")
-    talk.sasl.others = [name for name in talk.sasl.others if name in known]
+    supported = heard.params[1].split(",")
+    talk.sasl.others = [name for name in talk.sasl.others if name in supported]
 
 
 @from_server("902", "904", "905", "906", least=1)
@@ -15006,7 +15005,7 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         return tell_rest(talk, heard)
     if heard.verb == "904" and not talk.sasl.taken_up and (name := talk.sasl.next_mechanism()):
         return talk.sasl.begin(name)  # the mechanism was refused, not the password
-    core.show(ViewEvent(NOTE, why))
+    core.note(why)
     if core.me.proposed and not talk.ready:  # the /register before the break was lost
         core.me.login = None
         forget_login(core)
@@ -15018,8 +15017,8 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
 def try_name(talk: IrcTalk, heard: ServerLine, most: int, candidate: Callable[[int], str]) -> None:
     """Try another nick until the server takes one; give up after `most` attempts."""
     if talk.ready:
-        known = talk.not_regained("".join(heard.params[1:2]))
-        return None if known else tell_rest(talk, heard)
+        told = talk.not_regained("".join(heard.params[1:2]))
+        return None if told else tell_rest(talk, heard)
     if "chat.py/session" in talk.server.offered and not talk.server.enabled:
         return None  # about the nick sent before the secret, which decides
     talk.tries += 1
@@ -15083,21 +15082,23 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core.began = core.began or heard.time or 0
     if core.tidy or core.name != core.wanted_name:
         why = "is taken" if core.regain else "is no nick that this server takes"
-        told = core.name != core.wanted_name and not talk.resumed  # then it is the name of before
-        why = f" ({core.wanted_name} {why})" if told else ""
-        core.show(ViewEvent(SERVER_TEXT, f"you are {core.name}{why}"))
+        differs = (
+            core.name != core.wanted_name and not talk.resumed
+        )  # then it is the name of before
+        why = f" ({core.wanted_name} {why})" if differs else ""
+        core.server_text(f"you are {core.name}{why}")
     if core.me.login and not (talk.sasl.mechanism or talk.sasl.explained):
         offered = talk.server.offered.get("sasl")
         why = "knows no SASL" if offered is None else f"logs in only by {offered}"
-        core.show(ViewEvent(NOTE, f"not logged in as {core.me.login.account}: this server {why}"))
+        core.note(f"not logged in as {core.me.login.account}: this server {why}")
     if core.away:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
         if core.find(core.outbox.waiting[id].where) is None:
-            core.leave_to_user(id)
-    for one in core.outbox.waiting.values():  # accepted messages need the channel
-        if talk.server.is_channel(one.where) and one.id not in core.outbox.parked:
-            core.room_for(one.where).wanted = True
+            core.outgoing.leave_to_user(id)
+    for message in core.outbox.waiting.values():  # accepted messages need the channel
+        if talk.server.is_channel(message.where) and message.id not in core.outbox.parked:
+            core.rooms.open(message.where).wanted = True
     if heard.source == ZNC_ITSELF:
         talk.bouncer = True
         return talk.wait_for_server("the bouncer is not connected to its server")
@@ -15114,32 +15115,32 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("004", least=3)
 def version_told(talk: IrcTalk, heard: ServerLine) -> None:
     talk.server.ours, talk.server.told = heard.params[2].startswith("chat.py"), True
-    talk.server.tokens.clear()  # of an earlier connection
+    talk.server.isupport.clear()  # of an earlier connection
     if not talk.server.ours:
         talk.budget = Budget(PACE_BURST, PACE_RATE, talk.core.ticks())
-    talk.core.rekey()
+    talk.core.rooms.rekey()
     talk.core.keep_facts()
     if talk.server.ours and not talk.core.rooms:  # join the channel of all users
-        room = talk.core.room_for(LOBBY)
+        room = talk.core.rooms.open(LOBBY)
         room.wanted = True
         talk.joins.join(room)
-        talk.core.go(room)
+        talk.core.rooms.go(room)
 
 
 @from_server("005", least=2)
 def support_told(talk: IrcTalk, heard: ServerLine) -> None:
-    tokens = talk.server.tokens
+    isupport = talk.server.isupport
     for word in heard.params[1:-1]:
         name, _, value = word.partition("=")
         if name[:1] == "-":
-            tokens.pop(name[1:], None)
-        elif may_hold(tokens, name, TOKENS_KEPT):
-            tokens[name] = value.replace("\\x20", " ")
-    talk.core.rekey()
+            isupport.pop(name[1:], None)
+        elif may_hold(isupport, name, TOKENS_KEPT):
+            isupport[name] = value.replace("\\x20", " ")
+    talk.core.rooms.rekey()
     talk.core.keep_facts()
     if "MONITOR" in {word.partition("=")[0] for word in heard.params[1:-1]}:
         talk.watch(room.name for room in talk.core.rooms.values() if not room.is_channel)
-    pace = [positive_number(one) for one in tokens.get("chat.py/FLOOD", "").split(",")]
+    pace = [positive_number(number) for number in isupport.get("chat.py/FLOOD", "").split(",")]
     if len(pace) == 2 and all(pace):
         talk.budget = Budget(*pace, talk.core.ticks())
     elif talk.server.ours:  # and announces no rate limit
@@ -15201,11 +15202,11 @@ def take_channel_name(talk: IrcTalk, old: str, new: str) -> None:
     if room is None or room is other or room.inside:
         return
     if other is None:
-        return core.rename(room, new)
+        return core.rooms.rename(room, new)
     core.outbox.readdress(lambda where: core.find(where) is room, other.name)
-    if core.current is room:
-        core.go(other)
-    return core.close(room)
+    if core.room is room:
+        core.rooms.go(other)
+    return core.rooms.close(room)
 
 
 @from_server("470", least=3)
@@ -15240,7 +15241,7 @@ def labelled_answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     if "echo-message" not in talk.server.enabled:
         talk.acks.confirm(label)
     elif stem not in talk.core.outbox.parked:  # else the user knows
-        talk.core.lost(stem, NOT_ECHOED)
+        talk.core.outgoing.lost(stem, NOT_ECHOED)
 
 
 INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    "}
@@ -15291,7 +15292,7 @@ def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
     room, value = talk.core.find(heard.params[0]), heard.params[1].removeprefix("timestamp=")
     if room and value != "*":
         with contextlib.suppress(Refused):
-            talk.core.told_read(room, parse_time(value))
+            talk.core.rooms.take_marker(room, parse_time(value))
 
 
 # Lines that only programs need, or that the client tells in other words
@@ -15310,7 +15311,7 @@ def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the message of the day, if the user asked for it."""
     if talk.answers.motd:
-        talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+        talk.core.server_text(heard.params[-1])
         talk.answers.motd = heard.verb not in ("376", "422")
 
 
@@ -15335,16 +15336,16 @@ def present_told(talk: IrcTalk, heard: ServerLine) -> None:
 def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Note which monitored users are online."""
     core, gone = talk.core, heard.verb == "731"
-    for name in (one.partition("!")[0] for one in heard.params[1].split(",")):
+    for name in (source.partition("!")[0] for source in heard.params[1].split(",")):
         if gone:
             talk.name_is_free(name)
         room = core.find(name)
         if room and not room.is_channel and room.gone != gone:
             text = f"{name} {'is not here' if gone else 'is here'}"
             if gone or room.gone is not None:  # at first, being online is no news
-                core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
+                core.incoming.text(room, text)
             if gone:
-                core.park_all(room, text, unsent=True)
+                core.outgoing.park_all(room, text, unsent=True)
             room.gone = gone
             core.changed(room)
 
@@ -15367,7 +15368,7 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
             forget_login(talk.core)
         refused(talk, heard, text)
     elif code == "NOT_KEPT" and len(about) > 1:
-        talk.core.lost(about[1], text)
+        talk.core.outgoing.lost(about[1], text)
     else:
         about_it = verb in ("PRIVMSG", "NOTICE", "TAGMSG", "BATCH", "MULTILINE", "*")
         named = ["BATCH"] if verb in ("BATCH", "MULTILINE") else [verb]
@@ -15384,7 +15385,7 @@ def noted(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.params[:2] == ["SESSION", "RESUMED"]:
         talk.resumed = True
     else:
-        talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+        talk.core.server_text(heard.params[-1])
 
 
 def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
@@ -15397,7 +15398,7 @@ def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.verb == "NOTICE":
         if verb == "PING" and (sent := positive_number(rest)) and sent <= core.ticks():
             rest = f"after {core.ticks() - sent:.1f} s"
-        return core.show(ViewEvent(SERVER_TEXT, f"{heard.name} answers {verb}: {rest}"))
+        return core.server_text(f"{heard.name} answers {verb}: {rest}")
     answers = {
         "VERSION": f"chat.py {VERSION}",
         "PING": rest,
@@ -15430,9 +15431,9 @@ def message_came(talk: IrcTalk, heard: ServerLine) -> None:
     view = spoken_view(talk, heard, text)
     if view.kind in SPOKEN:
         if view.kind == NOTICE and not (view.mine or talk.core.find(view.where)):
-            talk.core.keep(talk.core.timed(view))
+            talk.core.stored.add(talk.core.timed(view))
             view = view._replace(where="")  # a notice opens no conversation
-        return talk.core.said(view, heard)
+        return talk.core.incoming.message(view, heard)
     if (throttled := THROTTLED.match(text)) and not is_person(heard):
         return tell_rest(talk, heard._replace(verb="439", params=["", throttled[1], text]))
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
@@ -15448,10 +15449,10 @@ def message_came(talk: IrcTalk, heard: ServerLine) -> None:
 def missed_in_a_talk(talk: IrcTalk, heard: ServerLine) -> None:
     """Ask for the missed messages of a private conversation that TARGETS names."""
     name = heard.params[1]
-    asked = any(one.how == "targets" for one in talk.history.asked)
+    asked = any(request.how == "targets" for request in talk.history.asked)
     if talk.server.is_channel(name) or not asked or len(talk.history.asked) > TARGETS_ASKED:
         return
-    room = talk.core.room_for(name)
+    room = talk.core.rooms.open(name)
     room.held = room.held or []
     room.mark = room.mark or f"timestamp={tag_time(talk.since)}"
     talk.history.ask_page(room, "gap" if talk.core.tidy else "missed")
@@ -15467,7 +15468,7 @@ def is_name_given_to(key: str, name: str, most: int) -> bool:
 def joined_as(talk: IrcTalk, name: str) -> None:
     """Give a channel its new name, if it is another one than that of the JOIN which was sent."""
     core, key, most = talk.core, talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
-    sent = [one for one in talk.joins.unanswered if is_name_given_to(one, key, most)]
+    sent = [key_sent for key_sent in talk.joins.unanswered if is_name_given_to(key_sent, key, most)]
     if core.find(name) is None and len(sent) == 1:
         take_channel_name(talk, sent[0], name)
 
@@ -15478,7 +15479,7 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
         return  # no user has so many channels
     joined_as(talk, heard.params[0])
-    room = core.room_for(heard.params[0])
+    room = core.rooms.open(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
     room.topic = ""  # else 332 follows
@@ -15486,25 +15487,25 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     room.password = talk.joins.typed.get(core.fold(room.name), room.password) or ""
     asked = typed or talk.joins.waits(room.name)
     talk.joins.forget(room.name)
-    core.keep_room(room)
+    core.rooms.keep(room)
     core.changed(room)
     if not core.tidy and not room.mark:  # a pipe takes messages from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
         elif core.began:  # joined earlier, before the connection broke
             room.mark = mark_at(max(core.began, talk.since))
-    core.newest = max(core.newest, heard.time or 0)
+    core.known.newest = max(core.known.newest, heard.time or 0)
     if typed:
-        core.arrive(room)
+        core.rooms.go_joined(room)
     elif core.tidy and not asked and core.ticks() - talk.began > LATE_JOIN_SECONDS:
-        core.show(ViewEvent(NOTE, f"{room.name} was joined for you; /go {room.name} looks at it"))
+        core.note(f"{room.name} was joined for you; /go {room.name} looks at it")
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
     talk.history.catch_up(room)
     waiting = (core.outbox.waiting[id].where for id in core.outbox.parked)
     if count := sum(core.fold(where) == core.fold(room.name) for where in waiting):
         text = f"{counted(count, 'message')} could not be sent before; /retry sends, /cancel drops"
-        core.show(ViewEvent(NOTE, text, where=room.name))
+        core.note(text, room.name)
 
 
 def one_by_one(handler: Callable) -> Callable:
@@ -15524,11 +15525,13 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
     core, name = talk.core, heard.params[0]
     if core.is_me(heard.name):
         return we_joined(talk, heard)
-    core.is_back(heard.name)
+    core.incoming.note_present(heard.name)
     if room := core.find(name):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
-        core.happened(room, ViewEvent(JOIN, name=heard.name, where=room.name, address=address))
+        core.incoming.event(
+            room, ViewEvent(JOIN, name=heard.name, where=room.name, address=address)
+        )
         core.show(ViewEvent(PEOPLE, where=room.name))
 
 
@@ -15543,7 +15546,7 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
         talk.acks.commands = {id: line for id, line in commands if not talk.parts(line, room)}
         return core.changed(room)
     kind, address = PART if heard.verb == "PART" else QUIT, heard.source.partition("@")[2]
-    core.happened(room, ViewEvent(kind, why, name, room.name, address=address))
+    core.incoming.event(room, ViewEvent(kind, why, name, room.name, address=address))
     core.show(ViewEvent(PEOPLE, where=room.name))
 
 
@@ -15556,7 +15559,7 @@ def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
         return
     user_went(talk, room, heard, heard.name, *heard.params[1:2])
     if core.is_me(heard.name):
-        core.left(room)
+        core.rooms.close_left(room)
 
 
 @from_server("QUIT")
@@ -15571,12 +15574,12 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         if heard.name in room.people:
             user_went(talk, room, heard, heard.name, *heard.params[:1])
     if (room := core.find(heard.name)) and not room.is_channel:
-        told = heard.params and heard.params[0] and not core.ignored.covers(heard.source)
-        why = f": {heard.params[0]}" if told else ""
-        core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} has left{why}", where=room.name))
+        says_why = heard.params and heard.params[0] and not core.ignored.covers(heard.source)
+        why = f": {heard.params[0]}" if says_why else ""
+        core.incoming.text(room, f"{heard.name} has left{why}")
         room.gone = True  # as MONITOR tells, too
         # Another user may take that name
-        core.park_all(room, f"{heard.name} has left", unsent=True)
+        core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
     core.people.forget(heard.name)
     talk.name_is_free(heard.name)
 
@@ -15587,14 +15590,16 @@ def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
     if room := core.find(where):
         reason = f": {why[0]}" if why else ""
         text = f"{heard.name} kicked {name} from {where}{reason}"
-        core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name)))
+        core.incoming.event(
+            room, ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name))
+        )
         room.people.pop(name, None)
         if core.is_me(name):
             room.inside = room.wanted = False
             room.people.clear()
             talk.joins.forget(where)
-            core.park_all(room, f"you were kicked from {where}")
-            core.keep_room(room)
+            core.outgoing.park_all(room, f"you were kicked from {where}")
+            core.rooms.keep(room)
             core.changed(room)
         core.show(ViewEvent(PEOPLE, where=room.name))
 
@@ -15611,18 +15616,18 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
         core.former_names.pop(core.fold(new), None)
         core.name = new
         talk.mask = f"{new}!{talk.mask.partition('!')[2]}" if "!" in talk.mask else ""
-        core.show(ViewEvent(SERVER_TEXT, f"you are {new}"))
+        core.server_text(f"you are {new}")
     for room in list(core.rooms.values()):
         if room.renamed(old, new) and not mine:
             text = f"{old} is now called {new}"
-            core.happened(room, ViewEvent(NICK, text, old, room.name, address=new))
+            core.incoming.event(room, ViewEvent(NICK, text, old, room.name, address=new))
     core.people.forget(old, new)
-    core.is_back(new)
+    core.incoming.note_present(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
-            core.park_all(room, f"{old} is now called {new}", unsent=True)
+            core.outgoing.park_all(room, f"{old} is now called {new}", unsent=True)
         else:  # continue the private conversation
-            core.rename(room, new)
+            core.rooms.rename(room, new)
     core.show(ViewEvent(PEOPLE))
     if not mine:
         talk.name_is_free(old)
@@ -15632,10 +15637,8 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
 def channel_renamed(talk: IrcTalk, heard: ServerLine) -> None:
     core, (old, new, *_) = talk.core, heard.params
     if room := core.find(old):
-        core.rename(room, new)
-        core.happened(
-            room, ViewEvent(SERVER_TEXT, f"{heard.name} renamed {old} to {new}", where=new)
-        )
+        core.rooms.rename(room, new)
+        core.incoming.text(room, f"{heard.name} renamed {old} to {new}")
 
 
 @from_server("TOPIC", least=2)
@@ -15646,7 +15649,7 @@ def topic_set(talk: IrcTalk, heard: ServerLine) -> None:
         if not room.topic:
             text = f"{heard.name} removed the topic of {room.name}"
         talk.core.changed(room)
-        talk.core.happened(room, ViewEvent(TOPIC, text, heard.name, room.name, heard.time))
+        talk.core.incoming.event(room, ViewEvent(TOPIC, text, heard.name, room.name, heard.time))
 
 
 WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
@@ -15668,10 +15671,7 @@ def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.verb == "301" and talk.core.ignored.covers(heard.params[1]):
         return
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
-    room = talk.core.find(heard.params[1])
-    talk.core.show(
-        ViewEvent(SERVER_TEXT, text, where=room.name if room and heard.verb == "301" else "")
-    )
+    talk.core.server_text(text, heard.params[1] if heard.verb == "301" else "")
 
 
 @from_server("367", "348", "346", least=3)
@@ -15683,10 +15683,7 @@ def mask_listed(talk: IrcTalk, heard: ServerLine) -> None:
     date = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     when = f" on {date:%Y-%m-%d %H:%M} UTC" if seconds else ""
     kind = {"367": "banned", "348": "excepted", "346": "invited"}[heard.verb]
-    room = talk.core.find(where)
-    talk.core.show(
-        ViewEvent(SERVER_TEXT, f"{kind}: {mask}{setter}{when}", where=room.name if room else "")
-    )
+    talk.core.server_text(f"{kind}: {mask}{setter}{when}", where)
 
 
 @from_server("352", least=8)
@@ -15694,7 +15691,7 @@ def who_told(talk: IrcTalk, heard: ServerLine) -> None:
     """<channel> <user> <host> <server> <nick> <flags> :<hops> <real name>"""
     core = talk.core
     _, where, user, host, _, name, flags, last = heard.params[:8]
-    bot = talk.server.tokens.get("BOT", "") or " "
+    bot = talk.server.isupport.get("BOT", "") or " "
     core.people.note(name, away=flags[:1] == "G", bot=bot in flags[1:])
     listing = talk.answers.listing("WHO")
     if core.fold(where) in core.people.asked or listing is None:  # ZNC sends WHO, too
@@ -15725,7 +15722,7 @@ def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
         if state == "is away" and not talk.core.ignored.covers(heard.source):
             state = f"is away: {heard.params[0]}"
         text = f"{heard.name} {state}"
-        talk.core.happened(room, ViewEvent(AWAY, text, heard.name, room.name))
+        talk.core.incoming.event(room, ViewEvent(AWAY, text, heard.name, room.name))
 
 
 @from_server("ACCOUNT", least=1)
@@ -15737,18 +15734,17 @@ def account_changed(talk: IrcTalk, heard: ServerLine) -> None:
 def own_away_told(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.verb == "305":
         talk.core.away = ""
-    talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    talk.core.server_text(heard.params[-1])
 
 
 @from_server("332", "331", least=3)
 def topic_told(talk: IrcTalk, heard: ServerLine) -> None:
     _, where, topic = heard.params[:3]
-    room = talk.core.find(where)
-    if room:
+    if room := talk.core.find(where):
         room.topic = topic if heard.verb == "332" else ""
         talk.core.changed(room)
     text = f"the topic of {where}: {topic}" if heard.verb == "332" else f"{where} has no topic"
-    talk.core.show(ViewEvent(SERVER_TEXT, text, where=room.name if room else ""))
+    talk.core.server_text(text, where)
 
 
 @from_server("MODE", least=2)
@@ -15759,12 +15755,12 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     if room is None:
         return
     text = f"{heard.name} set {' '.join(heard.params[1:])} in {room.name}"
-    talk.core.happened(room, ViewEvent(MODE, text, heard.name, room.name))
+    talk.core.incoming.event(room, ViewEvent(MODE, text, heard.name, room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
         if letter == "k" and value != "*":  # some servers hide it
             room.password = value if sign == "+" else ""
-            talk.core.keep_room(room)
+            talk.core.rooms.keep(room)
         if letter in ranks:
             room.rank(value, ranks[letter], sign == "+", server.ranks[1])
             if sign == "-" and "multi-prefix" not in server.enabled:
@@ -15785,11 +15781,11 @@ def invited(talk: IrcTalk, heard: ServerLine) -> None:
 def taken_back(talk: IrcTalk, heard: ServerLine) -> None:
     """Remove a redacted message, also one that is still to come in a page."""
     core, (where, id) = talk.core, heard.params[:2]
-    core.remove(id)
+    core.incoming.redact(id)
     name = where if talk.server.is_channel(where) or core.is_me(heard.name) else heard.name
     if room := core.find(name):
         text = f"{heard.name} took back a message"
-        core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
+        core.incoming.text(room, text)
 
 
 @from_server("353", least=3)
@@ -15811,8 +15807,8 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
     people, room = talk.names.pop(key, {}), talk.core.rooms.get(key)
     text = ", ".join(ranks + name for name, ranks in people.items()) or "there is no user"
     if room:
-        known = {name: people.pop(name) for name in room.people if name in people}
-        room.people = people | known  # the last speaker is last
+        present = {name: people.pop(name) for name in room.people if name in people}
+        room.people = people | present  # the last speaker is last
     asked = key in talk.answers.names
     talk.answers.names.discard(key)
     where = room.name if room else heard.params[1]
@@ -15826,7 +15822,7 @@ def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
     if listing := talk.answers.listing("LIST"):
         listing.add(text)
     else:
-        talk.core.show(ViewEvent(SERVER_TEXT, text))
+        talk.core.server_text(text)
 
 
 @from_server("323")
@@ -15847,16 +15843,14 @@ def invitation_sent(talk: IrcTalk, heard: ServerLine) -> None:
     _, name, where = heard.params[:3]
     if talk.server.is_channel(name):
         name, where = where, name
-    room = talk.core.find(where)
-    text = f"{name} is invited to {where}"
-    talk.core.show(ViewEvent(SERVER_TEXT, text, where=room.name if room else ""))
+    talk.core.server_text(f"{name} is invited to {where}", where)
 
 
 @from_server("REGISTER", "VERIFY", least=2)
 def registered(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the result of a registration; after a success, log in to the account from now on."""
     core = talk.core
-    core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    core.server_text(heard.params[-1])
     if heard.params[0] == "SUCCESS":
         renew_login(core)
 
@@ -15873,37 +15867,6 @@ def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
         raise Refused("TOO_LONG", f"an action (/me) has at most {FITS_ALWAYS} bytes")
     if len(where.encode()) > name_bytes:
         raise Refused("BAD_NAME", f"a name has at most {name_bytes} bytes")
-
-
-class Rooms(dict[str, Room]):
-    """The conversations of a client, by key, in the order in which they were opened."""
-
-    def rekey(self, fold: Callable[[str], str]) -> None:
-        """Apply a server's rule for names to all keys. Keep the first of two rooms with one key."""
-        rooms = list(self.values())
-        self.clear()
-        for room in rooms:
-            self.setdefault(fold(room.name), room)
-
-    def least(self, besides: Collection[Room]) -> Room | None:
-        """Return the private conversation, not in `besides`, that the user misses least; None for
-        none: the oldest one without news, else the newest, since a flood of strangers comes last.
-        The user misses any in which the user wrote, or began to."""
-        private = [room for room in self.values() if not room.is_channel and room not in besides]
-        private = [room for room in private if not (room.draft or any(v.mine for v in room.views))]
-        read = (room for room in private if not room.unread)
-        return next(read, None) or next(reversed(private), None)
-
-
-def wanted_rooms(join: Iterable[str], fold: Callable[[str], str] = fold) -> Rooms:
-    """Return the conversations that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
-    names = [words.split() for words in join if words.split()]
-    rooms = Rooms()
-    for name, *password in names:
-        name = name if is_channel(name) else f"#{name}"
-        room = rooms[fold(name)] = Room(name, *password[:1], channel=True)
-        room.wanted = True
-    return rooms
 
 
 class Credentials:
@@ -15932,7 +15895,7 @@ def first_words(core: "ClientCore", line: str) -> bool:
     other = other_protocol(line)
     if line.startswith("* ") and not other:  # the server refuses the client, with a reason
         core.refuse(line.removeprefix("* "), TEMPORARY)
-        core.show(ViewEvent(SERVER_TEXT, core.refusal))
+        core.server_text(core.refusal)
         return True
     if other or not IRC_SPEAKS.match(line):  # a workshop server waits for the name
         core.listening = False
@@ -15973,12 +15936,12 @@ def password_command(text: str) -> str:
     words = [word.lower().lstrip("/.,;:!\\-'") for word in text.split()]
     if len(words) < 2:
         return ""
-    first, told = words[0], words[1:3]
+    first, others = words[0], words[1:3]
     if first in PASSWORD_WORDS:
         return PASSWORD_WORDS[first]
     if first in SAYING_WORDS or names_service(first):
-        found = next((PASSWORD_WORDS[word] for word in told if word in PASSWORD_WORDS), "")
-        return found if len(words) > 2 else ""
+        command = next((PASSWORD_WORDS[word] for word in others if word in PASSWORD_WORDS), "")
+        return command if len(words) > 2 else ""
     near = difflib.get_close_matches(first, MISSPELT, 1, 0.8) if len(words) < 4 else []
     return PASSWORD_WORDS[near[0]] if near and abs(len(near[0]) - len(first)) < 2 else ""
 
@@ -16015,9 +15978,9 @@ def nearest_command(verb: str) -> str:
     """Return a question that names the command that the user may have meant; "" for none."""
     import difflib
 
-    known = [*client_command, *CLIENT_ALIASES]
+    verbs = [*client_command, *CLIENT_ALIASES]
     near = [OTHERS_COMMANDS[verb]] if verb in OTHERS_COMMANDS else []
-    near += difflib.get_close_matches(verb, known, 1, 0.6)
+    near += difflib.get_close_matches(verb, verbs, 1, 0.6)
     return f" (/{near[0]}?)" if near else ""
 
 
@@ -16026,6 +15989,177 @@ def message_pieces(text: str) -> Iterator[str]:
     lines = [(piece, False) for piece, _ in sendable_lines(text, LINE_BYTES)]
     for group in in_batches(lines, LINE_BYTES, MESSAGE_LINES):
         yield "\n".join(piece for piece, _ in group)
+
+
+class Rooms(dict[str, Room]):
+    """The open conversations of a client, by key, in the order of its list. The user looks at the
+    `current` one."""
+
+    def __init__(self, core: "ClientCore", join: Iterable[str]):
+        """Open the channels that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
+        super().__init__()
+        self.core = core
+        self.current: Room | None = None
+        for name, *password in filter(None, map(str.split, join)):
+            name = name if is_channel(name) else f"#{name}"
+            room = self[core.fold(name)] = Room(name, *password[:1], channel=True)
+            room.wanted = True
+
+    def load(self, named: bool) -> None:
+        """Open the conversations of the last run; only those of --join if it `named` some. Load the
+        last messages of each."""
+        self.rekey()
+        stored = self.core.store.rooms()
+        if stored and not named:
+            self.clear()
+        for room in (*self.values(), *stored):
+            room = self.setdefault(self.core.fold(room.name), room)
+            if not room.views:
+                self.core.stored.load(room)
+
+    def keep(self, room: Room) -> None:
+        """Store that a conversation is open, and whether to join it again; delete a closed one."""
+        store, key = self.core.store, self.core.fold(room.name)
+        if store and key in self:
+            store.keep_room(key, room, list(self).index(key))
+        elif store:
+            store.forget_room(key)
+
+    def rekey(self) -> None:
+        """Apply the server's rules for comparing names, and for the names of channels. Keep the
+        first of two conversations with one key."""
+        rooms = list(self.values())
+        self.clear()
+        for room in rooms:
+            self.setdefault(self.core.fold(room.name), room)
+            room.is_channel = room.is_channel or self.core.server.is_channel(room.name)
+
+    # Opening and closing
+
+    def open(self, name: str) -> Room:
+        """Return a conversation; open it if needed. If there are too many, a private one is closed,
+        but not the current one, and none with waiting messages."""
+        core, key = self.core, self.core.fold(name)
+        if key in self:
+            return self[key]
+        if len(self) >= ROOMS_KEPT:
+            needed = {core.find(message.where) for message in core.outbox.waiting.values()}
+            if least := self._least({self.current, *needed}):
+                self.close(least)
+        room = self[key] = Room(name, channel=core.server.is_channel(name))
+        if core.ready and not room.is_channel:
+            core.talk.watch([name])
+        if core.store:
+            core.stored.load(room)
+            self.keep(room)
+        core.changed(room)
+        return room
+
+    def _least(self, besides: Collection[Room | None]) -> Room | None:
+        """Return the private conversation, not in `besides`, that the user misses least; None for
+        none: the oldest one without news, else the newest, since a flood of strangers comes last.
+        The user misses any in which the user wrote, or began to."""
+        private = [room for room in self.values() if not room.is_channel and room not in besides]
+        private = [room for room in private if not (room.draft or any(v.mine for v in room.views))]
+        read = (room for room in private if not room.unread)
+        return next(read, None) or next(reversed(private), None)
+
+    def go(self, room: Room) -> None:
+        """Make a conversation the current one."""
+        self.core.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
+        self.current = room
+        if self.core.reads_at_once:
+            room.unread = room.called = 0
+            self.mark_read(room)
+
+    def go_joined(self, room: Room) -> None:
+        """Go to a channel that the user asked for, but not away from a text that is begun."""
+        if self.current is None or self.current is room or not self.core.is_writing():
+            return self.go(room)
+        self.core.note(f"{room.name} is joined; /go {room.name} looks at it")
+
+    def close_left(self, room: Room) -> None:
+        """Close a channel that this client left. It stays open while a text for it is begun."""
+        core = self.core
+        if self.current is not room or not (core.stays_when_left and core.is_writing()):
+            return self.close(room)
+        self.keep(room)
+        core.note(f"you left {room.name}; /close closes it", room.name)
+
+    def close(self, room: Room) -> None:
+        """Close a conversation, and on a screen go to the last one that is open."""
+        core = self.core
+        if room.is_channel:  # else its messages can be sent without it
+            core.outgoing.park_all(room, f"you left {room.name}", unsent=True)
+        elif core.ready:
+            core.talk.watch([room.name], "-")
+        self.pop(core.fold(room.name), None)
+        self.keep(room)
+        core.changed(room)
+        for message in core.outgoing.waiting_for(room):
+            if message.id in core.outbox.unconfirmed:
+                core.outgoing.leave_to_user(message.id)
+        if self.current is room:
+            self.current = None
+            for other in list(self.values())[-1:] if core.tidy else ():
+                self.go(other)
+
+    def rename(self, room: Room, name: str) -> None:
+        """Rename a conversation. Another one with the new name has ended, and is dropped."""
+        core, old, other = self.core, self.core.fold(room.name), self.core.find(name)
+        if other is not None and other is not room:
+            self.pop(core.fold(name))
+            self.current = room if self.current is other else self.current
+        if core.talk:
+            core.talk.renamed(room.name, name)
+        if core.ready and not room.is_channel:
+            core.talk.watch([room.name], "-")
+            core.talk.watch([name])
+        core.outbox.readdress(lambda where: core.fold(where) == old, name)
+        if core.store:
+            core.store.rename(old, core.fold(name))
+        room.name = name
+        self.rekey()
+        self.keep(room)
+        core.changed(room)
+        if self.current is room:
+            self.go(room)
+
+    def mute(self, room: Room, on: bool) -> None:
+        """Mute a conversation, so that its messages do not call the user, or unmute it."""
+        room.muted, room.called = on, 0
+        self.keep(room)
+        self.core.changed(room)
+
+    # Read markers
+
+    def mark_read(self, room: Room) -> None:
+        """Note that the user has read everything in a conversation."""
+        newest = max((view.time or 0 for view in room.views if is_news(view)), default=0)
+        newest = self.core.believable(newest)
+        if room.unread or room.called:
+            self.core.changed(room)
+        room.unread = room.called = 0
+        if newest > room.read_time:
+            room.read_time = newest
+            self.keep(room)
+
+    def send_markers(self) -> None:
+        """Tell the server, for the user's other devices, how far the user has read."""
+        core = self.core
+        if not core.ready or "draft/read-marker" not in core.server.enabled:
+            return
+        for room in self.values():
+            if room.read_time > room.told_time and (room.inside or not room.is_channel):
+                room.told_time = room.read_time
+                core.talk.send("MARKREAD", room.name, f"timestamp={tag_time(room.read_time)}")
+
+    def take_marker(self, room: Room, when: int) -> None:
+        """Note up to which time (ms) the user has read a conversation on another device."""
+        room.told_time = max(room.told_time, when)
+        if room.read(self.core.believable(when)):
+            self.keep(room)
+            self.core.show(ViewEvent(READ_ELSEWHERE, where=room.name))
 
 
 class Typing:
@@ -16039,9 +16173,9 @@ class Typing:
         """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
         is for a break, "done" for a text that is not sent after all."""
         core, now = self.core, self.core.ticks()
-        since, told = self.told.get(room.id, (-math.inf, "done"))
-        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
-        if not due or (told == "done" and state == "paused") or not self._may_tell(room):
+        since, before = self.told.get(room.id, (-math.inf, "done"))
+        due = state != before or (state == "active" and now - since > TYPING_SECONDS)
+        if not due or (before == "done" and state == "paused") or not self._may_tell(room):
             return
         self.told[room.id] = now, state
         label = f";label={QUIET}" * core.server.labels
@@ -16116,7 +16250,7 @@ class People(dict[str, Person]):
         """Return the members of a channel; the last speaker is last."""
         fold = self.core.fold
         people = ((self.get(fold(name), Person(name)), name) for name in room.people)
-        return [one._replace(name=name, rank=room.people[name]) for one, name in people]
+        return [person._replace(name=name, rank=room.people[name]) for person, name in people]
 
     def ask(self, room: Room) -> None:
         """Ask once in a connection which members of a channel are away."""
@@ -16158,8 +16292,8 @@ class TransferList(list[Transfer]):
     @property
     def url(self) -> str:
         """The URL for uploads. Raises Refused if the server announces none."""
-        tokens, names = self.core.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
-        urls = [word for name in names for word in tokens.get(name, "").split()]
+        isupport, names = self.core.server.isupport, ("soju.im/FILEHOST", "draft/FILEHOST")
+        urls = [word for name in names for word in isupport.get(name, "").split()]
         if not urls:
             raise Refused("NO_FILEHOST", "this server takes no files")
         return urls[0]
@@ -16167,7 +16301,7 @@ class TransferList(list[Transfer]):
     def with_token(self, then: Callable[[str], None]) -> None:
         """Call then(token) with a token for uploads; "" if this server gives none."""
         now = self.core.ticks()
-        if "draft/AUTHTOKEN" not in self.core.server.tokens:
+        if "draft/AUTHTOKEN" not in self.core.server.isupport:
             return then("")
         if self.upload_token and now - self.token_time < TOKEN_SECONDS / 2:
             self.token_time = now
@@ -16175,12 +16309,12 @@ class TransferList(list[Transfer]):
         self.wait_for_token.append(then)
         return self.core.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
 
-    def take_token(self, token: str) -> None:
+    def take_token(self, upload_token: str) -> None:
         """Give a token of the server to the uploads that wait for one; "" if there will be none."""
-        self.upload_token, self.token_time = token, self.core.ticks()
+        self.upload_token, self.token_time = upload_token, self.core.ticks()
         waiting, self.wait_for_token = self.wait_for_token, []
         for then in waiting:
-            then(token)
+            then(upload_token)
 
     def keep(self, transfer: Transfer) -> None:
         """Store and show a transfer: a new one, or its new state."""
@@ -16214,17 +16348,17 @@ class TransferList(list[Transfer]):
         about = ", ".join(optional(kind or "", size_text(upload.size)))
         text = f"{upload.name} ({about}): {upload.url}"
         try:
-            self.core.send(upload.room, text)
+            self.core.outgoing.send(upload.room, text)
         except Refused as error:  # a service takes no files, or the room was left
-            self.core.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=upload.room))
+            self.core.note(f"not posted, since {error}: {text}", upload.room)
 
     def save(self, room: Room, view: ViewEvent, path: str) -> None:
         """Begin to save the file that a message links to. Raises Refused."""
         file = parse_file_tag(view.file)
         ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
         name = linked_name(view) or f"{file.path[-8:]}.{ending}"
-        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
-        self.start(Transfer(secrets.token_hex(8), False, room.name, path, **known))
+        properties = {"name": name, "url": file.path, "size": file.size, "type": file.type}
+        self.start(Transfer(secrets.token_hex(8), False, room.name, path, **properties))
 
 
 class Reactions:
@@ -16262,161 +16396,585 @@ class Reactions:
             self.core.show(view._replace(mine=self.core.is_me(name)))
 
 
-class ForScreens:
-    """The methods of a client core for screens, besides typed(), which takes the user's text."""
+class StoredMessages:
+    """The messages that the client store keeps of each conversation, and the gaps between them.
+    Without a store there are none."""
 
-    server: ServerProfile
-    outbox: Outbox
-    rooms: Rooms
-    talk: IrcTalk | PlainTalk | None
-    store: "ClientStore | None"
-    fold: Callable[[str], str]
-    find: Callable[[str], Room | None]
-    show: Callable[..., None]
-    name = ""
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+
+    def add(self, view: ViewEvent) -> None:
+        if self.core.store:
+            self.core.store.add(self.core.fold(view.where), view)
+
+    def load(self, room: Room) -> None:
+        """Begin a conversation with the last messages of an earlier run."""
+        core, key = self.core, self.core.fold(room.name)
+        room.holes = core.store.fact(f"holes {key}").split()
+        room.read_time = core.believable(room.read_time)
+        for view in self._after_hole(room, core.store.page(key, STORED_LINES)):
+            room.views.append(view)
+            room.move_mark(view.id, core.believable(view.time))
+            if view.id:
+                remember(core.known.ids, view.id)
+        room.views.dropped = len(room.views) == STORED_LINES
+        room.unread = len(room.news_since(room.read_time)) if room.read_time else 0
+
+    def note_holes(self, room: Room, *positions: str) -> None:
+        """Store the positions in a room before which messages are missing."""
+        if self.core.store and (positions or room.holes):
+            room.holes = list(positions)
+            self.core.store.keep_fact(f"holes {self.core.fold(room.name)}", " ".join(positions))
+
+    @staticmethod
+    def _after_hole(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
+        """Return the messages after the newest gap of a room; all of them if they have no gap."""
+        positions = [position_of(view) for view in views]
+        return views[positions.index(room.hole) :] if room.hole in positions else views
+
+    def show_older(self, room: Room) -> bool:
+        """Put stored messages before the first one of a room; return whether there are any.
+        Messages before a gap are shown only if the server cannot be asked to fill that gap."""
+        core = self.core
+        if not core.store:
+            return False
+        at_hole = bool(room.hole) and room.hole == room.oldest
+        if at_hole and core.ready and core.talk.pages:
+            return False
+        first = next((view for view in room.views if view.kind in SPOKEN), None)
+        shown = {identity_of(view) for view in room.views}
+        page = core.store.page(core.fold(room.name), PAGE_LINES, first)
+        views = [view for view in page if identity_of(view) not in shown]
+        if at_hole and views:
+            views.append(ViewEvent(NOTE, "messages are missing here", where=room.name))
+            room.holes = room.holes[:-1]  # in this run only: the next run may fill the gap
+        else:
+            views = self._after_hole(room, views)
+        room.views.extendleft(reversed(views))
+        room.views.dropped = len(views) == PAGE_LINES
+        if views:
+            core.show(ViewEvent(OLDER, str(len(views)), where=room.name))
+        return bool(views)
+
+    def find(self, words: str, room: Room | None = None, count: int = 200) -> list[ViewEvent]:
+        """Return the last messages that contain these words, in order."""
+        core, key = self.core, self.core.fold(room.name) if room else None
+        views = core.store.find(words, count, key) if core.store else []
+        return [core.in_room(view) for view in views if not core.incoming.hides(view)]
+
+    def message(self, id: str) -> ViewEvent | None:
+        """Return the message with this id; None if there is none."""
+        return self.core.store.message(id) if self.core.store and id else None
+
+    def beside(
+        self, room: Room, view: ViewEvent, count: int, after: bool = False
+    ) -> list[ViewEvent]:
+        """Return the messages before one, or after it, in order."""
+        core, key = self.core, self.core.fold(room.name)
+        views = core.store.page(key, count, view, after) if core.store else []
+        return [other for other in views if not core.incoming.hides(other)]
+
+    def around(self, room: Room, view: ViewEvent, count: int) -> list[ViewEvent]:
+        """Return a message and those around it, in order."""
+        before = self.beside(room, view, count // 2)
+        return [*before, view, *self.beside(room, view, count // 2, after=True)]
+
+
+class KnownMessages:
+    """The messages that the client has, so that a repeat is recognized: by its id, else by its
+    words and its time."""
 
     def __init__(self) -> None:
-        # The last lines of the protocol: time (ms), True if sent, and the line
-        self.traffic: collections.deque[tuple[int, bool, str]]
-        self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
+        self.ids: dict[str, None] = {}
+        self.redacted: dict[str, None] = {}  # ids
+        self.own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
+        self.without_id: set[tuple[int, Any]] = set()  # conversation and identity
+        self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest message
 
-    # Messages that were not sent
+    def note(self, room: Room | None, view: ViewEvent) -> None:
+        """Note a message, or a line of one, that is shown already: a page may bring it again."""
+        if view.id:
+            remember(self.ids, view.id)
+        elif room:
+            self.note_without_id(room, [view])
+
+    def note_without_id(self, room: Room, views: Iterable[ViewEvent]) -> None:
+        """Note those of these messages that have no id: the server may send them again."""
+        spoken = (view for view in views if view.kind in SPOKEN and view.time)
+        self.without_id |= {(room.id, identity_of(view)) for view in spoken if not view.id}
+
+    def is_repeat(self, room: Room, view: ViewEvent) -> bool:
+        """Return whether a message without an id, but with the server's time, is known; it is known
+        as a repeat once. The user's own have the time of this client, which is not exactly that of
+        a bouncer."""
+        if view.time is None or view.id:
+            return False
+        key: Any = (room.id, identity_of(view))
+        if view.mine:
+            alike = (other for other in self.without_id if is_about(other, room.id, view))
+            key = next(alike, None)
+        if key not in self.without_id:
+            return False
+        self.without_id.remove(key)
+        return True
+
+
+class Incoming:
+    """The messages and events of the server, on their way to the screen: each is shown once, in
+    order, and a conversation that waits for a page of older messages holds them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core, self.known = core, core.known
+
+    def message(self, view: ViewEvent, heard: ServerLine | None = None) -> None:
+        """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
+        core = self.core
+        if heard is not None and not view.mine and core.ignored.covers(heard.source):
+            return
+        self.note_present(view.name)
+        if view.own_id:
+            core.outgoing.acknowledge(view)
+        if view.own_id == PIECE:
+            return self.known.note(core.find(view.where), view)
+        if view.mine and core.is_service(view.where, view.text):
+            return
+        if not view.where:
+            return core.show(core.timed(view))
+        room = core.rooms.open(view.where)
+        if room.held is None:
+            return self.deliver(room, view)
+        room.hold(view)
+        if view.own_id in self.known.own:
+            self.known.note(room, view)
+
+    def note_present(self, name: str) -> None:
+        """Note that the user of a private conversation is there, who had left."""
+        room = self.core.find(name)
+        if room and room.gone:
+            room.gone = False
+            self.core.changed(room)
+
+    def event(self, room: Room, view: ViewEvent) -> None:
+        """Show an event that is no message, like a join or a topic, or hold it behind pages."""
+        view = self.core.timed(view, room)
+        if room.held is not None:
+            return room.hold(view)
+        if not (self._folds(room, view) and room.move(view)):
+            self._unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
+            room.views.append(view)
+        self.core.show(view)
+
+    def _folds(self, room: Room, view: ViewEvent) -> bool:
+        """Return whether an event may share a row with others: none that the user did or that is
+        about the user, and none of a user who spoke here, but for being away."""
+        core = self.core
+        if view.kind not in FOLDED or core.setting("fold") == "off":
+            return False
+        if view.kind in CHANGES and (core.is_me(view.name) or calls(view.text, core.name)):
+            return False
+        return view.kind == AWAY or view.name not in room.spoken
+
+    def text(self, room: Room, text: str) -> None:
+        """Show a text about an event in a conversation."""
+        self.event(room, ViewEvent(SERVER_TEXT, text, where=room.name))
+
+    def _unfold(self, room: Room, *names: str) -> None:
+        """Show the collected joins and changes if one of these users is among them: else their row
+        would follow the user's message, kick or new nick."""
+        if not room.movers.isdisjoint(names):
+            self.core.show(room.show_moves())
+
+    def deliver(self, room: Room, view: ViewEvent, paged: bool = False) -> None:
+        """Store and show the next message of a room. One from a page may have been read, as its
+        time tells; a live one is new, whatever its time is."""
+        core, known = self.core, self.known
+        known.newest = max(known.newest, view.time or 0)
+        if not view.own_id and known.is_repeat(room, view):
+            return
+        repeated = view.id in known.ids
+        room.move_mark("" if repeated else view.id, core.believable(view.time))
+        if view.id and not repeated:
+            known.newest_id = view.id
+        if view.id:
+            remember(known.ids, view.id)
+        if view.own_id:
+            arrived = view.own_id in core.outbox.waiting
+            shown = view.own_id in core.outgoing.shown
+            core.outgoing.acknowledge(view)
+            if shown or view.own_id in known.own:
+                return
+            repeated = repeated and not arrived
+        if repeated or view.own_id == PIECE or self.hides(view):
+            return
+        room.spoke(view.name)
+        room.typing.pop(view.name, None)
+        self._unfold(room, view.name)
+        view = core.timed(view, room)
+        core.stored.add(view)
+        room.views.append(view)
+        elsewhere = room is not core.room or not core.looked_at or not core.reads_at_once
+        new = view.time > room.read_time or not paged
+        if elsewhere and new and not (view.mine or view.past):
+            room.unread += 1
+            room.called += view.called and not room.muted
+        core.show(view)
+
+    def release(self, room: Room) -> None:
+        """Show what was held while older messages were fetched."""
+        held, room.held = room.held or [], None
+        for view in held:  # messages known from pages, too: one may be an echo
+            (self.deliver if view.kind in SPOKEN else self.event)(room, view)
+        waiting = self.core.outgoing.waiting_for(room)
+        self.core.outbox.unconfirmed.difference_update(message.id for message in waiting)
+
+    def hides(self, view: ViewEvent) -> bool:
+        """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
+        if view.kind not in SPOKEN or view.id in self.known.redacted:
+            return True
+        if view.mine:
+            return self.core.is_service(view.where, view.text)
+        return self.core.ignored.covers(f"{view.name}!{view.address}")
+
+    def redact(self, id: str) -> None:
+        """Remove a redacted message, also one that is still to come."""
+        core = self.core
+        remember(self.known.redacted, id)
+        if core.store:
+            core.store.remove(id)
+        for room in core.rooms.values():
+            if room.unread:
+                room.forget_news(id)
+            if room.drop(lambda view: view.id == id):
+                core.show(ViewEvent(REMOVED, where=room.name, id=id))
+                core.changed(room)
+
+
+class Outgoing:
+    """The user's messages, from the moment that they are accepted until they have arrived or the
+    user has decided about them. The outbox keeps them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.shown: set[str] = set()  # own ids of messages shown as waiting
+        self.sent_before: set[str] = set()  # own ids of messages that the user sends again
+
+    # Accepting
+
+    def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
+        """Accept a message: show it at once, and send it when possible. A text that is too long for
+        one message becomes several. Raises Refused for a service that cannot have it."""
+        core = self.core
+        core.check_conversation(where)
+        text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
+        if kind == MESSAGE and core.is_service(where, text):
+            return self._send_to_service(where, text)
+        split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
+        pieces, added = list(split), []
+        for n, piece in enumerate(pieces):
+            try:
+                lengths = (core.server.limit(name, 0) for name in ("CHANNELLEN", "NICKLEN"))
+                check_message(where, piece, kind, max(NAME_BYTES, *lengths))
+            except ChatError as error:
+                rest = "\n".join(pieces[n:])
+                core.show(ViewEvent(BACK, rest), ViewEvent(NOTE, f"{error}; nothing was sent"))
+                break
+            kept = piece if piece.strip("\n") else ""
+            added.append(core.outbox.add(core.clock(), where, kept, kind, core.input.reply))
+        if core.tidy:  # a pipe stores many at once
+            self.save()
+        accepted = [message for message in added if message.id in core.outbox.waiting]
+        for message, piece in zip(accepted, pieces, strict=False):
+            self._show(message, piece)
+            self._park_outside(message)
+        if len(accepted) == len(pieces) > 1:
+            core.note(f"too long for one message: sent as {len(pieces)}")
+
+    def _park_outside(self, message: Waiting) -> None:
+        """Let the user decide about a new message for a channel that the client is not in, or that
+        the user leaves."""
+        core, room = self.core, self.core.rooms.open(message.where)
+        core.typing.told.pop(room.id, None)  # a message implies that typing is done
+        if not (room.is_channel and core.ready):
+            return
+        refused = core.fold(room.name) in core.talk.joins.refused
+        if not room.inside and (not room.wanted or refused):
+            self.park(message.id, f"you are not in {room.name}")
+        elif core.talk.leaves(room):
+            self.park(message.id, f"you leave {room.name}")
+
+    def _send_to_service(self, where: str, text: str) -> None:
+        """Send a text to a service without keeping or showing it: it may be a password. Services
+        store nothing, and must not get it twice. Raises Refused."""
+        for line in text.split("\n"):
+            self.core.online().command("PRIVMSG", where, line)
+        if self.core.tidy:
+            told = f"sent to {where}; it may be a password, so it is neither shown nor kept"
+            self.core.note(told)
+
+    def show_aside(self, kind: str, target: str, text: str) -> None:
+        """Show a notice, or a message to some members of a channel, if no echo will."""
+        core = self.core
+        if "echo-message" in core.server.enabled:
+            return
+        where = core.server.without_status(target)
+        if room := core.find(where):
+            text = for_some(target, where, text)
+            view = ViewEvent(kind, text, core.name, room.name, mine=True)
+            return core.incoming.deliver(room, view)
+        core.server_text(f"you to {target}: {text}")
+
+    def save(self) -> bool:
+        """Store the outbox, and so accept what was added. Return False if that has to wait."""
+        try:
+            return self.core.outbox.save(self.core.ticks())
+        except Unusable as error:
+            self._give_back(self.core.outbox.refused(), f"{error}; nothing was sent")
+            return True
+
+    def _give_back(self, lost: list[Waiting], why: str) -> None:
+        """Return messages that could not be stored to the user; a pipe has lost them."""
+        core = self.core
+        if not core.tidy:
+            core.failures += len(lost)
+            core.tell_trouble(why, why)
+            return
+        texts: dict[str, list[str]] = {}
+        for message in lost:
+            if message.id in self.shown:
+                self._unshow(message)
+            text = "/me " * (message.kind == ACTION) + message.text
+            texts.setdefault(message.where, []).append(text)
+        for where, lines in texts.items():
+            core.show(ViewEvent(BACK, "\n".join(lines), where=where))
+        core.note(why)
+
+    # On the screen
+
+    def show_waiting(self) -> None:
+        """Show the messages that an earlier run accepted and no server has acknowledged. Without a
+        user to decide about them, all are sent."""
+        core = self.core
+        if not core.tidy:
+            for id in [*core.outbox.parked]:
+                core.outbox.retry(id)
+            return
+        for message in core.outbox.waiting.values():
+            self._show(message, message.text)
+        core.views.clear()  # each is in its conversation already
+        for id in core.outbox.parked:
+            self._tell_parked(core.outbox.waiting[id])
+
+    def _show(self, message: Waiting, text: str) -> None:
+        core = self.core
+        self.shown.add(message.id)
+        shown = f"*{text}*" if message.kind == ACTION else text
+        room = core.rooms.open(message.where)
+        view = ViewEvent(
+            *(MESSAGE, shown, core.name, message.where, accepted_at(message.id)),
+            mine=True,
+            own_id=message.id,
+            reply=message.reply,
+        )
+        view = core.timed(view, room)
+        room.views.append(view)
+        core.show(view)
+
+    def _unshow(self, message: Waiting) -> None:
+        """Remove a message that was shown as waiting from its conversation."""
+        self.shown.discard(message.id)
+        if room := self.core.find(message.where):
+            room.drop(lambda view: view.own_id == message.id)
+            self.core.show(ViewEvent(REMOVED, where=message.where, own_id=message.id))
+
+    # Outcomes
+
+    def acknowledge(self, view: ViewEvent) -> None:
+        """Note that the server has a message of this client; store it and show its arrival."""
+        core, message = self.core, self.core.outbox.arrived(view.own_id)
+        if message is not None:
+            core.progress += 1
+            core.acknowledged = True
+            if core.talk:
+                core.talk.acks.acknowledged(message.id)
+            text = f"*{message.text}*" if message.kind == ACTION else message.text
+            said = ViewEvent(
+                *(MESSAGE, text, core.name, message.where, view.time),
+                mine=True,
+                id=view.id,
+                own_id=message.id,
+                reply=message.reply,
+                file=view.file,
+            )
+            core.stored.add(core.timed(said))
+        if view.own_id in self.shown:
+            self.shown.discard(view.own_id)
+            remember(core.known.own, view.own_id)
+            where = message.where if message else view.where
+            if (room := core.find(where)) and view.id:
+                room.name_view(view.own_id, view.id, view.file)
+            core.show(view._replace(kind=ARRIVED, where=where))
+
+    def lost(self, own_id: str, reason: str) -> None:
+        """Report that a message has not arrived, and do not send it again."""
+        message = self.core.outbox.arrived(own_id)
+        if message is not None:
+            self.shown.discard(own_id)
+            self.core.failures += 1
+            text = f"{reason}: {beginning(message.text)}"
+            self.core.show(ViewEvent(FAILED, text, where=message.where, own_id=own_id))
+
+    def leave_to_user(self, own_id: str, reason: str = LINE_BROKE) -> None:
+        """Give up a message that may have arrived, or, with a screen, let the user decide."""
+        if self.core.tidy:
+            self.park(own_id, reason)
+        else:
+            self.lost(own_id, reason)
+
+    def park(self, own_id: str, reason: str) -> None:
+        """Report that a message cannot be sent now, and let the user decide about it."""
+        self.core.outbox.park(own_id, reason)
+        if self.core.talk:
+            self.core.talk.acks.forget(own_id)
+        self._tell_parked(self.core.outbox.waiting[own_id])
+
+    def _tell_parked(self, message: Waiting) -> None:
+        """Tell the user why a message waits for a decision."""
+        reason, what = message.why, "it"
+        if message.at:
+            arrived, total = (
+                message.text.count("\n", 0, message.at) + 1,
+                message.text.count("\n") + 1,
+            )
+            reason, what = f"{reason}; {arrived} of {total} lines have arrived", "the rest"
+        advice = f"; /retry sends {what}, /cancel drops it" if self.core.tidy else ""
+        text = f"{reason}: {beginning(message.text)}{advice}"
+        self.core.show(ViewEvent(FAILED, text, where=message.where, own_id=message.id))
+
+    def waiting_for(self, room: Room) -> list[Waiting]:
+        """Return the messages to a conversation that are not known to have arrived."""
+        fold, waiting = self.core.fold, self.core.outbox.waiting.values()
+        return [message for message in waiting if fold(message.where) == fold(room.name)]
+
+    def park_all(self, room: Room, why: str, unsent: bool = False) -> None:
+        """Let the user decide about the messages to a conversation that are not acknowledged, or
+        only about those that are not sent, or not as a whole. A chat.py answers the others."""
+        core, outbox = self.core, self.core.outbox
+        unfinished = core.talk.lines.unfinished if core.talk else ""
+        answered = outbox.in_flight.keys() - {unfinished}
+        decided = {*outbox.parked, *(answered if unsent or core.server.ours else ())}
+        for message in self.waiting_for(room):
+            if message.id in decided:
+                continue
+            if message.id == unfinished and "echo-message" not in core.server.enabled:
+                outbox.arrived_to(message.id, core.talk.lines.sent_to)
+            sent = message.sent and message.id != unfinished
+            self.park(message.id, "it may have arrived or not" if sent else why)
+
+    # Decisions of the user
 
     def retry(self, own_id: str) -> None:
         """Send a message that was left to the user; join its channel first if needed."""
-        if own_id not in self.outbox.parked:
+        core = self.core
+        if own_id not in core.outbox.parked:
             return
-        self.outbox.retry(own_id)
+        core.outbox.retry(own_id)
         self.sent_before.add(own_id)
-        room = self.room_for(self.outbox.waiting[own_id].where)
-        if room.is_channel and not room.inside and self.ready:
+        room = core.rooms.open(core.outbox.waiting[own_id].where)
+        if room.is_channel and not room.inside and core.ready:
             room.wanted = True
-            self.talk.joins.join(room)
+            core.talk.joins.join(room)
 
     def cancel(self, own_id: str) -> None:
         """Drop a message that is not in flight."""
-        if own_id in self.outbox.in_flight or own_id not in self.outbox.waiting:
-            return
-        self.unshow(self.outbox.arrived(own_id))
-
-    def unshow(self, one: Waiting) -> None:
-        """Remove a message that was shown as waiting from its conversation."""
-        self.shown.discard(one.id)
-        if room := self.find(one.where):
-            room.drop(lambda view: view.own_id == one.id)
-            self.show(ViewEvent(REMOVED, where=one.where, own_id=one.id))
-
-    # Files
-
-    def nodes(self) -> list[str]:
-        """Return the addresses of all servers of this chat, as the server announces them."""
-        if not self.server.ours:
-            return []
-        return [one for one in self.server.tokens.get("chat.py/NODES", "").split(",") if one]
+        outbox = self.core.outbox
+        if own_id in outbox.waiting and own_id not in outbox.in_flight:
+            self._unshow(outbox.arrived(own_id))
 
     # Changes of messages: replies, reactions, redactions
-
-    def can(self, what: str) -> bool:
-        """Return whether this server allows a "reply", "react", "redact" or "typing"."""
-        if what == "redact":
-            return self.ready and "draft/message-redaction" in self.server.enabled
-        tag = {"reply": REPLY, "react": REACT, "typing": TYPES}[what]
-        return self.ready and self.server.takes(tag)
-
-    def need(self, what: str) -> None:
-        """Raise Refused if this server does not allow a "reply", "react", "redact" or "typing"."""
-        if not self.can(what):
-            raise Refused("CANNOT", f"this server takes no {what}")
-
-    def redact(self, room: Room, id: str) -> None:
-        """Redact a message of the user, or as an operator one of another user. Raises Refused."""
-        self.need("redact")
-        self.talk.command("REDACT", room.name, id)
-
-    def answered_words(self, view: ViewEvent) -> str:
-        """Return the author and the text of the message that a view answers; "" for no answer."""
-        room = self.find(view.where)
-        if not view.reply or room is None:
-            return ""
-        shown = (other for other in reversed(room.views) if other.id == view.reply)
-        answered = next(shown, None) or self.kept(view.reply)
-        return f"{answered.name}: {answered.text}" if answered else "an earlier message"
-
-    # Read markers
-
-    def mark_read(self, room: Room) -> None:
-        """Note that the user has read everything in a conversation."""
-        newest = max((view.time or 0 for view in room.views if is_news(view)), default=0)
-        newest = self.believable(newest)
-        if room.unread or room.called:
-            self.changed(room)
-        room.unread = room.called = 0
-        if newest > room.read_time:
-            room.read_time = newest
-            self.keep_room(room)
-
-    def tell_read(self) -> None:
-        """Send read markers to the server, for the user's other devices."""
-        if not self.ready or "draft/read-marker" not in self.server.enabled:
-            return
-        for room in self.rooms.values():
-            if room.read_time > room.told_time and (room.inside or not room.is_channel):
-                room.told_time = room.read_time
-                self.talk.send("MARKREAD", room.name, f"timestamp={tag_time(room.read_time)}")
-
-    def told_read(self, room: Room, when: int) -> None:
-        """Note up to which time (ms) the user has read a conversation on another device."""
-        room.told_time = max(room.told_time, when)
-        if room.read(self.believable(when)):
-            self.keep_room(room)
-            self.show(ViewEvent(READ_ELSEWHERE, where=room.name))
-
-    def mute(self, room: Room, on: bool) -> None:
-        """Mute a conversation, so that its messages do not call the user, or unmute it."""
-        room.muted, room.called = on, 0
-        self.keep_room(room)
-        self.changed(room)
-
-    def move(self, room: Room, place: int) -> None:
-        """Move a conversation to another place in the list, counted from 0."""
-        rooms = [one for one in self.rooms.values() if one is not room]
-        rooms.insert(place, room)
-        self.rooms.clear()
-        self.rooms.update((self.fold(one.name), one) for one in rooms)
-        for one in rooms:
-            self.keep_room(one)
-        self.changed(room)
-
-    # Stored messages
-
-    def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[ViewEvent]:
-        """Return the last stored messages that contain these words, in order."""
-        if not self.store:
-            return []
-        found = self.store.find(words, count, self.fold(room.name) if room else None)
-        return [self._in_room(view) for view in found if not self.hides(view)]
-
-    def kept(self, id: str) -> ViewEvent | None:
-        """Return the stored message with this id; None if there is none."""
-        return self.store.message(id) if self.store and id else None
-
-    def kept_beside(
-        self, room: Room, view: ViewEvent, count: int, after: bool = False
-    ) -> list[ViewEvent]:
-        """Return the stored messages before one, or after it, in order."""
-        found = self.store.page(self.fold(room.name), count, view, after) if self.store else []
-        return [one for one in found if not self.hides(one)]
-
-    def around(self, room: Room, view: ViewEvent, count: int) -> list[ViewEvent]:
-        """Return a message and the stored messages around it, in order."""
-        before, after = (self.kept_beside(room, view, count // 2, one) for one in (False, True))
-        return [*before, view, *after]
 
 
 NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
 
 
-class ClientCore(ForScreens):
+class TypedText:
+    """The text that a user enters: a command, or a message for the current conversation."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.doubted = ""  # a text that is sent if the user enters it again
+        self.reply = ""  # the id of the message that the text answers
+        self.views_seen: float = math.inf  # how many were in the conversation when it was begun
+
+    def take(self, text: str, room: Room | None, reply: str, seen: float) -> None:
+        """Take a text for a conversation, which is the current one meanwhile."""
+        rooms, looked_at = self.core.rooms, self.core.room
+        self.reply, self.views_seen = reply, seen
+        rooms.current = room or looked_at
+        if text[:1] == "/" and text[:2] != "//":
+            self._run(text)
+        elif (doubt := self._doubt(text)) and self.doubted != text:
+            self.doubted = text
+            self._give_back(text, doubt)
+        else:
+            self.say(text[1:] if text[:2] == "//" else text)
+        stayed = room is not None and rooms.current is room
+        if stayed and looked_at and self.core.find(looked_at.name) is looked_at:
+            rooms.current = looked_at
+        self.reply, self.views_seen = "", math.inf
+
+    def _give_back(self, text: str, why: str) -> None:
+        self.core.show(ViewEvent(BACK, text), ViewEvent(NOTE, why))
+
+    def _doubt(self, text: str) -> str:
+        """Return why a text may not be meant as a message to all; "" if there is no doubt."""
+        if not self.core.tidy:  # a program knows what it sends
+            return ""
+        words = text.split()
+        first = words[0] if words else ""
+        if text[:1] == " " and first[:1] == "/" and first[1:] in client_command:
+            return f"nothing was sent: is {first} a command? Enter again sends it as text"
+        if command := password_command(text):
+            return f"nothing was sent: is that /{command}? Enter again sends it as text"
+        if len(words) == 1 and text[:1] in ("#", "&") and self.core.server.is_channel(text):
+            return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
+        return ""
+
+    def _run(self, text: str) -> None:
+        core, (verb, _, rest) = self.core, text[1:].partition(" ")
+        verb = CLIENT_ALIASES.get(verb.lower(), verb.lower())
+        try:
+            if why := self._refusal(verb, text):
+                raise Refused("NO_COMMAND", f"{why}; nothing was sent")
+            client_command.run(core, verb, rest)
+        except ChatError as refusal:
+            self._give_back(text, str(refusal))
+            if not core.tidy and verb in GOING:  # the next text is not meant for this conversation
+                core.rooms.current = None
+
+    def _refusal(self, verb: str, text: str) -> str:
+        """Return why a command cannot be run now; "" if it can."""
+        command = client_command.get(verb)
+        if command is None:
+            is_text = f"; //{beginning(verb)} \u2026 is a text" if "/" in verb else ""
+            return f"there is no /{verb}{nearest_command(verb)}; /help lists the commands{is_text}"
+        if self.core.kind == PLAIN and not command.nameless:
+            return "this server knows no commands"
+        if "\n" in text:
+            return "a command is one line"
+        return "" if self.core.ready or command.nameless else "not connected"
+
+    def say(self, text: str) -> None:
+        """Accept a text as a message in the current conversation."""
+        self.doubted = ""
+        if self.core.room is None:
+            return self._give_back(text, "nowhere to say that; /join #CHANNEL")
+        try:
+            self.core.outgoing.send(self.core.here, text)
+        except ChatError as error:
+            self._give_back(text, str(error))
+
+
+class ClientCore:
     """The client's side of a conversation with one server.
 
     Call connected() for each new connection, feed() with the bytes received, silence() if the
@@ -16426,9 +16984,6 @@ class ClientCore(ForScreens):
     and `ticks` monotonic time, in seconds."""
 
     told_trouble = ""  # the last reported trouble of the store
-    doubted = ""  # text that is sent if the user enters it again
-    replying = ""  # the id of the message that the typed text answers
-    views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
     # Of a screen: is a text for `current` begun?
     is_writing: Callable[[], bool] = staticmethod(lambda: False)
@@ -16461,7 +17016,6 @@ class ClientCore(ForScreens):
     progress = 0  # number of acknowledged messages and of missing pages that came
     acknowledged = False  # some message was, over this connection
     page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
-    newest, newest_id = 0, ""  # time (ms) and id of the newest known message
     began = 0  # time of the first welcome
 
     def __init__(
@@ -16479,7 +17033,6 @@ class ClientCore(ForScreens):
         store: "ClientStore | None" = None,
         named: bool | None = None,
     ):
-        super().__init__()
         self.store = store
         self.wanted_name = self.name = name
         self.tidy, self.kind, self.password = tidy, kind, password
@@ -16494,127 +17047,45 @@ class ClientCore(ForScreens):
         self.people, self.typing, self.reactions = People(self), Typing(self), Reactions(self)
         self.transfers = TransferList(self)
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
-        self.seen: dict[str, None] = {}  # ids of known messages
-        self.removed: dict[str, None] = {}  # ids of redacted messages
-        # Messages without ids that a server may send again: conversation and identity
-        self.repeatable: set[tuple[int, Any]] = set()
-        self.shown: set[str] = set()  # own ids of messages shown as waiting
-        self.sent_before: set[str] = set()  # own ids of messages that the user sends again
-        self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
-        self.rooms = wanted_rooms(join, self.fold)
+        self.known, self.stored = KnownMessages(), StoredMessages(self)
+        self.incoming, self.outgoing = Incoming(self), Outgoing(self)
+        self.rooms = Rooms(self, join)
         if store:
             self._load([*join] not in ([], [LOBBY]) if named is None else named)
-        self.current: Room | None = next(iter(self.rooms.values()), None)  # looked at
+        self.rooms.current = next(iter(self.rooms.values()), None)
+        self.input = TypedText(self)
+        # The last lines of the protocol: time (ms), True if sent, and the line
+        self.traffic: collections.deque[tuple[int, bool, str]]
+        self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[ViewEvent] = []
         self.output: list[str] = []
-        self._show_waiting()
+        self.outgoing.show_waiting()
 
     # State that outlives the program
 
     def _load(self, named: bool) -> None:
-        """Load the open conversations and their last messages from the store."""
+        """Continue with the state that an earlier run has stored."""
         self.server.ours = self.server.ours or self.store.fact("ours") == "yes"
         if mapping := self.store.fact("CASEMAPPING"):
-            self.server.tokens["CASEMAPPING"] = mapping
-        self.rooms.rekey(self.fold)
-        stored = self.store.rooms()
-        if stored and not named:
-            self.rooms.clear()
-        for room in (*self.rooms.values(), *stored):
-            room = self.rooms.setdefault(self.fold(room.name), room)
-            if not room.views:
-                self._load_room(room)
+            self.server.isupport["CASEMAPPING"] = mapping
+        self.rooms.load(named)
         if newest := self.store.newest():
-            self.newest, self.newest_id = newest.time or 0, newest.id
-
-    def _load_room(self, room: Room) -> None:
-        room.holes = self.store.fact(f"holes {self.fold(room.name)}").split()
-        room.read_time = self.believable(room.read_time)
-        for view in self.behind_hole(room, self.store.page(self.fold(room.name), STORED_LINES)):
-            room.views.append(view)
-            if view.id:
-                remember(self.seen, view.id)
-                room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
-            elif view.time:
-                room.mark_time = self.believable(view.time)
-                room.mark = mark_at(room.mark_time)
-        room.views.dropped = len(room.views) == STORED_LINES
-        later = [view for view in room.views if is_news(view) and (view.time or 0) > room.read_time]
-        room.unread = len(later) if room.read_time else 0
-
-    def _show_waiting(self) -> None:
-        """Show the messages that an earlier run accepted and no server has acknowledged. Without a
-        user to decide about them, all are sent."""
-        for id in () if self.tidy else [*self.outbox.parked]:
-            self.outbox.retry(id)
-        for one in self.outbox.waiting.values() if self.tidy else ():
-            self._show_own(one, one.text)
-        self.views.clear()  # each is in its conversation already
-        for id in self.outbox.parked:
-            self.tell_parked(self.outbox.waiting[id])
-
-    def keep(self, view: ViewEvent) -> None:
-        """Store a message."""
-        if self.store:
-            self.store.add(self.fold(view.where), view)
-
-    def keep_room(self, room: Room) -> None:
-        """Store that a conversation is open, and whether to join it again; delete a closed one."""
-        if self.store and self.fold(room.name) in self.rooms:
-            place = list(self.rooms).index(self.fold(room.name))
-            self.store.keep_room(self.fold(room.name), room, place)
-        elif self.store:
-            self.store.forget_room(self.fold(room.name))
-
-    def note_holes(self, room: Room, *positions: str) -> None:
-        """Store the positions in a room before which messages are missing."""
-        if self.store and (positions or room.holes):
-            room.holes = list(positions)
-            self.store.keep_fact(f"holes {self.fold(room.name)}", " ".join(positions))
-
-    @staticmethod
-    def behind_hole(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
-        """Return the messages after the newest gap of a room; all of them if they have no gap."""
-        there = [*map(position_of, views)]
-        return views[there.index(room.hole) :] if room.hole and room.hole in there else views
-
-    def older_from_store(self, room: Room) -> bool:
-        """Put stored messages before the first one of a room; return whether there are any.
-        Messages before a gap are shown only if the server cannot be asked to fill that gap."""
-        if not self.store:
-            return False
-        at_hole = bool(room.hole) and room.hole == room.oldest
-        if at_hole and self.ready and self.talk.pages:
-            return False
-        first = next((view for view in room.views if view.kind in SPOKEN), None)
-        views = self.store.page(self.fold(room.name), PAGE_LINES, first)
-        shown = {identity_of(view) for view in room.views}
-        views = [view for view in views if identity_of(view) not in shown]
-        if at_hole and views:
-            views.append(ViewEvent(NOTE, "messages are missing here", where=room.name))
-            room.holes = room.holes[:-1]  # in this run only: the next run may fill the gap
-        else:
-            views = self.behind_hole(room, views)
-        room.views.extendleft(reversed(views))
-        room.views.dropped = len(views) == PAGE_LINES
-        if views:
-            self.show(ViewEvent(OLDER, str(len(views)), where=room.name))
-        return bool(views)
+            self.known.newest, self.known.newest_id = newest.time or 0, newest.id
 
     def keep_facts(self) -> None:
         """Store how the server compares names, since the keys of conversations depend on that."""
         if self.store:
             self.store.keep_fact("ours", "yes" if self.server.ours else "no")
-            self.store.keep_fact("CASEMAPPING", self.server.tokens.get("CASEMAPPING", ""))
+            self.store.keep_fact("CASEMAPPING", self.server.isupport.get("CASEMAPPING", ""))
 
     def close_store(self) -> None:
         """Store the open conversations and their drafts, and leave the outbox to another client."""
         if self.store:
             for room in self.rooms.values():
-                self.keep_room(room)
+                self.rooms.keep(room)
             self.store.flush()
-        self.save()
+        self.outgoing.save()
         if self.outbox.rows:
             self.outbox.rows.close()
 
@@ -16632,12 +17103,10 @@ class ClientCore(ForScreens):
                 self.settings.clear()
                 self.settings.update(settings)
 
-    def tell_trouble(self) -> None:
-        """Tell the user once that the store cannot be used."""
-        trouble, self.store.trouble = self.store.trouble, ""
+    def tell_trouble(self, trouble: str, text: str) -> None:
+        """Tell the user once about a trouble of the store."""
         if trouble and trouble != self.told_trouble:
-            text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
-            self.show(ViewEvent(NOTE, text))
+            self.note(text)
         self.told_trouble = trouble or self.told_trouble
 
     def setting(self, name: str) -> str:
@@ -16668,19 +17137,43 @@ class ClientCore(ForScreens):
             raise Refused("NO_COMMANDS", "this server knows no commands; nothing was sent")
         return self.talk
 
+    def nodes(self) -> list[str]:
+        """Return the addresses of all servers of this chat, as the server announces them."""
+        if not self.server.ours:
+            return []
+        return [node for node in self.server.isupport.get("chat.py/NODES", "").split(",") if node]
+
+    def can(self, what: str) -> bool:
+        """Return whether this server allows a "reply", "react", "redact" or "typing"."""
+        if what == "redact":
+            return self.ready and "draft/message-redaction" in self.server.enabled
+        tag = {"reply": REPLY, "react": REACT, "typing": TYPES}[what]
+        return self.ready and self.server.takes(tag)
+
+    def need(self, what: str) -> None:
+        """Raise Refused if this server does not allow a "reply", "react", "redact" or "typing"."""
+        if not self.can(what):
+            raise Refused("CANNOT", f"this server takes no {what}")
+
+    def redact(self, room: Room, id: str) -> None:
+        """Redact a message of the user, or as an operator one of another user. Raises Refused."""
+        self.need("redact")
+        self.talk.command("REDACT", room.name, id)
+
     @property
     def user(self) -> "ClientCore":
         """The named user that the check before a command asks for: the core itself."""
         return self
 
     @property
-    def here(self) -> str:
-        """The name of the current conversation; "" if there is none."""
-        return self.current.name if self.current else ""
+    def room(self) -> Room | None:
+        """The current conversation."""
+        return self.rooms.current
 
     @property
-    def room(self) -> Room | None:
-        return self.current
+    def here(self) -> str:
+        """The name of the current conversation; "" if there is none."""
+        return self.room.name if self.room else ""
 
     @property
     def idle(self) -> bool:
@@ -16702,12 +17195,6 @@ class ClientCore(ForScreens):
     def by_id(self, id: int) -> Room | None:
         return next((room for room in self.rooms.values() if room.id == id), None)
 
-    def rekey(self) -> None:
-        """Apply the rules of the server for comparing names and for the names of channels."""
-        self.rooms.rekey(self.fold)
-        for room in self.rooms.values():
-            room.is_channel = room.is_channel or self.server.is_channel(room.name)
-
     def is_called(self, text: str) -> bool:
         """Return whether a text contains the user's nick or a word of the setting highlight."""
         words = [self.name, *self.setting("highlight").split()]
@@ -16717,9 +17204,9 @@ class ClientCore(ForScreens):
 
     def connected(self) -> list[ViewEvent]:
         self.inbox = LineBuffer(self.inbox.limit)
-        self.repeatable = set()
+        self.known.without_id.clear()
         for room in self.rooms.values():  # a bouncer plays them again
-            self.note_repeatable(room, room.views)
+            self.known.note_without_id(room, room.views)
         self.output.clear()
         self.refusal, self.cause, self.redial, self.talk = "", TEMPORARY, False, None
         self.acknowledged = self.dismissed = False
@@ -16733,11 +17220,11 @@ class ClientCore(ForScreens):
         deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
         flown = self.outbox.connection_lost()
-        for one in flown if talk and talk.doubts else ():
+        for message in flown if talk and talk.doubts else ():
             if talk.pages:
-                self.outbox.unconfirmed.add(one.id)
+                self.outbox.unconfirmed.add(message.id)
             else:
-                self.leave_to_user(one.id)
+                self.outgoing.leave_to_user(message.id)
         if talk and any(asked.how in ("missed", "gap") for asked in talk.history.asked):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         if talk:
@@ -16776,7 +17263,7 @@ class ClientCore(ForScreens):
     def _take_lines(self) -> None:
         while self.cause != FATAL and (raw := self.inbox.take()) is not None:
             if raw == TOO_LONG:
-                self.show(ViewEvent(NOTE, "the server sent a line too long to be shown"))
+                self.note("the server sent a line too long to be shown")
                 continue
             line = shown_line(raw, irc=self.kind != PLAIN)
             logged = SECRET_LINE.sub("\\1 \u2026", line)  # a server may send back what it got
@@ -16798,7 +17285,7 @@ class ClientCore(ForScreens):
         """Return the lines to be sent, once the store has what they change."""
         end = "\n" if self.kind == PLAIN else "\r\n"
         ends = {} if self.kind == PLAIN else NOT_IN_IRC
-        if not self.save():
+        if not self.outgoing.save():
             return b""
         lines = [line.translate(ends) for line in self.output]
         when = int(self.clock() * 1000)
@@ -16827,8 +17314,8 @@ class ClientCore(ForScreens):
 
     def told_sts(self, value: str) -> None:
         """Note the port and the duration for which the server demands TLS (IRCv3 sts)."""
-        tokens = parse_tags(value.replace(",", ";"))
-        port, seconds = (whole_number(tokens.get(one, "")) for one in ("port", "duration"))
+        values = parse_tags(value.replace(",", ";"))
+        port, seconds = (whole_number(values.get(name, "")) for name in ("port", "duration"))
         if self.tls and seconds is not None:  # other values are to be ignored
             self.sts = port or 0, seconds
         elif not self.tls and port and port <= 65535:
@@ -16841,16 +17328,18 @@ class ClientCore(ForScreens):
             self.talk.tick()
         for room in self.rooms.values():
             if room.moves_are_due(self.clock() * 1000):
-                self.show(self._in_room(room.show_moves()))
-        here = self.current if self.reads_at_once and self.looked_at else None
+                self.show(room.show_moves())
+        here = self.room if self.reads_at_once and self.looked_at else None
         if here and not here.views.reading:
-            self.mark_read(here)
-        self.tell_read()
+            self.rooms.mark_read(here)
+        self.rooms.send_markers()
         self.typing.end_overdue()
         self.refresh()
         if self.store:
             self.store.index()
-            self.tell_trouble()
+            trouble, self.store.trouble = self.store.trouble, ""
+            text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
+            self.tell_trouble(trouble, text)
         self.flush()
         return self.take_views()
 
@@ -16867,126 +17356,15 @@ class ClientCore(ForScreens):
         """Take a command, or a message of one or several lines. `room` is the conversation of the
         text, perhaps not the current one. `reply` is the id of the message that the text answers.
         `seen` views were there when the text was begun: "the last message" is one of these."""
-        looked_at, self.replying, self.views_seen = self.current, reply, seen
-        self.current = room or looked_at
-        self._typed(text)
-        stayed = room is not None and self.current is room
-        if stayed and looked_at and self.find(looked_at.name) is looked_at:
-            self.current = looked_at
-        self.replying, self.views_seen = "", math.inf
+        self.input.take(text, room, reply, seen)
         self.flush()
         return self.take_views()
-
-    def _typed(self, text: str) -> None:
-        if text[:1] == "/" and text[:2] != "//":
-            self._command(text)
-        elif (doubt := self._doubtful(text)) and self.doubted != text:
-            self.doubted = text
-            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, doubt))
-        else:
-            self.speak(text[1:] if text[:2] == "//" else text)
-
-    def _doubtful(self, text: str) -> str:
-        """Return why a text may not be meant as a message to all; "" if there is no doubt."""
-        if not self.tidy:  # a program knows what it sends
-            return ""
-        first = text.split()[:1]
-        if text[:1] == " " and first and first[0][:1] == "/" and first[0][1:] in client_command:
-            return f"nothing was sent: is {first[0]} a command? Enter again sends it as text"
-        words = text.split()
-        if command := password_command(text):
-            return f"nothing was sent: is that /{command}? Enter again sends it as text"
-        if len(words) == 1 and text[:1] in ("#", "&") and self.server.is_channel(text):
-            return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
-        return ""
 
     def say(self, text: str) -> list[ViewEvent]:
         """Send a text as a message, whatever its first character is."""
-        self.speak(text)
+        self.input.say(text)
         self.flush()
         return self.take_views()
-
-    def _command(self, text: str) -> None:
-        verb, _, rest = text[1:].partition(" ")
-        verb = CLIENT_ALIASES.get(verb.lower(), verb.lower())
-        known = client_command.get(verb)
-        local = known and known.nameless
-        near = "" if known else nearest_command(verb)
-        why = (
-            f"there is no /{verb}{near}; /help lists the commands" * (known is None)
-            + f"; //{beginning(verb)} \u2026 is a text" * (known is None and "/" in verb)
-            or "this server knows no commands" * (self.kind == PLAIN and not local)
-            or "a command is one line" * ("\n" in text)
-            or "not connected" * (not (self.ready or local))
-        )
-        try:
-            if why:
-                raise Refused("NO_COMMAND", f"{why}; nothing was sent")
-            client_command.run(self, verb, rest)
-        except ChatError as refusal:
-            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, str(refusal)))
-            if not self.tidy and verb in GOING:  # the next text is not meant for this conversation
-                self.current = None
-
-    def speak(self, text: str) -> None:
-        """Accept a text as a message in the current conversation. A pipe stores many at once."""
-        self.doubted = ""
-        if self.current is None:
-            return self.show(
-                ViewEvent(BACK, text), ViewEvent(NOTE, "nowhere to say that; /join #CHANNEL")
-            )
-        try:
-            self.send(self.here, text)
-        except ChatError as error:
-            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, str(error)))
-
-    def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
-        """Accept a message: show it at once, and send it when possible. A text that is too long for
-        one message becomes several. Raises Refused for a service that cannot have it."""
-        self.check_conversation(where)
-        text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
-        if kind == MESSAGE and self.is_service(where, text):
-            return self.tell_service(where, text)
-        split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
-        pieces, added = list(split), []
-        for n, piece in enumerate(pieces):
-            try:
-                lengths = (self.server.limit(f"{one}LEN", 0) for one in ("CHANNEL", "NICK"))
-                check_message(where, piece, kind, max(NAME_BYTES, *lengths))
-            except ChatError as error:
-                rest = "\n".join(pieces[n:])
-                self.show(ViewEvent(BACK, rest), ViewEvent(NOTE, f"{error}; nothing was sent"))
-                break
-            kept = piece if piece.strip("\n") else ""
-            added.append(self.outbox.add(self.clock(), where, kept, kind, self.replying))
-        if self.tidy:  # a pipe stores many at once
-            self.save()
-        accepted = [one for one in added if one.id in self.outbox.waiting]
-        for one, piece in zip(accepted, pieces, strict=False):
-            room = self._show_own(one, piece)
-            self.typing.told.pop(room.id, None)  # a message implies that typing is done
-            outside = room.is_channel and self.ready and not room.inside
-            if outside and (not room.wanted or self.fold(room.name) in self.talk.joins.refused):
-                self.park(one.id, f"you are not in {room.name}")
-            elif room.is_channel and self.ready and self.talk.leaves(room):
-                self.park(one.id, f"you leave {room.name}")
-        if len(accepted) == len(pieces) > 1:
-            self.show(ViewEvent(NOTE, f"too long for one message: sent as {len(pieces)}"))
-
-    def check_conversation(self, name: str) -> None:
-        """Raise Refused if this server has no conversation with this name."""
-        if self.kind == PLAIN and self.fold(name) != self.fold(LOBBY):
-            raise Refused("ONE_ROOM", ONE_ROOM)
-
-    def sent_aside(self, kind: str, target: str, text: str) -> None:
-        """Show a notice, or a message to some members of a channel, if no echo will."""
-        if "echo-message" in self.server.enabled:
-            return
-        where = self.server.without_status(target)
-        if room := self.find(where):
-            text = for_some(target, where, text)
-            return self.deliver(room, ViewEvent(kind, text, self.name, room.name, mine=True))
-        self.show(ViewEvent(SERVER_TEXT, f"you to {target}: {text}"))
 
     def is_service(self, name: str, text: str) -> bool:
         """Return whether a text goes to a service, and so may be a password."""
@@ -16997,207 +17375,60 @@ class ClientCore(ForScreens):
         short = fold(name) in SHORT_SERVICES  # the nick of a user, too
         return names_service(name) and (not short or password_command(text) != "")
 
-    def tell_service(self, where: str, text: str) -> None:
-        """Send a text to a service without keeping or showing it: it may be a password. Services
-        store nothing, and must not get it twice. Raises Refused."""
-        for line in text.split("\n"):
-            self.online().command("PRIVMSG", where, line)
-        told = f"sent to {where}; it may be a password, so it is neither shown nor kept"
-        self.show(*[ViewEvent(NOTE, told)] * self.tidy)
-
-    def save(self) -> bool:
-        """Store the outbox, and so accept what was added. Return False if that has to wait."""
-        try:
-            return self.outbox.save(self.ticks())
-        except Unusable as error:
-            self._give_back(self.outbox.refused(), f"{error}; nothing was sent")
-            return True
-
-    def _give_back(self, lost: list[Waiting], why: str) -> None:
-        """Return messages that could not be stored to the user; a pipe has lost them."""
-        if not self.tidy:
-            self.failures += len(lost)
-            self.show(*[ViewEvent(NOTE, why)] * (why != self.told_trouble))
-            self.told_trouble = why
-            return
-        for one in lost:
-            if one.id in self.shown:
-                self.unshow(one)
-        texts: dict[str, list[str]] = {}
-        for one in lost:
-            texts.setdefault(one.where, []).append("/me " * (one.kind == ACTION) + one.text)
-        for where, its in texts.items():
-            self.show(ViewEvent(BACK, "\n".join(its), where=where))
-        self.show(ViewEvent(NOTE, why))
-
-    def _show_own(self, one: Waiting, text: str) -> Room:
-        """Show a message of this client in its conversation; return the conversation."""
-        self.shown.add(one.id)
-        shown = f"*{text}*" if one.kind == ACTION else text
-        room = self.room_for(one.where)
-        view = ViewEvent(
-            MESSAGE, shown, self.name, one.where, mine=True, own_id=one.id, reply=one.reply
-        )
-        view = self.timed(view._replace(time=accepted_at(one.id)), room)
-        room.views.append(view)
-        self.show(view)
-        return room
+    def check_conversation(self, name: str) -> None:
+        """Raise Refused if this server has no conversation with this name."""
+        if self.kind == PLAIN and self.fold(name) != self.fold(LOBBY):
+            raise Refused("ONE_ROOM", ONE_ROOM)
 
     def flush(self) -> None:
         """Store what the user did, and send the messages and lines that may be sent now."""
         if self.outbox.unsaved:
-            self.save()
+            self.outgoing.save()
         if self.talk and self.talk.ready and not self.redial and self.cause != FATAL:
             self.talk.pump()
-        self.save()
+        self.outgoing.save()
 
     # Views, conversations and the outcome of messages
 
     def show(self, *views: ViewEvent) -> None:
-        for view in map(self._in_room, views):
+        for view in map(self.in_room, views):
             self.views.append(view)
             if self.at_once:
                 self.at_once(view)
 
-    def _in_room(self, view: ViewEvent) -> ViewEvent:
+    def note(self, text: str, where: str = "") -> None:
+        """Show a text of this client."""
+        self.show(ViewEvent(NOTE, text, where=where))
+
+    def server_text(self, text: str, where: str = "") -> None:
+        """Show a text of the server, in the conversation `where` if that is open."""
+        room = self.find(where)
+        self.show(ViewEvent(SERVER_TEXT, text, where=room.name if room else ""))
+
+    def in_room(self, view: ViewEvent) -> ViewEvent:
         """Return a view with the id of its conversation."""
         room = self.find(view.where) if view.where and not view.room else None
         return view._replace(room=room.id) if room else view
 
+    def answered_words(self, view: ViewEvent) -> str:
+        """Return the author and the text of the message that a view answers; "" for no answer."""
+        room = self.find(view.where)
+        if not view.reply or room is None:
+            return ""
+        shown = (other for other in reversed(room.views) if other.id == view.reply)
+        answered = next(shown, None) or self.stored.message(view.reply)
+        return f"{answered.name}: {answered.text}" if answered else "an earlier message"
+
     def show_results(self, title: str, views: list[ViewEvent]) -> None:
         """Show the messages that a search or a request for history found, between two notes."""
-        views = [view for view in views if not self.hides(view)]
+        views = [view for view in views if not self.incoming.hides(view)]
         if self.results:
             return self.results(title, views)
         if not views:
-            return self.show(ViewEvent(NOTE, f"{title}: nothing found"))
+            return self.note(f"{title}: nothing found")
         found = (view._replace(kind=FOUND, past=True) for view in views)
         self.show(ViewEvent(NOTE, f"{title}: {counted(len(views), 'message')}"), *found)
-        self.show(ViewEvent(NOTE, f"end of {title}"))
-
-    def room_for(self, name: str) -> Room:
-        """Return a conversation; open it if needed. If there are too many, a private one is closed:
-        see Rooms.least(). It is not the current one, and has no waiting messages."""
-        if self.find(name) is None and len(self.rooms) >= ROOMS_KEPT:
-            needed = {self.find(one.where) for one in self.outbox.waiting.values()}
-            if least := self.rooms.least({self.current, *needed}):
-                self.close(least)
-        key = self.fold(name)
-        if key not in self.rooms:
-            room = self.rooms[key] = Room(name, channel=self.server.is_channel(name))
-            if self.ready and not room.is_channel:
-                self.talk.watch([name])
-            if self.store:
-                self._load_room(room)
-                self.keep_room(room)
-            self.changed(room)
-        return self.rooms[key]
-
-    def go(self, room: Room) -> None:
-        """Make a conversation the current one."""
-        self.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
-        self.current = room
-        if self.reads_at_once:
-            room.unread = room.called = 0
-            self.mark_read(room)
-
-    def arrive(self, room: Room) -> None:
-        """Go to a channel that the user asked for, but not away from a text that is begun."""
-        if self.current is None or self.current is room or not self.is_writing():
-            return self.go(room)
-        self.show(ViewEvent(NOTE, f"{room.name} is joined; /go {room.name} looks at it"))
-
-    def left(self, room: Room) -> None:
-        """Close a channel that this client left. It stays open while a text for it is begun."""
-        if self.current is not room or not (self.stays_when_left and self.is_writing()):
-            return self.close(room)
-        self.keep_room(room)
-        self.show(ViewEvent(NOTE, f"you left {room.name}; /close closes it", where=room.name))
-
-    def rename(self, room: Room, name: str) -> None:
-        """Rename a conversation. Another one with the new name has ended, and is dropped."""
-        old, other = self.fold(room.name), self.find(name)
-        if other is not None and other is not room:  # a conversation that has ended
-            self.rooms.pop(self.fold(name))
-            self.current = room if self.current is other else self.current
-        if self.talk:
-            self.talk.renamed(room.name, name)
-        if self.ready and not room.is_channel:
-            self.talk.watch([room.name], "-")
-            self.talk.watch([name])
-        self.outbox.readdress(lambda where: self.fold(where) == old, name)
-        if self.store:
-            self.store.rename(old, self.fold(name))
-        room.name = name
-        self.rooms.rekey(self.fold)
-        self.keep_room(room)
-        self.changed(room)
-        if self.current is room:
-            self.go(room)
-
-    def close(self, room: Room) -> None:
-        """Close a conversation, and on a screen go to the last one that is open."""
-        if room.is_channel:  # else its messages can be sent without it
-            self.park_all(room, f"you left {room.name}", unsent=True)
-        elif self.ready:
-            self.talk.watch([room.name], "-")
-        self.rooms.pop(self.fold(room.name), None)
-        self.keep_room(room)
-        self.changed(room)
-        for one in [*self.outbox.unconfirmed]:
-            if self.fold(self.outbox.waiting[one].where) == self.fold(room.name):
-                self.leave_to_user(one)
-        if self.current is room:
-            self.current = None
-            for other in list(self.rooms.values())[-1:] if self.tidy else ():
-                self.go(other)
-
-    def said(self, view: ViewEvent, heard: ServerLine | None = None) -> None:
-        """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
-        if heard is not None and not view.mine and self.ignored.covers(heard.source):
-            return
-        self.is_back(view.name)
-        if view.own_id:
-            self.acknowledge(view)
-        if view.own_id == PIECE:
-            return self.note_known(view)
-        if view.mine and self.is_service(view.where, view.text):
-            return
-        if not view.where:
-            return self.show(self.timed(view))
-        room = self.room_for(view.where)
-        if room.held is None:
-            return self.deliver(room, view)
-        room.hold(view)
-        if view.own_id in self.known_own:
-            self.note_known(view)
-
-    def is_back(self, name: str) -> None:
-        """Note that the user of a private conversation is there, who had left."""
-        room = self.find(name)
-        if room and room.gone:
-            room.gone = False
-            self.changed(room)
-
-    def acknowledge(self, view: ViewEvent) -> None:
-        """Note that the server has a message of this client; store it and show its arrival."""
-        one = self.outbox.arrived(view.own_id)
-        if one is not None:
-            self.progress += 1
-            self.acknowledged = True
-            if self.talk:
-                self.talk.acks.acknowledged(one.id)
-            text = f"*{one.text}*" if one.kind == ACTION else one.text
-            said = ViewEvent(MESSAGE, text, self.name, one.where, view.time, mine=True, id=view.id)
-            known = {"own_id": one.id, "reply": one.reply, "file": view.file}
-            self.keep(self.timed(said._replace(**known)))
-        if view.own_id in self.shown:
-            self.shown.discard(view.own_id)
-            remember(self.known_own, view.own_id)
-            where = one.where if one else view.where
-            if (room := self.find(where)) and view.id:
-                room.name_view(view.own_id, view.id, view.file)
-            self.show(view._replace(kind=ARRIVED, where=where))
+        self.note(f"end of {title}")
 
     def believable(self, when: int | None) -> int | None:
         """Return a time (ms) of a server, or of an earlier run, but not one that is far ahead of
@@ -17213,170 +17444,6 @@ class ClientCore(ForScreens):
     def changed(self, room: Room) -> None:
         """Tell the screens to draw the state of a conversation again."""
         self.show(ViewEvent(ROOM, where=room.name, room=room.id))
-
-    def happened(self, room: Room, view: ViewEvent) -> None:
-        """Show an event that is no message, like a join or a topic, or hold it behind pages."""
-        view = self.timed(view, room)
-        if room.held is not None:
-            return room.hold(view)
-        if not (self.folds(room, view) and room.move(view)):
-            self.unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
-            room.views.append(view)
-        self.show(view)
-
-    def folds(self, room: Room, view: ViewEvent) -> bool:
-        """Return whether an event may share a row with others: none that the user did or that is
-        about the user, and none of a user who spoke here, but for being away."""
-        if view.kind not in FOLDED or self.setting("fold") == "off":
-            return False
-        if view.kind in CHANGES and (self.is_me(view.name) or calls(view.text, self.name)):
-            return False
-        return view.kind == AWAY or view.name not in room.spoken
-
-    def unfold(self, room: Room, *names: str) -> None:
-        """Show the collected joins and changes if one of these users is among them: else their row
-        would follow the user's message, kick or new nick."""
-        if not room.movers.isdisjoint(names):
-            self.show(self._in_room(room.show_moves()))
-
-    def deliver(self, room: Room, view: ViewEvent, paged: bool = False) -> None:
-        """Store and show the next message of a room. One from a page may have been read, as its
-        time tells; a live one is new, whatever its time is."""
-        self.newest = max(self.newest, view.time or 0)
-        if not view.own_id and self.is_repeated(room, view):
-            return
-        known = view.id in self.seen
-        if view.id:
-            remember(self.seen, view.id)
-        if view.id and not known:
-            room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
-            self.newest_id = view.id
-        elif view.time and not room.mark.startswith("msgid="):  # a server without message ids
-            room.mark_time = max(room.mark_time or 0, self.believable(view.time))
-            room.mark = mark_at(room.mark_time)
-        if view.own_id:
-            arrived = view.own_id in self.outbox.waiting
-            seen_waiting = view.own_id in self.shown
-            self.acknowledge(view)
-            if seen_waiting or view.own_id in self.known_own:
-                return
-            known = known and not arrived
-        if known or view.own_id == PIECE or self.hides(view):
-            return
-        room.spoke(view.name)
-        room.typing.pop(view.name, None)
-        self.unfold(room, view.name)
-        view = self.timed(view, room)
-        self.keep(view)
-        room.views.append(view)
-        elsewhere = room is not self.current or not self.looked_at or not self.reads_at_once
-        new = view.time > room.read_time or not paged
-        if elsewhere and new and not (view.mine or view.past):
-            room.unread += 1
-            room.called += view.called and not room.muted
-        self.show(view)
-
-    def note_known(self, view: ViewEvent) -> None:
-        """Note a message, or a line of one, that is shown already: a page may bring it again."""
-        if view.id:
-            remember(self.seen, view.id)
-        elif room := self.find(view.where):
-            self.note_repeatable(room, [view])
-
-    def note_repeatable(self, room: Room, views: Iterable[ViewEvent]) -> None:
-        """Note messages without ids: if the server sends the same ones again, they are no news."""
-        spoken = (view for view in views if view.kind in SPOKEN and view.time)
-        self.repeatable |= {(room.id, identity_of(view)) for view in spoken if not view.id}
-
-    def is_repeated(self, room: Room, view: ViewEvent) -> bool:
-        """Return whether a message without an id, but with the server's time, is known already. The
-        user's own have the time of this client, which is not exactly that of a bouncer."""
-        if view.time is None or view.id:
-            return False
-        known = [(room.id, identity_of(view))]
-        if view.mine:
-            known = [one for one in self.repeatable if is_about(one, room.id, view)]
-        repeated = next((one for one in known if one in self.repeatable), None)
-        self.repeatable.discard(repeated)
-        return repeated is not None
-
-    def hides(self, view: ViewEvent) -> bool:
-        """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
-        if view.kind not in SPOKEN or view.id in self.removed:
-            return True
-        if view.mine:
-            return self.is_service(view.where, view.text)
-        return self.ignored.covers(f"{view.name}!{view.address}")
-
-    def remove(self, id: str) -> None:
-        """Remove a redacted message, also one that is still to come."""
-        remember(self.removed, id)
-        if self.store:
-            self.store.remove(id)
-        for room in self.rooms.values():
-            if room.unread:
-                room.forget_news(id)
-            if room.drop(lambda view: view.id == id):
-                self.show(ViewEvent(REMOVED, where=room.name, id=id))
-                self.changed(room)
-
-    def release(self, room: Room) -> None:
-        """Show the views that were held while older messages were fetched."""
-        held, room.held = room.held or [], None
-        for view in held:  # messages known from pages, too: one may be an echo
-            (self.deliver if view.kind in SPOKEN else self.happened)(room, view)
-        self.outbox.unconfirmed -= {
-            one.id
-            for one in self.outbox.waiting.values()
-            if self.fold(one.where) == self.fold(room.name)
-        }
-
-    def lost(self, own_id: str, reason: str) -> None:
-        """Report that a message has not arrived, and do not send it again."""
-        one = self.outbox.arrived(own_id)
-        if one is not None:
-            self.shown.discard(own_id)
-            self.failures += 1
-            text = f"{reason}: {beginning(one.text)}"
-            self.show(ViewEvent(FAILED, text, where=one.where, own_id=own_id))
-
-    def park_all(self, room: Room, why: str, unsent: bool = False) -> None:
-        """Let the user decide about the messages to a conversation that are not acknowledged, or
-        only about those that are not sent, or not as a whole. A chat.py answers the others."""
-        unfinished = self.talk.lines.unfinished if self.talk else ""
-        answered = self.outbox.in_flight.keys() - {unfinished}
-        decided = {*self.outbox.parked, *(answered if unsent or self.server.ours else ())}
-        for one in list(self.outbox.waiting.values()):
-            if self.fold(one.where) != self.fold(room.name) or one.id in decided:
-                continue
-            if one.id == unfinished and "echo-message" not in self.server.enabled:
-                self.outbox.arrived_to(one.id, self.talk.lines.sent_to)
-            sent = one.sent and one.id != unfinished
-            self.park(one.id, "it may have arrived or not" if sent else why)
-
-    def leave_to_user(self, own_id: str, reason: str = LINE_BROKE) -> None:
-        """Give up a message that may have arrived, or, with a screen, let the user decide."""
-        if self.tidy:
-            self.park(own_id, reason)
-        else:
-            self.lost(own_id, reason)
-
-    def park(self, own_id: str, reason: str) -> None:
-        """Report that a message cannot be sent now, and let the user decide about it."""
-        self.outbox.park(own_id, reason)
-        if self.talk:
-            self.talk.acks.forget(own_id)
-        self.tell_parked(self.outbox.waiting[own_id])
-
-    def tell_parked(self, one: Waiting) -> None:
-        """Tell the user why a message waits for a decision."""
-        reason, what = one.why, "it"
-        if one.at:
-            share = f"{one.text.count(chr(10), 0, one.at) + 1} of {one.text.count(chr(10)) + 1}"
-            reason, what = f"{reason}; {share} lines have arrived", "the rest"
-        advice = f"; /retry sends {what}, /cancel drops it" if self.tidy else ""
-        text = f"{reason}: {beginning(one.text)}{advice}"
-        self.show(ViewEvent(FAILED, text, where=one.where, own_id=one.id))
 
 
 # The commands of a user, over IRC
@@ -17438,13 +17505,13 @@ def do_help(core: ClientCore, verb: str = "") -> None:
     word = verb.lstrip("/").lower()
     wanted = client_command.get(CLIENT_ALIASES.get(word, word))
     verbs = HELP_TOPICS.get(word, client_command if not word else ())
-    shown = [wanted] if wanted else [client_command[one] for one in verbs]
+    shown = [wanted] if wanted else [client_command[command] for command in verbs]
     if not shown:
         topics = ", ".join(HELP_TOPICS)
         near = nearest_command(word)
         raise Refused("NO_HELP", f"no help about {verb}{near}; commands: /help; topics: {topics}")
-    column = max(len(one.syntax) for one in shown)
-    lines = [f"{one.syntax:{column}}  {one.summary}" for one in shown]
+    column = max(len(command.syntax) for command in shown)
+    lines = [f"{command.syntax:{column}}  {command.summary}" for command in shown]
     if not word:
         lines.append(f"{'//TEXT':{column}}  say a text that begins with /")
         lines.append(f"topics:  {', '.join(HELP_TOPICS)} (/help TOPIC)")
@@ -17471,24 +17538,24 @@ def do_join(core: ClientCore, words: str) -> None:
         advice = f"/raw JOIN {name} {rest[0]} takes {rest[0]} as a password"
         raise Refused("TOO_MANY", f"commas between several channels: /join #a,#b; {advice}")
     names, keys = names_in(name), "".join(rest).split(",")
-    for one, password in itertools.zip_longest(names, keys[: len(names)], fillvalue=""):
-        one = core.server.as_channel(one)
-        room = core.find(one)
+    for channel, password in itertools.zip_longest(names, keys[: len(names)], fillvalue=""):
+        channel = core.server.as_channel(channel)
+        room = core.find(channel)
         if room and room.inside:
-            core.go(room)
+            core.rooms.go(room)
             continue
         most = core.server.limit("CHANNELLEN", IRC_BYTES)
-        if len(one.encode()) > most:
+        if len(channel.encode()) > most:
             raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
-        core.talk.joins.note_typed(one, password)
-        core.talk.command("JOIN", one, *optional(password))
-        core.talk.joins.note_sent(one)
+        core.talk.joins.note_typed(channel, password)
+        core.talk.command("JOIN", channel, *optional(password))
+        core.talk.joins.note_sent(channel)
         if room:
             room.wanted = True
         if not core.tidy:  # the next text of a pipe is meant for this channel
-            there = core.room_for(one)
-            there.wanted, there.is_channel = True, True
-            core.go(there)
+            opened = core.rooms.open(channel)
+            opened.wanted, opened.is_channel = True, True
+            core.rooms.go(opened)
 
 
 def room_named(core: ClientCore, word: str, alone: bool) -> str:
@@ -17504,7 +17571,7 @@ def room_named(core: ClientCore, word: str, alone: bool) -> str:
 def do_part(core: ClientCore, *words: str) -> None:
     """/part [#CHANNEL] [REASON] -- leave a channel, or close a private conversation"""
     given = optional(*"".join(words[:1]).split(","))
-    named = [room_named(core, one, len(words) == 1) for one in given]
+    named = [room_named(core, channel, len(words) == 1) for channel in given]
     pairs = zip(named, given, strict=True) if any(named) else [("", "")]
     rooms = [asked_room(core, name or word) for name, word in pairs]
     reason = " ".join(words[any(named) :])
@@ -17512,7 +17579,7 @@ def do_part(core: ClientCore, *words: str) -> None:
         if room.inside or core.talk.joins.waits(room.name):
             core.online().command("PART", room.name, *optional(reason))
         else:
-            core.close(room)
+            core.rooms.close(room)
 
 
 @client_command("close", most=1, nameless=True)
@@ -17521,7 +17588,7 @@ def do_close(core: ClientCore, name: str = "") -> None:
     room = asked_room(core, name)
     if room.inside and core.ready:
         return do_part(core, room.name)
-    core.close(room)
+    core.rooms.close(room)
 
 
 @client_command("go", 1, nameless=True)
@@ -17529,9 +17596,9 @@ def do_go(core: ClientCore, name: str) -> None:
     """/go #CHANNEL|NAME|N -- look at another conversation, by its name or number"""
     number = whole_number(name)
     if number and number <= len(core.rooms):
-        return core.go(list(core.rooms.values())[number - 1])
-    found = core.find(name) or core.find(f"#{name}")
-    core.go(found or asked_room(core, name))
+        return core.rooms.go(list(core.rooms.values())[number - 1])
+    room = core.find(name) or core.find(f"#{name}")
+    core.rooms.go(room or asked_room(core, name))
 
 
 def go_to(core: ClientCore, name: str) -> None:
@@ -17539,19 +17606,19 @@ def go_to(core: ClientCore, name: str) -> None:
     if "," in name or core.server.without_status(name) != name:
         raise Refused("BAD_NAME", f"that is no single name; it takes a text: /msg {name} TEXT")
     core.check_conversation(name)
-    core.go(core.room_for(name))
+    core.rooms.go(core.rooms.open(name))
 
 
 @client_command("msg", 1, 2, nameless=True)
 def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
     names = names_in(name)
-    for one in names if text else ():
-        if core.server.without_status(one) != one:  # some members of a channel
-            core.online().command("PRIVMSG", one, text)
-            core.sent_aside(MESSAGE, one, text)
+    for target in names if text else ():
+        if core.server.without_status(target) != target:  # some members of a channel
+            core.online().command("PRIVMSG", target, text)
+            core.outgoing.show_aside(MESSAGE, target, text)
         else:
-            core.send(one, text)
+            core.outgoing.send(target, text)
     if len(names) > 1:
         need_given(text, "/msg NAME,NAME TEXT")
     elif not text or core.server.is_channel(name):
@@ -17563,13 +17630,13 @@ def do_query(core: ClientCore, name: str, text: str = "") -> None:
     """/query NAME [TEXT] -- open a private conversation, and say something there"""
     go_to(core, name)
     if text:
-        core.send(name, text)
+        core.outgoing.send(name, text)
 
 
 @client_command("me", 1, nameless=True)
 def do_me(core: ClientCore, text: str) -> None:
     """/me TEXT -- say what you do"""
-    core.send(asked_room(core).name, text, ACTION)
+    core.outgoing.send(asked_room(core).name, text, ACTION)
 
 
 @client_command("notice", 2)
@@ -17577,7 +17644,7 @@ def do_notice(core: ClientCore, name: str, text: str) -> None:
     """/notice NAME|#CHANNEL TEXT -- send a notice, which no program answers"""
     for line, _ in sendable_lines(text, FITS_ALWAYS):
         core.talk.command("NOTICE", name, line)
-    core.sent_aside(NOTICE, name, text)
+    core.outgoing.show_aside(NOTICE, name, text)
 
 
 @client_command("ctcp", 2)
@@ -17628,12 +17695,12 @@ def do_lastlog(core: ClientCore, words: str) -> None:
     """/lastlog WORDS -- what was said here with these words in it, as this client has kept it"""
     room = asked_room(core)
     if core.store:
-        found = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
+        views = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
     else:
         wanted = fold_text(words)
-        spoken = (one for one in room.views if one.kind in SPOKEN)
-        found = [one for one in spoken if wanted in fold_text(one.text)][-LASTLOG_MOST:]
-    core.show_results(f"lastlog of {core.here}", found)
+        spoken = (view for view in room.views if view.kind in SPOKEN)
+        views = [view for view in spoken if wanted in fold_text(view.text)][-LASTLOG_MOST:]
+    core.show_results(f"lastlog of {core.here}", views)
 
 
 @client_command("search", 1, nameless=True)
@@ -17668,16 +17735,16 @@ def do_ignore(core: ClientCore, mask: str = "") -> None:
         core.ignored.add(mask)
         keep_ignored(core)
     text = ", ".join(sorted(core.ignored)) or "no user"
-    core.show(ViewEvent(NOTE, f"ignored: {text}"))
+    core.note(f"ignored: {text}")
 
 
 @client_command("unignore", 1, nameless=True)
 def do_unignore(core: ClientCore, mask: str) -> None:
     """/unignore NAME|MASK -- show again what a user says"""
-    known = {core.fold(one): one for one in core.ignored}
-    if core.fold(mask) not in known:
+    masks = {core.fold(other): other for other in core.ignored}
+    if core.fold(mask) not in masks:
         raise Refused("NOT_IGNORED", f"{mask} is not ignored; /ignore lists the ignored users")
-    core.ignored.discard(known[core.fold(mask)])
+    core.ignored.discard(masks[core.fold(mask)])
     keep_ignored(core)
     do_ignore(core)
 
@@ -17895,14 +17962,12 @@ def do_reconnect(core: ClientCore) -> None:
 @client_command("qr", nameless=True)
 def do_qr(core: ClientCore) -> None:
     """/qr -- the server's address for a browser, also as a code for a phone's camera"""
-    url = core.server.tokens.get("chat.py/WEB", "") if core.server.ours else ""
+    url = core.server.isupport.get("chat.py/WEB", "") if core.server.ours else ""
     if not re.fullmatch(r"https?://[!-~]+", url) or len(url) > QR_BYTES:
         raise Refused("NO_PAGE", "this server announces no page for browsers")
     core.show(ViewEvent(QR_CODE, url))
     if split_host(url.split("/")[2])[0] in LOOPBACK_NAMES:
-        core.show(
-            ViewEvent(NOTE, "only this machine reaches that; --listen 0.0.0.0:7000 lets others in")
-        )
+        core.note("only this machine reaches that; --listen 0.0.0.0:7000 lets others in")
 
 
 @client_command("retry", nameless=True)
@@ -17911,7 +17976,7 @@ def do_retry(core: ClientCore) -> None:
     if not core.outbox.parked:
         raise Refused("NOTHING_WAITS", "there is nothing that could not be sent")
     for id in list(core.outbox.parked):
-        core.retry(id)
+        core.outgoing.retry(id)
 
 
 @client_command("cancel", most=1, nameless=True)
@@ -17923,15 +17988,15 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
         count = counted(len(outbox.waiting), "message")
         raise Refused("NOTHING_PARKED", f"{count} still to be sent; /cancel all drops what waits")
     for id in ids:
-        core.cancel(id)
-    told = [f"{counted(len(ids), 'message')} dropped"] * bool(ids)
+        core.outgoing.cancel(id)
+    dropped = [f"{counted(len(ids), 'message')} dropped"] * bool(ids)
     if which == "all" and talk and (id := talk.lines.unfinished) and not talk.lines.batching:
         sent, total = talk.lines.progress
-        told.append(f"{sent} of {total} lines sent, the rest dropped")
+        dropped.append(f"{sent} of {total} lines sent, the rest dropped")
         talk.lines.unsent.clear()
         outbox.arrived(id)
-        core.shown.discard(id)
-    core.show(ViewEvent(NOTE, "; ".join(told) or "there is nothing to drop"))
+        core.outgoing.shown.discard(id)
+    core.note("; ".join(dropped) or "there is nothing to drop")
 
 
 NTH = re.compile(r"-([1-9]\d{0,3})")
@@ -17946,8 +18011,8 @@ def numbered_view(
     first, *rest = [*words, ""]
     match, room = NTH.fullmatch(first), asked_room(core)
     number = int(match[1]) if match else 1
-    seen = [*room.views][: len(room.views) - max(0, room.views.total - core.views_seen)]
-    spoken = [one for one in seen if one.kind in SPOKEN and one.mine == mine]
+    seen = [*room.views][: len(room.views) - max(0, room.views.total - core.input.views_seen)]
+    spoken = [view for view in seen if view.kind in SPOKEN and view.mine == mine]
     if len(spoken) < number:
         raise Refused("NO_MESSAGE", "there is no such message here")
     if not spoken[-number].id:
@@ -17962,8 +18027,8 @@ def do_reply(core: ClientCore, words: str) -> None:
     room, view, text = numbered_view(core, words.split(" "), mine=False)
     if not text:
         raise Refused("NO_TEXT", "usage: /reply [-N] TEXT")
-    core.replying = view.id
-    core.send(room.name, text)
+    core.input.reply = view.id
+    core.outgoing.send(room.name, text)
 
 
 @client_command("react", 1, 2)
@@ -17993,10 +18058,8 @@ def do_redact(core: ClientCore, number: str = "") -> None:
 def do_mute(core: ClientCore, name: str = "", on: bool = True) -> None:
     """/mute [#CHANNEL|NAME] -- do not be told of mentions in a conversation"""
     room = asked_room(core, name)
-    core.mute(room, on)
-    core.show(
-        ViewEvent(NOTE, f"{room.name} is {'muted; /unmute ends that' if on else 'not muted'}")
-    )
+    core.rooms.mute(room, on)
+    core.note(f"{room.name} is {'muted; /unmute ends that' if on else 'not muted'}")
 
 
 client_command(
@@ -18018,13 +18081,13 @@ def do_save(core: ClientCore, *words: str) -> None:
     """/save [-N] [PATH] -- store the last file that a message here tells of, or the Nth"""
     room, numbered = asked_room(core), bool(words) and NTH.fullmatch(words[0])
     number = int(numbered[1]) if numbered else 1
-    told = [(one, parse_file_tag(one.file)) for one in room.views if one.file]
-    if len(told) < number or told[-number][1] is None:
+    files = [(view, parse_file_tag(view.file)) for view in room.views if view.file]
+    if len(files) < number or files[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
     if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen save files")
     path = " ".join(words[bool(numbered) :])
-    core.transfers.save(room, told[-number][0], path)
+    core.transfers.save(room, files[-number][0], path)
 
 
 @client_command("transfers", most=2, nameless=True)
@@ -18032,13 +18095,13 @@ def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
     """/transfers [cancel N] -- files on their way; to drop one"""
     number = whole_number(which) or 0
     if what == "cancel" and 0 < number <= len(core.transfers):
-        one = core.transfers[number - 1]
-        core.transfers.drop(one)
-        return core.show(ViewEvent(NOTE, f"{one.name or one.path} is dropped"))
+        transfer = core.transfers[number - 1]
+        core.transfers.drop(transfer)
+        return core.note(f"{transfer.name or transfer.path} is dropped")
     if what:
         raise Refused("NO_TRANSFER", "usage: /transfers cancel 1")
-    rows = [f"{n}  {one.words()}" for n, one in enumerate(core.transfers, 1)]
-    return core.show(ViewEvent(NOTE, "; ".join(rows) or "no file is on its way"))
+    rows = [f"{n}  {transfer.words()}" for n, transfer in enumerate(core.transfers, 1)]
+    return core.note("; ".join(rows) or "no file is on its way")
 
 
 @client_command("clear", nameless=True)
@@ -18078,12 +18141,12 @@ def do_set(core: ClientCore, name: str = "", value: str = "") -> None:
         raise Refused("NO_SETTING", f"there is no setting {name}; /set lists them")
     if value:
         change_setting(core, name, value)
-    for one in [name] if name else SETTINGS:
-        setting = SETTINGS[one]
-        now = core.setting(one) or "nothing"
+    for key in [name] if name else SETTINGS:
+        setting = SETTINGS[key]
+        now = core.setting(key) or "nothing"
         default = setting.usual or "nothing"
         usual = "" if now == default else f" (usually {default})"
-        core.show(ViewEvent(SERVER_TEXT, f"{one}:  {now}{usual}; {setting.summary}"))
+        core.server_text(f"{key}:  {now}{usual}; {setting.summary}")
 
 
 @client_command("quit", most=1, nameless=True)
@@ -18352,8 +18415,8 @@ class KnownServers(Writer):
     def remember(self, server: "Target | str", **values: Any) -> None:
         """Store some of the columns of a server; another client may know more of the others."""
         names = ("kind", "pin", "port", "until")
-        known = dict(zip(names, self._known(server), strict=True)) | values
-        if (row := tuple(known.values())) != self._known(server):
+        columns = dict(zip(names, self._known(server), strict=True)) | values
+        if (row := tuple(columns.values())) != self._known(server):
             self.rows[str(server)] = row
             marks = ", ".join("?" * (len(values) + 1))
             changes = ", ".join(f"{name} = excluded.{name}" for name in values)
@@ -18394,9 +18457,9 @@ class OutboxRows(Writer):
         self.changes: dict[str, Waiting | None] = {}  # by id; None: it is not waiting any more
 
     def flush(self) -> bool:
-        for id, one in self.changes.items():
-            if one:
-                self.write(self.PUT, self.box, *one)
+        for id, message in self.changes.items():
+            if message:
+                self.write(self.PUT, self.box, *message)
             else:
                 self.write("DELETE FROM outbox WHERE id = ?", id)
         done = super().flush()
@@ -18535,8 +18598,8 @@ class ClientStore(Writer):
     def _position(self, view: ViewEvent) -> tuple[int, int]:
         """Return the time and the number of a message, which determine its place in the order."""
         query = "SELECT max(number) FROM messages WHERE owner = ? AND id = ? AND id <> ''"
-        known = self.db.execute(query, [self.owner, view.id]).fetchone()[0]
-        return view.time or 0, view.number or known or LAST_NUMBER
+        stored = self.db.execute(query, [self.owner, view.id]).fetchone()[0]
+        return view.time or 0, view.number or stored or LAST_NUMBER
 
     @or_nothing
     def page(
@@ -18610,13 +18673,13 @@ class ClientStore(Writer):
 
     # Transfers, conversations, ignored users, facts, settings
 
-    def keep_transfer(self, one: Transfer) -> None:
-        state = json.dumps(one.kept())
-        self.write("REPLACE INTO transfers VALUES (?, ?, ?)", self.owner, one.id, state)
+    def keep_transfer(self, transfer: Transfer) -> None:
+        state = json.dumps(transfer.kept())
+        self.write("REPLACE INTO transfers VALUES (?, ?, ?)", self.owner, transfer.id, state)
         self.flush()
 
-    def forget_transfer(self, one: Transfer) -> None:
-        self.write("DELETE FROM transfers WHERE owner = ? AND id = ?", self.owner, one.id)
+    def forget_transfer(self, transfer: Transfer) -> None:
+        self.write("DELETE FROM transfers WHERE owner = ? AND id = ?", self.owner, transfer.id)
         self.flush()
 
     def transfers(self) -> list[Transfer]:
@@ -21772,7 +21835,7 @@ class Link:
     def ask_older(self, room: Room) -> bool:
         """Fetch messages before the first view of a room; return whether they are on their way."""
         talk = self.core.talk
-        if self.core.older_from_store(room):
+        if self.core.stored.show_older(room):
             self.show(self.core.take_views())
             return False
         if room.whole or not (self.core.ready and talk.pages):
@@ -24450,8 +24513,8 @@ class ManyServers(Client):
         self.core.looked_at = False
         self.seat, self.core, self.link = seat, seat.core, seat.link
         self.core.looked_at = True
-        if self.core.current and self.core.reads_at_once:
-            self.core.mark_read(self.core.current)
+        if self.core.room and self.core.reads_at_once:
+            self.core.rooms.mark_read(self.core.room)
         self.seats_changed()
 
     def seat_over(self, seat: Seat, reason: str) -> None:
@@ -24521,7 +24584,7 @@ class Filter(Client):
         self.refused = 0  # lines that could not be said
         self.lines = LineBuffer(LINE_BYTES)
         self.failure = ""  # of something, although the rest went well
-        self.speak = self.link.typed if options.commands else self.core.speak
+        self.speak = self.link.typed if options.commands else self.core.input.say
         self.input = Input(self.loop, 0, self.take)
         self.input.pause()  # until there is a server to tell it to
         self.link.drained = self.go_on
@@ -24655,7 +24718,7 @@ class TerminalClient(ManyServers):
         self.late: set[str] = set()  # own ids of what has been waiting for a while
         self.begun: float = math.inf  # views that there were when a command was begun
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
-        self.writing_in: Room | None = self.core.current  # the conversation that the line is for
+        self.writing_in: Room | None = self.core.room  # the conversation that the line is for
         self.ended_room = ""  # the name of a closed one, while the line is a text begun there
         self.escape: Timer | None = None
         self.input = Input(self.loop, 0, self.take)
@@ -24784,11 +24847,11 @@ class TerminalClient(ManyServers):
         if self.ended_room and not text:
             self.ended_room = ""
             self.editor.set(self.writing_in.draft if self.writing_in else "")
-        self.link.typing(self.core.current, "" if self.ended_room else text)
+        self.link.typing(self.core.room, "" if self.ended_room else text)
         if text[:1] != "/":
             self.begun = math.inf
-        elif self.begun == math.inf and self.core.current:
-            self.begun = self.core.current.views.total
+        elif self.begun == math.inf and self.core.room:
+            self.begun = self.core.room.views.total
 
     def enter(self, text: str) -> None:
         """Handle an entered line. An empty one is no message, although it is one from netcat."""
@@ -24860,7 +24923,7 @@ class TerminalClient(ManyServers):
         seat, room = place
         self.look_at(seat)
         if room.name:
-            self.core.go(room)
+            self.core.rooms.go(room)
         self.show(self.core.take_views())
 
     def place_of(self, name: str) -> tuple[Seat, Room] | None:
@@ -24941,7 +25004,7 @@ class TerminalClient(ManyServers):
             self.display.keep(ViewEvent(NOTE, f"connected to {self.link.target}"))
         self.was_ready = self.core.ready
         self.display.take(map(with_keys, views))
-        if self.writing_in is not self.core.current:
+        if self.writing_in is not self.core.room:
             self.change_drafts()
         for view in views:
             if view.kind == BACK:
@@ -24955,7 +25018,7 @@ class TerminalClient(ManyServers):
         """After a change of conversation, keep the old one's draft and restore the new one's. A
         text begun in a conversation that has ended stays on the line, but is not sent; so does one
         begun in none, which is for the first that there is."""
-        before, after = self.writing_in, self.core.current
+        before, after = self.writing_in, self.core.room
         self.writing_in = after
         left = {seat.link.ended for seat, room in self.places() if room is before}
         if self.editor.text and False not in left and not self.ended_room:
@@ -25390,7 +25453,7 @@ const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
-const asOneLine = (text) => text.replace(/\s+/g, ' ');
+const inOneLine = (text) => text.replace(/\s+/g, ' ');
 
 function formatter(style) { // made when it is first used: this is slow
   let made;
@@ -25898,7 +25961,7 @@ function askOlder(to) {
 
 // All parts of a long text are accepted, or none: a draft is sent again under the same ids
 async function say(target, text, { action = false, reply = '', own = newId() } = {}) {
-  const texts = action ? [asOneLine(text)] : messagesOf(text);
+  const texts = action ? [inOneLine(text)] : messagesOf(text);
   const first = Math.max(Date.now(), (lastOf(state.outbox)?.n ?? 0) + 1); // clocks may be set back
   await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: first + n / 1000,
     target, text: part, action, reply: n ? '' : reply, failed: '' })));
@@ -26248,7 +26311,7 @@ async function keepRooms() {
     const end = behind ? messages.findIndex(({ id }) => id && id === upTo) + 1 : messages.length;
     const whole = messages.slice(0, end).filter(({ id }) => id);
     const put = store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
-    puts.push(put.then(() => { if (to.fresh === fresh) to.fresh = 0; }));
+    puts.push(Promise.resolve(put).then(() => { if (to.fresh === fresh) to.fresh = 0; }));
   }
   await Promise.all(puts); // or a new talk would be known neither here nor by TARGETS
   if (newest) set('newest', newest);
@@ -26508,7 +26571,7 @@ function measureBlocks() {
   const heights = full.map((block) => block.offsetHeight);
   full.forEach((block, n) => {
     block.style.setProperty('contain-intrinsic-size', `1px ${heights[n]}px`);
-    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`); // newer browsers
+    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`);
     block.classList.add('known');
   });
 }
@@ -26770,11 +26833,11 @@ const COMMANDS = new Map(Object.entries({ // name -> what it does
   },
   join: (text) => enter(...text.split(' ')),
   search: (text) => searchSheet(text),
-  part: (text, to) => ask(`PART ${to.name} :${asOneLine(text)}`),
-  nick: (text) => ask(`NICK ${asOneLine(text)}`),
-  topic: (text, to) => ask(`TOPIC ${to.name} :${asOneLine(text)}`),
+  part: (text, to) => ask(`PART ${to.name} :${inOneLine(text)}`),
+  nick: (text) => ask(`NICK ${inOneLine(text)}`),
+  topic: (text, to) => ask(`TOPIC ${to.name} :${inOneLine(text)}`),
   whois: (text) => ask(`WHOIS ${text.split(/\s/)[0]}`),
-  raw: (text) => ask(asOneLine(text)),
+  raw: (text) => ask(inOneLine(text)),
 }));
 
 function command(line, to, own) {
@@ -27368,7 +27431,7 @@ registration_rules = checked_option(  # "" allows it after registration with a n
 )
 join_option = checked_option(  # channels, each perhaps with a password after a blank
     str,
-    lambda text: all(len(one.split()) <= 2 for one in text.split(",")),
+    lambda text: all(len(word.split()) <= 2 for word in text.split(",")),
     "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'",
 )
 host_name = checked_option(  # one word that can stand in a line of IRC
@@ -27469,7 +27532,7 @@ def lock_folder(folder: pathlib.Path) -> int:
 
 
 def web_addresses(server: Server) -> list[str]:
-    """Return the page's address for this machine, if there is one, and for others, if they can."""
+    """Return the page's addresses: for this machine, and for others if they reach it."""
     host, port = server.listeners[0].address
     near = is_loopback(host) or host in ("0.0.0.0", "::")
     own = address_text("localhost" if near else host, port)

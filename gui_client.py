@@ -1160,11 +1160,11 @@ def find_kept(
     """Return kept messages with these words, from a user, in a conversation, with a link."""
     room = core.find(wanted["in"]) if "in" in wanted else room
     if words:
-        found = core.find_kept(words, room, FOUND_MOST if not wanted else LOOKED_AT)
+        found = core.stored.find(words, room, FOUND_MOST if not wanted else LOOKED_AT)
     else:
         rooms = [room] if room else core.rooms.values()
         last = chat.ViewEvent(chat.NOTE, time=LAST)
-        found = [view for one in rooms for view in core.kept_beside(one, last, LOOKED_AT)]
+        found = [view for one in rooms for view in core.stored.beside(one, last, LOOKED_AT)]
     return [view for view in found if is_wanted(core, view, wanted)]
 
 
@@ -1197,7 +1197,7 @@ def answered_by(
     if not view.reply:
         return "", ""
     said = by_id.get(view.reply) or find_view(room, lambda one: one.id == view.reply)
-    said = said or core.kept(view.reply)
+    said = said or core.stored.message(view.reply)
     return (said.name, said.text[: 4 * EXCERPT]) if said else UNKNOWN_ANSWER
 
 
@@ -1370,7 +1370,7 @@ class Watched:
 
     def update(self, seat: chat.Seat) -> None:
         """At the end of a turn: send what is new where the user looks."""
-        room = seat.core.current or seat.screen.nowhere
+        room = seat.core.room or seat.screen.nowhere
         again, self.again = self.again, False
         if room is not self.room:
             self.watch(seat, room)
@@ -1521,7 +1521,7 @@ class Watched:
         return None
 
     def _more_past(self) -> None:
-        views = self.seat.core.kept_beside(self.room, self.past[0], ROWS_MORE)
+        views = self.seat.core.stored.beside(self.room, self.past[0], ROWS_MORE)
         self.past[:0] = views
         self._send_rows(START, views)
         self.tell(Fetching(self.room.id, more=bool(views)))
@@ -1530,7 +1530,7 @@ class Watched:
         """Fetch what follows on rows of the past."""
         if not (self.past and self.is_at(number)):
             return
-        views = self.seat.core.kept_beside(self.room, self.past[-1], ROWS_MORE, after=True)
+        views = self.seat.core.stored.beside(self.room, self.past[-1], ROWS_MORE, after=True)
         if not views:
             return self.present(number)
         self.past += views
@@ -1548,7 +1548,7 @@ class Watched:
             self.watch(seat, room)
         near, self.past = list(room.views), []
         if not any(looks_same(view, one) for one in near):
-            near = self.past = seat.core.around(room, view, CONTEXT_ROWS)
+            near = self.past = seat.core.stored.around(room, view, CONTEXT_ROWS)
         mark = next((n for n, one in enumerate(near) if looks_same(view, one)), -1)
         if not self.past:
             self.count = len(near)
@@ -1646,7 +1646,7 @@ class Requests:
         """Take a text or a command, for the conversation in which it was entered; 0: before
         there was one."""
         engine = self.engine
-        here = engine.core.current or engine.seat.screen.nowhere
+        here = engine.core.room or engine.seat.screen.nowhere
         place = self._place(number) if number else (engine.seat, here)
         if place is None:
             engine.tell(Back(number, text))
@@ -1663,7 +1663,7 @@ class Requests:
         inside = room if room is not seat.screen.nowhere else None
         seat.link.typed(text.rstrip() if text[:1] == "/" else text, inside, reply)
         if inside and inside in seat.core.rooms.values():
-            seat.core.keep_room(inside)
+            seat.core.rooms.keep(inside)
         return None
 
     def draft(self, number: int, text: str) -> None:
@@ -1671,7 +1671,7 @@ class Requests:
         if (place := self._place(number)) and place[1].name:
             seat, room = place
             room.draft = "" if chat.is_secret(text) else text
-            seat.core.keep_room(room)
+            seat.core.rooms.keep(room)
             if seat.core.store:
                 seat.core.store.flush()
             self.engine.overview.touch(number)
@@ -1685,12 +1685,12 @@ class Requests:
     def retry(self, number: int, own_id: str) -> None:
         if place := self._place(number):
             seat, _ = place
-            seat.core.retry(own_id)
+            seat.core.outgoing.retry(own_id)
             self.engine.arrived(seat, chat.ViewEvent(chat.ARRIVED, room=number, own_id=own_id))
             seat.link.poke()
 
     def cancel(self, number: int, own_id: str) -> None:
-        self._act(number, lambda core, room: core.cancel(own_id))
+        self._act(number, lambda core, room: core.outgoing.cancel(own_id))
 
     def redact(self, number: int, id: str) -> None:
         self._act(number, lambda core, room: core.redact(room, id))
@@ -1706,7 +1706,7 @@ class Requests:
             seat, room = place
             self.engine.look_at(seat)
             if room.name:
-                seat.core.go(room)
+                seat.core.rooms.go(room)
             self.engine.show(seat.core.take_views())
 
     def close(self, number: int) -> None:
@@ -1715,7 +1715,7 @@ class Requests:
             seat.link.typed(f"/close {room.name}", room)
 
     def mute(self, number: int, on: bool) -> None:
-        self._act(number, lambda core, room: core.mute(room, on))
+        self._act(number, lambda core, room: core.rooms.mute(room, on))
 
     def read(self, number: int, when: int = 0) -> None:
         """Note that the user has seen everything in a conversation, or what was said up to a
@@ -1724,9 +1724,9 @@ class Requests:
         def act(core: chat.ClientCore, room: chat.Room) -> None:
             times = (view.time or 0 for view in room.views if view.kind in chat.SPOKEN)
             if not when or max(times, default=0) <= when:
-                core.mark_read(room)
+                core.rooms.mark_read(room)
             elif room.read(when):
-                core.keep_room(room)
+                core.rooms.keep(room)
 
         self._act(number, act)
 
@@ -1736,7 +1736,7 @@ class Requests:
     def jump(self, number: int, view: chat.ViewEvent) -> None:
         """Show a message among those around it."""
         if not number:  # it was closed since
-            number = self.engine.core.room_for(view.where).id
+            number = self.engine.core.rooms.open(view.where).id
         self.look(number)
         if place := self._place(number):
             self.engine.watched.jump(*place, view)
@@ -1934,7 +1934,7 @@ class Engine(chat.ManyServers):
         return SeatScreen()
 
     def is_writing(self, seat: chat.Seat) -> bool:
-        return seat.core.current is not None and seat.core.current.id == self.writing
+        return seat.core.room is not None and seat.core.room.id == self.writing
 
     # Batches
 
@@ -1988,7 +1988,7 @@ class Engine(chat.ManyServers):
 
     def _note_removed(self, seat: chat.Seat) -> None:
         """Note messages that were redacted since: the core tells only of those in its rooms."""
-        removed, last = seat.core.removed, seat.screen.last_removed
+        removed, last = seat.core.known.redacted, seat.screen.last_removed
         seat.screen.last_removed = next(reversed(removed), "")
         for id in itertools.takewhile(lambda id: id != last, reversed(removed)):
             self.watched.redacted(id)
@@ -2010,12 +2010,12 @@ class Engine(chat.ManyServers):
         core = seat.core
         room = core.by_id(view.room) if view.room else None
         room = room or (core.find(view.where) if view.where else None)
-        return room or core.current or seat.screen.nowhere
+        return room or core.room or seat.screen.nowhere
 
     def _place(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view of the core at once, before a message that comes after it. Without a
         conversation it waits for the end of the segment, which may open the first one."""
-        if seat.core.current and (
+        if seat.core.room and (
             view.kind == chat.FAILED or self.TAKEN.get(view.kind) is Engine._keep
         ):
             seat.screen.placed[id(view)] = view
