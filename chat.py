@@ -26274,7 +26274,7 @@ async function keepRooms() {
     const end = behind ? messages.findIndex(({ id }) => id && id === upTo) + 1 : messages.length;
     const whole = messages.slice(0, end).filter(({ id }) => id);
     const put = store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
-    puts.push(Promise.resolve(put).then(() => { if (to.fresh === fresh) to.fresh = 0; }));
+    puts.push(put.then(() => { if (to.fresh === fresh) to.fresh = 0; }));
   }
   await Promise.all(puts); // or a new talk would be known neither here nor by TARGETS
   if (newest) set('newest', newest);
@@ -26534,7 +26534,7 @@ function measureBlocks() {
   const heights = full.map((block) => block.offsetHeight);
   full.forEach((block, n) => {
     block.style.setProperty('contain-intrinsic-size', `1px ${heights[n]}px`);
-    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`);
+    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`); // newer browsers
     block.classList.add('known');
   });
 }

@@ -29405,6 +29405,27 @@ def test_a_conversation_of_page_and_netcat(running, browse):
     assert tab.rows() == ["hello anna", "hello bob", "two\nlines"]
 
 
+def test_the_commands_of_the_page_send_what_was_typed_in_one_line(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    guest = server.guest("bob")
+    tab.until("room('#lobby').joined")
+    tab.say(
+        "/topic two\n words", "/me waves\nback", "//me", "/nick anne", "/raw PRIVMSG #lobby  :hi"
+    )
+    tab.until("room('#lobby').topic === 'two words' && state.me === 'anne'")
+    tab.say("/msg bob psst\ndear bob")
+    assert guest.until("dear bob")[-7:] == [
+        "* anna set the topic of #lobby: two words",
+        "anna: *waves back*",
+        "anna: /me",
+        "* anna is now called anne",
+        "anne: hi",
+        "(private) anne: psst",
+        "(private) anne: dear bob",
+    ]
+
+
 @pytest.mark.parametrize("run", some(range(2)))
 def test_page_and_network_that_breaks_lose_and_double_nothing(running, browse, seeded, run):
     server = with_page(running)
