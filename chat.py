@@ -360,6 +360,7 @@ CHUNK_LINE_BYTES = 256  # the size of a chunk, and extensions that nothing is do
 TRAILER_BYTES = 4 * 1024
 DISCARDED_BYTES = 64 * 1024  # of a body that is not wanted: else the connection is closed
 WORK_OF_A_PIECE = 20  # of a body: chunks of a byte are work, too
+WORK_OF_A_HEAD_BYTE = 0.2  # of a request, measured: a list of 8,000 words takes 1.6 ms
 WEB_SEND_BUFFER = 512 * 1024  # of the kernel, for a connection that speaks HTTP
 STALLED_LOOKS = 4  # times WEB_IDLE_SECONDS without progress end a download
 WEB_HEAD_SECONDS = 10.0  # from the first byte of a request to the end of its head
@@ -400,6 +401,7 @@ LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the lon
 CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshake
 BACKOFF_FIRST = 0.5  # seconds before the first attempt to reconnect
 BACKOFF_MOST = 30.0
+BACKOFF_DOUBLINGS = 6  # of the first wait: then it is the longest
 DISMISSED_SECONDS = 2.0  # for a server to hang up after it said ERROR
 ONLINE_SECONDS = 30.0  # a connection that lasts so long resets the back-off
 NEXT_ADDRESS_SECONDS = 0.25  # until the next address is tried, too (RFC 8305 section 5)
@@ -11469,6 +11471,7 @@ REFUSAL_STATUSES = {  # Refused.code -> status
     "NO_FILE": 404,
     "FILE_TOO_LARGE": 413,
     "NO_ROOM": 507,
+    "UNAVAILABLE": 503,
 }
 
 
@@ -11533,6 +11536,8 @@ class WebSession(LocalSession):
         """Answer a request, or begin to: the handler of its path does that."""
         request = with_method(request)
         self.request, self.take_body = request, do_nothing
+        values = itertools.chain([request.target], *request.headers.values())
+        self.site.hub.work += WORK_OF_A_HEAD_BYTE * sum(map(len, values))
         self.body_left = request.length != 0
         self.closing = not request.keeps_alive
         host = split_host(request.host)[0]
@@ -12257,8 +12262,6 @@ def send_file(session: WebSession, request: Request) -> Steps:
     headers += [policy, *session.cors(), f"Content-Length: {end - first}"]
     open_file = session.site.folder.open
     handle = session.reading = yield do(session.later, READ_LANE, open_file, file.sha)
-    if handle is None:
-        return answer_file(session, 404, NO_SUCH_FILE)
     session.send_head(206 if part else 200, *headers)
     session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
     if request.method == "HEAD" or first == end:
@@ -19765,11 +19768,11 @@ class Peer(Connection):
 
     def was_stalled(self) -> bool:
         """Return whether nothing is under way, or nothing was sent in the last few looks."""
-        if self.held:
+        if self.held or self.waits_for_budget:
             return False
         self.looks = self.looks + 1 if self.unsent == self.was_unsent else 0
         self.was_unsent = self.unsent
-        return not self.unsent or self.looks >= STALLED_LOOKS
+        return not self.answers or self.looks >= STALLED_LOOKS
 
     @property
     def waits_for_reader(self) -> bool:
@@ -20324,6 +20327,17 @@ class OpenFile:
 CONTENT_NAME = re.compile(r"[0-9a-f]{64}|[0-9a-f]{32}\.part")  # a SHA-256, or an upload's id
 
 
+DISK_IS_FULL = frozenset((errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)))
+
+
+def not_written(error: OSError) -> Refused:
+    """Return what a client is told whose file cannot be written. For a full disk that is final;
+    another trouble, such as too many open files, may soon be over."""
+    log.error("a file cannot be written: %s", reason_of(error))
+    code = "NO_ROOM" if error.errno in DISK_IS_FULL else "UNAVAILABLE"
+    return Refused(code, f"the file cannot be written: {reason_of(error)}")
+
+
 class FileFolder:
     """The content of files on disk. Its methods are jobs for helpers: a disk may be slow. Equal
     content is stored once, under its SHA-256; incomplete content is ID.part."""
@@ -20341,8 +20355,7 @@ class FileFolder:
             file = self.writers[id] = OpenFile(self._part(id), "create")
             return file
         except OSError as error:
-            log.error("a file cannot be written: %s", reason_of(error))
-            raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
+            raise not_written(error) from None
 
     def reopen(self, id: str) -> tuple[OpenFile, int]:
         """Return the file of an upload that goes on, and its size in bytes. The connection that
@@ -20378,13 +20391,15 @@ class FileFolder:
             os.close(folder)
         return sha, size, kind, *picture_size(kind, head)
 
-    def open(self, sha: str) -> OpenFile | None:
-        """Return the content with this hash, opened; None if there is none."""
+    def open(self, sha: str) -> OpenFile:
+        """Return the content with this hash, opened. Raises Refused."""
         try:
             return OpenFile(self.path / sha, "read")
         except OSError as error:
             log.error("the file %s cannot be read: %s", sha, reason_of(error))
-            return None
+            if isinstance(error, FileNotFoundError):
+                raise Refused("NO_FILE", NO_SUCH_FILE) from None
+            raise Refused("UNAVAILABLE", "the file cannot be read now; try again later") from None
 
     def read(self, file: OpenFile, at: int, size: int) -> bytes:
         """Return `size` bytes; b"" if not all of them can be read."""
@@ -20415,8 +20430,7 @@ class FileFolder:
         except FileNotFoundError:
             raise Refused("NO_FILE", NO_SUCH_FILE) from None
         except OSError as error:
-            log.error("a file cannot be written: %s", reason_of(error))
-            raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
+            raise not_written(error) from None
 
 
 ROUTES = (  # listening everywhere, a family, and an address for documentation (RFC 5737, RFC 3849)
@@ -20466,10 +20480,12 @@ class TimeLimits:
         for delay in delays:
             delay.discard(peer)
 
-    def watch_requests(self, peer: Peer) -> None:
-        """After a request, or a piece of a body, begin to wait for what comes next."""
-        self.web_heads.discard(peer)
+    def watch_requests(self, peer: Peer, taken: bool) -> None:
+        """Wait for what comes next: after a request, or a piece of a body, that was `taken`; else
+        for the rest of a head, whose time began with its first byte."""
         begun = peer.inbox.start < len(peer.inbox.data) and not peer.inbox.in_body
+        if taken or not begun:
+            self.web_heads.discard(peer)
         (self.web_heads if begun and not peer.answers else self.web_idle).add(peer)
 
     def greet(self, peer: Peer) -> None:
@@ -20627,7 +20643,7 @@ class ActBeat:
             if peer.inbox.fruitless:
                 peer.charge(costs)
             if peer.web:
-                self.times.watch_requests(peer)
+                self.times.watch_requests(peer, taken=False)
             return False
         session = peer.session
         if session is None or (session.user is None and session.takes_lines):
@@ -20639,7 +20655,7 @@ class ActBeat:
         if peer.budget:
             self._charge(peer, replied, costs)
         if peer.web:
-            self.times.watch_requests(peer)
+            self.times.watch_requests(peer, taken=True)
         return True
 
     def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:
@@ -22563,6 +22579,7 @@ class Transfers:
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
         self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
+        self.dropped: list[Transfer] = []  # uploads that the server is to remove
         self.core.transfers.start, self.core.transfers.end = self.start, self.end
         link.transfers = self
         self.watch()
@@ -22604,7 +22621,6 @@ class Transfers:
         if not one.up:
             pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
         self._take_back(one)
-        self.wake()
 
     def watch(self) -> None:
         """Check every second: begin waiting transfers, and drop connections without progress."""
@@ -22625,6 +22641,9 @@ class Transfers:
                 self.calls[one.id] = None
                 one.state, one.why = "running", ""
                 self.core.transfers.with_token(functools.partial(self._run, one))
+        for one in [one for one in self.dropped if self.loop.now >= one.again]:
+            self.dropped.remove(one)
+            self.core.transfers.with_token(functools.partial(self._remove, one))
 
     def _run(self, one: Transfer, token: str) -> None:
         """Go on with a transfer; `token` is for uploads, or ""."""
@@ -22782,22 +22801,26 @@ class Transfers:
 
     def _take_back(self, one: Transfer) -> None:
         """Have the server remove what it has of an upload that is not completed: it counts against
-        the user's room. Without a connection it is removed when its time is over."""
-        if not (one.up and one.url and self.core.ready):
-            return
+        the user's room. An upload that is forgotten meanwhile is removed when its time is over."""
+        if one.up and one.url:
+            one.again = self.loop.now
+            self.dropped.append(one)
+        self.wake()
+
+    def _remove(self, one: Transfer, token: str) -> None:
         call = Transfer(f"removed {one.id}", True, "", "")
 
         def done(response: Response | None, text: str) -> None:
             self.calls.pop(call.id, None)
+            if is_temporary(response):
+                self._back_off(one)
+                self.dropped.append(one)
 
-        def remove(token: str) -> None:
-            headers = self._headers(token, Content_Length=0)
-            with contextlib.suppress(Unusable):  # the server gave no address
-                request = CallRequest("DELETE", self._own_url(one), headers, done)
-                self.calls[call.id] = None
-                self._call(call, request)
-
-        self.core.transfers.with_token(remove)
+        headers = self._headers(token, Content_Length=0)
+        with contextlib.suppress(Unusable):  # the server gave no address
+            request = CallRequest("DELETE", self._own_url(one), headers, done)
+            self.calls[call.id] = None
+            self._call(call, request)
 
     # Down
 
@@ -22849,13 +22872,16 @@ class Transfers:
         self.link.poke()
         self.wake()
 
+    def _back_off(self, one: Transfer) -> None:
+        one.failures += 1
+        wait = BACKOFF_FIRST * 2 ** min(one.failures, BACKOFF_DOUBLINGS)
+        one.again = self.loop.now + min(BACKOFF_MOST, wait)
+
     def broke(self, one: Transfer, why: str) -> None:
         """Wait before the next attempt, longer each time."""
         if self.calls.pop(one.id, self) is self:
             return
-        one.failures += 1
-        wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2**one.failures)
-        one.again = self.loop.now + wait
+        self._back_off(one)
         one.state, one.why = "waiting", why
         self.link.show([ViewEvent(TRANSFER, where=one.room, own_id=one.id)])
 
@@ -22872,11 +22898,10 @@ class Transfers:
         if not one.up:
             with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
-        self._take_back(one)
         self.core.transfers.forget(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
-        self.wake()
+        self._take_back(one)
 
 
 # ======================================================================================

@@ -13139,24 +13139,32 @@ def test_limits_are_told_and_leave_nothing(files):
     assert tus(files, "POST", "/files", "Upload-Length: 101")[0] == 413
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(files, monkeypatch):
-    def full(self, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+DISK_TROUBLE = [(errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EIO, 503), (errno.EMFILE, 503)]
 
-    monkeypatch.setattr(chat.OpenFile, "write", full)
+
+# A client gives up when there is no room, and tries again later when something else is wrong
+@pytest.mark.parametrize("number, expected", DISK_TROUBLE)
+@pytest.mark.parametrize("call", ["open", "write", "fsync"])
+def test_a_full_disk_is_told_and_leaves_nothing(files, monkeypatch, call, number, expected):
+    def fails(*values):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, fails)
     status, headers, body = posted(files, b"hello")
-    assert status == 507 and b"no space left" in body
-    assert on_disk(files) == [] and files.hub.files == {} and files.hub.files.finishing == set()
     monkeypatch.undo()
-    monkeypatch.setattr(os, "fsync", lambda fd: full(None, None))
-    assert posted(files, b"hello")[0] == 507 and files.hub.files == {}
+    assert status == expected and chat.reason_of(OSError(number, os.strerror(number))) in str(body)
+    assert on_disk(files) == [] and files.hub.files == {} and files.hub.files.finishing == set()
 
 
-def test_content_that_is_gone_from_disk_is_not_found(files):
+def test_content_that_is_gone_from_disk_is_not_found(files, monkeypatch):
     path = path_of(posted(files))
     for name in on_disk(files):
         (files.site.folder.path / name).unlink()
     assert got(files, path)[0] == 404
+    monkeypatch.setattr(
+        os, "open", lambda *values: (_ for _ in ()).throw(OSError(errno.EMFILE, ""))
+    )
+    assert got(files, path)[0] == 503  # it may be there all the same
 
 
 RANGES = [  # of a file of 10 bytes: header, status, content
@@ -13566,6 +13574,26 @@ def test_a_slow_download_is_not_cut(running, tmp_path, monkeypatch):
             assert got.partition(b"\r\n\r\n")[2][: len(body)] == body  # perhaps a 408 behind it
 
 
+LOOKS = [  # what is so at all looks; unsent bytes at each; whether it then counts as stalled
+    ({}, [0], [True]),  # idle
+    ({"held": True}, [0] * 6, [False] * 6),  # waits for a disk
+    ({"waits_for_budget": True}, [0] * 6, [False] * 6),
+    ({"answers": True}, [5, 5, 5, 5, 5], [False] * 4 + [True]),  # is not read
+    ({"answers": True}, [5, 5, 5, 4, 4], [False] * 5),
+    ({"answers": True}, [9, 0, 7, 0], [False] * 4),  # just between two pieces of a file
+]
+
+
+@pytest.mark.parametrize("state, unsent, stalled", LOOKS)
+def test_a_connection_is_stalled_if_nothing_is_under_way_or_nothing_is_read(state, unsent, stalled):
+    usual = {"held": False, "waits_for_budget": False, "answers": False}
+    peer = types.SimpleNamespace(**{**usual, **state}, looks=0, was_unsent=0)
+    told = []
+    for peer.unsent in unsent:
+        told.append(chat.Peer.was_stalled(peer))
+    assert told == stalled
+
+
 def test_a_connection_that_ends_while_a_file_is_completed_does_no_harm(files):
     browser = Browser(files)
     head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nContent-Length: 5\n\n"
@@ -13711,6 +13739,15 @@ def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
     slow.send(b"GET" + head)
     idle.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     stopped.send(b"POST" + head + b"Content-Length: 9\r\n\r\nab")
+    with socket.create_connection(server.address) as trickling:
+        trickling.settimeout(0.01)
+        trickling.sendall(b"GET" + head + b"A: ")
+        data, began = b"", time.monotonic()
+        while not data and time.monotonic() - began < PATIENCE:
+            trickling.sendall(b"a")
+            with contextlib.suppress(TimeoutError):
+                data = trickling.recv(65536)
+        assert data.startswith(b"HTTP/1.1 408 ")
     assert slow.rest().startswith(b"HTTP/1.1 408 ")
     assert idle.rest().endswith(b"ok\n")
     assert stopped.rest()
@@ -23605,6 +23642,17 @@ def test_a_frame_with_a_line_costs_no_more_than_the_line():
         assert 50 <= before - made.budget.tokens < 51
 
 
+@pytest.mark.parametrize("size, least, most", [(100, 1, 2), (15_000, 30, 32)])
+def test_a_request_costs_by_the_size_of_its_head(size, least, most):
+    with beating() as (server, peer):
+        made = peer(data=b"GET /no HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        act_on_all(server)
+        before = made.budget.tokens
+        made.received(b"GET /no HTTP/1.1\r\nHost: localhost\r\nA: %s\r\n\r\n" % (b"a" * size))
+        act_on_all(server)
+        assert not made.busy and least <= before - made.budget.tokens < most
+
+
 def test_a_peer_without_a_turn_comes_before_those_that_had_one(monkeypatch):
     with beating(flood=None) as (server, peer):
         peers = [peer(n + 2, b"\n" * 1000) for n in range(3)]
@@ -25903,6 +25951,31 @@ def test_a_file_that_changes_while_it_waits_is_not_sent(change, begun, tmp_path)
     assert files.asked == (["POST", "PATCH 0", "DELETE"] if begun else ["POST"])
     assert not files.core.transfers
     assert [view.text for view in files.shown if "a.txt was not sent: " in view.text]
+
+
+def test_an_upload_that_is_dropped_is_removed_as_soon_as_the_server_can_be_asked(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, CREATED, (500, {}, b""), (503, {}, b""), (204, {}, b""))
+    files.start(chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a.txt")))
+    files.core.talk.ready = False
+    files.core.transfers.drop(files.core.transfers[0])
+    files.wake()
+    assert files.asked == ["POST", "PATCH 0"]
+    files.core.talk.ready = True
+    for _ in range(4):
+        files.wake()
+        files.loop.now += chat.BACKOFF_MOST
+    assert files.asked[2:] == ["DELETE", "DELETE"] and not files.dropped
+
+
+def test_a_transfer_that_fails_for_days_is_tried_again_all_the_same(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, *[(503, {}, b"")] * 2000)
+    files.start(chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a.txt")))
+    for _ in range(1999):
+        files.loop.now += chat.BACKOFF_MOST
+        files.wake()
+    assert files.asked == ["POST"] * 2000
 
 
 def test_the_link_of_a_file_that_cannot_be_posted_is_shown():
