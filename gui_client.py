@@ -5093,7 +5093,7 @@ class Card(ttk.Frame):
         for widget in descendants(self):
             if self.keys not in widget.bindtags():
                 widget.bindtags((self.keys, *widget.bindtags()))
-        self.first = focus
+        self.focused = focus
         focus.focus_set()
 
     def _make_room(self) -> None:
@@ -5116,10 +5116,11 @@ class Card(ttk.Frame):
         self.closed()
 
     def keep_focus(self, widget: Any) -> None:
-        """Keep the focus in this card while it is open."""
+        """Keep the focus in this card while it is open, and where it was, after a menu, say."""
         if self.shown and not str(widget).startswith(str(self)):
-            self.first.focus_set()
-        elif self.shown:
+            self.focused.focus_set()
+        elif self.shown and not isinstance(widget, tk.Menu):
+            self.focused = widget
             self.page.see(widget)
 
 

@@ -27716,6 +27716,8 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     menu.invoke(menu.index("dark"))
     pump(alice, lambda: alice.look.colours is gui_client.DARK)
     assert choice.get() == "dark"
+    alice._focus_in(types.SimpleNamespace(widget=alice.root))  # as a window manager gives it back
+    assert alice.root.focus_lastfor() is choice
 
 
 @pytest.mark.parametrize("dialog", [False, True])
