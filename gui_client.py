@@ -4466,6 +4466,7 @@ class Sidebar(ttk.Frame):
         self.here = 0  # the conversation that is selected
         self.order: dict[str, list[str]] = {}  # names of conversations by server, as dragged
         self.drafts: set[int] = set()  # conversations in which something is half typed
+        self.counts: dict[int, str] = {}  # of new messages, as they are shown
         self.dragged = ""
         self.pressed_at = 0
         self.chosen: Callable[[int], None] = chat.do_nothing
@@ -4480,7 +4481,7 @@ class Sidebar(ttk.Frame):
     def recolour(self) -> None:
         look, c, tag = self.look, self.look.colours, self.tree.tag_configure
         self.tree.column("#0", width=9 * look.em, minwidth=3 * look.em)
-        self.tree.column("count", width=look.bold.measure("@99+") + look.part(0.6))
+        self._fit_counts()
         tag("server", foreground=c.dim, font=look.small)
         tag("unread", font=look.bold, foreground=c.ink)
         tag("called", font=look.bold, foreground=c.bad)
@@ -4500,6 +4501,7 @@ class Sidebar(ttk.Frame):
     def clear(self) -> None:
         self.tree.delete(*self.tree.get_children())
         self.drafts.clear()
+        self.counts.clear()
         self.here = 0
 
     def restore(self, order: dict[str, Any]) -> None:
@@ -4526,6 +4528,7 @@ class Sidebar(ttk.Frame):
         """Show conversations that have changed, which the model knows already."""
         for number in event.gone:
             self.drafts.discard(number)
+            self.counts.pop(number, None)
             if self.tree.exists(f"r{number}"):
                 self.tree.delete(f"r{number}")
         for room in event.changed:
@@ -4573,8 +4576,18 @@ class Sidebar(ttk.Frame):
         tag = "called" if room.called and not room.muted else "unread" if room.unread else "read"
         away = not room.inside or bool(room.gone)
         tag = "muted" if room.muted else "outside" if away and tag == "read" else tag
-        text = self.look.seen(sidebar_text(room))
-        self.tree.item(f"r{number}", text=text, values=(count_text(room),), tags=(tag,))
+        text, count = self.look.seen(sidebar_text(room)), count_text(room)
+        self.tree.item(f"r{number}", text=text, values=(count,), tags=(tag,))
+        self.counts[number] = count
+
+    def _fit_counts(self) -> None:
+        """Give the counts the room of the longest: the names need the rest."""
+        longest = max(self.counts.values(), key=len, default="")
+        width = self.look.bold.measure(longest) + self.look.part(0.6)
+        names, before = (self.tree.column(one, "width") for one in ("#0", "count"))
+        if width != before:
+            self.tree.column("count", width=width)
+            self.tree.column("#0", width=names + before - width)
 
     def set_draft(self, number: int, on: bool) -> None:
         """Note whether something is half typed in a conversation."""
@@ -4598,6 +4611,7 @@ class Sidebar(ttk.Frame):
             self.tree.selection_set(row)
             self.tree.focus(row)
             self.tree.see(row)
+        self._fit_counts()
 
     def number_of(self, row: str) -> int:
         """Return the conversation of a row; of a server's, the place without one."""

@@ -27193,8 +27193,12 @@ def test_a_private_message_is_a_conversation_of_its_own_and_rings(running, windo
     go(alice, "#lobby")
     assert alice.compose.content == "half a thought"
     focus(alice, False)
+    width = lambda column: alice.sidebar.tree.column(column, "width")  # noqa: E731
+    names, counts = width("#0"), width("count")
     bob.send("/tell alice I am\n")
     pump(alice, lambda: "bob @1" in sidebar(alice) and rung)
+    needs = alice.look.bold.measure("@1")
+    assert width("count") > needs > counts and width("#0") + width("count") == names + counts
     assert alice.root.title().startswith("(1) #lobby")
     go(alice, "bob")
     see(alice, "new\nbob")
