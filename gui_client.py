@@ -3221,7 +3221,8 @@ class Compose(Field):
     def fit(self) -> None:
         """Fit the height to the text, up to the limit; show the hint while there is no text."""
         if self.get("1.0", "2.0") == "\n" and self.index("end-1c") == "1.0":
-            self.hint.place(x=1, y=0)  # from where text begins: a Text's padding counts
+            # From where text begins, to where it ends: a Text's padding counts
+            self.hint.place(x=1, y=0, relwidth=1, width=-1)
         else:
             self.hint.place_forget()
         # Tk lays out all of a text whose widget is configured, also as it was
@@ -4342,6 +4343,7 @@ SASH_MS = 10  # from a change of the panes until they get their widths
 
 MIDDLE_SHARE = 0.4  # of the window that the conversation has at least ...
 MIDDLE_EMS = 16  # ... and so many heights of a line
+NARROWEST_EMS = 5  # of a pane at a side: of less nothing can be read
 WIDEST_EMS = 80  # of a pane at a side; earlier versions kept pixels
 
 
@@ -4412,7 +4414,7 @@ class Panes(ttk.PanedWindow):
                 sizes[name] = 0
         share = min(1.0, room / max(1, sum(sizes.values())))
         scaled = [round(share * size) for size in sizes.values()]
-        return [size if size > 3 * self.look.em else 0 for size in scaled]
+        return [size if size > NARROWEST_EMS * self.look.em else 0 for size in scaled]
 
     def restore(self, wide: Any) -> None:
         """Take widths that were kept."""
@@ -6682,9 +6684,9 @@ class StatusLine(ttk.Frame):
         self.waiting = ttk.Label(self, style="Dim.TLabel")
         self.about = ttk.Label(self, text=HINT, style="Dim.TLabel", anchor="e", width=1)
         self.dot.pack(side="left")
+        self.waiting.pack(side="right", padx=(look.part(0.8), 0))  # before what may be long
         self.status.pack(side="left", padx=(look.part(0.4), 0))
-        self.waiting.pack(side="left", padx=(look.part(0.8), 0))
-        self.about.pack(side="right", fill="x", expand=True)
+        self.about.pack(side="right", fill="x", expand=True, padx=(look.part(0.8), 0))
         look.follow(lambda: self.configure(padding=(look.part(0.7), look.part(0.2))))
 
     def refresh(self, server: Server | None) -> None:
