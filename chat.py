@@ -13395,10 +13395,15 @@ class Room:
         if when <= self.read_time:
             return False
         self.read_time = when
+        self.count_unread()
+        return True
+
+    def count_unread(self) -> None:
+        """Count the messages since the one that was read last, and those that call the user."""
+        when = self.read_time
         later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
-        return True
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
@@ -16686,8 +16691,8 @@ class ClientCore(ForScreens):
                 room.mark_time = self.believable(view.time)
                 room.mark = mark_at(room.mark_time)
         room.views.dropped = len(room.views) == STORED_LINES
-        later = [view for view in room.views if is_news(view) and (view.time or 0) > room.read_time]
-        room.unread = len(later) if room.read_time else 0
+        if room.read_time:
+            room.count_unread()
 
     def _show_waiting(self) -> None:
         """Show the messages that an earlier run accepted and no server has acknowledged. Without a

@@ -18312,6 +18312,12 @@ def test_a_muted_conversation_calls_no_one_and_stays_muted():
     bob.typed("alice: now?")
     alice.exchange()
     assert lobby.called == 1
+    for muted, called in ((False, 2), (True, 0)):  # both are calls to the user at the next start
+        lobby.muted, lobby.read_time = muted, 1
+        alice.core.keep_room(lobby)
+        alice.core.store.flush()
+        again = chat.ClientCore("alice", store=alice.core.store).rooms["#lobby"]
+        assert (again.unread, again.called) == (2, called)
 
 
 def test_what_was_read_on_one_device_is_read_on_the_other():
@@ -27696,6 +27702,10 @@ def test_the_look_follows_the_settings(running, window, folder):
 
 def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     alice = at_home(window(running().address))
+    hint = alice.compose.hint
+    hint.configure(text="Message #lobby, sent once we are connected " * 9)
+    alice.root.update()
+    assert 0 < hint.winfo_x() + hint.winfo_width() < alice.compose.winfo_width()
     alice.model.do("set", "size", "30")
     pump(alice, lambda: alice.look.size == 30)
     alice.root.update()
