@@ -5925,9 +5925,9 @@ class Reading(Acts):
             self._see()
 
     def _see(self) -> None:
-        """Soon note that what is in sight was read."""
-        room = self.model.room
-        if self.present and room and (room.unread or self.transcript.sheet.unseen):
+        """Soon note that what is in sight was read, also while more comes."""
+        room, waits = self.model.room, self.timers.waits("seen")
+        if self.present and room and (room.unread or self.transcript.sheet.unseen) and not waits:
             self.timers.later("seen", SEEN_MS, self._saw)
 
     def _saw(self) -> None:
@@ -5981,7 +5981,9 @@ class Reading(Acts):
             if page.at_bottom:
                 self.below = 0
             elif event.at == RESET:
+                self.below = event.unread
                 self.do("back", True)
+                self.window.sidebar.select()  # which shows what is not read here, too
         elif event.at == START:
             page.prepend(event.rows)
         else:

@@ -28004,8 +28004,10 @@ def test_each_conversation_keeps_the_place_where_the_user_reads(running, window)
     alice = at_home(window(server.address))
     join(alice, "#tea")
     go(alice, "#lobby")
+    focus(alice, True)
     bob.send("".join(f"message {n}\n" for n in range(200)))
     see(alice, "message 199\n")
+    pump(alice, lambda: not alice.model.room.unread)
     text = alice.transcript.text
     alice.root.update()
     alice.transcript.yview("100.0")
@@ -28013,10 +28015,12 @@ def test_each_conversation_keeps_the_place_where_the_user_reads(running, window)
     top = text.get("@0,0", "@0,0 lineend")
     go(alice, "#tea")
     bob.send("meanwhile\n")
+    pump(alice, lambda: "#lobby 1" in sidebar(alice))
     go(alice, "#lobby")
     see(alice, "meanwhile\n")
     alice.root.update()
     assert text.get("@0,0", "@0,0 lineend") == top and not alice.transcript.at_bottom
+    assert "1 new below" in alice.transcript.below.cget("text") and "#lobby 1" in sidebar(alice)
 
 
 def test_searches_are_narrowed_to_a_user_a_conversation_and_links(running, window, folder):
@@ -28319,6 +28323,7 @@ def test_what_the_user_sees_is_not_counted_as_new(running, window):
         bob.send(f"message {n}\n")
         see(alice, f"message {n}\n")
         assert sidebar(alice) == ["#lobby"] and not alice.root.title().startswith("(")
+    pump(alice, lambda: alice.reading._see() or not alice.model.room.unread)  # as more comes
 
 
 def test_a_long_message_is_shown_whole_by_a_click_and_new_ones_above_by_another(running, window):
