@@ -3429,9 +3429,21 @@ class PictureWindow(tk.Toplevel):
         ):
             scroll = getattr(self.canvas, f"{axis}view_scroll")
             self.bind(f"<{key}>", lambda _, scroll=scroll, step=step: scroll(3 * step, "units"))
+        for sequence, up in (("Button-4", True), ("Button-5", False), ("MouseWheel", None)):
+            for shift, scroll in (
+                ("", self.canvas.yview_scroll),
+                ("Shift-", self.canvas.xview_scroll),
+            ):
+                turned = functools.partial(self._turned, scroll, up)
+                self.canvas.bind(f"<{shift}{sequence}>", turned)
         self.bind("<Escape>", lambda _: self.destroy())
         self.canvas.bind("<Button-1>", lambda _: self.destroy())
         self.canvas.focus_set()
+
+    @staticmethod
+    def _turned(scroll: Callable[[int, str], None], up: bool | None, event: Any) -> None:
+        """Scroll by the wheel, which is a button on X11."""
+        scroll(-3 if up or (up is None and event.delta > 0) else 3, "units")
 
     def destroy(self) -> None:
         super().destroy()

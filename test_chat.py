@@ -28818,6 +28818,11 @@ def test_a_large_picture_does_not_stop_the_window(window, full):
     if full:
         shown = alice.files.picture.image
         pump(alice, lambda: shown.get(wide - 1, high - 1) == image.get(wide - 1, high - 1))
+        canvas = alice.files.picture.canvas
+        for sequence, view in (("<Button-5>", canvas.yview), ("<Shift-Button-5>", canvas.xview)):
+            assert view()[0] == 0
+            canvas.event_generate(sequence)
+            assert view()[0] > 0
     else:
         image, shown = image.subsample(10), images[file.path]  # to fit into the box
     spots = [(x, y) for x in range(0, image.width(), 99) for y in range(0, image.height(), 77)]
