@@ -13124,19 +13124,20 @@ class Room:
         self.moved_at |= dict.fromkeys(map(row_kind, moves), row.time or 0)
         return row
 
-    def news_since(self, when: int) -> list[ViewEvent]:
-        """Return the messages of other users that are later than a time (ms)."""
-        return [view for view in self.views if is_news(view) and (view.time or 0) > when]
-
     def read(self, when: int) -> bool:
         """Note that messages up to a time (ms) have been read; return whether that is new."""
         if when <= self.read_time:
             return False
         self.read_time = when
-        later = self.news_since(when)
+        self.count_unread()
+        return True
+
+    def count_unread(self) -> None:
+        """Count the messages since the one that was read last, and those that call the user."""
+        when = self.read_time
+        later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
-        return True
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
@@ -16424,7 +16425,8 @@ class StoredMessages:
             if view.id:
                 remember(core.known.ids, view.id)
         room.views.dropped = len(room.views) == STORED_LINES
-        room.unread = len(room.news_since(room.read_time)) if room.read_time else 0
+        if room.read_time:
+            room.count_unread()
 
     def note_holes(self, room: Room, *positions: str) -> None:
         """Store the positions in a room before which messages are missing."""

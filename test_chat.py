@@ -18425,6 +18425,12 @@ def test_a_muted_conversation_calls_no_one_and_stays_muted():
     bob.typed("alice: now?")
     alice.exchange()
     assert lobby.called == 1
+    for muted, called in ((False, 2), (True, 0)):  # both are calls to the user at the next start
+        lobby.muted, lobby.read_time = muted, 1
+        alice.core.keep_room(lobby)
+        alice.core.store.flush()
+        again = chat.ClientCore("alice", store=alice.core.store).rooms["#lobby"]
+        assert (again.unread, again.called) == (2, called)
 
 
 def test_what_was_read_on_one_device_is_read_on_the_other():
@@ -27338,8 +27344,12 @@ def test_a_private_message_is_a_conversation_of_its_own_and_rings(running, windo
     go(alice, "#lobby")
     assert alice.compose.content == "half a thought"
     focus(alice, False)
+    width = lambda column: alice.sidebar.tree.column(column, "width")  # noqa: E731
+    names, counts = width("#0"), width("count")
     bob.send("/tell alice I am\n")
     pump(alice, lambda: "bob @1" in sidebar(alice) and rung)
+    needs = alice.look.bold.measure("@1")
+    assert width("count") > needs > counts and width("#0") + width("count") == names + counts
     assert alice.root.title().startswith("(1) #lobby")
     go(alice, "bob")
     see(alice, "new\nbob")
@@ -27839,6 +27849,10 @@ def test_the_look_follows_the_settings(running, window, folder):
 
 def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     alice = at_home(window(running().address))
+    hint = alice.compose.hint
+    hint.configure(text="Message #lobby, sent once we are connected " * 9)
+    alice.root.update()
+    assert 0 < hint.winfo_x() + hint.winfo_width() < alice.compose.winfo_width()
     alice.model.do("set", "size", "30")
     pump(alice, lambda: alice.look.size == 30)
     alice.root.update()
@@ -27863,6 +27877,8 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     menu.invoke(menu.index("dark"))
     pump(alice, lambda: alice.look.colours is gui_client.DARK)
     assert choice.value == "dark"
+    alice._focus_in(types.SimpleNamespace(widget=alice.root))  # as a window manager gives it back
+    assert alice.root.focus_lastfor() is choice
 
 
 @pytest.mark.parametrize("dialog", [False, True])
@@ -28135,8 +28151,10 @@ def test_each_conversation_keeps_the_place_where_the_user_reads(running, window)
     alice = at_home(window(server.address))
     join(alice, "#tea")
     go(alice, "#lobby")
+    focus(alice, True)
     bob.send("".join(f"message {n}\n" for n in range(200)))
     see(alice, "message 199\n")
+    pump(alice, lambda: not alice.model.room.unread)
     text = alice.transcript.text
     alice.root.update()
     alice.transcript.yview("100.0")
@@ -28144,10 +28162,12 @@ def test_each_conversation_keeps_the_place_where_the_user_reads(running, window)
     top = text.get("@0,0", "@0,0 lineend")
     go(alice, "#tea")
     bob.send("meanwhile\n")
+    pump(alice, lambda: "#lobby 1" in sidebar(alice))
     go(alice, "#lobby")
     see(alice, "meanwhile\n")
     alice.root.update()
     assert text.get("@0,0", "@0,0 lineend") == top and not alice.transcript.at_bottom
+    assert "1 new below" in alice.transcript.below.cget("text") and "#lobby 1" in sidebar(alice)
 
 
 def test_searches_are_narrowed_to_a_user_a_conversation_and_links(running, window, folder):
@@ -28447,6 +28467,7 @@ def test_what_the_user_sees_is_not_counted_as_new(running, window):
         bob.send(f"message {n}\n")
         see(alice, f"message {n}\n")
         assert sidebar(alice) == ["#lobby"] and not alice.root.title().startswith("(")
+    pump(alice, lambda: alice.reading._see() or not alice.model.room.unread)  # as more comes
 
 
 def test_a_long_message_is_shown_whole_by_a_click_and_new_ones_above_by_another(running, window):
@@ -28941,6 +28962,11 @@ def test_a_large_picture_does_not_stop_the_window(window, full):
     if full:
         shown = alice.files.picture.image
         pump(alice, lambda: shown.get(wide - 1, high - 1) == image.get(wide - 1, high - 1))
+        canvas = alice.files.picture.canvas
+        for sequence, view in (("<Button-5>", canvas.yview), ("<Shift-Button-5>", canvas.xview)):
+            assert view()[0] == 0
+            canvas.event_generate(sequence)
+            assert view()[0] > 0
     else:
         image, shown = image.subsample(10), images[file.path]  # to fit into the box
     spots = [(x, y) for x in range(0, image.width(), 99) for y in range(0, image.height(), 77)]
