@@ -495,8 +495,8 @@ TAGS = "tags"  # a message that has nothing but tags: a user likes another, or u
 HINT = "hint"  # a message that is soon out of date: a user is typing
 REDACT = "redact"  # a message is taken back: the text is its msgid, and " :reason"
 USER_MODE, METADATA = "user mode", "metadata"  # METADATA: about is the key
-ENTERED = "entered"  # another session of the user joined a channel
-RENAMED = "renamed"  # the same, for clients that do not: each is told a PART and a JOIN
+OWN_JOIN = "own join"  # another session of the user joined a channel
+PART_AND_JOIN = "part and join"  # a RENAME, for clients that do not know that command
 READ_ON = "read"  # another session of the user moved a read marker
 CAME_ONLINE, WENT_OFFLINE = "online", "offline"  # of a user whom the session monitors
 KILLED, REPLACED = "killed", "replaced"  # the session ends with that
@@ -505,7 +505,7 @@ CTCP_BEGINS = re.compile("(?:^|[\n\0])\x01")  # a line of a text, or a piece of 
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds of messages
 # Kinds that each session renders for itself, see Session.hear()
 PERSONAL = frozenset(
-    (ENTERED, RENAMED, READ_ON, CAME_ONLINE, WENT_OFFLINE, METADATA, KILLED, REPLACED)
+    (OWN_JOIN, PART_AND_JOIN, READ_ON, CAME_ONLINE, WENT_OFFLINE, METADATA, KILLED, REPLACED)
 )
 EPHEMERAL = PERSONAL | frozenset(  # kinds that history does not keep
     (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, RENAME, USER_MODE, HINT)
@@ -1580,12 +1580,14 @@ class Wire(typing.Protocol):
     format: "IrcFormat | LineWire"  # for SPOKEN events; several wires may have the same one
 
     def line(self, audience: "Audience", event: "Event") -> bytes: ...  # any other event
-    def own(self, event: "Event", line: bytes) -> bytes: ...  # what its origin gets instead
+    def for_origin(self, event: "Event", line: bytes) -> bytes: ...  # what its origin gets instead
 
 
 class ServerCalls(typing.Protocol):
     """The part of the server that its sessions may use."""
 
+    hub: "Hub"
+    store: "Store"
     motd: list[str]
     tls_port: int
 
@@ -1737,15 +1739,8 @@ class Grants(dict[str, Grant]):
 class SessionContext:
     """The objects and settings that all sessions of one server share."""
 
-    def __init__(
-        self,
-        hub: "Hub",
-        store: "Store",
-        server: ServerCalls,
-        wires: "IrcWires",
-        options: "ServerOptions",
-    ):
-        self.hub, self.store, self.server = hub, store, server
+    def __init__(self, server: ServerCalls, wires: "IrcWires", options: "ServerOptions"):
+        self.hub, self.store, self.server = server.hub, server.store, server
         self.web = options.web  # settings of the web dialect
         self.folder: "FileFolder | None" = None  # jobs that read and write the content of files
         self.grants = Grants()  # upload tokens
@@ -2604,11 +2599,7 @@ class LocalSession(Session):
     # Acts, and what they need from off the loop
 
     def act(
-        self,
-        name: str,
-        *values: Any,
-        then: Callable[[Any], None] | None = None,
-        otherwise: Callable[[Refused], None] | None = None,
+        self, name: str, *values, then: Callable | None = None, otherwise: Callable | None = None
     ) -> None:
         """Do an act as this session; call then(its result), or otherwise(the refusal): refuse().
         then() is not called when the act has ended the session."""
@@ -2757,9 +2748,9 @@ class LocalSession(Session):
         hub.work += WORK_OF_A_LINE
         hub.turn.individually_addressed.add(self)
 
-    def own(self, event: Event, line: bytes) -> bytes:
+    def for_origin(self, event: Event, line: bytes) -> bytes:
         """Return what this session, the event's origin, gets instead of `line`."""
-        return self.wire.own(event, line)
+        return self.wire.for_origin(event, line)
 
     def turn_over(self) -> None:
         """Forget the replies of this turn, which have been sent."""
@@ -2888,12 +2879,12 @@ class Group:
 
     def own_lines(self, session: LocalSession, copies: Iterable[int]) -> list[tuple[int, bytes]]:
         """Return the lines that a session gets for its own user's events: index and bytes."""
-        lines, own, report = self.lines(session.wire), session.own, self.report
+        lines, for_origin, report = self.lines(session.wire), session.for_origin, self.report
         mine = self.origins.get(session, [])
         if copies:
             found = ((bisect.bisect_left(self.ids, id), id) for id in copies)
             mine = mine + [n for n, id in found if self.ids[n : n + 1] == [id]]
-        return [(n, attempt(report, own, self.events[n], lines[n]) or b"") for n in mine]
+        return [(n, attempt(report, for_origin, self.events[n], lines[n]) or b"") for n in mine]
 
     def joined_for(
         self, session: LocalSession, ranges: list[tuple[int, int]], copies: Iterable[int]
@@ -2906,7 +2897,7 @@ class Group:
             with contextlib.suppress(Exception):  # one of a few who speak
                 lines = self.lines(session.wire).copy()
                 for n in mine:
-                    lines[n] = session.own(self.events[n], lines[n])
+                    lines[n] = session.for_origin(self.events[n], lines[n])
                 return b"".join(lines)
         blob, starts = self.joined(session.wire)
         breaks = [(bisect.bisect_right(self.ids, id), 0, data) for id, data in session.replies]
@@ -4281,7 +4272,7 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
     if user.away:
         hub.emit(AWAY, user.source, channel.audience, user.away, origin=who)
     if others := [session for session in user.live if session is not who]:
-        hub.emit(ENTERED, user.source, Audience(channel.name, sessions=others))
+        hub.emit(OWN_JOIN, user.source, Audience(channel.name, sessions=others))
     tell_metadata_of_newcomer(hub, who, channel)
     return channel
 
@@ -4497,7 +4488,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
     hub.channels[key] = channel
     hub.turn.changed |= {channel, *channel.members, *channel.invited}
     hub.emit(RENAME, user.source, with_outsider(hub, channel, user), reason, old, who)
-    hub.emit(RENAMED, user.source, Audience(name, users=channel.members), reason, old)
+    hub.emit(PART_AND_JOIN, user.source, Audience(name, users=channel.members), reason, old)
 
 
 # Files
@@ -5626,7 +5617,7 @@ class History:
         """Return the last message of each key and of each private conversation of these identities.
         The text with each is its key, or "" for a conversation."""
         query = f"""
-            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN (?, ?, ?)
+            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN ({SPOKEN_KINDS})
             ORDER BY id DESC LIMIT 1"""
         found: dict[Any, tuple[str, Event]] = {}
         with self.reading() as db:
@@ -5638,7 +5629,7 @@ class History:
                 for id, one, other in db.execute(which, [identity] * 2).fetchall():
                     wanted.append((other if one == identity else one, "", id))
             for name, key, target in wanted:
-                row = db.execute(query, [target, *SPOKEN]).fetchone()
+                row = db.execute(query, [target]).fetchone()
                 if not row or not is_sound(row):
                     continue
                 if name not in found or found[name][1].id < row[0]:
@@ -6404,9 +6395,9 @@ class Store:
         """Return the founding and author of a message under this key; None if it is not there."""
         query = f"""
             SELECT t.founding, e.author FROM targets t JOIN events e ON e.target = t.id
-            WHERE t.key = ? AND e.id = ? AND e.kind IN ({", ".join("?" * 4)})"""
+            WHERE t.key = ? AND e.id = ? AND e.kind IN ({SPOKEN_KINDS}, '{TAGS}')"""
         try:
-            return self.db.execute(query, [key, id, *SPOKEN, TAGS]).fetchone()
+            return self.db.execute(query, [key, id]).fetchone()
         except sqlite3.Error:
             return None
 
@@ -7951,7 +7942,7 @@ class IrcWire:
         line = shape.format(**known, tail=f" :{text}" if text else "")
         return self.format.tags(event).encode() + irc_bytes(f":{event.source.mask} {line}")
 
-    def own(self, event: Event, line: bytes) -> bytes:
+    def for_origin(self, event: Event, line: bytes) -> bytes:
         """Return the line for the event's origin: messages only as an echo, or to itself."""
         if event.kind in ECHOED:
             to_self = event.about == event.source.name
@@ -8306,9 +8297,9 @@ class IrcSession(LocalSession):
         elif event.kind == REPLACED:
             self.fail("SESSION", "REPLACED", "another connection of yours has this place now")
             self.end("Another connection of yours took this place")
-        elif event.kind == ENTERED:
+        elif event.kind == OWN_JOIN:
             tell_channel(self, self.site.hub.channels[fold(name)])
-        elif event.kind == RENAMED and "draft/channel-rename" not in capabilities:
+        elif event.kind == PART_AND_JOIN and "draft/channel-rename" not in capabilities:
             self.tell_renamed(event.about, name, event.text)
         elif event.kind == READ_ON and "draft/read-marker" in capabilities:
             self.tell_marker(name)
@@ -8470,13 +8461,13 @@ class IrcSession(LocalSession):
         if event.kind == WALLOPS and self.user not in event.audience.users:
             return 0  # an operator without mode w
         (line,) = self.wire.encode(event.audience, [event])
-        return count_answers(line) if self.wire.own(event, line) else 0
+        return count_answers(line) if self.wire.for_origin(event, line) else 0
 
-    def own(self, event: Event, line: bytes) -> bytes:
+    def for_origin(self, event: Event, line: bytes) -> bytes:
         if event.origin is not self:  # a private message from another session of the user
             return line if self.wire.copies else b""
         wire = self.wires_before.get(event.id, self.wire)
-        data, tagging = wire.own(event, line), self.own_tags.get(event.id)
+        data, tagging = wire.for_origin(event, line), self.own_tags.get(event.id)
         if (instead := self.withheld.get(event.id)) is not None:
             to_self = event.about == event.source.name
             line, data = instead, instead + line * to_self
@@ -10164,9 +10155,8 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
     check_server(session, server)
     site = session.site
     if letter == "u":
-        # On a node, ticks are the time of the log
-        hub, on_node = site.hub, site.cluster
-        ran = hub.now - hub.started if on_node else hub.ticks - hub.started_ticks
+        hub = site.hub  # on a node of a cluster its ticks are the log's
+        ran = hub.now - hub.started if site.cluster else hub.ticks - hub.started_ticks
         minutes, seconds = divmod(ran // 1000, 60)
         hours, minutes = divmod(minutes, 60)
         session.reply(RPL_STATSUPTIME, *divmod(hours, 24), minutes, seconds)
@@ -10394,7 +10384,7 @@ class LineWire:
         texts = line_texts(event, line_prefix(audience), where)
         return "".join(f"{line}\n" for line in texts).encode()
 
-    def own(self, event: Event, line: bytes) -> bytes:
+    def for_origin(self, event: Event, line: bytes) -> bytes:
         """Return what the origin gets: no echo, as netcat shows the typed line already."""
         if event.kind not in (MODE, PASSWORD):
             return b""
@@ -10480,8 +10470,8 @@ class LineSession(LocalSession):
         except UnicodeDecodeError:
             raise Refused("NOT_UTF8", "that line is not UTF-8 text and was not delivered") from None
 
-    def own(self, event: Event, line: bytes) -> bytes:
-        return self.wire.own(event, line) if event.origin is self else b""
+    def for_origin(self, event: Event, line: bytes) -> bytes:
+        return self.wire.for_origin(event, line) if event.origin is self else b""
 
     def hear(self, event: Event) -> None:
         if event.kind == KILLED:
@@ -10847,15 +10837,16 @@ def line_stats(session: LineSession, letter: str) -> None:
 
 
 def tell_past(
-    session: LineSession, events: Iterable[Event], prefix: str, check: Callable, end: str
+    session: LineSession, channel: Channel | None, events: list[Event], prefix: str, end: str
 ) -> Iterator[None]:
-    """Tell events of the past and then the end, for as long as check() does not refuse it."""
-    check()
+    """Tell events of the past and then the end; those of a channel only while the user is in it."""
+    check_inside = channel.member if channel else do_nothing
+    check_inside(session.user)
     for n, event in enumerate(events):
         session.site.hub.work += WORK_OF_THE_PAST
         if n % PLAYED_AT_ONCE == PLAYED_AT_ONCE - 1:
             yield
-            check()
+            check_inside(session.user)
         for text in line_texts(event, prefix):
             session.tell(f"{time_text(event.time)} {text}")
     session.tell(end)
@@ -10880,12 +10871,8 @@ def line_history(session: LineSession, *params: str) -> Steps:
     span = Span(scope_of(hub, session.user, audience))
     events = yield do(session.read, session.site.store.history.page, span, count)
 
-    def check() -> None:
-        if channel:
-            channel.member(session.user)  # or not any more
-
     end = f"that was {counted(len(events), 'message')}"
-    session.go_on_with(tell_past(session, events, line_prefix(audience), check, end))
+    session.go_on_with(tell_past(session, channel, events, line_prefix(audience), end))
 
 
 @line_command("search", 1)
@@ -10898,11 +10885,7 @@ def line_search(session: LineSession, words: str) -> Steps:
     found = yield do(session.read, search, [scope], words, Span(scope), HISTORY_LINES)
     events, prefix = [event for _, event in found], line_prefix(channel)
     end = f"found {counted(len(found), 'message')} with {words}"
-
-    def check() -> None:
-        channel.member(session.user)  # or not any more
-
-    session.go_on_with(tell_past(session, events, prefix, check, end))
+    session.go_on_with(tell_past(session, channel, events, prefix, end))
 
 
 @line_command("lines", 1, nameless=True)
@@ -12447,16 +12430,26 @@ CLIENT_ALIASES = {
 }
 
 
+def is_channel(name: str) -> bool:
+    """Return whether a name looks like a channel's, for code that has no server to ask."""
+    return name[:1] in ("#", "&", "+", "!")
+
+
 def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[str]) -> list[str]:
     """Return the completions of a word: commands, channels or names. At the start of a line
     (`first`), commands are completed, and a colon follows a name. Names keep the order given."""
     if word[:1] == "/" and first:
         verbs = (*client_command, *CLIENT_ALIASES)
         return sorted(f"/{verb} " for verb in verbs if len(verb) > 1 and verb.startswith(word[1:]))
-    if word[:1] in ("#", "&", "+", "!"):
+    if is_channel(word):
         return [f"{room} " for room in rooms if fold(room).startswith(fold(word))]
     end = ": " if first else " "
     return [name + end for name in names if fold(name).startswith(fold(word))]
+
+
+def optional(*words: str) -> list[str]:
+    """Return those words that are not empty."""
+    return [word for word in words if word]
 
 
 def calls(text: str, name: str) -> bool:
@@ -12474,11 +12467,6 @@ def beginning(text: str) -> str:
 def is_quit(text: str) -> bool:
     """Return whether a text is the command /quit, after which the client does not reconnect."""
     return text.lower().split()[:1] == ["/quit"]
-
-
-def is_channel(name: str) -> bool:
-    """Return whether a name looks like a channel's, for code that has no server to ask."""
-    return name[:1] in ("#", "&", "+", "!")
 
 
 CASE_MAPPINGS = {  # names of 005's CASEMAPPING -> capitals and their small letters
@@ -12505,10 +12493,10 @@ class ServerProfile:
         self.enabled: set[str] = set()
         self.requested: set[str] = set()  # after the registration; no answer yet
         self.told = False  # 004 has come, and 005 if there is one
-        kept = ("CASEMAPPING", "CHANTYPES") if before else ()
-        self.isupport = {
-            name: before.isupport[name] for name in kept if name in before.isupport
-        }  # of 005
+        self.isupport: dict[str, str] = {}  # facts of 005, and until then some of `before`
+        for name in ("CASEMAPPING", "CHANTYPES"):
+            if before and name in before.isupport:
+                self.isupport[name] = before.isupport[name]
 
     # Names
 
@@ -12621,6 +12609,11 @@ class ServerProfile:
     def repeatable(self) -> bool:
         """True if a message that is sent twice with the same id is delivered only once."""
         return self.echoes and "chat.py/session" in self.enabled
+
+    @property
+    def nodes(self) -> list[str]:
+        """The addresses of all servers of this chat."""
+        return optional(*self.isupport.get("chat.py/NODES", "").split(",")) if self.ours else []
 
     @property
     def pages(self) -> bool:
@@ -12851,14 +12844,14 @@ class Outbox:
         if len(self.in_flight) >= self.window:
             return None
         later = self.in_flight.keys() | self.parked.keys() | self.unsaved.keys()
-        candidates = (message for id, message in self.waiting.items() if id not in later)
-        message = next(
-            (message for message in candidates if carries(message) or (waits and waits(message))),
-            None,
-        )
-        if message is None or message.id in self.unconfirmed or not carries(message):
-            return None
-        return message
+        for message in self.waiting.values():
+            if message.id in later:
+                continue
+            if carries(message):
+                return None if message.id in self.unconfirmed else message
+            if waits and waits(message):
+                return None
+        return None
 
     def send(self, message: Waiting, now: float) -> None:
         """Note that a message is being sent, at wall time `now` (s)."""
@@ -13131,19 +13124,20 @@ class Room:
         self.moved_at |= dict.fromkeys(map(row_kind, moves), row.time or 0)
         return row
 
-    def news_since(self, when: int) -> list[ViewEvent]:
-        """Return the messages of other users that are later than a time (ms)."""
-        return [view for view in self.views if is_news(view) and (view.time or 0) > when]
-
     def read(self, when: int) -> bool:
         """Note that messages up to a time (ms) have been read; return whether that is new."""
         if when <= self.read_time:
             return False
         self.read_time = when
-        later = self.news_since(when)
+        self.count_unread()
+        return True
+
+    def count_unread(self) -> None:
+        """Count the messages since the one that was read last, and those that call the user."""
+        when = self.read_time
+        later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
-        return True
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
@@ -13190,7 +13184,7 @@ AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
-class Asked(NamedTuple):
+class HistoryRequest(NamedTuple):
     """A request for history that is not answered yet."""
 
     where: str
@@ -13202,7 +13196,7 @@ class Asked(NamedTuple):
     at: float = UNSENT  # monotonic, in seconds
 
 
-class Echoed(NamedTuple):
+class ExpectedEcho(NamedTuple):
     """A sent line that the server will echo without saying which line it is."""
 
     target: str  # folded
@@ -13233,39 +13227,44 @@ class SentLine(NamedTuple):
 BEGIN_BATCH, END_BATCH = "BATCH +m draft/multiline", "BATCH -m"
 BATCHED, CONTINUED = "@batch=m ", f"@batch=m;{CONCAT} "  # tags of the lines of a batch
 
-
-IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and number of parameters needed
+# Verb -> handler, and the number of parameters that it needs
+SERVER_HANDLERS: dict[str, tuple[Callable, int]] = {}
 
 
 def from_server(*verbs: str, least: int = 0) -> Callable:
     """Decorate the handler of these verbs and numerics; lines need at least `least` parameters."""
 
     def register(handler: Callable) -> Callable:
-        IRC_HEARD.update(dict.fromkeys(verbs, (handler, least)))
+        SERVER_HANDLERS.update(dict.fromkeys(verbs, (handler, least)))
         return handler
 
     return register
 
 
-def sendable_lines(text: str, room: int) -> Iterator[tuple[str, bool]]:
-    """Yield the lines of a message, in pieces of at most `room` bytes, and whether each piece
-    continues the one before."""
+class MessageLine(NamedTuple):
+    """A line of a message, or a piece of a long one."""
+
+    text: str
+    continues: bool = False  # the line before
+
+
+def sendable_lines(text: str, room: int) -> Iterator[MessageLine]:
+    """Yield the lines of a message, in pieces of at most `room` bytes."""
     for line in text.split("\n"):
         for n, piece in enumerate(split_text(line, room)):
-            yield piece, n > 0
+            yield MessageLine(piece, n > 0)
 
 
-def in_batches(
-    lines: list[tuple[str, bool]], size: int, count: int
-) -> Iterator[list[tuple[str, bool]]]:
+def in_batches(lines: list[MessageLine], size: int, count: int) -> Iterator[list[MessageLine]]:
     """Yield groups of lines, each of which fits in a message of `size` bytes and `count` lines."""
-    group, used = [], 0
-    for text, goes_on in lines:
-        length = len(text.encode()) + (0 if goes_on or not group else 1)
+    group: list[MessageLine] = []
+    used = 0
+    for line in lines:
+        length = len(line.text.encode()) + (0 if line.continues or not group else 1)
         if group and (used + length > size or len(group) == count):
             yield group
-            group, used, goes_on = [], 0, False
-        group.append((text, goes_on))
+            group, used, line = [], 0, MessageLine(line.text)
+        group.append(line)
         used += length
     yield group
 
@@ -13285,6 +13284,7 @@ def is_person(heard: ServerLine) -> bool:
 
 # Client-only tags (ircv3.net/specs/client-tags)
 REPLY, REACT, UNREACT, TYPES = "+draft/reply", "+draft/react", "+draft/unreact", "+typing"
+CTCP_ACTION = re.compile("\x01ACTION[ \x01]", re.IGNORECASE)
 QUIET = "typing"  # in place of the id of a message: errors about it are not shown
 
 
@@ -13300,13 +13300,13 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     mine = core.is_me(heard.name) or talk.was_me(heard.source)
     where = target if mine or server.is_channel(target) else heard.name
     own_id = talk.acks.own_id_of(heard, heard.params[0], text) if mine else ""
-    if re.match("\x01ACTION[ \x01]", text, re.IGNORECASE):
+    if CTCP_ACTION.match(text):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
     called = not mine and (not server.is_channel(where) or core.is_called(text))
     room = core.find(where)
-    known = heard.source != "" and (core.find(heard.source) or (room and heard.name in room.people))
-    person = mine or is_person(heard) or bool(known)
+    is_member = room is not None and heard.name in room.people
+    person = mine or is_person(heard) or is_member or bool(heard.source and core.find(heard.source))
     kind = (NOTICE if heard.verb == "NOTICE" else MESSAGE) if person else SERVER_TEXT
     return ViewEvent(
         *(kind, for_some(heard.params[0], target, text), heard.name),
@@ -13333,8 +13333,6 @@ def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
 
 
 UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
-
-
 SAYING_FAILED = ("401", "707", "716", "936", "972")  # about a message, if one is in flight
 
 
@@ -13347,7 +13345,7 @@ class Login(NamedTuple):
 
 def is_ctcp(text: str) -> bool:
     """Return whether a message is a CTCP for a program, that is, other than ACTION."""
-    return text.startswith("\x01") and not re.match("\x01ACTION[ \x01]", text, re.IGNORECASE)
+    return text.startswith("\x01") and not CTCP_ACTION.match(text)
 
 
 class SaslLogin:
@@ -13486,9 +13484,9 @@ class MessageLines:
             self._add_batch(last, tags)
         else:
             at = len(message.text) - len(rest)
-            for text, _ in lines:
-                at = message.text.find(text, at) + len(text)
-                self.unsent.append(Piece(text, end=at))
+            for line in lines:
+                at = message.text.find(line.text, at) + len(line.text)
+                self.unsent.append(Piece(line.text, end=at))
             self.unsent[-1] = self.unsent[-1]._replace(tags=tags, last=True)
         self.id, self.sent_to, self.total = message.id, message.at, len(self.unsent)
 
@@ -13502,16 +13500,17 @@ class MessageLines:
 
     def _own_tags(self, id: str, reply: str) -> str:
         """Return the tags before a message: its own id, to know the echo, and the id it answers."""
-        tags = [f"{OWN_ID}={id}"] * self.server.keeps_own_tags
-        tags += [f"{REPLY}={escaped_tag(reply)}"] * bool(reply and self.server.takes(REPLY))
-        tags += [f"label={id}"] * self.server.labels
+        tags = optional(
+            f"{OWN_ID}={id}" if self.server.keeps_own_tags else "",
+            f"{REPLY}={escaped_tag(reply)}" if reply and self.server.takes(REPLY) else "",
+            f"label={id}" if self.server.labels else "",
+        )
         return f"@{';'.join(tags)} " if tags else ""
 
-    def _add_batch(self, lines: list[tuple[str, bool]], tags: str) -> None:
+    def _add_batch(self, lines: list[MessageLine], tags: str) -> None:
         self.unsent.append(Piece(tags=tags, verb=BEGIN_BATCH))
-        self.unsent.extend(
-            Piece(text, CONTINUED if goes_on else BATCHED) for text, goes_on in lines
-        )
+        for line in lines:
+            self.unsent.append(Piece(line.text, CONTINUED if line.continues else BATCHED))
         self.unsent.append(Piece(verb=END_BATCH))
 
     def take(self) -> str:
@@ -13533,7 +13532,7 @@ class MessageLines:
             self.sent_to = piece.end
             acks.note_sent(message.where, message.id, text)
             id, end = (message.id, 0) if piece.last else ("", piece.end)
-            acks.note_echo(Echoed(self.core.fold(message.where), text, id, message.id, end))
+            acks.note_echo(ExpectedEcho(self.core.fold(message.where), text, id, message.id, end))
         return piece.tags + self.talk.line("PRIVMSG", message.where, text)
 
     def _cut(self, piece: Piece, room: int) -> Piece:
@@ -13569,7 +13568,7 @@ class Acknowledgements:
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
-        self.echoes: list[Echoed] = []  # lines that the server will echo without an id
+        self.echoes: list[ExpectedEcho] = []  # lines that the server will echo without an id
         self.sent: collections.deque[SentLine] = collections.deque(maxlen=ECHOES_KEPT)
         # Commands of the user that the server may still refuse, by ids of their own
         self.commands: dict[str, str] = {}
@@ -13591,8 +13590,7 @@ class Acknowledgements:
 
     def note_sent(self, target: str, id: str, text: str = "") -> None:
         """Note a line that an error of the server may be about; its id is "" for a notice."""
-        key = self.core.fold(self.server.without_status(target))
-        self.sent.append(SentLine(key, id, text))
+        self.sent.append(SentLine(self._key(target), id, text))
 
     def note_message(self, message: Waiting) -> None:
         """Note that the lines of a message are sent from now on."""
@@ -13610,7 +13608,7 @@ class Acknowledgements:
             for target in params[0].split(","):
                 self.note_sent(target, "")
                 if verb == "PRIVMSG" and not is_ctcp(params[1]):
-                    self.note_echo(Echoed(self.core.fold(target), params[1], ""))
+                    self.note_echo(ExpectedEcho(self.core.fold(target), params[1], ""))
         if verb == "PING" and params:  # its PONG comes in order, too, and confirms nothing more
             self.pings.append(params[0])
         if by_user and verb == "NICK" and params:
@@ -13623,10 +13621,11 @@ class Acknowledgements:
     def commands_about(self, names: Collection[str]) -> list[str]:
         """Return the ids of the user's commands in which one of these words stands."""
         keys = {self.core.fold(name) for name in names}
-        named = lambda line: {  # noqa: E731
-            self.core.fold(self.server.without_status(word)) for word in line.split(" ")
-        }
-        return [id for id, line in self.commands.items() if keys & named(line)]
+        lines = ((id, map(self._key, line.split(" "))) for id, line in self.commands.items())
+        return [id for id, words in lines if not keys.isdisjoint(words)]
+
+    def _key(self, target: str) -> str:
+        return self.core.fold(self.server.without_status(target))
 
     def settle(self, id: str) -> None:
         """Forget the lines up to a message or a PING: no error is about them any more."""
@@ -13714,7 +13713,7 @@ class Acknowledgements:
 
     # Echoes
 
-    def note_echo(self, sent: Echoed) -> None:
+    def note_echo(self, sent: ExpectedEcho) -> None:
         """Note that the server will send back a line. The modules of a bouncer do not: *status."""
         echoes = "echo-message" in self.server.enabled | self.server.requested
         if echoes and sent.target[:1] != "*":
@@ -13728,11 +13727,10 @@ class Acknowledgements:
         if line := next(lines, None):
             self.echoes.remove(line)
 
-    def not_echoed(self, own_id: str) -> str:
-        """Report a message as lost because the server dropped one of its lines; return PIECE."""
+    def not_echoed(self, own_id: str) -> None:
+        """Report a message as lost because the server dropped one of its lines."""
         if own_id in self.core.outbox.in_flight:
             self.core.outgoing.lost(own_id, NOT_ECHOED)
-        return PIECE
 
     def own_id_of(self, heard: ServerLine, target: str, text: str) -> str:
         """Return the own id of a message that the server echoes; "" if unknown, PIECE for a part of
@@ -13746,7 +13744,10 @@ class Acknowledgements:
             if name in waiting or (name and name == heard.tags.get(OWN_ID)):
                 dropped = any(line.of == name != line.id for line in self.echoes)
                 self.echoes = [line for line in self.echoes if line.of != name]
-                return self.not_echoed(name) if dropped else name
+                if not dropped:
+                    return name
+                self.not_echoed(name)
+                return PIECE
         key = self.core.fold(target)
         place = self._place(heard, key, text) if heard.verb == "PRIVMSG" else None
         if place is None:
@@ -13754,7 +13755,9 @@ class Acknowledgements:
         sent, before = self.echoes[place], self.echoes[:place]
         self.echoes[: place + 1] = [line for line in before if line.target != key]
         self.core.outbox.arrived_to(sent.of, sent.end)
-        dropped = {self.not_echoed(line.of) and line.of for line in before if line.target == key}
+        dropped = dict.fromkeys(line.of for line in before if line.target == key)
+        for own_id in dropped:
+            self.not_echoed(own_id)
         return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
 
     def _doubted(self, heard: ServerLine, key: str, text: str) -> str:
@@ -13789,17 +13792,15 @@ class Acknowledgements:
         return next(same, None if others else next(iter(here), None))
 
 
-def optional(*words: str) -> list[str]:
-    return [word for word in words if word]
-
-
 class HistoryRequests:
     """The requests for history of one connection (CHATHISTORY), and their pages. PlainTalk has
     none."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
-        self.asked: collections.deque[Asked] = collections.deque()  # in the order of answers
+        self.requests: collections.deque[HistoryRequest] = (
+            collections.deque()
+        )  # in the order of answers
         self.behind: dict[str, str] = {}  # conversations whose history is to be requested: how
 
     # Requests
@@ -13808,11 +13809,10 @@ class HistoryRequests:
         """Fetch the messages after the last one of this room. A new room begins with the latest
         messages on a screen, and with live messages in a pipe."""
         room.held = []
-        how = "last" if not room.mark else "gap" if self.core.tidy else "missed"
-        if (room.mark or self.core.tidy) and self.server.pages:
-            self.behind[room.name] = how
-        else:
-            self.core.incoming.release(room)
+        if not self.server.pages or not (room.mark or self.core.tidy):
+            return self.core.incoming.release(room)
+        missed = "gap" if self.core.tidy else "missed"
+        self.behind[room.name] = missed if room.mark else "last"
 
     def ask_behind(self) -> None:
         """Request the pages that had to wait for the user's messages."""
@@ -13839,7 +13839,7 @@ class HistoryRequests:
             "older": ("BEFORE" if oldest else "LATEST", self._selector_of(oldest)),
         }
         subcommand, selector = words[how]
-        self.ask(Asked(room.name, how, limit), subcommand, room.name, selector, str(limit))
+        self.ask(HistoryRequest(room.name, how, limit), subcommand, room.name, selector, str(limit))
         return True
 
     def _selector_of(self, view: ViewEvent | None) -> str:
@@ -13858,8 +13858,9 @@ class HistoryRequests:
     def _selector(self, mark: str, when: int | None) -> str:
         """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
         takes_ids = "msgid" in self.server.isupport.get("MSGREFTYPES", "msgid").split(",")
-        by_id = mark and (takes_ids or not when)
-        return mark if by_id else f"timestamp={tag_time(when)}" if when else "*"
+        if mark and (takes_ids or not when):
+            return mark
+        return f"timestamp={tag_time(when)}" if when else "*"
 
     def _ask_targets(self) -> None:
         """Ask which private conversations have missed messages. A chat.py is asked by the last id.
@@ -13869,12 +13870,12 @@ class HistoryRequests:
         else:
             since = f"timestamp={tag_time(max(0, self.talk.since - 24 * 3600 * 1000))}"
         now = f"timestamp={tag_time(LAST_MOMENT)}"
-        self.ask(Asked("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
+        self.ask(HistoryRequest("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
 
-    def ask(self, asked: Asked, *params: str) -> None:
+    def ask(self, asked: HistoryRequest, *params: str) -> None:
         """Send a CHATHISTORY. The answer is recognized by its label, else by its target."""
         label = f"h{next(self.talk.labels)}" if self.server.labels else ""
-        self.asked.append(asked._replace(label=label))
+        self.requests.append(asked._replace(label=label))
         head = [f"@label={label}"] if label else []
         self.talk.send(*head, "CHATHISTORY", *params)
 
@@ -13882,35 +13883,35 @@ class HistoryRequests:
         """Note the time at which a request was sent: requests wait for their turn."""
         if parse_message(line).verb != "CHATHISTORY":
             return
-        for n, asked in enumerate(self.asked):
+        for n, asked in enumerate(self.requests):
             if asked.at == UNSENT:
-                self.asked[n] = asked._replace(at=self.core.ticks())
+                self.requests[n] = asked._replace(at=self.core.ticks())
                 return
 
     def renamed(self, old: str, new: str) -> None:
         """Use the new name of a conversation in the pending requests."""
         fold = self.core.fold
-        for n, asked in enumerate(self.asked):
+        for n, asked in enumerate(self.requests):
             if fold(asked.where) == fold(old):
-                self.asked[n] = asked._replace(where=new)
+                self.requests[n] = asked._replace(where=new)
         for name in [name for name in self.behind if fold(name) == fold(old)]:
             self.behind[new] = self.behind.pop(name)
 
     # Answers
 
-    def answered(self, label: str, target: str) -> Asked | None:
+    def answered(self, label: str, target: str) -> HistoryRequest | None:
         """Remove and return the request that an answer belongs to; None if there is no request."""
         key = self.core.fold(target)
-        by_label = (asked for asked in self.asked if label and asked.label == label)
-        by_target = (asked for asked in self.asked if self.core.fold(asked.where) == key)
-        asked = next(by_label, None) or next(by_target, None) or next(iter(self.asked), None)
+        by_label = (asked for asked in self.requests if label and asked.label == label)
+        by_target = (asked for asked in self.requests if self.core.fold(asked.where) == key)
+        asked = next(by_label, None) or next(by_target, None) or next(iter(self.requests), None)
         if asked is not None:
-            self.asked.remove(asked)
+            self.requests.remove(asked)
         return asked
 
     def take_page(self, label: str, target: str, views: list[ViewEvent]) -> None:
         """Handle a page of history that was requested."""
-        asked = self.answered(label, target) or Asked("", "asked", 0)
+        asked = self.answered(label, target) or HistoryRequest("", "asked", 0)
         room = self.core.find(asked.where)
         if room is None or asked.how not in self.PAGES:
             return self.show_past(views, f"history of {asked.where or target}")
@@ -13939,8 +13940,8 @@ class HistoryRequests:
     def give_up_overdue(self, now: float) -> None:
         """Stop waiting for overdue pages, and show the views held for them. A late page is still
         used."""
-        for asked in [request for request in self.asked if 0 <= request.at < now - PAGE_SECONDS]:
-            self.asked[self.asked.index(asked)] = asked._replace(at=GIVEN_UP)
+        for asked in [request for request in self.requests if 0 <= request.at < now - PAGE_SECONDS]:
+            self.requests[self.requests.index(asked)] = asked._replace(at=GIVEN_UP)
             room = self.core.find(asked.where)
             if asked.how == "targets":
                 self.answered(asked.label, "")
@@ -13952,11 +13953,11 @@ class HistoryRequests:
 
     def show_past(self, views: list[ViewEvent], title: str) -> None:
         """Show requested messages in the current conversation, apart from live messages."""
-        self.core.show_results(title, [view for view in views if view.kind in SPOKEN])
+        self.core.stored.show_results(title, [view for view in views if view.kind in SPOKEN])
 
     def release_talks(self) -> None:
         """Show the held messages of private conversations for which no page was requested."""
-        busy = {self.core.fold(asked.where) for asked in self.asked}
+        busy = {self.core.fold(asked.where) for asked in self.requests}
         for key, room in list(self.core.rooms.items()):
             if not room.is_channel and room.held is not None and key not in busy:
                 self.core.incoming.release(room)
@@ -13965,11 +13966,11 @@ class HistoryRequests:
 
     def _page_last(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the page of messages from before the client joined."""
-        for view in (new := not_shown(room, not_held(room, views))):
+        new = not_shown(room, not_held(room, views))
+        for view in new:
             self.core.incoming.deliver(room, view._replace(past=True))
-        self.core.known.note_without_id(
-            room, new
-        )  # live lines among the held ones may be on this page
+        # Live lines among the held ones may be on this page
+        self.core.known.note_without_id(room, new)
         room.whole = not views  # a short page may consist of long messages
         self.core.incoming.release(room)
 
@@ -13998,7 +13999,8 @@ class HistoryRequests:
         self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
     def _deliver_missed(self, room: Room, views: list[ViewEvent]) -> None:
-        for view in (unshown := not_shown(room, views)):
+        unshown = not_shown(room, views)
+        for view in unshown:
             self.core.incoming.deliver(room, view, paged=True)
         self.core.known.note_without_id(room, unshown)
 
@@ -14060,7 +14062,7 @@ class Joins:
 
     def join(self, room: Room) -> None:
         self.note_sent(room.name)
-        self.talk.send("JOIN", room.name, *[room.password] * bool(room.password))
+        self.talk.send("JOIN", room.name, *optional(room.password))
 
     def note_sent(self, name: str) -> None:
         """Note that a JOIN was sent."""
@@ -14149,7 +14151,8 @@ class Listing:
 
     def add(self, row: str) -> None:
         self.count += 1
-        self.rows += [row] * (self.count <= LISTED_ROWS)
+        if self.count <= LISTED_ROWS:
+            self.rows.append(row)
 
 
 class WantedAnswers:
@@ -14189,7 +14192,7 @@ class WantedAnswers:
         if not listing.rows:
             return self.core.note(f"{title}: nothing found")
         more = listing.count - len(listing.rows)
-        rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
+        rows = [*listing.rows, *optional(f"\u2026 and {more:,} more" if more else "")]
         self.core.show(ViewEvent(PAGE, "\n".join(rows), title))
 
 
@@ -14256,20 +14259,20 @@ class PlainTalk:
         if not self.ready:
             return None
         core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]
-        if not core.sure and (other := other_protocol(line)):
+        if not core.kind_confirmed and (other := other_protocol(line)):
             return core.give_up(f"{NO_CHAT}: it speaks {other}")
-        if not core.sure and not core.insists and line == core.wanted_name:
+        if not core.kind_confirmed and not core.kind_forced and line == core.wanted_name:
             return core.give_up(f"{NO_CHAT}: it sends back what it is told{IF_PLAIN}")
-        if WANTS_IRC.match(line) and not core.insists:
+        if WANTS_IRC.match(line) and not core.kind_forced:
             core.outbox.take_back(self.sent)  # the server has understood none of these
             core.kind, core.redial = CHAT if line.startswith(":chat.py/") else IRC, True
             return None
         matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
         kind, match = next((pair for pair in matches if pair[1]), (SERVER_TEXT, None))
         if match is None:
-            core.unsure = core.unsure or line
+            core.odd_line = core.odd_line or line
             return core.show(ViewEvent(SERVER_TEXT, line, where=LOBBY, line=line))
-        core.sure = True
+        core.kind_confirmed = True
         name, rest = match.groups()
         if kind == QUIT:
             room.people.pop(name, None)
@@ -14295,7 +14298,7 @@ class PlainTalk:
         while message := outbox.next(self.carries):
             text = f"*{message.text}*" if message.kind == ACTION else message.text
             self.core.output += text.split("\n")
-            if not self.core.sure:
+            if not self.core.kind_confirmed:
                 self.sent.append(message)
             self.core.outgoing.shown.discard(message.id)
             outbox.arrived(message.id)  # or never will: such a server does not acknowledge
@@ -14303,7 +14306,7 @@ class PlainTalk:
     def tick(self) -> None:
         """Report the messages for other conversations, once the server is known to have none."""
         core, outbox = self.core, self.core.outbox
-        if core.sure or core.insists or core.ticks() - self.began > CAP_SECONDS:
+        if core.kind_confirmed or core.kind_forced or core.ticks() - self.began > CAP_SECONDS:
             for message in [*outbox.waiting.values()]:
                 if not self.carries(message) and message.id not in outbox.parked:
                     core.outgoing.leave_to_user(message.id, ONE_ROOM)
@@ -14321,7 +14324,7 @@ class IrcTalk:
 
     def __init__(self, core: "ClientCore"):
         self.core = core
-        ours = core.kind == CHAT or (core.sure and core.server.ours)
+        ours = core.kind == CHAT or (core.kind_confirmed and core.server.ours)
         self.server = core.server = ServerProfile(ours, core.server)
         self.ready = False
         self.labels = itertools.count(1)  # of requests, of the user's commands, and PING tokens
@@ -14334,7 +14337,8 @@ class IrcTalk:
         self.batches: dict[str, Batch] = {}
         self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
         self.stale_names: set[str] = set()  # channels for NAMES, since ranks may have changed
-        self.named = self.introduced = self.negotiating = False
+        self.named = False  # NICK and USER were sent
+        self.introduced = self.negotiating = False  # all was sent up to CAP END; the server has CAP
         self.resumed = False  # the session was resumed: the server says where the client is
         self.tries = 1  # attempts to get a nick
         self.monitor_failed = False  # it did not lead to the wanted nick: ISON may
@@ -14428,9 +14432,7 @@ class IrcTalk:
     def _send_next(self) -> bool:
         """Send one line or message; return False if none can be sent."""
         outbox = self.core.outbox
-        if (
-            self.lines.unsent and self.lines.id not in outbox.in_flight
-        ):  # refused, or left to the user
+        if self.lines.unfinished not in ("", *outbox.in_flight):  # refused, or left to the user
             self.lines.drop()
         if self.lines.unsent:
             line = self.lines.take()
@@ -14440,9 +14442,8 @@ class IrcTalk:
             self.acks.note_command(line := self.queue.popleft()[0], by_user=True)
         elif message := outbox.next(self.carries, self.order):
             if message.sent and message.id not in self.core.outgoing.sent_before and self.doubts:
-                self.core.outgoing.leave_to_user(
-                    message.id
-                )  # sent by an earlier run of this program
+                # Sent by an earlier run of this program
+                self.core.outgoing.leave_to_user(message.id)
                 return True
             outbox.send(message, self.core.clock())
             self.lines.begin(message)
@@ -14549,9 +14550,8 @@ class IrcTalk:
         self.history.renamed(old, new)
         message = self.core.outbox.waiting.get(self.lines.unfinished)
         if message and self.lines.in_batch and self.core.fold(message.where) == self.core.fold(old):
-            self.core.outgoing.park(
-                message.id, f"{old} is now called {new}"
-            )  # a batch keeps its target
+            # A batch keeps its target
+            self.core.outgoing.park(message.id, f"{old} is now called {new}")
 
     # Registration and joining
 
@@ -14666,8 +14666,6 @@ class IrcTalk:
     def longest_mask(self) -> str:
         return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
 
-    # History
-
     # Input
 
     def take(self, line: str) -> None:
@@ -14681,7 +14679,7 @@ class IrcTalk:
             batch.items.append(heard)
 
     def act(self, heard: ServerLine) -> None:
-        handler, least = IRC_HEARD.get(heard.verb) or IRC_HEARD[""]
+        handler, least = SERVER_HANDLERS.get(heard.verb) or SERVER_HANDLERS[""]
         if len(heard.params) >= least:
             handler(self, heard)
 
@@ -14696,7 +14694,8 @@ class IrcTalk:
         if batch is None:
             return
         if outer := self.batches.get(batch.outer):
-            outer.items += [batch] * (len(outer.items) < BATCH_LINES)
+            if len(outer.items) < BATCH_LINES:
+                outer.items.append(batch)
         else:
             self.end_batch(batch)
 
@@ -14898,7 +14897,10 @@ def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
     elif subcommand == "ACK":
         server.requested.difference_update(words)
         for word in words:
-            (server.enabled.discard if word[0] == "-" else server.enabled.add)(word.lstrip("-"))
+            if word.startswith("-"):
+                server.enabled.discard(word[1:])
+            else:
+                server.enabled.add(word)
         late = "sasl" in words and talk.ready and not talk.sasl.mechanism  # services are back
         if late and (mechanism := talk.sasl.choose()):
             talk.sasl.begin(mechanism)
@@ -14926,31 +14928,6 @@ def no_capabilities(talk: IrcTalk, heard: ServerLine) -> None:
     return talk.introduce()
 
 
-def keep_login(core: "ClientCore") -> None:
-    if core.me.keep:
-        try:
-            core.me.keep(core.me.login)
-        except Unusable as error:
-            core.note(f"{error}; the next start cannot log in by itself")
-
-
-def renew_login(core: "ClientCore") -> None:
-    """Use the proposed password from now on, because the server accepted it."""
-    if core.me.proposed:
-        core.me.login, core.me.proposed = core.me.proposed, None
-        core.me.account = core.me.login.account
-        if core.me.generated:
-            keep_login(core)
-
-
-def forget_login(core: "ClientCore") -> None:
-    """Drop the log-in: the account does not exist, or has another password."""
-    core.me.proposed, core.me.login, core.me.account = None, None, ""
-    if core.me.generated:
-        core.me.generated = False
-        keep_login(core)
-
-
 @from_server("AUTHENTICATE", least=1)
 def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
     talk.sasl.feed(heard.params[0])
@@ -14973,7 +14950,7 @@ def logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         return talk.bye("")
     talk.sasl.confirm()
     core.me.account = core.me.login.account if core.me.login else ""
-    renew_login(core)
+    core.me.confirm_proposed()
     talk.sasl.end()
 
 
@@ -15011,7 +14988,7 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     core.note(why)
     if core.me.proposed and not talk.ready:  # the /register before the break was lost
         core.me.login = None
-        forget_login(core)
+        core.me.forget()
     elif core.me.account and not talk.ready:
         return come_another_time(talk, why + "; /login PASSWORD gives another one" * core.tidy)
     talk.sasl.end()
@@ -15077,7 +15054,7 @@ ZNC_ITSELF, ZNC_MODULES = "irc.znc.in", "!znc@znc.in"  # sources of lines from n
 @from_server("001", least=1)
 def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core, talk.ready, talk.unserved = talk.core, True, math.inf
-    core.sure, core.name = True, heard.params[0]
+    core.kind_confirmed, core.name = True, heard.params[0]
     core.outbox.most = SENT_AHEAD if talk.server.echoes else DOUBTED_AHEAD
     pace = NO_PACE if talk.server.ours else (PACE_BURST, PACE_RATE)
     talk.budget = Budget(*pace, core.ticks())
@@ -15085,9 +15062,8 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core.began = core.began or heard.time or 0
     if core.tidy or core.name != core.wanted_name:
         why = "is taken" if core.regain else "is no nick that this server takes"
-        differs = (
-            core.name != core.wanted_name and not talk.resumed
-        )  # then it is the name of before
+        # A resumed session has the name of before
+        differs = core.name != core.wanted_name and not talk.resumed
         why = f" ({core.wanted_name} {why})" if differs else ""
         core.server_text(f"you are {core.name}{why}")
     if core.me.login and not (talk.sasl.mechanism or talk.sasl.explained):
@@ -15299,8 +15275,8 @@ def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
 
 
 # Lines that only programs need, or that the client tells in other words
-for quiet in (*("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"),):
-    IRC_HEARD[quiet] = (do_nothing, 0)
+for quiet in ("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"):
+    SERVER_HANDLERS[quiet] = (do_nothing, 0)
 
 
 @from_server(*itertools.chain(*ANSWERS.values()))
@@ -15368,7 +15344,7 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
     elif verb == "REGISTER":
         talk.core.me.proposed = None
         if talk.core.me.generated:
-            forget_login(talk.core)
+            talk.core.me.forget()
         refused(talk, heard, text)
     elif code == "NOT_KEPT" and len(about) > 1:
         talk.core.outgoing.lost(about[1], text)
@@ -15440,9 +15416,9 @@ def message_came(talk: IrcTalk, heard: ServerLine) -> None:
     if (throttled := THROTTLED.match(text)) and not is_person(heard):
         return tell_rest(talk, heard._replace(verb="439", params=["", throttled[1], text]))
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
-        renew_login(talk.core)
+        talk.core.me.confirm_proposed()
     elif fold(view.name) == SERVICE_KEY and text == ACCOUNT_GONE:
-        forget_login(talk.core)
+        talk.core.me.forget()
     who = f"{view.name}: " if "!" in heard.source else ""
     where = view.where if talk.core.find(view.where) and talk.server.is_channel(view.where) else ""
     talk.core.show(ViewEvent(SERVER_TEXT, who + view.text, time=view.time, where=where))
@@ -15452,8 +15428,8 @@ def message_came(talk: IrcTalk, heard: ServerLine) -> None:
 def missed_in_a_talk(talk: IrcTalk, heard: ServerLine) -> None:
     """Ask for the missed messages of a private conversation that TARGETS names."""
     name = heard.params[1]
-    asked = any(request.how == "targets" for request in talk.history.asked)
-    if talk.server.is_channel(name) or not asked or len(talk.history.asked) > TARGETS_ASKED:
+    asked = any(request.how == "targets" for request in talk.history.requests)
+    if talk.server.is_channel(name) or not asked or len(talk.history.requests) > TARGETS_ASKED:
         return
     room = talk.core.rooms.open(name)
     room.held = room.held or []
@@ -15855,7 +15831,7 @@ def registered(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     core.server_text(heard.params[-1])
     if heard.params[0] == "SUCCESS":
-        renew_login(core)
+        core.me.confirm_proposed()
 
 
 # The core
@@ -15875,8 +15851,8 @@ def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
 class Credentials:
     """The account of a client, and the means to prove that the client owns it."""
 
-    def __init__(self, login: Login | None):
-        self.login = login
+    def __init__(self, login: Login | None, note: Callable[[str], None]):
+        self.login, self.note = login, note
         self.proposed: Login | None = None  # by a /register or /passwd that is not confirmed yet
         self.account = ""  # that the client was logged in to
         self.generated = False  # the client made the password, and stores it on disk with ...
@@ -15884,6 +15860,27 @@ class Credentials:
         self.mechanisms: tuple[str, ...] = ("SCRAM-SHA-256", "EXTERNAL", "PLAIN")  # best first
         self.plain_allowed = False  # even without TLS, since the user named it
         self.certificate = False  # the client has a certificate for TLS
+
+    def confirm_proposed(self) -> None:
+        """Use the proposed password from now on, because the server accepted it."""
+        if self.proposed:
+            self.login, self.proposed = self.proposed, None
+            self.account = self.login.account
+            self._store()
+
+    def forget(self) -> None:
+        """Drop the log-in: the account does not exist, or has another password."""
+        self.proposed, self.login, self.account = None, None, ""
+        self._store()
+        self.generated = False
+
+    def _store(self) -> None:
+        """Store a password that the client made, or that there is none any more."""
+        if self.generated and self.keep:
+            try:
+                self.keep(self.login)
+            except Unusable as error:
+                self.note(f"{error}; the next start cannot log in by itself")
 
 
 def is_no_text(data: bytes) -> bool:
@@ -15989,9 +15986,9 @@ def nearest_command(verb: str) -> str:
 
 def message_pieces(text: str) -> Iterator[str]:
     """Yield a text as messages that a server takes, divided between lines if possible."""
-    lines = [(piece, False) for piece, _ in sendable_lines(text, LINE_BYTES)]
+    lines = [MessageLine(line.text) for line in sendable_lines(text, LINE_BYTES)]
     for group in in_batches(lines, LINE_BYTES, MESSAGE_LINES):
-        yield "\n".join(piece for piece, _ in group)
+        yield "\n".join(line.text for line in group)
 
 
 class Rooms(dict[str, Room]):
@@ -16210,6 +16207,16 @@ class Typing:
                 self.note(room, name, "done")
 
 
+def source_mask(mask: str) -> str:
+    """Return the mask nick!user@host of a part of one: user@host, a nick, or a host, which may be a
+    cloak with a slash on other servers."""
+    if "!" in mask:
+        return mask
+    if "@" in mask:
+        return f"*!{mask}"
+    return f"*!*@{mask}" if set(mask) & HOST_CHARACTERS else f"{mask}!*@*"
+
+
 class IgnoreList(set[str]):
     """The masks of the users who are ignored; `fold` is the server's rule for names."""
 
@@ -16222,12 +16229,9 @@ class IgnoreList(set[str]):
         return any(self._matches(mask, source) for mask in self)
 
     def _matches(self, mask: str, source: str) -> bool:
-        name, of_host = source.partition("!")[0], bool(set(mask) & HOST_CHARACTERS)
-        if not (of_host or set(mask) & set("!@*?")):
-            return self.fold(mask) == self.fold(name)
-        alone = f"*!*@{mask}" if of_host else f"{mask}!*@*"
-        full = mask if "!" in mask else f"*!{mask}" if "@" in mask else alone
-        return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
+        if not set(mask) & (HOST_CHARACTERS | set("!@*?")):
+            return self.fold(mask) == self.fold(source.partition("!")[0])
+        return bool(pattern_of(self.fold(source_mask(mask))).fullmatch(self.fold(source)))
 
 
 class Person(NamedTuple):
@@ -16421,7 +16425,8 @@ class StoredMessages:
             if view.id:
                 remember(core.known.ids, view.id)
         room.views.dropped = len(room.views) == STORED_LINES
-        room.unread = len(room.news_since(room.read_time)) if room.read_time else 0
+        if room.read_time:
+            room.count_unread()
 
     def note_holes(self, room: Room, *positions: str) -> None:
         """Store the positions in a room before which messages are missing."""
@@ -16482,6 +16487,27 @@ class StoredMessages:
         before = self.beside(room, view, count // 2)
         return [*before, view, *self.beside(room, view, count // 2, after=True)]
 
+    def answered_words(self, view: ViewEvent) -> str:
+        """Return the author and the text of the message that a view answers; "" for no answer."""
+        room = self.core.find(view.where)
+        if not view.reply or room is None:
+            return ""
+        shown = (other for other in reversed(room.views) if other.id == view.reply)
+        answered = next(shown, None) or self.message(view.reply)
+        return f"{answered.name}: {answered.text}" if answered else "an earlier message"
+
+    def show_results(self, title: str, views: list[ViewEvent]) -> None:
+        """Show the messages that a search or a request for history found, between two notes."""
+        core = self.core
+        views = [view for view in views if not core.incoming.hides(view)]
+        if core.results:
+            return core.results(title, views)
+        if not views:
+            return core.note(f"{title}: nothing found")
+        core.note(f"{title}: {counted(len(views), 'message')}")
+        core.show(*(view._replace(kind=FOUND, past=True) for view in views))
+        core.note(f"end of {title}")
+
 
 class KnownMessages:
     """The messages that the client has, so that a repeat is recognized: by its id, else by its
@@ -16539,7 +16565,7 @@ class Incoming:
             core.outgoing.acknowledge(view)
         if view.own_id == PIECE:
             return self.known.note(core.find(view.where), view)
-        if view.mine and core.is_service(view.where, view.text):
+        if view.mine and core.outgoing.is_service(view.where, view.text):
             return
         if not view.where:
             return core.show(core.timed(view))
@@ -16626,7 +16652,10 @@ class Incoming:
         """Show what was held while older messages were fetched."""
         held, room.held = room.held or [], None
         for view in held:  # messages known from pages, too: one may be an echo
-            (self.deliver if view.kind in SPOKEN else self.event)(room, view)
+            if view.kind in SPOKEN:
+                self.deliver(room, view)
+            else:
+                self.event(room, view)
         waiting = self.core.outgoing.waiting_for(room)
         self.core.outbox.unconfirmed.difference_update(message.id for message in waiting)
 
@@ -16635,7 +16664,7 @@ class Incoming:
         if view.kind not in SPOKEN or view.id in self.known.redacted:
             return True
         if view.mine:
-            return self.core.is_service(view.where, view.text)
+            return self.core.outgoing.is_service(view.where, view.text)
         return self.core.ignored.covers(f"{view.name}!{view.address}")
 
     def redact(self, id: str) -> None:
@@ -16667,9 +16696,9 @@ class Outgoing:
         """Accept a message: show it at once, and send it when possible. A text that is too long for
         one message becomes several. Raises Refused for a service that cannot have it."""
         core = self.core
-        core.check_conversation(where)
+        self.check_conversation(where)
         text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
-        if kind == MESSAGE and core.is_service(where, text):
+        if kind == MESSAGE and self.is_service(where, text):
             return self._send_to_service(where, text)
         split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
         pieces, added = list(split), []
@@ -16691,6 +16720,22 @@ class Outgoing:
             self._park_outside(message)
         if len(accepted) == len(pieces) > 1:
             core.note(f"too long for one message: sent as {len(pieces)}")
+
+    def check_conversation(self, name: str) -> None:
+        """Raise Refused if this server has no conversation with this name."""
+        core = self.core
+        if core.kind == PLAIN and core.fold(name) != core.fold(LOBBY):
+            raise Refused("ONE_ROOM", ONE_ROOM)
+
+    def is_service(self, name: str, text: str) -> bool:
+        """Return whether a text goes to a service, and so may be a password."""
+        if fold(name).partition("@")[0] in SERVICES:
+            return True
+        server = self.core.server
+        if server.ours or server.is_channel(server.without_status(name)):
+            return False
+        short = fold(name) in SHORT_SERVICES  # the nick of a user, too
+        return names_service(name) and (not short or password_command(text) != "")
 
     def _park_outside(self, message: Waiting) -> None:
         """Let the user decide about a new message for a channel that the client is not in, or that
@@ -16767,20 +16812,17 @@ class Outgoing:
         for id in core.outbox.parked:
             self._tell_parked(core.outbox.waiting[id])
 
-    def _show(self, message: Waiting, text: str) -> None:
-        core = self.core
-        self.shown.add(message.id)
+    def _view(self, message: Waiting, text: str, when: int | None) -> ViewEvent:
         shown = f"*{text}*" if message.kind == ACTION else text
-        room = core.rooms.open(message.where)
-        view = ViewEvent(
-            *(MESSAGE, shown, core.name, message.where, accepted_at(message.id)),
-            mine=True,
-            own_id=message.id,
-            reply=message.reply,
-        )
-        view = core.timed(view, room)
+        view = ViewEvent(MESSAGE, shown, self.core.name, message.where, when, mine=True)
+        return self.core.timed(view._replace(own_id=message.id, reply=message.reply))
+
+    def _show(self, message: Waiting, text: str) -> None:
+        self.shown.add(message.id)
+        room = self.core.rooms.open(message.where)
+        view = self._view(message, text, accepted_at(message.id))._replace(room=room.id)
         room.views.append(view)
-        core.show(view)
+        self.core.show(view)
 
     def _unshow(self, message: Waiting) -> None:
         """Remove a message that was shown as waiting from its conversation."""
@@ -16799,16 +16841,8 @@ class Outgoing:
             core.acknowledged = True
             if core.talk:
                 core.talk.acks.acknowledged(message.id)
-            text = f"*{message.text}*" if message.kind == ACTION else message.text
-            said = ViewEvent(
-                *(MESSAGE, text, core.name, message.where, view.time),
-                mine=True,
-                id=view.id,
-                own_id=message.id,
-                reply=message.reply,
-                file=view.file,
-            )
-            core.stored.add(core.timed(said))
+            said = self._view(message, message.text, view.time)
+            core.stored.add(said._replace(id=view.id, file=view.file))
         if view.own_id in self.shown:
             self.shown.discard(view.own_id)
             remember(core.known.own, view.own_id)
@@ -17004,9 +17038,9 @@ class ClientCore:
     cause = TEMPORARY  # ... and what that means for a new attempt
     dismissed = False  # the server sent ERROR, and will hang up
     redial = False  # connect again at once, with another protocol or TLS ...
-    insists = False  # ... but not if the user set the protocol
-    sure = False  # a line has proved the kind of the server ...
-    unsure = ""  # ... and this one of a plain server was no such line
+    kind_forced = False  # ... but not if the user set the protocol
+    kind_confirmed = False  # a line has proved the kind of the server ...
+    odd_line = ""  # ... and this one of a plain server was no such line
     sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
     quitting = False
     wants_connection = False  # connect now, at the user's request
@@ -17039,7 +17073,7 @@ class ClientCore:
         self.store = store
         self.wanted_name = self.name = name
         self.tidy, self.kind, self.password = tidy, kind, password
-        self.me = Credentials(login)
+        self.me = Credentials(login, self.note)
         self.outbox = outbox or Outbox()
         self.clock, self.later, self.ticks = clock, later, ticks
         self.server = ServerProfile(kind in (CHAT, PLAIN))
@@ -17140,12 +17174,6 @@ class ClientCore:
             raise Refused("NO_COMMANDS", "this server knows no commands; nothing was sent")
         return self.talk
 
-    def nodes(self) -> list[str]:
-        """Return the addresses of all servers of this chat, as the server announces them."""
-        if not self.server.ours:
-            return []
-        return [node for node in self.server.isupport.get("chat.py/NODES", "").split(",") if node]
-
     def can(self, what: str) -> bool:
         """Return whether this server allows a "reply", "react", "redact" or "typing"."""
         if what == "redact":
@@ -17228,7 +17256,7 @@ class ClientCore:
                 self.outbox.unconfirmed.add(message.id)
             else:
                 self.outgoing.leave_to_user(message.id)
-        if talk and any(asked.how in ("missed", "gap") for asked in talk.history.asked):
+        if talk and any(asked.how in ("missed", "gap") for asked in talk.history.requests):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         if talk:
             talk.joins.want_typed()
@@ -17251,7 +17279,7 @@ class ClientCore:
         return self.take_views()
 
     def feed(self, data: bytes) -> list[ViewEvent]:
-        if not self.sure and data.startswith(TLS_RECORDS):
+        if not self.kind_confirmed and data.startswith(TLS_RECORDS):
             self.give_up("this port wants TLS: write ircs://HOST:PORT")
             return self.take_views()
         if self.listening and is_no_text(data):
@@ -17369,20 +17397,6 @@ class ClientCore:
         self.flush()
         return self.take_views()
 
-    def is_service(self, name: str, text: str) -> bool:
-        """Return whether a text goes to a service, and so may be a password."""
-        if fold(name).partition("@")[0] in SERVICES:
-            return True
-        if self.server.ours or self.server.is_channel(self.server.without_status(name)):
-            return False
-        short = fold(name) in SHORT_SERVICES  # the nick of a user, too
-        return names_service(name) and (not short or password_command(text) != "")
-
-    def check_conversation(self, name: str) -> None:
-        """Raise Refused if this server has no conversation with this name."""
-        if self.kind == PLAIN and self.fold(name) != self.fold(LOBBY):
-            raise Refused("ONE_ROOM", ONE_ROOM)
-
     def flush(self) -> None:
         """Store what the user did, and send the messages and lines that may be sent now."""
         if self.outbox.unsaved:
@@ -17412,26 +17426,6 @@ class ClientCore:
         """Return a view with the id of its conversation."""
         room = self.find(view.where) if view.where and not view.room else None
         return view._replace(room=room.id) if room else view
-
-    def answered_words(self, view: ViewEvent) -> str:
-        """Return the author and the text of the message that a view answers; "" for no answer."""
-        room = self.find(view.where)
-        if not view.reply or room is None:
-            return ""
-        shown = (other for other in reversed(room.views) if other.id == view.reply)
-        answered = next(shown, None) or self.stored.message(view.reply)
-        return f"{answered.name}: {answered.text}" if answered else "an earlier message"
-
-    def show_results(self, title: str, views: list[ViewEvent]) -> None:
-        """Show the messages that a search or a request for history found, between two notes."""
-        views = [view for view in views if not self.incoming.hides(view)]
-        if self.results:
-            return self.results(title, views)
-        if not views:
-            return self.note(f"{title}: nothing found")
-        found = (view._replace(kind=FOUND, past=True) for view in views)
-        self.show(ViewEvent(NOTE, f"{title}: {counted(len(views), 'message')}"), *found)
-        self.note(f"end of {title}")
 
     def believable(self, when: int | None) -> int | None:
         """Return a time (ms) of a server, or of an earlier run, but not one that is far ahead of
@@ -17608,7 +17602,7 @@ def go_to(core: ClientCore, name: str) -> None:
     """Go to a conversation, which may be new. Raises Refused for a name that is none."""
     if "," in name or core.server.without_status(name) != name:
         raise Refused("BAD_NAME", f"that is no single name; it takes a text: /msg {name} TEXT")
-    core.check_conversation(name)
+    core.outgoing.check_conversation(name)
     core.rooms.go(core.rooms.open(name))
 
 
@@ -17645,8 +17639,8 @@ def do_me(core: ClientCore, text: str) -> None:
 @client_command("notice", 2)
 def do_notice(core: ClientCore, name: str, text: str) -> None:
     """/notice NAME|#CHANNEL TEXT -- send a notice, which no program answers"""
-    for line, _ in sendable_lines(text, FITS_ALWAYS):
-        core.talk.command("NOTICE", name, line)
+    for line in sendable_lines(text, FITS_ALWAYS):
+        core.talk.command("NOTICE", name, line.text)
     core.outgoing.show_aside(NOTICE, name, text)
 
 
@@ -17690,7 +17684,7 @@ def do_history(core: ClientCore, *words: str) -> None:
     if not core.talk.pages:
         raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
     limit = min(count or HISTORY_LINES, HISTORY_LINES_MOST)
-    core.talk.history.ask(Asked(name, "asked", 0), "LATEST", name, "*", str(limit))
+    core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(limit))
 
 
 @client_command("lastlog", 1, nameless=True)
@@ -17703,7 +17697,7 @@ def do_lastlog(core: ClientCore, words: str) -> None:
         wanted = fold_text(words)
         spoken = (view for view in room.views if view.kind in SPOKEN)
         views = [view for view in spoken if wanted in fold_text(view.text)][-LASTLOG_MOST:]
-    core.show_results(f"lastlog of {core.here}", views)
+    core.stored.show_results(f"lastlog of {core.here}", views)
 
 
 @client_command("search", 1, nameless=True)
@@ -17769,9 +17763,8 @@ def do_kick(core: ClientCore, *words: str) -> None:
 def ban_of(name: str) -> str:
     """Return the mask for a ban; a nick becomes the mask of the user who has it, and a host the
     mask of its users."""
-    if set(name) & set("!@*:$"):  # a mask, or an extended one
-        return name
-    return f"*!*@{name}" if set(name) & HOST_CHARACTERS else f"{name}!*@*"
+    is_mask = set(name) & set("!@*:$")  # or an extended one
+    return name if is_mask else source_mask(name)
 
 
 def set_for_each(core: ClientCore, where: str, mode: str, values: list[str]) -> None:
@@ -17835,7 +17828,7 @@ def service_words(words: Iterable[str]) -> str:
 
 
 def command_that_is_sent(
-    verb: str, syntax: str, summary: str, least: int, secret: bool, service: bool = False
+    verb: str, syntax: str, summary: str, least: int, secret: bool = False, service: bool = False
 ) -> None:
     """Define a command that passes its words to the command of the server, or of its service, with
     the same name."""
@@ -17850,11 +17843,8 @@ def command_that_is_sent(
     client_command(verb, least, least or 1, exact=secret)(pass_on)
 
 
-for sent_on in (
-    ("list", "[MASK]", "which channels there are", 0, False),
-    ("oper", "NAME PASSWORD", "operate the server", 2, True),
-):
-    command_that_is_sent(*sent_on)
+command_that_is_sent("list", "[MASK]", "which channels there are", 0)
+command_that_is_sent("oper", "NAME PASSWORD", "operate the server", 2, secret=True)
 
 
 @client_command("whois", 1, 2)
@@ -17924,18 +17914,9 @@ def do_passwd(core: ClientCore, *words: str) -> None:
     core.talk.command("PRIVMSG", SERVICE, f"PASSWD {service_words((old, words[-1]))}")
 
 
-for for_service in (
-    ("drop", "PASSWORD", "give up your account", 1, True, True),
-    (
-        "disown",
-        "#CHANNEL",
-        "let a channel that you founded end with its last member",
-        1,
-        False,
-        True,
-    ),
-):
-    command_that_is_sent(*for_service)
+command_that_is_sent("drop", "PASSWORD", "give up your account", 1, secret=True, service=True)
+let_end = "let a channel that you founded end with its last member"
+command_that_is_sent("disown", "#CHANNEL", let_end, 1, service=True)
 
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
@@ -18290,7 +18271,8 @@ BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client is w
 LAST_NUMBER = 2**62  # above the number of every row
 ROOM_COLUMNS = ("name", "password", "channel", "wanted", "draft", "muted", "read_time", "place")
 ROOM_AT_FIRST = {"draft": "", "muted": False, "read_time": 0}  # which is no change
-MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_id, reply, file"
+MESSAGE_COLUMNS = "kind, text, name, place, time, mine, called, id, own_id, reply, file"
+MESSAGE_ROW = f"number, {MESSAGE_COLUMNS}"
 
 
 def index_words(text: str) -> list[str]:
@@ -18536,12 +18518,11 @@ class ClientStore(Writer):
         """Store a message once. Only the first client of a user stores messages without an id."""
         if not (view.id or self.sole):
             return
-        values = (self.owner, key, view.time or 0, view.id, view.own_id, view.kind, view.name)
-        values += (view.text, view.where, view.mine, view.called, view.reply, view.file)
-        columns = "owner, room, time, id, own_id, kind, name, text, place, mine, called"
-        columns += ", reply, file"
-        marks = ", ".join("?" * len(values))
-        self.write(f"INSERT OR IGNORE INTO messages ({columns}) VALUES ({marks})", *values)
+        values = (view.kind, view.text, view.name, view.where, view.time or 0, view.mine)
+        values += (view.called, view.id, view.own_id, view.reply, view.file)
+        marks = ", ".join("?" * (len(values) + 2))
+        insert = f"INSERT OR IGNORE INTO messages (owner, room, {MESSAGE_COLUMNS}) VALUES ({marks})"
+        self.write(insert, self.owner, key, *values)
 
     def remove(self, id: str) -> None:
         """Delete a message and its reactions; a trigger removes the words from the index."""
@@ -18587,16 +18568,16 @@ class ClientStore(Writer):
 
     @staticmethod
     def _view(row: tuple) -> ViewEvent:
-        number, kind, text, name, place, when, mine, called, id, own_id, *rest = row
-        return ViewEvent(
-            *(kind, text, name, place, when, bool(mine), bool(called)),
-            past=True,
-            id=id,
-            own_id=own_id,
-            number=number,
-            reply=rest[0],
-            file=rest[1],
-        )
+        number, kind, text, name, place, when, mine, called, id, own_id, reply, file = row
+        view = ViewEvent(kind, text, name, place, when, bool(mine), bool(called), past=True, id=id)
+        return view._replace(own_id=own_id, number=number, reply=reply, file=file)
+
+    def _row(self, query: str, *values: Any) -> tuple | None:
+        """Return the first row of this user's; None if there is none or the file is locked."""
+        try:
+            return self.db.execute(query, [self.owner, *values]).fetchone()
+        except sqlite3.OperationalError:  # locked
+            return None
 
     def _position(self, view: ViewEvent) -> tuple[int, int]:
         """Return the time and the number of a message, which determine its place in the order."""
@@ -18613,7 +18594,7 @@ class ClientStore(Writer):
         when, number = self._position(view) if view else (LAST_MOMENT, 0)
         sign, order = (">", "ASC") if after else ("<", "DESC")
         query = f"""
-            SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND room = ?
+            SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND room = ?
             AND (time {sign} ? OR (time = ? AND number {sign} ?))
             ORDER BY time {order}, number {order} LIMIT ?"""
         rows = self.db.execute(query, [self.owner, key, when, when, number, count]).fetchall()
@@ -18629,11 +18610,11 @@ class ClientStore(Writer):
         place, values = ("AND room = ?", [key]) if key is not None else ("", [])
         # Without CROSS JOIN the planner would read all messages of the room
         indexed = f"""
-            SELECT {MESSAGE_COLUMNS} FROM
+            SELECT {MESSAGE_ROW} FROM
             (SELECT rowid AS hit FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?)
             CROSS JOIN messages WHERE number = hit AND owner = ? {place} LIMIT {CLIENT_HITS_MOST}"""
         recent = f"""
-            SELECT {MESSAGE_COLUMNS} FROM messages NOT INDEXED
+            SELECT {MESSAGE_ROW} FROM messages NOT INDEXED
             WHERE number > (SELECT number FROM indexed) AND owner = ? {place}"""
         rows: list[tuple] = []
         if self.has_words:
@@ -18648,11 +18629,7 @@ class ClientStore(Writer):
 
     def message(self, id: str) -> ViewEvent | None:
         """Return the stored message with this id; None if there is none or the file is locked."""
-        query = f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND id = ?"
-        try:
-            row = self.db.execute(query, [self.owner, id]).fetchone()
-        except sqlite3.OperationalError:  # locked
-            row = None
+        row = self._row(f"SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND id = ?", id)
         return self._view(row) if row else None
 
     @or_nothing
@@ -18669,7 +18646,7 @@ class ClientStore(Writer):
     def newest(self) -> ViewEvent | None:
         """Return the message with an id that was stored last; None if there is none."""
         query = f"""
-            SELECT {MESSAGE_COLUMNS} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
+            SELECT {MESSAGE_ROW} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
             ORDER BY number DESC LIMIT 1"""
         row = self.db.execute(query, [self.owner]).fetchone()
         return self._view(row) if row else None
@@ -18737,11 +18714,7 @@ class ClientStore(Writer):
         self.write("REPLACE INTO facts VALUES (?, ?, ?)", self.owner, name, value)
 
     def fact(self, name: str) -> str:
-        query = "SELECT value FROM facts WHERE owner = ? AND name = ?"
-        try:
-            row = self.db.execute(query, [self.owner, name]).fetchone()
-        except sqlite3.OperationalError:  # locked
-            row = None
+        row = self._row("SELECT value FROM facts WHERE owner = ? AND name = ?", name)
         return row[0] if row else ""
 
     def set(self, name: str, value: str | None) -> None:
@@ -20186,17 +20159,9 @@ class SureTime:
 class Committer:
     """The commit beat and the upkeep of the store: checkpoints, index and pruning."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        hub: Hub,
-        store: Store,
-        helpers: Helpers,
-        sure_time: SureTime,
-        cluster: Cluster | None = None,
-    ):
-        self.loop, self.hub, self.store, self.helpers = loop, hub, store, helpers
-        self.sure_time, self.cluster = sure_time, cluster
+    def __init__(self, server: "Server"):
+        self.loop, self.helpers, self.cluster = server.loop, server.helpers, server.cluster
+        self.hub, self.store, self.sure_time = server.hub, server.store, server.sure_time
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.index_due = self.retry_due = False
@@ -20762,7 +20727,7 @@ class Server:
         path = options.data / "chat.db" if options.data else None
         self.store = store or Store(path, options.keep, bool(options.cluster))
         self.hub = self._load(options)
-        self.site = SessionContext(self.hub, self.store, self, IrcWires(self.hub.ids), options)
+        self.site = SessionContext(self, IrcWires(self.hub.ids), options)
         self.motd = read_motd(options.motd)
         self.job_trouble = ""  # the last failure of the database that was logged
         self.mail = functools.partial(mail_code, options)
@@ -20788,9 +20753,7 @@ class Server:
         self.failure = ""  # why this server ends
         self.uploads_seen: dict[str, float] = {}  # by id: when first, on the monotonic clock
         self.sure_time = SureTime(loop, self.wall, self.hub, self.store)
-        self.committer = Committer(
-            loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
-        )
+        self.committer = Committer(self)
         self.stopping = self.restarting = False
         self.began = loop.now
         self.listeners = [Listener(self, *address) for address in options.listen]
@@ -21172,12 +21135,10 @@ class Server:
         self.stopping = True
         for listener in self.listeners:
             listener.close()
-        for peer in list(self.peers):
-            if peer.session:
-                peer.session.farewell("the server is going down")
-                if self.cluster is None:  # the users stay: no other user is told
-                    peer.session.user = None
-            peer.close()
+        for peer in self.peers if self.cluster is None else ():
+            if peer.session:  # the users stay: no other user is told
+                peer.session.user = None
+        self.drop_clients("the server is going down")
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if self.cluster:
             self.cluster.leave()
@@ -21775,7 +21736,7 @@ class Link:
         core.later, core.clock, core.ticks = self.later, time.time, lambda: self.loop.now
         core.me.certificate = bool(trust.own)
         self.known_kind = self.known.kind(target)
-        core.kind, core.insists = target.kind or self.known_kind, bool(target.kind)
+        core.kind, core.kind_forced = target.kind or self.known_kind, bool(target.kind)
         self._watch()
 
     @property
@@ -21855,7 +21816,9 @@ class Link:
             return False
         if room.whole or not (self.core.ready and talk.pages):
             return False
-        under_way = any((one.where, one.how) == (room.name, "older") for one in talk.history.asked)
+        under_way = any(
+            (one.where, one.how) == (room.name, "older") for one in talk.history.requests
+        )
         if not under_way:
             talk.history.ask_page(room, "older")
             self.core.flush()
@@ -22003,7 +21966,7 @@ class Link:
         self.stays = True
         if self.core.progress != self.progress:
             self.progress, self.backoff = self.core.progress, BACKOFF_FIRST
-        if self.core.sure and self.core.kind != self.known_kind and not self.target.kind:
+        if self.core.kind_confirmed and self.core.kind != self.known_kind and not self.target.kind:
             self.known_kind = self.core.kind
             self.known.remember(self.target, kind=self.core.kind)
         self.make_room()
@@ -22130,7 +22093,9 @@ class Link:
     def _next_choice(self) -> bool:
         """Turn to the next server of the chat; return False after each of them was tried."""
         lost = self.target._replace(others=())
-        for address in self.core.nodes() if not lost.tls else ():  # it has no other certificate
+        for address in (
+            self.core.server.nodes if not lost.tls else ()
+        ):  # it has no other certificate
             with contextlib.suppress(Unusable):
                 one = parse_target(address)
                 known = {(choice.host, choice.port) for choice in self.choices}
@@ -23989,7 +23954,7 @@ class Display:
 
     def _read(self) -> ScrollbackView:
         look = Look(self.palette, self.painter.columns, clock=self.core.setting("time"))
-        look = look._replace(answered=self.core.answered_words)
+        look = look._replace(answered=self.core.stored.answered_words)
         return ScrollbackView(self.room, look, self.painter.rows - 2)
 
     # What there is to show
@@ -24043,7 +24008,7 @@ class Display:
 
     def _take_reacted(self, view: ViewEvent) -> None:
         """Show a reaction in words."""
-        known = visible(self.core.answered_words(view._replace(reply=view.id)))
+        known = visible(self.core.stored.answered_words(view._replace(reply=view.id)))
         verb = "reacted" if view.number > 0 else "takes back"
         text = f"{view.name} {verb} {view.text} to {cut(known, REACTED_BYTES)}"
         self.keep(ViewEvent(SERVER_TEXT, text, where=view.where, reply=view.id))
@@ -24684,8 +24649,8 @@ class Filter(Client):
         login = self.options.login
         if login and self.was_up and not self.core.me.account:
             reasons.append(f"not logged in as {login.account}")
-        if self.core.unsure and not (self.core.sure or self.core.insists or reason):
-            text = f"the server answered {beginning(self.core.unsure)!r}"
+        if self.core.odd_line and not (self.core.kind_confirmed or self.core.kind_forced or reason):
+            text = f"the server answered {beginning(self.core.odd_line)!r}"
             reasons.append(f"{text}: perhaps it is no chat{IF_PLAIN}")
         if self.options.join and self.was_up and self.core.kind == PLAIN:
             reasons.append("a plain server has no channels; if it is one of IRC, write irc://...")
@@ -26338,7 +26303,7 @@ async function keepRooms() {
     const end = behind ? messages.findIndex(({ id }) => id && id === upTo) + 1 : messages.length;
     const whole = messages.slice(0, end).filter(({ id }) => id);
     const put = store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
-    puts.push(Promise.resolve(put).then(() => { if (to.fresh === fresh) to.fresh = 0; }));
+    puts.push(put.then(() => { if (to.fresh === fresh) to.fresh = 0; }));
   }
   await Promise.all(puts); // or a new talk would be known neither here nor by TARGETS
   if (newest) set('newest', newest);
@@ -26598,7 +26563,7 @@ function measureBlocks() {
   const heights = full.map((block) => block.offsetHeight);
   full.forEach((block, n) => {
     block.style.setProperty('contain-intrinsic-size', `1px ${heights[n]}px`);
-    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`);
+    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`); // newer browsers
     block.classList.add('known');
   });
 }
