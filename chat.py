@@ -13769,7 +13769,9 @@ class Acknowledgements:
         dropped = dict.fromkeys(line.of for line in before if line.target == key)
         for own_id in dropped:
             self.not_echoed(own_id)
-        return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
+        if sent.id and sent.id not in dropped:
+            return sent.id
+        return PIECE if sent.of else ""
 
     def _doubted(self, heard: ServerLine, key: str, text: str) -> str:
         """Return the own id of a message that may have arrived, if history has its whole text or
