@@ -17041,15 +17041,17 @@ class ClientCore:
     server sends nothing, and disconnected() at the end. Send the bytes that take_output() returns.
     typed() takes the user's text; without a connection the text waits. `tidy` is for a screen: the
     core then asks for the latest messages. `later` runs a job off the loop. `clock` is wall time
-    and `ticks` monotonic time, in seconds."""
+    and `ticks` monotonic time, in seconds.
+
+    The parts of the core (rooms, people, typing, incoming, outgoing ...) own what lasts longer than
+    a connection; the parts of its talk own what ends with one. All tell the screen by show()."""
 
     told_trouble = ""  # the last reported trouble of the store
     version = 0  # of the store, see refresh()
-    # Of a screen: is a text for `current` begun?
+    # Of a screen: is a text for the current conversation begun?
     is_writing: Callable[[], bool] = staticmethod(lambda: False)
-    at_once: Callable[[ViewEvent], None] | None = (
-        None  # takes each view before the next one is made
-    )
+    # Takes each view before the next one is made
+    at_once: Callable[[ViewEvent], None] | None = None
     looked_at = True  # False: the user looks at another server
     stays_when_left = True  # a channel stays open while a text for it is begun
     reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
