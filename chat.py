@@ -360,6 +360,7 @@ CHUNK_LINE_BYTES = 256  # the size of a chunk, and extensions that nothing is do
 TRAILER_BYTES = 4 * 1024
 DISCARDED_BYTES = 64 * 1024  # of a body that is not wanted: else the connection is closed
 WORK_OF_A_PIECE = 20  # of a body: chunks of a byte are work, too
+WORK_OF_A_HEAD_BYTE = 0.2  # of a request, measured: a list of 8,000 words takes 1.6 ms
 WEB_SEND_BUFFER = 512 * 1024  # of the kernel, for a connection that speaks HTTP
 STALLED_LOOKS = 4  # times WEB_IDLE_SECONDS without progress end a download
 WEB_HEAD_SECONDS = 10.0  # from the first byte of a request to the end of its head
@@ -400,6 +401,7 @@ LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the lon
 CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshake
 BACKOFF_FIRST = 0.5  # seconds before the first attempt to reconnect
 BACKOFF_MOST = 30.0
+BACKOFF_DOUBLINGS = 6  # of the first wait: then it is the longest
 DISMISSED_SECONDS = 2.0  # for a server to hang up after it said ERROR
 ONLINE_SECONDS = 30.0  # a connection that lasts so long resets the back-off
 NEXT_ADDRESS_SECONDS = 0.25  # until the next address is tried, too (RFC 8305 section 5)
@@ -885,7 +887,9 @@ class Message(NamedTuple):
 
 
 TAG_ESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n", "\\": "\\"}
-TAG_TRANSLATION = str.maketrans({c: f"\\{mark}" for mark, c in TAG_ESCAPES.items()} | {"\0": ""})
+TAG_TRANSLATION = str.maketrans(
+    {char: f"\\{mark}" for mark, char in TAG_ESCAPES.items()} | {"\0": ""}
+)
 CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IRCv3 message-tags
 
 
@@ -1582,6 +1586,8 @@ class Wire(typing.Protocol):
 class ServerCalls(typing.Protocol):
     """The part of the server that its sessions may use."""
 
+    hub: "Hub"
+    store: "Store"
     motd: list[str]
     tls_port: int
 
@@ -1733,15 +1739,8 @@ class Grants(dict[str, Grant]):
 class SessionContext:
     """The objects and settings that all sessions of one server share."""
 
-    def __init__(
-        self,
-        hub: "Hub",
-        store: "Store",
-        server: ServerCalls,
-        wires: "IrcWires",
-        options: "ServerOptions",
-    ):
-        self.hub, self.store, self.server = hub, store, server
+    def __init__(self, server: ServerCalls, wires: "IrcWires", options: "ServerOptions"):
+        self.hub, self.store, self.server = server.hub, server.store, server
         self.web = options.web  # settings of the web dialect
         self.folder: "FileFolder | None" = None  # jobs that read and write the content of files
         self.grants = Grants()  # upload tokens
@@ -2600,11 +2599,7 @@ class LocalSession(Session):
     # Acts, and what they need from off the loop
 
     def act(
-        self,
-        name: str,
-        *values: Any,
-        then: Callable[[Any], None] | None = None,
-        otherwise: Callable[[Refused], None] | None = None,
+        self, name: str, *values, then: Callable | None = None, otherwise: Callable | None = None
     ) -> None:
         """Do an act as this session; call then(its result), or otherwise(the refusal): refuse().
         then() is not called when the act has ended the session."""
@@ -5276,7 +5271,7 @@ MIGRATIONS = (
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
 NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest id of a target
-SPOKEN_KINDS = ", ".join(f"'{kind}'" for kind in SPOKEN)
+SPOKEN_KINDS = ", ".join(map("'{}'".format, SPOKEN))
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 
@@ -5622,7 +5617,7 @@ class History:
         """Return the last message of each key and of each private conversation of these identities.
         The text with each is its key, or "" for a conversation."""
         query = f"""
-            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN (?, ?, ?)
+            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN ({SPOKEN_KINDS})
             ORDER BY id DESC LIMIT 1"""
         found: dict[Any, tuple[str, Event]] = {}
         with self.reading() as db:
@@ -5634,7 +5629,7 @@ class History:
                 for id, one, other in db.execute(which, [identity] * 2).fetchall():
                     wanted.append((other if one == identity else one, "", id))
             for name, key, target in wanted:
-                row = db.execute(query, [target, *SPOKEN]).fetchone()
+                row = db.execute(query, [target]).fetchone()
                 if not row or not is_sound(row):
                     continue
                 if name not in found or found[name][1].id < row[0]:
@@ -6400,9 +6395,9 @@ class Store:
         """Return the founding and author of a message under this key; None if it is not there."""
         query = f"""
             SELECT t.founding, e.author FROM targets t JOIN events e ON e.target = t.id
-            WHERE t.key = ? AND e.id = ? AND e.kind IN ({", ".join("?" * 4)})"""
+            WHERE t.key = ? AND e.id = ? AND e.kind IN ({SPOKEN_KINDS}, '{TAGS}')"""
         try:
-            return self.db.execute(query, [key, id, *SPOKEN, TAGS]).fetchone()
+            return self.db.execute(query, [key, id]).fetchone()
         except sqlite3.Error:
             return None
 
@@ -6920,7 +6915,7 @@ ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     )
 )
 # Kinds of messages from the log -> the constants, which other code compares by identity
-KINDS = {kind: kind for kind in (*SPOKEN, TAGS, HINT)}
+KINDS = {constant: constant for constant in (*SPOKEN, TAGS, HINT)}
 
 
 def wrapped_bytes(value: Any) -> dict[str, str]:
@@ -10160,9 +10155,8 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
     check_server(session, server)
     site = session.site
     if letter == "u":
-        # On a node, ticks are the time of the log
-        hub, on_node = site.hub, site.cluster
-        ran = hub.now - hub.started if on_node else hub.ticks - hub.started_ticks
+        hub = site.hub  # on a node of a cluster its ticks are the log's
+        ran = hub.now - hub.started if site.cluster else hub.ticks - hub.started_ticks
         minutes, seconds = divmod(ran // 1000, 60)
         hours, minutes = divmod(minutes, 60)
         session.reply(RPL_STATSUPTIME, *divmod(hours, 24), minutes, seconds)
@@ -10843,15 +10837,16 @@ def line_stats(session: LineSession, letter: str) -> None:
 
 
 def tell_past(
-    session: LineSession, events: Iterable[Event], prefix: str, check: Callable, end: str
+    session: LineSession, channel: Channel | None, events: list[Event], prefix: str, end: str
 ) -> Iterator[None]:
-    """Tell events of the past and then the end, for as long as check() does not refuse it."""
-    check()
+    """Tell events of the past and then the end; those of a channel only while the user is in it."""
+    check_inside = channel.member if channel else do_nothing
+    check_inside(session.user)
     for n, event in enumerate(events):
         session.site.hub.work += WORK_OF_THE_PAST
         if n % PLAYED_AT_ONCE == PLAYED_AT_ONCE - 1:
             yield
-            check()
+            check_inside(session.user)
         for text in line_texts(event, prefix):
             session.tell(f"{time_text(event.time)} {text}")
     session.tell(end)
@@ -10876,12 +10871,8 @@ def line_history(session: LineSession, *params: str) -> Steps:
     span = Span(scope_of(hub, session.user, audience))
     events = yield do(session.read, session.site.store.history.page, span, count)
 
-    def check() -> None:
-        if channel:
-            channel.member(session.user)  # or not any more
-
     end = f"that was {counted(len(events), 'message')}"
-    session.go_on_with(tell_past(session, events, line_prefix(audience), check, end))
+    session.go_on_with(tell_past(session, channel, events, line_prefix(audience), end))
 
 
 @line_command("search", 1)
@@ -10894,11 +10885,7 @@ def line_search(session: LineSession, words: str) -> Steps:
     found = yield do(session.read, search, [scope], words, Span(scope), HISTORY_LINES)
     events, prefix = [event for _, event in found], line_prefix(channel)
     end = f"found {counted(len(found), 'message')} with {words}"
-
-    def check() -> None:
-        channel.member(session.user)  # or not any more
-
-    session.go_on_with(tell_past(session, events, prefix, check, end))
+    session.go_on_with(tell_past(session, channel, events, prefix, end))
 
 
 @line_command("lines", 1, nameless=True)
@@ -11484,6 +11471,7 @@ REFUSAL_STATUSES = {  # Refused.code -> status
     "NO_FILE": 404,
     "FILE_TOO_LARGE": 413,
     "NO_ROOM": 507,
+    "UNAVAILABLE": 503,
 }
 
 
@@ -11548,6 +11536,8 @@ class WebSession(LocalSession):
         """Answer a request, or begin to: the handler of its path does that."""
         request = with_method(request)
         self.request, self.take_body = request, do_nothing
+        values = itertools.chain([request.target], *request.headers.values())
+        self.site.hub.work += WORK_OF_A_HEAD_BYTE * sum(map(len, values))
         self.body_left = request.length != 0
         self.closing = not request.keeps_alive
         host = split_host(request.host)[0]
@@ -12272,8 +12262,6 @@ def send_file(session: WebSession, request: Request) -> Steps:
     headers += [policy, *session.cors(), f"Content-Length: {end - first}"]
     open_file = session.site.folder.open
     handle = session.reading = yield do(session.later, READ_LANE, open_file, file.sha)
-    if handle is None:
-        return answer_file(session, 404, NO_SUCH_FILE)
     session.send_head(206 if part else 200, *headers)
     session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
     if request.method == "HEAD" or first == end:
@@ -13136,19 +13124,20 @@ class Room:
         self.moved_at |= dict.fromkeys(map(row_kind, moves), row.time or 0)
         return row
 
-    def news_since(self, when: int) -> list[ViewEvent]:
-        """Return the messages of other users that are later than a time (ms)."""
-        return [view for view in self.views if is_news(view) and (view.time or 0) > when]
-
     def read(self, when: int) -> bool:
         """Note that messages up to a time (ms) have been read; return whether that is new."""
         if when <= self.read_time:
             return False
         self.read_time = when
-        later = self.news_since(when)
+        self.count_unread()
+        return True
+
+    def count_unread(self) -> None:
+        """Count the messages since the one that was read last, and those that call the user."""
+        when = self.read_time
+        later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
-        return True
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
@@ -16449,7 +16438,8 @@ class StoredMessages:
             if view.id:
                 remember(core.known.ids, view.id)
         room.views.dropped = len(room.views) == STORED_LINES
-        room.unread = len(room.news_since(room.read_time)) if room.read_time else 0
+        if room.read_time:
+            room.count_unread()
 
     def note_holes(self, room: Room, *positions: str) -> None:
         """Store the positions in a room before which messages are missing."""
@@ -19795,11 +19785,11 @@ class Peer(Connection):
 
     def was_stalled(self) -> bool:
         """Return whether nothing is under way, or nothing was sent in the last few looks."""
-        if self.held:
+        if self.held or self.waits_for_budget:
             return False
         self.looks = self.looks + 1 if self.unsent == self.was_unsent else 0
         self.was_unsent = self.unsent
-        return not self.unsent or self.looks >= STALLED_LOOKS
+        return not self.answers or self.looks >= STALLED_LOOKS
 
     @property
     def waits_for_reader(self) -> bool:
@@ -20184,17 +20174,9 @@ class SureTime:
 class Committer:
     """The commit beat and the upkeep of the store: checkpoints, index and pruning."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        hub: Hub,
-        store: Store,
-        helpers: Helpers,
-        sure_time: SureTime,
-        cluster: Cluster | None = None,
-    ):
-        self.loop, self.hub, self.store, self.helpers = loop, hub, store, helpers
-        self.sure_time, self.cluster = sure_time, cluster
+    def __init__(self, server: "Server"):
+        self.loop, self.helpers, self.cluster = server.loop, server.helpers, server.cluster
+        self.hub, self.store, self.sure_time = server.hub, server.store, server.sure_time
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.index_due = self.retry_due = False
@@ -20362,6 +20344,17 @@ class OpenFile:
 CONTENT_NAME = re.compile(r"[0-9a-f]{64}|[0-9a-f]{32}\.part")  # a SHA-256, or an upload's id
 
 
+DISK_IS_FULL = frozenset((errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)))
+
+
+def not_written(error: OSError) -> Refused:
+    """Return what a client is told whose file cannot be written. For a full disk that is final;
+    another trouble, such as too many open files, may soon be over."""
+    log.error("a file cannot be written: %s", reason_of(error))
+    code = "NO_ROOM" if error.errno in DISK_IS_FULL else "UNAVAILABLE"
+    return Refused(code, f"the file cannot be written: {reason_of(error)}")
+
+
 class FileFolder:
     """The content of files on disk. Its methods are jobs for helpers: a disk may be slow. Equal
     content is stored once, under its SHA-256; incomplete content is ID.part."""
@@ -20379,8 +20372,7 @@ class FileFolder:
             file = self.writers[id] = OpenFile(self._part(id), "create")
             return file
         except OSError as error:
-            log.error("a file cannot be written: %s", reason_of(error))
-            raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
+            raise not_written(error) from None
 
     def reopen(self, id: str) -> tuple[OpenFile, int]:
         """Return the file of an upload that goes on, and its size in bytes. The connection that
@@ -20416,13 +20408,15 @@ class FileFolder:
             os.close(folder)
         return sha, size, kind, *picture_size(kind, head)
 
-    def open(self, sha: str) -> OpenFile | None:
-        """Return the content with this hash, opened; None if there is none."""
+    def open(self, sha: str) -> OpenFile:
+        """Return the content with this hash, opened. Raises Refused."""
         try:
             return OpenFile(self.path / sha, "read")
         except OSError as error:
             log.error("the file %s cannot be read: %s", sha, reason_of(error))
-            return None
+            if isinstance(error, FileNotFoundError):
+                raise Refused("NO_FILE", NO_SUCH_FILE) from None
+            raise Refused("UNAVAILABLE", "the file cannot be read now; try again later") from None
 
     def read(self, file: OpenFile, at: int, size: int) -> bytes:
         """Return `size` bytes; b"" if not all of them can be read."""
@@ -20453,8 +20447,7 @@ class FileFolder:
         except FileNotFoundError:
             raise Refused("NO_FILE", NO_SUCH_FILE) from None
         except OSError as error:
-            log.error("a file cannot be written: %s", reason_of(error))
-            raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
+            raise not_written(error) from None
 
 
 ROUTES = (  # listening everywhere, a family, and an address for documentation (RFC 5737, RFC 3849)
@@ -20504,10 +20497,12 @@ class TimeLimits:
         for delay in delays:
             delay.discard(peer)
 
-    def watch_requests(self, peer: Peer) -> None:
-        """After a request, or a piece of a body, begin to wait for what comes next."""
-        self.web_heads.discard(peer)
+    def watch_requests(self, peer: Peer, taken: bool) -> None:
+        """Wait for what comes next: after a request, or a piece of a body, that was `taken`; else
+        for the rest of a head, whose time began with its first byte."""
         begun = peer.inbox.start < len(peer.inbox.data) and not peer.inbox.in_body
+        if taken or not begun:
+            self.web_heads.discard(peer)
         (self.web_heads if begun and not peer.answers else self.web_idle).add(peer)
 
     def greet(self, peer: Peer) -> None:
@@ -20665,7 +20660,7 @@ class ActBeat:
             if peer.inbox.fruitless:
                 peer.charge(costs)
             if peer.web:
-                self.times.watch_requests(peer)
+                self.times.watch_requests(peer, taken=False)
             return False
         session = peer.session
         if session is None or (session.user is None and session.takes_lines):
@@ -20677,7 +20672,7 @@ class ActBeat:
         if peer.budget:
             self._charge(peer, replied, costs)
         if peer.web:
-            self.times.watch_requests(peer)
+            self.times.watch_requests(peer, taken=True)
         return True
 
     def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:
@@ -20747,7 +20742,7 @@ class Server:
         path = options.data / "chat.db" if options.data else None
         self.store = store or Store(path, options.keep, bool(options.cluster))
         self.hub = self._load(options)
-        self.site = SessionContext(self.hub, self.store, self, IrcWires(self.hub.ids), options)
+        self.site = SessionContext(self, IrcWires(self.hub.ids), options)
         self.motd = read_motd(options.motd)
         self.job_trouble = ""  # the last failure of the database that was logged
         self.mail = functools.partial(mail_code, options)
@@ -20773,9 +20768,7 @@ class Server:
         self.failure = ""  # why this server ends
         self.uploads_seen: dict[str, float] = {}  # by id: when first, on the monotonic clock
         self.sure_time = SureTime(loop, self.wall, self.hub, self.store)
-        self.committer = Committer(
-            loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
-        )
+        self.committer = Committer(self)
         self.stopping = self.restarting = False
         self.began = loop.now
         self.listeners = [Listener(self, *address) for address in options.listen]
@@ -21158,12 +21151,10 @@ class Server:
         self.stopping = True
         for listener in self.listeners:
             listener.close()
-        for peer in list(self.peers):
-            if peer.session:
-                peer.session.farewell("the server is going down")
-                if self.cluster is None:  # the users stay: no other user is told
-                    peer.session.user = None
-            peer.close()
+        for peer in self.peers if self.cluster is None else ():
+            if peer.session:  # the users stay: no other user is told
+                peer.session.user = None
+        self.drop_clients("the server is going down")
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if self.cluster:
             self.cluster.leave()
@@ -22605,6 +22596,7 @@ class Transfers:
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
         self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
+        self.dropped: list[Transfer] = []  # uploads that the server is to remove
         self.core.transfers.start, self.core.transfers.end = self.start, self.end
         link.transfers = self
         self.watch()
@@ -22646,7 +22638,6 @@ class Transfers:
         if not one.up:
             pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
         self._take_back(one)
-        self.wake()
 
     def watch(self) -> None:
         """Check every second: begin waiting transfers, and drop connections without progress."""
@@ -22667,6 +22658,9 @@ class Transfers:
                 self.calls[one.id] = None
                 one.state, one.why = "running", ""
                 self.core.transfers.with_token(functools.partial(self._run, one))
+        for one in [one for one in self.dropped if self.loop.now >= one.again]:
+            self.dropped.remove(one)
+            self.core.transfers.with_token(functools.partial(self._remove, one))
 
     def _run(self, one: Transfer, token: str) -> None:
         """Go on with a transfer; `token` is for uploads, or ""."""
@@ -22824,22 +22818,26 @@ class Transfers:
 
     def _take_back(self, one: Transfer) -> None:
         """Have the server remove what it has of an upload that is not completed: it counts against
-        the user's room. Without a connection it is removed when its time is over."""
-        if not (one.up and one.url and self.core.ready):
-            return
+        the user's room. An upload that is forgotten meanwhile is removed when its time is over."""
+        if one.up and one.url:
+            one.again = self.loop.now
+            self.dropped.append(one)
+        self.wake()
+
+    def _remove(self, one: Transfer, token: str) -> None:
         call = Transfer(f"removed {one.id}", True, "", "")
 
         def done(response: Response | None, text: str) -> None:
             self.calls.pop(call.id, None)
+            if is_temporary(response):
+                self._back_off(one)
+                self.dropped.append(one)
 
-        def remove(token: str) -> None:
-            headers = self._headers(token, Content_Length=0)
-            with contextlib.suppress(Unusable):  # the server gave no address
-                request = CallRequest("DELETE", self._own_url(one), headers, done)
-                self.calls[call.id] = None
-                self._call(call, request)
-
-        self.core.transfers.with_token(remove)
+        headers = self._headers(token, Content_Length=0)
+        with contextlib.suppress(Unusable):  # the server gave no address
+            request = CallRequest("DELETE", self._own_url(one), headers, done)
+            self.calls[call.id] = None
+            self._call(call, request)
 
     # Down
 
@@ -22891,13 +22889,16 @@ class Transfers:
         self.link.poke()
         self.wake()
 
+    def _back_off(self, one: Transfer) -> None:
+        one.failures += 1
+        wait = BACKOFF_FIRST * 2 ** min(one.failures, BACKOFF_DOUBLINGS)
+        one.again = self.loop.now + min(BACKOFF_MOST, wait)
+
     def broke(self, one: Transfer, why: str) -> None:
         """Wait before the next attempt, longer each time."""
         if self.calls.pop(one.id, self) is self:
             return
-        one.failures += 1
-        wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2**one.failures)
-        one.again = self.loop.now + wait
+        self._back_off(one)
         one.state, one.why = "waiting", why
         self.link.show([ViewEvent(TRANSFER, where=one.room, own_id=one.id)])
 
@@ -22914,11 +22915,10 @@ class Transfers:
         if not one.up:
             with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
-        self._take_back(one)
         self.core.transfers.forget(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
-        self.wake()
+        self._take_back(one)
 
 
 # ======================================================================================
@@ -25458,7 +25458,7 @@ const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
-const oneLine = (text) => text.replace(/\s+/g, ' ');
+const inOneLine = (text) => text.replace(/\s+/g, ' ');
 
 function formatter(style) { // made when it is first used: this is slow
   let made;
@@ -25966,7 +25966,7 @@ function askOlder(to) {
 
 // All parts of a long text are accepted, or none: a draft is sent again under the same ids
 async function say(target, text, { action = false, reply = '', own = newId() } = {}) {
-  const texts = action ? [oneLine(text)] : messagesOf(text);
+  const texts = action ? [inOneLine(text)] : messagesOf(text);
   const first = Math.max(Date.now(), (lastOf(state.outbox)?.n ?? 0) + 1); // clocks may be set back
   await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: first + n / 1000,
     target, text: part, action, reply: n ? '' : reply, failed: '' })));
@@ -26316,7 +26316,7 @@ async function keepRooms() {
     const end = behind ? messages.findIndex(({ id }) => id && id === upTo) + 1 : messages.length;
     const whole = messages.slice(0, end).filter(({ id }) => id);
     const put = store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
-    puts.push(Promise.resolve(put).then(() => { if (to.fresh === fresh) to.fresh = 0; }));
+    puts.push(put.then(() => { if (to.fresh === fresh) to.fresh = 0; }));
   }
   await Promise.all(puts); // or a new talk would be known neither here nor by TARGETS
   if (newest) set('newest', newest);
@@ -26576,7 +26576,7 @@ function measureBlocks() {
   const heights = full.map((block) => block.offsetHeight);
   full.forEach((block, n) => {
     block.style.setProperty('contain-intrinsic-size', `1px ${heights[n]}px`);
-    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`);
+    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`); // newer browsers
     block.classList.add('known');
   });
 }
@@ -26838,11 +26838,11 @@ const COMMANDS = new Map(Object.entries({ // name -> what it does
   },
   join: (text) => enter(...text.split(' ')),
   search: (text) => searchSheet(text),
-  part: (text, to) => ask(`PART ${to.name} :${oneLine(text)}`),
-  nick: (text) => ask(`NICK ${oneLine(text)}`),
-  topic: (text, to) => ask(`TOPIC ${to.name} :${oneLine(text)}`),
+  part: (text, to) => ask(`PART ${to.name} :${inOneLine(text)}`),
+  nick: (text) => ask(`NICK ${inOneLine(text)}`),
+  topic: (text, to) => ask(`TOPIC ${to.name} :${inOneLine(text)}`),
   whois: (text) => ask(`WHOIS ${text.split(/\s/)[0]}`),
-  raw: (text) => ask(oneLine(text)),
+  raw: (text) => ask(inOneLine(text)),
 }));
 
 function command(line, to, own) {
@@ -27436,7 +27436,7 @@ registration_rules = checked_option(  # "" allows it after registration with a n
 )
 join_option = checked_option(  # channels, each perhaps with a password after a blank
     str,
-    lambda text: all(len(one.split()) <= 2 for one in text.split(",")),
+    lambda text: max(map(len, map(str.split, text.split(",")))) <= 2,
     "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'",
 )
 host_name = checked_option(  # one word that can stand in a line of IRC

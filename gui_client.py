@@ -3201,7 +3201,8 @@ class Compose(Field):
     def fit(self) -> None:
         """Fit the height to the text, up to the limit; show the hint while there is no text."""
         if self.get("1.0", "2.0") == "\n" and self.index("end-1c") == "1.0":
-            self.hint.place(x=1, y=0)  # from where text begins: a Text's padding counts
+            # From where text begins, to where it ends: a Text's padding counts
+            self.hint.place(x=1, y=0, relwidth=1, width=-1)
         else:
             self.hint.place_forget()
         # Tk lays out all of a text whose widget is configured, also as it was
@@ -3408,9 +3409,21 @@ class PictureWindow(tk.Toplevel):
         ):
             scroll = getattr(self.canvas, f"{axis}view_scroll")
             self.bind(f"<{key}>", lambda _, scroll=scroll, step=step: scroll(3 * step, "units"))
+        for sequence, up in (("Button-4", True), ("Button-5", False), ("MouseWheel", None)):
+            for shift, scroll in (
+                ("", self.canvas.yview_scroll),
+                ("Shift-", self.canvas.xview_scroll),
+            ):
+                turned = functools.partial(self._turned, scroll, up)
+                self.canvas.bind(f"<{shift}{sequence}>", turned)
         self.bind("<Escape>", lambda _: self.destroy())
         self.canvas.bind("<Button-1>", lambda _: self.destroy())
         self.canvas.focus_set()
+
+    @staticmethod
+    def _turned(scroll: Callable[[int, str], None], up: bool | None, event: Any) -> None:
+        """Scroll by the wheel, which is a button on X11."""
+        scroll(-3 if up or (up is None and event.delta > 0) else 3, "units")
 
     def destroy(self) -> None:
         super().destroy()
@@ -4322,6 +4335,7 @@ SASH_MS = 10  # from a change of the panes until they get their widths
 
 MIDDLE_SHARE = 0.4  # of the window that the conversation has at least ...
 MIDDLE_EMS = 16  # ... and so many heights of a line
+NARROWEST_EMS = 5  # of a pane at a side: of less nothing can be read
 WIDEST_EMS = 80  # of a pane at a side; earlier versions kept pixels
 
 
@@ -4392,7 +4406,7 @@ class Panes(ttk.PanedWindow):
                 sizes[name] = 0
         share = min(1.0, room / max(1, sum(sizes.values())))
         scaled = [round(share * size) for size in sizes.values()]
-        return [size if size > 3 * self.look.em else 0 for size in scaled]
+        return [size if size > NARROWEST_EMS * self.look.em else 0 for size in scaled]
 
     def restore(self, wide: Any) -> None:
         """Take widths that were kept."""
@@ -4446,6 +4460,7 @@ class Sidebar(ttk.Frame):
         self.here = 0  # the conversation that is selected
         self.order: dict[str, list[str]] = {}  # names of conversations by server, as dragged
         self.drafts: set[int] = set()  # conversations in which something is half typed
+        self.counts: dict[int, str] = {}  # of new messages, as they are shown
         self.dragged = ""
         self.pressed_at = 0
         self.chosen: Callable[[int], None] = chat.do_nothing
@@ -4460,7 +4475,7 @@ class Sidebar(ttk.Frame):
     def recolour(self) -> None:
         look, c, tag = self.look, self.look.colours, self.tree.tag_configure
         self.tree.column("#0", width=9 * look.em, minwidth=3 * look.em)
-        self.tree.column("count", width=look.bold.measure("@99+") + look.part(0.6))
+        self._fit_counts()
         tag("server", foreground=c.dim, font=look.small)
         tag("unread", font=look.bold, foreground=c.ink)
         tag("called", font=look.bold, foreground=c.bad)
@@ -4480,6 +4495,7 @@ class Sidebar(ttk.Frame):
     def clear(self) -> None:
         self.tree.delete(*self.tree.get_children())
         self.drafts.clear()
+        self.counts.clear()
         self.here = 0
 
     def restore(self, order: dict[str, Any]) -> None:
@@ -4506,6 +4522,7 @@ class Sidebar(ttk.Frame):
         """Show conversations that have changed, which the model knows already."""
         for number in event.gone:
             self.drafts.discard(number)
+            self.counts.pop(number, None)
             if self.tree.exists(f"r{number}"):
                 self.tree.delete(f"r{number}")
         for room in event.changed:
@@ -4553,8 +4570,18 @@ class Sidebar(ttk.Frame):
         tag = "called" if room.called and not room.muted else "unread" if room.unread else "read"
         away = not room.inside or bool(room.gone)
         tag = "muted" if room.muted else "outside" if away and tag == "read" else tag
-        text = self.look.seen(sidebar_text(room))
-        self.tree.item(f"r{number}", text=text, values=(count_text(room),), tags=(tag,))
+        text, count = self.look.seen(sidebar_text(room)), count_text(room)
+        self.tree.item(f"r{number}", text=text, values=(count,), tags=(tag,))
+        self.counts[number] = count
+
+    def _fit_counts(self) -> None:
+        """Give the counts the room of the longest: the names need the rest."""
+        longest = max(self.counts.values(), key=len, default="")
+        width = self.look.bold.measure(longest) + self.look.part(0.6)
+        names, before = (self.tree.column(one, "width") for one in ("#0", "count"))
+        if width != before:
+            self.tree.column("count", width=width)
+            self.tree.column("#0", width=names + before - width)
 
     def set_draft(self, number: int, on: bool) -> None:
         """Note whether something is half typed in a conversation."""
@@ -4578,6 +4605,7 @@ class Sidebar(ttk.Frame):
             self.tree.selection_set(row)
             self.tree.focus(row)
             self.tree.see(row)
+        self._fit_counts()
 
     def number_of(self, row: str) -> int:
         """Return the conversation of a row; of a server's, the place without one."""
@@ -5073,7 +5101,7 @@ class Card(ttk.Frame):
         for widget in descendants(self):
             if self.keys not in widget.bindtags():
                 widget.bindtags((self.keys, *widget.bindtags()))
-        self.first = focus
+        self.focused = focus
         focus.focus_set()
 
     def _make_room(self) -> None:
@@ -5096,10 +5124,11 @@ class Card(ttk.Frame):
         self.closed()
 
     def keep_focus(self, widget: Any) -> None:
-        """Keep the focus in this card while it is open."""
+        """Keep the focus in this card while it is open, and where it was, after a menu, say."""
         if self.shown and not str(widget).startswith(str(self)):
-            self.first.focus_set()
-        elif self.shown:
+            self.focused.focus_set()
+        elif self.shown and not isinstance(widget, tk.Menu):
+            self.focused = widget
             self.page.see(widget)
 
 
@@ -5875,9 +5904,9 @@ class Reading(Acts):
             self._see()
 
     def _see(self) -> None:
-        """Soon note that what is in sight was read."""
-        room = self.model.room
-        if self.present and room and (room.unread or self.transcript.sheet.unseen):
+        """Soon note that what is in sight was read, also while more comes."""
+        room, waits = self.model.room, self.timers.waits("seen")
+        if self.present and room and (room.unread or self.transcript.sheet.unseen) and not waits:
             self.timers.later("seen", SEEN_MS, self._saw)
 
     def _saw(self) -> None:
@@ -5931,7 +5960,9 @@ class Reading(Acts):
             if page.at_bottom:
                 self.below = 0
             elif event.at == RESET:
+                self.below = event.unread
                 self.do("back", True)
+                self.window.sidebar.select()  # which shows what is not read here, too
         elif event.at == START:
             page.prepend(event.rows)
         else:
@@ -6634,9 +6665,9 @@ class StatusLine(ttk.Frame):
         self.waiting = ttk.Label(self, style="Dim.TLabel")
         self.about = ttk.Label(self, text=HINT, style="Dim.TLabel", anchor="e", width=1)
         self.dot.pack(side="left")
+        self.waiting.pack(side="right", padx=(look.part(0.8), 0))  # before what may be long
         self.status.pack(side="left", padx=(look.part(0.4), 0))
-        self.waiting.pack(side="left", padx=(look.part(0.8), 0))
-        self.about.pack(side="right", fill="x", expand=True)
+        self.about.pack(side="right", fill="x", expand=True, padx=(look.part(0.8), 0))
         look.follow(lambda: self.configure(padding=(look.part(0.7), look.part(0.2))))
 
     def refresh(self, server: Server | None) -> None:
