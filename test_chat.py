@@ -18434,7 +18434,7 @@ def test_a_muted_conversation_calls_no_one_and_stays_muted():
     assert lobby.called == 1
     for muted, called in ((False, 2), (True, 0)):  # both are calls to the user at the next start
         lobby.muted, lobby.read_time = muted, 1
-        alice.core.keep_room(lobby)
+        alice.core.rooms.keep(lobby)
         alice.core.store.flush()
         again = chat.ClientCore("alice", store=alice.core.store).rooms["#lobby"]
         assert (again.unread, again.called) == (2, called)
