@@ -13758,7 +13758,9 @@ class Acknowledgements:
         dropped = dict.fromkeys(line.of for line in before if line.target == key)
         for own_id in dropped:
             self.not_echoed(own_id)
-        return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
+        if sent.id and sent.id not in dropped:
+            return sent.id
+        return PIECE if sent.of else ""
 
     def _doubted(self, heard: ServerLine, key: str, text: str) -> str:
         """Return the own id of a message that may have arrived, if history has its whole text or
@@ -13798,9 +13800,8 @@ class HistoryRequests:
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
-        self.requests: collections.deque[HistoryRequest] = (
-            collections.deque()
-        )  # in the order of answers
+        # In the order of their answers
+        self.requests: collections.deque[HistoryRequest] = collections.deque()
         self.behind: dict[str, str] = {}  # conversations whose history is to be requested: how
 
     # Requests
@@ -14021,25 +14022,23 @@ class HistoryRequests:
         core, shown = self.core, {identity_of(view) for view in room.views}
         before = position_of(room.paged) if room.paged else room.oldest
         room.whole = not views or position_of(views[0]) == before
-        stored = core.store.has if core.store else do_nothing
-        overlaps = any(
-            stored(core.fold(room.name), view) for view in views if identity_of(view) not in shown
-        )
+        new, key = [view for view in views if identity_of(view) not in shown], core.fold(room.name)
+        overlaps = core.store is not None and any(core.store.has(key, view) for view in new)
         if room.hole and (overlaps or room.whole):
             core.stored.note_holes(room, *room.holes[:-1])
         elif room.hole:
             core.stored.note_holes(room, *room.holes[:-1], position_of(views[0]))
-        seen = []
-        for view in views:
+        visible = []
+        for view in new:
             if identity_of(view) not in shown and not core.incoming.hides(view):
                 shown.add(identity_of(view))
-                seen.append(view._replace(past=True))
+                visible.append(view._replace(past=True))
                 core.stored.add(view)
-        room.paged = views[0] if views and not seen else None
-        room.views.extendleft(reversed(seen))
+        room.paged = views[0] if views and not visible else None
+        room.views.extendleft(reversed(visible))
         if room.paged and not room.whole:
             self.ask_page(room, "older")
-        core.show(ViewEvent(OLDER, str(len(seen)), where=room.name))
+        core.show(ViewEvent(OLDER, str(len(visible)), where=room.name))
 
     PAGES = {
         "last": _page_last,
@@ -14874,14 +14873,31 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
 
 
+def note_offered(talk: IrcTalk, words: list[str]) -> None:
+    offered = talk.server.offered
+    for name, _, value in (word.partition("=") for word in words):
+        if may_hold(offered, name, TOKENS_KEPT):
+            offered[name] = value
+    talk.core.told_sts(offered.get("sts", ""))
+
+
+def capabilities_granted(talk: IrcTalk, words: list[str]) -> None:
+    talk.server.requested.difference_update(words)
+    for word in words:
+        if word.startswith("-"):
+            talk.server.enabled.discard(word[1:])
+        else:
+            talk.server.enabled.add(word)
+    late = "sasl" in words and talk.ready and not talk.sasl.mechanism  # services are back
+    if late and (mechanism := talk.sasl.choose()):
+        talk.sasl.begin(mechanism)
+
+
 @from_server("CAP", least=3)
 def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
     subcommand, words, server = heard.params[1].upper(), heard.params[-1].split(), talk.server
     if subcommand in ("LS", "NEW"):
-        for name, _, value in (word.partition("=") for word in words):
-            if may_hold(server.offered, name, TOKENS_KEPT):
-                server.offered[name] = value
-        talk.core.told_sts(server.offered.get("sts", ""))
+        note_offered(talk, words)
     if talk.core.redial:  # over TLS: nothing more is sent over this connection
         return
     if subcommand == "LS":
@@ -14895,15 +14911,7 @@ def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
             server.requested |= {*wanted}
             talk.send_at_once("CAP", "REQ", " ".join(wanted))
     elif subcommand == "ACK":
-        server.requested.difference_update(words)
-        for word in words:
-            if word.startswith("-"):
-                server.enabled.discard(word[1:])
-            else:
-                server.enabled.add(word)
-        late = "sasl" in words and talk.ready and not talk.sasl.mechanism  # services are back
-        if late and (mechanism := talk.sasl.choose()):
-            talk.sasl.begin(mechanism)
+        capabilities_granted(talk, words)
     elif subcommand == "NAK" and len(words) > 1:  # the server refuses one of these: find out which
         for word in words:
             talk.send_at_once("CAP", "REQ", word)
@@ -15051,6 +15059,20 @@ def name_is_no_name(talk: IrcTalk, heard: ServerLine) -> None:
 ZNC_ITSELF, ZNC_MODULES = "irc.znc.in", "!znc@znc.in"  # sources of lines from no server
 
 
+def tell_own_name(talk: IrcTalk) -> None:
+    """Tell the user the nick and, if it is not the wanted one or without the account, why."""
+    core, login = talk.core, talk.core.me.login
+    differs = core.name != core.wanted_name
+    if core.tidy or differs:
+        why = "is taken" if core.regain else "is no nick that this server takes"
+        why = f" ({core.wanted_name} {why})" if differs and not talk.resumed else ""
+        core.server_text(f"you are {core.name}{why}")
+    if login and not (talk.sasl.mechanism or talk.sasl.explained):
+        offered = talk.server.offered.get("sasl")
+        why = "knows no SASL" if offered is None else f"logs in only by {offered}"
+        core.note(f"not logged in as {login.account}: this server {why}")
+
+
 @from_server("001", least=1)
 def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core, talk.ready, talk.unserved = talk.core, True, math.inf
@@ -15060,16 +15082,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     talk.budget = Budget(*pace, core.ticks())
     core.regain_at = core.ticks() + REGAIN_SECONDS
     core.began = core.began or heard.time or 0
-    if core.tidy or core.name != core.wanted_name:
-        why = "is taken" if core.regain else "is no nick that this server takes"
-        # A resumed session has the name of before
-        differs = core.name != core.wanted_name and not talk.resumed
-        why = f" ({core.wanted_name} {why})" if differs else ""
-        core.server_text(f"you are {core.name}{why}")
-    if core.me.login and not (talk.sasl.mechanism or talk.sasl.explained):
-        offered = talk.server.offered.get("sasl")
-        why = "knows no SASL" if offered is None else f"logs in only by {offered}"
-        core.note(f"not logged in as {core.me.login.account}: this server {why}")
+    tell_own_name(talk)
     if core.away:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
@@ -15445,7 +15458,7 @@ def is_name_given_to(key: str, name: str, most: int) -> bool:
 
 
 def joined_as(talk: IrcTalk, name: str) -> None:
-    """Give a channel its new name, if it is another one than that of the JOIN which was sent."""
+    """Rename a channel that the client has joined under another name than that of its JOIN."""
     core, key, most = talk.core, talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
     sent = [key_sent for key_sent in talk.joins.unanswered if is_name_given_to(key_sent, key, most)]
     if core.find(name) is None and len(sent) == 1:
@@ -17018,15 +17031,17 @@ class ClientCore:
     server sends nothing, and disconnected() at the end. Send the bytes that take_output() returns.
     typed() takes the user's text; without a connection the text waits. `tidy` is for a screen: the
     core then asks for the latest messages. `later` runs a job off the loop. `clock` is wall time
-    and `ticks` monotonic time, in seconds."""
+    and `ticks` monotonic time, in seconds.
+
+    The parts of the core (rooms, people, typing, incoming, outgoing ...) own what lasts longer than
+    a connection; the parts of its talk own what ends with one. All tell the screen by show()."""
 
     told_trouble = ""  # the last reported trouble of the store
     version = 0  # of the store, see refresh()
-    # Of a screen: is a text for `current` begun?
+    # Of a screen: is a text for the current conversation begun?
     is_writing: Callable[[], bool] = staticmethod(lambda: False)
-    at_once: Callable[[ViewEvent], None] | None = (
-        None  # takes each view before the next one is made
-    )
+    # Takes each view before the next one is made
+    at_once: Callable[[ViewEvent], None] | None = None
     looked_at = True  # False: the user looks at another server
     stays_when_left = True  # a channel stays open while a text for it is begun
     reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
@@ -18725,7 +18740,7 @@ class ClientStore(Writer):
             self.write("REPLACE INTO settings VALUES (?, ?)", name, value)
 
     def version(self) -> int:
-        """Return a number that is another one after another program has written to the file."""
+        """Return a number that changes when another program writes to the file."""
         return self.db.execute("PRAGMA data_version").fetchone()[0]
 
     def settings(self) -> dict[str, str]:

@@ -17506,6 +17506,13 @@ def test_a_line_of_the_user_to_several_targets_is_noted_for_each():
     assert not alice.core.talk.acks.echoes
 
 
+def test_a_line_of_the_user_is_shown_though_the_server_dropped_the_one_before():
+    alice = Elsewhere(caps="echo-message")
+    alice.types("/raw PRIVMSG bob :one").types("/raw PRIVMSG bob :two")
+    alice.hears(":alice!u@h PRIVMSG bob :two")
+    assert alice.kinds("message") == ["two"]
+
+
 def test_a_nick_in_a_long_text_is_a_mention():
     assert chat.calls("\xe4" * 450 + " alice: hi", "alice")
     assert not chat.calls("\xe4" * 450 + " malice: hi", "alice")
