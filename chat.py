@@ -1481,12 +1481,7 @@ class Throttle:
     """A limit on failed attempts, by (address, subject) and by address alone. So a user at another
     address cannot lock the owner of an account out. Times are of the monotonic clock."""
 
-    def __init__(
-        self,
-        most: int = LOGIN_TRIES,
-        seconds: int = LOGIN_WAIT_SECONDS,
-        most_an_address: int = LOGIN_TRIES_AN_ADDRESS,
-    ):
+    def __init__(self, most: int, seconds: int, most_an_address: int):
         self.most, self.most_an_address = most, most_an_address
         self.milliseconds = seconds * 1000
         self.failures: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
@@ -3141,7 +3136,7 @@ class Accounts(dict[str, Account]):
         super().__init__()
         self.certificates: dict[str, str] = {}  # the account's key by fingerprint
         self.skeletons: dict[str, str] = {}  # an account's key by what its name looks like
-        self.throttle = Throttle()
+        self.throttle = Throttle(LOGIN_TRIES, LOGIN_WAIT_SECONDS, LOGIN_TRIES_AN_ADDRESS)
         self.made = Throttle(ACCOUNTS_MADE, ACCOUNTS_MADE_SECONDS, ACCOUNTS_MADE)
         # Registered, and waiting for the code that was sent by mail; by key
         self.pending: collections.OrderedDict[str, tuple[Account, str]] = collections.OrderedDict()

@@ -1221,7 +1221,7 @@ def test_an_exchange_puts_chunks_of_400_bytes_together():
 
 
 def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
-    throttle, now = chat.Throttle(), 10**9
+    throttle, now = chat.Accounts().throttle, 10**9
     for _ in range(chat.LOGIN_TRIES):
         throttle.begin("10.0.0.1", "Alice", now)
     with pytest.raises(chat.Refused, match="try again in 60 s|try again in 61 s"):
@@ -1954,7 +1954,7 @@ def test_a_full_table_of_failures_forgets_the_fewest_ones_and_none_before_it_is_
     monkeypatch, hosts, kept
 ):
     monkeypatch.setattr(chat, "LOGIN_FAILURES_KEPT", 20)
-    throttle = chat.Throttle()
+    throttle = chat.Accounts().throttle
     for _ in range(3):
         throttle.failed("192.0.2.255", "alice", 0)
     for n in range(1, hosts):
@@ -2348,7 +2348,7 @@ def test_an_ipv6_address_counts_as_its_network_unless_others_share_that(host, ow
 
 @pytest.mark.parametrize("name", ["x" * 16_000, "\ufdfa" * 5000, MARKS])
 def test_an_attempt_at_a_long_name_takes_little_memory(name):
-    throttle = chat.Throttle()
+    throttle = chat.Accounts().throttle
     throttle.failed("10.0.0.1", name, 10**9)
     assert sum(len((key or "").encode()) for _, key in throttle.failures) < 2000
     assert throttle.count("10.0.0.1", name, 10**9) == 1
@@ -2357,7 +2357,7 @@ def test_an_attempt_at_a_long_name_takes_little_memory(name):
 
 
 def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often():
-    throttle, now = chat.Throttle(), 10**9
+    throttle, now = chat.Accounts().throttle, 10**9
     for subject, most in (("alice", chat.LOGIN_TRIES), ("*oper", chat.LOGIN_TRIES_SERVER)):
         for _ in range(most):
             throttle.begin("10.0.0.1", subject, now)
