@@ -367,15 +367,8 @@ WEB_IDLE_SECONDS = 15.0  # between requests, between pieces of a body, and witho
 WEB_PER_ADDRESS = 256  # connections from one address that speak HTTP
 FRAMES_AT_ONCE = 64  # of a WebSocket that are looked at for one line
 FRAGMENTS_MOST = 1024  # frames of one message
-HELPER_THREADS = {  # of each lane; only one writes files, so that pieces stay in order
-    "pages": 3,
-    "passwords": 2,
-    "mail": 1,
-    "disk": 1,
-    "files": 1,
-    "reads": 2,
-    "finishes": 2,
-}
+HELPER_THREADS = {"pages": 3, "passwords": 2, "reads": 2, "finishes": 2}  # of these lanes ...
+HELPERS_ELSE = 1  # ... and of each other: the pieces of files are written in order
 FILE_BYTES = 256 * 1024 * 1024  # of one file that a user uploads
 FILES_BYTES = 4 * 1024**3  # of all; a user, or an address, has a quarter
 FILES_COUNT = 10_000  # all of them are kept in memory
@@ -395,7 +388,7 @@ TOKEN_SECONDS = 600  # until an unused upload token ends
 TOKENS_A_USER = 8  # for uploads
 FILES_SWEEP_SECONDS = 600.0
 SURE_SECONDS = 6 * 3600.0  # deletions go by the lowest offset of the wall clock in so long ...
-SURE_STEP_SECONDS = 60.0  # ... one for each step of this length: see SureTime
+SURE_STEP_SECONDS = 600.0  # ... one for each step of this length: see SureTime
 LOG_LINES = 1000  # that wait for standard error to be read ...
 LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
 CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
@@ -500,8 +493,8 @@ TAGS = "tags"  # a message that has nothing but tags: a user likes another, or u
 HINT = "hint"  # a message that is soon out of date: a user is typing
 REDACT = "redact"  # a message is taken back: the text is its msgid, and " :reason"
 USER_MODE, METADATA = "user mode", "metadata"  # METADATA: about is the key
-ENTERED = "entered"  # another session of the user joined a channel
-RENAMED = "renamed"  # the same, for clients that do not: each is told a PART and a JOIN
+OWN_JOIN = "own join"  # another session of the user joined a channel
+PART_AND_JOIN = "part and join"  # a RENAME, for clients that do not know that command
 READ_ON = "read"  # another session of the user moved a read marker
 CAME_ONLINE, WENT_OFFLINE = "online", "offline"  # of a user whom the session monitors
 KILLED, REPLACED = "killed", "replaced"  # the session ends with that
@@ -510,7 +503,7 @@ CTCP_BEGINS = re.compile("(?:^|[\n\0])\x01")  # a line of a text, or a piece of 
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds of messages
 # Kinds that each session renders for itself, see Session.hear()
 PERSONAL = frozenset(
-    (ENTERED, RENAMED, READ_ON, CAME_ONLINE, WENT_OFFLINE, METADATA, KILLED, REPLACED)
+    (OWN_JOIN, PART_AND_JOIN, READ_ON, CAME_ONLINE, WENT_OFFLINE, METADATA, KILLED, REPLACED)
 )
 EPHEMERAL = PERSONAL | frozenset(  # kinds that history does not keep
     (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, RENAME, USER_MODE, HINT)
@@ -612,8 +605,7 @@ class Refused(ChatError):
 
 
 class Unusable(ChatError):
-    """A thing that this program needs is missing or wrong. The program says so in one line and
-    ends."""
+    """A thing that the program needs is missing or wrong: it says so in one line and ends."""
 
 
 class TlsFailed(ChatError):
@@ -646,7 +638,6 @@ class Framer(typing.Protocol):
     def feed(self, data: bytes) -> None: ...
     def take(self) -> Any: ...  # the next one; None if there is none yet
     def clear(self) -> None: ...  # drop what was fed and not taken
-    def finish(self) -> None: ...  # the input has ended
 
 
 class LineBuffer:
@@ -791,11 +782,8 @@ def is_solid(c: str) -> bool:
     """Return whether a character shows ink: it is no control, separator or blank."""
     if c.isascii():
         return "!" <= c <= "~"
-    return (
-        unicodedata.category(c)[0] not in "CZ"
-        and c not in BLANKS
-        and not DEFAULT_IGNORABLE.match(c)
-    )
+    invisible = unicodedata.category(c)[0] in "CZ" or c in BLANKS or DEFAULT_IGNORABLE.match(c)
+    return not invisible
 
 
 # Characters that look like an ASCII one, each over the lower case of what it looks like, after
@@ -898,10 +886,8 @@ class Message(NamedTuple):
 
 TAG_ESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n", "\\": "\\"}
 TAG_TRANSLATION = str.maketrans(
-    {sign: f"\\{mark}" for mark, sign in TAG_ESCAPES.items()} | {"\0": ""}
+    {char: f"\\{mark}" for mark, char in TAG_ESCAPES.items()} | {"\0": ""}
 )
-
-
 CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IRCv3 message-tags
 
 
@@ -921,8 +907,7 @@ def parse_tags(text: str) -> dict[str, str]:
 
 
 def parse_message(line: str) -> Message:
-    """Parse a line of IRC. Several spaces count as one, a source is ignored, and a verb may be in
-    any case."""
+    """Parse a line of IRC. Several spaces count as one; source and case of the verb are ignored."""
     tags: dict[str, str] = {}
     if line.startswith("@"):
         head, _, line = line[1:].partition(" ")
@@ -1190,6 +1175,12 @@ class Budget:
 LongAnswer = Iterator[None] | None  # the rest of it, if there is one
 
 
+def require_operator(who: "Session") -> None:
+    """Raise Refused unless the session operates the server."""
+    if not who.operator:
+        raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
+
+
 class Command(NamedTuple):
     """A command, and the requirements that the gate checks before it runs."""
 
@@ -1244,8 +1235,8 @@ class Commands(dict[str, Command]):
             params = given[: command.most]
         if len(params) < command.least:
             raise Refused("NEED_MORE_PARAMS", f"usage: {command.syntax}", verb)
-        if command.privileged and not session.operator:
-            raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
+        if command.privileged:
+            require_operator(session)
         return command.handler(session, *params)
 
 
@@ -1468,9 +1459,8 @@ def is_loopback(host: str) -> bool:
 
 
 def address_key(host: str, own: str = "") -> str:
-    """Return an address as limits count it: an IPv6 address as its /64, since one user has a whole
-    /64. A LAN shares a /64: addresses in the /64 of `own` (our address) count as themselves, and so
-    do link-local ones."""
+    """Return an address as limits count it: an IPv6 address as its /64, since one user has all of
+    that. A LAN shares one: addresses in the /64 of `own`, ours, and link-local ones stay whole."""
     host = host.strip("[]").partition("%")[0]
     if ":" not in host:
         return host
@@ -1518,12 +1508,13 @@ class Throttle:
                 return (until - now) // 1000 + 1
         return 0
 
-    def check(
-        self, host: str, subject: str, now: int, code: str = "TRY_LATER", *params: str
+    def begin(
+        self, host: str, subject: str, now: int, code: str = "TRY_LATER", *about: str
     ) -> None:
-        """Raise Refused with this code if there were too many failures lately."""
+        """Count an attempt as failed until succeeded(). Raises Refused after too many of these."""
         if seconds := self.wait(host, subject, now):
-            raise Refused(code, f"too many failures; try again in {seconds} s", *params)
+            raise Refused(code, f"too many failures; try again in {seconds} s", *about)
+        self.failed(host, subject, now)
 
     def failed(self, host: str, subject: str, now: int) -> None:
         """Count a failed attempt. A full table forgets those with the fewest failures."""
@@ -1543,8 +1534,7 @@ class Throttle:
         self.failures = {key: one for key, one in self.failures.items() if now < one[1]}
 
     def succeeded(self, host: str, subject: str) -> None:
-        """Forget the failures for a subject, and one failure of the address: every attempt counts
-        as a failure until it succeeds."""
+        """Forget the failures for a subject, and one failure of the address: that of begin()."""
         self.failures.pop(self.key(host, subject), None)
         count, until = self.failures.pop((host, None), (0, 0))
         if count > 1:
@@ -1585,36 +1575,17 @@ class Connected(typing.Protocol):
 class Wire(typing.Protocol):
     """One way to turn events into bytes. Sessions with the same wire share them."""
 
-    format: "Format"  # for SPOKEN events; several wires may have the same one
+    format: "IrcFormat | LineWire"  # for SPOKEN events; several wires may have the same one
 
     def line(self, audience: "Audience", event: "Event") -> bytes: ...  # any other event
-    def own(self, event: "Event", line: bytes) -> bytes: ...  # what its origin gets instead
-
-
-class Format(typing.Protocol):
-    def encode(self, audience: "Audience", events: "list[Event]") -> list[bytes]: ...
-
-
-class Dedup(typing.Protocol):
-    """The lookup of a message by the id that its sender gave it."""
-
-    def find(self, owners: Iterable[str], own_id: str) -> int | None: ...
-    def lost(self, owners: Iterable[str], own_id: str, ticks: int) -> bool: ...
-
-
-class ActStore(typing.Protocol):
-    """The questions that an act may ask of the store."""
-
-    dedup: Dedup
-
-    def author_of(self, key: str, id: int) -> "tuple[int, str] | None": ...
-    def guest_conversations(self, owner: str, name_key: str) -> list[str]: ...
-    def foundings(self, key: str) -> set[int]: ...
+    def for_origin(self, event: "Event", line: bytes) -> bytes: ...  # what its origin gets instead
 
 
 class ServerCalls(typing.Protocol):
     """The part of the server that its sessions may use."""
 
+    hub: "Hub"
+    store: "Store"
     motd: list[str]
     tls_port: int
 
@@ -1750,8 +1721,7 @@ class Grants(dict[str, Grant]):
         return token
 
     def owner(self, token: str, ticks: int) -> str:
-        """Return the identity of the user with this token; "" if there is none. Every use extends
-        the token's time."""
+        """Return the identity of the user with this token, or "". Each use extends its time."""
         digest = hashed_token(token)
         one = self.get(digest)
         if one is None or one.until < ticks or not one.user.sessions:
@@ -1767,15 +1737,8 @@ class Grants(dict[str, Grant]):
 class SessionContext:
     """The objects and settings that all sessions of one server share."""
 
-    def __init__(
-        self,
-        hub: "Hub",
-        store: "Store",
-        server: ServerCalls,
-        wires: "IrcWires",
-        options: "ServerOptions",
-    ):
-        self.hub, self.store, self.server = hub, store, server
+    def __init__(self, server: ServerCalls, wires: "IrcWires", options: "ServerOptions"):
+        self.hub, self.store, self.server = server.hub, server.store, server
         self.web = options.web  # settings of the web dialect
         self.folder: "FileFolder | None" = None  # jobs that read and write the content of files
         self.grants = Grants()  # upload tokens
@@ -1842,8 +1805,7 @@ SOURCE_FIELDS = ("name", "address", "username", "account", "bot")  # what source
 
 
 class Session:
-    """One connection of a user, as the acts know it. Those to this process are LocalSessions; on a
-    node of a cluster the others are connected to other nodes."""
+    """One connection of a user, as the acts know it: a LocalSession, or one to another node."""
 
     __slots__ = ("address", "client", "follows", "id", "operator", "token", "user")
     wire: Wire | None = None
@@ -2051,9 +2013,8 @@ class Membership:
 
 
 class Mask:
-    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?, or an
-    extended mask. a:ACCOUNT means the users logged in to that account; m:MASK means users who may
-    be in the channel but not speak."""
+    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?; or else
+    a:ACCOUNT, for users logged in to it, or m:MASK, for users who may join but not speak."""
 
     __slots__ = ("by_account", "mutes", "pattern", "setter", "text", "when")
 
@@ -2066,8 +2027,7 @@ class Mask:
         self.pattern = mask_pattern(re.sub("@:+", "@0::", rest).removeprefix("a:"))
 
     def matches(self, user: User, session: Session | None = None) -> bool:
-        """Return whether the mask matches a user, or one session of the user, whose address may
-        differ."""
+        """Return whether the mask matches a user, or one session, whose address may differ."""
         key = user.mask_key
         if self.by_account:
             return bool(user.account_key) and self.pattern.fullmatch(user.account_key) is not None
@@ -2091,9 +2051,8 @@ def host_of_mask(host: str) -> str:
 
 
 def full_mask(text: str) -> str:
-    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c; a word with a dot or a colon, which no
-    name has, is a host: 192.0.2.* -> *!*@192.0.2.*, ::1 -> *!*@::1. An extended mask keeps its
-    letter."""
+    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c, m:bob -> m:bob!*@*; a word with a dot or
+    a colon, which no name has, is a host: 192.0.2.* -> *!*@192.0.2.*, ::1 -> *!*@::1."""
     mute = "m:" if text.startswith("m:") else ""
     text = text.removeprefix("m:")
     if text.startswith("a:"):
@@ -2488,20 +2447,8 @@ class Channel:
         return [*spans, (member.since, math.inf)] if member else spans
 
 
-def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
-    """Return the audience of members with this rank symbol or a higher one, as they are now, and
-    the speaker, who may want an echo. History does not keep such events: it cannot know who may
-    read them."""
-    level = list(SYMBOLS.values()).index(symbol)
-    users = {user for user, member in channel.members.items() if member.level <= level}
-    return Audience(symbol + channel.name, users=users | {speaker})
-
-
 def neighbours(
-    turn: "Turn",
-    user: User,
-    sessions: Iterable[Session] | None = None,
-    with_user: bool = False,
+    turn: "Turn", user: User, sessions: Iterable[Session] | None = None, with_user: bool = False
 ) -> Audience:
     """Return the audience of the users who share a channel with a user, of some sessions, and (if
     `with_user`) of the user, who may be in no channel. If it is one channel and `sessions` is None,
@@ -2549,8 +2496,7 @@ class Awaited:
 
 
 class Ask(Awaited):
-    """An act that this node has sent to the log and that has not come back, with its
-    continuations."""
+    """An act that this node has sent to the log, and that has not come back yet."""
 
     __slots__ = ("name", "otherwise", "session", "values")
 
@@ -2621,16 +2567,14 @@ class LocalSession(Session):
         """Act on one complete line, or TOO_LONG, from the peer."""
         raise NotImplementedError
 
-    def not_kept(self, events: list[Event], reason: str) -> None:
-        """Tell the client that these messages of its own were delivered but not stored."""
-        raise NotImplementedError
-
-    def notice(self, text: str) -> None:
-        """Send a text from the server."""
-        raise NotImplementedError
-
     def refuse(self, refusal: Refused) -> None:
         raise NotImplementedError
+
+    def not_kept(self, events: list[Event], reason: str) -> None:
+        """Tell the client that these messages of its own were delivered but not stored."""
+
+    def notice(self, text: str) -> None:
+        """Send a text from the server. A client of HTTP gets answers only."""
 
     def answer(self, text: str) -> None:
         """Tell the result of a command, if no numeric or event does."""
@@ -2653,32 +2597,29 @@ class LocalSession(Session):
     # Acts, and what they need from off the loop
 
     def act(
-        self,
-        name: str,
-        *values: Any,
-        then: Callable[[Any], None] | None = None,
-        otherwise: Callable[[Refused], None] | None = None,
+        self, name: str, *values, then: Callable | None = None, otherwise: Callable | None = None
     ) -> None:
-        """Do an act as this session; call then(its result), or otherwise(the refusal): refuse()."""
+        """Do an act as this session; call then(its result), or otherwise(the refusal): refuse().
+        then() is not called when the act has ended the session."""
         if self.site.cluster:
             return self.site.cluster.ask(self, name, values, then, otherwise)
         try:
             result = self.site.hub.perform(name, self.id, *values)
         except Refused as refusal:
             return (otherwise or self.refuse)(refusal)
-        if then:
+        if then and not self.over:  # a K-line, for example, ends the session that logs in
             then(result)
 
-    def later(self, lane: str, job: Callable, then: Callable) -> None:
-        """Run job() off the loop, then then(its result). The session's next line waits for that."""
+    def later(self, lane: str, job: Callable, *values: Any, then: Callable) -> None:
+        """Run job(*values) off the loop, then then(its result). The next line waits for that."""
         self.deferred = True
         self.jobs += 1
         self.latest = Awaited(self, then)
-        self.site.server.later(self, lane, job, self.latest)
+        self.site.server.later(self, lane, functools.partial(job, *values), self.latest)
 
-    def read(self, job: Callable, then: Callable) -> None:
-        """Run a job that reads the store, then then(its result). The next line waits for that."""
-        self.later(PAGE_LANE, job, then)
+    def read(self, job: Callable, *values: Any, then: Callable) -> None:
+        """Run a job that reads the store: see later()."""
+        self.later(PAGE_LANE, job, *values, then=then)
 
     def take_result(self, job: Awaited, result: Any) -> None:
         """Handle the result of a job: a value, or the ChatError that it raised."""
@@ -2795,11 +2736,6 @@ class LocalSession(Session):
     def mark_answer(self) -> None:
         """Mark what has been sent of an answer. For labels."""
 
-    @property
-    def has_answered(self) -> bool:
-        """True if the answer to the present line is whole: it waits for nothing, and has ended."""
-        return not self.deferred and self.unfinished is None
-
     # Sending
 
     def send(self, data: bytes, behind: int | None = None) -> None:
@@ -2810,9 +2746,9 @@ class LocalSession(Session):
         hub.work += WORK_OF_A_LINE
         hub.turn.individually_addressed.add(self)
 
-    def own(self, event: Event, line: bytes) -> bytes:
+    def for_origin(self, event: Event, line: bytes) -> bytes:
         """Return what this session, the event's origin, gets instead of `line`."""
-        return self.wire.own(event, line)
+        return self.wire.for_origin(event, line)
 
     def turn_over(self) -> None:
         """Forget the replies of this turn, which have been sent."""
@@ -2836,10 +2772,6 @@ class LocalSession(Session):
         else:
             self.site.hub.sessions.pop(self.id, None)
 
-    def abandon(self) -> None:
-        """Detach the user without telling others: the server is going down."""
-        self.user = None
-
 
 do = functools.partial  # a step: what is called with then= as its last argument
 Steps = Iterator[functools.partial]
@@ -2861,38 +2793,35 @@ def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
 # The log of a turn
 
 
-def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
-    """Return encode(), or b"" if it raises: a bug in one event loses that event only."""
+def attempt(report: Callable, work: Callable, *values: Any) -> Any:
+    """Return work(*values), or None if it raises: a bug loses one event or result only."""
     try:
-        return encode()
+        return work(*values)
     except Exception:
         report()
-        return b""
+        return None
 
 
 class Group:
     """The events of one audience in a turn: encoded once for each wire, and joined once."""
 
-    def __init__(self, audience: Audience):
-        self.audience = audience
+    def __init__(self, audience: Audience, report: Callable):
+        self.audience, self.report = audience, report  # to which bugs go
         self.by_wire = audience.sessions_by_wire()
         self.events: list[Event] = []
         self.special: list[int] = []  # indices of what is not SPOKEN: each wire has its own line
-        self.origins: dict[Session | None, list[int]] = {}  # indices of their events
+        # Indices of their events
+        self.origins: dict[Session, list[int]] = collections.defaultdict(list)
         self.encoded: dict[Any, list[bytes]] = {}  # a line each, by wire or format
         self.joins: dict[Any, tuple[bytes, list[int]]] = {}  # all lines, and where each begins
 
     def add(self, event: Event) -> None:
-        index, origin, events = len(self.events), event.origin, self.events
-        if origin is not None:
-            mine = self.origins.get(origin)
-            if mine is None:
-                self.origins[origin] = [index]
-            else:
-                mine.append(index)
+        index = len(self.events)
+        if event.origin is not None:
+            self.origins[event.origin].append(index)
         if event.kind is not MESSAGE and event.kind not in SPOKEN:
             self.special.append(index)
-        events.append(event)
+        self.events.append(event)
 
     @functools.cached_property
     def ids(self) -> list[int]:
@@ -2902,43 +2831,36 @@ class Group:
         """Return the cache key: wires with one format share a group that has only messages."""
         return wire if self.special else wire.format
 
-    def lines(self, wire: Wire, report: Callable) -> list[bytes]:
+    def lines(self, wire: Wire) -> list[bytes]:
         """Return a line for each event, as this wire has them. They are encoded once."""
         key = self.key(wire)
         if (lines := self.encoded.get(key)) is not None:
             return lines
         if (lines := self.encoded.get(wire.format)) is None:
-            lines = self.encoded[wire.format] = self._spoken(wire, report)
+            lines = self.encoded[wire.format] = self._spoken(wire)
         if self.special:
             lines = self.encoded[key] = lines.copy()
             for n in self.special:
-                lines[n] = attempt_line(
-                    lambda n=n: wire.line(self.audience, self.events[n]), report
-                )
+                lines[n] = attempt(self.report, wire.line, self.audience, self.events[n]) or b""
         return lines
 
-    def _spoken(self, wire: Wire, report: Callable) -> list[bytes]:
+    def _spoken(self, wire: Wire) -> list[bytes]:
         """Encode the messages. A bug in one message loses only that message."""
-        if not self.special:
-            with contextlib.suppress(Exception):  # one by one then, see below
-                return wire.format.encode(self.audience, self.events)
-        lines = [b""] * len(self.events)
-        wanted = [n for n, event in enumerate(self.events) if event.kind in SPOKEN]
+        encode = functools.partial(wire.format.encode, self.audience)
+        spoken = [e for e in self.events if e.kind in SPOKEN] if self.special else self.events
         try:
-            encoded = wire.format.encode(self.audience, [self.events[n] for n in wanted])
+            lines = encode(spoken)
         except Exception:
-            encode = functools.partial(wire.format.encode, self.audience)
-            some = ([self.events[n]] for n in wanted)
-            encoded = [attempt_line(lambda e=e: b"".join(encode(e)), report) for e in some]
-        for n, line in zip(wanted, encoded, strict=True):
-            lines[n] = line
+            lines = [b"".join(attempt(self.report, encode, [event]) or ()) for event in spoken]
+        for n in self.special:
+            lines.insert(n, b"")
         return lines
 
-    def joined(self, wire: Wire, report: Callable) -> tuple[bytes, list[int]]:
+    def joined(self, wire: Wire) -> tuple[bytes, list[int]]:
         """Return all lines as one bytes object, and the offsets where they begin and end."""
         key = self.key(wire)
         if (found := self.joins.get(key)) is None:
-            lines = self.lines(wire, report)
+            lines = self.lines(wire)
             starts = list(itertools.accumulate(map(len, lines), initial=0))
             found = self.joins[key] = b"".join(lines), starts
         return found
@@ -2953,30 +2875,17 @@ class Group:
                 ranges.append((start, end))
         return ranges
 
-    def own_lines(
-        self, session: LocalSession, copies: Iterable[int], report: Callable
-    ) -> list[tuple[int, bytes]]:
+    def own_lines(self, session: LocalSession, copies: Iterable[int]) -> list[tuple[int, bytes]]:
         """Return the lines that a session gets for its own user's events: index and bytes."""
-        lines = self.lines(session.wire, report)
+        lines, for_origin, report = self.lines(session.wire), session.for_origin, self.report
         mine = self.origins.get(session, [])
         if copies:
             found = ((bisect.bisect_left(self.ids, id), id) for id in copies)
             mine = mine + [n for n, id in found if self.ids[n : n + 1] == [id]]
-        try:
-            return [(n, session.own(self.events[n], lines[n])) for n in mine]
-        except Exception:  # one by one then
-
-            def own_line(n: int) -> bytes:
-                return attempt_line(lambda: session.own(self.events[n], lines[n]), report)
-
-            return [(n, own_line(n)) for n in mine]
+        return [(n, attempt(report, for_origin, self.events[n], lines[n]) or b"") for n in mine]
 
     def joined_for(
-        self,
-        session: LocalSession,
-        ranges: list[tuple[int, int]],
-        copies: Iterable[int],
-        report: Callable,
+        self, session: LocalSession, ranges: list[tuple[int, int]], copies: Iterable[int]
     ) -> bytes:
         """Return the bytes of a session that no other group concerns. The lines between its replies
         and its own events are slices of the shared bytes: a thousand users who join in one turn
@@ -2984,16 +2893,13 @@ class Group:
         count, mine = len(self.ids), self.origins.get(session, ())
         if ranges == [(0, count)] and 50 * len(mine) > count and not (copies or session.replies):
             with contextlib.suppress(Exception):  # one of a few who speak
-                lines = self.lines(session.wire, report).copy()
+                lines = self.lines(session.wire).copy()
                 for n in mine:
-                    lines[n] = session.own(self.events[n], lines[n])
+                    lines[n] = session.for_origin(self.events[n], lines[n])
                 return b"".join(lines)
-        own = self.own_lines(session, copies, report)
-        blob, starts = self.joined(session.wire, report)
-        breaks = [
-            (bisect.bisect_right(self.ids, after), 0, data) for after, data in session.replies
-        ]
-        breaks += [(n, 1, data) for n, data in own]
+        blob, starts = self.joined(session.wire)
+        breaks = [(bisect.bisect_right(self.ids, id), 0, data) for id, data in session.replies]
+        breaks += [(n, 1, data) for n, data in self.own_lines(session, copies)]
         breaks.sort(key=lambda one: one[:2])
         pieces, position = [], 0
         for index, taken, data in [*breaks, (count, 0, b"")]:
@@ -3113,15 +3019,13 @@ class Turn:
             if group is not None:
                 group.add(event)
             elif event.kind not in PERSONAL:  # they were rendered before, see Session.hear()
-                group = groups[event.audience] = Group(event.audience)
+                group = groups[event.audience] = Group(event.audience, report)
                 group.add(event)
         several = self._in_several(groups.values())
-        heard: dict[Session, list[Group]] = {
-            session: [] for session in self.individually_addressed | several
-        }
+        heard: dict[Session, list[Group]] = {s: [] for s in self.individually_addressed | several}
         for group in groups.values():
             for wire, sessions in group.by_wire.items():
-                if wire is not None and (data := group.joined(wire, report)[0]):
+                if wire is not None and (data := group.joined(wire)[0]):
                     yield data, sessions - heard.keys()
                 for session in heard.keys() & sessions:
                     heard[session].append(group)
@@ -3131,9 +3035,7 @@ class Turn:
                 own = session if session in self.individually_addressed else session.wire
                 alike.setdefault((own, *told), []).append(session)
         for (_, *told), sessions in alike.items():
-            one = sessions[0]
-            data = attempt_line(lambda s=one, t=told: self.lines_for(s, t, report), report)
-            if data:
+            if data := attempt(report, self.lines_for, sessions[0], told):
                 yield data, sessions
 
     def _in_several(self, groups: Collection[Group]) -> set[Session]:
@@ -3144,7 +3046,7 @@ class Turn:
         times = collections.Counter(itertools.chain(*lists))
         return {session for session, count in times.items() if count > 1}
 
-    def lines_for(self, session: LocalSession, groups: list[Group], report: Callable) -> bytes:
+    def lines_for(self, session: LocalSession, groups: list[Group]) -> bytes:
         """Return one session's lines of the log, in the log's order."""
         session.replies.sort(key=lambda one: one[0])
         if not groups:
@@ -3159,11 +3061,10 @@ class Turn:
                 spans = group.audience.membership_spans(session, user)
             ranges[group] = group.seen((max(a, since), min(b, until)) for a, b in spans)
         if len(groups) == 1:
-            return groups[0].joined_for(session, ranges[groups[0]], copies, report)
+            return groups[0].joined_for(session, ranges[groups[0]], copies)
         numbered = list(session.replies)
         for group in groups:
-            lines = group.lines(session.wire, report)
-            own = dict(group.own_lines(session, copies, report))
+            lines, own = group.lines(session.wire), dict(group.own_lines(session, copies))
             for n in itertools.chain(*(range(*one) for one in ranges[group])):
                 numbered.append((group.ids[n], own.get(n, lines[n])))
         # A reply stands behind the event that it follows. The sort is stable
@@ -3171,8 +3072,7 @@ class Turn:
         return b"".join([data for _, data in sorted(rest + replies, key=lambda one: one[0])])
 
     def not_kept(self, reason: str) -> None:
-        """Tell the senders of this turn's messages, and those who changed an account or a ban, that
-        the store could not take them."""
+        """Tell those whose messages, or changes of accounts and bans, the store could not take."""
         lost: dict[Session, list[Event]] = {}
         for event in self.events:
             if event.kind in (*SPOKEN, TAGS) and isinstance(event.origin, LocalSession):
@@ -3308,8 +3208,7 @@ class Accounts(dict[str, Account]):
 
     def verified(self, name: str, code: str, host: str, ticks: int) -> Account:
         """Return the account that this code was sent for. Raises Refused."""
-        self.throttle.check(host, f"code {name}", ticks, "TEMPORARILY_UNAVAILABLE", name)
-        self.throttle.failed(host, f"code {name}", ticks)
+        self.throttle.begin(host, f"code {name}", ticks, "TEMPORARILY_UNAVAILABLE", name)
         account, expected = self.pending.get(fold(name), (None, ""))
         fits = hmac.compare_digest(code.encode(), expected.encode())
         if account is None or not fits or fold(name) in self:
@@ -3396,7 +3295,7 @@ class Hub:
     def __init__(self, last_id: int = 0, ids: MessageIds | None = None, name: str = SERVER_NAME):
         self.ids = ids or MessageIds()
         self.name = name  # of the server
-        self.store: ActStore | None = None
+        self.store: "Store | None" = None  # acts ask it nothing but each question() below
         self.absent_per_host = PER_ADDRESS
         self.accounts = Accounts()
         self.markers = Markers()
@@ -3553,7 +3452,10 @@ class Hub:
         if name[1:2] == "#" and name[0] in SYMBOLS.values():
             channel = self.find_channel(name[1:])
             self.work += len(channel.members)
-            return in_ranks(channel, name[0], user)
+            level = list(SYMBOLS.values()).index(name[0])
+            users = {one for one, member in channel.members.items() if member.level <= level}
+            # The speaker may want an echo. No history: it could not know who may read this
+            return Audience(name[0] + channel.name, users=users | {user})
         return self.conversation(user, self.find_user(name))
 
     def present_bans(self) -> list[ServerBan]:
@@ -3570,10 +3472,14 @@ class Hub:
         return self.accounts_of.get(one, one) == self.accounts_of.get(other, other)
 
     def link_guest(self, guest: str, account: str) -> None:
-        """Let an account read the conversations of a guest, who is the same person."""
+        """Let an account read the conversations of a guest, who is the same person. An account has
+        the newest of its guests only: one more comes with each log-in of a guest who has talked."""
         self.accounts_of[guest] = account
         guests = self.guests_of.setdefault(account, [])
         guests.append(guest)
+        for old in guests[:-GUESTS_LINKED]:
+            del self.accounts_of[old]
+            self.turn.record("identity_gone", old)
         del guests[:-GUESTS_LINKED]
 
     # What the store and this turn's log know together
@@ -3600,12 +3506,9 @@ class Hub:
             return None
         recent = (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS))
         for event in recent:
-            targets = event.audience.targets
-            foundings = [
-                founding for key, founding in targets if self.key_now(key, founding) in keys
-            ]
-            if foundings:
-                return foundings[0], event.source.identity
+            for key, founding in event.audience.targets:
+                if self.key_now(key, founding) in keys:
+                    return founding, event.source.identity
         renamed = (one.values[0] for one in records if one.name == "rename")
         for key in dict.fromkeys((*keys, *renamed)):
             known = self.store.author_of(key, id)
@@ -3713,15 +3616,16 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
 
 
-def server_ban(hub: Hub, user: User) -> ServerBan | None:
-    """Return the K-line that keeps this user out, if there is one."""
+def server_ban(hub: Hub, source: Source) -> ServerBan | None:
+    """Return the K-line that keeps out a user with this name, address and account; or None."""
     hub.work += len(hub.bans)
+    user = User(source, "", "", 0)
     return next((ban for ban in hub.present_bans() if compiled_ban(ban.mask).matches(user)), None)
 
 
 def check_server_ban(hub: Hub, source: Source) -> None:
-    """Raise Refused if a K-line keeps out a user with this name, address and account."""
-    if ban := server_ban(hub, User(source, "", "", 0)):
+    """Raise Refused if a K-line keeps this user out."""
+    if ban := server_ban(hub, source):
         raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
 
 
@@ -3730,7 +3634,7 @@ def check_name_not_banned(hub: Hub, who: Session, name: str) -> None:
     user = who.user
     for session in () if who.operator else user.live:
         source = source_of(name, session.address, user.source.username, user.account)
-        if ban := server_ban(hub, User(source, "", "", 0)):
+        if ban := server_ban(hub, source):
             raise Refused("BAD_NAME", f"that name is banned from this server: {ban.reason}", name)
 
 
@@ -3814,8 +3718,7 @@ def user_of_token(hub: Hub, token: str, account: str) -> tuple[User | None, str]
 
 
 def absent_key(user: User) -> str:
-    """Return the address of an absent user as limits count it. Which networks a node is in must not
-    matter: all nodes count alike."""
+    """Return the address of an absent user as limits count it, on all nodes alike."""
     return address_key(host_of(user.source.address))
 
 
@@ -3840,15 +3743,14 @@ def detach(hub: Hub, session: Session) -> None:
 
 
 def forget_token(hub: Hub, user: User, token: str) -> None:
-    if user.tokens.pop(token, user) is None:
-        del hub.users_by_token[token]
+    if token in user.tokens:
+        del user.tokens[token], hub.users_by_token[token]
 
 
 def emit_to_witnesses(
     hub: Hub, kind: str, source: Source, user: User, *texts: str, origin: Session | None = None
 ) -> None:
-    """Tell the user's act to the user, to common channels, and to watchers with
-    extended-monitor."""
+    """Tell the act of a user to the user, common channels, and watchers with extended-monitor."""
     watchers = hub.watchers.get(user.key)
     # Only the watcher's own node knows the capability: the rest of the event must not depend on it
     watching = [s for s in watchers if s.extended_monitor] if watchers else None
@@ -3858,8 +3760,7 @@ def emit_to_witnesses(
 
 
 def move_to_address(hub: Hub, user: User, address: str) -> None:
-    """Give a user another address if no session has the present one any more. Bans match the user's
-    address."""
+    """Give a user another address, which bans match, if no session has the present one any more."""
     if host_of(user.source.address) in {host_of(s.address) for s in user.live}:
         return
     before = user.source
@@ -4165,7 +4066,7 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
         raise wrong_login()  # the account was dropped, or its password changed
     user, holder = who.user, hub.users.get(fold(account))
     source = source_of(user.name, user.source.address, user.source.username, account)
-    if ban := server_ban(hub, User(source, "", "", 0)):
+    if ban := server_ban(hub, source):
         disconnect(hub, hub.source, user, ban.reason)
         return before
     stays = not takes_name or holder in (None, user) or holder.account != account
@@ -4207,9 +4108,8 @@ def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> st
     if not nick:
         raise Refused("NEED_NICK", "take a name first", "*")
     if name != nick:
-        raise Refused(
-            "ACCOUNT_NAME_MUST_BE_NICK", f"an account is named like its user: {nick}", name
-        )
+        text = f"an account is named like its user: {nick}"
+        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", text, name)
     if hub.accounts.is_foreign(name, "") or hub.users.get(fold(name)) not in (None, user):
         raise Refused("ACCOUNT_EXISTS", f"{name} is registered already", name)
     return name
@@ -4370,7 +4270,7 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
     if user.away:
         hub.emit(AWAY, user.source, channel.audience, user.away, origin=who)
     if others := [session for session in user.live if session is not who]:
-        hub.emit(ENTERED, user.source, Audience(channel.name, sessions=others))
+        hub.emit(OWN_JOIN, user.source, Audience(channel.name, sessions=others))
     tell_metadata_of_newcomer(hub, who, channel)
     return channel
 
@@ -4586,7 +4486,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
     hub.channels[key] = channel
     hub.turn.changed |= {channel, *channel.members, *channel.invited}
     hub.emit(RENAME, user.source, with_outsider(hub, channel, user), reason, old, who)
-    hub.emit(RENAMED, user.source, Audience(name, users=channel.members), reason, old)
+    hub.emit(PART_AND_JOIN, user.source, Audience(name, users=channel.members), reason, old)
 
 
 # Files
@@ -4650,16 +4550,14 @@ def remove_file(hub: Hub, who: Session, id: str) -> None:
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
-    """Note that a message of the owner carries the file's link. The file is removed with the last
-    one."""
+    """Note that a message carries its owner's file, which is removed with the last of these."""
     if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
         hub.files.by_message[event.id] = file.id
         keep_file(hub, file._replace(messages=(*file.messages, event.id)))
 
 
 def redact_file(hub: Hub, who: Session, message: int) -> None:
-    """Forget a redacted message that carried a file's link. The file is removed with its last
-    message."""
+    """Forget a redacted message that carried a file, which is removed with the last of these."""
     file = hub.files.get(hub.files.by_message.pop(message, ""))
     if file is None:
         return
@@ -4751,10 +4649,13 @@ def check_may_redact(
     raise Refused("REDACT_FORBIDDEN", text, name, message_id)
 
 
+def invalid_target(*about: str) -> Refused:
+    return Refused("INVALID_TARGET", "no such channel or conversation that you may read", *about)
+
+
 def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
-    """Return the keys of the history that a user reads under a name: of a channel, or of the
-    conversations with a user or account, present or not, and with guests who had the name. Raises
-    Refused."""
+    """Return the keys of the history that a user reads under a name: of a channel, or of talks with
+    a user or account, present or not, and with guests who had the name. Raises Refused."""
     keys: list[str] = []
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
@@ -4765,7 +4666,7 @@ def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
             keys += conversation_keys(hub, user.identity, identity)
         keys += hub.guest_conversations(user.identity, fold(name))
     if not keys:
-        raise Refused("INVALID_TARGET", "no such channel or conversation that you may read", name)
+        raise invalid_target(name)
     return keys
 
 
@@ -4879,11 +4780,6 @@ def become_operator(hub: Hub, who: Session, name: str) -> None:
     hub.operators.add(who)
     user = who.user
     hub.emit(USER_MODE, user.source, Audience(user.name, sessions={who}), "+o", user.name, who)
-
-
-def require_operator(who: Session) -> None:
-    if not who.operator:
-        raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
 
 
 @act
@@ -5068,8 +4964,7 @@ def check_server_password(session: LocalSession, given: str) -> bool:
     if site.password is None:
         return True
     throttle, host = site.hub.accounts.throttle, session.conn.limit_key
-    throttle.check(host, SERVER_PASSWORD, site.hub.ticks, "WRONG_PASSWORD")
-    throttle.failed(host, SERVER_PASSWORD, site.hub.ticks)
+    throttle.begin(host, SERVER_PASSWORD, site.hub.ticks, "WRONG_PASSWORD")
     if not hmac.compare_digest(given.encode(), site.password.encode()):
         return False
     throttle.succeeded(host, SERVER_PASSWORD)
@@ -5081,8 +4976,7 @@ def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
     back after a right password. Raises Refused."""
     session.site.server.refresh()
     hub, host = session.site.hub, session.conn.limit_key
-    hub.accounts.throttle.check(host, name, hub.ticks)
-    hub.accounts.throttle.failed(host, name, hub.ticks)
+    hub.accounts.throttle.begin(host, name, hub.ticks)
     return hub.accounts.find(name)
 
 
@@ -5111,7 +5005,7 @@ def revision_of(session: LocalSession, name: str, verifier: Verifier) -> str:
 def prove(session: LocalSession, name: str, password: str) -> Steps:
     """Check an account's password; return the registered name and the proof. Raises Refused."""
     account, verifier = claimed_account(session, name)
-    if not (yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))):
+    if not (yield do(session.later, PASSWORD_LANE, verifier.fits, password)):
         raise wrong_login()
     return account, revision_of(session, account, verifier)
 
@@ -5120,8 +5014,7 @@ def identify(session: LocalSession, name: str, password: str, takes_name: bool) 
     """Log the session's user in to an account if the password is right. Raises Refused."""
     account, proof = yield from prove(session, name, password)
     yield do(session.act, "log_in", account, proof, takes_name)
-    if session.user:  # else a K-line of the account has ended the session
-        session.answer(f"you are logged in as {account}")
+    session.answer(f"you are logged in as {account}")
 
 
 def check_password(password: str, name: str) -> None:
@@ -5139,7 +5032,7 @@ def change_own_password(session: LocalSession, old: str, new: str) -> Steps:
     name = own_account(session.user)
     check_password(new, name)
     account, proof = yield from prove(session, name, old)
-    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, new))
+    verifier = yield do(session.later, PASSWORD_LANE, make_verifier, new)
     yield do(session.act, "change_password", account, proof, tuple(verifier))
     session.answer(PASSWORD_CHANGED)
 
@@ -5163,9 +5056,8 @@ def check_registration(session: LocalSession, nick: str, wanted: str, email: str
     if "off" in rules:
         raise Refused("TEMPORARILY_UNAVAILABLE", "this server makes no accounts", name)
     if session.user is None and "before-connect" not in rules:
-        raise Refused(
-            "COMPLETE_CONNECTION_REQUIRED", "register after you have joined the server", name
-        )
+        text = "register after you have joined the server"
+        raise Refused("COMPLETE_CONNECTION_REQUIRED", text, name)
     name = check_new_account(session.site.hub, session.user, nick, wanted)
     if ("email-required" in rules or email not in ("", "*")) and not EMAIL.fullmatch(email):
         raise Refused("INVALID_EMAIL", "write one address, like alice@example.org", name)
@@ -5182,18 +5074,17 @@ def register_nick(
     accounts, host, ticks = site.hub.accounts, session.conn.limit_key, site.hub.ticks
     by_mail = "email-required" in site.registration
     if by_mail:  # so that no client can fill a stranger's mailbox
-        accounts.throttle.check(host, MAILED_CODE, ticks, "TEMPORARILY_UNAVAILABLE", name)
-        accounts.throttle.failed(host, MAILED_CODE, ticks)
+        accounts.throttle.begin(host, MAILED_CODE, ticks, "TEMPORARILY_UNAVAILABLE", name)
     if seconds := accounts.made.wait(host, "", ticks):
         text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
     if not is_loopback(host):
         accounts.made.failed(host, "", ticks)
-    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, password))
+    verifier = yield do(session.later, PASSWORD_LANE, make_verifier, password)
     check_registration(session, nick, wanted, email)  # another user may have been quicker
     if by_mail:
         code = accounts.await_code(Account(name, verifier, email))
-        yield do(session.later, MAIL_LANE, functools.partial(site.server.mail, email, name, code))
+        yield do(session.later, MAIL_LANE, site.server.mail, email, name, code)
         return name, ""
     account = yield do(session.act, "register_account", nick, wanted, tuple(verifier), "")
     return account.name, account.revision
@@ -5219,10 +5110,9 @@ def email_used(session: LocalSession, email: str) -> str:
 def oper(session: LocalSession, name: str, password: str, done: Callable[[], None]) -> Steps:
     """Make the session an operator if the password is right. Unknown names take the same time."""
     hub, host = session.site.hub, session.conn.limit_key
-    hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks, "WRONG_PASSWORD")
-    hub.accounts.throttle.failed(host, OPERATOR_PASSWORD, hub.ticks)
+    hub.accounts.throttle.begin(host, OPERATOR_PASSWORD, hub.ticks, "WRONG_PASSWORD")
     verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
-    fits = yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))
+    fits = yield do(session.later, PASSWORD_LANE, verifier.fits, password)
     who = f"{session.user.source.mask} as {name}"
     session.site.server.note(f"OPER: {who}{'' if fits else ': wrong password'}")
     if not fits:
@@ -5369,9 +5259,17 @@ MIGRATIONS = (
         state TEXT NOT NULL         -- JSON, see StoredFile.state()
     ) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE offsets (          -- of the wall clock: see SureTime
+        step INTEGER PRIMARY KEY,
+        seconds REAL NOT NULL
+    );
+    """,
 )
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
+NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest id of a target
+SPOKEN_KINDS = ", ".join(map("'{}'".format, SPOKEN))
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 
@@ -5389,10 +5287,13 @@ STATEMENTS = {
     "file": ("files", 1, "REPLACE INTO files VALUES (?, ?)"),
     "file_gone": ("files", 1, "DELETE FROM files WHERE id = ?"),
     "identity": ("identities", 1, "INSERT OR IGNORE INTO identities VALUES (?, ?)"),
+    "identity_gone": ("identities", 1, "DELETE FROM identities WHERE guest = ?"),
     "identities_gone": ("identities of", 1, "DELETE FROM identities WHERE account = ?"),
     "marker": ("markers", 2, "REPLACE INTO markers VALUES (?, ?, ?, ?)"),
     "marker_gone": ("markers", 2, "DELETE FROM markers WHERE owner = ? AND target = ?"),
     "markers_gone": ("markers of", 1, "DELETE FROM markers WHERE owner = ?"),
+    "offset": ("offsets", 1, "REPLACE INTO offsets VALUES (?, ?)"),
+    "offset_gone": ("offsets", 1, "DELETE FROM offsets WHERE step = ?"),
     "start": ("starts", 1, "REPLACE INTO starts VALUES (?, ?, ?)"),
     "user": ("stays", 1, "REPLACE INTO stays VALUES (?, ?)"),
     "user_gone": ("stays", 1, "DELETE FROM stays WHERE stay = ?"),
@@ -5422,6 +5323,7 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
     "files": (str, str),
     "identities": (str, str),
     "markers": (str, str, int, int),
+    "offsets": (int, float),
     "starts": (int, int, str),
     "stays": (str, str),
 }
@@ -5518,8 +5420,7 @@ def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
 
 
 def sound_tags(text: str) -> str:
-    """Return stored tags without what earlier versions stored, too: CR and LF in values, and names
-    that are none."""
+    """Return stored tags without CR, LF and invalid names, which earlier versions stored, too."""
     tags = text.translate({13: "\\r", 10: "\\n", 0: None, 32: "\\s"}).split(";")
     names = ((tag, tag.partition("=")[0]) for tag in tags)
     return ";".join(tag for tag, name in names if name == FILE_TAG or CLIENT_TAG.fullmatch(name))
@@ -5695,8 +5596,7 @@ class History:
         return older + self.page(span._replace(after=inclusive), count - len(older), newest=False)
 
     def between(self, span: Span, one: Mark, other: Mark, count: int) -> list[Event]:
-        """Return the events between two marks, beginning at the first one, which may be the
-        later."""
+        """Return the events between two marks, from the first one on; that may be the later one."""
         if one.id and other.id:  # the id alone defines the order
             backwards = one.id > other.id
         else:
@@ -5715,7 +5615,7 @@ class History:
         """Return the last message of each key and of each private conversation of these identities.
         The text with each is its key, or "" for a conversation."""
         query = f"""
-            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN (?, ?, ?)
+            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN ({SPOKEN_KINDS})
             ORDER BY id DESC LIMIT 1"""
         found: dict[Any, tuple[str, Event]] = {}
         with self.reading() as db:
@@ -5727,7 +5627,7 @@ class History:
                 for id, one, other in db.execute(which, [identity] * 2).fetchall():
                     wanted.append((other if one == identity else one, "", id))
             for name, key, target in wanted:
-                row = db.execute(query, [target, *SPOKEN]).fetchone()
+                row = db.execute(query, [target]).fetchone()
                 if not row or not is_sound(row):
                     continue
                 if name not in found or found[name][1].id < row[0]:
@@ -5773,8 +5673,7 @@ class SearchIndex:
             self.reading = Readers(path, self.db)
             query = "SELECT ifnull(max(last), 0), ifnull(max(stale * 2 >= messages AND stale), 0)"
             self.indexed, self.rebuild_due = self.db.execute(f"{query} FROM parts").fetchone()
-            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            query = f"SELECT id FROM targets WHERE {newest} > ?"
+            query = f"SELECT id FROM targets WHERE {NEWEST} > ?"
             self.behind = {row[0] for row in store.db.execute(query, [self.indexed])}
             self.known = store.last_id
             self.redacted(row[0] for row in store.db.execute("SELECT id FROM erased"))
@@ -5791,14 +5690,21 @@ class SearchIndex:
                     path.with_name(path.name + suffix).unlink(missing_ok=True)
         return None
 
+    @classmethod
+    @functools.cache
+    def _probe(cls) -> None:
+        """Raise sqlite3.DatabaseError unless this Python has FTS5 and the tokenizer."""
+        with contextlib.closing(connect(None, "rwc")) as db:
+            db.execute(
+                f"""CREATE VIRTUAL TABLE probe USING fts5(text, tokenize="{cls.TOKENIZER}")"""
+            )
+
     def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
         """Open the index. Raises sqlite3.DatabaseError if it is damaged, or without FTS5."""
+        self._probe()
         db = connect(path, "rwc")
-        db.executescript(f"""
+        db.executescript("""
             PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF; PRAGMA secure_delete = ON;
-            CREATE VIRTUAL TABLE temp.probe USING fts5(
-                text, content='', tokenize="{self.TOKENIZER}");
-            DROP TABLE temp.probe;
             CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
                 part INTEGER PRIMARY KEY,
                 first INTEGER NOT NULL,     -- ids of events, both included
@@ -5878,10 +5784,9 @@ class SearchIndex:
         self, db: sqlite3.Connection, targets: Iterable[int], first: int, last: int
     ) -> list[tuple]:
         """Return id, place and text for the index: the place is words for target and name."""
-        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
         query = f"""
             SELECT id, name, text FROM events
-            WHERE target = ? AND id BETWEEN ? AND ? AND kind IN ({kinds})"""
+            WHERE target = ? AND id BETWEEN ? AND ? AND kind IN ({SPOKEN_KINDS})"""
         return [
             (id, f"t{target} n{fold(name).encode().hex()}", words_of(text))
             for target in targets
@@ -6003,9 +5908,7 @@ class DedupKeys:
     def lost(self, owners: Iterable[str], own_id: str, ticks: int) -> bool:
         return any(self.not_stored.get((owner, own_id), 0) > ticks for owner in owners)
 
-    def _look_up(
-        self, db: sqlite3.Connection, owners: Iterable[str], own_id: str
-    ) -> tuple[int, int] | None:
+    def _look_up(self, db: sqlite3.Connection, owners: Iterable[str], own_id: str) -> tuple | None:
         names = list(owners)
         marks = ", ".join("?" * len(names))
         query = f"SELECT event, target FROM dedup WHERE own_id = ? AND owner IN ({marks})"
@@ -6123,20 +6026,17 @@ class Retention:
             self._bound_memory()
 
     def _bound_key(self, key: str) -> None:
-        """Note whether a key has too many rows, or too many foundings."""
+        """Note a key with too many rows. Of too many foundings of a channel give up those, but the
+        newest ones, in which nothing was said."""
         query = "SELECT sum(events), count(*) FROM targets WHERE key = ?"
         events, foundings = self.db.execute(query, [key]).fetchone()
         if events > self.keep:
             self.excess.add(key)
-        if foundings > FOUNDINGS_SILENT and key in self.founded and not self.store.node:
-            self._give_up_silent(key)
-
-    def _give_up_silent(self, key: str) -> None:
-        """Give up all foundings of a channel, but the newest ones, in which nothing was said."""
-        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
-        spoken = f"EXISTS (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({kinds}))"
+        if foundings <= FOUNDINGS_SILENT or key not in self.founded or self.store.node:
+            return
         query = f"""
-            SELECT id FROM targets WHERE key = ? AND NOT {spoken}
+            SELECT id FROM targets WHERE key = ? AND NOT EXISTS
+                (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({SPOKEN_KINDS}))
             ORDER BY founding DESC LIMIT -1 OFFSET {FOUNDINGS_SILENT}"""
         self.orphans.update(row[0] for row in self.db.execute(query, [key]))
 
@@ -6146,8 +6046,7 @@ class Retention:
         pages, free, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas)
         used = (pages - free) * size
         if used > MEMORY_BYTES and not self.orphans:
-            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            query = f"SELECT id, events FROM targets WHERE {newest} ORDER BY {newest}"
+            query = f"SELECT id, events FROM targets WHERE {NEWEST} ORDER BY {NEWEST}"
             rows = self.db.execute(query).fetchall()
             excess = (1 - MEMORY_BYTES / used) * sum(events for _, events in rows)
             sizes = itertools.accumulate((events for _, events in rows), initial=0)
@@ -6178,8 +6077,7 @@ class Retention:
             self.orphans.discard(target)
 
     def _excess(self, key: str) -> tuple[int, int, int]:
-        """Return how many rows a key has beyond `keep`, and the oldest target that has rows, with
-        its founding."""
+        """Return how many rows exceed `keep`, the oldest target with rows, and its founding."""
         query = "SELECT id, founding, events FROM targets WHERE key = ? ORDER BY founding"
         targets = self.db.execute(query, [key]).fetchall()
         oldest = next(((id, founding) for id, founding, events in targets if events > 0), (0, 0))
@@ -6201,8 +6099,7 @@ class Retention:
             self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
 
     def excess_of(self, key: str) -> tuple[str, int, int] | None:
-        """Return key, founding and last id of a slice to be deleted by an act; None if there is
-        none any more."""
+        """Return key, founding and last id of a slice for an act to delete; None if it has none."""
         excess, oldest, founding = self._excess(key)
         self.excess.discard(key)
         last = self._last_of(oldest, min(PRUNE_ROWS, excess)) if excess > 0 else 0
@@ -6279,9 +6176,7 @@ class Store:
     def reserve_ids(self) -> None:
         """Begin a block of ids for this start. Ids that earlier starts reserved and did not store
         are not valid in requests."""
-        newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-        query = f"SELECT ifnull(max({newest}), 0) FROM targets"
-        last = self.db.execute(query).fetchone()[0]
+        last = self.db.execute(f"SELECT ifnull(max({NEWEST}), 0) FROM targets").fetchone()[0]
         reserved = self.db.execute("SELECT ifnull(max(reserved), 0) FROM starts").fetchone()[0]
         self.last_id = self.reserved = max(last, reserved)
         if self.node:
@@ -6498,9 +6393,9 @@ class Store:
         """Return the founding and author of a message under this key; None if it is not there."""
         query = f"""
             SELECT t.founding, e.author FROM targets t JOIN events e ON e.target = t.id
-            WHERE t.key = ? AND e.id = ? AND e.kind IN ({", ".join("?" * 4)})"""
+            WHERE t.key = ? AND e.id = ? AND e.kind IN ({SPOKEN_KINDS}, '{TAGS}')"""
         try:
-            return self.db.execute(query, [key, id, *SPOKEN, TAGS]).fetchone()
+            return self.db.execute(query, [key, id]).fetchone()
         except sqlite3.Error:
             return None
 
@@ -6577,16 +6472,12 @@ class Store:
 
 
 def load_hub(
-    store: Store,
-    now: float,
-    ticks: float,
-    name: str = SERVER_NAME,
-    absent_per_host: int = PER_ADDRESS,
+    store: Store, now: float, ticks: float, name: str = SERVER_NAME, absent_most: int = PER_ADDRESS
 ) -> Hub:
     """Return the Hub as the last server left it. Raises Unusable."""
     try:
         hub = Hub(store.last_id, MessageIds(store.starts), name)
-        hub.store, hub.absent_per_host = store, absent_per_host
+        hub.store, hub.absent_per_host = store, absent_most
         hub.begin(now, ticks)
         hub.accounts.load(store.accounts())
         hub.accounts.certificates.update(store.rows("certificates"))
@@ -6692,11 +6583,7 @@ class NatsDialogue:
         return number
 
     def request(
-        self,
-        subject: str,
-        data: bytes,
-        then: Callable[[NatsMessage], None],
-        headers: dict[str, str] | None = None,
+        self, subject: str, data: bytes, then: Callable, headers: dict[str, str] | None = None
     ) -> None:
         """Publish a message; call then(the reply)."""
         reply = f"{self.inbox}.{next(self.numbers)}"
@@ -7016,7 +6903,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 4  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 5  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
@@ -7026,7 +6913,7 @@ ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     )
 )
 # Kinds of messages from the log -> the constants, which other code compares by identity
-KINDS = dict(zip((*SPOKEN, TAGS, HINT), (*SPOKEN, TAGS, HINT), strict=True))
+KINDS = {constant: constant for constant in (*SPOKEN, TAGS, HINT)}
 
 
 def wrapped_bytes(value: Any) -> dict[str, str]:
@@ -7052,11 +6939,6 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if value.__class__ is list else value
 
 
-def is_act(actor: Any = None, name: Any = None) -> bool:
-    """Return whether the first two values of a list can begin an act."""
-    return actor.__class__ is int and name.__class__ is str
-
-
 class ActBatch(NamedTuple):
     """The acts that a node sends at once."""
 
@@ -7078,8 +6960,9 @@ class ActBatch(NamedTuple):
                 raise ValueError("an entry with a number that is none of ours")
             if tuple(map(type, batch)) != (int, str, str, int, int, int, str, list):
                 raise ValueError("an entry with other types")
-            if not all(act.__class__ is list and is_act(*act[:2]) for act in batch.acts):
-                raise ValueError("an entry with something that is no act")
+            for act in batch.acts:
+                if type(act) is not list or list(map(type, act[:2])) != [int, str]:
+                    raise ValueError("an entry with something that is no act")
             return batch
         except (TypeError, KeyError, RecursionError) as error:
             raise ValueError(str(error)) from None
@@ -7096,8 +6979,7 @@ def checksum(before: str, events: Iterable[Event], last_id: int) -> str:
         f"{e.text}\0{e.about}\0{e.tags}"
         for e in events
     )
-    data = "\n".join((before, str(last_id), *texts)).encode()
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+    return entry_digest("\n".join((before, str(last_id), *texts)).encode())
 
 
 def perform_act(hub: Hub, act: list, report: Callable) -> Any:
@@ -7120,15 +7002,6 @@ def perform_act(hub: Hub, act: list, report: Callable) -> Any:
         return Refused("INTERNAL_ERROR", "that failed inside the server; please report it")
 
 
-def attempt(work: Callable[[], None], report: Callable) -> None:
-    """Do something of this node's own. A bug in it must not keep the node from applying the rest of
-    an entry, as the others do."""
-    try:
-        work()
-    except Exception:
-        report()
-
-
 def ticks_of_log(hub: Hub, when: int) -> int:
     """Return the Hub's ticks at a time of the log, all in milliseconds. They stand still over jumps
     of NATS's clock, and while there is no node."""
@@ -7149,10 +7022,10 @@ def apply_batch(
         return False
     begun = len(hub.turn.events)
     if asks:
-        for act, ask in zip(batch.acts, asks, strict=True):
-            attempt(ask.begin, report)
+        for act, ask in zip(batch.acts, asks, strict=True):  # a bug in what only this node does
+            attempt(report, ask.begin)  # must not keep it from the rest of the entry
             result = perform_act(hub, act, report)
-            attempt(functools.partial(ask.finish, result), report)
+            attempt(report, ask.finish, result)
     else:
         for act in batch.acts:
             perform_act(hub, act, report)
@@ -7245,6 +7118,9 @@ def save_hub(hub: Hub) -> bytes:
     return zlib.compress(pickle.dumps((kinds, file.getvalue())), 1)
 
 
+UNREADABLE = (pickle.UnpicklingError, zlib.error, EOFError, LookupError, TypeError, AttributeError)
+
+
 def load_snapshot(data: bytes, hub: Hub) -> None:
     """Fill a new Hub from a snapshot. Raises ValueError if it is damaged."""
     try:
@@ -7255,14 +7131,7 @@ def load_snapshot(data: bytes, hub: Hub) -> None:
         for one in objects.values():
             for name, value in unpickler.load().items():
                 setattr(one, name, value)
-    except (
-        pickle.UnpicklingError,
-        zlib.error,
-        EOFError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except UNREADABLE as error:
         raise ValueError(f"the snapshot is damaged ({error})") from None
     for channel in (one for one in objects.values() if isinstance(one, Channel)):
         channel.set_name(channel.name)
@@ -7430,8 +7299,7 @@ class Cluster:
         self._append()
 
     def _append(self) -> None:
-        """Send the batch that is under way, perhaps again: NATS and the nodes know its id and take
-        it once."""
+        """Send the batch that is under way, perhaps again: NATS and nodes take each id once."""
         self.beat = self.now
         self.retry_at = self.now + BATCH_ANSWER_SECONDS
         number = self.sent.number
@@ -7540,11 +7408,10 @@ class Cluster:
         while len(self.checksums) > CHECKSUMS_KEPT:
             self.checksums.popitem(last=False)
         me = hub.nodes.get(self.name)
-        if self.namesake and batch.epoch == self.namesake:
+        other = self.serving and me and me.epoch not in self.epochs
+        if other or (self.namesake and batch.epoch == self.namesake):
             return self.stop(f"another node is called {self.name}; choose another --node")
         if self.serving and (me is None or me.epoch != self.epoch):
-            if me and me.epoch not in self.epochs:
-                return self.stop(f"another node is called {self.name}; choose another --node")
             self.server.note("this node was declared gone: it begins again")
             self.begin_epoch()
         elif not (self.serving or self.leaving) and me and me.epoch == self.epoch:
@@ -8073,7 +7940,7 @@ class IrcWire:
         line = shape.format(**known, tail=f" :{text}" if text else "")
         return self.format.tags(event).encode() + irc_bytes(f":{event.source.mask} {line}")
 
-    def own(self, event: Event, line: bytes) -> bytes:
+    def for_origin(self, event: Event, line: bytes) -> bytes:
         """Return the line for the event's origin: messages only as an echo, or to itself."""
         if event.kind in ECHOED:
             to_self = event.about == event.source.name
@@ -8336,6 +8203,10 @@ class IrcSession(LocalSession):
         """Send a line, given with its source."""
         self.send(self.timed(irc_bytes(text)))
 
+    def server_line(self, text: str) -> bytes:
+        """Return a line of the server, given without its source, as bytes."""
+        return irc_bytes(f":{self.site.name} {text}")
+
     def timed(self, lines: bytes) -> bytes:
         """Add the time to the server's own lines, for clients with server-time."""
         if not self.wire.format.timed:
@@ -8352,7 +8223,7 @@ class IrcSession(LocalSession):
 
     def shaped_line(self, shape: str, *values: Any) -> bytes:
         """Return the whole line of a numeric as bytes, without sending it."""
-        return irc_bytes(f":{self.site.name} {self.shaped(shape, *values)}")
+        return self.server_line(self.shaped(shape, *values))
 
     def reply_list(
         self, shape: str, words: Iterable[str], *values: Any, between: str = " "
@@ -8380,7 +8251,7 @@ class IrcSession(LocalSession):
             ids = [self.site.hub.ids.text(event.id), *([own_id] if own_id else [])]
             verb = "TAGMSG" if event.kind == TAGS else "PRIVMSG"
             line = self.fail_line(verb, "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
-            data = self.timed(irc_bytes(f":{self.site.name} {line}"))
+            data = self.timed(self.server_line(line))
             if ack := self.acks.get(event.id):  # the label is on that
                 place = next(n for n, reply in enumerate(self.replies) if reply is ack)
                 label = ack[1].partition(b" ")[0][1:].decode()
@@ -8424,9 +8295,9 @@ class IrcSession(LocalSession):
         elif event.kind == REPLACED:
             self.fail("SESSION", "REPLACED", "another connection of yours has this place now")
             self.end("Another connection of yours took this place")
-        elif event.kind == ENTERED:
+        elif event.kind == OWN_JOIN:
             tell_channel(self, self.site.hub.channels[fold(name)])
-        elif event.kind == RENAMED and "draft/channel-rename" not in capabilities:
+        elif event.kind == PART_AND_JOIN and "draft/channel-rename" not in capabilities:
             self.tell_renamed(event.about, name, event.text)
         elif event.kind == READ_ON and "draft/read-marker" in capabilities:
             self.tell_marker(name)
@@ -8446,8 +8317,7 @@ class IrcSession(LocalSession):
 
     def tell_renamed(self, old: str, name: str, reason: str) -> None:
         """Tell a client without draft/channel-rename a PART and a JOIN, unless both names are the
-        same to it (CASEMAPPING=ascii). Names follow when the session has its turn: a renaming of a
-        crowded channel must not stop the others."""
+        same to it (CASEMAPPING=ascii). Names follow in its turn: a crowd must not stop others."""
         if old.encode().lower() == name.encode().lower():
             return
         mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
@@ -8538,20 +8408,13 @@ class IrcSession(LocalSession):
         if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
 
-    def take_result(self, job: Awaited, result: Any) -> None:
-        super().take_result(job, result)
-        self.from_service = self.from_service and self.deferred
-
-    def finish_result(self, ask: Ask, result: Any) -> None:
-        super().finish_result(ask, result)
-        self.from_service = self.from_service and self.deferred
-
     def mark_answer(self) -> None:
         """Label the replies since the answer was begun or resumed. Replies of several lines, or
         with more to come, go into a labelled batch."""
+        self.from_service = self.from_service and self.deferred
         if self.labelled is None:
             return
-        turn, whole = self.site.hub.turn, self.has_answered
+        turn, whole = self.site.hub.turn, not self.deferred and self.unfinished is None
         label, replies, events, _ = self.labelled
         heard = {e.id: count for e in turn.events[events:] if (count := self.count_own_lines(e))}
         count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
@@ -8559,13 +8422,13 @@ class IrcSession(LocalSession):
             self.put_in_batch(heard)
         elif whole:
             if not count:
-                self.send(irc_bytes(f":{self.site.name} ACK"))
+                self.send(self.server_line("ACK"))
             self.tag_answer(heard, add_tag, f"label={label}", replies + 1)
             if not count:
                 own = (e.id for e in turn.events[events:] if e.origin is self)
                 self.acks.update(dict.fromkeys(own, self.replies[replies]))
         if whole and self.batch:
-            self.send(self.batch_line(f"-{self.batch}"))
+            self.send(self.server_line(f"BATCH -{self.batch}"))
         if whole:
             self.labelled, self.batch = None, ""
         elif self.latest:
@@ -8578,7 +8441,7 @@ class IrcSession(LocalSession):
         self.tag_answer(heard, add_tag_to_all, f"batch={self.batch}")
         if not begun:
             label, replies, _, last_id = self.labelled
-            line = self.batch_line(f"+{self.batch} labeled-response")
+            line = self.server_line(f"BATCH +{self.batch} labeled-response")
             self.replies.insert(replies, (last_id, add_tag(line, f"label={label}")))
 
     def tag_answer(
@@ -8589,9 +8452,6 @@ class IrcSession(LocalSession):
         self.replies[which] = [(n, add(data, tag)) for n, data in self.replies[which]]
         self.own_tags.update(dict.fromkeys(heard, (add, tag)))
 
-    def batch_line(self, text: str) -> bytes:
-        return irc_bytes(f":{self.site.name} BATCH {text}")
-
     def count_own_lines(self, event: Event) -> int:
         """Return the number of lines or batches that this session gets of an event of its own."""
         if event.origin is not self or event.kind in PERSONAL:
@@ -8599,13 +8459,13 @@ class IrcSession(LocalSession):
         if event.kind == WALLOPS and self.user not in event.audience.users:
             return 0  # an operator without mode w
         (line,) = self.wire.encode(event.audience, [event])
-        return count_answers(line) if self.wire.own(event, line) else 0
+        return count_answers(line) if self.wire.for_origin(event, line) else 0
 
-    def own(self, event: Event, line: bytes) -> bytes:
+    def for_origin(self, event: Event, line: bytes) -> bytes:
         if event.origin is not self:  # a private message from another session of the user
             return line if self.wire.copies else b""
         wire = self.wires_before.get(event.id, self.wire)
-        data, tagging = wire.own(event, line), self.own_tags.get(event.id)
+        data, tagging = wire.for_origin(event, line), self.own_tags.get(event.id)
         if (instead := self.withheld.get(event.id)) is not None:
             to_self = event.about == event.source.name
             line, data = instead, instead + line * to_self
@@ -8642,9 +8502,8 @@ def isupport(site: SessionContext) -> list[str]:
 
 
 def web_tokens(session: IrcSession) -> list[str]:
-    """Return the tokens of 005 with the address of the page for browsers, and the address for
-    uploads (draft/FILEHOST, and soju's name for it) beside the one that says that upload tokens can
-    be asked for (draft/authtoken)."""
+    """Return the tokens of 005 for the page for browsers, for uploads (draft/FILEHOST, and soju's
+    name for it), and for the tokens that uploads need (draft/authtoken)."""
     url = base_url(session.site, session.conn.secure, session.conn.local)
     tokens = [f"chat.py/WEB={url}/"]
     if session.site.folder is not None:
@@ -8669,13 +8528,13 @@ def batch_in_pieces(
     """Send lines, in a batch for clients that know batches. After each line, the rest can wait."""
     batched, reference = "batch" in session.capabilities, session.site.reference()
     if batched:
-        opening = session.batch_line(f"+{reference} {kind}")
+        opening = session.server_line(f"BATCH +{reference} {kind}")
         session.send(add_tag(opening, tags) if tags else opening)
     for line in lines:
         session.send(add_tag_to_all(line, f"batch={reference}") if batched else line)
         yield
     if batched:
-        session.send(session.batch_line(f"-{reference}"))
+        session.send(session.server_line(f"BATCH -{reference}"))
 
 
 def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes], tags: str = "") -> None:
@@ -8732,8 +8591,7 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
             return session.shaped_line(RPL_KEYVALUE, name, key, owner.metadata[key])
         if METADATA_KEY.fullmatch(key):
             return session.shaped_line(RPL_KEYNOTSET, name, as_param(key))
-        fail = session.fail_line("METADATA", "INVALID_KEY", NO_KEY, key)
-        return irc_bytes(f":{session.site.name} {fail}")
+        return session.server_line(session.fail_line("METADATA", "INVALID_KEY", NO_KEY, key))
 
     in_batch(session, f"metadata {name}", map(line, keys))
 
@@ -8764,17 +8622,8 @@ def abort_sasl(session: IrcSession) -> None:
     session.reply(ERR_SASLABORTED)
 
 
-def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
-    """Send what follows registration. The user is in these channels already."""
-    welcome(session)
-    if session.site.hub.accounts.is_foreign(wanted, session.user.account):
-        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
-    for channel in channels:
-        session.tell_joined(channel.name)
-        tell_channel(session, channel)
-
-
-def complete_registration(session: IrcSession) -> None:
+@in_steps
+def complete_registration(session: IrcSession) -> Steps:
     """Register the user, once the client has sent NICK and USER and ended the negotiation."""
     if session.user or session.negotiating or not (session.wanted and session.username):
         return
@@ -8789,30 +8638,30 @@ def complete_registration(session: IrcSession) -> None:
         session.fail("SESSION", "ACCOUNT_REQUIRED", f"log in to {account} to have your place again")
         session.token = ""  # or it would be that of two users
 
-    def entered(result: tuple[bool, bool]) -> None:
-        attached, resumed = result
-        if resumed:
-            session.line("NOTE SESSION RESUMED :you have your place again")
-        session.conn.named()
-        greet_user(session, wanted, session.user.channels if attached else ())
-
     def kept_out(refusal: Refused) -> None:
         session.refuse(refusal)
         if refusal.code == "BANNED_FROM_SERVER":
             session.end(str(refusal), intended=False)
 
-    session.act(
-        *("enter", wanted, session.username, session.realname, session.conn.address),
+    attached, resumed = yield do(
+        *(session.act, "enter", wanted, session.username, session.realname, session.conn.address),
         *(session.account, session.proof, session.token, True, secrets.randbits(32)),
         *(tuple(session.metadata.items()), session.away),
-        then=entered,
         otherwise=kept_out,
     )
+    if resumed:
+        session.line("NOTE SESSION RESUMED :you have your place again")
+    session.conn.named()
+    welcome(session)
+    if session.site.hub.accounts.is_foreign(wanted, session.user.account):
+        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
+    for channel in session.user.channels if attached else ():
+        session.tell_joined(channel.name)
+        tell_channel(session, channel)
 
 
 def check_server(session: IrcSession, name: str) -> None:
-    """Raise Refused unless a query is for this server, by its name, a mask or a user: there is no
-    other."""
+    """Raise Refused unless a query is for this server, by its name, a mask or a user."""
     site, key = session.site, fold(name)
     if not name or key == fold(site.name) or key in site.hub.users:
         return
@@ -8903,9 +8752,8 @@ def capability_values(session: IrcSession) -> dict[str, str]:
     rules += [f"min-password-length={PASSWORD_LEAST}", f"max-password-length={PASSWORD_MOST}"]
     values = {"draft/account-registration": ",".join(rules), "sasl": ",".join(mechanisms(session))}
     if site.sts:  # a policy, not to be asked for (IRCv3 sts)
-        values = {
-            "sts": f"duration={site.sts}" if secure else f"port={site.server.tls_port}"
-        } | values
+        policy = f"duration={site.sts}" if secure else f"port={site.server.tls_port}"
+        values = {"sts": policy} | values
     return CAPABILITIES | values
 
 
@@ -8976,38 +8824,29 @@ def fail_sasl(session: IrcSession, refusal: Refused) -> None:
 
 
 def tell_logged_in(
-    session: IrcSession,
-    account: str,
-    proof: str,
-    then: Callable = do_nothing,
-    otherwise: Callable[[Refused], None] | None = None,
-) -> None:
+    session: IrcSession, account: str, proof: str, otherwise: Callable | None = None
+) -> Steps:
     """Log the client in to an account, and tell it; without a user the log-in is part of its
-    registration. Then call then(), or otherwise(the refusal)."""
+    registration. Call otherwise() with a refusal."""
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
-
-    def succeeded(before: int) -> None:
-        if user and session.user is None:  # a K-line of the account ended the session
-            return
-        told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
-        session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
-        then()
-
+    before = session.site.hub.last_id
     if user:
-        session.act("log_in", account, proof, False, then=succeeded, otherwise=otherwise)
-    else:
-        succeeded(session.site.hub.last_id)
+        before = yield do(session.act, "log_in", account, proof, False, otherwise=otherwise)
+    told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
+    session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
 
 
-def end_sasl(session: IrcSession, account: str) -> None:
+@in_steps
+def end_sasl(session: IrcSession, account: str) -> Steps:
     exchange, session.exchange = session.exchange, None
     try:
         proof = revision_of(session, account, exchange.verifier)
     except Refused as refusal:
         return fail_sasl(session, refusal)
-    succeed = functools.partial(session.reply, RPL_SASLSUCCESS)
-    tell_logged_in(session, account, proof, succeed, functools.partial(fail_sasl, session))
+    fail = functools.partial(fail_sasl, session)
+    yield from tell_logged_in(session, account, proof, fail)
+    session.reply(RPL_SASLSUCCESS)
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
@@ -9024,7 +8863,7 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
             session.send_line(f"AUTHENTICATE {piece}")
     else:
         then = functools.partial(go_on_sasl, session, exchange.mechanism.send)
-        session.later(PASSWORD_LANE, said, then)
+        session.later(PASSWORD_LANE, said, then=then)
 
 
 def begin_sasl(session: IrcSession, name: str) -> None:
@@ -9063,8 +8902,7 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
 
 
 def check_admitted(session: IrcSession) -> None:
-    """Raise Refused if a client that is not registered yet will not be let in. It makes no account,
-    with which it could upload files."""
+    """Raise Refused if a client will not be let in; an account would let it upload files."""
     if session.user:
         return
     if not session.passed:
@@ -9085,7 +8923,7 @@ def irc_register(session: IrcSession, account: str, email: str, password: str) -
         return session.line(f"REGISTER VERIFICATION_REQUIRED {name} :{text}")
     text = f"{name} is yours; log in with your password{email_used(session, email)}"
     session.line(f"REGISTER SUCCESS {name} :{text}")
-    tell_logged_in(session, name, proof)
+    yield from tell_logged_in(session, name, proof)
 
 
 @irc_command("VERIFY", 2, 2, nameless=True, exact=True)
@@ -9098,7 +8936,7 @@ def irc_verify(session: IrcSession, name: str, code: str) -> Steps:
         raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", known)
     account, proof = yield from verify(session, nick if name == "*" else name, code)
     session.line(f"VERIFY SUCCESS {account} :{account} is yours")
-    tell_logged_in(session, account, proof)
+    yield from tell_logged_in(session, account, proof)
 
 
 @irc_command("SESSION", 1, nameless=True)
@@ -9154,7 +8992,7 @@ def service_register(session: IrcSession, password: str, email: str = "") -> Ste
     if not proof:
         return session.service_says(f"a code was sent to {email}: VERIFY CODE")
     session.service_says(f"{name} is yours{email_used(session, email)}")
-    tell_logged_in(session, name, proof)
+    yield from tell_logged_in(session, name, proof)
 
 
 @service_command("verify", 1, exact=True)
@@ -9256,7 +9094,7 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     if known and session.site.store.path is None:  # in memory a read comes too soon
         found = known[0].id, known[0]
     else:
-        found = yield do(session.read, functools.partial(hub.store.dedup.event, owners, own_id))
+        found = yield do(session.read, hub.store.dedup.event, owners, own_id)
     if found is None:  # the turn in which it was said could not be stored
         return session.tell_not_kept(own_id, "it could not be stored")
     id, event = found
@@ -9387,16 +9225,14 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
 
 
 @irc_command("AWAY", most=1, nameless=True)
-def irc_away(session: IrcSession, reason: str = "") -> None:
+@in_steps
+def irc_away(session: IrcSession, reason: str = "") -> Steps:
     """AWAY [<reason>] -- say that you are not here, or without a reason that you are back"""
-
-    def told(_: None) -> None:
-        session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
-
     if session.user:
-        return session.act("set_away", reason, then=told)
-    session.away = cut(reason, REASON_BYTES)
-    return told(None)
+        yield do(session.act, "set_away", reason)
+    else:
+        session.away = cut(reason, REASON_BYTES)
+    session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
 
 
 @irc_command("SETNAME", 1)
@@ -9422,12 +9258,10 @@ def irc_join(session: IrcSession, names: str, keys: str = "") -> Iterator[None]:
         return
     passwords = dict(zip(names.split(","), keys.split(","), strict=False))
 
-    def entered(channel: Channel | None) -> None:
-        if channel:
+    @in_steps
+    def enter(name: str) -> Steps:
+        if channel := (yield do(session.act, "join", name, passwords.get(name, ""))):
             tell_channel(session, channel)
-
-    def enter(name: str) -> None:
-        session.act("join", name, passwords.get(name, ""), then=entered)
 
     yield from each_in_pieces(session, names, enter)
 
@@ -9564,34 +9398,30 @@ def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
     return changes
 
 
-def user_mode(session: IrcSession, name: str, letters: str) -> None:
+@in_steps
+def user_mode(session: IrcSession, name: str, letters: str) -> Steps:
     """Read or change the user's own modes; those of others are not shown."""
     if session.site.hub.find_user(name) is not session.user:
         raise Refused("NOT_YOURSELF", "only your own modes are yours to see and change")
     if not letters:
         return session.reply(RPL_UMODEIS, user_modes_text(session))
     changes = parse_modes(letters[:USER_MODES_AT_ONCE], ())
-    known = tuple(tuple(change) for change in changes if change.letter in USER_MODES)
-
-    def changed(_: None) -> None:
-        if len(known) < len(changes):
-            text = f"there are only the user modes {''.join(USER_MODES)}"
-            session.refuse(Refused("UNKNOWN_USER_MODE", text))
-
-    return session.act("set_user_modes", known, then=changed) if known else changed(None)
+    if known := tuple(tuple(change) for change in changes if change.letter in USER_MODES):
+        yield do(session.act, "set_user_modes", known)
+    if len(known) < len(changes):
+        text = f"there are only the user modes {''.join(USER_MODES)}"
+        session.refuse(Refused("UNKNOWN_USER_MODE", text))
 
 
-@in_steps
 def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> Steps:
-    """Change the modes that can be changed, and tell the refusals of the others."""
-    if plain := tuple(map(tuple, changes)):
-        values = channel.name, plain, secrets.token_hex(16)
-        for refusal in (yield do(session.act, "set_modes", *values)):
-            session.refuse(refusal)
+    """Change the modes that can be changed; return the refusals of the others."""
+    values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
+    return (yield do(session.act, "set_modes", *values))
 
 
 @irc_command("MODE", 1, 15)
-def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) -> None:
+@in_steps
+def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) -> Steps:
     """MODE <channel or nickname> [<modes> [<value>...]] -- read or change modes"""
     if not name.startswith("#"):
         return user_mode(session, name, letters)
@@ -9608,7 +9438,9 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
         for mask in channel.lists[letter].values():
             session.reply(line, channel.name, mask.text, mask.setter, mask.when // 1000)
         session.reply(end, channel.name)
-    change_modes(session, channel, [c for c in changes if c.value or c.letter not in MASK_LISTS])
+    if changes := [c for c in changes if c.value or c.letter not in MASK_LISTS]:
+        for refusal in (yield from change_modes(session, channel, changes)):
+            session.refuse(refusal)
 
 
 @irc_command("RENAME", 2, 3)
@@ -9691,29 +9523,27 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
     tell_metadata(session, owner, keys)
 
 
-def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> None:
+@in_steps
+def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> Steps:
     """Add or remove keys; the first one past the limit is refused, and the rest ignored."""
     done: list[str] = []
     for key in keys:
         known = key in session.subscribed
         if not METADATA_KEY.fullmatch(key):
             session.refuse(Refused("INVALID_KEY", NO_KEY, key))
-        elif on and not known and len(session.subscribed) >= METADATA_SUBS:
+            continue
+        if on and not known and len(session.subscribed) >= METADATA_SUBS:
             text = f"{METADATA_SUBS} keys at most"
             session.refuse(Refused("LIMIT_REACHED", text, key, str(METADATA_SUBS)))
             break
+        done.append(key)
+        if on:
+            session.subscribed[key] = None
         else:
-            if on:
-                session.subscribed[key] = None
-            else:
-                session.subscribed.pop(key, None)
-            done.append(key)
+            session.subscribed.pop(key, None)
     if done:
-
-        def told(_: None) -> None:
-            session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
-
-        session.act("follow", "subscribers", tuple(done), on, then=told)
+        yield do(session.act, "follow", "subscribers", tuple(done), on)
+        session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
@@ -9743,12 +9573,6 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Lo
 
 
 # History
-
-
-def invalid_target(subcommand: str, name: str) -> Refused:
-    return Refused(
-        "INVALID_TARGET", "no such channel or conversation that you may read", subcommand, name
-    )
 
 
 def readable(session: IrcSession, name: str, about: str) -> Scope:
@@ -9800,10 +9624,8 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     hub, user = session.site.hub, session.user
     first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))  # an id is first
     keys = [channel.key for channel in user.channels]
-    newest = functools.partial(
-        session.site.store.history.newest, keys, hub.identities(user.identity)
-    )
-    found = yield do(session.read, newest)
+    newest = session.site.store.history.newest
+    found = yield do(session.read, newest, keys, hub.identities(user.identity))
     hub.work += WORK_OF_THE_PAST * len(found)
     names = {channel.key: channel.name for channel in user.channels}
     matching = []
@@ -9816,12 +9638,9 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     matching.sort()
     page = matching[:count]
     page += itertools.takewhile(lambda one: one[0] == page[-1][0], matching[count:])
-    lines = (
-        irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
-        for when, name in page
-    )
+    told = (f"CHATHISTORY TARGETS {name} {tag_time(when)}" for when, name in page)
     ends = last_page_tag(session, len(page) == len(matching))
-    in_batch(session, "draft/chathistory-targets", lines, ends)
+    in_batch(session, "draft/chathistory-targets", map(session.server_line, told), ends)
 
 
 def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[bytes | None]:
@@ -9837,9 +9656,8 @@ def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[
 def play(
     session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool, check: Callable
 ) -> Iterator[None]:
-    """Send events of the past, in a batch for clients that know batches, up to PAGE_BYTES as
-    encoded. `whole`: no other event follows. The last call of check() raises Refused if the user
-    may not read them any more."""
+    """Send events of the past, up to PAGE_BYTES as encoded, in a batch for clients that know those.
+    `whole`: no event follows. check() raises Refused if the user may not read them any more."""
     where = name if name.startswith("#") else ""
     lines, size = [], 0
     for line in played(session, ((where, e) for e in (reversed(events) if newest else events))):
@@ -9891,9 +9709,8 @@ def changes_told(session: IrcSession) -> list[str]:
 
 def target_bound(session: IrcSession, text: str) -> Mark:
     """Return a bound of TARGETS: a time; our own clients may also give an id."""
-    if "chat.py/session" in session.capabilities and text.startswith("msgid="):
-        return parse_mark(session.site.hub, text, "TARGETS", "*")
-    if not text.startswith("timestamp="):
+    ours = "chat.py/session" in session.capabilities and text.startswith("msgid=")
+    if not ours and not text.startswith("timestamp="):
         raise Refused("INVALID_PARAMS", "a bound is timestamp=...", "TARGETS", text)
     return parse_mark(session.site.hub, text, "TARGETS", "*")
 
@@ -9923,9 +9740,8 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
         if marks[0] != "*":
             since = parse_mark(session.site.hub, marks[0], how, name)
         for kind in changes_told(session):
-            span = Span(scope, (kind,), after=since)
-            page = functools.partial(session.site.store.history.page, span, CHANGES_A_PAGE, True)
-            changes += yield do(session.read, page)
+            span, page = Span(scope, (kind,), after=since), session.site.store.history.page
+            changes += yield do(session.read, page, span, CHANGES_A_PAGE)
 
     def check() -> None:
         if readable(session, name, how) != scope:  # the user left it, or is another user now
@@ -9965,11 +9781,7 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     from=<nick>;after=<time>;before=<time>;limit=<n>"""
     wanted, user = parse_tags(attributes), session.user
     count = min(whole_number(wanted.get("limit", "")) or HISTORY_LINES, HISTORY_LINES_MOST)
-    bounds = {
-        name: Mark(time=parse_time(wanted[name], name))
-        for name in ("after", "before")
-        if name in wanted
-    }
+    bounds = {n: Mark(time=parse_time(wanted[n], n)) for n in ("after", "before") if n in wanted}
     if not wanted.get("text", "").strip():
         raise Refused("INVALID_PARAMS", "no words given", "text")
     name = wanted.get("in", "")
@@ -9978,9 +9790,8 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     else:
         scopes = [Scope((channel.key,)) for channel in user.channels]
     span, author = Span(Scope(()), SPOKEN, **bounds), fold(wanted.get("from", ""))
-    index = session.site.store.search_index
-    search = functools.partial(index.search, scopes, wanted["text"], span, count, author)
-    found = yield do(session.read, search)
+    search = session.site.store.search_index.search
+    found = yield do(session.read, search, scopes, wanted["text"], span, count, author)
     if name:
         readable(session, name, "in")
     session.go_on_with(tell_found(session, found))
@@ -10003,7 +9814,7 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> Steps:
         id = 0
     else:
         span = Span(scope, SPOKEN, Mark(time=stamp - 1), Mark(time=stamp + 1))
-        found = yield do(session.read, functools.partial(session.site.store.history.page, span, 1))
+        found = yield do(session.read, session.site.store.history.page, span, 1)
         id = found[0].id if found else 0
     yield do(session.act, "mark_read", name, stamp, id)
     session.tell_marker(name)
@@ -10017,8 +9828,8 @@ def irc_token(session: IrcSession, subcommand: str, service: str = "", scope: st
         if not known:
             return session.line("NOTE TOKEN NO_SERVICES :this server keeps no files")
         url = f"{base_url(session.site, session.conn.secure, session.conn.local)}/files"
-        line = f":{session.site.name} TOKEN SERVICE FILEHOST {url} :files for the chat"
-        return in_batch(session, "draft/authtoken *", [irc_bytes(line)])
+        line = session.server_line(f"TOKEN SERVICE FILEHOST {url} :files for the chat")
+        return in_batch(session, "draft/authtoken *", [line])
     if verb == "VALIDATE":
         text = "tokens are for this server's own files"
         return session.fail("TOKEN", "NO_PERMISSIONS", text, service or "*")
@@ -10044,11 +9855,7 @@ def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = ""
 
 def can_see(user: User, other: User) -> bool:
     """Return whether lists show a user to another: a user with +i only in a common channel."""
-    return (
-        user is other
-        or "i" not in other.modes
-        or not user.channels.keys().isdisjoint(other.channels)
-    )
+    return user is other or "i" not in other.modes or bool(user.channels.keys() & other.channels)
 
 
 def who_flags(user: User, member: Membership | None, multi: bool) -> str:
@@ -10135,12 +9942,10 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     me, source, hub = session.user, user.source, session.site.hub
     yield RPL_WHOISUSER, source.username, source.host, user.realname
     hub.work += len(user.channels)
-    seen = [
-        c for c in user.channels if c.visible_to(me) and (c in me.channels or can_see(me, user))
-    ]
-    multi = "multi-prefix" in session.capabilities
-    symbols = (channel.members[user].symbols for channel in seen)
-    names = [(s if multi else s[:1]) + c.name for s, c in zip(symbols, seen, strict=True)]
+    shown, multi = can_see(me, user), "multi-prefix" in session.capabilities
+    seen = (c for c in user.channels if c.visible_to(me) and (c in me.channels or shown))
+    symbols = ((c, c.members[user].symbols) for c in seen)
+    names = [(ranks if multi else ranks[:1]) + channel.name for channel, ranks in symbols]
     session.reply_list(RPL_WHOISCHANNELS, names, user.name)
     if user.account:
         yield RPL_WHOISACCOUNT, user.account
@@ -10348,9 +10153,8 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
     check_server(session, server)
     site = session.site
     if letter == "u":
-        # On a node, ticks are the time of the log
-        hub, on_node = site.hub, site.cluster
-        ran = hub.now - hub.started if on_node else hub.ticks - hub.started_ticks
+        hub = site.hub  # on a node of a cluster its ticks are the log's
+        ran = hub.now - hub.started if site.cluster else hub.ticks - hub.started_ticks
         minutes, seconds = divmod(ran // 1000, 60)
         hours, minutes = divmod(minutes, 60)
         session.reply(RPL_STATSUPTIME, *divmod(hours, 24), minutes, seconds)
@@ -10578,7 +10382,7 @@ class LineWire:
         texts = line_texts(event, line_prefix(audience), where)
         return "".join(f"{line}\n" for line in texts).encode()
 
-    def own(self, event: Event, line: bytes) -> bytes:
+    def for_origin(self, event: Event, line: bytes) -> bytes:
         """Return what the origin gets: no echo, as netcat shows the typed line already."""
         if event.kind not in (MODE, PASSWORD):
             return b""
@@ -10664,8 +10468,8 @@ class LineSession(LocalSession):
         except UnicodeDecodeError:
             raise Refused("NOT_UTF8", "that line is not UTF-8 text and was not delivered") from None
 
-    def own(self, event: Event, line: bytes) -> bytes:
-        return self.wire.own(event, line) if event.origin is self else b""
+    def for_origin(self, event: Event, line: bytes) -> bytes:
+        return self.wire.for_origin(event, line) if event.origin is self else b""
 
     def hear(self, event: Event) -> None:
         if event.kind == KILLED:
@@ -10684,35 +10488,28 @@ class LineSession(LocalSession):
             self.here.member(self.user)
         return self.here
 
-    def take_name(self, wanted: str) -> None:
-        """Take a line as the user's name: the first one, or one after a refusal."""
-        if not self.passed:
-            raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
-        self.wanted_name = clean_name(wanted)
-        self.act(
-            *("enter", wanted, "line", "", self.conn.address, "", "", "", False),
-            *(secrets.randbits(32), (), ""),
-            then=lambda _: self.entered(wanted),
-            otherwise=self.kept_out,
-        )
-
     def kept_out(self, refusal: Refused) -> None:
         if refusal.code == "BANNED_FROM_SERVER":
             self.end(str(refusal), intended=False)
         else:
             self.refuse(refusal)
 
-    def entered(self, wanted: str) -> None:
+    @in_steps
+    def take_name(self, wanted: str) -> Steps:
+        """Take a line as the user's name: the first one, or one after a refusal."""
+        if not self.passed:
+            raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
+        self.wanted_name = clean_name(wanted)
+        values = (wanted, "line", "", self.conn.address, "", "", "", False)
+        values += (secrets.randbits(32), (), "")
+        yield do(self.act, "enter", *values, otherwise=self.kept_out)
         self.conn.named()
         name = self.user.name
         if name != wanted:
             self.tell(f"you are {name}: {why_renamed(self.site.hub, wanted, name)}")
         elif self.greeted:
             self.tell(f"you are {name}{self.who_is_here()}; /help")
-        self.act("join", LOBBY, "", then=self.speak_in)
-
-    def speak_in(self, channel: Channel) -> None:
-        self.here = channel
+        self.here = yield do(self.act, "join", LOBBY, "")
 
     def change_channel(self) -> None:
         """If the user left the channel spoken in, speak in the lobby, else in another channel."""
@@ -10745,16 +10542,10 @@ class LineSession(LocalSession):
             self.say(message)
 
 
-@in_steps
-def change_modes_or_refuse(
-    session: LineSession, channel: Channel, changes: list, done: Callable = do_nothing
-) -> Steps:
-    """Change modes, and call done(); or tell the first refusal."""
-    values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
-    if refusals := (yield do(session.act, "set_modes", *values)):
-        session.refuse(refusals[0])
-    else:
-        done()
+def change_all_modes(session: LineSession, channel: Channel, changes: list) -> Steps:
+    """Change modes. Raises the first Refused of several."""
+    if refusals := (yield from change_modes(session, channel, changes)):
+        raise refusals[0]
 
 
 def named_channel(session: LineSession, name: str) -> Channel:
@@ -10903,13 +10694,11 @@ def line_nick(session: LineSession, wanted: str) -> Steps:
 
 
 @line_command("away", most=1)
-def line_away(session: LineSession, reason: str = "") -> None:
+@in_steps
+def line_away(session: LineSession, reason: str = "") -> Steps:
     """/away [REASON] -- say that you are not here, or without a reason that you are back"""
-
-    def told(_: None) -> None:
-        session.tell(f"you went away: {session.user.away}" if reason else "you came back")
-
-    session.act("set_away", reason, then=told)
+    yield do(session.act, "set_away", reason)
+    session.tell(f"you went away: {session.user.away}" if reason else "you came back")
 
 
 @line_command("invite", 1, 2)
@@ -10927,7 +10716,8 @@ def line_kick(session: LineSession, name: str, reason: str = "") -> None:
 
 
 @line_command("mode", most=1)
-def line_mode(session: LineSession, text: str = "") -> None:
+@in_steps
+def line_mode(session: LineSession, text: str = "") -> Steps:
     """/mode [MODES] -- see or change the channel you speak in: /mode +m-t, /mode +o NAME"""
     channel = session.current_channel()
     if not text:
@@ -10935,40 +10725,38 @@ def line_mode(session: LineSession, text: str = "") -> None:
         session.tell(f"the modes of {channel.name}: {channel.modes_text(session)} ({known})")
         return
     letters, *values = text.split()
-    change_modes_or_refuse(session, channel, parse_modes(letters, values))
+    yield from change_all_modes(session, channel, parse_modes(letters, values))
 
 
 @line_command("ban", most=1)
-def line_ban(session: LineSession, whom: str = "") -> None:
+@in_steps
+def line_ban(session: LineSession, whom: str = "") -> Steps:
     """/ban [NAME|MASK] -- keep a user out of the channel you speak in, and put them out"""
     channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     if not whom:
         masks = ", ".join(mask.text for mask in channel.lists["b"].values())
         return session.tell(f"banned from {channel.name}: {masks or 'no user'}")
     mask = ban_mask(user) if user else full_mask(whom)
-
-    def banned() -> None:
-        session.postponed.append(kick_banned(session, channel, Mask(mask)))
-
-    return change_modes_or_refuse(session, channel, [ModeChange(True, "b", mask)], banned)
+    yield from change_all_modes(session, channel, [ModeChange(True, "b", mask)])
+    session.postponed.append(kick_banned(session, channel, Mask(mask)))
 
 
 @line_command("unban", 1)
-def line_unban(session: LineSession, whom: str) -> None:
+@in_steps
+def line_unban(session: LineSession, whom: str) -> Steps:
     """/unban NAME|MASK -- let them in again"""
     channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     keys = {fold(whom), fold(full_mask(whom)), fold(ban_mask(user)) if user else ""}
     found = [channel.lists["b"][key].text for key in keys & channel.lists["b"].keys()]
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
-    change_modes_or_refuse(session, channel, [ModeChange(False, "b", mask) for mask in found])
+    yield from change_all_modes(session, channel, [ModeChange(False, "b", mask) for mask in found])
 
 
 def logged_in_line(session: LineSession, account: str, proof: str) -> Steps:
     """Log the session in to the account that it registered, and tell that."""
     yield do(session.act, "log_in", account, proof, False)
-    if session.user:  # else a K-line of the account has ended the session
-        session.tell(f"{account} is yours; /login PASSWORD next time")
+    session.tell(f"{account} is yours; /login PASSWORD next time")
 
 
 @line_command("register", 1, 2, exact=True)
@@ -10998,9 +10786,9 @@ def line_login(session: LineSession, *words: str) -> Steps:
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
     before, name_before = session.user, session.user.name
     yield from identify(session, name, password, True)
-    if session.user and session.user.name != name_before:
+    if session.user.name != name_before:
         session.tell(f"you are {session.user.name}")
-    if session.user not in (before, None):
+    if session.user is not before:
         session.change_channel()
 
 
@@ -11047,15 +10835,16 @@ def line_stats(session: LineSession, letter: str) -> None:
 
 
 def tell_past(
-    session: LineSession, events: Iterable[Event], prefix: str, check: Callable, end: str
+    session: LineSession, channel: Channel | None, events: list[Event], prefix: str, end: str
 ) -> Iterator[None]:
-    """Tell events of the past and then the end, for as long as check() does not refuse it."""
-    check()
+    """Tell events of the past and then the end; those of a channel only while the user is in it."""
+    check_inside = channel.member if channel else do_nothing
+    check_inside(session.user)
     for n, event in enumerate(events):
         session.site.hub.work += WORK_OF_THE_PAST
         if n % PLAYED_AT_ONCE == PLAYED_AT_ONCE - 1:
             yield
-            check()
+            check_inside(session.user)
         for text in line_texts(event, prefix):
             session.tell(f"{time_text(event.time)} {text}")
     session.tell(end)
@@ -11078,14 +10867,10 @@ def line_history(session: LineSession, *params: str) -> Steps:
         channel.member(session.user)
         audience = channel.audience
     span = Span(scope_of(hub, session.user, audience))
-    events = yield do(session.read, functools.partial(session.site.store.history.page, span, count))
-
-    def check() -> None:
-        if channel:
-            channel.member(session.user)  # or not any more
+    events = yield do(session.read, session.site.store.history.page, span, count)
 
     end = f"that was {counted(len(events), 'message')}"
-    session.go_on_with(tell_past(session, events, line_prefix(audience), check, end))
+    session.go_on_with(tell_past(session, channel, events, line_prefix(audience), end))
 
 
 @line_command("search", 1)
@@ -11094,15 +10879,11 @@ def line_search(session: LineSession, words: str) -> Steps:
     """/search WORDS -- what was said with them in the channel you speak in"""
     channel = session.current_channel()
     scope = scope_of(session.site.hub, session.user, channel.audience)
-    search = functools.partial(session.site.store.search_index.search, [scope], words, Span(scope))
-    found = yield do(session.read, functools.partial(search, HISTORY_LINES))
+    search = session.site.store.search_index.search
+    found = yield do(session.read, search, [scope], words, Span(scope), HISTORY_LINES)
     events, prefix = [event for _, event in found], line_prefix(channel)
     end = f"found {counted(len(found), 'message')} with {words}"
-
-    def check() -> None:
-        channel.member(session.user)  # or not any more
-
-    session.go_on_with(tell_past(session, events, prefix, check, end))
+    session.go_on_with(tell_past(session, channel, events, prefix, end))
 
 
 @line_command("lines", 1, nameless=True)
@@ -11161,8 +10942,7 @@ class Request(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The decoded path; "" if the target has none. The target may be a whole URL, as for a
-        proxy."""
+        """The decoded path; "" if there is none. The target may be a whole URL, as for a proxy."""
         import urllib.parse
 
         with contextlib.suppress(ValueError):
@@ -11174,8 +10954,7 @@ class Request(NamedTuple):
 
     @property
     def host(self) -> str:
-        """The host and port that the request is for: of the target if that is a whole URL, else of
-        Host."""
+        """The host and port of the request: of its target if that is a whole URL, else of Host."""
         match = re.match(r"[a-z]+://([^/?#]*)", self.target, re.IGNORECASE)
         return match[1] if match else self.header("host")
 
@@ -11245,7 +11024,6 @@ class HttpReader:
         self.trailers = TRAILER_BYTES  # that may still come
         self.failed = False
         self.step: Callable[[], Any] = self._head
-        self.ended = False
 
     @property
     def buffer(self) -> bytes:
@@ -11277,10 +11055,6 @@ class HttpReader:
     def clear(self) -> None:
         self.data, self.start = b"", 0
 
-    def finish(self) -> None:
-        """Note the end of input: an incomplete request is dropped."""
-        self.ended = True
-
     def take(self) -> Request | BadRequest | bytes | None:
         try:
             return self.step()
@@ -11290,8 +11064,7 @@ class HttpReader:
             return error
 
     def _line(self, most: int) -> bytes | None:
-        """Take a line of at most `most` bytes, which ends with CRLF; None if it is incomplete.
-        Raises BadRequest."""
+        """Take a line of at most `most` bytes and CRLF; None if incomplete. Raises BadRequest."""
         end = self.data.find(b"\n", self.start, self.start + most + 2)
         if end < 0:
             if len(self.data) - self.start > most + 1:
@@ -11407,8 +11180,7 @@ ACCEPTS_GZIP = re.compile(r"gzip(?!.*;\s*q=0(\.0*)?\s*$).*")  # RFC 9110 section
 
 
 class Document:
-    """A document that the server keeps in memory. In its policy, {host} stands for the host and
-    port of the request."""
+    """A document in the server's memory. In its policy, {host} stands for that of the request."""
 
     def __init__(self, text: str, type: str, policy: str = "default-src 'none'"):
         self.type, self.policy = type, policy
@@ -11425,12 +11197,6 @@ WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0, 1, 2, 8, 9, 10
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 SUBPROTOCOLS = {"text.ircv3.net": TEXT_FRAME, "binary.ircv3.net": BINARY_FRAME}
-
-
-def websocket_accept(key: str) -> str:
-    """Return the Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
-    digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
-    return base64.b64encode(digest).decode()
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
@@ -11486,7 +11252,7 @@ class FrameReader:
         self.opcode = 0  # ... and its kind; 0 if there is none
         self.decoder: Any = None  # of its text
         self.out = b""
-        self.closed = self.ended = self.fruitless = False
+        self.closed = self.fruitless = False
 
     @property
     def pending(self) -> bool:
@@ -11500,9 +11266,6 @@ class FrameReader:
     def clear(self) -> None:
         self.buffer.clear()
         self.lines.clear()
-
-    def finish(self) -> None:
-        self.ended = True
 
     def take(self) -> bytes | None:
         """Return the next line; None if there is none yet. One call looks at a few frames only, so
@@ -11601,8 +11364,7 @@ class FrameReader:
 
 
 class FrameWriter:
-    """Lines of IRC in, frames out, one for each line. The same bytes for a whole channel are framed
-    once."""
+    """Lines of IRC in, frames out, one a line. Bytes that go to a whole channel are framed once."""
 
     def __init__(self, opcode: int):
         self.opcode = opcode
@@ -11610,14 +11372,12 @@ class FrameWriter:
 
     def __call__(self, data: bytes) -> bytes:
         if data is not self.last:
-            self.last, lines = data, data.removesuffix(b"\r\n").split(b"\r\n")
-            self.framed = b"".join(frame(self.opcode, self._payload(line)) for line in lines)
+            self.last = data
+            if self.opcode == TEXT_FRAME and not data.isascii():
+                data = data.decode(errors="replace").encode()
+            lines = data.removesuffix(b"\r\n").split(b"\r\n")
+            self.framed = b"".join(frame(self.opcode, line) for line in lines)
         return self.framed
-
-    def _payload(self, line: bytes) -> bytes:
-        if self.opcode == BINARY_FRAME or line.isascii():
-            return line
-        return line.decode(errors="replace").encode()
 
 
 # Answering requests
@@ -11696,13 +11456,14 @@ def on_request(method: str, *paths: str) -> Callable:
 CORS = (
     "Access-Control-Allow-Origin: *",
     "Access-Control-Expose-Headers: Location, ETag, Content-Range, Content-Disposition, "
-    "Upload-Offset, Upload-Length, Upload-Expires, Tus-Resumable, Tus-Version, Tus-Extension, "
-    "Tus-Max-Size",
+    "Upload-Offset, Upload-Length, Upload-Metadata, Upload-Expires, Tus-Resumable, Tus-Version, "
+    "Tus-Extension, Tus-Max-Size",
 )
 CHALLENGE = ('WWW-Authenticate: Basic realm="chat", charset="UTF-8"', "WWW-Authenticate: Bearer")
 REFUSAL_STATUSES = {  # Refused.code -> status
     "SASL_FAILED": 401,
     "BANNED_FROM_SERVER": 403,
+    "NOT_YOURS": 403,
     "TRY_LATER": 429,
     "BAD_HEADER": 400,
     "NO_FILE": 404,
@@ -11740,8 +11501,7 @@ class WebSession(LocalSession):
 
     __slots__ = (
         *("at_end", "body_left", "closing", "credentials", "on_this_machine", "owner", "proof"),
-        "reading",
-        *("request", "sender", "take_body", "upload"),
+        *("reading", "request", "sender", "take_body", "upload"),
     )
     takes_lines = False
 
@@ -11779,14 +11539,19 @@ class WebSession(LocalSession):
         expected = request.header("expect").lower()
         if not self._find_client(request):
             return self.respond(400, "X-Forwarded-For ends with the address of the client")
+        if request.host and not host:
+            return self.respond(400, "Host is a name or an address, and perhaps a port")
         if request.minor and not host_allowed(self.site.web, host):
             return self.respond(421, "this server has another name; --web-origin adds one")
         if expected not in ("", "100-continue"):
             return self.respond(417, "Expect is 100-continue, or nothing")
+        every = {"HEAD", "OPTIONS"}.union(*WEB_ROUTES.values())
+        if request.method not in every:
+            return self.respond(501, f"this server has no {request.method}")
         if (request.method, request.target) == ("OPTIONS", "*"):  # what the server can do
-            every = {method for route in WEB_ROUTES.values() for method in route}
             return self.respond(204, "", allow_header(every))
-        methods = self._methods(request.path)
+        path = request.path
+        methods = WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
         if handler:
             return handler(self, request)
@@ -11821,10 +11586,6 @@ class WebSession(LocalSession):
             self.address = conn.address
         return True
 
-    @staticmethod
-    def _methods(path: str) -> dict[str, Callable]:
-        return WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
-
     def respond(self, status: int, body: str | bytes = "", *headers: str) -> None:
         """Send a whole answer. Close the connection if a long body is still to come unread."""
         request = self.request
@@ -11849,6 +11610,8 @@ class WebSession(LocalSession):
             lines.append("Connection: close")
         elif self.request and self.request.minor == 0:
             lines.append("Connection: keep-alive")
+        if self.request and is_tus(self.request):
+            lines.append("Tus-Resumable: 1.0.0")
         self.send("\r\n".join([*lines, "", ""]).encode())
 
     def cors(self) -> tuple[str, ...]:
@@ -11864,20 +11627,13 @@ class WebSession(LocalSession):
         """Return whether the client may read /health and /metrics: one on this machine, or all."""
         return self.site.web.open_metrics or self.on_this_machine
 
-    # What chat wants of a session
-
-    def notice(self, text: str) -> None:
-        """Send nothing: a web client gets only answers."""
-
     def refuse(self, refusal: Refused) -> None:
         """Answer with the status of a refusal, and end the upload or download that was going on."""
         end, self.at_end = self.at_end, do_nothing
         end()
         status = REFUSAL_STATUSES.get(refusal.code, 503)
-        self.respond(status, str(refusal), *(CHALLENGE if status == 401 else ()), *self.cors())
-
-    def not_kept(self, events: list[Event], reason: str) -> None:
-        """Do nothing: a web client sends no messages."""
+        challenge = CHALLENGE if status == 401 else ()
+        self.respond(status, str(refusal), *challenge, *self.cors())
 
     def ended(self) -> None:
         end, self.at_end = self.at_end, do_nothing
@@ -11885,11 +11641,15 @@ class WebSession(LocalSession):
         super().ended()
 
 
+WEBSOCKET_OFFER = "Upgrade: websocket", "Connection: Upgrade"  # RFC 9110 sections 7.8, 15.5.22
+
+
 def open_websocket(session: WebSession, request: Request) -> None:
     """Answer a WebSocket handshake (RFC 6455 section 4.2). An IRC session takes over then."""
     key = request.header("sec-websocket-key")
     if request.header("sec-websocket-version") != "13":
-        return session.respond(426, "the version is 13", "Sec-WebSocket-Version: 13")
+        version = "Sec-WebSocket-Version: 13"
+        return session.respond(426, "the version is 13", *WEBSOCKET_OFFER, version)
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) or request.method != "GET":
         return session.respond(400, "a handshake is a GET with a key of 16 bytes")
     if not request.minor or request.length != 0:
@@ -11899,8 +11659,9 @@ def open_websocket(session: WebSession, request: Request) -> None:
     if not origin_allowed(session.site.web, request.header("origin"), request.header("host")):
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
-    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
-    lines.append(f"Sec-WebSocket-Accept: {websocket_accept(key)}")
+    lines = ["HTTP/1.1 101 Switching Protocols", *WEBSOCKET_OFFER]
+    digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
+    lines.append(f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}")
     lines += [f"Sec-WebSocket-Protocol: {name}" for name in offered[:1]]
     opcode = SUBPROTOCOLS[offered[0]] if offered else TEXT_FRAME
     return session.conn.upgrade("\r\n".join([*lines, "", ""]).encode(), opcode)
@@ -11932,7 +11693,7 @@ def web_root(session: WebSession, request: Request) -> None:
     if "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection"):
         return open_websocket(session, request)
     if request.path == "/irc":
-        return session.respond(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
+        return session.respond(426, "this is a WebSocket that speaks IRC", *WEBSOCKET_OFFER)
     return web_document(session, request)
 
 
@@ -12026,8 +11787,7 @@ def webp_size(head: bytes) -> tuple[int, int]:
 
 
 def picture_size(kind: str, head: bytes) -> tuple[int, int]:
-    """Return width and height of a picture, by its first bytes; 0 and 0 if they do not tell, or
-    tell what no program could show."""
+    """Return a picture's width and height, by its first bytes; 0, 0 without a possible size."""
     width = height = 0
     if kind == "image/png" and head[12:16] == b"IHDR" and len(head) >= 24:
         width, height = struct.unpack_from(">II", head, 16)
@@ -12085,47 +11845,32 @@ def disposition(file: StoredFile) -> str:
 # Files: who may upload
 
 
-@in_steps
-def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
-    """Call then(identity) with the account's identity if the password is right. Raises Refused."""
-    account, proof = yield from prove(session, name, password)
-    session.proof = account, proof
-    then(session.site.hub.accounts.identity(account))
-
-
-def authorize(session: WebSession, then: Callable[[str], None]) -> None:
-    """Call then(identity) for the credentials of a request: an account's password (Basic) or a
-    token (Bearer). A right password is remembered for the connection. A K-line of the account or
-    of the address holds here, too. Raises Refused."""
-    given, hub = session.request.header("authorization"), session.site.hub
-
-    def check_ban(owner: str) -> None:
-        account = owner[1:].rpartition("/")[0]  # of an identity; a guest has none
-        check_server_ban(hub, source_of(account or "*", f"{session.sender.host}:0", "*", account))
-        then(owner)
-
-    if given and given == session.credentials and hub.accounts.is_proof(*session.proof):
-        return check_ban(session.owner)
+def authorize(session: WebSession) -> Steps:
+    """Return the identity of the user whose credentials a request has: an account's password
+    (Basic) or a token (Bearer). A right password is remembered for the connection. A K-line of the
+    account or of the address holds here, too. Raises Refused."""
+    given, hub, owner = session.request.header("authorization"), session.site.hub, ""
     scheme, _, value = given.partition(" ")
-
-    def proved(owner: str) -> None:
-        session.credentials, session.owner = given, owner
-        check_ban(owner)
-
-    if scheme.lower() == "bearer":
-        if owner := session.site.grants.owner(value.strip(), hub.ticks):
-            return check_ban(owner)
+    if given and given == session.credentials and hub.accounts.is_proof(*session.proof):
+        owner = session.owner
+    elif scheme.lower() == "bearer":
+        owner = session.site.grants.owner(value.strip(), hub.ticks)
     elif scheme.lower() == "basic":
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # of other bytes than base64 of UTF-8
             name, _, password = base64.b64decode(value, validate=True).decode().partition(":")
-            return prove_owner(session, name, password, proved)
-    text = "log in with your account, or with a token of TOKEN GENERATE FILEHOST"
-    raise Refused("SASL_FAILED", text)
+            account, proof = yield from prove(session, name, password)
+            owner = hub.accounts.identity(account)
+            session.credentials, session.owner, session.proof = given, owner, (account, proof)
+    if not owner:
+        text = "log in with your account, or with a token of TOKEN GENERATE FILEHOST"
+        raise Refused("SASL_FAILED", text)
+    account = owner[1:].rpartition("/")[0]  # of an identity; a guest has none
+    check_server_ban(hub, source_of(account or "*", f"{session.sender.host}:0", "*", account))
+    return owner
 
 
 # Files: up (https://tus.io/protocols/resumable-upload, 1.0.0)
 
-TUS = "Tus-Resumable: 1.0.0"
 CORS_ASKED = (
     "Access-Control-Allow-Methods: GET, HEAD, POST, PATCH, DELETE, OPTIONS",
     "Access-Control-Allow-Headers: Authorization, Content-Type, Content-Disposition, "
@@ -12138,9 +11883,8 @@ NO_SUCH_FILE = "there is no such file, or not any more"
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
-    """Answer a request about a file, with the headers for other sites' pages and for tus."""
-    tus = (TUS,) if is_tus(session.request) else ()
-    session.respond(status, body, *headers, *session.cors(), *tus)
+    """Answer a request about a file, with the headers for other sites' pages."""
+    session.respond(status, body, *headers, *session.cors())
 
 
 def is_elsewhere(session: WebSession, request: Request) -> bool:
@@ -12246,7 +11990,9 @@ def tell_progress(session: WebSession, id: str, at: int) -> None:
     if session.request.method == "PATCH":
         return answer_file(session, 204, "", *headers)
     if session.request.method == "HEAD":
-        known = (f"Upload-Length: {file.size}", "Cache-Control: no-store")
+        name = base64.b64encode(file.name.encode()).decode()
+        known = (f"Upload-Length: {file.size}", f"Upload-Metadata: filename {name}")
+        known = (*known, "Cache-Control: no-store")
         return answer_file(session, 200, "", *headers, *known)
     return answer_file(session, 201, "", f"Location: {link_of(session, id)}", *headers)
 
@@ -12259,13 +12005,11 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     site.uploading.pop(id, None)
     files.finishing.add(id)
 
-    def completed(_: None) -> None:
-        tell_progress(session, id, upload.at)
-
     def finished(result: Any, is_there: bool) -> None:
         files.finishing.discard(id)
         if not isinstance(result, Exception):
-            return site.act("finish_file", id, *result, then=completed if is_there else do_nothing)
+            tell = (lambda _: tell_progress(session, id, upload.at)) if is_there else do_nothing
+            return site.act("finish_file", id, *result, then=tell)
         if not upload.resumable:
             site.act("remove_file", id)
         if not isinstance(result, Refused):
@@ -12290,9 +12034,10 @@ def end_pieces(session: WebSession) -> None:
     finish_upload(session, upload)
 
 
-def take_piece(session: WebSession, piece: bytes) -> None:
+@in_steps
+def take_piece(session: WebSession, piece: bytes) -> Steps:
     """Write a piece of the body to disk. The next piece waits for that."""
-    upload, folder = session.upload, session.site.folder
+    upload = session.upload
     if piece == END_OF_BODY:
         session.take_body = do_nothing
         return end_pieces(session)
@@ -12303,12 +12048,9 @@ def take_piece(session: WebSession, piece: bytes) -> None:
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
     file = session.site.hub.files.get(upload.id)
-    job = functools.partial(folder.append, upload.handle, piece)
-    write = functools.partial(session.later, FILE_LANE, job, do_nothing)
     if upload.total is None and file and upload.at > file.size:
-        size = min(most, 2 * upload.at)
-        return session.act("resize_file", upload.id, size, then=lambda _: write())
-    return write()
+        yield do(session.act, "resize_file", upload.id, min(most, 2 * upload.at))
+    yield do(session.later, FILE_LANE, session.site.folder.append, upload.handle, piece)
 
 
 def take_pieces(session: WebSession) -> None:
@@ -12319,9 +12061,15 @@ def take_pieces(session: WebSession) -> None:
         session.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def open_upload(session: WebSession, request: Request, id: str, size: int, _: None) -> None:
-    """Take the body of the request that began a file."""
-    tus = is_tus(request)
+def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> Steps:
+    """Register a new file for an authorized client, and take the body."""
+    id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
+    if tus := is_tus(request):
+        known = tus_metadata(request.header("upload-metadata"))
+        name = known.get("filename", "") or known.get("name", "")
+    address, node = session.conn.limit_key, session.site.node
+    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
+    yield do(session.act, "begin_file", *values)
     session.site.uploading[id] = session
     total = size if tus or request.length is not None else None
     upload = session.upload = Upload(id, total, resumable=tus)
@@ -12331,30 +12079,13 @@ def open_upload(session: WebSession, request: Request, id: str, size: int, _: No
     if tus and has_body and piece_type != PIECE_TYPE:
         drop_upload(session, keep=False)
         return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
-
-    def opened(handle: Any) -> None:
-        upload.handle = handle
-        if has_body:
-            return take_pieces(session)
-        return end_pieces(session)
-
-    session.later(FILE_LANE, functools.partial(session.site.folder.begin, id), opened)
-
-
-def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
-    """Register a new file for an authorized client, and take the body."""
-    id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
-    if is_tus(request):
-        known = tus_metadata(request.header("upload-metadata"))
-        name = known.get("filename", "") or known.get("name", "")
-    address, node = session.conn.limit_key, session.site.node
-    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
-    then = functools.partial(open_upload, session, request, id, size)
-    session.act("begin_file", *values, then=then)
+    upload.handle = yield do(session.later, FILE_LANE, session.site.folder.begin, id)
+    return take_pieces(session) if has_body else end_pieces(session)
 
 
 @on_files("POST", "/files")
-def create_file(session: WebSession, request: Request) -> None:
+@in_steps
+def create_file(session: WebSession, request: Request) -> Steps:
     """POST /files -- upload a file, or with Tus-Resumable begin to: 201 with its Location"""
     most = session.site.hub.files.most
     size = request.length
@@ -12367,21 +12098,19 @@ def create_file(session: WebSession, request: Request) -> None:
         size = min(most, CHUNKS_RESERVED)
     if size > most:
         return answer_file(session, 413, f"a file has at most {most:,} bytes")
-    authorize(session, functools.partial(begin_upload, session, request, size))
+    owner = yield from authorize(session)
+    yield from begin_upload(session, request, size, owner)
 
 
-def own_file(session: WebSession, request: Request, then: Callable[[StoredFile], None]) -> None:
-    """Call then(file) if the file of a request belongs to the user who asks. Raises Refused."""
-
-    def check(owner: str) -> None:
-        file = session.site.hub.files.get(request.path.removeprefix("/files/"))
-        if file is None:
-            return answer_file(session, 404, NO_SUCH_FILE)
-        if not session.site.hub.same_person(file.owner, owner):
-            return answer_file(session, 403, "this is another user's file")
-        return then(file)
-
-    authorize(session, check)
+def own_file(session: WebSession, request: Request) -> Steps:
+    """Return the file of a request, which must belong to the user who asks. Raises Refused."""
+    owner = yield from authorize(session)
+    file = session.site.hub.files.get(request.path.removeprefix("/files/"))
+    if file is None:
+        raise Refused("NO_FILE", NO_SUCH_FILE)
+    if not session.site.hub.same_person(file.owner, owner):
+        raise Refused("NOT_YOURS", "this is another user's file")
+    return file
 
 
 def end_older(session: WebSession, id: str) -> None:
@@ -12391,80 +12120,60 @@ def end_older(session: WebSession, id: str) -> None:
 
 
 @on_files("PATCH", "/files/*")
-def continue_file(session: WebSession, request: Request) -> None:
+@in_steps
+def continue_file(session: WebSession, request: Request) -> Steps:
     """PATCH /files/ID -- the next bytes of an upload, from Upload-Offset on (tus)"""
     if request.header("content-type").partition(";")[0].strip().lower() != PIECE_TYPE:
         return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
     if not re.fullmatch(r"[0-9]{1,18}", request.header("upload-offset")):
         return answer_file(session, 400, "Upload-Offset is where the piece begins")
-    offset = int(request.header("upload-offset"))
-
-    def begin(file: StoredFile) -> None:
-        site = session.site
-        if file.sha:
-            return answer_file(session, 403, "this file is complete")
-        if file.id in site.hub.files.finishing:
-            return answer_file(session, 423, "this file is just being completed")
-        end_older(session, file.id)
-        upload = session.upload = Upload(file.id, file.size, resumable=True)
-        session.at_end = functools.partial(drop_upload, session, keep=True)
-        site.uploading[file.id] = session
-        job = functools.partial(site.folder.reopen, file.id)
-        return session.later(FILE_LANE, job, functools.partial(opened, upload))
-
-    def opened(upload: Upload, found: tuple[Any, int]) -> None:
-        upload.handle, upload.at = found
-        if upload.at != offset:
-            at = upload.at
-            drop_upload(session, keep=True)
-            return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
-        if offset + (request.length or 0) > upload.total:
-            drop_upload(session, keep=True)
-            return answer_file(session, 413, f"the file has {upload.total:,} bytes")
-        if request.length == 0:
-            return end_pieces(session)
-        return take_pieces(session)
-
-    return own_file(session, request, begin)
+    offset, site = int(request.header("upload-offset")), session.site
+    file = yield from own_file(session, request)
+    if file.sha:
+        return answer_file(session, 403, "this file is complete")
+    if file.id in site.hub.files.finishing:
+        return answer_file(session, 423, "this file is just being completed")
+    end_older(session, file.id)
+    upload = session.upload = Upload(file.id, file.size, resumable=True)
+    session.at_end = functools.partial(drop_upload, session, keep=True)
+    site.uploading[file.id] = session
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, site.folder.reopen, file.id)
+    if (at := upload.at) != offset:
+        drop_upload(session, keep=True)
+        return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
+    if offset + (request.length or 0) > upload.total:
+        drop_upload(session, keep=True)
+        return answer_file(session, 413, f"the file has {upload.total:,} bytes")
+    return end_pieces(session) if request.length == 0 else take_pieces(session)
 
 
 @on_files("DELETE", "/files/*")
-def delete_file(session: WebSession, request: Request) -> None:
+@in_steps
+def delete_file(session: WebSession, request: Request) -> Steps:
     """DELETE /files/ID -- remove a file of your own, complete or not"""
-
-    def remove(file: StoredFile) -> None:
-        if file.id in session.site.hub.files.finishing:
-            return answer_file(session, 423, "this file is just being completed")
-        end_older(session, file.id)
-        session.act("remove_file", file.id, then=lambda _: answer_file(session, 204))
-
-    own_file(session, request, remove)
+    file = yield from own_file(session, request)
+    if file.id in session.site.hub.files.finishing:
+        return answer_file(session, 423, "this file is just being completed")
+    end_older(session, file.id)
+    yield do(session.act, "remove_file", file.id)
+    answer_file(session, 204)
 
 
-def tell_offset(session: WebSession, request: Request) -> None:
+@in_steps
+def tell_offset(session: WebSession, request: Request) -> Steps:
     """Answer HEAD with Tus-Resumable: how many bytes of an upload there are."""
-
-    def look(file: StoredFile) -> None:
-        if file.sha or file.id in session.site.hub.files.finishing:
-            return tell_progress(session, file.id, file.size)
-        job = functools.partial(session.site.folder.size, file.id)
-        return session.later(FILE_LANE, job, functools.partial(tell, file))
-
-    def tell(file: StoredFile, at: int) -> None:
-        files = session.site.hub.files
-        known = files.get(file.id)  # meanwhile it may have been completed, or removed
-        if at < file.size or known is None or known.sha or file.id in files.finishing:
-            return tell_progress(session, file.id, at)
-        end_older(session, file.id)
-        upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
-        job = functools.partial(session.site.folder.reopen, file.id)
-        return session.later(FILE_LANE, job, functools.partial(complete, upload))
-
-    def complete(upload: Upload, found: tuple[Any, int]) -> None:
-        upload.handle, upload.at = found
-        finish_upload(session, upload)
-
-    own_file(session, request, look)
+    files, folder = session.site.hub.files, session.site.folder
+    file = yield from own_file(session, request)
+    if file.sha or file.id in files.finishing:
+        return tell_progress(session, file.id, file.size)
+    at = yield do(session.later, FILE_LANE, folder.size, file.id)
+    known = files.get(file.id)  # meanwhile it may have been completed, or removed
+    if at < file.size or known is None or known.sha or file.id in files.finishing:
+        return tell_progress(session, file.id, at)
+    end_older(session, file.id)
+    upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, folder.reopen, file.id)
+    finish_upload(session, upload)
 
 
 # Files: down
@@ -12508,8 +12217,8 @@ def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
     hub, most = session.site.hub, FILE_PIECE_BYTES
     while at < end:
         size, asked = min(most, end - at), hub.ticks
-        read = functools.partial(session.site.folder.read, session.reading, at, size)
-        session.later(READ_LANE, read, functools.partial(send_piece, session))
+        then, read = functools.partial(send_piece, session), session.site.folder.read
+        session.later(READ_LANE, read, session.reading, at, size, then=then)
         yield
         at += size
         fast = hub.ticks - asked < FAST_PIECE_MS
@@ -12517,22 +12226,9 @@ def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
     stop_sending(session)
 
 
-def begin_sending(
-    session: WebSession, status: int, headers: list[str], first: int, end: int, handle: Any
-) -> None:
-    """Send the head of an answer with a file; the content follows in pieces."""
-    if handle is None:
-        return answer_file(session, 404, NO_SUCH_FILE)
-    session.send_head(status, *headers)
-    session.reading = handle
-    session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
-    if session.request.method == "HEAD" or first == end:
-        return stop_sending(session)
-    session.unfinished = pieces_of_file(session, first, end)
-
-
 @on_files("GET", "/files/*")
-def send_file(session: WebSession, request: Request) -> None:
+@in_steps
+def send_file(session: WebSession, request: Request) -> Steps:
     """GET /files/ID -- a file, or a range of it"""
     if request.method == "HEAD" and is_tus(request):
         return tell_offset(session, request)
@@ -12558,11 +12254,16 @@ def send_file(session: WebSession, request: Request) -> None:
     is_video = file.type.startswith("video/")
     allowed = "; media-src 'self'; style-src 'unsafe-inline'" if is_video else ""
     policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
-    headers += [policy, *session.cors()]
-    headers += [f"Content-Length: {end - first}"]
-    job = functools.partial(session.site.folder.open, file.sha)
-    opened = functools.partial(begin_sending, session, 206 if part else 200, headers, first, end)
-    return session.later(READ_LANE, job, opened)
+    headers += [policy, *session.cors(), f"Content-Length: {end - first}"]
+    open_file = session.site.folder.open
+    handle = session.reading = yield do(session.later, READ_LANE, open_file, file.sha)
+    if handle is None:
+        return answer_file(session, 404, NO_SUCH_FILE)
+    session.send_head(206 if part else 200, *headers)
+    session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
+    if request.method == "HEAD" or first == end:
+        return stop_sending(session)
+    session.unfinished = pieces_of_file(session, first, end)  # the content
 
 
 # ======================================================================================
@@ -12726,16 +12427,26 @@ CLIENT_ALIASES = {
 }
 
 
+def is_channel(name: str) -> bool:
+    """Return whether a name looks like a channel's, for code that has no server to ask."""
+    return name[:1] in ("#", "&", "+", "!")
+
+
 def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[str]) -> list[str]:
     """Return the completions of a word: commands, channels or names. At the start of a line
     (`first`), commands are completed, and a colon follows a name. Names keep the order given."""
     if word[:1] == "/" and first:
         verbs = (*client_command, *CLIENT_ALIASES)
         return sorted(f"/{verb} " for verb in verbs if len(verb) > 1 and verb.startswith(word[1:]))
-    if word[:1] in ("#", "&", "+", "!"):
+    if is_channel(word):
         return [f"{room} " for room in rooms if fold(room).startswith(fold(word))]
     end = ": " if first else " "
     return [name + end for name in names if fold(name).startswith(fold(word))]
+
+
+def optional(*words: str) -> list[str]:
+    """Return those words that are not empty."""
+    return [word for word in words if word]
 
 
 def calls(text: str, name: str) -> bool:
@@ -12753,11 +12464,6 @@ def beginning(text: str) -> str:
 def is_quit(text: str) -> bool:
     """Return whether a text is the command /quit, after which the client does not reconnect."""
     return text.lower().split()[:1] == ["/quit"]
-
-
-def is_channel(name: str) -> bool:
-    """Return whether a name looks like a channel's, for code that has no server to ask."""
-    return name[:1] in ("#", "&", "+", "!")
 
 
 CASE_MAPPINGS = {  # names of 005's CASEMAPPING -> capitals and their small letters
@@ -12784,10 +12490,10 @@ class ServerProfile:
         self.enabled: set[str] = set()
         self.requested: set[str] = set()  # after the registration; no answer yet
         self.told = False  # 004 has come, and 005 if there is one
-        kept = ("CASEMAPPING", "CHANTYPES") if before else ()
-        self.tokens = {
-            name: before.tokens[name] for name in kept if name in before.tokens
-        }  # of 005
+        self.isupport: dict[str, str] = {}  # facts of 005, and until then some of `before`
+        for name in ("CASEMAPPING", "CHANTYPES"):
+            if before and name in before.isupport:
+                self.isupport[name] = before.isupport[name]
 
     # Names
 
@@ -12795,48 +12501,50 @@ class ServerProfile:
         """Return the key of a name. Names with the same key are the same name to this server."""
         if self.ours:
             return fold(name)
-        mapping = self.tokens.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
+        mapping = self.isupport.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
         if mapping in UNICODE_MAPPINGS:
             return fold(name)
         return name.translate(CASE_MAPPINGS.get(mapping, CASE_MAPPINGS["ascii"]))
 
     @property
     def channel_types(self) -> str:
-        return self.tokens.get("CHANTYPES", "#" if self.ours else "#&")
+        return self.isupport.get("CHANTYPES", "#" if self.ours else "#&")
 
     def is_channel(self, name: str) -> bool:
         return bool(name) and name[0] in self.channel_types
 
     def as_channel(self, name: str) -> str:
         """Return the full name of a channel, which a user may type without its first character."""
-        known = self.is_channel(name) or name[:1] in "#&!+"
-        return name if known else f"{self.channel_types[:1] or '#'}{name}"
+        full = self.is_channel(name) or name[:1] in "#&!+"
+        return name if full else f"{self.channel_types[:1] or '#'}{name}"
 
     def without_status(self, target: str) -> str:
         """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
         unchanged. Not all servers with such targets announce them."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
-        marks = self.status + "".join(one for one in symbols if one not in self.channel_types)
+        marks = self.status + "".join(
+            symbol for symbol in symbols if symbol not in self.channel_types
+        )
         most = len(target) - len(target.lstrip(marks))
         names = (target[n:] for n in range(most, 0, -1))  # @+free may be for +free
         return next(filter(self.is_channel, names), target)
 
     @property
     def status(self) -> str:
-        return self.tokens.get("STATUSMSG", "")
+        return self.isupport.get("STATUSMSG", "")
 
     @property
     def ranks(self) -> tuple[str, str]:
         """The letters of the modes that are ranks, and the symbols of these ranks before names."""
-        letters, _, symbols = self.tokens.get("PREFIX", "(ov)@+").removeprefix("(").partition(")")
+        letters, _, symbols = self.isupport.get("PREFIX", "(ov)@+").removeprefix("(").partition(")")
         return letters, symbols
 
     def takes_parameter(self, letter: str, sign: str) -> bool:
         """Return whether a parameter follows a channel mode (Modern IRC, CHANMODES)."""
         if letter in self.ranks[0]:
             return True
-        lists, always, on_set, *_ = (*self.tokens.get("CHANMODES", "").split(","), "", "", "")
-        if "CHANMODES" not in self.tokens:
+        lists, always, on_set, *_ = (*self.isupport.get("CHANMODES", "").split(","), "", "", "")
+        if "CHANMODES" not in self.isupport:
             return letter in PARAMETER_MODES and (letter != "l" or sign == "+")
         return letter in lists + always or (letter in on_set and sign == "+")
 
@@ -12854,7 +12562,7 @@ class ServerProfile:
 
     def limit(self, name: str, usual: int) -> int:
         """Return the number of a token of 005, or `usual` if the server has announced none."""
-        return whole_number(self.tokens.get(name, "")) or usual
+        return whole_number(self.isupport.get(name, "")) or usual
 
     @property
     def page_size(self) -> int:
@@ -12864,14 +12572,14 @@ class ServerProfile:
     def multiline_limits(self) -> tuple[int, int]:
         """The most bytes and lines of one message (draft/multiline)."""
         value = parse_tags(self.offered.get("draft/multiline", "").replace(",", ";"))
-        size, lines = (whole_number(value.get(f"max-{one}", "")) for one in ("bytes", "lines"))
+        size, lines = (whole_number(value.get(f"max-{name}", "")) for name in ("bytes", "lines"))
         return size or LINE_BYTES, lines or MESSAGE_LINES
 
     # Echoes and message tags
 
     def takes(self, tag: str) -> bool:
         """Return whether the server passes on a client-only tag, also back to this client."""
-        denied = self.tokens.get("CLIENTTAGDENY", "").split(",")
+        denied = self.isupport.get("CLIENTTAGDENY", "").split(",")
         name = tag.removeprefix("+")
         allowed = f"-{name}" in denied or not ({"*", name} & set(denied))
         return "message-tags" in self.enabled and allowed
@@ -12898,6 +12606,11 @@ class ServerProfile:
     def repeatable(self) -> bool:
         """True if a message that is sent twice with the same id is delivered only once."""
         return self.echoes and "chat.py/session" in self.enabled
+
+    @property
+    def nodes(self) -> list[str]:
+        """The addresses of all servers of this chat."""
+        return optional(*self.isupport.get("chat.py/NODES", "").split(",")) if self.ours else []
 
     @property
     def pages(self) -> bool:
@@ -12958,15 +12671,16 @@ def parse_file_tag(value: str) -> FileTag | None:
 class Transfer:
     """A file being uploaded or downloaded, as the client store keeps it."""
 
-    KEPT = ("id", "up", "room", "path", "name", "size", "url", "type", "etag")
+    KEPT = ("id", "up", "room", "path", "name", "size", "changed", "url", "type", "etag")
 
-    def __init__(self, id: str, up: bool, room: str, path: str, **known: Any):
+    def __init__(self, id: str, up: bool, room: str, path: str, **properties: Any):
         self.id, self.up = id, up
         self.room = room  # conversation for the link
         self.path = path  # on this computer
         self.name, self.size, self.type, self.etag = "", 0, "", ""
+        self.changed = 0  # when the file of an upload was, last; as stat() tells it
         self.url = ""  # on the server; "" while unknown
-        for name, value in known.items():
+        for name, value in properties.items():
             setattr(self, name, value)
         self.done = 0  # bytes that have arrived
         self.state = "waiting"  # or "running", "failed"; complete transfers are removed
@@ -13022,10 +12736,10 @@ def identity_of(view: ViewEvent) -> Any:
     return view.id or (view.time, view.name, view.text)
 
 
-def is_about(known: tuple[int, Any], room: int, view: ViewEvent) -> bool:
+def is_about(message: tuple[int, Any], room: int, view: ViewEvent) -> bool:
     """Return whether a known message (its conversation and identity) has the words of this one, and
     nearly its time."""
-    where, (when, *words) = known
+    where, (when, *words) = message
     near = abs(when - view.time) < REPEATED_MS
     return near and where == room and words == [view.name, view.text]
 
@@ -13071,13 +12785,13 @@ class Outbox:
     def __init__(self, rows: Any = None, secret: str = "", waiting: Iterable[Waiting] = ()):
         self.rows = rows
         self.secret = secret or secrets.token_hex(SECRET_DIGITS // 2)
-        self.waiting = {one.id: one for one in waiting}
+        self.waiting = {message.id: message for message in waiting}
         self.in_flight: dict[str, None] = {}  # sent over this connection
         self.window = 1  # how many may be in flight: doubled each round trip, 1 after a break ...
         self.most = SENT_AHEAD  # ... and at most so many
         self.unconfirmed: set[str] = set()  # sent over a lost connection; history will tell
         # Left to the user (/retry, /cancel), and why
-        self.parked = {one.id: one.why for one in self.waiting.values() if one.why}
+        self.parked = {message.id: message.why for message in self.waiting.values() if message.why}
         self.unsaved: dict[str, None] = {}  # not accepted yet
         self.locked_at = math.inf  # since when another program has the file locked (ticks)
 
@@ -13089,10 +12803,10 @@ class Outbox:
             self.unsaved[id] = None
         return self.waiting[id]
 
-    def _change(self, one: Waiting) -> None:
-        self.waiting[one.id] = one
+    def _change(self, message: Waiting) -> None:
+        self.waiting[message.id] = message
         if self.rows:
-            self.rows.changes[one.id] = one
+            self.rows.changes[message.id] = message
 
     def save(self, now: float) -> bool:
         """Store all changes. Return False if they have to wait, because another program has the
@@ -13112,9 +12826,9 @@ class Outbox:
     def refused(self) -> list[Waiting]:
         """Remove and return the messages that could not be stored."""
         lost = [self.waiting.pop(id) for id in self.unsaved]
-        for one in lost:
-            self.parked.pop(one.id, None)
-            del self.rows.changes[one.id]
+        for message in lost:
+            self.parked.pop(message.id, None)
+            del self.rows.changes[message.id]
         self.unsaved.clear()
         return lost
 
@@ -13127,23 +12841,26 @@ class Outbox:
         if len(self.in_flight) >= self.window:
             return None
         later = self.in_flight.keys() | self.parked.keys() | self.unsaved.keys()
-        there = (one for id, one in self.waiting.items() if id not in later)
-        one = next((one for one in there if carries(one) or (waits and waits(one))), None)
-        if one is None or one.id in self.unconfirmed or not carries(one):
-            return None
-        return one
+        for message in self.waiting.values():
+            if message.id in later:
+                continue
+            if carries(message):
+                return None if message.id in self.unconfirmed else message
+            if waits and waits(message):
+                return None
+        return None
 
-    def send(self, one: Waiting, now: float) -> None:
+    def send(self, message: Waiting, now: float) -> None:
         """Note that a message is being sent, at wall time `now` (s)."""
-        self.in_flight[one.id] = None
-        if not one.sent:
-            self._change(one._replace(sent=max(1, int(now * 1000))))
+        self.in_flight[message.id] = None
+        if not message.sent:
+            self._change(message._replace(sent=max(1, int(now * 1000))))
 
     def arrived_to(self, id: str, at: int) -> None:
         """Note that a message has arrived up to character `at`: some are sent as many lines."""
-        one = self.waiting.get(id)
-        if one and at > one.at:
-            self._change(one._replace(at=at))
+        message = self.waiting.get(id)
+        if message and at > message.at:
+            self._change(message._replace(at=at))
 
     def arrived(self, id: str) -> Waiting | None:
         """Remove and return a message that arrived, or that must not be sent again."""
@@ -13153,10 +12870,10 @@ class Outbox:
         self.unconfirmed.discard(id)
         self.unsaved.pop(id, None)
         self.parked.pop(id, None)
-        one = self.waiting.pop(id, None)
-        if one and self.rows:
+        message = self.waiting.pop(id, None)
+        if message and self.rows:
             self.rows.changes[id] = None
-        return one
+        return message
 
     def park(self, id: str, why: str) -> None:
         """Keep a message from being sent until the user decides about it; `why` is the reason."""
@@ -13172,15 +12889,15 @@ class Outbox:
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
         """Send the messages of a renamed conversation, if is_old(name), or their rest to `new`."""
-        for one in [*self.waiting.values()]:
-            if is_old(one.where):
-                self._change(one._replace(where=new))
+        for message in [*self.waiting.values()]:
+            if is_old(message.where):
+                self._change(message._replace(where=new))
 
     def take_back(self, sent: Iterable[Waiting]) -> None:
         """Put back messages that have not arrived."""
         later, self.waiting = self.waiting, {}
-        for one in sent:
-            self._change(one)
+        for message in sent:
+            self._change(message)
         self.waiting |= later
 
     def connection_lost(self) -> list[Waiting]:
@@ -13253,11 +12970,11 @@ def moved_text(moves: list[ViewEvent]) -> str:
     groups: dict[str, list[str]] = {}
     for name, moved in joins.items():
         groups.setdefault(MOVED_WORDS[moved[0], moved[-1]], []).append(name)
-    told = []
+    parts = []
     for what, names in groups.items():
         more = f" and {len(names) - MOVES_NAMED:,} more" if len(names) > MOVES_NAMED else ""
-        told.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
-    return "; ".join([*told, *changed_texts(moves)])
+        parts.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
+    return "; ".join([*parts, *changed_texts(moves)])
 
 
 def may_hold(table: Collection, key: str, most: int) -> bool:
@@ -13273,6 +12990,11 @@ def remember(ids: dict[str, None], id: str) -> None:
 
 
 ROOM_IDS = itertools.count(1)
+
+
+def mark_at(when: int) -> str:
+    """Return the mark of a room by the time of its last message: others may have the same time."""
+    return f"timestamp={tag_time(when - 1)}"
 
 
 class Room:
@@ -13317,8 +13039,17 @@ class Room:
     @property
     def oldest(self) -> str:
         """The position of the first message in this room; "" if there is none."""
-        known = (view for view in self.views if view.kind != FOUND)
-        return next(filter(None, map(position_of, known)), "")
+        views = (view for view in self.views if view.kind != FOUND)
+        return next(filter(None, map(position_of, views)), "")
+
+    def move_mark(self, id: str, when: int | None) -> None:
+        """Note that everything is held up to a message with this id, or, on a server without ids,
+        with this time (ms)."""
+        if id:
+            self.mark, self.mark_time = f"msgid={id}", when
+        elif when and not self.mark.startswith("msgid="):
+            self.mark_time = max(self.mark_time or 0, when)
+            self.mark = mark_at(self.mark_time)
 
     def hold(self, view: ViewEvent) -> None:
         """Hold a view until older messages have come. Too many are dropped: pages bring them."""
@@ -13390,6 +13121,10 @@ class Room:
         self.moved_at |= dict.fromkeys(map(row_kind, moves), row.time or 0)
         return row
 
+    def news_since(self, when: int) -> list[ViewEvent]:
+        """Return the messages of other users that are later than a time (ms)."""
+        return [view for view in self.views if is_news(view) and (view.time or 0) > when]
+
     def read(self, when: int) -> bool:
         """Note that messages up to a time (ms) have been read; return whether that is new."""
         if when <= self.read_time:
@@ -13400,8 +13135,7 @@ class Room:
 
     def count_unread(self) -> None:
         """Count the messages since the one that was read last, and those that call the user."""
-        when = self.read_time
-        later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
+        later = self.news_since(self.read_time)
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
 
@@ -13410,7 +13144,7 @@ class Room:
         if name in self.people:
             before = self.people[name]
             self.people[name] = "".join(
-                one for one in symbols if (on if one == symbol else one in before)
+                other for other in symbols if (on if other == symbol else other in before)
             )
 
 
@@ -13450,19 +13184,7 @@ AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
-class Listing:
-    """The rows of a long answer of the server: the first ones, and how many there were."""
-
-    def __init__(self) -> None:
-        self.rows: list[str] = []
-        self.count = 0
-
-    def add(self, row: str) -> None:
-        self.count += 1
-        self.rows += [row] * (self.count <= LISTED_ROWS)
-
-
-class Asked(NamedTuple):
+class HistoryRequest(NamedTuple):
     """A request for history that is not answered yet."""
 
     where: str
@@ -13474,7 +13196,7 @@ class Asked(NamedTuple):
     at: float = UNSENT  # monotonic, in seconds
 
 
-class Echoed(NamedTuple):
+class ExpectedEcho(NamedTuple):
     """A sent line that the server will echo without saying which line it is."""
 
     target: str  # folded
@@ -13505,39 +13227,44 @@ class SentLine(NamedTuple):
 BEGIN_BATCH, END_BATCH = "BATCH +m draft/multiline", "BATCH -m"
 BATCHED, CONTINUED = "@batch=m ", f"@batch=m;{CONCAT} "  # tags of the lines of a batch
 
-
-IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and number of parameters needed
+# Verb -> handler, and the number of parameters that it needs
+SERVER_HANDLERS: dict[str, tuple[Callable, int]] = {}
 
 
 def from_server(*verbs: str, least: int = 0) -> Callable:
     """Decorate the handler of these verbs and numerics; lines need at least `least` parameters."""
 
     def register(handler: Callable) -> Callable:
-        IRC_HEARD.update(dict.fromkeys(verbs, (handler, least)))
+        SERVER_HANDLERS.update(dict.fromkeys(verbs, (handler, least)))
         return handler
 
     return register
 
 
-def sendable_lines(text: str, room: int) -> Iterator[tuple[str, bool]]:
-    """Yield the lines of a message, in pieces of at most `room` bytes, and whether each piece
-    continues the one before."""
+class MessageLine(NamedTuple):
+    """A line of a message, or a piece of a long one."""
+
+    text: str
+    continues: bool = False  # the line before
+
+
+def sendable_lines(text: str, room: int) -> Iterator[MessageLine]:
+    """Yield the lines of a message, in pieces of at most `room` bytes."""
     for line in text.split("\n"):
         for n, piece in enumerate(split_text(line, room)):
-            yield piece, n > 0
+            yield MessageLine(piece, n > 0)
 
 
-def in_batches(
-    lines: list[tuple[str, bool]], size: int, count: int
-) -> Iterator[list[tuple[str, bool]]]:
+def in_batches(lines: list[MessageLine], size: int, count: int) -> Iterator[list[MessageLine]]:
     """Yield groups of lines, each of which fits in a message of `size` bytes and `count` lines."""
-    group, used = [], 0
-    for text, goes_on in lines:
-        length = len(text.encode()) + (0 if goes_on or not group else 1)
+    group: list[MessageLine] = []
+    used = 0
+    for line in lines:
+        length = len(line.text.encode()) + (0 if line.continues or not group else 1)
         if group and (used + length > size or len(group) == count):
             yield group
-            group, used, goes_on = [], 0, False
-        group.append((text, goes_on))
+            group, used, line = [], 0, MessageLine(line.text)
+        group.append(line)
         used += length
     yield group
 
@@ -13557,6 +13284,7 @@ def is_person(heard: ServerLine) -> bool:
 
 # Client-only tags (ircv3.net/specs/client-tags)
 REPLY, REACT, UNREACT, TYPES = "+draft/reply", "+draft/react", "+draft/unreact", "+typing"
+CTCP_ACTION = re.compile("\x01ACTION[ \x01]", re.IGNORECASE)
 QUIET = "typing"  # in place of the id of a message: errors about it are not shown
 
 
@@ -13572,13 +13300,13 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     mine = core.is_me(heard.name) or talk.was_me(heard.source)
     where = target if mine or server.is_channel(target) else heard.name
     own_id = talk.acks.own_id_of(heard, heard.params[0], text) if mine else ""
-    if re.match("\x01ACTION[ \x01]", text, re.IGNORECASE):
+    if CTCP_ACTION.match(text):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
     called = not mine and (not server.is_channel(where) or core.is_called(text))
     room = core.find(where)
-    known = heard.source != "" and (core.find(heard.source) or (room and heard.name in room.people))
-    person = mine or is_person(heard) or bool(known)
+    is_member = room is not None and heard.name in room.people
+    person = mine or is_person(heard) or is_member or bool(heard.source and core.find(heard.source))
     kind = (NOTICE if heard.verb == "NOTICE" else MESSAGE) if person else SERVER_TEXT
     return ViewEvent(
         *(kind, for_some(heard.params[0], target, text), heard.name),
@@ -13597,11 +13325,6 @@ def not_shown(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     return [view for view in views if view.id or identity_of(view) not in shown]
 
 
-def mark_at(when: int) -> str:
-    """Return the mark of a room by the time of its last message: others may have the same time."""
-    return f"timestamp={tag_time(when - 1)}"
-
-
 def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     """Return the messages of a page that are not among the held ones: these follow in their order,
     and there may be older ones than on the page."""
@@ -13610,8 +13333,6 @@ def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
 
 
 UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
-
-
 SAYING_FAILED = ("401", "707", "716", "936", "972")  # about a message, if one is in flight
 
 
@@ -13624,7 +13345,7 @@ class Login(NamedTuple):
 
 def is_ctcp(text: str) -> bool:
     """Return whether a message is a CTCP for a program, that is, other than ACTION."""
-    return text.startswith("\x01") and not re.match("\x01ACTION[ \x01]", text, re.IGNORECASE)
+    return text.startswith("\x01") and not CTCP_ACTION.match(text)
 
 
 class SaslLogin:
@@ -13649,8 +13370,8 @@ class SaslLogin:
         """Return the best mechanism that both sides know; "" if none is needed or possible. A
         password is sent in the clear only if the user asked for that."""
         offered = self.server.offered.get("sasl", "")
-        known = [*filter(None, offered.split(","))] or [*LOGINS]
-        self.others = [name for name in self.core.me.mechanisms if name in known]
+        supported = [*filter(None, offered.split(","))] or [*LOGINS]
+        self.others = [name for name in self.core.me.mechanisms if name in supported]
         return self.next_mechanism(asked)
 
     def next_mechanism(self, asked: bool = False) -> str:
@@ -13664,14 +13385,14 @@ class SaslLogin:
             if name != "PLAIN" or self.core.secure or asked or me.plain_allowed:
                 return name
             text = "not logged in: this server wants to be told the password in the clear"
-            self.core.show(ViewEvent(NOTE, f"{text}; /login does so, ircs:// is better"))
+            self.core.note(f"{text}; /login does so, ircs:// is better")
             self.explained = True
         return ""
 
     def begin(self, mechanism: str) -> None:
         self.mechanism, self.proven, self.taken_up = mechanism, False, False
-        known = self.login or self.core.me.login or Login("", "")
-        self.steps = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*known)
+        login = self.login or self.core.me.login or Login("", "")
+        self.steps = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*login)
         next(self.steps)  # the server speaks first, even if it says nothing
         self.exchange = Exchange(self.steps)
         self.talk.send("AUTHENTICATE", mechanism)
@@ -13749,65 +13470,70 @@ class MessageLines:
         """How many lines have been sent, and of how many."""
         return self.total - len(self.unsent), self.total
 
-    def begin(self, one: Waiting) -> None:
+    def begin(self, message: Waiting) -> None:
         """Make a message the next lines to be sent, with its own id on the last line or on all."""
-        rest = one.text[one.at :].removeprefix("\n") if one.at else one.text
-        room, tags = self._text_bytes(one), self._own_tags(one.id, one.reply)
+        rest = message.text[message.at :].removeprefix("\n") if message.at else message.text
+        room, tags = self._text_bytes(message), self._own_tags(message.id, message.reply)
         lines = list(sendable_lines(rest, room))
         size, count = self.server.multiline_limits
         if len(lines) > 1 and self.server.multiline and size >= LINE_ROOM:
             lines = list(sendable_lines(rest, min(room, size)))
             *first, last = in_batches(lines, size, count)
             for n, group in enumerate(first):
-                self._add_batch(group, self._own_tags(f"{one.id}.{n}", one.reply))
+                self._add_batch(group, self._own_tags(f"{message.id}.{n}", message.reply))
             self._add_batch(last, tags)
         else:
-            at = len(one.text) - len(rest)
-            for text, _ in lines:
-                at = one.text.find(text, at) + len(text)
-                self.unsent.append(Piece(text, end=at))
+            at = len(message.text) - len(rest)
+            for line in lines:
+                at = message.text.find(line.text, at) + len(line.text)
+                self.unsent.append(Piece(line.text, end=at))
             self.unsent[-1] = self.unsent[-1]._replace(tags=tags, last=True)
-        self.id, self.sent_to, self.total = one.id, one.at, len(self.unsent)
+        self.id, self.sent_to, self.total = message.id, message.at, len(self.unsent)
 
-    def _text_bytes(self, one: Waiting) -> int:
+    def _text_bytes(self, message: Waiting) -> int:
         """Return how many bytes of a message fit in a line, as others see it."""
-        if one.kind == ACTION:
+        if message.kind == ACTION:
             return LINE_BYTES  # never cut: see check_message()
-        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {one.where} :"
+        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {message.where} :"
         most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
         return max(LINE_ROOM, most - 2 - len(head.encode()))
 
     def _own_tags(self, id: str, reply: str) -> str:
         """Return the tags before a message: its own id, to know the echo, and the id it answers."""
-        tags = [f"{OWN_ID}={id}"] * self.server.keeps_own_tags
-        tags += [f"{REPLY}={escaped_tag(reply)}"] * bool(reply and self.server.takes(REPLY))
-        tags += [f"label={id}"] * self.server.labels
+        tags = optional(
+            f"{OWN_ID}={id}" if self.server.keeps_own_tags else "",
+            f"{REPLY}={escaped_tag(reply)}" if reply and self.server.takes(REPLY) else "",
+            f"label={id}" if self.server.labels else "",
+        )
         return f"@{';'.join(tags)} " if tags else ""
 
-    def _add_batch(self, lines: list[tuple[str, bool]], tags: str) -> None:
+    def _add_batch(self, lines: list[MessageLine], tags: str) -> None:
         self.unsent.append(Piece(tags=tags, verb=BEGIN_BATCH))
-        self.unsent.extend(
-            Piece(text, CONTINUED if goes_on else BATCHED) for text, goes_on in lines
-        )
+        for line in lines:
+            self.unsent.append(Piece(line.text, CONTINUED if line.continues else BATCHED))
         self.unsent.append(Piece(verb=END_BATCH))
 
     def take(self) -> str:
         """Return the next line, for the message's target of now."""
-        piece, one, acks = self.unsent.popleft(), self.core.outbox.waiting[self.id], self.talk.acks
+        piece, message, acks = (
+            self.unsent.popleft(),
+            self.core.outbox.waiting[self.id],
+            self.talk.acks,
+        )
         if piece.verb == END_BATCH:
             return END_BATCH
         if piece.verb == BEGIN_BATCH:
-            acks.note_sent(one.where, one.id, one.text)
-            return f"{piece.tags}{BEGIN_BATCH} {one.where}"
-        piece = self._cut(piece, self._text_bytes(one))
-        text = f"\x01ACTION {piece.text}\x01" if one.kind == ACTION else piece.text
+            acks.note_sent(message.where, message.id, message.text)
+            return f"{piece.tags}{BEGIN_BATCH} {message.where}"
+        piece = self._cut(piece, self._text_bytes(message))
+        text = f"\x01ACTION {piece.text}\x01" if message.kind == ACTION else piece.text
         if piece.tags not in (BATCHED, CONTINUED):
             text = text or " "
             self.sent_to = piece.end
-            acks.note_sent(one.where, one.id, text)
-            id, end = (one.id, 0) if piece.last else ("", piece.end)
-            acks.note_echo(Echoed(self.core.fold(one.where), text, id, one.id, end))
-        return piece.tags + self.talk.line("PRIVMSG", one.where, text)
+            acks.note_sent(message.where, message.id, text)
+            id, end = (message.id, 0) if piece.last else ("", piece.end)
+            acks.note_echo(ExpectedEcho(self.core.fold(message.where), text, id, message.id, end))
+        return piece.tags + self.talk.line("PRIVMSG", message.where, text)
 
     def _cut(self, piece: Piece, room: int) -> Piece:
         """Return so much of an unsent line as fits in `room` bytes; the rest of it is sent next."""
@@ -13842,7 +13568,7 @@ class Acknowledgements:
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
-        self.echoes: list[Echoed] = []  # lines that the server will echo without an id
+        self.echoes: list[ExpectedEcho] = []  # lines that the server will echo without an id
         self.sent: collections.deque[SentLine] = collections.deque(maxlen=ECHOES_KEPT)
         # Commands of the user that the server may still refuse, by ids of their own
         self.commands: dict[str, str] = {}
@@ -13864,15 +13590,14 @@ class Acknowledgements:
 
     def note_sent(self, target: str, id: str, text: str = "") -> None:
         """Note a line that an error of the server may be about; its id is "" for a notice."""
-        key = self.core.fold(self.server.without_status(target))
-        self.sent.append(SentLine(key, id, text))
+        self.sent.append(SentLine(self._key(target), id, text))
 
-    def note_message(self, one: Waiting) -> None:
+    def note_message(self, message: Waiting) -> None:
         """Note that the lines of a message are sent from now on."""
         self.last = max(self.last, self.core.ticks() - ECHO_SECONDS / 2)
-        self.echoes = [line for line in self.echoes if line.of != one.id]  # sent before
+        self.echoes = [line for line in self.echoes if line.of != message.id]  # sent before
         if not self.server.echoes:
-            self.unconfirmed.append(one.id)
+            self.unconfirmed.append(message.id)
 
     def note_command(self, line: str, by_user: bool) -> None:
         """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
@@ -13883,7 +13608,7 @@ class Acknowledgements:
             for target in params[0].split(","):
                 self.note_sent(target, "")
                 if verb == "PRIVMSG" and not is_ctcp(params[1]):
-                    self.note_echo(Echoed(self.core.fold(target), params[1], ""))
+                    self.note_echo(ExpectedEcho(self.core.fold(target), params[1], ""))
         if verb == "PING" and params:  # its PONG comes in order, too, and confirms nothing more
             self.pings.append(params[0])
         if by_user and verb == "NICK" and params:
@@ -13896,10 +13621,11 @@ class Acknowledgements:
     def commands_about(self, names: Collection[str]) -> list[str]:
         """Return the ids of the user's commands in which one of these words stands."""
         keys = {self.core.fold(name) for name in names}
-        named = lambda line: {  # noqa: E731
-            self.core.fold(self.server.without_status(word)) for word in line.split(" ")
-        }
-        return [id for id, line in self.commands.items() if keys & named(line)]
+        lines = ((id, map(self._key, line.split(" "))) for id, line in self.commands.items())
+        return [id for id, words in lines if not keys.isdisjoint(words)]
+
+    def _key(self, target: str) -> str:
+        return self.core.fold(self.server.without_status(target))
 
     def settle(self, id: str) -> None:
         """Forget the lines up to a message or a PING: no error is about them any more."""
@@ -13925,12 +13651,12 @@ class Acknowledgements:
 
     # PINGs
 
-    def ping_line(self, token: str, ids: Iterable[str] = ()) -> str:
+    def ping_line(self, ping_token: str, ids: Iterable[str] = ()) -> str:
         """Return a PING. Its PONG confirms the messages with these ids, and all commands so far."""
-        self.pings.append(token)
-        self.sent.append(SentLine("", token))
-        self.covered[token] = [*ids, *self.commands]
-        return self.talk.line("PING", token)
+        self.pings.append(ping_token)
+        self.sent.append(SentLine("", ping_token))
+        self.covered[ping_token] = [*ids, *self.commands]
+        return self.talk.line("PING", ping_token)
 
     def take_unconfirmed(self) -> str:
         """Return the PING behind the messages that no PING is behind yet."""
@@ -13946,13 +13672,13 @@ class Acknowledgements:
             self.core.output.append(self.ping_line(f"echo-{next(self.talk.labels)}"))
             self.overdue[self.pings[-1]] = alone
 
-    def ponged(self, token: str) -> None:
+    def ponged(self, ping_token: str) -> None:
         """Confirm the messages before a PING. Some servers do not repeat its token, but PONGs come
         in the order of the PINGs."""
-        self.repeats = self.repeats or token in self.pings
-        if token not in self.pings:
-            token = self.pings[0] if self.pings and not self.repeats else ""
-        if not token:
+        self.repeats = self.repeats or ping_token in self.pings
+        if ping_token not in self.pings:
+            ping_token = self.pings[0] if self.pings and not self.repeats else ""
+        if not ping_token:
             return
         while self.pings:
             answered = self.pings.popleft()
@@ -13966,7 +13692,7 @@ class Acknowledgements:
                     self.confirm(own_id)
                 else:
                     self.not_echoed(own_id)
-            if answered == token:
+            if answered == ping_token:
                 break
         self.talk.bouncer_said = ""
 
@@ -13983,11 +13709,11 @@ class Acknowledgements:
         return False
 
     def confirm(self, own_id: str) -> None:
-        self.core.acknowledge(ViewEvent(ARRIVED, own_id=own_id))
+        self.core.outgoing.acknowledge(ViewEvent(ARRIVED, own_id=own_id))
 
     # Echoes
 
-    def note_echo(self, sent: Echoed) -> None:
+    def note_echo(self, sent: ExpectedEcho) -> None:
         """Note that the server will send back a line. The modules of a bouncer do not: *status."""
         echoes = "echo-message" in self.server.enabled | self.server.requested
         if echoes and sent.target[:1] != "*":
@@ -13997,15 +13723,14 @@ class Acknowledgements:
     def expect_no_echo(self, sent: SentLine) -> None:
         """Forget the oldest line of a message that has no echo: the server has refused it."""
         expected = (sent.target, sent.id)
-        there = (one for one in self.echoes if (one.target, one.of) == expected)
-        if one := next(there, None):
-            self.echoes.remove(one)
+        lines = (line for line in self.echoes if (line.target, line.of) == expected)
+        if line := next(lines, None):
+            self.echoes.remove(line)
 
-    def not_echoed(self, own_id: str) -> str:
-        """Report a message as lost because the server dropped one of its lines; return PIECE."""
+    def not_echoed(self, own_id: str) -> None:
+        """Report a message as lost because the server dropped one of its lines."""
         if own_id in self.core.outbox.in_flight:
-            self.core.lost(own_id, NOT_ECHOED)
-        return PIECE
+            self.core.outgoing.lost(own_id, NOT_ECHOED)
 
     def own_id_of(self, heard: ServerLine, target: str, text: str) -> str:
         """Return the own id of a message that the server echoes; "" if unknown, PIECE for a part of
@@ -14014,37 +13739,46 @@ class Acknowledgements:
         waiting = self.core.outbox.waiting
         for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
             stem, dot, _ = name.partition(".")
-            if dot and (stem in waiting or stem in self.core.known_own):
+            if dot and (stem in waiting or stem in self.core.known.own):
                 return PIECE
             if name in waiting or (name and name == heard.tags.get(OWN_ID)):
-                dropped = any(one.of == name != one.id for one in self.echoes)
-                self.echoes = [one for one in self.echoes if one.of != name]
-                return self.not_echoed(name) if dropped else name
+                dropped = any(line.of == name != line.id for line in self.echoes)
+                self.echoes = [line for line in self.echoes if line.of != name]
+                if not dropped:
+                    return name
+                self.not_echoed(name)
+                return PIECE
         key = self.core.fold(target)
         place = self._place(heard, key, text) if heard.verb == "PRIVMSG" else None
         if place is None:
             return self._doubted(heard, key, text)
         sent, before = self.echoes[place], self.echoes[:place]
-        self.echoes[: place + 1] = [one for one in before if one.target != key]
+        self.echoes[: place + 1] = [line for line in before if line.target != key]
         self.core.outbox.arrived_to(sent.of, sent.end)
-        dropped = {self.not_echoed(one.of) and one.of for one in before if one.target == key}
+        dropped = dict.fromkeys(line.of for line in before if line.target == key)
+        for own_id in dropped:
+            self.not_echoed(own_id)
         return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
 
     def _doubted(self, heard: ServerLine, key: str, text: str) -> str:
         """Return the own id of a message that may have arrived, if history has its whole text or
         the rest of it, and PIECE if history has its next line; else ""."""
         outbox, when = self.core.outbox, heard.time or LAST_MOMENT
-        known = "batch" not in heard.tags or heard.tags.get("msgid", "") in self.core.seen
-        for id in [] if known else [*outbox.unconfirmed, *outbox.parked]:
-            one = outbox.waiting[id]
-            if not one.sent or self.core.fold(one.where) != key or when < one.sent - CLOCK_AHEAD_MS:
+        shown = "batch" not in heard.tags or heard.tags.get("msgid", "") in self.core.known.ids
+        for id in [] if shown else [*outbox.unconfirmed, *outbox.parked]:
+            message = outbox.waiting[id]
+            if (
+                not message.sent
+                or self.core.fold(message.where) != key
+                or when < message.sent - CLOCK_AHEAD_MS
+            ):
                 continue
-            rest = one.text[one.at :].removeprefix("\n")
-            whole = f"\x01ACTION {rest}\x01" if one.kind == ACTION else rest
+            rest = message.text[message.at :].removeprefix("\n")
+            whole = f"\x01ACTION {rest}\x01" if message.kind == ACTION else rest
             if text in (whole, shown_line(whole.encode(errors="replace"))):
                 return id
             if rest.startswith(f"{text}\n") or (len(text) > LINE_ROOM and rest.startswith(text)):
-                outbox.arrived_to(id, len(one.text) - len(rest) + len(text))
+                outbox.arrived_to(id, len(message.text) - len(rest) + len(text))
                 return PIECE
         return ""
 
@@ -14058,17 +13792,15 @@ class Acknowledgements:
         return next(same, None if others else next(iter(here), None))
 
 
-def optional(*words: str) -> list[str]:
-    return [word for word in words if word]
-
-
 class HistoryRequests:
     """The requests for history of one connection (CHATHISTORY), and their pages. PlainTalk has
     none."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
-        self.asked: collections.deque[Asked] = collections.deque()  # in the order of answers
+        self.requests: collections.deque[HistoryRequest] = (
+            collections.deque()
+        )  # in the order of answers
         self.behind: dict[str, str] = {}  # conversations whose history is to be requested: how
 
     # Requests
@@ -14077,11 +13809,10 @@ class HistoryRequests:
         """Fetch the messages after the last one of this room. A new room begins with the latest
         messages on a screen, and with live messages in a pipe."""
         room.held = []
-        how = "last" if not room.mark else "gap" if self.core.tidy else "missed"
-        if (room.mark or self.core.tidy) and self.server.pages:
-            self.behind[room.name] = how
-        else:
-            self.core.release(room)
+        if not self.server.pages or not (room.mark or self.core.tidy):
+            return self.core.incoming.release(room)
+        missed = "gap" if self.core.tidy else "missed"
+        self.behind[room.name] = missed if room.mark else "last"
 
     def ask_behind(self) -> None:
         """Request the pages that had to wait for the user's messages."""
@@ -14090,7 +13821,7 @@ class HistoryRequests:
             if how == "targets":
                 self._ask_targets()
             elif room := self.core.find(name):
-                self.ask_page(room, how) or self.core.release(room)
+                self.ask_page(room, how) or self.core.incoming.release(room)
 
     def ask_page(self, room: Room, how: str) -> bool:
         """Ask for a page of a room's history; return whether a page will come."""
@@ -14108,7 +13839,7 @@ class HistoryRequests:
             "older": ("BEFORE" if oldest else "LATEST", self._selector_of(oldest)),
         }
         subcommand, selector = words[how]
-        self.ask(Asked(room.name, how, limit), subcommand, room.name, selector, str(limit))
+        self.ask(HistoryRequest(room.name, how, limit), subcommand, room.name, selector, str(limit))
         return True
 
     def _selector_of(self, view: ViewEvent | None) -> str:
@@ -14126,24 +13857,25 @@ class HistoryRequests:
 
     def _selector(self, mark: str, when: int | None) -> str:
         """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
-        takes_ids = "msgid" in self.server.tokens.get("MSGREFTYPES", "msgid").split(",")
-        by_id = mark and (takes_ids or not when)
-        return mark if by_id else f"timestamp={tag_time(when)}" if when else "*"
+        takes_ids = "msgid" in self.server.isupport.get("MSGREFTYPES", "msgid").split(",")
+        if mark and (takes_ids or not when):
+            return mark
+        return f"timestamp={tag_time(when)}" if when else "*"
 
     def _ask_targets(self) -> None:
         """Ask which private conversations have missed messages. A chat.py is asked by the last id.
         Other servers are asked by time, a day earlier, because their clock may have been set."""
-        if "chat.py/session" in self.server.enabled and self.core.newest_id:
-            since = f"msgid={self.core.newest_id}"
+        if "chat.py/session" in self.server.enabled and self.core.known.newest_id:
+            since = f"msgid={self.core.known.newest_id}"
         else:
             since = f"timestamp={tag_time(max(0, self.talk.since - 24 * 3600 * 1000))}"
         now = f"timestamp={tag_time(LAST_MOMENT)}"
-        self.ask(Asked("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
+        self.ask(HistoryRequest("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
 
-    def ask(self, asked: Asked, *params: str) -> None:
+    def ask(self, asked: HistoryRequest, *params: str) -> None:
         """Send a CHATHISTORY. The answer is recognized by its label, else by its target."""
         label = f"h{next(self.talk.labels)}" if self.server.labels else ""
-        self.asked.append(asked._replace(label=label))
+        self.requests.append(asked._replace(label=label))
         head = [f"@label={label}"] if label else []
         self.talk.send(*head, "CHATHISTORY", *params)
 
@@ -14151,35 +13883,35 @@ class HistoryRequests:
         """Note the time at which a request was sent: requests wait for their turn."""
         if parse_message(line).verb != "CHATHISTORY":
             return
-        for n, asked in enumerate(self.asked):
+        for n, asked in enumerate(self.requests):
             if asked.at == UNSENT:
-                self.asked[n] = asked._replace(at=self.core.ticks())
+                self.requests[n] = asked._replace(at=self.core.ticks())
                 return
 
     def renamed(self, old: str, new: str) -> None:
         """Use the new name of a conversation in the pending requests."""
         fold = self.core.fold
-        for n, asked in enumerate(self.asked):
+        for n, asked in enumerate(self.requests):
             if fold(asked.where) == fold(old):
-                self.asked[n] = asked._replace(where=new)
+                self.requests[n] = asked._replace(where=new)
         for name in [name for name in self.behind if fold(name) == fold(old)]:
             self.behind[new] = self.behind.pop(name)
 
     # Answers
 
-    def answered(self, label: str, target: str) -> Asked | None:
+    def answered(self, label: str, target: str) -> HistoryRequest | None:
         """Remove and return the request that an answer belongs to; None if there is no request."""
         key = self.core.fold(target)
-        by_label = (one for one in self.asked if label and one.label == label)
-        by_target = (one for one in self.asked if self.core.fold(one.where) == key)
-        one = next(by_label, None) or next(by_target, None) or next(iter(self.asked), None)
-        if one is not None:
-            self.asked.remove(one)
-        return one
+        by_label = (asked for asked in self.requests if label and asked.label == label)
+        by_target = (asked for asked in self.requests if self.core.fold(asked.where) == key)
+        asked = next(by_label, None) or next(by_target, None) or next(iter(self.requests), None)
+        if asked is not None:
+            self.requests.remove(asked)
+        return asked
 
     def take_page(self, label: str, target: str, views: list[ViewEvent]) -> None:
         """Handle a page of history that was requested."""
-        asked = self.answered(label, target) or Asked("", "asked", 0)
+        asked = self.answered(label, target) or HistoryRequest("", "asked", 0)
         room = self.core.find(asked.where)
         if room is None or asked.how not in self.PAGES:
             return self.show_past(views, f"history of {asked.where or target}")
@@ -14188,7 +13920,7 @@ class HistoryRequests:
     def refused(self, code: str, label: str, about: list[str]) -> None:
         """Handle a refused request for history. If the server does not know the last message of the
         room (a backup was restored), ask for the newest messages."""
-        named = next((one for one in about if self.core.find(one)), "")
+        named = next((name for name in about if self.core.find(name)), "")
         asked = self.answered(label, named)
         if asked is None:
             return
@@ -14202,43 +13934,45 @@ class HistoryRequests:
             return self.PAGES[asked.how](self, room, [], asked.limit)
         room.mark = ""
         text = "the server does not have the last message from here: something may be missing"
-        self.core.show(ViewEvent(NOTE, text, where=room.name))
+        self.core.note(text, room.name)
         self.ask_page(room, "last")
 
     def give_up_overdue(self, now: float) -> None:
         """Stop waiting for overdue pages, and show the views held for them. A late page is still
         used."""
-        for asked in [one for one in self.asked if 0 <= one.at < now - PAGE_SECONDS]:
-            self.asked[self.asked.index(asked)] = asked._replace(at=GIVEN_UP)
+        for asked in [request for request in self.requests if 0 <= request.at < now - PAGE_SECONDS]:
+            self.requests[self.requests.index(asked)] = asked._replace(at=GIVEN_UP)
             room = self.core.find(asked.where)
             if asked.how == "targets":
                 self.answered(asked.label, "")
                 self.release_talks()
             elif room is not None and room.held is not None:
                 text = "the server does not send what was said meanwhile"
-                self.core.show(ViewEvent(NOTE, text, where=room.name))
-                self.core.release(room)
+                self.core.note(text, room.name)
+                self.core.incoming.release(room)
 
     def show_past(self, views: list[ViewEvent], title: str) -> None:
         """Show requested messages in the current conversation, apart from live messages."""
-        self.core.show_results(title, [view for view in views if view.kind in SPOKEN])
+        self.core.stored.show_results(title, [view for view in views if view.kind in SPOKEN])
 
     def release_talks(self) -> None:
         """Show the held messages of private conversations for which no page was requested."""
-        busy = {self.core.fold(asked.where) for asked in self.asked}
+        busy = {self.core.fold(asked.where) for asked in self.requests}
         for key, room in list(self.core.rooms.items()):
             if not room.is_channel and room.held is not None and key not in busy:
-                self.core.release(room)
+                self.core.incoming.release(room)
 
     # Pages, by how they were requested
 
     def _page_last(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the page of messages from before the client joined."""
-        for view in (new := not_shown(room, not_held(room, views))):
-            self.core.deliver(room, view._replace(past=True))
-        self.core.note_repeatable(room, new)  # live lines among the held ones may be on this page
+        new = not_shown(room, not_held(room, views))
+        for view in new:
+            self.core.incoming.deliver(room, view._replace(past=True))
+        # Live lines among the held ones may be on this page
+        self.core.known.note_without_id(room, new)
         room.whole = not views  # a short page may consist of long messages
-        self.core.release(room)
+        self.core.incoming.release(room)
 
     def _page_missed(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle a page of missed messages, and ask for more until one page brings nothing new: a
@@ -14258,16 +13992,17 @@ class HistoryRequests:
             room.views.clear()
             self.core.show(ViewEvent(RESET, where=room.name))
             room.whole = False
-            self.core.note_holes(room, *room.holes, *optional(position_of(views[0])))
+            self.core.stored.note_holes(room, *room.holes, *optional(position_of(views[0])))
             text = "more was said meanwhile; page up, or /history, shows it"
-            self.core.show(ViewEvent(NOTE, text, where=room.name))
+            self.core.note(text, room.name)
         self._deliver_missed(room, not_held(room, views))
         self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
     def _deliver_missed(self, room: Room, views: list[ViewEvent]) -> None:
-        for view in (unshown := not_shown(room, views)):
-            self.core.deliver(room, view, paged=True)
-        self.core.note_repeatable(room, unshown)
+        unshown = not_shown(room, views)
+        for view in unshown:
+            self.core.incoming.deliver(room, view, paged=True)
+        self.core.known.note_without_id(room, unshown)
 
     def _end_missed(self, room: Room, new: bool, more: str) -> None:
         """Ask for `more` after a page, or show what was held. With something `new` on it, the next
@@ -14279,7 +14014,7 @@ class HistoryRequests:
             room.spilled = False
             self.ask_page(room, more)
         else:
-            self.core.release(room)
+            self.core.incoming.release(room)
 
     def _page_older(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Put a page of older messages before the first row. If none is visible, ask again."""
@@ -14287,19 +14022,19 @@ class HistoryRequests:
         before = position_of(room.paged) if room.paged else room.oldest
         room.whole = not views or position_of(views[0]) == before
         stored = core.store.has if core.store else do_nothing
-        known = any(
+        overlaps = any(
             stored(core.fold(room.name), view) for view in views if identity_of(view) not in shown
         )
-        if room.hole and (known or room.whole):
-            core.note_holes(room, *room.holes[:-1])
+        if room.hole and (overlaps or room.whole):
+            core.stored.note_holes(room, *room.holes[:-1])
         elif room.hole:
-            core.note_holes(room, *room.holes[:-1], position_of(views[0]))
+            core.stored.note_holes(room, *room.holes[:-1], position_of(views[0]))
         seen = []
         for view in views:
-            if identity_of(view) not in shown and not core.hides(view):
+            if identity_of(view) not in shown and not core.incoming.hides(view):
                 shown.add(identity_of(view))
                 seen.append(view._replace(past=True))
-                core.keep(view)
+                core.stored.add(view)
         room.paged = views[0] if views and not seen else None
         room.views.extendleft(reversed(seen))
         if room.paged and not room.whole:
@@ -14327,7 +14062,7 @@ class Joins:
 
     def join(self, room: Room) -> None:
         self.note_sent(room.name)
-        self.talk.send("JOIN", room.name, *[room.password] * bool(room.password))
+        self.talk.send("JOIN", room.name, *optional(room.password))
 
     def note_sent(self, name: str) -> None:
         """Note that a JOIN was sent."""
@@ -14372,7 +14107,7 @@ class Joins:
             room.wanted = room.wanted and number not in NO_CHANNEL
             passes = number in NOT_JOINED_NOW and room.entered
             self.refused[key] = self.core.ticks() + REJOIN_SECONDS if passes else math.inf
-            self.core.park_all(room, why)
+            self.core.outgoing.park_all(room, why)
 
     def tick(self, now: float) -> None:
         """Give up JOINs that are not answered."""
@@ -14393,9 +14128,72 @@ class Joins:
     def want_typed(self) -> None:
         """Join the channels, whose JOINs were not answered, over the next connection."""
         for key, password in self.typed.items():
-            room = self.core.room_for(key)
+            room = self.core.rooms.open(key)
             room.wanted, room.password = True, password
         self.typed.clear()
+
+
+ANSWERS = {  # commands, and the numerics that are shown only after them
+    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
+    "HELP": ("705", "706"),
+    "MODE": ("221",),
+    "ISON": ("303",),
+}
+LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
+
+
+class Listing:
+    """The rows of a long answer of the server: the first ones, and how many there were."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.count = 0
+
+    def add(self, row: str) -> None:
+        self.count += 1
+        if self.count <= LISTED_ROWS:
+            self.rows.append(row)
+
+
+class WantedAnswers:
+    """The answers that are shown over one connection, because a command of the user asked for them.
+    The server sends others unasked, or to the client. PlainTalk has none."""
+
+    def __init__(self, talk: "IrcTalk | PlainTalk"):
+        self.core = talk.core
+        self.numerics: set[str] = set()
+        self.motd = False
+        self.names: set[str] = set()  # keys of channels whose members are shown
+        self.listings: dict[str, list[Listing]] = {}  # by command: those that are still coming
+
+    def expect(self, verb: str, *params: str) -> None:
+        """Show the answer to a command of the user."""
+        self.numerics.update(ANSWERS.get(verb, ()))
+        self.motd = self.motd or verb == "MOTD"
+        if verb in LISTS:
+            self.listings.setdefault(verb, []).append(Listing())
+        if verb == "NAMES" and params:
+            self.names.update(map(self.core.fold, params[0].split(",")))
+
+    def listing(self, verb: str) -> Listing | None:
+        """Return the listing to which the next row of an answer belongs; None if the user has not
+        asked for one."""
+        return next(iter(self.listings.get(verb, ())), None)
+
+    def end_listing(self, verb: str) -> Listing | None:
+        """Remove and return the listing whose last row has come; None if there is none."""
+        return self.listings[verb].pop(0) if self.listing(verb) else None
+
+    def show_listing(self, verb: str) -> None:
+        """Show the answer to a LIST or WHO of the user as a page."""
+        listing, title = self.end_listing(verb), LISTS[verb]
+        if listing is None:
+            return
+        if not listing.rows:
+            return self.core.note(f"{title}: nothing found")
+        more = listing.count - len(listing.rows)
+        rows = [*listing.rows, *optional(f"\u2026 and {more:,} more" if more else "")]
+        self.core.show(ViewEvent(PAGE, "\n".join(rows), title))
 
 
 # The workshop's protocol
@@ -14440,16 +14238,17 @@ class PlainTalk:
 
     def __init__(self, core: "ClientCore"):
         self.core = core
-        self.lines = MessageLines(self)  # all four are always empty
+        self.lines = MessageLines(self)  # all five are always empty
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.joins = Joins(self)
+        self.answers = WantedAnswers(self)
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         self.began = core.ticks()
         core.output.append(core.wanted_name)
         lobby = core.tidy or not core.rooms  # the texts of a pipe may be meant for a channel
         room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
-        room.inside, core.current = True, room if lobby else core.current
+        room.inside, core.rooms.current = True, room if lobby else core.room
 
     @property
     def ready(self) -> bool:
@@ -14460,20 +14259,20 @@ class PlainTalk:
         if not self.ready:
             return None
         core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]
-        if not core.sure and (other := other_protocol(line)):
+        if not core.kind_confirmed and (other := other_protocol(line)):
             return core.give_up(f"{NO_CHAT}: it speaks {other}")
-        if not core.sure and not core.insists and line == core.wanted_name:
+        if not core.kind_confirmed and not core.kind_forced and line == core.wanted_name:
             return core.give_up(f"{NO_CHAT}: it sends back what it is told{IF_PLAIN}")
-        if WANTS_IRC.match(line) and not core.insists:
+        if WANTS_IRC.match(line) and not core.kind_forced:
             core.outbox.take_back(self.sent)  # the server has understood none of these
             core.kind, core.redial = CHAT if line.startswith(":chat.py/") else IRC, True
             return None
         matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
         kind, match = next((pair for pair in matches if pair[1]), (SERVER_TEXT, None))
         if match is None:
-            core.unsure = core.unsure or line
+            core.odd_line = core.odd_line or line
             return core.show(ViewEvent(SERVER_TEXT, line, where=LOBBY, line=line))
-        core.sure = True
+        core.kind_confirmed = True
         name, rest = match.groups()
         if kind == QUIT:
             room.people.pop(name, None)
@@ -14481,34 +14280,36 @@ class PlainTalk:
             room.came(name)  # such a server does not list its members
         if kind == MESSAGE:
             called = calls(rest, core.name)
-            core.deliver(room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line))
+            core.incoming.deliver(
+                room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line)
+            )
             room.spoke(name)
         else:
             core.show(ViewEvent(kind, name=name, where=LOBBY, address=rest, line=line))
         core.show(ViewEvent(PEOPLE, where=LOBBY))
 
-    def carries(self, one: Waiting) -> bool:
+    def carries(self, message: Waiting) -> bool:
         """Return whether a message is for the lobby, the only conversation of this protocol."""
-        return self.core.fold(one.where) == self.core.fold(LOBBY)
+        return self.core.fold(message.where) == self.core.fold(LOBBY)
 
     def pump(self) -> None:
         """Send the messages that may be sent."""
         outbox = self.core.outbox
-        while one := outbox.next(self.carries):
-            text = f"*{one.text}*" if one.kind == ACTION else one.text
+        while message := outbox.next(self.carries):
+            text = f"*{message.text}*" if message.kind == ACTION else message.text
             self.core.output += text.split("\n")
-            if not self.core.sure:
-                self.sent.append(one)
-            self.core.shown.discard(one.id)
-            outbox.arrived(one.id)  # or never will: such a server does not acknowledge
+            if not self.core.kind_confirmed:
+                self.sent.append(message)
+            self.core.outgoing.shown.discard(message.id)
+            outbox.arrived(message.id)  # or never will: such a server does not acknowledge
 
     def tick(self) -> None:
         """Report the messages for other conversations, once the server is known to have none."""
         core, outbox = self.core, self.core.outbox
-        if core.sure or core.insists or core.ticks() - self.began > CAP_SECONDS:
-            for one in [*outbox.waiting.values()]:
-                if not self.carries(one) and one.id not in outbox.parked:
-                    core.leave_to_user(one.id, ONE_ROOM)
+        if core.kind_confirmed or core.kind_forced or core.ticks() - self.began > CAP_SECONDS:
+            for message in [*outbox.waiting.values()]:
+                if not self.carries(message) and message.id not in outbox.parked:
+                    core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
     bye = ping = leaves = renamed = watch = send = do_nothing
@@ -14523,7 +14324,7 @@ class IrcTalk:
 
     def __init__(self, core: "ClientCore"):
         self.core = core
-        ours = core.kind == CHAT or (core.sure and core.server.ours)
+        ours = core.kind == CHAT or (core.kind_confirmed and core.server.ours)
         self.server = core.server = ServerProfile(ours, core.server)
         self.ready = False
         self.labels = itertools.count(1)  # of requests, of the user's commands, and PING tokens
@@ -14532,11 +14333,12 @@ class IrcTalk:
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.joins = Joins(self)
+        self.answers = WantedAnswers(self)
         self.batches: dict[str, Batch] = {}
         self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
-        self.shown_names: set[str] = set()  # keys of channels whose members the user asked for
         self.stale_names: set[str] = set()  # channels for NAMES, since ranks may have changed
-        self.named = self.introduced = self.negotiating = False
+        self.named = False  # NICK and USER were sent
+        self.introduced = self.negotiating = False  # all was sent up to CAP END; the server has CAP
         self.resumed = False  # the session was resumed: the server says where the client is
         self.tries = 1  # attempts to get a nick
         self.monitor_failed = False  # it did not lead to the wanted nick: ISON may
@@ -14551,7 +14353,7 @@ class IrcTalk:
         self.bouncer_said = ""  # ... and this its last message, until a PONG
         self.unserved = math.inf  # since when no server is behind it (ticks)
         # Later messages may have been missed: times are unique within one target
-        self.since = max(0, core.believable(core.newest) - 2 * TIMES_AHEAD)
+        self.since = max(0, core.believable(core.known.newest) - 2 * TIMES_AHEAD)
         core.output.append("CAP LS 302")
         if core.kind != CHAT:  # servers from before 2004 never answer CAP
             self.give_names()
@@ -14602,8 +14404,8 @@ class IrcTalk:
     def command(self, verb: str, *params: str) -> None:
         """Send a user's command after the messages accepted before it. Raises Refused if the server
         would cut the line."""
-        token, usual = COMMAND_LIMITS.get(verb, ("", IRC_BYTES))
-        most, text = self.server.limit(token, usual), params[-1] if params else ""
+        limit, usual = COMMAND_LIMITS.get(verb, ("", IRC_BYTES))
+        most, text = self.server.limit(limit, usual), params[-1] if params else ""
         size = len(text) if self.server.ours else len(text.encode())
         if size > most:
             raise Refused("TOO_LONG", f"this server takes {most} bytes there, and not {size}")
@@ -14615,8 +14417,8 @@ class IrcTalk:
 
     def raw(self, line: str) -> None:
         outbox = self.core.outbox
-        there = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
-        last = next((id for id in reversed(outbox.waiting) if id in there), "")
+        unsent = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
+        last = next((id for id in reversed(outbox.waiting) if id in unsent), "")
         self.queue.append((line, last or AT_ONCE))
 
     def pump(self) -> None:
@@ -14630,9 +14432,7 @@ class IrcTalk:
     def _send_next(self) -> bool:
         """Send one line or message; return False if none can be sent."""
         outbox = self.core.outbox
-        if (
-            self.lines.unsent and self.lines.id not in outbox.in_flight
-        ):  # refused, or left to the user
+        if self.lines.unfinished not in ("", *outbox.in_flight):  # refused, or left to the user
             self.lines.drop()
         if self.lines.unsent:
             line = self.lines.take()
@@ -14640,13 +14440,14 @@ class IrcTalk:
             self.acks.note_command(line := self.own_lines.popleft(), by_user=False)
         elif self.queue and not self._is_behind(self.queue[0][1]):
             self.acks.note_command(line := self.queue.popleft()[0], by_user=True)
-        elif one := outbox.next(self.carries, self.order):
-            if one.sent and one.id not in self.core.sent_before and self.doubts:
-                self.core.leave_to_user(one.id)  # sent by an earlier run of this program
+        elif message := outbox.next(self.carries, self.order):
+            if message.sent and message.id not in self.core.outgoing.sent_before and self.doubts:
+                # Sent by an earlier run of this program
+                self.core.outgoing.leave_to_user(message.id)
                 return True
-            outbox.send(one, self.core.clock())
-            self.lines.begin(one)
-            self.acks.note_message(one)
+            outbox.send(message, self.core.clock())
+            self.lines.begin(message)
+            self.acks.note_message(message)
             return True
         elif self.stale_names:  # one NAMES for many mode changes
             line = self.line("NAMES", self.stale_names.pop())
@@ -14662,9 +14463,9 @@ class IrcTalk:
     def _is_behind(self, id: str) -> bool:
         """Return whether the message that a queued line follows can still be sent."""
         outbox = self.core.outbox
-        one = outbox.waiting.get(id)
-        done = one is None or id in outbox.in_flight or id in outbox.parked
-        return not done and (self.carries(one) or self.waits(one))
+        message = outbox.waiting.get(id)
+        done = message is None or id in outbox.in_flight or id in outbox.parked
+        return not done and (self.carries(message) or self.waits(message))
 
     def _may_catch_up(self) -> bool:
         """Return whether pages may be requested. Waiting messages go first, because one page can
@@ -14716,7 +14517,7 @@ class IrcTalk:
     def hurry(self, now: float) -> None:
         """End a log-in or a registration that the server does not complete in time."""
         if self.sasl.running and now - self.began > LOGIN_SECONDS:
-            self.core.show(ViewEvent(NOTE, "not logged in: the server does not answer"))
+            self.core.note("not logged in: the server does not answer")
             self.sasl.end()
         if now - self.began > REGISTRATION_SECONDS:
             self.core.refuse("the server does not let us in", TEMPORARY)
@@ -14733,8 +14534,8 @@ class IrcTalk:
         done so too early. The messages in flight have not arrived."""
         if self.unserved == math.inf:
             self.unserved = self.core.ticks()
-            self.core.show(ViewEvent(NOTE, f"{why}; what you say waits for that"))
-        self.core.sent_before |= self.core.outbox.in_flight.keys()
+            self.core.note(f"{why}; what you say waits for that")
+        self.core.outgoing.sent_before |= self.core.outbox.in_flight.keys()
         self.core.outbox.connection_lost()
         self.lines.unsent.clear()
         self.acks.clear()
@@ -14747,9 +14548,10 @@ class IrcTalk:
     def renamed(self, old: str, new: str) -> None:
         """Use the new name of a conversation in the pending requests for history."""
         self.history.renamed(old, new)
-        one = self.core.outbox.waiting.get(self.lines.unfinished)
-        if one and self.lines.in_batch and self.core.fold(one.where) == self.core.fold(old):
-            self.core.park(one.id, f"{old} is now called {new}")  # a batch keeps its target
+        message = self.core.outbox.waiting.get(self.lines.unfinished)
+        if message and self.lines.in_batch and self.core.fold(message.where) == self.core.fold(old):
+            # A batch keeps its target
+            self.core.outgoing.park(message.id, f"{old} is now called {new}")
 
     # Registration and joining
 
@@ -14792,7 +14594,7 @@ class IrcTalk:
         if core.is_me(wanted) or not core.regain or now < core.regain_at:
             return
         core.regain_at = now + REGAIN_SECONDS
-        if "MONITOR" in self.server.tokens and not self.monitor_failed:
+        if "MONITOR" in self.server.isupport and not self.monitor_failed:
             self.send("MONITOR", "+", wanted)
             core.regain_at = math.inf
         else:
@@ -14813,7 +14615,7 @@ class IrcTalk:
         names = [name for name in names if name and " " not in name and "," not in name]
         regains = sign == "-" and self.core.regain
         names = [name for name in names if not (regains and name == self.core.wanted_nick)]
-        if self.core.tidy and "MONITOR" in self.server.tokens and names:
+        if self.core.tidy and "MONITOR" in self.server.isupport and names:
             self.send("MONITOR", sign, ",".join(names[:WATCHED]))
 
     def name_is_free(self, name: str) -> None:
@@ -14823,14 +14625,14 @@ class IrcTalk:
         if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
             self.send("NICK", wanted)
 
-    def waits(self, one: Waiting) -> bool:
+    def waits(self, message: Waiting) -> bool:
         """Return whether a message waits for the answer to a JOIN, or for a server. The later
         messages of a pipe, and commands, wait with it."""
         if self.unserved < math.inf:
-            return not self.carries(one)
-        room = self.core.find(one.where)
+            return not self.carries(message)
+        room = self.core.find(message.where)
         outside = room is not None and room.is_channel and not room.inside
-        return outside and self.joins.waits(one.where)
+        return outside and self.joins.waits(message.where)
 
     def where_of(self, heard: ServerLine) -> str:
         """Return the open conversation that a numeric is about; "" for none. A numeric that names a
@@ -14850,21 +14652,19 @@ class IrcTalk:
         """Return whether a line is a PART from this channel."""
         return line.startswith("PART ") and self.core.find(line.split(" ")[1]) is room
 
-    def carries(self, one: Waiting) -> bool:
+    def carries(self, message: Waiting) -> bool:
         """Return whether a message can be sent; one for a channel waits until the client is in
         it. A bouncer alone takes messages only for itself: *status and its other modules."""
-        room = self.core.find(one.where)
-        if self.unserved < math.inf and one.where[:1] != "*":
+        room = self.core.find(message.where)
+        if self.unserved < math.inf and message.where[:1] != "*":
             return False
         if room is None or not room.is_channel:
-            return not self.server.is_channel(one.where)
+            return not self.server.is_channel(message.where)
         # Other servers may join the client later
-        return room.inside or (self.server.ours and self.joins.waits(one.where))
+        return room.inside or (self.server.ours and self.joins.waits(message.where))
 
     def longest_mask(self) -> str:
         return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
-
-    # History
 
     # Input
 
@@ -14879,7 +14679,7 @@ class IrcTalk:
             batch.items.append(heard)
 
     def act(self, heard: ServerLine) -> None:
-        handler, least = IRC_HEARD.get(heard.verb) or IRC_HEARD[""]
+        handler, least = SERVER_HANDLERS.get(heard.verb) or SERVER_HANDLERS[""]
         if len(heard.params) >= least:
             handler(self, heard)
 
@@ -14894,7 +14694,8 @@ class IrcTalk:
         if batch is None:
             return
         if outer := self.batches.get(batch.outer):
-            outer.items += [batch] * (len(outer.items) < BATCH_LINES)
+            if len(outer.items) < BATCH_LINES:
+                outer.items.append(batch)
         else:
             self.end_batch(batch)
 
@@ -14904,14 +14705,14 @@ class IrcTalk:
         if batch.kind == "chathistory":
             for item in batch.items:  # messages redacted in the client's absence
                 if isinstance(item, ServerLine) and item.verb == "REDACT" and len(item.params) > 1:
-                    self.core.remove(item.params[1])
+                    self.core.incoming.redact(item.params[1])
             self.history.take_page(label, batch.target, self.views_of(batch))
             for item in batch.items:  # reactions, to these or to earlier ones
                 if isinstance(item, ServerLine) and item.verb == "TAGMSG":
                     self.act(item)
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
-                self.core.said(view, batch.opening)
+                self.core.incoming.message(view, batch.opening)
         elif batch.kind == "soju.im/search":
             self.history.show_past(self.views_of(batch), "search")
         else:  # its lines mean the same as without the batch
@@ -14973,12 +14774,12 @@ def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
     if label == QUIET or label in talk.core.outbox.parked:  # the user knows: the rest is not sent
         return
     if label in talk.core.outbox.waiting:
-        talk.core.lost(label, text)
+        talk.core.outgoing.lost(label, text)
         if not talk.server.echoes and any(line.id == label for line in talk.acks.sent):
             talk.ping()  # errors of its other lines come before the PONG, those of later ones after
     else:
         command_refused(talk, heard)
-        talk.core.show(ViewEvent(SERVER_TEXT, text, where=talk.where_of(heard)))
+        talk.core.server_text(text, talk.where_of(heard))
 
 
 NO_FAILURE = (  # numerics that refuse other commands, not messages
@@ -15038,7 +14839,7 @@ def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
         return "", ""
     talk.acks.sent.remove(line)
     talk.acks.expect_no_echo(line)
-    others = {one.id for one in lines if one.id in flying} - {line.id}
+    others = {sent.id for sent in lines if sent.id in flying} - {line.id}
     certain = "echo-message" in talk.server.enabled or line.text in error or line.id not in flying
     doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
     return line.id, "" if certain else doubt
@@ -15096,7 +14897,10 @@ def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
     elif subcommand == "ACK":
         server.requested.difference_update(words)
         for word in words:
-            (server.enabled.discard if word[0] == "-" else server.enabled.add)(word.lstrip("-"))
+            if word.startswith("-"):
+                server.enabled.discard(word[1:])
+            else:
+                server.enabled.add(word)
         late = "sasl" in words and talk.ready and not talk.sasl.mechanism  # services are back
         if late and (mechanism := talk.sasl.choose()):
             talk.sasl.begin(mechanism)
@@ -15117,36 +14921,11 @@ def no_capabilities(talk: IrcTalk, heard: ServerLine) -> None:
     if talk.ready and heard.verb == "451":
         return talk.wait_for_server("the server has not let us in yet")
     if heard.params[1] == "AUTHENTICATE" and talk.sasl.running:
-        talk.core.show(ViewEvent(NOTE, "not logged in: this server knows no SASL"))
+        talk.core.note("not logged in: this server knows no SASL")
         return talk.sasl.end()
     if talk.introduced or talk.ready:
         return tell_rest(talk, heard)
     return talk.introduce()
-
-
-def keep_login(core: "ClientCore") -> None:
-    if core.me.keep:
-        try:
-            core.me.keep(core.me.login)
-        except Unusable as error:
-            core.show(ViewEvent(NOTE, f"{error}; the next start cannot log in by itself"))
-
-
-def renew_login(core: "ClientCore") -> None:
-    """Use the proposed password from now on, because the server accepted it."""
-    if core.me.proposed:
-        core.me.login, core.me.proposed = core.me.proposed, None
-        core.me.account = core.me.login.account
-        if core.me.generated:
-            keep_login(core)
-
-
-def forget_login(core: "ClientCore") -> None:
-    """Drop the log-in: the account does not exist, or has another password."""
-    core.me.proposed, core.me.login, core.me.account = None, None, ""
-    if core.me.generated:
-        core.me.generated = False
-        keep_login(core)
 
 
 @from_server("AUTHENTICATE", least=1)
@@ -15156,7 +14935,7 @@ def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("900", least=1)
 def told_to_be_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    talk.core.server_text(heard.params[-1])
     if not talk.sasl.running:
         talk.sasl.confirm()
 
@@ -15171,7 +14950,7 @@ def logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         return talk.bye("")
     talk.sasl.confirm()
     core.me.account = core.me.login.account if core.me.login else ""
-    renew_login(core)
+    core.me.confirm_proposed()
     talk.sasl.end()
 
 
@@ -15195,8 +14974,8 @@ def come_another_time(talk: IrcTalk, why: str) -> None:
 @from_server("908", least=2)
 def mechanisms_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Keep only the mechanisms that the server lists after it refused one."""
-    known = heard.params[1].split(",")
-    talk.sasl.others = [name for name in talk.sasl.others if name in known]
+    supported = heard.params[1].split(",")
+    talk.sasl.others = [name for name in talk.sasl.others if name in supported]
 
 
 @from_server("902", "904", "905", "906", least=1)
@@ -15206,10 +14985,10 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         return tell_rest(talk, heard)
     if heard.verb == "904" and not talk.sasl.taken_up and (name := talk.sasl.next_mechanism()):
         return talk.sasl.begin(name)  # the mechanism was refused, not the password
-    core.show(ViewEvent(NOTE, why))
+    core.note(why)
     if core.me.proposed and not talk.ready:  # the /register before the break was lost
         core.me.login = None
-        forget_login(core)
+        core.me.forget()
     elif core.me.account and not talk.ready:
         return come_another_time(talk, why + "; /login PASSWORD gives another one" * core.tidy)
     talk.sasl.end()
@@ -15218,8 +14997,8 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
 def try_name(talk: IrcTalk, heard: ServerLine, most: int, candidate: Callable[[int], str]) -> None:
     """Try another nick until the server takes one; give up after `most` attempts."""
     if talk.ready:
-        known = talk.not_regained("".join(heard.params[1:2]))
-        return None if known else tell_rest(talk, heard)
+        told = talk.not_regained("".join(heard.params[1:2]))
+        return None if told else tell_rest(talk, heard)
     if "chat.py/session" in talk.server.offered and not talk.server.enabled:
         return None  # about the nick sent before the secret, which decides
     talk.tries += 1
@@ -15275,7 +15054,7 @@ ZNC_ITSELF, ZNC_MODULES = "irc.znc.in", "!znc@znc.in"  # sources of lines from n
 @from_server("001", least=1)
 def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core, talk.ready, talk.unserved = talk.core, True, math.inf
-    core.sure, core.name = True, heard.params[0]
+    core.kind_confirmed, core.name = True, heard.params[0]
     core.outbox.most = SENT_AHEAD if talk.server.echoes else DOUBTED_AHEAD
     pace = NO_PACE if talk.server.ours else (PACE_BURST, PACE_RATE)
     talk.budget = Budget(*pace, core.ticks())
@@ -15283,21 +15062,22 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core.began = core.began or heard.time or 0
     if core.tidy or core.name != core.wanted_name:
         why = "is taken" if core.regain else "is no nick that this server takes"
-        told = core.name != core.wanted_name and not talk.resumed  # then it is the name of before
-        why = f" ({core.wanted_name} {why})" if told else ""
-        core.show(ViewEvent(SERVER_TEXT, f"you are {core.name}{why}"))
+        # A resumed session has the name of before
+        differs = core.name != core.wanted_name and not talk.resumed
+        why = f" ({core.wanted_name} {why})" if differs else ""
+        core.server_text(f"you are {core.name}{why}")
     if core.me.login and not (talk.sasl.mechanism or talk.sasl.explained):
         offered = talk.server.offered.get("sasl")
         why = "knows no SASL" if offered is None else f"logs in only by {offered}"
-        core.show(ViewEvent(NOTE, f"not logged in as {core.me.login.account}: this server {why}"))
+        core.note(f"not logged in as {core.me.login.account}: this server {why}")
     if core.away:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
         if core.find(core.outbox.waiting[id].where) is None:
-            core.leave_to_user(id)
-    for one in core.outbox.waiting.values():  # accepted messages need the channel
-        if talk.server.is_channel(one.where) and one.id not in core.outbox.parked:
-            core.room_for(one.where).wanted = True
+            core.outgoing.leave_to_user(id)
+    for message in core.outbox.waiting.values():  # accepted messages need the channel
+        if talk.server.is_channel(message.where) and message.id not in core.outbox.parked:
+            core.rooms.open(message.where).wanted = True
     if heard.source == ZNC_ITSELF:
         talk.bouncer = True
         return talk.wait_for_server("the bouncer is not connected to its server")
@@ -15314,32 +15094,32 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("004", least=3)
 def version_told(talk: IrcTalk, heard: ServerLine) -> None:
     talk.server.ours, talk.server.told = heard.params[2].startswith("chat.py"), True
-    talk.server.tokens.clear()  # of an earlier connection
+    talk.server.isupport.clear()  # of an earlier connection
     if not talk.server.ours:
         talk.budget = Budget(PACE_BURST, PACE_RATE, talk.core.ticks())
-    talk.core.rekey()
+    talk.core.rooms.rekey()
     talk.core.keep_facts()
     if talk.server.ours and not talk.core.rooms:  # join the channel of all users
-        room = talk.core.room_for(LOBBY)
+        room = talk.core.rooms.open(LOBBY)
         room.wanted = True
         talk.joins.join(room)
-        talk.core.go(room)
+        talk.core.rooms.go(room)
 
 
 @from_server("005", least=2)
 def support_told(talk: IrcTalk, heard: ServerLine) -> None:
-    tokens = talk.server.tokens
+    isupport = talk.server.isupport
     for word in heard.params[1:-1]:
         name, _, value = word.partition("=")
         if name[:1] == "-":
-            tokens.pop(name[1:], None)
-        elif may_hold(tokens, name, TOKENS_KEPT):
-            tokens[name] = value.replace("\\x20", " ")
-    talk.core.rekey()
+            isupport.pop(name[1:], None)
+        elif may_hold(isupport, name, TOKENS_KEPT):
+            isupport[name] = value.replace("\\x20", " ")
+    talk.core.rooms.rekey()
     talk.core.keep_facts()
     if "MONITOR" in {word.partition("=")[0] for word in heard.params[1:-1]}:
         talk.watch(room.name for room in talk.core.rooms.values() if not room.is_channel)
-    pace = [positive_number(one) for one in tokens.get("chat.py/FLOOD", "").split(",")]
+    pace = [positive_number(number) for number in isupport.get("chat.py/FLOOD", "").split(",")]
     if len(pace) == 2 and all(pace):
         talk.budget = Budget(*pace, talk.core.ticks())
     elif talk.server.ours:  # and announces no rate limit
@@ -15401,11 +15181,11 @@ def take_channel_name(talk: IrcTalk, old: str, new: str) -> None:
     if room is None or room is other or room.inside:
         return
     if other is None:
-        return core.rename(room, new)
+        return core.rooms.rename(room, new)
     core.outbox.readdress(lambda where: core.find(where) is room, other.name)
-    if core.current is room:
-        core.go(other)
-    return core.close(room)
+    if core.room is room:
+        core.rooms.go(other)
+    return core.rooms.close(room)
 
 
 @from_server("470", least=3)
@@ -15440,7 +15220,7 @@ def labelled_answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     if "echo-message" not in talk.server.enabled:
         talk.acks.confirm(label)
     elif stem not in talk.core.outbox.parked:  # else the user knows
-        talk.core.lost(stem, NOT_ECHOED)
+        talk.core.outgoing.lost(stem, NOT_ECHOED)
 
 
 INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    "}
@@ -15466,23 +15246,23 @@ def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
         talk.acks.confirm(tags.get(OWN_ID, ""))
     where = talk.server.without_status(heard.params[0])
     room = core.find(where if mine or talk.server.is_channel(where) else heard.name)
-    if room is None or core.is_ignored(heard):
+    if room is None or core.ignored.covers(heard.source):
         return
     if TYPES in tags and mine:
         talk.acks.tags_arrived(room.name)
     elif TYPES in tags:
-        core.types(room, heard.name, tags[TYPES])
+        core.typing.note(room, heard.name, tags[TYPES])
     for tag, on in ((REACT, True), (UNREACT, False)):
         emoji = visible(tags.get(tag, ""))[:REACTION_CHARACTERS]
         if emoji.strip() and REPLY in tags:
-            core.reacted(room, tags[REPLY], emoji, heard.name, on)
+            core.reactions.note(room, tags[REPLY], emoji, heard.name, on)
 
 
 @from_server("TOKEN", least=3)
 def token_told(talk: IrcTalk, heard: ServerLine) -> None:
     """TOKEN GENERATE <service> :<token> (draft/authtoken)"""
     if heard.params[0] == "GENERATE":
-        talk.core.took_token(heard.params[-1])
+        talk.core.transfers.take_token(heard.params[-1])
 
 
 @from_server("MARKREAD", least=2)
@@ -15491,35 +15271,27 @@ def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
     room, value = talk.core.find(heard.params[0]), heard.params[1].removeprefix("timestamp=")
     if room and value != "*":
         with contextlib.suppress(Refused):
-            talk.core.told_read(room, parse_time(value))
+            talk.core.rooms.take_marker(room, parse_time(value))
 
 
 # Lines that only programs need, or that the client tells in other words
-for quiet in (*("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"),):
-    IRC_HEARD[quiet] = (do_nothing, 0)
-
-ANSWERS = {  # commands of the user, and what is shown only after them
-    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
-    "HELP": ("705", "706"),
-    "MODE": ("221",),
-    "ISON": ("303",),
-}
-LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
+for quiet in ("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"):
+    SERVER_HANDLERS[quiet] = (do_nothing, 0)
 
 
 @from_server(*itertools.chain(*ANSWERS.values()))
 def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
     """Show an answer to a command of the user; the client or the server itself caused the rest."""
-    if heard.verb in talk.core.asked_numerics and heard.params:
+    if heard.verb in talk.answers.numerics and heard.params:
         tell_rest(talk, heard)
 
 
 @from_server("375", "372", "376", "422", least=2)
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the message of the day, if the user asked for it."""
-    if talk.core.wants_motd:
-        talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
-        talk.core.wants_motd = heard.verb not in ("376", "422")
+    if talk.answers.motd:
+        talk.core.server_text(heard.params[-1])
+        talk.answers.motd = heard.verb not in ("376", "422")
 
 
 @from_server("734", least=3)
@@ -15533,7 +15305,7 @@ def monitor_full(talk: IrcTalk, heard: ServerLine) -> None:
 def present_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
     tell_if_asked(talk, heard)
-    talk.core.asked_numerics.discard("303")
+    talk.answers.numerics.discard("303")
     wanted = talk.core.wanted_nick
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
@@ -15543,16 +15315,16 @@ def present_told(talk: IrcTalk, heard: ServerLine) -> None:
 def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Note which monitored users are online."""
     core, gone = talk.core, heard.verb == "731"
-    for name in (one.partition("!")[0] for one in heard.params[1].split(",")):
+    for name in (source.partition("!")[0] for source in heard.params[1].split(",")):
         if gone:
             talk.name_is_free(name)
         room = core.find(name)
         if room and not room.is_channel and room.gone != gone:
             text = f"{name} {'is not here' if gone else 'is here'}"
             if gone or room.gone is not None:  # at first, being online is no news
-                core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
+                core.incoming.text(room, text)
             if gone:
-                core.park_all(room, text, unsent=True)
+                core.outgoing.park_all(room, text, unsent=True)
             room.gone = gone
             core.changed(room)
 
@@ -15568,14 +15340,14 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
     elif verb == "CHATHISTORY":
         talk.history.refused(code, label, about)
     elif verb == "TOKEN":
-        talk.core.took_token("")
+        talk.core.transfers.take_token("")
     elif verb == "REGISTER":
         talk.core.me.proposed = None
         if talk.core.me.generated:
-            forget_login(talk.core)
+            talk.core.me.forget()
         refused(talk, heard, text)
     elif code == "NOT_KEPT" and len(about) > 1:
-        talk.core.lost(about[1], text)
+        talk.core.outgoing.lost(about[1], text)
     else:
         about_it = verb in ("PRIVMSG", "NOTICE", "TAGMSG", "BATCH", "MULTILINE", "*")
         named = ["BATCH"] if verb in ("BATCH", "MULTILINE") else [verb]
@@ -15592,7 +15364,7 @@ def noted(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.params[:2] == ["SESSION", "RESUMED"]:
         talk.resumed = True
     else:
-        talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+        talk.core.server_text(heard.params[-1])
 
 
 def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
@@ -15600,12 +15372,12 @@ def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     verb, _, rest = heard.params[1].strip("\x01").partition(" ")
     verb = verb.upper()
-    if core.is_me(heard.name) or core.is_ignored(heard):
+    if core.is_me(heard.name) or core.ignored.covers(heard.source):
         return
     if heard.verb == "NOTICE":
         if verb == "PING" and (sent := positive_number(rest)) and sent <= core.ticks():
             rest = f"after {core.ticks() - sent:.1f} s"
-        return core.show(ViewEvent(SERVER_TEXT, f"{heard.name} answers {verb}: {rest}"))
+        return core.server_text(f"{heard.name} answers {verb}: {rest}")
     answers = {
         "VERSION": f"chat.py {VERSION}",
         "PING": rest,
@@ -15638,15 +15410,15 @@ def message_came(talk: IrcTalk, heard: ServerLine) -> None:
     view = spoken_view(talk, heard, text)
     if view.kind in SPOKEN:
         if view.kind == NOTICE and not (view.mine or talk.core.find(view.where)):
-            talk.core.keep(talk.core.timed(view))
+            talk.core.stored.add(talk.core.timed(view))
             view = view._replace(where="")  # a notice opens no conversation
-        return talk.core.said(view, heard)
+        return talk.core.incoming.message(view, heard)
     if (throttled := THROTTLED.match(text)) and not is_person(heard):
         return tell_rest(talk, heard._replace(verb="439", params=["", throttled[1], text]))
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
-        renew_login(talk.core)
+        talk.core.me.confirm_proposed()
     elif fold(view.name) == SERVICE_KEY and text == ACCOUNT_GONE:
-        forget_login(talk.core)
+        talk.core.me.forget()
     who = f"{view.name}: " if "!" in heard.source else ""
     where = view.where if talk.core.find(view.where) and talk.server.is_channel(view.where) else ""
     talk.core.show(ViewEvent(SERVER_TEXT, who + view.text, time=view.time, where=where))
@@ -15656,10 +15428,10 @@ def message_came(talk: IrcTalk, heard: ServerLine) -> None:
 def missed_in_a_talk(talk: IrcTalk, heard: ServerLine) -> None:
     """Ask for the missed messages of a private conversation that TARGETS names."""
     name = heard.params[1]
-    asked = any(one.how == "targets" for one in talk.history.asked)
-    if talk.server.is_channel(name) or not asked or len(talk.history.asked) > TARGETS_ASKED:
+    asked = any(request.how == "targets" for request in talk.history.requests)
+    if talk.server.is_channel(name) or not asked or len(talk.history.requests) > TARGETS_ASKED:
         return
-    room = talk.core.room_for(name)
+    room = talk.core.rooms.open(name)
     room.held = room.held or []
     room.mark = room.mark or f"timestamp={tag_time(talk.since)}"
     talk.history.ask_page(room, "gap" if talk.core.tidy else "missed")
@@ -15675,7 +15447,7 @@ def is_name_given_to(key: str, name: str, most: int) -> bool:
 def joined_as(talk: IrcTalk, name: str) -> None:
     """Give a channel its new name, if it is another one than that of the JOIN which was sent."""
     core, key, most = talk.core, talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
-    sent = [one for one in talk.joins.unanswered if is_name_given_to(one, key, most)]
+    sent = [key_sent for key_sent in talk.joins.unanswered if is_name_given_to(key_sent, key, most)]
     if core.find(name) is None and len(sent) == 1:
         take_channel_name(talk, sent[0], name)
 
@@ -15686,7 +15458,7 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
         return  # no user has so many channels
     joined_as(talk, heard.params[0])
-    room = core.room_for(heard.params[0])
+    room = core.rooms.open(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
     room.topic = ""  # else 332 follows
@@ -15694,25 +15466,25 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     room.password = talk.joins.typed.get(core.fold(room.name), room.password) or ""
     asked = typed or talk.joins.waits(room.name)
     talk.joins.forget(room.name)
-    core.keep_room(room)
+    core.rooms.keep(room)
     core.changed(room)
     if not core.tidy and not room.mark:  # a pipe takes messages from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
         elif core.began:  # joined earlier, before the connection broke
             room.mark = mark_at(max(core.began, talk.since))
-    core.newest = max(core.newest, heard.time or 0)
+    core.known.newest = max(core.known.newest, heard.time or 0)
     if typed:
-        core.arrive(room)
+        core.rooms.go_joined(room)
     elif core.tidy and not asked and core.ticks() - talk.began > LATE_JOIN_SECONDS:
-        core.show(ViewEvent(NOTE, f"{room.name} was joined for you; /go {room.name} looks at it"))
+        core.note(f"{room.name} was joined for you; /go {room.name} looks at it")
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
     talk.history.catch_up(room)
     waiting = (core.outbox.waiting[id].where for id in core.outbox.parked)
     if count := sum(core.fold(where) == core.fold(room.name) for where in waiting):
         text = f"{counted(count, 'message')} could not be sent before; /retry sends, /cancel drops"
-        core.show(ViewEvent(NOTE, text, where=room.name))
+        core.note(text, room.name)
 
 
 def one_by_one(handler: Callable) -> Callable:
@@ -15732,11 +15504,13 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
     core, name = talk.core, heard.params[0]
     if core.is_me(heard.name):
         return we_joined(talk, heard)
-    core.is_back(heard.name)
+    core.incoming.note_present(heard.name)
     if room := core.find(name):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
-        core.happened(room, ViewEvent(JOIN, name=heard.name, where=room.name, address=address))
+        core.incoming.event(
+            room, ViewEvent(JOIN, name=heard.name, where=room.name, address=address)
+        )
         core.show(ViewEvent(PEOPLE, where=room.name))
 
 
@@ -15744,14 +15518,14 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
     """Remove a user, or this client, from one conversation."""
     core = talk.core
     room.people.pop(name, None)
-    why = "" if core.is_ignored(heard) else why
+    why = "" if core.ignored.covers(heard.source) else why
     if core.is_me(name):
         room.inside = room.wanted = False
         commands = talk.acks.commands.items()
         talk.acks.commands = {id: line for id, line in commands if not talk.parts(line, room)}
         return core.changed(room)
     kind, address = PART if heard.verb == "PART" else QUIT, heard.source.partition("@")[2]
-    core.happened(room, ViewEvent(kind, why, name, room.name, address=address))
+    core.incoming.event(room, ViewEvent(kind, why, name, room.name, address=address))
     core.show(ViewEvent(PEOPLE, where=room.name))
 
 
@@ -15764,7 +15538,7 @@ def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
         return
     user_went(talk, room, heard, heard.name, *heard.params[1:2])
     if core.is_me(heard.name):
-        core.left(room)
+        core.rooms.close_left(room)
 
 
 @from_server("QUIT")
@@ -15779,13 +15553,13 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         if heard.name in room.people:
             user_went(talk, room, heard, heard.name, *heard.params[:1])
     if (room := core.find(heard.name)) and not room.is_channel:
-        told = heard.params and heard.params[0] and not core.is_ignored(heard)
-        why = f": {heard.params[0]}" if told else ""
-        core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} has left{why}", where=room.name))
+        says_why = heard.params and heard.params[0] and not core.ignored.covers(heard.source)
+        why = f": {heard.params[0]}" if says_why else ""
+        core.incoming.text(room, f"{heard.name} has left{why}")
         room.gone = True  # as MONITOR tells, too
         # Another user may take that name
-        core.park_all(room, f"{heard.name} has left", unsent=True)
-    core.forget_person(heard.name)
+        core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
+    core.people.forget(heard.name)
     talk.name_is_free(heard.name)
 
 
@@ -15795,14 +15569,16 @@ def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
     if room := core.find(where):
         reason = f": {why[0]}" if why else ""
         text = f"{heard.name} kicked {name} from {where}{reason}"
-        core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name)))
+        core.incoming.event(
+            room, ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name))
+        )
         room.people.pop(name, None)
         if core.is_me(name):
             room.inside = room.wanted = False
             room.people.clear()
             talk.joins.forget(where)
-            core.park_all(room, f"you were kicked from {where}")
-            core.keep_room(room)
+            core.outgoing.park_all(room, f"you were kicked from {where}")
+            core.rooms.keep(room)
             core.changed(room)
         core.show(ViewEvent(PEOPLE, where=room.name))
 
@@ -15819,18 +15595,18 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
         core.former_names.pop(core.fold(new), None)
         core.name = new
         talk.mask = f"{new}!{talk.mask.partition('!')[2]}" if "!" in talk.mask else ""
-        core.show(ViewEvent(SERVER_TEXT, f"you are {new}"))
+        core.server_text(f"you are {new}")
     for room in list(core.rooms.values()):
         if room.renamed(old, new) and not mine:
             text = f"{old} is now called {new}"
-            core.happened(room, ViewEvent(NICK, text, old, room.name, address=new))
-    core.forget_person(old, new)
-    core.is_back(new)
+            core.incoming.event(room, ViewEvent(NICK, text, old, room.name, address=new))
+    core.people.forget(old, new)
+    core.incoming.note_present(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
-            core.park_all(room, f"{old} is now called {new}", unsent=True)
+            core.outgoing.park_all(room, f"{old} is now called {new}", unsent=True)
         else:  # continue the private conversation
-            core.rename(room, new)
+            core.rooms.rename(room, new)
     core.show(ViewEvent(PEOPLE))
     if not mine:
         talk.name_is_free(old)
@@ -15840,10 +15616,8 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
 def channel_renamed(talk: IrcTalk, heard: ServerLine) -> None:
     core, (old, new, *_) = talk.core, heard.params
     if room := core.find(old):
-        core.rename(room, new)
-        core.happened(
-            room, ViewEvent(SERVER_TEXT, f"{heard.name} renamed {old} to {new}", where=new)
-        )
+        core.rooms.rename(room, new)
+        core.incoming.text(room, f"{heard.name} renamed {old} to {new}")
 
 
 @from_server("TOPIC", least=2)
@@ -15854,7 +15628,7 @@ def topic_set(talk: IrcTalk, heard: ServerLine) -> None:
         if not room.topic:
             text = f"{heard.name} removed the topic of {room.name}"
         talk.core.changed(room)
-        talk.core.happened(room, ViewEvent(TOPIC, text, heard.name, room.name, heard.time))
+        talk.core.incoming.event(room, ViewEvent(TOPIC, text, heard.name, room.name, heard.time))
 
 
 WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
@@ -15873,13 +15647,10 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     missing = [""] * 3
-    if heard.verb == "301" and talk.core.is_ignored(heard._replace(source=heard.params[1])):
+    if heard.verb == "301" and talk.core.ignored.covers(heard.params[1]):
         return
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
-    room = talk.core.find(heard.params[1])
-    talk.core.show(
-        ViewEvent(SERVER_TEXT, text, where=room.name if room and heard.verb == "301" else "")
-    )
+    talk.core.server_text(text, heard.params[1] if heard.verb == "301" else "")
 
 
 @from_server("367", "348", "346", least=3)
@@ -15891,10 +15662,7 @@ def mask_listed(talk: IrcTalk, heard: ServerLine) -> None:
     date = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     when = f" on {date:%Y-%m-%d %H:%M} UTC" if seconds else ""
     kind = {"367": "banned", "348": "excepted", "346": "invited"}[heard.verb]
-    room = talk.core.find(where)
-    talk.core.show(
-        ViewEvent(SERVER_TEXT, f"{kind}: {mask}{setter}{when}", where=room.name if room else "")
-    )
+    talk.core.server_text(f"{kind}: {mask}{setter}{when}", where)
 
 
 @from_server("352", least=8)
@@ -15902,61 +15670,60 @@ def who_told(talk: IrcTalk, heard: ServerLine) -> None:
     """<channel> <user> <host> <server> <nick> <flags> :<hops> <real name>"""
     core = talk.core
     _, where, user, host, _, name, flags, last = heard.params[:8]
-    bot = talk.server.tokens.get("BOT", "") or " "
-    core.note_person(name, away=flags[:1] == "G", bot=bot in flags[1:])
-    asked = core.listings.get("WHO", [])[:1]
-    if core.fold(where) in core.quiet_who or not asked:  # ZNC sends WHO, too
+    bot = talk.server.isupport.get("BOT", "") or " "
+    core.people.note(name, away=flags[:1] == "G", bot=bot in flags[1:])
+    listing = talk.answers.listing("WHO")
+    if core.fold(where) in core.people.asked or listing is None:  # ZNC sends WHO, too
         return
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
     real = last.partition(" ")[2]
-    asked[0].add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
+    listing.add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
 
 
 @from_server("315")
 def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
     core, where = talk.core, heard.params[1] if len(heard.params) > 1 else ""
-    if core.fold(where) in core.quiet_who:
-        core.quiet_who.discard(core.fold(where))
+    if core.fold(where) in core.people.asked:
+        core.people.asked.discard(core.fold(where))
         core.show(ViewEvent(PEOPLE, where=where))
     else:
-        core.show_listing("WHO")
+        talk.answers.show_listing("WHO")
 
 
 @from_server("AWAY")
 def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
-    talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
+    talk.core.people.note(heard.name, away=bool(heard.params and heard.params[0]))
     talk.core.show(ViewEvent(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
         state = "is away" if heard.params and heard.params[0] else "is back"
-        if state == "is away" and not talk.core.is_ignored(heard):
+        if state == "is away" and not talk.core.ignored.covers(heard.source):
             state = f"is away: {heard.params[0]}"
         text = f"{heard.name} {state}"
-        talk.core.happened(room, ViewEvent(AWAY, text, heard.name, room.name))
+        talk.core.incoming.event(room, ViewEvent(AWAY, text, heard.name, room.name))
 
 
 @from_server("ACCOUNT", least=1)
 def account_changed(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.note_person(heard.name, account=heard.params[0].replace("*", ""))
+    talk.core.people.note(heard.name, account=heard.params[0].replace("*", ""))
 
 
 @from_server("305", "306", least=2)
 def own_away_told(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.verb == "305":
         talk.core.away = ""
-    talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    talk.core.server_text(heard.params[-1])
 
 
 @from_server("332", "331", least=3)
 def topic_told(talk: IrcTalk, heard: ServerLine) -> None:
     _, where, topic = heard.params[:3]
-    room = talk.core.find(where)
-    if room:
+    if room := talk.core.find(where):
         room.topic = topic if heard.verb == "332" else ""
         talk.core.changed(room)
     text = f"the topic of {where}: {topic}" if heard.verb == "332" else f"{where} has no topic"
-    talk.core.show(ViewEvent(SERVER_TEXT, text, where=room.name if room else ""))
+    talk.core.server_text(text, where)
 
 
 @from_server("MODE", least=2)
@@ -15967,12 +15734,12 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     if room is None:
         return
     text = f"{heard.name} set {' '.join(heard.params[1:])} in {room.name}"
-    talk.core.happened(room, ViewEvent(MODE, text, heard.name, room.name))
+    talk.core.incoming.event(room, ViewEvent(MODE, text, heard.name, room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
         if letter == "k" and value != "*":  # some servers hide it
             room.password = value if sign == "+" else ""
-            talk.core.keep_room(room)
+            talk.core.rooms.keep(room)
         if letter in ranks:
             room.rank(value, ranks[letter], sign == "+", server.ranks[1])
             if sign == "-" and "multi-prefix" not in server.enabled:
@@ -15983,7 +15750,7 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("INVITE", least=2)
 def invited(talk: IrcTalk, heard: ServerLine) -> None:
     where = heard.params[1]
-    if talk.core.is_ignored(heard):
+    if talk.core.ignored.covers(heard.source):
         return
     text = f"{heard.name} invites you to {where}; /join {where}"
     talk.core.show(ViewEvent(SERVER_TEXT, text, called=True))
@@ -15993,11 +15760,11 @@ def invited(talk: IrcTalk, heard: ServerLine) -> None:
 def taken_back(talk: IrcTalk, heard: ServerLine) -> None:
     """Remove a redacted message, also one that is still to come in a page."""
     core, (where, id) = talk.core, heard.params[:2]
-    core.remove(id)
+    core.incoming.redact(id)
     name = where if talk.server.is_channel(where) or core.is_me(heard.name) else heard.name
     if room := core.find(name):
         text = f"{heard.name} took back a message"
-        core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
+        core.incoming.text(room, text)
 
 
 @from_server("353", least=3)
@@ -16005,7 +15772,7 @@ def names_told(talk: IrcTalk, heard: ServerLine) -> None:
     """<symbol> <channel> :<names>; RFC 1459 has no symbol"""
     *_, where, names = heard.params
     key = talk.core.fold(where)
-    if key not in talk.core.rooms and key not in talk.shown_names:
+    if key not in talk.core.rooms and key not in talk.answers.names:
         return
     coming = talk.names.setdefault(key, {})
     for word in names.split()[: PEOPLE_LISTED - len(coming)]:
@@ -16019,10 +15786,10 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
     people, room = talk.names.pop(key, {}), talk.core.rooms.get(key)
     text = ", ".join(ranks + name for name, ranks in people.items()) or "there is no user"
     if room:
-        known = {name: people.pop(name) for name in room.people if name in people}
-        room.people = people | known  # the last speaker is last
-    asked = key in talk.shown_names
-    talk.shown_names.discard(key)
+        present = {name: people.pop(name) for name in room.people if name in people}
+        room.people = people | present  # the last speaker is last
+    asked = key in talk.answers.names
+    talk.answers.names.discard(key)
     where = room.name if room else heard.params[1]
     talk.core.show(ViewEvent(PEOPLE, text if asked else "", where=where))
 
@@ -16031,22 +15798,21 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
 def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
     _, name, count, *topic = heard.params
     text = "  ".join(filter(None, [name, count, *topic[:1]]))
-    asked = talk.core.listings.get("LIST", [])[:1]
-    for listing in asked:
+    if listing := talk.answers.listing("LIST"):
         listing.add(text)
-    talk.core.show(*[ViewEvent(SERVER_TEXT, text)] * (not asked))
+    else:
+        talk.core.server_text(text)
 
 
 @from_server("323")
 def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.show_listing("LIST")
+    talk.answers.show_listing("LIST")
 
 
 @from_server("263", "416", least=2)
 def answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     """<command> :Please try again, or too many matches: the rest of a long answer does not come"""
-    if listings := talk.core.listings.get(heard.params[1].upper()):
-        listings.pop(0)
+    talk.answers.end_listing(heard.params[1].upper())
     tell_rest(talk, heard)
 
 
@@ -16056,18 +15822,16 @@ def invitation_sent(talk: IrcTalk, heard: ServerLine) -> None:
     _, name, where = heard.params[:3]
     if talk.server.is_channel(name):
         name, where = where, name
-    room = talk.core.find(where)
-    text = f"{name} is invited to {where}"
-    talk.core.show(ViewEvent(SERVER_TEXT, text, where=room.name if room else ""))
+    talk.core.server_text(f"{name} is invited to {where}", where)
 
 
 @from_server("REGISTER", "VERIFY", least=2)
 def registered(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the result of a registration; after a success, log in to the account from now on."""
     core = talk.core
-    core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    core.server_text(heard.params[-1])
     if heard.params[0] == "SUCCESS":
-        renew_login(core)
+        core.me.confirm_proposed()
 
 
 # The core
@@ -16084,42 +15848,11 @@ def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
         raise Refused("BAD_NAME", f"a name has at most {name_bytes} bytes")
 
 
-class Rooms(dict[str, Room]):
-    """The conversations of a client, by key, in the order in which they were opened."""
-
-    def rekey(self, fold: Callable[[str], str]) -> None:
-        """Apply a server's rule for names to all keys. Keep the first of two rooms with one key."""
-        rooms = list(self.values())
-        self.clear()
-        for room in rooms:
-            self.setdefault(fold(room.name), room)
-
-    def least(self, besides: Collection[Room]) -> Room | None:
-        """Return the private conversation, not in `besides`, that the user misses least; None for
-        none: the oldest one without news, else the newest, since a flood of strangers comes last.
-        The user misses any in which the user wrote, or began to."""
-        private = [room for room in self.values() if not room.is_channel and room not in besides]
-        private = [room for room in private if not (room.draft or any(v.mine for v in room.views))]
-        read = (room for room in private if not room.unread)
-        return next(read, None) or next(reversed(private), None)
-
-
-def wanted_rooms(join: Iterable[str], fold: Callable[[str], str] = fold) -> Rooms:
-    """Return the conversations that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
-    names = [words.split() for words in join if words.split()]
-    rooms = Rooms()
-    for name, *password in names:
-        name = name if is_channel(name) else f"#{name}"
-        room = rooms[fold(name)] = Room(name, *password[:1], channel=True)
-        room.wanted = True
-    return rooms
-
-
 class Credentials:
     """The account of a client, and the means to prove that the client owns it."""
 
-    def __init__(self, login: Login | None):
-        self.login = login
+    def __init__(self, login: Login | None, note: Callable[[str], None]):
+        self.login, self.note = login, note
         self.proposed: Login | None = None  # by a /register or /passwd that is not confirmed yet
         self.account = ""  # that the client was logged in to
         self.generated = False  # the client made the password, and stores it on disk with ...
@@ -16127,6 +15860,27 @@ class Credentials:
         self.mechanisms: tuple[str, ...] = ("SCRAM-SHA-256", "EXTERNAL", "PLAIN")  # best first
         self.plain_allowed = False  # even without TLS, since the user named it
         self.certificate = False  # the client has a certificate for TLS
+
+    def confirm_proposed(self) -> None:
+        """Use the proposed password from now on, because the server accepted it."""
+        if self.proposed:
+            self.login, self.proposed = self.proposed, None
+            self.account = self.login.account
+            self._store()
+
+    def forget(self) -> None:
+        """Drop the log-in: the account does not exist, or has another password."""
+        self.proposed, self.login, self.account = None, None, ""
+        self._store()
+        self.generated = False
+
+    def _store(self) -> None:
+        """Store a password that the client made, or that there is none any more."""
+        if self.generated and self.keep:
+            try:
+                self.keep(self.login)
+            except Unusable as error:
+                self.note(f"{error}; the next start cannot log in by itself")
 
 
 def is_no_text(data: bytes) -> bool:
@@ -16141,7 +15895,7 @@ def first_words(core: "ClientCore", line: str) -> bool:
     other = other_protocol(line)
     if line.startswith("* ") and not other:  # the server refuses the client, with a reason
         core.refuse(line.removeprefix("* "), TEMPORARY)
-        core.show(ViewEvent(SERVER_TEXT, core.refusal))
+        core.server_text(core.refusal)
         return True
     if other or not IRC_SPEAKS.match(line):  # a workshop server waits for the name
         core.listening = False
@@ -16182,12 +15936,12 @@ def password_command(text: str) -> str:
     words = [word.lower().lstrip("/.,;:!\\-'") for word in text.split()]
     if len(words) < 2:
         return ""
-    first, told = words[0], words[1:3]
+    first, others = words[0], words[1:3]
     if first in PASSWORD_WORDS:
         return PASSWORD_WORDS[first]
     if first in SAYING_WORDS or names_service(first):
-        found = next((PASSWORD_WORDS[word] for word in told if word in PASSWORD_WORDS), "")
-        return found if len(words) > 2 else ""
+        command = next((PASSWORD_WORDS[word] for word in others if word in PASSWORD_WORDS), "")
+        return command if len(words) > 2 else ""
     near = difflib.get_close_matches(first, MISSPELT, 1, 0.8) if len(words) < 4 else []
     return PASSWORD_WORDS[near[0]] if near and abs(len(near[0]) - len(first)) < 2 else ""
 
@@ -16224,17 +15978,260 @@ def nearest_command(verb: str) -> str:
     """Return a question that names the command that the user may have meant; "" for none."""
     import difflib
 
-    known = [*client_command, *CLIENT_ALIASES]
+    verbs = [*client_command, *CLIENT_ALIASES]
     near = [OTHERS_COMMANDS[verb]] if verb in OTHERS_COMMANDS else []
-    near += difflib.get_close_matches(verb, known, 1, 0.6)
+    near += difflib.get_close_matches(verb, verbs, 1, 0.6)
     return f" (/{near[0]}?)" if near else ""
 
 
 def message_pieces(text: str) -> Iterator[str]:
     """Yield a text as messages that a server takes, divided between lines if possible."""
-    lines = [(piece, False) for piece, _ in sendable_lines(text, LINE_BYTES)]
+    lines = [MessageLine(line.text) for line in sendable_lines(text, LINE_BYTES)]
     for group in in_batches(lines, LINE_BYTES, MESSAGE_LINES):
-        yield "\n".join(piece for piece, _ in group)
+        yield "\n".join(line.text for line in group)
+
+
+class Rooms(dict[str, Room]):
+    """The open conversations of a client, by key, in the order of its list. The user looks at the
+    `current` one."""
+
+    def __init__(self, core: "ClientCore", join: Iterable[str]):
+        """Open the channels that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
+        super().__init__()
+        self.core = core
+        self.current: Room | None = None
+        for name, *password in filter(None, map(str.split, join)):
+            name = name if is_channel(name) else f"#{name}"
+            room = self[core.fold(name)] = Room(name, *password[:1], channel=True)
+            room.wanted = True
+
+    def load(self, named: bool) -> None:
+        """Open the conversations of the last run; only those of --join if it `named` some. Load the
+        last messages of each."""
+        self.rekey()
+        stored = self.core.store.rooms()
+        if stored and not named:
+            self.clear()
+        for room in (*self.values(), *stored):
+            room = self.setdefault(self.core.fold(room.name), room)
+            if not room.views:
+                self.core.stored.load(room)
+
+    def keep(self, room: Room) -> None:
+        """Store that a conversation is open, and whether to join it again; delete a closed one."""
+        store, key = self.core.store, self.core.fold(room.name)
+        if store and key in self:
+            store.keep_room(key, room, list(self).index(key))
+        elif store:
+            store.forget_room(key)
+
+    def rekey(self) -> None:
+        """Apply the server's rules for comparing names, and for the names of channels. Keep the
+        first of two conversations with one key."""
+        rooms = list(self.values())
+        self.clear()
+        for room in rooms:
+            self.setdefault(self.core.fold(room.name), room)
+            room.is_channel = room.is_channel or self.core.server.is_channel(room.name)
+
+    # Opening and closing
+
+    def open(self, name: str) -> Room:
+        """Return a conversation; open it if needed. If there are too many, a private one is closed,
+        but not the current one, and none with waiting messages."""
+        core, key = self.core, self.core.fold(name)
+        if key in self:
+            return self[key]
+        if len(self) >= ROOMS_KEPT:
+            needed = {core.find(message.where) for message in core.outbox.waiting.values()}
+            if least := self._least({self.current, *needed}):
+                self.close(least)
+        room = self[key] = Room(name, channel=core.server.is_channel(name))
+        if core.ready and not room.is_channel:
+            core.talk.watch([name])
+        if core.store:
+            core.stored.load(room)
+            self.keep(room)
+        core.changed(room)
+        return room
+
+    def _least(self, besides: Collection[Room | None]) -> Room | None:
+        """Return the private conversation, not in `besides`, that the user misses least; None for
+        none: the oldest one without news, else the newest, since a flood of strangers comes last.
+        The user misses any in which the user wrote, or began to."""
+        private = [room for room in self.values() if not room.is_channel and room not in besides]
+        private = [room for room in private if not (room.draft or any(v.mine for v in room.views))]
+        read = (room for room in private if not room.unread)
+        return next(read, None) or next(reversed(private), None)
+
+    def go(self, room: Room) -> None:
+        """Make a conversation the current one."""
+        self.core.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
+        self.current = room
+        if self.core.reads_at_once:
+            room.unread = room.called = 0
+            self.mark_read(room)
+
+    def go_joined(self, room: Room) -> None:
+        """Go to a channel that the user asked for, but not away from a text that is begun."""
+        if self.current is None or self.current is room or not self.core.is_writing():
+            return self.go(room)
+        self.core.note(f"{room.name} is joined; /go {room.name} looks at it")
+
+    def close_left(self, room: Room) -> None:
+        """Close a channel that this client left. It stays open while a text for it is begun."""
+        core = self.core
+        if self.current is not room or not (core.stays_when_left and core.is_writing()):
+            return self.close(room)
+        self.keep(room)
+        core.note(f"you left {room.name}; /close closes it", room.name)
+
+    def close(self, room: Room) -> None:
+        """Close a conversation, and on a screen go to the last one that is open."""
+        core = self.core
+        if room.is_channel:  # else its messages can be sent without it
+            core.outgoing.park_all(room, f"you left {room.name}", unsent=True)
+        elif core.ready:
+            core.talk.watch([room.name], "-")
+        self.pop(core.fold(room.name), None)
+        self.keep(room)
+        core.changed(room)
+        for message in core.outgoing.waiting_for(room):
+            if message.id in core.outbox.unconfirmed:
+                core.outgoing.leave_to_user(message.id)
+        if self.current is room:
+            self.current = None
+            for other in list(self.values())[-1:] if core.tidy else ():
+                self.go(other)
+
+    def rename(self, room: Room, name: str) -> None:
+        """Rename a conversation. Another one with the new name has ended, and is dropped."""
+        core, old, other = self.core, self.core.fold(room.name), self.core.find(name)
+        if other is not None and other is not room:
+            self.pop(core.fold(name))
+            self.current = room if self.current is other else self.current
+        if core.talk:
+            core.talk.renamed(room.name, name)
+        if core.ready and not room.is_channel:
+            core.talk.watch([room.name], "-")
+            core.talk.watch([name])
+        core.outbox.readdress(lambda where: core.fold(where) == old, name)
+        if core.store:
+            core.store.rename(old, core.fold(name))
+        room.name = name
+        self.rekey()
+        self.keep(room)
+        core.changed(room)
+        if self.current is room:
+            self.go(room)
+
+    def mute(self, room: Room, on: bool) -> None:
+        """Mute a conversation, so that its messages do not call the user, or unmute it."""
+        room.muted, room.called = on, 0
+        self.keep(room)
+        self.core.changed(room)
+
+    # Read markers
+
+    def mark_read(self, room: Room) -> None:
+        """Note that the user has read everything in a conversation."""
+        newest = max((view.time or 0 for view in room.views if is_news(view)), default=0)
+        newest = self.core.believable(newest)
+        if room.unread or room.called:
+            self.core.changed(room)
+        room.unread = room.called = 0
+        if newest > room.read_time:
+            room.read_time = newest
+            self.keep(room)
+
+    def send_markers(self) -> None:
+        """Tell the server, for the user's other devices, how far the user has read."""
+        core = self.core
+        if not core.ready or "draft/read-marker" not in core.server.enabled:
+            return
+        for room in self.values():
+            if room.read_time > room.told_time and (room.inside or not room.is_channel):
+                room.told_time = room.read_time
+                core.talk.send("MARKREAD", room.name, f"timestamp={tag_time(room.read_time)}")
+
+    def take_marker(self, room: Room, when: int) -> None:
+        """Note up to which time (ms) the user has read a conversation on another device."""
+        room.told_time = max(room.told_time, when)
+        if room.read(self.core.believable(when)):
+            self.keep(room)
+            self.core.show(ViewEvent(READ_ELSEWHERE, where=room.name))
+
+
+class Typing:
+    """The users who are typing: the others learn it of this user, and the client of them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.told: dict[int, tuple[float, str]] = {}  # by room: when the others were told, and what
+
+    def tell(self, room: Room, state: str) -> None:
+        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
+        is for a break, "done" for a text that is not sent after all."""
+        core, now = self.core, self.core.ticks()
+        since, before = self.told.get(room.id, (-math.inf, "done"))
+        due = state != before or (state == "active" and now - since > TYPING_SECONDS)
+        if not due or (before == "done" and state == "paused") or not self._may_tell(room):
+            return
+        self.told[room.id] = now, state
+        label = f";label={QUIET}" * core.server.labels
+        core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
+
+    def _may_tell(self, room: Room) -> bool:
+        """Return whether the user wants that, the server takes it, and nothing has to go first."""
+        core, outbox = self.core, self.core.outbox
+        return (
+            core.can("typing")
+            and core.setting("typing") == "on"
+            and core.server.tells_own_tags  # else an error may be that of a message
+            and (room.inside or not room.is_channel)
+            and outbox.waiting.keys() <= outbox.parked.keys()
+            and core.talk.budget.tokens > TYPING_SPARE
+        )
+
+    def note(self, room: Room, name: str, state: str) -> None:
+        """Note that another user is typing, or has paused or stopped."""
+        room.typing.pop(name, None)
+        if state in TYPING_LASTS and len(room.typing) < TYPING_MOST:
+            room.typing[name] = self.core.ticks() + TYPING_LASTS[state]
+        self.core.show(ViewEvent(TYPING, state, name, room.name))
+
+    def end_overdue(self) -> None:
+        """Forget the users who have not continued to type."""
+        for room in self.core.rooms.values():
+            for name in [name for name, end in room.typing.items() if end < self.core.ticks()]:
+                self.note(room, name, "done")
+
+
+def source_mask(mask: str) -> str:
+    """Return the mask nick!user@host of a part of one: user@host, a nick, or a host, which may be a
+    cloak with a slash on other servers."""
+    if "!" in mask:
+        return mask
+    if "@" in mask:
+        return f"*!{mask}"
+    return f"*!*@{mask}" if set(mask) & HOST_CHARACTERS else f"{mask}!*@*"
+
+
+class IgnoreList(set[str]):
+    """The masks of the users who are ignored; `fold` is the server's rule for names."""
+
+    def __init__(self, masks: Iterable[str], fold: Callable[[str], str]):
+        super().__init__(masks)
+        self.fold = fold
+
+    def covers(self, source: str) -> bool:
+        """Return whether the user ignores a source, by nick or by mask."""
+        return any(self._matches(mask, source) for mask in self)
+
+    def _matches(self, mask: str, source: str) -> bool:
+        if not set(mask) & (HOST_CHARACTERS | set("!@*?")):
+            return self.fold(mask) == self.fold(source.partition("!")[0])
+        return bool(pattern_of(self.fold(source_mask(mask))).fullmatch(self.fold(source)))
 
 
 class Person(NamedTuple):
@@ -16247,327 +16244,774 @@ class Person(NamedTuple):
     bot: bool = False
 
 
-class ForScreens:
-    """The methods of a client core for screens, besides typed(), which takes the user's text."""
+class People(dict[str, Person]):
+    """The facts that the server has told about users, beside their ranks, by key. A user without
+    such facts is not in it."""
 
-    server: ServerProfile
-    outbox: Outbox
-    rooms: Rooms
-    talk: IrcTalk | PlainTalk | None
-    store: "ClientStore | None"
-    fold: Callable[[str], str]
-    find: Callable[[str], Room | None]
-    show: Callable[..., None]
-    name = ""
-    start_transfer: Callable[[Transfer], None] | None = None  # both set by Transfers
-    end_transfer: Callable[[Transfer], None] | None = None
+    def __init__(self, core: "ClientCore"):
+        super().__init__()
+        self.core = core
+        self.asked: set[str] = set()  # keys of channels with a WHO that is not answered yet
 
-    def __init__(self) -> None:
-        self.transfers: list[Transfer] = []  # uploads and downloads
-        self.upload_token, self.token_at = "", -math.inf
+    def of(self, room: Room) -> list[Person]:
+        """Return the members of a channel; the last speaker is last."""
+        fold = self.core.fold
+        people = ((self.get(fold(name), Person(name)), name) for name in room.people)
+        return [person._replace(name=name, rank=room.people[name]) for person, name in people]
+
+    def ask(self, room: Room) -> None:
+        """Ask once in a connection which members of a channel are away."""
+        asks = self.core.ready and room.inside and not room.asked_people
+        if asks and len(room.people) <= PEOPLE_ASKED:
+            room.asked_people = True
+            self.asked.add(self.core.fold(room.name))
+            self.core.talk.send("WHO", room.name)
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Note facts about a user: away, account, bot."""
+        key = self.core.fold(name)
+        person = self.get(key, Person(name))._replace(**facts)
+        if person == Person(person.name):
+            self.pop(key, None)
+        elif may_hold(self, key, PEOPLE_LISTED):
+            self[key] = person
+
+    def forget(self, name: str, new: str = "") -> None:
+        """Forget the facts about a user who left, or move them to the new nick."""
+        person = self.pop(self.core.fold(name), None)
+        if person and new:
+            self[self.core.fold(new)] = person
+
+
+class TransferList(list[Transfer]):
+    """The uploads and downloads of a client, and the token with which the server takes uploads
+    (draft/authtoken). The section TRANSFERS moves the bytes."""
+
+    start: Callable[[Transfer], None] | None = None  # both are set there
+    end: Callable[[Transfer], None] | None = None
+
+    def __init__(self, core: "ClientCore"):
+        super().__init__(core.store.transfers() if core.store else ())
+        self.core = core
+        self.upload_token, self.token_time = "", -math.inf  # when it was used last
         self.wait_for_token: list[Callable[[str], None]] = []
-        self.typed_at: dict[int, tuple[float, str]] = {}  # when the user's typing was told, and how
-        self.known_people: dict[str, Person] = {}  # what is known beside their ranks, by key
-        self.quiet_who: set[str] = set()  # keys of channels with a WHO of a screen
-        self.asked_numerics: set[str] = set()  # shown only because the user asked for them
-        self.listings: dict[str, list[Listing]] = {}  # answers to LIST and WHO, still coming
-        # The last lines of the protocol: time (ms), True if sent, and the line
-        self.traffic: collections.deque[tuple[int, bool, str]]
-        self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
-
-    # Messages that were not sent
-
-    def retry(self, own_id: str) -> None:
-        """Send a message that was left to the user; join its channel first if needed."""
-        if own_id not in self.outbox.parked:
-            return
-        self.outbox.retry(own_id)
-        self.sent_before.add(own_id)
-        room = self.room_for(self.outbox.waiting[own_id].where)
-        if room.is_channel and not room.inside and self.ready:
-            room.wanted = True
-            self.talk.joins.join(room)
-
-    def cancel(self, own_id: str) -> None:
-        """Drop a message that is not in flight."""
-        if own_id in self.outbox.in_flight or own_id not in self.outbox.waiting:
-            return
-        self.unshow(self.outbox.arrived(own_id))
-
-    def unshow(self, one: Waiting) -> None:
-        """Remove a message that was shown as waiting from its conversation."""
-        self.shown.discard(one.id)
-        if room := self.find(one.where):
-            room.drop(lambda view: view.own_id == one.id)
-            self.show(ViewEvent(REMOVED, where=one.where, own_id=one.id))
-
-    # Files
-
-    def nodes(self) -> list[str]:
-        """Return the addresses of all servers of this chat, as the server announces them."""
-        if not self.server.ours:
-            return []
-        return [one for one in self.server.tokens.get("chat.py/NODES", "").split(",") if one]
 
     @property
-    def file_host(self) -> str:
+    def url(self) -> str:
         """The URL for uploads. Raises Refused if the server announces none."""
-        tokens, names = self.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
-        urls = [word for name in names for word in tokens.get(name, "").split()]
+        isupport, names = self.core.server.isupport, ("soju.im/FILEHOST", "draft/FILEHOST")
+        urls = [word for name in names for word in isupport.get(name, "").split()]
         if not urls:
             raise Refused("NO_FILEHOST", "this server takes no files")
         return urls[0]
 
     def with_token(self, then: Callable[[str], None]) -> None:
         """Call then(token) with a token for uploads; "" if this server gives none."""
-        if "draft/AUTHTOKEN" not in self.server.tokens:
+        now = self.core.ticks()
+        if "draft/AUTHTOKEN" not in self.core.server.isupport:
             return then("")
-        if self.upload_token and self.ticks() - self.token_at < TOKEN_SECONDS / 2:
-            self.token_at = self.ticks()
+        if self.upload_token and now - self.token_time < TOKEN_SECONDS / 2:
+            self.token_time = now
             return then(self.upload_token)
         self.wait_for_token.append(then)
-        return self.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
+        return self.core.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
 
-    def took_token(self, token: str) -> None:
+    def take_token(self, upload_token: str) -> None:
         """Give a token of the server to the uploads that wait for one; "" if there will be none."""
-        self.upload_token, self.token_at = token, self.ticks()
+        self.upload_token, self.token_time = upload_token, self.core.ticks()
         waiting, self.wait_for_token = self.wait_for_token, []
         for then in waiting:
-            then(token)
+            then(upload_token)
 
-    def keep_transfer(self, one: Transfer) -> None:
-        if one not in self.transfers:
-            self.transfers.append(one)
-        if self.store:
-            self.store.keep_transfer(one)
-        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
+    def keep(self, transfer: Transfer) -> None:
+        """Store and show a transfer: a new one, or its new state."""
+        if transfer not in self:
+            self.append(transfer)
+        if self.core.store:
+            self.core.store.keep_transfer(transfer)
+        self._show(transfer)
 
-    def forget_transfer(self, one: Transfer) -> None:
-        if one in self.transfers:
-            self.transfers.remove(one)
-        if self.store:
-            self.store.forget_transfer(one)
-        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
+    def forget(self, transfer: Transfer) -> None:
+        if transfer in self:
+            self.remove(transfer)
+        if self.core.store:
+            self.core.store.forget_transfer(transfer)
+        self._show(transfer)
 
-    def drop_transfer(self, one: Transfer) -> None:
+    def drop(self, transfer: Transfer) -> None:
         """Stop the transfer of a file, and forget it."""
-        self.forget_transfer(one)
-        if self.end_transfer:
-            self.end_transfer(one)
+        self.forget(transfer)
+        if self.end:
+            self.end(transfer)
 
-    def post_file(self, one: Transfer) -> None:
+    def _show(self, transfer: Transfer) -> None:
+        self.core.show(ViewEvent(TRANSFER, where=transfer.room, own_id=transfer.id))
+
+    def post(self, upload: Transfer) -> None:
         """Send the link of an uploaded file to its conversation."""
         import mimetypes
 
-        kind = mimetypes.guess_type(one.name)[0]
-        about = ", ".join(optional(kind or "", size_text(one.size)))
-        text = f"{one.name} ({about}): {one.url}"
+        kind = mimetypes.guess_type(upload.name)[0]
+        about = ", ".join(optional(kind or "", size_text(upload.size)))
+        text = f"{upload.name} ({about}): {upload.url}"
         try:
-            self.send(one.room, text)
+            self.core.outgoing.send(upload.room, text)
         except Refused as error:  # a service takes no files, or the room was left
-            self.show(ViewEvent(NOTE, f"not posted, since {error}: {text}", where=one.room))
+            self.core.note(f"not posted, since {error}: {text}", upload.room)
 
-    def save_file(self, room: Room, view: ViewEvent, path: str) -> None:
+    def save(self, room: Room, view: ViewEvent, path: str) -> None:
         """Begin to save the file that a message links to. Raises Refused."""
         file = parse_file_tag(view.file)
         ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
         name = linked_name(view) or f"{file.path[-8:]}.{ending}"
-        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
-        self.start_transfer(Transfer(secrets.token_hex(8), False, room.name, path, **known))
+        properties = {"name": name, "url": file.path, "size": file.size, "type": file.type}
+        self.start(Transfer(secrets.token_hex(8), False, room.name, path, **properties))
 
-    # Changes of messages: replies, reactions, redactions
 
-    def can(self, what: str) -> bool:
-        """Return whether this server allows a "reply", "react", "redact" or "typing"."""
-        if what == "redact":
-            return self.ready and "draft/message-redaction" in self.server.enabled
-        tag = {"reply": REPLY, "react": REACT, "typing": TYPES}[what]
-        return self.ready and self.server.takes(tag)
+class Reactions:
+    """Reactions to messages (+draft/react). The client store keeps them."""
 
-    def need(self, what: str) -> None:
-        """Raise Refused if this server does not allow a "reply", "react", "redact" or "typing"."""
-        if not self.can(what):
-            raise Refused("CANNOT", f"this server takes no {what}")
+    def __init__(self, core: "ClientCore"):
+        self.core = core
 
-    def redact(self, room: Room, id: str) -> None:
-        """Redact a message of the user, or as an operator one of another user. Raises Refused."""
-        self.need("redact")
-        self.talk.command("REDACT", room.name, id)
+    def of(self, id: str) -> dict[str, list[str]]:
+        """Return the reactions to a message: lists of nicks, by emoji."""
+        nicks: dict[str, list[str]] = {}
+        for emoji, name in self.core.store.reactions(id) if self.core.store and id else ():
+            nicks.setdefault(emoji, []).append(name)
+        return nicks
 
-    def react(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
+    def send(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
         """React to a message, or remove the reaction. Raises Refused."""
-        self.need("react")
+        core = self.core
+        core.need("react")
         if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
             limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
             raise Refused("BAD_REACTION", limit)
         tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
-        label = ";label=reaction" * self.server.labels
-        self.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
-        if "echo-message" not in self.server.enabled:  # else the echo shows it
-            self.reacted(room, id, emoji, self.name, on)
+        label = ";label=reaction" * core.server.labels
+        core.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
+        if "echo-message" not in core.server.enabled:  # else the echo shows it
+            self.note(room, id, emoji, core.name, on)
 
-    def reacted(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
+    def note(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
         """Store and show the reaction of a user, or the end of it."""
-        known = name in self.reactions_of(id).get(emoji, ())
-        if self.store and known != on:
-            self.store.react(id, emoji, name, on)
+        before = name in self.of(id).get(emoji, ())
+        if self.core.store and before != on:
+            self.core.store.react(id, emoji, name, on)
             view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
-            self.show(view._replace(mine=self.is_me(name)))
+            self.core.show(view._replace(mine=self.core.is_me(name)))
+
+
+class StoredMessages:
+    """The messages that the client store keeps of each conversation, and the gaps between them.
+    Without a store there are none."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+
+    def add(self, view: ViewEvent) -> None:
+        if self.core.store:
+            self.core.store.add(self.core.fold(view.where), view)
+
+    def load(self, room: Room) -> None:
+        """Begin a conversation with the last messages of an earlier run."""
+        core, key = self.core, self.core.fold(room.name)
+        room.holes = core.store.fact(f"holes {key}").split()
+        room.read_time = core.believable(room.read_time)
+        for view in self._after_hole(room, core.store.page(key, STORED_LINES)):
+            room.views.append(view)
+            room.move_mark(view.id, core.believable(view.time))
+            if view.id:
+                remember(core.known.ids, view.id)
+        room.views.dropped = len(room.views) == STORED_LINES
+        if room.read_time:
+            room.count_unread()
+
+    def note_holes(self, room: Room, *positions: str) -> None:
+        """Store the positions in a room before which messages are missing."""
+        if self.core.store and (positions or room.holes):
+            room.holes = list(positions)
+            self.core.store.keep_fact(f"holes {self.core.fold(room.name)}", " ".join(positions))
+
+    @staticmethod
+    def _after_hole(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
+        """Return the messages after the newest gap of a room; all of them if they have no gap."""
+        positions = [position_of(view) for view in views]
+        return views[positions.index(room.hole) :] if room.hole in positions else views
+
+    def show_older(self, room: Room) -> bool:
+        """Put stored messages before the first one of a room; return whether there are any.
+        Messages before a gap are shown only if the server cannot be asked to fill that gap."""
+        core = self.core
+        if not core.store:
+            return False
+        at_hole = bool(room.hole) and room.hole == room.oldest
+        if at_hole and core.ready and core.talk.pages:
+            return False
+        first = next((view for view in room.views if view.kind in SPOKEN), None)
+        shown = {identity_of(view) for view in room.views}
+        page = core.store.page(core.fold(room.name), PAGE_LINES, first)
+        views = [view for view in page if identity_of(view) not in shown]
+        if at_hole and views:
+            views.append(ViewEvent(NOTE, "messages are missing here", where=room.name))
+            room.holes = room.holes[:-1]  # in this run only: the next run may fill the gap
+        else:
+            views = self._after_hole(room, views)
+        room.views.extendleft(reversed(views))
+        room.views.dropped = len(views) == PAGE_LINES
+        if views:
+            core.show(ViewEvent(OLDER, str(len(views)), where=room.name))
+        return bool(views)
+
+    def find(self, words: str, room: Room | None = None, count: int = 200) -> list[ViewEvent]:
+        """Return the last messages that contain these words, in order."""
+        core, key = self.core, self.core.fold(room.name) if room else None
+        views = core.store.find(words, count, key) if core.store else []
+        return [core.in_room(view) for view in views if not core.incoming.hides(view)]
+
+    def message(self, id: str) -> ViewEvent | None:
+        """Return the message with this id; None if there is none."""
+        return self.core.store.message(id) if self.core.store and id else None
+
+    def beside(
+        self, room: Room, view: ViewEvent, count: int, after: bool = False
+    ) -> list[ViewEvent]:
+        """Return the messages before one, or after it, in order."""
+        core, key = self.core, self.core.fold(room.name)
+        views = core.store.page(key, count, view, after) if core.store else []
+        return [other for other in views if not core.incoming.hides(other)]
+
+    def around(self, room: Room, view: ViewEvent, count: int) -> list[ViewEvent]:
+        """Return a message and those around it, in order."""
+        before = self.beside(room, view, count // 2)
+        return [*before, view, *self.beside(room, view, count // 2, after=True)]
 
     def answered_words(self, view: ViewEvent) -> str:
         """Return the author and the text of the message that a view answers; "" for no answer."""
-        room = self.find(view.where)
+        room = self.core.find(view.where)
         if not view.reply or room is None:
             return ""
-        known = next((one for one in reversed(room.views) if one.id == view.reply), None)
-        known = known or self.kept(view.reply)
-        return f"{known.name}: {known.text}" if known else "an earlier message"
+        shown = (other for other in reversed(room.views) if other.id == view.reply)
+        answered = next(shown, None) or self.message(view.reply)
+        return f"{answered.name}: {answered.text}" if answered else "an earlier message"
 
-    def reactions_of(self, id: str) -> dict[str, list[str]]:
-        """Return the reactions to a message: lists of nicks, by emoji."""
-        found: dict[str, list[str]] = {}
-        for emoji, name in self.store.reactions(id) if self.store and id else ():
-            found.setdefault(emoji, []).append(name)
-        return found
+    def show_results(self, title: str, views: list[ViewEvent]) -> None:
+        """Show the messages that a search or a request for history found, between two notes."""
+        core = self.core
+        views = [view for view in views if not core.incoming.hides(view)]
+        if core.results:
+            return core.results(title, views)
+        if not views:
+            return core.note(f"{title}: nothing found")
+        core.note(f"{title}: {counted(len(views), 'message')}")
+        core.show(*(view._replace(kind=FOUND, past=True) for view in views))
+        core.note(f"end of {title}")
 
-    # Typing
 
-    def typing(self, room: Room, state: str) -> None:
-        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
-        is for a break, "done" for a text that is not sent after all."""
-        now = self.ticks()
-        ready = self.can("typing") and self.setting("typing") == "on"
-        ready = ready and self.server.tells_own_tags  # else an error may be that of a message
-        idle = self.outbox.waiting.keys() <= self.outbox.parked.keys()
-        ready = ready and (room.inside or not room.is_channel) and idle
-        ready = ready and self.talk.budget.tokens > TYPING_SPARE
-        since, told = self.typed_at.get(room.id, (-math.inf, "done"))
-        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
-        if ready and due and not (told == "done" and state == "paused"):
-            self.typed_at[room.id] = now, state
-            label = f";label={QUIET}" * self.server.labels
-            self.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
+class KnownMessages:
+    """The messages that the client has, so that a repeat is recognized: by its id, else by its
+    words and its time."""
 
-    def types(self, room: Room, name: str, state: str) -> None:
-        """Note that another user is typing, or has paused or stopped."""
-        room.typing.pop(name, None)
-        if state in ("active", "paused") and len(room.typing) < TYPING_MOST:
-            seconds = TYPING_LASTS[state]
-            room.typing[name] = self.ticks() + seconds
-        self.show(ViewEvent(TYPING, state, name, room.name))
+    def __init__(self) -> None:
+        self.ids: dict[str, None] = {}
+        self.redacted: dict[str, None] = {}  # ids
+        self.own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
+        self.without_id: set[tuple[int, Any]] = set()  # conversation and identity
+        self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest message
 
-    def end_typing(self) -> None:
-        """Forget the users who have not continued to type."""
-        for room in self.rooms.values():
-            for name in [one for one, until in room.typing.items() if until < self.ticks()]:
-                self.types(room, name, "done")
+    def note(self, room: Room | None, view: ViewEvent) -> None:
+        """Note a message, or a line of one, that is shown already: a page may bring it again."""
+        if view.id:
+            remember(self.ids, view.id)
+        elif room:
+            self.note_without_id(room, [view])
 
-    # Read markers
+    def note_without_id(self, room: Room, views: Iterable[ViewEvent]) -> None:
+        """Note those of these messages that have no id: the server may send them again."""
+        spoken = (view for view in views if view.kind in SPOKEN and view.time)
+        self.without_id |= {(room.id, identity_of(view)) for view in spoken if not view.id}
 
-    def mark_read(self, room: Room) -> None:
-        """Note that the user has read everything in a conversation."""
-        newest = max((view.time or 0 for view in room.views if is_news(view)), default=0)
-        newest = self.believable(newest)
-        if room.unread or room.called:
-            self.changed(room)
-        room.unread = room.called = 0
-        if newest > room.read_time:
-            room.read_time = newest
-            self.keep_room(room)
+    def is_repeat(self, room: Room, view: ViewEvent) -> bool:
+        """Return whether a message without an id, but with the server's time, is known; it is known
+        as a repeat once. The user's own have the time of this client, which is not exactly that of
+        a bouncer."""
+        if view.time is None or view.id:
+            return False
+        key: Any = (room.id, identity_of(view))
+        if view.mine:
+            alike = (other for other in self.without_id if is_about(other, room.id, view))
+            key = next(alike, None)
+        if key not in self.without_id:
+            return False
+        self.without_id.remove(key)
+        return True
 
-    def tell_read(self) -> None:
-        """Send read markers to the server, for the user's other devices."""
-        if not self.ready or "draft/read-marker" not in self.server.enabled:
+
+class Incoming:
+    """The messages and events of the server, on their way to the screen: each is shown once, in
+    order, and a conversation that waits for a page of older messages holds them."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core, self.known = core, core.known
+
+    def message(self, view: ViewEvent, heard: ServerLine | None = None) -> None:
+        """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
+        core = self.core
+        if heard is not None and not view.mine and core.ignored.covers(heard.source):
             return
-        for room in self.rooms.values():
-            if room.read_time > room.told_time and (room.inside or not room.is_channel):
-                room.told_time = room.read_time
-                self.talk.send("MARKREAD", room.name, f"timestamp={tag_time(room.read_time)}")
+        self.note_present(view.name)
+        if view.own_id:
+            core.outgoing.acknowledge(view)
+        if view.own_id == PIECE:
+            return self.known.note(core.find(view.where), view)
+        if view.mine and core.outgoing.is_service(view.where, view.text):
+            return
+        if not view.where:
+            return core.show(core.timed(view))
+        room = core.rooms.open(view.where)
+        if room.held is None:
+            return self.deliver(room, view)
+        room.hold(view)
+        if view.own_id in self.known.own:
+            self.known.note(room, view)
 
-    def told_read(self, room: Room, when: int) -> None:
-        """Note up to which time (ms) the user has read a conversation on another device."""
-        room.told_time = max(room.told_time, when)
-        if room.read(self.believable(when)):
-            self.keep_room(room)
-            self.show(ViewEvent(READ_ELSEWHERE, where=room.name))
+    def note_present(self, name: str) -> None:
+        """Note that the user of a private conversation is there, who had left."""
+        room = self.core.find(name)
+        if room and room.gone:
+            room.gone = False
+            self.core.changed(room)
 
-    def mute(self, room: Room, on: bool) -> None:
-        """Mute a conversation, so that its messages do not call the user, or unmute it."""
-        room.muted, room.called = on, 0
-        self.keep_room(room)
-        self.changed(room)
+    def event(self, room: Room, view: ViewEvent) -> None:
+        """Show an event that is no message, like a join or a topic, or hold it behind pages."""
+        view = self.core.timed(view, room)
+        if room.held is not None:
+            return room.hold(view)
+        if not (self._folds(room, view) and room.move(view)):
+            self._unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
+            room.views.append(view)
+        self.core.show(view)
 
-    def move(self, room: Room, place: int) -> None:
-        """Move a conversation to another place in the list, counted from 0."""
-        rooms = [one for one in self.rooms.values() if one is not room]
-        rooms.insert(place, room)
-        self.rooms.clear()
-        self.rooms.update((self.fold(one.name), one) for one in rooms)
-        for one in rooms:
-            self.keep_room(one)
-        self.changed(room)
+    def _folds(self, room: Room, view: ViewEvent) -> bool:
+        """Return whether an event may share a row with others: none that the user did or that is
+        about the user, and none of a user who spoke here, but for being away."""
+        core = self.core
+        if view.kind not in FOLDED or core.setting("fold") == "off":
+            return False
+        if view.kind in CHANGES and (core.is_me(view.name) or calls(view.text, core.name)):
+            return False
+        return view.kind == AWAY or view.name not in room.spoken
 
-    # Members
+    def text(self, room: Room, text: str) -> None:
+        """Show a text about an event in a conversation."""
+        self.event(room, ViewEvent(SERVER_TEXT, text, where=room.name))
 
-    def people(self, room: Room) -> list[Person]:
-        """Return the members of a channel; the last speaker is last."""
-        known = ((self.known_people.get(self.fold(name)), name) for name in room.people)
-        people = (one._replace(name=name) if one else Person(name) for one, name in known)
-        return [one._replace(rank=room.people[one.name]) for one in people]
+    def _unfold(self, room: Room, *names: str) -> None:
+        """Show the collected joins and changes if one of these users is among them: else their row
+        would follow the user's message, kick or new nick."""
+        if not room.movers.isdisjoint(names):
+            self.core.show(room.show_moves())
 
-    def ask_people(self, room: Room) -> None:
-        """Ask once in a connection which members of a channel are away."""
-        asks = self.ready and room.inside and not room.asked_people
-        if asks and len(room.people) <= PEOPLE_ASKED:
-            room.asked_people = True
-            self.quiet_who.add(self.fold(room.name))
-            self.talk.send("WHO", room.name)
+    def deliver(self, room: Room, view: ViewEvent, paged: bool = False) -> None:
+        """Store and show the next message of a room. One from a page may have been read, as its
+        time tells; a live one is new, whatever its time is."""
+        core, known = self.core, self.known
+        known.newest = max(known.newest, view.time or 0)
+        if not view.own_id and known.is_repeat(room, view):
+            return
+        repeated = view.id in known.ids
+        room.move_mark("" if repeated else view.id, core.believable(view.time))
+        if view.id and not repeated:
+            known.newest_id = view.id
+        if view.id:
+            remember(known.ids, view.id)
+        if view.own_id:
+            arrived = view.own_id in core.outbox.waiting
+            shown = view.own_id in core.outgoing.shown
+            core.outgoing.acknowledge(view)
+            if shown or view.own_id in known.own:
+                return
+            repeated = repeated and not arrived
+        if repeated or view.own_id == PIECE or self.hides(view):
+            return
+        room.spoke(view.name)
+        room.typing.pop(view.name, None)
+        self._unfold(room, view.name)
+        view = core.timed(view, room)
+        core.stored.add(view)
+        room.views.append(view)
+        elsewhere = room is not core.room or not core.looked_at or not core.reads_at_once
+        new = view.time > room.read_time or not paged
+        if elsewhere and new and not (view.mine or view.past):
+            room.unread += 1
+            room.called += view.called and not room.muted
+        core.show(view)
 
-    def note_person(self, name: str, **about: Any) -> None:
-        """Note facts about a user that the server tells: away, account, bot."""
-        key = self.fold(name)
-        one = self.known_people.get(key, Person(name))._replace(**about)
-        if one == Person(one.name):
-            self.known_people.pop(key, None)
-        elif may_hold(self.known_people, key, PEOPLE_LISTED):
-            self.known_people[key] = one
+    def release(self, room: Room) -> None:
+        """Show what was held while older messages were fetched."""
+        held, room.held = room.held or [], None
+        for view in held:  # messages known from pages, too: one may be an echo
+            if view.kind in SPOKEN:
+                self.deliver(room, view)
+            else:
+                self.event(room, view)
+        waiting = self.core.outgoing.waiting_for(room)
+        self.core.outbox.unconfirmed.difference_update(message.id for message in waiting)
 
-    def forget_person(self, name: str, new: str = "") -> None:
-        """Forget the facts about a user who left, or move them to the new nick."""
-        one = self.known_people.pop(self.fold(name), None)
-        if one and new:
-            self.known_people[self.fold(new)] = one
+    def hides(self, view: ViewEvent) -> bool:
+        """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
+        if view.kind not in SPOKEN or view.id in self.known.redacted:
+            return True
+        if view.mine:
+            return self.core.outgoing.is_service(view.where, view.text)
+        return self.core.ignored.covers(f"{view.name}!{view.address}")
 
-    # Stored messages
+    def redact(self, id: str) -> None:
+        """Remove a redacted message, also one that is still to come."""
+        core = self.core
+        remember(self.known.redacted, id)
+        if core.store:
+            core.store.remove(id)
+        for room in core.rooms.values():
+            if room.unread:
+                room.forget_news(id)
+            if room.drop(lambda view: view.id == id):
+                core.show(ViewEvent(REMOVED, where=room.name, id=id))
+                core.changed(room)
 
-    def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[ViewEvent]:
-        """Return the last stored messages that contain these words, in order."""
-        if not self.store:
-            return []
-        found = self.store.find(words, count, self.fold(room.name) if room else None)
-        return [self._in_room(view) for view in found if not self.hides(view)]
 
-    def kept(self, id: str) -> ViewEvent | None:
-        """Return the stored message with this id; None if there is none."""
-        return self.store.message(id) if self.store and id else None
+class Outgoing:
+    """The user's messages, from the moment that they are accepted until they have arrived or the
+    user has decided about them. The outbox keeps them."""
 
-    def kept_beside(
-        self, room: Room, view: ViewEvent, count: int, after: bool = False
-    ) -> list[ViewEvent]:
-        """Return the stored messages before one, or after it, in order."""
-        found = self.store.page(self.fold(room.name), count, view, after) if self.store else []
-        return [one for one in found if not self.hides(one)]
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.shown: set[str] = set()  # own ids of messages shown as waiting
+        self.sent_before: set[str] = set()  # own ids of messages that the user sends again
 
-    def around(self, room: Room, view: ViewEvent, count: int) -> list[ViewEvent]:
-        """Return a message and the stored messages around it, in order."""
-        before, after = (self.kept_beside(room, view, count // 2, one) for one in (False, True))
-        return [*before, view, *after]
+    # Accepting
+
+    def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
+        """Accept a message: show it at once, and send it when possible. A text that is too long for
+        one message becomes several. Raises Refused for a service that cannot have it."""
+        core = self.core
+        self.check_conversation(where)
+        text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
+        if kind == MESSAGE and self.is_service(where, text):
+            return self._send_to_service(where, text)
+        split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
+        pieces, added = list(split), []
+        for n, piece in enumerate(pieces):
+            try:
+                lengths = (core.server.limit(name, 0) for name in ("CHANNELLEN", "NICKLEN"))
+                check_message(where, piece, kind, max(NAME_BYTES, *lengths))
+            except ChatError as error:
+                rest = "\n".join(pieces[n:])
+                core.show(ViewEvent(BACK, rest), ViewEvent(NOTE, f"{error}; nothing was sent"))
+                break
+            kept = piece if piece.strip("\n") else ""
+            added.append(core.outbox.add(core.clock(), where, kept, kind, core.input.reply))
+        if core.tidy:  # a pipe stores many at once
+            self.save()
+        accepted = [message for message in added if message.id in core.outbox.waiting]
+        for message, piece in zip(accepted, pieces, strict=False):
+            self._show(message, piece)
+            self._park_outside(message)
+        if len(accepted) == len(pieces) > 1:
+            core.note(f"too long for one message: sent as {len(pieces)}")
+
+    def check_conversation(self, name: str) -> None:
+        """Raise Refused if this server has no conversation with this name."""
+        core = self.core
+        if core.kind == PLAIN and core.fold(name) != core.fold(LOBBY):
+            raise Refused("ONE_ROOM", ONE_ROOM)
+
+    def is_service(self, name: str, text: str) -> bool:
+        """Return whether a text goes to a service, and so may be a password."""
+        if fold(name).partition("@")[0] in SERVICES:
+            return True
+        server = self.core.server
+        if server.ours or server.is_channel(server.without_status(name)):
+            return False
+        short = fold(name) in SHORT_SERVICES  # the nick of a user, too
+        return names_service(name) and (not short or password_command(text) != "")
+
+    def _park_outside(self, message: Waiting) -> None:
+        """Let the user decide about a new message for a channel that the client is not in, or that
+        the user leaves."""
+        core, room = self.core, self.core.rooms.open(message.where)
+        core.typing.told.pop(room.id, None)  # a message implies that typing is done
+        if not (room.is_channel and core.ready):
+            return
+        refused = core.fold(room.name) in core.talk.joins.refused
+        if not room.inside and (not room.wanted or refused):
+            self.park(message.id, f"you are not in {room.name}")
+        elif core.talk.leaves(room):
+            self.park(message.id, f"you leave {room.name}")
+
+    def _send_to_service(self, where: str, text: str) -> None:
+        """Send a text to a service without keeping or showing it: it may be a password. Services
+        store nothing, and must not get it twice. Raises Refused."""
+        for line in text.split("\n"):
+            self.core.online().command("PRIVMSG", where, line)
+        if self.core.tidy:
+            told = f"sent to {where}; it may be a password, so it is neither shown nor kept"
+            self.core.note(told)
+
+    def show_aside(self, kind: str, target: str, text: str) -> None:
+        """Show a notice, or a message to some members of a channel, if no echo will."""
+        core = self.core
+        if "echo-message" in core.server.enabled:
+            return
+        where = core.server.without_status(target)
+        if room := core.find(where):
+            text = for_some(target, where, text)
+            view = ViewEvent(kind, text, core.name, room.name, mine=True)
+            return core.incoming.deliver(room, view)
+        core.server_text(f"you to {target}: {text}")
+
+    def save(self) -> bool:
+        """Store the outbox, and so accept what was added. Return False if that has to wait."""
+        try:
+            return self.core.outbox.save(self.core.ticks())
+        except Unusable as error:
+            self._give_back(self.core.outbox.refused(), f"{error}; nothing was sent")
+            return True
+
+    def _give_back(self, lost: list[Waiting], why: str) -> None:
+        """Return messages that could not be stored to the user; a pipe has lost them."""
+        core = self.core
+        if not core.tidy:
+            core.failures += len(lost)
+            core.tell_trouble(why, why)
+            return
+        texts: dict[str, list[str]] = {}
+        for message in lost:
+            if message.id in self.shown:
+                self._unshow(message)
+            text = "/me " * (message.kind == ACTION) + message.text
+            texts.setdefault(message.where, []).append(text)
+        for where, lines in texts.items():
+            core.show(ViewEvent(BACK, "\n".join(lines), where=where))
+        core.note(why)
+
+    # On the screen
+
+    def show_waiting(self) -> None:
+        """Show the messages that an earlier run accepted and no server has acknowledged. Without a
+        user to decide about them, all are sent."""
+        core = self.core
+        if not core.tidy:
+            for id in [*core.outbox.parked]:
+                core.outbox.retry(id)
+            return
+        for message in core.outbox.waiting.values():
+            self._show(message, message.text)
+        core.views.clear()  # each is in its conversation already
+        for id in core.outbox.parked:
+            self._tell_parked(core.outbox.waiting[id])
+
+    def _view(self, message: Waiting, text: str, when: int | None) -> ViewEvent:
+        shown = f"*{text}*" if message.kind == ACTION else text
+        view = ViewEvent(MESSAGE, shown, self.core.name, message.where, when, mine=True)
+        return self.core.timed(view._replace(own_id=message.id, reply=message.reply))
+
+    def _show(self, message: Waiting, text: str) -> None:
+        self.shown.add(message.id)
+        room = self.core.rooms.open(message.where)
+        view = self._view(message, text, accepted_at(message.id))._replace(room=room.id)
+        room.views.append(view)
+        self.core.show(view)
+
+    def _unshow(self, message: Waiting) -> None:
+        """Remove a message that was shown as waiting from its conversation."""
+        self.shown.discard(message.id)
+        if room := self.core.find(message.where):
+            room.drop(lambda view: view.own_id == message.id)
+            self.core.show(ViewEvent(REMOVED, where=message.where, own_id=message.id))
+
+    # Outcomes
+
+    def acknowledge(self, view: ViewEvent) -> None:
+        """Note that the server has a message of this client; store it and show its arrival."""
+        core, message = self.core, self.core.outbox.arrived(view.own_id)
+        if message is not None:
+            core.progress += 1
+            core.acknowledged = True
+            if core.talk:
+                core.talk.acks.acknowledged(message.id)
+            said = self._view(message, message.text, view.time)
+            core.stored.add(said._replace(id=view.id, file=view.file))
+        if view.own_id in self.shown:
+            self.shown.discard(view.own_id)
+            remember(core.known.own, view.own_id)
+            where = message.where if message else view.where
+            if (room := core.find(where)) and view.id:
+                room.name_view(view.own_id, view.id, view.file)
+            core.show(view._replace(kind=ARRIVED, where=where))
+
+    def lost(self, own_id: str, reason: str) -> None:
+        """Report that a message has not arrived, and do not send it again."""
+        message = self.core.outbox.arrived(own_id)
+        if message is not None:
+            self.shown.discard(own_id)
+            self.core.failures += 1
+            text = f"{reason}: {beginning(message.text)}"
+            self.core.show(ViewEvent(FAILED, text, where=message.where, own_id=own_id))
+
+    def leave_to_user(self, own_id: str, reason: str = LINE_BROKE) -> None:
+        """Give up a message that may have arrived, or, with a screen, let the user decide."""
+        if self.core.tidy:
+            self.park(own_id, reason)
+        else:
+            self.lost(own_id, reason)
+
+    def park(self, own_id: str, reason: str) -> None:
+        """Report that a message cannot be sent now, and let the user decide about it."""
+        self.core.outbox.park(own_id, reason)
+        if self.core.talk:
+            self.core.talk.acks.forget(own_id)
+        self._tell_parked(self.core.outbox.waiting[own_id])
+
+    def _tell_parked(self, message: Waiting) -> None:
+        """Tell the user why a message waits for a decision."""
+        reason, what = message.why, "it"
+        if message.at:
+            arrived, total = (
+                message.text.count("\n", 0, message.at) + 1,
+                message.text.count("\n") + 1,
+            )
+            reason, what = f"{reason}; {arrived} of {total} lines have arrived", "the rest"
+        advice = f"; /retry sends {what}, /cancel drops it" if self.core.tidy else ""
+        text = f"{reason}: {beginning(message.text)}{advice}"
+        self.core.show(ViewEvent(FAILED, text, where=message.where, own_id=message.id))
+
+    def waiting_for(self, room: Room) -> list[Waiting]:
+        """Return the messages to a conversation that are not known to have arrived."""
+        fold, waiting = self.core.fold, self.core.outbox.waiting.values()
+        return [message for message in waiting if fold(message.where) == fold(room.name)]
+
+    def park_all(self, room: Room, why: str, unsent: bool = False) -> None:
+        """Let the user decide about the messages to a conversation that are not acknowledged, or
+        only about those that are not sent, or not as a whole. A chat.py answers the others."""
+        core, outbox = self.core, self.core.outbox
+        unfinished = core.talk.lines.unfinished if core.talk else ""
+        answered = outbox.in_flight.keys() - {unfinished}
+        decided = {*outbox.parked, *(answered if unsent or core.server.ours else ())}
+        for message in self.waiting_for(room):
+            if message.id in decided:
+                continue
+            if message.id == unfinished and "echo-message" not in core.server.enabled:
+                outbox.arrived_to(message.id, core.talk.lines.sent_to)
+            sent = message.sent and message.id != unfinished
+            self.park(message.id, "it may have arrived or not" if sent else why)
+
+    # Decisions of the user
+
+    def retry(self, own_id: str) -> None:
+        """Send a message that was left to the user; join its channel first if needed."""
+        core = self.core
+        if own_id not in core.outbox.parked:
+            return
+        core.outbox.retry(own_id)
+        self.sent_before.add(own_id)
+        room = core.rooms.open(core.outbox.waiting[own_id].where)
+        if room.is_channel and not room.inside and core.ready:
+            room.wanted = True
+            core.talk.joins.join(room)
+
+    def cancel(self, own_id: str) -> None:
+        """Drop a message that is not in flight."""
+        outbox = self.core.outbox
+        if own_id in outbox.waiting and own_id not in outbox.in_flight:
+            self._unshow(outbox.arrived(own_id))
+
+    # Changes of messages: replies, reactions, redactions
 
 
 NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
 
 
-class ClientCore(ForScreens):
+class TypedText:
+    """The text that a user enters: a command, or a message for the current conversation."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.doubted = ""  # a text that is sent if the user enters it again
+        self.reply = ""  # the id of the message that the text answers
+        self.views_seen: float = math.inf  # how many were in the conversation when it was begun
+
+    def take(self, text: str, room: Room | None, reply: str, seen: float) -> None:
+        """Take a text for a conversation, which is the current one meanwhile."""
+        rooms, looked_at = self.core.rooms, self.core.room
+        self.reply, self.views_seen = reply, seen
+        rooms.current = room or looked_at
+        if text[:1] == "/" and text[:2] != "//":
+            self._run(text)
+        elif (doubt := self._doubt(text)) and self.doubted != text:
+            self.doubted = text
+            self._give_back(text, doubt)
+        else:
+            self.say(text[1:] if text[:2] == "//" else text)
+        stayed = room is not None and rooms.current is room
+        if stayed and looked_at and self.core.find(looked_at.name) is looked_at:
+            rooms.current = looked_at
+        self.reply, self.views_seen = "", math.inf
+
+    def _give_back(self, text: str, why: str) -> None:
+        self.core.show(ViewEvent(BACK, text), ViewEvent(NOTE, why))
+
+    def _doubt(self, text: str) -> str:
+        """Return why a text may not be meant as a message to all; "" if there is no doubt."""
+        if not self.core.tidy:  # a program knows what it sends
+            return ""
+        words = text.split()
+        first = words[0] if words else ""
+        if text[:1] == " " and first[:1] == "/" and first[1:] in client_command:
+            return f"nothing was sent: is {first} a command? Enter again sends it as text"
+        if command := password_command(text):
+            return f"nothing was sent: is that /{command}? Enter again sends it as text"
+        if len(words) == 1 and text[:1] in ("#", "&") and self.core.server.is_channel(text):
+            return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
+        return ""
+
+    def _run(self, text: str) -> None:
+        core, (verb, _, rest) = self.core, text[1:].partition(" ")
+        verb = CLIENT_ALIASES.get(verb.lower(), verb.lower())
+        try:
+            if why := self._refusal(verb, text):
+                raise Refused("NO_COMMAND", f"{why}; nothing was sent")
+            client_command.run(core, verb, rest)
+        except ChatError as refusal:
+            self._give_back(text, str(refusal))
+            if not core.tidy and verb in GOING:  # the next text is not meant for this conversation
+                core.rooms.current = None
+
+    def _refusal(self, verb: str, text: str) -> str:
+        """Return why a command cannot be run now; "" if it can."""
+        command = client_command.get(verb)
+        if command is None:
+            is_text = f"; //{beginning(verb)} \u2026 is a text" if "/" in verb else ""
+            return f"there is no /{verb}{nearest_command(verb)}; /help lists the commands{is_text}"
+        if self.core.kind == PLAIN and not command.nameless:
+            return "this server knows no commands"
+        if "\n" in text:
+            return "a command is one line"
+        return "" if self.core.ready or command.nameless else "not connected"
+
+    def say(self, text: str) -> None:
+        """Accept a text as a message in the current conversation."""
+        self.doubted = ""
+        if self.core.room is None:
+            return self._give_back(text, "nowhere to say that; /join #CHANNEL")
+        try:
+            self.core.outgoing.send(self.core.here, text)
+        except ChatError as error:
+            self._give_back(text, str(error))
+
+
+class ClientCore:
     """The client's side of a conversation with one server.
 
     Call connected() for each new connection, feed() with the bytes received, silence() if the
@@ -16577,10 +17021,6 @@ class ClientCore(ForScreens):
     and `ticks` monotonic time, in seconds."""
 
     told_trouble = ""  # the last reported trouble of the store
-    doubted = ""  # text that is sent if the user enters it again
-    replying = ""  # the id of the message that the typed text answers
-    wants_motd = False  # on the user's request
-    views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
     # Of a screen: is a text for `current` begun?
     is_writing: Callable[[], bool] = staticmethod(lambda: False)
@@ -16598,9 +17038,9 @@ class ClientCore(ForScreens):
     cause = TEMPORARY  # ... and what that means for a new attempt
     dismissed = False  # the server sent ERROR, and will hang up
     redial = False  # connect again at once, with another protocol or TLS ...
-    insists = False  # ... but not if the user set the protocol
-    sure = False  # a line has proved the kind of the server ...
-    unsure = ""  # ... and this one of a plain server was no such line
+    kind_forced = False  # ... but not if the user set the protocol
+    kind_confirmed = False  # a line has proved the kind of the server ...
+    odd_line = ""  # ... and this one of a plain server was no such line
     sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
     quitting = False
     wants_connection = False  # connect now, at the user's request
@@ -16613,7 +17053,6 @@ class ClientCore(ForScreens):
     progress = 0  # number of acknowledged messages and of missing pages that came
     acknowledged = False  # some message was, over this connection
     page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
-    newest, newest_id = 0, ""  # time (ms) and id of the newest known message
     began = 0  # time of the first welcome
 
     def __init__(
@@ -16631,141 +17070,59 @@ class ClientCore(ForScreens):
         store: "ClientStore | None" = None,
         named: bool | None = None,
     ):
-        super().__init__()
         self.store = store
         self.wanted_name = self.name = name
         self.tidy, self.kind, self.password = tidy, kind, password
-        self.me = Credentials(login)
+        self.me = Credentials(login, self.note)
         self.outbox = outbox or Outbox()
         self.clock, self.later, self.ticks = clock, later, ticks
         self.server = ServerProfile(kind in (CHAT, PLAIN))
         self.talk: IrcTalk | PlainTalk | None = None  # while connected, once the protocol is known
         self.away, self.former_names = "", {}  # keys of this client's earlier nicks
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
-        self.ignored: set[str] = store.ignored() if store else set()  # masks
+        self.ignored = IgnoreList(store.ignored() if store else (), self.fold)
+        self.people, self.typing, self.reactions = People(self), Typing(self), Reactions(self)
+        self.transfers = TransferList(self)
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
-        self.seen: dict[str, None] = {}  # ids of known messages
-        self.removed: dict[str, None] = {}  # ids of redacted messages
-        # Messages without ids that a server may send again: conversation and identity
-        self.repeatable: set[tuple[int, Any]] = set()
-        self.shown: set[str] = set()  # own ids of messages shown as waiting
-        self.sent_before: set[str] = set()  # own ids of messages that the user sends again
-        self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
-        self.rooms = wanted_rooms(join, self.fold)
+        self.known, self.stored = KnownMessages(), StoredMessages(self)
+        self.incoming, self.outgoing = Incoming(self), Outgoing(self)
+        self.rooms = Rooms(self, join)
         if store:
             self._load([*join] not in ([], [LOBBY]) if named is None else named)
-        self.current: Room | None = next(iter(self.rooms.values()), None)  # looked at
+        self.rooms.current = next(iter(self.rooms.values()), None)
+        self.input = TypedText(self)
+        # The last lines of the protocol: time (ms), True if sent, and the line
+        self.traffic: collections.deque[tuple[int, bool, str]]
+        self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[ViewEvent] = []
         self.output: list[str] = []
-        self._show_waiting()
+        self.outgoing.show_waiting()
 
     # State that outlives the program
 
     def _load(self, named: bool) -> None:
-        """Load the open conversations and their last messages from the store."""
+        """Continue with the state that an earlier run has stored."""
         self.server.ours = self.server.ours or self.store.fact("ours") == "yes"
         if mapping := self.store.fact("CASEMAPPING"):
-            self.server.tokens["CASEMAPPING"] = mapping
-        self.rooms.rekey(self.fold)
-        stored = self.store.rooms()
-        if stored and not named:
-            self.rooms.clear()
-        for room in (*self.rooms.values(), *stored):
-            room = self.rooms.setdefault(self.fold(room.name), room)
-            if not room.views:
-                self._load_room(room)
-        self.transfers = self.store.transfers()
+            self.server.isupport["CASEMAPPING"] = mapping
+        self.rooms.load(named)
         if newest := self.store.newest():
-            self.newest, self.newest_id = newest.time or 0, newest.id
-
-    def _load_room(self, room: Room) -> None:
-        room.holes = self.store.fact(f"holes {self.fold(room.name)}").split()
-        room.read_time = self.believable(room.read_time)
-        for view in self.behind_hole(room, self.store.page(self.fold(room.name), STORED_LINES)):
-            room.views.append(view)
-            if view.id:
-                remember(self.seen, view.id)
-                room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
-            elif view.time:
-                room.mark_time = self.believable(view.time)
-                room.mark = mark_at(room.mark_time)
-        room.views.dropped = len(room.views) == STORED_LINES
-        if room.read_time:
-            room.count_unread()
-
-    def _show_waiting(self) -> None:
-        """Show the messages that an earlier run accepted and no server has acknowledged. Without a
-        user to decide about them, all are sent."""
-        for id in () if self.tidy else [*self.outbox.parked]:
-            self.outbox.retry(id)
-        for one in self.outbox.waiting.values() if self.tidy else ():
-            self._show_own(one, one.text)
-        self.views.clear()  # each is in its conversation already
-        for id in self.outbox.parked:
-            self.tell_parked(self.outbox.waiting[id])
-
-    def keep(self, view: ViewEvent) -> None:
-        """Store a message."""
-        if self.store:
-            self.store.add(self.fold(view.where), view)
-
-    def keep_room(self, room: Room) -> None:
-        """Store that a conversation is open, and whether to join it again; delete a closed one."""
-        if self.store and self.fold(room.name) in self.rooms:
-            place = list(self.rooms).index(self.fold(room.name))
-            self.store.keep_room(self.fold(room.name), room, place)
-        elif self.store:
-            self.store.forget_room(self.fold(room.name))
-
-    def note_holes(self, room: Room, *positions: str) -> None:
-        """Store the positions in a room before which messages are missing."""
-        if self.store and (positions or room.holes):
-            room.holes = list(positions)
-            self.store.keep_fact(f"holes {self.fold(room.name)}", " ".join(positions))
-
-    @staticmethod
-    def behind_hole(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
-        """Return the messages after the newest gap of a room; all of them if they have no gap."""
-        there = [*map(position_of, views)]
-        return views[there.index(room.hole) :] if room.hole and room.hole in there else views
-
-    def older_from_store(self, room: Room) -> bool:
-        """Put stored messages before the first one of a room; return whether there are any.
-        Messages before a gap are shown only if the server cannot be asked to fill that gap."""
-        if not self.store:
-            return False
-        at_hole = bool(room.hole) and room.hole == room.oldest
-        if at_hole and self.ready and self.talk.pages:
-            return False
-        first = next((view for view in room.views if view.kind in SPOKEN), None)
-        views = self.store.page(self.fold(room.name), PAGE_LINES, first)
-        shown = {identity_of(view) for view in room.views}
-        views = [view for view in views if identity_of(view) not in shown]
-        if at_hole and views:
-            views.append(ViewEvent(NOTE, "messages are missing here", where=room.name))
-            room.holes = room.holes[:-1]  # in this run only: the next run may fill the gap
-        else:
-            views = self.behind_hole(room, views)
-        room.views.extendleft(reversed(views))
-        room.views.dropped = len(views) == PAGE_LINES
-        if views:
-            self.show(ViewEvent(OLDER, str(len(views)), where=room.name))
-        return bool(views)
+            self.known.newest, self.known.newest_id = newest.time or 0, newest.id
 
     def keep_facts(self) -> None:
         """Store how the server compares names, since the keys of conversations depend on that."""
         if self.store:
             self.store.keep_fact("ours", "yes" if self.server.ours else "no")
-            self.store.keep_fact("CASEMAPPING", self.server.tokens.get("CASEMAPPING", ""))
+            self.store.keep_fact("CASEMAPPING", self.server.isupport.get("CASEMAPPING", ""))
 
     def close_store(self) -> None:
         """Store the open conversations and their drafts, and leave the outbox to another client."""
         if self.store:
             for room in self.rooms.values():
-                self.keep_room(room)
+                self.rooms.keep(room)
             self.store.flush()
-        self.save()
+        self.outgoing.save()
         if self.outbox.rows:
             self.outbox.rows.close()
 
@@ -16777,21 +17134,17 @@ class ClientCore(ForScreens):
             version = self.store.version()
             if version != self.version:
                 ignored, settings = self.store.ignored(), self.store.settings()
-                self.ignored, self.version = ignored, version
+                self.version = version
+                self.ignored.clear()
+                self.ignored.update(ignored)
                 self.settings.clear()
                 self.settings.update(settings)
 
-    def tell_trouble(self) -> None:
-        """Tell the user once that the store cannot be used."""
-        trouble, self.store.trouble = self.store.trouble, ""
+    def tell_trouble(self, trouble: str, text: str) -> None:
+        """Tell the user once about a trouble of the store."""
         if trouble and trouble != self.told_trouble:
-            text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
-            self.show(ViewEvent(NOTE, text))
+            self.note(text)
         self.told_trouble = trouble or self.told_trouble
-
-    def keep_ignored(self) -> None:
-        if self.store:
-            self.store.keep_ignored(self.ignored)
 
     def setting(self, name: str) -> str:
         return self.settings.get(name, SETTINGS[name].usual)
@@ -16812,24 +17165,6 @@ class ClientCore(ForScreens):
         name = self.wanted_name
         return clean_name(name) if self.server.ours else NOT_IN_A_NICK.sub("_", name) or "_"
 
-    def wants(self, verb: str, *params: str) -> None:
-        """Note that the user sends a command of IRC, so that its answer is shown."""
-        self.asked_numerics.update(ANSWERS.get(verb, ()))
-        self.wants_motd = self.wants_motd or verb == "MOTD"
-        if verb in LISTS:
-            self.listings.setdefault(verb, []).append(Listing())
-        if verb == "NAMES" and params:
-            self.online().shown_names.update(map(self.fold, params[0].split(",")))
-
-    def show_listing(self, verb: str) -> None:
-        """Show the collected answer to a LIST or WHO of the user as a page."""
-        for listing in self.listings.get(verb, [])[:1]:
-            self.listings[verb].remove(listing)
-            more = listing.count - len(listing.rows)
-            rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
-            page = ViewEvent(PAGE, "\n".join(rows), LISTS[verb])
-            self.show(page if rows else ViewEvent(NOTE, f"{LISTS[verb]}: nothing found"))
-
     def online(self) -> Any:
         """Return the present talk. Raises Refused without a connection, and where the server knows
         no commands."""
@@ -16839,19 +17174,37 @@ class ClientCore(ForScreens):
             raise Refused("NO_COMMANDS", "this server knows no commands; nothing was sent")
         return self.talk
 
+    def can(self, what: str) -> bool:
+        """Return whether this server allows a "reply", "react", "redact" or "typing"."""
+        if what == "redact":
+            return self.ready and "draft/message-redaction" in self.server.enabled
+        tag = {"reply": REPLY, "react": REACT, "typing": TYPES}[what]
+        return self.ready and self.server.takes(tag)
+
+    def need(self, what: str) -> None:
+        """Raise Refused if this server does not allow a "reply", "react", "redact" or "typing"."""
+        if not self.can(what):
+            raise Refused("CANNOT", f"this server takes no {what}")
+
+    def redact(self, room: Room, id: str) -> None:
+        """Redact a message of the user, or as an operator one of another user. Raises Refused."""
+        self.need("redact")
+        self.talk.command("REDACT", room.name, id)
+
     @property
     def user(self) -> "ClientCore":
         """The named user that the check before a command asks for: the core itself."""
         return self
 
     @property
-    def here(self) -> str:
-        """The name of the current conversation; "" if there is none."""
-        return self.current.name if self.current else ""
+    def room(self) -> Room | None:
+        """The current conversation."""
+        return self.rooms.current
 
     @property
-    def room(self) -> Room | None:
-        return self.current
+    def here(self) -> str:
+        """The name of the current conversation; "" if there is none."""
+        return self.room.name if self.room else ""
 
     @property
     def idle(self) -> bool:
@@ -16873,24 +17226,6 @@ class ClientCore(ForScreens):
     def by_id(self, id: int) -> Room | None:
         return next((room for room in self.rooms.values() if room.id == id), None)
 
-    def rekey(self) -> None:
-        """Apply the rules of the server for comparing names and for the names of channels."""
-        self.rooms.rekey(self.fold)
-        for room in self.rooms.values():
-            room.is_channel = room.is_channel or self.server.is_channel(room.name)
-
-    def is_ignored(self, heard: ServerLine) -> bool:
-        """Return whether the user ignores the source of a line, by nick or by mask."""
-        return any(self.ignores(mask, heard.source) for mask in self.ignored)
-
-    def ignores(self, mask: str, source: str) -> bool:
-        name, of_host = source.partition("!")[0], bool(set(mask) & HOST_CHARACTERS)
-        if not (of_host or set(mask) & set("!@*?")):
-            return self.fold(mask) == self.fold(name)
-        alone = f"*!*@{mask}" if of_host else f"{mask}!*@*"
-        full = mask if "!" in mask else f"*!{mask}" if "@" in mask else alone
-        return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
-
     def is_called(self, text: str) -> bool:
         """Return whether a text contains the user's nick or a word of the setting highlight."""
         words = [self.name, *self.setting("highlight").split()]
@@ -16900,12 +17235,10 @@ class ClientCore(ForScreens):
 
     def connected(self) -> list[ViewEvent]:
         self.inbox = LineBuffer(self.inbox.limit)
-        self.repeatable = set()
+        self.known.without_id.clear()
         for room in self.rooms.values():  # a bouncer plays them again
-            self.note_repeatable(room, room.views)
+            self.known.note_without_id(room, room.views)
         self.output.clear()
-        self.asked_numerics.clear()
-        self.listings.clear()
         self.refusal, self.cause, self.redial, self.talk = "", TEMPORARY, False, None
         self.acknowledged = self.dismissed = False
         self.listening = not self.kind
@@ -16918,12 +17251,12 @@ class ClientCore(ForScreens):
         deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
         flown = self.outbox.connection_lost()
-        for one in flown if talk and talk.doubts else ():
+        for message in flown if talk and talk.doubts else ():
             if talk.pages:
-                self.outbox.unconfirmed.add(one.id)
+                self.outbox.unconfirmed.add(message.id)
             else:
-                self.leave_to_user(one.id)
-        if talk and any(asked.how in ("missed", "gap") for asked in talk.history.asked):
+                self.outgoing.leave_to_user(message.id)
+        if talk and any(asked.how in ("missed", "gap") for asked in talk.history.requests):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         if talk:
             talk.joins.want_typed()
@@ -16931,8 +17264,8 @@ class ClientCore(ForScreens):
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
             self.changed(room)
-        self.quiet_who.clear()
-        self.took_token("")
+        self.people.asked.clear()
+        self.transfers.take_token("")
         return self.take_views()
 
     def silence(self) -> list[ViewEvent]:
@@ -16946,7 +17279,7 @@ class ClientCore(ForScreens):
         return self.take_views()
 
     def feed(self, data: bytes) -> list[ViewEvent]:
-        if not self.sure and data.startswith(TLS_RECORDS):
+        if not self.kind_confirmed and data.startswith(TLS_RECORDS):
             self.give_up("this port wants TLS: write ircs://HOST:PORT")
             return self.take_views()
         if self.listening and is_no_text(data):
@@ -16961,7 +17294,7 @@ class ClientCore(ForScreens):
     def _take_lines(self) -> None:
         while self.cause != FATAL and (raw := self.inbox.take()) is not None:
             if raw == TOO_LONG:
-                self.show(ViewEvent(NOTE, "the server sent a line too long to be shown"))
+                self.note("the server sent a line too long to be shown")
                 continue
             line = shown_line(raw, irc=self.kind != PLAIN)
             logged = SECRET_LINE.sub("\\1 \u2026", line)  # a server may send back what it got
@@ -16983,7 +17316,7 @@ class ClientCore(ForScreens):
         """Return the lines to be sent, once the store has what they change."""
         end = "\n" if self.kind == PLAIN else "\r\n"
         ends = {} if self.kind == PLAIN else NOT_IN_IRC
-        if not self.save():
+        if not self.outgoing.save():
             return b""
         lines = [line.translate(ends) for line in self.output]
         when = int(self.clock() * 1000)
@@ -17012,8 +17345,8 @@ class ClientCore(ForScreens):
 
     def told_sts(self, value: str) -> None:
         """Note the port and the duration for which the server demands TLS (IRCv3 sts)."""
-        tokens = parse_tags(value.replace(",", ";"))
-        port, seconds = (whole_number(tokens.get(one, "")) for one in ("port", "duration"))
+        values = parse_tags(value.replace(",", ";"))
+        port, seconds = (whole_number(values.get(name, "")) for name in ("port", "duration"))
         if self.tls and seconds is not None:  # other values are to be ignored
             self.sts = port or 0, seconds
         elif not self.tls and port and port <= 65535:
@@ -17026,16 +17359,18 @@ class ClientCore(ForScreens):
             self.talk.tick()
         for room in self.rooms.values():
             if room.moves_are_due(self.clock() * 1000):
-                self.show(self._in_room(room.show_moves()))
-        here = self.current if self.reads_at_once and self.looked_at else None
+                self.show(room.show_moves())
+        here = self.room if self.reads_at_once and self.looked_at else None
         if here and not here.views.reading:
-            self.mark_read(here)
-        self.tell_read()
-        self.end_typing()
+            self.rooms.mark_read(here)
+        self.rooms.send_markers()
+        self.typing.end_overdue()
         self.refresh()
         if self.store:
             self.store.index()
-            self.tell_trouble()
+            trouble, self.store.trouble = self.store.trouble, ""
+            text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
+            self.tell_trouble(trouble, text)
         self.flush()
         return self.take_views()
 
@@ -17052,337 +17387,45 @@ class ClientCore(ForScreens):
         """Take a command, or a message of one or several lines. `room` is the conversation of the
         text, perhaps not the current one. `reply` is the id of the message that the text answers.
         `seen` views were there when the text was begun: "the last message" is one of these."""
-        looked_at, self.replying, self.views_seen = self.current, reply, seen
-        self.current = room or looked_at
-        self._typed(text)
-        stayed = room is not None and self.current is room
-        if stayed and looked_at and self.find(looked_at.name) is looked_at:
-            self.current = looked_at
-        self.replying, self.views_seen = "", math.inf
+        self.input.take(text, room, reply, seen)
         self.flush()
         return self.take_views()
-
-    def _typed(self, text: str) -> None:
-        if text[:1] == "/" and text[:2] != "//":
-            self._command(text)
-        elif (doubt := self._doubtful(text)) and self.doubted != text:
-            self.doubted = text
-            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, doubt))
-        else:
-            self.speak(text[1:] if text[:2] == "//" else text)
-
-    def _doubtful(self, text: str) -> str:
-        """Return why a text may not be meant as a message to all; "" if there is no doubt."""
-        if not self.tidy:  # a program knows what it sends
-            return ""
-        first = text.split()[:1]
-        if text[:1] == " " and first and first[0][:1] == "/" and first[0][1:] in client_command:
-            return f"nothing was sent: is {first[0]} a command? Enter again sends it as text"
-        words = text.split()
-        if command := password_command(text):
-            return f"nothing was sent: is that /{command}? Enter again sends it as text"
-        if len(words) == 1 and text[:1] in ("#", "&") and self.server.is_channel(text):
-            return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
-        return ""
 
     def say(self, text: str) -> list[ViewEvent]:
         """Send a text as a message, whatever its first character is."""
-        self.speak(text)
+        self.input.say(text)
         self.flush()
         return self.take_views()
-
-    def _command(self, text: str) -> None:
-        verb, _, rest = text[1:].partition(" ")
-        verb = CLIENT_ALIASES.get(verb.lower(), verb.lower())
-        known = client_command.get(verb)
-        local = known and known.nameless
-        near = "" if known else nearest_command(verb)
-        why = (
-            f"there is no /{verb}{near}; /help lists the commands" * (known is None)
-            + f"; //{beginning(verb)} \u2026 is a text" * (known is None and "/" in verb)
-            or "this server knows no commands" * (self.kind == PLAIN and not local)
-            or "a command is one line" * ("\n" in text)
-            or "not connected" * (not (self.ready or local))
-        )
-        try:
-            if why:
-                raise Refused("NO_COMMAND", f"{why}; nothing was sent")
-            client_command.run(self, verb, rest)
-        except ChatError as refusal:
-            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, str(refusal)))
-            if not self.tidy and verb in GOING:  # the next text is not meant for this conversation
-                self.current = None
-
-    def speak(self, text: str) -> None:
-        """Accept a text as a message in the current conversation. A pipe stores many at once."""
-        self.doubted = ""
-        if self.current is None:
-            return self.show(
-                ViewEvent(BACK, text), ViewEvent(NOTE, "nowhere to say that; /join #CHANNEL")
-            )
-        try:
-            self.send(self.here, text)
-        except ChatError as error:
-            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, str(error)))
-
-    def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
-        """Accept a message: show it at once, and send it when possible. A text that is too long for
-        one message becomes several. Raises Refused for a service that cannot have it."""
-        self.check_conversation(where)
-        text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
-        if kind == MESSAGE and self.is_service(where, text):
-            return self.tell_service(where, text)
-        split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
-        pieces, added = list(split), []
-        for n, piece in enumerate(pieces):
-            try:
-                lengths = (self.server.limit(f"{one}LEN", 0) for one in ("CHANNEL", "NICK"))
-                check_message(where, piece, kind, max(NAME_BYTES, *lengths))
-            except ChatError as error:
-                rest = "\n".join(pieces[n:])
-                self.show(ViewEvent(BACK, rest), ViewEvent(NOTE, f"{error}; nothing was sent"))
-                break
-            kept = piece if piece.strip("\n") else ""
-            added.append(self.outbox.add(self.clock(), where, kept, kind, self.replying))
-        if self.tidy:  # a pipe stores many at once
-            self.save()
-        accepted = [one for one in added if one.id in self.outbox.waiting]
-        for one, piece in zip(accepted, pieces, strict=False):
-            room = self._show_own(one, piece)
-            self.typed_at.pop(room.id, None)  # a message implies that typing is done
-            outside = room.is_channel and self.ready and not room.inside
-            if outside and (not room.wanted or self.fold(room.name) in self.talk.joins.refused):
-                self.park(one.id, f"you are not in {room.name}")
-            elif room.is_channel and self.ready and self.talk.leaves(room):
-                self.park(one.id, f"you leave {room.name}")
-        if len(accepted) == len(pieces) > 1:
-            self.show(ViewEvent(NOTE, f"too long for one message: sent as {len(pieces)}"))
-
-    def check_conversation(self, name: str) -> None:
-        """Raise Refused if this server has no conversation with this name."""
-        if self.kind == PLAIN and self.fold(name) != self.fold(LOBBY):
-            raise Refused("ONE_ROOM", ONE_ROOM)
-
-    def sent_aside(self, kind: str, target: str, text: str) -> None:
-        """Show a notice, or a message to some members of a channel, if no echo will."""
-        if "echo-message" in self.server.enabled:
-            return
-        where = self.server.without_status(target)
-        if room := self.find(where):
-            text = for_some(target, where, text)
-            return self.deliver(room, ViewEvent(kind, text, self.name, room.name, mine=True))
-        self.show(ViewEvent(SERVER_TEXT, f"you to {target}: {text}"))
-
-    def is_service(self, name: str, text: str) -> bool:
-        """Return whether a text goes to a service, and so may be a password."""
-        if fold(name).partition("@")[0] in SERVICES:
-            return True
-        if self.server.ours or self.server.is_channel(self.server.without_status(name)):
-            return False
-        short = fold(name) in SHORT_SERVICES  # the nick of a user, too
-        return names_service(name) and (not short or password_command(text) != "")
-
-    def tell_service(self, where: str, text: str) -> None:
-        """Send a text to a service without keeping or showing it: it may be a password. Services
-        store nothing, and must not get it twice. Raises Refused."""
-        for line in text.split("\n"):
-            self.online().command("PRIVMSG", where, line)
-        told = f"sent to {where}; it may be a password, so it is neither shown nor kept"
-        self.show(*[ViewEvent(NOTE, told)] * self.tidy)
-
-    def save(self) -> bool:
-        """Store the outbox, and so accept what was added. Return False if that has to wait."""
-        try:
-            return self.outbox.save(self.ticks())
-        except Unusable as error:
-            self._give_back(self.outbox.refused(), f"{error}; nothing was sent")
-            return True
-
-    def _give_back(self, lost: list[Waiting], why: str) -> None:
-        """Return messages that could not be stored to the user; a pipe has lost them."""
-        if not self.tidy:
-            self.failures += len(lost)
-            self.show(*[ViewEvent(NOTE, why)] * (why != self.told_trouble))
-            self.told_trouble = why
-            return
-        for one in lost:
-            if one.id in self.shown:
-                self.unshow(one)
-        texts: dict[str, list[str]] = {}
-        for one in lost:
-            texts.setdefault(one.where, []).append("/me " * (one.kind == ACTION) + one.text)
-        for where, its in texts.items():
-            self.show(ViewEvent(BACK, "\n".join(its), where=where))
-        self.show(ViewEvent(NOTE, why))
-
-    def _show_own(self, one: Waiting, text: str) -> Room:
-        """Show a message of this client in its conversation; return the conversation."""
-        self.shown.add(one.id)
-        shown = f"*{text}*" if one.kind == ACTION else text
-        room = self.room_for(one.where)
-        view = ViewEvent(
-            MESSAGE, shown, self.name, one.where, mine=True, own_id=one.id, reply=one.reply
-        )
-        view = self.timed(view._replace(time=accepted_at(one.id)), room)
-        room.views.append(view)
-        self.show(view)
-        return room
 
     def flush(self) -> None:
         """Store what the user did, and send the messages and lines that may be sent now."""
         if self.outbox.unsaved:
-            self.save()
+            self.outgoing.save()
         if self.talk and self.talk.ready and not self.redial and self.cause != FATAL:
             self.talk.pump()
-        self.save()
+        self.outgoing.save()
 
     # Views, conversations and the outcome of messages
 
     def show(self, *views: ViewEvent) -> None:
-        for view in map(self._in_room, views):
+        for view in map(self.in_room, views):
             self.views.append(view)
             if self.at_once:
                 self.at_once(view)
 
-    def _in_room(self, view: ViewEvent) -> ViewEvent:
+    def note(self, text: str, where: str = "") -> None:
+        """Show a text of this client."""
+        self.show(ViewEvent(NOTE, text, where=where))
+
+    def server_text(self, text: str, where: str = "") -> None:
+        """Show a text of the server, in the conversation `where` if that is open."""
+        room = self.find(where)
+        self.show(ViewEvent(SERVER_TEXT, text, where=room.name if room else ""))
+
+    def in_room(self, view: ViewEvent) -> ViewEvent:
         """Return a view with the id of its conversation."""
         room = self.find(view.where) if view.where and not view.room else None
         return view._replace(room=room.id) if room else view
-
-    def show_results(self, title: str, views: list[ViewEvent]) -> None:
-        """Show the messages that a search or a request for history found, between two notes."""
-        views = [view for view in views if not self.hides(view)]
-        if self.results:
-            return self.results(title, views)
-        if not views:
-            return self.show(ViewEvent(NOTE, f"{title}: nothing found"))
-        found = (view._replace(kind=FOUND, past=True) for view in views)
-        self.show(ViewEvent(NOTE, f"{title}: {counted(len(views), 'message')}"), *found)
-        self.show(ViewEvent(NOTE, f"end of {title}"))
-
-    def room_for(self, name: str) -> Room:
-        """Return a conversation; open it if needed. If there are too many, a private one is closed:
-        see Rooms.least(). It is not the current one, and has no waiting messages."""
-        if self.find(name) is None and len(self.rooms) >= ROOMS_KEPT:
-            needed = {self.find(one.where) for one in self.outbox.waiting.values()}
-            if least := self.rooms.least({self.current, *needed}):
-                self.close(least)
-        key = self.fold(name)
-        if key not in self.rooms:
-            room = self.rooms[key] = Room(name, channel=self.server.is_channel(name))
-            if self.ready and not room.is_channel:
-                self.talk.watch([name])
-            if self.store:
-                self._load_room(room)
-                self.keep_room(room)
-            self.changed(room)
-        return self.rooms[key]
-
-    def go(self, room: Room) -> None:
-        """Make a conversation the current one."""
-        self.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
-        self.current = room
-        if self.reads_at_once:
-            room.unread = room.called = 0
-            self.mark_read(room)
-
-    def arrive(self, room: Room) -> None:
-        """Go to a channel that the user asked for, but not away from a text that is begun."""
-        if self.current is None or self.current is room or not self.is_writing():
-            return self.go(room)
-        self.show(ViewEvent(NOTE, f"{room.name} is joined; /go {room.name} looks at it"))
-
-    def left(self, room: Room) -> None:
-        """Close a channel that this client left. It stays open while a text for it is begun."""
-        if self.current is not room or not (self.stays_when_left and self.is_writing()):
-            return self.close(room)
-        self.keep_room(room)
-        self.show(ViewEvent(NOTE, f"you left {room.name}; /close closes it", where=room.name))
-
-    def rename(self, room: Room, name: str) -> None:
-        """Rename a conversation. Another one with the new name has ended, and is dropped."""
-        old, other = self.fold(room.name), self.find(name)
-        if other is not None and other is not room:  # a conversation that has ended
-            self.rooms.pop(self.fold(name))
-            self.current = room if self.current is other else self.current
-        if self.talk:
-            self.talk.renamed(room.name, name)
-        if self.ready and not room.is_channel:
-            self.talk.watch([room.name], "-")
-            self.talk.watch([name])
-        self.outbox.readdress(lambda where: self.fold(where) == old, name)
-        if self.store:
-            self.store.rename(old, self.fold(name))
-        room.name = name
-        self.rooms.rekey(self.fold)
-        self.keep_room(room)
-        self.changed(room)
-        if self.current is room:
-            self.go(room)
-
-    def close(self, room: Room) -> None:
-        """Close a conversation, and on a screen go to the last one that is open."""
-        if room.is_channel:  # else its messages can be sent without it
-            self.park_all(room, f"you left {room.name}", unsent=True)
-        elif self.ready:
-            self.talk.watch([room.name], "-")
-        self.rooms.pop(self.fold(room.name), None)
-        self.keep_room(room)
-        self.changed(room)
-        for one in [*self.outbox.unconfirmed]:
-            if self.fold(self.outbox.waiting[one].where) == self.fold(room.name):
-                self.leave_to_user(one)
-        if self.current is room:
-            self.current = None
-            for other in list(self.rooms.values())[-1:] if self.tidy else ():
-                self.go(other)
-
-    def said(self, view: ViewEvent, heard: ServerLine | None = None) -> None:
-        """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
-        if heard is not None and not view.mine and self.is_ignored(heard):
-            return
-        self.is_back(view.name)
-        if view.own_id:
-            self.acknowledge(view)
-        if view.own_id == PIECE:
-            return self.note_known(view)
-        if view.mine and self.is_service(view.where, view.text):
-            return
-        if not view.where:
-            return self.show(self.timed(view))
-        room = self.room_for(view.where)
-        if room.held is None:
-            return self.deliver(room, view)
-        room.hold(view)
-        if view.own_id in self.known_own:
-            self.note_known(view)
-
-    def is_back(self, name: str) -> None:
-        """Note that the user of a private conversation is there, who had left."""
-        room = self.find(name)
-        if room and room.gone:
-            room.gone = False
-            self.changed(room)
-
-    def acknowledge(self, view: ViewEvent) -> None:
-        """Note that the server has a message of this client; store it and show its arrival."""
-        one = self.outbox.arrived(view.own_id)
-        if one is not None:
-            self.progress += 1
-            self.acknowledged = True
-            if self.talk:
-                self.talk.acks.acknowledged(one.id)
-            text = f"*{one.text}*" if one.kind == ACTION else one.text
-            said = ViewEvent(MESSAGE, text, self.name, one.where, view.time, mine=True, id=view.id)
-            known = {"own_id": one.id, "reply": one.reply, "file": view.file}
-            self.keep(self.timed(said._replace(**known)))
-        if view.own_id in self.shown:
-            self.shown.discard(view.own_id)
-            remember(self.known_own, view.own_id)
-            where = one.where if one else view.where
-            if (room := self.find(where)) and view.id:
-                room.name_view(view.own_id, view.id, view.file)
-            self.show(view._replace(kind=ARRIVED, where=where))
 
     def believable(self, when: int | None) -> int | None:
         """Return a time (ms) of a server, or of an earlier run, but not one that is far ahead of
@@ -17398,171 +17441,6 @@ class ClientCore(ForScreens):
     def changed(self, room: Room) -> None:
         """Tell the screens to draw the state of a conversation again."""
         self.show(ViewEvent(ROOM, where=room.name, room=room.id))
-
-    def happened(self, room: Room, view: ViewEvent) -> None:
-        """Show an event that is no message, like a join or a topic, or hold it behind pages."""
-        view = self.timed(view, room)
-        if room.held is not None:
-            return room.hold(view)
-        if not (self.folds(room, view) and room.move(view)):
-            self.unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
-            room.views.append(view)
-        self.show(view)
-
-    def folds(self, room: Room, view: ViewEvent) -> bool:
-        """Return whether an event may share a row with others: none that the user did or that is
-        about the user, and none of a user who spoke here, but for being away."""
-        if view.kind not in FOLDED or self.setting("fold") == "off":
-            return False
-        if view.kind in CHANGES and (self.is_me(view.name) or calls(view.text, self.name)):
-            return False
-        return view.kind == AWAY or view.name not in room.spoken
-
-    def unfold(self, room: Room, *names: str) -> None:
-        """Show the collected joins and changes if one of these users is among them: else their row
-        would follow the user's message, kick or new nick."""
-        if not room.movers.isdisjoint(names):
-            self.show(self._in_room(room.show_moves()))
-
-    def deliver(self, room: Room, view: ViewEvent, paged: bool = False) -> None:
-        """Store and show the next message of a room. One from a page may have been read, as its
-        time tells; a live one is new, whatever its time is."""
-        self.newest = max(self.newest, view.time or 0)
-        if not view.own_id and self.is_repeated(room, view):
-            return
-        known = view.id in self.seen
-        if view.id:
-            remember(self.seen, view.id)
-        if view.id and not known:
-            room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
-            self.newest_id = view.id
-        elif view.time and not room.mark.startswith("msgid="):  # a server without message ids
-            room.mark_time = max(room.mark_time or 0, self.believable(view.time))
-            room.mark = mark_at(room.mark_time)
-        if view.own_id:
-            arrived = view.own_id in self.outbox.waiting
-            seen_waiting = view.own_id in self.shown
-            self.acknowledge(view)
-            if seen_waiting or view.own_id in self.known_own:
-                return
-            known = known and not arrived
-        if known or view.own_id == PIECE or self.hides(view):
-            return
-        room.spoke(view.name)
-        room.typing.pop(view.name, None)
-        self.unfold(room, view.name)
-        view = self.timed(view, room)
-        self.keep(view)
-        room.views.append(view)
-        elsewhere = room is not self.current or not self.looked_at or not self.reads_at_once
-        new = view.time > room.read_time or not paged
-        if elsewhere and new and not (view.mine or view.past):
-            room.unread += 1
-            room.called += view.called and not room.muted
-        self.show(view)
-
-    def note_known(self, view: ViewEvent) -> None:
-        """Note a message, or a line of one, that is shown already: a page may bring it again."""
-        if view.id:
-            remember(self.seen, view.id)
-        elif room := self.find(view.where):
-            self.note_repeatable(room, [view])
-
-    def note_repeatable(self, room: Room, views: Iterable[ViewEvent]) -> None:
-        """Note messages without ids: if the server sends the same ones again, they are no news."""
-        spoken = (view for view in views if view.kind in SPOKEN and view.time)
-        self.repeatable |= {(room.id, identity_of(view)) for view in spoken if not view.id}
-
-    def is_repeated(self, room: Room, view: ViewEvent) -> bool:
-        """Return whether a message without an id, but with the server's time, is known already. The
-        user's own have the time of this client, which is not exactly that of a bouncer."""
-        if view.time is None or view.id:
-            return False
-        known = [(room.id, identity_of(view))]
-        if view.mine:
-            known = [one for one in self.repeatable if is_about(one, room.id, view)]
-        repeated = next((one for one in known if one in self.repeatable), None)
-        self.repeatable.discard(repeated)
-        return repeated is not None
-
-    def hides(self, view: ViewEvent) -> bool:
-        """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
-        if view.kind not in SPOKEN or view.id in self.removed:
-            return True
-        if view.mine:
-            return self.is_service(view.where, view.text)
-        source = f"{view.name}!{view.address}"
-        return any(self.ignores(mask, source) for mask in self.ignored)
-
-    def remove(self, id: str) -> None:
-        """Remove a redacted message, also one that is still to come."""
-        remember(self.removed, id)
-        if self.store:
-            self.store.remove(id)
-        for room in self.rooms.values():
-            if room.unread:
-                room.forget_news(id)
-            if room.drop(lambda view: view.id == id):
-                self.show(ViewEvent(REMOVED, where=room.name, id=id))
-                self.changed(room)
-
-    def release(self, room: Room) -> None:
-        """Show the views that were held while older messages were fetched."""
-        held, room.held = room.held or [], None
-        for view in held:  # messages known from pages, too: one may be an echo
-            (self.deliver if view.kind in SPOKEN else self.happened)(room, view)
-        self.outbox.unconfirmed -= {
-            one.id
-            for one in self.outbox.waiting.values()
-            if self.fold(one.where) == self.fold(room.name)
-        }
-
-    def lost(self, own_id: str, reason: str) -> None:
-        """Report that a message has not arrived, and do not send it again."""
-        one = self.outbox.arrived(own_id)
-        if one is not None:
-            self.shown.discard(own_id)
-            self.failures += 1
-            text = f"{reason}: {beginning(one.text)}"
-            self.show(ViewEvent(FAILED, text, where=one.where, own_id=own_id))
-
-    def park_all(self, room: Room, why: str, unsent: bool = False) -> None:
-        """Let the user decide about the messages to a conversation that are not acknowledged, or
-        only about those that are not sent, or not as a whole. A chat.py answers the others."""
-        unfinished = self.talk.lines.unfinished if self.talk else ""
-        answered = self.outbox.in_flight.keys() - {unfinished}
-        decided = {*self.outbox.parked, *(answered if unsent or self.server.ours else ())}
-        for one in list(self.outbox.waiting.values()):
-            if self.fold(one.where) != self.fold(room.name) or one.id in decided:
-                continue
-            if one.id == unfinished and "echo-message" not in self.server.enabled:
-                self.outbox.arrived_to(one.id, self.talk.lines.sent_to)
-            sent = one.sent and one.id != unfinished
-            self.park(one.id, "it may have arrived or not" if sent else why)
-
-    def leave_to_user(self, own_id: str, reason: str = LINE_BROKE) -> None:
-        """Give up a message that may have arrived, or, with a screen, let the user decide."""
-        if self.tidy:
-            self.park(own_id, reason)
-        else:
-            self.lost(own_id, reason)
-
-    def park(self, own_id: str, reason: str) -> None:
-        """Report that a message cannot be sent now, and let the user decide about it."""
-        self.outbox.park(own_id, reason)
-        if self.talk:
-            self.talk.acks.forget(own_id)
-        self.tell_parked(self.outbox.waiting[own_id])
-
-    def tell_parked(self, one: Waiting) -> None:
-        """Tell the user why a message waits for a decision."""
-        reason, what = one.why, "it"
-        if one.at:
-            share = f"{one.text.count(chr(10), 0, one.at) + 1} of {one.text.count(chr(10)) + 1}"
-            reason, what = f"{reason}; {share} lines have arrived", "the rest"
-        advice = f"; /retry sends {what}, /cancel drops it" if self.tidy else ""
-        text = f"{reason}: {beginning(one.text)}{advice}"
-        self.show(ViewEvent(FAILED, text, where=one.where, own_id=one.id))
 
 
 # The commands of a user, over IRC
@@ -17624,13 +17502,13 @@ def do_help(core: ClientCore, verb: str = "") -> None:
     word = verb.lstrip("/").lower()
     wanted = client_command.get(CLIENT_ALIASES.get(word, word))
     verbs = HELP_TOPICS.get(word, client_command if not word else ())
-    shown = [wanted] if wanted else [client_command[one] for one in verbs]
+    shown = [wanted] if wanted else [client_command[command] for command in verbs]
     if not shown:
         topics = ", ".join(HELP_TOPICS)
         near = nearest_command(word)
         raise Refused("NO_HELP", f"no help about {verb}{near}; commands: /help; topics: {topics}")
-    column = max(len(one.syntax) for one in shown)
-    lines = [f"{one.syntax:{column}}  {one.summary}" for one in shown]
+    column = max(len(command.syntax) for command in shown)
+    lines = [f"{command.syntax:{column}}  {command.summary}" for command in shown]
     if not word:
         lines.append(f"{'//TEXT':{column}}  say a text that begins with /")
         lines.append(f"topics:  {', '.join(HELP_TOPICS)} (/help TOPIC)")
@@ -17657,24 +17535,24 @@ def do_join(core: ClientCore, words: str) -> None:
         advice = f"/raw JOIN {name} {rest[0]} takes {rest[0]} as a password"
         raise Refused("TOO_MANY", f"commas between several channels: /join #a,#b; {advice}")
     names, keys = names_in(name), "".join(rest).split(",")
-    for one, password in itertools.zip_longest(names, keys[: len(names)], fillvalue=""):
-        one = core.server.as_channel(one)
-        room = core.find(one)
+    for channel, password in itertools.zip_longest(names, keys[: len(names)], fillvalue=""):
+        channel = core.server.as_channel(channel)
+        room = core.find(channel)
         if room and room.inside:
-            core.go(room)
+            core.rooms.go(room)
             continue
         most = core.server.limit("CHANNELLEN", IRC_BYTES)
-        if len(one.encode()) > most:
+        if len(channel.encode()) > most:
             raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
-        core.talk.joins.note_typed(one, password)
-        core.talk.command("JOIN", one, *optional(password))
-        core.talk.joins.note_sent(one)
+        core.talk.joins.note_typed(channel, password)
+        core.talk.command("JOIN", channel, *optional(password))
+        core.talk.joins.note_sent(channel)
         if room:
             room.wanted = True
         if not core.tidy:  # the next text of a pipe is meant for this channel
-            there = core.room_for(one)
-            there.wanted, there.is_channel = True, True
-            core.go(there)
+            opened = core.rooms.open(channel)
+            opened.wanted, opened.is_channel = True, True
+            core.rooms.go(opened)
 
 
 def room_named(core: ClientCore, word: str, alone: bool) -> str:
@@ -17690,7 +17568,7 @@ def room_named(core: ClientCore, word: str, alone: bool) -> str:
 def do_part(core: ClientCore, *words: str) -> None:
     """/part [#CHANNEL] [REASON] -- leave a channel, or close a private conversation"""
     given = optional(*"".join(words[:1]).split(","))
-    named = [room_named(core, one, len(words) == 1) for one in given]
+    named = [room_named(core, channel, len(words) == 1) for channel in given]
     pairs = zip(named, given, strict=True) if any(named) else [("", "")]
     rooms = [asked_room(core, name or word) for name, word in pairs]
     reason = " ".join(words[any(named) :])
@@ -17698,7 +17576,7 @@ def do_part(core: ClientCore, *words: str) -> None:
         if room.inside or core.talk.joins.waits(room.name):
             core.online().command("PART", room.name, *optional(reason))
         else:
-            core.close(room)
+            core.rooms.close(room)
 
 
 @client_command("close", most=1, nameless=True)
@@ -17707,7 +17585,7 @@ def do_close(core: ClientCore, name: str = "") -> None:
     room = asked_room(core, name)
     if room.inside and core.ready:
         return do_part(core, room.name)
-    core.close(room)
+    core.rooms.close(room)
 
 
 @client_command("go", 1, nameless=True)
@@ -17715,29 +17593,29 @@ def do_go(core: ClientCore, name: str) -> None:
     """/go #CHANNEL|NAME|N -- look at another conversation, by its name or number"""
     number = whole_number(name)
     if number and number <= len(core.rooms):
-        return core.go(list(core.rooms.values())[number - 1])
-    found = core.find(name) or core.find(f"#{name}")
-    core.go(found or asked_room(core, name))
+        return core.rooms.go(list(core.rooms.values())[number - 1])
+    room = core.find(name) or core.find(f"#{name}")
+    core.rooms.go(room or asked_room(core, name))
 
 
 def go_to(core: ClientCore, name: str) -> None:
     """Go to a conversation, which may be new. Raises Refused for a name that is none."""
     if "," in name or core.server.without_status(name) != name:
         raise Refused("BAD_NAME", f"that is no single name; it takes a text: /msg {name} TEXT")
-    core.check_conversation(name)
-    core.go(core.room_for(name))
+    core.outgoing.check_conversation(name)
+    core.rooms.go(core.rooms.open(name))
 
 
 @client_command("msg", 1, 2, nameless=True)
 def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
     names = names_in(name)
-    for one in names if text else ():
-        if core.server.without_status(one) != one:  # some members of a channel
-            core.online().command("PRIVMSG", one, text)
-            core.sent_aside(MESSAGE, one, text)
+    for target in names if text else ():
+        if core.server.without_status(target) != target:  # some members of a channel
+            core.online().command("PRIVMSG", target, text)
+            core.outgoing.show_aside(MESSAGE, target, text)
         else:
-            core.send(one, text)
+            core.outgoing.send(target, text)
     if len(names) > 1:
         need_given(text, "/msg NAME,NAME TEXT")
     elif not text or core.server.is_channel(name):
@@ -17749,21 +17627,21 @@ def do_query(core: ClientCore, name: str, text: str = "") -> None:
     """/query NAME [TEXT] -- open a private conversation, and say something there"""
     go_to(core, name)
     if text:
-        core.send(name, text)
+        core.outgoing.send(name, text)
 
 
 @client_command("me", 1, nameless=True)
 def do_me(core: ClientCore, text: str) -> None:
     """/me TEXT -- say what you do"""
-    core.send(asked_room(core).name, text, ACTION)
+    core.outgoing.send(asked_room(core).name, text, ACTION)
 
 
 @client_command("notice", 2)
 def do_notice(core: ClientCore, name: str, text: str) -> None:
     """/notice NAME|#CHANNEL TEXT -- send a notice, which no program answers"""
-    for line, _ in sendable_lines(text, FITS_ALWAYS):
-        core.talk.command("NOTICE", name, line)
-    core.sent_aside(NOTICE, name, text)
+    for line in sendable_lines(text, FITS_ALWAYS):
+        core.talk.command("NOTICE", name, line.text)
+    core.outgoing.show_aside(NOTICE, name, text)
 
 
 @client_command("ctcp", 2)
@@ -17778,8 +17656,8 @@ def do_ctcp(core: ClientCore, name: str, request: str) -> None:
 def do_names(core: ClientCore, name: str = "") -> None:
     """/names [#CHANNEL] -- list the members"""
     where = name or asked_channel(core)
-    core.talk.shown_names.add(core.fold(where))
     core.talk.command("NAMES", where)
+    core.talk.answers.expect("NAMES", where)
 
 
 @client_command("topic", most=1)
@@ -17806,7 +17684,7 @@ def do_history(core: ClientCore, *words: str) -> None:
     if not core.talk.pages:
         raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
     limit = min(count or HISTORY_LINES, HISTORY_LINES_MOST)
-    core.talk.history.ask(Asked(name, "asked", 0), "LATEST", name, "*", str(limit))
+    core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(limit))
 
 
 @client_command("lastlog", 1, nameless=True)
@@ -17814,12 +17692,12 @@ def do_lastlog(core: ClientCore, words: str) -> None:
     """/lastlog WORDS -- what was said here with these words in it, as this client has kept it"""
     room = asked_room(core)
     if core.store:
-        found = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
+        views = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
     else:
         wanted = fold_text(words)
-        spoken = (one for one in room.views if one.kind in SPOKEN)
-        found = [one for one in spoken if wanted in fold_text(one.text)][-LASTLOG_MOST:]
-    core.show_results(f"lastlog of {core.here}", found)
+        spoken = (view for view in room.views if view.kind in SPOKEN)
+        views = [view for view in spoken if wanted in fold_text(view.text)][-LASTLOG_MOST:]
+    core.stored.show_results(f"lastlog of {core.here}", views)
 
 
 @client_command("search", 1, nameless=True)
@@ -17842,24 +17720,29 @@ def do_away(core: ClientCore, reason: str = "") -> None:
 client_command("back", doc="/back -- say that you are here again")(do_away)
 
 
+def keep_ignored(core: ClientCore) -> None:
+    if core.store:
+        core.store.keep_ignored(core.ignored)
+
+
 @client_command("ignore", most=1, nameless=True)
 def do_ignore(core: ClientCore, mask: str = "") -> None:
     """/ignore [NAME|MASK] -- do not show what a user says; who is ignored"""
     if mask:
         core.ignored.add(mask)
-        core.keep_ignored()
+        keep_ignored(core)
     text = ", ".join(sorted(core.ignored)) or "no user"
-    core.show(ViewEvent(NOTE, f"ignored: {text}"))
+    core.note(f"ignored: {text}")
 
 
 @client_command("unignore", 1, nameless=True)
 def do_unignore(core: ClientCore, mask: str) -> None:
     """/unignore NAME|MASK -- show again what a user says"""
-    known = {core.fold(one): one for one in core.ignored}
-    if core.fold(mask) not in known:
+    masks = {core.fold(other): other for other in core.ignored}
+    if core.fold(mask) not in masks:
         raise Refused("NOT_IGNORED", f"{mask} is not ignored; /ignore lists the ignored users")
-    core.ignored.discard(known[core.fold(mask)])
-    core.keep_ignored()
+    core.ignored.discard(masks[core.fold(mask)])
+    keep_ignored(core)
     do_ignore(core)
 
 
@@ -17880,9 +17763,8 @@ def do_kick(core: ClientCore, *words: str) -> None:
 def ban_of(name: str) -> str:
     """Return the mask for a ban; a nick becomes the mask of the user who has it, and a host the
     mask of its users."""
-    if set(name) & set("!@*:$"):  # a mask, or an extended one
-        return name
-    return f"*!*@{name}" if set(name) & HOST_CHARACTERS else f"{name}!*@*"
+    is_mask = set(name) & set("!@*:$")  # or an extended one
+    return name if is_mask else source_mask(name)
 
 
 def set_for_each(core: ClientCore, where: str, mode: str, values: list[str]) -> None:
@@ -17920,7 +17802,7 @@ def do_mode(core: ClientCore, words: str = "") -> None:
     else:
         where, _, rest = words.partition(" ")  # a user
     core.talk.command("MODE", where, *rest.split())
-    core.wants("MODE")
+    core.talk.answers.expect("MODE")
 
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
@@ -17946,7 +17828,7 @@ def service_words(words: Iterable[str]) -> str:
 
 
 def command_that_is_sent(
-    verb: str, syntax: str, summary: str, least: int, secret: bool, service: bool = False
+    verb: str, syntax: str, summary: str, least: int, secret: bool = False, service: bool = False
 ) -> None:
     """Define a command that passes its words to the command of the server, or of its service, with
     the same name."""
@@ -17955,17 +17837,14 @@ def command_that_is_sent(
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
-        core.wants(verb.upper())
+        core.talk.answers.expect(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
     client_command(verb, least, least or 1, exact=secret)(pass_on)
 
 
-for sent_on in (
-    ("list", "[MASK]", "which channels there are", 0, False),
-    ("oper", "NAME PASSWORD", "operate the server", 2, True),
-):
-    command_that_is_sent(*sent_on)
+command_that_is_sent("list", "[MASK]", "which channels there are", 0)
+command_that_is_sent("oper", "NAME PASSWORD", "operate the server", 2, secret=True)
 
 
 @client_command("whois", 1, 2)
@@ -17978,7 +17857,7 @@ def do_whois(core: ClientCore, *words: str) -> None:
 def do_who(core: ClientCore, mask: str = "") -> None:
     """/who [#CHANNEL|MASK] -- list users with their addresses"""
     core.talk.command("WHO", mask or asked_channel(core))
-    core.wants("WHO")
+    core.talk.answers.expect("WHO")
 
 
 @client_command("register", most=2, exact=True)
@@ -18035,18 +17914,9 @@ def do_passwd(core: ClientCore, *words: str) -> None:
     core.talk.command("PRIVMSG", SERVICE, f"PASSWD {service_words((old, words[-1]))}")
 
 
-for for_service in (
-    ("drop", "PASSWORD", "give up your account", 1, True, True),
-    (
-        "disown",
-        "#CHANNEL",
-        "let a channel that you founded end with its last member",
-        1,
-        False,
-        True,
-    ),
-):
-    command_that_is_sent(*for_service)
+command_that_is_sent("drop", "PASSWORD", "give up your account", 1, secret=True, service=True)
+let_end = "let a channel that you founded end with its last member"
+command_that_is_sent("disown", "#CHANNEL", let_end, 1, service=True)
 
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
@@ -18076,14 +17946,12 @@ def do_reconnect(core: ClientCore) -> None:
 @client_command("qr", nameless=True)
 def do_qr(core: ClientCore) -> None:
     """/qr -- the server's address for a browser, also as a code for a phone's camera"""
-    url = core.server.tokens.get("chat.py/WEB", "") if core.server.ours else ""
+    url = core.server.isupport.get("chat.py/WEB", "") if core.server.ours else ""
     if not re.fullmatch(r"https?://[!-~]+", url) or len(url) > QR_BYTES:
         raise Refused("NO_PAGE", "this server announces no page for browsers")
     core.show(ViewEvent(QR_CODE, url))
     if split_host(url.split("/")[2])[0] in LOOPBACK_NAMES:
-        core.show(
-            ViewEvent(NOTE, "only this machine reaches that; --listen 0.0.0.0:7000 lets others in")
-        )
+        core.note("only this machine reaches that; --listen 0.0.0.0:7000 lets others in")
 
 
 @client_command("retry", nameless=True)
@@ -18092,7 +17960,7 @@ def do_retry(core: ClientCore) -> None:
     if not core.outbox.parked:
         raise Refused("NOTHING_WAITS", "there is nothing that could not be sent")
     for id in list(core.outbox.parked):
-        core.retry(id)
+        core.outgoing.retry(id)
 
 
 @client_command("cancel", most=1, nameless=True)
@@ -18104,15 +17972,15 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
         count = counted(len(outbox.waiting), "message")
         raise Refused("NOTHING_PARKED", f"{count} still to be sent; /cancel all drops what waits")
     for id in ids:
-        core.cancel(id)
-    told = [f"{counted(len(ids), 'message')} dropped"] * bool(ids)
+        core.outgoing.cancel(id)
+    dropped = [f"{counted(len(ids), 'message')} dropped"] * bool(ids)
     if which == "all" and talk and (id := talk.lines.unfinished) and not talk.lines.batching:
         sent, total = talk.lines.progress
-        told.append(f"{sent} of {total} lines sent, the rest dropped")
+        dropped.append(f"{sent} of {total} lines sent, the rest dropped")
         talk.lines.unsent.clear()
         outbox.arrived(id)
-        core.shown.discard(id)
-    core.show(ViewEvent(NOTE, "; ".join(told) or "there is nothing to drop"))
+        core.outgoing.shown.discard(id)
+    core.note("; ".join(dropped) or "there is nothing to drop")
 
 
 NTH = re.compile(r"-([1-9]\d{0,3})")
@@ -18127,8 +17995,8 @@ def numbered_view(
     first, *rest = [*words, ""]
     match, room = NTH.fullmatch(first), asked_room(core)
     number = int(match[1]) if match else 1
-    seen = [*room.views][: len(room.views) - max(0, room.views.total - core.views_seen)]
-    spoken = [one for one in seen if one.kind in SPOKEN and one.mine == mine]
+    seen = [*room.views][: len(room.views) - max(0, room.views.total - core.input.views_seen)]
+    spoken = [view for view in seen if view.kind in SPOKEN and view.mine == mine]
     if len(spoken) < number:
         raise Refused("NO_MESSAGE", "there is no such message here")
     if not spoken[-number].id:
@@ -18143,8 +18011,8 @@ def do_reply(core: ClientCore, words: str) -> None:
     room, view, text = numbered_view(core, words.split(" "), mine=False)
     if not text:
         raise Refused("NO_TEXT", "usage: /reply [-N] TEXT")
-    core.replying = view.id
-    core.send(room.name, text)
+    core.input.reply = view.id
+    core.outgoing.send(room.name, text)
 
 
 @client_command("react", 1, 2)
@@ -18152,7 +18020,7 @@ def do_react(core: ClientCore, *words: str, on: bool = True) -> None:
     """/react [-N] EMOJI -- react to the last message of another user, or the Nth from the end"""
     core.need("react")
     room, view, emoji = numbered_view(core, words, mine=False)
-    core.react(room, view.id, emoji, on)
+    core.reactions.send(room, view.id, emoji, on)
 
 
 client_command("unreact", 1, 2, doc="/unreact [-N] EMOJI -- take that back")(
@@ -18174,10 +18042,8 @@ def do_redact(core: ClientCore, number: str = "") -> None:
 def do_mute(core: ClientCore, name: str = "", on: bool = True) -> None:
     """/mute [#CHANNEL|NAME] -- do not be told of mentions in a conversation"""
     room = asked_room(core, name)
-    core.mute(room, on)
-    core.show(
-        ViewEvent(NOTE, f"{room.name} is {'muted; /unmute ends that' if on else 'not muted'}")
-    )
+    core.rooms.mute(room, on)
+    core.note(f"{room.name} is {'muted; /unmute ends that' if on else 'not muted'}")
 
 
 client_command(
@@ -18189,9 +18055,9 @@ client_command(
 def do_send(core: ClientCore, path: str) -> None:
     """/send FILE -- upload a file, and post its link here when it is there"""
     room = asked_room(core)
-    if core.start_transfer is None:
+    if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen send files")
-    core.start_transfer(Transfer(secrets.token_hex(8), True, room.name, path))
+    core.transfers.start(Transfer(secrets.token_hex(8), True, room.name, path))
 
 
 @client_command("save", most=2, nameless=True)
@@ -18199,13 +18065,13 @@ def do_save(core: ClientCore, *words: str) -> None:
     """/save [-N] [PATH] -- store the last file that a message here tells of, or the Nth"""
     room, numbered = asked_room(core), bool(words) and NTH.fullmatch(words[0])
     number = int(numbered[1]) if numbered else 1
-    told = [(one, parse_file_tag(one.file)) for one in room.views if one.file]
-    if len(told) < number or told[-number][1] is None:
+    files = [(view, parse_file_tag(view.file)) for view in room.views if view.file]
+    if len(files) < number or files[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
-    if core.start_transfer is None:
+    if core.transfers.start is None:
         raise Refused("NO_TRANSFERS", "only clients with a screen save files")
     path = " ".join(words[bool(numbered) :])
-    core.save_file(room, told[-number][0], path)
+    core.transfers.save(room, files[-number][0], path)
 
 
 @client_command("transfers", most=2, nameless=True)
@@ -18213,13 +18079,13 @@ def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
     """/transfers [cancel N] -- files on their way; to drop one"""
     number = whole_number(which) or 0
     if what == "cancel" and 0 < number <= len(core.transfers):
-        one = core.transfers[number - 1]
-        core.drop_transfer(one)
-        return core.show(ViewEvent(NOTE, f"{one.name or one.path} is dropped"))
+        transfer = core.transfers[number - 1]
+        core.transfers.drop(transfer)
+        return core.note(f"{transfer.name or transfer.path} is dropped")
     if what:
         raise Refused("NO_TRANSFER", "usage: /transfers cancel 1")
-    rows = [f"{n}  {one.words()}" for n, one in enumerate(core.transfers, 1)]
-    return core.show(ViewEvent(NOTE, "; ".join(rows) or "no file is on its way"))
+    rows = [f"{n}  {transfer.words()}" for n, transfer in enumerate(core.transfers, 1)]
+    return core.note("; ".join(rows) or "no file is on its way")
 
 
 @client_command("clear", nameless=True)
@@ -18236,7 +18102,7 @@ def do_raw(core: ClientCore, line: str = "") -> None:
         return core.show(ViewEvent(PAGE, "\n".join(rows), "lines of the protocol"))
     verb, *params = line.split()
     core.online().raw(line)
-    core.wants(verb.upper(), *params)
+    core.talk.answers.expect(verb.upper(), *params)
 
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
@@ -18259,12 +18125,12 @@ def do_set(core: ClientCore, name: str = "", value: str = "") -> None:
         raise Refused("NO_SETTING", f"there is no setting {name}; /set lists them")
     if value:
         change_setting(core, name, value)
-    for one in [name] if name else SETTINGS:
-        setting = SETTINGS[one]
-        now = core.setting(one) or "nothing"
+    for key in [name] if name else SETTINGS:
+        setting = SETTINGS[key]
+        now = core.setting(key) or "nothing"
         default = setting.usual or "nothing"
         usual = "" if now == default else f" (usually {default})"
-        core.show(ViewEvent(SERVER_TEXT, f"{one}:  {now}{usual}; {setting.summary}"))
+        core.server_text(f"{key}:  {now}{usual}; {setting.summary}")
 
 
 @client_command("quit", most=1, nameless=True)
@@ -18405,7 +18271,8 @@ BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client is w
 LAST_NUMBER = 2**62  # above the number of every row
 ROOM_COLUMNS = ("name", "password", "channel", "wanted", "draft", "muted", "read_time", "place")
 ROOM_AT_FIRST = {"draft": "", "muted": False, "read_time": 0}  # which is no change
-MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_id, reply, file"
+MESSAGE_COLUMNS = "kind, text, name, place, time, mine, called, id, own_id, reply, file"
+MESSAGE_ROW = f"number, {MESSAGE_COLUMNS}"
 
 
 def index_words(text: str) -> list[str]:
@@ -18533,8 +18400,8 @@ class KnownServers(Writer):
     def remember(self, server: "Target | str", **values: Any) -> None:
         """Store some of the columns of a server; another client may know more of the others."""
         names = ("kind", "pin", "port", "until")
-        known = dict(zip(names, self._known(server), strict=True)) | values
-        if (row := tuple(known.values())) != self._known(server):
+        columns = dict(zip(names, self._known(server), strict=True)) | values
+        if (row := tuple(columns.values())) != self._known(server):
             self.rows[str(server)] = row
             marks = ", ".join("?" * (len(values) + 1))
             changes = ", ".join(f"{name} = excluded.{name}" for name in values)
@@ -18575,9 +18442,9 @@ class OutboxRows(Writer):
         self.changes: dict[str, Waiting | None] = {}  # by id; None: it is not waiting any more
 
     def flush(self) -> bool:
-        for id, one in self.changes.items():
-            if one:
-                self.write(self.PUT, self.box, *one)
+        for id, message in self.changes.items():
+            if message:
+                self.write(self.PUT, self.box, *message)
             else:
                 self.write("DELETE FROM outbox WHERE id = ?", id)
         done = super().flush()
@@ -18651,12 +18518,11 @@ class ClientStore(Writer):
         """Store a message once. Only the first client of a user stores messages without an id."""
         if not (view.id or self.sole):
             return
-        values = (self.owner, key, view.time or 0, view.id, view.own_id, view.kind, view.name)
-        values += (view.text, view.where, view.mine, view.called, view.reply, view.file)
-        columns = "owner, room, time, id, own_id, kind, name, text, place, mine, called"
-        columns += ", reply, file"
-        marks = ", ".join("?" * len(values))
-        self.write(f"INSERT OR IGNORE INTO messages ({columns}) VALUES ({marks})", *values)
+        values = (view.kind, view.text, view.name, view.where, view.time or 0, view.mine)
+        values += (view.called, view.id, view.own_id, view.reply, view.file)
+        marks = ", ".join("?" * (len(values) + 2))
+        insert = f"INSERT OR IGNORE INTO messages (owner, room, {MESSAGE_COLUMNS}) VALUES ({marks})"
+        self.write(insert, self.owner, key, *values)
 
     def remove(self, id: str) -> None:
         """Delete a message and its reactions; a trigger removes the words from the index."""
@@ -18702,22 +18568,22 @@ class ClientStore(Writer):
 
     @staticmethod
     def _view(row: tuple) -> ViewEvent:
-        number, kind, text, name, place, when, mine, called, id, own_id, *rest = row
-        return ViewEvent(
-            *(kind, text, name, place, when, bool(mine), bool(called)),
-            past=True,
-            id=id,
-            own_id=own_id,
-            number=number,
-            reply=rest[0],
-            file=rest[1],
-        )
+        number, kind, text, name, place, when, mine, called, id, own_id, reply, file = row
+        view = ViewEvent(kind, text, name, place, when, bool(mine), bool(called), past=True, id=id)
+        return view._replace(own_id=own_id, number=number, reply=reply, file=file)
+
+    def _row(self, query: str, *values: Any) -> tuple | None:
+        """Return the first row of this user's; None if there is none or the file is locked."""
+        try:
+            return self.db.execute(query, [self.owner, *values]).fetchone()
+        except sqlite3.OperationalError:  # locked
+            return None
 
     def _position(self, view: ViewEvent) -> tuple[int, int]:
         """Return the time and the number of a message, which determine its place in the order."""
         query = "SELECT max(number) FROM messages WHERE owner = ? AND id = ? AND id <> ''"
-        known = self.db.execute(query, [self.owner, view.id]).fetchone()[0]
-        return view.time or 0, view.number or known or LAST_NUMBER
+        stored = self.db.execute(query, [self.owner, view.id]).fetchone()[0]
+        return view.time or 0, view.number or stored or LAST_NUMBER
 
     @or_nothing
     def page(
@@ -18728,7 +18594,7 @@ class ClientStore(Writer):
         when, number = self._position(view) if view else (LAST_MOMENT, 0)
         sign, order = (">", "ASC") if after else ("<", "DESC")
         query = f"""
-            SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND room = ?
+            SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND room = ?
             AND (time {sign} ? OR (time = ? AND number {sign} ?))
             ORDER BY time {order}, number {order} LIMIT ?"""
         rows = self.db.execute(query, [self.owner, key, when, when, number, count]).fetchall()
@@ -18744,11 +18610,11 @@ class ClientStore(Writer):
         place, values = ("AND room = ?", [key]) if key is not None else ("", [])
         # Without CROSS JOIN the planner would read all messages of the room
         indexed = f"""
-            SELECT {MESSAGE_COLUMNS} FROM
+            SELECT {MESSAGE_ROW} FROM
             (SELECT rowid AS hit FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?)
             CROSS JOIN messages WHERE number = hit AND owner = ? {place} LIMIT {CLIENT_HITS_MOST}"""
         recent = f"""
-            SELECT {MESSAGE_COLUMNS} FROM messages NOT INDEXED
+            SELECT {MESSAGE_ROW} FROM messages NOT INDEXED
             WHERE number > (SELECT number FROM indexed) AND owner = ? {place}"""
         rows: list[tuple] = []
         if self.has_words:
@@ -18763,11 +18629,7 @@ class ClientStore(Writer):
 
     def message(self, id: str) -> ViewEvent | None:
         """Return the stored message with this id; None if there is none or the file is locked."""
-        query = f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND id = ?"
-        try:
-            row = self.db.execute(query, [self.owner, id]).fetchone()
-        except sqlite3.OperationalError:  # locked
-            row = None
+        row = self._row(f"SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND id = ?", id)
         return self._view(row) if row else None
 
     @or_nothing
@@ -18784,20 +18646,20 @@ class ClientStore(Writer):
     def newest(self) -> ViewEvent | None:
         """Return the message with an id that was stored last; None if there is none."""
         query = f"""
-            SELECT {MESSAGE_COLUMNS} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
+            SELECT {MESSAGE_ROW} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
             ORDER BY number DESC LIMIT 1"""
         row = self.db.execute(query, [self.owner]).fetchone()
         return self._view(row) if row else None
 
     # Transfers, conversations, ignored users, facts, settings
 
-    def keep_transfer(self, one: Transfer) -> None:
-        state = json.dumps(one.kept())
-        self.write("REPLACE INTO transfers VALUES (?, ?, ?)", self.owner, one.id, state)
+    def keep_transfer(self, transfer: Transfer) -> None:
+        state = json.dumps(transfer.kept())
+        self.write("REPLACE INTO transfers VALUES (?, ?, ?)", self.owner, transfer.id, state)
         self.flush()
 
-    def forget_transfer(self, one: Transfer) -> None:
-        self.write("DELETE FROM transfers WHERE owner = ? AND id = ?", self.owner, one.id)
+    def forget_transfer(self, transfer: Transfer) -> None:
+        self.write("DELETE FROM transfers WHERE owner = ? AND id = ?", self.owner, transfer.id)
         self.flush()
 
     def transfers(self) -> list[Transfer]:
@@ -18852,11 +18714,7 @@ class ClientStore(Writer):
         self.write("REPLACE INTO facts VALUES (?, ?, ?)", self.owner, name, value)
 
     def fact(self, name: str) -> str:
-        query = "SELECT value FROM facts WHERE owner = ? AND name = ?"
-        try:
-            row = self.db.execute(query, [self.owner, name]).fetchone()
-        except sqlite3.OperationalError:  # locked
-            row = None
+        row = self._row("SELECT value FROM facts WHERE owner = ? AND name = ?", name)
         return row[0] if row else ""
 
     def set(self, name: str, value: str | None) -> None:
@@ -19540,8 +19398,8 @@ class Helpers:
         """Run job() on a thread, then then(result) on the loop; an exception is a result, too. A
         job that is not `wanted` any more when its turn comes is skipped."""
         if lane not in self.lanes:
-            self.lanes[lane] = Lane(HELPER_THREADS[lane])
-            for _ in range(HELPER_THREADS[lane]):
+            self.lanes[lane] = Lane(HELPER_THREADS.get(lane, HELPERS_ELSE))
+            for _ in range(self.lanes[lane].size):
                 thread = threading.Thread(target=self._work, args=(self.lanes[lane],), daemon=True)
                 self.lanes[lane].threads.append(thread)
                 thread.start()
@@ -19553,11 +19411,11 @@ class Helpers:
         for lane in self.lanes.values():
             for _ in lane.threads:
                 lane.jobs.put(None)
-        for name in (PAGE_LANE, DISK_LANE):
-            for thread in self.lanes[name].threads if name in self.lanes else ():
-                thread.join(STOP_SECONDS)
         lanes = (self.lanes[name] for name in (PAGE_LANE, DISK_LANE) if name in self.lanes)
-        return not any(thread.is_alive() for lane in lanes for thread in lane.threads)
+        readers = [thread for lane in lanes for thread in lane.threads]
+        for thread in readers:
+            thread.join(STOP_SECONDS)
+        return not any(thread.is_alive() for thread in readers)
 
     def _work(self, lane: Lane) -> None:
         while work := lane.jobs.get():
@@ -19743,9 +19601,8 @@ class Addresses(dict[str, Address]):
         for address in list(self.values()):
             self.forget_if_full(address)
         now = self.loop.now
-        idle = sorted(
-            (one for one in self.values() if not one.peers), key=lambda one: one.used(now)
-        )
+        idle = [address for address in self.values() if not address.peers]
+        idle.sort(key=lambda address: address.used(now))
         for address in idle[: max(0, len(self) - ADDRESSES_KEPT)]:
             del self[address.key]
 
@@ -19892,11 +19749,6 @@ class Peer(Connection):
 
     def write(self, data: bytes) -> None:
         super().write(self.frame_writer(data) if self.frame_writer else data)
-
-    def end_frames(self) -> None:
-        """Send a close frame on a WebSocket that is still open."""
-        if self.frame_writer and not self.inbox.closed:
-            super().write(close_frame(1000))
 
     def answer_frames(self) -> None:
         out, self.inbox.out = self.inbox.out, b""
@@ -20222,8 +20074,7 @@ class ConnectionLimits:
         return ""
 
     def becomes_chat(self, address: Address) -> str:
-        """Count a connection that spoke HTTP as chat: a WebSocket; return "", or why it is not
-        allowed."""
+        """Count a WebSocket, which spoke HTTP, as chat; return "", or why it is not allowed."""
         refusal = self.speaks_chat(address)
         address.web -= not refusal
         return refusal
@@ -20280,36 +20131,37 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
 
 class SureTime:
     """The time that decides about deletions. A wall clock may be wrong for a while: this is the
-    earliest time by it within SURE_SECONDS on the monotonic clock."""
+    earliest time by it within the last SURE_SECONDS in which the server ran. They may belong to
+    several starts, so that a server that never runs for so long at a stretch deletes, too."""
 
-    def __init__(self, loop: Loop, clock: Callable[[], float]):
-        self.loop, self.clock, self.began = loop, clock, loop.now
-        self.offsets: dict[float, float] = {}  # of the wall clock, by step of the monotonic one
+    def __init__(self, loop: Loop, clock: Callable[[], float], hub: Hub, store: Store):
+        self.loop, self.clock, self.hub, self.store = loop, clock, hub, store
+        self.offsets = dict(store.rows("offsets"))  # of the wall clock, by step of running
+        self.began = loop.now - max(self.offsets, default=0) * SURE_STEP_SECONDS
 
     def __call__(self) -> float:
         """Return the time, in seconds; 0 as long as the server has not run for long enough."""
-        now, offsets = self.loop.now, self.offsets
-        step, offset = now // SURE_STEP_SECONDS, self.clock() - now
-        offsets[step] = min(offset, offsets.get(step, offset))
+        ran, offsets = self.loop.now - self.began, self.offsets
+        step, offset = int(ran // SURE_STEP_SECONDS), self.clock() - ran
+        if offset < offsets.get(step, math.inf):
+            offsets[step] = offset
+            self._record("offset", step, offset)
         for old in [one for one in offsets if (step - one) * SURE_STEP_SECONDS > SURE_SECONDS]:
             del offsets[old]
-        return now + min(offsets.values()) if now - self.began >= SURE_SECONDS else 0.0
+            self._record("offset_gone", old)
+        return ran + min(offsets.values()) if ran >= SURE_SECONDS else 0.0
+
+    def _record(self, name: str, *values: Any) -> None:
+        if not self.store.node:  # whose tables are those of all nodes
+            self.hub.turn.record(name, *values)
 
 
 class Committer:
     """The commit beat and the upkeep of the store: checkpoints, index and pruning."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        hub: Hub,
-        store: Store,
-        helpers: Helpers,
-        sure_time: SureTime,
-        cluster: Cluster | None = None,
-    ):
-        self.loop, self.hub, self.store, self.helpers = loop, hub, store, helpers
-        self.sure_time, self.cluster = sure_time, cluster
+    def __init__(self, server: "Server"):
+        self.loop, self.helpers, self.cluster = server.loop, server.helpers, server.cluster
+        self.hub, self.store, self.sure_time = server.hub, server.store, server.sure_time
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.index_due = self.retry_due = False
@@ -20603,8 +20455,7 @@ def web_of(options: ServerOptions, ports: Iterable[int]) -> WebOptions:
 
 
 class TimeLimits:
-    """The time limits of peers: to say something, to give a name, to read, to answer a PING, and to
-    send a request."""
+    """The time limits of peers: to speak, give a name, read, answer a PING, and send a request."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
@@ -20863,7 +20714,7 @@ class Server:
         path = options.data / "chat.db" if options.data else None
         self.store = store or Store(path, options.keep, bool(options.cluster))
         self.hub = self._load(options)
-        self.site = SessionContext(self.hub, self.store, self, IrcWires(self.hub.ids), options)
+        self.site = SessionContext(self, IrcWires(self.hub.ids), options)
         self.motd = read_motd(options.motd)
         self.job_trouble = ""  # the last failure of the database that was logged
         self.mail = functools.partial(mail_code, options)
@@ -20887,10 +20738,9 @@ class Server:
         self.told_of_clock = False  # that it differs from the log's
         self.paused = False  # clients are not read: the cluster cannot be reached
         self.failure = ""  # why this server ends
-        self.sure_time = SureTime(loop, self.wall)
-        self.committer = Committer(
-            loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
-        )
+        self.uploads_seen: dict[str, float] = {}  # by id: when first, on the monotonic clock
+        self.sure_time = SureTime(loop, self.wall, self.hub, self.store)
+        self.committer = Committer(self)
         self.stopping = self.restarting = False
         self.began = loop.now
         self.listeners = [Listener(self, *address) for address in options.listen]
@@ -20980,13 +20830,15 @@ class Server:
         return self.site.has_content(file) or bool(abandoned)
 
     def expire_files(self) -> None:
-        """Remove old files, and uploads that do not go on."""
-        now = self.sure_time() * 1000
+        """Remove old files, and uploads that do not go on. An upload of a clock that was ahead ends
+        a day after this server first saw it."""
+        now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
         for file in list(self.hub.files.values()):
-            days = self.options.files_keep
-            seconds = days * 24 * 3600 if file.sha else UPLOAD_SECONDS
-            old = now - file.made > seconds * 1000 and self.looks_after(file)
-            if old and file.id not in self.site.uploading:
+            age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
+            if not file.sha:
+                seen = self.uploads_seen[file.id] = before.get(file.id, self.loop.now)
+                age, most = max(age, self.loop.now - seen), UPLOAD_SECONDS
+            if age > most and self.looks_after(file) and file.id not in self.site.uploading:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 
@@ -21178,7 +21030,8 @@ class Server:
         turn = self.hub.turn
         if turn.happened:
             try:
-                self.deliver(turn)
+                for data, sessions in turn.deliveries(report_bug):
+                    broadcast(data, sessions)
             finally:
                 self.hub.end()
         if self.cluster:
@@ -21207,10 +21060,6 @@ class Server:
         if keys and (excess := self.store.retention.excess_of(keys[0])):
             self.cluster.ask(None, "prune_history", excess)
 
-    def deliver(self, turn: Turn) -> None:
-        for data, sessions in turn.deliveries(report_bug):
-            broadcast(data, sessions)
-
     def _after_writing(self) -> None:
         """Close connections that were left in this turn, and hand its jobs to helpers."""
         leaving, self.leaving = self.leaving, []
@@ -21218,7 +21067,8 @@ class Server:
             if peer.gone:
                 self.forget(peer)
             else:
-                peer.end_frames()
+                if peer.frame_writer and not peer.inbox.closed:  # a WebSocket that is still open
+                    Connection.write(peer, close_frame(1000))
                 Connection.close(peer)
                 if peer.web:
                     self.times.web_idle.add(peer)
@@ -21273,12 +21123,10 @@ class Server:
         self.stopping = True
         for listener in self.listeners:
             listener.close()
-        for peer in list(self.peers):
-            if peer.session:
-                peer.session.farewell("the server is going down")
-                if self.cluster is None:
-                    peer.session.abandon()
-            peer.close()
+        for peer in self.peers if self.cluster is None else ():
+            if peer.session:  # the users stay: no other user is told
+                peer.session.user = None
+        self.drop_clients("the server is going down")
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if self.cluster:
             self.cluster.leave()
@@ -21388,6 +21236,14 @@ BELIEVE_THE_SYSTEM = Trust()
 NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
 
 
+def resolve_server(target: Target, trust: Trust) -> tuple[Any, list[tuple[int, tuple]]]:
+    """Return the TLS context for a server, None without TLS, and the server's addresses, each with
+    its family. Both may take a while: this is for a helper."""
+    context = trust.context() if target.tls else None
+    found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    return context, [(family, address) for family, *_, address in found]
+
+
 def advice_after(why: str) -> str:
     """Return what the user can do after a failure that will not pass by itself."""
     wants_password = "password" in why.lower() and "/pass" not in why
@@ -21430,15 +21286,6 @@ def lock_range(fd: int, number: int, on: bool) -> None:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN, 1, number)
 
 
-def unlock_byte(path: pathlib.Path, number: int) -> None:
-    fd, held = LOCK_FILES.get(path, (-1, set()))
-    if number in held:
-        lock_range(fd, number, False)
-        held.discard(number)
-        if not held:
-            os.close(LOCK_FILES.pop(path)[0])
-
-
 def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
     """Lock one byte of a file until this process ends, and return a function that unlocks it; None
     if it is locked already. POSIX drops all locks of a process on a file when it closes the file
@@ -21455,14 +21302,22 @@ def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
             return None
         raise  # this file system cannot lock
     held.add(number)
-    return functools.partial(unlock_byte, path, number)
+
+    def unlock() -> None:
+        if number in held:
+            lock_range(fd, number, False)
+            held.discard(number)
+            if not held:
+                os.close(LOCK_FILES.pop(path)[0])
+
+    return unlock
 
 
 # The files of earlier versions, each of which is taken over once
 
 
 def take_over(db: sqlite3.Connection, servers: pathlib.Path, logins: pathlib.Path) -> None:
-    """Move what files of JSON hold to client.db. A damaged file is left alone."""
+    """Move the contents of two JSON files to client.db. A damaged file is left alone."""
     rows, found = {"servers": [], "logins": []}, []
     for path in (servers, logins):
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -21682,7 +21537,7 @@ class HappyEyeballs:
 
 
 class LinkConnection(Connection):
-    """A connection that tells its link what happens."""
+    """A connection that passes its events on to its link."""
 
     __slots__ = ("link",)
 
@@ -21754,15 +21609,14 @@ def why_not_trusted(reason: str) -> str:
 
 class CertificateCheck:
     """The check of a server's certificate: signed by an authority, or pinned, or trusted by the
-    user. An attempt to connect leaves here what the next one has to find out."""
+    user. It can take two attempts to connect: the fields say what the next one looks for."""
 
     def __init__(self, trust: Trust, known: KnownServers):
         self.trust, self.known = trust, known
         self.pin: str | None = None  # of the certificate that the server is to have
         self.refused = ""  # why a certificate was: the next attempt only reads its fingerprint
-        self.other = (
-            ""  # the new fingerprint of a known server: the next attempt finds if it is signed
-        )
+        # The new fingerprint of a known server: the next attempt finds out whether it is signed
+        self.other = ""
         self.doubted, self.doubt = "", ""  # what the user has to judge: fingerprint and reason
 
     def next_trust(self, target: Target) -> Trust:
@@ -21772,9 +21626,9 @@ class CertificateCheck:
         return self.trust._replace(pin=self.pin, insecure=looking)
 
     def judge(self, target: Target, fingerprint: str) -> tuple[str, str]:
-        """Return why a certificate is not accepted, or ""; and what the user has to know of it."""
+        """Return why a certificate is not accepted, or "", and a text about it for the user."""
         if self.refused:
-            self.ask_user(fingerprint, f"the certificate of {target} {self.refused}")
+            self.doubted, self.doubt = fingerprint, f"the certificate of {target} {self.refused}"
             self.refused = ""
             return UNTRUSTED, self.doubt
         if not Trust(pin=self.pin).accepts(fingerprint):
@@ -21788,9 +21642,6 @@ class CertificateCheck:
         self.other = ""  # it is signed: the one that the user trusted is not needed any more
         self.known.remember(target, pin="")
         return "", f"{target} has a new certificate, signed by a trusted authority"
-
-    def ask_user(self, fingerprint: str, doubt: str) -> None:
-        self.doubted, self.doubt = fingerprint, doubt
 
     def trust_doubted(self, target: Target) -> None:
         """Pin the certificate that the user has judged."""
@@ -21873,7 +21724,7 @@ class Link:
         core.later, core.clock, core.ticks = self.later, time.time, lambda: self.loop.now
         core.me.certificate = bool(trust.own)
         self.known_kind = self.known.kind(target)
-        core.kind, core.insists = target.kind or self.known_kind, bool(target.kind)
+        core.kind, core.kind_forced = target.kind or self.known_kind, bool(target.kind)
         self._watch()
 
     @property
@@ -21895,14 +21746,8 @@ class Link:
         with contextlib.suppress(sqlite3.Error):  # then it is what it was
             self.known.refresh()
         trust = self.certificate.next_trust(self.target)
-
-        def look_up() -> tuple[Any, list]:
-            """Look up the addresses, and load certificates for TLS: both may take a while."""
-            host, port = self.target.host, self.target.port
-            context = trust.context() if self.target.tls else None
-            return context, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-
-        self.helpers.submit(self, look_up, self._found)
+        job = functools.partial(resolve_server, self.target, trust)
+        self.helpers.submit(self, job, self._found)
 
     def status(self, text: str) -> None:
         self.show([ViewEvent(STATUS, text)])
@@ -21931,7 +21776,7 @@ class Link:
         """Tell the others in a conversation that the user types a message, or stopped."""
         if room is not None:
             tells = text.strip() and not text.startswith("/")
-            self.core.typing(room, "active" if tells else "done")
+            self.core.typing.tell(room, "active" if tells else "done")
             self.poke()
 
     def poke(self) -> None:
@@ -21954,12 +21799,14 @@ class Link:
     def ask_older(self, room: Room) -> bool:
         """Fetch messages before the first view of a room; return whether they are on their way."""
         talk = self.core.talk
-        if self.core.older_from_store(room):
+        if self.core.stored.show_older(room):
             self.show(self.core.take_views())
             return False
         if room.whole or not (self.core.ready and talk.pages):
             return False
-        under_way = any((one.where, one.how) == (room.name, "older") for one in talk.history.asked)
+        under_way = any(
+            (one.where, one.how) == (room.name, "older") for one in talk.history.requests
+        )
         if not under_way:
             talk.history.ask_page(room, "older")
             self.core.flush()
@@ -21972,7 +21819,7 @@ class Link:
         self.leaving, self.reason = True, reason
         if at_once and not self.core.ready:
             self._end("")
-        elif at_once and self.core.ready:
+        elif at_once:
             self._say_goodbye()
         else:
             self._carry_on([])
@@ -22000,10 +21847,9 @@ class Link:
             return self.lost(reason)
         if isinstance(result, Exception):  # UnicodeError: no name of a host looks like that
             return self.lost("no name of a host")
-        context, found = result
+        context, addresses = result
         self.began = self.loop.now
         self._enter(CONNECTING)
-        addresses = [(family, address) for family, *_, address in found]
         self.race = HappyEyeballs(self.loop, addresses, functools.partial(self._tried, context))
 
     def _tried(self, context: Any, sock: socket.socket | None, reason: str) -> None:
@@ -22054,7 +21900,7 @@ class Link:
         self._carry_on(self.core.feed(data))
 
     def _carry_on(self, views: list[ViewEvent]) -> None:
-        """Show, send and decide what is next, after anything that may have changed the core."""
+        """Show, send and decide the next step, after anything that may have changed the core."""
         self.show(views + self.core.take_views())
         if self.core.outbox.locked_at < math.inf and self.pace is None:
             self.pace = self.loop.call_later(LOCK_RETRY_SECONDS, self._send_more)
@@ -22077,7 +21923,9 @@ class Link:
             self.dismissal = self.loop.call_later(DISMISSED_SECONDS, drop)
         if self.core.ready:
             self._stand()
-        self._keep_pace()
+        wait = self.core.talk.wait if self.core.talk else None
+        if wait is not None and self.pace is None:  # as the server's rate limit allows it
+            self.pace = self.loop.call_later(max(wait, 0.01), self._send_more)
 
     def _keep_policy(self) -> None:
         """Remember how long this server demands TLS, if it says so over TLS (IRCv3 sts)."""
@@ -22095,12 +21943,6 @@ class Link:
         syncing = any(room.held is not None and room.inside for room in core.rooms.values())
         return SYNCING if syncing else ONLINE
 
-    def _keep_pace(self) -> None:
-        """Send more once the server's rate limit allows it."""
-        wait = self.core.talk.wait if self.core.talk else None
-        if wait is not None and self.pace is None:
-            self.pace = self.loop.call_later(max(wait, 0.01), self._send_more)
-
     def _send_more(self) -> None:
         self.pace = None
         self.core.flush()
@@ -22112,7 +21954,7 @@ class Link:
         self.stays = True
         if self.core.progress != self.progress:
             self.progress, self.backoff = self.core.progress, BACKOFF_FIRST
-        if self.core.sure and self.core.kind != self.known_kind and not self.target.kind:
+        if self.core.kind_confirmed and self.core.kind != self.known_kind and not self.target.kind:
             self.known_kind = self.core.kind
             self.known.remember(self.target, kind=self.core.kind)
         self.make_room()
@@ -22204,21 +22046,20 @@ class Link:
             return self._end(text)
         advice = advice_after(text)
         if self.certificate.other and not self.trust.pin:
-            self.certificate.ask_user(self.certificate.other, text)
+            self.certificate.doubted, self.certificate.doubt = self.certificate.other, text
             advice = "/trust believes the new one from now on, /quit leaves"
-        self.certificate.other, self.core.quitting = "", False
-        self._enter(WAITING)
-        self.show([ViewEvent(NOTE, f"{text}; {advice}")])
-        return self.status(text)
+        self.certificate.other = ""
+        return self._wait_for_user(text, advice)
 
     def _ask_user(self, reason: str) -> None:
-        """Stop trying, and tell the user the choices; without a user, end."""
+        """Tell the user the choices; without a user, end the link."""
         why = f"{self.target}: {self.core.refusal or reason}"
-        if not self.asks:
-            return self._end(why)
+        return self._wait_for_user(why, advice_after(why)) if self.asks else self._end(why)
+
+    def _wait_for_user(self, why: str, advice: str) -> None:
         self.core.quitting = False
         self._enter(WAITING)
-        self.show([ViewEvent(NOTE, f"{why}; {advice_after(why)}")])
+        self.show([ViewEvent(NOTE, f"{why}; {advice}")])
         self.status(why)
 
     def _come_back(self, reason: str) -> None:
@@ -22240,7 +22081,9 @@ class Link:
     def _next_choice(self) -> bool:
         """Turn to the next server of the chat; return False after each of them was tried."""
         lost = self.target._replace(others=())
-        for address in self.core.nodes() if not lost.tls else ():  # it has no other certificate
+        for address in (
+            self.core.server.nodes if not lost.tls else ()
+        ):  # it has no other certificate
             with contextlib.suppress(Unusable):
                 one = parse_target(address)
                 known = {(choice.host, choice.port) for choice in self.choices}
@@ -22293,7 +22136,7 @@ class NatsLink:
         self.conn: LinkConnection | None = None
         self.dialogue: NatsDialogue | None = None
         self.context: Any = None  # of TLS
-        self.host, self.address = "", ""
+        self.target: Target | None = None
         self.began = 0.0  # when this connection was made; monotonic
         self.reason = ""  # why there is no connection; it was logged
         self.up = False  # the log is read
@@ -22303,20 +22146,15 @@ class NatsLink:
 
     def dial(self) -> None:
         """Try the next NATS server."""
-        self.host, port = next(self.servers)
-        self.address = address_text(self.host, port)
-
-        def look_up() -> tuple[Any, list]:
-            context = Trust(None, None, False, None).context() if self.options.tls else None
-            return context, socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)
-
-        self.server.helpers.submit(self, look_up, self.found)
+        self.target = Target(*next(self.servers), self.options.tls)
+        job = functools.partial(resolve_server, self.target, BELIEVE_THE_SYSTEM)
+        self.server.helpers.submit(self, job, self.found)
 
     def found(self, result: Any) -> None:
         if isinstance(result, Exception):
             return self.again(str(result))
         self.context, addresses = result
-        return HappyEyeballs(self.loop, [(one[0], one[4]) for one in addresses], self.connected)
+        return HappyEyeballs(self.loop, addresses, self.connected)
 
     def connected(self, sock: socket.socket | None, reason: str) -> None:
         if sock is None:
@@ -22330,7 +22168,7 @@ class NatsLink:
         """Try the next server in a moment; log the reason if it is another one."""
         if reason != self.reason:
             self.reason = reason
-            log.warning("NATS at %s: %s; trying again", self.address, reason)
+            log.warning("NATS at %s: %s; trying again", self.target, reason)
         self.loop.call_later(NATS_RETRY_SECONDS, self.dial)
 
     def give_up_silent(self) -> None:
@@ -22375,7 +22213,8 @@ class NatsLink:
             cluster.connected(NatsLog(dialogue, name, days, cluster.hub.sequence), self.loop.now)
         if (dialogue.wants_tls or self.context) and dialogue.info and self.conn.tls is None:
             dialogue.out.clear()  # it introduces itself once that is done
-            self.conn.encrypt(TlsFilter(self.context or Trust().context(), self.host))
+            context = self.context or BELIEVE_THE_SYSTEM.context()
+            self.conn.encrypt(TlsFilter(context, self.target.host))
 
     def flush(self) -> None:
         """Send what the dialogue has to send, at once: all nodes wait for it."""
@@ -22389,7 +22228,7 @@ class NatsLink:
         self.give_up_silent()
         self.attempt(lambda: self.cluster.tick(self.loop.now))
         if self.cluster.caught_up and not self.up:
-            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.address)
+            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.target)
             self.reason = ""
         self.up = self.cluster.caught_up
         seconds = NODE_TICK_SECONDS if self.cluster.caught_up else NODE_TICK_SECONDS / 10
@@ -22457,7 +22296,6 @@ class ResponseReader(HttpReader):
     def finish(self) -> None:
         if self.to_the_end:
             self.step = self._end
-        super().finish()
 
 
 class WebCall(Connection):
@@ -22570,26 +22408,20 @@ class CallRequest(NamedTuple):
     sent: Callable[[int], None] = do_nothing
 
     def head(self) -> bytes:
-        lines = [f"{self.method} {self.url.path} HTTP/1.1", f"Host: {self.url.authority}"]
+        lines = [f"{self.method} {self.url.path} HTTP/1.1", f"Host: {self.url.server}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         return "\r\n".join([*lines, "Connection: close", "", ""]).encode()
 
 
 class Url(NamedTuple):
-    """The parts of an http or https URL."""
+    """An http or https URL."""
 
-    tls: bool
-    host: str
-    port: int
+    server: Target
     path: str
-
-    @property
-    def authority(self) -> str:
-        return address_text(self.host, self.port)
 
 
 def parse_url(text: str, base: Url) -> Url:
-    """Return the parts of a URL, or of a path on the server of `base`. Raises Unusable."""
+    """Parse a URL, or a path on the server of `base`. Raises Unusable."""
     scheme, _, rest = text.partition("://")
     authority, slash, path = rest.partition("/")
     if re.fullmatch(r"/[!-~]*", text):
@@ -22598,18 +22430,16 @@ def parse_url(text: str, base: Url) -> Url:
     if scheme.lower() not in ("http", "https") or not host or not re.fullmatch(r"[!-~]*", path):
         raise Unusable(f"{visible(text) or 'nothing'} is no address of a file")
     tls = scheme.lower() == "https"
-    return Url(tls, host, port or (443 if tls else 80), f"{slash or '/'}{path}")
+    return Url(Target(host, port or (443 if tls else 80), tls), f"{slash or '/'}{path}")
 
 
 def free_path(path: pathlib.Path, taken: Collection[str] = ()) -> pathlib.Path:
     """Return this path, or one with a number, where no file is yet; none of the `taken` ones."""
-    for number in itertools.count(2):
-        there = path.exists() or path.with_name(f"{path.name}.part").exists()
-        if not there and str(path) not in taken:
-            return path
+    numbers = itertools.count(2)
+    while path.exists() or path.with_name(f"{path.name}.part").exists() or str(path) in taken:
         stem = re.sub(r" \(\d+\)$", "", path.stem)
-        path = path.with_name(f"{stem} ({number}){path.suffix}")
-    raise Unusable("no name is free")  # never: the numbers have no end
+        path = path.with_name(f"{stem} ({next(numbers)}){path.suffix}")
+    return path
 
 
 def whole_bytes(text: str) -> int:
@@ -22643,17 +22473,25 @@ def is_temporary(response: Response | None) -> bool:
     return response.status >= 500 and response.status != 507
 
 
-def size_of(path: pathlib.Path | str) -> int:
-    """Return the size of a file. Raises Refused if there is something else, or OSError."""
+def state_of(path: pathlib.Path | str) -> tuple[int, int]:
+    """Return the size of a file, and when it was changed. Raises Refused if there is something
+    else, or OSError."""
     known = os.stat(path)
     if not stat.S_ISREG(known.st_mode):  # to read a pipe may take for ever
         raise Refused("NO_FILE", f"{path} is no file")
-    return known.st_size
+    return known.st_size, known.st_mtime_ns
+
+
+def check_unchanged(one: Transfer) -> None:
+    """Raise Refused if the file of an upload is not as it was when the upload began: what arrives
+    would be parts of two files. Raises OSError if it cannot be read."""
+    if state_of(one.path) != (one.size, one.changed):
+        raise Refused("NO_FILE", f"{one.path} was changed meanwhile; send it again")
 
 
 class Download:
-    """The part of a file that one request for it brings. It is written off the loop; until a piece
-    is on disk, the connection is not read."""
+    """One request for the rest of a file. The file is written off the loop; until a piece is on
+    disk, the connection is not read."""
 
     def __init__(self, transfers: "Transfers", one: Transfer, part: pathlib.Path, at: int):
         self.transfers, self.one, self.part, self.at = transfers, one, part, at
@@ -22674,7 +22512,7 @@ class Download:
             one.etag = ""  # so that the next attempt begins at the beginning
             return self.transfers.calls[one.id].drop("the server sends another part of the file")
         one.size, one.etag = size, etag
-        self.transfers.core.keep_transfer(one)
+        self.transfers.core.transfers.keep(one)
 
     def take(self, data: bytes) -> None:
         """Take a piece of the file."""
@@ -22730,7 +22568,7 @@ class Transfers:
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
         self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
-        self.core.start_transfer, self.core.end_transfer = self.start, self.end
+        self.core.transfers.start, self.core.transfers.end = self.start, self.end
         link.transfers = self
         self.watch()
 
@@ -22747,13 +22585,13 @@ class Transfers:
             raise Refused("NO_FILE", reason) from None
         except (RuntimeError, ValueError):  # ~ and a name that no user has; half a character
             raise Refused("NO_FILE", f"cannot {verb} {visible(one.path)}: no such path") from None
-        self.core.keep_transfer(one)
+        self.core.transfers.keep(one)
         self.wake()
 
     def _find_file(self, one: Transfer, path: pathlib.Path) -> None:
         """Note the path of a file, its name and its size. A file to save gets a free path."""
         if one.up:
-            one.size = size_of(path)
+            one.size, one.changed = state_of(path)
             os.close(os.open(path, os.O_RDONLY))
             one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
             return
@@ -22770,6 +22608,7 @@ class Transfers:
             call.drop("dropped")
         if not one.up:
             pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
+        self._take_back(one)
         self.wake()
 
     def watch(self) -> None:
@@ -22790,15 +22629,15 @@ class Transfers:
                 free -= 1
                 self.calls[one.id] = None
                 one.state, one.why = "running", ""
-                self.core.with_token(functools.partial(self._run, one))
+                self.core.transfers.with_token(functools.partial(self._run, one))
 
     def _run(self, one: Transfer, token: str) -> None:
         """Go on with a transfer; `token` is for uploads, or ""."""
         if one.id not in self.calls:
             return
         try:
-            if one.up and size_of(one.path) < one.size:
-                raise Unusable(f"{one.path} is shorter than it was")
+            if one.up:
+                check_unchanged(one)
             if not one.up:
                 self._download(one)
             elif one.url:
@@ -22814,8 +22653,7 @@ class Transfers:
 
     @property
     def base(self) -> Url:
-        target = self.link.target
-        return Url(target.tls, target.host, target.port, "/")
+        return Url(self.link.target, "/")
 
     def _call(self, one: Transfer, request: CallRequest, follows: bool = True) -> None:
         """Connect to the server of a request, and send the request. A download follows one redirect
@@ -22831,35 +22669,31 @@ class Transfers:
                         return self._call(one, request._replace(url=there), follows=False)
             return request.done(response, text)
 
-        here = (url.host, url.port) == (link.target.host, link.target.port) and link.conn
+        here = url.server[:2] == link.target[:2] and link.conn
         peer = peer_address(link.conn.sock) if here and link.conn.state == OPEN else None
+        target = Target(*(peer or url.server[:2]), url.server.tls)
         trust = link.trust._replace(pin=link.certificate.pin)
-
-        def look_up() -> tuple[Any, list]:
-            context = trust.context() if url.tls else None
-            where = peer or (url.host, url.port)
-            return context, socket.getaddrinfo(*where, type=socket.SOCK_STREAM)
 
         def found(result: Any) -> None:
             if isinstance(result, Exception):
                 return done(None, str(result))
             context, addresses = result
-            addresses = [(family, address) for family, *_, address in addresses]
-            tried = functools.partial(connected, context)
-            HappyEyeballs(self.loop, addresses, tried)
+            HappyEyeballs(self.loop, addresses, functools.partial(connected, context))
 
         def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
             if sock is None:
                 return done(None, reason)
             if one.id not in self.calls:
                 return sock.close()
-            tls = TlsFilter(context, url.host) if context else None
+            tls = TlsFilter(context, url.server.host) if context else None
             call = request._replace(done=done)
             self.calls[one.id] = WebCall(link.helpers, sock, tls, call, trust)
 
-        link.helpers.submit(self, look_up, found)
+        link.helpers.submit(self, functools.partial(resolve_server, target, trust), found)
 
     def _headers(self, token: str, **more: Any) -> dict[str, str]:
+        """Return the headers of a request of tus, with a login: the token, or name and password."""
+        more["Tus_Resumable"] = "1.0.0"
         headers = {name.replace("_", "-"): str(value) for name, value in more.items()}
         login = self.core.me.login
         if token:
@@ -22877,39 +22711,45 @@ class Transfers:
 
     # Up
 
+    def _ask(self, one: Transfer, request: CallRequest, *accepted: int) -> None:
+        """Send a request of an upload. After a status that is not one of the accepted ones, the
+        upload waits or fails."""
+
+        def answered(response: Response | None, text: str) -> None:
+            if is_temporary(response):
+                self.broke(one, text)
+            elif response.status in accepted:
+                request.done(response, text)
+            else:
+                self.refused(one, response, text)
+
+        self._call(one, request._replace(done=answered))
+
     def _create(self, one: Transfer, token: str) -> None:
         name = base64.b64encode(one.name.encode()).decode()
         known = {"Upload_Length": one.size, "Upload_Metadata": f"filename {name}"}
-        headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0, **known)
-        url = parse_url(self.core.file_host, self.base)
+        headers = self._headers(token, Content_Length=0, **known)
+        url = parse_url(self.core.transfers.url, self.base)
 
-        def created(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status != 201:
-                return self.refused(one, response, text)
+        def created(response: Response, text: str) -> None:
             one.url = response.header("location")
-            self.core.keep_transfer(one)
-            return self._send_from(one, token, 0) if one.size else self._sent(one)
+            self.core.transfers.keep(one)
+            self._send_from(one, token, 0)
 
-        self._call(one, CallRequest("POST", url, headers, created))
+        self._ask(one, CallRequest("POST", url, headers, created), 201)
 
     def _look(self, one: Transfer, token: str) -> None:
         """Ask the server how many bytes of an upload it has."""
-        headers = self._headers(token, Tus_Resumable="1.0.0")
+        gone = (403, 404, 410)  # the upload expired, or is another guest's
 
-        def told(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status in (403, 404, 410):  # the upload expired, or is another guest's
+        def told(response: Response, text: str) -> None:
+            if response.status in gone:
                 one.url = ""
                 return self._create(one, token)
-            if response.status not in (200, 204):
-                return self.refused(one, response, text)
             return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
 
-        url = self._own_url(one)
-        self._call(one, CallRequest("HEAD", url, headers, told))
+        request = CallRequest("HEAD", self._own_url(one), self._headers(token), told)
+        self._ask(one, request, 200, 204, *gone)
 
     def _own_url(self, one: Transfer) -> Url:
         """Return the URL of a file: on this server, under the address that the client uses."""
@@ -22919,26 +22759,23 @@ class Transfers:
 
     def _send_from(self, one: Transfer, token: str, at: int) -> None:
         if at >= one.size:
-            return self._sent(one)
+            self.core.transfers.post(one)
+            return self._over(one)
         piece = {"Content_Type": PIECE_TYPE, "Content_Length": one.size - at}
-        headers = self._headers(token, Tus_Resumable="1.0.0", Upload_Offset=at, **piece)
+        headers = self._headers(token, Upload_Offset=at, **piece)
 
         def read(where: int) -> bytes:
+            check_unchanged(one)  # first, since to open a pipe may take for ever
             with open(one.path, "rb") as file:
                 file.seek(where)
                 data = file.read(FILE_PIECE_BYTES)
-            if len(data) < min(FILE_PIECE_BYTES, one.size - where):
-                raise OSError(f"{one.path} is shorter than it was")
-            return data[: one.size - where]
+            check_unchanged(one)
+            return data
 
         def sent(done: int) -> None:
             one.done = max(at, done)
 
-        def answered(response: Response | None, text: str) -> None:
-            if is_temporary(response):
-                return self.broke(one, text)
-            if response.status not in (204, 409):
-                return self.refused(one, response, text)
+        def answered(response: Response, text: str) -> None:
             there = whole_bytes(response.header("upload-offset"))
             if there <= at:
                 return self.broke(one, "the server takes nothing of it")
@@ -22946,12 +22783,26 @@ class Transfers:
 
         self._go_on_from(one, at)
         request = CallRequest("PATCH", self._own_url(one), headers, answered, read, at, sent=sent)
-        self._call(one, request)
+        self._ask(one, request, 204, 409)
 
-    def _sent(self, one: Transfer) -> None:
-        """Post the link of a complete upload."""
-        self.core.post_file(one)
-        self._over(one)
+    def _take_back(self, one: Transfer) -> None:
+        """Have the server remove what it has of an upload that is not completed: it counts against
+        the user's room. Without a connection it is removed when its time is over."""
+        if not (one.up and one.url and self.core.ready):
+            return
+        call = Transfer(f"removed {one.id}", True, "", "")
+
+        def done(response: Response | None, text: str) -> None:
+            self.calls.pop(call.id, None)
+
+        def remove(token: str) -> None:
+            headers = self._headers(token, Content_Length=0)
+            with contextlib.suppress(Unusable):  # the server gave no address
+                request = CallRequest("DELETE", self._own_url(one), headers, done)
+                self.calls[call.id] = None
+                self._call(call, request)
+
+        self.core.transfers.with_token(remove)
 
     # Down
 
@@ -22962,14 +22813,8 @@ class Transfers:
         self._go_on_from(one, at)
         headers = {"Range": f"bytes={at}-", "If-Range": one.etag} if at and one.etag else {}
         down = Download(self, one, part, at)
-        self._call(
-            one,
-            CallRequest(
-                *("GET", self._own_url(one), headers, down.done),
-                piece=down.take,
-                began=down.began,
-            ),
-        )
+        request = CallRequest("GET", self._own_url(one), headers, down.done)
+        self._call(one, request._replace(piece=down.take, began=down.began))
 
     def saved(self, one: Transfer, part: pathlib.Path) -> None:
         path = pathlib.Path(one.path)
@@ -23005,7 +22850,7 @@ class Transfers:
 
     def _over(self, one: Transfer) -> None:
         self.calls.pop(one.id, None)
-        self.core.forget_transfer(one)
+        self.core.transfers.forget(one)
         self.link.poke()
         self.wake()
 
@@ -23021,7 +22866,7 @@ class Transfers:
 
     def refused(self, one: Transfer, response: Response, text: str) -> None:
         if response.status == 401 and one.failures < 2:  # the token has ended
-            self.core.upload_token = ""
+            self.core.transfers.upload_token = ""
             return self.broke(one, text.strip())
         return self.failed(one, reason_given(response, text))
 
@@ -23032,7 +22877,8 @@ class Transfers:
         if not one.up:
             with contextlib.suppress(OSError, ValueError):
                 os.unlink(f"{one.path}.part")
-        self.core.forget_transfer(one)
+        self._take_back(one)
+        self.core.transfers.forget(one)
         verb = "sent" if one.up else "saved"
         self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
         self.wake()
@@ -23103,9 +22949,8 @@ STRING_BEGINS = ("\x1b]", "\x1bP", "\x1b_", "\x1b^", "\x1bX")  # of such answers
 STRING_ANSWER = re.compile(r"\x1b(?:\][0-9]|P[0-9>+$!]|_G)")  # else Alt and a capital letter
 STRING_MOST = 4096  # characters of one: what is longer is none
 SEQUENCE_MOST = 32  # characters of any other sequence
-LATE_SEQUENCE = (
-    r"\[[0-9;?<=>]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"  # what an ESC may still belong to
-)
+# The rest of a sequence whose ESC was taken for a key
+LATE_SEQUENCE = r"\[[0-9;?<=>]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
@@ -23120,9 +22965,9 @@ class KeyDecoder:
     def __init__(self) -> None:
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.rest = ""
-        self.pasted: str | None = None  # what of a paste has come so far
+        self.pasted: str | None = None  # the beginning of a paste whose end has not come
         self.escaped = -math.inf  # when the beginning of a sequence was taken for keys ...
-        self.cut = ""  # ... and what it was: ESC, or more
+        self.cut = ""  # ... and that beginning: ESC, or more
 
     def feed(self, data: bytes, now: float = 0.0) -> list[Key]:
         """Return the keys in these bytes, which came at time `now`, in seconds."""
@@ -23215,9 +23060,6 @@ def is_regional(c: str) -> bool:
     return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
 
 
-SOFT_HYPHEN = "\xad"
-
-
 def is_inner_jamo(c: str) -> bool:
     """Return whether `c` is a vowel or final of conjoining Hangul, which joins its initial."""
     return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
@@ -23232,7 +23074,7 @@ def cluster_width(cluster: str) -> int:
     first = cluster[0]
     if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
         return 2
-    if first == SOFT_HYPHEN:
+    if first == "\xad":  # the soft hyphen
         return 1
     marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
     if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
@@ -23687,8 +23529,8 @@ def said_lines(view: ViewEvent, look: Look) -> list[str]:
 def noticed_lines(view: ViewEvent, look: Look) -> list[str]:
     """Return the lines of a NOTICE: those of a message, with - around the name."""
     head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
-    first, *others = view.text.split("\n")
-    return [f"{head}-{look.palette.name(view.name)}- {first}", *(f"    {line}" for line in others)]
+    text = view.text.replace("\n", "\n    ")
+    return f"{head}-{look.palette.name(view.name)}- {text}".split("\n")
 
 
 def found_lines(view: ViewEvent, look: Look) -> list[str]:
@@ -23717,9 +23559,8 @@ EXPLAINED = re.compile(r"(/\S.*?|\S.*?:) {2,}(\S.*)")  # a command or a key, and
 def told_lines(view: ViewEvent, look: Look) -> list[str]:
     if match := EXPLAINED.fullmatch(view.text):
         return beside(*match.groups(), look.columns)
-    first, *others = view.text.split("\n")
-    head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}{first}")
-    return [head, *(look.palette.dim(f"  {line}") for line in others)]
+    text = f"{clock_of(view, look)} {where_of(view, look)}{view.text}"
+    return [look.palette.dim(line) for line in text.replace("\n", "\n  ").split("\n")]
 
 
 def page_lines(view: ViewEvent, look: Look) -> list[str]:
@@ -23893,8 +23734,8 @@ class ScrollbackView:
         self.back = False  # a page is read
         self.end = self.cut = 0
         self.at_top = False  # nothing older is here ...
-        self.owed = 0  # ... but the person wanted to go up by so many rows
-        self.mark: int | None = None  # the number of the first view that is new to the person
+        self.owed = 0  # ... but the user wanted to go up by so many rows
+        self.mark: int | None = None  # the number of the first view that is new to the user
         self.budget = Budget(LINES_AT_ONCE, LINES_A_SECOND, now)
 
     @property
@@ -23981,7 +23822,7 @@ class ScrollbackView:
         self.cut += rows
         while self.end > self.first + 1 and self.cut >= (tall := len(self.rows(self.end))):
             self.end, self.cut = self.end - 1, self.cut - tall
-        missing = max(0, self.height - self._above())
+        missing = max(0, self.height + self.cut - len(self._page_rows()))
         self._down(missing)
         self.at_top = missing > 0
         self.owed = rows if (self.end, self.cut) == before else 0
@@ -24001,21 +23842,17 @@ class ScrollbackView:
     def page(self) -> list[tuple[str, bool]]:
         """Return the rows of the page, as rows() has them."""
         self.end = max(self.end, min(self.total, self.first + 1))  # the oldest may be gone
+        rows = self._page_rows()
+        return rows[: len(rows) - self.cut][-self.height :]
+
+    def _page_rows(self) -> list[tuple[str, bool]]:
+        """Return the rows of the last views up to number `end`: as many views as fill the page."""
         rows: list[tuple[str, bool]] = []
         for number in range(self.end, self.first, -1):
             rows = self.rows(number) + rows
             if len(rows) - self.cut >= self.height:
                 break
-        return rows[: len(rows) - self.cut][-self.height :]
-
-    def _above(self) -> int:
-        """Return the number of rows from the page's bottom upwards, at most a page and a view."""
-        found = -self.cut
-        for number in range(self.end, self.first, -1):
-            found += len(self.rows(number))
-            if found >= self.height:
-                break
-        return found
+        return rows
 
     def _down(self, rows: int) -> None:
         self.cut -= rows
@@ -24081,12 +23918,12 @@ class Display:
         self.cleared = False  # ... or emptied: what was said is above
         self.bell = False
         self.notice = ""  # for the desktop, as an escape sequence
-        self.server = ""  # which it is, if there are several
+        self.server = ""  # its address, if there are several servers
         self.elsewhere: Callable[[], Iterable[tuple[str, Room]]] = list  # on the other servers
-        self.fetching = False  # what is older than all that is here
+        self.fetching = False  # older messages are on their way
         self.paged = False  # the other buffer is shown ...
         self.was_drawn = False  # ... and whether the two rows are there on the first
-        self.seen: Any = None  # what was written last, and need not be again
+        self.seen: Any = None  # the last frame: it is not written twice
         self.noted: dict[int, ViewEvent] = {}  # views that are rows already, by identity
         core.at_once = self.note
 
@@ -24096,7 +23933,7 @@ class Display:
 
     def _read(self) -> ScrollbackView:
         look = Look(self.palette, self.painter.columns, clock=self.core.setting("time"))
-        look = look._replace(answered=self.core.answered_words)
+        look = look._replace(answered=self.core.stored.answered_words)
         return ScrollbackView(self.room, look, self.painter.rows - 2)
 
     # What there is to show
@@ -24113,15 +23950,12 @@ class Display:
         for view in views:
             if self.noted.pop(id(view), None) is None and view.kind in self.ROWS:
                 self.ROWS[view.kind](self, view)
-            if view.called and not (view.past or view.mine or self._is_muted(view)):
+            room = self.core.find(view.where)
+            if view.called and not (view.past or view.mine or (room and room.muted)):
                 self.bell |= self.core.setting("bell") == "on"
                 self.notice = notification(self.core.setting("notify"), view)
             if handler := self.TAKEN.get(view.kind):
                 handler(self, view)
-
-    def _is_muted(self, view: ViewEvent) -> bool:
-        room = self.core.find(view.where)
-        return room is not None and room.muted
 
     def keep(self, view: ViewEvent, room: Room | None = None) -> None:
         """Add a view to its conversation, unless the core has added it."""
@@ -24153,7 +23987,7 @@ class Display:
 
     def _take_reacted(self, view: ViewEvent) -> None:
         """Show a reaction in words."""
-        known = visible(self.core.answered_words(view._replace(reply=view.id)))
+        known = visible(self.core.stored.answered_words(view._replace(reply=view.id)))
         verb = "reacted" if view.number > 0 else "takes back"
         text = f"{view.name} {verb} {view.text} to {cut(known, REACTED_BYTES)}"
         self.keep(ViewEvent(SERVER_TEXT, text, where=view.where, reply=view.id))
@@ -24410,7 +24244,7 @@ class Input:
         except PermissionError:  # /dev/null
             self.watched = False
         if not self.watched:
-            self.loop.call_soon(self._read)
+            self.loop.call_soon(self.ready)
 
     def pause(self) -> None:
         if not self.paused:
@@ -24418,10 +24252,7 @@ class Input:
             if self.watched:
                 self.loop.selector.unregister(self.fd)
 
-    def ready(self, mask: int) -> None:
-        self._read()
-
-    def _read(self) -> None:
+    def ready(self, mask: int = READ) -> None:
         if self.paused:
             return
         try:
@@ -24435,7 +24266,7 @@ class Input:
             self.pause()
         self.take(data)
         if data and not self.watched:
-            self.loop.call_soon(self._read)
+            self.loop.call_soon(self.ready)
 
 
 class ClientOptions(NamedTuple):
@@ -24504,6 +24335,10 @@ class Client:
     def show(self, views: list[ViewEvent]) -> None:
         raise NotImplementedError
 
+    def note(self, text: str) -> None:
+        """Show a text of the client's own, where the user looks."""
+        self.show([ViewEvent(NOTE, text)])
+
     def over(self, reason: str) -> None:
         """End the client with its link."""
         self.reason = self.reason or reason
@@ -24541,6 +24376,8 @@ class Seat:
 class ManyServers(Client):
     """The base of the clients with a screen. The user looks at one server: `seat`. Its core and
     link are also those of this client."""
+
+    leave_seconds: float = STOP_SECONDS
 
     def __init__(self, options: ClientOptions):
         super().__init__(options)
@@ -24590,28 +24427,28 @@ class ManyServers(Client):
             self.connect(url)
         self.look_at(first)
 
-    def connect(self, words: str, **more: Any) -> None:
+    def connect(self, words: str) -> None:
         """Handle /connect [URL [NICK]], or HOST PORT [NICK]: add a server beside the others, or
-        list them. `more` are options of ClientOptions."""
+        list them."""
         url, *more_words = words.split() or [""]
         if more_words and more_words[0].isdecimal():  # HOST PORT, as other clients have it
             url = f"{url}:{more_words.pop(0)}"
         name = " ".join(more_words)
         if not url:
             targets = ", ".join(str(seat.link.target) for seat in self.seats)
-            return self.show([ViewEvent(NOTE, f"connected to: {targets}; /connect URL adds one")])
+            return self.note(f"connected to: {targets}; /connect URL adds one")
         try:
             target = parse_target(url)
             known = (seat for seat in self.seats if str(seat.link.given) == str(target))
             if (seat := next(known, None)) is not None:
                 return self.look_at(seat)
+            options = self.options._replace(target=target, join=(), lobby=False)
             # The secrets of the first server are not for this one
-            usual = {"join": (), "password": "", "login": None, "lobby": False}
-            usual |= {"trust": Trust(self.options.trust.ca)}
-            usual |= {"name": name or nick_in(url) or self.options.name}
-            return self.look_at(self.add(self.options._replace(target=target, **usual | more)))
+            options = options._replace(password="", login=None, trust=Trust(self.options.trust.ca))
+            name = name or nick_in(url) or self.options.name
+            return self.look_at(self.add(options._replace(name=name)))
         except ChatError as error:
-            return self.show([ViewEvent(NOTE, str(error))])
+            return self.note(str(error))
 
     def add(self, options: ClientOptions) -> Seat:
         """Connect to one more server, and stay if that fails. Raises Unusable."""
@@ -24627,7 +24464,7 @@ class ManyServers(Client):
     def disconnect(self) -> None:
         """Handle /disconnect: leave the server that is looked at."""
         if len(self.seats) == 1:
-            return self.show([ViewEvent(NOTE, "this is the only server; /quit leaves")])
+            return self.note("this is the only server; /quit leaves")
         return self.seat.link.leave(at_once=True)
 
     def keep_servers(self) -> None:
@@ -24644,8 +24481,8 @@ class ManyServers(Client):
         self.core.looked_at = False
         self.seat, self.core, self.link = seat, seat.core, seat.link
         self.core.looked_at = True
-        if self.core.current and self.core.reads_at_once:
-            self.core.mark_read(self.core.current)
+        if self.core.room and self.core.reads_at_once:
+            self.core.rooms.mark_read(self.core.room)
         self.seats_changed()
 
     def seat_over(self, seat: Seat, reason: str) -> None:
@@ -24663,13 +24500,11 @@ class ManyServers(Client):
         self.seats_changed()
         if waiting := len(seat.core.outbox.waiting):
             reason += f"; {self.fate_of(waiting)}"
-        return self.show(
-            [ViewEvent(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")]
-        )
+        return self.note(f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")
 
     def leave(self, reason: str = "") -> None:
-        """Leave all servers; give them STOP_SECONDS to take the rest."""
-        self.loop.call_later(STOP_SECONDS, lambda: self.over(""))
+        """Leave all servers; give them some seconds to take the rest."""
+        self.loop.call_later(self.leave_seconds, lambda: self.over(""))
         self.quitting = True
         for seat in list(self.seats):
             seat.link.leave(at_once=True, reason=reason)
@@ -24715,22 +24550,20 @@ class Filter(Client):
         super().__init__(options)
         self.was_up = False
         self.refused = 0  # lines that could not be said
-        self.login, self.join = options.login, options.join
-        self.commands = options.commands
         self.lines = LineBuffer(LINE_BYTES)
         self.failure = ""  # of something, although the rest went well
-        self.speak = self.link.typed if options.commands else self.core.speak
+        self.speak = self.link.typed if options.commands else self.core.input.say
         self.input = Input(self.loop, 0, self.take)
         self.input.pause()  # until there is a server to tell it to
         self.link.drained = self.go_on
-        self.over_with = self.saying = False  # the input has ended; its lines are being said
+        self.input_over = self.saying = False  # the input has ended; its lines are being said
 
     def take(self, data: bytes) -> None:
         if data:
             self.lines.feed(data)
         else:
             self.lines.finish()
-            self.over_with = True
+            self.input_over = True
         self.go_on()
 
     def go_on(self) -> None:
@@ -24738,7 +24571,7 @@ class Filter(Client):
         if self.saying:  # which may make room, and call this
             return
         self.saying, said = True, False
-        while (self.core.ready or not self.commands) and not self.link.leaving:
+        while (self.core.ready or not self.options.commands) and not self.link.leaving:
             if (line := self.lines.take()) is None:
                 break
             self._say(line)
@@ -24748,24 +24581,25 @@ class Filter(Client):
         self.saying = False
         if self.link.leaving:
             return
-        if self.over_with and not self.lines.pending:
+        if self.input_over and not self.lines.pending:
             self.link.drained = do_nothing
             self.input.pause()
             self.link.leave(reason=self.link.reason)
-        elif self.link.has_room() and not self.over_with:
+        elif self.link.has_room() and not self.input_over:
             self.input.resume()
         else:
             self.input.pause()
 
     def _say(self, line: bytes) -> None:
+        text = line.decode(errors="replace")
         if line == TOO_LONG:
             self.failure = f"a line has at most {LINE_BYTES:,} bytes: it was not sent"
-        elif self.commands and is_quit(line.decode(errors="replace")):
-            self.link.reason = line.decode(errors="replace")[len("/quit") :].strip()
-            self.over_with = True  # and the client leaves once the lines before are acknowledged
+        elif self.options.commands and is_quit(text):
+            self.link.reason = text[len("/quit") :].strip()
+            self.input_over = True  # and the client leaves once the lines before are acknowledged
             self.lines.clear()
         else:
-            self.speak(line.decode(errors="replace"))
+            self.speak(text)
 
     def show(self, views: list[ViewEvent]) -> None:
         lines = []
@@ -24791,12 +24625,13 @@ class Filter(Client):
             reasons.append(f"{counted(failures, 'message')} did not arrive")
         if self.core.refusals and not reason:
             reasons.append(f"{counted(self.core.refusals, 'command')} refused")
-        if self.login and self.was_up and not self.core.me.account:
-            reasons.append(f"not logged in as {self.login.account}")
-        if self.core.unsure and not (self.core.sure or self.core.insists or reason):
-            text = f"the server answered {beginning(self.core.unsure)!r}"
+        login = self.options.login
+        if login and self.was_up and not self.core.me.account:
+            reasons.append(f"not logged in as {login.account}")
+        if self.core.odd_line and not (self.core.kind_confirmed or self.core.kind_forced or reason):
+            text = f"the server answered {beginning(self.core.odd_line)!r}"
             reasons.append(f"{text}: perhaps it is no chat{IF_PLAIN}")
-        if self.join and self.was_up and self.core.kind == PLAIN:
+        if self.options.join and self.was_up and self.core.kind == PLAIN:
             reasons.append("a plain server has no channels; if it is one of IRC, write irc://...")
         if waiting:
             reasons.append(self.fate_of(waiting))
@@ -24851,7 +24686,7 @@ class TerminalClient(ManyServers):
         self.late: set[str] = set()  # own ids of what has been waiting for a while
         self.begun: float = math.inf  # views that there were when a command was begun
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
-        self.writing_in: Room | None = self.core.current  # the conversation that the line is for
+        self.writing_in: Room | None = self.core.room  # the conversation that the line is for
         self.ended_room = ""  # the name of a closed one, while the line is a text begun there
         self.escape: Timer | None = None
         self.input = Input(self.loop, 0, self.take)
@@ -24967,7 +24802,7 @@ class TerminalClient(ManyServers):
             elif (text := self.editor.press(key)) is not None:
                 self.enter(text)
             if self.editor.refused:
-                self.show([ViewEvent(NOTE, self.editor.refused)])
+                self.note(self.editor.refused)
                 self.editor.refused = ""
         if self.editor.left:
             self.leave()
@@ -24980,11 +24815,11 @@ class TerminalClient(ManyServers):
         if self.ended_room and not text:
             self.ended_room = ""
             self.editor.set(self.writing_in.draft if self.writing_in else "")
-        self.link.typing(self.core.current, "" if self.ended_room else text)
+        self.link.typing(self.core.room, "" if self.ended_room else text)
         if text[:1] != "/":
             self.begun = math.inf
-        elif self.begun == math.inf and self.core.current:
-            self.begun = self.core.current.views.total
+        elif self.begun == math.inf and self.core.room:
+            self.begun = self.core.room.views.total
 
     def enter(self, text: str) -> None:
         """Handle an entered line. An empty one is no message, although it is one from netcat."""
@@ -25011,7 +24846,7 @@ class TerminalClient(ManyServers):
         note = f"nothing was sent: {self.ended_room} is closed; Up brings the text back"
         self.ended_room = ""
         self.editor.set(self.writing_in.draft if self.writing_in else "")
-        self.show([ViewEvent(NOTE, note)])
+        self.note(note)
 
     def places(self) -> list[tuple[Seat, Room]]:
         """Return all conversations, server by server; their numbers are those of Alt and /go. A
@@ -25030,7 +24865,7 @@ class TerminalClient(ManyServers):
             head = f"{seat.link.target}: " if len(self.seats) > 1 and seat is not server else ""
             server = seat
             listed.append(f"{head}{n} {room.name or '(no conversation)'}{new}")
-        self.show([ViewEvent(NOTE, ", ".join(listed) or "there is none; /join #CHANNEL")])
+        self.note(", ".join(listed) or "there is none; /join #CHANNEL")
 
     def interrupt(self) -> None:
         """Handle Ctrl-C: empty the line, which Up brings back; on an empty line ask, and the next
@@ -25044,7 +24879,7 @@ class TerminalClient(ManyServers):
             return self.leave()
         elif now - self.cleared > CLEAR_SECONDS:
             self.asked = now
-            self.show([ViewEvent(NOTE, "Ctrl-C again leaves; so does /quit")])
+            self.note("Ctrl-C again leaves; so does /quit")
         self.pressed = True
 
     def complete(self, word: str, first: bool) -> list[str]:
@@ -25056,7 +24891,7 @@ class TerminalClient(ManyServers):
         seat, room = place
         self.look_at(seat)
         if room.name:
-            self.core.go(room)
+            self.core.rooms.go(room)
         self.show(self.core.take_views())
 
     def place_of(self, name: str) -> tuple[Seat, Room] | None:
@@ -25095,9 +24930,6 @@ class TerminalClient(ManyServers):
     def page_up(self) -> None:
         self.up(self.display.reader.height - 1)
 
-    def page_down(self) -> None:
-        self.display.reader.down(self.display.reader.height - 1)
-
     def up(self, rows: int) -> None:
         """Scroll up, and ask for older messages before the user reaches the oldest ones here."""
         reader = self.display.reader
@@ -25118,7 +24950,7 @@ class TerminalClient(ManyServers):
     KEYS = {
         "redraw": redraw,
         "page-up": page_up,
-        "page-down": page_down,
+        "page-down": lambda self: self.display.reader.down(self.display.reader.height - 1),
         "room-unread": go_unread,
         "room-next": go_next,
         "room-previous": lambda self: self.go_next(-1),
@@ -25140,7 +24972,7 @@ class TerminalClient(ManyServers):
             self.display.keep(ViewEvent(NOTE, f"connected to {self.link.target}"))
         self.was_ready = self.core.ready
         self.display.take(map(with_keys, views))
-        if self.writing_in is not self.core.current:
+        if self.writing_in is not self.core.room:
             self.change_drafts()
         for view in views:
             if view.kind == BACK:
@@ -25154,7 +24986,7 @@ class TerminalClient(ManyServers):
         """After a change of conversation, keep the old one's draft and restore the new one's. A
         text begun in a conversation that has ended stays on the line, but is not sent; so does one
         begun in none, which is for the first that there is."""
-        before, after = self.writing_in, self.core.current
+        before, after = self.writing_in, self.core.room
         self.writing_in = after
         left = {seat.link.ended for seat, room in self.places() if room is before}
         if self.editor.text and False not in left and not self.ended_room:
@@ -25332,8 +25164,6 @@ class Bench:
         for n in range(self.options.senders):
             self.senders.append(self._connect(f"s{n}"))
         self._settle()
-        for conn in self.receivers:
-            conn.counted = True
         for conn in self.receivers if self.options.rate else self.receivers[:1]:
             conn.times = True
         began = reported = time.perf_counter()
@@ -25573,12 +25403,12 @@ function el(tag, properties, ...children) {
   for (const key in properties) { // Firefox before 119 has them as attributes only
     if (/^aria/.test(key)) made.setAttribute(key.replace('aria', 'aria-'), properties[key]);
   }
-  made.append(...children.filter(Boolean));
+  made.append(...children.flat().filter(Boolean));
   return made;
 }
 
-const button = (text, onclick, more) =>
-  el('button', { type: 'button', onclick, ...more }, text);
+const button = (content, onclick, more) =>
+  el('button', { type: 'button', onclick, ...more }, content);
 const dim = (text) => el('p', { className: 'dim' }, text);
 const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(count)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
@@ -25591,8 +25421,9 @@ const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
+const inOneLine = (text) => text.replace(/\s+/g, ' ');
 
-function formatter(style) { // made once, and not before it is needed: that is slow
+function formatter(style) { // made when it is first used: this is slow
   let made;
   return (time) => (made ??= new Intl.DateTimeFormat([], style)).format(new Date(time));
 }
@@ -25626,17 +25457,13 @@ const LINES = 190, BYTES = 16000; // of a message of several lines (draft/multil
 
 // Cut text into pieces of at most `room` bytes, between characters
 function pieces(text, room) {
-  const found = [''];
-  let used = 0;
-  for (const character of text) {
-    const size = character < '\x80' ? 1 : bytesOf(character).length;
-    if (used + size > room) {
-      found.push('');
-      used = 0;
-    }
-    found[found.length - 1] += character;
-    used += size;
-  }
+  const found = [], bytes = new Uint8Array(room);
+  let rest = text;
+  do {
+    const { read } = new TextEncoder().encodeInto(rest, bytes);
+    found.push(rest.slice(0, read));
+    rest = rest.slice(read);
+  } while (rest);
   return found;
 }
 
@@ -25735,7 +25562,7 @@ const state = { me: '', account: '', rooms: {}, outbox: [], batches: {},
   asked: {}, page: PAGE, phase: 'closed', why: '', retryAt: 0 };
 
 const isMe = (nick) => fold(nick) === fold(state.me);
-const roomOf = (target, nick) => room(isChannel(target) || isMe(nick) ? target : nick);
+const partner = (target, nick) => (isChannel(target) || isMe(nick) ? target : nick);
 const allRooms = () => Object.values(state.rooms);
 const lastOf = (list) => list[list.length - 1];
 
@@ -25771,13 +25598,13 @@ function fileOf(tag = '') {
   return path ? { path, type, size: +size, width: +width, height: +height } : null;
 }
 
-// A msgid is a number that grows, and four letters for a start of the server: one that has lost its
-// data begins again
+// A msgid is a number that grows, and four letters for the start of the server. After a server has
+// lost its data, its numbers begin again, with other letters
 const serial = (id) => parseInt(id.slice(0, -4), 16) || 0;
 const before = (a, b) => (a.id.slice(-4) === b.id.slice(-4) ? serial(a.id) < serial(b.id)
   : a.time < b.time);
 
-// The place of a message: in front of those that were said later
+// The index at which a message is inserted: in front of the later ones
 function placeOf(to, message) {
   let place = to.messages.length;
   for (let i = place - 1; message.id && i >= 0; i--) {
@@ -25788,7 +25615,7 @@ function placeOf(to, message) {
   return place;
 }
 
-// Put messages into a room, without those that are there: those of one place together
+// Add the messages that a room does not have yet; those with one place are inserted together
 function add(to, messages) {
   const places = new Map();
   for (const message of messages.filter(({ id }) => !id || !to.ids[id])) {
@@ -25848,9 +25675,8 @@ function react(to, id, nick, emoji, on) {
 // A message, reaction or removal: from a page of the past, or as it happens
 function happened(nick, [target, text], { verb, tags }) {
   if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
-  const to = state.rooms[fold(isChannel(target) || isMe(nick) ? target : nick)];
-  const id = tags['+draft/reply'];
-  if (!to) return; // one who only types opens no conversation
+  const to = state.rooms[fold(partner(target, nick))], id = tags['+draft/reply'];
+  if (!to) return; // typing alone opens no conversation
   if (verb === 'REDACT') {
     const message = find(to, text);
     const gone = { text: '', file: null, gone: true, reactions: [] };
@@ -25870,7 +25696,7 @@ function happened(nick, [target, text], { verb, tags }) {
 function heard(nick, [, text], line) {
   if (!line.source.includes('!')) return note(text); // from the server
   if (/^\x01(?!ACTION )/.test(text)) return null;
-  const message = messageOf(line), to = roomOf(message.target, nick);
+  const message = messageOf(line), to = room(partner(message.target, nick));
   delete to.typing[fold(nick)];
   add(to, [message]);
   if (line.tags.label) arrived(line.tags.label, to); // also a repeat, or said under another name
@@ -25883,7 +25709,7 @@ const RANKS = '~&@%+';
 const news = (to, text) => Object.keys(to.members).length <= 50 && tell(to, text);
 const because = (reason) => (reason ? `: ${reason}` : '');
 
-// What is said from now on is missed: `upTo` is the id of the last message that was not
+// Note that messages are missed from now on; `upTo` becomes the id of the last one that was not
 function miss(to) {
   to.joined = false;
   if (to.behind) return;
@@ -25914,7 +25740,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   NOTICE: heard,
   TAGMSG: happened,
   REDACT: happened,
-  PING: (nick, params) => reply(`PONG :${params[0]}`),
+  PING: (nick, params) => respond(`PONG :${params[0]}`),
   JOIN(nick, [name]) {
     const to = room(name);
     if (isMe(nick)) {
@@ -25949,7 +25775,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   MODE(nick, [name, ...modes]) {
     if (!isChannel(name)) return;
     tell(room(name), `${nick} set ${modes.join(' ')}`);
-    if (/[qaohv]/.test(modes[0])) reply(`NAMES ${name}`);
+    if (/[qaohv]/.test(modes[0])) respond(`NAMES ${name}`);
   },
   INVITE: (nick, [, name]) => note(`${nick} invites you: /join ${name}`),
   MARKREAD(nick, [name, marker = '']) {
@@ -25972,13 +25798,13 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   900: (nick, [, , account]) => { state.account = account; refresh(); },
   REGISTER(nick, [result, account, text]) {
     note(text);
-    if (result === 'SUCCESS') leader?.proveRegistered(account);
+    if (result === 'SUCCESS' && leader?.login) leader.prove({ ...leader.login, account });
   },
   NOTE: (nick, params) => params[0] !== 'SESSION' && note(lastOf(params)),
   FAIL: refused,
 };
 
-// Numerics that say nothing that a user here has to know: those of registration and of lists
+// Numerics that are not shown: those of registration and of lists
 const QUIET = /^(00.|2..|30[16]|333|366|37.|422|43[1237]|464|90[3-7])$/;
 
 function dispatch(line) {
@@ -26001,7 +25827,10 @@ function endBatch(key, { kind, target, line, lines }) {
   const said = lines.filter(({ verb }) => /PRIVMSG|NOTICE/.test(verb)).map(messageOf)
     .filter(({ text }) => !text.startsWith('\x01'));
   if (kind === 'soju.im/search') return showFound(said, asked);
-  if (kind === 'draft/chathistory-targets') return knowTargets(lines);
+  if (kind === 'draft/chathistory-targets') {
+    lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
+    return catchUp();
+  }
   if (kind !== 'chathistory') {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
   }
@@ -26038,7 +25867,7 @@ const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.i
 // Ask for what came while this browser was away: one room after the other, the one on the screen
 // first. What is said meanwhile stands below the gap
 function catchUp() {
-  if (!leader?.mayCatchUp() || isAsked('after', 'latest', 'targets')) return;
+  if (!leader?.registered || waiting().length || isAsked('after', 'latest', 'targets')) return;
   if (!leader.knowsTargets) {
     const newest = setting('newest');
     const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
@@ -26049,11 +25878,6 @@ function catchUp() {
   const { key, name, upTo } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
   if (upTo) request('after', key, `AFTER ${name} msgid=${upTo} ${state.page}`);
   else if (key) request('latest', key, `LATEST ${name} * ${state.page}`);
-}
-
-function knowTargets(lines) {
-  lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
-  catchUp();
 }
 
 function turnPage({ key, how }, messages, ended) {
@@ -26104,11 +25928,11 @@ function askOlder(to) {
 // A row with a blob is a file: when it is uploaded, the row becomes the message with its link
 
 // All parts of a long text are accepted, or none: a draft is sent again under the same ids
-async function say(target, text, { action = false, answers = '', own = newId() } = {}) {
-  const texts = action ? [text.replace(/\s+/g, ' ')] : messagesOf(text);
+async function say(target, text, { action = false, reply = '', own = newId() } = {}) {
+  const texts = action ? [inOneLine(text)] : messagesOf(text);
   const first = Math.max(Date.now(), (lastOf(state.outbox)?.n ?? 0) + 1); // clocks may be set back
   await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: first + n / 1000,
-    target, text: part, action, reply: n ? '' : answers, failed: '' })));
+    target, text: part, action, reply: n ? '' : reply, failed: '' })));
 }
 
 const blobs = {}; // files that this browser does not keep, by `own`: they end with the tabs
@@ -26142,8 +25966,11 @@ async function retry({ own }) {
 // ---- Uploads (tus 1.0)
 
 const CHUNK = 256 * 1024; // bytes of a request
+const offsetIn = (response) => +(response.headers.get('Upload-Offset') ?? NaN);
 
 class Uploader {
+  patience = 4000; // ms: browsers keep idle connections, and do not notice that one is dead
+
   async run() {
     if (this.running) return;
     this.running = true;
@@ -26160,7 +25987,10 @@ class Uploader {
 
   async call(method, url, headers, body) {
     const Authorization = `Bearer ${this.token ??= await this.newToken()}`;
-    const end = new AbortController(), timer = setTimeout(() => end.abort(), 60000);
+    const end = this.end = new AbortController(), timer = setTimeout(() => {
+      this.patience = Math.min(2 * this.patience, 60000); // if the line is only slow
+      end.abort();
+    }, body ? 60000 : this.patience);
     const response = await fetch(url, { method, body, signal: end.signal,
       headers: { 'Tus-Resumable': '1.0.0', Authorization, ...headers } })
       .finally(() => clearTimeout(timer));
@@ -26178,14 +26008,15 @@ class Uploader {
 
   async upload(row) {
     if (!(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
-    let at = row.link ? await this.offset(row) : NaN;
+    let at = NaN; // in the file, as the server has it
+    if (row.link) at = offsetIn(await this.call('HEAD', new URL(row.link).pathname));
     if (!(at >= 0)) at = await this.create(row);
     const path = new URL(row.link).pathname;
     const wanted = () => state.outbox.some(({ own }) => own === row.own);
     while (at < row.size && wanted()) {
       const response = await this.call('PATCH', path, { 'Upload-Offset': at,
         'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK));
-      at = +(response.headers.get('Upload-Offset') ?? NaN);
+      at = offsetIn(response);
       if (wanted()) publish({ row: { ...shared(row), sent: at } });
     }
     if (!wanted()) { // cancelled, maybe while its link was being stored
@@ -26205,33 +26036,28 @@ class Uploader {
     await store('outbox', 'put', blobs[row.own] ? shared(row) : row);
     return 0;
   }
-
-  async offset(row) {
-    const response = await this.call('HEAD', new URL(row.link).pathname);
-    return +(response.headers.get('Upload-Offset') ?? NaN);
-  }
 }
 
 // ---- The connection: only the leader has one
 
 const CAPABILITIES = 'message-tags server-time batch echo-message labeled-response '
   + 'draft/multiline draft/chathistory draft/message-redaction standard-replies soju.im/search '
-  + 'chat.py/session sasl draft/no-implicit-names away-notify '
-  + 'draft/read-marker';
+  + 'chat.py/session sasl draft/no-implicit-names away-notify draft/read-marker';
 const SHORTEST = 500, LONGEST = 30000; // ms between two attempts
-const OPENING = 20000, SILENCE = 30000, LIMIT = 10000; // ms: until online; until a PING; then
+// ms until the page has to be online, until a PING, and until its answer
+const OPENING = 20000, SILENCE = 30000, LIMIT = 10000;
 
 class Leader {
   wait = SHORTEST;
   window = 8; // messages that may be under way
-  flying = new Set();
+  inFlight = new Set();
   uploader = new Uploader();
 
   connect() {
     clearTimeout(this.timer);
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
     if (!setting('secret')) set('secret', randomHex(16));
-    this.scram?.terminate(); // its answer is one of the connection before
+    this.scram?.terminate(); // it belongs to the last connection
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
     const socket = this.socket = new WebSocket(url, 'text.ircv3.net');
@@ -26323,28 +26149,24 @@ class Leader {
   pump() {
     if (!this.registered) return;
     for (const row of waiting()) {
-      if (this.flying.size >= this.window) break;
-      if (!this.flying.has(row.own)) linesOf(row).forEach((line) => this.send(line));
-      this.flying.add(row.own);
+      if (this.inFlight.size >= this.window) break;
+      if (!this.inFlight.has(row.own)) linesOf(row).forEach((line) => this.send(line));
+      this.inFlight.add(row.own);
     }
     catchUp();
-  }
-
-  mayCatchUp() {
-    return this.registered && !waiting().length;
   }
 
   arrived(own) {
     this.wait = SHORTEST;
     this.window = Math.min(64, this.window * 2);
-    this.flying.delete(own);
+    this.inFlight.delete(own);
     store('outbox', 'delete', own);
     this.pump();
   }
 
   async fail(own, failed) {
     const row = await storedRow(own);
-    this.flying.delete(own);
+    this.inFlight.delete(own);
     if (row) await accept({ ...row, failed });
   }
 
@@ -26354,10 +26176,11 @@ class Leader {
     this.socket = null;
     clearTimeout(this.timer);
     if (this.registered && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
-    if (this.flying.size) this.window = 1;
-    this.flying.clear();
+    if (this.inFlight.size) this.window = 1;
+    this.inFlight.clear();
     this.registered = this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
+    this.uploader.end?.abort(); // its connection may be as dead
     if (leader !== this || state.phase === 'ended') return;
     const wait = this.wait * (0.75 + Math.random() / 2);
     this.wait = Math.min(LONGEST, this.wait * 2);
@@ -26370,10 +26193,10 @@ class Leader {
     this.closed();
   }
 
-  enter(name, word, secret) { // from the form: also the passwords of account and server
+  enter(name, password, serverPassword) { // from the form
     publish({ me: name });
-    if (word) this.login = { account: name, password: word };
-    if (secret) set('password', secret);
+    if (password) this.login = { account: name, password };
+    if (serverPassword) set('password', serverPassword);
     set('welcomed', false);
     publish({ phase: 'closed' });
     this.hurry();
@@ -26396,10 +26219,6 @@ class Leader {
   signUp(password) {
     this.login = { account: state.me, password };
     this.send(`REGISTER * * :${password}`);
-  }
-
-  proveRegistered(account) { // for the keys
-    if (this.login) this.prove({ ...this.login, account });
   }
 
   // By SCRAM, in a worker: a phone works on a password for a second or more. The keys that it makes
@@ -26447,7 +26266,6 @@ function remember(to) {
   if (leader) keeping ||= setTimeout(keepRooms, 1000);
 }
 
-
 async function keepRooms() {
   keeping = 0;
   let newest = '';
@@ -26470,14 +26288,10 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-const channel = openChannel();
-function openChannel() { // where a browser keeps nothing of this page, it may refuse this, too
-  try {
-    return new BroadcastChannel('chat');
-  } catch {
-    return { postMessage() {} };
-  }
-}
+let channel = { postMessage() {} };
+try {
+  channel = new BroadcastChannel('chat');
+} catch { /* where a browser keeps nothing of this page, it may refuse this, too */ }
 
 let leader = null;
 let attached = false; // the model is that of the leader
@@ -26495,7 +26309,7 @@ function act(name, ...values) { // have the leader do something
 }
 
 const ask = (line) => act('send', line); // a line that the user wants to be sent
-const reply = (line) => leader?.send(line); // one that answers a line: only the leader answers
+const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
   opened(name) { // the leader reads its past
@@ -26525,7 +26339,7 @@ const ITEMS = {
   dropped(own) {
     delete blobs[own];
     state.outbox = without(own);
-    leader?.flying.delete(own);
+    leader?.inFlight.delete(own);
     leader?.pump();
     refresh();
   },
@@ -26583,7 +26397,7 @@ function follow() {
   if (navigator.locks) elect();
 }
 
-// A tab that finds no leader, or a frozen one, takes its place
+// Look for the leader. If there is none, or it is frozen, this tab takes its place
 function callLeader() {
   const now = Date.now(), heard = () => leader || answered >= now;
   channel.postMessage({ hello: tab, known: attached });
@@ -26608,29 +26422,22 @@ function elect(steal) {
 
 const EMOJI = ['\u{1f44d}', '\u2764\ufe0f', '\u{1f602}', '\u{1f62e}', '\u{1f622}', '\u{1f64f}'];
 const ROWS = 50; // of a block: the browser draws only the blocks that are in sight
-const LINK = /https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}]/gu;
+const LINK = /(https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}])/u;
 
 const TAKEN = 'taken back';
 const log = $('log');
 let here = fold('#lobby'); // key of the room on the screen
 let drawnFrom = 0; // its first message that has a row
 let stuck = true; // the reader is at the end, and stays there
-let answering = null; // the message that the next one replies to
+let replyTo = null; // the message that the next one replies to
 
 const shown = () => state.rooms[here] ?? allRooms()[0] ?? room('#lobby');
 const outside = { target: '_blank', rel: 'noopener noreferrer' };
 const isPicture = (type) => /^image\/(png|jpeg|gif|webp)$/.test(type);
 
-function withLinks(text) {
-  const made = el('p', { className: 'text', dir: 'auto' });
-  let at = 0;
-  for (const { 0: url, index } of text.matchAll(LINK)) {
-    made.append(text.slice(at, index), el('a', { href: url, ...outside }, url));
-    at = index + url.length;
-  }
-  made.append(text.slice(at));
-  return made;
-}
+// A text and its links, which are every other part of it
+const withLinks = (text) => el('p', { className: 'text', dir: 'auto' },
+  text.split(LINK).map((part, n) => (n % 2 ? el('a', { href: part, ...outside }, part) : part)));
 
 function headOf({ nick, time }) {
   const name = el('b', {}, nick);
@@ -26682,7 +26489,7 @@ function fillRow(row) {
 const above = (row) =>
   row.previousElementSibling ?? row.parentElement.previousElementSibling?.lastElementChild;
 
-// What a row shows because of the row above it: the day; no name, if that has the same
+// Show the day if it is not that of the row above, and the name if it is not the same
 function decorate(row) {
   if (!row?.message) return;
   const { nick, time, info, reply: id } = row.message, last = above(row)?.message;
@@ -26694,7 +26501,7 @@ function decorate(row) {
   row.classList.toggle('same', Boolean(same));
 }
 
-// The place of new rows in front of the row `next`: between two blocks
+// The element in front of which new rows are put that come before the row `next`
 function blockBefore(next) {
   if (!next) return $('waiting');
   const block = next.parentElement;
@@ -26749,13 +26556,11 @@ function keepPlace(change) {
 
 function inserted(to, index, messages) {
   if (to !== shown() || !messages.length) return;
-  const end = index + messages.length;
   if (index < drawnFrom) {
     drawnFrom += messages.length;
     return;
   }
-  const next = to.messages[end];
-  keepPlace(() => drawRows(messages, next && rows.get(next)));
+  keepPlace(() => drawRows(messages, rows.get(to.messages[index + messages.length])));
   markRead();
 }
 
@@ -26812,7 +26617,7 @@ function refresh() {
   drawing = true;
 }
 
-// Replace what is in an element if `facts` are not those of the last time: a tap needs its button
+// Replace the content of an element only if `facts` have changed: a tap needs its button to stay
 function fill(parent, facts, make) {
   const text = JSON.stringify(facts);
   if (parent.facts === text) return;
@@ -26846,14 +26651,12 @@ function drawRooms() {
   const list = allRooms().map(({ key, name, joined: inside, unread, called }) =>
     ({ key, name, away: isChannel(name) && !inside, unread, called, now: key === shown().key }))
     .sort((a, b) => isChannel(b.name) - isChannel(a.name) || a.key.localeCompare(b.key));
-  fill($('rooms'), list, () => [...list.map((to) => {
-    const made = button('', () => openRoom(to.name), { ariaCurrent: String(to.now) });
-    made.classList.toggle('dim', to.away);
-    made.append(el('span', {}, to.name));
-    if (to.unread) made.append(el('span', { className: `badge ${to.called ? 'called' : ''}`,
-      ariaLabel: `${to.unread} unread` }, to.unread));
-    return made;
-  }), button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
+  const badge = ({ unread, called }) => unread && el('span', { ariaLabel: `${unread} unread`,
+    className: `badge ${called ? 'called' : ''}` }, unread);
+  fill($('rooms'), list, () => [...list.map((to) => button(
+    [el('span', {}, to.name), badge(to)], () => openRoom(to.name),
+    { ariaCurrent: String(to.now), className: to.away ? 'dim' : '' })),
+  button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
 }
 
 function peopleOf(members) {
@@ -26894,7 +26697,7 @@ function openRoom(name) {
   here = to.key;
   set('here', to.name);
   $('rooms').classList.remove('open');
-  setAnswer(null);
+  setReplyTo(null);
   if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
   restoreDraft();
@@ -26940,30 +26743,30 @@ field.oninput = () => {
   ask(`@label=typing;+typing=active TAGMSG ${shown().name}`);
 };
 
-function setAnswer(message) {
-  answering = message;
+function setReplyTo(message) {
+  replyTo = message;
   $('reply').hidden = !message;
   if (!message) return;
   $('reply').firstElementChild.textContent = `Reply to ${message.nick}: ${message.text}`;
   field.focus();
 }
-$('reply').lastElementChild.onclick = () => setAnswer(null);
+$('reply').lastElementChild.onclick = () => setReplyTo(null);
 
 $('composer').onsubmit = async (event) => {
   event.preventDefault();
   const text = field.value, to = shown(), own = setting(`draft.${here}`)?.own;
   if (!text.trim()) return;
-  const answers = answering?.id;
+  const reply = replyTo?.id;
   try {
     if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
-    else await say(to.name, text.replace(/^\/\//, '/'), { answers, own });
+    else await say(to.name, text.replace(/^\/\//, '/'), { reply, own });
   } catch (error) {
     note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
     return;
   }
   set(`draft.${to.key}`, null);
   if (to === shown() && field.value === text) field.value = '';
-  setAnswer(null);
+  setReplyTo(null);
   stuck = true;
   grow();
   keepPlace();
@@ -26989,9 +26792,7 @@ function complete() {
   return Boolean(found);
 }
 
-// Commands: what is sent for one, with $1 for its first word, $2 for what follows that, $* for
-// all of it, and $# for the name of the room; or a function
-const COMMANDS = new Map(Object.entries({
+const COMMANDS = new Map(Object.entries({ // name -> what it does
   me: (text, to, own) => say(to.name, text, { action: true, own }),
   msg: (text) => {
     const [, name, said] = /^(\S+)\s*(.*)$/s.exec(text);
@@ -27000,23 +26801,20 @@ const COMMANDS = new Map(Object.entries({
   },
   join: (text) => enter(...text.split(' ')),
   search: (text) => searchSheet(text),
-  part: 'PART $# :$*',
-  nick: 'NICK $1',
-  topic: 'TOPIC $# :$*',
-  whois: 'WHOIS $1',
-  raw: '$*',
+  part: (text, to) => ask(`PART ${to.name} :${inOneLine(text)}`),
+  nick: (text) => ask(`NICK ${inOneLine(text)}`),
+  topic: (text, to) => ask(`TOPIC ${to.name} :${inOneLine(text)}`),
+  whois: (text) => ask(`WHOIS ${text.split(/\s/)[0]}`),
+  raw: (text) => ask(inOneLine(text)),
 }));
 
 function command(line, to, own) {
-  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), known = COMMANDS.get(name.toLowerCase());
-  if (!known) {
+  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), run = COMMANDS.get(name.toLowerCase());
+  if (!run) {
     throw new Error(`there is no /${name}, only /${[...COMMANDS.keys()].join(' /')}; `
       + 'a text that begins with / is sent with //');
   }
-  const [, first, rest] = /^(\S*)\s*(.*)$/s.exec(text);
-  const parts = { $1: first, $2: rest, '$*': text, '$#': to.name };
-  return typeof known === 'function' ? known(text, to, own)
-    : ask(known.replace(/\$[12*#]/g, (part) => parts[part]).replace(/\s+/g, ' '));
+  return run(text, to, own);
 }
 
 function enter(name, password = '') {
@@ -27051,10 +26849,10 @@ async function shrunk(file) {
   const scale = Math.min(1, SHRUNK / Math.max(bitmap.width, bitmap.height));
   const [width, height] = [bitmap.width * scale, bitmap.height * scale];
   const canvas = el('canvas', { width, height });
-  const paper = canvas.getContext('2d');
-  paper.fillStyle = '#fff'; // a JPEG has no transparency
-  paper.fillRect(0, 0, width, height);
-  paper.drawImage(bitmap, 0, 0, width, height);
+  const context = canvas.getContext('2d');
+  context.fillStyle = '#fff'; // a JPEG has no transparency
+  context.fillRect(0, 0, width, height);
+  context.drawImage(bitmap, 0, 0, width, height);
   const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
   return blob && blob.size < file.size ? blob : null;
 }
@@ -27102,7 +26900,7 @@ function messageSheet(message) {
   };
   openSheet(`${nick}: ${text.slice(0, 80)}`, [el('div', { className: 'buttons' },
     ...EMOJI.map((emoji) => choice(emoji, () => toggle(message, emoji))), other)],
-  [choice('Reply', () => setAnswer(message)),
+  [choice('Reply', () => setReplyTo(message)),
     isMe(nick) ? choice('Take back', () => ask(`REDACT ${to} ${id}`))
       : choice(`Message ${nick}`, () => openRoom(nick))]);
 }
@@ -27156,7 +26954,7 @@ function form(title, fields, text, action, more = [], kind = '') {
   const inputs = fields.map(([, properties]) =>
     el('input', { autocomplete: 'off', autocapitalize: 'off', ...properties }));
   const made = el('form', {},
-    ...inputs.flatMap((input, n) => [el('label', {}, fields[n][0], input)]),
+    ...inputs.map((input, n) => el('label', {}, fields[n][0], input)),
     el('div', { className: 'buttons' }, el('button', { className: 'main' }, text)));
   made.onsubmit = (event) => {
     event.preventDefault();
@@ -27168,13 +26966,12 @@ function form(title, fields, text, action, more = [], kind = '') {
 }
 
 const SECRET = { type: 'password', autocomplete: 'current-password' };
-const nameField = () =>
-  ['Your name', { value: state.me, required: true, maxLength: 32 }];
+const nameField = () => ['Your name', { value: state.me, required: true, maxLength: 32 }];
 
 function nameSheet() {
   const fields = [nameField(), ['Password, if the name is an account', SECRET]];
   if (/has a password/.test(state.why)) fields.push(['Password of this server', SECRET]);
-  const join = (name, ...words) => act('enter', name.replace(/\s/g, '_'), ...words);
+  const join = (name, ...passwords) => act('enter', name.replace(/\s/g, '_'), ...passwords);
   form(state.why || 'Join the chat', fields, 'Join', join, [otherWays()], 'name');
 }
 
@@ -27482,11 +27279,8 @@ PAGE_MANIFEST = {
 }
 
 
-KEEPS_ONLY_OURS = "default-src 'none'; connect-src 'self'"
-
-
 def served(text: str) -> str:
-    """Return a document without what only its readers here need: comments, indentation, line breaks
+    """Return a document without the parts that no browser needs: comments, indentation, line breaks
     where nothing depends on them, and blanks in the style and around operators of the script. (No
     text in the script has an operator between blanks.)"""
     text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
@@ -27514,10 +27308,11 @@ def page_policy(page: str) -> str:
 
 def page_documents() -> dict[str, Document]:
     """Return the documents of the page, by path."""
-    manifest, page = json.dumps(PAGE_MANIFEST), served(PAGE_TEXT)
+    manifest, page, worker = json.dumps(PAGE_MANIFEST), served(PAGE_TEXT), served(PAGE_WORKER)
+    only_ours = "default-src 'none'; connect-src 'self'"
     return {
         "/": Document(page, "text/html; charset=utf-8", page_policy(page)),
-        "/sw.js": Document(served(PAGE_WORKER), "text/javascript; charset=utf-8", KEEPS_ONLY_OURS),
+        "/sw.js": Document(worker, "text/javascript; charset=utf-8", only_ours),
         "/manifest.webmanifest": Document(manifest, "application/manifest+json"),
         "/icon.svg": Document(PAGE_ICON, "image/svg+xml"),
     }
@@ -27579,6 +27374,8 @@ listen_address = checked_option(
     "write HOST:PORT",
 )
 positive = checked_option(whole_number, bool, "a whole number from 1 on")
+positive_number_option = checked_option(positive_number, bool, "a number above 0")
+proxy_address = checked_option(forwarded_host, bool, "write an IP address")
 message_rate = checked_option(
     float, lambda rate: 0 <= rate < math.inf, "messages a second, or 0 for a window"
 )
@@ -27600,19 +27397,16 @@ registration_rules = checked_option(  # "" allows it after registration with a n
     lambda rules: rules == {"off"} or {"before-connect", "email-required"}.issuperset(rules),
     "write off, or before-connect,email-required",
 )
+join_option = checked_option(  # channels, each perhaps with a password after a blank
+    str,
+    lambda text: max(map(len, map(str.split, text.split(",")))) <= 2,
+    "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'",
+)
 host_name = checked_option(  # one word that can stand in a line of IRC
     str,
     re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}").fullmatch,
     "letters, digits, dots and hyphens, please",
 )
-
-
-def join_option(text: str) -> str:
-    """Check the value of --join: channels, each perhaps with a password after a blank."""
-    if any(len(one.split()) > 2 for one in text.split(",")):
-        told = "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'"
-        raise argparse.ArgumentTypeError(told)
-    return text
 
 
 def server_target(text: str) -> Target:
@@ -27706,8 +27500,7 @@ def lock_folder(folder: pathlib.Path) -> int:
 
 
 def web_addresses(server: Server) -> list[str]:
-    """Return the addresses of the page for browsers: that for this machine, if there is one, then
-    that for others, if they reach it."""
+    """Return the page's addresses: for this machine, and for others if they reach it."""
     host, port = server.listeners[0].address
     near = is_loopback(host) or host in ("0.0.0.0", "::")
     own = address_text("localhost" if near else host, port)
@@ -27956,12 +27749,6 @@ def byte_count(text: str) -> int:
     return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
 
 
-def positive_number_option(text: str) -> float:
-    if not (number := positive_number(text)):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return number
-
-
 def web_origin(text: str) -> str:
     """Return a valid origin, as browsers send it: https://HOST or http://HOST:PORT."""
     scheme, _, authority = text.lower().rstrip("/").partition("://")
@@ -27981,21 +27768,15 @@ def cluster_option(text: str) -> NodeOptions:
     login, _, hosts = rest.rpartition("@")
     user, _, password = (urllib.parse.unquote(word) for word in login.partition(":"))
     servers = [split_host(host) for host in hosts.split(",")]
-    valid = scheme in ("nats", "tls") and all(
-        host and (port or 0) < 65536 for host, port in servers
-    )
-    if not valid or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat"):
+    valid = all(host and (port or 0) < 65536 for host, port in servers)
+    if (
+        scheme not in ("nats", "tls")
+        or not valid
+        or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat")
+    ):
         raise argparse.ArgumentTypeError(advice)  # without the text: it may have a password
     known = tuple((host, port or NATS_PORT) for host, port in servers)
     return NodeOptions("", known, scheme == "tls", user, password, name or "chat")
-
-
-def proxy_address(text: str) -> str:
-    """Return the valid address of a proxy, as its connections show it."""
-    host = forwarded_host(text)
-    if not host:
-        raise argparse.ArgumentTypeError(f"{text} is no IP address")
-    return host
 
 
 def parser_of(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:

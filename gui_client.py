@@ -527,16 +527,6 @@ def linked(text: str, *tags: str) -> list:
     return [*pieces, text[end:], tags]
 
 
-def moment_of(view: chat.ViewEvent) -> datetime.datetime:
-    """Return the local time of a view."""
-    try:
-        return datetime.datetime.fromtimestamp(
-            time.time() if view.time is None else view.time / 1000
-        )
-    except (ValueError, OverflowError, OSError):  # no calendar has this: the server made it up
-        return datetime.datetime.now()
-
-
 def clock_text(moment: datetime.datetime, style: str) -> str:
     """Return a time in the user's format; in the default format if that is unusable."""
     try:
@@ -601,7 +591,7 @@ def head_pieces(row: Row, style: Style) -> list:
     """Return the name and the time above the messages of one speaker."""
     view, tags = row.view, ("head",)
     name = f"-{view.name}-" if view.kind == chat.NOTICE else view.name
-    clock = clock_text(moment_of(view), style.clock)
+    clock = clock_text(chat.moment_of(view), style.clock)
     named = (*tags, name_tag(view.name), "name")
     return [style.name(shorter(name, NAME_SHOWN)), named, f"  {clock}\n", (*tags, "clock")]
 
@@ -738,7 +728,7 @@ def told_text(view: chat.ViewEvent) -> str:
 
 def told_pieces(row: Row, style: Style) -> list:
     """Return a row that is no message: joins, quits, texts of the server and of the client."""
-    clock = clock_text(moment_of(row.view), style.clock)
+    clock = clock_text(chat.moment_of(row.view), style.clock)
     text = broken(style.name(told_text(row.view)))
     tags = ("told", "table") if "  " in text else ("told",)
     return [f"{clock}\t", ("told", "clock"), *linked(text, *tags), "\n", ("told",)]
@@ -921,8 +911,8 @@ class Sheet:
 
     def _above(self, row: Row, before: Row | None) -> list:
         """Return the lines above a row: another day, and what is new."""
-        day = moment_of(row.view).date()
-        known = moment_of(before.view).date() if before else None
+        day = chat.moment_of(row.view).date()
+        known = chat.moment_of(before.view).date() if before else None
         pieces = [f"{day_text(day)}\n", ("day",)] if day != known else []
         if self.marked is not None and row.key == self.marked:
             pieces += ["\n", ("rule",), "new\n", ("new",)]
@@ -1170,11 +1160,11 @@ def find_kept(
     """Return kept messages with these words, from a user, in a conversation, with a link."""
     room = core.find(wanted["in"]) if "in" in wanted else room
     if words:
-        found = core.find_kept(words, room, FOUND_MOST if not wanted else LOOKED_AT)
+        found = core.stored.find(words, room, FOUND_MOST if not wanted else LOOKED_AT)
     else:
         rooms = [room] if room else core.rooms.values()
         last = chat.ViewEvent(chat.NOTE, time=LAST)
-        found = [view for one in rooms for view in core.kept_beside(one, last, LOOKED_AT)]
+        found = [view for one in rooms for view in core.stored.beside(one, last, LOOKED_AT)]
     return [view for view in found if is_wanted(core, view, wanted)]
 
 
@@ -1207,7 +1197,7 @@ def answered_by(
     if not view.reply:
         return "", ""
     said = by_id.get(view.reply) or find_view(room, lambda one: one.id == view.reply)
-    said = said or core.kept(view.reply)
+    said = said or core.stored.message(view.reply)
     return (said.name, said.text[: 4 * EXCERPT]) if said else UNKNOWN_ANSWER
 
 
@@ -1229,7 +1219,7 @@ def row_of(
         reason = outbox.parked.get(view.own_id) or screen.failed.get(view.own_id, "")
         state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
     looked_up = view.id and (view.past or not fresh or view.id in screen.reacted)
-    reactions = core.reactions_of(view.id) if looked_up else {}
+    reactions = core.reactions.of(view.id) if looked_up else {}
     told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
     answers = answered_by(core, room, view, by_id or {})
     missed = bool(view.id) and view.id in screen.missed
@@ -1380,7 +1370,7 @@ class Watched:
 
     def update(self, seat: chat.Seat) -> None:
         """At the end of a turn: send what is new where the user looks."""
-        room = seat.core.current or seat.screen.nowhere
+        room = seat.core.room or seat.screen.nowhere
         again, self.again = self.again, False
         if room is not self.room:
             self.watch(seat, room)
@@ -1493,11 +1483,11 @@ class Watched:
         self.people_changed = False
         core, room = self.seat.core, self.room
         asked = room.asked_people
-        core.ask_people(room)  # who is away
+        core.people.ask(room)  # who is away
         if room.asked_people != asked:
             self.loop.call_soon(self.seat.link.poke)
         known = room.is_channel and core.ready
-        now = {one.name: one for one in core.people(room)} if known else {}
+        now = {one.name: one for one in core.people.of(room)} if known else {}
         if len(now) > MEMBERS_LARGE:
             self.people_due = self.loop.now + MEMBERS_SECONDS
             self.loop.call_later(MEMBERS_SECONDS, chat.do_nothing)
@@ -1531,7 +1521,7 @@ class Watched:
         return None
 
     def _more_past(self) -> None:
-        views = self.seat.core.kept_beside(self.room, self.past[0], ROWS_MORE)
+        views = self.seat.core.stored.beside(self.room, self.past[0], ROWS_MORE)
         self.past[:0] = views
         self._send_rows(START, views)
         self.tell(Fetching(self.room.id, more=bool(views)))
@@ -1540,7 +1530,7 @@ class Watched:
         """Fetch what follows on rows of the past."""
         if not (self.past and self.is_at(number)):
             return
-        views = self.seat.core.kept_beside(self.room, self.past[-1], ROWS_MORE, after=True)
+        views = self.seat.core.stored.beside(self.room, self.past[-1], ROWS_MORE, after=True)
         if not views:
             return self.present(number)
         self.past += views
@@ -1558,7 +1548,7 @@ class Watched:
             self.watch(seat, room)
         near, self.past = list(room.views), []
         if not any(looks_same(view, one) for one in near):
-            near = self.past = seat.core.around(room, view, CONTEXT_ROWS)
+            near = self.past = seat.core.stored.around(room, view, CONTEXT_ROWS)
         mark = next((n for n, one in enumerate(near) if looks_same(view, one)), -1)
         if not self.past:
             self.count = len(near)
@@ -1622,7 +1612,7 @@ class Wanted:
         """Stop the transfers of files that would only be opened: their folder goes."""
         for seat in self.seats:
             for one in [one for one in seat.core.transfers if one.id in self.opening]:
-                seat.core.drop_transfer(one)
+                seat.core.transfers.drop(one)
 
 
 class Requests:
@@ -1656,7 +1646,7 @@ class Requests:
         """Take a text or a command, for the conversation in which it was entered; 0: before
         there was one."""
         engine = self.engine
-        here = engine.core.current or engine.seat.screen.nowhere
+        here = engine.core.room or engine.seat.screen.nowhere
         place = self._place(number) if number else (engine.seat, here)
         if place is None:
             engine.tell(Back(number, text))
@@ -1673,7 +1663,7 @@ class Requests:
         inside = room if room is not seat.screen.nowhere else None
         seat.link.typed(text.rstrip() if text[:1] == "/" else text, inside, reply)
         if inside and inside in seat.core.rooms.values():
-            seat.core.keep_room(inside)
+            seat.core.rooms.keep(inside)
         return None
 
     def draft(self, number: int, text: str) -> None:
@@ -1681,7 +1671,7 @@ class Requests:
         if (place := self._place(number)) and place[1].name:
             seat, room = place
             room.draft = "" if chat.is_secret(text) else text
-            seat.core.keep_room(room)
+            seat.core.rooms.keep(room)
             if seat.core.store:
                 seat.core.store.flush()
             self.engine.overview.touch(number)
@@ -1695,18 +1685,18 @@ class Requests:
     def retry(self, number: int, own_id: str) -> None:
         if place := self._place(number):
             seat, _ = place
-            seat.core.retry(own_id)
+            seat.core.outgoing.retry(own_id)
             self.engine.arrived(seat, chat.ViewEvent(chat.ARRIVED, room=number, own_id=own_id))
             seat.link.poke()
 
     def cancel(self, number: int, own_id: str) -> None:
-        self._act(number, lambda core, room: core.cancel(own_id))
+        self._act(number, lambda core, room: core.outgoing.cancel(own_id))
 
     def redact(self, number: int, id: str) -> None:
         self._act(number, lambda core, room: core.redact(room, id))
 
     def react(self, number: int, id: str, emoji: str, on: bool) -> None:
-        self._act(number, lambda core, room: core.react(room, id, emoji, on))
+        self._act(number, lambda core, room: core.reactions.send(room, id, emoji, on))
 
     # Conversations
 
@@ -1716,7 +1706,7 @@ class Requests:
             seat, room = place
             self.engine.look_at(seat)
             if room.name:
-                seat.core.go(room)
+                seat.core.rooms.go(room)
             self.engine.show(seat.core.take_views())
 
     def close(self, number: int) -> None:
@@ -1725,20 +1715,20 @@ class Requests:
             seat.link.typed(f"/close {room.name}", room)
 
     def mute(self, number: int, on: bool) -> None:
-        self._act(number, lambda core, room: core.mute(room, on))
+        self._act(number, lambda core, room: core.rooms.mute(room, on))
 
     def read(self, number: int, when: int = 0) -> None:
         """Note that the user has seen everything in a conversation, or what was said up to a
         time: more may have come since."""
-        if place := self._place(number):
-            seat, room = place
+
+        def act(core: chat.ClientCore, room: chat.Room) -> None:
             times = (view.time or 0 for view in room.views if view.kind in chat.SPOKEN)
             if not when or max(times, default=0) <= when:
-                seat.core.mark_read(room)
+                core.rooms.mark_read(room)
             elif room.read(when):
-                seat.core.keep_room(room)
-            seat.link.poke()
-            self.engine.overview.touch(number)
+                core.rooms.keep(room)
+
+        self._act(number, act)
 
     def focus(self, focused: bool) -> None:
         self.engine.core.looked_at = focused
@@ -1746,7 +1736,7 @@ class Requests:
     def jump(self, number: int, view: chat.ViewEvent) -> None:
         """Show a message among those around it."""
         if not number:  # it was closed since
-            number = self.engine.core.room_for(view.where).id
+            number = self.engine.core.rooms.open(view.where).id
         self.look(number)
         if place := self._place(number):
             self.engine.watched.jump(*place, view)
@@ -1779,13 +1769,13 @@ class Requests:
         if place is None or not place[1].name:
             raise chat.Unusable("open a conversation, and send the file there")
         one = chat.Transfer(secrets.token_hex(8), True, place[1].name, path)
-        self._act(number, lambda core, room: core.start_transfer(one))
+        self._act(number, lambda core, room: core.transfers.start(one))
 
     def save_file(self, number: int, view: chat.ViewEvent, path: str, opens: bool = False) -> None:
         """Save the file that a message links to; `opens`: Tk opens it then."""
         if place := self._place(number):
             core, before = place[0].core, place[0].core.transfers[:]
-            self._act(number, lambda core, room: core.save_file(room, view, path))
+            self._act(number, lambda core, room: core.transfers.save(room, view, path))
             for one in core.transfers if opens else ():
                 if one not in before:  # it was not refused
                     self.wanted.open(one)
@@ -1794,7 +1784,7 @@ class Requests:
         """Stop a file on its way, and forget it."""
         for seat in self._seats(server):
             for one in [one for one in seat.core.transfers if one.id == id]:
-                seat.core.drop_transfer(one)
+                seat.core.transfers.drop(one)
                 seat.link.poke()
 
     # Servers and settings
@@ -1854,6 +1844,8 @@ class Requests:
 
 class Engine(chat.ManyServers):
     """The client; its screen is a queue of batches. `wake` is called when there is one."""
+
+    leave_seconds = LEAVE_SECONDS
 
     def __init__(self, options: chat.ClientOptions, wake: Callable[[], None]):
         self.wake = wake
@@ -1934,23 +1926,15 @@ class Engine(chat.ManyServers):
         self.ended = reason
         super().over(reason)
 
-    def leave(self, reason: str = "") -> None:
-        """Leave all servers; the window does not wait for them for long."""
-        self.quitting = True
-        self.loop.call_later(LEAVE_SECONDS, lambda: self.over(""))
-        for seat in list(self.seats):
-            seat.link.leave(at_once=True, reason=reason)
-
     def screen_for(self, seat: chat.Seat) -> SeatScreen:
         seat.core.reads_at_once = False  # the window says what has been read
         seat.core.stays_when_left = False  # it keeps what was typed there
         seat.core.results = functools.partial(self._results, seat)
         seat.core.at_once = functools.partial(self._place, seat)
-        seat.core.settings = self.seats[0].core.settings  # one set of them for all
         return SeatScreen()
 
     def is_writing(self, seat: chat.Seat) -> bool:
-        return seat.core.current is not None and seat.core.current.id == self.writing
+        return seat.core.room is not None and seat.core.room.id == self.writing
 
     # Batches
 
@@ -1990,10 +1974,6 @@ class Engine(chat.ManyServers):
             if view.room:
                 self.overview.touch(view.room)
 
-    def note(self, text: str) -> None:
-        """Show a text of the client's own, where the user looks."""
-        self.show([chat.ViewEvent(chat.NOTE, text)])
-
     def _note_ready(self, seat: chat.Seat) -> None:
         """Note that a connection stands, or stands no more."""
         screen, ready = seat.screen, seat.core.ready
@@ -2008,7 +1988,7 @@ class Engine(chat.ManyServers):
 
     def _note_removed(self, seat: chat.Seat) -> None:
         """Note messages that were redacted since: the core tells only of those in its rooms."""
-        removed, last = seat.core.removed, seat.screen.last_removed
+        removed, last = seat.core.known.redacted, seat.screen.last_removed
         seat.screen.last_removed = next(reversed(removed), "")
         for id in itertools.takewhile(lambda id: id != last, reversed(removed)):
             self.watched.redacted(id)
@@ -2030,12 +2010,12 @@ class Engine(chat.ManyServers):
         core = seat.core
         room = core.by_id(view.room) if view.room else None
         room = room or (core.find(view.where) if view.where else None)
-        return room or core.current or seat.screen.nowhere
+        return room or core.room or seat.screen.nowhere
 
     def _place(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view of the core at once, before a message that comes after it. Without a
         conversation it waits for the end of the segment, which may open the first one."""
-        if seat.core.current and (
+        if seat.core.room and (
             view.kind == chat.FAILED or self.TAKEN.get(view.kind) is Engine._keep
         ):
             seat.screen.placed[id(view)] = view
@@ -3944,7 +3924,7 @@ class Pointer:
     def about(self, number: int) -> str:
         """Return the time of a row, and the users who reacted to it."""
         row = self.sheet.rows[number]
-        moment = moment_of(row.view)
+        moment = chat.moment_of(row.view)
         told = [f"{day_text(moment.date())} {moment:%H:%M:%S}"]
         told += [f"{emoji} {', '.join(names[:5])}" for emoji, names in row.reactions[:4]]
         return self.text.look.drawable("   ".join(told))
@@ -4951,7 +4931,7 @@ class Panel(ttk.Frame):
         self.title.configure(text=self.look.seen(shorter(f"{count}: {title}", NAME_SHOWN)))
         pieces: list = []
         for n, (_, where, view) in enumerate(self.rows):
-            when = f"{moment_of(view):%Y-%m-%d %H:%M}"
+            when = f"{chat.moment_of(view):%Y-%m-%d %H:%M}"
             tag = f"row{n}"
             pieces += [shorter(view.name, NAME_SHOWN), ("head", name_tag(view.name), tag)]
             pieces += [f"  {where}  {when}\n", ("head", tag)]
@@ -5198,9 +5178,7 @@ class ConnectCard(Card):
                 label.configure(wraplength=20 * self.look.em)
 
     def show(self, name: str, server: str, error: str = "") -> None:
-        self.name.set(name)
-        self.server.set(server)
-        self.tls.set(server.startswith(("ircs://", "chats://")))
+        self._take(name, server)
         self.register.set(False)
         self.error.configure(text=self.look.seen(label_text(error)))
         self.error.configure(wraplength=20 * self.look.em)
@@ -5404,9 +5382,6 @@ class Choice(ttk.Button):
         self.look, self.values, self.chosen = look, values, chosen
         for key in ("<Return>", "<Down>"):
             self.bind(key, lambda _: self._offer())
-
-    def get(self) -> str:
-        return self.value
 
     def set(self, value: str) -> None:
         self.value = value
@@ -5657,16 +5632,6 @@ def enabled(on: bool) -> str:
     return "normal" if on else "disabled"
 
 
-def command_arguments(command: str, word: str) -> list[str]:
-    """Return completions of the first argument of a command that takes known words."""
-    known: Iterable[str] = ()
-    if command == "/set":
-        known = chat.SETTINGS
-    elif command == "/help":
-        known = (*chat.HELP_TOPICS, *chat.client_command)
-    return sorted(f"{one} " for one in known if one.startswith(word)) if word else []
-
-
 class Acts:
     """The base of the classes below: the window, and what all of them use of it."""
 
@@ -5748,7 +5713,9 @@ class Writing(Acts):
         command = self.compose.editor.before.split(" ")[0]
         if command[:1] == "/" and not first:
             names.update(dict.fromkeys(name for name in rooms if not chat.is_channel(name)))
-            return command_arguments(command, word) or chat.completions(word, first, names, rooms)
+            topics = chat.TOPICS_COMPLETED.get(command, ()) if word else ()
+            known = sorted(f"{topic} " for topic in topics if topic.startswith(word))
+            return known or chat.completions(word, first, names, rooms)
         return chat.completions(word, first, names, [one for one in rooms if chat.is_channel(one)])
 
     def type_on(self, text: str) -> None:
@@ -7364,6 +7331,8 @@ def sharpen() -> None:
 def main(arguments: list[str] | None = None) -> int:
     try:
         args = command_line().parse_args(arguments)
+        state = None if args.no_state else args.data or chat.data_folder() / "client"
+        config = None if args.no_state else args.data or chat.config_folder()
     except chat.ChatError as error:
         print(f"gui_client.py: {error}", file=sys.stderr)
         return 1
@@ -7372,12 +7341,6 @@ def main(arguments: list[str] | None = None) -> int:
         return make_pictures(args.demo)
     sharpen()
     trust = chat.Trust(args.ca, args.pin, args.insecure, args.client_cert)
-    try:
-        state = None if args.no_state else args.data or chat.data_folder() / "client"
-        config = None if args.no_state else args.data or chat.config_folder()
-    except chat.ChatError as error:
-        print(f"gui_client.py: {error}", file=sys.stderr)
-        return 1
     options = WindowOptions(
         whole(args.name),
         whole(args.server),

@@ -13,7 +13,8 @@ are those of chat.py, in its order. Helpers that many tests use:
     Abroad          a client core on a Foreign server, which has traits; chance leads its life
     Desk            a terminal's display, and the screen that it draws
     Running         a server on a real port in a thread (the fixture `running`); Guest, Visitor
-    program()       chat.py in a process; serving() is a server, piped() a client
+    program()       chat.py in a process, a copy of one that has imported it; serving() is a
+                    server, piped() a client
     Proxy           a network that resets, delays and swallows
     Linked, Sender  a link with a loop of its own, and one that sends files
     InMemory        transfers of files, whose requests a script answers
@@ -29,6 +30,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import ctypes
 import datetime
 import errno
 import fcntl
@@ -38,6 +40,7 @@ import hashlib
 import hmac
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -108,12 +111,46 @@ def in_turn(cases, *others):
 SCREEN = os.environ.get("CHAT_SCREEN", "")
 
 
-@pytest.fixture(autouse=True)
-def in_this_run(request):
-    """Skip a test that belongs to another process of this run."""
-    drawn = bool({"display", "chromium"} & set(request.fixturenames))
+def pytest_generate_tests(metafunc):
+    """Skip the tests that belong to another process of this run."""
+    drawn = bool({"display", "chromium"} & set(metafunc.fixturenames))
     if SCREEN and drawn != (SCREEN == "only"):
-        pytest.skip("CHAT_SCREEN")
+        pytest.mark.skip("CHAT_SCREEN")(metafunc.function)
+
+
+class Bugs(logging.Handler):
+    """Remembers the bugs of the server and of the window that were logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def emit(self, record):
+        if "a bug" in (text := record.getMessage()):
+            self.told.append(text)
+
+
+BUGS = Bugs()
+logging.getLogger("chat").addHandler(BUGS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_are_no_garbage():
+    """The collector passes over what was made before the first test, and comes less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_over():
+    """No bug is logged, and no socket of one test lives on into the next."""
+    before = set(Visitor.open)
+    BUGS.told.clear()
+    yield
+    for guest in set(Visitor.open) - before:
+        guest.close()
+    assert BUGS.told == []
 
 
 @pytest.fixture
@@ -279,6 +316,8 @@ class FakeHelpers:
 SLOW_ROUNDS = chat.ACCOUNT_ROUNDS
 chat.ACCOUNT_ROUNDS = min(chat.SCRAM_ROUNDS)  # hundreds of accounts are made here
 chat.make_verifier.__defaults__ = (chat.ACCOUNT_ROUNDS,)
+chat.OPERATOR_ROUNDS = 1000
+chat.client_keys = functools.lru_cache(1000)(chat.client_keys)
 BOSS = chat.make_verifier("secret", rounds=1000)
 
 
@@ -308,8 +347,8 @@ chat.migrate = migrate_quickly
 class House(chat.Server):
     """The server, without a network. What was sent is seen after turn()."""
 
-    def __init__(self, password=None, store=None, **options):
-        self.now = 1_000_000.0
+    def __init__(self, password=None, store=None, now=1_000_000.0, **options):
+        self.now = now
         self.written = set()
         self.asked_for = []  # what operators did with the server
         self.guests = {}
@@ -1184,18 +1223,17 @@ def test_an_exchange_puts_chunks_of_400_bytes_together():
 def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     throttle, now = chat.Throttle(), 10**9
     for _ in range(chat.LOGIN_TRIES):
-        throttle.check("10.0.0.1", "alice", now)
-        throttle.failed("10.0.0.1", "Alice", now)
+        throttle.begin("10.0.0.1", "Alice", now)
     with pytest.raises(chat.Refused, match="try again in 60 s|try again in 61 s"):
-        throttle.check("10.0.0.1", "ALICE", now)
-    throttle.check("10.0.0.2", "alice", now)
-    throttle.check("10.0.0.1", "bob", now)
-    throttle.check("10.0.0.1", "alice", now + 61_000)
+        throttle.begin("10.0.0.1", "ALICE", now)
+    assert not throttle.wait("10.0.0.2", "alice", now)
+    assert not throttle.wait("10.0.0.1", "bob", now)
+    assert not throttle.wait("10.0.0.1", "alice", now + 61_000)
     for n in range(3 * chat.LOGIN_FAILURES_KEPT):
         throttle.failed(f"host{n}", "alice", now)
     assert len(throttle.failures) <= chat.LOGIN_FAILURES_KEPT
     with pytest.raises(chat.Refused):  # an address that fills the table is not forgotten by that
-        throttle.check("10.0.0.1", "alice", now)
+        throttle.begin("10.0.0.1", "alice", now)
 
 
 def test_an_address_can_have_so_many_accounts_made_and_this_machine_any_number():
@@ -2322,10 +2360,9 @@ def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often()
     throttle, now = chat.Throttle(), 10**9
     for subject, most in (("alice", chat.LOGIN_TRIES), ("*oper", chat.LOGIN_TRIES_SERVER)):
         for _ in range(most):
-            throttle.check("10.0.0.1", subject, now)
-            throttle.failed("10.0.0.1", subject, now)
+            throttle.begin("10.0.0.1", subject, now)
         with pytest.raises(chat.Refused):
-            throttle.check("10.0.0.1", subject, now)
+            throttle.begin("10.0.0.1", subject, now)
 
 
 # ======================================================================================
@@ -2394,7 +2431,7 @@ class NaiveRoom:
 
 
 def test_all_users_hear_what_a_naive_server_would_send_in_the_same_order(seeded):
-    for _ in range(60):
+    for _ in range(60 if THOROUGH else 20):
         people = ["ann", "ben", "cat", "dan", "eve"]
         house, naive = house_of(*people), NaiveRoom()
         naive.members[chat.LOBBY] = list(people)
@@ -2571,8 +2608,8 @@ def test_a_copy_of_a_service_cannot_send_a_notice(service, code):
 
 
 # Channels have the same fault. Also: JOIN, RENAME, line protocol.
-@pytest.mark.parametrize("code, place, _", INVISIBLE, ids=as_id)
-def test_a_channel_with_an_invisible_character_in_its_name_cannot_be(code, place, _):
+@pytest.mark.parametrize("code, place", dict.fromkeys(case[:2] for case in INVISIBLE), ids=as_id)
+def test_a_channel_with_an_invisible_character_in_its_name_cannot_be(code, place):
     house = House()
     come(house, "alice")
     house.enter("dora")
@@ -3625,7 +3662,8 @@ def test_an_account_reads_the_conversations_of_so_many_guests(monkeypatch):
     for n in range(5):
         house.hub.link_guest(f"~{n}", alice)
     assert house.hub.identities(alice) == (alice, "~2", "~3", "~4")
-    assert house.hub.same_person("~0", alice)
+    assert house.hub.same_person("~2", alice) and not house.hub.same_person("~0", alice)
+    assert len(house.hub.accounts_of) == 3
     house.hub.take_work()
     assert len(chat.conversation_keys(house.hub, alice, "~x")) == 4
     assert house.hub.take_work() == 4 * chat.WORK_OF_A_RECEIVER
@@ -3775,6 +3813,7 @@ def test_an_unknown_name_costs_as_much_hashing_as_a_known_one(
     for line in (known, unknown):
         guest = server.guest()
         guest.enter_irc("eve")
+        chat.client_keys.cache_clear()
         done.clear()
         guest.send(f"{line}\r\n")
         guest.until(f" {answer} ")
@@ -4261,7 +4300,7 @@ def picture_of(hub):
     return whole
 
 
-@pytest.mark.parametrize("run", some(range(20), 2))
+@pytest.mark.parametrize("run", some(range(8), 2))
 def test_the_same_acts_on_a_new_hub_give_the_same_state_and_the_same_events(seeded, run):
     house = House()
     start = house.now
@@ -4312,7 +4351,7 @@ def lasting(hub):
     }
 
 
-@pytest.mark.parametrize("run", some(range(20), 2))
+@pytest.mark.parametrize("run", some(range(8), 2))
 def test_what_is_stored_is_loaded_as_it_was(seeded, run, tmp_path):
     house = House(store=chat.Store(tmp_path / "chat.db"))
     live_at_random(seeded, house, 300)
@@ -5598,7 +5637,7 @@ def test_a_turn_that_was_not_stored_brings_no_former_name_of_a_channel_back(fold
 def test_a_user_who_is_one_too_many_after_a_restart_is_in_no_channel(folder, monkeypatch, host):
     monkeypatch.setattr(chat, "ABSENT_MOST", 5)
     store = chat.Store(folder / "chat.db")
-    hub = chat.load_hub(store, 1.0, 1.0, absent_per_host=100)
+    hub = chat.load_hub(store, 1.0, 1.0, absent_most=100)
     for n in range(7):
         values = f"u{n}", "u", "U", f"{host.format(n)}:1", "", "", f"{n:032x}"
         hub.perform("enter", n + 1, *values, True, 0, (), "")
@@ -5607,7 +5646,7 @@ def test_a_user_who_is_one_too_many_after_a_restart_is_in_no_channel(folder, mon
     assert store.commit(hub.turn, 1.0) == chat.KEPT
     store.close()
     store = chat.Store(folder / "chat.db")
-    hub = chat.load_hub(store, 2.0, 2.0, absent_per_host=3)
+    hub = chat.load_hub(store, 2.0, 2.0, absent_most=3)
     left = {"u4", "u5", "u6"} if host == "198.51.100.7" else {f"u{n}" for n in range(2, 7)}
     assert {user.name for user in hub.channels["#tea"].members} == left == hub.users.keys()
     store.close()
@@ -6290,7 +6329,7 @@ def fault_at_random(seeded, nodes, names):
         house.cluster.save(now=True)
 
 
-@pytest.mark.parametrize("run", some(range(20), 2))
+@pytest.mark.parametrize("run", some(range(8)))
 def test_nodes_that_are_killed_cut_off_and_started_again_are_the_same_in_the_end(
     seeded, folder, run
 ):
@@ -10774,11 +10813,17 @@ HEADS = [  # a request, and the status of its answer
     ("GET /nothing HTTP/1.1\nHost: localhost", 404),
     ("GET /irc HTTP/1.1\nHost: localhost", 426),
     ("DELETE / HTTP/1.1\nHost: localhost", 405),
-    ("BREW / HTTP/1.1\nHost: localhost", 405),
+    ("BREW / HTTP/1.1\nHost: localhost", 501),
+    ("PUT /health HTTP/1.1\nHost: localhost", 501),
+    ("get / HTTP/1.1\nHost: localhost", 501),
     ("GET / HTTP/1.1", 400),  # no Host
     ("GET / HTTP/1.1\nHost: localhost\nHost: localhost", 400),
     ("GET / HTTP/1.1\nHost: evil.example", 421),
     ("GET / HTTP/1.1\nHost: ", 421),
+    ("GET / HTTP/1.1\nHost: user@localhost", 400),
+    ("GET / HTTP/1.1\nHost: localhost, evil.example", 400),
+    ("GET / HTTP/1.1\nHost: localhost:x", 400),
+    ("GET / HTTP/1.0\nHost: [localhost", 400),
     ("GET / HTTP/1.1\nHost: 192.168.1.5:7000", 200),
     ("GET / HTTP/1.1\nHost: [::1]:7000", 200),
     ("GET  / HTTP/1.1\nHost: localhost", 400),
@@ -12540,7 +12585,10 @@ BAD_HANDSHAKES = [  # what is changed, and the status
 @pytest.mark.parametrize(("old", "new", "status"), BAD_HANDSHAKES)
 def test_half_a_handshake_is_none(old, new, status):
     assert old in HANDSHAKE
-    assert Browser(House()).asks(HANDSHAKE.replace(old, new))[0] == status
+    answer = Browser(House()).asks(HANDSHAKE.replace(old, new))
+    assert answer[0] == status
+    if status == 426:  # says what to change to (RFC 9110 section 15.5.22)
+        assert (answer[1]["upgrade"], answer[1]["connection"]) == ("websocket", "upgrade")
 
 
 ORIGINS = [  # as a browser sends it, and whether its pages may join
@@ -12877,7 +12925,9 @@ def tus(house, method, path, *headers, body=b"", name="alice", label="tus"):
     head += ["Tus-Resumable: 1.0.0", *headers]
     if method in ("POST", "PATCH"):
         head.append(f"Content-Length: {len(body)}")
-    return Browser(house, label).asks("\n".join(head), body)
+    answer = Browser(house, label).asks("\n".join(head), body)
+    assert answer[1]["tus-resumable"] == "1.0.0"  # in every answer
+    return answer
 
 
 PIECE = f"Content-Type: {chat.PIECE_TYPE}"
@@ -12907,6 +12957,7 @@ def test_an_upload_goes_on_where_it_broke_off(files):
     assert got(files, path)[2] == body and on_disk(files) == [hashlib.sha256(body).hexdigest()]
     assert got(files, path)[1]["content-disposition"].endswith("t%c3%a4a.bin")
     assert tus(files, "HEAD", path)[1]["upload-offset"] == "1000"
+    assert there[1]["upload-metadata"] == f"filename {name}".lower()  # asks() has small letters
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 8", "Transfer-Encoding: chunked"])
@@ -12962,7 +13013,8 @@ BAD_TUS = [  # method, what stands behind /files, headers, status
     ("DELETE", "/OTHERS", [], 403),
     ("DELETE", "/../etc/passwd", [], 404),
     ("GET", "/%00", [], 404),
-    ("PUT", "/OWN", [], 405),
+    ("PUT", "/OWN", [], 501),
+    ("DELETE", "", [], 405),
 ]
 
 
@@ -12979,6 +13031,7 @@ def test_what_tus_does_not_allow_has_the_right_status(files, method, path, heade
         answer = Browser(files).asks(head)
         assert answer[1]["tus-version"] == "1.0.0"
     assert answer[0] == status and on_disk(files) == before
+    assert status == 405 or answer[1]["tus-resumable"] == "1.0.0"
 
 
 @pytest.mark.parametrize("method", ["PATCH", "DELETE"])
@@ -13287,6 +13340,20 @@ def test_an_upload_that_rests_for_a_night_can_go_on_and_a_file_has_its_days(file
         assert (got(files, path)[0], tus(files, "HEAD", part)[0]) == statuses
 
 
+def test_an_upload_that_was_begun_by_a_clock_that_is_ahead_ends_after_a_day(files):
+    files.clock = lambda: files.now + YEAR
+    files.begin_turn()
+    part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    files.clock = lambda: files.now
+    for status in (200, 200, 404):
+        files.begin_turn()
+        files.expire_files()
+        files.turn()
+        assert tus(files, "HEAD", part)[0] == status
+        files.now += 13 * 3600
+    assert not on_disk(files)
+
+
 def test_many_files_that_end_at_once_do_not_stop_the_server(files):
     for n in range(4000):
         id = f"{n:032x}"
@@ -13327,6 +13394,23 @@ def test_a_clock_that_is_ahead_for_a_while_forgets_no_key_of_a_message():
         house.turn()
         assert house.store.db.execute(query).fetchone()[0] == left
         house.now += chat.SURE_SECONDS - 60 * 60
+
+
+@pytest.mark.parametrize("ahead", [0, YEAR])
+def test_a_server_that_runs_two_hours_a_day_deletes_by_the_wall_clock(folder, ahead):
+    for day in range(6):
+        house = House(store=chat.Store(folder / "chat.db"), now=1_000_000 + day * DAY_SECONDS)
+        if day == 5:  # of its last six hours of running, only the last two are wrong
+            house.clock = lambda house=house: house.now + ahead
+        for _ in range(13):
+            house.begin_turn()
+            sure = house.sure_time()
+            house.turn()
+            house.now += 600
+        assert bool(sure) == (day >= 2)
+        house.store.close()
+    assert house.now - 4 * DAY_SECONDS < sure < house.now - DAY_SECONDS
+    assert len(house.sure_time.offsets) <= chat.SURE_SECONDS // chat.SURE_STEP_SECONDS + 1
 
 
 def answered(address, data):
@@ -13478,7 +13562,7 @@ def test_a_slow_download_is_not_cut(running, tmp_path, monkeypatch):
                 chunk = web.recv(100_000)
                 assert chunk, "cut"
                 got += chunk
-                time.sleep(0.01 if time.monotonic() - began < 0.8 else 0)
+                time.sleep(0.01 if time.monotonic() - began < 0.5 else 0)
             assert got.partition(b"\r\n\r\n")[2][: len(body)] == body  # perhaps a 408 behind it
 
 
@@ -13622,23 +13706,14 @@ def test_a_websocket_that_the_server_ends_is_closed_with_a_code(running):
 def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
     monkeypatch.setattr(chat, "WEB_HEAD_SECONDS", 0.2)
     monkeypatch.setattr(chat, "WEB_IDLE_SECONDS", 0.2)
-    server = running()
-    with socket.create_connection(server.address) as slow:
-        slow.sendall(b"GET / HTTP/1.1\r\n")
-        data = b""
-        while chunk := slow.recv(65536):
-            data += chunk
-        assert data.startswith(b"HTTP/1.1 408 ")
-    with socket.create_connection(server.address) as idle:
-        idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        data = b""
-        while chunk := idle.recv(65536):
-            data += chunk
-        assert data.endswith(b"ok\n")
-    with socket.create_connection(server.address) as stopped:  # a body that stops
-        stopped.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nab")
-        while stopped.recv(65536):
-            pass
+    server, head = running(), b" / HTTP/1.1\r\nHost: localhost\r\n"
+    slow, idle, stopped = (server.guest() for _ in range(3))  # each waits, all at the same time
+    slow.send(b"GET" + head)
+    idle.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    stopped.send(b"POST" + head + b"Content-Length: 9\r\n\r\nab")
+    assert slow.rest().startswith(b"HTTP/1.1 408 ")
+    assert idle.rest().endswith(b"ok\n")
+    assert stopped.rest()
 
 
 def test_connections_that_speak_http_have_a_count_of_their_own():
@@ -13779,11 +13854,12 @@ def test_a_first_line_of_another_version_of_http_is_refused_as_such(running, lin
 
 # The greeting must tell IRC users to ignore it: after 0.5 s of silence (a lost
 # first packet is sent again after 0.2 s). This test waits for that one answer.
-def test_the_greeting_comes_late_and_tells_irc_users_that_it_is_not_for_them(running):
+def test_the_greeting_comes_late_and_tells_irc_users_that_it_is_not_for_them(running, monkeypatch):
+    monkeypatch.setattr(chat, "GREETING_SECONDS", 0.1)
     guest = running().guest()
     began = time.monotonic()
     text = guest.line()
-    assert time.monotonic() - began >= 0.45
+    assert time.monotonic() - began >= 0.09
     line = parsed(text)
     assert line.verb == "NOTICE" and line.params[0] == "*"
     assert "IRC" in line.params[-1]
@@ -13862,7 +13938,7 @@ def test_a_server_that_was_taken_for_a_workshop_server_is_connected_to_again(lin
     core.feed(b":x 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n")
     assert b" hello\r\n" in core.take_output()
     core = plain_core()
-    core.insists = True  # the user said --plain
+    core.kind_forced = True  # the user said --plain
     core.feed(line)
     assert (core.kind, core.redial) == (chat.PLAIN, False)
 
@@ -13875,7 +13951,7 @@ def test_a_server_that_greets_by_itself_is_told_nothing_unless_the_user_says_pla
     core.silence()
     assert (core.cause, core.take_output()) == (chat.FATAL, b"") and "--plain" in core.refusal
     core = chat.ClientCore("alice", kind=chat.PLAIN)
-    core.insists = True
+    core.kind_forced = True
     core.connected()
     core.feed(first.encode())
     assert core.cause != chat.FATAL and core.take_output() == b"alice\n"
@@ -13894,7 +13970,7 @@ def test_the_first_line_of_an_irc_server_may_come_slowly():
 def test_a_plain_server_is_doubted_until_it_speaks_the_protocol(line, unsure):
     core = plain_core()
     core.feed(f"{line}\n".encode() * bool(line))
-    assert bool(core.unsure and not core.sure) == unsure
+    assert bool(core.odd_line and not core.kind_confirmed) == unsure
 
 
 def test_a_server_that_sends_back_the_name_is_no_chat():
@@ -13956,7 +14032,7 @@ def test_a_message_for_a_channel_is_reported_where_the_server_turns_out_to_be_pl
     assert [view.kind for view in core.tick() if "one conversation" in view.text] == ["failed"]
     assert len(core.outbox.waiting) == waiting and core.idle
     for id in [*core.outbox.parked]:
-        core.retry(id)
+        core.outgoing.retry(id)
     assert core.take_output() == b"alice\n"
 
 
@@ -14589,7 +14665,7 @@ def test_nothing_is_lost_or_doubled_wherever_the_line_breaks(seeded):
     pairs = {name: Pair(house, name, tidy=False) for name in ("alice", "bob")}
     house.heard("witness")
     said = dict.fromkeys(pairs, 0)
-    for _ in range(150):
+    for _ in range(150 if THOROUGH else 60):
         for name, pair in pairs.items():
             for _ in range(seeded.randrange(4)):
                 said[name] += 1
@@ -14912,7 +14988,7 @@ def test_a_lock_of_one_byte_ends_with_its_process(folder):
     code += "print(bool(chat.lock_byte(path, 5)), flush=True)\nsys.stdin.read()"
     command = [sys.executable, "-c", code]
     end = chat.lock_byte(path, 3)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with Program(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"True\n"
         assert chat.lock_byte(path, 5) is None and chat.lock_byte(path, 3) is None
         chat.lock_byte(path, 4)()
@@ -14921,7 +14997,7 @@ def test_a_lock_of_one_byte_ends_with_its_process(folder):
         again = chat.lock_byte(path, 5)
         assert again is not None
         again()
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        with Program(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             assert other.stdout.readline() == b"True\n"
             other.communicate()
     end()
@@ -14956,7 +15032,7 @@ def test_a_pipe_counts_what_a_full_disk_does_not_take(folder):
     core = chat.ClientCore("alice", False, outbox=outbox)
     fill(outbox.rows.db)
     for n in range(5):
-        core.speak(f"{n} " * 5000)
+        core.input.say(f"{n} " * 5000)
         core.flush()
     assert core.failures == 5 and outbox.waiting == {}
     assert [view.kind for view in core.take_views() if view.kind != chat.MESSAGE] == ["note"]
@@ -15212,8 +15288,8 @@ SAME_NAMES = [  # CASEMAPPING, two names, whether they are one
 def test_names_are_compared_as_the_server_compares_them(mapping, one, other, same):
     alice = Elsewhere(*[f"CASEMAPPING={mapping}"] if mapping else [])
     assert (alice.core.fold(one) == alice.core.fold(other)) == same
-    room = alice.core.room_for(one)
-    assert (alice.core.room_for(other) is room) == same
+    room = alice.core.rooms.open(one)
+    assert (alice.core.rooms.open(other) is room) == same
 
 
 def test_a_user_whose_nick_only_looks_like_ours_is_another():
@@ -15387,7 +15463,7 @@ def test_the_rest_of_a_message_to_a_conversation_that_ended_is_left_to_the_user(
     if where == "#k":
         alice.hears(":alice!u@h JOIN #k")
     for id in [*alice.core.outbox.parked]:
-        alice.core.retry(id)
+        alice.core.outgoing.retry(id)
     alice.core.flush()
     rest = [line.rpartition(":")[2] for line in alice.sent(60) if "PRIVMSG" in line]
     assert rest == LINES_OF_TEN.split("\n")[len(first) :]
@@ -16241,9 +16317,9 @@ def test_a_live_line_that_a_page_holds_too_is_shown_once_without_ids():
 def test_a_message_about_chathistory_is_no_request_for_history(line, dated):
     alice = Elsewhere(caps=PAGES_OF)
     talk = alice.core.talk
-    talk.history.asked[0] = talk.history.asked[0]._replace(at=chat.UNSENT)
+    talk.history.requests[0] = talk.history.requests[0]._replace(at=chat.UNSENT)
     talk.history.note_time(line)
-    assert (talk.history.asked[0].at != chat.UNSENT) == dated
+    assert (talk.history.requests[0].at != chat.UNSENT) == dated
 
 
 def test_a_server_that_wants_tls_is_left_at_once_and_nothing_is_told_it():
@@ -16374,8 +16450,8 @@ def test_words_for_a_channel_that_we_cannot_enter_are_kept_for_the_user_to_decid
     alice = Elsewhere()
     alice.core.disconnected()
     alice.types("/join #x")
-    alice.core.room_for("#tea").wanted = True
-    alice.core.go(alice.core.find("#tea"))
+    alice.core.rooms.open("#tea").wanted = True
+    alice.core.rooms.go(alice.core.find("#tea"))
     alice.types("for tea")
     alice.views.clear()
     alice.core.connected()
@@ -16495,7 +16571,7 @@ def test_what_is_typed_stays_in_the_conversation_where_it_was_begun(running, ter
 
 
 def test_names_without_their_first_character_are_channels_and_no_people():
-    rooms = chat.wanted_rooms(["tea", "#milk key", "&local"])
+    rooms = chat.ClientCore("alice", join=["tea", "#milk key", "&local"]).rooms
     assert [(room.name, room.password, room.is_channel) for room in rooms.values()] == [
         ("#tea", "", True),
         ("#milk", "key", True),
@@ -16859,7 +16935,7 @@ def test_a_refused_join_leaves_a_message_to_the_user_unless_the_server_will_answ
     alice.core.server.ours = ours
     alice.types("hello")
     alice.sent(1)
-    alice.core.park_all(alice.core.room, "you may not join")
+    alice.core.outgoing.park_all(alice.core.room, "you may not join")
     parked = ["it may have arrived or not"]
     assert [*alice.core.outbox.parked.values()] == ([] if ours else parked)
 
@@ -16921,7 +16997,7 @@ def test_a_channel_that_takes_the_name_of_one_that_we_left_is_the_one_we_are_in(
     alice = Elsewhere(join=["#a", "#new"])
     alice.hears(":op!u@h KICK #new alice", ":op!u@h RENAME #a #new :moved")
     assert list(alice.core.rooms) == ["#new"] and alice.core.find("#new").inside
-    assert alice.core.current is alice.core.find("#new")
+    assert alice.core.room is alice.core.find("#new")
     alice.types("hi")
     assert "PRIVMSG #new hi" in alice.sent(9)
 
@@ -17113,14 +17189,14 @@ def test_what_an_earlier_server_at_an_address_said_does_not_bind_the_next_one():
     alice = Elsewhere("CASEMAPPING=ascii", "LINELEN=9000", "MONITOR=100")
     alice.core.disconnected()
     alice.connect("CHANTYPES=#")
-    assert alice.core.server.tokens == {"CHANTYPES": "#"}
+    assert alice.core.server.isupport == {"CHANTYPES": "#"}
 
 
 def test_what_a_server_makes_up_has_limits():
     alice = Elsewhere(caps=PAGES_OF)
     alice.hears(*[f":x CHATHISTORY TARGETS n{n} 2026-01-01T00:00:00.000Z" for n in range(3000)])
     alice.hears(*[f":alice!u@h JOIN #n{n}" for n in range(3000)])
-    assert len(alice.core.talk.history.asked) <= 2 * chat.ROOMS_KEPT + 10
+    assert len(alice.core.talk.history.requests) <= 2 * chat.ROOMS_KEPT + 10
     assert len(alice.core.rooms) <= 2 * chat.ROOMS_KEPT
     alice.hears(":x BATCH +out x")
     alice.hears(*[f"@batch=out :x BATCH {sign}i{n} y" for n in range(3000) for sign in "+-"])
@@ -17227,7 +17303,7 @@ def test_page_up_reaches_all_messages_of_one_millisecond_also_without_ids():
     for n in range(1000):
         store.add("#a", chat.ViewEvent(chat.MESSAGE, f"{n}", "bob", "#a", 1000 + n // 40))
     core = chat.ClientCore("alice", store=store, join=["#a"])
-    while core.older_from_store(core.room):
+    while core.stored.show_older(core.room):
         pass
     assert [view.text for view in core.room.views] == [str(n) for n in range(1000)]
 
@@ -17374,7 +17450,7 @@ def test_a_channel_that_was_left_and_joined_again_takes_messages(tidy):
     alice.hears(":alice!u@h JOIN #a")
     alice.types("/part #a").hears(":alice!u@h PART #a")
     alice.types("/join #a").hears(":alice!u@h JOIN #a")
-    alice.core.go(alice.core.find("#a"))
+    alice.core.rooms.go(alice.core.find("#a"))
     alice.types("hello")
     assert "PRIVMSG #a hello" in alice.sent(60) or "PRIVMSG #a :hello" in alice.sent(0)
 
@@ -17402,10 +17478,10 @@ def test_a_list_of_users_is_shown_if_and_only_if_the_user_asked_for_it():
     alice.hears(reply, "315 alice #lobby :End")
     room = alice.core.find("#lobby")
     room.inside = True
-    alice.core.ask_people(room)  # the client's own, for its list of members
+    alice.core.people.ask(room)  # the client's own, for its list of members
     alice.hears(reply, "315 alice #lobby :End")
     assert len(alice.kinds("page")) == 1 and len(alice.kinds("server text")) == 1
-    assert alice.core.known_people["bob"].away
+    assert alice.core.people["bob"].away
     alice.types("/who #other").hears("352 alice #other u h irc.example bob H :0 Bob")
     alice.hears("315 alice #other :End")
     assert alice.kinds("page")[1:] == ["bob (u@h) in #other: Bob"]
@@ -17513,7 +17589,7 @@ def test_an_address_is_shown_as_a_code_up_to_what_a_code_can_have(beyond):
     alice = Elsewhere()
     alice.core.server.ours = True
     url = "https://h.example/".ljust(chat.QR_BYTES + beyond, "x")
-    alice.core.server.tokens["chat.py/WEB"] = url
+    alice.core.server.isupport["chat.py/WEB"] = url
     alice.types("/qr")
     codes = alice.kinds(chat.QR_CODE)
     assert codes == ([url] if not beyond else []) and bool(alice.kinds("back")) == bool(beyond)
@@ -17561,13 +17637,13 @@ def test_people_are_listed_up_to_the_limit(monkeypatch):
     longest = "n" * chat.IRC_BYTES
     for name in (longest + "n", longest, "bob", "carol"):
         room.came(name)
-        alice.core.note_person(name, away=True, account=name)
+        alice.core.people.note(name, away=True, account=name)
     assert list(room.people) == [longest, "bob"]
-    assert len(alice.core.known_people) == 2
+    assert len(alice.core.people) == 2
     room.typing.clear()
     monkeypatch.setattr(chat, "TYPING_MOST", 2)
     for name in "abc":
-        alice.core.types(room, name, "active")
+        alice.core.typing.note(room, name, "active")
     assert list(room.typing) == ["a", "b"]
 
 
@@ -17577,7 +17653,7 @@ def test_members_of_a_channel_are_asked_about_up_to_the_limit(monkeypatch, peopl
     alice = Elsewhere()
     room = alice.core.find("#lobby")
     room.inside, room.people = True, dict.fromkeys("abc"[:people], "")
-    alice.core.ask_people(room)
+    alice.core.people.ask(room)
     assert room.asked_people == asked and ("WHO #lobby" in alice.sent(9)) == asked
 
 
@@ -17598,10 +17674,10 @@ def test_batches_and_their_lines_are_collected_up_to_the_limits(monkeypatch):
 def test_what_a_server_tells_of_itself_is_kept_up_to_the_limit(monkeypatch):
     monkeypatch.setattr(chat, "TOKENS_KEPT", 3)
     alice = Elsewhere()
-    alice.core.server.tokens.clear()
+    alice.core.server.isupport.clear()
     alice.hears("005 alice A=1 B=2 C=3 D=4 :are supported", "005 alice -A :are supported")
     alice.hears("005 alice E=5 F=6 :are supported")
-    assert alice.core.server.tokens == {"B": "2", "C": "3", "E": "5"}
+    assert alice.core.server.isupport == {"B": "2", "C": "3", "E": "5"}
 
 
 def test_news_of_what_is_known_is_taken_also_when_a_table_is_full(monkeypatch):
@@ -17609,9 +17685,9 @@ def test_news_of_what_is_known_is_taken_also_when_a_table_is_full(monkeypatch):
     monkeypatch.setattr(chat, "PEOPLE_LISTED", 2)
     alice = Elsewhere()
     core, room = alice.core, alice.core.find("#lobby")
-    core.server.tokens.clear()
+    core.server.isupport.clear()
     alice.hears("005 alice A=1 NETWORK=old :are supported", "005 alice NETWORK=new B=2 :are")
-    assert core.server.tokens == {"A": "1", "NETWORK": "new"}
+    assert core.server.isupport == {"A": "1", "NETWORK": "new"}
     core.server.offered.clear()
     alice.hears("CAP alice NEW :a sts=port=1,duration=5", "CAP alice NEW :sts=port=2,duration=5 b")
     assert core.server.offered == {"a": "", "sts": "port=2,duration=5"}
@@ -17620,8 +17696,8 @@ def test_news_of_what_is_known_is_taken_also_when_a_table_is_full(monkeypatch):
         room.came(name, ranks)
     assert room.people == {"bob": "@", "carol": ""}
     for name, away in (("bob", True), ("carol", True), ("bob", False), ("bob", True)):
-        core.note_person(name, away=away, account="x")
-    assert core.known_people["bob"].away and len(core.known_people) == 2
+        core.people.note(name, away=away, account="x")
+    assert core.people["bob"].away and len(core.people) == 2
 
 
 def test_conversations_are_as_many_as_the_limit_and_the_newest_unread_private_one_goes(monkeypatch):
@@ -17638,7 +17714,7 @@ def test_conversations_are_as_many_as_the_limit_and_the_newest_unread_private_on
 def page_up(pair, room):
     """Read back to the beginning, as Page Up does."""
     for _ in range(50):
-        if not pair.core.older_from_store(room) and not room.whole:
+        if not pair.core.stored.show_older(room) and not room.whole:
             pair.core.talk.history.ask_page(room, "older")
             pair.core.flush()
             pair.exchange(3)
@@ -17691,7 +17767,7 @@ def test_what_was_missed_twice_is_reached_and_so_is_what_was_read_past_offline()
         alice = kept_client(house, db)
         alice.core.tick()
         alice.drop()
-        while alice.core.older_from_store(alice.core.find("#lobby")):  # over the hole
+        while alice.core.stored.show_older(alice.core.find("#lobby")):  # over the hole
             pass
     alice = kept_client(house, db)
     room = alice.core.find("#lobby")
@@ -17709,7 +17785,7 @@ def test_a_reader_without_a_connection_is_told_of_each_gap_between_the_stored_me
         alice.core.tick()
         alice.drop()
     room = alice.core.find("#lobby")
-    while alice.core.older_from_store(room):
+    while alice.core.stored.show_older(room):
         pass
     found = [view.kind if view.kind == chat.NOTE else view.text[0] for view in room.views]
     order = [kind for kind, _ in itertools.groupby(found)]
@@ -17961,7 +18037,7 @@ def test_an_echo_counts_although_the_page_before_it_is_still_on_its_way():
     (id,) = alice.core.outbox.waiting
     alice.hears(f"@label={id};msgid=9 :alice!u@h PRIVMSG #lobby :hello")
     assert alice.core.outbox.waiting == {} and alice.kinds("arrived") == ["hello"]
-    label = next(one.label for one in alice.core.talk.history.asked)
+    label = next(one.label for one in alice.core.talk.history.requests)
     alice.hears(f"@label={label} :x BATCH +1 chathistory #lobby")
     alice.hears(f"@batch=1;msgid=9;+chat.py/id={id} :alice!u@h PRIVMSG #lobby :hello", "BATCH -1")
     assert alice.said() == ["#lobby *alice: hello"]
@@ -17977,7 +18053,7 @@ def test_a_page_that_was_too_much_for_a_line_is_asked_for_in_parts():
         alice.dial()
         alice.exchange(6)
         sizes.append(alice.core.page_lines)
-        alice.core.talk.history.asked.append(chat.Asked("#lobby", "missed", 1))
+        alice.core.talk.history.requests.append(chat.HistoryRequest("#lobby", "missed", 1))
         alice.drop()
     assert alice.core.page_lines < chat.PAGE_LINES
     alice.connect()
@@ -18042,7 +18118,7 @@ def test_a_client_reads_back_and_searches_in_all_that_it_has_kept():
     core = chat.ClientCore("alice", store=store, join=["#a"])
     room = core.room
     assert len(room.views) == chat.STORED_LINES
-    while core.older_from_store(room):
+    while core.stored.show_older(room):
         pass
     assert [view.id for view in room.views] == [f"m{n}" for n in range(1000)]
     assert [view.text.split()[1] for view in store.find("needle", 100, "#a")] == [
@@ -18153,7 +18229,7 @@ def test_after_a_break_changes_are_asked_for_from_the_newest_message_that_was_se
         house.say("bob", text)
         alice.exchange()
         newest = last_of(alice)
-        assert newest.text == text and alice.core.newest_id == newest.id
+        assert newest.text == text and alice.core.known.newest_id == newest.id
     alice.drop()
     alice.dial()
     sent = []
@@ -18170,7 +18246,7 @@ def test_a_search_that_finds_nothing_says_so_and_one_that_does_has_a_beginning_a
     alice.exchange()
     for words, texts in (("coffee", []), ("tea", ["tea is ready"])):
         alice.views.clear()
-        alice.core.show_results(words, [v for v in [last_of(alice)] if words in v.text])
+        alice.core.stored.show_results(words, [v for v in [last_of(alice)] if words in v.text])
         shown = alice.core.take_views()
         notes = [view for view in shown if view.kind == chat.NOTE]
         assert [view.text for view in shown if view.kind == chat.FOUND] == texts
@@ -18181,11 +18257,11 @@ def test_what_is_typed_in_a_conversation_goes_there_although_another_is_looked_a
     alice, bob = two_screens()
     alice.typed("/join #tea")
     lobby, tea = alice.core.rooms["#lobby"], alice.core.rooms["#tea"]
-    assert alice.core.current is tea
+    assert alice.core.room is tea
     alice.core.typed("for the lobby", lobby)
     alice.core.typed("/topic begun in the lobby", lobby)
     exchange_all(alice, bob)
-    assert alice.core.current is tea and lobby.topic == "begun in the lobby"
+    assert alice.core.room is tea and lobby.topic == "begun in the lobby"
     assert bob.texts("alice") == ["for the lobby"]
     alice.core.typed("/query bob", lobby)  # a command may lead elsewhere
     assert alice.core.here == "bob"
@@ -18215,10 +18291,10 @@ def test_an_answer_carries_the_id_of_what_it_answers():
     exchange_all(alice, bob)
     answer = last_of(bob)
     assert (answer.text, answer.reply) == ("I have", asked.id) and last_of(alice).reply == asked.id
-    assert bob.core.answered_words(answer) == "bob: who has tea?"
+    assert bob.core.stored.answered_words(answer) == "bob: who has tea?"
     bob.typed("/reply thank you")  # to the last one of another user
     alice.exchange()
-    assert alice.core.answered_words(last_of(alice)) == "alice: I have"
+    assert alice.core.stored.answered_words(last_of(alice)) == "alice: I have"
     alice.typed("/reply -2 and milk?")
     assert last_of(alice).reply == asked.id
     alice.typed("/reply -9 nothing")
@@ -18243,17 +18319,17 @@ def test_reactions_are_seen_kept_and_taken_back():
     alice.typed("/react \U0001f375")
     bob.exchange()
     id = last_of(bob).id
-    assert bob.core.reactions_of(id) == alice.core.reactions_of(id) == {"\U0001f375": ["alice"]}
+    assert bob.core.reactions.of(id) == alice.core.reactions.of(id) == {"\U0001f375": ["alice"]}
     reacted = [view for view in bob.views if view.kind == chat.REACTED]
     assert [(view.name, view.id, view.number) for view in reacted] == [("alice", id, 1)]
     assert sum(view.kind == chat.REACTED for view in alice.views) == 1  # its echo is no news
     alice.typed("/unreact \U0001f375")
     bob.exchange()
-    assert bob.core.reactions_of(id) == {} and bob.views[-1].number == -1
+    assert bob.core.reactions.of(id) == {} and bob.views[-1].number == -1
     alice.typed("/react \U0001f375")
     bob.typed("/redact")
     alice.exchange()
-    assert alice.core.reactions_of(id) == {}
+    assert alice.core.reactions.of(id) == {}
 
 
 def test_typing_is_told_now_and_then_and_ends_by_itself():
@@ -18262,7 +18338,7 @@ def test_typing_is_told_now_and_then_and_ends_by_itself():
     alice.core.ticks = bob.core.ticks = lambda: clock[0]
     here, there = alice.core.rooms["#lobby"], bob.core.rooms["#lobby"]
     for _ in range(3):  # keys
-        alice.core.typing(here, "active")
+        alice.core.typing.tell(here, "active")
         alice.core.flush()
     sent = alice.core.output.copy()
     exchange_all(alice, bob)
@@ -18272,7 +18348,7 @@ def test_typing_is_told_now_and_then_and_ends_by_itself():
     clock[0] += 7
     bob.core.tick()
     assert there.typing == {}
-    alice.core.typing(here, "active")
+    alice.core.typing.tell(here, "active")
     alice.core.flush()
     exchange_all(alice, bob)
     assert list(there.typing) == ["alice"]
@@ -18280,7 +18356,7 @@ def test_typing_is_told_now_and_then_and_ends_by_itself():
     bob.exchange()
     assert there.typing == {}
     alice.typed("/set typing off")
-    alice.core.typing(here, "active")
+    alice.core.typing.tell(here, "active")
     alice.core.flush()
     assert alice.core.output == []
 
@@ -18314,7 +18390,7 @@ def test_a_muted_conversation_calls_no_one_and_stays_muted():
     assert lobby.called == 1
     for muted, called in ((False, 2), (True, 0)):  # both are calls to the user at the next start
         lobby.muted, lobby.read_time = muted, 1
-        alice.core.keep_room(lobby)
+        alice.core.rooms.keep(lobby)
         alice.core.store.flush()
         again = chat.ClientCore("alice", store=alice.core.store).rooms["#lobby"]
         assert (again.unread, again.called) == (2, called)
@@ -18339,7 +18415,7 @@ def test_what_was_read_on_one_device_is_read_on_the_other():
     bob.typed("three")
     phone.exchange()
     assert lobby.unread == 1
-    phone.core.mark_read(lobby)
+    phone.core.rooms.mark_read(lobby)
     phone.core.tick()
     assert lobby.unread == 0 and "MARKREAD #lobby" in phone.core.output[0]
     phone.exchange()
@@ -18351,26 +18427,26 @@ def test_members_are_known_with_rank_absence_and_bots():
     alice, bob = two_screens()
     bob.typed("/away tea")
     lobby = alice.core.rooms["#lobby"]
-    alice.core.ask_people(lobby)
-    alice.core.ask_people(lobby)
+    alice.core.people.ask(lobby)
+    alice.core.people.ask(lobby)
     assert sum("WHO" in line for line in alice.core.talk.own_lines) == 1
     alice.exchange()
-    people = {one.name: one for one in alice.core.people(lobby)}
+    people = {one.name: one for one in alice.core.people.of(lobby)}
     assert people["bob"].away and not people["alice"].away
     bob.typed("/back")
     bob.typed("/raw MODE bob +B")
     alice.exchange()
     lobby.asked_people = False
-    alice.core.ask_people(lobby)
+    alice.core.people.ask(lobby)
     alice.exchange()
-    people = {one.name: one for one in alice.core.people(lobby)}
+    people = {one.name: one for one in alice.core.people.of(lobby)}
     assert not people["bob"].away and people["bob"].bot
     bob.typed("/nick rob")
     alice.exchange()
-    assert {one.name: one.bot for one in alice.core.people(lobby)}["rob"]
+    assert {one.name: one.bot for one in alice.core.people.of(lobby)}["rob"]
     bob.typed("/quit")
     alice.exchange()
-    assert alice.core.known_people == {}
+    assert alice.core.people == {}
 
 
 def test_one_message_that_could_not_be_sent_is_sent_again_or_dropped():
@@ -18378,16 +18454,16 @@ def test_one_message_that_could_not_be_sent_is_sent_again_or_dropped():
     there.hears(":alice!u@h JOIN #a", ":op!u@h KICK #a alice :out")
     there.types("one", "two").sent()
     first, second = there.core.outbox.parked
-    there.core.cancel(first)
+    there.core.outgoing.cancel(first)
     there.views += there.core.take_views()
     assert [view.own_id for view in there.views if view.kind == chat.REMOVED] == [first]
     assert not any(view.own_id == first for view in there.core.rooms["#a"].views)
-    there.core.retry(second)
+    there.core.outgoing.retry(second)
     there.core.flush()
     assert there.sent()[0] == "JOIN #a"
     there.hears(":alice!u@h JOIN #a")
     assert "PRIVMSG #a two" in there.sent() and not there.core.outbox.parked
-    there.core.cancel(second)  # it is under way
+    there.core.outgoing.cancel(second)  # it is under way
     assert second in there.core.outbox.waiting
 
 
@@ -18397,11 +18473,11 @@ def test_pages_before_after_and_around_a_kept_message_fit_together():
         bob.typed(f"line {n}")
     alice.exchange()
     lobby = alice.core.rooms["#lobby"]
-    (hit,) = [view for view in alice.core.find_kept("12", lobby) if view.text == "line 12"]
-    page = alice.core.around(lobby, hit, 10)
+    (hit,) = [view for view in alice.core.stored.find("12", lobby) if view.text == "line 12"]
+    page = alice.core.stored.around(lobby, hit, 10)
     assert [view.text for view in page] == [f"line {n}" for n in range(7, 18)]
-    before = alice.core.kept_beside(lobby, page[0], 5)
-    after = alice.core.kept_beside(lobby, page[-1], 50, True)
+    before = alice.core.stored.beside(lobby, page[0], 5)
+    after = alice.core.stored.beside(lobby, page[-1], 50, True)
     assert [view.text for view in before] == [f"line {n}" for n in range(2, 7)]
     assert [view.text for view in after] == [f"line {n}" for n in range(18, 30)]
 
@@ -18478,7 +18554,7 @@ def test_other_servers_are_asked_for_nothing_that_they_do_not_take():
     there = Elsewhere("CLIENTTAGDENY=*", caps="message-tags")
     room = there.core.rooms["#lobby"]
     there.hears("@msgid=1 :bob!u@h PRIVMSG #lobby :hello")
-    there.core.typing(room, "active")
+    there.core.typing.tell(room, "active")
     there.types("/react +1")
     assert there.sent() == [] and there.kinds("back") == ["/react +1"]
     assert not any(map(there.core.can, ("reply", "react", "typing", "redact")))
@@ -18510,16 +18586,16 @@ def test_a_message_to_another_conversation_is_told_where_the_user_looks():
         leaves=chat.do_nothing,
         joins=types.SimpleNamespace(refused={}),
     )
-    desk.core.send("#rust", "shall we have tea?")
+    desk.core.outgoing.send("#rust", "shall we have tea?")
     desk.tell(*desk.core.take_views())
     assert "you to #rust: shall we have" in "\n".join(desk.screen.lines)
     assert [view.text for view in desk.core.rooms["#rust"].views] == ["shall we have tea?"]
-    desk.core.send("#lobby", "no more than once")
+    desk.core.outgoing.send("#lobby", "no more than once")
     desk.tell(*desk.core.take_views())
     assert not any("you to #lobby" in line for line in desk.screen.lines)
 
 
-def test_conversations_keep_their_order_over_a_restart_also_one_that_the_user_gave_them():
+def test_conversations_keep_their_order_over_a_restart():
     alice, bob = two_screens()
     alice.typed("/msg zoe hello")
     alice.typed("/join #tea")
@@ -18527,11 +18603,6 @@ def test_conversations_keep_their_order_over_a_restart_also_one_that_the_user_ga
     alice.core.close_store()
     again = chat.ClientCore("alice", store=alice.core.store)
     assert list(again.rooms) == ["#lobby", "zoe", "#tea", "#a"]
-    again.move(again.rooms["#a"], 1)
-    again.move(again.rooms["#lobby"], 3)
-    again.close_store()
-    third = chat.ClientCore("alice", store=alice.core.store)
-    assert list(third.rooms) == ["#a", "zoe", "#tea", "#lobby"]
 
 
 def test_a_user_who_leaves_is_told_once_where_the_server_has_monitor():
@@ -18597,9 +18668,9 @@ def test_the_last_message_is_the_one_that_was_there_when_the_command_was_begun()
     alice.exchange()
     alice.core.typed("/reply my answer", None, "", begun)
     exchange_all(alice, bob)
-    assert bob.core.answered_words(last_of(bob)) == "bob: QUESTION"
+    assert bob.core.stored.answered_words(last_of(bob)) == "bob: QUESTION"
     alice.typed("/reply 3 beers please")  # a number is text
-    assert (last_of(alice).text, bob.core.answered_words(last_of(alice))) == (
+    assert (last_of(alice).text, bob.core.stored.answered_words(last_of(alice))) == (
         "3 beers please",
         "bob: something else",
     )
@@ -18716,7 +18787,7 @@ def test_a_reaction_cannot_forge_a_row():
     desk.display.take([view])
     (row,) = [one for one in bob.core.room.views if one.kind == "server text"]
     assert "\n" not in row.text and row.text.startswith("eve reacted x")
-    bob.core.remove(id)
+    bob.core.incoming.redact(id)
     desk.display.take(bob.core.take_views())
     assert not [one for one in bob.core.room.views if "eve reacted" in one.text]
 
@@ -18756,7 +18827,7 @@ def test_a_reaction_without_an_emoji_or_with_a_book_is_refused(text):
     alice.exchange()
     alice.typed(text)
     assert [view.text for view in alice.views if view.kind == "back"] == [text]
-    assert bob.core.reactions_of(last_of(bob).id) == {}
+    assert bob.core.reactions.of(last_of(bob).id) == {}
 
 
 @pytest.mark.parametrize("beyond, taken", [(0, True), (1, False)])
@@ -18765,7 +18836,7 @@ def test_a_reaction_is_as_long_as_the_limit_and_no_longer(beyond, taken):
     bob.typed("hi")
     alice.exchange()
     alice.typed("/react " + "x" * (chat.REACTION_CHARACTERS + beyond))
-    assert bool(alice.core.reactions_of(last_of(alice).id)) == taken
+    assert bool(alice.core.reactions.of(last_of(alice).id)) == taken
 
 
 def test_a_reaction_is_shown_when_the_server_has_taken_it():
@@ -18773,9 +18844,9 @@ def test_a_reaction_is_shown_when_the_server_has_taken_it():
     bob.typed("hi")
     alice.exchange()
     alice.views += alice.core.typed("/react +1")
-    assert alice.core.reactions_of(last_of(alice).id) == {}
+    assert alice.core.reactions.of(last_of(alice).id) == {}
     alice.exchange()
-    assert alice.core.reactions_of(last_of(alice).id) == {"+1": ["alice"]}
+    assert alice.core.reactions.of(last_of(alice).id) == {"+1": ["alice"]}
 
 
 def test_typing_is_told_although_a_message_is_left_to_the_user():
@@ -18783,8 +18854,8 @@ def test_typing_is_told_although_a_message_is_left_to_the_user():
     there.types("x")
     there.sent(9)
     (id,) = there.core.outbox.waiting
-    there.core.park(id, "for a test")
-    there.core.typing(there.core.room, "active")
+    there.core.outgoing.park(id, "for a test")
+    there.core.typing.tell(there.core.room, "active")
     there.core.flush()
     assert there.sent() == ["@+typing=active TAGMSG #lobby"]
 
@@ -18792,7 +18863,7 @@ def test_typing_is_told_although_a_message_is_left_to_the_user():
 @pytest.mark.parametrize("caps", ["", " batch labeled-response"])
 def test_an_error_about_typing_is_not_shown_and_of_no_message(caps):
     there = Elsewhere(caps=f"message-tags echo-message{caps}")
-    there.core.typing(there.core.room, "active")
+    there.core.typing.tell(there.core.room, "active")
     there.core.flush()
     (line,) = there.sent()
     there.types("hi")
@@ -18807,7 +18878,7 @@ def test_an_error_about_typing_is_not_shown_and_of_no_message(caps):
 
 def test_an_error_about_a_message_after_typing_that_was_taken_is_of_the_message():
     there = Elsewhere(caps="message-tags echo-message")
-    there.core.typing(there.core.room, "active")
+    there.core.typing.tell(there.core.room, "active")
     there.core.flush()
     there.types("hi")
     there.sent()
@@ -18900,11 +18971,11 @@ def test_a_plain_server_is_asked_for_nothing_that_it_does_not_know():
     core.connected()
     core.take_output()
     room = core.rooms["#lobby"]
-    core.ask_people(room)
-    core.typing(room, "active")
-    core.mark_read(room)
+    core.people.ask(room)
+    core.typing.tell(room, "active")
+    core.rooms.mark_read(room)
     core.tick()
-    assert core.take_output() == b"" and core.people(room) == []
+    assert core.take_output() == b"" and core.people.of(room) == []
 
 
 def test_what_was_taken_back_while_a_client_was_away_is_gone_there_too():
@@ -18953,7 +19024,7 @@ def test_reactions_made_while_a_client_was_away_are_told_to_it_below_the_message
     alice.connect()
     exchange_all(alice, bob, carol)
     said = next(view for view in alice.core.rooms["#lobby"].views if view.text == "tea?")
-    assert alice.core.reactions_of(said.id) == {"+1": ["carol"], "yes": ["carol"]}
+    assert alice.core.reactions.of(said.id) == {"+1": ["carol"], "yes": ["carol"]}
     views = alice.views[seen:]
     kinds = [view.kind for view in views if view.kind in ("message", chat.REACTED)]
     assert kinds == ["message"] * (1 if known else 2) + [chat.REACTED] * 4
@@ -19327,7 +19398,7 @@ def test_many_joins_cost_no_more_each_than_a_few_nor_do_messages_after_them(kind
         views = [chat.ViewEvent(kind, name=f"u{n}", where="#lobby") for n in range(count)]
         began = time.process_time()
         for view in views:
-            desk.core.happened(desk.core.room, view)
+            desk.core.incoming.event(desk.core.room, view)
         desk.display.take(desk.core.take_views())
         desk.hear(*map(str, range(count // 10)))
         took.append((time.process_time() - began) / count)
@@ -19426,8 +19497,9 @@ def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
 )
 def test_changes_of_a_kind_in_a_minute_are_one_row_unless_they_are_about_the_user(lines, rows):
     alice = Elsewhere(caps="away-notify", join=("#lobby",), clock=lambda: 1e9)
-    room = alice.core.find("bob" if "AWAY" in lines[0] else "#lobby") or alice.core.room_for("bob")
-    alice.core.release(room)
+    where = "bob" if "AWAY" in lines[0] else "#lobby"
+    room = alice.core.find(where) or alice.core.rooms.open(where)
+    alice.core.incoming.release(room)
     for name in ("n0", "eve", "op"):
         room.came(name)
     before = len(room.views)
@@ -19454,10 +19526,9 @@ def test_settings_are_listed_checked_and_kept():
 def test_standard_output_that_does_not_block_loses_nothing(running):
     """As a program before us may have left a pipe."""
     server = running()
-    where = chat.address_text(*server.address)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    with program("client", "bot", "--server", where, "--no-state", stdout=writer) as client:
+    with program("client", "bot", "--server", server.url, "--no-state", stdout=writer) as client:
         os.close(writer)
         bob = server.guest("bob")
         bob.until("bot")
@@ -19487,8 +19558,8 @@ def test_without_a_home_there_is_one_line_that_names_the_way_out(home):
 
 def test_what_is_typed_while_a_retried_channel_is_being_entered_waits_for_it():
     alice = Elsewhere()
-    alice.core.room_for("#tea").is_channel = True
-    alice.core.go(alice.core.find("#tea"))
+    alice.core.rooms.open("#tea").is_channel = True
+    alice.core.rooms.go(alice.core.find("#tea"))
     alice.types("for tea")
     assert alice.core.outbox.parked
     alice.types("/retry", "and milk")
@@ -19587,11 +19658,11 @@ def test_a_user_in_a_channel_that_is_renamed_is_told_its_new_name():
 def test_an_account_is_known_until_the_user_logs_out():
     alice = Elsewhere(caps="account-notify away-notify")
     alice.hears(":bob!u@h JOIN #lobby", ":bob!u@h ACCOUNT bobby", ":bob!u@h AWAY :lunch")
-    assert alice.core.known_people["bob"].account == "bobby"
+    assert alice.core.people["bob"].account == "bobby"
     alice.hears(":bob!u@h NICK rob", ":rob!u@h AWAY")
-    assert alice.core.known_people["rob"].account == "bobby"
+    assert alice.core.people["rob"].account == "bobby"
     alice.hears(":rob!u@h ACCOUNT *")
-    assert alice.core.known_people == {}
+    assert alice.core.people == {}
 
 
 @pytest.mark.parametrize(
@@ -19755,7 +19826,7 @@ COMMANDS_SENT = [  # what is typed in #tea, and the lines that are sent
 @pytest.mark.parametrize("typed, lines", COMMANDS_SENT)
 def test_a_command_is_about_the_channels_and_users_that_it_names(typed, lines):
     alice = Elsewhere("CHANTYPES=#", "MODES=3", join=("#den", "#tea"))
-    alice.core.go(alice.core.rooms["#tea"])
+    alice.core.rooms.go(alice.core.rooms["#tea"])
     alice.types(typed)
     sent = [line for line in alice.sent(3) if not line.startswith("PING")]
     assert sent == lines
@@ -19831,9 +19902,9 @@ def test_a_port_after_the_host_is_one_and_no_nick(at_keys):
 def test_a_flood_of_strangers_closes_no_conversation_with_a_draft_news_or_words_of_the_user():
     alice = Elsewhere()
     alice.hears(":idle!u@h PRIVMSG alice :hi", ":friend!u@h PRIVMSG alice :are you there?")
-    alice.core.mark_read(alice.core.rooms["idle"])
+    alice.core.rooms.mark_read(alice.core.rooms["idle"])
     alice.types("/msg bob hello")
-    alice.core.room_for("carl").draft = "half a letter"
+    alice.core.rooms.open("carl").draft = "half a letter"
     for n in range(chat.ROOMS_KEPT + 50):
         alice.hears(f":s{n}!u@h PRIVMSG alice :spam")
     assert {"friend", "bob", "carl", "#lobby"} <= alice.core.rooms.keys()
@@ -19851,18 +19922,18 @@ def test_a_wrong_clock_hides_no_later_messages(folder, back):
     now = 1.7e9 + back
     alice = start()
     for room in alice.core.rooms.values():
-        alice.core.release(room)
-    alice.core.go(alice.core.rooms["#tea"])
+        alice.core.incoming.release(room)
+    alice.core.rooms.go(alice.core.rooms["#tea"])
     alice.hears("@time=2099-01-01T00:00:00.000Z;msgid=m1 :bob!u@h PRIVMSG #tea :from the future")
     alice.core.tick()
     now = 1.7e9
-    alice.core.go(alice.core.rooms["#den"])
+    alice.core.rooms.go(alice.core.rooms["#den"])
     alice.hears("@time=2023-11-14T22:13:21.000Z;msgid=m2 :bob!u@h PRIVMSG #tea :now")
     assert alice.core.rooms["#tea"].unread == 1
     alice.core.close_store()
     now = 1.7e9 + 5000
     again = start()
-    again.core.release(again.core.rooms["#tea"])
+    again.core.incoming.release(again.core.rooms["#tea"])
     again.hears("@time=2023-11-14T23:37:00.000Z;msgid=m3 :bob!u@h PRIVMSG #tea :later")
     assert again.core.rooms["#tea"].unread >= 1
     assert again.core.talk.since < 1.8e12
@@ -19935,7 +20006,7 @@ FOLLOWING = [  # what happens to a user whose joining waits to be one row with o
 @pytest.mark.parametrize("line", FOLLOWING)
 def test_a_join_comes_before_what_happens_to_that_user(line):
     alice = Elsewhere(join=("#lobby",), clock=lambda: 1e9)
-    alice.core.release(alice.core.room)
+    alice.core.incoming.release(alice.core.room)
     alice.hears(":dan!u@h JOIN #lobby", ":eve!u@h JOIN #lobby", ":carl!u@h JOIN #lobby")
     alice.hears(":op!u@h TOPIC #lobby :tea")
     assert alice.core.room.moves  # the topic is not about them
@@ -19977,14 +20048,14 @@ def test_help_says_how_a_text_begins_with_a_slash_and_what_close_does():
 
 def test_a_redacted_message_is_unread_no_more():
     alice = Elsewhere(caps="draft/message-redaction message-tags", join=("#den", "#tea"))
-    alice.core.release(alice.core.rooms["#tea"])
+    alice.core.incoming.release(alice.core.rooms["#tea"])
     alice.hears("@msgid=m1 :bob!u@h PRIVMSG #tea :alice: oops")
     alice.hears("@msgid=m2 :bob!u@h PRIVMSG #tea :two")
     tea = alice.core.rooms["#tea"]
     assert (tea.unread, tea.called) == (2, 1)
     alice.hears(":bob!u@h REDACT #tea m1")
     assert (tea.unread, tea.called) == (1, 0)
-    alice.core.mark_read(tea)
+    alice.core.rooms.mark_read(tea)
     alice.hears(":bob!u@h REDACT #tea m2")
     assert tea.unread == 0
 
@@ -20020,7 +20091,7 @@ def test_a_channel_that_the_client_is_made_to_join_is_told():
 @pytest.mark.parametrize("tidy", [True, False])
 def test_a_text_is_no_request_to_programs(tidy):
     alice = Elsewhere(tidy=tidy)
-    alice.core.speak("\x01VERSION\x01")
+    alice.core.input.say("\x01VERSION\x01")
     assert "PRIVMSG #lobby VERSION" in alice.sent(3)
 
 
@@ -20118,7 +20189,7 @@ def test_a_gap_in_messages_without_ids_is_remembered():
     alice.hears(*page(said[0])).views += alice.core.disconnected()
     alice.connect(*tokens, caps=PAGES_OF)
     alice.hears(*page(*said[4:]))
-    assert not alice.core.older_from_store(alice.core.room)
+    assert not alice.core.stored.show_older(alice.core.room)
     for older in (said[2:5], said[0:3]):
         alice.core.talk.history.ask_page(alice.core.room, "older")
         alice.hears(*page(*older))
@@ -20493,7 +20564,7 @@ class Abroad:
         name = self.chance.choice(("#a", "#b", "bob"))
         room = next((self.core.find(n) for n in (name, f"#{name}") if self.core.find(n)), None)
         if name == "bob" and name in self.server.others:
-            room = room or self.core.room_for(name)
+            room = room or self.core.rooms.open(name)
         if room is None:
             return
         key, count = (
@@ -20543,9 +20614,9 @@ class Abroad:
         """Show what there is before the first row of each channel, as a user does."""
         for room in [room for room in self.core.rooms.values() if room.is_channel]:
             for _ in range(500):
-                if not self.core.older_from_store(room) and room.whole:
+                if not self.core.stored.show_older(room) and room.whole:
                     break
-                asked = self.core.talk.history.asked
+                asked = self.core.talk.history.requests
                 if not any(one.where == room.name for one in asked):
                     self.core.talk.history.ask_page(room, "older")
                 self.core.flush()
@@ -20626,7 +20697,7 @@ def live_abroad(name, n, acts, **options):
     return abroad
 
 
-LIVES = 60 if THOROUGH else 4
+LIVES = 20 if THOROUGH else 2
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -20868,7 +20939,7 @@ def test_a_bug_costs_the_connection_it_happens_on_and_no_other(loop, pair, caplo
     other_theirs.sendall(b"fine")
     spin(loop, lambda: other.events and conn.events)
     assert conn.events == ["internal error"] and other.events == [b"fine"]
-    assert "a bug" in caplog.text
+    assert "a bug" in caplog.text and BUGS.told.pop()
     for sock in (other_sock, other_theirs):
         sock.close()
 
@@ -21044,6 +21115,7 @@ class Running:
         given = {"listen": (("127.0.0.1", 0),), "flood": None, "web": WEB, **options}
         self.server = chat.Server(self.loop, chat.ServerOptions(**given))
         self.address = self.server.listeners[0].address
+        self.url = f"irc://{chat.address_text(*self.address)}"  # a client waits for no greeting
         self.guests = []
         self.thread = threading.Thread(target=self.loop.run, daemon=True)
         self.thread.start()
@@ -21160,15 +21232,6 @@ class Visitor(Guest):
         self.close()
 
 
-@pytest.fixture(autouse=True)
-def closed_visitors():
-    """No socket of one test lives on into the next."""
-    before = set(Visitor.open)
-    yield
-    for guest in set(Visitor.open) - before:
-        guest.close()
-
-
 @pytest.fixture
 def running():
     """Start servers in a thread; at the end their visitors go, then they stop."""
@@ -21184,14 +21247,6 @@ def running():
     for server in started:
         if server.thread.is_alive():  # not stopped by the test
             server.stop()
-
-
-@pytest.fixture(autouse=True)
-def no_bug_is_logged(caplog, request):
-    yield
-    if "costs_the_connection" not in request.node.name:
-        records = [r for when in ("setup", "call", "teardown") for r in caplog.get_records(when)]
-        assert not [record for record in records if "a bug" in record.getMessage()]
 
 
 def test_the_conversation_is_byte_for_byte_that_of_the_workshop(running):
@@ -21263,7 +21318,8 @@ def test_a_client_that_closes_before_sending_a_name_is_not_heard_of(running):
     assert alice.line() == "* #lobby (1)"
 
 
-def test_a_silent_client_is_greeted(running):
+def test_a_silent_client_is_greeted(running, monkeypatch):
+    monkeypatch.setattr(chat, "GREETING_SECONDS", 0.05)
     guest = running().guest()
     assert guest.file.readline() == chat.GREETING
     guest.send("alice\n")
@@ -21482,7 +21538,8 @@ def test_the_message_of_the_day_is_read_again_when_an_operator_asks(running, tmp
     assert server.server.motd == ["new"]
 
 
-def test_tls_and_plain_text_share_a_port(running, certificate):
+def test_tls_and_plain_text_share_a_port(running, certificate, monkeypatch):
+    monkeypatch.setattr(chat, "GREETING_SECONDS", 0.2)
     server = running(tls_cert=certificate)
     plain = server.guest("plain")
     context = chat.Trust(ca=certificate).context()
@@ -22934,14 +22991,16 @@ COSTLY = (
 
 def test_a_line_costs_as_much_as_the_work_that_it_makes(running):
     server = running(flood=(100.0, 20.0))
+    options = server.server.options
+    server.server.options = options._replace(flood=(10_000.0, 20.0))  # of the members
     for n in range(20):
         member = Visitor(server.address, f"127.0.1.{n + 1}")
         server.guests.append(member)
         member.send(f"NICK m{n}\r\nUSER u 0 * :r\r\nJOIN {CROWDS}\r\n")
         member.send("".join(f"{line}\r\n" for line in channel_with_bans(n)))
-    for member in server.guests:  # each waits for its own budget, all at the same time
+    for member in server.guests:
         member.ask()
-    attackers = {}
+    server.server.options, attackers = options, {}
     for n, attack in enumerate(COSTLY):
         eve = attackers[attack] = Visitor(server.address, f"127.0.2.{n + 1}")
         server.guests.append(eve)
@@ -23160,7 +23219,7 @@ def test_after_a_reset_what_the_budget_does_not_allow_is_dropped_with_one_line(t
 # After an orderly close it acts on all lines, within the limits
 @pytest.mark.parametrize("how", some(["irc", "line"]))
 def test_after_an_orderly_close_every_line_arrives(running, how):
-    server = running(flood=(50.0, 1000.0))
+    server = running(flood=(50.0, 4000.0))
     alice = Visitor(server.address, "127.0.0.9")
     server.guests.append(alice)
     alice.enter("alice")
@@ -24087,8 +24146,9 @@ class Desk:
     def hear(self, *texts, where="#lobby", **parts):
         """bob says this; it is shown at the next painting."""
         for text in texts:
-            self.core.deliver(
-                self.core.room_for(where), at(**CLOCK, text=text, name="bob", where=where, **parts)
+            self.core.incoming.deliver(
+                self.core.rooms.open(where),
+                at(**CLOCK, text=text, name="bob", where=where, **parts),
             )
         self.display.take(self.core.take_views())
 
@@ -24097,7 +24157,7 @@ class Desk:
         return self.paint()
 
     def go(self, where):
-        self.core.go(self.core.room_for(where))
+        self.core.rooms.go(self.core.rooms.open(where))
         self.display.take(self.core.take_views())
         return self.paint()
 
@@ -24149,7 +24209,7 @@ def test_another_conversation_has_a_screen_of_its_own():
         "#rust>",
     ]
     assert desk.go("#lobby")[:3] == ["── #lobby", DAY, "08:30 bob: in the lobby"]
-    desk.core.close(desk.core.room)
+    desk.core.rooms.close(desk.core.room)
     desk.display.take(desk.core.take_views())
     assert desk.paint()[0] == "── with bob"
 
@@ -24218,7 +24278,7 @@ def test_a_burst_of_history_is_shown_whole():
     assert desk.said == texts
 
 
-@pytest.mark.parametrize("columns, rows", [(80, 24), (40, 10), (40, 5), (10, 4)])
+@pytest.mark.parametrize("columns, rows", some([(40, 10), (10, 4), (80, 24), (40, 5)], 2))
 def test_one_can_read_back_row_by_row_and_come_back(columns, rows):
     desk = Desk(columns, rows)
     desk.hear(*(f"{n} " + "é你" * (n % 40) + "\n" * (n % 3) for n in range(200)))
@@ -24329,7 +24389,7 @@ def test_nothing_a_server_says_steers_the_terminal(seeded):
     desk = Desk(colours=True)
     junk = ["\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "\x1b[?1049h", "\u202e", "\x07", "\t", "a"]
     palette = re.compile(r"\x1b\[[\d;]*m")
-    for _ in range(100):
+    for _ in range(100 if THOROUGH else 30):
         text = "".join(seeded.choices(junk, k=6))
         name, room = "".join(seeded.choices(junk, k=2)), chat.Room("#" + text)
         room.topic, room.unread = text, 1
@@ -24351,7 +24411,7 @@ def test_nothing_a_server_says_steers_the_terminal(seeded):
 class TerminalProcess:
     """The terminal client in a process of its own, on a terminal of ours."""
 
-    def __init__(self, address, *arguments, state=None, limits=None):
+    def __init__(self, address, *arguments, state=None, limits=None, kind="irc://"):
         import pty
         import termios
 
@@ -24361,7 +24421,7 @@ class TerminalProcess:
         self.size(80, 24)
         self.before = termios.tcgetattr(self.theirs)
         ends = dict.fromkeys(("stdin", "stdout", "stderr"), self.theirs)
-        where = ["--server", "{}:{}".format(*address)] + ["--no-state"] * (state is None)
+        where = ["--server", kind + chat.address_text(*address)] + ["--no-state"] * (state is None)
         folders = dict.fromkeys(("XDG_DATA_HOME", "XDG_CONFIG_HOME"), str(state))
         environment = {**os.environ, **folders, "TERM": "xterm", "NO_COLOR": "1"}
         options = {**ends, "env": environment, "limits": limits, "start_new_session": True}
@@ -24447,7 +24507,7 @@ def test_a_conversation_at_a_terminal(running, terminal):
     server = running()
     bob = server.guest("bob")
     bob.send("earlier\n")
-    alice = terminal(server.address, "alice")
+    alice = terminal(server.address, "alice", kind="")  # which waits for the greeting
     assert alice.sees("bob: earlier")
     assert "joined" in bob.line()
     alice.type("helo\x1b[Dl\r")
@@ -24512,7 +24572,7 @@ def test_a_client_comes_back_when_its_server_does(terminal, folder):
 
 def test_tab_completes_the_last_speakers_and_known_channels():
     core = chat.ClientCore("alice", kind=chat.CHAT, join=("#lobby", "#rust"))
-    core.room_for("bob"), core.rooms["#rust"].came("bert")
+    core.rooms.open("bob"), core.rooms["#rust"].came("bert")
     for name in ("alice", "bea", "ben"):
         core.room.came(name)
     core.room.spoke("ben")
@@ -24742,7 +24802,7 @@ def test_the_status_row_tells_when_the_last_message_on_the_page_was_said():
     desk = Desk()
     for minute in range(40):
         said = at(**{**CLOCK, "minute": minute}, text="hello", name="bob", where="#lobby")
-        desk.core.deliver(desk.core.room, said)
+        desk.core.incoming.deliver(desk.core.room, said)
     desk.display.take(desk.core.take_views())
     desk.paint()
     status = []
@@ -25014,9 +25074,9 @@ def test_a_pipe_ends_with_the_number_of_messages_that_did_not_arrive(
 ):
     end = object.__new__(chat.Filter)
     outbox = types.SimpleNamespace(waiting=dict.fromkeys(range(waiting)))
-    end.core = types.SimpleNamespace(outbox=outbox, failures=failures, refusals=0, unsure="")
+    end.core = types.SimpleNamespace(outbox=outbox, failures=failures, refusals=0, odd_line="")
     end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(0.0)
-    end.login, end.join, end.options = None, (), types.SimpleNamespace(state=None)
+    end.options = types.SimpleNamespace(state=None, login=None, join=())
     end.over(reason)
     assert re.findall("[0-9]+", end.reason) == told and end.reason.startswith(reason)
 
@@ -25058,10 +25118,9 @@ def test_a_file_can_be_piped_into_a_chat_and_every_line_is_text(running, folder)
 
 
 def test_a_pipe_without_a_reader_or_a_writer_says_how_it_ended(running):
-    where = "{}:{}".format(*running().address)
     reader, unread = os.pipe()
     os.close(reader)
-    command = ("client", "alice", "--server", where, "--no-state")
+    command = ("client", "alice", "--server", running().url, "--no-state")
     with program(*command, stdout=unread) as client:
         _, errors = client.communicate(b"hello\n")
         assert client.returncode == 1 and errors == b"chat.py: standard output: broken pipe\n"
@@ -25088,7 +25147,7 @@ def test_a_pipe_that_was_to_join_a_channel_of_a_plain_server_fails():
 def test_a_pipe_that_was_to_log_in_and_could_not_fails(running, folder):
     (folder / "password").write_text("wrongwrong")
     login = ("--login", f"alice:@{folder / 'password'}")
-    command = ("client", "alice", "--server", "{}:{}".format(*running().address), "--no-state")
+    command = ("client", "alice", "--server", running().url, "--no-state")
     with program(*command, *login) as client:
         _, errors = client.communicate(b"hello\n")
         assert client.returncode == 1 and errors.endswith(b"chat.py: not logged in as alice\n")
@@ -25096,8 +25155,7 @@ def test_a_pipe_that_was_to_log_in_and_could_not_fails(running, folder):
 
 def test_commands_in_a_pipe_need_a_flag(running):
     server = running()
-    where = "{}:{}".format(*server.address)
-    with program("client", "alice", "--server", where, "--no-state", "--commands") as client:
+    with program("client", "alice", "--server", server.url, "--no-state", "--commands") as client:
         out, _ = client.communicate(b"/list\n", PATIENCE)
     assert b"> * #lobby  1\n" in out
 
@@ -25129,8 +25187,7 @@ def test_a_filter_speaks_in_the_channel_it_was_told_to_join(running):
     bob = server.guest("bob")
     bob.send("/join #a\n")
     bob.until("#a 1-1 of 1")
-    where = "{}:{}".format(*server.address)
-    with program("client", "bot", "--server", where, "--no-state", "--join", "#a") as client:
+    with program("client", "bot", "--server", server.url, "--no-state", "--join", "#a") as client:
         client.communicate(b"hi\n", PATIENCE)
     assert bob.until("hi")[-1] == "[#a] bot: hi"
 
@@ -25154,7 +25211,8 @@ def test_a_filter_that_was_not_let_in_fails(running, options, flags, words):
     server = running(**options)
     if "max_clients" in options:
         server.guest("one")
-    where = "{}:{}".format(*server.address)
+    # a full server reads nothing, and would be heard only by luck after a line of ours
+    where = server.url.removeprefix("irc://" if "max_clients" in options else "")
     with program("client", "bot", "--server", where, "--no-state", *flags) as client:
         _, errors = client.communicate(b"hi\n", PATIENCE)
         assert client.returncode == 1 and words in errors.decode()
@@ -25224,9 +25282,9 @@ def test_several_servers_of_one_chat_are_named_with_commas():
 class Linked:
     """A link on a loop of its own, turned until something is so."""
 
-    def __init__(self, target, known=None, **options):
+    def __init__(self, target, known=None, core=None, **options):
         self.loop, self.views, self.ended = chat.Loop(), [], []
-        self.core = chat.ClientCore("alice")
+        self.core = core or chat.ClientCore("alice")
         self.link = chat.Link(
             self.loop,
             target,
@@ -25329,8 +25387,7 @@ def test_of_two_addresses_the_one_that_answers_is_taken(loop):
 def test_a_line_of_a_pipe_that_could_not_be_said_is_counted_and_the_rest_said(running):
     server = running()
     bob = server.guest("bob")
-    where = "{}:{}".format(*server.address)
-    command = ("client", "bot", "--server", where, "--no-state", "--commands")
+    command = ("client", "bot", "--server", server.url, "--no-state", "--commands")
     with program(*command) as client:
         _, errors = client.communicate(b"/nothing\n/nowhere\nhi\n", PATIENCE)
         assert client.returncode == 1
@@ -25482,7 +25539,7 @@ def test_a_client_learns_the_other_servers_of_its_chat_from_the_server(folder):
     assert "chat.py/NODES=127.0.0.1:7001,127.0.0.1:7002 " in tokens
     core = chat.ClientCore(chat.Outbox(), "alice")
     core.server.ours = True
-    core.server.tokens["chat.py/NODES"] = "127.0.0.1:7001,127.0.0.1:7002,x y,"
+    core.server.isupport["chat.py/NODES"] = "127.0.0.1:7001,127.0.0.1:7002,x y,"
     link = types.SimpleNamespace(core=core, tried=0, phase=chat.ONLINE)
     link.target = chat.Target("127.0.0.1", 7001)
     link.choices = collections.deque([link.target])
@@ -25602,7 +25659,7 @@ def test_a_network_that_swallows_everything_is_noticed_and_left(running):
 
 def test_a_slow_line_with_a_long_delay_carries_everything(running):
     server = running()
-    with Proxy(server.address, latency=0.05, rate=20_000) as proxy:
+    with Proxy(server.address, latency=0.03, rate=20_000) as proxy:
         exactly_once(server.address, proxy.where, 1000 if RUNS else 10)
 
 
@@ -25678,6 +25735,7 @@ ANSWERS = [  # what a server sends, whether to HEAD, status and body
 @pytest.mark.parametrize("size", [1, 100_000])
 def test_answers_of_web_servers_are_read_however_they_are_cut(data, bodiless, wanted, size):
     reader, items = chat.ResponseReader(bodiless), []
+    size = max(size, len(data) // 1000)
     for n in range(0, len(data), size):
         reader.feed(data[n : n + size])
         while (item := reader.take()) is not None:
@@ -25696,16 +25754,16 @@ class Sender(Linked):
     """A client of a server that keeps files, with files of its own."""
 
     def __init__(self, where, folder, store=None, name="alice"):
-        super().__init__(chat.parse_target(where))
-        self.close()
-        self.loop, self.views, self.ended = chat.Loop(), [], []
         secret = hashlib.sha256(name.encode()).hexdigest()[:32]  # as its outbox's file keeps it
-        self.core = chat.ClientCore(name, store=store, outbox=chat.Outbox(secret=secret))
-        target = chat.parse_target(where)
-        self.link = chat.Link(self.loop, target, self.core, self.views.extend, self.ended.append)
+        core = chat.ClientCore(name, store=store, outbox=chat.Outbox(secret=secret))
+        super().__init__(chat.parse_target(f"irc://{where}"), core=core)
         self.transfers = chat.Transfers(self.link, folder)
-        self.link.start()
         self.until(lambda: self.core.ready and self.core.room and self.core.room.inside)
+
+    def close(self):
+        for call in filter(None, self.transfers.calls.values()):
+            call.sock.close()
+        super().close()
 
     def typed(self, text):
         self.link.typed(text)
@@ -25731,6 +25789,7 @@ class InMemory(chat.Transfers):
     def _call(self, one, request, follows=True):
         started = request.headers.get("Range", request.headers.get("Upload-Offset", ""))
         self.asked.append(f"{request.method} {started}".strip())
+        self.last = request
         dropped = []
         call = types.SimpleNamespace(drop=dropped.append, update=chat.do_nothing, holds=False)
         self.calls[one.id] = call
@@ -25831,24 +25890,31 @@ def test_a_path_that_cannot_be_is_refused(up, path, tmp_path):
         assert not up
 
 
-@pytest.mark.parametrize("change", ["unlink", "truncate", "fifo", "folder"])
-def test_a_file_that_changes_while_it_waits_is_not_sent(change, tmp_path):
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("change", ["unlink", "truncate", "fifo", "folder", "grow", "rewrite"])
+def test_a_file_that_changes_while_it_waits_is_not_sent(change, begun, tmp_path):
     (path := tmp_path / "a.txt").write_bytes(b"0123456789")
-    files = InMemory(tmp_path, (500, {}, b""))
+    files = InMemory(tmp_path, *([CREATED] if begun else []), (500, {}, b""))
     files.start(chat.Transfer("1", True, chat.LOBBY, str(path)))
     path.unlink()
     make = {"truncate": path.touch, "folder": path.mkdir, "fifo": lambda: os.mkfifo(path)}
+    make["grow"] = lambda: path.write_bytes(b"0123456789a")
+    make["rewrite"] = lambda: path.write_bytes(b"9876543210")
     make.get(change, chat.do_nothing)()
+    if begun:  # a piece that is read now is not sent either
+        with pytest.raises((OSError, chat.Refused)):
+            files.last.source(0)
     files.loop.now += 1000
     files.wake()
-    assert files.asked == ["POST"] and not files.core.transfers
+    assert files.asked == (["POST", "PATCH 0", "DELETE"] if begun else ["POST"])
+    assert not files.core.transfers
     assert [view.text for view in files.shown if "a.txt was not sent: " in view.text]
 
 
 def test_the_link_of_a_file_that_cannot_be_posted_is_shown():
     core = plain_core()
     one = chat.Transfer("1", True, "bob", "a.txt", name="a.txt", url="http://a/files/1")
-    core.post_file(one)
+    core.transfers.post(one)
     assert any(one.url in view.text for view in core.take_views() if view.kind == "note")
 
 
@@ -25991,7 +26057,10 @@ def test_pictures_that_are_fetched_and_files_of_the_user_do_not_wait_for_each_ot
     alice.close()
 
 
-def test_an_upload_goes_on_after_the_client_was_ended_and_is_posted_once(running, tmp_path):
+def test_an_upload_goes_on_after_the_client_was_ended_and_is_posted_once(
+    running, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(chat, "WATCH_SECONDS", 0.05)
     (tmp_path / "srv").mkdir()
     server = running(data=tmp_path / "srv")
     where, db = chat.address_text(*server.address), str(tmp_path / "client.db")
@@ -26042,13 +26111,16 @@ def test_what_cannot_be_sent_or_saved_is_told_with_the_reason(running, tmp_path)
 def test_a_transfer_can_be_dropped(running, tmp_path):
     (tmp_path / "srv").mkdir()
     server = running(data=tmp_path / "srv")
-    (tmp_path / "big").write_bytes(bytes(3_000_000))
+    (tmp_path / "big").write_bytes(bytes(50_000_000))
     alice = Sender(chat.address_text(*server.address), tmp_path)
     alice.typed(f"/send {tmp_path / 'big'}")
     alice.typed("/transfers")
     assert alice.noted("1  sending big")
+    alice.until(lambda: alice.core.transfers[0].url)
     alice.typed("/transfers cancel 1")
-    assert not alice.core.transfers and not alice.transfers.calls
+    assert not alice.core.transfers
+    alice.until(lambda: not alice.transfers.calls)
+    assert not server.server.hub.files  # what is not completed takes no room
     alice.close()
 
 
@@ -26099,7 +26171,7 @@ def notes_of(client):
 
 
 def test_a_text_begun_in_a_conversation_that_ended_is_no_draft_of_another(at_keys):
-    den = at_keys.core.room_for("#den")
+    den = at_keys.core.rooms.open("#den")
     den.draft = "of the den"
     at_keys.take(b"for tea alone")
     at_keys.writing_in, at_keys.ended_room = den, "#tea"
@@ -26161,7 +26233,7 @@ def test_a_text_that_could_not_be_stored_comes_back_where_it_was_written(at_keys
     if elsewhere:
         options = at_keys.options._replace(target=chat.parse_target("irc://there"), join=())
         at_keys.look_at(at_keys.add(options))
-    core._give_back(lost, "it is locked")
+    core.outgoing._give_back(lost, "it is locked")
     at_keys.show_of(first, core.take_views())
     assert core.find("#den").draft == "two\nthree"
     assert core.find("#tea").draft == ("/me one" if elsewhere else "")
@@ -26172,7 +26244,7 @@ def test_a_text_that_could_not_be_stored_comes_back_where_it_was_written(at_keys
 def test_a_text_for_a_server_that_is_left_is_not_sent_to_another_one(at_keys, name):
     other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
     at_keys.look_at(other)
-    at_keys.core.go(at_keys.core.room_for(name))
+    at_keys.core.rooms.go(at_keys.core.rooms.open(name))
     at_keys.show(at_keys.core.take_views())
     at_keys.take(b"for bob al")
     other.link._end("gone")
@@ -26187,12 +26259,12 @@ def test_a_text_for_a_server_that_is_left_is_not_sent_to_another_one(at_keys, na
 
 @pytest.mark.parametrize("begun, kept", [("for bob", "for bob"), ("/login geheim", "")])
 def test_a_text_for_a_closed_conversation_is_no_draft_of_another(at_keys, begun, kept):
-    bob = at_keys.core.room_for("bob")
+    bob = at_keys.core.rooms.open("bob")
     at_keys.core.rooms["#den"].draft = "den's own"
-    at_keys.core.go(bob)
+    at_keys.core.rooms.go(bob)
     at_keys.show(at_keys.core.take_views())
     at_keys.take(begun.encode())
-    at_keys.core.close(bob)
+    at_keys.core.rooms.close(bob)
     at_keys.show(at_keys.core.take_views())
     assert at_keys.ended_room == "bob" and at_keys.editor.text == begun
     at_keys.take(b"\x1b1")
@@ -27478,7 +27550,9 @@ def test_a_channel_that_is_joined_meanwhile_does_not_take_a_begun_text(running, 
     engine = alice.model.engine
     pump(alice, lambda: engine.writing == alice.model.here)
     for channel, here in (("#slow", "#lobby"), ("#fast", "#fast")):
-        engine.submit(lambda channel=channel: engine.core.arrive(engine.core.room_for(channel)))
+        engine.submit(
+            lambda channel=channel: engine.core.rooms.go_joined(engine.core.rooms.open(channel))
+        )
         engine.submit(engine.link.poke)
         pump(alice, lambda channel=channel: channel in sidebar(alice))
         alice.root.update()
@@ -27689,7 +27763,7 @@ def test_the_look_follows_the_settings(running, window, folder):
     press(alice, "Control-plus")
     pump(alice, lambda: alice.look.size == size + 1)
     alice.commands.open_settings()
-    assert alice.settings.fields["theme"].get() == "dark"
+    assert alice.settings.fields["theme"].value == "dark"
     assert alice.settings.fields["size"].content == str(size + 1)
     alice.settings.fields["time"].set("%H:%M:%S")
     alice.settings.done()
@@ -27729,7 +27803,7 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     menu.unpost()
     menu.invoke(menu.index("dark"))
     pump(alice, lambda: alice.look.colours is gui_client.DARK)
-    assert choice.get() == "dark"
+    assert choice.value == "dark"
     alice._focus_in(types.SimpleNamespace(widget=alice.root))  # as a window manager gives it back
     assert alice.root.focus_lastfor() is choice
 
@@ -28154,11 +28228,12 @@ def test_two_windows_with_one_name_are_told_apart_and_told_why(running, window):
 
 
 WINDOW_PROGRAM = """
-import sys
+import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import gui_client
 from tkinter import READABLE
-window = gui_client.Window(gui_client.WindowOptions("alice", sys.argv[2], state=sys.argv[3]))
+state = pathlib.Path(sys.argv[3])
+window = gui_client.Window(gui_client.WindowOptions("alice", sys.argv[2], state=state))
 def told(*_):
     act, _, text = sys.stdin.readline().rstrip("\\n").partition(" ")
     if act == "type":
@@ -28183,12 +28258,10 @@ class WindowProgram:
     """A window in a process of its own, which types what it is told."""
 
     def __init__(self, address, state):
-        program = WINDOW_PROGRAM.replace("state=sys.argv[3]", "state=pathlib.Path(sys.argv[3])")
-        program = f"import pathlib{program}"
-        where = chat.address_text(*address)
-        command = [sys.executable, "-c", program, str(HERE), where, str(state)]
+        command = [sys.executable, "-c", WINDOW_PROGRAM, compiled("gui_client")]
+        command += [chat.address_text(*address), str(state)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen(command, text=True, **pipes)
+        self.process = Program(command, text=True, **pipes)
 
     def wait(self, answer):
         assert self.process.stdout.readline() == f"{answer}\n", self.process.stderr.read()
@@ -28221,10 +28294,10 @@ def await_draft(folder, text):
         assert time.monotonic() < until
 
 
-@pytest.mark.parametrize("seed", range(5 if THOROUGH else 1))
+@pytest.mark.parametrize("seed", some(range(3)))
 def test_nothing_that_was_typed_is_lost_whatever_is_killed(display, quick, folder, seed):
-    """Kill the window and stop the server at random moments: each text is said once, or waits
-    in the outbox, or is a draft."""
+    """Kill the window and stop the server at random moments: each text is said once, or is a
+    draft."""
     chance, typed = random.Random(seed), []
     data = folder / "server"
     data.mkdir(mode=0o700)
@@ -28244,23 +28317,21 @@ def test_nothing_that_was_typed_is_lost_whatever_is_killed(display, quick, folde
             server = server or Running(data=data, listen=(address,))
         last = WindowProgram(address, folder / "client")
         last.wait("ready")
+        assert eventually(lambda: not waiting_in(folder / "client"))
         reader = server.guest("reader")
         reader.send("/history #lobby 100\n/names\n")
         said = reader.until("* #lobby 1-")
         last.kill()
-        waiting = waiting_in(folder / "client")
         for text in typed:
-            times = sum(line.endswith(text) for line in said) + waiting.count(text)
-            assert times == 1, (text, said, waiting)
+            assert sum(line.endswith(text) for line in said) == 1, (text, said)
         assert any(one.endswith("draft 2 of more") for one in drafts_in(folder / "client"))
     finally:
         if server:
             server.stop()
 
 
-def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(running, quick, folder):
-    if not shutil.which("Xvfb"):
-        pytest.skip("Xvfb is not installed")
+def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(display, running, quick, folder):
+    """It has a screen of its own, not that of the others."""
     ours, theirs = os.pipe()
     command = ["Xvfb", "-displayfd", str(theirs), "-screen", "0", "800x600x24"]
     with subprocess.Popen(command, pass_fds=[theirs], stderr=subprocess.DEVNULL) as screen:
@@ -28526,7 +28597,7 @@ def test_five_thousand_members_and_a_flood_of_joins_leave_the_messages_in_place(
     engine.publish()
     for n in range(5000):
         room.came(f"guest{n}")
-        core.happened(room, chat.ViewEvent(chat.JOIN, name=f"guest{n}", where="#lobby"))
+        core.incoming.event(room, chat.ViewEvent(chat.JOIN, name=f"guest{n}", where="#lobby"))
     engine.show(core.take_views())
     engine.took()
     engine.publish()
@@ -29360,7 +29431,7 @@ def test_a_conversation_of_page_and_netcat(running, browse):
     assert tab.rows() == ["hello anna", "hello bob", "two\nlines"]
 
 
-@pytest.mark.parametrize("run", range(3 if THOROUGH else 1))
+@pytest.mark.parametrize("run", some(range(2)))
 def test_page_and_network_that_breaks_lose_and_double_nothing(running, browse, seeded, run):
     server = with_page(running)
     witness = Witness(server.address)
@@ -29425,7 +29496,7 @@ def test_a_page_that_was_closed_sends_what_waits_when_it_is_opened_again(running
     assert witness.heard("and this")[0] == ["typed before it was closed", "and this"]
 
 
-@pytest.mark.parametrize("run", range(5 if THOROUGH else 1))
+@pytest.mark.parametrize("run", some(range(2)))
 def test_a_reload_at_any_moment_loses_and_doubles_nothing(running, browse, seeded, run):
     server, chance = with_page(running), random.Random(run)
     witness = Witness(server.address)
@@ -29758,7 +29829,7 @@ def test_a_page_that_was_kept_opens_without_its_server_and_shows_what_was_said(r
     tab.until("!document.querySelector('#phase').hidden")
 
 
-@pytest.mark.parametrize("name", ["__proto__", "constructor", "toString", "hasOwnProperty"])
+@pytest.mark.parametrize("name", some(["__proto__", "constructor"]))
 def test_names_that_javascript_knows_are_names_like_others(running, browse, name):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
@@ -29839,7 +29910,7 @@ def test_messages_of_a_server_that_lost_its_data_come_after_those_of_before(runn
     assert tab.rows() in (lines, lines[5:])
 
 
-@pytest.mark.parametrize("after", some([0, 5, 20, 60], 2))
+@pytest.mark.parametrize("after", [0, 20])
 def test_a_long_paste_is_accepted_whole_or_not_at_all(running, browse, after):
     server = with_page(running)
     ben = server.guest()
@@ -29891,6 +29962,7 @@ def test_a_file_that_was_chosen_without_network_is_sent_when_there_is_one(
         tab.press("Send")
         tab.until("document.querySelector('#waiting progress')")
         proxy.server = server.address
+        tab.js("leader.uploader.patience = 500; null")  # the browser kept a connection: it is dead
         tab.until("document.querySelector('#log .card')")
 
 
@@ -29918,7 +29990,7 @@ def test_a_removed_text_is_gone_from_quotes_too(running, browse):
     tab = browse(server.address).enter("anna")
     tab.say("a secret")
     tab.until("!state.outbox.length")
-    tab.js("setAnswer(lastOf(shown().messages))")
+    tab.js("setReplyTo(lastOf(shown().messages))")
     tab.say("indeed")
     tab.until("document.querySelector('blockquote')?.textContent === 'anna: a secret'")
     tab.js("ask(`REDACT #lobby ${find(shown(), shown().messages.slice(-2)[0].id).id}`)")
@@ -30158,8 +30230,95 @@ def test_return_that_ends_a_composition_sends_nothing(running, browse):
 # ======================================================================================
 
 
+@functools.cache
+def bytecode():
+    """Return a folder for what is compiled here."""
+    folder = tempfile.mkdtemp(prefix="chat-tests-")
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
+@functools.cache
+def compiled(name="chat"):
+    """Compile one of our files, which takes a process longer than all else; return the folder."""
+    py_compile.compile(str(HERE / f"{name}.py"), f"{bytecode()}/{name}.pyc", doraise=True)
+    return bytecode()
+
+
+PR_SET_CHILD_SUBREAPER = 36
+
+# Answers each request, a command `python -c CODE ...`, with the number of a process that runs the
+# code. Its parent ends at once, so that it becomes a child of the tests.
+LAUNCHER = """
+import gc, json, os, signal, socket, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+sys.path.insert(0, sys.argv[1])
+import chat
+gc.freeze()
+requests = socket.socket(fileno=int(sys.argv[2]))
+while True:
+    request, ends, _, _ = socket.recv_fds(requests, 1 << 20, 3)
+    if not request:
+        os._exit(0)
+    reading, writing = os.pipe()
+    if parent := os.fork():
+        os.waitpid(parent, 0)
+        requests.send(os.read(reading, 20))
+    elif process := os.fork():
+        os.write(writing, b"%d" % process)
+        os._exit(0)
+    else:
+        break
+    for fd in (reading, writing, *ends):
+        os.close(fd)
+requests.close()
+for fd, end in enumerate(ends):
+    os.dup2(end, fd)
+for fd in (reading, writing, *ends):
+    os.close(fd)
+sys.orig_argv, folder, environment, alone = json.loads(request)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+time.tzset()
+alone and os.setsid()
+sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)
+sys.argv = ["-c", *sys.orig_argv[3:]]
+exec(sys.orig_argv[2])
+"""
+
+
+@functools.cache
+def launcher():
+    """Start the process that LAUNCHER describes; None where the system cannot do that."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None or prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        return None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-c", LAUNCHER, compiled(), str(theirs.fileno())]
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)  # the last one registered is called first
+    return ours
+
+
 class Program(subprocess.Popen):
-    """A process that does not outlive the test."""
+    """A process that does not outlive the test. It runs code that imports chat, so it is a copy of
+    one that has done so: most of what a new one does is to import."""
+
+    def _execute_child(self, args, executable, preexec_fn, *others):
+        if preexec_fn or launcher() is None:
+            super()._execute_child(args, executable, preexec_fn, *others)
+            return
+        (_, _, folder, environment), pipes, alone = others[:4], others[7:13], others[18]
+        ends = [given if given >= 0 else fd for fd, given in enumerate((pipes[0], *pipes[3:6:2]))]
+        request = [args, folder or os.getcwd(), dict(environment or os.environ), alone]
+        socket.send_fds(launcher(), [json.dumps(request).encode()], ends)
+        self.pid = int(launcher().recv(20))
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
 
     def wait(self, timeout=None):
         """Until its end, not until the next of the looks that Popen takes; killed if late."""
@@ -30175,14 +30334,6 @@ class Program(subprocess.Popen):
         super().__exit__(*exception)
 
 
-@functools.cache
-def compiled():
-    """chat.pyc: to compile chat.py takes a process longer than all else at its start."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="chat-tests-"))
-    atexit.register(shutil.rmtree, folder)
-    return py_compile.compile(str(HERE / "chat.py"), str(folder / "chat.pyc"), doraise=True)
-
-
 LIMITED = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -30195,9 +30346,8 @@ sys.exit(chat.main(sys.argv[3:]))
 def program(*arguments, limits=None, **options):
     """chat.py in a process of its own, with other limits where a test cannot wait so long."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    limited = ["-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits)]
-    command = limited if limits else [compiled()]
-    return Program([sys.executable, *command, *map(str, arguments)], **{**pipes, **options})
+    command = [sys.executable, "-c", LIMITED, compiled(), json.dumps(limits or {})]
+    return Program([*command, *map(str, arguments)], **{**pipes, **options})
 
 
 def test_a_password_is_never_read_where_it_would_be_seen(monkeypatch):
@@ -30586,7 +30736,8 @@ def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
 def test_when_descriptors_run_out_newcomers_are_told_and_the_others_talk_on(folder):
     resource = pytest.importorskip("resource")
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40))
-    with serving("--data", "none", "--max-clients", "1000", preexec_fn=limit) as (process, address):
+    options = {"preexec_fn": limit, "limits": {"GREETING_SECONDS": 0.2}}
+    with serving("--data", "none", "--max-clients", "1000", **options) as (process, address):
         inside = [Guest(address, f"n{n}") for n in range(8)]
         outside = [Guest(address) for _ in range(60)]
         answers = {guest.file.readline() for guest in outside}
@@ -30669,8 +30820,11 @@ def nodes_of(path):
 def deepest(node, depth=0):
     """How deep the blocks of a function are nested; elif does not count as deeper."""
     found = depth
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, (ast.expr, *FUNCTIONS, ast.ClassDef)):
+    parts = (
+        getattr(node, name, ()) for name in ("body", "handlers", "orelse", "finalbody", "cases")
+    )
+    for child in itertools.chain(*parts):
+        if not isinstance(child, (*FUNCTIONS, ast.ClassDef)):
             is_elif = isinstance(node, ast.If) and node.orelse == [child]
             is_deeper = isinstance(child, BLOCKS) and not (is_elif and isinstance(child, ast.If))
             found = max(found, deepest(child, depth + is_deeper))
