@@ -14023,17 +14023,17 @@ class HistoryRequests:
             core.stored.note_holes(room, *room.holes[:-1])
         elif room.hole:
             core.stored.note_holes(room, *room.holes[:-1], position_of(views[0]))
-        visible = []
+        unseen = []
         for view in new:
             if identity_of(view) not in shown and not core.incoming.hides(view):
                 shown.add(identity_of(view))
-                visible.append(view._replace(past=True))
+                unseen.append(view._replace(past=True))
                 core.stored.add(view)
-        room.paged = views[0] if views and not visible else None
-        room.views.extendleft(reversed(visible))
+        room.paged = views[0] if views and not unseen else None
+        room.views.extendleft(reversed(unseen))
         if room.paged and not room.whole:
             self.ask_page(room, "older")
-        core.show(ViewEvent(OLDER, str(len(visible)), where=room.name))
+        core.show(ViewEvent(OLDER, str(len(unseen)), where=room.name))
 
     PAGES = {
         "last": _page_last,
