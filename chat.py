@@ -12525,9 +12525,7 @@ class ServerProfile:
         """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
         unchanged. Not all servers with such targets announce them."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
-        marks = self.status + "".join(
-            symbol for symbol in symbols if symbol not in self.channel_types
-        )
+        marks = self.status + "".join({*symbols} - {*self.channel_types})
         most = len(target) - len(target.lstrip(marks))
         names = (target[n:] for n in range(most, 0, -1))  # @+free may be for +free
         return next(filter(self.is_channel, names), target)
@@ -13142,10 +13140,8 @@ class Room:
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
         if name in self.people:
-            before = self.people[name]
-            self.people[name] = "".join(
-                other for other in symbols if (on if other == symbol else other in before)
-            )
+            ranks = {*self.people[name]} - {symbol} | ({symbol} if on else set())
+            self.people[name] = "".join(other for other in symbols if other in ranks)
 
 
 # IRC: the parts of a connection
@@ -14279,9 +14275,8 @@ class PlainTalk:
             room.came(name)  # such a server does not list its members
         if kind == MESSAGE:
             called = calls(rest, core.name)
-            core.incoming.deliver(
-                room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line)
-            )
+            view = ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line)
+            core.incoming.deliver(room, view)
             room.spoke(name)
         else:
             core.show(ViewEvent(kind, name=name, where=LOBBY, address=rest, line=line))
@@ -14470,9 +14465,8 @@ class IrcTalk:
         """Return whether pages may be requested. Waiting messages go first, because one page can
         use all that a bad connection carries."""
         outbox = self.core.outbox
-        return self.core.acknowledged or not (
-            outbox.in_flight or outbox.next(self.carries, self.order)
-        )
+        waiting = outbox.in_flight or outbox.next(self.carries, self.order)
+        return self.core.acknowledged or not waiting
 
     @property
     def wait(self) -> float | None:
@@ -15521,9 +15515,7 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
     if room := core.find(name):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
-        core.incoming.event(
-            room, ViewEvent(JOIN, name=heard.name, where=room.name, address=address)
-        )
+        core.incoming.event(room, ViewEvent(JOIN, "", heard.name, room.name, address=address))
         core.show(ViewEvent(PEOPLE, where=room.name))
 
 
@@ -15582,9 +15574,8 @@ def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
     if room := core.find(where):
         reason = f": {why[0]}" if why else ""
         text = f"{heard.name} kicked {name} from {where}{reason}"
-        core.incoming.event(
-            room, ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name))
-        )
+        view = ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name))
+        core.incoming.event(room, view)
         room.people.pop(name, None)
         if core.is_me(name):
             room.inside = room.wanted = False
