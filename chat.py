@@ -16934,9 +16934,6 @@ class Outgoing:
     # Changes of messages: replies, reactions, redactions
 
 
-NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
-
-
 class TypedText:
     """The text that a user enters: a command, or a message for the current conversation."""
 
@@ -17013,6 +17010,9 @@ class TypedText:
             self.core.outgoing.send(self.core.here, text)
         except ChatError as error:
             self._give_back(text, str(error))
+
+
+NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
 
 
 class ClientCore:
@@ -17921,8 +17921,8 @@ def do_passwd(core: ClientCore, *words: str) -> None:
 
 
 command_that_is_sent("drop", "PASSWORD", "give up your account", 1, secret=True, service=True)
-let_end = "let a channel that you founded end with its last member"
-command_that_is_sent("disown", "#CHANNEL", let_end, 1, service=True)
+DISOWN_SUMMARY = "let a channel that you founded end with its last member"
+command_that_is_sent("disown", "#CHANNEL", DISOWN_SUMMARY, 1, service=True)
 
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
