@@ -1481,12 +1481,7 @@ class Throttle:
     """A limit on failed attempts, by (address, subject) and by address alone. So a user at another
     address cannot lock the owner of an account out. Times are of the monotonic clock."""
 
-    def __init__(
-        self,
-        most: int = LOGIN_TRIES,
-        seconds: int = LOGIN_WAIT_SECONDS,
-        most_an_address: int = LOGIN_TRIES_AN_ADDRESS,
-    ):
+    def __init__(self, most: int, seconds: int, most_an_address: int):
         self.most, self.most_an_address = most, most_an_address
         self.milliseconds = seconds * 1000
         self.failures: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
@@ -3141,7 +3136,7 @@ class Accounts(dict[str, Account]):
         super().__init__()
         self.certificates: dict[str, str] = {}  # the account's key by fingerprint
         self.skeletons: dict[str, str] = {}  # an account's key by what its name looks like
-        self.throttle = Throttle()
+        self.throttle = Throttle(LOGIN_TRIES, LOGIN_WAIT_SECONDS, LOGIN_TRIES_AN_ADDRESS)
         self.made = Throttle(ACCOUNTS_MADE, ACCOUNTS_MADE_SECONDS, ACCOUNTS_MADE)
         # Registered, and waiting for the code that was sent by mail; by key
         self.pending: collections.OrderedDict[str, tuple[Account, str]] = collections.OrderedDict()
@@ -11661,7 +11656,7 @@ def open_websocket(session: WebSession, request: Request) -> None:
         return session.respond(400, "a handshake is one of HTTP/1.1, without a body")
     if len(request.headers.get("origin", ())) > 1:
         return session.respond(400, "a request has one Origin")
-    if not origin_allowed(session.site.web, request.header("origin"), request.header("host")):
+    if not origin_allowed(session.site.web, request.header("origin"), request.host):
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
     lines = ["HTTP/1.1 101 Switching Protocols", *WEBSOCKET_OFFER]
@@ -12187,7 +12182,7 @@ def tell_offset(session: WebSession, request: Request) -> Steps:
 def wanted_range(header: str, size: int) -> tuple[int, int] | None:
     """Return first byte and end of a Range (RFC 9110 section 14). None means all of the file, as
     for several ranges and for invalid ones. Raises Refused if the range is outside the file."""
-    match = re.fullmatch(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", header)
+    match = re.fullmatch(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", header, re.IGNORECASE)
     if match is None or not (match[1] or match[2]):
         return None
     if not match[1]:
@@ -20849,8 +20844,7 @@ class Server:
         return self.site.has_content(file) or bool(abandoned)
 
     def expire_files(self) -> None:
-        """Remove old files, and uploads that do not go on. An upload of a clock that was ahead ends
-        a day after this server first saw it."""
+        """Remove old files, and uploads that are a day old, by the clock or since first seen."""
         now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
         for file in list(self.hub.files.values()):
             age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
@@ -25975,8 +25969,11 @@ async function accept(...rows) {
 }
 
 async function cancel({ own }) {
+  const row = await storedRow(own);
   await store('outbox', 'delete', own);
   publish({ dropped: own });
+  if (row?.size && row.link) // or what has come of it counts against the user's room for a day
+    leader?.uploader.call('DELETE', new URL(row.link).pathname).catch(() => {});
 }
 
 async function storedRow(own) {

@@ -1221,7 +1221,7 @@ def test_an_exchange_puts_chunks_of_400_bytes_together():
 
 
 def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
-    throttle, now = chat.Throttle(), 10**9
+    throttle, now = chat.Accounts().throttle, 10**9
     for _ in range(chat.LOGIN_TRIES):
         throttle.begin("10.0.0.1", "Alice", now)
     with pytest.raises(chat.Refused, match="try again in 60 s|try again in 61 s"):
@@ -1954,7 +1954,7 @@ def test_a_full_table_of_failures_forgets_the_fewest_ones_and_none_before_it_is_
     monkeypatch, hosts, kept
 ):
     monkeypatch.setattr(chat, "LOGIN_FAILURES_KEPT", 20)
-    throttle = chat.Throttle()
+    throttle = chat.Accounts().throttle
     for _ in range(3):
         throttle.failed("192.0.2.255", "alice", 0)
     for n in range(1, hosts):
@@ -2348,7 +2348,7 @@ def test_an_ipv6_address_counts_as_its_network_unless_others_share_that(host, ow
 
 @pytest.mark.parametrize("name", ["x" * 16_000, "\ufdfa" * 5000, MARKS])
 def test_an_attempt_at_a_long_name_takes_little_memory(name):
-    throttle = chat.Throttle()
+    throttle = chat.Accounts().throttle
     throttle.failed("10.0.0.1", name, 10**9)
     assert sum(len((key or "").encode()) for _, key in throttle.failures) < 2000
     assert throttle.count("10.0.0.1", name, 10**9) == 1
@@ -2357,7 +2357,7 @@ def test_an_attempt_at_a_long_name_takes_little_memory(name):
 
 
 def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often():
-    throttle, now = chat.Throttle(), 10**9
+    throttle, now = chat.Accounts().throttle, 10**9
     for subject, most in (("alice", chat.LOGIN_TRIES), ("*oper", chat.LOGIN_TRIES_SERVER)):
         for _ in range(most):
             throttle.begin("10.0.0.1", subject, now)
@@ -12579,6 +12579,11 @@ BAD_HANDSHAKES = [  # what is changed, and the status
     ("Host: localhost:7000", "Host: localhost:7000\nOrigin: http://evil.example", 403),
     ("Host: localhost:7000", "Host: localhost:7000\nOrigin: http://a\nOrigin: http://b", 400),
     ("Host: localhost:7000", "Host: evil.example", 421),
+    (  # of a target that is a whole URL, Host is ignored
+        "GET /irc HTTP/1.1\nHost: localhost:7000",
+        "GET http://localhost:7000/irc HTTP/1.1\nHost: evil.example\nOrigin: http://evil.example",
+        403,
+    ),
 ]
 
 
@@ -13170,6 +13175,7 @@ def test_content_that_is_gone_from_disk_is_not_found(files, monkeypatch):
 RANGES = [  # of a file of 10 bytes: header, status, content
     ("bytes=0-3", 206, b"0123"),
     ("bytes=4-", 206, b"456789"),
+    ("Bytes=4-", 206, b"456789"),
     ("bytes=-3", 206, b"789"),
     ("bytes=-99", 206, b"0123456789"),
     ("bytes=9-9", 206, b"9"),
@@ -30084,6 +30090,24 @@ def test_a_cancelled_file_is_never_sent(running, browse, folder, tmp_path):
     tab.say("nothing but this")
     tab.wait_for("nothing but this")
     assert tab.rows() == ["nothing but this"]
+
+
+def test_the_server_removes_what_has_come_of_a_cancelled_file(running, browse, folder, tmp_path):
+    server = with_page(running, data=folder)
+    (tmp_path / "notes.txt").write_text("x" * 3000)
+    tab = browse(server.address).enter("anna")
+    tab.js("globalThis.usual = fetch; globalThis.seen = []; null")
+    cut = "how.method === 'PATCH' ? Promise.reject(Error('cut')) : usual(url, how)"
+    tab.js(f"fetch = (url, how) => {{ seen.push(how.method); return {cut}; }}; null")
+    tab.choose(tmp_path / "notes.txt")
+    tab.press("Send")
+    tab.until("seen.includes('PATCH')")
+    assert len(server.server.hub.files) == 1
+    tab.js("[...document.querySelectorAll('#waiting button')].pop().click()")
+    tab.until("seen.includes('DELETE')")
+    tab.say("nothing but this")
+    tab.wait_for("nothing but this")
+    assert not server.server.hub.files
 
 
 def test_a_removed_text_is_gone_from_quotes_too(running, browse):
