@@ -13,7 +13,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     ACCOUNTS        verifiers of passwords, SASL, limits on attempts
     DOMAIN          users, sessions, channels, audiences, the Hub, and the log of a turn
     ACTS            every change of shared state, by name
-    PASSWORDS       how a session proves that it may do something, in both dialects
+    PASSWORDS       how a session proves that it may do something, in every dialect
     STORE           accounts, states, history and its index in SQLite
     NATS            the log of a cluster: NATS's text protocol, and JetStream
     CLUSTER         a server as one of several: batches of acts, the log, snapshots of the Hub
@@ -26,7 +26,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     QR              a short text as a code for a camera
     --- waterline   below: sockets, clocks, threads, terminals
     LOOP            selector, timers, connections, helper threads, the log
-    SERVER          listeners, the five beats of the tick, limits, shutdown
+    SERVER          listeners, the five beats of a turn, limits, shutdown
     LINK            a client's connection: find the server, come back to it
     NODE            the connection of a cluster's node to its log
     TRANSFERS       files that a client sends and saves
