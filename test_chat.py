@@ -22432,6 +22432,7 @@ def columns_of(path):
 
 
 JUNK_VALUES = {int: ("'junk'", "-9223372036854775808"), bytes: ("'junk'",), str: ("x'ff00fe'",)}
+JUNK_VALUES[float] = ("'junk'", "9e999", "-9e999")
 JSON_JUNK = ("'{'", "'null'", "'[1, [2], {}]'", "'{\"name\": 5}'", "x'ff00fe'")
 
 
