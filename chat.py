@@ -16060,6 +16060,7 @@ class Rooms(dict[str, Room]):
         if core.store:
             core.stored.load(room)
             self.keep(room)
+        core.outgoing.show_again(room)
         core.changed(room)
         return room
 
@@ -16826,11 +16827,20 @@ class Outgoing:
         return self.core.timed(view._replace(own_id=message.id, reply=message.reply))
 
     def _show(self, message: Waiting, text: str) -> None:
-        self.shown.add(message.id)
         room = self.core.rooms.open(message.where)
+        self.shown.add(message.id)
+        self.core.show(self._add_row(room, message, text))
+
+    def _add_row(self, room: Room, message: Waiting, text: str) -> ViewEvent:
         view = self._view(message, text, accepted_at(message.id))._replace(room=room.id)
         room.views.append(view)
-        self.core.show(view)
+        return view
+
+    def show_again(self, room: Room) -> None:
+        """Show the messages that wait for a conversation, which had been closed, in it."""
+        for message in self.waiting_for(room):
+            if message.id in self.shown:
+                self._add_row(room, message, message.text)
 
     def _unshow(self, message: Waiting) -> None:
         """Remove a message that was shown as waiting from its conversation."""
@@ -16927,7 +16937,8 @@ class Outgoing:
         room = core.rooms.open(core.outbox.waiting[own_id].where)
         if room.is_channel and not room.inside and core.ready:
             room.wanted = True
-            core.talk.joins.join(room)
+            if not core.talk.joins.waits(room.name):
+                core.talk.joins.join(room)
 
     def cancel(self, own_id: str) -> None:
         """Drop a message that is not in flight."""

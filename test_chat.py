@@ -16994,6 +16994,23 @@ def test_a_kick_leaves_what_waits_to_the_user_and_hinders_no_command():
     assert [line for line in alice.sent(9) if "PRIVMSG" in line and "two" in line] == []
 
 
+def test_a_conversation_that_is_opened_again_shows_the_messages_that_wait_for_it():
+    alice = Elsewhere()
+    alice.hears(":op!u@h KICK #lobby alice :out")
+    alice.types("one", "two", "/close", "/join #lobby").hears(":alice!u@h JOIN #lobby")
+    room = alice.core.room
+    assert [view.text for view in room.views] == ["one", "two"]
+    alice.types("/cancel")
+    assert room.name == "#lobby" and [*room.views] == []
+
+
+def test_several_messages_that_are_tried_again_are_one_reason_to_join_their_channel():
+    alice = Elsewhere()
+    alice.hears(":op!u@h KICK #lobby alice :out")
+    alice.types("one", "two", "/retry")
+    assert alice.sent(9).count("JOIN #lobby") == 1
+
+
 def test_a_pipe_that_is_put_out_of_its_channel_speaks_to_no_other_conversation():
     alice = Elsewhere(tidy=False, join=["#a"])
     alice.hears(":bob!u@h PRIVMSG alice :psst", ":alice!u@h PART #a")
