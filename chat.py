@@ -13,7 +13,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     ACCOUNTS        verifiers of passwords, SASL, limits on attempts
     DOMAIN          users, sessions, channels, audiences, the Hub, and the log of a turn
     ACTS            every change of shared state, by name
-    PASSWORDS       how a session proves that it may do something, in both dialects
+    PASSWORDS       how a session proves that it may do something, in every dialect
     STORE           accounts, states, history and its index in SQLite
     NATS            the log of a cluster: NATS's text protocol, and JetStream
     CLUSTER         a server as one of several: batches of acts, the log, snapshots of the Hub
@@ -26,7 +26,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     QR              a short text as a code for a camera
     --- waterline   below: sockets, clocks, threads, terminals
     LOOP            selector, timers, connections, helper threads, the log
-    SERVER          listeners, the five beats of the tick, limits, shutdown
+    SERVER          listeners, the five beats of a turn, limits, shutdown
     LINK            a client's connection: find the server, come back to it
     NODE            the connection of a cluster's node to its log
     TRANSFERS       files that a client sends and saves
@@ -12520,9 +12520,7 @@ class ServerProfile:
         """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
         unchanged. Not all servers with such targets announce them."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
-        marks = self.status + "".join(
-            symbol for symbol in symbols if symbol not in self.channel_types
-        )
+        marks = self.status + "".join({*symbols} - {*self.channel_types})
         most = len(target) - len(target.lstrip(marks))
         names = (target[n:] for n in range(most, 0, -1))  # @+free may be for +free
         return next(filter(self.is_channel, names), target)
@@ -13137,10 +13135,8 @@ class Room:
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
         if name in self.people:
-            before = self.people[name]
-            self.people[name] = "".join(
-                other for other in symbols if (on if other == symbol else other in before)
-            )
+            ranks = {*self.people[name]} - {symbol} | ({symbol} if on else set())
+            self.people[name] = "".join(other for other in symbols if other in ranks)
 
 
 # IRC: the parts of a connection
@@ -14023,17 +14019,17 @@ class HistoryRequests:
             core.stored.note_holes(room, *room.holes[:-1])
         elif room.hole:
             core.stored.note_holes(room, *room.holes[:-1], position_of(views[0]))
-        visible = []
+        unseen = []
         for view in new:
             if identity_of(view) not in shown and not core.incoming.hides(view):
                 shown.add(identity_of(view))
-                visible.append(view._replace(past=True))
+                unseen.append(view._replace(past=True))
                 core.stored.add(view)
-        room.paged = views[0] if views and not visible else None
-        room.views.extendleft(reversed(visible))
+        room.paged = views[0] if views and not unseen else None
+        room.views.extendleft(reversed(unseen))
         if room.paged and not room.whole:
             self.ask_page(room, "older")
-        core.show(ViewEvent(OLDER, str(len(visible)), where=room.name))
+        core.show(ViewEvent(OLDER, str(len(unseen)), where=room.name))
 
     PAGES = {
         "last": _page_last,
@@ -14274,9 +14270,8 @@ class PlainTalk:
             room.came(name)  # such a server does not list its members
         if kind == MESSAGE:
             called = calls(rest, core.name)
-            core.incoming.deliver(
-                room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line)
-            )
+            view = ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line)
+            core.incoming.deliver(room, view)
             room.spoke(name)
         else:
             core.show(ViewEvent(kind, name=name, where=LOBBY, address=rest, line=line))
@@ -14465,9 +14460,8 @@ class IrcTalk:
         """Return whether pages may be requested. Waiting messages go first, because one page can
         use all that a bad connection carries."""
         outbox = self.core.outbox
-        return self.core.acknowledged or not (
-            outbox.in_flight or outbox.next(self.carries, self.order)
-        )
+        waiting = outbox.in_flight or outbox.next(self.carries, self.order)
+        return self.core.acknowledged or not waiting
 
     @property
     def wait(self) -> float | None:
@@ -15516,9 +15510,7 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
     if room := core.find(name):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
-        core.incoming.event(
-            room, ViewEvent(JOIN, name=heard.name, where=room.name, address=address)
-        )
+        core.incoming.event(room, ViewEvent(JOIN, "", heard.name, room.name, address=address))
         core.show(ViewEvent(PEOPLE, where=room.name))
 
 
@@ -15577,9 +15569,8 @@ def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
     if room := core.find(where):
         reason = f": {why[0]}" if why else ""
         text = f"{heard.name} kicked {name} from {where}{reason}"
-        core.incoming.event(
-            room, ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name))
-        )
+        view = ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name))
+        core.incoming.event(room, view)
         room.people.pop(name, None)
         if core.is_me(name):
             room.inside = room.wanted = False
@@ -16949,9 +16940,6 @@ class Outgoing:
     # Changes of messages: replies, reactions, redactions
 
 
-NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
-
-
 class TypedText:
     """The text that a user enters: a command, or a message for the current conversation."""
 
@@ -17028,6 +17016,9 @@ class TypedText:
             self.core.outgoing.send(self.core.here, text)
         except ChatError as error:
             self._give_back(text, str(error))
+
+
+NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
 
 
 class ClientCore:
@@ -17936,8 +17927,8 @@ def do_passwd(core: ClientCore, *words: str) -> None:
 
 
 command_that_is_sent("drop", "PASSWORD", "give up your account", 1, secret=True, service=True)
-let_end = "let a channel that you founded end with its last member"
-command_that_is_sent("disown", "#CHANNEL", let_end, 1, service=True)
+DISOWN_SUMMARY = "let a channel that you founded end with its last member"
+command_that_is_sent("disown", "#CHANNEL", DISOWN_SUMMARY, 1, service=True)
 
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
