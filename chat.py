@@ -14045,7 +14045,8 @@ class Joins:
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core = talk, talk.core
-        self.unanswered: dict[str, tuple[int, float]] = {}  # how many JOINs, and since when
+        # How many JOINs, and since when (ticks)
+        self.unanswered: dict[str, tuple[int, float]] = {}
         self.typed: dict[str, str] = {}  # that the user will look at once joined: their passwords
         self.refused: dict[str, float] = {}  # when to try again
         self.retried: set[str] = set()  # tried again: the user knows that they are refused
@@ -14055,11 +14056,18 @@ class Joins:
         self.talk.send("JOIN", room.name, *optional(room.password))
 
     def note_sent(self, name: str) -> None:
-        """Note that a JOIN was sent."""
+        """Note a JOIN. Its time begins when it is sent in its turn."""
         key = self.core.fold(name)
         self.refused.pop(key, None)
         count, _ = self.unanswered.get(key, (0, 0.0))
-        self.unanswered[key] = count + 1, self.core.ticks()
+        self.unanswered[key] = count + 1, math.inf
+
+    def note_time(self, line: str) -> None:
+        """Note the time at which a JOIN is sent."""
+        verb, params, _ = parse_message(line)
+        key = self.core.fold(params[0]) if verb == "JOIN" and params else ""
+        if key in self.unanswered:
+            self.unanswered[key] = self.unanswered[key][0], self.core.ticks()
 
     def note_typed(self, name: str, password: str) -> None:
         """Note that the user asks for a channel."""
@@ -14445,6 +14453,7 @@ class IrcTalk:
         else:
             return False
         self.history.note_time(line)
+        self.joins.note_time(line)
         self.budget.tokens -= max(1.0, 0.5 + len(line.encode()) / PACE_BYTES)
         self.core.output.append(line)
         return True

@@ -17952,6 +17952,15 @@ def test_a_join_that_is_not_answered_holds_nothing_up_for_ever():
     assert len(alice.core.outbox.parked) == 1 and alice.core.idle
 
 
+def test_the_time_of_a_join_begins_when_it_is_sent():
+    alice = Elsewhere(tidy=False)
+    alice.types(*["/raw LUSERS"] * 60, "/join #x", "hello")
+    assert "JOIN #x" not in alice.sent(chat.JOIN_SECONDS + 9)
+    assert not alice.core.outbox.parked and "JOIN #x" in alice.sent(chat.JOIN_SECONDS + 9)
+    alice.sent(chat.JOIN_SECONDS)
+    assert len(alice.core.outbox.parked) == 1
+
+
 def test_a_channel_can_be_left_before_we_are_in_it():
     alice = Elsewhere(tidy=False)
     for text in ("/join #b", "/part #b bye"):
