@@ -14309,7 +14309,7 @@ class PlainTalk:
                     core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
-    bye = ping = leaves = renamed = watch = send = do_nothing
+    bye = ping = leaves = renamed = watch = send = tell_unsent = do_nothing
 
 
 # IRC: a connection
@@ -14484,6 +14484,15 @@ class IrcTalk:
 
     def bye(self, reason: str) -> None:
         self.send_at_once("QUIT", reason)
+
+    def tell_unsent(self) -> None:
+        """Tell the user which commands had to wait for too long: the connection has ended. Channels
+        are joined over the next one."""
+        verbs = [parse_message(line).verb for line, _ in self.queue]
+        lost = [verb for verb in verbs if verb != "JOIN"]
+        if lost and not self.core.quitting:
+            self.core.note(f"not sent, the connection has ended: {', '.join(dict.fromkeys(lost))}")
+            self.core.refusals += len(lost)
 
     def ping(self) -> None:
         """Send a PING, to learn whether the server is still there."""
@@ -17070,7 +17079,7 @@ class ClientCore:
     regain_at = 0.0  # ... and ask for it at this time
     # The outcome of messages
     failures = 0  # messages that did not arrive, or that were not kept
-    refusals = 0  # commands that the server refused, of a pipe
+    refusals = 0  # commands of a pipe that the server refused, or that were not sent
     progress = 0  # number of acknowledged messages and of missing pages that came
     acknowledged = False  # some message was, over this connection
     page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
@@ -17281,6 +17290,7 @@ class ClientCore:
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         if talk:
             talk.joins.want_typed()
+            talk.tell_unsent()
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
@@ -24666,7 +24676,7 @@ class Filter(Client):
         if failures and not reason:
             reasons.append(f"{counted(failures, 'message')} did not arrive")
         if self.core.refusals and not reason:
-            reasons.append(f"{counted(self.core.refusals, 'command')} refused")
+            reasons.append(f"{counted(self.core.refusals, 'command')} refused or not sent")
         login = self.options.login
         if login and self.was_up and not self.core.me.account:
             reasons.append(f"not logged in as {login.account}")

@@ -17952,6 +17952,18 @@ def test_a_join_that_is_not_answered_holds_nothing_up_for_ever():
     assert len(alice.core.outbox.parked) == 1 and alice.core.idle
 
 
+@pytest.mark.parametrize("quits", [False, True])
+def test_commands_that_wait_when_the_connection_ends_are_told(quits):
+    alice = Elsewhere(tidy=False)
+    alice.types(*["/topic #lobby tea"] * 9, "/away x", "/join #x", "/topic #lobby tea")
+    unsent = 11 - alice.sent().count("TOPIC #lobby tea")
+    if quits:
+        alice.core.leave()
+    alice.views += alice.core.disconnected()
+    told = ["not sent, the connection has ended: TOPIC, AWAY"]
+    assert (alice.kinds("note"), alice.core.refusals) == (([], 0) if quits else (told, unsent))
+
+
 def test_the_time_of_a_join_begins_when_it_is_sent():
     alice = Elsewhere(tidy=False)
     alice.types(*["/raw LUSERS"] * 60, "/join #x", "hello")
