@@ -13122,6 +13122,9 @@ class Room:
         if when <= self.read_time:
             return False
         self.read_time = when
+        for n, view in enumerate(self.held or ()):
+            if (view.time or LAST_MOMENT) <= when:
+                self.held[n] = view._replace(past=True)
         self.count_unread()
         return True
 

@@ -15872,6 +15872,18 @@ def test_history_that_does_not_come_hides_nothing():
     assert alice.said() == ["#lobby bob: late"]
 
 
+def test_what_is_read_on_another_device_while_a_page_is_on_its_way_is_no_news():
+    alice = Elsewhere(caps=f"{PAGES_OF} draft/read-marker", clock=lambda: 2e9, join=["#a", "#b"])
+    times = [f"2026-01-01T00:00:0{n}.000Z" for n in range(3)]
+    for n, when in enumerate(times):
+        alice.hears(f"@time={when};msgid={n} :bob!u@h PRIVMSG #b :alice, {n}")
+    alice.hears(f":alice!u@h MARKREAD #b timestamp={times[1]}")
+    assert alice.said() == []
+    alice.hears("BATCH +1 chathistory #b", "BATCH -1")
+    assert alice.said() == [f"#b bob: alice, {n}" for n in range(3)]
+    assert (alice.core.find("#b").unread, alice.core.find("#b").called) == (1, 1)
+
+
 @pytest.mark.parametrize(
     "tags, pages", [("time=2026-01-01T00:00:0N.000Z", 3), ("msgid=N", 3), ("x", 1)]
 )
