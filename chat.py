@@ -14318,6 +14318,16 @@ class PlainTalk:
 # IRC: a connection
 
 
+def last_reactions(batch: Batch) -> list[ServerLine]:
+    """Return the last TAGMSG of a page about each reaction: one that was taken back is no news."""
+    last = {}
+    for item in batch.items:
+        if isinstance(item, ServerLine) and item.verb == "TAGMSG":
+            emoji = item.tags.get(REACT) or item.tags.get(UNREACT)
+            last[item.name, item.tags.get(REPLY), emoji] = item
+    return [*last.values()]
+
+
 class IrcTalk:
     """IRC from the client's side, for one connection. The functions decorated by from_server()
     handle the server's lines. A line with too few parameters is ignored."""
@@ -14716,9 +14726,8 @@ class IrcTalk:
                 if isinstance(item, ServerLine) and item.verb == "REDACT" and len(item.params) > 1:
                     self.core.incoming.redact(item.params[1])
             self.history.take_page(label, batch.target, self.views_of(batch))
-            for item in batch.items:  # reactions, to these or to earlier ones
-                if isinstance(item, ServerLine) and item.verb == "TAGMSG":
-                    self.act(item)
+            for heard in last_reactions(batch):  # to these messages or to earlier ones
+                self.act(heard)
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
                 self.core.incoming.message(view, batch.opening)
