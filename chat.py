@@ -17587,6 +17587,7 @@ def do_join(core: ClientCore, words: str) -> None:
         most = core.server.limit("CHANNELLEN", IRC_BYTES)
         if len(channel.encode()) > most:
             raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
+        password = password or (room.password if room else "")
         core.talk.joins.note_typed(channel, password)
         core.talk.command("JOIN", channel, *optional(password))
         core.talk.joins.note_sent(channel)

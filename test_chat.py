@@ -16826,6 +16826,8 @@ def test_a_channel_is_joined_again_with_the_password_that_it_has_now(modes, line
     alice.core.connected()
     alice.hears("001 alice :x")
     assert line in alice.sent()
+    alice.hears(":alice!u@h JOIN #k", ":op!u@h KICK #k alice").types("/join #k")
+    assert line in alice.sent(9)
 
 
 @pytest.mark.parametrize("symbol", ["= ", "@ ", ""])
