@@ -27753,7 +27753,7 @@ def run_client(args: argparse.Namespace) -> int:
         Trust(args.ca, args.pin, args.insecure, args.client_cert),
         None if args.no_state else args.data or data_folder() / "client",
         args.password or "",
-        tuple(filter(None, args.join.split(","))),
+        tuple(filter(None, ",".join(args.join).split(","))),
         args.commands or sys.stdin.isatty(),  # TERM=dumb: who types /login says no password
         login,
         None if args.no_state else args.data or config_folder(),
@@ -27952,7 +27952,8 @@ def add_client(commands: Any) -> None:
     address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
     add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)
-    add("--join", type=join_option, default="", metavar="#A,#B", help="channels to enter at once")
+    join = "channels to enter at once; may be repeated"
+    add("--join", type=join_option, action="append", default=[], metavar="#A,#B", help=join)
     add("--commands", action="store_true", help="lines of a pipe may be commands")
     add_client_options(add)
     client.set_defaults(run=run_client)

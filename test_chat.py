@@ -26527,6 +26527,16 @@ def test_words_too_many_after_join_are_refused(words, taken):
         assert chat.join_option(words) == words
 
 
+def test_channels_to_be_joined_may_be_given_one_by_one(monkeypatch):
+    joined, client = [], types.SimpleNamespace(run=lambda: "", close=lambda: None)
+    for kind in ("Filter", "TerminalClient"):
+        monkeypatch.setattr(chat, kind, lambda options: joined.append(options.join) or client)
+    words = "client alice --no-state --join #a,#b --join #c"
+    for args in (words.split(), ["client", "alice", "--no-state"]):
+        chat.run_client(chat.command_line().parse_args(args))
+    assert joined == [("#a", "#b", "#c"), ()]
+
+
 # ======================================================================================
 # THE WINDOW
 # ======================================================================================
