@@ -25071,6 +25071,9 @@ class TerminalClient(ManyServers):
         self.editor.set(after.draft if after else "")
         if after:
             after.draft = ""
+        for seat, room in self.places():
+            if room in (before, after):
+                seat.core.rooms.keep(room)
 
     def take_back(self, core: ClientCore, view: ViewEvent) -> None:
         """Give a text that was not accepted back to the conversation in which it was entered: as a

@@ -26413,6 +26413,17 @@ def test_a_text_for_a_closed_conversation_is_no_draft_of_another(at_keys, begun,
     assert at_keys.editor.text == (kept or "/go #tea")
 
 
+def test_a_draft_is_stored_when_its_conversation_is_left(at_keys):
+    def stored():
+        at_keys.core.store.flush()
+        return {room.name: room.draft for room in at_keys.core.store.rooms()}
+
+    at_keys.take(b"for tea\x1b1")
+    assert at_keys.core.here == "#den" and stored() == {"#den": "", "#tea": "for tea"}
+    at_keys.take(b"\x1b2")
+    assert at_keys.editor.text == "for tea" and stored() == {"#den": "", "#tea": ""}
+
+
 def test_a_text_begun_nowhere_is_for_the_first_conversation_that_there_is(at_keys):
     at_keys.take(b"/close #den\r/close #tea\r")
     hears(at_keys, ":alice!u@h PART #den", ":alice!u@h PART #tea")
