@@ -13127,6 +13127,9 @@ class Room:
         if when <= self.read_time:
             return False
         self.read_time = when
+        for n, view in enumerate(self.held or ()):
+            if (view.time or LAST_MOMENT) <= when:
+                self.held[n] = view._replace(past=True)
         self.count_unread()
         return True
 
@@ -14050,7 +14053,8 @@ class Joins:
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core = talk, talk.core
-        self.unanswered: dict[str, tuple[int, float]] = {}  # how many JOINs, and since when
+        # How many JOINs, and since when (ticks)
+        self.unanswered: dict[str, tuple[int, float]] = {}
         self.typed: dict[str, str] = {}  # that the user will look at once joined: their passwords
         self.refused: dict[str, float] = {}  # when to try again
         self.retried: set[str] = set()  # tried again: the user knows that they are refused
@@ -14060,11 +14064,18 @@ class Joins:
         self.talk.send("JOIN", room.name, *optional(room.password))
 
     def note_sent(self, name: str) -> None:
-        """Note that a JOIN was sent."""
+        """Note a JOIN. Its time begins when it is sent in its turn."""
         key = self.core.fold(name)
         self.refused.pop(key, None)
         count, _ = self.unanswered.get(key, (0, 0.0))
-        self.unanswered[key] = count + 1, self.core.ticks()
+        self.unanswered[key] = count + 1, math.inf
+
+    def note_time(self, line: str) -> None:
+        """Note the time at which a JOIN is sent."""
+        verb, params, _ = parse_message(line)
+        key = self.core.fold(params[0]) if verb == "JOIN" and params else ""
+        if key in self.unanswered:
+            self.unanswered[key] = self.unanswered[key][0], self.core.ticks()
 
     def note_typed(self, name: str, password: str) -> None:
         """Note that the user asks for a channel."""
@@ -14306,10 +14317,20 @@ class PlainTalk:
                     core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
-    bye = ping = leaves = renamed = watch = send = do_nothing
+    bye = ping = leaves = renamed = watch = send = tell_unsent = do_nothing
 
 
 # IRC: a connection
+
+
+def last_reactions(batch: Batch) -> list[ServerLine]:
+    """Return the last TAGMSG of a page about each reaction: one that was taken back is no news."""
+    last = {}
+    for item in batch.items:
+        if isinstance(item, ServerLine) and item.verb == "TAGMSG":
+            emoji = item.tags.get(REACT) or item.tags.get(UNREACT)
+            last[item.name, item.tags.get(REPLY), emoji] = item
+    return [*last.values()]
 
 
 class IrcTalk:
@@ -14450,6 +14471,7 @@ class IrcTalk:
         else:
             return False
         self.history.note_time(line)
+        self.joins.note_time(line)
         self.budget.tokens -= max(1.0, 0.5 + len(line.encode()) / PACE_BYTES)
         self.core.output.append(line)
         return True
@@ -14480,6 +14502,15 @@ class IrcTalk:
 
     def bye(self, reason: str) -> None:
         self.send_at_once("QUIT", reason)
+
+    def tell_unsent(self) -> None:
+        """Tell the user which commands had to wait for too long: the connection has ended. Channels
+        are joined over the next one."""
+        verbs = [parse_message(line).verb for line, _ in self.queue]
+        lost = [verb for verb in verbs if verb != "JOIN"]
+        if lost and not self.core.quitting:
+            self.core.note(f"not sent, the connection has ended: {', '.join(dict.fromkeys(lost))}")
+            self.core.refusals += len(lost)
 
     def ping(self) -> None:
         """Send a PING, to learn whether the server is still there."""
@@ -14700,9 +14731,8 @@ class IrcTalk:
                 if isinstance(item, ServerLine) and item.verb == "REDACT" and len(item.params) > 1:
                     self.core.incoming.redact(item.params[1])
             self.history.take_page(label, batch.target, self.views_of(batch))
-            for item in batch.items:  # reactions, to these or to earlier ones
-                if isinstance(item, ServerLine) and item.verb == "TAGMSG":
-                    self.act(item)
+            for heard in last_reactions(batch):  # to these messages or to earlier ones
+                self.act(heard)
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
                 self.core.incoming.message(view, batch.opening)
@@ -16056,6 +16086,7 @@ class Rooms(dict[str, Room]):
         if core.store:
             core.stored.load(room)
             self.keep(room)
+        core.outgoing.show_again(room)
         core.changed(room)
         return room
 
@@ -16822,11 +16853,20 @@ class Outgoing:
         return self.core.timed(view._replace(own_id=message.id, reply=message.reply))
 
     def _show(self, message: Waiting, text: str) -> None:
-        self.shown.add(message.id)
         room = self.core.rooms.open(message.where)
+        self.shown.add(message.id)
+        self.core.show(self._add_row(room, message, text))
+
+    def _add_row(self, room: Room, message: Waiting, text: str) -> ViewEvent:
         view = self._view(message, text, accepted_at(message.id))._replace(room=room.id)
         room.views.append(view)
-        self.core.show(view)
+        return view
+
+    def show_again(self, room: Room) -> None:
+        """Show the messages that wait for a conversation, which had been closed, in it."""
+        for message in self.waiting_for(room):
+            if message.id in self.shown:
+                self._add_row(room, message, message.text)
 
     def _unshow(self, message: Waiting) -> None:
         """Remove a message that was shown as waiting from its conversation."""
@@ -16923,7 +16963,8 @@ class Outgoing:
         room = core.rooms.open(core.outbox.waiting[own_id].where)
         if room.is_channel and not room.inside and core.ready:
             room.wanted = True
-            core.talk.joins.join(room)
+            if not core.talk.joins.waits(room.name):
+                core.talk.joins.join(room)
 
     def cancel(self, own_id: str) -> None:
         """Drop a message that is not in flight."""
@@ -17055,7 +17096,7 @@ class ClientCore:
     regain_at = 0.0  # ... and ask for it at this time
     # The outcome of messages
     failures = 0  # messages that did not arrive, or that were not kept
-    refusals = 0  # commands that the server refused, of a pipe
+    refusals = 0  # commands of a pipe that the server refused, or that were not sent
     progress = 0  # number of acknowledged messages and of missing pages that came
     acknowledged = False  # some message was, over this connection
     page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
@@ -17266,6 +17307,7 @@ class ClientCore:
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         if talk:
             talk.joins.want_typed()
+            talk.tell_unsent()
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
@@ -17550,6 +17592,7 @@ def do_join(core: ClientCore, words: str) -> None:
         most = core.server.limit("CHANNELLEN", IRC_BYTES)
         if len(channel.encode()) > most:
             raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
+        password = password or (room.password if room else "")
         core.talk.joins.note_typed(channel, password)
         core.talk.command("JOIN", channel, *optional(password))
         core.talk.joins.note_sent(channel)
@@ -24651,7 +24694,7 @@ class Filter(Client):
         if failures and not reason:
             reasons.append(f"{counted(failures, 'message')} did not arrive")
         if self.core.refusals and not reason:
-            reasons.append(f"{counted(self.core.refusals, 'command')} refused")
+            reasons.append(f"{counted(self.core.refusals, 'command')} refused or not sent")
         login = self.options.login
         if login and self.was_up and not self.core.me.account:
             reasons.append(f"not logged in as {login.account}")
@@ -25033,6 +25076,9 @@ class TerminalClient(ManyServers):
         self.editor.set(after.draft if after else "")
         if after:
             after.draft = ""
+        for seat, room in self.places():
+            if room in (before, after):
+                seat.core.rooms.keep(room)
 
     def take_back(self, core: ClientCore, view: ViewEvent) -> None:
         """Give a text that was not accepted back to the conversation in which it was entered: as a
@@ -27715,7 +27761,7 @@ def run_client(args: argparse.Namespace) -> int:
         Trust(args.ca, args.pin, args.insecure, args.client_cert),
         None if args.no_state else args.data or data_folder() / "client",
         args.password or "",
-        tuple(filter(None, args.join.split(","))),
+        tuple(filter(None, ",".join(args.join).split(","))),
         args.commands or sys.stdin.isatty(),  # TERM=dumb: who types /login says no password
         login,
         None if args.no_state else args.data or config_folder(),
@@ -27914,7 +27960,8 @@ def add_client(commands: Any) -> None:
     address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
     add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)
-    add("--join", type=join_option, default="", metavar="#A,#B", help="channels to enter at once")
+    join = "channels to enter at once; may be repeated"
+    add("--join", type=join_option, action="append", default=[], metavar="#A,#B", help=join)
     add("--commands", action="store_true", help="lines of a pipe may be commands")
     add_client_options(add)
     client.set_defaults(run=run_client)

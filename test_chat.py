@@ -15872,6 +15872,18 @@ def test_history_that_does_not_come_hides_nothing():
     assert alice.said() == ["#lobby bob: late"]
 
 
+def test_what_is_read_on_another_device_while_a_page_is_on_its_way_is_no_news():
+    alice = Elsewhere(caps=f"{PAGES_OF} draft/read-marker", clock=lambda: 2e9, join=["#a", "#b"])
+    times = [f"2026-01-01T00:00:0{n}.000Z" for n in range(3)]
+    for n, when in enumerate(times):
+        alice.hears(f"@time={when};msgid={n} :bob!u@h PRIVMSG #b :alice, {n}")
+    alice.hears(f":alice!u@h MARKREAD #b timestamp={times[1]}")
+    assert alice.said() == []
+    alice.hears("BATCH +1 chathistory #b", "BATCH -1")
+    assert alice.said() == [f"#b bob: alice, {n}" for n in range(3)]
+    assert (alice.core.find("#b").unread, alice.core.find("#b").called) == (1, 1)
+
+
 @pytest.mark.parametrize(
     "tags, pages", [("time=2026-01-01T00:00:0N.000Z", 3), ("msgid=N", 3), ("x", 1)]
 )
@@ -16814,6 +16826,8 @@ def test_a_channel_is_joined_again_with_the_password_that_it_has_now(modes, line
     alice.core.connected()
     alice.hears("001 alice :x")
     assert line in alice.sent()
+    alice.hears(":alice!u@h JOIN #k", ":op!u@h KICK #k alice").types("/join #k")
+    assert line in alice.sent(9)
 
 
 @pytest.mark.parametrize("symbol", ["= ", "@ ", ""])
@@ -16992,6 +17006,23 @@ def test_a_kick_leaves_what_waits_to_the_user_and_hinders_no_command():
     assert len(alice.core.outbox.parked) == 3
     alice.types("/join #lobby")
     assert [line for line in alice.sent(9) if "PRIVMSG" in line and "two" in line] == []
+
+
+def test_a_conversation_that_is_opened_again_shows_the_messages_that_wait_for_it():
+    alice = Elsewhere()
+    alice.hears(":op!u@h KICK #lobby alice :out")
+    alice.types("one", "two", "/close", "/join #lobby").hears(":alice!u@h JOIN #lobby")
+    room = alice.core.room
+    assert [view.text for view in room.views] == ["one", "two"]
+    alice.types("/cancel")
+    assert room.name == "#lobby" and [*room.views] == []
+
+
+def test_several_messages_that_are_tried_again_are_one_reason_to_join_their_channel():
+    alice = Elsewhere()
+    alice.hears(":op!u@h KICK #lobby alice :out")
+    alice.types("one", "two", "/retry")
+    assert alice.sent(9).count("JOIN #lobby") == 1
 
 
 def test_a_pipe_that_is_put_out_of_its_channel_speaks_to_no_other_conversation():
@@ -17933,6 +17964,27 @@ def test_a_join_that_is_not_answered_holds_nothing_up_for_ever():
     alice.views += alice.core.say("hello")
     alice.sent(chat.JOIN_SECONDS + 5)
     assert len(alice.core.outbox.parked) == 1 and alice.core.idle
+
+
+@pytest.mark.parametrize("quits", [False, True])
+def test_commands_that_wait_when_the_connection_ends_are_told(quits):
+    alice = Elsewhere(tidy=False)
+    alice.types(*["/topic #lobby tea"] * 9, "/away x", "/join #x", "/topic #lobby tea")
+    unsent = 11 - alice.sent().count("TOPIC #lobby tea")
+    if quits:
+        alice.core.leave()
+    alice.views += alice.core.disconnected()
+    told = ["not sent, the connection has ended: TOPIC, AWAY"]
+    assert (alice.kinds("note"), alice.core.refusals) == (([], 0) if quits else (told, unsent))
+
+
+def test_the_time_of_a_join_begins_when_it_is_sent():
+    alice = Elsewhere(tidy=False)
+    alice.types(*["/raw LUSERS"] * 60, "/join #x", "hello")
+    assert "JOIN #x" not in alice.sent(chat.JOIN_SECONDS + 9)
+    assert not alice.core.outbox.parked and "JOIN #x" in alice.sent(chat.JOIN_SECONDS + 9)
+    alice.sent(chat.JOIN_SECONDS)
+    assert len(alice.core.outbox.parked) == 1
 
 
 def test_a_channel_can_be_left_before_we_are_in_it():
@@ -19077,8 +19129,9 @@ def test_reactions_made_while_a_client_was_away_are_told_to_it_below_the_message
     assert alice.core.reactions.of(said.id) == {"+1": ["carol"], "yes": ["carol"]}
     views = alice.views[seen:]
     kinds = [view.kind for view in views if view.kind in ("message", chat.REACTED)]
-    assert kinds == ["message"] * (1 if known else 2) + [chat.REACTED] * 4
+    assert kinds == ["message"] * (1 if known else 2) + [chat.REACTED] * 2
     seen = len(alice.views)
+    alice.typed("/history")
     alice.drop()
     alice.connect()
     exchange_all(alice, bob, carol)
@@ -26361,6 +26414,17 @@ def test_a_text_for_a_closed_conversation_is_no_draft_of_another(at_keys, begun,
     assert at_keys.editor.text == (kept or "/go #tea")
 
 
+def test_a_draft_is_stored_when_its_conversation_is_left(at_keys):
+    def stored():
+        at_keys.core.store.flush()
+        return {room.name: room.draft for room in at_keys.core.store.rooms()}
+
+    at_keys.take(b"for tea\x1b1")
+    assert at_keys.core.here == "#den" and stored() == {"#den": "", "#tea": "for tea"}
+    at_keys.take(b"\x1b2")
+    assert at_keys.editor.text == "for tea" and stored() == {"#den": "", "#tea": ""}
+
+
 def test_a_text_begun_nowhere_is_for_the_first_conversation_that_there_is(at_keys):
     at_keys.take(b"/close #den\r/close #tea\r")
     hears(at_keys, ":alice!u@h PART #den", ":alice!u@h PART #tea")
@@ -26473,6 +26537,16 @@ def test_the_nick_in_a_url_is_used_on_that_server(at_keys):
 def test_words_too_many_after_join_are_refused(words, taken):
     with contextlib.nullcontext() if taken else pytest.raises(chat.argparse.ArgumentTypeError):
         assert chat.join_option(words) == words
+
+
+def test_channels_to_be_joined_may_be_given_one_by_one(monkeypatch):
+    joined, client = [], types.SimpleNamespace(run=lambda: "", close=lambda: None)
+    for kind in ("Filter", "TerminalClient"):
+        monkeypatch.setattr(chat, kind, lambda options: joined.append(options.join) or client)
+    words = "client alice --no-state --join #a,#b --join #c"
+    for args in (words.split(), ["client", "alice", "--no-state"]):
+        chat.run_client(chat.command_line().parse_args(args))
+    assert joined == [("#a", "#b", "#c"), ()]
 
 
 # ======================================================================================
