@@ -396,7 +396,7 @@ CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one 
 ADDRESS_SECONDS = 15.0  # between two looks whether the budget of an address is full again
 
 # Of our clients' connections
-LISTEN_SECONDS = 1.0  # how long our client waits for a server to speak first ...
+LISTEN_SECONDS = 1.5  # our client waits for a server, perhaps a busy one, to speak first ...
 LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the longer
 CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshake
 BACKOFF_FIRST = 0.5  # seconds before the first attempt to reconnect
