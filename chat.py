@@ -17877,36 +17877,29 @@ def service_words(words: Iterable[str]) -> str:
 
 
 def command_that_is_sent(
-    verb: str, syntax: str, summary: str, least: int, secret: bool = False, service: bool = False
+    verb: str, syntax: str, summary: str, secret: bool = False, service: bool = False
 ) -> None:
     """Define a command that passes its words to the command of the server, or of its service, with
-    the same name."""
+    the same name. Words in brackets may be left out; a channel is then the current one."""
+    parts = syntax.split()
+    least = sum(not part.startswith("[") for part in parts)
 
     def pass_on(core: ClientCore, *words: str) -> None:
+        if not words and syntax.startswith("[#CHANNEL"):
+            words = (asked_channel(core),)
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
         core.talk.answers.expect(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
-    client_command(verb, least, least or 1, exact=secret)(pass_on)
+    client_command(verb, least, len(parts), exact=secret)(pass_on)
 
 
-command_that_is_sent("list", "[MASK]", "which channels there are", 0)
-command_that_is_sent("oper", "NAME PASSWORD", "operate the server", 2, secret=True)
-
-
-@client_command("whois", 1, 2)
-def do_whois(core: ClientCore, *words: str) -> None:
-    """/whois [SERVER] NAME -- what is known of a user"""
-    core.talk.command("WHOIS", *words)
-
-
-@client_command("who", most=1)
-def do_who(core: ClientCore, mask: str = "") -> None:
-    """/who [#CHANNEL|MASK] -- list users with their addresses"""
-    core.talk.command("WHO", mask or asked_channel(core))
-    core.talk.answers.expect("WHO")
+command_that_is_sent("list", "[MASK]", "which channels there are")
+command_that_is_sent("oper", "NAME PASSWORD", "operate the server", secret=True)
+command_that_is_sent("whois", "[SERVER] NAME", "what is known of a user")
+command_that_is_sent("who", "[#CHANNEL|MASK]", "list users with their addresses")
 
 
 @client_command("register", most=2, exact=True)
@@ -17963,9 +17956,9 @@ def do_passwd(core: ClientCore, *words: str) -> None:
     core.talk.command("PRIVMSG", SERVICE, f"PASSWD {service_words((old, words[-1]))}")
 
 
-command_that_is_sent("drop", "PASSWORD", "give up your account", 1, secret=True, service=True)
+command_that_is_sent("drop", "PASSWORD", "give up your account", secret=True, service=True)
 DISOWN_SUMMARY = "let a channel that you founded end with its last member"
-command_that_is_sent("disown", "#CHANNEL", DISOWN_SUMMARY, 1, service=True)
+command_that_is_sent("disown", "#CHANNEL", DISOWN_SUMMARY, service=True)
 
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
