@@ -28513,10 +28513,10 @@ def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(display, runn
 def test_a_window_under_nohup_outlives_its_terminal():
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in names}
-    bell = types.SimpleNamespace(heed_signals=chat.do_nothing)
+    waker = types.SimpleNamespace(wake_on_signals=chat.do_nothing)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        gui_client.heed_signals(types.SimpleNamespace(interrupt=chat.do_nothing, bell=bell))
+        gui_client.heed_signals(types.SimpleNamespace(interrupt=chat.do_nothing, waker=waker))
         heard = [signal.getsignal(number) for number in names]
     finally:
         for number, handler in before.items():
