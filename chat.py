@@ -1478,13 +1478,14 @@ def address_key(host: str, own: str = "") -> str:
 
 
 class Throttle:
-    """A limit on failed attempts, by (address, subject) and by address alone. So a user at another
-    address cannot lock the owner of an account out. Times are of the monotonic clock."""
+    """A limit on attempts, by (address, subject) and by address alone. So a user at another address
+    cannot lock the owner of an account out. succeeded() takes an attempt back. Times are of the
+    monotonic clock."""
 
     def __init__(self, most: int, seconds: int, most_an_address: int):
         self.most, self.most_an_address = most, most_an_address
         self.milliseconds = seconds * 1000
-        self.failures: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
+        self.attempts: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
 
     @staticmethod
     def key(host: str, subject: str | None) -> tuple[str, str | None]:
@@ -1492,7 +1493,7 @@ class Throttle:
         return host, subject and fold(cut(subject, 2 * NAME_BYTES))
 
     def count(self, host: str, subject: str | None, now: int) -> int:
-        count, until = self.failures.get(self.key(host, subject), (0, 0))
+        count, until = self.attempts.get(self.key(host, subject), (0, 0))
         return count if now < until else 0
 
     def wait(self, host: str, subject: str, now: int) -> int:
@@ -1501,41 +1502,41 @@ class Throttle:
         most_of_subject = self.most if is_account else LOGIN_TRIES_SERVER
         for one, most in ((subject, most_of_subject), (None, self.most_an_address)):
             if self.count(host, one, now) >= most:
-                _, until = self.failures[self.key(host, one)]
+                _, until = self.attempts[self.key(host, one)]
                 return (until - now) // 1000 + 1
         return 0
 
     def begin(
         self, host: str, subject: str, now: int, code: str = "TRY_LATER", *about: str
     ) -> None:
-        """Count an attempt as failed until succeeded(). Raises Refused after too many of these."""
+        """Count an attempt, until succeeded(). Raises Refused after too many of these."""
         if seconds := self.wait(host, subject, now):
             raise Refused(code, f"too many failures; try again in {seconds} s", *about)
-        self.failed(host, subject, now)
+        self.add(host, subject, now)
 
-    def failed(self, host: str, subject: str, now: int) -> None:
-        """Count a failed attempt. A full table forgets those with the fewest failures."""
+    def add(self, host: str, subject: str, now: int) -> None:
+        """Count an attempt. A full table forgets the entries with the fewest."""
         for one in (subject, None):
             count = self.count(host, one, now) + 1
-            self.failures[self.key(host, one)] = count, now + self.milliseconds
-        if len(self.failures) > LOGIN_FAILURES_KEPT:
+            self.attempts[self.key(host, one)] = count, now + self.milliseconds
+        if len(self.attempts) > LOGIN_FAILURES_KEPT:
             self.sweep(now)
-        if len(self.failures) > LOGIN_FAILURES_KEPT:  # all of it still counts: forget a tenth, the
-            # fewest failures first, so that a client that fills the table is not forgotten by that
-            ranked = sorted(self.failures, key=lambda key: (self.failures[key], key[0]))
+        if len(self.attempts) > LOGIN_FAILURES_KEPT:  # all of it still counts: forget a tenth, the
+            # fewest attempts first, so that a client that fills the table is not forgotten by that
+            ranked = sorted(self.attempts, key=lambda key: (self.attempts[key], key[0]))
             for key in ranked[: LOGIN_FAILURES_KEPT // 10]:
-                del self.failures[key]
+                del self.attempts[key]
 
     def sweep(self, now: int) -> None:
-        """Forget the failures that do not count any more."""
-        self.failures = {key: one for key, one in self.failures.items() if now < one[1]}
+        """Forget the attempts that do not count any more."""
+        self.attempts = {key: one for key, one in self.attempts.items() if now < one[1]}
 
     def succeeded(self, host: str, subject: str) -> None:
-        """Forget the failures for a subject, and one failure of the address: that of begin()."""
-        self.failures.pop(self.key(host, subject), None)
-        count, until = self.failures.pop((host, None), (0, 0))
+        """Forget the attempts for a subject, and one of the address: that of begin()."""
+        self.attempts.pop(self.key(host, subject), None)
+        count, until = self.attempts.pop((host, None), (0, 0))
         if count > 1:
-            self.failures[host, None] = count - 1, until
+            self.attempts[host, None] = count - 1, until
 
 
 # ======================================================================================
@@ -5076,7 +5077,7 @@ def register_nick(
         text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
     if not is_loopback(host):
-        accounts.made.failed(host, "", ticks)
+        accounts.made.add(host, "", ticks)
     verifier = yield do(session.later, PASSWORD_LANE, make_verifier, password)
     check_registration(session, nick, wanted, email)  # another user may have been quicker
     if by_mail:
@@ -14484,8 +14485,8 @@ class IrcTalk:
         return not done and (self.carries(message) or self.waits(message))
 
     def _may_catch_up(self) -> bool:
-        """Return whether pages may be requested. Waiting messages go first, because one page can
-        use all that a bad connection carries."""
+        """Return whether pages may be requested. Before the first acknowledgement of a connection,
+        waiting messages go first, because one page can use all that a bad connection carries."""
         outbox = self.core.outbox
         waiting = outbox.in_flight or outbox.next(self.carries, self.order)
         return self.core.acknowledged or not waiting
@@ -17061,9 +17062,10 @@ class ClientCore:
 
     Call connected() for each new connection, feed() with the bytes received, silence() if the
     server sends nothing, and disconnected() at the end. Send the bytes that take_output() returns.
-    typed() takes the user's text; without a connection the text waits. `tidy` is for a screen: the
-    core then asks for the latest messages. `later` runs a job off the loop. `clock` is wall time
-    and `ticks` monotonic time, in seconds.
+    typed() takes the user's text; without a connection the text waits. `tidy` is true for a client
+    with a screen and false for a pipe: only a screen asks for the latest messages, keeps other
+    conversations in view, and can ask its user. `later` runs a job off the loop. `clock` is wall
+    time and `ticks` monotonic time, in seconds.
 
     The parts of the core (rooms, people, typing, incoming, outgoing ...) own what lasts longer than
     a connection; the parts of its talk own what ends with one. All tell the screen by show()."""

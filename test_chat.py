@@ -1230,8 +1230,8 @@ def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     assert not throttle.wait("10.0.0.1", "bob", now)
     assert not throttle.wait("10.0.0.1", "alice", now + 61_000)
     for n in range(3 * chat.LOGIN_FAILURES_KEPT):
-        throttle.failed(f"host{n}", "alice", now)
-    assert len(throttle.failures) <= chat.LOGIN_FAILURES_KEPT
+        throttle.add(f"host{n}", "alice", now)
+    assert len(throttle.attempts) <= chat.LOGIN_FAILURES_KEPT
     with pytest.raises(chat.Refused):  # an address that fills the table is not forgotten by that
         throttle.begin("10.0.0.1", "alice", now)
 
@@ -1956,10 +1956,10 @@ def test_a_full_table_of_failures_forgets_the_fewest_ones_and_none_before_it_is_
     monkeypatch.setattr(chat, "LOGIN_FAILURES_KEPT", 20)
     throttle = chat.Accounts().throttle
     for _ in range(3):
-        throttle.failed("192.0.2.255", "alice", 0)
+        throttle.add("192.0.2.255", "alice", 0)
     for n in range(1, hosts):
-        throttle.failed(f"192.0.2.{n}", "alice", n)
-    assert len(throttle.failures) == kept
+        throttle.add(f"192.0.2.{n}", "alice", n)
+    assert len(throttle.attempts) == kept
     assert throttle.count("192.0.2.255", "alice", hosts) == 3
 
 
@@ -2349,11 +2349,11 @@ def test_an_ipv6_address_counts_as_its_network_unless_others_share_that(host, ow
 @pytest.mark.parametrize("name", ["x" * 16_000, "\ufdfa" * 5000, MARKS])
 def test_an_attempt_at_a_long_name_takes_little_memory(name):
     throttle = chat.Accounts().throttle
-    throttle.failed("10.0.0.1", name, 10**9)
-    assert sum(len((key or "").encode()) for _, key in throttle.failures) < 2000
+    throttle.add("10.0.0.1", name, 10**9)
+    assert sum(len((key or "").encode()) for _, key in throttle.attempts) < 2000
     assert throttle.count("10.0.0.1", name, 10**9) == 1
     throttle.succeeded("10.0.0.1", name)
-    assert not throttle.failures
+    assert not throttle.attempts
 
 
 def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often():
@@ -14900,7 +14900,7 @@ def test_a_log_in_that_cannot_be_had_just_now_is_waited_for():
     again = Pair(house, "alice", login=login)
     again.drop()
     for _ in range(chat.LOGIN_TRIES):
-        house.hub.accounts.throttle.failed("127.0.0.1", "alice", house.hub.ticks)
+        house.hub.accounts.throttle.add("127.0.0.1", "alice", house.hub.ticks)
     again.connect()
     assert again.core.cause == chat.TEMPORARY and "too many" in again.core.refusal
     assert "alice2" not in house.hub.users
