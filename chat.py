@@ -45,6 +45,10 @@ logs events; the store keeps them; wires render them. Once a turn:
     commit  write the turn's events and records to SQLite in one transaction
     write   turn the log into bytes, one write per connection
 
+In a client, typed text is a command or a message; a message waits in the outbox until the server
+has acknowledged it. The talk turns the server's lines into views; a room keeps them; a screen
+draws them.
+
 Glossary:
 
     line      the bytes between two newlines on the wire
@@ -67,6 +71,7 @@ Glossary:
     view      one thing that a client shows; the stream of them is all that a screen gets
     key       a name folded for comparison; two names with one key are the same name
     dedup key the sender's own id of a message: under one id there is one message
+    core      a client's side of one server, with neither a screen nor a socket (class ClientCore)
     room      a channel or private conversation as a client knows it
     talk      a client's dialogue over one connection: in IRC, or the workshop's protocol
     outbox    messages that a client accepted and no server acknowledged
@@ -1511,7 +1516,7 @@ class Throttle:
     ) -> None:
         """Count an attempt, until succeeded(). Raises Refused after too many of these."""
         if seconds := self.wait(host, subject, now):
-            raise Refused(code, f"too many failures; try again in {seconds} s", *about)
+            raise Refused(code, f"too many attempts; try again in {seconds} s", *about)
         self.add(host, subject, now)
 
     def add(self, host: str, subject: str, now: int) -> None:
@@ -12318,8 +12323,14 @@ def dialect_of(first_line: bytes) -> str:
 # ======================================================================================
 # A client's conversation without a screen or a socket: bytes and typed text in, views and bytes
 # out. The terminal and the window drive the same object. The core first finds out the kind of the
-# server. Then a talk (IrcTalk, PlainTalk) handles the protocol until the connection ends. Rooms and
-# outbox belong to the core, because they outlast a connection.
+# server. Then a talk (IrcTalk, PlainTalk) handles the protocol until the connection ends.
+#
+# A thing that ends with the connection belongs to the talk: the rest of a message (MessageLines),
+# Acknowledgements, HistoryRequests, Joins and WantedAnswers. A thing that outlasts it belongs to
+# the core, in the part that is named after it: Rooms, People, Typing, Reactions, IgnoreList,
+# TransferList, KnownMessages and StoredMessages. Texts go from TypedText to Outgoing and the
+# outbox, and then to the talk; lines of the server go from the talk to Incoming, to their room and
+# to show().
 #
 # No message is lost or doubled. A message stays in the outbox until the server has acknowledged it,
 # and is sent again under the same id. A room knows the last message up to which it holds
@@ -22953,8 +22964,9 @@ class Transfers:
 # TERMINAL
 # ======================================================================================
 # Keys in, a line out, and a picture of it between. All of it is pure but RawTerminal at
-# the end. To add a key, give its bytes a name in KEY_NAMES and the name a method in
-# LineEditor.KEYS. The sequences are those of xterm, which every terminal imitates.
+# the end. To add a key, give its bytes a name in KEY_NAMES, and the name a method: in
+# LineEditor.KEYS if the method needs the line alone, else in TerminalClient.KEYS. Help about
+# keys is in CLIENT_KEYS. The sequences are those of xterm, which every terminal imitates.
 #
 # On the screen is one conversation, which scrolls as terminals do, and below it are two
 # rows: the status, and the line being typed. New text is written over them, and they

@@ -1829,7 +1829,7 @@ def test_failures_count_together_whichever_way_they_came():
     house.heard("mallory")
     house.say("mallory", "NS IDENTIFY alice password")
     house.turn()
-    assert "too many failures" in house.heard("mallory")[-1]
+    assert "too many attempts" in house.heard("mallory")[-1]
 
 
 def test_a_name_that_another_device_has_is_taken():
