@@ -1758,8 +1758,8 @@ class SessionContext:
         self.references = itertools.count(1)  # of batches
 
     def has_content(self, file: StoredFile) -> bool:
-        """Return whether this server has the content of a file, and no other node of its cluster. A
-        file of before the cluster is wherever the data folder was copied to."""
+        """Return whether this server has the content of a file, and no other node of its cluster.
+        An older file than the cluster is on each node to which the data folder was copied."""
         return self.cluster is None or file.node in ("", self.node)
 
     def reference(self) -> str:
@@ -3327,7 +3327,7 @@ class Hub:
         self.started, self.started_ticks = 0, 0
         self.work = 0.0  # of the line that is acted on, see WORK_PER_TOKEN
         self.turn = Turn()
-        self.journal: list[tuple] | None = None  # of all acts, for those who want to replay them
+        self.journal: list[tuple] | None = None  # of all acts, for a replay of them
         # Of a cluster
         self.cluster = ""  # its id
         self.nodes: dict[str, Node] = {}
@@ -5976,8 +5976,8 @@ class Backlog:
 
 
 class Retention:
-    """How much history is kept: `keep` rows of each conversation, foundings in which something was
-    said, and with a database in memory so many bytes. The rest is deleted in slices."""
+    """The limits on stored history: `keep` rows of each conversation, foundings in which something
+    was said, and the bytes of a database in memory. The rest is deleted in slices."""
 
     def __init__(self, store: "Store", keep: int):
         self.store, self.db, self.keep = store, store.db, keep
@@ -6663,7 +6663,7 @@ class NatsDialogue:
             raise NatsFailed(NOT_NATS)
 
     def _informed(self, text: str) -> None:
-        """Take what the server says of itself: at first, and when its cluster changes."""
+        """Handle an INFO of the server: the first one, and later ones about its cluster."""
         first = not self.info
         try:
             self.info = json.loads(text)
@@ -7450,7 +7450,7 @@ class Cluster:
             self._append()
 
     def begin_epoch(self) -> None:
-        """Begin a start of this node: its sessions of before have ended."""
+        """Begin a start of this node: the sessions of its last start have ended."""
         if self.serving:
             self.serving = False
             self.server.drop_clients("this node lost the others for a while; come back")
@@ -10136,7 +10136,7 @@ server_query(
     lambda s: s.reply(RPL_TIME, s.site.name, time_text(s.site.hub.now)),
 )
 server_query(
-    "TRACE [<server>] -- the way to a server: there is but this one",
+    "TRACE [<server>] -- the way to a server: this is the only one",
     lambda s: s.reply(RPL_TRACEEND, s.site.name, VERSION),
 )
 
@@ -10179,7 +10179,7 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
 
 
 def no_admin(session: IrcSession) -> None:
-    text = "the message of the day says whom to ask, if anything does"
+    text = "the message of the day may name a contact"
     raise Refused("NO_ADMIN", text, session.site.name)
 
 
@@ -10190,7 +10190,7 @@ def tell_info(session: IrcSession) -> None:
     session.reply(RPL_ENDOFINFO)
 
 
-server_query("ADMIN [<server>] -- whom to ask: see the message of the day", no_admin)
+server_query("ADMIN [<server>] -- the contact of the server: see the message of the day", no_admin)
 server_query("INFO [<server>] -- about this program", tell_info)
 
 
@@ -13574,8 +13574,8 @@ NOT_ECHOED = "the server took it and did not send it back"
 
 
 class Acknowledgements:
-    """How the client learns which of its messages the server has: by an echo, else by the PONG that
-    answers a PING behind them. An error of the server is about one of the lines sent last."""
+    """The acknowledgements of the client's messages: by an echo, else by the PONG that answers a
+    PING behind them. An error of the server is about one of the lines sent last."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
@@ -15921,7 +15921,7 @@ class Credentials:
         self.generated = False
 
     def _store(self) -> None:
-        """Store a password that the client made, or that there is none any more."""
+        """Store a password that the client made, or remove the stored one."""
         if self.generated and self.keep:
             try:
                 self.keep(self.login)
@@ -16210,7 +16210,7 @@ class Rooms(dict[str, Room]):
 
 
 class Typing:
-    """The users who are typing: the others learn it of this user, and the client of them."""
+    """Notices of typing: the client sends those of its user, and shows those of others."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -16229,7 +16229,8 @@ class Typing:
         core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
 
     def _may_tell(self, room: Room) -> bool:
-        """Return whether the user wants that, the server takes it, and nothing has to go first."""
+        """Return whether a notice may be sent: the user wants that, the server passes it on, and no
+        message waits."""
         core, outbox = self.core, self.core.outbox
         return (
             core.can("typing")
@@ -22848,7 +22849,7 @@ class Transfers:
         def answered(response: Response, text: str) -> None:
             there = whole_bytes(response.header("upload-offset"))
             if there <= at:
-                return self.broke(one, "the server takes nothing of it")
+                return self.broke(one, "the server does not accept its data")
             return self._send_from(one, token, there)
 
         self._go_on_from(one, at)
@@ -25061,8 +25062,8 @@ class TerminalClient(ManyServers):
 
     def change_drafts(self) -> None:
         """After a change of conversation, keep the old one's draft and restore the new one's. A
-        text begun in a conversation that has ended stays on the line, but is not sent; so does one
-        begun in none, which is for the first that there is."""
+        text begun in a conversation that has ended stays on the line, but is not sent; a text
+        begun before there was a conversation is for the first one."""
         before, after = self.writing_in, self.core.room
         self.writing_in = after
         left = {seat.link.ended for seat, room in self.places() if room is before}

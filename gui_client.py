@@ -122,7 +122,7 @@ class Server(NamedTuple):
     phase: str = chat.WAITING
     ready: bool = False
     status: str = ""
-    statuses: int = 0  # that there were
+    statuses: int = 0  # number of them so far
     retry_at: float = 0.0  # monotonic time of the next attempt; 0: none is planned
     waiting: int = 0  # messages that have not arrived
     parked: int = 0  # of these, messages that could not be sent
@@ -1075,7 +1075,7 @@ def emoji_names() -> dict[str, str]:
 
 
 def emoji_for(word: str) -> list[tuple[str, str]]:
-    """Return emoji with this in their name, and the names: the best ones first."""
+    """Return emoji with this text in their names, and the names: the best ones first."""
     word = word.lower()
     names = emoji_names()
     hits = [name for name in names if word in name]
@@ -2354,8 +2354,8 @@ class Waker:
 
 
 class Jobs:
-    """Work that may take a while, each piece in a thread of its own; what follows is done on Tk's.
-    Nothing of Tk goes to a thread: it could be the last to let go of it."""
+    """Work that may take a while, each piece in a thread of its own; its result is handled on
+    Tk's. No Tk object goes to a thread, which could be the last to hold it, and would free it."""
 
     def __init__(self, wake: Callable[[], None]):
         self.wake = wake
@@ -2754,7 +2754,8 @@ def bind_menu(widget: tk.Misc, popup: Callable[[Any], Any]) -> None:
 
 
 def bind_typing(widget: tk.Misc, typed: Callable[[str], None]) -> None:
-    """Give what is typed or pasted in a widget that takes no text to `typed`."""
+    """Call `typed` with the text that is typed or pasted while a widget without a field for text
+    has the focus."""
 
     def key(event: Any) -> str | None:
         text = whole(event.char)
@@ -5783,7 +5784,8 @@ class Writing(Acts):
             self.compose.editor.remember(event.text)
 
     def _edited(self) -> None:
-        """Keep a text that the user has changed, soon, and tell the others."""
+        """Store the changed text as a draft soon, and tell others about typing. Tk may not order
+        Hebrew or Arabic: then show the last line in order in the status row, too."""
         self.edited_at = time.monotonic()
         text = self.compose.content
         self.begun = self.begun and bool(text.strip())

@@ -1669,7 +1669,7 @@ def test_a_message_is_redacted_in_the_turn_of_a_rename(said, where, stored_befor
 
 
 def indexed_words(store):
-    """How often each word stands in the index, by the word."""
+    """Return the number of times that each word stands in the index, by the word."""
     index, counts = store.search_index.db, collections.Counter()
     for (part,) in index.execute("SELECT part FROM parts").fetchall():
         name = f"search_{part}"
@@ -4385,7 +4385,7 @@ JUNK_LINES = [line.strip() for line in JUNK_LINES.replace("\n", "|").split("|") 
 
 
 def sizes(root):
-    """How much every table holds that can be reached from an object, by the way to it."""
+    """Return the sizes of all tables that can be reached from an object, by the way to them."""
     found, seen, waiting = {}, set(), [("", root)]
     while waiting:
         path, value = waiting.pop()
@@ -7929,7 +7929,7 @@ alice< 266 alice 4 4 :Current global users 4, max 4
 alice> TIME chat.*
 alice< 391 alice chat.py :WHEN
 alice> ADMIN
-alice< 423 alice chat.py :No administrative info available; the message of the day says whom to ask, if anything does
+alice< 423 alice chat.py :No administrative info available; the message of the day may name a contact
 alice> INFO
 alice< 371 alice :chat.py 0.3: a chat in one file of plain Python,
 alice< 371 alice :for IRC clients, netcat, and terminals and windows of its own
@@ -28782,7 +28782,7 @@ def pour(guest, count, rate):
 
 
 def longest_silence(window, guest, count):
-    """How long, at most, the window had neither drawn nor answered while messages came."""
+    """Return the longest time without a drawing or an answer of the window while messages came."""
     beats = [time.monotonic()]
 
     def beat():
@@ -31018,7 +31018,7 @@ def nodes_of(path):
 
 
 def deepest(node, depth=0):
-    """How deep the blocks of a function are nested; elif does not count as deeper."""
+    """Return the depth of the blocks of a function; elif does not count as deeper."""
     found = depth
     parts = (
         getattr(node, name, ()) for name in ("body", "handlers", "orelse", "finalbody", "cases")
