@@ -1759,7 +1759,7 @@ class SessionContext:
 
     def has_content(self, file: StoredFile) -> bool:
         """Return whether this server has the content of a file, and no other node of its cluster.
-        An older file than the cluster is on each node to which the data folder was copied."""
+        A file from before the cluster is on each node to which the data folder was copied."""
         return self.cluster is None or file.node in ("", self.node)
 
     def reference(self) -> str:
@@ -12325,12 +12325,12 @@ def dialect_of(first_line: bytes) -> str:
 # out. The terminal and the window drive the same object. The core first finds out the kind of the
 # server. Then a talk (IrcTalk, PlainTalk) handles the protocol until the connection ends.
 #
-# A thing that ends with the connection belongs to the talk: the rest of a message (MessageLines),
-# Acknowledgements, HistoryRequests, Joins and WantedAnswers. A thing that outlasts it belongs to
-# the core, in the part that is named after it: Rooms, People, Typing, Reactions, IgnoreList,
-# TransferList, KnownMessages and StoredMessages. Texts go from TypedText to Outgoing and the
-# outbox, and then to the talk; lines of the server go from the talk to Incoming, to their room and
-# to show().
+# A thing that ends with the connection belongs to the talk: SaslLogin, the rest of a message
+# (MessageLines), Acknowledgements, HistoryRequests, Joins and WantedAnswers. A thing that outlasts
+# it belongs to the core, in the part that is named after it: Credentials, Rooms, People, Typing,
+# Reactions, IgnoreList, TransferList, KnownMessages and StoredMessages. Texts go from TypedText to
+# Outgoing and the outbox, and then to the talk; lines of the server go from the talk to Incoming,
+# to their room and to show().
 #
 # No message is lost or doubled. A message stays in the outbox until the server has acknowledged it,
 # and is sent again under the same id. A room knows the last message up to which it holds
