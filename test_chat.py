@@ -119,7 +119,7 @@ def pytest_generate_tests(metafunc):
 
 
 class Bugs(logging.Handler):
-    """Remembers the bugs of the server and of the window that were logged."""
+    """The logged bugs of the server and of the window."""
 
     def __init__(self):
         super().__init__()
@@ -21048,7 +21048,7 @@ def test_a_bug_costs_the_connection_it_happens_on_and_no_other(loop, pair, caplo
 
 
 class ScriptedSocket:
-    """Stands for a socket whose send() does what the script says."""
+    """A socket whose send() does what a script says."""
 
     def __init__(self, sock, script):
         self.sock, self.script, self.sent = sock, list(script), b""
