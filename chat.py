@@ -12487,7 +12487,8 @@ class ServerProfile:
         self.offered: dict[str, str] = {}  # capabilities and their values
         self.enabled: set[str] = set()
         self.requested: set[str] = set()  # after the registration; no answer yet
-        self.told = False  # 004 has come, and 005 if there is one
+        # 004 has come, and 005 if there is one, over this connection or an earlier one
+        self.told = before is not None and before.told
         self.isupport: dict[str, str] = {}  # facts of 005, and until then some of `before`
         for name in ("CASEMAPPING", "CHANTYPES"):
             if before and name in before.isupport:

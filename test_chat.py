@@ -17259,6 +17259,15 @@ def test_a_retried_message_is_not_confirmed_by_the_answer_to_an_older_ping():
     assert id in alice.core.outbox.waiting
 
 
+def test_what_is_said_before_a_server_welcomes_the_client_is_in_the_open_conversation():
+    alice = Elsewhere()
+    alice.hears(":bob[m]!u@h PRIVMSG alice :hi").types("/go bob[m]")
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.types("hello").hears("001 alice :Welcome", "004 alice x ircd a b")
+    assert [view.text for view in alice.core.find("bob{m}").views] == ["hi", "hello"]
+
+
 def test_what_an_earlier_server_at_an_address_said_does_not_bind_the_next_one():
     alice = Elsewhere("CASEMAPPING=ascii", "LINELEN=9000", "MONITOR=100")
     alice.core.disconnected()
