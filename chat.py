@@ -15215,7 +15215,7 @@ def take_channel_name(talk: IrcTalk, old: str, new: str) -> None:
         return
     if other is None:
         return core.rooms.rename(room, new)
-    core.outbox.readdress(lambda where: core.find(where) is room, other.name)
+    core.readdress(lambda where: core.find(where) is room, other.name)
     if core.room is room:
         core.rooms.go(other)
     return core.rooms.close(room)
@@ -16146,7 +16146,7 @@ class Rooms(dict[str, Room]):
         if core.ready and not room.is_channel:
             core.talk.watch([room.name], "-")
             core.talk.watch([name])
-        core.outbox.readdress(lambda where: core.fold(where) == old, name)
+        core.readdress(lambda where: core.fold(where) == old, name)
         if core.store:
             core.store.rename(old, core.fold(name))
         room.name = name
@@ -16368,6 +16368,13 @@ class TransferList(list[Transfer]):
         if self.core.store:
             self.core.store.forget_transfer(transfer)
         self._show(transfer)
+
+    def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
+        """Give the files for a conversation its new name."""
+        for transfer in list(self):
+            if is_old(transfer.room):
+                transfer.room = new
+                self.keep(transfer)
 
     def drop(self, transfer: Transfer) -> None:
         """Stop the transfer of a file, and forget it."""
@@ -17481,6 +17488,11 @@ class ClientCore:
         """Return a view with its time and the id of its conversation."""
         when = int(self.clock() * 1000) if view.time is None else view.time
         return view._replace(time=when, room=room.id if room else view.room)
+
+    def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
+        """Give the messages and files for a conversation its new name."""
+        self.outbox.readdress(is_old, new)
+        self.transfers.readdress(is_old, new)
 
     def changed(self, room: Room) -> None:
         """Tell the screens to draw the state of a conversation again."""

@@ -26034,6 +26034,16 @@ def test_a_file_that_changes_while_it_waits_is_not_sent(change, begun, tmp_path)
     assert [view.text for view in files.shown if "a.txt was not sent: " in view.text]
 
 
+def test_a_file_goes_to_the_user_who_has_another_nick_by_then(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, CREATED)
+    files.alice.hears(":bob!u@h PRIVMSG alice :hi")
+    files.start(chat.Transfer("1", True, "bob", str(tmp_path / "a.txt")))
+    files.alice.hears(":bob!u@h NICK rob", ":eve!u@h NICK bob")
+    files.last.done(chat.Response(204, {"upload-offset": ["10"]}), "")
+    assert [one.where for one in files.alice.core.outbox.waiting.values()] == ["rob"]
+
+
 def test_an_upload_that_is_dropped_is_removed_as_soon_as_the_server_can_be_asked(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"0123456789")
     files = InMemory(tmp_path, CREATED, (500, {}, b""), (503, {}, b""), (204, {}, b""))
