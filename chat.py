@@ -396,7 +396,7 @@ CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one 
 ADDRESS_SECONDS = 15.0  # between two looks whether the budget of an address is full again
 
 # Of our clients' connections
-LISTEN_SECONDS = 1.0  # how long our client waits for a server to speak first ...
+LISTEN_SECONDS = 1.5  # our client waits for a server, perhaps a busy one, to speak first ...
 LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the longer
 CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshake
 BACKOFF_FIRST = 0.5  # seconds before the first attempt to reconnect
@@ -5320,7 +5320,6 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
     "files": (str, str),
     "identities": (str, str),
     "markers": (str, str, int, int),
-    "offsets": (int, float),
     "starts": (int, int, str),
     "stays": (str, str),
 }
@@ -6442,6 +6441,12 @@ class Store:
             if tuple(map(type, row)) != types:
                 raise ValueError(f"a row of {table} has wrong values")
         return rows
+
+    def offsets(self) -> dict[int, float]:
+        """Return the offsets of the wall clock in seconds: see SureTime. Damaged ones are left out,
+        since they only delay deletions."""
+        rows = self.db.execute("SELECT step, seconds FROM offsets").fetchall()
+        return {n: seconds for n, seconds in rows if n in range(2**32) and type(seconds) is float}
 
     # Housekeeping
 
@@ -20193,7 +20198,7 @@ class SureTime:
 
     def __init__(self, loop: Loop, clock: Callable[[], float], hub: Hub, store: Store):
         self.loop, self.clock, self.hub, self.store = loop, clock, hub, store
-        self.offsets = dict(store.rows("offsets"))  # of the wall clock, by step of running
+        self.offsets = store.offsets()  # of the wall clock, by step of running
         self.began = loop.now - max(self.offsets, default=0) * SURE_STEP_SECONDS
 
     def __call__(self) -> float:
@@ -20206,7 +20211,7 @@ class SureTime:
         for old in [one for one in offsets if (step - one) * SURE_STEP_SECONDS > SURE_SECONDS]:
             del offsets[old]
             self._record("offset_gone", old)
-        return ran + min(offsets.values()) if ran >= SURE_SECONDS else 0.0
+        return max(0.0, ran + min(offsets.values())) if ran >= SURE_SECONDS else 0.0
 
     def _record(self, name: str, *values: Any) -> None:
         if not self.store.node:  # whose tables are those of all nodes
