@@ -16041,16 +16041,22 @@ class Rooms(dict[str, Room]):
             room.wanted = True
 
     def load(self, named: bool) -> None:
-        """Open the conversations of the last run; only those of --join if it `named` some. Load the
-        last messages of each."""
+        """Open the conversations of the last run, behind those of --join if it `named` some, which
+        are as they were left. Load the last messages of each."""
         self.rekey()
         stored = self.core.store.rooms()
         if stored and not named:
             self.clear()
-        for room in (*self.values(), *stored):
-            room = self.setdefault(self.core.fold(room.name), room)
-            if not room.views:
-                self.core.stored.load(room)
+        asked = dict(self)
+        for room in stored:
+            key = self.core.fold(room.name)
+            if key in asked:
+                room.password = asked[key].password or room.password
+                room.wanted = room.is_channel = True
+                self[key] = room
+            self.setdefault(key, room)
+        for room in self.values():
+            self.core.stored.load(room)
 
     def keep(self, room: Room) -> None:
         """Store that a conversation is open, and whether to join it again; delete a closed one."""

@@ -18485,6 +18485,26 @@ def test_typing_users_are_told_in_words(names, text):
     assert chat.typing_text(names) == text
 
 
+@pytest.mark.parametrize("join, password", [("#tea", "word"), ("#TEA new", "new")])
+def test_a_channel_that_is_joined_at_the_next_start_is_as_it_was_left(join, password):
+    db = chat.open_client_database(":memory:")
+
+    def started(*join):
+        store = chat.ClientStore(db, "here", "alice")
+        return chat.ClientCore("alice", join=join, store=store, clock=lambda: 2e9)
+
+    before = started("#first", "#tea word")
+    tea = before.rooms["#tea"]
+    before.rooms.mute(tea, True)
+    tea.draft, tea.read_time, tea.wanted = "half a", 1000, False
+    before.close_store()
+    after = started(join)
+    assert [room.name for room in after.rooms.values()] == ["#tea", "#first"]
+    room = after.room
+    assert (room.draft, room.muted, room.read_time) == ("half a", True, 1000)
+    assert room.wanted and room.password == password
+
+
 def test_a_muted_conversation_calls_no_one_and_stays_muted():
     alice, bob = two_screens()
     alice.typed("/mute")
