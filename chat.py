@@ -12505,10 +12505,14 @@ class ServerProfile:
         """Return the key of a name. Names with the same key are the same name to this server."""
         if self.ours:
             return fold(name)
-        mapping = self.isupport.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
+        mapping = self.case_mapping
         if mapping in UNICODE_MAPPINGS:
             return fold(name)
         return name.translate(CASE_MAPPINGS.get(mapping, CASE_MAPPINGS["ascii"]))
+
+    @property
+    def case_mapping(self) -> str:
+        return self.isupport.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
 
     @property
     def channel_types(self) -> str:
@@ -17175,7 +17179,7 @@ class ClientCore:
         """Store how the server compares names, since the keys of conversations depend on that."""
         if self.store:
             self.store.keep_fact("ours", "yes" if self.server.ours else "no")
-            self.store.keep_fact("CASEMAPPING", self.server.isupport.get("CASEMAPPING", ""))
+            self.store.keep_fact("CASEMAPPING", self.server.case_mapping)
 
     def close_store(self) -> None:
         """Store the open conversations and their drafts, and leave the outbox to another client."""
@@ -17748,7 +17752,7 @@ def do_nick(core: ClientCore, name: str) -> None:
 def do_history(core: ClientCore, *words: str) -> None:
     """/history [#CHANNEL|NAME] [N] -- what was said last"""
     count = whole_number(words[-1]) if words else None
-    name = words[0] if words and (len(words) > 1 or not count) else asked_room(core).name
+    name = words[0] if words and (len(words) > 1 or count is None) else asked_room(core).name
     if not core.talk.pages:
         raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
     limit = min(count or HISTORY_LINES, HISTORY_LINES_MOST)

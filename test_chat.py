@@ -18485,6 +18485,15 @@ def test_typing_users_are_told_in_words(names, text):
     assert chat.typing_text(names) == text
 
 
+def test_the_next_start_finds_what_was_said_on_a_server_that_does_not_tell_how_it_compares_names():
+    db = chat.open_client_database(":memory:")
+    alice = Elsewhere(store=chat.ClientStore(db, "here", "alice"), clock=lambda: 2e9)
+    alice.hears(":bob[m]!u@h PRIVMSG alice :hi")
+    alice.core.close_store()
+    again = chat.ClientCore("alice", store=chat.ClientStore(db, "here", "alice"))
+    assert [view.text for view in again.rooms["bob{m}"].views] == ["hi"]
+
+
 @pytest.mark.parametrize("join, password", [("#tea", "word"), ("#TEA new", "new")])
 def test_a_channel_that_is_joined_at_the_next_start_is_as_it_was_left(join, password):
     db = chat.open_client_database(":memory:")
