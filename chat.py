@@ -17000,12 +17000,13 @@ class TypedText:
         self.core = core
         self.doubted = ""  # a text that is sent if the user enters it again
         self.reply = ""  # the id of the message that the text answers
-        self.views_seen: float = math.inf  # how many were in the conversation when it was begun
+        # The views in the conversation when the text was begun; None if that was just now
+        self.seen: list[ViewEvent] | None = None
 
-    def take(self, text: str, room: Room | None, reply: str, seen: float) -> None:
+    def take(self, text: str, room: Room | None, reply: str, seen: list[ViewEvent] | None) -> None:
         """Take a text for a conversation, which is the current one meanwhile."""
         rooms, looked_at = self.core.rooms, self.core.room
-        self.reply, self.views_seen = reply, seen
+        self.reply, self.seen = reply, seen
         rooms.current = room or looked_at
         if text[:1] == "/" and text[:2] != "//":
             self._run(text)
@@ -17017,7 +17018,7 @@ class TypedText:
         stayed = room is not None and rooms.current is room
         if stayed and looked_at and self.core.find(looked_at.name) is looked_at:
             rooms.current = looked_at
-        self.reply, self.views_seen = "", math.inf
+        self.reply, self.seen = "", None
 
     def _give_back(self, text: str, why: str) -> None:
         self.core.show(ViewEvent(BACK, text), ViewEvent(NOTE, why))
@@ -17448,11 +17449,15 @@ class ClientCore:
     # Typed text
 
     def typed(
-        self, text: str, room: Room | None = None, reply: str = "", seen: float = math.inf
+        self,
+        text: str,
+        room: Room | None = None,
+        reply: str = "",
+        seen: list[ViewEvent] | None = None,
     ) -> list[ViewEvent]:
         """Take a command, or a message of one or several lines. `room` is the conversation of the
         text, perhaps not the current one. `reply` is the id of the message that the text answers.
-        `seen` views were there when the text was begun: "the last message" is one of these."""
+        The views in `seen` were there when it was begun: "the last message" is one of these."""
         self.input.take(text, room, reply, seen)
         self.flush()
         return self.take_views()
@@ -18067,8 +18072,10 @@ def numbered_view(
     first, *rest = [*words, ""]
     match, room = NTH.fullmatch(first), asked_room(core)
     number = int(match[1]) if match else 1
-    seen = [*room.views][: len(room.views) - max(0, room.views.total - core.input.views_seen)]
-    spoken = [view for view in seen if view.kind in SPOKEN and view.mine == mine]
+    spoken = [view for view in room.views if view.kind in SPOKEN and view.mine == mine]
+    if core.input.seen is not None:
+        seen = {view.own_id or identity_of(view) for view in core.input.seen}
+        spoken = [view for view in spoken if (view.own_id or identity_of(view)) in seen]
     if len(spoken) < number:
         raise Refused("NO_MESSAGE", "there is no such message here")
     if not spoken[-number].id:
@@ -24777,7 +24784,7 @@ class TerminalClient(ManyServers):
         self.painting: Timer | None = None  # what came too early for that
         self.was_ready = self.told_why = False
         self.late: set[str] = set()  # own ids of what has been waiting for a while
-        self.begun: float = math.inf  # views that there were when a command was begun
+        self.begun: list[ViewEvent] | None = None  # the views when a command was begun
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
         self.writing_in: Room | None = self.core.room  # the conversation that the line is for
         self.ended_room = ""  # the name of a closed one, while the line is a text begun there
@@ -24910,9 +24917,9 @@ class TerminalClient(ManyServers):
             self.editor.set(self.writing_in.draft if self.writing_in else "")
         self.link.typing(self.core.room, "" if self.ended_room else text)
         if text[:1] != "/":
-            self.begun = math.inf
-        elif self.begun == math.inf and self.core.room:
-            self.begun = self.core.room.views.total
+            self.begun = None
+        elif self.begun is None and self.core.room:
+            self.begun = [*self.core.room.views]
 
     def enter(self, text: str) -> None:
         """Handle an entered line. An empty one is no message, although it is one from netcat."""
@@ -24932,7 +24939,7 @@ class TerminalClient(ManyServers):
             self.go(place)
         elif text:
             self.link.typed(text.rstrip() if command else text, None, "", self.begun)
-            self.begun = math.inf
+            self.begun = None
 
     def refuse_late(self) -> None:
         """Keep a text from being sent to another conversation than the one it was begun in."""

@@ -18801,11 +18801,13 @@ def test_a_server_that_stood_stays_when_it_cannot_be_trusted_any_more():
 
 def test_the_last_message_is_the_one_that_was_there_when_the_command_was_begun():
     alice, bob = two_screens()
-    bob.typed("QUESTION")
+    for text in ("an answer", "QUESTION"):
+        bob.typed(text)
     alice.exchange()
-    begun = alice.core.room.views.total
-    bob.typed("something else")
-    alice.exchange()
+    begun = [*alice.core.room.views]
+    for text in ("spam", "/redact", "something else"):
+        bob.typed(text)
+        alice.exchange()
     alice.core.typed("/reply my answer", None, "", begun)
     exchange_all(alice, bob)
     assert bob.core.stored.answered_words(last_of(bob)) == "bob: QUESTION"
@@ -25147,7 +25149,7 @@ class Typist(chat.TerminalClient):
         self.link = types.SimpleNamespace(typing=chat.do_nothing, ask_older=lambda room: False)
         self.decoder, self.editor = chat.KeyDecoder(), chat.LineEditor(self.complete)
         self.cleared = self.asked = -math.inf
-        self.begun, self.told, self.left, self.ended_room = math.inf, [], False, ""
+        self.begun, self.told, self.left, self.ended_room = None, [], False, ""
 
     def show(self, views):
         self.told += views
