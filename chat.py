@@ -20161,12 +20161,17 @@ class ConnectionLimits:
     def _is_full(self, address: Address, count: int, most: int) -> bool:
         return count >= most and not is_loopback(address.key) and address.key not in self.proxies
 
-    def turn_away(self, sock: socket.socket, host: str, text: str) -> None:
+    def turn_away(self, loop: Loop, sock: socket.socket, host: str, text: str) -> None:
+        """Tell a client why it is not let in. Its socket lingers, unless many do: what the client
+        has sent meanwhile must not destroy the reason by a reset."""
         log.warning("%s turned away: %s", host, text)
-        sock.setblocking(False)
-        with contextlib.suppress(OSError):
-            sock.send(f"* {text}; try again later\n".encode())
-        sock.close()
+        conn = Connection(loop, sock)
+        conn.write(f"* {text}; try again later\n".encode())
+        conn.flush()
+        if len(loop.linger.waiting) < SPARE_DESCRIPTORS // 2:
+            conn.close()
+        else:
+            conn.drop(text)
 
     def turn_away_all(self, listening: socket.socket) -> bool:
         """Turn away the whole backlog, on the spare descriptor; return whether that worked."""
@@ -20176,7 +20181,11 @@ class ConnectionLimits:
         try:
             for _ in range(ACCEPTS_A_TURN):
                 sock, (host, *_) = listening.accept()
-                self.turn_away(sock, host, "this server has no file descriptors left (ulimit -n)")
+                text = "this server has no file descriptors left (ulimit -n)"
+                log.warning("%s turned away: %s", host, text)
+                with sock, contextlib.suppress(OSError):
+                    sock.setblocking(False)
+                    sock.send(f"* {text}; try again later\n".encode())
         except OSError as error:
             return isinstance(error, BlockingIOError)
         finally:
@@ -20976,9 +20985,9 @@ class Server:
         key = address_key(host, sock.getsockname()[0] if ":" in host else "")
         if self.cluster and (not self.cluster.serving or self.paused):
             text = "this server cannot reach the others"
-            return self.limits.turn_away(sock, host, text)
+            return self.limits.turn_away(self.loop, sock, host, text)
         if refusal := self.limits.refusal(len(self.peers), key, self.addresses.get(key)):
-            return self.limits.turn_away(sock, host, refusal)
+            return self.limits.turn_away(self.loop, sock, host, refusal)
         peer = Peer(self, sock, host, port, key)
         self.peers.add(peer)
         self.times.silent.add(peer)

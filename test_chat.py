@@ -21823,6 +21823,27 @@ def test_a_full_house_says_so(running):
     assert server.guest().rest() == b"* this server is full: 1 clients; try again later\n"
 
 
+@pytest.mark.parametrize("lingering", [0, chat.SPARE_DESCRIPTORS])
+def test_why_a_client_is_turned_away_reaches_also_one_that_spoke_first(loop, lingering):
+    """Else its own first lines would make a reset of the end. Not for those of a flood."""
+    options = chat.ServerOptions(listen=(("127.0.0.1", 0),), max_clients=1)
+    server = chat.Server(loop, options)
+    inside, guest = [Guest(server.listeners[0].address) for _ in range(2)]
+    loop.linger.waiting |= dict.fromkeys(range(lingering), math.inf)
+    guest.send("NICK x\r\nUSER x 0 * :x\r\n")
+    spin(loop, lambda: server.peers)
+    for _ in range(3):
+        loop.run_once(0)
+    assert guest.sock.recv(1000) == b"* this server is full: 1 clients; try again later\n"
+    with contextlib.nullcontext() if not lingering else pytest.raises(ConnectionResetError):
+        assert guest.sock.recv(1000) == b""
+    loop.linger.waiting = {conn: 0.0 for conn in loop.linger.waiting if not isinstance(conn, int)}
+    for one in (inside, guest):
+        one.close()
+    server.listeners[0].close()
+    server.close()
+
+
 def test_a_client_that_gives_no_name_is_closed(running, monkeypatch):
     monkeypatch.setattr(chat, "NAMING_SECONDS", 0.15)
     monkeypatch.setattr(chat, "GREETING_SECONDS", 0.05)
