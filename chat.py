@@ -10962,7 +10962,7 @@ class Request(NamedTuple):
     def host(self) -> str:
         """The host and port of the request: of its target if that is a whole URL, else of Host."""
         match = re.match(r"[a-z]+://([^/?#]*)", self.target, re.IGNORECASE)
-        return match[1] if match else self.header("host")
+        return (match[1] if match else self.header("host")).removesuffix(":")  # an empty port
 
     @property
     def keeps_alive(self) -> bool:

@@ -10830,6 +10830,7 @@ HEADS = [  # a request, and the status of its answer
     ("GET / HTTP/1.0\nHost: [localhost", 400),
     ("GET / HTTP/1.1\nHost: 192.168.1.5:7000", 200),
     ("GET / HTTP/1.1\nHost: [::1]:7000", 200),
+    ("GET / HTTP/1.1\nHost: localhost:", 200),  # RFC 3986: a port may be empty
     ("GET  / HTTP/1.1\nHost: localhost", 400),
     ("GET / x HTTP/1.1\nHost: localhost", 400),
     ("GET / HTTP/1.1\nHost : localhost", 400),  # a blank before the colon
