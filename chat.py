@@ -13,7 +13,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     ACCOUNTS        verifiers of passwords, SASL, limits on attempts
     DOMAIN          users, sessions, channels, audiences, the Hub, and the log of a turn
     ACTS            every change of shared state, by name
-    PASSWORDS       how a session proves that it may do something, in both dialects
+    PASSWORDS       how a session proves that it may do something, in every dialect
     STORE           accounts, states, history and its index in SQLite
     NATS            the log of a cluster: NATS's text protocol, and JetStream
     CLUSTER         a server as one of several: batches of acts, the log, snapshots of the Hub
@@ -26,7 +26,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     QR              a short text as a code for a camera
     --- waterline   below: sockets, clocks, threads, terminals
     LOOP            selector, timers, connections, helper threads, the log
-    SERVER          listeners, the five beats of the tick, limits, shutdown
+    SERVER          listeners, the five beats of a turn, limits, shutdown
     LINK            a client's connection: find the server, come back to it
     NODE            the connection of a cluster's node to its log
     TRANSFERS       files that a client sends and saves
@@ -1481,12 +1481,7 @@ class Throttle:
     """A limit on failed attempts, by (address, subject) and by address alone. So a user at another
     address cannot lock the owner of an account out. Times are of the monotonic clock."""
 
-    def __init__(
-        self,
-        most: int = LOGIN_TRIES,
-        seconds: int = LOGIN_WAIT_SECONDS,
-        most_an_address: int = LOGIN_TRIES_AN_ADDRESS,
-    ):
+    def __init__(self, most: int, seconds: int, most_an_address: int):
         self.most, self.most_an_address = most, most_an_address
         self.milliseconds = seconds * 1000
         self.failures: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
@@ -3142,7 +3137,7 @@ class Accounts(dict[str, Account]):
         super().__init__()
         self.certificates: dict[str, str] = {}  # the account's key by fingerprint
         self.skeletons: dict[str, str] = {}  # an account's key by what its name looks like
-        self.throttle = Throttle()
+        self.throttle = Throttle(LOGIN_TRIES, LOGIN_WAIT_SECONDS, LOGIN_TRIES_AN_ADDRESS)
         self.made = Throttle(ACCOUNTS_MADE, ACCOUNTS_MADE_SECONDS, ACCOUNTS_MADE)
         # Registered, and waiting for the code that was sent by mail; by key
         self.pending: collections.OrderedDict[str, tuple[Account, str]] = collections.OrderedDict()
@@ -5326,7 +5321,6 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
     "files": (str, str),
     "identities": (str, str),
     "markers": (str, str, int, int),
-    "offsets": (int, float),
     "starts": (int, int, str),
     "stays": (str, str),
 }
@@ -6448,6 +6442,12 @@ class Store:
             if tuple(map(type, row)) != types:
                 raise ValueError(f"a row of {table} has wrong values")
         return rows
+
+    def offsets(self) -> dict[int, float]:
+        """Return the offsets of the wall clock in seconds: see SureTime. Damaged ones are left out,
+        since they only delay deletions."""
+        rows = self.db.execute("SELECT step, seconds FROM offsets").fetchall()
+        return {n: seconds for n, seconds in rows if n in range(2**32) and type(seconds) is float}
 
     # Housekeeping
 
@@ -11665,7 +11665,7 @@ def open_websocket(session: WebSession, request: Request) -> None:
         return session.respond(400, "a handshake is one of HTTP/1.1, without a body")
     if len(request.headers.get("origin", ())) > 1:
         return session.respond(400, "a request has one Origin")
-    if not origin_allowed(session.site.web, request.header("origin"), request.header("host")):
+    if not origin_allowed(session.site.web, request.header("origin"), request.host):
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
     lines = ["HTTP/1.1 101 Switching Protocols", *WEBSOCKET_OFFER]
@@ -12195,7 +12195,7 @@ def tell_offset(session: WebSession, request: Request) -> Steps:
 def wanted_range(header: str, size: int) -> tuple[int, int] | None:
     """Return first byte and end of a Range (RFC 9110 section 14). None means all of the file, as
     for several ranges and for invalid ones. Raises Refused if the range is outside the file."""
-    match = re.fullmatch(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", header)
+    match = re.fullmatch(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", header, re.IGNORECASE)
     if match is None or not (match[1] or match[2]):
         return None
     if not match[1]:
@@ -12533,9 +12533,7 @@ class ServerProfile:
         """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
         unchanged. Not all servers with such targets announce them."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
-        marks = self.status + "".join(
-            symbol for symbol in symbols if symbol not in self.channel_types
-        )
+        marks = self.status + "".join({*symbols} - {*self.channel_types})
         most = len(target) - len(target.lstrip(marks))
         names = (target[n:] for n in range(most, 0, -1))  # @+free may be for +free
         return next(filter(self.is_channel, names), target)
@@ -13137,6 +13135,9 @@ class Room:
         if when <= self.read_time:
             return False
         self.read_time = when
+        for n, view in enumerate(self.held or ()):
+            if (view.time or LAST_MOMENT) <= when:
+                self.held[n] = view._replace(past=True)
         self.count_unread()
         return True
 
@@ -13150,10 +13151,8 @@ class Room:
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
         if name in self.people:
-            before = self.people[name]
-            self.people[name] = "".join(
-                other for other in symbols if (on if other == symbol else other in before)
-            )
+            ranks = {*self.people[name]} - {symbol} | ({symbol} if on else set())
+            self.people[name] = "".join(other for other in symbols if other in ranks)
 
 
 # IRC: the parts of a connection
@@ -13766,7 +13765,9 @@ class Acknowledgements:
         dropped = dict.fromkeys(line.of for line in before if line.target == key)
         for own_id in dropped:
             self.not_echoed(own_id)
-        return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
+        if sent.id and sent.id not in dropped:
+            return sent.id
+        return PIECE if sent.of else ""
 
     def _doubted(self, heard: ServerLine, key: str, text: str) -> str:
         """Return the own id of a message that may have arrived, if history has its whole text or
@@ -13806,9 +13807,8 @@ class HistoryRequests:
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
-        self.requests: collections.deque[HistoryRequest] = (
-            collections.deque()
-        )  # in the order of answers
+        # In the order of their answers
+        self.requests: collections.deque[HistoryRequest] = collections.deque()
         self.behind: dict[str, str] = {}  # conversations whose history is to be requested: how
 
     # Requests
@@ -14029,25 +14029,23 @@ class HistoryRequests:
         core, shown = self.core, {identity_of(view) for view in room.views}
         before = position_of(room.paged) if room.paged else room.oldest
         room.whole = not views or position_of(views[0]) == before
-        stored = core.store.has if core.store else do_nothing
-        overlaps = any(
-            stored(core.fold(room.name), view) for view in views if identity_of(view) not in shown
-        )
+        new, key = [view for view in views if identity_of(view) not in shown], core.fold(room.name)
+        overlaps = core.store is not None and any(core.store.has(key, view) for view in new)
         if room.hole and (overlaps or room.whole):
             core.stored.note_holes(room, *room.holes[:-1])
         elif room.hole:
             core.stored.note_holes(room, *room.holes[:-1], position_of(views[0]))
-        seen = []
-        for view in views:
+        unseen = []
+        for view in new:
             if identity_of(view) not in shown and not core.incoming.hides(view):
                 shown.add(identity_of(view))
-                seen.append(view._replace(past=True))
+                unseen.append(view._replace(past=True))
                 core.stored.add(view)
-        room.paged = views[0] if views and not seen else None
-        room.views.extendleft(reversed(seen))
+        room.paged = views[0] if views and not unseen else None
+        room.views.extendleft(reversed(unseen))
         if room.paged and not room.whole:
             self.ask_page(room, "older")
-        core.show(ViewEvent(OLDER, str(len(seen)), where=room.name))
+        core.show(ViewEvent(OLDER, str(len(unseen)), where=room.name))
 
     PAGES = {
         "last": _page_last,
@@ -14063,7 +14061,8 @@ class Joins:
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core = talk, talk.core
-        self.unanswered: dict[str, tuple[int, float]] = {}  # how many JOINs, and since when
+        # How many JOINs, and since when (ticks)
+        self.unanswered: dict[str, tuple[int, float]] = {}
         self.typed: dict[str, str] = {}  # that the user will look at once joined: their passwords
         self.refused: dict[str, float] = {}  # when to try again
         self.retried: set[str] = set()  # tried again: the user knows that they are refused
@@ -14073,11 +14072,18 @@ class Joins:
         self.talk.send("JOIN", room.name, *optional(room.password))
 
     def note_sent(self, name: str) -> None:
-        """Note that a JOIN was sent."""
+        """Note a JOIN. Its time begins when it is sent in its turn."""
         key = self.core.fold(name)
         self.refused.pop(key, None)
         count, _ = self.unanswered.get(key, (0, 0.0))
-        self.unanswered[key] = count + 1, self.core.ticks()
+        self.unanswered[key] = count + 1, math.inf
+
+    def note_time(self, line: str) -> None:
+        """Note the time at which a JOIN is sent."""
+        verb, params, _ = parse_message(line)
+        key = self.core.fold(params[0]) if verb == "JOIN" and params else ""
+        if key in self.unanswered:
+            self.unanswered[key] = self.unanswered[key][0], self.core.ticks()
 
     def note_typed(self, name: str, password: str) -> None:
         """Note that the user asks for a channel."""
@@ -14288,9 +14294,8 @@ class PlainTalk:
             room.came(name)  # such a server does not list its members
         if kind == MESSAGE:
             called = calls(rest, core.name)
-            core.incoming.deliver(
-                room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line)
-            )
+            view = ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line)
+            core.incoming.deliver(room, view)
             room.spoke(name)
         else:
             core.show(ViewEvent(kind, name=name, where=LOBBY, address=rest, line=line))
@@ -14320,10 +14325,20 @@ class PlainTalk:
                     core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
-    bye = ping = leaves = renamed = watch = send = do_nothing
+    bye = ping = leaves = renamed = watch = send = tell_unsent = do_nothing
 
 
 # IRC: a connection
+
+
+def last_reactions(batch: Batch) -> list[ServerLine]:
+    """Return the last TAGMSG of a page about each reaction: one that was taken back is no news."""
+    last = {}
+    for item in batch.items:
+        if isinstance(item, ServerLine) and item.verb == "TAGMSG":
+            emoji = item.tags.get(REACT) or item.tags.get(UNREACT)
+            last[item.name, item.tags.get(REPLY), emoji] = item
+    return [*last.values()]
 
 
 class IrcTalk:
@@ -14464,6 +14479,7 @@ class IrcTalk:
         else:
             return False
         self.history.note_time(line)
+        self.joins.note_time(line)
         self.budget.tokens -= max(1.0, 0.5 + len(line.encode()) / PACE_BYTES)
         self.core.output.append(line)
         return True
@@ -14479,9 +14495,8 @@ class IrcTalk:
         """Return whether pages may be requested. Waiting messages go first, because one page can
         use all that a bad connection carries."""
         outbox = self.core.outbox
-        return self.core.acknowledged or not (
-            outbox.in_flight or outbox.next(self.carries, self.order)
-        )
+        waiting = outbox.in_flight or outbox.next(self.carries, self.order)
+        return self.core.acknowledged or not waiting
 
     @property
     def wait(self) -> float | None:
@@ -14495,6 +14510,15 @@ class IrcTalk:
 
     def bye(self, reason: str) -> None:
         self.send_at_once("QUIT", reason)
+
+    def tell_unsent(self) -> None:
+        """Tell the user which commands had to wait for too long: the connection has ended. Channels
+        are joined over the next one."""
+        verbs = [parse_message(line).verb for line, _ in self.queue]
+        lost = [verb for verb in verbs if verb != "JOIN"]
+        if lost and not self.core.quitting:
+            self.core.note(f"not sent, the connection has ended: {', '.join(dict.fromkeys(lost))}")
+            self.core.refusals += len(lost)
 
     def ping(self) -> None:
         """Send a PING, to learn whether the server is still there."""
@@ -14715,9 +14739,8 @@ class IrcTalk:
                 if isinstance(item, ServerLine) and item.verb == "REDACT" and len(item.params) > 1:
                     self.core.incoming.redact(item.params[1])
             self.history.take_page(label, batch.target, self.views_of(batch))
-            for item in batch.items:  # reactions, to these or to earlier ones
-                if isinstance(item, ServerLine) and item.verb == "TAGMSG":
-                    self.act(item)
+            for heard in last_reactions(batch):  # to these messages or to earlier ones
+                self.act(heard)
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
                 self.core.incoming.message(view, batch.opening)
@@ -14882,14 +14905,31 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
 
 
+def note_offered(talk: IrcTalk, words: list[str]) -> None:
+    offered = talk.server.offered
+    for name, _, value in (word.partition("=") for word in words):
+        if may_hold(offered, name, TOKENS_KEPT):
+            offered[name] = value
+    talk.core.told_sts(offered.get("sts", ""))
+
+
+def capabilities_granted(talk: IrcTalk, words: list[str]) -> None:
+    talk.server.requested.difference_update(words)
+    for word in words:
+        if word.startswith("-"):
+            talk.server.enabled.discard(word[1:])
+        else:
+            talk.server.enabled.add(word)
+    late = "sasl" in words and talk.ready and not talk.sasl.mechanism  # services are back
+    if late and (mechanism := talk.sasl.choose()):
+        talk.sasl.begin(mechanism)
+
+
 @from_server("CAP", least=3)
 def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
     subcommand, words, server = heard.params[1].upper(), heard.params[-1].split(), talk.server
     if subcommand in ("LS", "NEW"):
-        for name, _, value in (word.partition("=") for word in words):
-            if may_hold(server.offered, name, TOKENS_KEPT):
-                server.offered[name] = value
-        talk.core.told_sts(server.offered.get("sts", ""))
+        note_offered(talk, words)
     if talk.core.redial:  # over TLS: nothing more is sent over this connection
         return
     if subcommand == "LS":
@@ -14903,15 +14943,7 @@ def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
             server.requested |= {*wanted}
             talk.send_at_once("CAP", "REQ", " ".join(wanted))
     elif subcommand == "ACK":
-        server.requested.difference_update(words)
-        for word in words:
-            if word.startswith("-"):
-                server.enabled.discard(word[1:])
-            else:
-                server.enabled.add(word)
-        late = "sasl" in words and talk.ready and not talk.sasl.mechanism  # services are back
-        if late and (mechanism := talk.sasl.choose()):
-            talk.sasl.begin(mechanism)
+        capabilities_granted(talk, words)
     elif subcommand == "NAK" and len(words) > 1:  # the server refuses one of these: find out which
         for word in words:
             talk.send_at_once("CAP", "REQ", word)
@@ -15059,6 +15091,20 @@ def name_is_no_name(talk: IrcTalk, heard: ServerLine) -> None:
 ZNC_ITSELF, ZNC_MODULES = "irc.znc.in", "!znc@znc.in"  # sources of lines from no server
 
 
+def tell_own_name(talk: IrcTalk) -> None:
+    """Tell the user the nick and, if it is not the wanted one or without the account, why."""
+    core, login = talk.core, talk.core.me.login
+    differs = core.name != core.wanted_name
+    if core.tidy or differs:
+        why = "is taken" if core.regain else "is no nick that this server takes"
+        why = f" ({core.wanted_name} {why})" if differs and not talk.resumed else ""
+        core.server_text(f"you are {core.name}{why}")
+    if login and not (talk.sasl.mechanism or talk.sasl.explained):
+        offered = talk.server.offered.get("sasl")
+        why = "knows no SASL" if offered is None else f"logs in only by {offered}"
+        core.note(f"not logged in as {login.account}: this server {why}")
+
+
 @from_server("001", least=1)
 def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core, talk.ready, talk.unserved = talk.core, True, math.inf
@@ -15068,16 +15114,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     talk.budget = Budget(*pace, core.ticks())
     core.regain_at = core.ticks() + REGAIN_SECONDS
     core.began = core.began or heard.time or 0
-    if core.tidy or core.name != core.wanted_name:
-        why = "is taken" if core.regain else "is no nick that this server takes"
-        # A resumed session has the name of before
-        differs = core.name != core.wanted_name and not talk.resumed
-        why = f" ({core.wanted_name} {why})" if differs else ""
-        core.server_text(f"you are {core.name}{why}")
-    if core.me.login and not (talk.sasl.mechanism or talk.sasl.explained):
-        offered = talk.server.offered.get("sasl")
-        why = "knows no SASL" if offered is None else f"logs in only by {offered}"
-        core.note(f"not logged in as {core.me.login.account}: this server {why}")
+    tell_own_name(talk)
     if core.away:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
@@ -15453,7 +15490,7 @@ def is_name_given_to(key: str, name: str, most: int) -> bool:
 
 
 def joined_as(talk: IrcTalk, name: str) -> None:
-    """Give a channel its new name, if it is another one than that of the JOIN which was sent."""
+    """Rename a channel that the client has joined under another name than that of its JOIN."""
     core, key, most = talk.core, talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
     sent = [key_sent for key_sent in talk.joins.unanswered if is_name_given_to(key_sent, key, most)]
     if core.find(name) is None and len(sent) == 1:
@@ -15516,9 +15553,7 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
     if room := core.find(name):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
-        core.incoming.event(
-            room, ViewEvent(JOIN, name=heard.name, where=room.name, address=address)
-        )
+        core.incoming.event(room, ViewEvent(JOIN, "", heard.name, room.name, address=address))
         core.show(ViewEvent(PEOPLE, where=room.name))
 
 
@@ -15577,9 +15612,8 @@ def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
     if room := core.find(where):
         reason = f": {why[0]}" if why else ""
         text = f"{heard.name} kicked {name} from {where}{reason}"
-        core.incoming.event(
-            room, ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name))
-        )
+        view = ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name))
+        core.incoming.event(room, view)
         room.people.pop(name, None)
         if core.is_me(name):
             room.inside = room.wanted = False
@@ -16060,6 +16094,7 @@ class Rooms(dict[str, Room]):
         if core.store:
             core.stored.load(room)
             self.keep(room)
+        core.outgoing.show_again(room)
         core.changed(room)
         return room
 
@@ -16826,11 +16861,20 @@ class Outgoing:
         return self.core.timed(view._replace(own_id=message.id, reply=message.reply))
 
     def _show(self, message: Waiting, text: str) -> None:
-        self.shown.add(message.id)
         room = self.core.rooms.open(message.where)
+        self.shown.add(message.id)
+        self.core.show(self._add_row(room, message, text))
+
+    def _add_row(self, room: Room, message: Waiting, text: str) -> ViewEvent:
         view = self._view(message, text, accepted_at(message.id))._replace(room=room.id)
         room.views.append(view)
-        self.core.show(view)
+        return view
+
+    def show_again(self, room: Room) -> None:
+        """Show the messages that wait for a conversation, which had been closed, in it."""
+        for message in self.waiting_for(room):
+            if message.id in self.shown:
+                self._add_row(room, message, message.text)
 
     def _unshow(self, message: Waiting) -> None:
         """Remove a message that was shown as waiting from its conversation."""
@@ -16927,7 +16971,8 @@ class Outgoing:
         room = core.rooms.open(core.outbox.waiting[own_id].where)
         if room.is_channel and not room.inside and core.ready:
             room.wanted = True
-            core.talk.joins.join(room)
+            if not core.talk.joins.waits(room.name):
+                core.talk.joins.join(room)
 
     def cancel(self, own_id: str) -> None:
         """Drop a message that is not in flight."""
@@ -16936,9 +16981,6 @@ class Outgoing:
             self._unshow(outbox.arrived(own_id))
 
     # Changes of messages: replies, reactions, redactions
-
-
-NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
 
 
 class TypedText:
@@ -17019,6 +17061,9 @@ class TypedText:
             self._give_back(text, str(error))
 
 
+NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
+
+
 class ClientCore:
     """The client's side of a conversation with one server.
 
@@ -17026,15 +17071,17 @@ class ClientCore:
     server sends nothing, and disconnected() at the end. Send the bytes that take_output() returns.
     typed() takes the user's text; without a connection the text waits. `tidy` is for a screen: the
     core then asks for the latest messages. `later` runs a job off the loop. `clock` is wall time
-    and `ticks` monotonic time, in seconds."""
+    and `ticks` monotonic time, in seconds.
+
+    The parts of the core (rooms, people, typing, incoming, outgoing ...) own what lasts longer than
+    a connection; the parts of its talk own what ends with one. All tell the screen by show()."""
 
     told_trouble = ""  # the last reported trouble of the store
     version = 0  # of the store, see refresh()
-    # Of a screen: is a text for `current` begun?
+    # Of a screen: is a text for the current conversation begun?
     is_writing: Callable[[], bool] = staticmethod(lambda: False)
-    at_once: Callable[[ViewEvent], None] | None = (
-        None  # takes each view before the next one is made
-    )
+    # Takes each view before the next one is made
+    at_once: Callable[[ViewEvent], None] | None = None
     looked_at = True  # False: the user looks at another server
     stays_when_left = True  # a channel stays open while a text for it is begun
     reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
@@ -17057,7 +17104,7 @@ class ClientCore:
     regain_at = 0.0  # ... and ask for it at this time
     # The outcome of messages
     failures = 0  # messages that did not arrive, or that were not kept
-    refusals = 0  # commands that the server refused, of a pipe
+    refusals = 0  # commands of a pipe that the server refused, or that were not sent
     progress = 0  # number of acknowledged messages and of missing pages that came
     acknowledged = False  # some message was, over this connection
     page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
@@ -17268,6 +17315,7 @@ class ClientCore:
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         if talk:
             talk.joins.want_typed()
+            talk.tell_unsent()
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
@@ -17552,6 +17600,7 @@ def do_join(core: ClientCore, words: str) -> None:
         most = core.server.limit("CHANNELLEN", IRC_BYTES)
         if len(channel.encode()) > most:
             raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
+        password = password or (room.password if room else "")
         core.talk.joins.note_typed(channel, password)
         core.talk.command("JOIN", channel, *optional(password))
         core.talk.joins.note_sent(channel)
@@ -17923,8 +17972,8 @@ def do_passwd(core: ClientCore, *words: str) -> None:
 
 
 command_that_is_sent("drop", "PASSWORD", "give up your account", 1, secret=True, service=True)
-let_end = "let a channel that you founded end with its last member"
-command_that_is_sent("disown", "#CHANNEL", let_end, 1, service=True)
+DISOWN_SUMMARY = "let a channel that you founded end with its last member"
+command_that_is_sent("disown", "#CHANNEL", DISOWN_SUMMARY, 1, service=True)
 
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
@@ -18733,7 +18782,7 @@ class ClientStore(Writer):
             self.write("REPLACE INTO settings VALUES (?, ?)", name, value)
 
     def version(self) -> int:
-        """Return a number that is another one after another program has written to the file."""
+        """Return a number that changes when another program writes to the file."""
         return self.db.execute("PRAGMA data_version").fetchone()[0]
 
     def settings(self) -> dict[str, str]:
@@ -20096,12 +20145,17 @@ class ConnectionLimits:
     def _is_full(self, address: Address, count: int, most: int) -> bool:
         return count >= most and not is_loopback(address.key) and address.key not in self.proxies
 
-    def turn_away(self, sock: socket.socket, host: str, text: str) -> None:
+    def turn_away(self, loop: Loop, sock: socket.socket, host: str, text: str) -> None:
+        """Tell a client why it is not let in. Its socket lingers, unless many do: what the client
+        has sent meanwhile must not destroy the reason by a reset."""
         log.warning("%s turned away: %s", host, text)
-        sock.setblocking(False)
-        with contextlib.suppress(OSError):
-            sock.send(f"* {text}; try again later\n".encode())
-        sock.close()
+        conn = Connection(loop, sock)
+        conn.write(f"* {text}; try again later\n".encode())
+        conn.flush()
+        if len(loop.linger.waiting) < SPARE_DESCRIPTORS // 2:
+            conn.close()
+        else:
+            conn.drop(text)
 
     def turn_away_all(self, listening: socket.socket) -> bool:
         """Turn away the whole backlog, on the spare descriptor; return whether that worked."""
@@ -20111,7 +20165,11 @@ class ConnectionLimits:
         try:
             for _ in range(ACCEPTS_A_TURN):
                 sock, (host, *_) = listening.accept()
-                self.turn_away(sock, host, "this server has no file descriptors left (ulimit -n)")
+                text = "this server has no file descriptors left (ulimit -n)"
+                log.warning("%s turned away: %s", host, text)
+                with sock, contextlib.suppress(OSError):
+                    sock.setblocking(False)
+                    sock.send(f"* {text}; try again later\n".encode())
         except OSError as error:
             return isinstance(error, BlockingIOError)
         finally:
@@ -20150,7 +20208,7 @@ class SureTime:
 
     def __init__(self, loop: Loop, clock: Callable[[], float], hub: Hub, store: Store):
         self.loop, self.clock, self.hub, self.store = loop, clock, hub, store
-        self.offsets = dict(store.rows("offsets"))  # of the wall clock, by step of running
+        self.offsets = store.offsets()  # of the wall clock, by step of running
         self.began = loop.now - max(self.offsets, default=0) * SURE_STEP_SECONDS
 
     def __call__(self) -> float:
@@ -20163,7 +20221,7 @@ class SureTime:
         for old in [one for one in offsets if (step - one) * SURE_STEP_SECONDS > SURE_SECONDS]:
             del offsets[old]
             self._record("offset_gone", old)
-        return ran + min(offsets.values()) if ran >= SURE_SECONDS else 0.0
+        return max(0.0, ran + min(offsets.values())) if ran >= SURE_SECONDS else 0.0
 
     def _record(self, name: str, *values: Any) -> None:
         if not self.store.node:  # whose tables are those of all nodes
@@ -20864,8 +20922,7 @@ class Server:
         return self.site.has_content(file) or bool(abandoned)
 
     def expire_files(self) -> None:
-        """Remove old files, and uploads that do not go on. An upload of a clock that was ahead ends
-        a day after this server first saw it."""
+        """Remove old files, and uploads that are a day old, by the clock or since first seen."""
         now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
         for file in list(self.hub.files.values()):
             age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
@@ -20912,9 +20969,9 @@ class Server:
         key = address_key(host, sock.getsockname()[0] if ":" in host else "")
         if self.cluster and (not self.cluster.serving or self.paused):
             text = "this server cannot reach the others"
-            return self.limits.turn_away(sock, host, text)
+            return self.limits.turn_away(self.loop, sock, host, text)
         if refusal := self.limits.refusal(len(self.peers), key, self.addresses.get(key)):
-            return self.limits.turn_away(sock, host, refusal)
+            return self.limits.turn_away(self.loop, sock, host, refusal)
         peer = Peer(self, sock, host, port, key)
         self.peers.add(peer)
         self.times.silent.add(peer)
@@ -24658,7 +24715,7 @@ class Filter(Client):
         if failures and not reason:
             reasons.append(f"{counted(failures, 'message')} did not arrive")
         if self.core.refusals and not reason:
-            reasons.append(f"{counted(self.core.refusals, 'command')} refused")
+            reasons.append(f"{counted(self.core.refusals, 'command')} refused or not sent")
         login = self.options.login
         if login and self.was_up and not self.core.me.account:
             reasons.append(f"not logged in as {login.account}")
@@ -25040,6 +25097,9 @@ class TerminalClient(ManyServers):
         self.editor.set(after.draft if after else "")
         if after:
             after.draft = ""
+        for seat, room in self.places():
+            if room in (before, after):
+                seat.core.rooms.keep(room)
 
     def take_back(self, core: ClientCore, view: ViewEvent) -> None:
         """Give a text that was not accepted back to the conversation in which it was entered: as a
@@ -25981,8 +26041,11 @@ async function accept(...rows) {
 }
 
 async function cancel({ own }) {
+  const row = await storedRow(own);
   await store('outbox', 'delete', own);
   publish({ dropped: own });
+  if (row?.size && row.link) // or what has come of it counts against the user's room for a day
+    leader?.uploader.call('DELETE', new URL(row.link).pathname).catch(() => {});
 }
 
 async function storedRow(own) {
@@ -27719,7 +27782,7 @@ def run_client(args: argparse.Namespace) -> int:
         Trust(args.ca, args.pin, args.insecure, args.client_cert),
         None if args.no_state else args.data or data_folder() / "client",
         args.password or "",
-        tuple(filter(None, args.join.split(","))),
+        tuple(filter(None, ",".join(args.join).split(","))),
         args.commands or sys.stdin.isatty(),  # TERM=dumb: who types /login says no password
         login,
         None if args.no_state else args.data or config_folder(),
@@ -27918,7 +27981,8 @@ def add_client(commands: Any) -> None:
     address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
     add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)
-    add("--join", type=join_option, default="", metavar="#A,#B", help="channels to enter at once")
+    join = "channels to enter at once; may be repeated"
+    add("--join", type=join_option, action="append", default=[], metavar="#A,#B", help=join)
     add("--commands", action="store_true", help="lines of a pipe may be commands")
     add_client_options(add)
     client.set_defaults(run=run_client)
