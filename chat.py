@@ -1562,6 +1562,7 @@ class Connected(typing.Protocol):
 
     def update(self) -> None: ...  # after a change of `held`
     def resume_soon(self) -> None: ...  # act on what has come, in the next turn
+    def release(self) -> bool: ...  # its lines wait no more; False if the connection has ended
     def named(self) -> None: ...  # registration is complete
     def charge(self, items: float) -> None: ...  # so much work, see WORK_PER_TOKEN
     def act_for(self, host: str, key: str, secure: bool | None) -> None: ...
@@ -1600,7 +1601,7 @@ class ServerCalls(typing.Protocol):
     # Run job() on a helper thread after this turn's commit; session.take_result() gets its result
     def later(self, session: "LocalSession", lane: str, job: Callable, then: "Awaited") -> None: ...
 
-    # Run job() on a helper thread; call then(its result, whether the session is still there)
+    # Run job() on a helper thread; call then(its result). The session waits: conn.release()
     def run_to_end(
         self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
     ) -> None: ...
@@ -1658,7 +1659,7 @@ class Files(dict[str, StoredFile]):
         self.total = FILES_BYTES  # of all; one owner, or one address, may have a quarter
         self.by_message: dict[int, str] = {}
         self.unwanted: list[str] = []  # names on disk that a link needs no more
-        self.finishing: set[str] = set()  # ids of uploads whose content gets its name on disk
+        self.finishing: set[str] = set()  # ids of uploads whose content is there; not yet the link
 
     def load(self, rows: Iterable[tuple[str, str]]) -> None:
         for id, state in rows:
@@ -7448,6 +7449,7 @@ class Cluster:
         if self.serving:
             self.serving = False
             self.server.drop_clients("this node lost the others for a while; come back")
+        waiting = [*(self.sent.asks if self.sent else ()), *self.queue]
         self.queue.clear()
         self.sent, self.number = None, 0
         self.epochs.append(self.store.origin + secrets.token_hex(8))
@@ -7458,6 +7460,8 @@ class Cluster:
         site = self.server.site
         started = (self.name, self.epoch, site.web.url, site.address)
         self.ask(None, "node_started", started)
+        # Acts of the server itself do no harm if they are done twice
+        self.queue.extend(ask for ask in waiting if ask.session is None)
 
     # Time
 
@@ -10958,7 +10962,7 @@ class Request(NamedTuple):
     def host(self) -> str:
         """The host and port of the request: of its target if that is a whole URL, else of Host."""
         match = re.match(r"[a-z]+://([^/?#]*)", self.target, re.IGNORECASE)
-        return match[1] if match else self.header("host")
+        return (match[1] if match else self.header("host")).removesuffix(":")  # an empty port
 
     @property
     def keeps_alive(self) -> bool:
@@ -12010,16 +12014,20 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     site.uploading.pop(id, None)
     files.finishing.add(id)
 
-    def finished(result: Any, is_there: bool) -> None:
+    def completed(_: None) -> None:
         files.finishing.discard(id)
+        if session.conn.release():
+            tell_progress(session, id, upload.at)
+
+    def finished(result: Any) -> None:
         if not isinstance(result, Exception):
-            tell = (lambda _: tell_progress(session, id, upload.at)) if is_there else do_nothing
-            return site.act("finish_file", id, *result, then=tell)
+            return site.act("finish_file", id, *result, then=completed)
+        files.finishing.discard(id)
         if not upload.resumable:
             site.act("remove_file", id)
         if not isinstance(result, Refused):
             result = Refused("NO_ROOM", str(result))
-        if is_there:
+        if session.conn.release():
             session.refuse(result)
 
     site.server.run_to_end(
@@ -19924,6 +19932,12 @@ class Peer(Connection):
             self.server.beat.acting[self] = None
             self.loop.call_soon(do_nothing)
 
+    def release(self) -> bool:
+        """Go on after a job; return whether the connection is still there."""
+        self.held = False
+        self.resume_soon()
+        return not (self.gone or self.leaving)
+
     def still_there(self) -> bool:
         """Return whether the connection is open; notice a reset also while nothing is read.
         Otherwise its input would be acted on for as long as the budget makes it last."""
@@ -20885,6 +20899,7 @@ class Server:
         for listener in self.listeners:
             listener.listen()
         if self.cluster:
+            self.clean_files()
             self.resume()
             self.on_serving()
             self.on_serving = do_nothing
@@ -20918,12 +20933,18 @@ class Server:
 
     def _open_files(self, options: ServerOptions) -> None:
         files = self.hub.files
+        self.site.folder = FileFolder(options.data / "files")
         if self.cluster is None:
             files.most, files.total = options.file_max, options.files_max
-        self.site.folder = FileFolder(options.data / "files")
-        names = {file.on_disk for file in files.values()}
-        self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
+            self.clean_files()
         self.expire_files()
+
+    def clean_files(self) -> None:
+        """Remove all content that no link needs: a crash may leave some. A node knows that when it
+        has applied all of the log."""
+        if self.site.folder and not self.hub.files.finishing:
+            names = {file.on_disk for file in self.hub.files.values()}
+            self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
 
     def looks_after(self, file: StoredFile) -> bool:
         """Return whether this server is the one to remove a file that is too old."""
@@ -20944,9 +20965,9 @@ class Server:
 
     def remove_content(self) -> None:
         """Remove content from disk that no link needs any more. Wait while an upload is finishing,
-        since its content may be the same."""
-        files = self.hub.files
-        if self.site.folder is None or files.finishing:
+        since its content may be the same, and while a node has not applied all of the log."""
+        files, waits = self.hub.files, self.cluster and not self.cluster.serving
+        if self.site.folder is None or files.finishing or waits:
             return
         used = {file.on_disk for file in files.values()}
         names, files.unwanted = set(files.unwanted) - used, []
@@ -20955,18 +20976,11 @@ class Server:
     def run_to_end(
         self, session: LocalSession, lane: str, job: Callable[[], Any], then: Callable
     ) -> None:
-        """Run job() off the loop, then then(its result, whether the session is there), also if
-        it is not. The session's next request waits."""
-        conn = session.conn
-        conn.held = True
-        conn.update()
-
-        def done(result: Any) -> None:
-            conn.held = False
-            conn.resume_soon()
-            then(result, not (conn.gone or conn.leaving))
-
-        self.helpers.submit(self, job, done, lane)
+        """Run job() off the loop, then then(its result), also if the session is not there any
+        more. The session's next request waits until conn.release()."""
+        session.conn.held = True
+        session.conn.update()
+        self.helpers.submit(self, job, then, lane)
 
     def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None:
         """Run a job off the loop, behind the other jobs of its owner, which is an address or the
@@ -21075,9 +21089,7 @@ class Server:
     def answer(self, session: LocalSession, job: Awaited, result: Any) -> None:
         """Give a session the result of its job, unless its connection has ended."""
         peer = session.conn
-        peer.held = False
-        peer.resume_soon()
-        if peer.gone or peer.leaving:
+        if not peer.release():
             return
         if isinstance(result, Exception) and not isinstance(result, ChatError):
             known = self.committer.losing or str(result) == self.job_trouble  # it was said once

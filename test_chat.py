@@ -253,6 +253,10 @@ class FakeConn:
     def resume_soon(self):
         pass
 
+    def release(self):
+        self.held = False
+        return not (self.gone or self.leaving)
+
     def write(self, data):
         assert self.session not in self.house.written, "a session was written to twice in a turn"
         self.house.written.add(self.session)
@@ -10826,6 +10830,7 @@ HEADS = [  # a request, and the status of its answer
     ("GET / HTTP/1.0\nHost: [localhost", 400),
     ("GET / HTTP/1.1\nHost: 192.168.1.5:7000", 200),
     ("GET / HTTP/1.1\nHost: [::1]:7000", 200),
+    ("GET / HTTP/1.1\nHost: localhost:", 200),  # RFC 3986: a port may be empty
     ("GET  / HTTP/1.1\nHost: localhost", 400),
     ("GET / x HTTP/1.1\nHost: localhost", 400),
     ("GET / HTTP/1.1\nHost : localhost", 400),  # a blank before the colon
@@ -13617,6 +13622,59 @@ def test_a_connection_that_ends_while_a_file_is_completed_does_no_harm(files):
     assert file.sha and not files.hub.files.finishing and on_disk(files) == [file.sha]
     got(files, f"/files/{file.id}", basic("alice"), method="DELETE")
     assert on_disk(files) == []
+
+
+def last_byte_sent(nodes, name):
+    """A browser that has sent a file to a node, which cannot reach the log for the last byte."""
+    node = nodes[name]
+    node.site.folder = chat.FileFolder(nodes.folder / name)
+    node.enter_irc("alice")
+    says(node, "alice", "REGISTER * * secret-of-alice")
+    browser = Browser(node)
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nContent-Length: 5\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode() + b"hell")
+    node.link.drop("broken")
+    assert browser.sends(b"o") == b"" and browser.conn.held and node.hub.files.finishing
+    return browser
+
+
+def test_a_node_answers_an_upload_when_the_log_has_it_and_takes_no_request_before(folder):
+    nodes = Nodes(folder, "n1")
+    browser = last_byte_sent(nodes, "n1")
+    nodes["n1"].link.join(nodes.nats)
+    nodes.settle()
+    assert parsed_answers(browser.sends(b""))[0][0] == 201
+    assert not browser.conn.held and not nodes["n1"].hub.files.finishing
+
+
+def test_an_upload_is_completed_also_if_its_node_is_declared_gone_meanwhile(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    last_byte_sent(nodes, "n2")
+    nodes.turns(40)
+    assert "n2" not in nodes["n1"].hub.nodes
+    nodes["n2"].link.join(nodes.nats)
+    nodes.settle()
+    (file,) = nodes["n1"].hub.files.values()
+    assert file.sha and not nodes["n2"].hub.files.finishing
+    assert on_disk(nodes["n2"]) == [file.sha]
+
+
+def test_a_node_that_starts_from_an_older_copy_keeps_the_content_of_which_the_log_tells(folder):
+    nodes = Nodes(folder, "n1")
+    one, copy = nodes["n1"], folder / "copy.db"
+    one.cluster.save(now=True)
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        one.store.db.backup(db)
+    one.site.act("begin_file", "f" * 32, "a.txt", "text/plain", 5, "~1", "127.0.0.1", "n1")
+    one.site.act("finish_file", "f" * 32, "a" * 64, 5, "text/plain", 0, 0)
+    nodes.settle()
+    nodes.kill("n1")
+    kept = chat.FileFolder(folder / "files").path
+    for name in ("a" * 64, "b" * 64):
+        (kept / name).write_bytes(b"hello")
+    again = NodeHouse(nodes.nats, "n1", chat.Store(copy, node=True), data=folder)
+    again.turn()
+    assert again.hub.files["f" * 32].sha == "a" * 64 and on_disk(again) == ["a" * 64]
 
 
 def test_an_upload_whose_bytes_are_all_there_is_completed_when_it_is_asked_for(files):
