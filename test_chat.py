@@ -1140,8 +1140,8 @@ def test_plain_is_right_or_wrong(answer, account):
 class ScramClient:
     """The other side of SCRAM-SHA-256, as RFC 5802 has it, written from the RFC."""
 
-    def __init__(self, name, password, binding="n,,"):
-        self.password, self.binding = password, binding
+    def __init__(self, name, password, binding="n,,", **final):
+        self.password, self.binding, self.changed = password, binding, final
         self.bare = f"n={name},r=clientnonce"
 
     def first(self):
@@ -1152,7 +1152,7 @@ class ScramClient:
         salt, rounds = base64.b64decode(fields["s"]), int(fields["i"])
         salted = hashlib.pbkdf2_hmac("sha256", self.password.encode(), salt, rounds)
         channel = base64.b64encode(self.binding.encode()).decode()
-        without = f"c={channel},r={fields['r']}"
+        without = "c={c},r={r}".format_map({"c": channel, "r": fields["r"], **self.changed})
         message = f"{self.bare},{challenge.decode()},{without}".encode()
         key = hmac.digest(salted, b"Client Key", "sha256")
         signature = hmac.digest(hashlib.sha256(key).digest(), message, "sha256")
@@ -1163,22 +1163,24 @@ class ScramClient:
 
 
 @pytest.mark.parametrize(
-    "name, password, binding, account",
+    "name, password, binding, final, account",
     [
-        ("alice", "sesame", "n,,", "Alice"),
-        ("alice", "sesame", "y,,", "Alice"),
-        ("alice", "sesame", "n,a=alice,", "Alice"),
-        ("alice", "sesame", "n,a=bob,", None),
-        ("alice", "sesame", "p=tls-unique,,", None),
-        ("alice", "wrong", "n,,", None),
-        ("absent", "sesame", "n,,", None),
-        ("alice", "sesame", "n,,m=x,", None),  # an extension that has to be understood
+        ("alice", "sesame", "n,,", {}, "Alice"),
+        ("alice", "sesame", "y,,", {}, "Alice"),
+        ("alice", "sesame", "n,a=alice,", {}, "Alice"),
+        ("alice", "sesame", "n,a=bob,", {}, None),
+        ("alice", "sesame", "p=tls-unique,,", {}, None),
+        ("alice", "wrong", "n,,", {}, None),
+        ("absent", "sesame", "n,,", {}, None),
+        ("alice", "sesame", "n,,m=x,", {}, None),  # an extension that has to be understood
+        ("alice", "sesame", "n,,", {"c": "eSws"}, None),  # y,,: changed on the way
+        ("alice", "sesame", "n,,", {"r": "clientnonce"}, None),  # of another exchange
     ],
 )
 def test_scram_proves_the_password_without_telling_it_and_the_server_proves_itself(
-    name, password, binding, account
+    name, password, binding, final, account
 ):
-    client, mechanism = ScramClient(name, password, binding), chat.sasl_scram(find_alice)
+    client, mechanism = ScramClient(name, password, binding, **final), chat.sasl_scram(find_alice)
     next(mechanism)
     try:
         challenge = mechanism.send(client.first())
