@@ -13248,7 +13248,7 @@ def test_the_content_decides_what_it_is(head, name, kind):
 
 
 def jpeg(width, height):
-    segment = b"\xff\xe0\x00\x10" + bytes(14) + b"\xff\xff\xdb\x00\x04ab"
+    segment = b"\xff\xe0\x00\x10" + bytes(14) + b"\xff\x01\xff\xd0\xff\xd8\xff\xff\xdb\x00\x04ab"
     frame = b"\xff\xc2\x00\x11\x08" + struct.pack(">HH", height, width) + bytes(9)
     return b"\xff\xd8" + segment + frame
 
@@ -13260,7 +13260,8 @@ PICTURES = [
     ("image/png", PNG[:16] + struct.pack(">II", 0, 5), (0, 0)),
     ("image/gif", b"GIF89a" + struct.pack("<HH", 3, 4), (3, 4)),
     ("image/jpeg", jpeg(1200, 900), (1200, 900)),
-    ("image/jpeg", jpeg(1200, 900)[:30], (0, 0)),
+    ("image/jpeg", jpeg(1200, 900)[:-9], (1200, 900)),
+    ("image/jpeg", jpeg(1200, 900)[:-10], (0, 0)),
     ("image/jpeg", b"\xff\xd8\xff\xe0\x00\x00" * 9, (0, 0)),
     ("image/webp", b"RIFF....WEBPVP8X....\0\0\0\0\x07\0\0\x0f\0\0", (8, 16)),
     ("image/webp", b"RIFF....WEBPVP8L....\x2f" + (7 | 15 << 14).to_bytes(4, "little"), (8, 16)),
