@@ -13630,6 +13630,30 @@ def test_an_upload_whose_bytes_are_all_there_is_completed_when_it_is_asked_for(f
     assert (there[0], there[1]["upload-offset"]) == (200, "5") and got(files, path)[2] == b"hello"
 
 
+def test_a_file_that_is_removed_while_its_size_is_looked_up_is_not_there(files, monkeypatch):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+
+    def size(id):
+        files.site.act("remove_file", id)
+        return 0
+
+    monkeypatch.setattr(files.site.folder, "size", size)
+    assert tus(files, "HEAD", path)[0] == 404
+
+
+def test_a_file_that_was_sent_is_closed(files, monkeypatch):
+    path, opened, open_file = path_of(posted(files)), [], files.site.folder.open
+
+    def opens(sha):
+        opened.append(open_file(sha))
+        return opened[-1]
+
+    monkeypatch.setattr(files.site.folder, "open", opens)
+    for method in ("GET", "HEAD"):
+        assert got(files, path, method=method)[0] == 200
+    assert [file.fd for file in opened] == [-1, -1]
+
+
 def test_nothing_is_done_to_a_file_that_is_just_being_completed(files):
     path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
     files.hub.files.finishing.add(path[7:])
@@ -13651,9 +13675,13 @@ def test_one_user_cannot_fill_the_table_of_files(files, monkeypatch):
 
 def test_a_file_of_unknown_size_has_room_made_as_it_grows(files, monkeypatch):
     monkeypatch.setattr(chat, "CHUNKS_RESERVED", 100)
-    files.hub.files.most, files.hub.files.total = 1000, 2000
+    files.hub.files.most = 1000
     head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nTransfer-Encoding: chunked"
     chunk = b"64\r\n" + bytes(100) + b"\r\n"
+    files.hub.files.total = 600  # a user has a quarter
+    assert Browser(files, "fits").asks(head, chunk + b"0\r\n\r\n")[0] == 201
+    files.hub.files.clear()
+    files.hub.files.total = 2000
     assert Browser(files).asks(head, chunk * 2 + b"0\r\n\r\n")[0] == 201
     assert [file.size for file in files.hub.files.values()] == [200]
     full = Browser(files, "more").asks(head, chunk * 9 + b"0\r\n\r\n")
