@@ -10990,9 +10990,9 @@ def test_a_long_line_is_not_split_into_a_ctcp(dialect):
         (["one", "+two", "", ""], ["onetwo"]),
     ],
 )
-@pytest.mark.parametrize("target", ["#a", "bob"])
-def test_the_fallback_of_a_message_has_no_empty_line(pieces, expected, target):
-    house = irc_house("#a", alice=MULTILINE, bob="")
+@pytest.mark.parametrize("target, caps", [("#a", ""), ("bob", ""), ("#a", "draft/multiline")])
+def test_the_fallback_of_a_message_has_no_empty_line(pieces, expected, target, caps):
+    house = irc_house("#a", alice=MULTILINE, bob=caps)  # multiline needs batch, too
     asked(house, "alice", *batch_of(*pieces, target=target))
     got = [text for *_, text in messages_in(heard(house, "bob"))]
     assert "" not in got and all(text.strip() for text in got)
