@@ -30516,6 +30516,20 @@ def program(*arguments, limits=None, **options):
     return Program([*command, *map(str, arguments)], **{**pipes, **options})
 
 
+@pytest.mark.parametrize("home", ["", None])
+def test_without_a_home_folder_an_option_is_asked_for(monkeypatch, home):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    if home is None:
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(pathlib.Path, "home", homeless)  # nor is there an entry in passwd
+    else:
+        monkeypatch.setenv("HOME", home)
+    with pytest.raises(chat.Unusable, match="--data"):
+        chat.home_folder()
+
+
 def test_a_password_is_never_read_where_it_would_be_seen(monkeypatch):
     import getpass
     import warnings
