@@ -17403,6 +17403,28 @@ def test_of_two_clients_of_one_user_one_keeps_what_has_no_id(folder):
     assert (one.core.store.sole, other.core.store.sole) == (True, False)
 
 
+@pytest.mark.parametrize(
+    "made, given, kept",
+    [(True, False, True), (True, True, False), (False, True, False), (False, False, False)],
+)
+def test_a_new_password_is_kept_on_disk_only_in_place_of_one_that_the_client_made_and_uses(
+    folder, made, given, kept
+):
+    target, client = chat.parse_target("irc://here"), chat.Client.__new__(chat.Client)
+    login = chat.Login("alice", "given") if given else None
+    options = chat.ClientOptions("alice", target, state=folder, login=login)
+    client.loop, client.options, client.db = chat.Loop(), options, chat.open_client_file(folder)
+    known = chat.KnownServers(client.db)
+    if made:
+        known.keep_login(target, "alice", chat.Login("alice", "made"))
+    core, _ = client.dial(options, bool, bool)
+    core.me.proposed = chat.Login("alice", "new")
+    core.me.confirm_proposed()
+    assert (known.login(target, "alice") == chat.Login("alice", "new")) == kept
+    core.outbox.rows.close()
+    client.loop.close()
+
+
 def test_many_clients_can_begin_at_once_in_a_new_folder(tmp_path):
     secrets, failed = [], []
 
@@ -18370,6 +18392,8 @@ def test_ids_of_conversations_stay_when_their_names_change():
     assert alice.core.rooms["rob"] is talk is alice.core.by_id(said.room)
     renamed = [view for view in alice.views if view.kind == chat.ROOM and view.room == talk.id]
     assert renamed[-1].where == "rob"
+    kept = alice.core.store
+    assert [view.text for view in kept.page("rob", 9)] == ["psst"] and not kept.page("bob", 9)
     assert alice.core.by_id(0) is None
 
 
@@ -19312,14 +19336,16 @@ def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it
 
 
 @pytest.mark.parametrize("seconds, progress", [(0.0, False), (0.5, True)])
-def test_a_connection_that_lasts_resets_the_back_off(seconds, progress):
+def test_a_connection_that_lasts_resets_the_back_off(monkeypatch, seconds, progress):
+    monkeypatch.setattr(chat, "peer_address", lambda sock: ("192.0.2.1", 7000))
     link = Hanging(True, 60.0)
-    link.conn = types.SimpleNamespace(heard=math.inf, unsent=0, write=bool)
-    link.phase, link.core.kind = chat.ONLINE, chat.IRC
-    link.core.connected()
+    link.conn = types.SimpleNamespace(sock=None, heard=math.inf, unsent=0, write=bool)
+    link.phase, link.core.kind = chat.CONNECTING, chat.IRC
+    link.began, link.loop.now = 100.0, 120.0
+    link._connected()
     link.core.feed(b":x 001 alice :hi\r\n")
-    link.progress, link.backoff = link.core.progress, chat.BACKOFF_MOST
-    link.loop.now = link.watched = link.began + chat.ONLINE_SECONDS + seconds
+    link.phase, link.progress, link.backoff = chat.ONLINE, link.core.progress, chat.BACKOFF_MOST
+    link.loop.now = link.watched = 120.0 + chat.ONLINE_SECONDS + seconds
     link._watch()
     assert (link.backoff == chat.BACKOFF_FIRST) == progress
 
@@ -19531,6 +19557,7 @@ def test_lines_wrap_between_words_and_long_words_stay_whole():
     assert any(link in row for row in chat.wrapped_rows(f"08:30 bob: see {link} now", 40, 6))
     coloured = chat.wrapped_rows(f"\x1b[31m{'red ' * 20}\x1b[0mend", 20, 2)
     assert all(row.count("\x1b[31m") == 1 for row in coloured[:-1])
+    assert chat.wrapped_rows("aaaa bbbb cccc dd", 9, 2) == ["aaaa bbbb", "  cccc dd"]
 
 
 def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
@@ -24959,7 +24986,9 @@ def test_what_is_said_while_a_command_is_typed_is_not_the_last_message_for_it(ru
     assert alice.shows("alice> /reply")
     bob.send("PRIVMSG #lobby :by the way\r\n")
     assert alice.shows("bob: by the way")
-    alice.type("yes\r")
+    alice.type("y")
+    assert alice.shows("alice> /reply y")
+    alice.type("es\r")
     assert f"{chat.REPLY}={asked} " in bob.until(" :yes")[-1].replace(";", " ")
 
 
