@@ -6927,6 +6927,18 @@ def test_a_line_that_reads_waits_for_the_acts_before_it_and_messages_do_not():
     assert told[-1].endswith(":1")
 
 
+def test_no_more_messages_of_a_session_than_the_limit_are_under_way(monkeypatch):
+    monkeypatch.setattr(chat, "ASKS_A_SESSION", 3)
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    come(house, "alice")
+    house.say("alice", "JOIN #x")
+    house.turn()
+    house.say("alice", *(f"PRIVMSG #x :{n}" for n in range(8)))
+    assert house.guests["alice"].asks == 3
+    house.turn()
+    assert spoken(house.heard("alice"))[-8:] == [str(n) for n in range(8)]
+
+
 def test_labels_find_the_answers_of_their_lines_also_when_several_are_under_way():
     house = NodeHouse(FakeNats(lambda: 1_000_000.0))
     come(house, "alice", caps="message-tags labeled-response batch echo-message")
