@@ -5815,6 +5815,17 @@ def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
 # ======================================================================================
 
 
+@pytest.mark.parametrize("where", ["", "hub.AB12."])  # a domain and the hash of an account
+@pytest.mark.parametrize("end", ["", ".Xy9"])  # newer servers add a random word to the longer form
+def test_an_entry_has_the_numbers_that_its_delivery_has(where, end):
+    reply = f"$JS.ACK.{where}chat.n1.1.70.7.1700000000123000000.5{end * bool(where)}"
+    message = chat.NatsMessage("chat.log", "1", reply, "", {}, b"data")
+    assert chat.log_entry(message) == ((70, 1_700_000_000_123, b"data", 5), 7)
+    for broken in ("", "$JS.ACK.chat", reply.replace("70", "x")):
+        with pytest.raises(chat.NatsFailed):
+            chat.log_entry(message._replace(reply=broken))
+
+
 class FakeNats:
     """A NATS server with JetStream in memory: one stream at most, as nodes use it. `clock` tells
     the time of entries. While it is `down`, it takes and sends nothing; with `mute` it keeps
@@ -15616,6 +15627,7 @@ def test_a_server_that_says_that_the_client_has_quit_is_left():
     alice = Elsewhere(tidy=False)
     alice.hears("353 alice = #lobby :alice", "366 alice #lobby :End", ":alice!u@h QUIT :Killed")
     assert alice.core.dismissed and alice.core.cause == chat.TEMPORARY
+    assert "we have quit" in alice.core.refusal
     assert alice.core.find("#lobby").wanted  # it is joined again over the next connection
 
 
@@ -16287,6 +16299,7 @@ def test_a_user_whose_password_was_changed_elsewhere_gets_in_by_another_login():
     alice.core.connected()
     alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +", "904 * :wrong")
     assert "/login" in alice.core.refusal and alice.core.cause == chat.TEMPORARY
+    assert alice.sent()[-1].startswith("QUIT")
     alice.core.disconnected()
     alice.types("/login new")
     assert alice.core.wants_connection and alice.core.me.login == chat.Login("alice", "new")
@@ -30555,6 +30568,36 @@ def program(*arguments, limits=None, **options):
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     command = [sys.executable, "-c", LIMITED, compiled(), json.dumps(limits or {})]
     return Program([*command, *map(str, arguments)], **{**pipes, **options})
+
+
+def test_a_backup_is_the_whole_database_of_a_server_that_runs(folder):
+    house = stored(folder)
+    account(house, "alice")
+    assert chat.main(["backup", str(folder / "copy"), "--data", str(folder)]) == 0
+    house.store.close()
+    with contextlib.closing(chat.Store(folder / "copy")) as copy:
+        assert set(House(store=copy).hub.accounts) == {"alice"}
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("foreign", "is not a database of chat.py"),
+        ("holes", "is damaged"),
+        ("absent", "there is no database in"),
+        ("in the way", "cannot write"),
+    ],
+)
+def test_what_cannot_be_backed_up_leaves_no_copy(folder, capsys, how, words):
+    path, copy = folder / "chat.db", folder / "copy"
+    if how == "in the way":
+        copy.write_bytes(b"mine")
+        chat.Store(path).close()
+    elif how != "absent":
+        path.write_bytes(spoiled(path, how))
+    assert chat.main(["backup", str(copy), "--data", str(folder)]) == 1
+    assert words in capsys.readouterr().err
+    assert not copy.exists() or copy.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("home", ["", None])
