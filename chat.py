@@ -2642,7 +2642,7 @@ class LocalSession(Session):
     def take(self, line: Any) -> None:
         """Act on a line now, or once the acts of earlier lines have come back. A message need not
         wait for messages: all of them go through the log in their order."""
-        if self.asks and (self.blocked or self.asks > ASKS_A_SESSION or not self.is_message(line)):
+        if self.asks and (self.blocked or self.asks >= ASKS_A_SESSION or not self.is_message(line)):
             self.kept = line
             self.wait_for_acts()
         else:
@@ -7537,7 +7537,6 @@ class Cluster:
         if self.serving and not self.stopped:
             self.serving, self.leaving = False, True
             self.ask(None, "node_gone", (self.name, self.epoch, False))
-            self.flush()
 
     @property
     def has_left(self) -> bool:
@@ -13556,7 +13555,7 @@ class MessageLines:
         rest, batched = piece.text[len(text) :], piece.tags in (BATCHED, CONTINUED)
         self.unsent.appendleft(piece._replace(text=rest, tags=CONTINUED if batched else piece.tags))
         tags = piece.tags if batched else ""
-        return Piece(text, tags, end=max(0, piece.end - len(rest)))
+        return Piece(text, tags, end=piece.end - len(rest))
 
     def drop(self) -> None:
         """Drop the unsent lines. A line for another target, which a batch must not have, makes the
