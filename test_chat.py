@@ -1236,8 +1236,8 @@ def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     assert not throttle.wait("10.0.0.1", "bob", now)
     assert not throttle.wait("10.0.0.1", "alice", now + 61_000)
     for n in range(3 * chat.LOGIN_FAILURES_KEPT):
-        throttle.failed(f"host{n}", "alice", now)
-    assert len(throttle.failures) <= chat.LOGIN_FAILURES_KEPT
+        throttle.add(f"host{n}", "alice", now)
+    assert len(throttle.attempts) <= chat.LOGIN_FAILURES_KEPT
     with pytest.raises(chat.Refused):  # an address that fills the table is not forgotten by that
         throttle.begin("10.0.0.1", "alice", now)
 
@@ -1675,7 +1675,7 @@ def test_a_message_is_redacted_in_the_turn_of_a_rename(said, where, stored_befor
 
 
 def indexed_words(store):
-    """How often each word stands in the index, by the word."""
+    """Return the number of times that each word stands in the index, by the word."""
     index, counts = store.search_index.db, collections.Counter()
     for (part,) in index.execute("SELECT part FROM parts").fetchall():
         name = f"search_{part}"
@@ -1835,7 +1835,7 @@ def test_failures_count_together_whichever_way_they_came():
     house.heard("mallory")
     house.say("mallory", "NS IDENTIFY alice password")
     house.turn()
-    assert "too many failures" in house.heard("mallory")[-1]
+    assert "too many attempts" in house.heard("mallory")[-1]
 
 
 def test_a_name_that_another_device_has_is_taken():
@@ -1962,10 +1962,10 @@ def test_a_full_table_of_failures_forgets_the_fewest_ones_and_none_before_it_is_
     monkeypatch.setattr(chat, "LOGIN_FAILURES_KEPT", 20)
     throttle = chat.Accounts().throttle
     for _ in range(3):
-        throttle.failed("192.0.2.255", "alice", 0)
+        throttle.add("192.0.2.255", "alice", 0)
     for n in range(1, hosts):
-        throttle.failed(f"192.0.2.{n}", "alice", n)
-    assert len(throttle.failures) == kept
+        throttle.add(f"192.0.2.{n}", "alice", n)
+    assert len(throttle.attempts) == kept
     assert throttle.count("192.0.2.255", "alice", hosts) == 3
 
 
@@ -2365,11 +2365,11 @@ def test_the_address_that_a_connection_came_to_tells_the_network_that_is_ours():
 @pytest.mark.parametrize("name", ["x" * 16_000, "\ufdfa" * 5000, MARKS])
 def test_an_attempt_at_a_long_name_takes_little_memory(name):
     throttle = chat.Accounts().throttle
-    throttle.failed("10.0.0.1", name, 10**9)
-    assert sum(len((key or "").encode()) for _, key in throttle.failures) < 2000
+    throttle.add("10.0.0.1", name, 10**9)
+    assert sum(len((key or "").encode()) for _, key in throttle.attempts) < 2000
     assert throttle.count("10.0.0.1", name, 10**9) == 1
     throttle.succeeded("10.0.0.1", name)
-    assert not throttle.failures
+    assert not throttle.attempts
 
 
 def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often():
@@ -4401,7 +4401,7 @@ JUNK_LINES = [line.strip() for line in JUNK_LINES.replace("\n", "|").split("|") 
 
 
 def sizes(root):
-    """How much every table holds that can be reached from an object, by the way to it."""
+    """Return the sizes of all tables that can be reached from an object, by the way to them."""
     found, seen, waiting = {}, set(), [("", root)]
     while waiting:
         path, value = waiting.pop()
@@ -7968,7 +7968,7 @@ alice< 266 alice 4 4 :Current global users 4, max 4
 alice> TIME chat.*
 alice< 391 alice chat.py :WHEN
 alice> ADMIN
-alice< 423 alice chat.py :No administrative info available; the message of the day says whom to ask, if anything does
+alice< 423 alice chat.py :No administrative info available; the message of the day may name a contact
 alice> INFO
 alice< 371 alice :chat.py 0.3: a chat in one file of plain Python,
 alice< 371 alice :for IRC clients, netcat, and terminals and windows of its own
@@ -15022,7 +15022,7 @@ def test_a_log_in_that_cannot_be_had_just_now_is_waited_for():
     again = Pair(house, "alice", login=login)
     again.drop()
     for _ in range(chat.LOGIN_TRIES):
-        house.hub.accounts.throttle.failed("127.0.0.1", "alice", house.hub.ticks)
+        house.hub.accounts.throttle.add("127.0.0.1", "alice", house.hub.ticks)
     again.connect()
     assert again.core.cause == chat.TEMPORARY and "too many" in again.core.refusal
     assert "alice2" not in house.hub.users
@@ -28737,10 +28737,10 @@ def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(display, runn
 def test_a_window_under_nohup_outlives_its_terminal():
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in names}
-    bell = types.SimpleNamespace(heed_signals=chat.do_nothing)
+    waker = types.SimpleNamespace(wake_on_signals=chat.do_nothing)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        gui_client.heed_signals(types.SimpleNamespace(interrupt=chat.do_nothing, bell=bell))
+        gui_client.heed_signals(types.SimpleNamespace(interrupt=chat.do_nothing, waker=waker))
         heard = [signal.getsignal(number) for number in names]
     finally:
         for number, handler in before.items():
@@ -29006,7 +29006,7 @@ def pour(guest, count, rate):
 
 
 def longest_silence(window, guest, count):
-    """How long, at most, the window had neither drawn nor answered while messages came."""
+    """Return the longest time without a drawing or an answer of the window while messages came."""
     beats = [time.monotonic()]
 
     def beat():
@@ -31286,7 +31286,7 @@ def nodes_of(path):
 
 
 def deepest(node, depth=0):
-    """How deep the blocks of a function are nested; elif does not count as deeper."""
+    """Return the depth of the blocks of a function; elif does not count as deeper."""
     found = depth
     parts = (
         getattr(node, name, ()) for name in ("body", "handlers", "orelse", "finalbody", "cases")
