@@ -1568,6 +1568,7 @@ class Connected(typing.Protocol):
 
     def update(self) -> None: ...  # after a change of `held`
     def resume_soon(self) -> None: ...  # act on what has come, in the next turn
+    def release(self) -> bool: ...  # its lines wait no more; False if the connection has ended
     def named(self) -> None: ...  # registration is complete
     def charge(self, items: float) -> None: ...  # so much work, see WORK_PER_TOKEN
     def act_for(self, host: str, key: str, secure: bool | None) -> None: ...
@@ -1606,7 +1607,7 @@ class ServerCalls(typing.Protocol):
     # Run job() on a helper thread after this turn's commit; session.take_result() gets its result
     def later(self, session: "LocalSession", lane: str, job: Callable, then: "Awaited") -> None: ...
 
-    # Run job() on a helper thread; call then(its result, whether the session is still there)
+    # Run job() on a helper thread; call then(its result). The session waits: conn.release()
     def run_to_end(
         self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
     ) -> None: ...
@@ -1664,7 +1665,7 @@ class Files(dict[str, StoredFile]):
         self.total = FILES_BYTES  # of all; one owner, or one address, may have a quarter
         self.by_message: dict[int, str] = {}
         self.unwanted: list[str] = []  # names on disk that a link needs no more
-        self.finishing: set[str] = set()  # ids of uploads whose content gets its name on disk
+        self.finishing: set[str] = set()  # ids of uploads whose content is there; not yet the link
 
     def load(self, rows: Iterable[tuple[str, str]]) -> None:
         for id, state in rows:
@@ -2647,7 +2648,7 @@ class LocalSession(Session):
     def take(self, line: Any) -> None:
         """Act on a line now, or once the acts of earlier lines have come back. A message need not
         wait for messages: all of them go through the log in their order."""
-        if self.asks and (self.blocked or self.asks > ASKS_A_SESSION or not self.is_message(line)):
+        if self.asks and (self.blocked or self.asks >= ASKS_A_SESSION or not self.is_message(line)):
             self.kept = line
             self.wait_for_acts()
         else:
@@ -7454,6 +7455,7 @@ class Cluster:
         if self.serving:
             self.serving = False
             self.server.drop_clients("this node lost the others for a while; come back")
+        waiting = [*(self.sent.asks if self.sent else ()), *self.queue]
         self.queue.clear()
         self.sent, self.number = None, 0
         self.epochs.append(self.store.origin + secrets.token_hex(8))
@@ -7464,6 +7466,8 @@ class Cluster:
         site = self.server.site
         started = (self.name, self.epoch, site.web.url, site.address)
         self.ask(None, "node_started", started)
+        # Acts of the server itself do no harm if they are done twice
+        self.queue.extend(ask for ask in waiting if ask.session is None)
 
     # Time
 
@@ -7539,7 +7543,6 @@ class Cluster:
         if self.serving and not self.stopped:
             self.serving, self.leaving = False, True
             self.ask(None, "node_gone", (self.name, self.epoch, False))
-            self.flush()
 
     @property
     def has_left(self) -> bool:
@@ -10964,7 +10967,7 @@ class Request(NamedTuple):
     def host(self) -> str:
         """The host and port of the request: of its target if that is a whole URL, else of Host."""
         match = re.match(r"[a-z]+://([^/?#]*)", self.target, re.IGNORECASE)
-        return match[1] if match else self.header("host")
+        return (match[1] if match else self.header("host")).removesuffix(":")  # an empty port
 
     @property
     def keeps_alive(self) -> bool:
@@ -12016,16 +12019,20 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     site.uploading.pop(id, None)
     files.finishing.add(id)
 
-    def finished(result: Any, is_there: bool) -> None:
+    def completed(_: None) -> None:
         files.finishing.discard(id)
+        if session.conn.release():
+            tell_progress(session, id, upload.at)
+
+    def finished(result: Any) -> None:
         if not isinstance(result, Exception):
-            tell = (lambda _: tell_progress(session, id, upload.at)) if is_there else do_nothing
-            return site.act("finish_file", id, *result, then=tell)
+            return site.act("finish_file", id, *result, then=completed)
+        files.finishing.discard(id)
         if not upload.resumable:
             site.act("remove_file", id)
         if not isinstance(result, Refused):
             result = Refused("NO_ROOM", str(result))
-        if is_there:
+        if session.conn.release():
             session.refuse(result)
 
     site.server.run_to_end(
@@ -12504,7 +12511,8 @@ class ServerProfile:
         self.offered: dict[str, str] = {}  # capabilities and their values
         self.enabled: set[str] = set()
         self.requested: set[str] = set()  # after the registration; no answer yet
-        self.told = False  # 004 has come, and 005 if there is one
+        # 004 has come, and 005 if there is one, over this connection or an earlier one
+        self.told = before is not None and before.told
         self.isupport: dict[str, str] = {}  # facts of 005, and until then some of `before`
         for name in ("CASEMAPPING", "CHANTYPES"):
             if before and name in before.isupport:
@@ -12516,10 +12524,14 @@ class ServerProfile:
         """Return the key of a name. Names with the same key are the same name to this server."""
         if self.ours:
             return fold(name)
-        mapping = self.isupport.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
+        mapping = self.case_mapping
         if mapping in UNICODE_MAPPINGS:
             return fold(name)
         return name.translate(CASE_MAPPINGS.get(mapping, CASE_MAPPINGS["ascii"]))
+
+    @property
+    def case_mapping(self) -> str:
+        return self.isupport.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
 
     @property
     def channel_types(self) -> str:
@@ -13556,7 +13568,7 @@ class MessageLines:
         rest, batched = piece.text[len(text) :], piece.tags in (BATCHED, CONTINUED)
         self.unsent.appendleft(piece._replace(text=rest, tags=CONTINUED if batched else piece.tags))
         tags = piece.tags if batched else ""
-        return Piece(text, tags, end=max(0, piece.end - len(rest)))
+        return Piece(text, tags, end=piece.end - len(rest))
 
     def drop(self) -> None:
         """Drop the unsent lines. A line for another target, which a batch must not have, makes the
@@ -15232,7 +15244,7 @@ def take_channel_name(talk: IrcTalk, old: str, new: str) -> None:
         return
     if other is None:
         return core.rooms.rename(room, new)
-    core.outbox.readdress(lambda where: core.find(where) is room, other.name)
+    core.readdress(lambda where: core.find(where) is room, other.name)
     if core.room is room:
         core.rooms.go(other)
     return core.rooms.close(room)
@@ -16053,16 +16065,22 @@ class Rooms(dict[str, Room]):
             room.wanted = True
 
     def load(self, named: bool) -> None:
-        """Open the conversations of the last run; only those of --join if it `named` some. Load the
-        last messages of each."""
+        """Open the conversations of the last run, behind those of --join if it `named` some, which
+        are as they were left. Load the last messages of each."""
         self.rekey()
         stored = self.core.store.rooms()
         if stored and not named:
             self.clear()
-        for room in (*self.values(), *stored):
-            room = self.setdefault(self.core.fold(room.name), room)
-            if not room.views:
-                self.core.stored.load(room)
+        asked = dict(self)
+        for room in stored:
+            key = self.core.fold(room.name)
+            if key in asked:
+                room.password = asked[key].password or room.password
+                room.wanted = room.is_channel = True
+                self[key] = room
+            self.setdefault(key, room)
+        for room in self.values():
+            self.core.stored.load(room)
 
     def keep(self, room: Room) -> None:
         """Store that a conversation is open, and whether to join it again; delete a closed one."""
@@ -16163,7 +16181,7 @@ class Rooms(dict[str, Room]):
         if core.ready and not room.is_channel:
             core.talk.watch([room.name], "-")
             core.talk.watch([name])
-        core.outbox.readdress(lambda where: core.fold(where) == old, name)
+        core.readdress(lambda where: core.fold(where) == old, name)
         if core.store:
             core.store.rename(old, core.fold(name))
         room.name = name
@@ -16386,6 +16404,13 @@ class TransferList(list[Transfer]):
         if self.core.store:
             self.core.store.forget_transfer(transfer)
         self._show(transfer)
+
+    def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
+        """Give the files for a conversation its new name."""
+        for transfer in list(self):
+            if is_old(transfer.room):
+                transfer.room = new
+                self.keep(transfer)
 
     def drop(self, transfer: Transfer) -> None:
         """Stop the transfer of a file, and forget it."""
@@ -16996,12 +17021,13 @@ class TypedText:
         self.core = core
         self.doubted = ""  # a text that is sent if the user enters it again
         self.reply = ""  # the id of the message that the text answers
-        self.views_seen: float = math.inf  # how many were in the conversation when it was begun
+        # The views in the conversation when the text was begun; None if that was just now
+        self.seen: list[ViewEvent] | None = None
 
-    def take(self, text: str, room: Room | None, reply: str, seen: float) -> None:
+    def take(self, text: str, room: Room | None, reply: str, seen: list[ViewEvent] | None) -> None:
         """Take a text for a conversation, which is the current one meanwhile."""
         rooms, looked_at = self.core.rooms, self.core.room
-        self.reply, self.views_seen = reply, seen
+        self.reply, self.seen = reply, seen
         rooms.current = room or looked_at
         if text[:1] == "/" and text[:2] != "//":
             self._run(text)
@@ -17013,7 +17039,7 @@ class TypedText:
         stayed = room is not None and rooms.current is room
         if stayed and looked_at and self.core.find(looked_at.name) is looked_at:
             rooms.current = looked_at
-        self.reply, self.views_seen = "", math.inf
+        self.reply, self.seen = "", None
 
     def _give_back(self, text: str, why: str) -> None:
         self.core.show(ViewEvent(BACK, text), ViewEvent(NOTE, why))
@@ -17176,7 +17202,7 @@ class ClientCore:
         """Store how the server compares names, since the keys of conversations depend on that."""
         if self.store:
             self.store.keep_fact("ours", "yes" if self.server.ours else "no")
-            self.store.keep_fact("CASEMAPPING", self.server.isupport.get("CASEMAPPING", ""))
+            self.store.keep_fact("CASEMAPPING", self.server.case_mapping)
 
     def close_store(self) -> None:
         """Store the open conversations and their drafts, and leave the outbox to another client."""
@@ -17445,11 +17471,15 @@ class ClientCore:
     # Typed text
 
     def typed(
-        self, text: str, room: Room | None = None, reply: str = "", seen: float = math.inf
+        self,
+        text: str,
+        room: Room | None = None,
+        reply: str = "",
+        seen: list[ViewEvent] | None = None,
     ) -> list[ViewEvent]:
         """Take a command, or a message of one or several lines. `room` is the conversation of the
         text, perhaps not the current one. `reply` is the id of the message that the text answers.
-        `seen` views were there when the text was begun: "the last message" is one of these."""
+        The views in `seen` were there when it was begun: "the last message" is one of these."""
         self.input.take(text, room, reply, seen)
         self.flush()
         return self.take_views()
@@ -17500,6 +17530,11 @@ class ClientCore:
         """Return a view with its time and the id of its conversation."""
         when = int(self.clock() * 1000) if view.time is None else view.time
         return view._replace(time=when, room=room.id if room else view.room)
+
+    def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
+        """Give the messages and files for a conversation its new name."""
+        self.outbox.readdress(is_old, new)
+        self.transfers.readdress(is_old, new)
 
     def changed(self, room: Room) -> None:
         """Tell the screens to draw the state of a conversation again."""
@@ -17744,7 +17779,7 @@ def do_nick(core: ClientCore, name: str) -> None:
 def do_history(core: ClientCore, *words: str) -> None:
     """/history [#CHANNEL|NAME] [N] -- what was said last"""
     count = whole_number(words[-1]) if words else None
-    name = words[0] if words and (len(words) > 1 or not count) else asked_room(core).name
+    name = words[0] if words and (len(words) > 1 or count is None) else asked_room(core).name
     if not core.talk.pages:
         raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
     limit = min(count or HISTORY_LINES, HISTORY_LINES_MOST)
@@ -18052,8 +18087,10 @@ def numbered_view(
     first, *rest = [*words, ""]
     match, room = NTH.fullmatch(first), asked_room(core)
     number = int(match[1]) if match else 1
-    seen = [*room.views][: len(room.views) - max(0, room.views.total - core.input.views_seen)]
-    spoken = [view for view in seen if view.kind in SPOKEN and view.mine == mine]
+    spoken = [view for view in room.views if view.kind in SPOKEN and view.mine == mine]
+    if core.input.seen is not None:
+        seen = {view.own_id or identity_of(view) for view in core.input.seen}
+        spoken = [view for view in spoken if (view.own_id or identity_of(view)) in seen]
     if len(spoken) < number:
         raise Refused("NO_MESSAGE", "there is no such message here")
     if not spoken[-number].id:
@@ -19902,6 +19939,12 @@ class Peer(Connection):
             self.server.beat.acting[self] = None
             self.loop.call_soon(do_nothing)
 
+    def release(self) -> bool:
+        """Go on after a job; return whether the connection is still there."""
+        self.held = False
+        self.resume_soon()
+        return not (self.gone or self.leaving)
+
     def still_there(self) -> bool:
         """Return whether the connection is open; notice a reset also while nothing is read.
         Otherwise its input would be acted on for as long as the budget makes it last."""
@@ -20139,12 +20182,17 @@ class ConnectionLimits:
     def _is_full(self, address: Address, count: int, most: int) -> bool:
         return count >= most and not is_loopback(address.key) and address.key not in self.proxies
 
-    def turn_away(self, sock: socket.socket, host: str, text: str) -> None:
+    def turn_away(self, loop: Loop, sock: socket.socket, host: str, text: str) -> None:
+        """Tell a client why it is not let in. Its socket lingers, unless many do: what the client
+        has sent meanwhile must not destroy the reason by a reset."""
         log.warning("%s turned away: %s", host, text)
-        sock.setblocking(False)
-        with contextlib.suppress(OSError):
-            sock.send(f"* {text}; try again later\n".encode())
-        sock.close()
+        conn = Connection(loop, sock)
+        conn.write(f"* {text}; try again later\n".encode())
+        conn.flush()
+        if len(loop.linger.waiting) < SPARE_DESCRIPTORS // 2:
+            conn.close()
+        else:
+            conn.drop(text)
 
     def turn_away_all(self, listening: socket.socket) -> bool:
         """Turn away the whole backlog, on the spare descriptor; return whether that worked."""
@@ -20154,7 +20202,11 @@ class ConnectionLimits:
         try:
             for _ in range(ACCEPTS_A_TURN):
                 sock, (host, *_) = listening.accept()
-                self.turn_away(sock, host, "this server has no file descriptors left (ulimit -n)")
+                text = "this server has no file descriptors left (ulimit -n)"
+                log.warning("%s turned away: %s", host, text)
+                with sock, contextlib.suppress(OSError):
+                    sock.setblocking(False)
+                    sock.send(f"* {text}; try again later\n".encode())
         except OSError as error:
             return isinstance(error, BlockingIOError)
         finally:
@@ -20854,6 +20906,7 @@ class Server:
         for listener in self.listeners:
             listener.listen()
         if self.cluster:
+            self.clean_files()
             self.resume()
             self.on_serving()
             self.on_serving = do_nothing
@@ -20887,12 +20940,18 @@ class Server:
 
     def _open_files(self, options: ServerOptions) -> None:
         files = self.hub.files
+        self.site.folder = FileFolder(options.data / "files")
         if self.cluster is None:
             files.most, files.total = options.file_max, options.files_max
-        self.site.folder = FileFolder(options.data / "files")
-        names = {file.on_disk for file in files.values()}
-        self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
+            self.clean_files()
         self.expire_files()
+
+    def clean_files(self) -> None:
+        """Remove all content that no link needs: a crash may leave some. A node knows that when it
+        has applied all of the log."""
+        if self.site.folder and not self.hub.files.finishing:
+            names = {file.on_disk for file in self.hub.files.values()}
+            self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
 
     def looks_after(self, file: StoredFile) -> bool:
         """Return whether this server is the one to remove a file that is too old."""
@@ -20913,9 +20972,9 @@ class Server:
 
     def remove_content(self) -> None:
         """Remove content from disk that no link needs any more. Wait while an upload is finishing,
-        since its content may be the same."""
-        files = self.hub.files
-        if self.site.folder is None or files.finishing:
+        since its content may be the same, and while a node has not applied all of the log."""
+        files, waits = self.hub.files, self.cluster and not self.cluster.serving
+        if self.site.folder is None or files.finishing or waits:
             return
         used = {file.on_disk for file in files.values()}
         names, files.unwanted = set(files.unwanted) - used, []
@@ -20924,18 +20983,11 @@ class Server:
     def run_to_end(
         self, session: LocalSession, lane: str, job: Callable[[], Any], then: Callable
     ) -> None:
-        """Run job() off the loop, then then(its result, whether the session is there), also if
-        it is not. The session's next request waits."""
-        conn = session.conn
-        conn.held = True
-        conn.update()
-
-        def done(result: Any) -> None:
-            conn.held = False
-            conn.resume_soon()
-            then(result, not (conn.gone or conn.leaving))
-
-        self.helpers.submit(self, job, done, lane)
+        """Run job() off the loop, then then(its result), also if the session is not there any
+        more. The session's next request waits until conn.release()."""
+        session.conn.held = True
+        session.conn.update()
+        self.helpers.submit(self, job, then, lane)
 
     def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None:
         """Run a job off the loop, behind the other jobs of its owner, which is an address or the
@@ -20954,9 +21006,9 @@ class Server:
         key = address_key(host, sock.getsockname()[0] if ":" in host else "")
         if self.cluster and (not self.cluster.serving or self.paused):
             text = "this server cannot reach the others"
-            return self.limits.turn_away(sock, host, text)
+            return self.limits.turn_away(self.loop, sock, host, text)
         if refusal := self.limits.refusal(len(self.peers), key, self.addresses.get(key)):
-            return self.limits.turn_away(sock, host, refusal)
+            return self.limits.turn_away(self.loop, sock, host, refusal)
         peer = Peer(self, sock, host, port, key)
         self.peers.add(peer)
         self.times.silent.add(peer)
@@ -21044,9 +21096,7 @@ class Server:
     def answer(self, session: LocalSession, job: Awaited, result: Any) -> None:
         """Give a session the result of its job, unless its connection has ended."""
         peer = session.conn
-        peer.held = False
-        peer.resume_soon()
-        if peer.gone or peer.leaving:
+        if not peer.release():
             return
         if isinstance(result, Exception) and not isinstance(result, ChatError):
             known = self.committer.losing or str(result) == self.job_trouble  # it was said once
@@ -24763,7 +24813,7 @@ class TerminalClient(ManyServers):
         self.painting: Timer | None = None  # what came too early for that
         self.was_ready = self.told_why = False
         self.late: set[str] = set()  # own ids of what has been waiting for a while
-        self.begun: float = math.inf  # views that there were when a command was begun
+        self.begun: list[ViewEvent] | None = None  # the views when a command was begun
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
         self.writing_in: Room | None = self.core.room  # the conversation that the line is for
         self.ended_room = ""  # the name of a closed one, while the line is a text begun there
@@ -24896,9 +24946,9 @@ class TerminalClient(ManyServers):
             self.editor.set(self.writing_in.draft if self.writing_in else "")
         self.link.typing(self.core.room, "" if self.ended_room else text)
         if text[:1] != "/":
-            self.begun = math.inf
-        elif self.begun == math.inf and self.core.room:
-            self.begun = self.core.room.views.total
+            self.begun = None
+        elif self.begun is None and self.core.room:
+            self.begun = [*self.core.room.views]
 
     def enter(self, text: str) -> None:
         """Handle an entered line. An empty one is no message, although it is one from netcat."""
@@ -24918,7 +24968,7 @@ class TerminalClient(ManyServers):
             self.go(place)
         elif text:
             self.link.typed(text.rstrip() if command else text, None, "", self.begun)
-            self.begun = math.inf
+            self.begun = None
 
     def refuse_late(self) -> None:
         """Keep a text from being sent to another conversation than the one it was begun in."""
