@@ -23804,9 +23804,10 @@ def status_row(parts: list[tuple[str, tuple[int, ...]]], columns: int, palette: 
 
 
 class Painter:
-    """The drawing of the two rows at the bottom: the status, and as much of the typed line as fits. They are
-    erased before new text. Everything is text to be written at once. The rows are cleared singly,
-    as some terminals move into their history what one sequence (ED) clears below the cursor."""
+    """The drawing of the two rows at the bottom: the status, and as much of the typed line as fits.
+    They are erased before new text. Everything is text to be written at once. The rows are cleared
+    singly, as some terminals move into their history what one sequence (ED) clears below the
+    cursor."""
 
     def __init__(self, columns: int, rows: int = 24):
         self.columns, self.rows = columns, rows
