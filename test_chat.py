@@ -2355,7 +2355,7 @@ def test_an_ipv6_address_counts_as_its_network_unless_others_share_that(host, ow
 def test_the_address_that_a_connection_came_to_tells_the_network_that_is_ours():
     house, keys = House(), []
     house.limits.refusal = lambda count, key, others: keys.append(key) or "no"
-    house.limits.turn_away = lambda sock, host, text: None
+    house.limits.turn_away = lambda loop, sock, host, text: None
     for own in ("2001:db8:1:2::1", "2001:db8:7::1"):
         sock = types.SimpleNamespace(getsockname=lambda own=own: (own, 7000, 0, 0))
         house.admit(sock, "2001:db8:1:2::3", 50000)
