@@ -31334,6 +31334,17 @@ def test_functions_are_short_and_shallow(path):
             assert deepest(node) <= 3, f"{node.name} is nested too deep"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_docstrings_and_texts_name_things_and_do_not_describe_them_in_riddles(path):
+    found = re.findall(r"(?i)\b(?:somebody|nobody|whoever|anew)\b", path.read_text())
+    for node in nodes_of(path):
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)):
+            found += re.findall(
+                r"\A(?:What|Who|Whether|Of|The same)\b.*", ast.get_docstring(node) or ""
+            )
+    assert found == []
+
+
 def test_above_the_waterline_there_is_no_operating_system():
     source = (HERE / "chat.py").read_text()
     waterline = source[: source.index("THE WATERLINE")].count("\n")
