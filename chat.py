@@ -14072,15 +14072,25 @@ class Joins:
         """Note a JOIN. Its time begins when it is sent in its turn."""
         key = self.core.fold(name)
         self.refused.pop(key, None)
-        count, _ = self.unanswered.get(key, (0, 0.0))
-        self.unanswered[key] = count + 1, math.inf
+        count, since = self.unanswered.get(key, (0, math.inf))
+        self.unanswered[key] = count + 1, since
 
     def note_time(self, line: str) -> None:
         """Note the time at which a JOIN is sent."""
         verb, params, _ = parse_message(line)
-        key = self.core.fold(params[0]) if verb == "JOIN" and params else ""
-        if key in self.unanswered:
-            self.unanswered[key] = self.unanswered[key][0], self.core.ticks()
+        if verb == "JOIN" and params:
+            self._begin(self.core.fold(params[0]))
+
+    def note_pause(self) -> None:
+        """Note that no line waits for its turn: an unsent JOIN waits for a message before it, which
+        may wait for that JOIN."""
+        for key in self.unanswered:
+            self._begin(key)
+
+    def _begin(self, key: str) -> None:
+        count, since = self.unanswered.get(key, (0, 0.0))
+        if since == math.inf:
+            self.unanswered[key] = count, self.core.ticks()
 
     def note_typed(self, name: str, password: str) -> None:
         """Note that the user asks for a channel."""
@@ -14446,6 +14456,8 @@ class IrcTalk:
         self.budget.refill(self.core.ticks())
         while self.ready and self.budget.tokens >= 1 and self._send_next():
             pass
+        if self.budget.tokens >= 1:
+            self.joins.note_pause()
         if self.ready and self.history.behind and self._may_catch_up():
             self.history.ask_behind()
 

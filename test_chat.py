@@ -17996,6 +17996,18 @@ def test_the_time_of_a_join_begins_when_it_is_sent():
     assert len(alice.core.outbox.parked) == 1
 
 
+@pytest.mark.parametrize("answers", [[], ["471 alice #x :full"]])
+def test_a_join_behind_a_message_that_waits_for_it_holds_up_neither(answers):
+    alice = Elsewhere(join=["#x"])
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd a b").types("hello", "/join #x")
+    assert alice.sent(9).count("JOIN #x") == 1
+    alice.hears(*answers)
+    assert "JOIN #x" in alice.sent(chat.JOIN_SECONDS + 9)
+    assert [*alice.core.outbox.parked.values()] == ["the server does not answer to JOIN"]
+
+
 def test_a_channel_can_be_left_before_we_are_in_it():
     alice = Elsewhere(tidy=False)
     for text in ("/join #b", "/part #b bye"):
