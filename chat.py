@@ -14594,6 +14594,13 @@ class IrcTalk:
             # A batch keeps its target
             self.core.outgoing.park(message.id, f"{old} is now called {new}")
 
+    def readdress(self, old: str, new: str) -> None:
+        """Send the notices and requests that wait for a user to the user's new nick."""
+        for n, (line, behind) in enumerate(self.queue):
+            verb, target, text = [*line.split(" ", 2), "", ""][:3]
+            if verb in ("PRIVMSG", "NOTICE") and self.core.fold(target) == self.core.fold(old):
+                self.queue[n] = f"{verb} {new} {text}", behind
+
     # Registration and joining
 
     def give_names(self) -> None:
@@ -15652,6 +15659,7 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
             text = f"{old} is now called {new}"
             core.incoming.event(room, ViewEvent(NICK, text, old, room.name, address=new))
     core.people.forget(old, new)
+    talk.readdress(old, new)
     core.incoming.note_present(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):

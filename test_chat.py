@@ -18008,6 +18008,16 @@ def test_a_join_behind_a_message_that_waits_for_it_holds_up_neither(answers):
     assert [*alice.core.outbox.parked.values()] == ["the server does not answer to JOIN"]
 
 
+def test_a_notice_that_waits_goes_to_the_user_who_has_another_nick_by_then():
+    alice = Elsewhere()
+    alice.types(
+        *["/topic #lobby tea"] * 9, "/notice Bob a secret", "/ctcp bob PING x", "/raw LUSERS"
+    )
+    alice.hears(":bob!u@h NICK rob", ":eve!u@h NICK bob")
+    told = ["NOTICE rob :a secret", "PRIVMSG rob :\x01PING x\x01", "LUSERS"]
+    assert alice.sent(30)[-3:] == told
+
+
 def test_a_channel_can_be_left_before_we_are_in_it():
     alice = Elsewhere(tidy=False)
     for text in ("/join #b", "/part #b bye"):
