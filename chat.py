@@ -45,6 +45,10 @@ logs events; the store keeps them; wires render them. Once a turn:
     commit  write the turn's events and records to SQLite in one transaction
     write   turn the log into bytes, one write per connection
 
+In a client, typed text is a command or a message; a message waits in the outbox until the server
+has acknowledged it. The talk turns the server's lines into views; a room keeps them; a screen
+draws them.
+
 Glossary:
 
     line      the bytes between two newlines on the wire
@@ -67,6 +71,7 @@ Glossary:
     view      one thing that a client shows; the stream of them is all that a screen gets
     key       a name folded for comparison; two names with one key are the same name
     dedup key the sender's own id of a message: under one id there is one message
+    core      a client's side of one server, with neither a screen nor a socket (class ClientCore)
     room      a channel or private conversation as a client knows it
     talk      a client's dialogue over one connection: in IRC, or the workshop's protocol
     outbox    messages that a client accepted and no server acknowledged
@@ -1478,13 +1483,14 @@ def address_key(host: str, own: str = "") -> str:
 
 
 class Throttle:
-    """A limit on failed attempts, by (address, subject) and by address alone. So a user at another
-    address cannot lock the owner of an account out. Times are of the monotonic clock."""
+    """A limit on attempts, by (address, subject) and by address alone. So a user at another address
+    cannot lock the owner of an account out. succeeded() takes an attempt back. Times are of the
+    monotonic clock."""
 
     def __init__(self, most: int, seconds: int, most_an_address: int):
         self.most, self.most_an_address = most, most_an_address
         self.milliseconds = seconds * 1000
-        self.failures: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
+        self.attempts: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
 
     @staticmethod
     def key(host: str, subject: str | None) -> tuple[str, str | None]:
@@ -1492,7 +1498,7 @@ class Throttle:
         return host, subject and fold(cut(subject, 2 * NAME_BYTES))
 
     def count(self, host: str, subject: str | None, now: int) -> int:
-        count, until = self.failures.get(self.key(host, subject), (0, 0))
+        count, until = self.attempts.get(self.key(host, subject), (0, 0))
         return count if now < until else 0
 
     def wait(self, host: str, subject: str, now: int) -> int:
@@ -1501,41 +1507,41 @@ class Throttle:
         most_of_subject = self.most if is_account else LOGIN_TRIES_SERVER
         for one, most in ((subject, most_of_subject), (None, self.most_an_address)):
             if self.count(host, one, now) >= most:
-                _, until = self.failures[self.key(host, one)]
+                _, until = self.attempts[self.key(host, one)]
                 return (until - now) // 1000 + 1
         return 0
 
     def begin(
         self, host: str, subject: str, now: int, code: str = "TRY_LATER", *about: str
     ) -> None:
-        """Count an attempt as failed until succeeded(). Raises Refused after too many of these."""
+        """Count an attempt, until succeeded(). Raises Refused after too many of these."""
         if seconds := self.wait(host, subject, now):
-            raise Refused(code, f"too many failures; try again in {seconds} s", *about)
-        self.failed(host, subject, now)
+            raise Refused(code, f"too many attempts; try again in {seconds} s", *about)
+        self.add(host, subject, now)
 
-    def failed(self, host: str, subject: str, now: int) -> None:
-        """Count a failed attempt. A full table forgets those with the fewest failures."""
+    def add(self, host: str, subject: str, now: int) -> None:
+        """Count an attempt. A full table forgets the entries with the fewest."""
         for one in (subject, None):
             count = self.count(host, one, now) + 1
-            self.failures[self.key(host, one)] = count, now + self.milliseconds
-        if len(self.failures) > LOGIN_FAILURES_KEPT:
+            self.attempts[self.key(host, one)] = count, now + self.milliseconds
+        if len(self.attempts) > LOGIN_FAILURES_KEPT:
             self.sweep(now)
-        if len(self.failures) > LOGIN_FAILURES_KEPT:  # all of it still counts: forget a tenth, the
-            # fewest failures first, so that a client that fills the table is not forgotten by that
-            ranked = sorted(self.failures, key=lambda key: (self.failures[key], key[0]))
+        if len(self.attempts) > LOGIN_FAILURES_KEPT:  # all of it still counts: forget a tenth, the
+            # fewest attempts first, so that a client that fills the table is not forgotten by that
+            ranked = sorted(self.attempts, key=lambda key: (self.attempts[key], key[0]))
             for key in ranked[: LOGIN_FAILURES_KEPT // 10]:
-                del self.failures[key]
+                del self.attempts[key]
 
     def sweep(self, now: int) -> None:
-        """Forget the failures that do not count any more."""
-        self.failures = {key: one for key, one in self.failures.items() if now < one[1]}
+        """Forget the attempts that do not count any more."""
+        self.attempts = {key: one for key, one in self.attempts.items() if now < one[1]}
 
     def succeeded(self, host: str, subject: str) -> None:
-        """Forget the failures for a subject, and one failure of the address: that of begin()."""
-        self.failures.pop(self.key(host, subject), None)
-        count, until = self.failures.pop((host, None), (0, 0))
+        """Forget the attempts for a subject, and one of the address: that of begin()."""
+        self.attempts.pop(self.key(host, subject), None)
+        count, until = self.attempts.pop((host, None), (0, 0))
         if count > 1:
-            self.failures[host, None] = count - 1, until
+            self.attempts[host, None] = count - 1, until
 
 
 # ======================================================================================
@@ -1562,6 +1568,7 @@ class Connected(typing.Protocol):
 
     def update(self) -> None: ...  # after a change of `held`
     def resume_soon(self) -> None: ...  # act on what has come, in the next turn
+    def release(self) -> bool: ...  # its lines wait no more; False if the connection has ended
     def named(self) -> None: ...  # registration is complete
     def charge(self, items: float) -> None: ...  # so much work, see WORK_PER_TOKEN
     def act_for(self, host: str, key: str, secure: bool | None) -> None: ...
@@ -1600,7 +1607,7 @@ class ServerCalls(typing.Protocol):
     # Run job() on a helper thread after this turn's commit; session.take_result() gets its result
     def later(self, session: "LocalSession", lane: str, job: Callable, then: "Awaited") -> None: ...
 
-    # Run job() on a helper thread; call then(its result, whether the session is still there)
+    # Run job() on a helper thread; call then(its result). The session waits: conn.release()
     def run_to_end(
         self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
     ) -> None: ...
@@ -1658,7 +1665,7 @@ class Files(dict[str, StoredFile]):
         self.total = FILES_BYTES  # of all; one owner, or one address, may have a quarter
         self.by_message: dict[int, str] = {}
         self.unwanted: list[str] = []  # names on disk that a link needs no more
-        self.finishing: set[str] = set()  # ids of uploads whose content gets its name on disk
+        self.finishing: set[str] = set()  # ids of uploads whose content is there; not yet the link
 
     def load(self, rows: Iterable[tuple[str, str]]) -> None:
         for id, state in rows:
@@ -1752,8 +1759,8 @@ class SessionContext:
         self.references = itertools.count(1)  # of batches
 
     def has_content(self, file: StoredFile) -> bool:
-        """Return whether this server has the content of a file, and no other node of its cluster. A
-        file of before the cluster is wherever the data folder was copied to."""
+        """Return whether this server has the content of a file, and no other node of its cluster.
+        A file from before the cluster is on each node to which the data folder was copied."""
         return self.cluster is None or file.node in ("", self.node)
 
     def reference(self) -> str:
@@ -2641,7 +2648,7 @@ class LocalSession(Session):
     def take(self, line: Any) -> None:
         """Act on a line now, or once the acts of earlier lines have come back. A message need not
         wait for messages: all of them go through the log in their order."""
-        if self.asks and (self.blocked or self.asks > ASKS_A_SESSION or not self.is_message(line)):
+        if self.asks and (self.blocked or self.asks >= ASKS_A_SESSION or not self.is_message(line)):
             self.kept = line
             self.wait_for_acts()
         else:
@@ -3321,7 +3328,7 @@ class Hub:
         self.started, self.started_ticks = 0, 0
         self.work = 0.0  # of the line that is acted on, see WORK_PER_TOKEN
         self.turn = Turn()
-        self.journal: list[tuple] | None = None  # of all acts, for those who want to replay them
+        self.journal: list[tuple] | None = None  # of all acts, for a replay of them
         # Of a cluster
         self.cluster = ""  # its id
         self.nodes: dict[str, Node] = {}
@@ -5076,7 +5083,7 @@ def register_nick(
         text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
     if not is_loopback(host):
-        accounts.made.failed(host, "", ticks)
+        accounts.made.add(host, "", ticks)
     verifier = yield do(session.later, PASSWORD_LANE, make_verifier, password)
     check_registration(session, nick, wanted, email)  # another user may have been quicker
     if by_mail:
@@ -5970,8 +5977,8 @@ class Backlog:
 
 
 class Retention:
-    """How much history is kept: `keep` rows of each conversation, foundings in which something was
-    said, and with a database in memory so many bytes. The rest is deleted in slices."""
+    """The limits on stored history: `keep` rows of each conversation, foundings in which something
+    was said, and the bytes of a database in memory. The rest is deleted in slices."""
 
     def __init__(self, store: "Store", keep: int):
         self.store, self.db, self.keep = store, store.db, keep
@@ -6657,7 +6664,7 @@ class NatsDialogue:
             raise NatsFailed(NOT_NATS)
 
     def _informed(self, text: str) -> None:
-        """Take what the server says of itself: at first, and when its cluster changes."""
+        """Handle an INFO of the server: the first one, and later ones about its cluster."""
         first = not self.info
         try:
             self.info = json.loads(text)
@@ -7444,10 +7451,11 @@ class Cluster:
             self._append()
 
     def begin_epoch(self) -> None:
-        """Begin a start of this node: its sessions of before have ended."""
+        """Begin a start of this node: the sessions of its last start have ended."""
         if self.serving:
             self.serving = False
             self.server.drop_clients("this node lost the others for a while; come back")
+        waiting = [*(self.sent.asks if self.sent else ()), *self.queue]
         self.queue.clear()
         self.sent, self.number = None, 0
         self.epochs.append(self.store.origin + secrets.token_hex(8))
@@ -7458,6 +7466,8 @@ class Cluster:
         site = self.server.site
         started = (self.name, self.epoch, site.web.url, site.address)
         self.ask(None, "node_started", started)
+        # Acts of the server itself do no harm if they are done twice
+        self.queue.extend(ask for ask in waiting if ask.session is None)
 
     # Time
 
@@ -7533,7 +7543,6 @@ class Cluster:
         if self.serving and not self.stopped:
             self.serving, self.leaving = False, True
             self.ask(None, "node_gone", (self.name, self.epoch, False))
-            self.flush()
 
     @property
     def has_left(self) -> bool:
@@ -10130,7 +10139,7 @@ server_query(
     lambda s: s.reply(RPL_TIME, s.site.name, time_text(s.site.hub.now)),
 )
 server_query(
-    "TRACE [<server>] -- the way to a server: there is but this one",
+    "TRACE [<server>] -- the way to a server: this is the only one",
     lambda s: s.reply(RPL_TRACEEND, s.site.name, VERSION),
 )
 
@@ -10173,7 +10182,7 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
 
 
 def no_admin(session: IrcSession) -> None:
-    text = "the message of the day says whom to ask, if anything does"
+    text = "the message of the day may name a contact"
     raise Refused("NO_ADMIN", text, session.site.name)
 
 
@@ -10184,7 +10193,7 @@ def tell_info(session: IrcSession) -> None:
     session.reply(RPL_ENDOFINFO)
 
 
-server_query("ADMIN [<server>] -- whom to ask: see the message of the day", no_admin)
+server_query("ADMIN [<server>] -- the contact of the server: see the message of the day", no_admin)
 server_query("INFO [<server>] -- about this program", tell_info)
 
 
@@ -10958,7 +10967,7 @@ class Request(NamedTuple):
     def host(self) -> str:
         """The host and port of the request: of its target if that is a whole URL, else of Host."""
         match = re.match(r"[a-z]+://([^/?#]*)", self.target, re.IGNORECASE)
-        return match[1] if match else self.header("host")
+        return (match[1] if match else self.header("host")).removesuffix(":")  # an empty port
 
     @property
     def keeps_alive(self) -> bool:
@@ -12010,16 +12019,20 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     site.uploading.pop(id, None)
     files.finishing.add(id)
 
-    def finished(result: Any, is_there: bool) -> None:
+    def completed(_: None) -> None:
         files.finishing.discard(id)
+        if session.conn.release():
+            tell_progress(session, id, upload.at)
+
+    def finished(result: Any) -> None:
         if not isinstance(result, Exception):
-            tell = (lambda _: tell_progress(session, id, upload.at)) if is_there else do_nothing
-            return site.act("finish_file", id, *result, then=tell)
+            return site.act("finish_file", id, *result, then=completed)
+        files.finishing.discard(id)
         if not upload.resumable:
             site.act("remove_file", id)
         if not isinstance(result, Refused):
             result = Refused("NO_ROOM", str(result))
-        if is_there:
+        if session.conn.release():
             session.refuse(result)
 
     site.server.run_to_end(
@@ -12317,8 +12330,14 @@ def dialect_of(first_line: bytes) -> str:
 # ======================================================================================
 # A client's conversation without a screen or a socket: bytes and typed text in, views and bytes
 # out. The terminal and the window drive the same object. The core first finds out the kind of the
-# server. Then a talk (IrcTalk, PlainTalk) handles the protocol until the connection ends. Rooms and
-# outbox belong to the core, because they outlast a connection.
+# server. Then a talk (IrcTalk, PlainTalk) handles the protocol until the connection ends.
+#
+# A thing that ends with the connection belongs to the talk: SaslLogin, the rest of a message
+# (MessageLines), Acknowledgements, HistoryRequests, Joins and WantedAnswers. A thing that outlasts
+# it belongs to the core, in the part that is named after it: Credentials, Rooms, People, Typing,
+# Reactions, IgnoreList, TransferList, KnownMessages and StoredMessages. Texts go from TypedText to
+# Outgoing and the outbox, and then to the talk; lines of the server go from the talk to Incoming,
+# to their room and to show().
 #
 # No message is lost or doubled. A message stays in the outbox until the server has acknowledged it,
 # and is sent again under the same id. A room knows the last message up to which it holds
@@ -13548,7 +13567,7 @@ class MessageLines:
         rest, batched = piece.text[len(text) :], piece.tags in (BATCHED, CONTINUED)
         self.unsent.appendleft(piece._replace(text=rest, tags=CONTINUED if batched else piece.tags))
         tags = piece.tags if batched else ""
-        return Piece(text, tags, end=max(0, piece.end - len(rest)))
+        return Piece(text, tags, end=piece.end - len(rest))
 
     def drop(self) -> None:
         """Drop the unsent lines. A line for another target, which a batch must not have, makes the
@@ -13567,8 +13586,8 @@ NOT_ECHOED = "the server took it and did not send it back"
 
 
 class Acknowledgements:
-    """How the client learns which of its messages the server has: by an echo, else by the PONG that
-    answers a PING behind them. An error of the server is about one of the lines sent last."""
+    """The acknowledgements of the client's messages: by an echo, else by the PONG that answers a
+    PING behind them. An error of the server is about one of the lines sent last."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
@@ -14501,8 +14520,8 @@ class IrcTalk:
         return not done and (self.carries(message) or self.waits(message))
 
     def _may_catch_up(self) -> bool:
-        """Return whether pages may be requested. Waiting messages go first, because one page can
-        use all that a bad connection carries."""
+        """Return whether pages may be requested. Before the first acknowledgement of a connection,
+        waiting messages go first, because one page can use all that a bad connection carries."""
         outbox = self.core.outbox
         waiting = outbox.in_flight or outbox.next(self.carries, self.order)
         return self.core.acknowledged or not waiting
@@ -15934,7 +15953,7 @@ class Credentials:
         self.generated = False
 
     def _store(self) -> None:
-        """Store a password that the client made, or that there is none any more."""
+        """Store a password that the client made, or remove the stored one."""
         if self.generated and self.keep:
             try:
                 self.keep(self.login)
@@ -16229,7 +16248,7 @@ class Rooms(dict[str, Room]):
 
 
 class Typing:
-    """The users who are typing: the others learn it of this user, and the client of them."""
+    """Notices of typing: the client sends those of its user, and shows those of others."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -16248,7 +16267,8 @@ class Typing:
         core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
 
     def _may_tell(self, room: Room) -> bool:
-        """Return whether the user wants that, the server takes it, and nothing has to go first."""
+        """Return whether a notice may be sent: the user wants that, the server passes it on, and no
+        message waits."""
         core, outbox = self.core, self.core.outbox
         return (
             core.can("typing")
@@ -17100,9 +17120,10 @@ class ClientCore:
 
     Call connected() for each new connection, feed() with the bytes received, silence() if the
     server sends nothing, and disconnected() at the end. Send the bytes that take_output() returns.
-    typed() takes the user's text; without a connection the text waits. `tidy` is for a screen: the
-    core then asks for the latest messages. `later` runs a job off the loop. `clock` is wall time
-    and `ticks` monotonic time, in seconds.
+    typed() takes the user's text; without a connection the text waits. `tidy` is true for a client
+    with a screen and false for a pipe: only a screen asks for the latest messages, keeps other
+    conversations in view, and can ask its user. `later` runs a job off the loop. `clock` is wall
+    time and `ticks` monotonic time, in seconds.
 
     The parts of the core (rooms, people, typing, incoming, outgoing ...) own what lasts longer than
     a connection; the parts of its talk own what ends with one. All tell the screen by show()."""
@@ -17925,36 +17946,29 @@ def service_words(words: Iterable[str]) -> str:
 
 
 def command_that_is_sent(
-    verb: str, syntax: str, summary: str, least: int, secret: bool = False, service: bool = False
+    verb: str, syntax: str, summary: str, secret: bool = False, service: bool = False
 ) -> None:
     """Define a command that passes its words to the command of the server, or of its service, with
-    the same name."""
+    the same name. Words in brackets may be left out; a channel is then the current one."""
+    parts = syntax.split()
+    least = sum(not part.startswith("[") for part in parts)
 
     def pass_on(core: ClientCore, *words: str) -> None:
+        if not words and syntax.startswith("[#CHANNEL"):
+            words = (asked_channel(core),)
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
         core.talk.answers.expect(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
-    client_command(verb, least, least or 1, exact=secret)(pass_on)
+    client_command(verb, least, len(parts), exact=secret)(pass_on)
 
 
-command_that_is_sent("list", "[MASK]", "which channels there are", 0)
-command_that_is_sent("oper", "NAME PASSWORD", "operate the server", 2, secret=True)
-
-
-@client_command("whois", 1, 2)
-def do_whois(core: ClientCore, *words: str) -> None:
-    """/whois [SERVER] NAME -- what is known of a user"""
-    core.talk.command("WHOIS", *words)
-
-
-@client_command("who", most=1)
-def do_who(core: ClientCore, mask: str = "") -> None:
-    """/who [#CHANNEL|MASK] -- list users with their addresses"""
-    core.talk.command("WHO", mask or asked_channel(core))
-    core.talk.answers.expect("WHO")
+command_that_is_sent("list", "[MASK]", "which channels there are")
+command_that_is_sent("oper", "NAME PASSWORD", "operate the server", secret=True)
+command_that_is_sent("whois", "[SERVER] NAME", "what is known of a user")
+command_that_is_sent("who", "[#CHANNEL|MASK]", "list users with their addresses")
 
 
 @client_command("register", most=2, exact=True)
@@ -18011,9 +18025,9 @@ def do_passwd(core: ClientCore, *words: str) -> None:
     core.talk.command("PRIVMSG", SERVICE, f"PASSWD {service_words((old, words[-1]))}")
 
 
-command_that_is_sent("drop", "PASSWORD", "give up your account", 1, secret=True, service=True)
+command_that_is_sent("drop", "PASSWORD", "give up your account", secret=True, service=True)
 DISOWN_SUMMARY = "let a channel that you founded end with its last member"
-command_that_is_sent("disown", "#CHANNEL", DISOWN_SUMMARY, 1, service=True)
+command_that_is_sent("disown", "#CHANNEL", DISOWN_SUMMARY, service=True)
 
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
@@ -19944,6 +19958,12 @@ class Peer(Connection):
             self.server.beat.acting[self] = None
             self.loop.call_soon(do_nothing)
 
+    def release(self) -> bool:
+        """Go on after a job; return whether the connection is still there."""
+        self.held = False
+        self.resume_soon()
+        return not (self.gone or self.leaving)
+
     def still_there(self) -> bool:
         """Return whether the connection is open; notice a reset also while nothing is read.
         Otherwise its input would be acted on for as long as the budget makes it last."""
@@ -20905,6 +20925,7 @@ class Server:
         for listener in self.listeners:
             listener.listen()
         if self.cluster:
+            self.clean_files()
             self.resume()
             self.on_serving()
             self.on_serving = do_nothing
@@ -20938,12 +20959,18 @@ class Server:
 
     def _open_files(self, options: ServerOptions) -> None:
         files = self.hub.files
+        self.site.folder = FileFolder(options.data / "files")
         if self.cluster is None:
             files.most, files.total = options.file_max, options.files_max
-        self.site.folder = FileFolder(options.data / "files")
-        names = {file.on_disk for file in files.values()}
-        self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
+            self.clean_files()
         self.expire_files()
+
+    def clean_files(self) -> None:
+        """Remove all content that no link needs: a crash may leave some. A node knows that when it
+        has applied all of the log."""
+        if self.site.folder and not self.hub.files.finishing:
+            names = {file.on_disk for file in self.hub.files.values()}
+            self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
 
     def looks_after(self, file: StoredFile) -> bool:
         """Return whether this server is the one to remove a file that is too old."""
@@ -20964,9 +20991,9 @@ class Server:
 
     def remove_content(self) -> None:
         """Remove content from disk that no link needs any more. Wait while an upload is finishing,
-        since its content may be the same."""
-        files = self.hub.files
-        if self.site.folder is None or files.finishing:
+        since its content may be the same, and while a node has not applied all of the log."""
+        files, waits = self.hub.files, self.cluster and not self.cluster.serving
+        if self.site.folder is None or files.finishing or waits:
             return
         used = {file.on_disk for file in files.values()}
         names, files.unwanted = set(files.unwanted) - used, []
@@ -20975,18 +21002,11 @@ class Server:
     def run_to_end(
         self, session: LocalSession, lane: str, job: Callable[[], Any], then: Callable
     ) -> None:
-        """Run job() off the loop, then then(its result, whether the session is there), also if
-        it is not. The session's next request waits."""
-        conn = session.conn
-        conn.held = True
-        conn.update()
-
-        def done(result: Any) -> None:
-            conn.held = False
-            conn.resume_soon()
-            then(result, not (conn.gone or conn.leaving))
-
-        self.helpers.submit(self, job, done, lane)
+        """Run job() off the loop, then then(its result), also if the session is not there any
+        more. The session's next request waits until conn.release()."""
+        session.conn.held = True
+        session.conn.update()
+        self.helpers.submit(self, job, then, lane)
 
     def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None:
         """Run a job off the loop, behind the other jobs of its owner, which is an address or the
@@ -21095,9 +21115,7 @@ class Server:
     def answer(self, session: LocalSession, job: Awaited, result: Any) -> None:
         """Give a session the result of its job, unless its connection has ended."""
         peer = session.conn
-        peer.held = False
-        peer.resume_soon()
-        if peer.gone or peer.leaving:
+        if not peer.release():
             return
         if isinstance(result, Exception) and not isinstance(result, ChatError):
             known = self.committer.losing or str(result) == self.job_trouble  # it was said once
@@ -22901,7 +22919,7 @@ class Transfers:
         def answered(response: Response, text: str) -> None:
             there = whole_bytes(response.header("upload-offset"))
             if there <= at:
-                return self.broke(one, "the server takes nothing of it")
+                return self.broke(one, "the server does not accept its data")
             return self._send_from(one, token, there)
 
         self._go_on_from(one, at)
@@ -23017,8 +23035,9 @@ class Transfers:
 # TERMINAL
 # ======================================================================================
 # Keys in, a line out, and a picture of it between. All of it is pure but RawTerminal at
-# the end. To add a key, give its bytes a name in KEY_NAMES and the name a method in
-# LineEditor.KEYS. The sequences are those of xterm, which every terminal imitates.
+# the end. To add a key, give its bytes a name in KEY_NAMES, and the name a method: in
+# LineEditor.KEYS if the method needs the line alone, else in TerminalClient.KEYS. Help about
+# keys is in CLIENT_KEYS. The sequences are those of xterm, which every terminal imitates.
 #
 # On the screen is one conversation, which scrolls as terminals do, and below it are two
 # rows: the status, and the line being typed. New text is written over them, and they
@@ -25113,8 +25132,8 @@ class TerminalClient(ManyServers):
 
     def change_drafts(self) -> None:
         """After a change of conversation, keep the old one's draft and restore the new one's. A
-        text begun in a conversation that has ended stays on the line, but is not sent; so does one
-        begun in none, which is for the first that there is."""
+        text begun in a conversation that has ended stays on the line, but is not sent; a text
+        begun before there was a conversation is for the first one."""
         before, after = self.writing_in, self.core.room
         self.writing_in = after
         left = {seat.link.ended for seat, room in self.places() if room is before}
