@@ -45,6 +45,10 @@ logs events; the store keeps them; wires render them. Once a turn:
     commit  write the turn's events and records to SQLite in one transaction
     write   turn the log into bytes, one write per connection
 
+In a client, typed text is a command or a message; a message waits in the outbox until the server
+has acknowledged it. The talk turns the server's lines into views; a room keeps them; a screen
+draws them.
+
 Glossary:
 
     line      the bytes between two newlines on the wire
@@ -67,6 +71,7 @@ Glossary:
     view      one thing that a client shows; the stream of them is all that a screen gets
     key       a name folded for comparison; two names with one key are the same name
     dedup key the sender's own id of a message: under one id there is one message
+    core      a client's side of one server, with neither a screen nor a socket (class ClientCore)
     room      a channel or private conversation as a client knows it
     talk      a client's dialogue over one connection: in IRC, or the workshop's protocol
     outbox    messages that a client accepted and no server acknowledged
@@ -1478,13 +1483,14 @@ def address_key(host: str, own: str = "") -> str:
 
 
 class Throttle:
-    """A limit on failed attempts, by (address, subject) and by address alone. So a user at another
-    address cannot lock the owner of an account out. Times are of the monotonic clock."""
+    """A limit on attempts, by (address, subject) and by address alone. So a user at another address
+    cannot lock the owner of an account out. succeeded() takes an attempt back. Times are of the
+    monotonic clock."""
 
     def __init__(self, most: int, seconds: int, most_an_address: int):
         self.most, self.most_an_address = most, most_an_address
         self.milliseconds = seconds * 1000
-        self.failures: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
+        self.attempts: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
 
     @staticmethod
     def key(host: str, subject: str | None) -> tuple[str, str | None]:
@@ -1492,7 +1498,7 @@ class Throttle:
         return host, subject and fold(cut(subject, 2 * NAME_BYTES))
 
     def count(self, host: str, subject: str | None, now: int) -> int:
-        count, until = self.failures.get(self.key(host, subject), (0, 0))
+        count, until = self.attempts.get(self.key(host, subject), (0, 0))
         return count if now < until else 0
 
     def wait(self, host: str, subject: str, now: int) -> int:
@@ -1501,41 +1507,41 @@ class Throttle:
         most_of_subject = self.most if is_account else LOGIN_TRIES_SERVER
         for one, most in ((subject, most_of_subject), (None, self.most_an_address)):
             if self.count(host, one, now) >= most:
-                _, until = self.failures[self.key(host, one)]
+                _, until = self.attempts[self.key(host, one)]
                 return (until - now) // 1000 + 1
         return 0
 
     def begin(
         self, host: str, subject: str, now: int, code: str = "TRY_LATER", *about: str
     ) -> None:
-        """Count an attempt as failed until succeeded(). Raises Refused after too many of these."""
+        """Count an attempt, until succeeded(). Raises Refused after too many of these."""
         if seconds := self.wait(host, subject, now):
-            raise Refused(code, f"too many failures; try again in {seconds} s", *about)
-        self.failed(host, subject, now)
+            raise Refused(code, f"too many attempts; try again in {seconds} s", *about)
+        self.add(host, subject, now)
 
-    def failed(self, host: str, subject: str, now: int) -> None:
-        """Count a failed attempt. A full table forgets those with the fewest failures."""
+    def add(self, host: str, subject: str, now: int) -> None:
+        """Count an attempt. A full table forgets the entries with the fewest."""
         for one in (subject, None):
             count = self.count(host, one, now) + 1
-            self.failures[self.key(host, one)] = count, now + self.milliseconds
-        if len(self.failures) > LOGIN_FAILURES_KEPT:
+            self.attempts[self.key(host, one)] = count, now + self.milliseconds
+        if len(self.attempts) > LOGIN_FAILURES_KEPT:
             self.sweep(now)
-        if len(self.failures) > LOGIN_FAILURES_KEPT:  # all of it still counts: forget a tenth, the
-            # fewest failures first, so that a client that fills the table is not forgotten by that
-            ranked = sorted(self.failures, key=lambda key: (self.failures[key], key[0]))
+        if len(self.attempts) > LOGIN_FAILURES_KEPT:  # all of it still counts: forget a tenth, the
+            # fewest attempts first, so that a client that fills the table is not forgotten by that
+            ranked = sorted(self.attempts, key=lambda key: (self.attempts[key], key[0]))
             for key in ranked[: LOGIN_FAILURES_KEPT // 10]:
-                del self.failures[key]
+                del self.attempts[key]
 
     def sweep(self, now: int) -> None:
-        """Forget the failures that do not count any more."""
-        self.failures = {key: one for key, one in self.failures.items() if now < one[1]}
+        """Forget the attempts that do not count any more."""
+        self.attempts = {key: one for key, one in self.attempts.items() if now < one[1]}
 
     def succeeded(self, host: str, subject: str) -> None:
-        """Forget the failures for a subject, and one failure of the address: that of begin()."""
-        self.failures.pop(self.key(host, subject), None)
-        count, until = self.failures.pop((host, None), (0, 0))
+        """Forget the attempts for a subject, and one of the address: that of begin()."""
+        self.attempts.pop(self.key(host, subject), None)
+        count, until = self.attempts.pop((host, None), (0, 0))
         if count > 1:
-            self.failures[host, None] = count - 1, until
+            self.attempts[host, None] = count - 1, until
 
 
 # ======================================================================================
@@ -1753,8 +1759,8 @@ class SessionContext:
         self.references = itertools.count(1)  # of batches
 
     def has_content(self, file: StoredFile) -> bool:
-        """Return whether this server has the content of a file, and no other node of its cluster. A
-        file of before the cluster is wherever the data folder was copied to."""
+        """Return whether this server has the content of a file, and no other node of its cluster.
+        A file from before the cluster is on each node to which the data folder was copied."""
         return self.cluster is None or file.node in ("", self.node)
 
     def reference(self) -> str:
@@ -2642,7 +2648,7 @@ class LocalSession(Session):
     def take(self, line: Any) -> None:
         """Act on a line now, or once the acts of earlier lines have come back. A message need not
         wait for messages: all of them go through the log in their order."""
-        if self.asks and (self.blocked or self.asks > ASKS_A_SESSION or not self.is_message(line)):
+        if self.asks and (self.blocked or self.asks >= ASKS_A_SESSION or not self.is_message(line)):
             self.kept = line
             self.wait_for_acts()
         else:
@@ -3322,7 +3328,7 @@ class Hub:
         self.started, self.started_ticks = 0, 0
         self.work = 0.0  # of the line that is acted on, see WORK_PER_TOKEN
         self.turn = Turn()
-        self.journal: list[tuple] | None = None  # of all acts, for those who want to replay them
+        self.journal: list[tuple] | None = None  # of all acts, for a replay of them
         # Of a cluster
         self.cluster = ""  # its id
         self.nodes: dict[str, Node] = {}
@@ -5077,7 +5083,7 @@ def register_nick(
         text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
     if not is_loopback(host):
-        accounts.made.failed(host, "", ticks)
+        accounts.made.add(host, "", ticks)
     verifier = yield do(session.later, PASSWORD_LANE, make_verifier, password)
     check_registration(session, nick, wanted, email)  # another user may have been quicker
     if by_mail:
@@ -5971,8 +5977,8 @@ class Backlog:
 
 
 class Retention:
-    """How much history is kept: `keep` rows of each conversation, foundings in which something was
-    said, and with a database in memory so many bytes. The rest is deleted in slices."""
+    """The limits on stored history: `keep` rows of each conversation, foundings in which something
+    was said, and the bytes of a database in memory. The rest is deleted in slices."""
 
     def __init__(self, store: "Store", keep: int):
         self.store, self.db, self.keep = store, store.db, keep
@@ -6658,7 +6664,7 @@ class NatsDialogue:
             raise NatsFailed(NOT_NATS)
 
     def _informed(self, text: str) -> None:
-        """Take what the server says of itself: at first, and when its cluster changes."""
+        """Handle an INFO of the server: the first one, and later ones about its cluster."""
         first = not self.info
         try:
             self.info = json.loads(text)
@@ -7445,7 +7451,7 @@ class Cluster:
             self._append()
 
     def begin_epoch(self) -> None:
-        """Begin a start of this node: its sessions of before have ended."""
+        """Begin a start of this node: the sessions of its last start have ended."""
         if self.serving:
             self.serving = False
             self.server.drop_clients("this node lost the others for a while; come back")
@@ -7537,7 +7543,6 @@ class Cluster:
         if self.serving and not self.stopped:
             self.serving, self.leaving = False, True
             self.ask(None, "node_gone", (self.name, self.epoch, False))
-            self.flush()
 
     @property
     def has_left(self) -> bool:
@@ -10134,7 +10139,7 @@ server_query(
     lambda s: s.reply(RPL_TIME, s.site.name, time_text(s.site.hub.now)),
 )
 server_query(
-    "TRACE [<server>] -- the way to a server: there is but this one",
+    "TRACE [<server>] -- the way to a server: this is the only one",
     lambda s: s.reply(RPL_TRACEEND, s.site.name, VERSION),
 )
 
@@ -10177,7 +10182,7 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
 
 
 def no_admin(session: IrcSession) -> None:
-    text = "the message of the day says whom to ask, if anything does"
+    text = "the message of the day may name a contact"
     raise Refused("NO_ADMIN", text, session.site.name)
 
 
@@ -10188,7 +10193,7 @@ def tell_info(session: IrcSession) -> None:
     session.reply(RPL_ENDOFINFO)
 
 
-server_query("ADMIN [<server>] -- whom to ask: see the message of the day", no_admin)
+server_query("ADMIN [<server>] -- the contact of the server: see the message of the day", no_admin)
 server_query("INFO [<server>] -- about this program", tell_info)
 
 
@@ -12330,8 +12335,14 @@ def dialect_of(first_line: bytes) -> str:
 # ======================================================================================
 # A client's conversation without a screen or a socket: bytes and typed text in, views and bytes
 # out. The terminal and the window drive the same object. The core first finds out the kind of the
-# server. Then a talk (IrcTalk, PlainTalk) handles the protocol until the connection ends. Rooms and
-# outbox belong to the core, because they outlast a connection.
+# server. Then a talk (IrcTalk, PlainTalk) handles the protocol until the connection ends.
+#
+# A thing that ends with the connection belongs to the talk: SaslLogin, the rest of a message
+# (MessageLines), Acknowledgements, HistoryRequests, Joins and WantedAnswers. A thing that outlasts
+# it belongs to the core, in the part that is named after it: Credentials, Rooms, People, Typing,
+# Reactions, IgnoreList, TransferList, KnownMessages and StoredMessages. Texts go from TypedText to
+# Outgoing and the outbox, and then to the talk; lines of the server go from the talk to Incoming,
+# to their room and to show().
 #
 # No message is lost or doubled. A message stays in the outbox until the server has acknowledged it,
 # and is sent again under the same id. A room knows the last message up to which it holds
@@ -12505,7 +12516,8 @@ class ServerProfile:
         self.offered: dict[str, str] = {}  # capabilities and their values
         self.enabled: set[str] = set()
         self.requested: set[str] = set()  # after the registration; no answer yet
-        self.told = False  # 004 has come, and 005 if there is one
+        # 004 has come, and 005 if there is one, over this connection or an earlier one
+        self.told = before is not None and before.told
         self.isupport: dict[str, str] = {}  # facts of 005, and until then some of `before`
         for name in ("CASEMAPPING", "CHANTYPES"):
             if before and name in before.isupport:
@@ -12517,10 +12529,14 @@ class ServerProfile:
         """Return the key of a name. Names with the same key are the same name to this server."""
         if self.ours:
             return fold(name)
-        mapping = self.isupport.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
+        mapping = self.case_mapping
         if mapping in UNICODE_MAPPINGS:
             return fold(name)
         return name.translate(CASE_MAPPINGS.get(mapping, CASE_MAPPINGS["ascii"]))
+
+    @property
+    def case_mapping(self) -> str:
+        return self.isupport.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
 
     @property
     def channel_types(self) -> str:
@@ -13556,7 +13572,7 @@ class MessageLines:
         rest, batched = piece.text[len(text) :], piece.tags in (BATCHED, CONTINUED)
         self.unsent.appendleft(piece._replace(text=rest, tags=CONTINUED if batched else piece.tags))
         tags = piece.tags if batched else ""
-        return Piece(text, tags, end=max(0, piece.end - len(rest)))
+        return Piece(text, tags, end=piece.end - len(rest))
 
     def drop(self) -> None:
         """Drop the unsent lines. A line for another target, which a batch must not have, makes the
@@ -13575,8 +13591,8 @@ NOT_ECHOED = "the server took it and did not send it back"
 
 
 class Acknowledgements:
-    """How the client learns which of its messages the server has: by an echo, else by the PONG that
-    answers a PING behind them. An error of the server is about one of the lines sent last."""
+    """The acknowledgements of the client's messages: by an echo, else by the PONG that answers a
+    PING behind them. An error of the server is about one of the lines sent last."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
@@ -14497,8 +14513,8 @@ class IrcTalk:
         return not done and (self.carries(message) or self.waits(message))
 
     def _may_catch_up(self) -> bool:
-        """Return whether pages may be requested. Waiting messages go first, because one page can
-        use all that a bad connection carries."""
+        """Return whether pages may be requested. Before the first acknowledgement of a connection,
+        waiting messages go first, because one page can use all that a bad connection carries."""
         outbox = self.core.outbox
         waiting = outbox.in_flight or outbox.next(self.carries, self.order)
         return self.core.acknowledged or not waiting
@@ -15232,7 +15248,7 @@ def take_channel_name(talk: IrcTalk, old: str, new: str) -> None:
         return
     if other is None:
         return core.rooms.rename(room, new)
-    core.outbox.readdress(lambda where: core.find(where) is room, other.name)
+    core.readdress(lambda where: core.find(where) is room, other.name)
     if core.room is room:
         core.rooms.go(other)
     return core.rooms.close(room)
@@ -15922,7 +15938,7 @@ class Credentials:
         self.generated = False
 
     def _store(self) -> None:
-        """Store a password that the client made, or that there is none any more."""
+        """Store a password that the client made, or remove the stored one."""
         if self.generated and self.keep:
             try:
                 self.keep(self.login)
@@ -16053,16 +16069,22 @@ class Rooms(dict[str, Room]):
             room.wanted = True
 
     def load(self, named: bool) -> None:
-        """Open the conversations of the last run; only those of --join if it `named` some. Load the
-        last messages of each."""
+        """Open the conversations of the last run, behind those of --join if it `named` some, which
+        are as they were left. Load the last messages of each."""
         self.rekey()
         stored = self.core.store.rooms()
         if stored and not named:
             self.clear()
-        for room in (*self.values(), *stored):
-            room = self.setdefault(self.core.fold(room.name), room)
-            if not room.views:
-                self.core.stored.load(room)
+        asked = dict(self)
+        for room in stored:
+            key = self.core.fold(room.name)
+            if key in asked:
+                room.password = asked[key].password or room.password
+                room.wanted = room.is_channel = True
+                self[key] = room
+            self.setdefault(key, room)
+        for room in self.values():
+            self.core.stored.load(room)
 
     def keep(self, room: Room) -> None:
         """Store that a conversation is open, and whether to join it again; delete a closed one."""
@@ -16163,7 +16185,7 @@ class Rooms(dict[str, Room]):
         if core.ready and not room.is_channel:
             core.talk.watch([room.name], "-")
             core.talk.watch([name])
-        core.outbox.readdress(lambda where: core.fold(where) == old, name)
+        core.readdress(lambda where: core.fold(where) == old, name)
         if core.store:
             core.store.rename(old, core.fold(name))
         room.name = name
@@ -16211,7 +16233,7 @@ class Rooms(dict[str, Room]):
 
 
 class Typing:
-    """The users who are typing: the others learn it of this user, and the client of them."""
+    """Notices of typing: the client sends those of its user, and shows those of others."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -16230,7 +16252,8 @@ class Typing:
         core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
 
     def _may_tell(self, room: Room) -> bool:
-        """Return whether the user wants that, the server takes it, and nothing has to go first."""
+        """Return whether a notice may be sent: the user wants that, the server passes it on, and no
+        message waits."""
         core, outbox = self.core, self.core.outbox
         return (
             core.can("typing")
@@ -16385,6 +16408,13 @@ class TransferList(list[Transfer]):
         if self.core.store:
             self.core.store.forget_transfer(transfer)
         self._show(transfer)
+
+    def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
+        """Give the files for a conversation its new name."""
+        for transfer in list(self):
+            if is_old(transfer.room):
+                transfer.room = new
+                self.keep(transfer)
 
     def drop(self, transfer: Transfer) -> None:
         """Stop the transfer of a file, and forget it."""
@@ -16995,12 +17025,13 @@ class TypedText:
         self.core = core
         self.doubted = ""  # a text that is sent if the user enters it again
         self.reply = ""  # the id of the message that the text answers
-        self.views_seen: float = math.inf  # how many were in the conversation when it was begun
+        # The views in the conversation when the text was begun; None if that was just now
+        self.seen: list[ViewEvent] | None = None
 
-    def take(self, text: str, room: Room | None, reply: str, seen: float) -> None:
+    def take(self, text: str, room: Room | None, reply: str, seen: list[ViewEvent] | None) -> None:
         """Take a text for a conversation, which is the current one meanwhile."""
         rooms, looked_at = self.core.rooms, self.core.room
-        self.reply, self.views_seen = reply, seen
+        self.reply, self.seen = reply, seen
         rooms.current = room or looked_at
         if text[:1] == "/" and text[:2] != "//":
             self._run(text)
@@ -17012,7 +17043,7 @@ class TypedText:
         stayed = room is not None and rooms.current is room
         if stayed and looked_at and self.core.find(looked_at.name) is looked_at:
             rooms.current = looked_at
-        self.reply, self.views_seen = "", math.inf
+        self.reply, self.seen = "", None
 
     def _give_back(self, text: str, why: str) -> None:
         self.core.show(ViewEvent(BACK, text), ViewEvent(NOTE, why))
@@ -17074,9 +17105,10 @@ class ClientCore:
 
     Call connected() for each new connection, feed() with the bytes received, silence() if the
     server sends nothing, and disconnected() at the end. Send the bytes that take_output() returns.
-    typed() takes the user's text; without a connection the text waits. `tidy` is for a screen: the
-    core then asks for the latest messages. `later` runs a job off the loop. `clock` is wall time
-    and `ticks` monotonic time, in seconds.
+    typed() takes the user's text; without a connection the text waits. `tidy` is true for a client
+    with a screen and false for a pipe: only a screen asks for the latest messages, keeps other
+    conversations in view, and can ask its user. `later` runs a job off the loop. `clock` is wall
+    time and `ticks` monotonic time, in seconds.
 
     The parts of the core (rooms, people, typing, incoming, outgoing ...) own what lasts longer than
     a connection; the parts of its talk own what ends with one. All tell the screen by show()."""
@@ -17174,7 +17206,7 @@ class ClientCore:
         """Store how the server compares names, since the keys of conversations depend on that."""
         if self.store:
             self.store.keep_fact("ours", "yes" if self.server.ours else "no")
-            self.store.keep_fact("CASEMAPPING", self.server.isupport.get("CASEMAPPING", ""))
+            self.store.keep_fact("CASEMAPPING", self.server.case_mapping)
 
     def close_store(self) -> None:
         """Store the open conversations and their drafts, and leave the outbox to another client."""
@@ -17443,11 +17475,15 @@ class ClientCore:
     # Typed text
 
     def typed(
-        self, text: str, room: Room | None = None, reply: str = "", seen: float = math.inf
+        self,
+        text: str,
+        room: Room | None = None,
+        reply: str = "",
+        seen: list[ViewEvent] | None = None,
     ) -> list[ViewEvent]:
         """Take a command, or a message of one or several lines. `room` is the conversation of the
         text, perhaps not the current one. `reply` is the id of the message that the text answers.
-        `seen` views were there when the text was begun: "the last message" is one of these."""
+        The views in `seen` were there when it was begun: "the last message" is one of these."""
         self.input.take(text, room, reply, seen)
         self.flush()
         return self.take_views()
@@ -17498,6 +17534,11 @@ class ClientCore:
         """Return a view with its time and the id of its conversation."""
         when = int(self.clock() * 1000) if view.time is None else view.time
         return view._replace(time=when, room=room.id if room else view.room)
+
+    def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
+        """Give the messages and files for a conversation its new name."""
+        self.outbox.readdress(is_old, new)
+        self.transfers.readdress(is_old, new)
 
     def changed(self, room: Room) -> None:
         """Tell the screens to draw the state of a conversation again."""
@@ -17742,7 +17783,7 @@ def do_nick(core: ClientCore, name: str) -> None:
 def do_history(core: ClientCore, *words: str) -> None:
     """/history [#CHANNEL|NAME] [N] -- what was said last"""
     count = whole_number(words[-1]) if words else None
-    name = words[0] if words and (len(words) > 1 or not count) else asked_room(core).name
+    name = words[0] if words and (len(words) > 1 or count is None) else asked_room(core).name
     if not core.talk.pages:
         raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
     limit = min(count or HISTORY_LINES, HISTORY_LINES_MOST)
@@ -17890,36 +17931,29 @@ def service_words(words: Iterable[str]) -> str:
 
 
 def command_that_is_sent(
-    verb: str, syntax: str, summary: str, least: int, secret: bool = False, service: bool = False
+    verb: str, syntax: str, summary: str, secret: bool = False, service: bool = False
 ) -> None:
     """Define a command that passes its words to the command of the server, or of its service, with
-    the same name."""
+    the same name. Words in brackets may be left out; a channel is then the current one."""
+    parts = syntax.split()
+    least = sum(not part.startswith("[") for part in parts)
 
     def pass_on(core: ClientCore, *words: str) -> None:
+        if not words and syntax.startswith("[#CHANNEL"):
+            words = (asked_channel(core),)
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
         core.talk.answers.expect(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
-    client_command(verb, least, least or 1, exact=secret)(pass_on)
+    client_command(verb, least, len(parts), exact=secret)(pass_on)
 
 
-command_that_is_sent("list", "[MASK]", "which channels there are", 0)
-command_that_is_sent("oper", "NAME PASSWORD", "operate the server", 2, secret=True)
-
-
-@client_command("whois", 1, 2)
-def do_whois(core: ClientCore, *words: str) -> None:
-    """/whois [SERVER] NAME -- what is known of a user"""
-    core.talk.command("WHOIS", *words)
-
-
-@client_command("who", most=1)
-def do_who(core: ClientCore, mask: str = "") -> None:
-    """/who [#CHANNEL|MASK] -- list users with their addresses"""
-    core.talk.command("WHO", mask or asked_channel(core))
-    core.talk.answers.expect("WHO")
+command_that_is_sent("list", "[MASK]", "which channels there are")
+command_that_is_sent("oper", "NAME PASSWORD", "operate the server", secret=True)
+command_that_is_sent("whois", "[SERVER] NAME", "what is known of a user")
+command_that_is_sent("who", "[#CHANNEL|MASK]", "list users with their addresses")
 
 
 @client_command("register", most=2, exact=True)
@@ -17976,9 +18010,9 @@ def do_passwd(core: ClientCore, *words: str) -> None:
     core.talk.command("PRIVMSG", SERVICE, f"PASSWD {service_words((old, words[-1]))}")
 
 
-command_that_is_sent("drop", "PASSWORD", "give up your account", 1, secret=True, service=True)
+command_that_is_sent("drop", "PASSWORD", "give up your account", secret=True, service=True)
 DISOWN_SUMMARY = "let a channel that you founded end with its last member"
-command_that_is_sent("disown", "#CHANNEL", DISOWN_SUMMARY, 1, service=True)
+command_that_is_sent("disown", "#CHANNEL", DISOWN_SUMMARY, service=True)
 
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
@@ -18057,8 +18091,10 @@ def numbered_view(
     first, *rest = [*words, ""]
     match, room = NTH.fullmatch(first), asked_room(core)
     number = int(match[1]) if match else 1
-    seen = [*room.views][: len(room.views) - max(0, room.views.total - core.input.views_seen)]
-    spoken = [view for view in seen if view.kind in SPOKEN and view.mine == mine]
+    spoken = [view for view in room.views if view.kind in SPOKEN and view.mine == mine]
+    if core.input.seen is not None:
+        seen = {view.own_id or identity_of(view) for view in core.input.seen}
+        spoken = [view for view in spoken if (view.own_id or identity_of(view)) in seen]
     if len(spoken) < number:
         raise Refused("NO_MESSAGE", "there is no such message here")
     if not spoken[-number].id:
@@ -22868,7 +22904,7 @@ class Transfers:
         def answered(response: Response, text: str) -> None:
             there = whole_bytes(response.header("upload-offset"))
             if there <= at:
-                return self.broke(one, "the server takes nothing of it")
+                return self.broke(one, "the server does not accept its data")
             return self._send_from(one, token, there)
 
         self._go_on_from(one, at)
@@ -22984,8 +23020,9 @@ class Transfers:
 # TERMINAL
 # ======================================================================================
 # Keys in, a line out, and a picture of it between. All of it is pure but RawTerminal at
-# the end. To add a key, give its bytes a name in KEY_NAMES and the name a method in
-# LineEditor.KEYS. The sequences are those of xterm, which every terminal imitates.
+# the end. To add a key, give its bytes a name in KEY_NAMES, and the name a method: in
+# LineEditor.KEYS if the method needs the line alone, else in TerminalClient.KEYS. Help about
+# keys is in CLIENT_KEYS. The sequences are those of xterm, which every terminal imitates.
 #
 # On the screen is one conversation, which scrolls as terminals do, and below it are two
 # rows: the status, and the line being typed. New text is written over them, and they
@@ -24780,7 +24817,7 @@ class TerminalClient(ManyServers):
         self.painting: Timer | None = None  # what came too early for that
         self.was_ready = self.told_why = False
         self.late: set[str] = set()  # own ids of what has been waiting for a while
-        self.begun: float = math.inf  # views that there were when a command was begun
+        self.begun: list[ViewEvent] | None = None  # the views when a command was begun
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
         self.writing_in: Room | None = self.core.room  # the conversation that the line is for
         self.ended_room = ""  # the name of a closed one, while the line is a text begun there
@@ -24913,9 +24950,9 @@ class TerminalClient(ManyServers):
             self.editor.set(self.writing_in.draft if self.writing_in else "")
         self.link.typing(self.core.room, "" if self.ended_room else text)
         if text[:1] != "/":
-            self.begun = math.inf
-        elif self.begun == math.inf and self.core.room:
-            self.begun = self.core.room.views.total
+            self.begun = None
+        elif self.begun is None and self.core.room:
+            self.begun = [*self.core.room.views]
 
     def enter(self, text: str) -> None:
         """Handle an entered line. An empty one is no message, although it is one from netcat."""
@@ -24935,7 +24972,7 @@ class TerminalClient(ManyServers):
             self.go(place)
         elif text:
             self.link.typed(text.rstrip() if command else text, None, "", self.begun)
-            self.begun = math.inf
+            self.begun = None
 
     def refuse_late(self) -> None:
         """Keep a text from being sent to another conversation than the one it was begun in."""
@@ -25080,8 +25117,8 @@ class TerminalClient(ManyServers):
 
     def change_drafts(self) -> None:
         """After a change of conversation, keep the old one's draft and restore the new one's. A
-        text begun in a conversation that has ended stays on the line, but is not sent; so does one
-        begun in none, which is for the first that there is."""
+        text begun in a conversation that has ended stays on the line, but is not sent; a text
+        begun before there was a conversation is for the first one."""
         before, after = self.writing_in, self.core.room
         self.writing_in = after
         left = {seat.link.ended for seat, room in self.places() if room is before}

@@ -122,7 +122,7 @@ class Server(NamedTuple):
     phase: str = chat.WAITING
     ready: bool = False
     status: str = ""
-    statuses: int = 0  # that there were
+    statuses: int = 0  # number of them so far
     retry_at: float = 0.0  # monotonic time of the next attempt; 0: none is planned
     waiting: int = 0  # messages that have not arrived
     parked: int = 0  # of these, messages that could not be sent
@@ -1075,7 +1075,7 @@ def emoji_names() -> dict[str, str]:
 
 
 def emoji_for(word: str) -> list[tuple[str, str]]:
-    """Return emoji with this in their name, and the names: the best ones first."""
+    """Return emoji with this text in their names, and the names: the best ones first."""
     word = word.lower()
     names = emoji_names()
     hits = [name for name in names if word in name]
@@ -2291,17 +2291,17 @@ class Timers:
             self.cancel(what)
 
 
-def ring(writer: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # full: it rings already; closed: it is gone
+def send_wake_up(writer: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # full of wake-ups already, or closed
         writer.send(b"\0")
 
 
-class Bell:
-    """A way for another thread, or a signal, to get Tk's attention: one byte on a pair of
-    sockets."""
+class Waker:
+    """Wake-ups of Tk's loop from other threads and by signals: one byte on a pair of sockets. Tk
+    then calls `woken`."""
 
-    def __init__(self, root: tk.Tk, answer: Callable[[], None]):
-        self.root, self.answer = root, answer
+    def __init__(self, root: tk.Tk, woken: Callable[[], None]):
+        self.root, self.woken = root, woken
         self.timer = ""
         self.for_signals = False
         self.reader, self.writer = socket.socketpair()
@@ -2309,35 +2309,35 @@ class Bell:
         self.writer.setblocking(False)
         self.watched = hasattr(root.tk, "createfilehandler")
         if self.watched:
-            root.tk.createfilehandler(self.reader, tk.READABLE, self._rung)
+            root.tk.createfilehandler(self.reader, tk.READABLE, self._readable)
         else:
             self._poll()
 
     @property
-    def rope(self) -> Callable[[], None]:
-        """Return a call by which another thread rings it: nothing of Tk hangs on that."""
-        return functools.partial(ring, self.writer)
+    def wake(self) -> Callable[[], None]:
+        """The function with which another thread wakes Tk. It refers to no object of Tk."""
+        return functools.partial(send_wake_up, self.writer)
 
-    def _rung(self, *_: Any) -> None:
-        """Answer. It catches everything: an exception in a file handler would end the main loop."""
+    def _readable(self, *_: Any) -> None:
+        """Call `woken` if bytes have come. An exception in a file handler would end Tk's loop."""
         try:
-            if self._heard():
-                self.answer()
+            if self._read():
+                self.woken()
         except Exception:
             log.exception("a bug, please report it")
 
-    def _heard(self) -> bool:
+    def _read(self) -> bool:
         with contextlib.suppress(BlockingIOError):
             return bool(self.reader.recv(4096))
         return False
 
     def _poll(self) -> None:
-        self._rung()
+        self._readable()
         self.timer = self.root.after(POLL_MS, self._poll)
 
-    def heed_signals(self) -> None:
-        """Let signals ring. Tk waits in C, where Python's signal handlers do not run: the byte that
-        a signal writes gets it out of there."""
+    def wake_on_signals(self) -> None:
+        """Let signals wake Tk. It waits in C, where Python's signal handlers do not run, until the
+        byte that a signal writes has come."""
         self.for_signals = True
         signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
 
@@ -2354,24 +2354,24 @@ class Bell:
 
 
 class Jobs:
-    """Work that may take a while, each piece in a thread of its own; what follows is done on Tk's.
-    Nothing of Tk goes to a thread: it could be the last to let go of it."""
+    """Work that may take a while, each piece in a thread of its own; its result is handled on
+    Tk's. No Tk object goes to a thread, which could be the last to hold it, and would free it."""
 
-    def __init__(self, rope: Callable[[], None]):
-        self.rope = rope
+    def __init__(self, wake: Callable[[], None]):
+        self.wake = wake
         self.answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self.waiting: dict[int, Callable[[Any], None]] = {}
         self.numbers = itertools.count()
 
     def start(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Do the job in a thread, and then call back with its result."""
-        number, answers, rope = next(self.numbers), self.answers, self.rope
+        number, answers, wake = next(self.numbers), self.answers, self.wake
         self.waiting[number] = then
 
         def work() -> None:
             with contextlib.suppress(Exception):  # a look at the system, best effort
                 answers.put((number, job()))
-                rope()
+                wake()
 
         threading.Thread(target=work, daemon=True).start()
 
@@ -2754,7 +2754,8 @@ def bind_menu(widget: tk.Misc, popup: Callable[[Any], Any]) -> None:
 
 
 def bind_typing(widget: tk.Misc, typed: Callable[[str], None]) -> None:
-    """Give what is typed or pasted in a widget that takes no text to `typed`."""
+    """Call `typed` with the text that is typed or pasted while a widget without a field for text
+    has the focus."""
 
     def key(event: Any) -> str | None:
         text = whole(event.char)
@@ -5783,7 +5784,8 @@ class Writing(Acts):
             self.compose.editor.remember(event.text)
 
     def _edited(self) -> None:
-        """Keep a text that the user has changed, soon, and tell the others."""
+        """Store the changed text as a draft soon, and tell others about typing. Tk may not order
+        Hebrew or Arabic: then show the last line in order in the status row, too."""
         self.edited_at = time.monotonic()
         text = self.compose.content
         self.begun = self.begun and bool(text.strip())
@@ -6701,8 +6703,8 @@ class Window:
         self.root.withdraw()
         self.root.report_callback_exception = self._log_bug
         self.timers = Timers(self.root)
-        self.bell = Bell(self.root, self.rung)
-        self.jobs = Jobs(self.bell.rope)
+        self.waker = Waker(self.root, self.woken)
+        self.jobs = Jobs(self.waker.wake)
         self.notices = Notices(self.root)
         kept = self.remembered.words("look")
         self.look = Look(self.root, *(str(kept.get(name, "")) for name in LOOK_SETTINGS))
@@ -6893,7 +6895,7 @@ class Window:
 
     def _start(self, options: chat.ClientOptions) -> None:
         """Start an engine, and forget the conversations of the last one."""
-        self.model.start(Engine(options, self.bell.rope))
+        self.model.start(Engine(options, self.waker.wake))
         self.sidebar.clear()
         self.strip.show(())
         self.writing.forget()
@@ -6919,7 +6921,8 @@ class Window:
 
     # What the engine has to tell
 
-    def rung(self) -> None:
+    def woken(self) -> None:
+        """Handle a signal, the results of jobs, and news of the engine: one of them has come."""
         if self.interrupted:
             return self.close()
         self.jobs.take_answers()
@@ -6945,7 +6948,7 @@ class Window:
             self.drained = time.monotonic()
             engine.submit(engine.took)
         if not engine.batches.empty():
-            self.rung()
+            self.woken()
 
     def _take_servers(self, event: Servers) -> None:
         self.model.take(event)
@@ -7077,9 +7080,9 @@ class Window:
     # Closing
 
     def interrupt(self, *_: Any) -> None:
-        """Note a signal, which comes at any moment: closing is left to the bell."""
+        """Note a signal, which comes at any moment: woken() closes the window."""
         self.interrupted = True
-        ring(self.bell.writer)
+        self.waker.wake()
 
     def close(self, reason: str = "") -> None:
         """Hide at once, and leave the servers, for a second at most."""
@@ -7109,7 +7112,7 @@ class Window:
     def destroy(self) -> None:
         self.gone = True
         self.timers.close()
-        self.bell.close()
+        self.waker.close()
         self.files.close()
         self.remembered.close()
         self.root.destroy()
@@ -7318,7 +7321,7 @@ def heed_signals(window: Window) -> None:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, window.interrupt)
-    window.bell.heed_signals()
+    window.waker.wake_on_signals()
 
 
 def sharpen() -> None:

@@ -1144,8 +1144,8 @@ def test_plain_is_right_or_wrong(answer, account):
 class ScramClient:
     """The other side of SCRAM-SHA-256, as RFC 5802 has it, written from the RFC."""
 
-    def __init__(self, name, password, binding="n,,"):
-        self.password, self.binding = password, binding
+    def __init__(self, name, password, binding="n,,", **final):
+        self.password, self.binding, self.changed = password, binding, final
         self.bare = f"n={name},r=clientnonce"
 
     def first(self):
@@ -1156,7 +1156,7 @@ class ScramClient:
         salt, rounds = base64.b64decode(fields["s"]), int(fields["i"])
         salted = hashlib.pbkdf2_hmac("sha256", self.password.encode(), salt, rounds)
         channel = base64.b64encode(self.binding.encode()).decode()
-        without = f"c={channel},r={fields['r']}"
+        without = "c={c},r={r}".format_map({"c": channel, "r": fields["r"], **self.changed})
         message = f"{self.bare},{challenge.decode()},{without}".encode()
         key = hmac.digest(salted, b"Client Key", "sha256")
         signature = hmac.digest(hashlib.sha256(key).digest(), message, "sha256")
@@ -1167,22 +1167,24 @@ class ScramClient:
 
 
 @pytest.mark.parametrize(
-    "name, password, binding, account",
+    "name, password, binding, final, account",
     [
-        ("alice", "sesame", "n,,", "Alice"),
-        ("alice", "sesame", "y,,", "Alice"),
-        ("alice", "sesame", "n,a=alice,", "Alice"),
-        ("alice", "sesame", "n,a=bob,", None),
-        ("alice", "sesame", "p=tls-unique,,", None),
-        ("alice", "wrong", "n,,", None),
-        ("absent", "sesame", "n,,", None),
-        ("alice", "sesame", "n,,m=x,", None),  # an extension that has to be understood
+        ("alice", "sesame", "n,,", {}, "Alice"),
+        ("alice", "sesame", "y,,", {}, "Alice"),
+        ("alice", "sesame", "n,a=alice,", {}, "Alice"),
+        ("alice", "sesame", "n,a=bob,", {}, None),
+        ("alice", "sesame", "p=tls-unique,,", {}, None),
+        ("alice", "wrong", "n,,", {}, None),
+        ("absent", "sesame", "n,,", {}, None),
+        ("alice", "sesame", "n,,m=x,", {}, None),  # an extension that has to be understood
+        ("alice", "sesame", "n,,", {"c": "eSws"}, None),  # y,,: changed on the way
+        ("alice", "sesame", "n,,", {"r": "clientnonce"}, None),  # of another exchange
     ],
 )
 def test_scram_proves_the_password_without_telling_it_and_the_server_proves_itself(
-    name, password, binding, account
+    name, password, binding, final, account
 ):
-    client, mechanism = ScramClient(name, password, binding), chat.sasl_scram(find_alice)
+    client, mechanism = ScramClient(name, password, binding, **final), chat.sasl_scram(find_alice)
     next(mechanism)
     try:
         challenge = mechanism.send(client.first())
@@ -1234,8 +1236,8 @@ def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     assert not throttle.wait("10.0.0.1", "bob", now)
     assert not throttle.wait("10.0.0.1", "alice", now + 61_000)
     for n in range(3 * chat.LOGIN_FAILURES_KEPT):
-        throttle.failed(f"host{n}", "alice", now)
-    assert len(throttle.failures) <= chat.LOGIN_FAILURES_KEPT
+        throttle.add(f"host{n}", "alice", now)
+    assert len(throttle.attempts) <= chat.LOGIN_FAILURES_KEPT
     with pytest.raises(chat.Refused):  # an address that fills the table is not forgotten by that
         throttle.begin("10.0.0.1", "alice", now)
 
@@ -1673,7 +1675,7 @@ def test_a_message_is_redacted_in_the_turn_of_a_rename(said, where, stored_befor
 
 
 def indexed_words(store):
-    """How often each word stands in the index, by the word."""
+    """Return the number of times that each word stands in the index, by the word."""
     index, counts = store.search_index.db, collections.Counter()
     for (part,) in index.execute("SELECT part FROM parts").fetchall():
         name = f"search_{part}"
@@ -1833,7 +1835,7 @@ def test_failures_count_together_whichever_way_they_came():
     house.heard("mallory")
     house.say("mallory", "NS IDENTIFY alice password")
     house.turn()
-    assert "too many failures" in house.heard("mallory")[-1]
+    assert "too many attempts" in house.heard("mallory")[-1]
 
 
 def test_a_name_that_another_device_has_is_taken():
@@ -1960,10 +1962,10 @@ def test_a_full_table_of_failures_forgets_the_fewest_ones_and_none_before_it_is_
     monkeypatch.setattr(chat, "LOGIN_FAILURES_KEPT", 20)
     throttle = chat.Accounts().throttle
     for _ in range(3):
-        throttle.failed("192.0.2.255", "alice", 0)
+        throttle.add("192.0.2.255", "alice", 0)
     for n in range(1, hosts):
-        throttle.failed(f"192.0.2.{n}", "alice", n)
-    assert len(throttle.failures) == kept
+        throttle.add(f"192.0.2.{n}", "alice", n)
+    assert len(throttle.attempts) == kept
     assert throttle.count("192.0.2.255", "alice", hosts) == 3
 
 
@@ -2350,14 +2352,24 @@ def test_an_ipv6_address_counts_as_its_network_unless_others_share_that(host, ow
     assert chat.address_key(host, own) == key
 
 
+def test_the_address_that_a_connection_came_to_tells_the_network_that_is_ours():
+    house, keys = House(), []
+    house.limits.refusal = lambda count, key, others: keys.append(key) or "no"
+    house.limits.turn_away = lambda loop, sock, host, text: None
+    for own in ("2001:db8:1:2::1", "2001:db8:7::1"):
+        sock = types.SimpleNamespace(getsockname=lambda own=own: (own, 7000, 0, 0))
+        house.admit(sock, "2001:db8:1:2::3", 50000)
+    assert keys == ["2001:db8:1:2::3", "2001:db8:1:2::/64"]
+
+
 @pytest.mark.parametrize("name", ["x" * 16_000, "\ufdfa" * 5000, MARKS])
 def test_an_attempt_at_a_long_name_takes_little_memory(name):
     throttle = chat.Accounts().throttle
-    throttle.failed("10.0.0.1", name, 10**9)
-    assert sum(len((key or "").encode()) for _, key in throttle.failures) < 2000
+    throttle.add("10.0.0.1", name, 10**9)
+    assert sum(len((key or "").encode()) for _, key in throttle.attempts) < 2000
     assert throttle.count("10.0.0.1", name, 10**9) == 1
     throttle.succeeded("10.0.0.1", name)
-    assert not throttle.failures
+    assert not throttle.attempts
 
 
 def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often():
@@ -4389,7 +4401,7 @@ JUNK_LINES = [line.strip() for line in JUNK_LINES.replace("\n", "|").split("|") 
 
 
 def sizes(root):
-    """How much every table holds that can be reached from an object, by the way to it."""
+    """Return the sizes of all tables that can be reached from an object, by the way to them."""
     found, seen, waiting = {}, set(), [("", root)]
     while waiting:
         path, value = waiting.pop()
@@ -5807,6 +5819,17 @@ def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
 # ======================================================================================
 
 
+@pytest.mark.parametrize("where", ["", "hub.AB12."])  # a domain and the hash of an account
+@pytest.mark.parametrize("end", ["", ".Xy9"])  # newer servers add a random word to the longer form
+def test_an_entry_has_the_numbers_that_its_delivery_has(where, end):
+    reply = f"$JS.ACK.{where}chat.n1.1.70.7.1700000000123000000.5{end * bool(where)}"
+    message = chat.NatsMessage("chat.log", "1", reply, "", {}, b"data")
+    assert chat.log_entry(message) == ((70, 1_700_000_000_123, b"data", 5), 7)
+    for broken in ("", "$JS.ACK.chat", reply.replace("70", "x")):
+        with pytest.raises(chat.NatsFailed):
+            chat.log_entry(message._replace(reply=broken))
+
+
 class FakeNats:
     """A NATS server with JetStream in memory: one stream at most, as nodes use it. `clock` tells
     the time of entries. While it is `down`, it takes and sends nothing; with `mute` it keeps
@@ -6919,6 +6942,18 @@ def test_a_line_that_reads_waits_for_the_acts_before_it_and_messages_do_not():
     assert told[-1].endswith(":1")
 
 
+def test_no_more_messages_of_a_session_than_the_limit_are_under_way(monkeypatch):
+    monkeypatch.setattr(chat, "ASKS_A_SESSION", 3)
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    come(house, "alice")
+    house.say("alice", "JOIN #x")
+    house.turn()
+    house.say("alice", *(f"PRIVMSG #x :{n}" for n in range(8)))
+    assert house.guests["alice"].asks == 3
+    house.turn()
+    assert spoken(house.heard("alice"))[-8:] == [str(n) for n in range(8)]
+
+
 def test_labels_find_the_answers_of_their_lines_also_when_several_are_under_way():
     house = NodeHouse(FakeNats(lambda: 1_000_000.0))
     come(house, "alice", caps="message-tags labeled-response batch echo-message")
@@ -7933,7 +7968,7 @@ alice< 266 alice 4 4 :Current global users 4, max 4
 alice> TIME chat.*
 alice< 391 alice chat.py :WHEN
 alice> ADMIN
-alice< 423 alice chat.py :No administrative info available; the message of the day says whom to ask, if anything does
+alice< 423 alice chat.py :No administrative info available; the message of the day may name a contact
 alice> INFO
 alice< 371 alice :chat.py 0.3: a chat in one file of plain Python,
 alice< 371 alice :for IRC clients, netcat, and terminals and windows of its own
@@ -10983,9 +11018,9 @@ def test_a_long_line_is_not_split_into_a_ctcp(dialect):
         (["one", "+two", "", ""], ["onetwo"]),
     ],
 )
-@pytest.mark.parametrize("target", ["#a", "bob"])
-def test_the_fallback_of_a_message_has_no_empty_line(pieces, expected, target):
-    house = irc_house("#a", alice=MULTILINE, bob="")
+@pytest.mark.parametrize("target, caps", [("#a", ""), ("bob", ""), ("#a", "draft/multiline")])
+def test_the_fallback_of_a_message_has_no_empty_line(pieces, expected, target, caps):
+    house = irc_house("#a", alice=MULTILINE, bob=caps)  # multiline needs batch, too
     asked(house, "alice", *batch_of(*pieces, target=target))
     got = [text for *_, text in messages_in(heard(house, "bob"))]
     assert "" not in got and all(text.strip() for text in got)
@@ -13251,7 +13286,7 @@ def test_the_content_decides_what_it_is(head, name, kind):
 
 
 def jpeg(width, height):
-    segment = b"\xff\xe0\x00\x10" + bytes(14) + b"\xff\xff\xdb\x00\x04ab"
+    segment = b"\xff\xe0\x00\x10" + bytes(14) + b"\xff\x01\xff\xd0\xff\xd8\xff\xff\xdb\x00\x04ab"
     frame = b"\xff\xc2\x00\x11\x08" + struct.pack(">HH", height, width) + bytes(9)
     return b"\xff\xd8" + segment + frame
 
@@ -13263,7 +13298,8 @@ PICTURES = [
     ("image/png", PNG[:16] + struct.pack(">II", 0, 5), (0, 0)),
     ("image/gif", b"GIF89a" + struct.pack("<HH", 3, 4), (3, 4)),
     ("image/jpeg", jpeg(1200, 900), (1200, 900)),
-    ("image/jpeg", jpeg(1200, 900)[:30], (0, 0)),
+    ("image/jpeg", jpeg(1200, 900)[:-9], (1200, 900)),
+    ("image/jpeg", jpeg(1200, 900)[:-10], (0, 0)),
     ("image/jpeg", b"\xff\xd8\xff\xe0\x00\x00" * 9, (0, 0)),
     ("image/webp", b"RIFF....WEBPVP8X....\0\0\0\0\x07\0\0\x0f\0\0", (8, 16)),
     ("image/webp", b"RIFF....WEBPVP8L....\x2f" + (7 | 15 << 14).to_bytes(4, "little"), (8, 16)),
@@ -13689,6 +13725,30 @@ def test_an_upload_whose_bytes_are_all_there_is_completed_when_it_is_asked_for(f
     assert (there[0], there[1]["upload-offset"]) == (200, "5") and got(files, path)[2] == b"hello"
 
 
+def test_a_file_that_is_removed_while_its_size_is_looked_up_is_not_there(files, monkeypatch):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+
+    def size(id):
+        files.site.act("remove_file", id)
+        return 0
+
+    monkeypatch.setattr(files.site.folder, "size", size)
+    assert tus(files, "HEAD", path)[0] == 404
+
+
+def test_a_file_that_was_sent_is_closed(files, monkeypatch):
+    path, opened, open_file = path_of(posted(files)), [], files.site.folder.open
+
+    def opens(sha):
+        opened.append(open_file(sha))
+        return opened[-1]
+
+    monkeypatch.setattr(files.site.folder, "open", opens)
+    for method in ("GET", "HEAD"):
+        assert got(files, path, method=method)[0] == 200
+    assert [file.fd for file in opened] == [-1, -1]
+
+
 def test_nothing_is_done_to_a_file_that_is_just_being_completed(files):
     path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
     files.hub.files.finishing.add(path[7:])
@@ -13710,9 +13770,13 @@ def test_one_user_cannot_fill_the_table_of_files(files, monkeypatch):
 
 def test_a_file_of_unknown_size_has_room_made_as_it_grows(files, monkeypatch):
     monkeypatch.setattr(chat, "CHUNKS_RESERVED", 100)
-    files.hub.files.most, files.hub.files.total = 1000, 2000
+    files.hub.files.most = 1000
     head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nTransfer-Encoding: chunked"
     chunk = b"64\r\n" + bytes(100) + b"\r\n"
+    files.hub.files.total = 600  # a user has a quarter
+    assert Browser(files, "fits").asks(head, chunk + b"0\r\n\r\n")[0] == 201
+    files.hub.files.clear()
+    files.hub.files.total = 2000
     assert Browser(files).asks(head, chunk * 2 + b"0\r\n\r\n")[0] == 201
     assert [file.size for file in files.hub.files.values()] == [200]
     full = Browser(files, "more").asks(head, chunk * 9 + b"0\r\n\r\n")
@@ -14962,7 +15026,7 @@ def test_a_log_in_that_cannot_be_had_just_now_is_waited_for():
     again = Pair(house, "alice", login=login)
     again.drop()
     for _ in range(chat.LOGIN_TRIES):
-        house.hub.accounts.throttle.failed("127.0.0.1", "alice", house.hub.ticks)
+        house.hub.accounts.throttle.add("127.0.0.1", "alice", house.hub.ticks)
     again.connect()
     assert again.core.cause == chat.TEMPORARY and "too many" in again.core.refusal
     assert "alice2" not in house.hub.users
@@ -15625,6 +15689,7 @@ def test_a_server_that_says_that_the_client_has_quit_is_left():
     alice = Elsewhere(tidy=False)
     alice.hears("353 alice = #lobby :alice", "366 alice #lobby :End", ":alice!u@h QUIT :Killed")
     assert alice.core.dismissed and alice.core.cause == chat.TEMPORARY
+    assert "we have quit" in alice.core.refusal
     assert alice.core.find("#lobby").wanted  # it is joined again over the next connection
 
 
@@ -16308,6 +16373,7 @@ def test_a_user_whose_password_was_changed_elsewhere_gets_in_by_another_login():
     alice.core.connected()
     alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +", "904 * :wrong")
     assert "/login" in alice.core.refusal and alice.core.cause == chat.TEMPORARY
+    assert alice.sent()[-1].startswith("QUIT")
     alice.core.disconnected()
     alice.types("/login new")
     assert alice.core.wants_connection and alice.core.me.login == chat.Login("alice", "new")
@@ -17321,6 +17387,15 @@ def test_a_retried_message_is_not_confirmed_by_the_answer_to_an_older_ping():
     assert id in alice.core.outbox.waiting
 
 
+def test_what_is_said_before_a_server_welcomes_the_client_is_in_the_open_conversation():
+    alice = Elsewhere()
+    alice.hears(":bob[m]!u@h PRIVMSG alice :hi").types("/go bob[m]")
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.types("hello").hears("001 alice :Welcome", "004 alice x ircd a b")
+    assert [view.text for view in alice.core.find("bob{m}").views] == ["hi", "hello"]
+
+
 def test_what_an_earlier_server_at_an_address_said_does_not_bind_the_next_one():
     alice = Elsewhere("CASEMAPPING=ascii", "LINELEN=9000", "MONITOR=100")
     alice.core.disconnected()
@@ -17453,6 +17528,28 @@ def test_of_two_clients_of_one_user_one_keeps_what_has_no_id(folder):
         client.core, client.link = client.dial(options, bool, bool)
         client.loop.close()
     assert (one.core.store.sole, other.core.store.sole) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "made, given, kept",
+    [(True, False, True), (True, True, False), (False, True, False), (False, False, False)],
+)
+def test_a_new_password_is_kept_on_disk_only_in_place_of_one_that_the_client_made_and_uses(
+    folder, made, given, kept
+):
+    target, client = chat.parse_target("irc://here"), chat.Client.__new__(chat.Client)
+    login = chat.Login("alice", "given") if given else None
+    options = chat.ClientOptions("alice", target, state=folder, login=login)
+    client.loop, client.options, client.db = chat.Loop(), options, chat.open_client_file(folder)
+    known = chat.KnownServers(client.db)
+    if made:
+        known.keep_login(target, "alice", chat.Login("alice", "made"))
+    core, _ = client.dial(options, bool, bool)
+    core.me.proposed = chat.Login("alice", "new")
+    core.me.confirm_proposed()
+    assert (known.login(target, "alice") == chat.Login("alice", "new")) == kept
+    core.outbox.rows.close()
+    client.loop.close()
 
 
 def test_many_clients_can_begin_at_once_in_a_new_folder(tmp_path):
@@ -18443,6 +18540,8 @@ def test_ids_of_conversations_stay_when_their_names_change():
     assert alice.core.rooms["rob"] is talk is alice.core.by_id(said.room)
     renamed = [view for view in alice.views if view.kind == chat.ROOM and view.room == talk.id]
     assert renamed[-1].where == "rob"
+    kept = alice.core.store
+    assert [view.text for view in kept.page("rob", 9)] == ["psst"] and not kept.page("bob", 9)
     assert alice.core.by_id(0) is None
 
 
@@ -18536,6 +18635,35 @@ TYPISTS = [
 @pytest.mark.parametrize(("names", "text"), TYPISTS)
 def test_typing_users_are_told_in_words(names, text):
     assert chat.typing_text(names) == text
+
+
+def test_the_next_start_finds_what_was_said_on_a_server_that_does_not_tell_how_it_compares_names():
+    db = chat.open_client_database(":memory:")
+    alice = Elsewhere(store=chat.ClientStore(db, "here", "alice"), clock=lambda: 2e9)
+    alice.hears(":bob[m]!u@h PRIVMSG alice :hi")
+    alice.core.close_store()
+    again = chat.ClientCore("alice", store=chat.ClientStore(db, "here", "alice"))
+    assert [view.text for view in again.rooms["bob{m}"].views] == ["hi"]
+
+
+@pytest.mark.parametrize("join, password", [("#tea", "word"), ("#TEA new", "new")])
+def test_a_channel_that_is_joined_at_the_next_start_is_as_it_was_left(join, password):
+    db = chat.open_client_database(":memory:")
+
+    def started(*join):
+        store = chat.ClientStore(db, "here", "alice")
+        return chat.ClientCore("alice", join=join, store=store, clock=lambda: 2e9)
+
+    before = started("#first", "#tea word")
+    tea = before.rooms["#tea"]
+    before.rooms.mute(tea, True)
+    tea.draft, tea.read_time, tea.wanted = "half a", 1000, False
+    before.close_store()
+    after = started(join)
+    assert [room.name for room in after.rooms.values()] == ["#tea", "#first"]
+    room = after.room
+    assert (room.draft, room.muted, room.read_time) == ("half a", True, 1000)
+    assert room.wanted and room.password == password
 
 
 def test_a_muted_conversation_calls_no_one_and_stays_muted():
@@ -18825,11 +18953,13 @@ def test_a_server_that_stood_stays_when_it_cannot_be_trusted_any_more():
 
 def test_the_last_message_is_the_one_that_was_there_when_the_command_was_begun():
     alice, bob = two_screens()
-    bob.typed("QUESTION")
+    for text in ("an answer", "QUESTION"):
+        bob.typed(text)
     alice.exchange()
-    begun = alice.core.room.views.total
-    bob.typed("something else")
-    alice.exchange()
+    begun = [*alice.core.room.views]
+    for text in ("spam", "/redact", "something else"):
+        bob.typed(text)
+        alice.exchange()
     alice.core.typed("/reply my answer", None, "", begun)
     exchange_all(alice, bob)
     assert bob.core.stored.answered_words(last_of(bob)) == "bob: QUESTION"
@@ -19386,14 +19516,16 @@ def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it
 
 
 @pytest.mark.parametrize("seconds, progress", [(0.0, False), (0.5, True)])
-def test_a_connection_that_lasts_resets_the_back_off(seconds, progress):
+def test_a_connection_that_lasts_resets_the_back_off(monkeypatch, seconds, progress):
+    monkeypatch.setattr(chat, "peer_address", lambda sock: ("192.0.2.1", 7000))
     link = Hanging(True, 60.0)
-    link.conn = types.SimpleNamespace(heard=math.inf, unsent=0, write=bool)
-    link.phase, link.core.kind = chat.ONLINE, chat.IRC
-    link.core.connected()
+    link.conn = types.SimpleNamespace(sock=None, heard=math.inf, unsent=0, write=bool)
+    link.phase, link.core.kind = chat.CONNECTING, chat.IRC
+    link.began, link.loop.now = 100.0, 120.0
+    link._connected()
     link.core.feed(b":x 001 alice :hi\r\n")
-    link.progress, link.backoff = link.core.progress, chat.BACKOFF_MOST
-    link.loop.now = link.watched = link.began + chat.ONLINE_SECONDS + seconds
+    link.phase, link.progress, link.backoff = chat.ONLINE, link.core.progress, chat.BACKOFF_MOST
+    link.loop.now = link.watched = 120.0 + chat.ONLINE_SECONDS + seconds
     link._watch()
     assert (link.backoff == chat.BACKOFF_FIRST) == progress
 
@@ -19605,6 +19737,7 @@ def test_lines_wrap_between_words_and_long_words_stay_whole():
     assert any(link in row for row in chat.wrapped_rows(f"08:30 bob: see {link} now", 40, 6))
     coloured = chat.wrapped_rows(f"\x1b[31m{'red ' * 20}\x1b[0mend", 20, 2)
     assert all(row.count("\x1b[31m") == 1 for row in coloured[:-1])
+    assert chat.wrapped_rows("aaaa bbbb cccc dd", 9, 2) == ["aaaa bbbb", "  cccc dd"]
 
 
 def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
@@ -25055,7 +25188,9 @@ def test_what_is_said_while_a_command_is_typed_is_not_the_last_message_for_it(ru
     assert alice.shows("alice> /reply")
     bob.send("PRIVMSG #lobby :by the way\r\n")
     assert alice.shows("bob: by the way")
-    alice.type("yes\r")
+    alice.type("y")
+    assert alice.shows("alice> /reply y")
+    alice.type("es\r")
     assert f"{chat.REPLY}={asked} " in bob.until(" :yes")[-1].replace(";", " ")
 
 
@@ -25192,7 +25327,7 @@ class Typist(chat.TerminalClient):
         self.link = types.SimpleNamespace(typing=chat.do_nothing, ask_older=lambda room: False)
         self.decoder, self.editor = chat.KeyDecoder(), chat.LineEditor(self.complete)
         self.cleared = self.asked = -math.inf
-        self.begun, self.told, self.left, self.ended_room = math.inf, [], False, ""
+        self.begun, self.told, self.left, self.ended_room = None, [], False, ""
 
     def show(self, views):
         self.told += views
@@ -26107,6 +26242,16 @@ def test_a_file_that_changes_while_it_waits_is_not_sent(change, begun, tmp_path)
     assert files.asked == (["POST", "PATCH 0", "DELETE"] if begun else ["POST"])
     assert not files.core.transfers
     assert [view.text for view in files.shown if "a.txt was not sent: " in view.text]
+
+
+def test_a_file_goes_to_the_user_who_has_another_nick_by_then(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, CREATED)
+    files.alice.hears(":bob!u@h PRIVMSG alice :hi")
+    files.start(chat.Transfer("1", True, "bob", str(tmp_path / "a.txt")))
+    files.alice.hears(":bob!u@h NICK rob", ":eve!u@h NICK bob")
+    files.last.done(chat.Response(204, {"upload-offset": ["10"]}), "")
+    assert [one.where for one in files.alice.core.outbox.waiting.values()] == ["rob"]
 
 
 def test_an_upload_that_is_dropped_is_removed_as_soon_as_the_server_can_be_asked(tmp_path):
@@ -28596,10 +28741,10 @@ def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(display, runn
 def test_a_window_under_nohup_outlives_its_terminal():
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in names}
-    bell = types.SimpleNamespace(heed_signals=chat.do_nothing)
+    waker = types.SimpleNamespace(wake_on_signals=chat.do_nothing)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        gui_client.heed_signals(types.SimpleNamespace(interrupt=chat.do_nothing, bell=bell))
+        gui_client.heed_signals(types.SimpleNamespace(interrupt=chat.do_nothing, waker=waker))
         heard = [signal.getsignal(number) for number in names]
     finally:
         for number, handler in before.items():
@@ -28865,7 +29010,7 @@ def pour(guest, count, rate):
 
 
 def longest_silence(window, guest, count):
-    """How long, at most, the window had neither drawn nor answered while messages came."""
+    """Return the longest time without a drawing or an answer of the window while messages came."""
     beats = [time.monotonic()]
 
     def beat():
@@ -30633,6 +30778,50 @@ def program(*arguments, limits=None, **options):
     return Program([*command, *map(str, arguments)], **{**pipes, **options})
 
 
+def test_a_backup_is_the_whole_database_of_a_server_that_runs(folder):
+    house = stored(folder)
+    account(house, "alice")
+    assert chat.main(["backup", str(folder / "copy"), "--data", str(folder)]) == 0
+    house.store.close()
+    with contextlib.closing(chat.Store(folder / "copy")) as copy:
+        assert set(House(store=copy).hub.accounts) == {"alice"}
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("foreign", "is not a database of chat.py"),
+        ("holes", "is damaged"),
+        ("absent", "there is no database in"),
+        ("in the way", "cannot write"),
+    ],
+)
+def test_what_cannot_be_backed_up_leaves_no_copy(folder, capsys, how, words):
+    path, copy = folder / "chat.db", folder / "copy"
+    if how == "in the way":
+        copy.write_bytes(b"mine")
+        chat.Store(path).close()
+    elif how != "absent":
+        path.write_bytes(spoiled(path, how))
+    assert chat.main(["backup", str(copy), "--data", str(folder)]) == 1
+    assert words in capsys.readouterr().err
+    assert not copy.exists() or copy.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("home", ["", None])
+def test_without_a_home_folder_an_option_is_asked_for(monkeypatch, home):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    if home is None:
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(pathlib.Path, "home", homeless)  # nor is there an entry in passwd
+    else:
+        monkeypatch.setenv("HOME", home)
+    with pytest.raises(chat.Unusable, match="--data"):
+        chat.home_folder()
+
+
 def test_a_password_is_never_read_where_it_would_be_seen(monkeypatch):
     import getpass
     import warnings
@@ -31101,7 +31290,7 @@ def nodes_of(path):
 
 
 def deepest(node, depth=0):
-    """How deep the blocks of a function are nested; elif does not count as deeper."""
+    """Return the depth of the blocks of a function; elif does not count as deeper."""
     found = depth
     parts = (
         getattr(node, name, ()) for name in ("body", "handlers", "orelse", "finalbody", "cases")
