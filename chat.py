@@ -12018,21 +12018,26 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     session.upload, session.at_end = None, do_nothing
     site.uploading.pop(id, None)
     files.finishing.add(id)
+    session.jobs += 1
+
+    def is_there() -> bool:
+        """Take the next request; return whether the session still waits for an answer."""
+        files.finishing.discard(id)
+        session.jobs -= 1
+        return session.conn.release()
 
     def completed(_: None) -> None:
-        files.finishing.discard(id)
-        if session.conn.release():
+        if is_there():
             tell_progress(session, id, upload.at)
 
     def finished(result: Any) -> None:
         if not isinstance(result, Exception):
             return site.act("finish_file", id, *result, then=completed)
-        files.finishing.discard(id)
         if not upload.resumable:
             site.act("remove_file", id)
         if not isinstance(result, Refused):
             result = Refused("NO_ROOM", str(result))
-        if session.conn.release():
+        if is_there():
             session.refuse(result)
 
     site.server.run_to_end(
