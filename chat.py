@@ -225,7 +225,7 @@ LOGIN_WAIT_SECONDS = 60  # ... before it has to wait
 LOGIN_FAILURES_KEPT = 10_000
 CERTIFICATES = 10  # of one account
 ACCOUNTS_MADE = 5  # from one address (loopback exempt) ...
-ACCOUNTS_MADE_SECONDS = 3600  # ... with no more than this between one and the next
+ACCOUNTS_MADE_SECONDS = 3600  # ... until it has made none for so long
 PENDING_ACCOUNTS = 1000  # that wait for a code sent by mail
 MAIL_SECONDS = 30  # for --sendmail to take one
 GRACE_SECONDS = 60.0  # how long a user who can come back stays after a lost connection ...
@@ -4676,7 +4676,7 @@ def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
 
 def redaction_audience(hub: Hub, user: User, name: str, keys: list[str], id: int) -> Audience:
     """Return the audience that is told that a message is redacted. In a private conversation
-    without a present partner it is the user alone; then the history tells the partner."""
+    without a present partner it is the user alone; the partner learns it from the history."""
     if name.startswith("#"):
         return hub.channels[fold(name)].audience
     key = next(key for key in keys if hub.author_of([key], id))
@@ -12918,7 +12918,8 @@ class Outbox:
             self._change(self.waiting[id]._replace(why=""))
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Send the messages of a renamed conversation, if is_old(name), or their rest to `new`."""
+        """Address the waiting messages of renamed conversations, those with is_old(name), to `new`.
+        Of a message that was sent in part, only the rest goes there."""
         for message in [*self.waiting.values()]:
             if is_old(message.where):
                 self._change(message._replace(where=new))
@@ -16675,7 +16676,7 @@ class Incoming:
             self.known.note(room, view)
 
     def note_present(self, name: str) -> None:
-        """Note that the user of a private conversation is there, who had left."""
+        """Note that the user of a private conversation has come back, if there is one."""
         room = self.core.find(name)
         if room and room.gone:
             room.gone = False
@@ -23828,9 +23829,10 @@ def status_row(parts: list[tuple[str, tuple[int, ...]]], columns: int, palette: 
 
 
 class Painter:
-    """Draws the two rows at the bottom: the status, and as much of the typed line as fits. They are
-    erased before new text. Everything is text to be written at once. The rows are cleared singly,
-    as some terminals move into their history what one sequence (ED) clears below the cursor."""
+    """The drawing of the two rows at the bottom: the status, and as much of the typed line as fits.
+    They are erased before new text. Everything is text to be written at once. The rows are cleared
+    singly, as some terminals move into their history what one sequence (ED) clears below the
+    cursor."""
 
     def __init__(self, columns: int, rows: int = 24):
         self.columns, self.rows = columns, rows

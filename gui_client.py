@@ -1566,7 +1566,7 @@ class Wanted:
         self.opening: dict[str, chat.Transfer] = {}
 
     def want(self, seat: chat.Seat, files: Iterable[chat.FileTag]) -> None:
-        """Fetch the pictures that are in sight; those before are not wanted any more."""
+        """Fetch these pictures, which are in sight, in place of those that were in sight before."""
         full = [want for want in self.pictures if want[2]]
         self.pictures = [*full, *((seat, file, False) for file in files)]
 
@@ -3812,8 +3812,8 @@ class Pictures:
             del self.images[path]
 
     def forget(self, all_of_them: bool) -> None:
-        """Ask again for what is in sight: another conversation is looked at. On another server a
-        path is another picture."""
+        """Forget which pictures were asked for, since another conversation is shown. Forget also
+        the pictures (`all_of_them`) for another server: there, a path is another picture."""
         self.asked = ()
         self.arrived.clear()
         if all_of_them:
@@ -5134,7 +5134,7 @@ class Card(ttk.Frame):
 
 
 class ConnectCard(Card):
-    """Asks for a name and a server."""
+    """The question for a name and a server."""
 
     def __init__(self, parent: tk.Misc, look: Look, connect: Callable, recent: Callable):
         super().__init__(parent, look, "Join the conversation")
@@ -5217,7 +5217,7 @@ class ConnectCard(Card):
 
 
 class CertificateCard(Card):
-    """Asks whether a certificate is the right one."""
+    """The question whether a certificate is the right one."""
 
     def __init__(self, parent: tk.Misc, look: Look, answered: Callable[[int, bool], None]):
         super().__init__(parent, look, "Is this the right server?")
@@ -5251,7 +5251,7 @@ class CertificateCard(Card):
 
 
 class AskCard(Card):
-    """Asks for one line."""
+    """A question that is answered by one line."""
 
     def __init__(self, parent: tk.Misc, look: Look):
         super().__init__(parent, look, "")
@@ -5280,8 +5280,8 @@ class AskCard(Card):
 
 
 class FileCard(Card):
-    """Asks whether to paste a path as text, or to send the file. Return pastes the text: it may be
-    pressed to send that."""
+    """The question whether to paste a path as text, or to send the file. Return pastes it, since
+    users press Return to send a text."""
 
     def __init__(self, parent: tk.Misc, look: Look):
         super().__init__(parent, look, "Send this file?")
@@ -5302,7 +5302,7 @@ class FileCard(Card):
 
 
 class CodeCard(Card):
-    """Shows an address as a QR code, black on white in every theme: cameras want it so."""
+    """An address as a QR code, black on white in every theme, because cameras expect that."""
 
     def __init__(self, parent: tk.Misc, look: Look):
         super().__init__(parent, look, "Open this page on a phone")
@@ -5742,8 +5742,8 @@ class Writing(Acts):
         self.kept = draft
 
     def leave_room(self) -> None:
-        """Keep what is half typed where it was begun. If that was taken from the user, the text
-        stays in the field, and is not sent elsewhere without a question."""
+        """Keep an unfinished text in its conversation. If that conversation is gone, the text stays
+        in the field, and is not sent elsewhere without a question."""
         text, here = self.compose.content, self.model.here
         gone = here not in self.model.rooms
         self.begun = gone and here != self.closed and bool(text.strip())
