@@ -12018,21 +12018,26 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     session.upload, session.at_end = None, do_nothing
     site.uploading.pop(id, None)
     files.finishing.add(id)
+    session.jobs += 1
+
+    def is_there() -> bool:
+        """Take the next request; return whether the session still waits for an answer."""
+        files.finishing.discard(id)
+        session.jobs -= 1
+        return session.conn.release()
 
     def completed(_: None) -> None:
-        files.finishing.discard(id)
-        if session.conn.release():
+        if is_there():
             tell_progress(session, id, upload.at)
 
     def finished(result: Any) -> None:
         if not isinstance(result, Exception):
             return site.act("finish_file", id, *result, then=completed)
-        files.finishing.discard(id)
         if not upload.resumable:
             site.act("remove_file", id)
         if not isinstance(result, Refused):
             result = Refused("NO_ROOM", str(result))
-        if session.conn.release():
+        if is_there():
             session.refuse(result)
 
     site.server.run_to_end(
@@ -14092,15 +14097,25 @@ class Joins:
         """Note a JOIN. Its time begins when it is sent in its turn."""
         key = self.core.fold(name)
         self.refused.pop(key, None)
-        count, _ = self.unanswered.get(key, (0, 0.0))
-        self.unanswered[key] = count + 1, math.inf
+        count, since = self.unanswered.get(key, (0, math.inf))
+        self.unanswered[key] = count + 1, since
 
     def note_time(self, line: str) -> None:
         """Note the time at which a JOIN is sent."""
         verb, params, _ = parse_message(line)
-        key = self.core.fold(params[0]) if verb == "JOIN" and params else ""
-        if key in self.unanswered:
-            self.unanswered[key] = self.unanswered[key][0], self.core.ticks()
+        if verb == "JOIN" and params:
+            self._begin(self.core.fold(params[0]))
+
+    def note_pause(self) -> None:
+        """Note that no line waits for its turn: an unsent JOIN waits for a message before it, which
+        may wait for that JOIN."""
+        for key in self.unanswered:
+            self._begin(key)
+
+    def _begin(self, key: str) -> None:
+        count, since = self.unanswered.get(key, (0, 0.0))
+        if since == math.inf:
+            self.unanswered[key] = count, self.core.ticks()
 
     def note_typed(self, name: str, password: str) -> None:
         """Note that the user asks for a channel."""
@@ -14466,6 +14481,8 @@ class IrcTalk:
         self.budget.refill(self.core.ticks())
         while self.ready and self.budget.tokens >= 1 and self._send_next():
             pass
+        if self.budget.tokens >= 1:
+            self.joins.note_pause()
         if self.ready and self.history.behind and self._may_catch_up():
             self.history.ask_behind()
 
@@ -14601,6 +14618,13 @@ class IrcTalk:
         if message and self.lines.in_batch and self.core.fold(message.where) == self.core.fold(old):
             # A batch keeps its target
             self.core.outgoing.park(message.id, f"{old} is now called {new}")
+
+    def readdress(self, old: str, new: str) -> None:
+        """Send the notices and requests that wait for a user to the user's new nick."""
+        for n, (line, behind) in enumerate(self.queue):
+            verb, target, text = [*line.split(" ", 2), "", ""][:3]
+            if verb in ("PRIVMSG", "NOTICE") and self.core.fold(target) == self.core.fold(old):
+                self.queue[n] = f"{verb} {new} {text}", behind
 
     # Registration and joining
 
@@ -15660,6 +15684,7 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
             text = f"{old} is now called {new}"
             core.incoming.event(room, ViewEvent(NICK, text, old, room.name, address=new))
     core.people.forget(old, new)
+    talk.readdress(old, new)
     core.incoming.note_present(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):

@@ -13662,23 +13662,27 @@ def test_a_connection_that_ends_while_a_file_is_completed_does_no_harm(files):
     assert on_disk(files) == []
 
 
-def last_byte_sent(nodes, name):
-    """A browser that has sent a file to a node, which cannot reach the log for the last byte."""
+def cut_off_at_the_end(nodes, name, body=b"hello"):
+    """A browser that sends a file to a node, which loses the log just before it is complete."""
     node = nodes[name]
-    node.site.folder = chat.FileFolder(nodes.folder / name)
+    node.site.folder = folder = chat.FileFolder(nodes.folder / name)
+    finish = folder.finish
+    folder.finish = lambda *values: (node.link.drop("broken"), finish(*values))[1]
     node.enter_irc("alice")
     says(node, "alice", "REGISTER * * secret-of-alice")
     browser = Browser(node)
-    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nContent-Length: 5\n\n"
-    browser.sends(head.replace("\n", "\r\n").encode() + b"hell")
-    node.link.drop("broken")
-    assert browser.sends(b"o") == b"" and browser.conn.held and node.hub.files.finishing
+    head = (
+        f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nContent-Length: {len(body)}\n\n"
+    )
+    assert browser.sends(head.replace("\n", "\r\n").encode() + body) == b""
+    assert browser.conn.held and node.hub.files.finishing
     return browser
 
 
-def test_a_node_answers_an_upload_when_the_log_has_it_and_takes_no_request_before(folder):
+@pytest.mark.parametrize("body", [b"hello", b""])
+def test_a_node_answers_an_upload_when_the_log_has_it_and_takes_no_request_before(folder, body):
     nodes = Nodes(folder, "n1")
-    browser = last_byte_sent(nodes, "n1")
+    browser = cut_off_at_the_end(nodes, "n1", body)
     nodes["n1"].link.join(nodes.nats)
     nodes.settle()
     assert parsed_answers(browser.sends(b""))[0][0] == 201
@@ -13687,7 +13691,7 @@ def test_a_node_answers_an_upload_when_the_log_has_it_and_takes_no_request_befor
 
 def test_an_upload_is_completed_also_if_its_node_is_declared_gone_meanwhile(folder):
     nodes = Nodes(folder, "n1", "n2")
-    last_byte_sent(nodes, "n2")
+    cut_off_at_the_end(nodes, "n2")
     nodes.turns(40)
     assert "n2" not in nodes["n1"].hub.nodes
     nodes["n2"].link.join(nodes.nats)
@@ -18142,6 +18146,28 @@ def test_the_time_of_a_join_begins_when_it_is_sent():
     assert not alice.core.outbox.parked and "JOIN #x" in alice.sent(chat.JOIN_SECONDS + 9)
     alice.sent(chat.JOIN_SECONDS)
     assert len(alice.core.outbox.parked) == 1
+
+
+@pytest.mark.parametrize("answers", [[], ["471 alice #x :full"]])
+def test_a_join_behind_a_message_that_waits_for_it_holds_up_neither(answers):
+    alice = Elsewhere(join=["#x"])
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd a b").types("hello", "/join #x")
+    assert alice.sent(9).count("JOIN #x") == 1
+    alice.hears(*answers)
+    assert "JOIN #x" in alice.sent(chat.JOIN_SECONDS + 9)
+    assert [*alice.core.outbox.parked.values()] == ["the server does not answer to JOIN"]
+
+
+def test_a_notice_that_waits_goes_to_the_user_who_has_another_nick_by_then():
+    alice = Elsewhere()
+    alice.types(
+        *["/topic #lobby tea"] * 9, "/notice Bob a secret", "/ctcp bob PING x", "/raw LUSERS"
+    )
+    alice.hears(":bob!u@h NICK rob", ":eve!u@h NICK bob")
+    told = ["NOTICE rob :a secret", "PRIVMSG rob :\x01PING x\x01", "LUSERS"]
+    assert alice.sent(30)[-3:] == told
 
 
 def test_a_channel_can_be_left_before_we_are_in_it():
