@@ -13645,7 +13645,7 @@ class Acknowledgements:
         if by_user and len(self.commands) < ECHOES_KEPT:
             id = f"command{next(self.talk.labels)}"
             self.commands[id] = line
-            self.unconfirmed += [id] * (not self.core.tidy)
+            self.unconfirmed += [id] * (not self.core.interactive)
 
     def commands_about(self, names: Collection[str]) -> list[str]:
         """Return the ids of the user's commands in which one of these words stands."""
@@ -13839,9 +13839,9 @@ class HistoryRequests:
         """Fetch the messages after the last one of this room. A new room begins with the latest
         messages on a screen, and with live messages in a pipe."""
         room.held = []
-        if not self.server.pages or not (room.mark or self.core.tidy):
+        if not self.server.pages or not (room.mark or self.core.interactive):
             return self.core.incoming.release(room)
-        missed = "gap" if self.core.tidy else "missed"
+        missed = "gap" if self.core.interactive else "missed"
         self.behind[room.name] = missed if room.mark else "last"
 
     def ask_behind(self) -> None:
@@ -14292,7 +14292,7 @@ class PlainTalk:
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         self.began = core.ticks()
         core.output.append(core.wanted_name)
-        lobby = core.tidy or not core.rooms  # the texts of a pipe may be meant for a channel
+        lobby = core.interactive or not core.rooms  # the texts of a pipe may be meant for a channel
         room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
         room.inside, core.rooms.current = True, room if lobby else core.room
 
@@ -14417,7 +14417,7 @@ class IrcTalk:
     def order(self) -> Callable[[Waiting], bool] | None:
         """A function that tells which messages hold up later ones, or None. A pipe keeps its order
         even if a JOIN is slow; on a screen, messages do not wait."""
-        return None if self.core.tidy else self.waits
+        return None if self.core.interactive else self.waits
 
     @property
     def pages(self) -> bool:
@@ -14426,7 +14426,7 @@ class IrcTalk:
     @property
     def busy(self) -> bool:
         """True if lines wait to be sent, or a pipe's commands for an answer."""
-        commands = self.acks.commands and not self.core.tidy
+        commands = self.acks.commands and not self.core.interactive
         return bool(self.own_lines or self.queue or self.lines.unsent or commands)
 
     @property
@@ -14568,9 +14568,11 @@ class IrcTalk:
         for reference, batch in list(self.batches.items()):
             if now - batch.at > BATCH_SECONDS:  # the end of the batch was lost
                 self.end_batch(self.batches.pop(reference))
-        if now - self.unserved > REGISTRATION_SECONDS and not (self.core.tidy and self.bouncer):
+        if now - self.unserved > REGISTRATION_SECONDS and not (
+            self.core.interactive and self.bouncer
+        ):
             self.ready = False
-            cause = TEMPORARY if self.core.tidy else NEEDS_USER
+            cause = TEMPORARY if self.core.interactive else NEEDS_USER
             self.core.refuse("there is no server behind it", cause)
             self.core.dismissed = True
         elif self.ready:
@@ -14688,7 +14690,7 @@ class IrcTalk:
         names = [name for name in names if name and " " not in name and "," not in name]
         regains = sign == "-" and self.core.regain
         names = [name for name in names if not (regains and name == self.core.wanted_nick)]
-        if self.core.tidy and "MONITOR" in self.server.isupport and names:
+        if self.core.interactive and "MONITOR" in self.server.isupport and names:
             self.send("MONITOR", sign, ",".join(names[:WATCHED]))
 
     def name_is_free(self, name: str) -> None:
@@ -14830,7 +14832,7 @@ def command_refused(talk: IrcTalk, heard: ServerLine) -> None:
     """Count an error about a command of the user, which a pipe reports at its end."""
     number, core = heard.verb, talk.core
     error = number == "FAIL" or number in SAYING_FAILED or number[:1] in ("4", "5")
-    if core.tidy or not error or number == "470":  # which is followed
+    if core.interactive or not error or number == "470":  # which is followed
         return
     about = heard.params[:1] if number == "FAIL" else heard.params[1:-1]
     ids = talk.acks.commands_about(about) if about else [*talk.acks.commands]
@@ -15071,7 +15073,9 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         core.me.login = None
         core.me.forget()
     elif core.me.account and not talk.ready:
-        return come_another_time(talk, why + "; /login PASSWORD gives another one" * core.tidy)
+        return come_another_time(
+            talk, why + "; /login PASSWORD gives another one" * core.interactive
+        )
     talk.sasl.end()
 
 
@@ -15136,7 +15140,7 @@ def tell_own_name(talk: IrcTalk) -> None:
     """Tell the user the nick and, if it is not the wanted one or without the account, why."""
     core, login = talk.core, talk.core.me.login
     differs = core.name != core.wanted_name
-    if core.tidy or differs:
+    if core.interactive or differs:
         why = "is taken" if core.regain else "is no nick that this server takes"
         why = f" ({core.wanted_name} {why})" if differs and not talk.resumed else ""
         core.server_text(f"you are {core.name}{why}")
@@ -15255,7 +15259,9 @@ def not_let_in(talk: IrcTalk, heard: ServerLine) -> None:
         tell_rest(talk, heard)
     else:
         talk.core.dismissed = True  # some servers leave hanging up to the client
-        advice = "; /pass PASSWORD gives it" if heard.verb == "464" and talk.core.tidy else ""
+        advice = (
+            "; /pass PASSWORD gives it" if heard.verb == "464" and talk.core.interactive else ""
+        )
         talk.core.refuse(heard.params[-1] + advice, NEEDS_USER)
 
 
@@ -15520,7 +15526,7 @@ def missed_in_a_talk(talk: IrcTalk, heard: ServerLine) -> None:
     room = talk.core.rooms.open(name)
     room.held = room.held or []
     room.mark = room.mark or f"timestamp={tag_time(talk.since)}"
-    talk.history.ask_page(room, "gap" if talk.core.tidy else "missed")
+    talk.history.ask_page(room, "gap" if talk.core.interactive else "missed")
 
 
 def is_name_given_to(key: str, name: str, most: int) -> bool:
@@ -15554,7 +15560,7 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     talk.joins.forget(room.name)
     core.rooms.keep(room)
     core.changed(room)
-    if not core.tidy and not room.mark:  # a pipe takes messages from now on
+    if not core.interactive and not room.mark:  # a pipe takes messages from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
         elif core.began:  # joined earlier, before the connection broke
@@ -15562,7 +15568,7 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     core.known.newest = max(core.known.newest, heard.time or 0)
     if typed:
         core.rooms.go_joined(room)
-    elif core.tidy and not asked and core.ticks() - talk.began > LATE_JOIN_SECONDS:
+    elif core.interactive and not asked and core.ticks() - talk.began > LATE_JOIN_SECONDS:
         core.note(f"{room.name} was joined for you; /go {room.name} looks at it")
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
@@ -16192,7 +16198,7 @@ class Rooms(dict[str, Room]):
                 core.outgoing.leave_to_user(message.id)
         if self.current is room:
             self.current = None
-            for other in list(self.values())[-1:] if core.tidy else ():
+            for other in list(self.values())[-1:] if core.interactive else ():
                 self.go(other)
 
     def rename(self, room: Room, name: str) -> None:
@@ -16811,7 +16817,7 @@ class Outgoing:
                 break
             kept = piece if piece.strip("\n") else ""
             added.append(core.outbox.add(core.clock(), where, kept, kind, core.input.reply))
-        if core.tidy:  # a pipe stores many at once
+        if core.interactive:  # a pipe stores many at once
             self.save()
         accepted = [message for message in added if message.id in core.outbox.waiting]
         for message, piece in zip(accepted, pieces, strict=False):
@@ -16854,7 +16860,7 @@ class Outgoing:
         store nothing, and must not get it twice. Raises Refused."""
         for line in text.split("\n"):
             self.core.online().command("PRIVMSG", where, line)
-        if self.core.tidy:
+        if self.core.interactive:
             told = f"sent to {where}; it may be a password, so it is neither shown nor kept"
             self.core.note(told)
 
@@ -16881,7 +16887,7 @@ class Outgoing:
     def _give_back(self, lost: list[Waiting], why: str) -> None:
         """Return messages that could not be stored to the user; a pipe has lost them."""
         core = self.core
-        if not core.tidy:
+        if not core.interactive:
             core.failures += len(lost)
             core.tell_trouble(why, why)
             return
@@ -16901,7 +16907,7 @@ class Outgoing:
         """Show the messages that an earlier run accepted and no server has acknowledged. Without a
         user to decide about them, all are sent."""
         core = self.core
-        if not core.tidy:
+        if not core.interactive:
             for id in [*core.outbox.parked]:
                 core.outbox.retry(id)
             return
@@ -16970,7 +16976,7 @@ class Outgoing:
 
     def leave_to_user(self, own_id: str, reason: str = LINE_BROKE) -> None:
         """Give up a message that may have arrived, or, with a screen, let the user decide."""
-        if self.core.tidy:
+        if self.core.interactive:
             self.park(own_id, reason)
         else:
             self.lost(own_id, reason)
@@ -16991,7 +16997,7 @@ class Outgoing:
                 message.text.count("\n") + 1,
             )
             reason, what = f"{reason}; {arrived} of {total} lines have arrived", "the rest"
-        advice = f"; /retry sends {what}, /cancel drops it" if self.core.tidy else ""
+        advice = f"; /retry sends {what}, /cancel drops it" if self.core.interactive else ""
         text = f"{reason}: {beginning(message.text)}{advice}"
         self.core.show(ViewEvent(FAILED, text, where=message.where, own_id=message.id))
 
@@ -17071,7 +17077,7 @@ class TypedText:
 
     def _doubt(self, text: str) -> str:
         """Return why a text may not be meant as a message to all; "" if there is no doubt."""
-        if not self.core.tidy:  # a program knows what it sends
+        if not self.core.interactive:  # a program knows what it sends
             return ""
         words = text.split()
         first = words[0] if words else ""
@@ -17092,7 +17098,9 @@ class TypedText:
             client_command.run(core, verb, rest)
         except ChatError as refusal:
             self._give_back(text, str(refusal))
-            if not core.tidy and verb in GOING:  # the next text is not meant for this conversation
+            if (
+                not core.interactive and verb in GOING
+            ):  # the next text is not meant for this conversation
                 core.rooms.current = None
 
     def _refusal(self, verb: str, text: str) -> str:
@@ -17126,10 +17134,10 @@ class ClientCore:
 
     Call connected() for each new connection, feed() with the bytes received, silence() if the
     server sends nothing, and disconnected() at the end. Send the bytes that take_output() returns.
-    typed() takes the user's text; without a connection the text waits. `tidy` is true for a client
-    with a screen and false for a pipe: only a screen asks for the latest messages, keeps other
-    conversations in view, and can ask its user. `later` runs a job off the loop. `clock` is wall
-    time and `ticks` monotonic time, in seconds.
+    typed() takes the user's text; without a connection the text waits. `interactive` is true for a
+    client with a screen and false for a pipe: only a screen asks for the latest messages, keeps
+    other conversations in view, and can ask its user. `later` runs a job off the loop. `clock` is
+    wall time and `ticks` monotonic time, in seconds.
 
     The parts of the core (rooms, people, typing, incoming, outgoing ...) own what lasts longer than
     a connection; the parts of its talk own what ends with one. All tell the screen by show()."""
@@ -17171,7 +17179,7 @@ class ClientCore:
     def __init__(
         self,
         name: str,
-        tidy: bool = True,
+        interactive: bool = True,
         kind: str = "",
         password: str = "",
         join: Iterable[str] = (LOBBY,),
@@ -17185,7 +17193,7 @@ class ClientCore:
     ):
         self.store = store
         self.wanted_name = self.name = name
-        self.tidy, self.kind, self.password = tidy, kind, password
+        self.interactive, self.kind, self.password = interactive, kind, password
         self.me = Credentials(login, self.note)
         self.outbox = outbox or Outbox()
         self.clock, self.later, self.ticks = clock, later, ticks
@@ -17265,7 +17273,7 @@ class ClientCore:
     @property
     def capabilities(self) -> tuple[str, ...]:
         """The capabilities of IRCv3 that this client can use."""
-        return (*WANTED, *WANTED_BY_SCREENS) if self.tidy else WANTED
+        return (*WANTED, *WANTED_BY_SCREENS) if self.interactive else WANTED
 
     @property
     def ready(self) -> bool:
@@ -17673,7 +17681,7 @@ def do_join(core: ClientCore, words: str) -> None:
         core.talk.joins.note_sent(channel)
         if room:
             room.wanted = True
-        if not core.tidy:  # the next text of a pipe is meant for this channel
+        if not core.interactive:  # the next text of a pipe is meant for this channel
             opened = core.rooms.open(channel)
             opened.wanted, opened.is_channel = True, True
             core.rooms.go(opened)
@@ -24444,7 +24452,7 @@ class Client:
     """The base of all clients: a loop, a link, and an end with a reason."""
 
     patience = math.inf
-    tidy = asks = True
+    interactive = asks = True
 
     def __init__(self, options: ClientOptions):
         self.loop, self.options, self.reason = Loop(), options, ""
@@ -24463,9 +24471,9 @@ class Client:
             try:
                 core = ClientCore(
                     options.name,
-                    self.tidy,
+                    self.interactive,
                     target.kind or known.kind(target),
-                    store=store if self.tidy else None,
+                    store=store if self.interactive else None,
                     password=options.password,
                     join=options.join or ((LOBBY,) if options.lobby else ()),
                     login=login or made,
@@ -24699,7 +24707,7 @@ class Filter(Client):
     """Lines in, lines out, for pipes. It ends after its input, once the server has all of it."""
 
     patience = 0.0  # until there is a connection
-    tidy = asks = False
+    interactive = asks = False
 
     def __init__(self, options: ClientOptions):
         super().__init__(options)

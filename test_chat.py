@@ -14192,10 +14192,12 @@ def test_a_plain_server_gets_no_commands(typed, sent, kinds):
     assert core.take_output() == sent
 
 
-@pytest.mark.parametrize("tidy, waiting", [(True, 1), (False, 0)])
-def test_a_message_for_a_channel_is_reported_where_the_server_turns_out_to_be_plain(tidy, waiting):
+@pytest.mark.parametrize("interactive, waiting", [(True, 1), (False, 0)])
+def test_a_message_for_a_channel_is_reported_where_the_server_turns_out_to_be_plain(
+    interactive, waiting
+):
     now = [0.0]
-    core = chat.ClientCore("alice", tidy, join=["#tea"], ticks=lambda: now[0])
+    core = chat.ClientCore("alice", interactive, join=["#tea"], ticks=lambda: now[0])
     core.typed("hi")
     core.connected()
     core.silence()
@@ -14451,7 +14453,7 @@ class Pair:
         self.house, self.name, self.views = house, name, []
         self.connections = 0
         self.core = chat.ClientCore(
-            name, kind=chat.CHAT, clock=lambda: house.now, **{"tidy": True, **options}
+            name, kind=chat.CHAT, clock=lambda: house.now, **{"interactive": True, **options}
         )
         self.connect()
 
@@ -14741,7 +14743,7 @@ def test_a_password_for_the_server_is_given():
 @pytest.mark.parametrize("missed", [0, 1, 5, 350])
 def test_after_a_break_what_was_missed_comes_in_its_order_and_once(missed):
     house = house_of("bob")
-    alice = Pair(house, "alice", tidy=False)
+    alice = Pair(house, "alice", interactive=False)
     house.say("bob", *(f"before {n}" for n in range(30)))
     alice.exchange()
     alice.typed("mine")
@@ -14755,11 +14757,11 @@ def test_after_a_break_what_was_missed_comes_in_its_order_and_once(missed):
     assert alice.texts("bob") == [*(f"missed {n}" for n in range(missed)), "after"]
 
 
-@pytest.mark.parametrize("tidy", [True, False])
-def test_after_a_restored_backup_a_client_begins_with_the_last_and_tells_of_the_gap(tidy):
+@pytest.mark.parametrize("interactive", [True, False])
+def test_after_a_restored_backup_a_client_begins_with_the_last_and_tells_of_the_gap(interactive):
     """The server does not know the id of the last message that this client has."""
     house = house_of("bob")
-    alice = Pair(house, "alice", tidy=tidy)
+    alice = Pair(house, "alice", interactive=interactive)
     house.say("bob", "known")
     alice.exchange()
     alice.drop()
@@ -14780,7 +14782,7 @@ def test_after_a_restored_backup_a_client_begins_with_the_last_and_tells_of_the_
 
 def test_what_is_said_while_the_pages_are_on_their_way_waits_for_them():
     house = house_of("bob")
-    alice = Pair(house, "alice", tidy=False)
+    alice = Pair(house, "alice", interactive=False)
     alice.drop()
     house.say("bob", "missed")
     house.turn()
@@ -14812,7 +14814,7 @@ def test_a_person_is_shown_the_newest_first_after_a_long_break():
 
 def test_private_words_of_people_never_heard_of_are_caught_up_too():
     house = house_of("bob", "carol")
-    alice = Pair(house, "alice", tidy=False)
+    alice = Pair(house, "alice", interactive=False)
     house.say("bob", "/tell alice one")
     alice.exchange()
     alice.drop()
@@ -14833,7 +14835,7 @@ def test_nothing_is_lost_or_doubled_wherever_the_line_breaks(seeded):
     house.enter_irc("witness")
     house.say("witness", "JOIN #lobby")
     house.turn()
-    pairs = {name: Pair(house, name, tidy=False) for name in ("alice", "bob")}
+    pairs = {name: Pair(house, name, interactive=False) for name in ("alice", "bob")}
     house.heard("witness")
     said = dict.fromkeys(pairs, 0)
     for _ in range(150 if THOROUGH else 60):
@@ -14924,7 +14926,7 @@ def test_a_question_from_one_program_to_another_opens_no_room():
 
 def test_what_is_held_while_pages_come_is_shown_once_however_much_it_is():
     house = house_of("bob")
-    alice = Pair(house, "alice", tidy=False)
+    alice = Pair(house, "alice", interactive=False)
     alice.drop()
     house.say("bob", *(f"{n}" for n in range(700)))
     house.turn()
@@ -14938,7 +14940,7 @@ def test_what_is_held_while_pages_come_is_shown_once_however_much_it_is():
 
 def test_private_words_in_the_same_moment_as_public_ones_are_caught_up(monkeypatch):
     house = house_of("bob", "carol")
-    alice = Pair(house, "alice", tidy=False)
+    alice = Pair(house, "alice", interactive=False)
     house.say("bob", "pub 0", "pub 1", "pub 2")
     house.say("carol", "/tell alice psst")
     data = alice.core.take_output()
@@ -14954,7 +14956,7 @@ def test_private_words_in_the_same_moment_as_public_ones_are_caught_up(monkeypat
 
 def test_private_messages_of_a_user_who_has_left_meanwhile_are_shown():
     house = house_of("carol")
-    alice = Pair(house, "alice", tidy=False)
+    alice = Pair(house, "alice", interactive=False)
     alice.drop()
     house.say("carol", "/tell alice two")
     house.turn()
@@ -15390,10 +15392,10 @@ def test_the_password_of_an_account_that_was_refused_is_not_kept():
 class Elsewhere:
     """A client on a server that is no chat.py, and a clock that is wound by hand."""
 
-    def __init__(self, *tokens, caps="", tidy=True, **options):
+    def __init__(self, *tokens, caps="", interactive=True, **options):
         self.now = 0.0
         options = {"kind": chat.IRC, **options}
-        self.core = chat.ClientCore("alice", tidy, ticks=lambda: self.now, **options)
+        self.core = chat.ClientCore("alice", interactive, ticks=lambda: self.now, **options)
         self.out, self.views = [], []
         self.connect(*tokens, caps=caps)
 
@@ -15553,7 +15555,7 @@ def answer(server, lines, *, labels=False):
 
 @pytest.mark.parametrize("caps", ["echo-message message-tags batch labeled-response", ""])
 def test_forty_lines_arrive_where_tags_of_clients_are_denied(caps):
-    alice = Elsewhere("CLIENTTAGDENY=*", caps=caps, tidy=False)
+    alice = Elsewhere("CLIENTTAGDENY=*", caps=caps, interactive=False)
     for n in range(40):
         alice.views += alice.core.say(f"line {n}")
     sent = []
@@ -15621,12 +15623,12 @@ CONVERSATION_ENDS = [  # where, what the server says, why the rest is not sent
 ]
 
 
-@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("where, line, why", CONVERSATION_ENDS)
 def test_the_rest_of_a_message_to_a_conversation_that_ended_is_left_to_the_user(
-    where, line, why, tidy
+    where, line, why, interactive
 ):
-    alice, first = with_a_message_under_way(where, "more", tidy=tidy)
+    alice, first = with_a_message_under_way(where, "more", interactive=interactive)
     alice.hears(line)
     assert [line for line in alice.sent(60) if "PRIVMSG" in line] == []
     assert [*alice.core.outbox.parked.values()] == [why, why] and alice.core.idle
@@ -15676,7 +15678,7 @@ def test_bytes_and_not_characters_are_paced():
 
 @pytest.mark.parametrize("texts", [["one", "/part #c", "two"], ["one", "/part #c"]])
 def test_what_is_said_to_a_channel_that_the_client_leaves_is_not_sent(texts):
-    alice = Elsewhere(tidy=False, join=["#c", "#d"])
+    alice = Elsewhere(interactive=False, join=["#c", "#d"])
     for text in texts:
         alice.views += alice.core.typed(text)
     sent = alice.sent(9)
@@ -15688,7 +15690,7 @@ def test_what_is_said_to_a_channel_that_the_client_leaves_is_not_sent(texts):
 
 
 def test_a_server_that_says_that_the_client_has_quit_is_left():
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     alice.hears("353 alice = #lobby :alice", "366 alice #lobby :End", ":alice!u@h QUIT :Killed")
     assert alice.core.dismissed and alice.core.cause == chat.TEMPORARY
     assert "we have quit" in alice.core.refusal
@@ -15736,7 +15738,7 @@ def test_an_error_is_of_the_message_to_the_target_in_it_even_if_it_has_no_text(t
 
 @pytest.mark.parametrize("line", REFUSED_MESSAGES)
 def test_an_error_about_a_target_is_of_the_message_to_it(line):
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     alice.types("/msg bob hello", "/msg carol hi")
     alice.sent(10)
     alice.hears(line)
@@ -15778,7 +15780,7 @@ def test_a_refused_line_of_a_message_does_not_hide_that_the_next_message_is_refu
     ],
 )
 def test_a_refused_message_is_found_by_its_text_or_said_to_be_one_of_several(line, told):
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     alice.core.outbox.window = 9
     alice.types("text 0", "text 1", "bad 5", "text 2", "text 3")
     alice.sent(9)
@@ -15804,7 +15806,7 @@ COMMANDS_REFUSED = [  # typed, the server's answer, messages and commands that f
 
 @pytest.mark.parametrize("text, line, failed", COMMANDS_REFUSED)
 def test_a_pipe_waits_for_the_answer_to_a_command_and_counts_a_refusal(text, line, failed):
-    alice = Elsewhere("STATUSMSG=@+", tidy=False)
+    alice = Elsewhere("STATUSMSG=@+", interactive=False)
     alice.types(text)
     sent = alice.sent(9)
     assert not alice.core.idle
@@ -15829,7 +15831,7 @@ SENT_BACK = [  # texts, those that the server sends back, those that are reporte
 def test_a_message_arrived_if_all_its_lines_come_back_even_with_other_words(
     texts, echoes, lost, caps
 ):
-    alice = Elsewhere(caps=caps, tidy=False)
+    alice = Elsewhere(caps=caps, interactive=False)
     alice.core.outbox.window = 9
     alice.types(*texts)
     sent = alice.sent(9)
@@ -15844,13 +15846,13 @@ def test_a_message_arrived_if_all_its_lines_come_back_even_with_other_words(
 
 @pytest.mark.parametrize("line", ["@x", "PRIVMSG", "PRIVMSG ", "privmsg bob", "NICK", "PART", ":"])
 def test_a_line_that_the_user_wrote_may_be_malformed(line):
-    alice = Elsewhere(caps="echo-message", tidy=False)
+    alice = Elsewhere(caps="echo-message", interactive=False)
     alice.types(f"/raw {line}", "hello")
     assert line.strip() in [text.strip() for text in alice.sent(9)]
 
 
 def test_the_echo_of_a_command_is_not_taken_for_that_of_a_message():
-    alice = Elsewhere("STATUSMSG=@+", caps="echo-message", tidy=False)
+    alice = Elsewhere("STATUSMSG=@+", caps="echo-message", interactive=False)
     alice.types("/msg @#lobby psst", "hello")
     alice.sent(9)
     alice.hears(":alice!u@h PRIVMSG @#lobby :psst")
@@ -15931,13 +15933,13 @@ JOINED_AS = [  # channels to join, the server's tokens and lines, where the mess
 ]
 
 
-@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("join, tokens, lines, name", JOINED_AS)
 def test_messages_go_to_the_channel_that_the_server_lets_the_client_join(
-    join, tokens, lines, name, tidy
+    join, tokens, lines, name, interactive
 ):
     alice = Elsewhere.__new__(Elsewhere)
-    alice.core, alice.now = chat.ClientCore("alice", tidy, kind=chat.IRC, join=join), 0.0
+    alice.core, alice.now = chat.ClientCore("alice", interactive, kind=chat.IRC, join=join), 0.0
     alice.out, alice.views, alice.core.ticks = [], [], lambda: alice.now
     alice.types("hello")
     alice.core.connected()
@@ -15951,7 +15953,7 @@ def test_messages_go_to_the_channel_that_the_server_lets_the_client_join(
 
 @pytest.mark.parametrize("number", ["480", "926", "485", "495", "500", "609", "471"])
 def test_any_error_about_a_channel_to_be_joined_ends_the_wait_with_its_text(number):
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     alice.types("/join #tea", "hello")
     alice.sent(2)
     alice.hears(f"{number} alice #tea :Not today")
@@ -16017,7 +16019,7 @@ def test_what_is_read_on_another_device_while_a_page_is_on_its_way_is_no_news():
     "tags, pages", [("time=2026-01-01T00:00:0N.000Z", 3), ("msgid=N", 3), ("x", 1)]
 )
 def test_a_pipe_asks_for_missed_messages_until_a_page_brings_nothing_new(tags, pages):
-    alice = Elsewhere(caps=PAGES_OF, tidy=False)
+    alice = Elsewhere(caps=PAGES_OF, interactive=False)
 
     def said(*numbers, batch="y"):
         line = f"@batch={batch};{tags} :bob!u@h PRIVMSG #lobby :m"
@@ -16038,12 +16040,12 @@ def test_a_pipe_asks_for_missed_messages_until_a_page_brings_nothing_new(tags, p
     assert told[: 2 * pages - 1] == ["m1", "m2", "m3", "m4", "m5"][: 2 * pages - 1]
 
 
-@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("id", ["", "msgid=7;"])
 def test_where_positions_are_times_a_message_in_the_millisecond_of_the_last_one_is_not_missed(
-    tidy, id
+    interactive, id
 ):
-    alice, when = Elsewhere(caps=PAGES_OF, tidy=tidy), "time=2026-01-01T00:00:01.000Z"
+    alice, when = Elsewhere(caps=PAGES_OF, interactive=interactive), "time=2026-01-01T00:00:01.000Z"
     alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
     alice.hears(f"@{id}{when} :bob!u@h PRIVMSG #lobby :live")
     alice.core.disconnected()
@@ -16068,13 +16070,13 @@ IN_DOUBT = [  # a message that was sent, the user's lines in history, lines of i
 ]
 
 
-@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("typed, lines, doubted", IN_DOUBT)
 def test_a_message_in_doubt_has_arrived_if_history_has_it_even_without_its_own_id(
-    tidy, typed, lines, doubted
+    interactive, typed, lines, doubted
 ):
     caps = f"{PAGES_OF} echo-message"
-    alice = Elsewhere(caps=caps, tidy=tidy)
+    alice = Elsewhere(caps=caps, interactive=interactive)
     alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
     alice.hears("@msgid=1 :bob!u@h PRIVMSG #lobby :hi")
     alice.types(typed)
@@ -16087,7 +16089,7 @@ def test_a_message_in_doubt_has_arrived_if_history_has_it_even_without_its_own_i
     alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
     alice.sent(1)
     assert len(alice.kinds("failed")) == doubted
-    assert len(alice.core.outbox.waiting) == doubted * tidy
+    assert len(alice.core.outbox.waiting) == doubted * interactive
     assert len(alice.said()) == ("another" in lines[0])
     shown = [view.text for view in alice.core.room.views if view.mine]
     assert len(shown) == 1 + ("another" in lines[0])
@@ -16111,7 +16113,7 @@ def test_the_newest_page_comes_in_order_with_the_live_messages_that_wait_for_it(
 
 def test_a_page_is_requested_though_a_command_waits_behind_a_message_that_waits_for_the_page():
     caps = f"{PAGES_OF} echo-message"
-    alice = Elsewhere(caps=caps, tidy=False)
+    alice = Elsewhere(caps=caps, interactive=False)
     alice.hears("@msgid=1 :bob!u@h PRIVMSG #lobby :hi")
     alice.types("in doubt")
     alice.sent()
@@ -16660,12 +16662,12 @@ def test_what_waits_for_a_channel_is_a_reason_to_join_it_at_the_next_start():
     assert "JOIN #tea" in output and "PRIVMSG #tea hello" in output
 
 
-@pytest.mark.parametrize("tidy, parked, failures", [(True, 1, 0), (False, 0, 1)])
+@pytest.mark.parametrize("interactive, parked, failures", [(True, 1, 0), (False, 0, 1)])
 def test_what_an_earlier_run_sent_is_not_said_twice_where_that_would_be_seen(
-    tidy, parked, failures
+    interactive, parked, failures
 ):
     outbox = chat.Outbox(waiting=[chat.Waiting("1", "#lobby", "hello", chat.MESSAGE, True)])
-    alice = Elsewhere(tidy=tidy, outbox=outbox)
+    alice = Elsewhere(interactive=interactive, outbox=outbox)
     assert not [line for line in alice.sent(30) if "hello" in line]
     assert len(outbox.parked) == parked and alice.core.failures == failures
 
@@ -17087,7 +17089,7 @@ def test_a_server_that_welcomes_and_then_wants_a_registration_is_waited_for(para
 
 
 def test_a_pipe_does_not_wait_for_ever_for_the_server_of_a_bouncer():
-    bot, alice = Bounced(tidy=False), Bounced()
+    bot, alice = Bounced(interactive=False), Bounced()
     for client in (bot, alice):
         client.sent(chat.REGISTRATION_SECONDS + 2)
     assert bot.core.dismissed and bot.core.cause == chat.NEEDS_USER and not bot.core.ready
@@ -17156,14 +17158,14 @@ def test_several_messages_that_are_tried_again_are_one_reason_to_join_their_chan
 
 
 def test_a_pipe_that_is_put_out_of_its_channel_speaks_to_no_other_conversation():
-    alice = Elsewhere(tidy=False, join=["#a"])
+    alice = Elsewhere(interactive=False, join=["#a"])
     alice.hears(":bob!u@h PRIVMSG alice :psst", ":alice!u@h PART #a")
     alice.views += alice.core.say("secret line")
     assert alice.core.outbox.waiting == {} and alice.kinds("back") == ["secret line"]
 
 
 def test_what_was_not_sent_when_the_line_broke_is_not_in_doubt():
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     for n in range(30):
         alice.views += alice.core.say(f"line {n}")
     alice.sent(3)
@@ -17241,7 +17243,7 @@ def test_a_message_of_which_a_server_swallows_one_batch_is_told(n):
     caps = (
         "echo-message message-tags batch labeled-response draft/multiline=max-bytes=300,max-lines=2"
     )
-    alice = Elsewhere(caps=caps, tidy=False)
+    alice = Elsewhere(caps=caps, interactive=False)
     alice.views += alice.core.say("one\ntwo\nthree\nfour")
     labels = re.findall(r"label=(\S+) BATCH", " ".join(alice.sent(9)))
     opening = f"@label={labels[1 - n]} :alice!u@h BATCH +b draft/multiline #lobby"
@@ -17462,7 +17464,7 @@ def test_a_length_of_lines_that_no_server_has_is_not_believed(token):
     ],
 )
 def test_an_echo_that_comes_back_without_tag_and_label_is_known_by_its_order(caps, tags):
-    alice = Elsewhere(caps=caps, tidy=False)
+    alice = Elsewhere(caps=caps, interactive=False)
     for n in range(3):
         alice.views += alice.core.say(f"line {n}")
     sent = []
@@ -17679,9 +17681,9 @@ def test_several_channels_in_one_line_are_several():
     assert "bob" not in alice.core.find("#m2").people
 
 
-@pytest.mark.parametrize("tidy", [True, False])
-def test_a_channel_that_was_left_and_joined_again_takes_messages(tidy):
-    alice = Elsewhere(tidy=tidy)
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_channel_that_was_left_and_joined_again_takes_messages(interactive):
+    alice = Elsewhere(interactive=interactive)
     alice.hears(":alice!u@h JOIN #a")
     alice.types("/part #a").hears(":alice!u@h PART #a")
     alice.types("/join #a").hears(":alice!u@h JOIN #a")
@@ -17793,7 +17795,7 @@ def test_commands_take_what_users_of_other_clients_type(typed, lines):
 
 
 def test_a_program_means_what_it_says():
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     for text in ("pass the salt", "#tea", " /me waves"):
         alice.views += alice.core.typed(text)
     assert alice.kinds("back") == [] and len(alice.core.outbox.waiting) == 3
@@ -18101,7 +18103,7 @@ def test_a_page_of_which_nothing_can_be_seen_is_not_the_beginning():
 
 
 def test_a_pipe_keeps_its_order_while_a_join_is_slow():
-    alice = Elsewhere(tidy=False, join=["#x"])
+    alice = Elsewhere(interactive=False, join=["#x"])
     alice.core.disconnected()
     alice.core.connected()
     alice.hears("001 alice :Welcome", "004 alice x ircd a b")
@@ -18118,7 +18120,7 @@ def test_a_pipe_keeps_its_order_while_a_join_is_slow():
 
 
 def test_a_join_that_is_not_answered_holds_nothing_up_for_ever():
-    alice = Elsewhere(tidy=False, join=["#x"])
+    alice = Elsewhere(interactive=False, join=["#x"])
     alice.core.disconnected()
     alice.core.connected()
     alice.hears("001 alice :Welcome")
@@ -18129,7 +18131,7 @@ def test_a_join_that_is_not_answered_holds_nothing_up_for_ever():
 
 @pytest.mark.parametrize("quits", [False, True])
 def test_commands_that_wait_when_the_connection_ends_are_told(quits):
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     alice.types(*["/topic #lobby tea"] * 9, "/away x", "/join #x", "/topic #lobby tea")
     unsent = 11 - alice.sent().count("TOPIC #lobby tea")
     if quits:
@@ -18140,7 +18142,7 @@ def test_commands_that_wait_when_the_connection_ends_are_told(quits):
 
 
 def test_the_time_of_a_join_begins_when_it_is_sent():
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     alice.types(*["/raw LUSERS"] * 60, "/join #x", "hello")
     assert "JOIN #x" not in alice.sent(chat.JOIN_SECONDS + 9)
     assert not alice.core.outbox.parked and "JOIN #x" in alice.sent(chat.JOIN_SECONDS + 9)
@@ -18171,7 +18173,7 @@ def test_a_notice_that_waits_goes_to_the_user_who_has_another_nick_by_then():
 
 
 def test_a_channel_can_be_left_before_we_are_in_it():
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     for text in ("/join #b", "/part #b bye"):
         alice.views += alice.core.typed(text)
     assert [line for line in alice.sent(9) if "PING" not in line] == ["JOIN #b", "PART #b bye"]
@@ -18196,7 +18198,7 @@ NO_MESSAGE_IS_REFUSED = [
 
 @pytest.mark.parametrize("line", NO_MESSAGE_IS_REFUSED)
 def test_an_error_about_something_else_is_of_no_message(line):
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     alice.types("hello", "/topic #lobby tea")
     alice.sent(9)
     alice.hears(line)
@@ -18204,7 +18206,7 @@ def test_an_error_about_something_else_is_of_no_message(line):
 
 
 def test_a_refused_notice_is_no_refused_message():
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     alice.types("/notice #lobby psst", "hello")
     alice.sent(9)
     alice.hears("404 alice #lobby :Cannot send to channel")
@@ -18250,7 +18252,7 @@ def test_history_without_ids_is_shown_once_over_restarts():
 
 
 def test_a_second_join_with_the_right_password_lets_waiting_words_go():
-    alice = Elsewhere(tidy=False)
+    alice = Elsewhere(interactive=False)
     for text in ("/join #k", "/join #k sesame", "hello"):
         alice.views += alice.core.typed(text)
     alice.sent(9)
@@ -18285,7 +18287,7 @@ def test_commands_of_a_pipe_wait_for_a_connection(folder):
 
 def test_a_connection_costs_little_before_the_first_acknowledgement():
     house = house_of("bob")
-    alice = Pair(house, "alice", tidy=False)
+    alice = Pair(house, "alice", interactive=False)
     for n in range(50):
         alice.views += alice.core.say(f"line {n}")
     alice.drop()
@@ -18303,7 +18305,7 @@ def test_a_connection_costs_little_before_the_first_acknowledgement():
 
 def test_what_is_in_flight_grows_from_one_and_is_one_again_after_a_break():
     house = house_of("bob")
-    alice = Pair(house, "alice", tidy=False)
+    alice = Pair(house, "alice", interactive=False)
     for n in range(100):
         alice.views += alice.core.say(f"line {n}")
     seen = []
@@ -18330,7 +18332,7 @@ def test_an_echo_counts_although_the_page_before_it_is_still_on_its_way():
 
 def test_a_page_that_was_too_much_for_a_line_is_asked_for_in_parts():
     house = house_of("bob")
-    alice = Pair(house, "alice", tidy=False)
+    alice = Pair(house, "alice", interactive=False)
     alice.drop()
     house.say("bob", *(f"line {n} {'x' * 100}" for n in range(300)))
     sizes = []
@@ -19995,7 +19997,7 @@ def test_an_account_is_known_until_the_user_logs_out():
     ],
 )
 def test_fewer_messages_are_under_way_where_a_break_would_leave_them_in_doubt(caps, most):
-    alice = Elsewhere("CLIENTTAGDENY=*", caps=caps, tidy=False)
+    alice = Elsewhere("CLIENTTAGDENY=*", caps=caps, interactive=False)
     alice.core.talk.budget = chat.Budget(*chat.NO_PACE, 0.0)
     for n in range(200):
         alice.core.say(f"line {n}")
@@ -20410,9 +20412,9 @@ def test_a_channel_that_the_client_is_made_to_join_is_told():
     assert alice.core.here == "#tea"
 
 
-@pytest.mark.parametrize("tidy", [True, False])
-def test_a_text_is_no_request_to_programs(tidy):
-    alice = Elsewhere(tidy=tidy)
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_text_is_no_request_to_programs(interactive):
+    alice = Elsewhere(interactive=interactive)
     alice.core.input.say("\x01VERSION\x01")
     assert "PRIVMSG #lobby VERSION" in alice.sent(3)
 
@@ -20448,7 +20450,7 @@ def test_the_echo_of_a_refused_line_is_not_waited_for():
 
 
 def test_a_labelled_error_comes_after_those_about_the_lines_before():
-    alice = Elsewhere(caps="message-tags batch labeled-response", tidy=False)
+    alice = Elsewhere(caps="message-tags batch labeled-response", interactive=False)
     alice.types("one\ntwo")
     (label,) = re.findall("label=([^ ]+)", " ".join(alice.sent(9)))
     alice.hears(f"@label={label} 404 alice #lobby :no")
@@ -20482,7 +20484,7 @@ def test_a_message_sent_before_a_page_came_is_shown_once(text, id):
 
 
 def test_a_page_that_is_full_of_known_messages_of_one_moment_is_followed_by_a_larger_one():
-    alice = Elsewhere("CHATHISTORY=50", "MSGREFTYPES=timestamp", caps=PAGES_OF, tidy=False)
+    alice = Elsewhere("CHATHISTORY=50", "MSGREFTYPES=timestamp", caps=PAGES_OF, interactive=False)
     said = [
         f"time=2026-01-01T00:00:00.00{n // 2}Z;batch=1 :bob!u@h PRIVMSG #lobby :{n}"
         for n in range(4)
@@ -20791,10 +20793,13 @@ class Abroad:
     """A client core on a foreign server: chance has the lines on their way, the clock, and the
     line that breaks. `stored`: the client keeps messages, and is started again."""
 
-    def __init__(self, chance, traits, tidy=True, stored=False):
+    def __init__(self, chance, traits, interactive=True, stored=False):
         self.chance, self.now = chance, 0.0
         self.server = Foreign(traits, chance, self.clock)
-        self.tidy, self.db = tidy, chat.open_client_database(":memory:") if stored else None
+        self.interactive, self.db = (
+            interactive,
+            chat.open_client_database(":memory:") if stored else None,
+        )
         self.views, self.log, self.texts = [], [], {}
         self.since = {}  # by channel: how many messages there were when the client had joined
         self.broken = True
@@ -20811,7 +20816,9 @@ class Abroad:
             kept["outbox"] = chat.adopt_outbox(self.db, "s", "alice", take)
             kept["store"] = chat.ClientStore(self.db, "s", "alice")
         join, clocks = ["#a", "#b"], {"clock": self.clock, "ticks": lambda: self.now}
-        self.core = chat.ClientCore("alice", self.tidy, chat.IRC, join=join, **clocks, **kept)
+        self.core = chat.ClientCore(
+            "alice", self.interactive, chat.IRC, join=join, **clocks, **kept
+        )
         self.core.secure = True
         self.shows(self.core.take_views())
 
@@ -20838,7 +20845,7 @@ class Abroad:
         (self.connect if self.broken else self.lose)()
 
     def restart(self):
-        if not (self.db and self.tidy):
+        if not (self.db and self.interactive):
             return
         self.broken = True
         self.log.append("(started again)")
@@ -20985,7 +20992,7 @@ def faults_of_hearing(abroad):
     page came too late."""
     views, faults = abroad.views, []
     late = any("does not send what was said" in view.text for view in views)  # PAGE_SECONDS
-    if abroad.tidy:
+    if abroad.interactive:
         abroad.page_up()
         views = [view for room in abroad.core.rooms.values() for view in room.views]
     for name in ("#a", "#b"):
@@ -20993,7 +21000,9 @@ def faults_of_hearing(abroad):
         said = [one.text for one in delivered if one.target == name]
         least = [one.text for one in delivered[since:] if one.target == name]
         heard = [v.text for v in views if v.kind == chat.MESSAGE and v.where == name]
-        said = said if abroad.tidy else said[-max(len(least), len(heard)) :] if heard else least
+        said = (
+            said if abroad.interactive else said[-max(len(least), len(heard)) :] if heard else least
+        )
         if late:
             heard, said = sorted(heard), sorted(said)
         if heard != said:
@@ -31362,7 +31371,7 @@ def test_functions_are_short_and_shallow(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_docstrings_and_texts_name_things_and_do_not_describe_them_in_riddles(path):
-    found = re.findall(r"(?i)\b(?:somebody|nobody|whoever|anew)\b", path.read_text())
+    found = re.findall(r"(?i)\b(?:(?:some|no)body|who(?:ever)|a(?:new))\b", path.read_text())
     for node in nodes_of(path):
         if isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)):
             found += re.findall(
