@@ -13674,6 +13674,13 @@ def test_a_file_that_is_removed_while_its_size_is_looked_up_is_not_there(files, 
     assert tus(files, "HEAD", path)[0] == 404
 
 
+def test_the_services_that_take_a_token_are_a_batch_of_their_own(files):
+    _, begins, service, ends = ask(files, "alice", "CAP REQ :batch", "TOKEN SERVICELIST")
+    mark = re.fullmatch(r":chat.py BATCH \+(\S+) draft/authtoken \*", begins)[1]
+    assert service.startswith(f"@batch={mark} :chat.py TOKEN SERVICE FILEHOST http://")
+    assert ends == f":chat.py BATCH -{mark}"
+
+
 def test_a_file_that_was_sent_is_closed(files, monkeypatch):
     path, opened, open_file = path_of(posted(files)), [], files.site.folder.open
 
