@@ -20962,6 +20962,8 @@ def test_what_another_thread_hands_in_ends_the_wait(loop):
     while not ran:
         loop.run_once(PATIENCE)
     thread.join()
+    loop.run_once(0)
+    assert not loop.selector.select(0)  # the next turn waits again
 
 
 def test_a_job_that_ends_after_the_loop_is_closed_raises_nothing():
@@ -21397,6 +21399,13 @@ def running():
     for server in started:
         if server.thread.is_alive():  # not stopped by the test
             server.stop()
+
+
+@pytest.mark.parametrize("url, host", [("https://chat.example", "chat.example"), ("", None)])
+def test_nodes_are_told_the_host_of_the_web_url_or_the_address(running, url, host):
+    server = running(web=chat.WebOptions(url=url))
+    told = chat.address_text(host or server.address[0], server.address[1])
+    assert server.server.site.address == told
 
 
 def test_the_conversation_is_byte_for_byte_that_of_the_workshop(running):
