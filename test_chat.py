@@ -14897,6 +14897,26 @@ def test_private_words_in_the_same_moment_as_public_ones_are_caught_up(monkeypat
     assert alice.texts("bob") == ["pub 0", "pub 1", "pub 2"] and alice.texts("carol") == ["psst"]
 
 
+def test_private_words_that_come_while_missed_ones_are_asked_for_are_shown_after_them():
+    house = house_of("carol")
+    alice = Pair(house, "alice", tidy=False)
+    alice.drop()
+    house.say("carol", "/tell alice one")
+    house.turn()
+    alice.dial()
+    for _ in range(12):
+        if any("CHATHISTORY" in line and " carol " in line for line in alice.core.output):
+            break
+        alice.step(math.inf, math.inf)
+    house.say("carol", "/tell alice two")
+    house.turn()
+    alice.views += alice.core.feed(alice.conn.out)
+    alice.conn.out = b""
+    assert alice.texts("carol") == []
+    alice.exchange()
+    assert alice.texts("carol") == ["one", "two"]
+
+
 def test_private_messages_of_a_user_who_has_left_meanwhile_are_shown():
     house = house_of("carol")
     alice = Pair(house, "alice", tidy=False)
@@ -15632,6 +15652,16 @@ def test_what_is_said_to_a_channel_that_the_client_leaves_is_not_sent(texts):
     assert len(alice.core.outbox.parked) == len(texts[2:]) and alice.core.idle
 
 
+def test_a_message_that_was_delivered_and_not_kept_is_not_sent_again():
+    alice = Elsewhere()
+    alice.types("hi")
+    (id,) = alice.core.outbox.waiting
+    alice.hears(f"FAIL PRIVMSG NOT_KEPT * {id} :delivered but not kept: the disk is full")
+    (failed,) = [view for view in alice.views if view.kind == chat.FAILED]
+    assert failed.text == "delivered but not kept: the disk is full: hi" and failed.own_id == id
+    assert not alice.core.outbox.waiting
+
+
 def test_a_server_that_says_that_the_client_has_quit_is_left():
     alice = Elsewhere(tidy=False)
     alice.hears("353 alice = #lobby :alice", "366 alice #lobby :End", ":alice!u@h QUIT :Killed")
@@ -15665,6 +15695,7 @@ REFUSED_MESSAGES = [
     "FAIL BATCH MULTILINE_MAX_LINES 2 :Too many lines",
     "NOTICE alice :*** Message to bob throttled due to flooding",
     "FAIL PRIVMSG NO_SUCH_THING bob :not now",
+    "FAIL PRIVMSG NO_SUCH_THING bob more :not now",
     "401 alice bob",
 ]
 
@@ -25982,6 +26013,14 @@ class InMemory(chat.Transfers):
             self.loop.now += 1000
             self.wake()
         return [view.text for view in self.shown if view.text]
+
+
+def test_each_new_state_of_a_transfer_is_shown(tmp_path):
+    files = InMemory(tmp_path)
+    one = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1")
+    files.alice.core.transfers.keep(one)
+    views = files.alice.core.take_views()
+    assert [(view.kind, view.own_id) for view in views] == [(chat.TRANSFER, "1")]
 
 
 CREATED = 201, {"Location": "/files/1"}, b""
