@@ -7984,7 +7984,7 @@ alice> STATS
 alice< 219 alice * :End of statistics
 alice> TRACE
 alice< 262 alice chat.py 0.3 :End of trace: this server stands alone
-alice> SERVLIST
+alice> SERVLIST other.mask
 alice< 235 alice * * :There are no services
 alice> SQUERY NickServ :help
 alice< 408 alice NickServ :No such service; there are none
