@@ -1327,17 +1327,19 @@ def test_a_user_whose_connection_breaks_stays_for_a_while_and_comes_back_to_the_
     house.leave("alice")
     house.turn()
     assert house.missed == [user] and house.heard("bob") == []
+    since = house.hub.absent[user]
     house.say("bob", "PRIVMSG alice :are you there?", "NAMES #a")
     house.turn()
     assert "@alice bob" in str(house.heard("bob"))
     lines = logged_in(house, "again", "alice")
     assert ":alice!~u@127.0.0.1 JOIN #a" in lines and house.heard("bob") == []
     assert house.guests["again"].user is user
-    house.grace_over()  # the time is over, but he is back
-    house.turn()
-    assert house.heard("bob") == []
-    house.leave("again")
-    house.turn()
+    for _ in range(2):  # the time is over, but the user is back, and then away again
+        house.hub.perform("grace_period_over", 0, user.resume_id, since)
+        house.turn()
+        assert house.heard("bob") == []
+        house.leave("again")
+        house.turn()
     house.grace_over()
     house.turn()
     assert house.heard("bob") == [":alice!~u@127.0.0.1 QUIT :Connection lost"]
@@ -7988,7 +7990,7 @@ alice> STATS
 alice< 219 alice * :End of statistics
 alice> TRACE
 alice< 262 alice chat.py 0.3 :End of trace: this server stands alone
-alice> SERVLIST
+alice> SERVLIST other.mask
 alice< 235 alice * * :There are no services
 alice> SQUERY NickServ :help
 alice< 408 alice NickServ :No such service; there are none
@@ -13738,6 +13740,13 @@ def test_a_file_that_is_removed_while_its_size_is_looked_up_is_not_there(files, 
     assert tus(files, "HEAD", path)[0] == 404
 
 
+def test_the_services_that_take_a_token_are_a_batch_of_their_own(files):
+    _, begins, service, ends = ask(files, "alice", "CAP REQ :batch", "TOKEN SERVICELIST")
+    mark = re.fullmatch(r":chat.py BATCH \+(\S+) draft/authtoken \*", begins)[1]
+    assert service.startswith(f"@batch={mark} :chat.py TOKEN SERVICE FILEHOST http://")
+    assert ends == f":chat.py BATCH -{mark}"
+
+
 def test_a_file_that_was_sent_is_closed(files, monkeypatch):
     path, opened, open_file = path_of(posted(files)), [], files.site.folder.open
 
@@ -14954,6 +14963,26 @@ def test_private_words_in_the_same_moment_as_public_ones_are_caught_up(monkeypat
     assert alice.texts("bob") == ["pub 0", "pub 1", "pub 2"] and alice.texts("carol") == ["psst"]
 
 
+def test_private_words_that_come_while_missed_ones_are_asked_for_are_shown_after_them():
+    house = house_of("carol")
+    alice = Pair(house, "alice", tidy=False)
+    alice.drop()
+    house.say("carol", "/tell alice one")
+    house.turn()
+    alice.dial()
+    for _ in range(12):
+        if any("CHATHISTORY" in line and " carol " in line for line in alice.core.output):
+            break
+        alice.step(math.inf, math.inf)
+    house.say("carol", "/tell alice two")
+    house.turn()
+    alice.views += alice.core.feed(alice.conn.out)
+    alice.conn.out = b""
+    assert alice.texts("carol") == []
+    alice.exchange()
+    assert alice.texts("carol") == ["one", "two"]
+
+
 def test_private_messages_of_a_user_who_has_left_meanwhile_are_shown():
     house = house_of("carol")
     alice = Pair(house, "alice", interactive=False)
@@ -15689,6 +15718,16 @@ def test_what_is_said_to_a_channel_that_the_client_leaves_is_not_sent(texts):
     assert len(alice.core.outbox.parked) == len(texts[2:]) and alice.core.idle
 
 
+def test_a_message_that_was_delivered_and_not_kept_is_not_sent_again():
+    alice = Elsewhere()
+    alice.types("hi")
+    (id,) = alice.core.outbox.waiting
+    alice.hears(f"FAIL PRIVMSG NOT_KEPT * {id} :delivered but not kept: the disk is full")
+    (failed,) = [view for view in alice.views if view.kind == chat.FAILED]
+    assert failed.text == "delivered but not kept: the disk is full: hi" and failed.own_id == id
+    assert not alice.core.outbox.waiting
+
+
 def test_a_server_that_says_that_the_client_has_quit_is_left():
     alice = Elsewhere(interactive=False)
     alice.hears("353 alice = #lobby :alice", "366 alice #lobby :End", ":alice!u@h QUIT :Killed")
@@ -15722,6 +15761,7 @@ REFUSED_MESSAGES = [
     "FAIL BATCH MULTILINE_MAX_LINES 2 :Too many lines",
     "NOTICE alice :*** Message to bob throttled due to flooding",
     "FAIL PRIVMSG NO_SUCH_THING bob :not now",
+    "FAIL PRIVMSG NO_SUCH_THING bob more :not now",
     "401 alice bob",
 ]
 
@@ -21143,6 +21183,8 @@ def test_what_another_thread_hands_in_ends_the_wait(loop):
     while not ran:
         loop.run_once(PATIENCE)
     thread.join()
+    loop.run_once(0)
+    assert not loop.selector.select(0)  # the next turn waits again
 
 
 def test_a_job_that_ends_after_the_loop_is_closed_raises_nothing():
@@ -21578,6 +21620,13 @@ def running():
     for server in started:
         if server.thread.is_alive():  # not stopped by the test
             server.stop()
+
+
+@pytest.mark.parametrize("url, host", [("https://chat.example", "chat.example"), ("", None)])
+def test_nodes_are_told_the_host_of_the_web_url_or_the_address(running, url, host):
+    server = running(web=chat.WebOptions(url=url))
+    told = chat.address_text(host or server.address[0], server.address[1])
+    assert server.server.site.address == told
 
 
 def test_the_conversation_is_byte_for_byte_that_of_the_workshop(running):
@@ -26174,6 +26223,14 @@ class InMemory(chat.Transfers):
             self.loop.now += 1000
             self.wake()
         return [view.text for view in self.shown if view.text]
+
+
+def test_each_new_state_of_a_transfer_is_shown(tmp_path):
+    files = InMemory(tmp_path)
+    one = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1")
+    files.alice.core.transfers.keep(one)
+    views = files.alice.core.take_views()
+    assert [(view.kind, view.own_id) for view in views] == [(chat.TRANSFER, "1")]
 
 
 CREATED = 201, {"Location": "/files/1"}, b""
