@@ -6156,6 +6156,7 @@ class Store:
         self.trouble = ""  # why events are being lost just now
         try:
             self.changed_elsewhere()
+            self.offsets = self._read_offsets()
             if node:
                 self._become_node()
             else:
@@ -6449,7 +6450,7 @@ class Store:
                 raise ValueError(f"a row of {table} has wrong values")
         return rows
 
-    def offsets(self) -> dict[int, float]:
+    def _read_offsets(self) -> dict[int, float]:
         """Return the offsets of the wall clock in seconds: see SureTime. Damaged ones are left out,
         since they only delay deletions."""
         rows = self.db.execute("SELECT step, seconds FROM offsets").fetchall()
@@ -20278,7 +20279,7 @@ class SureTime:
 
     def __init__(self, loop: Loop, clock: Callable[[], float], hub: Hub, store: Store):
         self.loop, self.clock, self.hub, self.store = loop, clock, hub, store
-        self.offsets = store.offsets()  # of the wall clock, by step of running
+        self.offsets = store.offsets  # of the wall clock, by step of running
         self.began = loop.now - max(self.offsets, default=0) * SURE_STEP_SECONDS
 
     def __call__(self) -> float:
