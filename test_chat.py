@@ -14965,7 +14965,7 @@ def test_private_words_in_the_same_moment_as_public_ones_are_caught_up(monkeypat
 
 def test_private_words_that_come_while_missed_ones_are_asked_for_are_shown_after_them():
     house = house_of("carol")
-    alice = Pair(house, "alice", tidy=False)
+    alice = Pair(house, "alice", interactive=False)
     alice.drop()
     house.say("carol", "/tell alice one")
     house.turn()
