@@ -30662,15 +30662,18 @@ def test_a_row_stays_where_it_is_while_older_ones_are_drawn_above_it(running, br
     tab.wait_for("history 249")
     tab.go(tab.url)
     tab.until("state.phase === 'online' && !room('#lobby').behind")
-    step = """(async () => {
-      const frame = () => new Promise((done) => setTimeout(() => afterFrame(done), 30));
+    frame = "const frame = () => new Promise((done) => setTimeout(() => afterFrame(done), 30));"
+    drawn = "for (let last; last !== (last = log.scrollHeight);) await frame();"
+    tab.js(f"(async () => {{ {frame} {drawn} }})()")
+    step = """
       const at = log.getBoundingClientRect().top + 200;
       const row = document.elementFromPoint(180, at)?.closest('.row');
       const before = row?.getBoundingClientRect().top;
       log.scrollTop -= 300;
       for (let last; last !== (last = row?.getBoundingClientRect().top);) await frame();
       return [log.scrollTop, row?.isConnected ? row.getBoundingClientRect().top - before : null];
-    })()"""
+    """
+    step = f"(async () => {{ {frame} {step} }})()"
     moved = [tab.js(step) for _ in range(40)]
     steps = [by for top, by in moved if top > 0 and by is not None]
     assert len(steps) > 20 and all(298 <= by <= 302 for by in steps), moved
