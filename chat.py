@@ -20219,14 +20219,19 @@ class ConnectionLimits:
     def turn_away(self, loop: Loop, sock: socket.socket, host: str, text: str) -> None:
         """Tell a client why it is not let in. Its socket lingers, unless many do: what the client
         has sent meanwhile must not destroy the reason by a reset."""
-        log.warning("%s turned away: %s", host, text)
         conn = Connection(loop, sock)
-        conn.write(f"* {text}; try again later\n".encode())
+        conn.write(self._reason(host, text))
         conn.flush()
         if len(loop.linger.waiting) < SPARE_DESCRIPTORS // 2:
             conn.close()
         else:
             conn.drop(text)
+
+    @staticmethod
+    def _reason(host: str, text: str) -> bytes:
+        """Log why a client is not let in; return the line that tells it."""
+        log.warning("%s turned away: %s", host, text)
+        return f"* {text}; try again later\n".encode()
 
     def turn_away_all(self, listening: socket.socket) -> bool:
         """Turn away the whole backlog, on the spare descriptor; return whether that worked."""
@@ -20237,10 +20242,9 @@ class ConnectionLimits:
             for _ in range(ACCEPTS_A_TURN):
                 sock, (host, *_) = listening.accept()
                 text = "this server has no file descriptors left (ulimit -n)"
-                log.warning("%s turned away: %s", host, text)
                 with sock, contextlib.suppress(OSError):
                     sock.setblocking(False)
-                    sock.send(f"* {text}; try again later\n".encode())
+                    sock.send(self._reason(host, text))
         except OSError as error:
             return isinstance(error, BlockingIOError)
         finally:
