@@ -16993,10 +16993,8 @@ class Outgoing:
         """Tell the user why a message waits for a decision."""
         reason, what = message.why, "it"
         if message.at:
-            arrived, total = (
-                message.text.count("\n", 0, message.at) + 1,
-                message.text.count("\n") + 1,
-            )
+            arrived = message.text.count("\n", 0, message.at) + 1
+            total = message.text.count("\n") + 1
             reason, what = f"{reason}; {arrived} of {total} lines have arrived", "the rest"
         advice = f"; /retry sends {what}, /cancel drops it" if self.core.interactive else ""
         text = f"{reason}: {beginning(message.text)}{advice}"
@@ -17099,9 +17097,7 @@ class TypedText:
             client_command.run(core, verb, rest)
         except ChatError as refusal:
             self._give_back(text, str(refusal))
-            if (
-                not core.interactive and verb in GOING
-            ):  # the next text is not meant for this conversation
+            if verb in GOING and not core.interactive:  # what follows is not meant for this room
                 core.rooms.current = None
 
     def _refusal(self, verb: str, text: str) -> str:
@@ -22238,9 +22234,8 @@ class Link:
     def _next_choice(self) -> bool:
         """Turn to the next server of the chat; return False after each of them was tried."""
         lost = self.target._replace(others=())
-        for address in (
-            self.core.server.nodes if not lost.tls else ()
-        ):  # it has no other certificate
+        # By TLS a node has no certificate for the addresses that others announce
+        for address in () if lost.tls else self.core.server.nodes:
             with contextlib.suppress(Unusable):
                 one = parse_target(address)
                 known = {(choice.host, choice.port) for choice in self.choices}
