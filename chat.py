@@ -5276,6 +5276,8 @@ NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest 
 SPOKEN_KINDS = ", ".join(map("'{}'".format, SPOKEN))
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
+EVENTS_AT_ONCE = 16  # in one statement, which costs two thirds of 16 statements of one row
+INSERT_EVENTS = INSERT_EVENT + f", ({', '.join('?' * 11)})" * (EVENTS_AT_ONCE - 1)
 
 # Turn.record(name, ...) -> its table, how many of the values are the key, and the statement.
 # A later record of the same table and key makes an earlier one superfluous.
@@ -6331,7 +6333,11 @@ class Store:
             if kind not in EPHEMERAL
             for target in audience.targets
         ]
-        self.db.executemany(INSERT_EVENT, rows)
+        single = len(rows) % EVENTS_AT_ONCE
+        self.db.executemany(INSERT_EVENT, rows[:single])
+        for first in range(single, len(rows), EVENTS_AT_ONCE):
+            some = itertools.chain.from_iterable(rows[first : first + EVENTS_AT_ONCE])
+            self.db.execute(INSERT_EVENTS, list(some))
         return rows
 
     def _apply(self, record: Record) -> list[int]:
