@@ -27216,16 +27216,59 @@ def test_a_window_is_put_where_the_screen_is():
         ("שלום alice, 42 (תה)", "(הת) alice, 42 םולש"),
         ("hello שלום world", "hello םולש world"),
         ("a (שלום) b", "a (םולש) b"),
-        ("מחיר: 42.50 ₪", "₪ 42.50 :ריחמ"),
+        ("מחיר: 42.50 ₪, 42.50₪", "42.50₪ ,₪ 42.50 :ריחמ"),
         ("בְּ א", "א בְּ"),  # marks stay with their letter
         ("مرحبا", "\ufe8e\ufe92\ufea3\ufeae\ufee3"),  # letters are joined
         ("لا", "\ufefb"),  # one sign for lam with alef
+        ("می\u200cشود", "\ufea9\ufeee\ufeb7\ufbfd\u200c\ufee3"),  # kept apart
         ("plain (text)", "plain (text)"),
+        ("שלום (hello", "hello) םולש"),
+        ("שלום (hello)", "(hello) םולש"),  # both brackets of a pair, as the line (N0)
+        ("אב(גד[&ef]!)gh", "gh(![ef&]דג)בא"),  # the example of UAX 9
+        ("smith (fabrikam אבגד) הו", "smith (fabrikam דגבא) וה"),
+        ("see אב(גד) now", "see (דג)בא now"),
+        ("אב [1] <c>", "<c> [1] בא"),
+        ("אב »ג« 〈ד〉", "〈ד〉 »ג« בא"),
+        ("טלפון 03-1234567, 12:30!", "!12:30 ,03-1234567 ןופלט"),
+        ("בטווח 10-20%", "10-20% חווטב"),
+        ("بين 10-20", "20-10 \ufee6\ufef4\ufe91"),  # numbers after Arabic letters
+        ("hello, שלום!", "hello, םולש!"),
+        ("שלום, hello!", "!hello ,םולש"),
+        ("ראה https://a.org/(x) !", "! https://a.org/(x) האר"),  # a link is one thing
+        ("go www.a.org/תה/א.", "go www.a.org/א/הת."),
     ],
 )
 def test_text_from_right_to_left_is_drawn_in_the_order_in_which_it_is_seen(text, seen):
-    assert gui_client.seen_line(text, int(gui_client.is_rtl(text))) == seen
-    assert gui_client.said_line(seen, int(gui_client.is_rtl(text))) == text  # what is copied
+    line = gui_client.seen_line(text, int(gui_client.is_rtl(text)))
+    assert line == seen
+    assert gui_client.said_text([(0, *one) for one in line.said]) == text  # what is copied
+
+
+def test_what_is_copied_is_what_was_said_where_lines_were_broken_and_letters_spelled():
+    style = gui_client.Style(fits=lambda part: len(part) <= 12, seen=gui_client.Look.seen)
+    text = "שלום alice (תה) \U0001f375 12!\nראה www.a.org"
+    pieces = gui_client.line_pieces(text, style, "said")
+    lines = gui_client.lines_said(pieces, gui_client.spelled)
+    shown = gui_client.spelled(texts_of(pieces)).splitlines(keepends=True)
+    assert len(shown) == 4
+    assert "".join(gui_client.said_text(lines[line]) for line in shown) == f"{text}\n"
+    start = shown[0].index("alice")
+    assert gui_client.said_text(lines[shown[0]][start : start + 8]) == "ום alice"
+
+
+def test_what_the_program_says_of_a_name_from_right_to_left_begins_at_the_left():
+    only = gui_client.is_only_rtl
+    assert not only("אבג joined") and not only("→ דהו (www)") and only("שלום, 12!")
+    style = gui_client.Style(
+        fits=lambda part: True, seen=lambda text, base=0: gui_client.seen_line(text, base)
+    )
+    joined = chat.ViewEvent(chat.JOIN, name="אבג", time=EIGHT)
+    assert texts_of(gui_client.told_pieces(gui_client.Row(joined), style)).endswith(
+        "\t→ גבא joined\n"
+    )
+    row = gui_client.Row(said("כן", "אבג"), answers=("אבג", "תה?"))
+    assert texts_of(gui_client.reply_pieces(row, style)) == "↳ גבא: ?הת\n"
+    assert texts_of(gui_client.head_pieces(row, style)).startswith("גבא  ")
 
 
 @pytest.mark.parametrize(
@@ -28323,11 +28366,56 @@ def test_what_is_copied_from_the_messages_is_in_the_order_in_which_it_was_said(r
     bob = server.guest("bob")
     alice = at_home(window(server.address))
     text = alice.transcript.text
-    bob.send("שלום alice\nمرحبا 🍵\nplain\n")
+    said = f"שלום alice\nمرحبا 🍵\nwww.a.org/(א) {'(תה) 12! ' * 40}\nplain\n"
+    bob.send(said)
     see(alice, "plain\n")
     text.tag_add("sel", "1.0", "end")
     text.event_generate("<<Copy>>")
-    assert "שלום alice\nمرحبا 🍵\nplain\n" in (alice.root.clipboard_get())
+    assert said in alice.root.clipboard_get()
+    text.tag_remove("sel", "1.0", "end")
+    at = text.search("🍵", "1.0")
+    text.tag_add("sel", f"{at} linestart", f"{at} + 1 indices")
+    text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == "🍵"
+    panel = alice.panel
+    alice.show_page("topic", said)
+    alice.root.update()
+    panel.text.tag_add("sel", "1.0", "end - 1 chars")
+    panel.text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == said + "\n"
+    before = panel.text.count("1.0", "end", "lines")
+    alice.panes.restore({"panel": 12})
+    alice.panes.arrange()
+    pump(alice, lambda: panel.text.count("1.0", "end", "lines") > before)  # broken again
+    before = text.count("1.0", "end", "lines")
+    alice.commands.zoom(6)
+    pump(alice, lambda: text.count("1.0", "end", "lines") > before)
+    panel.show_results("תה", ((1, "#אבג", gui_client.chat.ViewEvent(chat.MESSAGE, said, "דהו")),))
+    assert panel.text.get("1.0", "1.end").startswith("והד  #גבא")
+
+
+def test_what_is_typed_from_right_to_left_is_shown_above_the_field_as_it_will_be_seen(
+    running, window
+):
+    alice = at_home(window(running().address))
+    field, shown = alice.compose, alice.preview
+
+    def preview():
+        alice.root.update()
+        return shown.get("1.0", "end-1c") if shown.winfo_ismapped() else None
+
+    field.set("🍵 hello")
+    assert preview() is None
+    field.set("first\nשלום 🍵 (תה)!")
+    assert preview() == "!(הת) 🍵 םולש"
+    field.mark_set("insert", "2.2")
+    field.event_generate("<KeyRelease>", keysym="Left")
+    alice.root.update()
+    assert shown.get(*shown.tag_ranges("chosen")) == "ו"
+    field.set("א" * 50_000)
+    assert len(preview()) <= 2 * gui_client.PREVIEWED
+    field.submit()
+    assert preview() is None
 
 
 def test_a_link_is_opened_by_a_click_and_the_user_told_if_it_cannot_be(
