@@ -12753,7 +12753,7 @@ SETTINGS = {
     "desktop": Setting("on", ("on", "off"), "tell the desktop when you are mentioned: the window"),
     "fold": Setting("on", ("on", "off"), "show joins, quits and changes of many in one row"),
     "font": Setting("", (), "the font's family: the window"),
-    "highlight": Setting("", (), "words besides your nick that count as a mention"),
+    "highlight": Setting("", (), "words that count as a mention, and channels: all said there"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
     "notify": Setting("off", ("off", "9", "777"), "tell the terminal of mentions, by OSC"),
     "pictures": Setting("on", ("on", "off"), "show pictures among the messages: the window"),
@@ -13064,6 +13064,7 @@ class Room:
         self.moved_at: dict[str, int] = {}  # ... and when the last row of each kind was shown
         self.unread = self.called = 0
         self.muted = False  # messages here do not call the user
+        self.stays = False  # open when the user has left it
         self.read_time = 0  # ms; messages up to then were read, on some device ...
         self.told_time = 0  # ... and the time that the server knows
         self.typing: dict[str, float] = {}  # names of typing users, and until when (ticks)
@@ -13339,7 +13340,7 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     if CTCP_ACTION.match(text):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
-    called = not mine and (not server.is_channel(where) or core.is_called(text))
+    called = not mine and (not server.is_channel(where) or core.is_called(text, where))
     room = core.find(where)
     is_member = room is not None and heard.name in room.people
     person = mine or is_person(heard) or is_member or bool(heard.source and core.find(heard.source))
@@ -16183,9 +16184,12 @@ class Rooms(dict[str, Room]):
         self.core.note(f"{room.name} is joined; /go {room.name} looks at it")
 
     def close_left(self, room: Room) -> None:
-        """Close a channel that this client left. It stays open while a text for it is begun."""
+        """Close a channel that this client left. It stays open if the user wants that, and while a
+        text for it is begun."""
         core = self.core
-        if self.current is not room or not (core.stays_when_left and core.is_writing()):
+        begun = self.current is room and core.stays_when_left and core.is_writing()
+        stays, room.stays = room.stays or begun, False
+        if not stays:
             return self.close(room)
         self.keep(room)
         core.note(f"you left {room.name}; /close closes it", room.name)
@@ -17350,9 +17354,13 @@ class ClientCore:
     def by_id(self, id: int) -> Room | None:
         return next((room for room in self.rooms.values() if room.id == id), None)
 
-    def is_called(self, text: str) -> bool:
-        """Return whether a text contains the user's nick or a word of the setting highlight."""
-        words = [self.name, *self.setting("highlight").split()]
+    def is_called(self, text: str, where: str) -> bool:
+        """Return whether a text contains the user's nick or a word of the setting highlight, or is
+        of a channel among those words."""
+        words = self.setting("highlight").split()
+        if self.fold(where) in map(self.fold, words):
+            return True
+        words = [self.name, *(word for word in words if not self.server.is_channel(word))]
         return any(calls(text, word) for word in words)
 
     # The connection

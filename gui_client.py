@@ -1854,6 +1854,13 @@ class Requests:
             seat, room = place
             seat.link.typed(f"/close {room.name}", room)
 
+    def leave_open(self, number: int) -> None:
+        """Leave a channel whose messages stay to be read."""
+        if (place := self._place(number)) and place[1].inside:
+            seat, room = place
+            room.stays = True
+            seat.link.typed(f"/part {room.name}", room)
+
     def mute(self, number: int, on: bool) -> None:
         self._act(number, lambda core, room: core.rooms.mute(room, on))
 
@@ -6538,6 +6545,18 @@ class RoomActs(Acts):
         if room := self.model.room:
             self.do("mute", room.number, not room.muted)
 
+    def _calls(self, room: RoomInfo) -> list[str]:
+        """Return the words of the setting that make every message of a channel a mention."""
+        words = self.model.values.get("highlight", "").split()
+        return [word for word in words if chat.fold(word) == chat.fold(room.name)]
+
+    def call_always(self, room: RoomInfo) -> None:
+        """Let every message of a channel count as a mention, or only mentions again."""
+        words = self.model.values.get("highlight", "").split()
+        known = self._calls(room)
+        left = [word for word in words if word not in known] if known else [*words, room.name]
+        self.do("set", "highlight", " ".join(left) or "default")
+
     # Menus
 
     def room_menu(self, number: int, event: Any) -> None:
@@ -6559,10 +6578,14 @@ class RoomActs(Acts):
         text = "Unmute" if room.muted else "Mute"
         add(label=text, command=lambda: self.do("mute", number, not room.muted))
         if room.channel:
+            word = "Only mentions call me" if self._calls(room) else "Every message calls me"
+            add(label=word, command=lambda: self.call_always(room))
             add(label="Topic \u2026", command=lambda: self.ask_topic(room))
             if not room.inside:
                 add(label="Join", command=lambda: self.do("say", number, f"/join {room.name}"))
         menu.add_separator()
+        if room.channel and room.inside:
+            add(label="Leave, stay open", command=lambda: self.do("leave_open", number))
         text = "Leave and close" if room.channel and room.inside else "Close"
         add(label=text, command=lambda: self.close(number))
 

@@ -19883,6 +19883,11 @@ def test_settings_are_listed_checked_and_kept():
     assert alice.core.setting("bell") == "off"
     alice.hears(":bob!u@h PRIVMSG #lobby :who wants tea?")
     assert [view.called for view in alice.views if view.kind == "message"] == [True]
+    alice.types("/set highlight tea #LOBBY #elsewhere")
+    alice.hears(":bob!u@h PRIVMSG #lobby :whatever it is")
+    alice.types("/set highlight #elsewhere")
+    alice.hears(":bob!u@h PRIVMSG #lobby :see #elsewhere")
+    assert [view.called for view in alice.views if view.kind == "message"] == [True, True, False]
     alice.types("/set bell perhaps", "/set nothing x", "/set bell default")
     assert len(alice.kinds("note")) == 2 and alice.core.setting("bell") == "on"
 
@@ -29009,6 +29014,34 @@ def test_the_main_menu_has_all_that_keys_have(running, window):
     pump(alice, lambda: alice.model.room.muted)
     choose_in_menu(alice, "Settings \u2026")
     assert alice.settings.shown
+
+
+def test_the_menu_of_a_channel_lets_all_of_it_call_the_user_and_leaves_it_open(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+
+    def choose(label):
+        press(alice, "Shift-F10", alice.sidebar.tree)
+        menu = [one for one in alice.sidebar.winfo_children() if one.winfo_class() == "Menu"][-1]
+        menu.invoke(label)
+        menu.unpost()
+
+    choose("Every message calls me")
+    pump(alice, lambda: alice.model.values["highlight"] == "#lobby")
+    bob.send("not to anyone\n")
+    see(alice, "not to anyone")
+    assert alice.transcript.sheet.rows[-1].view.called
+    choose("Only mentions call me")
+    pump(alice, lambda: alice.model.values["highlight"] == "")
+    choose("Leave, stay open")
+    pump(alice, lambda: not alice.model.room.inside)
+    see(alice, "you left #lobby; /close closes it")
+    see(alice, "not to anyone")
+    choose("Join")
+    pump(alice, lambda: alice.model.room.inside)
+    enter(alice, "/part")
+    pump(alice, lambda: alice.model.room is None or not alice.model.room.name)
 
 
 def test_the_desktop_is_told_of_calls_while_the_window_has_not_the_keys(
