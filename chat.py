@@ -13058,7 +13058,7 @@ class Room:
         self.gone: bool | None = None  # the user of a private conversation has left, if known
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
-        self.spoken: dict[str, None] = {}  # names of users who wrote a message here
+        self.spoken: dict[str, None] = {}  # names of users who wrote here, or to whom the user did
         self.moves: list[ViewEvent] = []  # joins, quits and changes collected for one row ...
         self.movers: set[str] = set()  # ... the names of their users ...
         self.moved_at: dict[str, int] = {}  # ... and when the last row of each kind was shown
@@ -13106,9 +13106,17 @@ class Room:
         if name in self.people:
             self.people[name] = self.people.pop(name)
 
+    def addressed(self, text: str) -> None:
+        """Note the members named in a text that the user wrote here."""
+        for word in re.findall(r"[^\s,:;!?@]+", text):
+            if word in self.people:
+                remember(self.spoken, word)
+
     def renamed(self, name: str, new: str) -> bool:
         if name not in self.people:
             return False
+        if name in self.spoken:
+            remember(self.spoken, new)
         self.people[new] = self.people.pop(name)
         return True
 
@@ -16537,6 +16545,7 @@ class StoredMessages:
         room.read_time = core.believable(room.read_time)
         for view in self._after_hole(room, core.store.page(key, STORED_LINES)):
             room.views.append(view)
+            room.spoke(view.name)
             room.move_mark(view.id, core.believable(view.time))
             if view.id:
                 remember(core.known.ids, view.id)
@@ -16711,7 +16720,7 @@ class Incoming:
 
     def _folds(self, room: Room, view: ViewEvent) -> bool:
         """Return whether an event may share a row with others: none that the user did or that is
-        about the user, and none of a user who spoke here, but for being away."""
+        about the user, and none of a user who spoke here or was spoken to, but for being away."""
         core = self.core
         if view.kind not in FOLDED or core.setting("fold") == "off":
             return False
@@ -16752,6 +16761,8 @@ class Incoming:
         if repeated or view.own_id == PIECE or self.hides(view):
             return
         room.spoke(view.name)
+        if view.mine:
+            room.addressed(view.text)
         room.typing.pop(view.name, None)
         self._unfold(room, view.name)
         view = core.timed(view, room)
@@ -16941,6 +16952,7 @@ class Outgoing:
     def _add_row(self, room: Room, message: Waiting, text: str) -> ViewEvent:
         view = self._view(message, text, accepted_at(message.id))._replace(room=room.id)
         room.views.append(view)
+        room.addressed(text)
         return view
 
     def show_again(self, room: Room) -> None:

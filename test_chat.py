@@ -19823,6 +19823,21 @@ def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
     assert len([view for view in alice.views if view.kind == "moved"]) == 1
 
 
+def test_users_to_whom_the_user_spoke_leave_in_a_row_of_their_own_also_by_another_name():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store, clock=lambda: 1e9)
+    alice.hears(*(f":u{n}!u@h JOIN #lobby" for n in range(5)))
+    alice.types("ask @u3, or u4: please")
+    alice.hears(":u2!u@h PRIVMSG #lobby :hi", ":u2!u@h NICK zoe")
+    alice.hears(*(f":{name}!u@h QUIT :bye" for name in ("u1", "zoe", "u3", "u4")))
+    rows = [view for view in alice.core.room.views if view.kind == "quit"]
+    assert [view.name for view in rows] == ["zoe", "u3", "u4"]
+    later = Elsewhere(store=store, clock=lambda: 1e9 + 9)
+    later.hears(":u0!u@h JOIN #lobby", ":u1!u@h JOIN #lobby", ":u2!u@h JOIN #lobby")
+    rows = [view for view in later.core.room.views if view.kind == "join"]
+    assert [view.name for view in rows] == ["u0", "u2"]
+
+
 @pytest.mark.parametrize(
     "lines, rows",
     [
