@@ -5263,11 +5263,16 @@ class Scrolled(tk.Canvas):
         self.bar = ttk.Scrollbar(self, command=self.yview)
         self.configure(yscrollcommand=self._scrolled)
         self.content.bind("<Configure>", lambda _: self._fit())
-        self.bind("<Configure>", lambda event: self.itemconfigure("content", width=event.width))
+        self.bind("<Configure>", lambda _: self._fill())
 
     def _fit(self) -> None:
         wide, high = self.content.winfo_reqwidth(), self.content.winfo_reqheight()
         self.configure(width=wide, height=high, scrollregion=(0, 0, wide, high))
+
+    def _fill(self) -> None:
+        """Give the content the width that the bar leaves."""
+        bar = self.bar.winfo_reqwidth() if self.bar.winfo_manager() else 0
+        self.itemconfigure("content", width=self.winfo_width() - bar)
 
     def _scrolled(self, first: str, last: str) -> None:
         self.bar.set(first, last)
@@ -5275,6 +5280,7 @@ class Scrolled(tk.Canvas):
             self.bar.place_forget()
         else:
             self.bar.place(relx=1, relheight=1, anchor="ne")
+        self._fill()
 
     def wheel(self, step: int) -> None:
         if self.bar.winfo_manager():
@@ -5641,6 +5647,9 @@ class Choice(ttk.Button):
         self.chosen(value)
 
 
+NARROWEST_ABOUT = 8  # lines' heights: narrower, what is said of a setting is cut at the right
+
+
 class SettingsCard(Card):
     """All settings, with the values that they have: the same as /set."""
 
@@ -5648,6 +5657,8 @@ class SettingsCard(Card):
         super().__init__(parent, look, "Settings")
         self.change = change
         self.fields: dict[str, Any] = {}
+        self.values: dict[str, str] = {}
+        self.abouts: list[ttk.Label] = []
         for row, (name, setting) in enumerate(sorted(chat.SETTINGS.items())):
             self._add_row(row, name, setting)
         self.body.columnconfigure(2, weight=1)
@@ -5669,12 +5680,30 @@ class SettingsCard(Card):
             row=row, column=1, padx=self.look.part(0.6), pady=self.look.part(0.12), sticky="we"
         )
         about = ttk.Label(self.body, text=setting.summary, style="Dim.Card.TLabel")
-        about.grid(row=row, column=2, **pad)
+        about.grid(row=row, column=2, **{**pad, "sticky": "we"})
+        about.bind("<Configure>", self._wrap)
         self.fields[name] = field
+        self.abouts.append(about)
+
+    def _wrap(self, event: Any) -> None:
+        """Break what is said of a setting where it has not enough room."""
+        needs = self.look.small.measure(event.widget.cget("text"))
+        room = max(event.width, NARROWEST_ABOUT * self.look.em)
+        event.widget.configure(wraplength=room if room < needs else 0)
+
+    def take(self, values: dict[str, str]) -> None:
+        """Show settings that were changed elsewhere, but for what is being typed."""
+        for name, field in self.fields.items() if self.shown else ():
+            old, new = (each.get(name, chat.SETTINGS[name].usual) for each in (self.values, values))
+            if old != new and (chat.SETTINGS[name].values or field.content.strip() == old):
+                field.set(new)
+        self.values = dict(values)
 
     def show(self, values: dict[str, str]) -> None:
         for name, field in self.fields.items():
             field.set(values.get(name, chat.SETTINGS[name].usual))
+        for about in self.abouts:
+            about.configure(wraplength=0)
         self.values = dict(values)
         first = next(iter(self.fields.values()))
         self.open(first)
@@ -7300,6 +7329,7 @@ class Window:
     def _take_settings(self, event: Settings) -> None:
         self.model.take(event)
         values = self.model.values
+        self.settings.take(values)
         self.look.want(*(values[name] for name in LOOK_SETTINGS))
         self.transcript.restyle(values["time"], values["pictures"] == "on")
 

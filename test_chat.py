@@ -28308,6 +28308,12 @@ def test_the_look_follows_the_settings(running, window, folder):
     assert alice.settings.fields["theme"].value == "dark"
     assert alice.settings.fields["size"].content == str(size + 1)
     alice.settings.fields["time"].set("%H:%M:%S")
+    for name, value in (("theme", "light"), ("font", "Courier"), ("time", "%M")):  # as by /set
+        alice.model.do("set", name, value)
+    pump(alice, lambda: alice.settings.fields["font"].content == "Courier")
+    assert alice.settings.fields["theme"].value == "light"
+    assert alice.settings.fields["time"].content == "%H:%M:%S"  # which is being typed
+    alice.model.do("set", "theme", "dark")
     alice.settings.done()
     pump(alice, lambda: alice.transcript.sheet.style.clock == "%H:%M:%S")
     alice.close()
@@ -28350,6 +28356,19 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     assert alice.root.focus_lastfor() is choice
 
 
+def test_what_is_said_of_a_setting_is_broken_where_there_is_little_room(running, window):
+    alice = at_home(window(running().address))
+    alice.model.do("set", "size", "20")
+    pump(alice, lambda: alice.look.size == 20)
+    for _ in range(2):
+        alice.commands.open_settings()
+        alice.root.update()
+        abouts = alice.settings.abouts
+        assert all(about.winfo_reqwidth() <= about.winfo_width() + 1 for about in abouts)
+        assert len({about.winfo_height() for about in abouts}) > 1
+        alice.settings.done()
+
+
 @pytest.mark.parametrize("dialog", [False, True])
 def test_ctrl_q_closes_the_window_also_from_a_dialog(running, window, dialog):
     alice = at_home(window(running().address))
@@ -28374,6 +28393,10 @@ def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, 
         return top >= 0 and top + field.winfo_height() <= card.page.winfo_height()
 
     assert in_sight(first) and not in_sight(last) and card.page.bar.winfo_ismapped()
+    assert all(
+        about.winfo_rootx() + about.winfo_width() <= card.page.bar.winfo_rootx()
+        for about in card.abouts
+    )
     for _ in range(50) if way == "wheel" else ():
         first.event_generate("<Button-5>")
     if way == "focus":
