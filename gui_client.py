@@ -5365,7 +5365,10 @@ class Card(ttk.Frame):
             max(have, min(need, most)) for have, need, most in zip(now, needs, screen, strict=True)
         )
         if (wide, high) != now:
-            window.geometry(f"{wide}x{high}")
+            title = window.winfo_rooty() - window.winfo_y()
+            x = min(window.winfo_x(), window.winfo_screenwidth() - wide)
+            y = min(window.winfo_y(), window.winfo_screenheight() - high - title)
+            window.geometry(f"{wide}x{high}+{max(0, x)}+{max(0, y)}")
         self.place(width=min(needs[0], wide), height=min(needs[1], high))
 
     def hide(self) -> None:

@@ -28383,6 +28383,8 @@ def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, 
     alice = at_home(window(running().address))
     alice.model.do("set", "size", "30")
     pump(alice, lambda: alice.look.size == 30)
+    alice.root.geometry("+300+200")
+    alice.root.update()
     alice.commands.open_settings()
     card = alice.settings
     alice.root.update()
@@ -28393,6 +28395,7 @@ def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, 
         return top >= 0 and top + field.winfo_height() <= card.page.winfo_height()
 
     assert in_sight(first) and not in_sight(last) and card.page.bar.winfo_ismapped()
+    assert alice.root.winfo_rooty() + alice.root.winfo_height() <= 700 == card.winfo_screenheight()
     assert all(
         about.winfo_rootx() + about.winfo_width() <= card.page.bar.winfo_rootx()
         for about in card.abouts
