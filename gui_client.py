@@ -7130,7 +7130,8 @@ class Window:
         usual = f"{wide}x{high}+{2 * look.em}+{2 * look.em}"
         geometry = str(kept.get("geometry") or usual)
         root.minsize(min(screen[0], 22 * look.em), min(screen[1], 14 * look.em))
-        root.geometry(fitting_geometry(geometry, *screen) or fitting_geometry(usual, *screen))
+        room = screen[0], screen[1] - 3 * look.em // 2  # a window manager adds a title
+        root.geometry(fitting_geometry(geometry, *room) or fitting_geometry(usual, *room))
         self.sidebar.restore(self.remembered.words("order"))
         for name in ("sidebar", "members"):
             self.panes.show(name, kept.get(name) is not False)

@@ -28318,8 +28318,12 @@ def test_the_look_follows_the_settings(running, window, folder):
     pump(alice, lambda: alice.transcript.sheet.style.clock == "%H:%M:%S")
     alice.close()
     pump(alice, lambda: alice.gone)
+    memory = gui_client.Remembered(folder)
+    memory.write("look", memory.words("look") | {"geometry": "9999x9999+9+9"})
     again = at_home(window(server.address, **state))
     assert again.look.colours is gui_client.DARK and again.look.size == size + 1
+    again.root.update()
+    assert again.look.em < again.root.winfo_screenheight() - again.root.winfo_height() < 90
 
 
 def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
