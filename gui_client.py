@@ -5397,7 +5397,7 @@ class ConnectCard(Card):
         self.password, self.secret = secret_field(body, self.enter), secret_field(body, self.enter)
         self.tls = tk.BooleanVar(body)
         self.register = tk.BooleanVar(body)
-        self.error = ttk.Label(body, style="Bad.Card.TLabel")
+        self.error = ttk.Label(self, style="Bad.Card.TLabel")
         self.found = ttk.Label(body, style="Dim.Card.TLabel")
         self.known = ttk.Button(body, text="Recent servers \u25be", command=self._show_recent)
         for row in (
@@ -5407,9 +5407,9 @@ class ConnectCard(Card):
             (ttk.Label(body, text=ACCOUNT_LABEL, style="Card.TLabel"), self.secret),
             (self._check("This is a new account: register it", self.register),),
             (ttk.Label(body, text=PASSWORD_LABEL, style="Card.TLabel"), self.password),
-            (self.error,),
         ):
             self._add_row(row)
+        self.error.pack(side="bottom", fill="x", before=self.page)  # in sight wherever the page is
         self.go = self.add_button("Connect", self.enter, first=True)
         self.cancel = self.add_button("Cancel", self.hide)
 

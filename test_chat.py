@@ -28005,7 +28005,12 @@ def test_whatever_is_wrong_with_an_address_is_said_and_another_can_be_tried(runn
     alice.card.server.set(chat.address_text(*first.address))
     alice.card.name.set("")
     alice.card.enter()
-    assert alice.card.error.cget("text") == "please choose a name"
+    assert (error := alice.card.error).cget("text") == "please choose a name"
+    alice.look.want("light", "", "20")  # so that the dialog is larger than the screen
+    alice.card.enter()
+    alice.root.update()
+    below = error.winfo_rooty() + error.winfo_height()
+    assert error.winfo_viewable() and below <= alice.card.buttons.winfo_rooty()
     alice.card.name.set("alice 🙂")
     alice.card.enter()
     pump(alice, lambda: here(alice) == ["alice_🙂"])
