@@ -2589,6 +2589,9 @@ DARK = Colours(
         *("#5cc6e6", "#86b4ff", "#aab0ff", "#c9a2ff", "#e593ef", "#ff93bf"),
     ),
 )
+NO_SIGN = "\U0010fffd"  # for which no font has a picture
+# Emoji beyond the basic plane; draws_emoji() is about all of them
+EMOJI = re.compile("[\U0001f000-\U0001faff]")
 SAFE_XFT = 20305  # libXft 2.3.5 draws coloured glyphs; before, one ended the whole program
 SMALLEST, LARGEST = 6, 40  # points of a font
 PROBE_SECONDS = 2
@@ -2659,9 +2662,12 @@ class Look:
     def __init__(self, root: tk.Tk, theme: str = "light", family: str = "", size: str = ""):
         self.root = root
         self.colours = LIGHT
-        self.drawable: Callable[[str], str] = str if draws_emoji(root) else spelled
+        self.safe: Callable[[str], str] = str if draws_emoji(root) else spelled
         self.reorders = root.tk.call("tk", "windowingsystem") == "x11"  # see RIGHT TO LEFT
-        self.usual = tkfont.nametofont("TkDefaultFont", root).actual()
+        self.signs: dict[str, bool] = {}  # emoji: whether a font has them
+        self.spells = False  # none has one of them
+        self.usual_font = tkfont.nametofont("TkDefaultFont", root)
+        self.usual = self.usual_font.actual()
         self.font, self.bold, self.large, self.small, self.tiny, self.italic, self.fixed = (
             tkfont.nametofont(name, root).copy()
             for name in ("TkDefaultFont",) * 6 + ("TkFixedFont",)
@@ -2695,10 +2701,32 @@ class Look:
             self.dark_system = dark
             self.apply()
 
-    def seen(self, text: str, base: int = 0) -> str:
-        """Return a text of one line as it is drawn. Labels and names begin at the left."""
-        text = self.drawable(text)
+    def drawable(self, text: str) -> str:
+        """Return a text with the names of the emoji that cannot be drawn."""
+        if text.isascii() or not (self.reorders and EMOJI.search(text)):
+            return text
+        return EMOJI.sub(lambda sign: self._spelled(sign[0]), self.safe(text))
+
+    def has(self, sign: str) -> bool:
+        """Return whether a font has a sign: else it is as wide as one that does not exist."""
+        if sign not in self.signs:
+            measure = self.usual_font.measure
+            self.signs[sign] = measure(sign) != measure(NO_SIGN)
+        return self.signs[sign]
+
+    def _spelled(self, sign: str) -> str:
+        if self.has(sign):
+            return sign
+        self.spells = True
+        return spelled(sign)
+
+    def ordered(self, text: str, base: int = 0) -> str:
+        """Return a text of one line in the order in which it is seen. Names begin at the left."""
         return seen_line(text, base) if self.reorders and RIGHT_TO_LEFT.search(text) else text
+
+    def seen(self, text: str, base: int = 0) -> str:
+        """Return a text of one line as it is drawn. Labels begin at the left."""
+        return self.drawable(self.ordered(text, base))
 
     @property
     def em(self) -> int:
@@ -3004,7 +3032,7 @@ class Field(tk.Text):
 
     def set(self, text: str) -> None:
         self.delete("1.0", "end")
-        self.insert("1.0", self.look.drawable(whole(text)))
+        self.insert("1.0", self.look.safe(whole(text)))
 
     def _return(self, event: Any) -> str:
         self.enter()
@@ -3041,7 +3069,7 @@ class Field(tk.Text):
         self.refused(f"that is too long to be pasted: more than {self.MOST:,} characters")
 
     def pasted(self, text: str) -> str:
-        return self.look.drawable(chat.harmless(" ".join(text.split("\n")).strip()))
+        return self.look.safe(chat.harmless(" ".join(text.split("\n")).strip()))
 
 
 class Choices(ttk.Treeview):
@@ -3191,7 +3219,7 @@ class Compose(Field):
             self.fit()
 
     def pasted(self, text: str) -> str:
-        return self.look.drawable(chat.harmless(text.replace("\r\n", "\n")))
+        return self.look.safe(chat.harmless(text.replace("\r\n", "\n")))
 
     def take_paste(self, text: str) -> None:
         super().take_paste(text)
@@ -3310,7 +3338,7 @@ class Compose(Field):
         before = whole(self.get("insert linestart", "insert"))
         begun = before[before.rfind(" ") + 1 :]
         self.delete("insert linestart", "insert")
-        self.insert("insert", before.removesuffix(begun) + self.look.drawable(word))
+        self.insert("insert", before.removesuffix(begun) + self.look.safe(word))
         if self.offers:
             self.offers.hide()
         self.focus_set()
@@ -3729,13 +3757,16 @@ class ReadText(tk.Text):
     def said_between(self, first: str, last: str) -> str:
         """Return the text between two places as it was said."""
         text = whole(self.get(first, last))
-        if not (self.look.reorders and RIGHT_TO_LEFT.search(text)):
+        changed = self.look.reorders and RIGHT_TO_LEFT.search(text)
+        if not (changed or self.look.spells):
             return text
         start = len(whole(self.get(f"{first} linestart", first)))
         line, said = int(self.index(first).split(".")[0]), []
-        for n, part in enumerate(text.splitlines(keepends=True)):
-            shown = whole(self.get(f"{line + n}.0", f"{line + n + 1}.0"))
-            known = lines_said(self.pieces_at(line + n), self.look.drawable).get(shown)
+        for n, part in enumerate(re.findall("[^\n]*\n|[^\n]+", text)):
+            known = None
+            if not part.isascii() or "[" in part:  # it may not be as it was said
+                shown = whole(self.get(f"{line + n}.0", f"{line + n + 1}.0"))
+                known = lines_said(self.pieces_at(line + n), self.look.drawable).get(shown)
             said.append(said_text(known[start : start + len(part)]) if known else part)
             start = 0
         return "".join(said)
@@ -3840,7 +3871,7 @@ class SheetText(ReadText):
         fine = max(1.0, parent.winfo_fpixels("1i") / 96)
         box = tuple(round(side * fine) for side in PICTURE_BOX)
         fits = self.fits if look.reorders else None
-        self.sheet = Sheet(Style(fits=fits, seen=look.seen, box=box))
+        self.sheet = Sheet(Style(fits=fits, seen=look.ordered, box=box))
         self.spaces: set[str] = set()  # tags: lines as high as pictures
         self.drew: Callable[[], None] = chat.do_nothing  # rows with pictures, perhaps
         super().__init__(parent, look, (0.9, 0.5), width=20, height=5)
@@ -4182,12 +4213,15 @@ class Pointer:
             return self.acted(f"link {url}", row)
         for tag in CLICKED:
             if tag in tags:
-                self.acted(f"react {self._emoji_at(index)}" if tag == "reaction" else tag, row)
+                self.acted(f"react {self._emoji_at(index, row)}" if tag == "reaction" else tag, row)
         return None
 
-    def _emoji_at(self, index: str) -> str:
+    def _emoji_at(self, index: str, row: Row) -> str:
+        """Return the reaction there: it may be drawn as its name."""
         found = self.text.tag_prevrange("reaction", f"{index} + 1 indices")
-        return self.text.get(*found).split()[0] if found else ""
+        shown = whole(self.text.get(*found)).strip() if found else ""
+        drawn = self.text.look.drawable
+        return next((one for one, _ in row.reactions if shown.startswith(f"{drawn(one)} ")), "")
 
     def link_at(self, index: str) -> str:
         number = self.text.row_at(index)
@@ -5080,7 +5114,7 @@ class Panel(ttk.Frame):
         self.field = Field(self, look, self.enter, width=20)
         self.scope = ttk.Button(self, style="Plain.TButton", command=self._change_scope)
         self.text = PanelText(self, look, (0.3, 0.4), width=30, height=4)
-        self.style = Style(fits=self.text.fits if look.reorders else None, seen=look.seen)
+        self.style = Style(fits=self.text.fits if look.reorders else None, seen=look.ordered)
         self.make: Callable[[], list] = list  # the pieces that are shown
         self.field.pack(fill="x")
         self.scope.pack(anchor="w")
@@ -5175,7 +5209,7 @@ class Panel(ttk.Frame):
     def _result_pieces(self) -> list:
         pieces: list = []
         for n, (_, where, view) in enumerate(self.rows):
-            when, tag, seen = f"{chat.moment_of(view):%Y-%m-%d %H:%M}", f"row{n}", self.look.seen
+            when, tag, seen = f"{chat.moment_of(view):%Y-%m-%d %H:%M}", f"row{n}", self.style.seen
             named = ("head", name_tag(view.name), tag)
             pieces += [seen(shorter(view.name, NAME_SHOWN)), named, "  ", ("head", tag)]
             pieces += [seen(where), ("head", tag), f"  {when}\n", ("head", tag)]

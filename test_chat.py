@@ -28183,9 +28183,16 @@ def test_messages_are_answered_reacted_to_and_typing_is_shown(running, window):
     assert not alice.banner.shown
     bob.send(f"@+draft/react=\U0001f44d;+draft/reply={id_in(line)} TAGMSG #lobby\r\n")
     see(alice, " \U0001f44d 1 ")
-    row = alice.transcript.sheet.rows[-1]
-    alice.messages.act("react \U0001f44d", row)
-    see(alice, " \U0001f44d 2 ")
+    alice.look.signs["\U0001f44d"] = False  # no font has it
+    alice.transcript.redraw_all()
+    see(alice, " [thumbs up sign] 1 ")
+    alice.root.update()
+    text = alice.transcript.text
+    x, y, *_ = text.bbox(text.search("thumbs", "1.0"))
+    text.event_generate("<Button-1>", x=x + 1, y=y + 1)
+    text.event_generate("<ButtonRelease-1>", x=x + 1, y=y + 1)
+    see(alice, " [thumbs up sign] 2 ")
+    alice.look.signs["\U0001f44d"] = True
     alice.messages.act("react \U0001f44d", alice.transcript.sheet.rows[-1])
     see(alice, " \U0001f44d 1 ")
     bob.send("@+typing=active TAGMSG #lobby\r\n")
@@ -28447,6 +28454,26 @@ def test_what_is_copied_from_the_messages_is_in_the_order_in_which_it_was_said(r
     pump(alice, lambda: text.count("1.0", "end", "lines") > before)
     panel.show_results("תה", ((1, "#אבג", gui_client.chat.ViewEvent(chat.MESSAGE, said, "דהו")),))
     assert panel.text.get("1.0", "1.end").startswith("והד  #גבא")
+
+
+def test_the_names_of_emoji_that_no_font_has_are_shown_and_their_signs_copied_and_sent(
+    running, window
+):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    look, text = alice.look, alice.transcript.text
+    assert look.has("a") and not look.has(gui_client.NO_SIGN)
+    look.signs["\U0001f375"] = False
+    bob.send("a 🍵, תה 🍵\n")
+    see(alice, "a [teacup without handle], הת [teacup without handle]\n")
+    at = text.search("[", "1.0")
+    text.tag_add("sel", at, f"{at} lineend")
+    text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == "🍵, תה 🍵"
+    alice.compose.set("")
+    alice.compose.event_generate("<<Paste>>")
+    assert alice.compose.content == "🍵, תה 🍵"
 
 
 def test_what_is_typed_from_right_to_left_is_shown_above_the_field_as_it_will_be_seen(
