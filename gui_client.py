@@ -5929,7 +5929,7 @@ class Notices:
 #   RoomActs      changes of conversation, and the menus of conversations, servers, members
 #   Commands      the window as a whole: keys, the main menu, the switcher
 
-DRAFT_MS = 1000  # from the last key until what is half typed is kept
+DRAFT_MS = 250  # from a key until what is half typed is kept
 SEEN_MS = 200  # from in sight to read
 FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
 TYPING_MS = 3000  # between two notices that the user types
@@ -6095,7 +6095,8 @@ class Writing(Acts):
         self.edited_at = time.monotonic()
         text = self.compose.content
         self.begun = self.begun and bool(text.strip())
-        self.timers.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
+        if not self.timers.waits("draft"):  # a user may type for minutes without a break
+            self.timers.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
         tells = bool(text.strip()) and text[:1] != "/"
         if tells and (time.monotonic() - self.typed_at) * 1000 > TYPING_MS:
             self._tell_typing(text)

@@ -28077,7 +28077,11 @@ def test_a_draft_belongs_to_its_conversation_and_outlives_the_window(running, wi
     assert alice.compose.content == "" and "\u270e #tea" in sidebar(alice)
     alice.compose.insert("end", "half a")
     alice.root.update()
-    store = alice.model.engine.core.store.db
+    timers, store = alice.timers, alice.model.engine.core.store.db
+    assert timers.waits("draft")
+    begun = timers.ids["draft"]
+    alice.writing._edited()
+    assert timers.ids["draft"] == begun  # not put off by the next key
     pump(alice, lambda: ("half a",) in store.execute("SELECT draft FROM rooms").fetchall())
     alice.compose.insert("end", " thought")
     alice.close()
