@@ -5296,10 +5296,11 @@ class Scrolled(tk.Canvas):
         self.create_window(0, 0, window=self.content, anchor="nw", tags="content")
         self.bar = ttk.Scrollbar(self, command=self.yview)
         self.configure(yscrollcommand=self._scrolled)
-        self.content.bind("<Configure>", lambda _: self._fit())
+        self.content.bind("<Configure>", lambda _: self.fit())
         self.bind("<Configure>", lambda _: self._fill())
 
-    def _fit(self) -> None:
+    def fit(self) -> None:
+        """Ask for as much room as the content needs."""
         wide, high = self.content.winfo_reqwidth(), self.content.winfo_reqheight()
         self.configure(width=wide, height=high, scrollregion=(0, 0, wide, high))
 
@@ -5389,6 +5390,8 @@ class Card(ttk.Frame):
 
     def _make_room(self) -> None:
         """Make the window larger, if the card is larger than it, as far as the screen allows."""
+        self.update_idletasks()
+        self.page.fit()
         self.update_idletasks()
         window, needs = self.winfo_toplevel(), (self.winfo_reqwidth(), self.winfo_reqheight())
         now = (window.winfo_width(), window.winfo_height())
@@ -5702,6 +5705,7 @@ class SettingsCard(Card):
         self.note = ttk.Label(self, style="Dim.Card.TLabel")
         self.note.configure(text="The same as /set NAME VALUE; kept for the next start.")
         self.note.pack(side="bottom", anchor="w", before=self.page)
+        self.page.bind("<Configure>", lambda _: self._wrap(), add=True)
         self.add_button("Done", self.done, first=True)
 
     def _add_row(self, row: int, name: str, setting: chat.Setting) -> None:
@@ -5718,15 +5722,17 @@ class SettingsCard(Card):
         )
         about = ttk.Label(self.body, text=setting.summary, style="Dim.Card.TLabel")
         about.grid(row=row, column=2, **{**pad, "sticky": "we"})
-        about.bind("<Configure>", self._wrap)
         self.fields[name] = field
         self.abouts.append(about)
 
-    def _wrap(self, event: Any) -> None:
+    def _wrap(self) -> None:
         """Break what is said of a setting where it has not enough room."""
-        needs = self.look.small.measure(event.widget.cget("text"))
-        room = max(event.width, NARROWEST_ABOUT * self.look.em)
-        event.widget.configure(wraplength=room if room < needs else 0)
+        if self.place_info().get("width"):  # else it is not known yet
+            bar, em = self.page.bar.winfo_reqwidth(), self.look.em
+            room = self.page.winfo_width() - bar - self.abouts[0].winfo_x()
+            for about in self.abouts:
+                wraps = self.look.small.measure(about.cget("text")) > room + bar
+                about.configure(wraplength=max(room, NARROWEST_ABOUT * em) if wraps else 0)
 
     def take(self, values: dict[str, str]) -> None:
         """Show settings that were changed elsewhere, but for what is being typed."""
