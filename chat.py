@@ -13536,10 +13536,13 @@ class MessageLines:
         self.id, self.sent_to, self.total = message.id, message.at, len(self.unsent)
 
     def _text_bytes(self, message: Waiting) -> int:
-        """Return how many bytes of a message fit in a line, as others see it."""
         if message.kind == ACTION:
             return LINE_BYTES  # never cut: see check_message()
-        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {message.where} :"
+        return self.text_bytes(message.where)
+
+    def text_bytes(self, where: str) -> int:
+        """Return how many bytes of a message fit in a line, as others see it."""
+        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {where} :"
         most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
         return max(LINE_ROOM, most - 2 - len(head.encode()))
 
@@ -17365,6 +17368,13 @@ class ClientCore:
 
     def by_id(self, id: int) -> Room | None:
         return next((room for room in self.rooms.values() if room.id == id), None)
+
+    @property
+    def separate_bytes(self) -> int:
+        """The bytes of a message and of its target on a server to which each line is a message of
+        its own; 0 on others, and while it is not known."""
+        separate = self.ready and isinstance(self.talk, IrcTalk) and not self.server.multiline
+        return self.talk.lines.text_bytes("") if separate else 0
 
     def is_called(self, text: str, where: str) -> bool:
         """Return whether a text contains the user's nick or a word of the setting highlight, or is

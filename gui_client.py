@@ -130,6 +130,7 @@ class Server(NamedTuple):
     doubt: str = ""  # ... and why
     away: str = ""
     can: frozenset[str] = frozenset()  # redact, react, typing, reply
+    separate_bytes: int = 0  # of a line and its target, where each line is a message
     rooms: tuple[int, ...] = ()
 
     @property
@@ -1445,6 +1446,7 @@ class Overview:
             link.certificate.doubt,
             core.away,
             frozenset(what for what in ("redact", "react", "typing", "reply") if core.can(what)),
+            core.separate_bytes,
             tuple(room.id for room in core.rooms.values()),
         )
 
@@ -3189,7 +3191,9 @@ class Compose(Field):
         self.preview: Callable[[str, int], None] = chat.do_nothing  # a line, and the cursor in it
         self.edited: Callable[[], None] = chat.do_nothing  # the user changed the text
         self.too_much: Callable[[str], None] = chat.do_nothing  # a paste over the limit
-        self.several: Callable[[str], None] = chat.do_nothing  # a paste of several lines
+        self.several: Callable[[str], None] = (
+            chat.do_nothing
+        )  # a paste that may be several messages
         self.path: Callable[[str], None] = chat.do_nothing  # a paste that may be the path of a file
         self.placed = ""  # the text that was set last: it was not typed
         self.stepped_to, self.column = "", 0  # by Up and Down: the index, and pixels from the left
@@ -3223,10 +3227,10 @@ class Compose(Field):
 
     def take_paste(self, text: str) -> None:
         super().take_paste(text)
-        if text.rstrip("\n").count("\n"):
-            self.several(self.content)
-        elif PATH.fullmatch(text.strip()):
+        if PATH.fullmatch(text.strip()):
             self.path(text.strip())
+        elif text.rstrip("\n").count("\n") or len(text) > chat.LINE_ROOM:
+            self.several(self.content)
 
     def too_long(self, text: str) -> None:
         self.too_much(chat.harmless(text.replace("\r\n", "\n")))
@@ -6159,9 +6163,11 @@ class Writing(Acts):
     # Pastes
 
     def _show_paste(self, text: str) -> None:
-        """Tell how a paste of several lines will be sent."""
-        pieces = list(chat.message_pieces(text))
+        """Tell how a paste will be sent that is more than one line, or more than one message."""
+        pieces = self._pieces(text.rstrip("\n"))
         lines = text.rstrip("\n").count("\n") + 1
+        if lines == len(pieces) == 1:
+            return
 
         def as_one_line() -> None:
             self.compose.set(" ".join(self.compose.content.split()))
@@ -6171,9 +6177,18 @@ class Writing(Acts):
             shown = "\n\n".join(f"[{n}]\n{piece}" for n, piece in enumerate(pieces, 1))
             self.window.show_page("What will be sent", shown)
 
-        about = f"{lines:,} lines: sent as {chat.counted(len(pieces), 'message')}"
-        self._show_over_reply(about, ("Show", preview), ("Make it one line", as_one_line))
+        about = f"{chat.counted(lines, 'line')}: sent as {chat.counted(len(pieces), 'message')}"
+        join = [("Make it one line", as_one_line)] if lines > 1 else []
+        self._show_over_reply(about, ("Show", preview), *join)
         self.about_text = True
+
+    def _pieces(self, text: str) -> list[str]:
+        """Return a text as the messages that others will see."""
+        server, room = self.model.server, self.model.room
+        if not (server and room and server.separate_bytes):
+            return list(chat.message_pieces(text))
+        most = max(chat.LINE_ROOM, server.separate_bytes - len(room.name.encode()))
+        return [line.text for line in chat.sendable_lines(text, most)]
 
     def _offer_paste(self, text: str) -> None:
         """Offer to send a paste that is too long for the field as several messages."""
@@ -6185,7 +6200,7 @@ class Writing(Acts):
                 return self.banner.hide()
             return self.window.ask(NOT_SENT)
 
-        count = chat.counted(len(pieces), "message")
+        count = chat.counted(len(self._pieces(text)), "message")
         about = f"that is too long to be pasted: {len(text):,} characters; your text is as it was"
         self._show_over_reply(about, (f"Send it as {count}", send_all))
 

@@ -27566,6 +27566,36 @@ def test_a_paste_of_several_lines_shows_what_will_be_sent(running, window):
     assert alice.compose.content == "one two three" and not alice.banner.shown
 
 
+def test_a_paste_shows_how_many_messages_a_server_makes_of_it_to_which_lines_are_messages(
+    running, window, monkeypatch
+):
+    alice = Elsewhere()
+    text = f"{'ä' * 500}\ntwo\n{'x' * 100}"
+    alice.types(text)
+    room = alice.core.separate_bytes - len("#lobby")
+    pieces = [line.text for line in chat.sendable_lines(text, room)]
+    said = [
+        match[1] for line in alice.sent(9) if (match := re.match("PRIVMSG #lobby :?(.*)", line))
+    ]
+    assert said == pieces and len(said) == 5
+    several = Elsewhere(caps="batch draft/multiline=max-bytes=4096,max-lines=9")
+    assert several.core.separate_bytes == 0
+    monkeypatch.setattr(chat.ClientCore, "separate_bytes", room)
+    alice = at_home(window(running().address))
+    for pasted, told in (
+        (text, f"3 lines: sent as {len(pieces)} messages"),
+        ("word " * 300, "1 line: sent as 4 messages"),
+        ("word " * 30, None),
+        ("one\n", None),
+    ):
+        alice.compose.set("")
+        alice.root.clipboard_clear()
+        alice.root.clipboard_append(pasted)
+        alice.compose.event_generate("<<Paste>>")
+        assert (alice.banner.label.cget("text") if alice.banner.shown else None) == told
+        alice.banner.hide()
+
+
 def test_a_paste_of_several_lines_is_an_answer_if_one_was_begun_and_its_banner_goes_with_it(
     running, window
 ):
