@@ -111,11 +111,109 @@ def in_turn(cases, *others):
 SCREEN = os.environ.get("CHAT_SCREEN", "")
 
 
+class TwoProcesses:
+    """A plugin of pytest: a copy of this process runs about half of the tests.
+
+    Many tests wait for programs that they start, and two processes make use of two cores. Each
+    takes the index of its next test from a pipe; the copy leaves its reports in a file. The last
+    test begins when the copy has ended."""
+
+    NAME = "two processes"
+
+    def __init__(self):
+        self.process = None  # of the copy; 0 in the copy itself; None if there is none
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        """Make the copy if there are many tests."""
+        option, self.items = session.config.option, session.items
+        alone = option.collectonly or option.usepdb or "PYTEST_XDIST_WORKER" in os.environ
+        if alone or session.testsfailed or len(self.items) < 1000 or os.cpu_count() == 1:
+            return session.config.pluginmanager.unregister(self)
+        self.session, self.config = session, session.config
+        self.index, self.mine = -1, -1  # of the test that pytest is at, and of the next to run
+        self.missing = len(self.items)  # tests that have no result yet
+        self.reports, self.logged = tempfile.TemporaryFile(), 0  # noqa: SIM115
+        reader, writer = os.pipe()
+        os.write(writer, b"".join(n.to_bytes(4, "big") for n in range(len(self.items) - 1)))
+        os.close(writer)
+        self.indices = open(reader, "rb", buffering=0)  # noqa: SIM115
+        plugin = self.config.pluginmanager.get_plugin
+        if terminal := plugin("terminalreporter"):
+            terminal.flush()
+        self.process = os.fork()
+        if self.process == 0:
+            for name in ("terminalreporter", "lfplugin", "nfplugin", "stepwiseplugin"):
+                if plugin(name):
+                    self.config.pluginmanager.unregister(name=name)
+            plugin("capturemanager").stop_global_capturing()  # its files are shared
+            plugin("capturemanager").start_global_capturing()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self):
+        """Return True for a test that the other process runs."""
+        self.index += 1
+        if self.process:
+            self._log_reports()
+        if self.index == len(self.items) - 1:
+            return self._wait() if self.process else self._end()
+        if self.mine < self.index:
+            index = self.indices.read(4)
+            self.mine = int.from_bytes(index, "big") if index else len(self.items)
+        return None if self.mine == self.index else True
+
+    def pytest_runtest_logreport(self, report):
+        self.missing -= report.when == "teardown"
+        if self.process == 0:
+            hook = self.config.hook.pytest_report_to_serializable
+            data = json.dumps(hook(config=self.config, report=report))
+            os.write(self.reports.fileno(), data.encode() + b"\n")
+
+    def _log_reports(self):
+        """Log the reports that the copy has made since the last time."""
+        size = os.fstat(self.reports.fileno()).st_size - self.logged
+        for line in os.pread(self.reports.fileno(), size, self.logged).splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                self.logged += len(line)
+                self._log(json.loads(line))
+
+    def _log(self, data):
+        hook = self.config.hook
+        report = hook.pytest_report_from_serializable(config=self.config, data=data)
+        if isinstance(report.longrepr, list):  # of a skipped test
+            report.longrepr = tuple(report.longrepr)
+        hook.pytest_runtest_logreport(report=report)
+        if report.when == "teardown":
+            hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+
+    def _wait(self):
+        """Log the last reports of the copy. Raises Failed if it has ended too early."""
+        process, self.process = self.process, None
+        _, status = os.waitpid(process, 0)
+        self._log_reports()
+        if self.missing > 1 and not self.session.shouldfail:
+            text = f"the second process has ended with {status}: {self.missing - 1} tests not run"
+            raise self.session.Failed(text)
+
+    def _end(self):
+        """End the copy."""
+        self.config.hook.pytest_sessionfinish(session=self.session, exitstatus=0)
+        os._exit(0)
+
+    def pytest_sessionfinish(self):
+        if self.process:  # the run ends early: so does the copy
+            self.indices.read()
+            os.waitpid(self.process, 0)
+
+
 def pytest_generate_tests(metafunc):
     """Skip the tests that belong to another process of this run."""
     drawn = bool({"display", "chromium"} & set(metafunc.fixturenames))
     if SCREEN and drawn != (SCREEN == "only"):
         pytest.mark.skip("CHAT_SCREEN")(metafunc.function)
+    plugins = metafunc.config.pluginmanager
+    if not plugins.has_plugin(TwoProcesses.NAME):
+        plugins.register(TwoProcesses(), TwoProcesses.NAME)
 
 
 class Bugs(logging.Handler):
@@ -21719,7 +21817,7 @@ def test_other_dialects_are_closed_politely_and_never_taken_for_a_name(running):
 def test_irc_and_the_line_protocol_share_a_port_and_a_channel(running):
     server = running()
     dora, alice = server.guest("dora"), server.guest()
-    assert "376" not in str(alice.enter_irc("alice", "JOIN #lobby"))
+    assert " 376 " not in str(alice.enter_irc("alice", "JOIN #lobby"))
     assert dora.line() == f"alice ({alice.here()}) joined the chat!"
     dora.send("hello\n")
     assert alice.line() == ":dora!line@127.0.0.1 PRIVMSG #lobby :hello\r"
@@ -21828,7 +21926,7 @@ def test_a_certificate_of_an_account_logs_in_and_another_does_not(
     other = server.guest(context=showing("server's"))
     other.enter_irc("other", "REGISTER * * password")
     other.send("NS CERT REMOVE " + print_of_alice + "\r\nWHOIS alice\r\n")
-    assert "no certificate of yours" in (told := str(other.until(" 318 "))) and "276" not in told
+    assert "no certificate of yours" in (told := str(other.until(" 318 "))) and " 276 " not in told
     assert external(other, "alice") == external(other) == ["904"]
     server.stop()
     again = running(**options)
