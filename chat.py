@@ -14364,10 +14364,73 @@ class PlainTalk:
                     core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
-    bye = ping = leaves = renamed = watch = send = tell_unsent = do_nothing
+    bye = ping = leaves = readdress = renamed = watch = send = tell_unsent = do_nothing
 
 
 # IRC: a connection
+
+# Command -> its parameters that name users or channels; for DISOWN, see SERVICE
+NAMING = {
+    **dict.fromkeys(("PRIVMSG", "NOTICE", "TAGMSG", "PART", "NAMES", "TOPIC", "WHO"), (0,)),
+    **dict.fromkeys(("MODE", "LIST", "REDACT", "MARKREAD", "KNOCK", "KILL", "DISOWN"), (0,)),
+    **dict.fromkeys(("KICK", "INVITE", "WHOIS", "REMOVE"), (0, 1)),
+    "CHATHISTORY": (1,),
+}
+# Command -> its parameter that names the one user for whom it is
+FOR_ONE = {"PRIVMSG": 0, "NOTICE": 0, "TAGMSG": 0, "INVITE": 0, "KICK": 1, "MODE": 2}
+
+
+def line_of(verb: str, *params: str) -> str:
+    """Return a line of IRC. Its last parameter may be any text."""
+    middle = [verb, *params[:-1]]
+    last = params[-1:]
+    if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
+        last = (f":{last[0]}",)
+    return " ".join([*middle, *last])
+
+
+class Renaming:
+    """A new name of a user or channel, for lines of this client that are not sent yet."""
+
+    def __init__(self, server: ServerProfile, is_old: Callable[[str], bool], new: str):
+        self.server, self.is_old, self.new = server, is_old, new
+        self.masks: set[str] = set()  # of bans in these lines, which follow the user
+
+    def apply(self, line: str) -> str:
+        """Return a line that names the user or channel by the new name."""
+        verb, params, _ = parse_message(line)
+        before = [*params]
+        for n in NAMING.get(verb, ()):
+            params[n : n + 1] = map(self._names, params[n : n + 1])
+        if verb == "MODE" and len(params) > 2:
+            params[2:] = self._values(params[1], params[2:])
+        if verb == "SEARCH" and params and self.is_old(old := parse_tags(params[0]).get("in", "")):
+            params[0] = params[0].replace(escaped_tag(old), escaped_tag(self.new), 1)
+        if verb == "PRIVMSG" and params[0] == SERVICE:  # the text is a command
+            params[1:] = map(self.apply, params[1:])
+        head = f"{line.partition(' ')[0]} " if line[:1] == "@" else ""
+        return line if params == before else head + line_of(verb, *params)
+
+    def _names(self, names: str) -> str:
+        """Return names between commas with the new one among them."""
+        pairs = [(name, self.server.without_status(name)) for name in names.split(",")]
+        return ",".join(
+            name.removesuffix(bare) + self.new if self.is_old(bare) else name
+            for name, bare in pairs
+        )
+
+    def _values(self, letters: str, values: list[str]) -> list[str]:
+        """Return the values of a MODE with the new nick: of a user who gets a rank, or in the mask
+        that /ban makes of a nick. An /unban means a ban that stands, if that does not wait, too."""
+        changes = [change for change in self.server.mode_changes(letters, values) if change[2]]
+        for n, (sign, letter, value) in enumerate(changes):
+            nick, _, rest = value.partition("!")
+            if letter in self.server.ranks[0] and self.is_old(value):
+                values[n] = self.new
+            elif rest == "*@*" and self.is_old(nick) and (sign == "+" or value in self.masks):
+                self.masks.add(value)
+                values[n] = f"{self.new}!{rest}"
+        return values
 
 
 def last_reactions(batch: Batch) -> list[ServerLine]:
@@ -14443,14 +14506,7 @@ class IrcTalk:
 
     # Output
 
-    @staticmethod
-    def line(verb: str, *params: str) -> str:
-        """Return a line of IRC. Its last parameter may be any text."""
-        middle = [verb, *params[:-1]]
-        last = params[-1:]
-        if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
-            last = (f":{last[0]}",)
-        return " ".join([*middle, *last])
+    line = staticmethod(line_of)
 
     def send(self, verb: str, *params: str) -> None:
         """Send a line: at once before registration, in its turn after that."""
@@ -14556,10 +14612,15 @@ class IrcTalk:
         """Tell the user which commands had to wait for too long: the connection has ended. Channels
         are joined over the next one."""
         verbs = [parse_message(line).verb for line, _ in self.queue]
-        lost = [verb for verb in verbs if verb != "JOIN"]
-        if lost and not self.core.quitting:
-            self.core.note(f"not sent, the connection has ended: {', '.join(dict.fromkeys(lost))}")
-            self.core.refusals += len(lost)
+        if not self.core.quitting:
+            lost = [verb for verb in verbs if verb != "JOIN"]
+            self.tell_lost(lost, "the connection has ended")
+
+    def tell_lost(self, verbs: list[str], why: str) -> None:
+        """Tell the user which commands were not sent."""
+        if verbs:
+            self.core.note(f"not sent, {why}: {', '.join(dict.fromkeys(verbs))}")
+            self.core.refusals += len(verbs)
 
     def ping(self) -> None:
         """Send a PING, to learn whether the server is still there."""
@@ -14628,12 +14689,18 @@ class IrcTalk:
             # A batch keeps its target
             self.core.outgoing.park(message.id, f"{old} is now called {new}")
 
-    def readdress(self, old: str, new: str) -> None:
-        """Send the notices and requests that wait for a user to the user's new nick."""
+    def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
+        """Use the new name of a user or channel in the lines that wait to be sent, and to know the
+        answers to them."""
+        renaming = Renaming(self.server, is_old, new)
         for n, (line, behind) in enumerate(self.queue):
-            verb, target, text = [*line.split(" ", 2), "", ""][:3]
-            if verb in ("PRIVMSG", "NOTICE") and self.core.fold(target) == self.core.fold(old):
-                self.queue[n] = f"{verb} {new} {text}", behind
+            self.queue[n] = renaming.apply(line), behind
+        for n, line in enumerate(self.own_lines):
+            self.own_lines[n] = renaming.apply(line)
+        for names in (self.answers.names, self.core.people.asked, self.stale_names):
+            for name in [name for name in names if is_old(name)]:
+                names.discard(name)
+                names.add(new if names is self.stale_names else self.core.fold(new))
 
     # Registration and joining
 
@@ -15638,6 +15705,18 @@ def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
         core.rooms.close_left(room)
 
 
+def drop_commands(talk: IrcTalk, name: str) -> None:
+    """Drop the queued commands for a user who has left: another user may take that nick."""
+    lost = []
+    for pair in [*talk.queue]:
+        verb, params, _ = parse_message(pair[0])
+        named = params[FOR_ONE[verb] :][:1] if verb in FOR_ONE else []
+        if talk.core.fold(name) in map(talk.core.fold, named):
+            talk.queue.remove(pair)
+            lost.append(verb)
+    talk.tell_lost(lost, f"{name} has left")
+
+
 @from_server("QUIT")
 def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
@@ -15657,6 +15736,7 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         # Another user may take that name
         core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
     core.people.forget(heard.name)
+    drop_commands(talk, heard.name)
     talk.name_is_free(heard.name)
 
 
@@ -15697,7 +15777,7 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
             text = f"{old} is now called {new}"
             core.incoming.event(room, ViewEvent(NICK, text, old, room.name, address=new))
     core.people.forget(old, new)
-    talk.readdress(old, new)
+    talk.readdress(lambda name: core.fold(name) == core.fold(old), new)
     core.incoming.note_present(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
@@ -17568,9 +17648,11 @@ class ClientCore:
         return view._replace(time=when, room=room.id if room else view.room)
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Give the messages and files for a conversation its new name."""
+        """Give the messages, commands and files for a conversation its new name."""
         self.outbox.readdress(is_old, new)
         self.transfers.readdress(is_old, new)
+        if self.talk:
+            self.talk.readdress(is_old, new)
 
     def changed(self, room: Room) -> None:
         """Tell the screens to draw the state of a conversation again."""

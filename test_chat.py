@@ -16169,6 +16169,77 @@ def test_a_page_is_requested_though_a_command_waits_behind_a_message_that_waits_
     assert alice.kinds("failed")[0].endswith("in doubt")
 
 
+QUEUED = [  # typed, the line that is sent, and that after NEW_NAMES
+    ("/kick bob out bob", "KICK #lobby bob :out bob", "KICK #new robert :out bob"),
+    ("/kick bob,carol", "KICK #lobby bob,carol", "KICK #new robert,carol"),
+    ("/whois bob", "WHOIS bob", "WHOIS robert"),
+    ("/whois BOB bob", "WHOIS BOB bob", "WHOIS robert robert"),
+    ("/who bob", "WHO bob", "WHO robert"),
+    ("/topic bob", "TOPIC #lobby bob", "TOPIC #new bob"),
+    ("/topic #lobby tea for bob", "TOPIC #lobby :tea for bob", "TOPIC #new :tea for bob"),
+    ("/invite bob", "INVITE bob #lobby", "INVITE robert #new"),
+    ("/invite carol #tea", "INVITE carol #tea", "INVITE carol #tea"),
+    ("/ban bob", "MODE #lobby +b bob!*@*", "MODE #new +b robert!*@*"),
+    ("/ban bob*!*@*", "MODE #lobby +b bob*!*@*", "MODE #new +b bob*!*@*"),
+    ("/unban bob", "MODE #lobby -b bob!*@*", "MODE #new -b bob!*@*"),
+    ("/op bob carol", "MODE #lobby +oo bob carol", "MODE #new +oo robert carol"),
+    ("/devoice #lobby bob", "MODE #lobby -v bob", "MODE #new -v robert"),
+    ("/mode +k-o bob bob", "MODE #lobby +k-o bob bob", "MODE #new +k-o bob robert"),
+    ("/mode alice +i", "MODE alice +i", "MODE anna +i"),
+    ("/mode", "MODE #lobby", "MODE #new"),
+    ("/names", "NAMES #lobby", "NAMES #new"),
+    ("/list #lobby", "LIST #lobby", "LIST #new"),
+    ("/part", "PART #lobby", "PART #new"),
+    ("/notice bob for bob", "NOTICE bob :for bob", "NOTICE robert :for bob"),
+    ("/notice @#lobby hi", "NOTICE @#lobby hi", "NOTICE @#new hi"),
+    ("/msg +#lobby hi", "PRIVMSG +#lobby hi", "PRIVMSG +#new hi"),
+    ("/ctcp bob version", "PRIVMSG bob \x01VERSION\x01", "PRIVMSG robert \x01VERSION\x01"),
+    ("/disown #lobby", "PRIVMSG NickServ :DISOWN #lobby", "PRIVMSG NickServ :DISOWN #new"),
+    ("/raw @x=1 TAGMSG bob", "@x=1 TAGMSG bob", "@x=1 TAGMSG robert"),
+    ("/raw KILL bob :bye", "KILL bob :bye", "KILL robert bye"),
+    ("/history 5", "CHATHISTORY LATEST #lobby * 5", "CHATHISTORY LATEST #new * 5"),
+    ("/search tea", "SEARCH in=#lobby;text=tea", "SEARCH in=#new;text=tea"),
+    ("/nick bob", "NICK bob", "NICK bob"),
+    ("/away with bob", "AWAY :with bob", "AWAY :with bob"),
+]
+NEW_NAMES = (":bob!u@h NICK robert", ":alice!u@h NICK anna", ":op!u@h RENAME #lobby #new :moved")
+
+
+@pytest.mark.parametrize("typed, line, after", QUEUED)
+def test_a_command_that_waits_is_about_the_user_and_the_channel_that_were_meant(typed, line, after):
+    caps = f"{PAGES_OF} soju.im/search"
+    for heard, wanted in (((), line), (NEW_NAMES, after)):
+        alice = Elsewhere("STATUSMSG=@+", caps=caps)
+        alice.hears("BATCH +1 chathistory #lobby", "BATCH -1")
+        alice.sent(30)
+        alice.core.talk.budget.tokens = -2.0
+        alice.types(typed)
+        assert alice.sent() == []
+        alice.hears(*heard)
+        assert wanted in alice.sent(30)
+
+
+def test_the_answer_to_a_command_that_waited_is_shown_under_the_new_name():
+    alice = Elsewhere()
+    alice.core.talk.budget.tokens = -2.0
+    alice.types("/names", "/ban bob", "/unban bob")
+    alice.hears(*NEW_NAMES)
+    modes = ["MODE #new +b robert!*@*", "MODE #new -b robert!*@*"]
+    assert alice.sent(30) == ["NAMES #new", *modes]  # the second ends the first
+    alice.hears("353 anna = #new :anna robert", "366 anna #new :End")
+    assert "anna, robert" in alice.kinds("people")
+
+
+def test_commands_that_wait_for_a_user_who_leaves_do_not_reach_the_next_one_of_that_nick():
+    alice = Elsewhere()
+    alice.core.talk.budget.tokens = -2.0
+    alice.types("/notice bob secret", "/op bob", "/kick bob", "/invite bob #b", "/whois bob")
+    alice.types("/ban bob")
+    alice.hears(":bob!u@h QUIT :gone")
+    assert alice.sent(30) == ["WHOIS bob", "MODE #lobby +b bob!*@*"]
+    assert "not sent, bob has left: NOTICE, MODE, KICK, INVITE" in alice.kinds("note")
+
+
 def test_a_pong_without_our_token_confirms_the_oldest_ping():
     alice = Elsewhere()
     alice.types("one")
