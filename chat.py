@@ -12508,7 +12508,18 @@ CASE_MAPPINGS = {  # names of 005's CASEMAPPING -> capitals and their small lett
     ),
 }
 CASE_MAPPINGS["strict-rfc1459"] = CASE_MAPPINGS["rfc1459-strict"]
-UNICODE_MAPPINGS = ("rfc7613", "rfc8265", "precis")  # of servers that allow all of Unicode
+UNICODE_MAPPINGS = (CHAT, "rfc7613", "rfc8265", "precis")  # of servers that allow all of Unicode
+
+
+def folded_by(rule: str, name: str) -> str:
+    """Return the key of a name by a rule: CHAT for that of our servers, or a CASEMAPPING."""
+    if rule in UNICODE_MAPPINGS:
+        return fold(name)
+    return name.translate(CASE_MAPPINGS.get(rule, CASE_MAPPINGS["ascii"]))
+
+
+# Matches the keys that depend on the rule, and those of names that another rule tells apart
+AMBIGUOUS_KEY = re.compile(r"[^ -Z_-z]|[\[-^]")
 HOST_CHARACTERS = set(".:/")  # that hosts have, and no nick
 STATUS_SYMBOLS = "~&@%+"  # before a channel, of ranks whose users are meant
 PARAMETER_MODES = "beIqaohvkl"  # modes with a parameter, where 005 has no CHANMODES
@@ -12523,23 +12534,31 @@ class ServerProfile:
         self.offered: dict[str, str] = {}  # capabilities and their values
         self.enabled: set[str] = set()
         self.requested: set[str] = set()  # after the registration; no answer yet
-        # 004 has come, and 005 if there is one, over this connection or an earlier one
+        # 005 has come, if there is one, over this connection or an earlier one
         self.told = before is not None and before.told
         self.isupport: dict[str, str] = {}  # facts of 005, and until then some of `before`
         for name in ("CASEMAPPING", "CHANTYPES"):
             if before and name in before.isupport:
                 self.isupport[name] = before.isupport[name]
+        self.untold = {*self.isupport}  # those of an earlier connection
 
     # Names
 
     def fold(self, name: str) -> str:
         """Return the key of a name. Names with the same key are the same name to this server."""
-        if self.ours:
-            return fold(name)
-        mapping = self.case_mapping
-        if mapping in UNICODE_MAPPINGS:
-            return fold(name)
-        return name.translate(CASE_MAPPINGS.get(mapping, CASE_MAPPINGS["ascii"]))
+        return folded_by(self.rule, name)
+
+    @property
+    def rule(self) -> str:
+        """The rule by which this server compares names; see folded_by()."""
+        return CHAT if self.ours else self.case_mapping
+
+    def end_support(self) -> None:
+        """Note that the server has told all of 005: what an earlier connection told is over."""
+        for name in self.untold:
+            self.isupport.pop(name, None)
+        self.untold.clear()
+        self.told = True
 
     @property
     def case_mapping(self) -> str:
@@ -13176,6 +13195,45 @@ class Room:
         later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
+
+    def counts(self, view: ViewEvent) -> bool:
+        """Return whether a view counts as unread, if there are unread ones at all."""
+        return bool(self.unread) and is_news(view) and (view.time or 0) > self.read_time
+
+    def put(self, views: Iterable[ViewEvent], since: int = 0) -> None:
+        """Put views among those that are here, in the order of their times. Those from before a
+        time (ms) are left out: the store has them, and more from then."""
+        known = {view.own_id or identity_of(view): view for view in (*views, *self.views)}
+        in_order = sorted(known.values(), key=lambda view: view.time or 0)
+        self.views.clear()
+        self.views.extend(v._replace(room=self.id) for v in in_order if (v.time or 0) >= since)
+        self.views.dropped = self.views.dropped or since > 0
+
+    def take_over(self, other: "Room", trimmed: bool) -> None:
+        """Take what is in another conversation, which ends: messages, members, counts. What the
+        user has not read in one of them stays unread. `trimmed`: a store has the older messages."""
+        news = [room.read_time for room in (self, other) if room.unread]
+        self.read_time = min(news) if news else max(self.read_time, other.read_time)
+        self.unread, self.called = self.unread + other.unread, self.called + other.called
+        starts = [room.views[0].time or 0 for room in (self, other) if room.views.dropped]
+        self.put([*other.views, *other.moves], max(starts, default=0) if trimmed else 0)
+        if other.mark and (not self.mark or (other.mark_time or 0) < (self.mark_time or 0)):
+            self.mark, self.mark_time = other.mark, other.mark_time
+        self.holes = [*other.holes, *self.holes]
+        if other.held is not None:
+            self.held = [*other.held, *(self.held or [])]
+        self.people, self.spoken = other.people | self.people, other.spoken | self.spoken
+        self.password, self.topic = self.password or other.password, self.topic or other.topic
+        for name in ("inside", "wanted", "entered", "spilled"):
+            setattr(self, name, getattr(self, name) or getattr(other, name))
+        for name in ("muted", "whole"):
+            setattr(self, name, getattr(self, name) and getattr(other, name))
+
+    def take_apart(self, views: list[ViewEvent], unread: list[ViewEvent], read_time: int) -> None:
+        """Take the views of a user who is no longer the same as another one."""
+        self.put(views)
+        self.read_time = self.read_time or read_time
+        self.unread, self.called = len(unread), sum(view.called for view in unread)
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
@@ -14132,6 +14190,15 @@ class Joins:
     def waits(self, name: str) -> bool:
         """Return whether a JOIN of a channel has no answer yet."""
         return self.core.fold(name) in self.unanswered
+
+    def rekey(self) -> None:
+        """Apply the server's rule for names: the JOINs were sent before it was known."""
+        fold = self.core.fold
+        for of_joins in (self.unanswered, self.typed, self.refused):
+            entries = {fold(key): value for key, value in of_joins.items()}
+            of_joins.clear()
+            of_joins.update(entries)
+        self.retried = {*map(fold, self.retried)}
 
     def forget(self, name: str) -> None:
         """Forget a channel: it is joined, or it is closed to this client."""
@@ -15257,12 +15324,10 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("004", least=3)
 def version_told(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.server.ours, talk.server.told = heard.params[2].startswith("chat.py"), True
-    talk.server.isupport.clear()  # of an earlier connection
+    talk.server.ours = heard.params[2].startswith("chat.py")
     if not talk.server.ours:
         talk.budget = Budget(PACE_BURST, PACE_RATE, talk.core.ticks())
-    talk.core.rooms.rekey()
-    talk.core.keep_facts()
+    talk.core.rooms.names_told()
     if talk.server.ours and not talk.core.rooms:  # join the channel of all users
         room = talk.core.rooms.open(LOBBY)
         room.wanted = True
@@ -15275,12 +15340,12 @@ def support_told(talk: IrcTalk, heard: ServerLine) -> None:
     isupport = talk.server.isupport
     for word in heard.params[1:-1]:
         name, _, value = word.partition("=")
+        talk.server.untold.discard(name)
         if name[:1] == "-":
             isupport.pop(name[1:], None)
         elif may_hold(isupport, name, TOKENS_KEPT):
             isupport[name] = value.replace("\\x20", " ")
-    talk.core.rooms.rekey()
-    talk.core.keep_facts()
+    talk.core.rooms.names_told()
     if "MONITOR" in {word.partition("=")[0] for word in heard.params[1:-1]}:
         talk.watch(room.name for room in talk.core.rooms.values() if not room.is_channel)
     pace = [positive_number(number) for number in isupport.get("chat.py/FLOOD", "").split(",")]
@@ -15454,7 +15519,10 @@ def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("375", "372", "376", "422", least=2)
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
-    """Show the message of the day, if the user asked for it."""
+    """Show the message of the day, if the user asked for it. The first one ends the welcome."""
+    if heard.verb in ("376", "422"):
+        talk.server.end_support()
+        talk.core.rooms.names_told()
     if talk.answers.motd:
         talk.core.server_text(heard.params[-1])
         talk.answers.motd = heard.verb not in ("376", "422")
@@ -16176,6 +16244,7 @@ class Rooms(dict[str, Room]):
         """Open the channels that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
         super().__init__()
         self.core = core
+        self.rule = core.server.rule  # by which the keys are made
         self.current: Room | None = None
         for name, *password in filter(None, map(str.split, join)):
             name = name if is_channel(name) else f"#{name}"
@@ -16185,7 +16254,10 @@ class Rooms(dict[str, Room]):
     def load(self, named: bool) -> None:
         """Open the conversations of the last run, behind those of --join if it `named` some, which
         are as they were left. Load the last messages of each."""
-        self.rekey()
+        given, self.rule = [*self.values()], self.core.server.rule
+        self.clear()
+        for room in given:
+            self.setdefault(self.core.fold(room.name), room)
         stored = self.core.store.rooms()
         if stored and not named:
             self.clear()
@@ -16208,14 +16280,71 @@ class Rooms(dict[str, Room]):
         elif store:
             store.forget_room(key)
 
+    def names_told(self) -> None:
+        """Apply the rules for names that the server may just have told."""
+        core, before, self.rule = self.core, self.rule, self.core.server.rule
+        if before == self.rule:
+            self.rekey()
+            return core.keep_facts()
+        names = {folded_by(before, room.name): room.name for room in self.values()}
+        if core.store:
+            core.store.rekey(functools.partial(folded_by, before), core.fold, names)
+        core.talk.joins.rekey()
+        self.rekey()
+        self._divide(before)
+        for room in self.values():
+            self.keep(room)
+        return core.keep_facts()
+
     def rekey(self) -> None:
-        """Apply the server's rules for comparing names, and for the names of channels. Keep the
-        first of two conversations with one key."""
+        """Apply the server's rules for comparing names, and for the names of channels."""
         rooms = list(self.values())
         self.clear()
         for room in rooms:
-            self.setdefault(self.core.fold(room.name), room)
+            key = self.core.fold(room.name)
+            first = self.setdefault(key, room)
             room.is_channel = room.is_channel or self.core.server.is_channel(room.name)
+            if first is not room:
+                kept, gone = (room, first) if room is self.current else (first, room)
+                self[key] = kept
+                self._join(kept, gone)
+
+    def _join(self, kept: Room, gone: Room) -> None:
+        """Make two conversations one: to this server, their names are one."""
+        kept.take_over(gone, trimmed=self.core.store is not None)
+        draft, gone.draft = gone.draft, ""
+        if kept is self.current:  # its text is on the user's line
+            self.core.show(*[ViewEvent(BACK, draft, where=kept.name)] * bool(draft))
+        else:
+            kept.draft = "\n".join(optional(kept.draft, draft))
+        self.core.stored.note_holes(kept, *kept.holes)
+        self.keep(kept)
+        self.core.changed(gone)
+        self.core.changed(kept)
+        self.core.show(ViewEvent(RESET, where=kept.name))
+        text = (
+            f"{kept.name} and {gone.name} are one name on this server: this is both conversations"
+        )
+        self.core.note(text, kept.name)
+
+    def _divide(self, before: str) -> None:
+        """Open a private conversation for each name that was one with another by the rule `before`
+        and is not now, with the messages of that user. Those of a channel stay together."""
+        fold = self.core.fold
+        for room in [room for room in self.values() if not room.is_channel]:
+            key = folded_by(before, room.name)
+            names = {
+                fold(v.where): v.where for v in room.views if folded_by(before, v.where) == key
+            }
+            names.pop(fold(room.name), None)
+            for other, name in names.items():
+                moved = [view for view in room.views if fold(view.where) == other]
+                unread = [view for view in moved if room.counts(view)]
+                room.drop(lambda view, other=other: fold(view.where) == other)
+                room.unread = max(0, room.unread - len(unread))
+                room.called = max(0, room.called - sum(view.called for view in unread))
+                self.core.show(ViewEvent(RESET, where=room.name))
+                self.open(name).take_apart(moved, unread, room.read_time)
 
     # Opening and closing
 
@@ -18761,6 +18890,39 @@ class ClientStore(Writer):
         self.write(change.format("rooms", "key", "key"), new, self.owner, old)
         if old in self.kept_rooms:
             self.kept_rooms[new] = self.kept_rooms.pop(old)
+
+    @or_nothing
+    def rekey(
+        self, before: Callable[[str], str], fold: Callable[[str], str], names: dict[str, str]
+    ) -> None:
+        """Apply another rule for names to the keys of this user's rows. `names` are those of the
+        open conversations by their keys of `before`. The messages of two private conversations with
+        one key are told apart by the name that the user had."""
+        self.flush()
+        query = "SELECT DISTINCT room FROM messages WHERE owner = ?"
+        keys = [key for (key,) in self.db.execute(query, [self.owner])]
+        for key in filter(AMBIGUOUS_KEY.search, keys):
+            name = names.get(key) or self._last_place(key)
+            name = name if before(name) == key else key  # the conversation was renamed
+            query = "SELECT DISTINCT place FROM messages WHERE owner = ? AND room = ?"
+            for (place,) in self.db.execute(query, [self.owner, key]).fetchall():
+                own = before(place) == key and not is_channel(key)
+                change = "UPDATE messages SET room = ? WHERE owner = ? AND room = ? AND place = ?"
+                self.write(change, fold(place if own else name), self.owner, key, place)
+            change = "UPDATE OR REPLACE facts SET name = ? WHERE owner = ? AND name = ?"
+            self.write(change, f"holes {fold(name)}", self.owner, f"holes {key}")
+        query = "SELECT key, name FROM rooms WHERE owner = ?"
+        for key, name in self.db.execute(query, [self.owner]).fetchall():
+            if fold(name) != key:
+                change = "UPDATE OR IGNORE rooms SET key = ? WHERE owner = ? AND key = ?"
+                self.write(change, fold(name), self.owner, key)
+                self.forget_room(key)
+        self.flush()
+
+    def _last_place(self, key: str) -> str:
+        """Return the name that a conversation had when its last message came."""
+        views = self.page(key, 1)
+        return views[0].where if views else key
 
     def index(self) -> None:
         """Index a slice of the messages that are not indexed yet."""

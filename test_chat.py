@@ -15435,6 +15435,7 @@ class Elsewhere:
         self.hears("001 alice :Welcome", "004 alice x ircd-1 a b")
         if tokens:
             self.hears(f"005 alice {' '.join(tokens)} :are supported by this server")
+        self.hears("422 alice :No MOTD")
         for room in list(self.core.rooms.values()):
             self.hears(f":alice!u@h JOIN {room.name}")
         self.sent()
@@ -17336,6 +17337,122 @@ def test_channels_that_this_server_tells_apart_are_two_from_the_start():
     alice.types("/ignore \xc4rger!*@*")
     alice.hears(":\xc4rger!u@h PRIVMSG #lobby :no", ":\xe4rger!u@h PRIVMSG #lobby :yes")
     assert alice.said() == ["#lobby \xe4rger: yes"]
+
+
+def lived(mapping, *lines, db=None, texts=(), **options):
+    """Return a client, perhaps one started again, on a server with that CASEMAPPING."""
+    clock = itertools.count(1_767_225_600)
+    kept = {"store": chat.ClientStore(db, "s", "alice")} if db else {}
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 0.0, [], []
+    alice.core = chat.ClientCore(
+        "alice", kind=chat.IRC, join=(), clock=lambda: next(clock), **kept, **options
+    )
+    alice.connect(*[f"CASEMAPPING={mapping}"] if mapping else [])
+    return alice.hears(*lines).types(*texts)
+
+
+def told_of(room):
+    return [f"{view.name}: {view.text}" for view in room.views if view.kind == "message"]
+
+
+TWO_USERS = (
+    ":[x]!u@h PRIVMSG alice :one",
+    ":{x}!u@h PRIVMSG alice :two",
+    ":[x]!u@h PRIVMSG alice :three",
+)
+THREE = ["[x]: one", "{x}: two", "[x]: three"]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("after", ["rfc1459", None])
+@pytest.mark.parametrize("looked_at", ["[x]", "{x}"])
+def test_two_conversations_that_are_one_to_the_server_become_one(stored, after, looked_at):
+    db = chat.open_client_database(":memory:") if stored else None
+    alice = lived("ascii", *TWO_USERS, db=db, texts=[f"/go {looked_at}"])
+    assert len(alice.core.rooms) == 2
+    alice.core.talk.budget.tokens = -math.inf
+    alice.types("/msg [x] four", "/msg {x} five", f"/go {looked_at}")
+    alice.core.find("[x]").draft, alice.core.find("{x}").draft = "to be", "or not"
+    if stored:
+        alice.core.close_store()
+        outbox = chat.Outbox(waiting=alice.core.outbox.waiting.values())
+        alice = lived(after, db=db, outbox=outbox)
+    else:
+        alice.core.disconnected()
+        alice.connect(*[f"CASEMAPPING={after}"] if after else [])
+    (room,) = alice.core.rooms.values()
+    assert told_of(room)[:3] == THREE and [v.text for v in room.views if v.mine] == ["four", "five"]
+    assert alice.core.find("[X]") is alice.core.find("{x}") is room is alice.core.room
+    back = [view.text for view in alice.views if view.kind == "back"]
+    assert {*room.draft.split("\n"), *back} >= {"to be", "or not"}
+    assert [own.where for own in alice.core.outbox.waiting.values()] == ["[x]", "{x}"]
+    assert any("both conversations" in text for text in alice.kinds("note"))
+    if stored:  # and so at the next start, and when they are closed and opened
+        alice.core.close_store()
+        again = lived(after, db=db)
+        (room,) = again.core.rooms.values()
+        assert told_of(room)[:3] == THREE
+        again.types("/close", "/query {X}")
+        assert told_of(again.core.room)[:3] == THREE
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_one_conversation_that_is_two_to_the_server_becomes_two(stored):
+    db = chat.open_client_database(":memory:") if stored else None
+    alice = lived("rfc1459", *TWO_USERS, db=db)
+    alice.core.talk.budget.tokens = -math.inf
+    alice.types("/join #z", "/msg {x} five", "/msg [x] four")
+    (room,) = alice.core.rooms.values()
+    assert room.name == "[x]" and room.unread == 3
+    if stored:
+        alice.core.close_store()
+        outbox = chat.Outbox(waiting=alice.core.outbox.waiting.values())
+        alice = lived("ascii", db=db, outbox=outbox)
+    else:
+        alice.core.disconnected()
+        alice.connect("CASEMAPPING=ascii")
+    one, other = alice.core.find("[x]"), alice.core.find("{x}")
+    assert told_of(one) == ["[x]: one", "[x]: three", "alice: four"]
+    assert told_of(other) == ["{x}: two", "alice: five"]
+    assert stored or (one.unread, other.unread) == (2, 1)
+    assert [own.where for own in alice.core.outbox.waiting.values()] == ["{x}", "[x]"]
+
+
+def test_two_conversations_stay_two_while_the_server_has_not_told_its_rule_yet():
+    alice = lived("ascii", *TWO_USERS)
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd-1 a b", "005 alice A CHANTYPES=# :x")
+    assert len(alice.core.rooms) == 2
+    alice.hears("005 alice CASEMAPPING=ascii :x", "376 alice :End")
+    assert [told_of(room) for room in alice.core.rooms.values()] == [
+        [THREE[0], THREE[2]],
+        THREE[1:2],
+    ]
+
+
+def test_what_was_unread_in_one_of_two_conversations_stays_unread_when_they_become_one():
+    db = chat.open_client_database(":memory:")
+    alice = lived("ascii", *TWO_USERS, db=db, texts=["/go [x]", "/go {x}"])
+    alice.core.tick()
+    alice.hears(":[x]!u@h PRIVMSG alice :four")
+    alice.core.close_store()
+    room = lived("rfc1459", db=db).core.find("[x]")
+    assert told_of(room) == [*THREE, "[x]: four"] and room.unread >= 1
+
+
+def test_the_history_of_two_channels_is_one_behind_a_rule_that_joins_their_names():
+    db = chat.open_client_database(":memory:")
+    lines = [f":bob!u@h PRIVMSG #{name} :{n}" for n, name in enumerate(["[x]", "{x}", "[x]"])]
+    joins = [":alice!u@h JOIN #[x]", ":alice!u@h JOIN #{x}"]
+    alice = lived("ascii", *joins, *lines, db=db)
+    alice.core.close_store()
+    alice = lived("rfc1459", db=db)
+    (room,) = alice.core.rooms.values()
+    assert told_of(room) == ["bob: 0", "bob: 1", "bob: 2"] and room.wanted
+    alice.types("/lastlog 1")
+    assert alice.kinds("found") == ["1"]
 
 
 def test_no_conversation_is_hidden_by_history_that_does_not_come_or_by_a_new_name():
