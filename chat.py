@@ -12765,6 +12765,7 @@ class Setting(NamedTuple):
     usual: str
     values: tuple[str, ...]  # allowed values; () is any
     summary: str
+    range: tuple[int, int] | None = None  # of a number
 
 
 SETTINGS = {
@@ -12776,7 +12777,7 @@ SETTINGS = {
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
     "notify": Setting("off", ("off", "9", "777"), "tell the terminal of mentions, by OSC"),
     "pictures": Setting("on", ("on", "off"), "show pictures among the messages: the window"),
-    "size": Setting("", (), "the font's size in points: the window"),
+    "size": Setting("", (), "the font's size in points: the window", (6, 40)),
     "theme": Setting("auto", ("auto", "light", "dark"), "colours: the window"),
     "time": Setting("%H:%M", (), "how times are shown, as strftime has it"),
 }
@@ -17867,6 +17868,28 @@ def need_given(given: Any, syntax: str) -> Any:
     return given
 
 
+A_NUMBER = re.compile(r"[-+]?[0-9]+")
+
+
+def number_up_to(most: int, word: str, what: str) -> int:
+    """Return a number from 1 that a user typed. Raises Refused with the range."""
+    number = whole_number(word)
+    if not number or number > most:
+        known = f"1 to {most}" if most > 1 else "only 1" if most else "none"
+        raise Refused("BAD_NUMBER", f"{word} is no number of {what}: {known}")
+    return number
+
+
+def nth(word: str, count: int, what: str) -> int:
+    """Return the N of a typed -N, which means the Nth from the end of so many. Raises Refused with
+    the range."""
+    number = whole_number(word[1:]) if word[:1] == "-" else 0
+    if not number or number > count:
+        known = f"-1 to -{count}" if count > 1 else "only -1" if count else "none"
+        raise Refused("NO_MESSAGE", f"{word} is none of {what} here; there is {known}")
+    return number
+
+
 def names_in(words: str) -> list[str]:
     """Return the names in a list with commas. Raises Refused if there is none."""
     return need_given(optional(*words.split(",")), "NAME[,NAME ...]")
@@ -17937,10 +17960,12 @@ def do_close(core: ClientCore, name: str = "") -> None:
 @client_command("go", 1, nameless=True)
 def do_go(core: ClientCore, name: str) -> None:
     """/go #CHANNEL|NAME|N -- look at another conversation, by its name or number"""
-    number = whole_number(name)
-    if number and number <= len(core.rooms):
-        return core.rooms.go(list(core.rooms.values())[number - 1])
+    number, rooms = whole_number(name) or 0, list(core.rooms.values())
     room = core.find(name) or core.find(f"#{name}")
+    if 0 < number <= len(rooms):
+        room = rooms[number - 1]
+    elif A_NUMBER.fullmatch(name) and room is None:
+        number_up_to(len(rooms), name, "a conversation")
     core.rooms.go(room or asked_room(core, name))
 
 
@@ -18025,34 +18050,43 @@ def do_nick(core: ClientCore, name: str) -> None:
 @client_command("history", most=2)
 def do_history(core: ClientCore, *words: str) -> None:
     """/history [#CHANNEL|NAME] [N] -- what was said last"""
-    count = whole_number(words[-1]) if words else None
-    name = words[0] if words and (len(words) > 1 or count is None) else asked_room(core).name
+    numbered, count = len(words) > 1 or A_NUMBER.fullmatch("".join(words)), HISTORY_LINES
+    if numbered:
+        count = number_up_to(HISTORY_LINES_MOST, words[-1], "messages")
+    name = words[0] if len(words) > bool(numbered) else asked_room(core).name
     if not core.talk.pages:
         raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
-    limit = min(count or HISTORY_LINES, HISTORY_LINES_MOST)
-    core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(limit))
+    core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(count))
 
 
-@client_command("lastlog", 1, nameless=True)
-def do_lastlog(core: ClientCore, words: str) -> None:
-    """/lastlog WORDS -- what was said here with these words in it, as this client has kept it"""
-    room = asked_room(core)
+def kept_messages(core: ClientCore, where: str, words: str) -> list[ViewEvent]:
+    """Return the last messages of a conversation with these words, or the last of all."""
+    room, key = core.find(where), core.fold(where)
     if core.store:
-        views = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
-    else:
-        wanted = fold_text(words)
-        spoken = (view for view in room.views if view.kind in SPOKEN)
-        views = [view for view in spoken if wanted in fold_text(view.text)][-LASTLOG_MOST:]
-    core.stored.show_results(f"lastlog of {core.here}", views)
+        found = core.store.find(words, LASTLOG_MOST, key) if words else ()
+        return [*found] if words else core.store.page(key, HISTORY_LINES)
+    wanted = fold_text(words)
+    spoken = (view for view in room.views if view.kind in SPOKEN) if room else ()
+    views = [view for view in spoken if wanted in fold_text(view.text)]
+    return views[-(LASTLOG_MOST if words else HISTORY_LINES) :]
+
+
+@client_command("lastlog", most=1, nameless=True)
+def do_lastlog(core: ClientCore, words: str = "") -> None:
+    """/lastlog [WORDS] -- what was said here with these words in it, as this client has kept it"""
+    where = asked_room(core).name
+    core.stored.show_results(f"lastlog of {where}", kept_messages(core, where, words))
 
 
 @client_command("search", 1, nameless=True)
 def do_search(core: ClientCore, words: str) -> None:
     """/search [#CHANNEL|NAME] WORDS -- what was said there, or here, with these words in it; by
     the server if it can"""
-    if not core.ready or "soju.im/search" not in core.server.enabled:
-        return do_lastlog(core, words)
     where, text = channel_first(core, words)
+    if not text:  # the word to look for is a name
+        where, text = asked_room(core).name, words
+    if not core.ready or "soju.im/search" not in core.server.enabled:
+        return core.stored.show_results(f"lastlog of {where}", kept_messages(core, where, text))
     core.talk.command("SEARCH", f"in={escaped_tag(where)};text={escaped_tag(text)}")
 
 
@@ -18322,7 +18356,7 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
     core.note("; ".join(dropped) or "there is nothing to drop")
 
 
-NTH = re.compile(r"-([1-9]\d{0,3})")
+NTH = re.compile(r"-[0-9]+")
 
 
 def numbered_view(
@@ -18333,13 +18367,12 @@ def numbered_view(
     command was begun. Raises Refused."""
     first, *rest = [*words, ""]
     match, room = NTH.fullmatch(first), asked_room(core)
-    number = int(match[1]) if match else 1
     spoken = [view for view in room.views if view.kind in SPOKEN and view.mine == mine]
     if core.input.seen is not None:
         seen = {view.own_id or identity_of(view) for view in core.input.seen}
         spoken = [view for view in spoken if (view.own_id or identity_of(view)) in seen]
-    if len(spoken) < number:
-        raise Refused("NO_MESSAGE", "there is no such message here")
+    what = "your messages" if mine else "the messages of others"
+    number = nth(first if match else "-1", len(spoken), what)
     if not spoken[-number].id:
         raise Refused("NO_ID", "the server has not confirmed that message yet; try again")
     return room, spoken[-number], " ".join(optional(*rest) if match else words)
@@ -18360,6 +18393,8 @@ def do_reply(core: ClientCore, words: str) -> None:
 def do_react(core: ClientCore, *words: str, on: bool = True) -> None:
     """/react [-N] EMOJI -- react to the last message of another user, or the Nth from the end"""
     core.need("react")
+    if len(words) > 1 and whole_number(words[0]) is not None:
+        raise Refused("NO_NUMBER", f"/react -{words[0]} {words[1]} is about another message")
     room, view, emoji = numbered_view(core, words, mine=False)
     core.reactions.send(room, view.id, emoji, on)
 
@@ -18404,9 +18439,9 @@ def do_send(core: ClientCore, path: str) -> None:
 @client_command("save", most=2, nameless=True)
 def do_save(core: ClientCore, *words: str) -> None:
     """/save [-N] [PATH] -- store the last file that a message here tells of, or the Nth"""
-    room, numbered = asked_room(core), bool(words) and NTH.fullmatch(words[0])
-    number = int(numbered[1]) if numbered else 1
+    room, numbered = asked_room(core), bool(words) and A_NUMBER.fullmatch(words[0])
     files = [(view, parse_file_tag(view.file)) for view in room.views if view.file]
+    number = nth(words[0], len(files), "the files") if numbered else 1
     if len(files) < number or files[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
     if core.transfers.start is None:
@@ -18418,8 +18453,8 @@ def do_save(core: ClientCore, *words: str) -> None:
 @client_command("transfers", most=2, nameless=True)
 def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
     """/transfers [cancel N] -- files on their way; to drop one"""
-    number = whole_number(which) or 0
-    if what == "cancel" and 0 < number <= len(core.transfers):
+    if what == "cancel" and which:
+        number = number_up_to(len(core.transfers), which, "a file on its way")
         transfer = core.transfers[number - 1]
         core.transfers.drop(transfer)
         return core.note(f"{transfer.name or transfer.path} is dropped")
@@ -18448,11 +18483,13 @@ def do_raw(core: ClientCore, line: str = "") -> None:
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
     """Change a setting and keep it; "default" is as it was delivered. Raises Refused."""
-    allowed = SETTINGS[name].values
+    allowed, limits = SETTINGS[name].values, SETTINGS[name].range
     if value == "default":
         core.settings.pop(name, None)
     elif allowed and value not in allowed:
         raise Refused("BAD_SETTING", f"{name} is one of: {', '.join(allowed)}")
+    elif limits and not limits[0] <= (whole_number(value) or 0) <= limits[1]:
+        raise Refused("BAD_SETTING", f"{name} is a number from {limits[0]} to {limits[1]}")
     else:
         core.settings[name] = value
     if core.store:
@@ -25250,6 +25287,8 @@ class TerminalClient(ManyServers):
             self.connect(text[len("/connect") :].strip())
         elif command[:4] == "/go " and (place := self.place_of(text[4:].strip())):
             self.go(place)
+        elif command[:4] == "/go " and A_NUMBER.fullmatch(command[4:].strip()):
+            self.note(f"there is no {command[4:].strip()}; /go 1 to /go {len(self.places())}")
         elif text:
             self.link.typed(text.rstrip() if command else text, None, "", self.begun)
             self.begun = None

@@ -20592,6 +20592,79 @@ def test_an_error_about_a_command_names_the_right_one(typed, told):
     assert told in alice.kinds("note")[0] and alice.kinds("back") == [typed]
 
 
+NO_NUMBERS = [  # typed beside two messages of bob and one of alice, and the note
+    ("/history 0", "0 is no number of messages: 1 to 500"),
+    ("/history -1", "-1 is no number of messages: 1 to 500"),
+    ("/history +5", "+5 is no number of messages: 1 to 500"),
+    ("/history 501", "501 is no number of messages: 1 to 500"),
+    ("/history bob x", "x is no number of messages: 1 to 500"),
+    ("/history #lobby 0", "0 is no number of messages: 1 to 500"),
+    ("/history 12345678901", "12345678901 is no number of messages: 1 to 500"),
+    ("/go 0", "0 is no number of a conversation: only 1"),
+    ("/go 2", "2 is no number of a conversation: only 1"),
+    ("/go -1", "-1 is no number of a conversation: only 1"),
+    ("/reply -0 hi", "-0 is none of the messages of others here; there is -1 to -2"),
+    ("/reply -3 hi", "-3 is none of the messages of others here; there is -1 to -2"),
+    ("/react -12345 x", "-12345 is none of the messages of others here; there is -1 to -2"),
+    ("/react 2 x", "/react -2 x is about another message"),
+    ("/redact -2", "-2 is none of your messages here; there is only -1"),
+    ("/redact 1", "usage: /redact, or /redact -2 for the one before"),
+    ("/save 0", "0 is none of the files here; there is only -1"),
+    ("/save 1", "1 is none of the files here; there is only -1"),
+    ("/save -2 x", "-2 is none of the files here; there is only -1"),
+    ("/save -0", "-0 is none of the files here; there is only -1"),
+    ("/transfers cancel 1", "1 is no number of a file on its way: none"),
+    ("/transfers cancel x", "x is no number of a file on its way: none"),
+    ("/transfers cancel", "usage: /transfers cancel 1"),
+    ("/set size 5", "size is a number from 6 to 40"),
+    ("/set size big", "size is a number from 6 to 40"),
+    ("/search", "usage: /search [#CHANNEL|NAME] WORDS"),
+]
+
+
+@pytest.mark.parametrize("typed, note", NO_NUMBERS)
+def test_a_number_that_a_command_cannot_mean_is_told_with_those_that_it_can(typed, note):
+    caps = f"{PAGES_OF} soju.im/search echo-message draft/message-redaction"
+    alice = Elsewhere(caps=caps)
+    alice.hears("BATCH +1 chathistory #lobby", "BATCH -1", "@msgid=1 :bob!u@h PRIVMSG #lobby :a")
+    file = f"{'/files/' + 'a' * 26},text/plain,3,0,0"
+    alice.hears(f"@msgid=2;{chat.FILE_TAG}={file} :bob!u@h PRIVMSG #lobby :b")
+    alice.hears("@msgid=3 :alice!u@h PRIVMSG #lobby :c")
+    alice.sent(30)
+    alice.types(typed)
+    assert alice.kinds("note")[-1:] == [note] and alice.kinds("back") == [typed]
+    assert alice.sent(30) == []
+
+
+@pytest.mark.parametrize("caps", ["", "soju.im/search"])
+@pytest.mark.parametrize(
+    "typed, sent, found",
+    [
+        ("/search tea", "in=#lobby;text=tea", ["tea?", "more tea"]),
+        ("/search bob tea", "in=bob;text=tea", ["tea, bob"]),
+        ("/search bob", "in=#lobby;text=bob", ["bob!"]),  # a word, and not the conversation
+        ("/search #lobby", "in=#lobby;text=#lobby", []),
+    ],
+)
+def test_a_search_is_where_its_first_word_says_and_looks_for_all_others(caps, typed, sent, found):
+    alice = Elsewhere(caps=caps)
+    for where, text in (("#lobby", "tea?"), ("alice", "tea, bob"), ("#lobby", "bob!")):
+        alice.hears(f":bob!u@h PRIVMSG {where} :{text}")
+    alice.hears(":bob!u@h PRIVMSG #lobby :more tea").types(typed)
+    assert alice.kinds("found") == ([] if caps else found)
+    assert alice.sent(9) == ([f"SEARCH {sent}"] if caps else [])
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_lastlog_without_words_is_of_all_that_was_kept_last(stored):
+    store = chat.ClientStore(chat.open_client_database(":memory:")) if stored else None
+    alice = Elsewhere(store=store)
+    for n in range(60):
+        alice.hears(f":bob!u@h PRIVMSG #lobby :{n}")
+    alice.types("/lastlog")
+    assert alice.kinds("found") == [*map(str, range(60))][-chat.HISTORY_LINES :]
+
+
 def test_help_says_how_a_text_begins_with_a_slash_and_what_close_does():
     alice = Elsewhere()
     page = "".join(alice.types("/help").kinds("page"))
