@@ -320,6 +320,11 @@ PACE_BYTES = 200
 CAP_SECONDS = 10.0  # without an answer to CAP: then the server knows none
 REGAIN_SECONDS = 60.0  # between two looks whether the wanted name is free
 CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
+CUT_AT_LEAST = 100  # characters of a sent line that an echo has if the server has cut it
+# Echoes with other words: how like a sent line one is, and how much less it is like others
+LIKE, LIKE_MORE = 0.6, 0.1
+COMPARED = 16  # sent lines to which such an echo is compared
+SENT_ALONE = 8  # messages, after one that was refused or changed and could not be told from others
 ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
 TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
 TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
@@ -12846,6 +12851,7 @@ class Outbox:
         self.in_flight: dict[str, None] = {}  # sent over this connection
         self.window = 1  # how many may be in flight: doubled each round trip, 1 after a break ...
         self.most = SENT_AHEAD  # ... and at most so many
+        self.alone = 0  # so many are sent alone, to know which one a server refuses or changes
         self.unconfirmed: set[str] = set()  # sent over a lost connection; history will tell
         # Left to the user (/retry, /cancel), and why
         self.parked = {message.id: message.why for message in self.waiting.values() if message.why}
@@ -12895,7 +12901,7 @@ class Outbox:
         """Return the message to send now, or None. carries(message) tells if the talk can send it
         yet, else waits(message) tells if later messages wait for it. No message overtakes an
         earlier one, except if both are false, or if the earlier one was left to the user."""
-        if len(self.in_flight) >= self.window:
+        if len(self.in_flight) >= (1 if self.alone else self.window):
             return None
         later = self.in_flight.keys() | self.parked.keys() | self.unsaved.keys()
         for message in self.waiting.values():
@@ -12924,6 +12930,7 @@ class Outbox:
         if id in self.in_flight:
             del self.in_flight[id]
             self.window = min(self.most, self.window + 1)
+            self.alone = max(0, self.alone - 1)
         self.unconfirmed.discard(id)
         self.unsaved.pop(id, None)
         self.parked.pop(id, None)
@@ -13319,6 +13326,14 @@ class SentLine(NamedTuple):
     text: str = ""
 
 
+class UnclearRefusal(NamedTuple):
+    """An error about a sent line, or about a later one of `lines`, with the text of the error."""
+
+    line: SentLine
+    lines: list[SentLine]
+    reason: str
+
+
 BEGIN_BATCH, END_BATCH = "BATCH +m draft/multiline", "BATCH -m"
 BATCHED, CONTINUED = "@batch=m ", f"@batch=m;{CONCAT} "  # tags of the lines of a batch
 
@@ -13364,10 +13379,32 @@ def in_batches(lines: list[MessageLine], size: int, count: int) -> Iterator[list
     yield group
 
 
-def same_words(sent: str, heard: str) -> bool:
-    """Return whether a server made `heard` from a sent line: some cut it or remove colours."""
-    plain = shown_line(sent.encode(errors="replace"))
-    return heard in (sent, plain) or (len(heard) > 100 and (sent + plain).startswith(heard))
+def sameness(sent: str, heard: str) -> int:
+    """Return how surely a server made `heard` from a sent line: 3 if nothing was changed, 2 without
+    its colours, 1 if it was cut, 0 if the words differ."""
+    plain, rest = shown_line(sent.encode(errors="replace")), heard.rstrip("\ufffd")
+    cut_off = len(rest) > CUT_AT_LEAST and (sent.startswith(rest) or plain.startswith(rest))
+    return 3 if heard == sent else 2 if heard == plain else int(cut_off)
+
+
+def likeness(sent: str, heard: str) -> float:
+    """Return how much a line of other words is like a sent one, from 0 to 2: by characters, and by
+    the words that have stayed in their places."""
+    import difflib
+
+    words, others = sent.split(), heard.split()
+    kept = sum(map(str.__eq__, words, others)) / max(len(words), len(others), 1)
+    return difflib.SequenceMatcher(None, sent, heard, autojunk=False).ratio() + kept
+
+
+def most_like(lines: list[str], heard: str) -> int | None:
+    """Return which of these lines a server has clearly changed into `heard`; None if unclear."""
+    if len(lines) == 1:
+        return 0
+    (first, n), (second, _), *_ = sorted(
+        ((likeness(line, heard), n) for n, line in enumerate(lines)), reverse=True
+    )
+    return n if first >= LIKE and first - second >= LIKE_MORE else None
 
 
 def is_person(heard: ServerLine) -> bool:
@@ -13628,6 +13665,8 @@ class MessageLines:
             acks.note_sent(message.where, message.id, text)
             id, end = (message.id, 0) if piece.last else ("", piece.end)
             acks.note_echo(ExpectedEcho(self.core.fold(message.where), text, id, message.id, end))
+            if not piece.last:
+                piece = piece._replace(tags=self._own_tags(f"{message.id}.{end}", ""))
         return piece.tags + self.talk.line("PRIVMSG", message.where, text)
 
     def _cut(self, piece: Piece, room: int) -> Piece:
@@ -13655,6 +13694,7 @@ NOT_JOINED_NOW = ("437", "471", "477", "480", "500")  # full, after a netsplit, 
 NO_CHANNEL = ("403", "476", "479")  # the name is none
 PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
 NOT_ECHOED = "the server took it and did not send it back"
+ECHO_UNCLEAR = "the server has dropped it, or changed its words: it may have arrived or not"
 
 
 class Acknowledgements:
@@ -13673,10 +13713,14 @@ class Acknowledgements:
         self.covered: dict[str, list[str]] = {}  # by token: own ids that the PONG confirms
         self.overdue: dict[str, list[str]] = {}  # by token: own ids whose echo has not come
         self.last = self.core.ticks()  # time of the last confirmation by the server
+        self.refusals: list[UnclearRefusal] = []  # to be told with the next PONG
+        # Echoes with other words, until it is known which lines came back so: target and view
+        self.strange: list[tuple[str, ViewEvent]] = []
 
     def clear(self) -> None:
         """Forget all lines: a server that was none has taken them."""
-        for lines in (self.echoes, self.sent, self.commands, self.unconfirmed):
+        self.refusals.clear()
+        for lines in (self.echoes, self.sent, self.commands, self.unconfirmed, self.strange):
             lines.clear()
         self.covered.clear()
         self.overdue.clear()
@@ -13744,6 +13788,56 @@ class Acknowledgements:
             if own_id in ids:
                 ids.remove(own_id)
 
+    # Refusals, which come in the order of the lines
+
+    def lines_to(self, targets: Collection[str] | None) -> list[SentLine]:
+        """Return the lines to one of these targets (folded), or with None to any, that an error can
+        be about."""
+        if targets is not None:
+            return [line for line in self.sent if line.target in targets]
+        return [line for line in self.sent if line.target and line.id not in ("", QUIET)]
+
+    def next_refused(self, lines: list[SentLine]) -> list[SentLine]:
+        """Return those of these lines that the next error can be about: those before the first PING
+        without a PONG, if there are some."""
+        first = itertools.takewhile(lambda line: line.target, self.sent)
+        before = {id(line) for line in first}
+        possible = [line for line in lines if id(line) in before]
+        return lines if self.talk.bouncer else possible or lines
+
+    def passed_unknown(self, lines: list[SentLine]) -> int:
+        """Return how many of these lines, of one target, came back with other words: the next error
+        is about a later one."""
+        targets = {line.target for line in lines}
+        return len(self._strange_to(targets.pop())) if len(targets) == 1 else 0
+
+    def refused_line(self, line: SentLine) -> None:
+        """Note that a line, or a later one to its target, was refused, and no line before it."""
+        while self.sent.popleft() is not line:
+            pass
+        self.expect_no_echo(line)
+
+    def hold_refusal(self, refusal: UnclearRefusal) -> None:
+        """Note that a message, or a later one, was refused: the PONG behind them tells if all were.
+        From now on messages are sent alone."""
+        self.refusals.append(refusal)
+        self.core.outbox.alone = SENT_ALONE
+        left = {id(line) for line in self.sent}
+        if not any(id(line) in left for one in self.refusals for line in one.lines):
+            self.tell_refusals()  # all were refused
+
+    def tell_refusals(self) -> None:
+        """Tell which messages were refused before a PONG, and if it may be others."""
+        refusals, self.refusals = self.refusals, []
+        left = {id(line) for line in self.sent}
+        for n, (line, lines, reason) in enumerate(refusals):
+            taken = {one.id for one in lines if id(one) in left} - {line.id}
+            later = {one.line.id for one in refusals[n + 1 :]} & {one.id for one in lines}
+            count = len((taken | later) - {line.id}) if taken else 0
+            doubt = f" (this message, or one of the {count} after it)" if count else ""
+            if line.id in self.core.outbox.in_flight:  # else the user knows
+                self.core.outgoing.lost(line.id, reason + doubt)
+
     # PINGs
 
     def ping_line(self, ping_token: str, ids: Iterable[str] = ()) -> str:
@@ -13763,7 +13857,7 @@ class Acknowledgements:
         late = now - self.last > ECHO_SECONDS and not self.server.ours
         asked = {*self.unconfirmed, *itertools.chain(*self.covered.values())}
         alone = [id for id in self.core.outbox.in_flight if id not in asked]
-        if late and alone and not self.talk.lines.unsent and not self.overdue:
+        if (late or self.strange) and alone and not self.talk.lines.unsent and not self.overdue:
             self.core.output.append(self.ping_line(f"echo-{next(self.talk.labels)}"))
             self.overdue[self.pings[-1]] = alone
 
@@ -13777,13 +13871,20 @@ class Acknowledgements:
             return
         while self.pings:
             answered = self.pings.popleft()
+            self.tell_refusals()
             if not self.talk.bouncer:  # which answers before its server does
                 self.settle(answered)
             for own_id in self.covered.pop(answered, ()):
                 if self._confirm_covered(own_id):
                     return
-            for own_id in self.overdue.pop(answered, ()):
-                if "echo-message" not in self.server.enabled:  # disabled since
+            overdue = self.overdue.pop(answered, [])
+            echoes = "echo-message" in self.server.enabled
+            for key in {line.target for line in self.echoes if echoes and line.of in overdue}:
+                self._explain(
+                    key, [one for one in self.echoes if one.target == key and one.of in overdue]
+                )
+            for own_id in overdue:
+                if not echoes:  # disabled since
                     self.confirm(own_id)
                 else:
                     self.not_echoed(own_id)
@@ -13821,6 +13922,7 @@ class Acknowledgements:
         lines = (line for line in self.echoes if (line.target, line.of) == expected)
         if line := next(lines, None):
             self.echoes.remove(line)
+            self._explain_all(line.target)
 
     def not_echoed(self, own_id: str) -> None:
         """Report a message as lost because the server dropped one of its lines."""
@@ -13832,10 +13934,15 @@ class Acknowledgements:
         one. The id is found by label, by tag, or by order among the lines echoed without either.
         The lines to that target before it were dropped by the server."""
         waiting = self.core.outbox.waiting
-        for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
+        label = heard.tags.get("label", "")
+        for name in (label, heard.tags.get(OWN_ID, "")):
             stem, dot, _ = name.partition(".")
-            if dot and (stem in waiting or stem in self.core.known.own):
+            known = stem in waiting or stem in self.core.known.own
+            if dot and known:
+                self._line_came(stem, name)
                 return PIECE
+            if name == label and not known and accepted_at(stem) is not None:
+                return PIECE  # the user knows that this message is lost
             if name in waiting or (name and name == heard.tags.get(OWN_ID)):
                 dropped = any(line.of == name != line.id for line in self.echoes)
                 self.echoes = [line for line in self.echoes if line.of != name]
@@ -13844,18 +13951,71 @@ class Acknowledgements:
                 self.not_echoed(name)
                 return PIECE
         key = self.core.fold(target)
-        place = self._place(heard, key, text) if heard.verb == "PRIVMSG" else None
-        if place is None:
+        here = [line for line in self.echoes if line.target == key]
+        if heard.verb != "PRIVMSG" or not here:
             return self._doubted(heard, key, text)
-        sent, before = self.echoes[place], self.echoes[:place]
-        self.echoes[: place + 1] = [line for line in before if line.target != key]
+        alters = not (self.server.ours or self.server.labels or self.talk.bouncer)
+        alters = alters and "batch" not in heard.tags  # no other client has this nick
+        place = self._place(here, text, alters)
+        if place is None and not alters:
+            return self._doubted(heard, key, text)
+        if place is None:  # later echoes, or a PONG, will tell which line this is
+            self.strange.append((key, ViewEvent(ARRIVED, text, id=heard.tags.get("msgid", ""))))
+            self.core.outbox.alone = SENT_ALONE
+            self._explain_all(key)
+            return PIECE
+        sent = here[place]
+        self._explain(key, here[:place])
+        self.echoes.remove(sent)
         self.core.outbox.arrived_to(sent.of, sent.end)
-        dropped = dict.fromkeys(line.of for line in before if line.target == key)
-        for own_id in dropped:
-            self.not_echoed(own_id)
-        if sent.id and sent.id not in dropped:
-            return sent.id
-        return PIECE if sent.of else ""
+        if not sent.of:
+            return ""  # of a command
+        return sent.id if sent.id in waiting else PIECE
+
+    def _line_came(self, own_id: str, name: str) -> None:
+        """Note the echo of a line within a message, by the name that its tag or label gives it."""
+        for line in [line for line in self.echoes if name == f"{line.of}.{line.end}"]:
+            self.echoes.remove(line)
+            self.core.outbox.arrived_to(own_id, line.end)
+
+    @staticmethod
+    def _place(here: list[ExpectedEcho], text: str, alters: bool) -> int | None:
+        """Return which of the lines to a target an echo clearly is; None for none. Words count as
+        those of another line if the server `alters` some."""
+        grades = [sameness(line.text, text) for line in here]
+        best = max(grades)
+        alike = {line.text for line, grade in zip(here, grades, strict=True) if grade == best}
+        if best > 1 or (best and (len(alike) == 1 or not alters)):
+            return grades.index(best)
+        return most_like([line.text for line in here[:COMPARED]], text) if alters else None
+
+    def _strange_to(self, key: str) -> list[ViewEvent]:
+        return [view for target, view in self.strange if target == key]
+
+    def _explain_all(self, key: str) -> None:
+        """Note that all lines to a target came back, if so many echoes have other words."""
+        here = [line for line in self.echoes if line.target == key]
+        if len(self._strange_to(key)) >= len(here):
+            self._explain(key, here)
+
+    def _explain(self, key: str, lines: list[ExpectedEcho]) -> None:
+        """Decide about the first lines to a target, of which no more echo will come. With as many
+        strange echoes as lines all have arrived, without any none has; else it is not clear."""
+        echoes = self._strange_to(key)
+        self.strange = [pair for pair in self.strange if pair[0] != key]
+        told = {id(line) for line in lines}
+        self.echoes = [line for line in self.echoes if id(line) not in told]
+        in_flight = self.core.outbox.in_flight
+        if 0 < len(echoes) < len(lines):
+            for own_id in dict.fromkeys(line.of for line in lines if line.of in in_flight):
+                self.core.outgoing.leave_to_user(own_id, ECHO_UNCLEAR)
+        elif not echoes:
+            for line in lines:
+                self.not_echoed(line.of)
+        for line, view in zip(lines, echoes, strict=False):
+            if line.of in in_flight:
+                self.core.outbox.arrived_to(line.of, line.end)
+                self.core.outgoing.acknowledge(view._replace(own_id=line.id))
 
     def _doubted(self, heard: ServerLine, key: str, text: str) -> str:
         """Return the own id of a message that may have arrived, if history has its whole text or
@@ -13878,15 +14038,6 @@ class Acknowledgements:
                 outbox.arrived_to(id, len(message.text) - len(rest) + len(text))
                 return PIECE
         return ""
-
-    def _place(self, heard: ServerLine, key: str, text: str) -> int | None:
-        """Return which of the lines that a server is to send back this one is; None for none. Some
-        servers change words; then it is the oldest line, where no other client says it."""
-        here = [n for n, sent in enumerate(self.echoes) if sent.target == key]
-        same = (n for n in here if same_words(self.echoes[n].text, text))
-        server = self.server
-        others = server.ours or server.labels or self.talk.bouncer or "batch" in heard.tags
-        return next(same, None if others else next(iter(here), None))
 
 
 class HistoryRequests:
@@ -14993,7 +15144,7 @@ def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
         talk.core.outgoing.lost(label, text)
         if not talk.server.echoes and any(line.id == label for line in talk.acks.sent):
             talk.ping()  # errors of its other lines come before the PONG, those of later ones after
-    else:
+    elif accepted_at(label) is None:  # else the user knows that this message is lost
         command_refused(talk, heard)
         talk.core.server_text(text, talk.where_of(heard))
 
@@ -15036,29 +15187,33 @@ def quotes(error: str, text: str) -> bool:
     return any(end.removesuffix(text).rstrip()[-1:] in (*":\"'([",) for end in ends)
 
 
-def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
+def message_refused(talk: IrcTalk, heard: ServerLine, text: str) -> str | None:
     """Return the id of the message that an error without a label is about, "" for a notice or for
-    none, and a text to add if it may be another message."""
+    none; None if it may be a later message: then the text is told after the next PONG."""
     if not about_a_message(talk, heard):
-        return "", ""
+        return ""
     names, core, error = names_in_error(heard), talk.core, heard.params[-1]
-    flying, channels = core.outbox.in_flight, map(talk.server.without_status, names)
-    targets = {*map(core.fold, channels)}
-    lines = [line for line in talk.acks.sent if line.target in targets]
+    targets = {*map(core.fold, map(talk.server.without_status, names))}
     nameless = not names and not talk.acks.commands
     any_line = not talk.server.labels and (nameless or SAYING & {*map(str.upper, names)})
+    lines = talk.acks.lines_to(targets)
     if not lines and any_line:
-        lines = [line for line in talk.acks.sent if line.target and line.id not in ("", QUIET)]
+        lines = talk.acks.lines_to(None)
     quoted = (line for line in lines if quotes(error, line.text))
+    passed = talk.acks.passed_unknown(lines)  # these came back with other words
+    lines = talk.acks.next_refused(lines[passed:] or lines[-1:])
     line = next(quoted, None) or next(iter(lines), None)
     if line is None:
-        return "", ""
-    talk.acks.sent.remove(line)
-    talk.acks.expect_no_echo(line)
+        return ""
+    talk.acks.refused_line(line)
+    flying = core.outbox.in_flight
+    echoes = "echo-message" in talk.server.enabled and not passed
     others = {sent.id for sent in lines if sent.id in flying} - {line.id}
-    certain = "echo-message" in talk.server.enabled or line.text in error or line.id not in flying
-    doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
-    return line.id, "" if certain else doubt
+    unclear = others or talk.acks.refusals
+    if not unclear or echoes or line.text in error or line.id not in flying:
+        return line.id
+    talk.acks.hold_refusal(UnclearRefusal(line, lines, text))
+    return None
 
 
 NOT_OF_JOIN = ("404", "442", "461", "470", "482")
@@ -15086,8 +15241,9 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
             return  # the user knows
     if label := heard.tags.get("label"):
         talk.acks.settle(label.partition(".")[0])  # errors come in the order of the lines
-    lost, doubt = message_refused(talk, heard)
-    refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
+    lost = message_refused(talk, heard, text)
+    if lost is not None:
+        refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
 def note_offered(talk: IrcTalk, words: list[str]) -> None:
@@ -15587,8 +15743,9 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
         about_it = verb in ("PRIVMSG", "NOTICE", "TAGMSG", "BATCH", "MULTILINE", "*")
         named = ["BATCH"] if verb in ("BATCH", "MULTILINE") else [verb]
         error = heard._replace(verb="400", params=["", *named, *about, text])
-        lost, doubt = message_refused(talk, error) if about_it else ("", "")
-        refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
+        lost = message_refused(talk, error, text) if about_it else ""
+        if lost is not None:
+            refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
 # Lines of a server: users, channels and messages
@@ -17584,6 +17741,8 @@ class ClientCore:
         """Handle the end of a connection. Messages in flight are sent again if the server cannot
         deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
+        if talk:
+            talk.acks.tell_refusals()
         flown = self.outbox.connection_lost()
         for message in flown if talk and talk.doubts else ():
             if talk.pages:

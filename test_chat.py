@@ -15530,6 +15530,7 @@ def test_what_a_channel_is_is_for_the_server_to_say(tokens, target, where, chann
     assert alice.core.find(where).is_channel == channel
 
 
+LABELLING = "echo-message message-tags batch labeled-response"
 OWN_ECHOES = [  # capabilities, tokens, what the server makes of tags and text of `hi there`
     ("echo-message", [], "", "hi there"),
     ("echo-message message-tags", ["CLIENTTAGDENY=*"], "@msgid=1", "hi there"),
@@ -15813,20 +15814,82 @@ def test_a_refused_line_of_a_message_does_not_hide_that_the_next_message_is_refu
     assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["one \u2026", "another"]
 
 
-@pytest.mark.parametrize(
-    "line, told",
-    [
-        ("408 alice #lobby :No colours. Not sent: bad 5", "No colours. Not sent: bad 5: bad 5"),
-        ("404 alice #lobby :No", "No (this message, or one of the 4 after it): text 0"),
-    ],
-)
-def test_a_refused_message_is_found_by_its_text_or_said_to_be_one_of_several(line, told):
+FIVE = ["text 0", "text 1", "text 2", "bad 5", "text 4"]
+REFUSED_OF_FIVE = [  # errors about FIVE, and what the user is told
+    (["408 alice #lobby :No colours. Not sent: bad 5"], ["No colours. Not sent: bad 5: bad 5"]),
+    (["404 alice #lobby :No"], ["No (this message, or one of the 4 after it): text 0"]),
+    (
+        ["404 alice #lobby :No"] * 5,
+        [f"No: {text}" for text in FIVE],
+    ),
+    (
+        ["404 alice #lobby :No"] * 4,
+        [
+            f"No (this message, or one of the {4 - n} after it): {text}"
+            for n, text in enumerate(FIVE[:4])
+        ],
+    ),
+    (
+        ["408 alice #lobby :Not sent: bad 5", "404 alice #lobby :No"],
+        ["Not sent: bad 5: bad 5", "No: text 4"],  # those before bad 5 have passed
+    ),
+]
+
+
+def five_at_once(**options):
+    """Return a client that has sent five messages and a PING, and these lines."""
+    alice = Elsewhere(interactive=False, **options)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types(*FIVE)
+    return alice, alice.sent(30)
+
+
+@pytest.mark.parametrize("errors, told", REFUSED_OF_FIVE)
+def test_a_refused_message_is_found_by_its_text_or_by_order_or_said_to_be_one_of_several(
+    errors, told
+):
+    alice, sent = five_at_once()
+    alice.hears(*errors)
+    answer(alice, sent)
+    assert alice.kinds("failed") == [f"#lobby: {text}" for text in told]
+    assert alice.core.failures == len(told) and alice.core.idle
+
+
+def test_a_refusal_of_one_of_several_is_told_when_the_line_breaks_before_the_pong():
+    alice, _ = five_at_once()
+    alice.hears("404 alice #lobby :No")
+    assert alice.kinds("failed") == []
+    alice.views += alice.core.disconnected()
+    assert alice.kinds("failed")[0].endswith("No (this message, or one of the 4 after it): text 0")
+
+
+def test_after_a_refusal_messages_are_sent_alone_until_so_many_have_passed():
+    alice, sent = five_at_once()
+    alice.hears("404 alice #lobby :No")
+    answer(alice, sent)
+    alice.types(*(f"more {n}" for n in range(chat.SENT_ALONE + 8)))
+    groups, refused = [], 0
+    for _ in range(600):
+        group = alice.sent(2)
+        said = [line for line in group if "PRIVMSG" in line]
+        groups.append(said)
+        if said and refused < 3:
+            refused += 1
+            alice.hears("404 alice #lobby :No")
+            assert alice.kinds("failed")[-1] == f"#lobby: No: {said[0].partition(':')[2]}"
+        answer(alice, group)
+    assert alice.core.idle and alice.core.failures == 4
+
+
+def test_an_error_about_another_target_tells_that_earlier_messages_have_passed():
     alice = Elsewhere(interactive=False)
-    alice.core.outbox.window = 9
-    alice.types("text 0", "text 1", "bad 5", "text 2", "text 3")
-    alice.sent(9)
-    alice.hears(line)
-    assert alice.kinds("failed") == [f"#lobby: {told}"]
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types("one", "/msg bob two", "three")
+    sent = alice.sent(30)
+    alice.hears("401 alice bob :No such nick", "404 alice #lobby :No")
+    assert alice.kinds("failed") == ["bob: No such nick: two", "#lobby: No: three"]
+    answer(alice, sent)
+    assert alice.core.idle and alice.core.failures == 2
 
 
 COMMANDS_REFUSED = [  # typed, the server's answer, messages and commands that failed
@@ -15883,6 +15946,73 @@ def test_a_message_arrived_if_all_its_lines_come_back_even_with_other_words(
     assert alice.core.outbox.waiting == {} and alice.core.failures == len(lost)
     assert [text.rpartition(": ")[2].split(" ")[0] for text in alice.kinds("failed")] == lost
     assert len(alice.said()) == len(texts)
+
+
+LONG_WORDS = "word " * 60
+ALTERED = [  # texts sent at once, echoes, those that are lost, those in doubt; the others arrived
+    (["yes", "no"], ["***", "***"], [], []),
+    (["yes", "no", "why"], ["***"], [], ["yes", "no", "why"]),
+    (["yes", "no", "fine"], ["***", "fine"], [], ["yes", "no"]),
+    (["yes", "no", "fine"], ["***", "***", "fine"], [], []),
+    (["yes", "no", "fine"], ["fine"], ["yes", "no"], []),
+    (["yes", "no", "fine"], ["yes", "***"], [], ["no", "fine"]),
+    (["damn 1", "damn 2"], ["**** 2"], ["damn 1"], []),
+    (
+        ["damn it all", "my damn cat", "a damn fine tea"],
+        ["a **** fine tea"],
+        ["damn it all", "my damn cat"],
+        [],
+    ),
+    (["\x0304red", "\x0304blue"], ["blue"], ["red"], []),
+    ([f"{LONG_WORDS}a", f"{LONG_WORDS}b"], [LONG_WORDS], [], [f"{LONG_WORDS}a", f"{LONG_WORDS}b"]),
+    ([f"{LONG_WORDS}more", LONG_WORDS.strip()], [LONG_WORDS.strip()], [f"{LONG_WORDS}more"], []),
+    ([f"\x0304{LONG_WORDS}", "bye"], [LONG_WORDS[:120], "bye"], [], []),
+    (["hi", "hi", "ho"], ["hi", "ho"], ["hi"], []),
+]
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+@pytest.mark.parametrize("tokens", [[], ["CLIENTTAGDENY=*"]])
+@pytest.mark.parametrize("texts, echoes, lost, doubted", ALTERED)
+def test_of_a_burst_that_a_server_drops_and_changes_nothing_is_taken_for_arrived_that_is_not(
+    texts, echoes, lost, doubted, tokens, interactive
+):
+    caps = "echo-message message-tags" if tokens else "echo-message"
+    alice = Elsewhere(*tokens, caps=caps, interactive=interactive)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types(*texts)
+    sent = alice.sent(40)
+    said = [line for line in sent if "PRIVMSG" in line]
+    alice.hears(*[f":alice!u@h PRIVMSG #lobby :{echo}" for echo in echoes])
+    answer(alice, sent)
+    for _ in range(int(chat.ECHO_SECONDS) + 30):
+        lines = alice.sent(1)
+        said += [line for line in lines if "PRIVMSG" in line]
+        answer(alice, lines)
+    assert len(said) == len(texts)  # none again
+    failed = alice.kinds("failed")
+    quoted = lambda text: chat.beginning(text)[:40]  # noqa: E731
+    for group, reason in ((lost, chat.NOT_ECHOED), (doubted, chat.ECHO_UNCLEAR)):
+        told = [text for text in failed if reason in text]
+        assert len(told) == len(group)
+        assert all(quoted(text) in one for text, one in zip(group, told, strict=True))
+    waits = [one.text for one in alice.core.outbox.waiting.values()]
+    assert waits == (doubted if interactive else []) and alice.core.idle
+    assert len([text for text in alice.said() if "*alice" in text]) == len(texts)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_each_line_of_a_message_has_a_label_by_which_its_changed_echo_is_known(number):
+    alice = Elsewhere(caps=LABELLING, interactive=False)
+    alice.types("one\ntwo\nthree")
+    lines = [line for line in alice.sent(30) if "PRIVMSG" in line]
+    labels = [re.search("label=([^ ;]+)", line)[1] for line in lines]
+    for n, label in enumerate(labels):
+        swallowed = number and n == 1
+        echo = ":irc.example ACK" if swallowed else ":alice!u@h PRIVMSG #lobby :***"
+        alice.hears(f"@label={label} {echo}")
+    assert len(alice.kinds("failed")) == number == alice.core.failures
+    assert len(alice.said()) == 1 and alice.core.outbox.waiting == {}
 
 
 @pytest.mark.parametrize("line", ["@x", "PRIVMSG", "PRIVMSG ", "privmsg bob", "NICK", "PART", ":"])
@@ -20753,7 +20883,7 @@ def test_the_echo_of_a_refused_line_is_not_waited_for():
 def test_a_labelled_error_comes_after_those_about_the_lines_before():
     alice = Elsewhere(caps="message-tags batch labeled-response", interactive=False)
     alice.types("one\ntwo")
-    (label,) = re.findall("label=([^ ]+)", " ".join(alice.sent(9)))
+    *_, label = re.findall("label=([^ ]+)", " ".join(alice.sent(9)))
     alice.hears(f"@label={label} 404 alice #lobby :no")
     alice.types("three\nfour").sent(9)
     alice.hears("404 alice #lobby :no")
@@ -20839,7 +20969,7 @@ def test_joins_are_shown_soon_although_the_clock_was_set(by):
 
 class Traits(NamedTuple):
     """The properties of a foreign server, and its treatment of messages. It drops none in silence
-    if it has no echoes or alters words: no client could tell."""
+    if it has no echoes: no client could tell."""
 
     caps: str = ""
     tokens: str = ""  # of 005
@@ -20848,16 +20978,20 @@ class Traits(NamedTuple):
     keeps_tags: bool = True  # history has the tags of the sender
     drops: float = 0.0  # this part of the messages, in silence ...
     refuses: float = 0.0  # ... and this one with a numeric
-    alters: bool = False  # the words of a message, for its readers
+    alters: float = 0.0  # the words of this part of the messages, for their readers
     forwards: bool = False  # those who join #a to ##a
 
 
-LABELLING = "echo-message message-tags batch labeled-response"
 KEEPING = "message-tags batch server-time draft/chathistory"
 FOREIGN = {
     "RFC 1459": Traits(refuses=0.15),
     "echoes": Traits("echo-message", drops=0.1),
-    "echoes other words": Traits("echo-message", refuses=0.15, alters=True),
+    "echoes other words": Traits("echo-message", drops=0.2, refuses=0.15, alters=0.5),
+    "tags, other words": Traits("echo-message message-tags", drops=0.2, refuses=0.1, alters=0.5),
+    "msgids, other words": Traits(
+        "echo-message message-tags", "CLIENTTAGDENY=*", drops=0.2, alters=0.5
+    ),
+    "labels, other words": Traits(LABELLING, drops=0.2, refuses=0.1, alters=0.5),
     "tags": Traits("echo-message message-tags", drops=0.1, forwards=True),
     "tags of clients are denied": Traits(LABELLING, "CLIENTTAGDENY=*", drops=0.1),
     "labels": Traits(LABELLING, drops=0.1, refuses=0.1, forwards=True),
@@ -20978,7 +21112,7 @@ class Foreign:
         """Return what readers get of a text: a line has 512 bytes."""
         head = f":{source} PRIVMSG {target} :"
         text = f"{head}{text}".encode()[:510].decode()[len(head) :]
-        return text.replace("k", "*") if self.traits.alters else text
+        return text.replace("k", "*") if self.chance.random() < self.traits.alters else text
 
     def on_privmsg(self, params, tags):
         target, text = params
@@ -21179,7 +21313,9 @@ class Abroad:
         for second in range(seconds):
             if self.broken:
                 self.connect()
-            idle = not self.up and not self.down and not self.core.outbox.in_flight
+            talk, outbox = self.core.talk, self.core.outbox
+            waits = outbox.in_flight or (talk and talk.joins.unanswered)
+            idle = not self.up and not self.down and not waits
             moved = moved if idle else second
             if second - moved > QUIET_SECONDS:
                 return
