@@ -17957,7 +17957,8 @@ def asked_room(core: ClientCore, name: str = "") -> Room:
     if room is None:
         verb = "join" if not name or core.server.is_channel(name) else "query"
         advice = f"/{verb} {name or '#CHANNEL'} opens {'it' if name else 'one'}"
-        raise Refused("NO_ROOM", f"{name or 'nothing'} is not open; {advice}")
+        what = f"{name} is not open" if name else "no conversation is open"
+        raise Refused("NO_ROOM", f"{what}; {advice}")
     return room
 
 
@@ -25513,8 +25514,9 @@ class TerminalClient(ManyServers):
             return places[number - 1]
         here = [place for place in places if place[0].core is self.core]
         for seat, room in [*here, *places]:
-            keys = map(seat.core.fold, (name, f"#{name}", str(seat.link.target)))
-            if seat.core.fold(room.name or str(seat.link.target)) in keys:
+            if seat.core.fold(room.name or str(seat.link.target)) in map(
+                seat.core.fold, (name, f"#{name}")
+            ):
                 return seat, room
         return None
 

@@ -27025,6 +27025,26 @@ def notes_of(client):
     return [view.text for view in views if view.kind in ("note", "failed")]
 
 
+@pytest.mark.parametrize(
+    "typed, here, told",
+    [
+        ("/go 3", "", None),
+        ("/go there:6668", "", None),
+        ("/go den", "#den", None),
+        ("/go 4", "#tea", "there is no 4; /go 1 to /go 3"),
+        ("/go 0", "#tea", "there is no 0; /go 1 to /go 3"),
+        ("/go nope", "#tea", "nope is not open; /query nope opens it"),
+    ],
+)
+def test_go_finds_a_number_a_name_or_a_server_and_nothing_else(at_keys, typed, here, told):
+    seat = at_keys.seat
+    at_keys.connect("there 6668")
+    at_keys.look_at(seat)
+    at_keys.take(f"{typed}\r".encode())
+    assert at_keys.core.here == here and (at_keys.seat is seat) == bool(here)
+    assert notes_of(at_keys)[-1:] == [told] or told is None
+
+
 def test_a_text_begun_in_a_conversation_that_ended_is_no_draft_of_another(at_keys):
     den = at_keys.core.rooms.open("#den")
     den.draft = "of the den"
