@@ -2443,7 +2443,7 @@ DARK = Colours(
     ),
 )
 SAFE_XFT = 20305  # libXft 2.3.5 draws coloured glyphs; before, one ended the whole program
-SMALLEST, LARGEST = 6, 40  # points of a font
+SMALLEST, LARGEST = chat.SETTINGS["size"].range  # points of a font
 PROBE_SECONDS = 2
 LOOK_SETTINGS = ("theme", "font", "size")
 
