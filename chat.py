@@ -12778,7 +12778,7 @@ SETTINGS = {
     "desktop": Setting("on", ("on", "off"), "tell the desktop when you are mentioned: the window"),
     "fold": Setting("on", ("on", "off"), "show joins, quits and changes of many in one row"),
     "font": Setting("", (), "the font's family: the window"),
-    "highlight": Setting("", (), "words besides your nick that count as a mention"),
+    "highlight": Setting("", (), "words that count as a mention, and channels: all said there"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
     "notify": Setting("off", ("off", "9", "777"), "tell the terminal of mentions, by OSC"),
     "pictures": Setting("on", ("on", "off"), "show pictures among the messages: the window"),
@@ -13085,12 +13085,13 @@ class Room:
         self.gone: bool | None = None  # the user of a private conversation has left, if known
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
-        self.spoken: dict[str, None] = {}  # names of users who wrote a message here
+        self.spoken: dict[str, None] = {}  # names of users who wrote here, or to whom the user did
         self.moves: list[ViewEvent] = []  # joins, quits and changes collected for one row ...
         self.movers: set[str] = set()  # ... the names of their users ...
         self.moved_at: dict[str, int] = {}  # ... and when the last row of each kind was shown
         self.unread = self.called = 0
         self.muted = False  # messages here do not call the user
+        self.stays = False  # open when the user has left it
         self.read_time = 0  # ms; messages up to then were read, on some device ...
         self.told_time = 0  # ... and the time that the server knows
         self.typing: dict[str, float] = {}  # names of typing users, and until when (ticks)
@@ -13132,9 +13133,17 @@ class Room:
         if name in self.people:
             self.people[name] = self.people.pop(name)
 
+    def addressed(self, text: str) -> None:
+        """Note the members named in a text that the user wrote here."""
+        for word in re.findall(r"[^\s,:;!?@]+", text):
+            if word in self.people:
+                remember(self.spoken, word)
+
     def renamed(self, name: str, new: str) -> bool:
         if name not in self.people:
             return False
+        if name in self.spoken:
+            remember(self.spoken, new)
         self.people[new] = self.people.pop(name)
         return True
 
@@ -13435,7 +13444,7 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     if CTCP_ACTION.match(text):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
-    called = not mine and (not server.is_channel(where) or core.is_called(text))
+    called = not mine and (not server.is_channel(where) or core.is_called(text, where))
     room = core.find(where)
     is_member = room is not None and heard.name in room.people
     person = mine or is_person(heard) or is_member or bool(heard.source and core.find(heard.source))
@@ -16550,9 +16559,12 @@ class Rooms(dict[str, Room]):
         self.core.note(f"{room.name} is joined; /go {room.name} looks at it")
 
     def close_left(self, room: Room) -> None:
-        """Close a channel that this client left. It stays open while a text for it is begun."""
+        """Close a channel that this client left. It stays open if the user wants that, and while a
+        text for it is begun."""
         core = self.core
-        if self.current is not room or not (core.stays_when_left and core.is_writing()):
+        begun = self.current is room and core.stays_when_left and core.is_writing()
+        stays, room.stays = room.stays or begun, False
+        if not stays:
             return self.close(room)
         self.keep(room)
         core.note(f"you left {room.name}; /close closes it", room.name)
@@ -16900,6 +16912,7 @@ class StoredMessages:
         room.read_time = core.believable(room.read_time)
         for view in self._after_hole(room, core.store.page(key, STORED_LINES)):
             room.views.append(view)
+            room.spoke(view.name)
             room.move_mark(view.id, core.believable(view.time))
             if view.id:
                 remember(core.known.ids, view.id)
@@ -17074,7 +17087,7 @@ class Incoming:
 
     def _folds(self, room: Room, view: ViewEvent) -> bool:
         """Return whether an event may share a row with others: none that the user did or that is
-        about the user, and none of a user who spoke here, but for being away."""
+        about the user, and none of a user who spoke here or was spoken to, but for being away."""
         core = self.core
         if view.kind not in FOLDED or core.setting("fold") == "off":
             return False
@@ -17115,6 +17128,8 @@ class Incoming:
         if repeated or view.own_id == PIECE or self.hides(view):
             return
         room.spoke(view.name)
+        if view.mine:
+            room.addressed(view.text)
         room.typing.pop(view.name, None)
         self._unfold(room, view.name)
         view = core.timed(view, room)
@@ -17304,6 +17319,7 @@ class Outgoing:
     def _add_row(self, room: Room, message: Waiting, text: str) -> ViewEvent:
         view = self._view(message, text, accepted_at(message.id))._replace(room=room.id)
         room.views.append(view)
+        room.addressed(text)
         return view
 
     def show_again(self, room: Room) -> None:
@@ -17717,9 +17733,13 @@ class ClientCore:
     def by_id(self, id: int) -> Room | None:
         return next((room for room in self.rooms.values() if room.id == id), None)
 
-    def is_called(self, text: str) -> bool:
-        """Return whether a text contains the user's nick or a word of the setting highlight."""
-        words = [self.name, *self.setting("highlight").split()]
+    def is_called(self, text: str, where: str) -> bool:
+        """Return whether a text contains the user's nick or a word of the setting highlight, or is
+        of a channel among those words."""
+        words = self.setting("highlight").split()
+        if self.fold(where) in map(self.fold, words):
+            return True
+        words = [self.name, *(word for word in words if not self.server.is_channel(word))]
         return any(calls(text, word) for word in words)
 
     # The connection

@@ -20240,6 +20240,21 @@ def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
     assert len([view for view in alice.views if view.kind == "moved"]) == 1
 
 
+def test_users_to_whom_the_user_spoke_leave_in_a_row_of_their_own_also_by_another_name():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store, clock=lambda: 1e9)
+    alice.hears(*(f":u{n}!u@h JOIN #lobby" for n in range(5)))
+    alice.types("ask @u3, or u4: please")
+    alice.hears(":u2!u@h PRIVMSG #lobby :hi", ":u2!u@h NICK zoe")
+    alice.hears(*(f":{name}!u@h QUIT :bye" for name in ("u1", "zoe", "u3", "u4")))
+    rows = [view for view in alice.core.room.views if view.kind == "quit"]
+    assert [view.name for view in rows] == ["zoe", "u3", "u4"]
+    later = Elsewhere(store=store, clock=lambda: 1e9 + 9)
+    later.hears(":u0!u@h JOIN #lobby", ":u1!u@h JOIN #lobby", ":u2!u@h JOIN #lobby")
+    rows = [view for view in later.core.room.views if view.kind == "join"]
+    assert [view.name for view in rows] == ["u0", "u2"]
+
+
 @pytest.mark.parametrize(
     "lines, rows",
     [
@@ -20300,6 +20315,11 @@ def test_settings_are_listed_checked_and_kept():
     assert alice.core.setting("bell") == "off"
     alice.hears(":bob!u@h PRIVMSG #lobby :who wants tea?")
     assert [view.called for view in alice.views if view.kind == "message"] == [True]
+    alice.types("/set highlight tea #LOBBY #elsewhere")
+    alice.hears(":bob!u@h PRIVMSG #lobby :whatever it is")
+    alice.types("/set highlight #elsewhere")
+    alice.hears(":bob!u@h PRIVMSG #lobby :see #elsewhere")
+    assert [view.called for view in alice.views if view.kind == "message"] == [True, True, False]
     alice.types("/set bell perhaps", "/set nothing x", "/set bell default")
     assert len(alice.kinds("note")) == 2 and alice.core.setting("bell") == "on"
 
@@ -27732,16 +27752,59 @@ def test_a_window_is_put_where_the_screen_is():
         ("שלום alice, 42 (תה)", "(הת) alice, 42 םולש"),
         ("hello שלום world", "hello םולש world"),
         ("a (שלום) b", "a (םולש) b"),
-        ("מחיר: 42.50 ₪", "₪ 42.50 :ריחמ"),
+        ("מחיר: 42.50 ₪, 42.50₪", "42.50₪ ,₪ 42.50 :ריחמ"),
         ("בְּ א", "א בְּ"),  # marks stay with their letter
         ("مرحبا", "\ufe8e\ufe92\ufea3\ufeae\ufee3"),  # letters are joined
         ("لا", "\ufefb"),  # one sign for lam with alef
+        ("می\u200cشود", "\ufea9\ufeee\ufeb7\ufbfd\u200c\ufee3"),  # kept apart
         ("plain (text)", "plain (text)"),
+        ("שלום (hello", "hello) םולש"),
+        ("שלום (hello)", "(hello) םולש"),  # both brackets of a pair, as the line (N0)
+        ("אב(גד[&ef]!)gh", "gh(![ef&]דג)בא"),  # the example of UAX 9
+        ("smith (fabrikam אבגד) הו", "smith (fabrikam דגבא) וה"),
+        ("see אב(גד) now", "see (דג)בא now"),
+        ("אב [1] <c>", "<c> [1] בא"),
+        ("אב »ג« 〈ד〉", "〈ד〉 »ג« בא"),
+        ("טלפון 03-1234567, 12:30!", "!12:30 ,03-1234567 ןופלט"),
+        ("בטווח 10-20%", "10-20% חווטב"),
+        ("بين 10-20", "20-10 \ufee6\ufef4\ufe91"),  # numbers after Arabic letters
+        ("hello, שלום!", "hello, םולש!"),
+        ("שלום, hello!", "!hello ,םולש"),
+        ("ראה https://a.org/(x) !", "! https://a.org/(x) האר"),  # a link is one thing
+        ("go www.a.org/תה/א.", "go www.a.org/א/הת."),
     ],
 )
 def test_text_from_right_to_left_is_drawn_in_the_order_in_which_it_is_seen(text, seen):
-    assert gui_client.seen_line(text, int(gui_client.is_rtl(text))) == seen
-    assert gui_client.said_line(seen, int(gui_client.is_rtl(text))) == text  # what is copied
+    line = gui_client.seen_line(text, int(gui_client.is_rtl(text)))
+    assert line == seen
+    assert gui_client.said_text([(0, *one) for one in line.said]) == text  # what is copied
+
+
+def test_what_is_copied_is_what_was_said_where_lines_were_broken_and_letters_spelled():
+    style = gui_client.Style(fits=lambda part: len(part) <= 12, seen=gui_client.Look.seen)
+    text = "שלום alice (תה) \U0001f375 12!\nראה www.a.org"
+    pieces = gui_client.line_pieces(text, style, "said")
+    lines = gui_client.lines_said(pieces, gui_client.spelled)
+    shown = gui_client.spelled(texts_of(pieces)).splitlines(keepends=True)
+    assert len(shown) == 4
+    assert "".join(gui_client.said_text(lines[line]) for line in shown) == f"{text}\n"
+    start = shown[0].index("alice")
+    assert gui_client.said_text(lines[shown[0]][start : start + 8]) == "ום alice"
+
+
+def test_what_the_program_says_of_a_name_from_right_to_left_begins_at_the_left():
+    only = gui_client.is_only_rtl
+    assert not only("אבג joined") and not only("→ דהו (www)") and only("שלום, 12!")
+    style = gui_client.Style(
+        fits=lambda part: True, seen=lambda text, base=0: gui_client.seen_line(text, base)
+    )
+    joined = chat.ViewEvent(chat.JOIN, name="אבג", time=EIGHT)
+    assert texts_of(gui_client.told_pieces(gui_client.Row(joined), style)).endswith(
+        "\t→ גבא joined\n"
+    )
+    row = gui_client.Row(said("כן", "אבג"), answers=("אבג", "תה?"))
+    assert texts_of(gui_client.reply_pieces(row, style)) == "↳ גבא: ?הת\n"
+    assert texts_of(gui_client.head_pieces(row, style)).startswith("גבא  ")
 
 
 @pytest.mark.parametrize(
@@ -28458,7 +28521,12 @@ def test_whatever_is_wrong_with_an_address_is_said_and_another_can_be_tried(runn
     alice.card.server.set(chat.address_text(*first.address))
     alice.card.name.set("")
     alice.card.enter()
-    assert alice.card.error.cget("text") == "please choose a name"
+    assert (error := alice.card.error).cget("text") == "please choose a name"
+    alice.look.want("light", "", "20")  # so that the dialog is larger than the screen
+    alice.card.enter()
+    alice.root.update()
+    below = error.winfo_rooty() + error.winfo_height()
+    assert error.winfo_viewable() and below <= alice.card.buttons.winfo_rooty()
     alice.card.name.set("alice 🙂")
     alice.card.enter()
     pump(alice, lambda: here(alice) == ["alice_🙂"])
@@ -28631,9 +28699,16 @@ def test_messages_are_answered_reacted_to_and_typing_is_shown(running, window):
     assert not alice.banner.shown
     bob.send(f"@+draft/react=\U0001f44d;+draft/reply={id_in(line)} TAGMSG #lobby\r\n")
     see(alice, " \U0001f44d 1 ")
-    row = alice.transcript.sheet.rows[-1]
-    alice.messages.act("react \U0001f44d", row)
-    see(alice, " \U0001f44d 2 ")
+    alice.look.signs["\U0001f44d"] = False  # no font has it
+    alice.transcript.redraw_all()
+    see(alice, " [thumbs up sign] 1 ")
+    alice.root.update()
+    text = alice.transcript.text
+    x, y, *_ = text.bbox(text.search("thumbs", "1.0"))
+    text.event_generate("<Button-1>", x=x + 1, y=y + 1)
+    text.event_generate("<ButtonRelease-1>", x=x + 1, y=y + 1)
+    see(alice, " [thumbs up sign] 2 ")
+    alice.look.signs["\U0001f44d"] = True
     alice.messages.act("react \U0001f44d", alice.transcript.sheet.rows[-1])
     see(alice, " \U0001f44d 1 ")
     bob.send("@+typing=active TAGMSG #lobby\r\n")
@@ -28761,12 +28836,22 @@ def test_the_look_follows_the_settings(running, window, folder):
     assert alice.settings.fields["theme"].value == "dark"
     assert alice.settings.fields["size"].content == str(size + 1)
     alice.settings.fields["time"].set("%H:%M:%S")
+    for name, value in (("theme", "light"), ("font", "Courier"), ("time", "%M")):  # as by /set
+        alice.model.do("set", name, value)
+    pump(alice, lambda: alice.settings.fields["font"].content == "Courier")
+    assert alice.settings.fields["theme"].value == "light"
+    assert alice.settings.fields["time"].content == "%H:%M:%S"  # which is being typed
+    alice.model.do("set", "theme", "dark")
     alice.settings.done()
     pump(alice, lambda: alice.transcript.sheet.style.clock == "%H:%M:%S")
     alice.close()
     pump(alice, lambda: alice.gone)
+    memory = gui_client.Remembered(folder)
+    memory.write("look", memory.words("look") | {"geometry": "9999x9999+9+9"})
     again = at_home(window(server.address, **state))
     assert again.look.colours is gui_client.DARK and again.look.size == size + 1
+    again.root.update()
+    assert again.look.em < again.root.winfo_screenheight() - again.root.winfo_height() < 90
 
 
 def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
@@ -28803,6 +28888,19 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     assert alice.root.focus_lastfor() is choice
 
 
+def test_what_is_said_of_a_setting_is_broken_where_there_is_little_room(running, window):
+    alice = at_home(window(running().address))
+    alice.model.do("set", "size", "20")
+    pump(alice, lambda: alice.look.size == 20)
+    for _ in range(2):
+        alice.commands.open_settings()
+        alice.root.update()
+        abouts = alice.settings.abouts
+        assert all(about.winfo_reqwidth() <= about.winfo_width() + 1 for about in abouts)
+        assert len({about.winfo_height() for about in abouts}) > 1
+        alice.settings.done()
+
+
 @pytest.mark.parametrize("dialog", [False, True])
 def test_ctrl_q_closes_the_window_also_from_a_dialog(running, window, dialog):
     alice = at_home(window(running().address))
@@ -28817,6 +28915,8 @@ def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, 
     alice = at_home(window(running().address))
     alice.model.do("set", "size", "30")
     pump(alice, lambda: alice.look.size == 30)
+    alice.root.geometry("+300+200")
+    alice.root.update()
     alice.commands.open_settings()
     card = alice.settings
     alice.root.update()
@@ -28827,6 +28927,11 @@ def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, 
         return top >= 0 and top + field.winfo_height() <= card.page.winfo_height()
 
     assert in_sight(first) and not in_sight(last) and card.page.bar.winfo_ismapped()
+    assert alice.root.winfo_rooty() + alice.root.winfo_height() <= 700 == card.winfo_screenheight()
+    assert all(
+        about.winfo_rootx() + about.winfo_width() <= card.page.bar.winfo_rootx()
+        for about in card.abouts
+    )
     for _ in range(50) if way == "wheel" else ():
         first.event_generate("<Button-5>")
     if way == "focus":
@@ -28839,11 +28944,76 @@ def test_what_is_copied_from_the_messages_is_in_the_order_in_which_it_was_said(r
     bob = server.guest("bob")
     alice = at_home(window(server.address))
     text = alice.transcript.text
-    bob.send("שלום alice\nمرحبا 🍵\nplain\n")
+    said = f"שלום alice\nمرحبا 🍵\nwww.a.org/(א) {'(תה) 12! ' * 40}\nplain\n"
+    bob.send(said)
     see(alice, "plain\n")
     text.tag_add("sel", "1.0", "end")
     text.event_generate("<<Copy>>")
-    assert "שלום alice\nمرحبا 🍵\nplain\n" in (alice.root.clipboard_get())
+    assert said in alice.root.clipboard_get()
+    text.tag_remove("sel", "1.0", "end")
+    at = text.search("🍵", "1.0")
+    text.tag_add("sel", f"{at} linestart", f"{at} + 1 indices")
+    text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == "🍵"
+    panel = alice.panel
+    alice.show_page("topic", said)
+    alice.root.update()
+    panel.text.tag_add("sel", "1.0", "end - 1 chars")
+    panel.text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == said + "\n"
+    before = panel.text.count("1.0", "end", "lines")
+    alice.panes.restore({"panel": 12})
+    alice.panes.arrange()
+    pump(alice, lambda: panel.text.count("1.0", "end", "lines") > before)  # broken again
+    before = text.count("1.0", "end", "lines")
+    alice.commands.zoom(6)
+    pump(alice, lambda: text.count("1.0", "end", "lines") > before)
+    panel.show_results("תה", ((1, "#אבג", gui_client.chat.ViewEvent(chat.MESSAGE, said, "דהו")),))
+    assert panel.text.get("1.0", "1.end").startswith("והד  #גבא")
+
+
+def test_the_names_of_emoji_that_no_font_has_are_shown_and_their_signs_copied_and_sent(
+    running, window
+):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    look, text = alice.look, alice.transcript.text
+    assert look.has("a") and not look.has(gui_client.NO_SIGN)
+    look.signs["\U0001f375"] = False
+    bob.send("a 🍵, תה 🍵\n")
+    see(alice, "a [teacup without handle], הת [teacup without handle]\n")
+    at = text.search("[", "1.0")
+    text.tag_add("sel", at, f"{at} lineend")
+    text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == "🍵, תה 🍵"
+    alice.compose.set("")
+    alice.compose.event_generate("<<Paste>>")
+    assert alice.compose.content == "🍵, תה 🍵"
+
+
+def test_what_is_typed_from_right_to_left_is_shown_above_the_field_as_it_will_be_seen(
+    running, window
+):
+    alice = at_home(window(running().address))
+    field, shown = alice.compose, alice.preview
+
+    def preview():
+        alice.root.update()
+        return shown.get("1.0", "end-1c") if shown.winfo_ismapped() else None
+
+    field.set("🍵 hello")
+    assert preview() is None
+    field.set("first\nשלום 🍵 (תה)!")
+    assert preview() == "!(הת) 🍵 םולש"
+    field.mark_set("insert", "2.2")
+    field.event_generate("<KeyRelease>", keysym="Left")
+    alice.root.update()
+    assert shown.get(*shown.tag_ranges("chosen")) == "ו"
+    field.set("א" * 50_000)
+    assert len(preview()) <= 2 * gui_client.PREVIEWED
+    field.submit()
+    assert preview() is None
 
 
 def test_a_link_is_opened_by_a_click_and_the_user_told_if_it_cannot_be(
@@ -29437,6 +29607,34 @@ def test_the_main_menu_has_all_that_keys_have(running, window):
     pump(alice, lambda: alice.model.room.muted)
     choose_in_menu(alice, "Settings \u2026")
     assert alice.settings.shown
+
+
+def test_the_menu_of_a_channel_lets_all_of_it_call_the_user_and_leaves_it_open(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+
+    def choose(label):
+        press(alice, "Shift-F10", alice.sidebar.tree)
+        menu = [one for one in alice.sidebar.winfo_children() if one.winfo_class() == "Menu"][-1]
+        menu.invoke(label)
+        menu.unpost()
+
+    choose("Every message calls me")
+    pump(alice, lambda: alice.model.values["highlight"] == "#lobby")
+    bob.send("not to anyone\n")
+    see(alice, "not to anyone")
+    assert alice.transcript.sheet.rows[-1].view.called
+    choose("Only mentions call me")
+    pump(alice, lambda: alice.model.values["highlight"] == "")
+    choose("Leave, stay open")
+    pump(alice, lambda: not alice.model.room.inside)
+    see(alice, "you left #lobby; /close closes it")
+    see(alice, "not to anyone")
+    choose("Join")
+    pump(alice, lambda: alice.model.room.inside)
+    enter(alice, "/part")
+    pump(alice, lambda: alice.model.room is None or not alice.model.room.name)
 
 
 def test_the_desktop_is_told_of_calls_while_the_window_has_not_the_keys(
