@@ -2300,6 +2300,14 @@ class Channel:
             return
         raise Refused("CANNOT_SEND", text, self.name)
 
+    def parting_words(self, user: User, text: str) -> str:
+        """Return the reason for which a user leaves; "" if the user may not say it here."""
+        try:
+            self.check_can_send(user, text)
+        except Refused:
+            return ""
+        return text
+
     def banned(self, user: User, speaking: bool = False) -> bool:
         """Return whether a user may not join; with `speaking`, also whether a mute applies."""
 
@@ -4023,6 +4031,8 @@ def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
             forget_token(hub, user, token)
             hub.turn.changed.add(user)
     elif intended or not user.may_return:
+        if intended and not all(one.parting_words(user, reason) for one in user.channels):
+            reason = "Quit"
         remove_user(hub, user, reason, who)
     else:
         start_grace_period(hub, user)
@@ -4284,7 +4294,8 @@ def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
     """Leave a channel; return it."""
     channel = hub.find_channel(name)
     channel.member(who.user)
-    hub.emit(PART, who.user.source, channel.audience, cut(reason, REASON_BYTES), origin=who)
+    reason = channel.parting_words(who.user, cut(reason, REASON_BYTES))
+    hub.emit(PART, who.user.source, channel.audience, reason, origin=who)
     end_membership(hub, who.user, channel)
     return channel
 

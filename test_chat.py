@@ -7376,6 +7376,22 @@ alice< 403 alice #none :No such channel
 alice< :alice PART #b
 alice> PART
 alice< 461 alice PART :Not enough parameters; usage: PART <channel>{,<channel>} [<reason>]
+=== PART and QUIT: a user who may not speak gives no reason
++#a alice bob carol
+alice> MODE #a +mb m:carol
+alice< :alice MODE #a +mb m:carol!*@*
+bob< :alice MODE #a +mb m:carol!*@*
+carol< :alice MODE #a +mb m:carol!*@*
+bob> PART #a :my last words
+alice< :bob PART #a
+bob< :bob PART #a
+carol< :bob PART #a
+alice> MODE #a -m
+alice< :alice MODE #a -m
+carol< :alice MODE #a -m
+carol> QUIT :mine
+alice< :carol QUIT :Quit
+carol< ERROR :Closing link: Quit: mine
 === TOPIC: is read by all, set by operators, and cleared
 +#a alice bob
 bob> TOPIC #a
