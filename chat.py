@@ -5286,6 +5286,7 @@ KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
 NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest id of a target
 SPOKEN_KINDS = ", ".join(map("'{}'".format, SPOKEN))
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
+BOT_TAG = "bot"  # before the tags of an event whose source is a bot
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 EVENTS_AT_ONCE = 16  # in one statement, which costs two thirds of 16 statements of one row
 INSERT_EVENTS = INSERT_EVENT + f", ({', '.join('?' * 11)})" * (EVENTS_AT_ONCE - 1)
@@ -5445,8 +5446,8 @@ def sound_tags(text: str) -> str:
 def event_of(*row: Any) -> Event:
     """Return an event made of a row of the store, its COLUMNS."""
     id, time_ms, kind, name, address, username, about, text, author, tags = row
-    account = author[1:].rpartition("/")[0]
-    source = source_of(name, address, username, account)._replace(identity=author)
+    account, bot = author[1:].rpartition("/")[0], tags.partition(";")[0] == BOT_TAG
+    source = source_of(name, address, username, account, bot)._replace(identity=author)
     if not address:  # of the server, which has only a name
         source = source._replace(mask=name)
     return Event(id, time_ms, kind, source, None, text, about, None, tags and sound_tags(tags))
@@ -6338,7 +6339,8 @@ class Store:
         rows = [
             (
                 *(self.targets.get(target) or self._target(target, audience), id, when, kind),
-                *(who.name, who.address, text, who.username, about, who.identity, tags),
+                *(who.name, who.address, text, who.username, about, who.identity),
+                f"{BOT_TAG};{tags}" if who.bot else tags,
             )
             for id, when, kind, who, audience, text, about, _, tags in events
             if kind not in EPHEMERAL
@@ -7929,7 +7931,7 @@ class IrcFormat:
         if self.tagged:
             tags += f";msgid={self.ids.text(event.id)}"
             if event.source.bot:
-                tags += ";bot"
+                tags += f";{BOT_TAG}"
             if event.tags:
                 tags += f";{event.tags}"
         if self.accounts and event.source.account:

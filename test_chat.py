@@ -8607,6 +8607,8 @@ alice> MODE alice +B
 alice< :alice MODE alice +B
 alice> PRIVMSG #a :beep
 bob< @msgid=ID;bot :alice PRIVMSG #a :beep
+bob> CHATHISTORY LATEST #a * 1
+bob< @msgid=ID;bot :alice PRIVMSG #a :beep
 === REGISTER: a name becomes an account
 alice> REGISTER * * pw
 alice< FAIL REGISTER WEAK_PASSWORD alice :a password has at least 3 characters
