@@ -11270,8 +11270,9 @@ class Frame(NamedTuple):
 
 class FrameReader:
     """WebSocket frames in, lines out: each message is one line. `out` holds the frames to answer
-    with; `closed` is set by a close, or by a frame that no client may send; `fruitless` tells that
-    the last take() looked at frames and found no line in them."""
+    with; `closed` is set by a close, or by a frame that no client may send; `last` is the close to
+    answer with, behind all data (RFC 6455 section 5.5.1); `fruitless` tells that the last take()
+    looked at frames and found no line in them."""
 
     in_body = False
 
@@ -11282,7 +11283,7 @@ class FrameReader:
         self.parts: list[bytes] = []  # of a message that has not ended ...
         self.opcode = 0  # ... and its kind; 0 if there is none
         self.decoder: Any = None  # of its text
-        self.out = b""
+        self.out, self.last = b"", close_frame(1000)
         self.closed = self.fruitless = False
 
     @property
@@ -11389,7 +11390,7 @@ class FrameReader:
         self._close(code if payload else 1000)
 
     def _close(self, code: int, why: str = "") -> None:
-        self.out += close_frame(code, why)
+        self.last = close_frame(code, why)
         self.closed = True
         self.buffer.clear()
 
@@ -19895,7 +19896,8 @@ class Peer(Connection):
 
     def answer_frames(self) -> None:
         out, self.inbox.out = self.inbox.out, b""
-        super().write(out)
+        if out:
+            super().write(out)
         self.eof = self.eof or self.inbox.closed
 
     def heard_request(self) -> None:
@@ -20801,7 +20803,7 @@ class ActBeat:
             return False
         costs = WORK_OF_A_PIECE if in_body else WORK_PER_TOKEN
         line = peer.inbox.take()
-        if peer.inbox.out:
+        if peer.inbox.out or peer.inbox.closed:
             peer.answer_frames()
         if line is None:
             if peer.inbox.fruitless:
@@ -21239,8 +21241,8 @@ class Server:
             if peer.gone:
                 self.forget(peer)
             else:
-                if peer.frame_writer and not peer.inbox.closed:  # a WebSocket that is still open
-                    Connection.write(peer, close_frame(1000))
+                if peer.frame_writer:
+                    Connection.write(peer, peer.inbox.last)
                 Connection.close(peer)
                 if peer.web:
                     self.times.web_idle.add(peer)

@@ -12771,7 +12771,8 @@ def test_what_no_client_may_send_ends_the_websocket_with_the_right_code(frames, 
     reader.feed(b"".join(frames) + client_frame(1, b"more"))
     while reader.pending:
         assert reader.take() in (None,)
-    ((opcode, payload),) = frames_of(reader.out)
+    assert not reader.out
+    ((opcode, payload),) = frames_of(reader.last)
     assert opcode == 0x88 and int.from_bytes(payload[:2], "big") == code
     assert reader.closed and not reader.buffer
     reader.feed(client_frame(1, b"nothing is read any more"))
@@ -13881,15 +13882,24 @@ def test_clients_behind_a_proxy_are_counted_and_shown_as_themselves(running):
     assert known is None or known.peers == known.web == 0
 
 
-def test_a_websocket_that_the_server_ends_is_closed_with_a_code(running):
-    server = running()
-    with socket.create_connection(server.address) as web:
+CLOSING_FRAMES = {  # what a client sends last, with the code of the close that answers it
+    "QUIT": (client_frame(1, b"QUIT"), 1000),
+    "close": (client_frame(8, (1001).to_bytes(2, "big")), 1001),
+    "no frame": (b"\xff\xff", 1002),
+}
+
+
+@pytest.mark.parametrize("frames, code", CLOSING_FRAMES.values(), ids=CLOSING_FRAMES)
+def test_a_websocket_is_closed_with_a_code_behind_the_last_answer(running, frames, code):
+    with socket.create_connection(running().address) as web:
         web.sendall(HANDSHAKE.replace("\n", "\r\n").encode() + b"\r\n\r\n")
-        web.sendall(client_frame(1, b"QUIT"))
+        web.sendall(client_frame(1, b"PING last") + frames)
         data = b""
         while chunk := web.recv(65536):
             data += chunk
-        assert frames_of(data.partition(b"\r\n\r\n")[2])[-1] == (0x88, b"\x03\xe8")
+    told = frames_of(data.partition(b"\r\n\r\n")[2])
+    assert b":last" in told[0][1] and [opcode for opcode, _ in told].count(0x88) == 1
+    assert told[-1][0] == 0x88 and told[-1][1][:2] == code.to_bytes(2, "big")
 
 
 def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
