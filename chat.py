@@ -11699,7 +11699,11 @@ def open_websocket(session: WebSession, request: Request) -> None:
     lines.append(f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}")
     lines += [f"Sec-WebSocket-Protocol: {name}" for name in offered[:1]]
     opcode = SUBPROTOCOLS[offered[0]] if offered else TEXT_FRAME
-    return session.conn.upgrade("\r\n".join([*lines, "", ""]).encode(), opcode)
+    head = "\r\n".join([*lines, "", ""]).encode()
+    if not session.replies:
+        return session.conn.upgrade(head, opcode)
+    # The answers to earlier requests of this turn go first, and are no frames
+    return session.later(READ_LANE, do_nothing, then=lambda _: session.conn.upgrade(head, opcode))
 
 
 @on_request("GET", "/sw.js", "/manifest.webmanifest", "/icon.svg")

@@ -13882,6 +13882,19 @@ def test_clients_behind_a_proxy_are_counted_and_shown_as_themselves(running):
     assert known is None or known.peers == known.web == 0
 
 
+def test_a_handshake_is_answered_behind_the_request_before_it(running):
+    with socket.create_connection(running().address) as web:
+        requests = f"GET /nowhere HTTP/1.1\nHost: localhost\n\n{HANDSHAKE}\n\n"
+        web.sendall(requests.replace("\n", "\r\n").encode() + client_frame(1, b"QUIT"))
+        data = b""
+        while chunk := web.recv(65536):
+            data += chunk
+    found, _, rest = data.partition(b"no such page\n")
+    head, _, frames = rest.partition(b"\r\n\r\n")
+    assert found.startswith(b"HTTP/1.1 404 ") and head.startswith(b"HTTP/1.1 101 ")
+    assert [opcode for opcode, _ in frames_of(frames)] == [0x81, 0x88]
+
+
 CLOSING_FRAMES = {  # what a client sends last, with the code of the close that answers it
     "QUIT": (client_frame(1, b"QUIT"), 1000),
     "close": (client_frame(8, (1001).to_bytes(2, "big")), 1001),
