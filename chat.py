@@ -9259,9 +9259,11 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
 @in_steps
 def irc_away(session: IrcSession, reason: str = "") -> Steps:
     """AWAY [<reason>] -- say that you are not here, or without a reason that you are back"""
-    if session.user:
+    # Beside others, a connection without its user says nothing about the user (draft/pre-away)
+    unattended = reason == "*" and "draft/pre-away" in session.capabilities
+    if session.user and not (unattended and len(session.user.live) > 1):
         yield do(session.act, "set_away", reason)
-    else:
+    elif not session.user:
         session.away = cut(reason, REASON_BYTES)
     session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
 

@@ -11615,6 +11615,17 @@ def test_what_a_device_says_of_its_user_before_it_joins_it_is_kept_and_told():
     assert [x.params[-1] for x in of(told, "761", "AWAY")] == ["x", "at lunch"]
 
 
+@pytest.mark.parametrize("alone, away", [(False, "at lunch"), (True, "*")])
+def test_a_connection_without_its_user_says_nothing_about_the_user_beside_others(alone, away):
+    house = House()
+    account(house, "alice")
+    for label in ("phone",) if alone else ("phone", "desk"):
+        device(house, label, "alice", caps="draft/pre-away")
+    assert refused(ask(house, label, "AWAY :at lunch"), "306")
+    assert refused(ask(house, "phone", "AWAY *"), "306")
+    assert house.hub.users["alice"].away == away
+
+
 def test_values_and_keys_of_metadata_arrive_whole_behind_the_longest_names():
     house = House(name="irc.some-long-organization-name.example.org")
     name, key = "й" * chat.NAME_CHARACTERS, "k" * chat.METADATA_KEY_BYTES
