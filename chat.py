@@ -4327,6 +4327,8 @@ def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
     channel.require_inside(who)
     if "t" in channel.flags:
         channel.require(who)
+    elif not who.operator:
+        channel.check_can_send(user, topic)
     if len(topic.encode()) > TOPIC_BYTES:
         raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
     channel.topic = topic

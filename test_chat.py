@@ -7376,7 +7376,7 @@ alice< 403 alice #none :No such channel
 alice< :alice PART #b
 alice> PART
 alice< 461 alice PART :Not enough parameters; usage: PART <channel>{,<channel>} [<reason>]
-=== PART and QUIT: a user who may not speak gives no reason
+=== PART, QUIT and TOPIC: a user who may not speak gives no reason and sets no topic
 +#a alice bob carol
 alice> MODE #a +mb m:carol
 alice< :alice MODE #a +mb m:carol!*@*
@@ -7386,9 +7386,11 @@ bob> PART #a :my last words
 alice< :bob PART #a
 bob< :bob PART #a
 carol< :bob PART #a
-alice> MODE #a -m
-alice< :alice MODE #a -m
-carol< :alice MODE #a -m
+alice> MODE #a -mt
+alice< :alice MODE #a -mt
+carol< :alice MODE #a -mt
+carol> TOPIC #a :mine
+carol< 404 carol #a :Cannot send to channel; you may not speak in #a
 carol> QUIT :mine
 alice< :carol QUIT :Quit
 carol< ERROR :Closing link: Quit: mine
