@@ -2425,21 +2425,22 @@ class Channel:
     def set_mask(self, change: ModeChange, setter: str, now: int) -> ModeChange | None:
         if re.match(":[0-9a-fA-F]", change.value):  # ::1 at the end of a line, see Mask
             change = change._replace(value=f"0:{change.value}")
-        if not is_word(change.value, MASK_BYTES):
-            raise self._bad_value(change, f"a mask is one word of at most {MASK_BYTES} bytes")
         masks, mask = self.lists[change.letter], full_mask(change.value)
-        key, change = fold(mask), change._replace(value=mask)
-        if not change.on:
-            return change if masks.pop(key, None) else None
+        key, full = fold(mask), change._replace(value=mask)
+        if change.value and not change.on and key in masks:
+            del masks[key]
+            return full
+        if not (is_word(change.value, MASK_BYTES) and is_word(mask, MASK_BYTES)):
+            raise self._bad_value(change, f"a mask is one word of at most {MASK_BYTES} bytes")
         if is_network(mask):
-            raise self._bad_value(change, NO_NETWORKS)
-        if key in masks:
+            raise self._bad_value(full, NO_NETWORKS)
+        if not change.on or key in masks:
             return None
         if len(masks) >= MASKS_A_LIST:
             text = f"{MASKS_A_LIST} masks at most"
             raise Refused("LIST_FULL", text, self.name, mask)
         masks[key] = Mask(mask, setter, now)
-        return change
+        return full
 
     # As an audience
 

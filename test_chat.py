@@ -4144,6 +4144,16 @@ def test_a_word_with_a_dot_or_a_colon_is_the_host_of_a_mask(text, mask):
     assert chat.full_mask(text) == mask == chat.full_mask(mask)
 
 
+def test_the_longest_mask_is_removed_as_it_is_listed_and_a_longer_one_is_refused():
+    house, most = irc_house("#a", alice=""), chat.MASK_BYTES - len("!*@*")
+    asked(house, "alice", f"MODE #a +b {'b' * most}")
+    (listed,) = [x.params[2] for x in of(asked(house, "alice", "MODE #a b"), "367")]
+    assert listed == f"{'b' * most}!*@*"
+    assert of(asked(house, "alice", f"MODE #a -b {listed}"), "MODE")
+    assert of(asked(house, "alice", f"MODE #a +b {'b' * (most + 1)}"), "696")
+    assert not of(asked(house, "alice", "MODE #a b"), "367")
+
+
 @pytest.mark.parametrize("mask", ["dora!*@*", "m:dora!*@*"])
 def test_netcat_does_not_escape_a_ban_by_another_name(mask):
     house = irc_house("#a", alice="")
