@@ -4243,6 +4243,16 @@ def test_a_word_with_a_dot_or_a_colon_is_the_host_of_a_mask(text, mask):
     assert chat.full_mask(text) == mask == chat.full_mask(mask)
 
 
+def test_the_longest_mask_is_removed_as_it_is_listed_and_a_longer_one_is_refused():
+    house, most = irc_house("#a", alice=""), chat.MASK_BYTES - len("!*@*")
+    asked(house, "alice", f"MODE #a +b {'b' * most}")
+    (listed,) = [x.params[2] for x in of(asked(house, "alice", "MODE #a b"), "367")]
+    assert listed == f"{'b' * most}!*@*"
+    assert of(asked(house, "alice", f"MODE #a -b {listed}"), "MODE")
+    assert of(asked(house, "alice", f"MODE #a +b {'b' * (most + 1)}"), "696")
+    assert not of(asked(house, "alice", "MODE #a b"), "367")
+
+
 @pytest.mark.parametrize("mask", ["dora!*@*", "m:dora!*@*"])
 def test_netcat_does_not_escape_a_ban_by_another_name(mask):
     house = irc_house("#a", alice="")
@@ -7475,6 +7485,24 @@ alice< 403 alice #none :No such channel
 alice< :alice PART #b
 alice> PART
 alice< 461 alice PART :Not enough parameters; usage: PART <channel>{,<channel>} [<reason>]
+=== PART, QUIT and TOPIC: a user who may not speak gives no reason and sets no topic
++#a alice bob carol
+alice> MODE #a +mb m:carol
+alice< :alice MODE #a +mb m:carol!*@*
+bob< :alice MODE #a +mb m:carol!*@*
+carol< :alice MODE #a +mb m:carol!*@*
+bob> PART #a :my last words
+alice< :bob PART #a
+bob< :bob PART #a
+carol< :bob PART #a
+alice> MODE #a -mt
+alice< :alice MODE #a -mt
+carol< :alice MODE #a -mt
+carol> TOPIC #a :mine
+carol< 404 carol #a :Cannot send to channel; you may not speak in #a
+carol> QUIT :mine
+alice< :carol QUIT :Quit
+carol< ERROR :Closing link: Quit: mine
 === TOPIC: is read by all, set by operators, and cleared
 +#a alice bob
 bob> TOPIC #a
@@ -8689,6 +8717,8 @@ bob< CAP bob ACK :message-tags
 alice> MODE alice +B
 alice< :alice MODE alice +B
 alice> PRIVMSG #a :beep
+bob< @msgid=ID;bot :alice PRIVMSG #a :beep
+bob> CHATHISTORY LATEST #a * 1
 bob< @msgid=ID;bot :alice PRIVMSG #a :beep
 === REGISTER: a name becomes an account
 alice> REGISTER * * pw
@@ -11696,6 +11726,17 @@ def test_what_a_device_says_of_its_user_before_it_joins_it_is_kept_and_told():
     assert [x.params[-1] for x in of(told, "761", "AWAY")] == ["x", "at lunch"]
 
 
+@pytest.mark.parametrize("alone, away", [(False, "at lunch"), (True, "*")])
+def test_a_connection_without_its_user_says_nothing_about_the_user_beside_others(alone, away):
+    house = House()
+    account(house, "alice")
+    for label in ("phone",) if alone else ("phone", "desk"):
+        device(house, label, "alice", caps="draft/pre-away")
+    assert refused(ask(house, label, "AWAY :at lunch"), "306")
+    assert refused(ask(house, "phone", "AWAY *"), "306")
+    assert house.hub.users["alice"].away == away
+
+
 def test_values_and_keys_of_metadata_arrive_whole_behind_the_longest_names():
     house = House(name="irc.some-long-organization-name.example.org")
     name, key = "й" * chat.NAME_CHARACTERS, "k" * chat.METADATA_KEY_BYTES
@@ -12852,7 +12893,8 @@ def test_what_no_client_may_send_ends_the_websocket_with_the_right_code(frames, 
     reader.feed(b"".join(frames) + client_frame(1, b"more"))
     while reader.pending:
         assert reader.take() in (None,)
-    ((opcode, payload),) = frames_of(reader.out)
+    assert not reader.out
+    ((opcode, payload),) = frames_of(reader.last)
     assert opcode == 0x88 and int.from_bytes(payload[:2], "big") == code
     assert reader.closed and not reader.buffer
     reader.feed(client_frame(1, b"nothing is read any more"))
@@ -13962,15 +14004,37 @@ def test_clients_behind_a_proxy_are_counted_and_shown_as_themselves(running):
     assert known is None or known.peers == known.web == 0
 
 
-def test_a_websocket_that_the_server_ends_is_closed_with_a_code(running):
-    server = running()
-    with socket.create_connection(server.address) as web:
-        web.sendall(HANDSHAKE.replace("\n", "\r\n").encode() + b"\r\n\r\n")
-        web.sendall(client_frame(1, b"QUIT"))
+def test_a_handshake_is_answered_behind_the_request_before_it(running):
+    with socket.create_connection(running().address) as web:
+        requests = f"GET /nowhere HTTP/1.1\nHost: localhost\n\n{HANDSHAKE}\n\n"
+        web.sendall(requests.replace("\n", "\r\n").encode() + client_frame(1, b"QUIT"))
         data = b""
         while chunk := web.recv(65536):
             data += chunk
-        assert frames_of(data.partition(b"\r\n\r\n")[2])[-1] == (0x88, b"\x03\xe8")
+    found, _, rest = data.partition(b"no such page\n")
+    head, _, frames = rest.partition(b"\r\n\r\n")
+    assert found.startswith(b"HTTP/1.1 404 ") and head.startswith(b"HTTP/1.1 101 ")
+    assert [opcode for opcode, _ in frames_of(frames)] == [0x81, 0x88]
+
+
+CLOSING_FRAMES = {  # what a client sends last, with the code of the close that answers it
+    "QUIT": (client_frame(1, b"QUIT"), 1000),
+    "close": (client_frame(8, (1001).to_bytes(2, "big")), 1001),
+    "no frame": (b"\xff\xff", 1002),
+}
+
+
+@pytest.mark.parametrize("frames, code", CLOSING_FRAMES.values(), ids=CLOSING_FRAMES)
+def test_a_websocket_is_closed_with_a_code_behind_the_last_answer(running, frames, code):
+    with socket.create_connection(running().address) as web:
+        web.sendall(HANDSHAKE.replace("\n", "\r\n").encode() + b"\r\n\r\n")
+        web.sendall(client_frame(1, b"PING last") + frames)
+        data = b""
+        while chunk := web.recv(65536):
+            data += chunk
+    told = frames_of(data.partition(b"\r\n\r\n")[2])
+    assert b":last" in told[0][1] and [opcode for opcode, _ in told].count(0x88) == 1
+    assert told[-1][0] == 0x88 and told[-1][1][:2] == code.to_bytes(2, "big")
 
 
 def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
