@@ -2595,7 +2595,7 @@ NO_SIGN = "\U0010fffd"  # for which no font has a picture
 # Emoji beyond the basic plane; draws_emoji() is about all of them
 EMOJI = re.compile("[\U0001f000-\U0001faff]")
 SAFE_XFT = 20305  # libXft 2.3.5 draws coloured glyphs; before, one ended the whole program
-SMALLEST, LARGEST = 6, 40  # points of a font
+SMALLEST, LARGEST = chat.SETTINGS["size"].range  # points of a font
 PROBE_SECONDS = 2
 LOOK_SETTINGS = ("theme", "font", "size")
 

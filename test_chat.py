@@ -111,11 +111,110 @@ def in_turn(cases, *others):
 SCREEN = os.environ.get("CHAT_SCREEN", "")
 
 
+class TwoProcesses:
+    """A plugin of pytest: a copy of this process runs about half of the tests.
+
+    Many tests wait for programs that they start, and two processes make use of two cores. Each
+    takes the index of its next test from a pipe; the copy leaves its reports in a file. The last
+    test begins when the copy has ended."""
+
+    NAME = "two processes"
+
+    def __init__(self):
+        self.process = None  # of the copy; 0 in the copy itself; None if there is none
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        """Make the copy if there are many tests."""
+        option, self.items = session.config.option, session.items
+        alone = option.collectonly or option.usepdb or "PYTEST_XDIST_WORKER" in os.environ
+        if alone or session.testsfailed or len(self.items) < 1000 or os.cpu_count() == 1:
+            session.config.pluginmanager.unregister(self)
+            return
+        self.session, self.config = session, session.config
+        self.index, self.mine = -1, -1  # of the test that pytest is at, and of the next to run
+        self.missing = len(self.items)  # tests that have no result yet
+        self.reports, self.logged = tempfile.TemporaryFile(), 0  # noqa: SIM115
+        reader, writer = os.pipe()
+        os.write(writer, b"".join(n.to_bytes(4, "big") for n in range(len(self.items) - 1)))
+        os.close(writer)
+        self.indices = open(reader, "rb", buffering=0)  # noqa: SIM115
+        plugin = self.config.pluginmanager.get_plugin
+        if terminal := plugin("terminalreporter"):
+            terminal.flush()
+        self.process = os.fork()
+        if self.process == 0:
+            for name in ("terminalreporter", "lfplugin", "nfplugin", "stepwiseplugin"):
+                if plugin(name):
+                    self.config.pluginmanager.unregister(name=name)
+            plugin("capturemanager").stop_global_capturing()  # its files are shared
+            plugin("capturemanager").start_global_capturing()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self):
+        """Return True for a test that the other process runs."""
+        self.index += 1
+        if self.process:
+            self._log_reports()
+        if self.index == len(self.items) - 1:
+            return self._wait() if self.process else self._end()
+        if self.mine < self.index:
+            index = self.indices.read(4)
+            self.mine = int.from_bytes(index, "big") if index else len(self.items)
+        return None if self.mine == self.index else True
+
+    def pytest_runtest_logreport(self, report):
+        self.missing -= report.when == "teardown"
+        if self.process == 0:
+            hook = self.config.hook.pytest_report_to_serializable
+            data = json.dumps(hook(config=self.config, report=report))
+            os.write(self.reports.fileno(), data.encode() + b"\n")
+
+    def _log_reports(self):
+        """Log the reports that the copy has made since the last time."""
+        size = os.fstat(self.reports.fileno()).st_size - self.logged
+        for line in os.pread(self.reports.fileno(), size, self.logged).splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                self.logged += len(line)
+                self._log(json.loads(line))
+
+    def _log(self, data):
+        hook = self.config.hook
+        report = hook.pytest_report_from_serializable(config=self.config, data=data)
+        if isinstance(report.longrepr, list):  # of a skipped test
+            report.longrepr = tuple(report.longrepr)
+        hook.pytest_runtest_logreport(report=report)
+        if report.when == "teardown":
+            hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+
+    def _wait(self):
+        """Log the last reports of the copy. Raises Failed if it has ended too early."""
+        process, self.process = self.process, None
+        _, status = os.waitpid(process, 0)
+        self._log_reports()
+        if self.missing > 1 and not self.session.shouldfail:
+            text = f"the second process has ended with {status}: {self.missing - 1} tests not run"
+            raise self.session.Failed(text)
+
+    def _end(self):
+        """End the copy."""
+        self.config.hook.pytest_sessionfinish(session=self.session, exitstatus=0)
+        os._exit(0)
+
+    def pytest_sessionfinish(self):
+        if self.process:  # the run ends early: so does the copy
+            self.indices.read()
+            os.waitpid(self.process, 0)
+
+
 def pytest_generate_tests(metafunc):
     """Skip the tests that belong to another process of this run."""
     drawn = bool({"display", "chromium"} & set(metafunc.fixturenames))
     if SCREEN and drawn != (SCREEN == "only"):
         pytest.mark.skip("CHAT_SCREEN")(metafunc.function)
+    plugins = metafunc.config.pluginmanager
+    if not plugins.has_plugin(TwoProcesses.NAME):
+        plugins.register(TwoProcesses(), TwoProcesses.NAME)
 
 
 class Bugs(logging.Handler):
@@ -4144,6 +4243,16 @@ def test_a_word_with_a_dot_or_a_colon_is_the_host_of_a_mask(text, mask):
     assert chat.full_mask(text) == mask == chat.full_mask(mask)
 
 
+def test_the_longest_mask_is_removed_as_it_is_listed_and_a_longer_one_is_refused():
+    house, most = irc_house("#a", alice=""), chat.MASK_BYTES - len("!*@*")
+    asked(house, "alice", f"MODE #a +b {'b' * most}")
+    (listed,) = [x.params[2] for x in of(asked(house, "alice", "MODE #a b"), "367")]
+    assert listed == f"{'b' * most}!*@*"
+    assert of(asked(house, "alice", f"MODE #a -b {listed}"), "MODE")
+    assert of(asked(house, "alice", f"MODE #a +b {'b' * (most + 1)}"), "696")
+    assert not of(asked(house, "alice", "MODE #a b"), "367")
+
+
 @pytest.mark.parametrize("mask", ["dora!*@*", "m:dora!*@*"])
 def test_netcat_does_not_escape_a_ban_by_another_name(mask):
     house = irc_house("#a", alice="")
@@ -7376,6 +7485,24 @@ alice< 403 alice #none :No such channel
 alice< :alice PART #b
 alice> PART
 alice< 461 alice PART :Not enough parameters; usage: PART <channel>{,<channel>} [<reason>]
+=== PART, QUIT and TOPIC: a user who may not speak gives no reason and sets no topic
++#a alice bob carol
+alice> MODE #a +mb m:carol
+alice< :alice MODE #a +mb m:carol!*@*
+bob< :alice MODE #a +mb m:carol!*@*
+carol< :alice MODE #a +mb m:carol!*@*
+bob> PART #a :my last words
+alice< :bob PART #a
+bob< :bob PART #a
+carol< :bob PART #a
+alice> MODE #a -mt
+alice< :alice MODE #a -mt
+carol< :alice MODE #a -mt
+carol> TOPIC #a :mine
+carol< 404 carol #a :Cannot send to channel; you may not speak in #a
+carol> QUIT :mine
+alice< :carol QUIT :Quit
+carol< ERROR :Closing link: Quit: mine
 === TOPIC: is read by all, set by operators, and cleared
 +#a alice bob
 bob> TOPIC #a
@@ -8590,6 +8717,8 @@ bob< CAP bob ACK :message-tags
 alice> MODE alice +B
 alice< :alice MODE alice +B
 alice> PRIVMSG #a :beep
+bob< @msgid=ID;bot :alice PRIVMSG #a :beep
+bob> CHATHISTORY LATEST #a * 1
 bob< @msgid=ID;bot :alice PRIVMSG #a :beep
 === REGISTER: a name becomes an account
 alice> REGISTER * * pw
@@ -11597,6 +11726,17 @@ def test_what_a_device_says_of_its_user_before_it_joins_it_is_kept_and_told():
     assert [x.params[-1] for x in of(told, "761", "AWAY")] == ["x", "at lunch"]
 
 
+@pytest.mark.parametrize("alone, away", [(False, "at lunch"), (True, "*")])
+def test_a_connection_without_its_user_says_nothing_about_the_user_beside_others(alone, away):
+    house = House()
+    account(house, "alice")
+    for label in ("phone",) if alone else ("phone", "desk"):
+        device(house, label, "alice", caps="draft/pre-away")
+    assert refused(ask(house, label, "AWAY :at lunch"), "306")
+    assert refused(ask(house, "phone", "AWAY *"), "306")
+    assert house.hub.users["alice"].away == away
+
+
 def test_values_and_keys_of_metadata_arrive_whole_behind_the_longest_names():
     house = House(name="irc.some-long-organization-name.example.org")
     name, key = "й" * chat.NAME_CHARACTERS, "k" * chat.METADATA_KEY_BYTES
@@ -12753,7 +12893,8 @@ def test_what_no_client_may_send_ends_the_websocket_with_the_right_code(frames, 
     reader.feed(b"".join(frames) + client_frame(1, b"more"))
     while reader.pending:
         assert reader.take() in (None,)
-    ((opcode, payload),) = frames_of(reader.out)
+    assert not reader.out
+    ((opcode, payload),) = frames_of(reader.last)
     assert opcode == 0x88 and int.from_bytes(payload[:2], "big") == code
     assert reader.closed and not reader.buffer
     reader.feed(client_frame(1, b"nothing is read any more"))
@@ -13863,15 +14004,37 @@ def test_clients_behind_a_proxy_are_counted_and_shown_as_themselves(running):
     assert known is None or known.peers == known.web == 0
 
 
-def test_a_websocket_that_the_server_ends_is_closed_with_a_code(running):
-    server = running()
-    with socket.create_connection(server.address) as web:
-        web.sendall(HANDSHAKE.replace("\n", "\r\n").encode() + b"\r\n\r\n")
-        web.sendall(client_frame(1, b"QUIT"))
+def test_a_handshake_is_answered_behind_the_request_before_it(running):
+    with socket.create_connection(running().address) as web:
+        requests = f"GET /nowhere HTTP/1.1\nHost: localhost\n\n{HANDSHAKE}\n\n"
+        web.sendall(requests.replace("\n", "\r\n").encode() + client_frame(1, b"QUIT"))
         data = b""
         while chunk := web.recv(65536):
             data += chunk
-        assert frames_of(data.partition(b"\r\n\r\n")[2])[-1] == (0x88, b"\x03\xe8")
+    found, _, rest = data.partition(b"no such page\n")
+    head, _, frames = rest.partition(b"\r\n\r\n")
+    assert found.startswith(b"HTTP/1.1 404 ") and head.startswith(b"HTTP/1.1 101 ")
+    assert [opcode for opcode, _ in frames_of(frames)] == [0x81, 0x88]
+
+
+CLOSING_FRAMES = {  # what a client sends last, with the code of the close that answers it
+    "QUIT": (client_frame(1, b"QUIT"), 1000),
+    "close": (client_frame(8, (1001).to_bytes(2, "big")), 1001),
+    "no frame": (b"\xff\xff", 1002),
+}
+
+
+@pytest.mark.parametrize("frames, code", CLOSING_FRAMES.values(), ids=CLOSING_FRAMES)
+def test_a_websocket_is_closed_with_a_code_behind_the_last_answer(running, frames, code):
+    with socket.create_connection(running().address) as web:
+        web.sendall(HANDSHAKE.replace("\n", "\r\n").encode() + b"\r\n\r\n")
+        web.sendall(client_frame(1, b"PING last") + frames)
+        data = b""
+        while chunk := web.recv(65536):
+            data += chunk
+    told = frames_of(data.partition(b"\r\n\r\n")[2])
+    assert b":last" in told[0][1] and [opcode for opcode, _ in told].count(0x88) == 1
+    assert told[-1][0] == 0x88 and told[-1][1][:2] == code.to_bytes(2, "big")
 
 
 def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
@@ -15435,6 +15598,7 @@ class Elsewhere:
         self.hears("001 alice :Welcome", "004 alice x ircd-1 a b")
         if tokens:
             self.hears(f"005 alice {' '.join(tokens)} :are supported by this server")
+        self.hears("422 alice :No MOTD")
         for room in list(self.core.rooms.values()):
             self.hears(f":alice!u@h JOIN {room.name}")
         self.sent()
@@ -15529,6 +15693,7 @@ def test_what_a_channel_is_is_for_the_server_to_say(tokens, target, where, chann
     assert alice.core.find(where).is_channel == channel
 
 
+LABELLING = "echo-message message-tags batch labeled-response"
 OWN_ECHOES = [  # capabilities, tokens, what the server makes of tags and text of `hi there`
     ("echo-message", [], "", "hi there"),
     ("echo-message message-tags", ["CLIENTTAGDENY=*"], "@msgid=1", "hi there"),
@@ -15812,20 +15977,82 @@ def test_a_refused_line_of_a_message_does_not_hide_that_the_next_message_is_refu
     assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["one \u2026", "another"]
 
 
-@pytest.mark.parametrize(
-    "line, told",
-    [
-        ("408 alice #lobby :No colours. Not sent: bad 5", "No colours. Not sent: bad 5: bad 5"),
-        ("404 alice #lobby :No", "No (this message, or one of the 4 after it): text 0"),
-    ],
-)
-def test_a_refused_message_is_found_by_its_text_or_said_to_be_one_of_several(line, told):
+FIVE = ["text 0", "text 1", "text 2", "bad 5", "text 4"]
+REFUSED_OF_FIVE = [  # errors about FIVE, and what the user is told
+    (["408 alice #lobby :No colours. Not sent: bad 5"], ["No colours. Not sent: bad 5: bad 5"]),
+    (["404 alice #lobby :No"], ["No (this message, or one of the 4 after it): text 0"]),
+    (
+        ["404 alice #lobby :No"] * 5,
+        [f"No: {text}" for text in FIVE],
+    ),
+    (
+        ["404 alice #lobby :No"] * 4,
+        [
+            f"No (this message, or one of the {4 - n} after it): {text}"
+            for n, text in enumerate(FIVE[:4])
+        ],
+    ),
+    (
+        ["408 alice #lobby :Not sent: bad 5", "404 alice #lobby :No"],
+        ["Not sent: bad 5: bad 5", "No: text 4"],  # those before bad 5 have passed
+    ),
+]
+
+
+def five_at_once(**options):
+    """Return a client that has sent five messages and a PING, and these lines."""
+    alice = Elsewhere(interactive=False, **options)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types(*FIVE)
+    return alice, alice.sent(30)
+
+
+@pytest.mark.parametrize("errors, told", REFUSED_OF_FIVE)
+def test_a_refused_message_is_found_by_its_text_or_by_order_or_said_to_be_one_of_several(
+    errors, told
+):
+    alice, sent = five_at_once()
+    alice.hears(*errors)
+    answer(alice, sent)
+    assert alice.kinds("failed") == [f"#lobby: {text}" for text in told]
+    assert alice.core.failures == len(told) and alice.core.idle
+
+
+def test_a_refusal_of_one_of_several_is_told_when_the_line_breaks_before_the_pong():
+    alice, _ = five_at_once()
+    alice.hears("404 alice #lobby :No")
+    assert alice.kinds("failed") == []
+    alice.views += alice.core.disconnected()
+    assert alice.kinds("failed")[0].endswith("No (this message, or one of the 4 after it): text 0")
+
+
+def test_after_a_refusal_messages_are_sent_alone_until_so_many_have_passed():
+    alice, sent = five_at_once()
+    alice.hears("404 alice #lobby :No")
+    answer(alice, sent)
+    alice.types(*(f"more {n}" for n in range(chat.SENT_ALONE + 8)))
+    groups, refused = [], 0
+    for _ in range(600):
+        group = alice.sent(2)
+        said = [line for line in group if "PRIVMSG" in line]
+        groups.append(said)
+        if said and refused < 3:
+            refused += 1
+            alice.hears("404 alice #lobby :No")
+            assert alice.kinds("failed")[-1] == f"#lobby: No: {said[0].partition(':')[2]}"
+        answer(alice, group)
+    assert alice.core.idle and alice.core.failures == 4
+
+
+def test_an_error_about_another_target_tells_that_earlier_messages_have_passed():
     alice = Elsewhere(interactive=False)
-    alice.core.outbox.window = 9
-    alice.types("text 0", "text 1", "bad 5", "text 2", "text 3")
-    alice.sent(9)
-    alice.hears(line)
-    assert alice.kinds("failed") == [f"#lobby: {told}"]
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types("one", "/msg bob two", "three")
+    sent = alice.sent(30)
+    alice.hears("401 alice bob :No such nick", "404 alice #lobby :No")
+    assert alice.kinds("failed") == ["bob: No such nick: two", "#lobby: No: three"]
+    answer(alice, sent)
+    assert alice.core.idle and alice.core.failures == 2
 
 
 COMMANDS_REFUSED = [  # typed, the server's answer, messages and commands that failed
@@ -15882,6 +16109,73 @@ def test_a_message_arrived_if_all_its_lines_come_back_even_with_other_words(
     assert alice.core.outbox.waiting == {} and alice.core.failures == len(lost)
     assert [text.rpartition(": ")[2].split(" ")[0] for text in alice.kinds("failed")] == lost
     assert len(alice.said()) == len(texts)
+
+
+LONG_WORDS = "word " * 60
+ALTERED = [  # texts sent at once, echoes, those that are lost, those in doubt; the others arrived
+    (["yes", "no"], ["***", "***"], [], []),
+    (["yes", "no", "why"], ["***"], [], ["yes", "no", "why"]),
+    (["yes", "no", "fine"], ["***", "fine"], [], ["yes", "no"]),
+    (["yes", "no", "fine"], ["***", "***", "fine"], [], []),
+    (["yes", "no", "fine"], ["fine"], ["yes", "no"], []),
+    (["yes", "no", "fine"], ["yes", "***"], [], ["no", "fine"]),
+    (["damn 1", "damn 2"], ["**** 2"], ["damn 1"], []),
+    (
+        ["damn it all", "my damn cat", "a damn fine tea"],
+        ["a **** fine tea"],
+        ["damn it all", "my damn cat"],
+        [],
+    ),
+    (["\x0304red", "\x0304blue"], ["blue"], ["red"], []),
+    ([f"{LONG_WORDS}a", f"{LONG_WORDS}b"], [LONG_WORDS], [], [f"{LONG_WORDS}a", f"{LONG_WORDS}b"]),
+    ([f"{LONG_WORDS}more", LONG_WORDS.strip()], [LONG_WORDS.strip()], [f"{LONG_WORDS}more"], []),
+    ([f"\x0304{LONG_WORDS}", "bye"], [LONG_WORDS[:120], "bye"], [], []),
+    (["hi", "hi", "ho"], ["hi", "ho"], ["hi"], []),
+]
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+@pytest.mark.parametrize("tokens", [[], ["CLIENTTAGDENY=*"]])
+@pytest.mark.parametrize("texts, echoes, lost, doubted", ALTERED)
+def test_of_a_burst_that_a_server_drops_and_changes_nothing_is_taken_for_arrived_that_is_not(
+    texts, echoes, lost, doubted, tokens, interactive
+):
+    caps = "echo-message message-tags" if tokens else "echo-message"
+    alice = Elsewhere(*tokens, caps=caps, interactive=interactive)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types(*texts)
+    sent = alice.sent(40)
+    said = [line for line in sent if "PRIVMSG" in line]
+    alice.hears(*[f":alice!u@h PRIVMSG #lobby :{echo}" for echo in echoes])
+    answer(alice, sent)
+    for _ in range(int(chat.ECHO_SECONDS) + 30):
+        lines = alice.sent(1)
+        said += [line for line in lines if "PRIVMSG" in line]
+        answer(alice, lines)
+    assert len(said) == len(texts)  # none again
+    failed = alice.kinds("failed")
+    quoted = lambda text: chat.beginning(text)[:40]  # noqa: E731
+    for group, reason in ((lost, chat.NOT_ECHOED), (doubted, chat.ECHO_UNCLEAR)):
+        told = [text for text in failed if reason in text]
+        assert len(told) == len(group)
+        assert all(quoted(text) in one for text, one in zip(group, told, strict=True))
+    waits = [one.text for one in alice.core.outbox.waiting.values()]
+    assert waits == (doubted if interactive else []) and alice.core.idle
+    assert len([text for text in alice.said() if "*alice" in text]) == len(texts)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_each_line_of_a_message_has_a_label_by_which_its_changed_echo_is_known(number):
+    alice = Elsewhere(caps=LABELLING, interactive=False)
+    alice.types("one\ntwo\nthree")
+    lines = [line for line in alice.sent(30) if "PRIVMSG" in line]
+    labels = [re.search("label=([^ ;]+)", line)[1] for line in lines]
+    for n, label in enumerate(labels):
+        swallowed = number and n == 1
+        echo = ":irc.example ACK" if swallowed else ":alice!u@h PRIVMSG #lobby :***"
+        alice.hears(f"@label={label} {echo}")
+    assert len(alice.kinds("failed")) == number == alice.core.failures
+    assert len(alice.said()) == 1 and alice.core.outbox.waiting == {}
 
 
 @pytest.mark.parametrize("line", ["@x", "PRIVMSG", "PRIVMSG ", "privmsg bob", "NICK", "PART", ":"])
@@ -16167,6 +16461,77 @@ def test_a_page_is_requested_though_a_command_waits_behind_a_message_that_waits_
     sent = alice.sent(9)
     assert sent[0].endswith(" next") and sent[1] == "WHOIS bob"
     assert alice.kinds("failed")[0].endswith("in doubt")
+
+
+QUEUED = [  # typed, the line that is sent, and that after NEW_NAMES
+    ("/kick bob out bob", "KICK #lobby bob :out bob", "KICK #new robert :out bob"),
+    ("/kick bob,carol", "KICK #lobby bob,carol", "KICK #new robert,carol"),
+    ("/whois bob", "WHOIS bob", "WHOIS robert"),
+    ("/whois BOB bob", "WHOIS BOB bob", "WHOIS robert robert"),
+    ("/who bob", "WHO bob", "WHO robert"),
+    ("/topic bob", "TOPIC #lobby bob", "TOPIC #new bob"),
+    ("/topic #lobby tea for bob", "TOPIC #lobby :tea for bob", "TOPIC #new :tea for bob"),
+    ("/invite bob", "INVITE bob #lobby", "INVITE robert #new"),
+    ("/invite carol #tea", "INVITE carol #tea", "INVITE carol #tea"),
+    ("/ban bob", "MODE #lobby +b bob!*@*", "MODE #new +b robert!*@*"),
+    ("/ban bob*!*@*", "MODE #lobby +b bob*!*@*", "MODE #new +b bob*!*@*"),
+    ("/unban bob", "MODE #lobby -b bob!*@*", "MODE #new -b bob!*@*"),
+    ("/op bob carol", "MODE #lobby +oo bob carol", "MODE #new +oo robert carol"),
+    ("/devoice #lobby bob", "MODE #lobby -v bob", "MODE #new -v robert"),
+    ("/mode +k-o bob bob", "MODE #lobby +k-o bob bob", "MODE #new +k-o bob robert"),
+    ("/mode alice +i", "MODE alice +i", "MODE anna +i"),
+    ("/mode", "MODE #lobby", "MODE #new"),
+    ("/names", "NAMES #lobby", "NAMES #new"),
+    ("/list #lobby", "LIST #lobby", "LIST #new"),
+    ("/part", "PART #lobby", "PART #new"),
+    ("/notice bob for bob", "NOTICE bob :for bob", "NOTICE robert :for bob"),
+    ("/notice @#lobby hi", "NOTICE @#lobby hi", "NOTICE @#new hi"),
+    ("/msg +#lobby hi", "PRIVMSG +#lobby hi", "PRIVMSG +#new hi"),
+    ("/ctcp bob version", "PRIVMSG bob \x01VERSION\x01", "PRIVMSG robert \x01VERSION\x01"),
+    ("/disown #lobby", "PRIVMSG NickServ :DISOWN #lobby", "PRIVMSG NickServ :DISOWN #new"),
+    ("/raw @x=1 TAGMSG bob", "@x=1 TAGMSG bob", "@x=1 TAGMSG robert"),
+    ("/raw KILL bob :bye", "KILL bob :bye", "KILL robert bye"),
+    ("/history 5", "CHATHISTORY LATEST #lobby * 5", "CHATHISTORY LATEST #new * 5"),
+    ("/search tea", "SEARCH in=#lobby;text=tea", "SEARCH in=#new;text=tea"),
+    ("/nick bob", "NICK bob", "NICK bob"),
+    ("/away with bob", "AWAY :with bob", "AWAY :with bob"),
+]
+NEW_NAMES = (":bob!u@h NICK robert", ":alice!u@h NICK anna", ":op!u@h RENAME #lobby #new :moved")
+
+
+@pytest.mark.parametrize("typed, line, after", QUEUED)
+def test_a_command_that_waits_is_about_the_user_and_the_channel_that_were_meant(typed, line, after):
+    caps = f"{PAGES_OF} soju.im/search"
+    for heard, wanted in (((), line), (NEW_NAMES, after)):
+        alice = Elsewhere("STATUSMSG=@+", caps=caps)
+        alice.hears("BATCH +1 chathistory #lobby", "BATCH -1")
+        alice.sent(30)
+        alice.core.talk.budget.tokens = -2.0
+        alice.types(typed)
+        assert alice.sent() == []
+        alice.hears(*heard)
+        assert wanted in alice.sent(30)
+
+
+def test_the_answer_to_a_command_that_waited_is_shown_under_the_new_name():
+    alice = Elsewhere()
+    alice.core.talk.budget.tokens = -2.0
+    alice.types("/names", "/ban bob", "/unban bob")
+    alice.hears(*NEW_NAMES)
+    modes = ["MODE #new +b robert!*@*", "MODE #new -b robert!*@*"]
+    assert alice.sent(30) == ["NAMES #new", *modes]  # the second ends the first
+    alice.hears("353 anna = #new :anna robert", "366 anna #new :End")
+    assert "anna, robert" in alice.kinds("people")
+
+
+def test_commands_that_wait_for_a_user_who_leaves_do_not_reach_the_next_one_of_that_nick():
+    alice = Elsewhere()
+    alice.core.talk.budget.tokens = -2.0
+    alice.types("/notice bob secret", "/op bob", "/kick bob", "/invite bob #b", "/whois bob")
+    alice.types("/ban bob")
+    alice.hears(":bob!u@h QUIT :gone")
+    assert alice.sent(30) == ["WHOIS bob", "MODE #lobby +b bob!*@*"]
+    assert "not sent, bob has left: NOTICE, MODE, KICK, INVITE" in alice.kinds("note")
 
 
 def test_a_pong_without_our_token_confirms_the_oldest_ping():
@@ -17265,6 +17630,122 @@ def test_channels_that_this_server_tells_apart_are_two_from_the_start():
     alice.types("/ignore \xc4rger!*@*")
     alice.hears(":\xc4rger!u@h PRIVMSG #lobby :no", ":\xe4rger!u@h PRIVMSG #lobby :yes")
     assert alice.said() == ["#lobby \xe4rger: yes"]
+
+
+def lived(mapping, *lines, db=None, texts=(), **options):
+    """Return a client, perhaps one started again, on a server with that CASEMAPPING."""
+    clock = itertools.count(1_767_225_600)
+    kept = {"store": chat.ClientStore(db, "s", "alice")} if db else {}
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 0.0, [], []
+    alice.core = chat.ClientCore(
+        "alice", kind=chat.IRC, join=(), clock=lambda: next(clock), **kept, **options
+    )
+    alice.connect(*[f"CASEMAPPING={mapping}"] if mapping else [])
+    return alice.hears(*lines).types(*texts)
+
+
+def told_of(room):
+    return [f"{view.name}: {view.text}" for view in room.views if view.kind == "message"]
+
+
+TWO_USERS = (
+    ":[x]!u@h PRIVMSG alice :one",
+    ":{x}!u@h PRIVMSG alice :two",
+    ":[x]!u@h PRIVMSG alice :three",
+)
+THREE = ["[x]: one", "{x}: two", "[x]: three"]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("after", ["rfc1459", None])
+@pytest.mark.parametrize("looked_at", ["[x]", "{x}"])
+def test_two_conversations_that_are_one_to_the_server_become_one(stored, after, looked_at):
+    db = chat.open_client_database(":memory:") if stored else None
+    alice = lived("ascii", *TWO_USERS, db=db, texts=[f"/go {looked_at}"])
+    assert len(alice.core.rooms) == 2
+    alice.core.talk.budget.tokens = -math.inf
+    alice.types("/msg [x] four", "/msg {x} five", f"/go {looked_at}")
+    alice.core.find("[x]").draft, alice.core.find("{x}").draft = "to be", "or not"
+    if stored:
+        alice.core.close_store()
+        outbox = chat.Outbox(waiting=alice.core.outbox.waiting.values())
+        alice = lived(after, db=db, outbox=outbox)
+    else:
+        alice.core.disconnected()
+        alice.connect(*[f"CASEMAPPING={after}"] if after else [])
+    (room,) = alice.core.rooms.values()
+    assert told_of(room)[:3] == THREE and [v.text for v in room.views if v.mine] == ["four", "five"]
+    assert alice.core.find("[X]") is alice.core.find("{x}") is room is alice.core.room
+    back = [view.text for view in alice.views if view.kind == "back"]
+    assert {*room.draft.split("\n"), *back} >= {"to be", "or not"}
+    assert [own.where for own in alice.core.outbox.waiting.values()] == ["[x]", "{x}"]
+    assert any("both conversations" in text for text in alice.kinds("note"))
+    if stored:  # and so at the next start, and when they are closed and opened
+        alice.core.close_store()
+        again = lived(after, db=db)
+        (room,) = again.core.rooms.values()
+        assert told_of(room)[:3] == THREE
+        again.types("/close", "/query {X}")
+        assert told_of(again.core.room)[:3] == THREE
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_one_conversation_that_is_two_to_the_server_becomes_two(stored):
+    db = chat.open_client_database(":memory:") if stored else None
+    alice = lived("rfc1459", *TWO_USERS, db=db)
+    alice.core.talk.budget.tokens = -math.inf
+    alice.types("/join #z", "/msg {x} five", "/msg [x] four")
+    (room,) = alice.core.rooms.values()
+    assert room.name == "[x]" and room.unread == 3
+    if stored:
+        alice.core.close_store()
+        outbox = chat.Outbox(waiting=alice.core.outbox.waiting.values())
+        alice = lived("ascii", db=db, outbox=outbox)
+    else:
+        alice.core.disconnected()
+        alice.connect("CASEMAPPING=ascii")
+    one, other = alice.core.find("[x]"), alice.core.find("{x}")
+    assert told_of(one) == ["[x]: one", "[x]: three", "alice: four"]
+    assert told_of(other) == ["{x}: two", "alice: five"]
+    assert stored or (one.unread, other.unread) == (2, 1)
+    assert [own.where for own in alice.core.outbox.waiting.values()] == ["{x}", "[x]"]
+
+
+def test_two_conversations_stay_two_while_the_server_has_not_told_its_rule_yet():
+    alice = lived("ascii", *TWO_USERS)
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd-1 a b", "005 alice A CHANTYPES=# :x")
+    assert len(alice.core.rooms) == 2
+    alice.hears("005 alice CASEMAPPING=ascii :x", "376 alice :End")
+    assert [told_of(room) for room in alice.core.rooms.values()] == [
+        [THREE[0], THREE[2]],
+        THREE[1:2],
+    ]
+
+
+def test_what_was_unread_in_one_of_two_conversations_stays_unread_when_they_become_one():
+    db = chat.open_client_database(":memory:")
+    alice = lived("ascii", *TWO_USERS, db=db, texts=["/go [x]", "/go {x}"])
+    alice.core.tick()
+    alice.hears(":[x]!u@h PRIVMSG alice :four")
+    alice.core.close_store()
+    room = lived("rfc1459", db=db).core.find("[x]")
+    assert told_of(room) == [*THREE, "[x]: four"] and room.unread >= 1
+
+
+def test_the_history_of_two_channels_is_one_behind_a_rule_that_joins_their_names():
+    db = chat.open_client_database(":memory:")
+    lines = [f":bob!u@h PRIVMSG #{name} :{n}" for n, name in enumerate(["[x]", "{x}", "[x]"])]
+    joins = [":alice!u@h JOIN #[x]", ":alice!u@h JOIN #{x}"]
+    alice = lived("ascii", *joins, *lines, db=db)
+    alice.core.close_store()
+    alice = lived("rfc1459", db=db)
+    (room,) = alice.core.rooms.values()
+    assert told_of(room) == ["bob: 0", "bob: 1", "bob: 2"] and room.wanted
+    alice.types("/lastlog 1")
+    assert alice.kinds("found") == ["1"]
 
 
 def test_no_conversation_is_hidden_by_history_that_does_not_come_or_by_a_new_name():
@@ -20424,6 +20905,79 @@ def test_an_error_about_a_command_names_the_right_one(typed, told):
     assert told in alice.kinds("note")[0] and alice.kinds("back") == [typed]
 
 
+NO_NUMBERS = [  # typed beside two messages of bob and one of alice, and the note
+    ("/history 0", "0 is no number of messages: 1 to 500"),
+    ("/history -1", "-1 is no number of messages: 1 to 500"),
+    ("/history +5", "+5 is no number of messages: 1 to 500"),
+    ("/history 501", "501 is no number of messages: 1 to 500"),
+    ("/history bob x", "x is no number of messages: 1 to 500"),
+    ("/history #lobby 0", "0 is no number of messages: 1 to 500"),
+    ("/history 12345678901", "12345678901 is no number of messages: 1 to 500"),
+    ("/go 0", "0 is no number of a conversation: only 1"),
+    ("/go 2", "2 is no number of a conversation: only 1"),
+    ("/go -1", "-1 is no number of a conversation: only 1"),
+    ("/reply -0 hi", "-0 is none of the messages of others here; there is -1 to -2"),
+    ("/reply -3 hi", "-3 is none of the messages of others here; there is -1 to -2"),
+    ("/react -12345 x", "-12345 is none of the messages of others here; there is -1 to -2"),
+    ("/react 2 x", "/react -2 x is about another message"),
+    ("/redact -2", "-2 is none of your messages here; there is only -1"),
+    ("/redact 1", "usage: /redact, or /redact -2 for the one before"),
+    ("/save 0", "0 is none of the files here; there is only -1"),
+    ("/save 1", "1 is none of the files here; there is only -1"),
+    ("/save -2 x", "-2 is none of the files here; there is only -1"),
+    ("/save -0", "-0 is none of the files here; there is only -1"),
+    ("/transfers cancel 1", "1 is no number of a file on its way: none"),
+    ("/transfers cancel x", "x is no number of a file on its way: none"),
+    ("/transfers cancel", "usage: /transfers cancel 1"),
+    ("/set size 5", "size is a number from 6 to 40"),
+    ("/set size big", "size is a number from 6 to 40"),
+    ("/search", "usage: /search [#CHANNEL|NAME] WORDS"),
+]
+
+
+@pytest.mark.parametrize("typed, note", NO_NUMBERS)
+def test_a_number_that_a_command_cannot_mean_is_told_with_those_that_it_can(typed, note):
+    caps = f"{PAGES_OF} soju.im/search echo-message draft/message-redaction"
+    alice = Elsewhere(caps=caps)
+    alice.hears("BATCH +1 chathistory #lobby", "BATCH -1", "@msgid=1 :bob!u@h PRIVMSG #lobby :a")
+    file = f"{'/files/' + 'a' * 26},text/plain,3,0,0"
+    alice.hears(f"@msgid=2;{chat.FILE_TAG}={file} :bob!u@h PRIVMSG #lobby :b")
+    alice.hears("@msgid=3 :alice!u@h PRIVMSG #lobby :c")
+    alice.sent(30)
+    alice.types(typed)
+    assert alice.kinds("note")[-1:] == [note] and alice.kinds("back") == [typed]
+    assert alice.sent(30) == []
+
+
+@pytest.mark.parametrize("caps", ["", "soju.im/search"])
+@pytest.mark.parametrize(
+    "typed, sent, found",
+    [
+        ("/search tea", "in=#lobby;text=tea", ["tea?", "more tea"]),
+        ("/search bob tea", "in=bob;text=tea", ["tea, bob"]),
+        ("/search bob", "in=#lobby;text=bob", ["bob!"]),  # a word, and not the conversation
+        ("/search #lobby", "in=#lobby;text=#lobby", []),
+    ],
+)
+def test_a_search_is_where_its_first_word_says_and_looks_for_all_others(caps, typed, sent, found):
+    alice = Elsewhere(caps=caps)
+    for where, text in (("#lobby", "tea?"), ("alice", "tea, bob"), ("#lobby", "bob!")):
+        alice.hears(f":bob!u@h PRIVMSG {where} :{text}")
+    alice.hears(":bob!u@h PRIVMSG #lobby :more tea").types(typed)
+    assert alice.kinds("found") == ([] if caps else found)
+    assert alice.sent(9) == ([f"SEARCH {sent}"] if caps else [])
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_lastlog_without_words_is_of_all_that_was_kept_last(stored):
+    store = chat.ClientStore(chat.open_client_database(":memory:")) if stored else None
+    alice = Elsewhere(store=store)
+    for n in range(60):
+        alice.hears(f":bob!u@h PRIVMSG #lobby :{n}")
+    alice.types("/lastlog")
+    assert alice.kinds("found") == [*map(str, range(60))][-chat.HISTORY_LINES :]
+
+
 def test_help_says_how_a_text_begins_with_a_slash_and_what_close_does():
     alice = Elsewhere()
     page = "".join(alice.types("/help").kinds("page"))
@@ -20512,7 +21066,7 @@ def test_the_echo_of_a_refused_line_is_not_waited_for():
 def test_a_labelled_error_comes_after_those_about_the_lines_before():
     alice = Elsewhere(caps="message-tags batch labeled-response", interactive=False)
     alice.types("one\ntwo")
-    (label,) = re.findall("label=([^ ]+)", " ".join(alice.sent(9)))
+    *_, label = re.findall("label=([^ ]+)", " ".join(alice.sent(9)))
     alice.hears(f"@label={label} 404 alice #lobby :no")
     alice.types("three\nfour").sent(9)
     alice.hears("404 alice #lobby :no")
@@ -20598,7 +21152,7 @@ def test_joins_are_shown_soon_although_the_clock_was_set(by):
 
 class Traits(NamedTuple):
     """The properties of a foreign server, and its treatment of messages. It drops none in silence
-    if it has no echoes or alters words: no client could tell."""
+    if it has no echoes: no client could tell."""
 
     caps: str = ""
     tokens: str = ""  # of 005
@@ -20607,16 +21161,20 @@ class Traits(NamedTuple):
     keeps_tags: bool = True  # history has the tags of the sender
     drops: float = 0.0  # this part of the messages, in silence ...
     refuses: float = 0.0  # ... and this one with a numeric
-    alters: bool = False  # the words of a message, for its readers
+    alters: float = 0.0  # the words of this part of the messages, for their readers
     forwards: bool = False  # those who join #a to ##a
 
 
-LABELLING = "echo-message message-tags batch labeled-response"
 KEEPING = "message-tags batch server-time draft/chathistory"
 FOREIGN = {
     "RFC 1459": Traits(refuses=0.15),
     "echoes": Traits("echo-message", drops=0.1),
-    "echoes other words": Traits("echo-message", refuses=0.15, alters=True),
+    "echoes other words": Traits("echo-message", drops=0.2, refuses=0.15, alters=0.5),
+    "tags, other words": Traits("echo-message message-tags", drops=0.2, refuses=0.1, alters=0.5),
+    "msgids, other words": Traits(
+        "echo-message message-tags", "CLIENTTAGDENY=*", drops=0.2, alters=0.5
+    ),
+    "labels, other words": Traits(LABELLING, drops=0.2, refuses=0.1, alters=0.5),
     "tags": Traits("echo-message message-tags", drops=0.1, forwards=True),
     "tags of clients are denied": Traits(LABELLING, "CLIENTTAGDENY=*", drops=0.1),
     "labels": Traits(LABELLING, drops=0.1, refuses=0.1, forwards=True),
@@ -20737,7 +21295,7 @@ class Foreign:
         """Return what readers get of a text: a line has 512 bytes."""
         head = f":{source} PRIVMSG {target} :"
         text = f"{head}{text}".encode()[:510].decode()[len(head) :]
-        return text.replace("k", "*") if self.traits.alters else text
+        return text.replace("k", "*") if self.chance.random() < self.traits.alters else text
 
     def on_privmsg(self, params, tags):
         target, text = params
@@ -20938,7 +21496,9 @@ class Abroad:
         for second in range(seconds):
             if self.broken:
                 self.connect()
-            idle = not self.up and not self.down and not self.core.outbox.in_flight
+            talk, outbox = self.core.talk, self.core.outbox
+            waits = outbox.in_flight or (talk and talk.joins.unanswered)
+            idle = not self.up and not self.down and not waits
             moved = moved if idle else second
             if second - moved > QUIET_SECONDS:
                 return
@@ -21695,6 +22255,7 @@ def test_a_line_waits_for_a_whole_token_and_a_piece_of_a_body_for_the_end_of_deb
 ):
     house, taken = House(), []
     inbox = types.SimpleNamespace(in_body=in_body, pending=True, out=b"", fruitless=False)
+    inbox.closed = False
     inbox.take = lambda: taken.append("a line")
     budget = chat.Budget(10.0, 1.0, 0.0)
     budget.tokens = tokens
@@ -21739,7 +22300,7 @@ def test_other_dialects_are_closed_politely_and_never_taken_for_a_name(running):
 def test_irc_and_the_line_protocol_share_a_port_and_a_channel(running):
     server = running()
     dora, alice = server.guest("dora"), server.guest()
-    assert "376" not in str(alice.enter_irc("alice", "JOIN #lobby"))
+    assert " 376 " not in str(alice.enter_irc("alice", "JOIN #lobby"))
     assert dora.line() == f"alice ({alice.here()}) joined the chat!"
     dora.send("hello\n")
     assert alice.line() == ":dora!line@127.0.0.1 PRIVMSG #lobby :hello\r"
@@ -21848,7 +22409,7 @@ def test_a_certificate_of_an_account_logs_in_and_another_does_not(
     other = server.guest(context=showing("server's"))
     other.enter_irc("other", "REGISTER * * password")
     other.send("NS CERT REMOVE " + print_of_alice + "\r\nWHOIS alice\r\n")
-    assert "no certificate of yours" in (told := str(other.until(" 318 "))) and "276" not in told
+    assert "no certificate of yours" in (told := str(other.until(" 318 "))) and " 276 " not in told
     assert external(other, "alice") == external(other) == ["904"]
     server.stop()
     again = running(**options)
@@ -26648,6 +27209,26 @@ def notes_of(client):
     return [view.text for view in views if view.kind in ("note", "failed")]
 
 
+@pytest.mark.parametrize(
+    "typed, here, told",
+    [
+        ("/go 3", "", None),
+        ("/go there:6668", "", None),
+        ("/go den", "#den", None),
+        ("/go 4", "#tea", "there is no 4; /go 1 to /go 3"),
+        ("/go 0", "#tea", "there is no 0; /go 1 to /go 3"),
+        ("/go nope", "#tea", "nope is not open; /query nope opens it"),
+    ],
+)
+def test_go_finds_a_number_a_name_or_a_server_and_nothing_else(at_keys, typed, here, told):
+    seat = at_keys.seat
+    at_keys.connect("there 6668")
+    at_keys.look_at(seat)
+    at_keys.take(f"{typed}\r".encode())
+    assert at_keys.core.here == here and (at_keys.seat is seat) == bool(here)
+    assert notes_of(at_keys)[-1:] == [told] or told is None
+
+
 def test_a_text_begun_in_a_conversation_that_ended_is_no_draft_of_another(at_keys):
     den = at_keys.core.rooms.open("#den")
     den.draft = "of the den"
@@ -29912,6 +30493,13 @@ class Chromium:
 PAGE_STATE = "JSON.stringify([state.phase, state.why, state.outbox, allRooms().map(to => to.name)])"
 
 
+# A script for browse(): the page waits a tenth of the time, for its server and for other tabs
+HASTY = """
+    const later = setTimeout;
+    self.setTimeout = (act, ms, ...values) => later(act, ms / 10, ...values);
+"""
+
+
 class Tab:
     """A tab with the page of a server, as large as a phone unless told otherwise. `before` is a
     script that runs before those of the page."""
@@ -30170,8 +30758,7 @@ def test_page_and_network_that_breaks_lose_and_double_nothing(running, browse, s
     server = with_page(running)
     witness = Witness(server.address)
     with Proxy(server.address, random.Random(run), 4_000, 20_000, after=b" 001 ") as proxy:
-        tab = browse(proxy.address)
-        tab.enter("anna")
+        tab = browse(proxy.address, before=HASTY).enter("anna")
         bob = server.guest("bob")
         for n in range(200):
             tab.say(f"mine {n}")
@@ -30193,7 +30780,7 @@ def test_page_and_a_server_that_is_killed_lose_and_double_nothing(folder, browse
     def say(tab, texts, last=False):
         """Say something on a server, and kill that."""
         with serving("--data", folder, "--flood", "off") as (process, proxy.server):
-            tab = tab or browse(proxy.address).enter("anna")
+            tab = tab or browse(proxy.address, before=HASTY).enter("anna")
             tab.until("state.phase === 'online'")
             tab.say(*texts)
             if last:
@@ -30305,11 +30892,11 @@ def test_a_tab_takes_the_place_of_a_leader_that_does_not_answer(running, browse)
     """As one that the browser has frozen."""
     server = with_page(running)
     witness = Witness(server.address)
-    first = browse(server.address).enter("anna")
+    first = browse(server.address, before=HASTY).enter("anna")
     first.say("before")
     first.wait_for("before")
     first.js("globalThis.heard = channel.onmessage; channel.onmessage = null")
-    second = browse(server.address)
+    second = browse(server.address, before=HASTY)
     second.until("leader")
     first.js("channel.onmessage = heard; null")
     first.until("!leader && attached")
@@ -30634,7 +31221,7 @@ def test_messages_of_a_server_that_lost_its_data_come_after_those_of_before(runn
         for texts in (lines[:5], lines[5:]):
             server = with_page(running)
             proxy.server = server.address
-            tab = tab or browse(proxy.address).enter("anna")
+            tab = tab or browse(proxy.address, before=HASTY).enter("anna")
             tab.until("state.phase === 'online'")
             tab.say(*texts)
             tab.until("!state.outbox.length && !room('#lobby').behind")
@@ -30687,7 +31274,7 @@ def test_a_file_that_was_chosen_without_network_is_sent_when_there_is_one(
     server = with_page(running, data=folder)
     (tmp_path / "notes.txt").write_text("x" * 1000)
     with Proxy(server.address) as proxy:
-        tab = browse(proxy.address).enter("anna")
+        tab = browse(proxy.address, before=HASTY).enter("anna")
         proxy.server = ("127.0.0.1", 9)
         proxy.swallow()
         tab.js("leader.closed()")
@@ -30696,7 +31283,6 @@ def test_a_file_that_was_chosen_without_network_is_sent_when_there_is_one(
         tab.press("Send")
         tab.until("document.querySelector('#waiting progress')")
         proxy.server = server.address
-        tab.js("leader.uploader.patience = 500; null")  # the browser kept a connection: it is dead
         tab.until("document.querySelector('#log .card')")
 
 
