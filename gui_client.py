@@ -1446,7 +1446,7 @@ class Overview:
             link.certificate.doubt,
             core.away,
             frozenset(what for what in ("redact", "react", "typing", "reply") if core.can(what)),
-            core.separate_bytes,
+            core.talk.lines.separate_bytes if core.talk else 0,
             tuple(room.id for room in core.rooms.values()),
         )
 

@@ -28153,15 +28153,15 @@ def test_a_paste_shows_how_many_messages_a_server_makes_of_it_to_which_lines_are
     alice = Elsewhere()
     text = f"{'ä' * 500}\ntwo\n{'x' * 100}"
     alice.types(text)
-    room = alice.core.separate_bytes - len("#lobby")
+    room = alice.core.talk.lines.separate_bytes - len("#lobby")
     pieces = [line.text for line in chat.sendable_lines(text, room)]
     said = [
         match[1] for line in alice.sent(9) if (match := re.match("PRIVMSG #lobby :?(.*)", line))
     ]
     assert said == pieces and len(said) == 5
     several = Elsewhere(caps="batch draft/multiline=max-bytes=4096,max-lines=9")
-    assert several.core.separate_bytes == 0
-    monkeypatch.setattr(chat.ClientCore, "separate_bytes", room)
+    assert several.core.talk.lines.separate_bytes == 0
+    monkeypatch.setattr(chat.MessageLines, "separate_bytes", room)
     alice = at_home(window(running().address))
     for pasted, told in (
         (text, f"3 lines: sent as {len(pieces)} messages"),
