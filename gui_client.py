@@ -381,7 +381,10 @@ def arabic_forms() -> dict[str, dict[str, str]]:
 
 def joined(letters: list[Letter]) -> list[Letter]:
     """Return Arabic letters in the forms that they have beside each other."""
-    forms = [arabic_forms().get(one.text, {}) for one in letters]
+    known = arabic_forms()
+    forms = [known.get(one.text, {}) for one in letters]
+    if not any(forms):
+        return letters
     joins = [
         "initial" in one and "final" in other and ZWNJ not in letter.marks
         for letter, one, other in zip(letters, forms, forms[1:], strict=False)
@@ -399,24 +402,25 @@ def letters_of(line: str, links: bool = True) -> list[Letter]:
     """Return the letters of a line; a mark goes with the letter before it (W1)."""
     ends = {match.start(): match.end() for match in LINK.finditer(line)} if links else {}
     letters: list[Letter] = []
-    n = 0
+    n, pairs = 0, arabic_forms()
     while n < len(line):
-        mark = unicodedata.bidirectional(line[n]) in ("NSM", "BN")
+        one, pair = line[n], line[n : n + 2]
+        mark = unicodedata.bidirectional(one) in ("NSM", "BN")
         if mark and letters and not letters[-1].is_link:
-            letters[-1] = letters[-1]._replace(marks=letters[-1].marks + line[n])
+            letters[-1] = letters[-1]._replace(marks=letters[-1].marks + one)
             n += 1
             continue
-        pair = line[n : n + 2]
-        end = ends.get(n) or n + (2 if len(pair) == 2 and pair in arabic_forms() else 1)
-        letters.append(Letter(n, line[n:end], "", n in ends, line[n:end]))
-        n = end
+        if n in ends or (pair in pairs and len(pair) == 2):
+            one = line[n : ends.get(n, n + 2)]
+        letters.append(Letter(n, one, "", n in ends, one))
+        n += len(one)
     return joined(letters)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def mirrored(sign: str) -> str:
     """Return the sign that this one is in a mirror (L4): of brackets, "less than" and so on."""
-    if not (len(sign) == 1 and unicodedata.mirrored(sign)):
+    if not unicodedata.mirrored(sign):
         return sign
     name = OPPOSITE_WORD.sub(lambda word: OPPOSITE[word[0]], unicodedata.name(sign, ""))
     try:
@@ -430,6 +434,8 @@ def bracket_pairs(letters: list[Letter]) -> list[tuple[int, int]]:
     opened: list[tuple[str, int]] = []
     pairs = []
     for n, letter in enumerate(letters):
+        if letter.is_link or not unicodedata.mirrored(letter.text[0]):
+            continue
         sign = unicodedata.normalize("NFC", letter.text)
         kind = unicodedata.category(sign) if mirrored(sign) != sign else ""
         if kind == "Ps":
@@ -500,7 +506,8 @@ def places_of(letter: Letter, level: int) -> list[tuple[str, int, str]]:
         ]
     first = mirrored(letter.drawn) if level % 2 else letter.drawn
     whole_letter = [(first, letter.place, letter.text + letter.marks)]
-    return whole_letter + [(mark, letter.place, "") for mark in letter.marks]
+    marks = [(mark, letter.place, "") for mark in letter.marks] if letter.marks else []
+    return whole_letter + marks
 
 
 def is_rtl(text: str) -> bool:
