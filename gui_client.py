@@ -4934,9 +4934,9 @@ class Sidebar(ttk.Frame):
             self._keep_order(self.tree.parent(self.dragged))
             self.dragged = ""
 
-    def shift(self, step: int) -> None:
-        """Move the conversation that is looked at up or down."""
-        row = f"r{self.here}"
+    def shift(self, step: int, number: int = 0) -> None:
+        """Move a conversation up or down; without a number, the one that is looked at."""
+        row = f"r{number or self.here}"
         if self.tree.exists(row):
             parent = self.tree.parent(row)
             self.tree.move(row, parent, max(0, self.tree.index(row) + step))
@@ -6678,6 +6678,8 @@ class RoomActs(Acts):
             add(label="Topic \u2026", command=lambda: self.ask_topic(room))
             if not room.inside:
                 add(label="Join", command=lambda: self.do("say", number, f"/join {room.name}"))
+        for word, step in (("Move up", -1), ("Move down", 1)):  # some desktops use the keys
+            add(label=word, command=functools.partial(self.window.sidebar.shift, step, number))
         menu.add_separator()
         if room.channel and room.inside:
             add(label="Leave, stay open", command=lambda: self.do("leave_open", number))

@@ -29721,6 +29721,13 @@ def test_the_menu_of_a_channel_lets_all_of_it_call_the_user_and_leaves_it_open(r
         menu.invoke(label)
         menu.unpost()
 
+    join(alice, "#tea")
+    for label, order in (("Move up", ["#tea", "#lobby"]), ("Move down", ["#lobby", "#tea"])):
+        choose(label)
+        alice.root.update()
+        shown = sidebar(alice)
+        assert sorted(order, key=shown.index) == order
+    go(alice, "#lobby")
     choose("Every message calls me")
     pump(alice, lambda: alice.model.values["highlight"] == "#lobby")
     bob.send("not to anyone\n")
@@ -29735,7 +29742,7 @@ def test_the_menu_of_a_channel_lets_all_of_it_call_the_user_and_leaves_it_open(r
     choose("Join")
     pump(alice, lambda: alice.model.room.inside)
     enter(alice, "/part")
-    pump(alice, lambda: alice.model.room is None or not alice.model.room.name)
+    pump(alice, lambda: alice.model.room.name == "#tea")
 
 
 def test_the_desktop_is_told_of_calls_while_the_window_has_not_the_keys(
