@@ -13888,6 +13888,8 @@ class Acknowledgements:
                     self.confirm(own_id)
                 else:
                     self.not_echoed(own_id)
+            if overdue:
+                self.strange.clear()
             if answered == ping_token:
                 break
         self.talk.bouncer_said = ""
@@ -15702,6 +15704,18 @@ def present_told(talk: IrcTalk, heard: ServerLine) -> None:
         talk.name_is_free(wanted)
 
 
+def drop_commands(talk: IrcTalk, name: str, why: str) -> None:
+    """Drop the queued commands for a user who is gone: another user may take that nick."""
+    lost = []
+    for pair in [*talk.queue]:
+        verb, params, _ = parse_message(pair[0])
+        named = params[FOR_ONE[verb] :][:1] if verb in FOR_ONE else []
+        if talk.core.fold(name) in map(talk.core.fold, named):
+            talk.queue.remove(pair)
+            lost.append(verb)
+    talk.tell_lost(lost, f"{name} {why}")
+
+
 @from_server("730", "731", least=2)
 def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Note which monitored users are online."""
@@ -15709,6 +15723,7 @@ def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     for name in (source.partition("!")[0] for source in heard.params[1].split(",")):
         if gone:
             talk.name_is_free(name)
+            drop_commands(talk, name, "is not here")
         room = core.find(name)
         if room and not room.is_channel and room.gone != gone:
             text = f"{name} {'is not here' if gone else 'is here'}"
@@ -15931,18 +15946,6 @@ def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
         core.rooms.close_left(room)
 
 
-def drop_commands(talk: IrcTalk, name: str) -> None:
-    """Drop the queued commands for a user who has left: another user may take that nick."""
-    lost = []
-    for pair in [*talk.queue]:
-        verb, params, _ = parse_message(pair[0])
-        named = params[FOR_ONE[verb] :][:1] if verb in FOR_ONE else []
-        if talk.core.fold(name) in map(talk.core.fold, named):
-            talk.queue.remove(pair)
-            lost.append(verb)
-    talk.tell_lost(lost, f"{name} has left")
-
-
 @from_server("QUIT")
 def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
@@ -15962,7 +15965,7 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         # Another user may take that name
         core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
     core.people.forget(heard.name)
-    drop_commands(talk, heard.name)
+    drop_commands(talk, heard.name, "has left")
     talk.name_is_free(heard.name)
 
 
@@ -18207,15 +18210,16 @@ def do_nick(core: ClientCore, name: str) -> None:
     core.talk.command("NICK", name)
 
 
-@client_command("history", most=2)
+@client_command("history", most=2, nameless=True)
 def do_history(core: ClientCore, *words: str) -> None:
     """/history [#CHANNEL|NAME] [N] -- what was said last"""
     numbered, count = len(words) > 1 or A_NUMBER.fullmatch("".join(words)), HISTORY_LINES
     if numbered:
         count = number_up_to(HISTORY_LINES_MOST, words[-1], "messages")
     name = words[0] if len(words) > bool(numbered) else asked_room(core).name
-    if not core.talk.pages:
-        raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
+    if not (core.ready and core.talk.pages):
+        why = "this server keeps no history" if core.ready else "not connected"
+        raise Refused("NO_HISTORY", f"{why}; /lastlog looks in your own")
     core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(count))
 
 
@@ -25471,13 +25475,13 @@ class TerminalClient(ManyServers):
 
     def list_rooms(self) -> None:
         """Show all conversations with their numbers."""
-        server, listed = None, []
+        listed: dict[str, list[str]] = {}
         for n, (seat, room) in enumerate(self.places(), 1):
             new = f" ({room.unread} new)" * bool(room.unread)
-            head = f"{seat.link.target}: " if len(self.seats) > 1 and seat is not server else ""
-            server = seat
-            listed.append(f"{head}{n} {room.name or '(no conversation)'}{new}")
-        self.note(", ".join(listed) or "there is none; /join #CHANNEL")
+            head = f"{seat.link.target}: " * (len(self.seats) > 1)
+            listed.setdefault(head, []).append(f"{n} {room.name or '(no conversation)'}{new}")
+        for head, rooms in listed.items():
+            self.note(head + ", ".join(rooms))
 
     def interrupt(self) -> None:
         """Handle Ctrl-C: empty the line, which Up brings back; on an empty line ask, and the next
@@ -28496,10 +28500,17 @@ def add_client_options(add: Callable) -> None:
     add("--insecure", action="store_true", help="believe any certificate")
 
 
+def nick_option(text: str) -> str:
+    """Parse NAME, which is not the server."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"your nick comes first, like: alice --server {text}")
+    return text
+
+
 def add_client(commands: Any) -> None:
     client = parser_of(commands, "client", "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
     add = client.add_argument
-    add("name", metavar="NAME", help="your nick")
+    add("name", type=nick_option, metavar="NAME", help="your nick")
     address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
     add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)

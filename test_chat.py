@@ -15971,6 +15971,23 @@ ALTERED = [  # texts sent at once, echoes, those that are lost, those in doubt; 
 ]
 
 
+def test_an_echo_that_stayed_unclear_says_nothing_about_later_messages():
+    alice = Elsewhere(caps="echo-message", interactive=False)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types("yes", "no")
+    sent = alice.sent(20)
+    alice.hears(":alice!u@h PRIVMSG #lobby :***")
+    answer(alice, sent)
+    answer(alice, alice.sent(5))
+    assert alice.core.failures == 2 and alice.core.talk.acks.strange == []
+    alice.types("why", "how")
+    sent = alice.sent(20)
+    alice.hears(":alice!u@h PRIVMSG #lobby :why")
+    for _ in range(90):
+        answer(alice, alice.sent(1))
+    assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["yes", "no", "how"]
+
+
 @pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("tokens", [[], ["CLIENTTAGDENY=*"]])
 @pytest.mark.parametrize("texts, echoes, lost, doubted", ALTERED)
@@ -16361,14 +16378,17 @@ def test_the_answer_to_a_command_that_waited_is_shown_under_the_new_name():
     assert "anna, robert" in alice.kinds("people")
 
 
-def test_commands_that_wait_for_a_user_who_leaves_do_not_reach_the_next_one_of_that_nick():
+@pytest.mark.parametrize(
+    "line, why", [(":bob!u@h QUIT :gone", "has left"), ("731 alice bob", "is not here")]
+)
+def test_commands_that_wait_for_a_user_who_leaves_do_not_reach_the_next_one_of_that_nick(line, why):
     alice = Elsewhere()
     alice.core.talk.budget.tokens = -2.0
     alice.types("/notice bob secret", "/op bob", "/kick bob", "/invite bob #b", "/whois bob")
     alice.types("/ban bob")
-    alice.hears(":bob!u@h QUIT :gone")
+    alice.hears(line)
     assert alice.sent(30) == ["WHOIS bob", "MODE #lobby +b bob!*@*"]
-    assert "not sent, bob has left: NOTICE, MODE, KICK, INVITE" in alice.kinds("note")
+    assert f"not sent, bob {why}: NOTICE, MODE, KICK, INVITE" in alice.kinds("note")
 
 
 def test_a_pong_without_our_token_confirms_the_oldest_ping():
@@ -27043,6 +27063,30 @@ def test_go_finds_a_number_a_name_or_a_server_and_nothing_else(at_keys, typed, h
     at_keys.take(f"{typed}\r".encode())
     assert at_keys.core.here == here and (at_keys.seat is seat) == bool(here)
     assert notes_of(at_keys)[-1:] == [told] or told is None
+
+
+def test_go_alone_lists_the_conversations_of_each_server_in_a_row_of_their_own(at_keys):
+    seat = at_keys.seat
+    at_keys.connect("there 6668")
+    at_keys.look_at(seat)
+    at_keys.core.find("#den").unread = 3
+    at_keys.take(b"/go\r")
+    rows = ["here:6667: 1 #den (3 new), 2 #tea", "there:6668: 3 (no conversation)"]
+    assert notes_of(at_keys)[-2:] == rows
+
+
+def test_history_without_a_connection_names_the_command_that_has_some():
+    alice = Elsewhere()
+    alice.core.disconnected()
+    alice.types("/history")
+    assert alice.kinds("note")[-1] == "not connected; /lastlog looks in your own"
+
+
+def test_a_server_in_place_of_the_nick_is_told_with_the_order(capsys):
+    with pytest.raises(SystemExit):
+        chat.main(["client", "irc://irc.example", "alice"])
+    told = "your nick comes first, like: alice --server irc://irc.example"
+    assert told in capsys.readouterr().err
 
 
 def test_a_text_begun_in_a_conversation_that_ended_is_no_draft_of_another(at_keys):
