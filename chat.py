@@ -2305,6 +2305,14 @@ class Channel:
             return
         raise Refused("CANNOT_SEND", text, self.name)
 
+    def parting_words(self, user: User, text: str) -> str:
+        """Return the reason for which a user leaves; "" if the user may not say it here."""
+        try:
+            self.check_can_send(user, text)
+        except Refused:
+            return ""
+        return text
+
     def banned(self, user: User, speaking: bool = False) -> bool:
         """Return whether a user may not join; with `speaking`, also whether a mute applies."""
 
@@ -2422,21 +2430,22 @@ class Channel:
     def set_mask(self, change: ModeChange, setter: str, now: int) -> ModeChange | None:
         if re.match(":[0-9a-fA-F]", change.value):  # ::1 at the end of a line, see Mask
             change = change._replace(value=f"0:{change.value}")
-        if not is_word(change.value, MASK_BYTES):
-            raise self._bad_value(change, f"a mask is one word of at most {MASK_BYTES} bytes")
         masks, mask = self.lists[change.letter], full_mask(change.value)
-        key, change = fold(mask), change._replace(value=mask)
-        if not change.on:
-            return change if masks.pop(key, None) else None
+        key, full = fold(mask), change._replace(value=mask)
+        if change.value and not change.on and key in masks:
+            del masks[key]
+            return full
+        if not (is_word(change.value, MASK_BYTES) and is_word(mask, MASK_BYTES)):
+            raise self._bad_value(change, f"a mask is one word of at most {MASK_BYTES} bytes")
         if is_network(mask):
-            raise self._bad_value(change, NO_NETWORKS)
-        if key in masks:
+            raise self._bad_value(full, NO_NETWORKS)
+        if not change.on or key in masks:
             return None
         if len(masks) >= MASKS_A_LIST:
             text = f"{MASKS_A_LIST} masks at most"
             raise Refused("LIST_FULL", text, self.name, mask)
         masks[key] = Mask(mask, setter, now)
-        return change
+        return full
 
     # As an audience
 
@@ -4028,6 +4037,8 @@ def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
             forget_token(hub, user, token)
             hub.turn.changed.add(user)
     elif intended or not user.may_return:
+        if intended and not all(one.parting_words(user, reason) for one in user.channels):
+            reason = "Quit"
         remove_user(hub, user, reason, who)
     else:
         start_grace_period(hub, user)
@@ -4289,7 +4300,8 @@ def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
     """Leave a channel; return it."""
     channel = hub.find_channel(name)
     channel.member(who.user)
-    hub.emit(PART, who.user.source, channel.audience, cut(reason, REASON_BYTES), origin=who)
+    reason = channel.parting_words(who.user, cut(reason, REASON_BYTES))
+    hub.emit(PART, who.user.source, channel.audience, reason, origin=who)
     end_membership(hub, who.user, channel)
     return channel
 
@@ -4321,6 +4333,8 @@ def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
     channel.require_inside(who)
     if "t" in channel.flags:
         channel.require(who)
+    elif not who.operator:
+        channel.check_can_send(user, topic)
     if len(topic.encode()) > TOPIC_BYTES:
         raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
     channel.topic = topic
@@ -5280,6 +5294,7 @@ KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
 NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest id of a target
 SPOKEN_KINDS = ", ".join(map("'{}'".format, SPOKEN))
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
+BOT_TAG = "bot"  # before the tags of an event whose source is a bot
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 EVENTS_AT_ONCE = 16  # in one statement, which costs two thirds of 16 statements of one row
 INSERT_EVENTS = INSERT_EVENT + f", ({', '.join('?' * 11)})" * (EVENTS_AT_ONCE - 1)
@@ -5439,8 +5454,8 @@ def sound_tags(text: str) -> str:
 def event_of(*row: Any) -> Event:
     """Return an event made of a row of the store, its COLUMNS."""
     id, time_ms, kind, name, address, username, about, text, author, tags = row
-    account = author[1:].rpartition("/")[0]
-    source = source_of(name, address, username, account)._replace(identity=author)
+    account, bot = author[1:].rpartition("/")[0], tags.partition(";")[0] == BOT_TAG
+    source = source_of(name, address, username, account, bot)._replace(identity=author)
     if not address:  # of the server, which has only a name
         source = source._replace(mask=name)
     return Event(id, time_ms, kind, source, None, text, about, None, tags and sound_tags(tags))
@@ -6332,7 +6347,8 @@ class Store:
         rows = [
             (
                 *(self.targets.get(target) or self._target(target, audience), id, when, kind),
-                *(who.name, who.address, text, who.username, about, who.identity, tags),
+                *(who.name, who.address, text, who.username, about, who.identity),
+                f"{BOT_TAG};{tags}" if who.bot else tags,
             )
             for id, when, kind, who, audience, text, about, _, tags in events
             if kind not in EPHEMERAL
@@ -7923,7 +7939,7 @@ class IrcFormat:
         if self.tagged:
             tags += f";msgid={self.ids.text(event.id)}"
             if event.source.bot:
-                tags += ";bot"
+                tags += f";{BOT_TAG}"
             if event.tags:
                 tags += f";{event.tags}"
         if self.accounts and event.source.account:
@@ -9251,9 +9267,11 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
 @in_steps
 def irc_away(session: IrcSession, reason: str = "") -> Steps:
     """AWAY [<reason>] -- say that you are not here, or without a reason that you are back"""
-    if session.user:
+    # Beside others, a connection without its user says nothing about the user (draft/pre-away)
+    unattended = reason == "*" and "draft/pre-away" in session.capabilities
+    if session.user and not (unattended and len(session.user.live) > 1):
         yield do(session.act, "set_away", reason)
-    else:
+    elif not session.user:
         session.away = cut(reason, REASON_BYTES)
     session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
 
@@ -11262,8 +11280,9 @@ class Frame(NamedTuple):
 
 class FrameReader:
     """WebSocket frames in, lines out: each message is one line. `out` holds the frames to answer
-    with; `closed` is set by a close, or by a frame that no client may send; `fruitless` tells that
-    the last take() looked at frames and found no line in them."""
+    with; `closed` is set by a close, or by a frame that no client may send; `last` is the close to
+    answer with, behind all data (RFC 6455 section 5.5.1); `fruitless` tells that the last take()
+    looked at frames and found no line in them."""
 
     in_body = False
 
@@ -11274,7 +11293,7 @@ class FrameReader:
         self.parts: list[bytes] = []  # of a message that has not ended ...
         self.opcode = 0  # ... and its kind; 0 if there is none
         self.decoder: Any = None  # of its text
-        self.out = b""
+        self.out, self.last = b"", close_frame(1000)
         self.closed = self.fruitless = False
 
     @property
@@ -11381,7 +11400,7 @@ class FrameReader:
         self._close(code if payload else 1000)
 
     def _close(self, code: int, why: str = "") -> None:
-        self.out += close_frame(code, why)
+        self.last = close_frame(code, why)
         self.closed = True
         self.buffer.clear()
 
@@ -11690,7 +11709,11 @@ def open_websocket(session: WebSession, request: Request) -> None:
     lines.append(f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}")
     lines += [f"Sec-WebSocket-Protocol: {name}" for name in offered[:1]]
     opcode = SUBPROTOCOLS[offered[0]] if offered else TEXT_FRAME
-    return session.conn.upgrade("\r\n".join([*lines, "", ""]).encode(), opcode)
+    head = "\r\n".join([*lines, "", ""]).encode()
+    if not session.replies:
+        return session.conn.upgrade(head, opcode)
+    # The answers to earlier requests of this turn go first, and are no frames
+    return session.later(READ_LANE, do_nothing, then=lambda _: session.conn.upgrade(head, opcode))
 
 
 @on_request("GET", "/sw.js", "/manifest.webmanifest", "/icon.svg")
@@ -12778,7 +12801,7 @@ SETTINGS = {
     "desktop": Setting("on", ("on", "off"), "tell the desktop when you are mentioned: the window"),
     "fold": Setting("on", ("on", "off"), "show joins, quits and changes of many in one row"),
     "font": Setting("", (), "the font's family: the window"),
-    "highlight": Setting("", (), "words besides your nick that count as a mention"),
+    "highlight": Setting("", (), "words that count as a mention, and channels: all said there"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
     "notify": Setting("off", ("off", "9", "777"), "tell the terminal of mentions, by OSC"),
     "pictures": Setting("on", ("on", "off"), "show pictures among the messages: the window"),
@@ -13085,12 +13108,13 @@ class Room:
         self.gone: bool | None = None  # the user of a private conversation has left, if known
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
-        self.spoken: dict[str, None] = {}  # names of users who wrote a message here
+        self.spoken: dict[str, None] = {}  # names of users who wrote here, or to whom the user did
         self.moves: list[ViewEvent] = []  # joins, quits and changes collected for one row ...
         self.movers: set[str] = set()  # ... the names of their users ...
         self.moved_at: dict[str, int] = {}  # ... and when the last row of each kind was shown
         self.unread = self.called = 0
         self.muted = False  # messages here do not call the user
+        self.stays = False  # open when the user has left it
         self.read_time = 0  # ms; messages up to then were read, on some device ...
         self.told_time = 0  # ... and the time that the server knows
         self.typing: dict[str, float] = {}  # names of typing users, and until when (ticks)
@@ -13132,9 +13156,17 @@ class Room:
         if name in self.people:
             self.people[name] = self.people.pop(name)
 
+    def addressed(self, text: str) -> None:
+        """Note the members named in a text that the user wrote here."""
+        for word in re.findall(r"[^\s,:;!?@]+", text):
+            if word in self.people:
+                remember(self.spoken, word)
+
     def renamed(self, name: str, new: str) -> bool:
         if name not in self.people:
             return False
+        if name in self.spoken:
+            remember(self.spoken, new)
         self.people[new] = self.people.pop(name)
         return True
 
@@ -13435,7 +13467,7 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     if CTCP_ACTION.match(text):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
-    called = not mine and (not server.is_channel(where) or core.is_called(text))
+    called = not mine and (not server.is_channel(where) or core.is_called(text, where))
     room = core.find(where)
     is_member = room is not None and heard.name in room.people
     person = mine or is_person(heard) or is_member or bool(heard.source and core.find(heard.source))
@@ -16553,9 +16585,12 @@ class Rooms(dict[str, Room]):
         self.core.note(f"{room.name} is joined; /go {room.name} looks at it")
 
     def close_left(self, room: Room) -> None:
-        """Close a channel that this client left. It stays open while a text for it is begun."""
+        """Close a channel that this client left. It stays open if the user wants that, and while a
+        text for it is begun."""
         core = self.core
-        if self.current is not room or not (core.stays_when_left and core.is_writing()):
+        begun = self.current is room and core.stays_when_left and core.is_writing()
+        stays, room.stays = room.stays or begun, False
+        if not stays:
             return self.close(room)
         self.keep(room)
         core.note(f"you left {room.name}; /close closes it", room.name)
@@ -16903,6 +16938,7 @@ class StoredMessages:
         room.read_time = core.believable(room.read_time)
         for view in self._after_hole(room, core.store.page(key, STORED_LINES)):
             room.views.append(view)
+            room.spoke(view.name)
             room.move_mark(view.id, core.believable(view.time))
             if view.id:
                 remember(core.known.ids, view.id)
@@ -17077,7 +17113,7 @@ class Incoming:
 
     def _folds(self, room: Room, view: ViewEvent) -> bool:
         """Return whether an event may share a row with others: none that the user did or that is
-        about the user, and none of a user who spoke here, but for being away."""
+        about the user, and none of a user who spoke here or was spoken to, but for being away."""
         core = self.core
         if view.kind not in FOLDED or core.setting("fold") == "off":
             return False
@@ -17118,6 +17154,8 @@ class Incoming:
         if repeated or view.own_id == PIECE or self.hides(view):
             return
         room.spoke(view.name)
+        if view.mine:
+            room.addressed(view.text)
         room.typing.pop(view.name, None)
         self._unfold(room, view.name)
         view = core.timed(view, room)
@@ -17307,6 +17345,7 @@ class Outgoing:
     def _add_row(self, room: Room, message: Waiting, text: str) -> ViewEvent:
         view = self._view(message, text, accepted_at(message.id))._replace(room=room.id)
         room.views.append(view)
+        room.addressed(text)
         return view
 
     def show_again(self, room: Room) -> None:
@@ -17720,9 +17759,13 @@ class ClientCore:
     def by_id(self, id: int) -> Room | None:
         return next((room for room in self.rooms.values() if room.id == id), None)
 
-    def is_called(self, text: str) -> bool:
-        """Return whether a text contains the user's nick or a word of the setting highlight."""
-        words = [self.name, *self.setting("highlight").split()]
+    def is_called(self, text: str, where: str) -> bool:
+        """Return whether a text contains the user's nick or a word of the setting highlight, or is
+        of a channel among those words."""
+        words = self.setting("highlight").split()
+        if self.fold(where) in map(self.fold, words):
+            return True
+        words = [self.name, *(word for word in words if not self.server.is_channel(word))]
         return any(calls(text, word) for word in words)
 
     # The connection
@@ -20327,7 +20370,8 @@ class Peer(Connection):
 
     def answer_frames(self) -> None:
         out, self.inbox.out = self.inbox.out, b""
-        super().write(out)
+        if out:
+            super().write(out)
         self.eof = self.eof or self.inbox.closed
 
     def heard_request(self) -> None:
@@ -21233,7 +21277,7 @@ class ActBeat:
             return False
         costs = WORK_OF_A_PIECE if in_body else WORK_PER_TOKEN
         line = peer.inbox.take()
-        if peer.inbox.out:
+        if peer.inbox.out or peer.inbox.closed:
             peer.answer_frames()
         if line is None:
             if peer.inbox.fruitless:
@@ -21671,8 +21715,8 @@ class Server:
             if peer.gone:
                 self.forget(peer)
             else:
-                if peer.frame_writer and not peer.inbox.closed:  # a WebSocket that is still open
-                    Connection.write(peer, close_frame(1000))
+                if peer.frame_writer:
+                    Connection.write(peer, peer.inbox.last)
                 Connection.close(peer)
                 if peer.web:
                     self.times.web_idle.add(peer)

@@ -111,11 +111,110 @@ def in_turn(cases, *others):
 SCREEN = os.environ.get("CHAT_SCREEN", "")
 
 
+class TwoProcesses:
+    """A plugin of pytest: a copy of this process runs about half of the tests.
+
+    Many tests wait for programs that they start, and two processes make use of two cores. Each
+    takes the index of its next test from a pipe; the copy leaves its reports in a file. The last
+    test begins when the copy has ended."""
+
+    NAME = "two processes"
+
+    def __init__(self):
+        self.process = None  # of the copy; 0 in the copy itself; None if there is none
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        """Make the copy if there are many tests."""
+        option, self.items = session.config.option, session.items
+        alone = option.collectonly or option.usepdb or "PYTEST_XDIST_WORKER" in os.environ
+        if alone or session.testsfailed or len(self.items) < 1000 or os.cpu_count() == 1:
+            session.config.pluginmanager.unregister(self)
+            return
+        self.session, self.config = session, session.config
+        self.index, self.mine = -1, -1  # of the test that pytest is at, and of the next to run
+        self.missing = len(self.items)  # tests that have no result yet
+        self.reports, self.logged = tempfile.TemporaryFile(), 0  # noqa: SIM115
+        reader, writer = os.pipe()
+        os.write(writer, b"".join(n.to_bytes(4, "big") for n in range(len(self.items) - 1)))
+        os.close(writer)
+        self.indices = open(reader, "rb", buffering=0)  # noqa: SIM115
+        plugin = self.config.pluginmanager.get_plugin
+        if terminal := plugin("terminalreporter"):
+            terminal.flush()
+        self.process = os.fork()
+        if self.process == 0:
+            for name in ("terminalreporter", "lfplugin", "nfplugin", "stepwiseplugin"):
+                if plugin(name):
+                    self.config.pluginmanager.unregister(name=name)
+            plugin("capturemanager").stop_global_capturing()  # its files are shared
+            plugin("capturemanager").start_global_capturing()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self):
+        """Return True for a test that the other process runs."""
+        self.index += 1
+        if self.process:
+            self._log_reports()
+        if self.index == len(self.items) - 1:
+            return self._wait() if self.process else self._end()
+        if self.mine < self.index:
+            index = self.indices.read(4)
+            self.mine = int.from_bytes(index, "big") if index else len(self.items)
+        return None if self.mine == self.index else True
+
+    def pytest_runtest_logreport(self, report):
+        self.missing -= report.when == "teardown"
+        if self.process == 0:
+            hook = self.config.hook.pytest_report_to_serializable
+            data = json.dumps(hook(config=self.config, report=report))
+            os.write(self.reports.fileno(), data.encode() + b"\n")
+
+    def _log_reports(self):
+        """Log the reports that the copy has made since the last time."""
+        size = os.fstat(self.reports.fileno()).st_size - self.logged
+        for line in os.pread(self.reports.fileno(), size, self.logged).splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                self.logged += len(line)
+                self._log(json.loads(line))
+
+    def _log(self, data):
+        hook = self.config.hook
+        report = hook.pytest_report_from_serializable(config=self.config, data=data)
+        if isinstance(report.longrepr, list):  # of a skipped test
+            report.longrepr = tuple(report.longrepr)
+        hook.pytest_runtest_logreport(report=report)
+        if report.when == "teardown":
+            hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+
+    def _wait(self):
+        """Log the last reports of the copy. Raises Failed if it has ended too early."""
+        process, self.process = self.process, None
+        _, status = os.waitpid(process, 0)
+        self._log_reports()
+        if self.missing > 1 and not self.session.shouldfail:
+            text = f"the second process has ended with {status}: {self.missing - 1} tests not run"
+            raise self.session.Failed(text)
+
+    def _end(self):
+        """End the copy."""
+        self.config.hook.pytest_sessionfinish(session=self.session, exitstatus=0)
+        os._exit(0)
+
+    def pytest_sessionfinish(self):
+        if self.process:  # the run ends early: so does the copy
+            self.indices.read()
+            os.waitpid(self.process, 0)
+
+
 def pytest_generate_tests(metafunc):
     """Skip the tests that belong to another process of this run."""
     drawn = bool({"display", "chromium"} & set(metafunc.fixturenames))
     if SCREEN and drawn != (SCREEN == "only"):
         pytest.mark.skip("CHAT_SCREEN")(metafunc.function)
+    plugins = metafunc.config.pluginmanager
+    if not plugins.has_plugin(TwoProcesses.NAME):
+        plugins.register(TwoProcesses(), TwoProcesses.NAME)
 
 
 class Bugs(logging.Handler):
@@ -4144,6 +4243,16 @@ def test_a_word_with_a_dot_or_a_colon_is_the_host_of_a_mask(text, mask):
     assert chat.full_mask(text) == mask == chat.full_mask(mask)
 
 
+def test_the_longest_mask_is_removed_as_it_is_listed_and_a_longer_one_is_refused():
+    house, most = irc_house("#a", alice=""), chat.MASK_BYTES - len("!*@*")
+    asked(house, "alice", f"MODE #a +b {'b' * most}")
+    (listed,) = [x.params[2] for x in of(asked(house, "alice", "MODE #a b"), "367")]
+    assert listed == f"{'b' * most}!*@*"
+    assert of(asked(house, "alice", f"MODE #a -b {listed}"), "MODE")
+    assert of(asked(house, "alice", f"MODE #a +b {'b' * (most + 1)}"), "696")
+    assert not of(asked(house, "alice", "MODE #a b"), "367")
+
+
 @pytest.mark.parametrize("mask", ["dora!*@*", "m:dora!*@*"])
 def test_netcat_does_not_escape_a_ban_by_another_name(mask):
     house = irc_house("#a", alice="")
@@ -7376,6 +7485,24 @@ alice< 403 alice #none :No such channel
 alice< :alice PART #b
 alice> PART
 alice< 461 alice PART :Not enough parameters; usage: PART <channel>{,<channel>} [<reason>]
+=== PART, QUIT and TOPIC: a user who may not speak gives no reason and sets no topic
++#a alice bob carol
+alice> MODE #a +mb m:carol
+alice< :alice MODE #a +mb m:carol!*@*
+bob< :alice MODE #a +mb m:carol!*@*
+carol< :alice MODE #a +mb m:carol!*@*
+bob> PART #a :my last words
+alice< :bob PART #a
+bob< :bob PART #a
+carol< :bob PART #a
+alice> MODE #a -mt
+alice< :alice MODE #a -mt
+carol< :alice MODE #a -mt
+carol> TOPIC #a :mine
+carol< 404 carol #a :Cannot send to channel; you may not speak in #a
+carol> QUIT :mine
+alice< :carol QUIT :Quit
+carol< ERROR :Closing link: Quit: mine
 === TOPIC: is read by all, set by operators, and cleared
 +#a alice bob
 bob> TOPIC #a
@@ -8590,6 +8717,8 @@ bob< CAP bob ACK :message-tags
 alice> MODE alice +B
 alice< :alice MODE alice +B
 alice> PRIVMSG #a :beep
+bob< @msgid=ID;bot :alice PRIVMSG #a :beep
+bob> CHATHISTORY LATEST #a * 1
 bob< @msgid=ID;bot :alice PRIVMSG #a :beep
 === REGISTER: a name becomes an account
 alice> REGISTER * * pw
@@ -11597,6 +11726,17 @@ def test_what_a_device_says_of_its_user_before_it_joins_it_is_kept_and_told():
     assert [x.params[-1] for x in of(told, "761", "AWAY")] == ["x", "at lunch"]
 
 
+@pytest.mark.parametrize("alone, away", [(False, "at lunch"), (True, "*")])
+def test_a_connection_without_its_user_says_nothing_about_the_user_beside_others(alone, away):
+    house = House()
+    account(house, "alice")
+    for label in ("phone",) if alone else ("phone", "desk"):
+        device(house, label, "alice", caps="draft/pre-away")
+    assert refused(ask(house, label, "AWAY :at lunch"), "306")
+    assert refused(ask(house, "phone", "AWAY *"), "306")
+    assert house.hub.users["alice"].away == away
+
+
 def test_values_and_keys_of_metadata_arrive_whole_behind_the_longest_names():
     house = House(name="irc.some-long-organization-name.example.org")
     name, key = "й" * chat.NAME_CHARACTERS, "k" * chat.METADATA_KEY_BYTES
@@ -12753,7 +12893,8 @@ def test_what_no_client_may_send_ends_the_websocket_with_the_right_code(frames, 
     reader.feed(b"".join(frames) + client_frame(1, b"more"))
     while reader.pending:
         assert reader.take() in (None,)
-    ((opcode, payload),) = frames_of(reader.out)
+    assert not reader.out
+    ((opcode, payload),) = frames_of(reader.last)
     assert opcode == 0x88 and int.from_bytes(payload[:2], "big") == code
     assert reader.closed and not reader.buffer
     reader.feed(client_frame(1, b"nothing is read any more"))
@@ -13863,15 +14004,37 @@ def test_clients_behind_a_proxy_are_counted_and_shown_as_themselves(running):
     assert known is None or known.peers == known.web == 0
 
 
-def test_a_websocket_that_the_server_ends_is_closed_with_a_code(running):
-    server = running()
-    with socket.create_connection(server.address) as web:
-        web.sendall(HANDSHAKE.replace("\n", "\r\n").encode() + b"\r\n\r\n")
-        web.sendall(client_frame(1, b"QUIT"))
+def test_a_handshake_is_answered_behind_the_request_before_it(running):
+    with socket.create_connection(running().address) as web:
+        requests = f"GET /nowhere HTTP/1.1\nHost: localhost\n\n{HANDSHAKE}\n\n"
+        web.sendall(requests.replace("\n", "\r\n").encode() + client_frame(1, b"QUIT"))
         data = b""
         while chunk := web.recv(65536):
             data += chunk
-        assert frames_of(data.partition(b"\r\n\r\n")[2])[-1] == (0x88, b"\x03\xe8")
+    found, _, rest = data.partition(b"no such page\n")
+    head, _, frames = rest.partition(b"\r\n\r\n")
+    assert found.startswith(b"HTTP/1.1 404 ") and head.startswith(b"HTTP/1.1 101 ")
+    assert [opcode for opcode, _ in frames_of(frames)] == [0x81, 0x88]
+
+
+CLOSING_FRAMES = {  # what a client sends last, with the code of the close that answers it
+    "QUIT": (client_frame(1, b"QUIT"), 1000),
+    "close": (client_frame(8, (1001).to_bytes(2, "big")), 1001),
+    "no frame": (b"\xff\xff", 1002),
+}
+
+
+@pytest.mark.parametrize("frames, code", CLOSING_FRAMES.values(), ids=CLOSING_FRAMES)
+def test_a_websocket_is_closed_with_a_code_behind_the_last_answer(running, frames, code):
+    with socket.create_connection(running().address) as web:
+        web.sendall(HANDSHAKE.replace("\n", "\r\n").encode() + b"\r\n\r\n")
+        web.sendall(client_frame(1, b"PING last") + frames)
+        data = b""
+        while chunk := web.recv(65536):
+            data += chunk
+    told = frames_of(data.partition(b"\r\n\r\n")[2])
+    assert b":last" in told[0][1] and [opcode for opcode, _ in told].count(0x88) == 1
+    assert told[-1][0] == 0x88 and told[-1][1][:2] == code.to_bytes(2, "big")
 
 
 def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
@@ -20161,6 +20324,21 @@ def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
     assert len([view for view in alice.views if view.kind == "moved"]) == 1
 
 
+def test_users_to_whom_the_user_spoke_leave_in_a_row_of_their_own_also_by_another_name():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store, clock=lambda: 1e9)
+    alice.hears(*(f":u{n}!u@h JOIN #lobby" for n in range(5)))
+    alice.types("ask @u3, or u4: please")
+    alice.hears(":u2!u@h PRIVMSG #lobby :hi", ":u2!u@h NICK zoe")
+    alice.hears(*(f":{name}!u@h QUIT :bye" for name in ("u1", "zoe", "u3", "u4")))
+    rows = [view for view in alice.core.room.views if view.kind == "quit"]
+    assert [view.name for view in rows] == ["zoe", "u3", "u4"]
+    later = Elsewhere(store=store, clock=lambda: 1e9 + 9)
+    later.hears(":u0!u@h JOIN #lobby", ":u1!u@h JOIN #lobby", ":u2!u@h JOIN #lobby")
+    rows = [view for view in later.core.room.views if view.kind == "join"]
+    assert [view.name for view in rows] == ["u0", "u2"]
+
+
 @pytest.mark.parametrize(
     "lines, rows",
     [
@@ -20221,6 +20399,11 @@ def test_settings_are_listed_checked_and_kept():
     assert alice.core.setting("bell") == "off"
     alice.hears(":bob!u@h PRIVMSG #lobby :who wants tea?")
     assert [view.called for view in alice.views if view.kind == "message"] == [True]
+    alice.types("/set highlight tea #LOBBY #elsewhere")
+    alice.hears(":bob!u@h PRIVMSG #lobby :whatever it is")
+    alice.types("/set highlight #elsewhere")
+    alice.hears(":bob!u@h PRIVMSG #lobby :see #elsewhere")
+    assert [view.called for view in alice.views if view.kind == "message"] == [True, True, False]
     alice.types("/set bell perhaps", "/set nothing x", "/set bell default")
     assert len(alice.kinds("note")) == 2 and alice.core.setting("bell") == "on"
 
@@ -22092,6 +22275,7 @@ def test_a_line_waits_for_a_whole_token_and_a_piece_of_a_body_for_the_end_of_deb
 ):
     house, taken = House(), []
     inbox = types.SimpleNamespace(in_body=in_body, pending=True, out=b"", fruitless=False)
+    inbox.closed = False
     inbox.take = lambda: taken.append("a line")
     budget = chat.Budget(10.0, 1.0, 0.0)
     budget.tokens = tokens
@@ -22136,7 +22320,7 @@ def test_other_dialects_are_closed_politely_and_never_taken_for_a_name(running):
 def test_irc_and_the_line_protocol_share_a_port_and_a_channel(running):
     server = running()
     dora, alice = server.guest("dora"), server.guest()
-    assert "376" not in str(alice.enter_irc("alice", "JOIN #lobby"))
+    assert " 376 " not in str(alice.enter_irc("alice", "JOIN #lobby"))
     assert dora.line() == f"alice ({alice.here()}) joined the chat!"
     dora.send("hello\n")
     assert alice.line() == ":dora!line@127.0.0.1 PRIVMSG #lobby :hello\r"
@@ -22245,7 +22429,7 @@ def test_a_certificate_of_an_account_logs_in_and_another_does_not(
     other = server.guest(context=showing("server's"))
     other.enter_irc("other", "REGISTER * * password")
     other.send("NS CERT REMOVE " + print_of_alice + "\r\nWHOIS alice\r\n")
-    assert "no certificate of yours" in (told := str(other.until(" 318 "))) and "276" not in told
+    assert "no certificate of yours" in (told := str(other.until(" 318 "))) and " 276 " not in told
     assert external(other, "alice") == external(other) == ["904"]
     server.stop()
     again = running(**options)
@@ -27677,16 +27861,59 @@ def test_a_window_is_put_where_the_screen_is():
         ("שלום alice, 42 (תה)", "(הת) alice, 42 םולש"),
         ("hello שלום world", "hello םולש world"),
         ("a (שלום) b", "a (םולש) b"),
-        ("מחיר: 42.50 ₪", "₪ 42.50 :ריחמ"),
+        ("מחיר: 42.50 ₪, 42.50₪", "42.50₪ ,₪ 42.50 :ריחמ"),
         ("בְּ א", "א בְּ"),  # marks stay with their letter
         ("مرحبا", "\ufe8e\ufe92\ufea3\ufeae\ufee3"),  # letters are joined
         ("لا", "\ufefb"),  # one sign for lam with alef
+        ("می\u200cشود", "\ufea9\ufeee\ufeb7\ufbfd\u200c\ufee3"),  # kept apart
         ("plain (text)", "plain (text)"),
+        ("שלום (hello", "hello) םולש"),
+        ("שלום (hello)", "(hello) םולש"),  # both brackets of a pair, as the line (N0)
+        ("אב(גד[&ef]!)gh", "gh(![ef&]דג)בא"),  # the example of UAX 9
+        ("smith (fabrikam אבגד) הו", "smith (fabrikam דגבא) וה"),
+        ("see אב(גד) now", "see (דג)בא now"),
+        ("אב [1] <c>", "<c> [1] בא"),
+        ("אב »ג« 〈ד〉", "〈ד〉 »ג« בא"),
+        ("טלפון 03-1234567, 12:30!", "!12:30 ,03-1234567 ןופלט"),
+        ("בטווח 10-20%", "10-20% חווטב"),
+        ("بين 10-20", "20-10 \ufee6\ufef4\ufe91"),  # numbers after Arabic letters
+        ("hello, שלום!", "hello, םולש!"),
+        ("שלום, hello!", "!hello ,םולש"),
+        ("ראה https://a.org/(x) !", "! https://a.org/(x) האר"),  # a link is one thing
+        ("go www.a.org/תה/א.", "go www.a.org/א/הת."),
     ],
 )
 def test_text_from_right_to_left_is_drawn_in_the_order_in_which_it_is_seen(text, seen):
-    assert gui_client.seen_line(text, int(gui_client.is_rtl(text))) == seen
-    assert gui_client.said_line(seen, int(gui_client.is_rtl(text))) == text  # what is copied
+    line = gui_client.seen_line(text, int(gui_client.is_rtl(text)))
+    assert line == seen
+    assert gui_client.said_text([(0, *one) for one in line.said]) == text  # what is copied
+
+
+def test_what_is_copied_is_what_was_said_where_lines_were_broken_and_letters_spelled():
+    style = gui_client.Style(fits=lambda part: len(part) <= 12, seen=gui_client.Look.seen)
+    text = "שלום alice (תה) \U0001f375 12!\nראה www.a.org"
+    pieces = gui_client.line_pieces(text, style, "said")
+    lines = gui_client.lines_said(pieces, gui_client.spelled)
+    shown = gui_client.spelled(texts_of(pieces)).splitlines(keepends=True)
+    assert len(shown) == 4
+    assert "".join(gui_client.said_text(lines[line]) for line in shown) == f"{text}\n"
+    start = shown[0].index("alice")
+    assert gui_client.said_text(lines[shown[0]][start : start + 8]) == "ום alice"
+
+
+def test_what_the_program_says_of_a_name_from_right_to_left_begins_at_the_left():
+    only = gui_client.is_only_rtl
+    assert not only("אבג joined") and not only("→ דהו (www)") and only("שלום, 12!")
+    style = gui_client.Style(
+        fits=lambda part: True, seen=lambda text, base=0: gui_client.seen_line(text, base)
+    )
+    joined = chat.ViewEvent(chat.JOIN, name="אבג", time=EIGHT)
+    assert texts_of(gui_client.told_pieces(gui_client.Row(joined), style)).endswith(
+        "\t→ גבא joined\n"
+    )
+    row = gui_client.Row(said("כן", "אבג"), answers=("אבג", "תה?"))
+    assert texts_of(gui_client.reply_pieces(row, style)) == "↳ גבא: ?הת\n"
+    assert texts_of(gui_client.head_pieces(row, style)).startswith("גבא  ")
 
 
 @pytest.mark.parametrize(
@@ -28403,7 +28630,12 @@ def test_whatever_is_wrong_with_an_address_is_said_and_another_can_be_tried(runn
     alice.card.server.set(chat.address_text(*first.address))
     alice.card.name.set("")
     alice.card.enter()
-    assert alice.card.error.cget("text") == "please choose a name"
+    assert (error := alice.card.error).cget("text") == "please choose a name"
+    alice.look.want("light", "", "20")  # so that the dialog is larger than the screen
+    alice.card.enter()
+    alice.root.update()
+    below = error.winfo_rooty() + error.winfo_height()
+    assert error.winfo_viewable() and below <= alice.card.buttons.winfo_rooty()
     alice.card.name.set("alice 🙂")
     alice.card.enter()
     pump(alice, lambda: here(alice) == ["alice_🙂"])
@@ -28576,9 +28808,16 @@ def test_messages_are_answered_reacted_to_and_typing_is_shown(running, window):
     assert not alice.banner.shown
     bob.send(f"@+draft/react=\U0001f44d;+draft/reply={id_in(line)} TAGMSG #lobby\r\n")
     see(alice, " \U0001f44d 1 ")
-    row = alice.transcript.sheet.rows[-1]
-    alice.messages.act("react \U0001f44d", row)
-    see(alice, " \U0001f44d 2 ")
+    alice.look.signs["\U0001f44d"] = False  # no font has it
+    alice.transcript.redraw_all()
+    see(alice, " [thumbs up sign] 1 ")
+    alice.root.update()
+    text = alice.transcript.text
+    x, y, *_ = text.bbox(text.search("thumbs", "1.0"))
+    text.event_generate("<Button-1>", x=x + 1, y=y + 1)
+    text.event_generate("<ButtonRelease-1>", x=x + 1, y=y + 1)
+    see(alice, " [thumbs up sign] 2 ")
+    alice.look.signs["\U0001f44d"] = True
     alice.messages.act("react \U0001f44d", alice.transcript.sheet.rows[-1])
     see(alice, " \U0001f44d 1 ")
     bob.send("@+typing=active TAGMSG #lobby\r\n")
@@ -28706,12 +28945,22 @@ def test_the_look_follows_the_settings(running, window, folder):
     assert alice.settings.fields["theme"].value == "dark"
     assert alice.settings.fields["size"].content == str(size + 1)
     alice.settings.fields["time"].set("%H:%M:%S")
+    for name, value in (("theme", "light"), ("font", "Courier"), ("time", "%M")):  # as by /set
+        alice.model.do("set", name, value)
+    pump(alice, lambda: alice.settings.fields["font"].content == "Courier")
+    assert alice.settings.fields["theme"].value == "light"
+    assert alice.settings.fields["time"].content == "%H:%M:%S"  # which is being typed
+    alice.model.do("set", "theme", "dark")
     alice.settings.done()
     pump(alice, lambda: alice.transcript.sheet.style.clock == "%H:%M:%S")
     alice.close()
     pump(alice, lambda: alice.gone)
+    memory = gui_client.Remembered(folder)
+    memory.write("look", memory.words("look") | {"geometry": "9999x9999+9+9"})
     again = at_home(window(server.address, **state))
     assert again.look.colours is gui_client.DARK and again.look.size == size + 1
+    again.root.update()
+    assert again.look.em < again.root.winfo_screenheight() - again.root.winfo_height() < 90
 
 
 def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
@@ -28748,6 +28997,19 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     assert alice.root.focus_lastfor() is choice
 
 
+def test_what_is_said_of_a_setting_is_broken_where_there_is_little_room(running, window):
+    alice = at_home(window(running().address))
+    alice.model.do("set", "size", "20")
+    pump(alice, lambda: alice.look.size == 20)
+    for _ in range(2):
+        alice.commands.open_settings()
+        alice.root.update()
+        abouts = alice.settings.abouts
+        assert all(about.winfo_reqwidth() <= about.winfo_width() + 1 for about in abouts)
+        assert len({about.winfo_height() for about in abouts}) > 1
+        alice.settings.done()
+
+
 @pytest.mark.parametrize("dialog", [False, True])
 def test_ctrl_q_closes_the_window_also_from_a_dialog(running, window, dialog):
     alice = at_home(window(running().address))
@@ -28762,6 +29024,8 @@ def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, 
     alice = at_home(window(running().address))
     alice.model.do("set", "size", "30")
     pump(alice, lambda: alice.look.size == 30)
+    alice.root.geometry("+300+200")
+    alice.root.update()
     alice.commands.open_settings()
     card = alice.settings
     alice.root.update()
@@ -28772,6 +29036,11 @@ def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, 
         return top >= 0 and top + field.winfo_height() <= card.page.winfo_height()
 
     assert in_sight(first) and not in_sight(last) and card.page.bar.winfo_ismapped()
+    assert alice.root.winfo_rooty() + alice.root.winfo_height() <= 700 == card.winfo_screenheight()
+    assert all(
+        about.winfo_rootx() + about.winfo_width() <= card.page.bar.winfo_rootx()
+        for about in card.abouts
+    )
     for _ in range(50) if way == "wheel" else ():
         first.event_generate("<Button-5>")
     if way == "focus":
@@ -28784,11 +29053,76 @@ def test_what_is_copied_from_the_messages_is_in_the_order_in_which_it_was_said(r
     bob = server.guest("bob")
     alice = at_home(window(server.address))
     text = alice.transcript.text
-    bob.send("שלום alice\nمرحبا 🍵\nplain\n")
+    said = f"שלום alice\nمرحبا 🍵\nwww.a.org/(א) {'(תה) 12! ' * 40}\nplain\n"
+    bob.send(said)
     see(alice, "plain\n")
     text.tag_add("sel", "1.0", "end")
     text.event_generate("<<Copy>>")
-    assert "שלום alice\nمرحبا 🍵\nplain\n" in (alice.root.clipboard_get())
+    assert said in alice.root.clipboard_get()
+    text.tag_remove("sel", "1.0", "end")
+    at = text.search("🍵", "1.0")
+    text.tag_add("sel", f"{at} linestart", f"{at} + 1 indices")
+    text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == "🍵"
+    panel = alice.panel
+    alice.show_page("topic", said)
+    alice.root.update()
+    panel.text.tag_add("sel", "1.0", "end - 1 chars")
+    panel.text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == said + "\n"
+    before = panel.text.count("1.0", "end", "lines")
+    alice.panes.restore({"panel": 12})
+    alice.panes.arrange()
+    pump(alice, lambda: panel.text.count("1.0", "end", "lines") > before)  # broken again
+    before = text.count("1.0", "end", "lines")
+    alice.commands.zoom(6)
+    pump(alice, lambda: text.count("1.0", "end", "lines") > before)
+    panel.show_results("תה", ((1, "#אבג", gui_client.chat.ViewEvent(chat.MESSAGE, said, "דהו")),))
+    assert panel.text.get("1.0", "1.end").startswith("והד  #גבא")
+
+
+def test_the_names_of_emoji_that_no_font_has_are_shown_and_their_signs_copied_and_sent(
+    running, window
+):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    look, text = alice.look, alice.transcript.text
+    assert look.has("a") and not look.has(gui_client.NO_SIGN)
+    look.signs["\U0001f375"] = False
+    bob.send("a 🍵, תה 🍵\n")
+    see(alice, "a [teacup without handle], הת [teacup without handle]\n")
+    at = text.search("[", "1.0")
+    text.tag_add("sel", at, f"{at} lineend")
+    text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == "🍵, תה 🍵"
+    alice.compose.set("")
+    alice.compose.event_generate("<<Paste>>")
+    assert alice.compose.content == "🍵, תה 🍵"
+
+
+def test_what_is_typed_from_right_to_left_is_shown_above_the_field_as_it_will_be_seen(
+    running, window
+):
+    alice = at_home(window(running().address))
+    field, shown = alice.compose, alice.preview
+
+    def preview():
+        alice.root.update()
+        return shown.get("1.0", "end-1c") if shown.winfo_ismapped() else None
+
+    field.set("🍵 hello")
+    assert preview() is None
+    field.set("first\nשלום 🍵 (תה)!")
+    assert preview() == "!(הת) 🍵 םולש"
+    field.mark_set("insert", "2.2")
+    field.event_generate("<KeyRelease>", keysym="Left")
+    alice.root.update()
+    assert shown.get(*shown.tag_ranges("chosen")) == "ו"
+    field.set("א" * 50_000)
+    assert len(preview()) <= 2 * gui_client.PREVIEWED
+    field.submit()
+    assert preview() is None
 
 
 def test_a_link_is_opened_by_a_click_and_the_user_told_if_it_cannot_be(
@@ -29382,6 +29716,34 @@ def test_the_main_menu_has_all_that_keys_have(running, window):
     pump(alice, lambda: alice.model.room.muted)
     choose_in_menu(alice, "Settings \u2026")
     assert alice.settings.shown
+
+
+def test_the_menu_of_a_channel_lets_all_of_it_call_the_user_and_leaves_it_open(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+
+    def choose(label):
+        press(alice, "Shift-F10", alice.sidebar.tree)
+        menu = [one for one in alice.sidebar.winfo_children() if one.winfo_class() == "Menu"][-1]
+        menu.invoke(label)
+        menu.unpost()
+
+    choose("Every message calls me")
+    pump(alice, lambda: alice.model.values["highlight"] == "#lobby")
+    bob.send("not to anyone\n")
+    see(alice, "not to anyone")
+    assert alice.transcript.sheet.rows[-1].view.called
+    choose("Only mentions call me")
+    pump(alice, lambda: alice.model.values["highlight"] == "")
+    choose("Leave, stay open")
+    pump(alice, lambda: not alice.model.room.inside)
+    see(alice, "you left #lobby; /close closes it")
+    see(alice, "not to anyone")
+    choose("Join")
+    pump(alice, lambda: alice.model.room.inside)
+    enter(alice, "/part")
+    pump(alice, lambda: alice.model.room is None or not alice.model.room.name)
 
 
 def test_the_desktop_is_told_of_calls_while_the_window_has_not_the_keys(
@@ -30139,6 +30501,13 @@ class Chromium:
 PAGE_STATE = "JSON.stringify([state.phase, state.why, state.outbox, allRooms().map(to => to.name)])"
 
 
+# A script for browse(): the page waits a tenth of the time, for its server and for other tabs
+HASTY = """
+    const later = setTimeout;
+    self.setTimeout = (act, ms, ...values) => later(act, ms / 10, ...values);
+"""
+
+
 class Tab:
     """A tab with the page of a server, as large as a phone unless told otherwise. `before` is a
     script that runs before those of the page."""
@@ -30397,8 +30766,7 @@ def test_page_and_network_that_breaks_lose_and_double_nothing(running, browse, s
     server = with_page(running)
     witness = Witness(server.address)
     with Proxy(server.address, random.Random(run), 4_000, 20_000, after=b" 001 ") as proxy:
-        tab = browse(proxy.address)
-        tab.enter("anna")
+        tab = browse(proxy.address, before=HASTY).enter("anna")
         bob = server.guest("bob")
         for n in range(200):
             tab.say(f"mine {n}")
@@ -30420,7 +30788,7 @@ def test_page_and_a_server_that_is_killed_lose_and_double_nothing(folder, browse
     def say(tab, texts, last=False):
         """Say something on a server, and kill that."""
         with serving("--data", folder, "--flood", "off") as (process, proxy.server):
-            tab = tab or browse(proxy.address).enter("anna")
+            tab = tab or browse(proxy.address, before=HASTY).enter("anna")
             tab.until("state.phase === 'online'")
             tab.say(*texts)
             if last:
@@ -30532,11 +30900,11 @@ def test_a_tab_takes_the_place_of_a_leader_that_does_not_answer(running, browse)
     """As one that the browser has frozen."""
     server = with_page(running)
     witness = Witness(server.address)
-    first = browse(server.address).enter("anna")
+    first = browse(server.address, before=HASTY).enter("anna")
     first.say("before")
     first.wait_for("before")
     first.js("globalThis.heard = channel.onmessage; channel.onmessage = null")
-    second = browse(server.address)
+    second = browse(server.address, before=HASTY)
     second.until("leader")
     first.js("channel.onmessage = heard; null")
     first.until("!leader && attached")
@@ -30861,7 +31229,7 @@ def test_messages_of_a_server_that_lost_its_data_come_after_those_of_before(runn
         for texts in (lines[:5], lines[5:]):
             server = with_page(running)
             proxy.server = server.address
-            tab = tab or browse(proxy.address).enter("anna")
+            tab = tab or browse(proxy.address, before=HASTY).enter("anna")
             tab.until("state.phase === 'online'")
             tab.say(*texts)
             tab.until("!state.outbox.length && !room('#lobby').behind")
@@ -30914,7 +31282,7 @@ def test_a_file_that_was_chosen_without_network_is_sent_when_there_is_one(
     server = with_page(running, data=folder)
     (tmp_path / "notes.txt").write_text("x" * 1000)
     with Proxy(server.address) as proxy:
-        tab = browse(proxy.address).enter("anna")
+        tab = browse(proxy.address, before=HASTY).enter("anna")
         proxy.server = ("127.0.0.1", 9)
         proxy.swallow()
         tab.js("leader.closed()")
@@ -30923,7 +31291,6 @@ def test_a_file_that_was_chosen_without_network_is_sent_when_there_is_one(
         tab.press("Send")
         tab.until("document.querySelector('#waiting progress')")
         proxy.server = server.address
-        tab.js("leader.uploader.patience = 500; null")  # the browser kept a connection: it is dead
         tab.until("document.querySelector('#log .card')")
 
 
