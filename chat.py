@@ -14862,8 +14862,9 @@ class IrcTalk:
         self.send_at_once("QUIT", reason)
 
     def tell_unsent(self) -> None:
-        """Tell the user which commands had to wait for too long: the connection has ended. Channels
+        """Tell the user what was refused and which commands had to wait for too long. Channels
         are joined over the next one."""
+        self.acks.tell_refusals()
         verbs = [parse_message(line).verb for line, _ in self.queue]
         if not self.core.quitting:
             lost = [verb for verb in verbs if verb != "JOIN"]
@@ -16485,8 +16486,10 @@ class Rooms(dict[str, Room]):
         core.talk.joins.rekey()
         self.rekey()
         self._divide(before)
-        for room in self.values():
+        for key, room in self.items():
             self.keep(room)
+            if AMBIGUOUS_KEY.search(key):
+                core.stored.load_again(room)
         return core.keep_facts()
 
     def rekey(self) -> None:
@@ -16945,6 +16948,14 @@ class StoredMessages:
         room.views.dropped = len(room.views) == STORED_LINES
         if room.read_time:
             room.count_unread()
+
+    def load_again(self, room: Room) -> None:
+        """Add the last stored messages to those of a room: there may be some under its key that
+        were those of a closed conversation."""
+        core = self.core
+        views = core.store.page(core.fold(room.name), STORED_LINES) if core.store else []
+        room.put(views, (views[0].time or 0) if len(views) == STORED_LINES else 0)
+        core.show(ViewEvent(RESET, where=room.name))
 
     def note_holes(self, room: Room, *positions: str) -> None:
         """Store the positions in a room before which messages are missing."""
@@ -17788,7 +17799,8 @@ class ClientCore:
         deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
         if talk:
-            talk.acks.tell_refusals()
+            talk.joins.want_typed()
+            talk.tell_unsent()
         flown = self.outbox.connection_lost()
         for message in flown if talk and talk.doubts else ():
             if talk.pages:
@@ -17797,9 +17809,6 @@ class ClientCore:
                 self.outgoing.leave_to_user(message.id)
         if talk and any(asked.how in ("missed", "gap") for asked in talk.history.requests):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
-        if talk:
-            talk.joins.want_typed()
-            talk.tell_unsent()
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()

@@ -15599,7 +15599,7 @@ class Elsewhere:
         if tokens:
             self.hears(f"005 alice {' '.join(tokens)} :are supported by this server")
         self.hears("422 alice :No MOTD")
-        for room in list(self.core.rooms.values()):
+        for room in [room for room in self.core.rooms.values() if room.is_channel]:
             self.hears(f":alice!u@h JOIN {room.name}")
         self.sent()
 
@@ -16539,6 +16539,39 @@ def test_the_answer_to_a_command_that_waited_is_shown_under_the_new_name():
     assert alice.sent(30) == ["NAMES #new", *modes]  # the second ends the first
     alice.hears("353 anna = #new :anna robert", "366 anna #new :End")
     assert "anna, robert" in alice.kinds("people")
+
+
+FOR_A_USER = ("/kick {} for-{}", "/notice {} for-{}", "/ctcp {} X for-{}", "/raw INVITE {} #for-{}")
+
+
+@pytest.mark.parametrize("life", range(20 if THOROUGH else 4))
+def test_each_command_reaches_the_user_who_was_meant_whatever_nicks_change_meanwhile(life):
+    chance = random.Random(f"{SEED} {life}")
+    users = {f"n{n}": n for n in range(4)}  # by nick
+    alice, meant, reached = Elsewhere(), [], {}
+
+    def see(lines):
+        for line in lines:
+            (nick,), number = {*users} & {*line.split()}, int(re.search(r"for-(\d+)", line)[1])
+            reached[number] = users[nick]
+
+    for step in range(200):
+        nick, new = chance.choice([*users]), f"n{chance.randrange(8)}"
+        act = chance.choice(("command", "command", "nick", "quit", "wait"))
+        if act == "command":
+            alice.types(chance.choice(FOR_A_USER).format(nick, len(meant)))
+            meant.append(users[nick])
+        elif act == "nick" and new not in users:
+            alice.hears(f":{nick}!u@h NICK {new}")
+            users[new] = users.pop(nick)
+        elif act == "quit" and new not in users:
+            alice.hears(f":{nick}!u@h QUIT :x", f":{new}!u@h JOIN #lobby")
+            del users[nick]
+            users[new] = 4 + step
+        see(alice.sent(chance.randrange(3)))
+    see(alice.sent(600))
+    assert reached == {n: user for n, user in enumerate(meant) if n in reached}
+    assert {*reached} >= {n for n, user in enumerate(meant) if user in users.values()}
 
 
 @pytest.mark.parametrize(
@@ -17652,14 +17685,16 @@ def test_channels_that_this_server_tells_apart_are_two_from_the_start():
     assert alice.said() == ["#lobby \xe4rger: yes"]
 
 
+SECONDS = itertools.count(1_767_225_600)
+
+
 def lived(mapping, *lines, db=None, texts=(), **options):
     """Return a client, perhaps one started again, on a server with that CASEMAPPING."""
-    clock = itertools.count(1_767_225_600)
     kept = {"store": chat.ClientStore(db, "s", "alice")} if db else {}
     alice = Elsewhere.__new__(Elsewhere)
     alice.now, alice.out, alice.views = 0.0, [], []
     alice.core = chat.ClientCore(
-        "alice", kind=chat.IRC, join=(), clock=lambda: next(clock), **kept, **options
+        "alice", kind=chat.IRC, join=(), clock=lambda: next(SECONDS), **kept, **options
     )
     alice.connect(*[f"CASEMAPPING={mapping}"] if mapping else [])
     return alice.hears(*lines).types(*texts)
@@ -17753,6 +17788,32 @@ def test_what_was_unread_in_one_of_two_conversations_stays_unread_when_they_beco
     alice.core.close_store()
     room = lived("rfc1459", db=db).core.find("[x]")
     assert told_of(room) == [*THREE, "[x]: four"] and room.unread >= 1
+
+
+ODD_NICKS = ("[x]", "{x}", "[X}", "a^", "A~", "\xc4", "\xe4", "bob", "BOB")
+
+
+@pytest.mark.parametrize("life", range(20 if THOROUGH else 4))
+def test_no_message_is_lost_or_in_the_wrong_place_whatever_rules_for_names_a_server_has(life):
+    chance, db = random.Random(f"{SEED} {life}"), chat.open_client_database(":memory:")
+    said = []
+    for _ in range(6):
+        rule = chance.choice(("ascii", "rfc1459", "rfc1459-strict", "rfc8265", None))
+        alice = lived(rule, db=db)
+        for _ in range(10):
+            nick = chance.choice(ODD_NICKS)
+            alice.hears(f":{nick}!u@h PRIVMSG alice :m{len(said)}")
+            said.append(nick)
+            if chance.random() < 0.2:
+                alice.types("/close")
+        fold, store = alice.core.fold, alice.core.store
+        for key in {fold(nick) for nick in said}:
+            wanted = [f"m{n}" for n, nick in enumerate(said) if fold(nick) == key]
+            assert [view.text for view in store.page(key, 100)] == wanted, (rule, key)
+            if room := alice.core.rooms.get(key):
+                assert [view.text for view in room.views if view.kind == chat.MESSAGE] == wanted
+        assert len({fold(room.name) for room in alice.core.rooms.values()}) == len(alice.core.rooms)
+        alice.core.close_store()
 
 
 def test_the_history_of_two_channels_is_one_behind_a_rule_that_joins_their_names():
@@ -25708,7 +25769,7 @@ def test_one_terminal_talks_on_two_servers_and_does_so_again_at_the_next_start(
     alice.type("/go 1\r")
     assert alice.shows("bob: alice: and here?")
     alice.type("yes\r/go\r")
-    assert bob.until("alice: yes") and alice.shows("1 #lobby, ", ": 2 #lobby")
+    assert bob.until("alice: yes") and alice.shows(": 1 #lobby", ": 2 #lobby")
     alice.type("/quit\r")
     assert alice.process.wait(PATIENCE) == 0
     again = terminal(here.address, "alice", state=folder)
