@@ -323,7 +323,7 @@ CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
 CUT_AT_LEAST = 100  # characters of a sent line that an echo has if the server has cut it
 # Echoes with other words: how like a sent line one is, and how much less it is like others
 LIKE, LIKE_MORE = 0.6, 0.1
-COMPARED = 16  # sent lines to which such an echo is compared
+COMPARED = 8  # sent lines to which such an echo is compared
 SENT_ALONE = 8  # messages, after one that was refused or changed and could not be told from others
 ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
 TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
@@ -13412,11 +13412,11 @@ def in_batches(lines: list[MessageLine], size: int, count: int) -> Iterator[list
 
 
 def sameness(sent: str, heard: str) -> int:
-    """Return how surely a server made `heard` from a sent line: 3 if nothing was changed, 2 without
-    its colours, 1 if it was cut, 0 if the words differ."""
+    """Return how surely a server made `heard` from a sent line of other bytes: 2 if without its
+    colours, 1 if it was cut, 0 if the words differ."""
     plain, rest = shown_line(sent.encode(errors="replace")), heard.rstrip("\ufffd")
     cut_off = len(rest) > CUT_AT_LEAST and (sent.startswith(rest) or plain.startswith(rest))
-    return 3 if heard == sent else 2 if heard == plain else int(cut_off)
+    return 2 if heard == plain else int(cut_off)
 
 
 def likeness(sent: str, heard: str) -> float:
@@ -14016,6 +14016,9 @@ class Acknowledgements:
     def _place(here: list[ExpectedEcho], text: str, alters: bool) -> int | None:
         """Return which of the lines to a target an echo clearly is; None for none. Words count as
         those of another line if the server `alters` some."""
+        unchanged = (n for n, line in enumerate(here) if line.text == text)
+        if (place := next(unchanged, None)) is not None:
+            return place
         grades = [sameness(line.text, text) for line in here]
         best = max(grades)
         alike = {line.text for line, grade in zip(here, grades, strict=True) if grade == best}
@@ -15268,7 +15271,7 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     """Show a line without a handler of its own; note the channel or message that is refused."""
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
-    text = between.join([" ".join(about), text] if about else [text])
+    text = between.join(optional(" ".join(about).removeprefix("*"), text))
     text = f"{heard.name}: " * ("!" in heard.source) + text
     if about and refuses_join(talk, heard.verb, about[0]):
         talk.joins.failed(about[0], text, heard.verb)
@@ -17470,6 +17473,9 @@ class Outgoing:
     # Changes of messages: replies, reactions, redactions
 
 
+LEAVING = ("quit", "exit", "logout", ":q", ":q!", ":wq")  # of other programs
+
+
 class TypedText:
     """The text that a user enters: a command, or a message for the current conversation."""
 
@@ -17508,6 +17514,8 @@ class TypedText:
         first = words[0] if words else ""
         if text[:1] == " " and first[:1] == "/" and first[1:] in client_command:
             return f"nothing was sent: is {first} a command? Enter again sends it as text"
+        if text.strip().lower() in LEAVING:
+            return "nothing was sent: /quit leaves; Enter again sends it as text"
         if command := password_command(text):
             return f"nothing was sent: is that /{command}? Enter again sends it as text"
         if len(words) == 1 and text[:1] in ("#", "&") and self.core.server.is_channel(text):
@@ -18099,9 +18107,11 @@ def nth(word: str, count: int, what: str) -> int:
     """Return the N of a typed -N, which means the Nth from the end of so many. Raises Refused with
     the range."""
     number = whole_number(word[1:]) if word[:1] == "-" else 0
+    if not count:
+        raise Refused("NO_MESSAGE", f"there are no {what} here")
     if not number or number > count:
-        known = f"-1 to -{count}" if count > 1 else "only -1" if count else "none"
-        raise Refused("NO_MESSAGE", f"{word} is none of {what} here; there is {known}")
+        known = f"-1 to -{count}" if count > 1 else "only -1"
+        raise Refused("NO_MESSAGE", f"{word} is none of the {what} here: {known}")
     return number
 
 
@@ -18587,7 +18597,7 @@ def numbered_view(
     if core.input.seen is not None:
         seen = {view.own_id or identity_of(view) for view in core.input.seen}
         spoken = [view for view in spoken if (view.own_id or identity_of(view)) in seen]
-    what = "your messages" if mine else "the messages of others"
+    what = "messages of yours" if mine else "messages of others"
     number = nth(first if match else "-1", len(spoken), what)
     if not spoken[-number].id:
         raise Refused("NO_ID", "the server has not confirmed that message yet; try again")
@@ -18657,7 +18667,7 @@ def do_save(core: ClientCore, *words: str) -> None:
     """/save [-N] [PATH] -- store the last file that a message here tells of, or the Nth"""
     room, numbered = asked_room(core), bool(words) and A_NUMBER.fullmatch(words[0])
     files = [(view, parse_file_tag(view.file)) for view in room.views if view.file]
-    number = nth(words[0], len(files), "the files") if numbered else 1
+    number = nth(words[0], len(files), "files") if numbered else 1
     if len(files) < number or files[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
     if core.transfers.start is None:

@@ -20730,6 +20730,30 @@ def test_a_text_that_looks_like_a_password_is_sent_only_if_it_is_entered_again(t
     assert alice.said() == [f"#lobby *alice: {text}"]
 
 
+@pytest.mark.parametrize("text, asked", [("quit", 1), (" Exit", 1), (":wq", 1), ("quit it", 0)])
+def test_a_word_that_ends_other_programs_is_said_only_if_it_is_entered_again(text, asked):
+    alice = Elsewhere()
+    alice.types(text)
+    assert (
+        alice.kinds("note")
+        == ["nothing was sent: /quit leaves; Enter again sends it as text"] * asked
+    )
+    alice.types(text)
+    assert alice.said() == [f"#lobby *alice: {text}"] * (2 - asked)
+
+
+def test_an_error_about_no_name_begins_with_its_text():
+    alice = Elsewhere().hears("432 alice * :Erroneous nickname")
+    assert alice.kinds("server text")[-1] == "Erroneous nickname"
+
+
+@pytest.mark.parametrize("typed", ["/reply hi", "/react x", "/redact", "/save -1"])
+def test_a_command_about_a_message_where_there_is_none_says_so(typed):
+    alice = Elsewhere(caps="message-tags draft/message-redaction echo-message")
+    alice.types(typed)
+    assert alice.kinds("note")[0].startswith("there are no ")
+
+
 COMMANDS_SENT = [  # what is typed in #tea, and the lines that are sent
     ("/op #nope bob", ["MODE #nope +o bob"]),
     ("/voice #nope bob", ["MODE #nope +v bob"]),
@@ -20997,16 +21021,16 @@ NO_NUMBERS = [  # typed beside two messages of bob and one of alice, and the not
     ("/go 0", "0 is no number of a conversation: only 1"),
     ("/go 2", "2 is no number of a conversation: only 1"),
     ("/go -1", "-1 is no number of a conversation: only 1"),
-    ("/reply -0 hi", "-0 is none of the messages of others here; there is -1 to -2"),
-    ("/reply -3 hi", "-3 is none of the messages of others here; there is -1 to -2"),
-    ("/react -12345 x", "-12345 is none of the messages of others here; there is -1 to -2"),
+    ("/reply -0 hi", "-0 is none of the messages of others here: -1 to -2"),
+    ("/reply -3 hi", "-3 is none of the messages of others here: -1 to -2"),
+    ("/react -12345 x", "-12345 is none of the messages of others here: -1 to -2"),
     ("/react 2 x", "/react -2 x is about another message"),
-    ("/redact -2", "-2 is none of your messages here; there is only -1"),
+    ("/redact -2", "-2 is none of the messages of yours here: only -1"),
     ("/redact 1", "usage: /redact, or /redact -2 for the one before"),
-    ("/save 0", "0 is none of the files here; there is only -1"),
-    ("/save 1", "1 is none of the files here; there is only -1"),
-    ("/save -2 x", "-2 is none of the files here; there is only -1"),
-    ("/save -0", "-0 is none of the files here; there is only -1"),
+    ("/save 0", "0 is none of the files here: only -1"),
+    ("/save 1", "1 is none of the files here: only -1"),
+    ("/save -2 x", "-2 is none of the files here: only -1"),
+    ("/save -0", "-0 is none of the files here: only -1"),
     ("/transfers cancel 1", "1 is no number of a file on its way: none"),
     ("/transfers cancel x", "x is no number of a file on its way: none"),
     ("/transfers cancel", "usage: /transfers cancel 1"),
