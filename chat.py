@@ -13457,6 +13457,16 @@ def for_some(target: str, channel: str, text: str) -> str:
     return text if target == channel else f"(to {target}) {text}"
 
 
+def is_called(core: "ClientCore", text: str, where: str) -> bool:
+    """Return whether a text contains the user's nick or a word of the setting highlight, or is
+    of a channel among those words."""
+    words = core.setting("highlight").split()
+    if core.fold(where) in map(core.fold, words):
+        return True
+    words = [core.name, *(word for word in words if not core.server.is_channel(word))]
+    return any(calls(text, word) for word in words)
+
+
 def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     """Return the view of a PRIVMSG or NOTICE."""
     core, server = talk.core, talk.server
@@ -13467,7 +13477,7 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     if CTCP_ACTION.match(text):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
-    called = not mine and (not server.is_channel(where) or core.is_called(text, where))
+    called = not mine and (not server.is_channel(where) or is_called(core, text, where))
     room = core.find(where)
     is_member = room is not None and heard.name in room.people
     person = mine or is_person(heard) or is_member or bool(heard.source and core.find(heard.source))
@@ -13655,10 +13665,20 @@ class MessageLines:
         self.id, self.sent_to, self.total = message.id, message.at, len(self.unsent)
 
     def _text_bytes(self, message: Waiting) -> int:
-        """Return how many bytes of a message fit in a line, as others see it."""
         if message.kind == ACTION:
             return LINE_BYTES  # never cut: see check_message()
-        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {message.where} :"
+        return self.text_bytes(message.where)
+
+    @property
+    def separate_bytes(self) -> int:
+        """The bytes of a message and of its target on a server to which each line is a message of
+        its own; 0 on others, and while it is not known."""
+        separate = self.core.ready and self.core.kind != PLAIN and not self.server.multiline
+        return self.text_bytes("") if separate else 0
+
+    def text_bytes(self, where: str) -> int:
+        """Return how many bytes of a message fit in a line, as others see it."""
+        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {where} :"
         most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
         return max(LINE_ROOM, most - 2 - len(head.encode()))
 
@@ -17777,15 +17797,6 @@ class ClientCore:
 
     def by_id(self, id: int) -> Room | None:
         return next((room for room in self.rooms.values() if room.id == id), None)
-
-    def is_called(self, text: str, where: str) -> bool:
-        """Return whether a text contains the user's nick or a word of the setting highlight, or is
-        of a channel among those words."""
-        words = self.setting("highlight").split()
-        if self.fold(where) in map(self.fold, words):
-            return True
-        words = [self.name, *(word for word in words if not self.server.is_channel(word))]
-        return any(calls(text, word) for word in words)
 
     # The connection
 

@@ -28276,6 +28276,36 @@ def test_a_paste_of_several_lines_shows_what_will_be_sent(running, window):
     assert alice.compose.content == "one two three" and not alice.banner.shown
 
 
+def test_a_paste_shows_how_many_messages_a_server_makes_of_it_to_which_lines_are_messages(
+    running, window, monkeypatch
+):
+    alice = Elsewhere()
+    text = f"{'ä' * 500}\ntwo\n{'x' * 100}"
+    alice.types(text)
+    room = alice.core.talk.lines.separate_bytes - len("#lobby")
+    pieces = [line.text for line in chat.sendable_lines(text, room)]
+    said = [
+        match[1] for line in alice.sent(9) if (match := re.match("PRIVMSG #lobby :?(.*)", line))
+    ]
+    assert said == pieces and len(said) == 5
+    several = Elsewhere(caps="batch draft/multiline=max-bytes=4096,max-lines=9")
+    assert several.core.talk.lines.separate_bytes == 0
+    monkeypatch.setattr(chat.MessageLines, "separate_bytes", room)
+    alice = at_home(window(running().address))
+    for pasted, told in (
+        (text, f"3 lines: sent as {len(pieces)} messages"),
+        ("word " * 300, "1 line: sent as 4 messages"),
+        ("word " * 30, None),
+        ("one\n", None),
+    ):
+        alice.compose.set("")
+        alice.root.clipboard_clear()
+        alice.root.clipboard_append(pasted)
+        alice.compose.event_generate("<<Paste>>")
+        assert (alice.banner.label.cget("text") if alice.banner.shown else None) == told
+        alice.banner.hide()
+
+
 def test_a_paste_of_several_lines_is_an_answer_if_one_was_begun_and_its_banner_goes_with_it(
     running, window
 ):
@@ -28787,7 +28817,11 @@ def test_a_draft_belongs_to_its_conversation_and_outlives_the_window(running, wi
     assert alice.compose.content == "" and "\u270e #tea" in sidebar(alice)
     alice.compose.insert("end", "half a")
     alice.root.update()
-    store = alice.model.engine.core.store.db
+    timers, store = alice.timers, alice.model.engine.core.store.db
+    assert timers.waits("draft")
+    begun = timers.ids["draft"]
+    alice.writing._edited()
+    assert timers.ids["draft"] == begun  # not put off by the next key
     pump(alice, lambda: ("half a",) in store.execute("SELECT draft FROM rooms").fetchall())
     alice.compose.insert("end", " thought")
     alice.close()
@@ -29084,14 +29118,16 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
 
 def test_what_is_said_of_a_setting_is_broken_where_there_is_little_room(running, window):
     alice = at_home(window(running().address))
-    alice.model.do("set", "size", "20")
-    pump(alice, lambda: alice.look.size == 20)
-    for _ in range(2):
+    for size, heights in ((10, 1), (20, 2), (10, 1)):
+        alice.model.do("set", "size", str(size))
+        pump(alice, lambda size=size: alice.look.size == size)
+        alice.root.update()
         alice.commands.open_settings()
         alice.root.update()
         abouts = alice.settings.abouts
         assert all(about.winfo_reqwidth() <= about.winfo_width() + 1 for about in abouts)
-        assert len({about.winfo_height() for about in abouts}) > 1
+        assert len({about.winfo_height() for about in abouts}) >= heights
+        assert heights > 1 or len({about.winfo_height() for about in abouts}) == 1
         alice.settings.done()
 
 
