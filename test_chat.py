@@ -111,11 +111,110 @@ def in_turn(cases, *others):
 SCREEN = os.environ.get("CHAT_SCREEN", "")
 
 
+class TwoProcesses:
+    """A plugin of pytest: a copy of this process runs about half of the tests.
+
+    Many tests wait for programs that they start, and two processes make use of two cores. Each
+    takes the index of its next test from a pipe; the copy leaves its reports in a file. The last
+    test begins when the copy has ended."""
+
+    NAME = "two processes"
+
+    def __init__(self):
+        self.process = None  # of the copy; 0 in the copy itself; None if there is none
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        """Make the copy if there are many tests."""
+        option, self.items = session.config.option, session.items
+        alone = option.collectonly or option.usepdb or "PYTEST_XDIST_WORKER" in os.environ
+        if alone or session.testsfailed or len(self.items) < 1000 or os.cpu_count() == 1:
+            session.config.pluginmanager.unregister(self)
+            return
+        self.session, self.config = session, session.config
+        self.index, self.mine = -1, -1  # of the test that pytest is at, and of the next to run
+        self.missing = len(self.items)  # tests that have no result yet
+        self.reports, self.logged = tempfile.TemporaryFile(), 0  # noqa: SIM115
+        reader, writer = os.pipe()
+        os.write(writer, b"".join(n.to_bytes(4, "big") for n in range(len(self.items) - 1)))
+        os.close(writer)
+        self.indices = open(reader, "rb", buffering=0)  # noqa: SIM115
+        plugin = self.config.pluginmanager.get_plugin
+        if terminal := plugin("terminalreporter"):
+            terminal.flush()
+        self.process = os.fork()
+        if self.process == 0:
+            for name in ("terminalreporter", "lfplugin", "nfplugin", "stepwiseplugin"):
+                if plugin(name):
+                    self.config.pluginmanager.unregister(name=name)
+            plugin("capturemanager").stop_global_capturing()  # its files are shared
+            plugin("capturemanager").start_global_capturing()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self):
+        """Return True for a test that the other process runs."""
+        self.index += 1
+        if self.process:
+            self._log_reports()
+        if self.index == len(self.items) - 1:
+            return self._wait() if self.process else self._end()
+        if self.mine < self.index:
+            index = self.indices.read(4)
+            self.mine = int.from_bytes(index, "big") if index else len(self.items)
+        return None if self.mine == self.index else True
+
+    def pytest_runtest_logreport(self, report):
+        self.missing -= report.when == "teardown"
+        if self.process == 0:
+            hook = self.config.hook.pytest_report_to_serializable
+            data = json.dumps(hook(config=self.config, report=report))
+            os.write(self.reports.fileno(), data.encode() + b"\n")
+
+    def _log_reports(self):
+        """Log the reports that the copy has made since the last time."""
+        size = os.fstat(self.reports.fileno()).st_size - self.logged
+        for line in os.pread(self.reports.fileno(), size, self.logged).splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                self.logged += len(line)
+                self._log(json.loads(line))
+
+    def _log(self, data):
+        hook = self.config.hook
+        report = hook.pytest_report_from_serializable(config=self.config, data=data)
+        if isinstance(report.longrepr, list):  # of a skipped test
+            report.longrepr = tuple(report.longrepr)
+        hook.pytest_runtest_logreport(report=report)
+        if report.when == "teardown":
+            hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+
+    def _wait(self):
+        """Log the last reports of the copy. Raises Failed if it has ended too early."""
+        process, self.process = self.process, None
+        _, status = os.waitpid(process, 0)
+        self._log_reports()
+        if self.missing > 1 and not self.session.shouldfail:
+            text = f"the second process has ended with {status}: {self.missing - 1} tests not run"
+            raise self.session.Failed(text)
+
+    def _end(self):
+        """End the copy."""
+        self.config.hook.pytest_sessionfinish(session=self.session, exitstatus=0)
+        os._exit(0)
+
+    def pytest_sessionfinish(self):
+        if self.process:  # the run ends early: so does the copy
+            self.indices.read()
+            os.waitpid(self.process, 0)
+
+
 def pytest_generate_tests(metafunc):
     """Skip the tests that belong to another process of this run."""
     drawn = bool({"display", "chromium"} & set(metafunc.fixturenames))
     if SCREEN and drawn != (SCREEN == "only"):
         pytest.mark.skip("CHAT_SCREEN")(metafunc.function)
+    plugins = metafunc.config.pluginmanager
+    if not plugins.has_plugin(TwoProcesses.NAME):
+        plugins.register(TwoProcesses(), TwoProcesses.NAME)
 
 
 class Bugs(logging.Handler):
@@ -21783,7 +21882,7 @@ def test_other_dialects_are_closed_politely_and_never_taken_for_a_name(running):
 def test_irc_and_the_line_protocol_share_a_port_and_a_channel(running):
     server = running()
     dora, alice = server.guest("dora"), server.guest()
-    assert "376" not in str(alice.enter_irc("alice", "JOIN #lobby"))
+    assert " 376 " not in str(alice.enter_irc("alice", "JOIN #lobby"))
     assert dora.line() == f"alice ({alice.here()}) joined the chat!"
     dora.send("hello\n")
     assert alice.line() == ":dora!line@127.0.0.1 PRIVMSG #lobby :hello\r"
@@ -21892,7 +21991,7 @@ def test_a_certificate_of_an_account_logs_in_and_another_does_not(
     other = server.guest(context=showing("server's"))
     other.enter_irc("other", "REGISTER * * password")
     other.send("NS CERT REMOVE " + print_of_alice + "\r\nWHOIS alice\r\n")
-    assert "no certificate of yours" in (told := str(other.until(" 318 "))) and "276" not in told
+    assert "no certificate of yours" in (told := str(other.until(" 318 "))) and " 276 " not in told
     assert external(other, "alice") == external(other) == ["904"]
     server.stop()
     again = running(**options)
@@ -29742,6 +29841,13 @@ class Chromium:
 PAGE_STATE = "JSON.stringify([state.phase, state.why, state.outbox, allRooms().map(to => to.name)])"
 
 
+# A script for browse(): the page waits a tenth of the time, for its server and for other tabs
+HASTY = """
+    const later = setTimeout;
+    self.setTimeout = (act, ms, ...values) => later(act, ms / 10, ...values);
+"""
+
+
 class Tab:
     """A tab with the page of a server, as large as a phone unless told otherwise. `before` is a
     script that runs before those of the page."""
@@ -30000,8 +30106,7 @@ def test_page_and_network_that_breaks_lose_and_double_nothing(running, browse, s
     server = with_page(running)
     witness = Witness(server.address)
     with Proxy(server.address, random.Random(run), 4_000, 20_000, after=b" 001 ") as proxy:
-        tab = browse(proxy.address)
-        tab.enter("anna")
+        tab = browse(proxy.address, before=HASTY).enter("anna")
         bob = server.guest("bob")
         for n in range(200):
             tab.say(f"mine {n}")
@@ -30023,7 +30128,7 @@ def test_page_and_a_server_that_is_killed_lose_and_double_nothing(folder, browse
     def say(tab, texts, last=False):
         """Say something on a server, and kill that."""
         with serving("--data", folder, "--flood", "off") as (process, proxy.server):
-            tab = tab or browse(proxy.address).enter("anna")
+            tab = tab or browse(proxy.address, before=HASTY).enter("anna")
             tab.until("state.phase === 'online'")
             tab.say(*texts)
             if last:
@@ -30135,11 +30240,11 @@ def test_a_tab_takes_the_place_of_a_leader_that_does_not_answer(running, browse)
     """As one that the browser has frozen."""
     server = with_page(running)
     witness = Witness(server.address)
-    first = browse(server.address).enter("anna")
+    first = browse(server.address, before=HASTY).enter("anna")
     first.say("before")
     first.wait_for("before")
     first.js("globalThis.heard = channel.onmessage; channel.onmessage = null")
-    second = browse(server.address)
+    second = browse(server.address, before=HASTY)
     second.until("leader")
     first.js("channel.onmessage = heard; null")
     first.until("!leader && attached")
@@ -30464,7 +30569,7 @@ def test_messages_of_a_server_that_lost_its_data_come_after_those_of_before(runn
         for texts in (lines[:5], lines[5:]):
             server = with_page(running)
             proxy.server = server.address
-            tab = tab or browse(proxy.address).enter("anna")
+            tab = tab or browse(proxy.address, before=HASTY).enter("anna")
             tab.until("state.phase === 'online'")
             tab.say(*texts)
             tab.until("!state.outbox.length && !room('#lobby').behind")
@@ -30517,7 +30622,7 @@ def test_a_file_that_was_chosen_without_network_is_sent_when_there_is_one(
     server = with_page(running, data=folder)
     (tmp_path / "notes.txt").write_text("x" * 1000)
     with Proxy(server.address) as proxy:
-        tab = browse(proxy.address).enter("anna")
+        tab = browse(proxy.address, before=HASTY).enter("anna")
         proxy.server = ("127.0.0.1", 9)
         proxy.swallow()
         tab.js("leader.closed()")
@@ -30526,7 +30631,6 @@ def test_a_file_that_was_chosen_without_network_is_sent_when_there_is_one(
         tab.press("Send")
         tab.until("document.querySelector('#waiting progress')")
         proxy.server = server.address
-        tab.js("leader.uploader.patience = 500; null")  # the browser kept a connection: it is dead
         tab.until("document.querySelector('#log .card')")
 
 
