@@ -21837,7 +21837,8 @@ def test_a_line_waits_for_a_whole_token_and_a_piece_of_a_body_for_the_end_of_deb
     in_body, tokens, waits
 ):
     house, taken = House(), []
-    inbox = types.SimpleNamespace(in_body=in_body, pending=True, out=b"", fruitless=False)
+    inbox = types.SimpleNamespace(in_body=in_body, pending=True, out=b"", closed=False)
+    inbox.fruitless = False
     inbox.take = lambda: taken.append("a line")
     budget = chat.Budget(10.0, 1.0, 0.0)
     budget.tokens = tokens
