@@ -2300,8 +2300,8 @@ class Channel:
             return
         raise Refused("CANNOT_SEND", text, self.name)
 
-    def parting_words(self, user: User, text: str) -> str:
-        """Return the reason for which a user leaves; "" if the user may not say it here."""
+    def permitted_words(self, user: User, text: str) -> str:
+        """Return the reason that a user gives for something; "" if the user may not speak here."""
         try:
             self.check_can_send(user, text)
         except Refused:
@@ -4032,7 +4032,7 @@ def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
             forget_token(hub, user, token)
             hub.turn.changed.add(user)
     elif intended or not user.may_return:
-        if intended and not all(one.parting_words(user, reason) for one in user.channels):
+        if intended and not all(one.permitted_words(user, reason) for one in user.channels):
             reason = "Quit"
         remove_user(hub, user, reason, who)
     else:
@@ -4295,7 +4295,8 @@ def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
     """Leave a channel; return it."""
     channel = hub.find_channel(name)
     channel.member(who.user)
-    reason = channel.parting_words(who.user, cut(reason, REASON_BYTES))
+    hub.work += channel.mask_count
+    reason = channel.permitted_words(who.user, cut(reason, REASON_BYTES))
     hub.emit(PART, who.user.source, channel.audience, reason, origin=who)
     end_membership(hub, who.user, channel)
     return channel
@@ -4329,6 +4330,7 @@ def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
     if "t" in channel.flags:
         channel.require(who)
     elif not who.operator:
+        hub.work += channel.mask_count
         channel.check_can_send(user, topic)
     if len(topic.encode()) > TOPIC_BYTES:
         raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
@@ -4720,11 +4722,13 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
     for key in keys:
         hub.turn.record("redact", key, hub.now, id)
     redact_file(hub, who, id)
-    text = hub.ids.text(id) + (f" :{reason}" if reason else "")
     about = ""
-    if not name.startswith("#"):
+    if channel := hub.channels.get(fold(name)):
+        reason = reason if who.operator else channel.permitted_words(user, reason)
+    else:
         other = hub.users.get(fold(name))
         about = other.name if other else clean_name(name)
+    text = hub.ids.text(id) + (f" :{reason}" if reason else "")
     hub.emit(REDACT, user.source, audience, text, about, who)
 
 

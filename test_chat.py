@@ -1686,6 +1686,18 @@ def test_only_the_author_or_an_operator_redacts_a_message():
     assert texts(house.store, "#a") == ["from alice"]
 
 
+@pytest.mark.parametrize("modes, told", [("-m", " :sorry"), ("+m", "")])
+def test_the_reason_of_a_redaction_is_dropped_where_its_author_may_not_speak(modes, told):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    known, _ = send(house, "bob", "#a", "oh")
+    ask(house, "alice", f"MODE #a {modes}")
+    (line,) = ask(house, "bob", f"REDACT #a {known} :sorry")
+    assert line.endswith(f" REDACT #a {known}{told}")
+
+
 def said_with_id(house, who, target, text):
     """Say it; the id that it got."""
     house.heard(who)
