@@ -9136,10 +9136,11 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     if found is None:  # the turn in which it was said could not be stored
         return session.tell_not_kept(own_id, "it could not be stored")
     id, event = found
-    if event is None:
+    channel = name if "#" in name[:2] else ""
+    if event is None or not (channel or event.about):  # it was said in a channel, not to this user
         tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own_id)}"
         return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
-    past = Audience(name if name.startswith("#") else "")
+    past = Audience(channel)
     for line in session.wire.encode(past, [event]) if session.wire.echo else ():
         session.send(line)
 

@@ -4731,6 +4731,19 @@ def test_a_repeat_in_the_same_turn_is_a_repeat():
     assert len(set(house.heard("alice"))) == 1 and ids_said(house) == ["hello"]
 
 
+@pytest.mark.parametrize(
+    "target, again, told", [("@#a", "@#a", "PRIVMSG @#a :hi"), ("#a", "bob", "TAGMSG bob")]
+)
+def test_the_echo_of_a_repeat_has_a_target(target, again, told):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    lines = [f"@+chat.py/id=1 PRIVMSG {to} :hi" for to in (target, again)]
+    first, repeat = ask(house, "alice", *lines)
+    assert repeat.endswith(f" {told}") and tag(repeat, "msgid") == tag(first, "msgid")
+    assert not house.heard("bob")
+
+
 def test_one_may_not_use_up_the_ids_of_another():
     house = House()
     come_again(house, "alice", "alice")
