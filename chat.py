@@ -3952,6 +3952,8 @@ def enter(
                 set_metadata(hub, who, user.name, key, value)
         if away not in ("", "*"):
             set_away(hub, who, away)
+        elif not away and not resumed and user.away == "*":  # now the user is here
+            set_away(hub, who, "")
         return True, resumed
     if owns and holder:
         take_name(hub, holder, free_name(hub, wanted, seed=seed))

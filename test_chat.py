@@ -11762,6 +11762,18 @@ def test_a_connection_without_its_user_says_nothing_about_the_user_beside_others
     assert house.hub.users["alice"].away == away
 
 
+def test_a_user_whose_other_connection_was_without_its_user_is_here_again():
+    house = House()
+    account(house, "alice")
+    come(house, "bob", caps="away-notify extended-monitor")
+    device(house, "phone", "alice", caps="draft/pre-away")
+    ask(house, "bob", "MONITOR + alice")
+    ask(house, "phone", "AWAY *")
+    assert house.heard("bob")[0].endswith(" AWAY :*")
+    device(house, "desk", "alice")
+    assert house.hub.users["alice"].away == "" and house.heard("bob")[0].endswith(" AWAY")
+
+
 def test_values_and_keys_of_metadata_arrive_whole_behind_the_longest_names():
     house = House(name="irc.some-long-organization-name.example.org")
     name, key = "й" * chat.NAME_CHARACTERS, "k" * chat.METADATA_KEY_BYTES
