@@ -320,6 +320,11 @@ PACE_BYTES = 200
 CAP_SECONDS = 10.0  # without an answer to CAP: then the server knows none
 REGAIN_SECONDS = 60.0  # between two looks whether the wanted name is free
 CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
+CUT_AT_LEAST = 100  # characters of a sent line that an echo has if the server has cut it
+# Echoes with other words: how like a sent line one is, and how much less it is like others
+LIKE, LIKE_MORE = 0.6, 0.1
+COMPARED = 16  # sent lines to which such an echo is compared
+SENT_ALONE = 8  # messages, after one that was refused or changed and could not be told from others
 ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
 TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
 TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
@@ -12538,7 +12543,18 @@ CASE_MAPPINGS = {  # names of 005's CASEMAPPING -> capitals and their small lett
     ),
 }
 CASE_MAPPINGS["strict-rfc1459"] = CASE_MAPPINGS["rfc1459-strict"]
-UNICODE_MAPPINGS = ("rfc7613", "rfc8265", "precis")  # of servers that allow all of Unicode
+UNICODE_MAPPINGS = (CHAT, "rfc7613", "rfc8265", "precis")  # of servers that allow all of Unicode
+
+
+def folded_by(rule: str, name: str) -> str:
+    """Return the key of a name by a rule: CHAT for that of our servers, or a CASEMAPPING."""
+    if rule in UNICODE_MAPPINGS:
+        return fold(name)
+    return name.translate(CASE_MAPPINGS.get(rule, CASE_MAPPINGS["ascii"]))
+
+
+# Matches the keys that depend on the rule, and those of names that another rule tells apart
+AMBIGUOUS_KEY = re.compile(r"[^ -Z_-z]|[\[-^]")
 HOST_CHARACTERS = set(".:/")  # that hosts have, and no nick
 STATUS_SYMBOLS = "~&@%+"  # before a channel, of ranks whose users are meant
 PARAMETER_MODES = "beIqaohvkl"  # modes with a parameter, where 005 has no CHANMODES
@@ -12553,23 +12569,31 @@ class ServerProfile:
         self.offered: dict[str, str] = {}  # capabilities and their values
         self.enabled: set[str] = set()
         self.requested: set[str] = set()  # after the registration; no answer yet
-        # 004 has come, and 005 if there is one, over this connection or an earlier one
+        # 005 has come, if there is one, over this connection or an earlier one
         self.told = before is not None and before.told
         self.isupport: dict[str, str] = {}  # facts of 005, and until then some of `before`
         for name in ("CASEMAPPING", "CHANTYPES"):
             if before and name in before.isupport:
                 self.isupport[name] = before.isupport[name]
+        self.untold = {*self.isupport}  # those of an earlier connection
 
     # Names
 
     def fold(self, name: str) -> str:
         """Return the key of a name. Names with the same key are the same name to this server."""
-        if self.ours:
-            return fold(name)
-        mapping = self.case_mapping
-        if mapping in UNICODE_MAPPINGS:
-            return fold(name)
-        return name.translate(CASE_MAPPINGS.get(mapping, CASE_MAPPINGS["ascii"]))
+        return folded_by(self.rule, name)
+
+    @property
+    def rule(self) -> str:
+        """The rule by which this server compares names; see folded_by()."""
+        return CHAT if self.ours else self.case_mapping
+
+    def end_support(self) -> None:
+        """Note that the server has told all of 005: what an earlier connection told is over."""
+        for name in self.untold:
+            self.isupport.pop(name, None)
+        self.untold.clear()
+        self.told = True
 
     @property
     def case_mapping(self) -> str:
@@ -12776,6 +12800,7 @@ class Setting(NamedTuple):
     usual: str
     values: tuple[str, ...]  # allowed values; () is any
     summary: str
+    range: tuple[int, int] | None = None  # of a number
 
 
 SETTINGS = {
@@ -12783,11 +12808,11 @@ SETTINGS = {
     "desktop": Setting("on", ("on", "off"), "tell the desktop when you are mentioned: the window"),
     "fold": Setting("on", ("on", "off"), "show joins, quits and changes of many in one row"),
     "font": Setting("", (), "the font's family: the window"),
-    "highlight": Setting("", (), "words besides your nick that count as a mention"),
+    "highlight": Setting("", (), "words that count as a mention, and channels: all said there"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
     "notify": Setting("off", ("off", "9", "777"), "tell the terminal of mentions, by OSC"),
     "pictures": Setting("on", ("on", "off"), "show pictures among the messages: the window"),
-    "size": Setting("", (), "the font's size in points: the window"),
+    "size": Setting("", (), "the font's size in points: the window", (6, 40)),
     "theme": Setting("auto", ("auto", "light", "dark"), "colours: the window"),
     "time": Setting("%H:%M", (), "how times are shown, as strftime has it"),
 }
@@ -12856,6 +12881,7 @@ class Outbox:
         self.in_flight: dict[str, None] = {}  # sent over this connection
         self.window = 1  # how many may be in flight: doubled each round trip, 1 after a break ...
         self.most = SENT_AHEAD  # ... and at most so many
+        self.alone = 0  # so many are sent alone, to know which one a server refuses or changes
         self.unconfirmed: set[str] = set()  # sent over a lost connection; history will tell
         # Left to the user (/retry, /cancel), and why
         self.parked = {message.id: message.why for message in self.waiting.values() if message.why}
@@ -12905,7 +12931,7 @@ class Outbox:
         """Return the message to send now, or None. carries(message) tells if the talk can send it
         yet, else waits(message) tells if later messages wait for it. No message overtakes an
         earlier one, except if both are false, or if the earlier one was left to the user."""
-        if len(self.in_flight) >= self.window:
+        if len(self.in_flight) >= (1 if self.alone else self.window):
             return None
         later = self.in_flight.keys() | self.parked.keys() | self.unsaved.keys()
         for message in self.waiting.values():
@@ -12934,6 +12960,7 @@ class Outbox:
         if id in self.in_flight:
             del self.in_flight[id]
             self.window = min(self.most, self.window + 1)
+            self.alone = max(0, self.alone - 1)
         self.unconfirmed.discard(id)
         self.unsaved.pop(id, None)
         self.parked.pop(id, None)
@@ -13088,12 +13115,13 @@ class Room:
         self.gone: bool | None = None  # the user of a private conversation has left, if known
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
-        self.spoken: dict[str, None] = {}  # names of users who wrote a message here
+        self.spoken: dict[str, None] = {}  # names of users who wrote here, or to whom the user did
         self.moves: list[ViewEvent] = []  # joins, quits and changes collected for one row ...
         self.movers: set[str] = set()  # ... the names of their users ...
         self.moved_at: dict[str, int] = {}  # ... and when the last row of each kind was shown
         self.unread = self.called = 0
         self.muted = False  # messages here do not call the user
+        self.stays = False  # open when the user has left it
         self.read_time = 0  # ms; messages up to then were read, on some device ...
         self.told_time = 0  # ... and the time that the server knows
         self.typing: dict[str, float] = {}  # names of typing users, and until when (ticks)
@@ -13135,9 +13163,17 @@ class Room:
         if name in self.people:
             self.people[name] = self.people.pop(name)
 
+    def addressed(self, text: str) -> None:
+        """Note the members named in a text that the user wrote here."""
+        for word in re.findall(r"[^\s,:;!?@]+", text):
+            if word in self.people:
+                remember(self.spoken, word)
+
     def renamed(self, name: str, new: str) -> bool:
         if name not in self.people:
             return False
+        if name in self.spoken:
+            remember(self.spoken, new)
         self.people[new] = self.people.pop(name)
         return True
 
@@ -13206,6 +13242,45 @@ class Room:
         later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
+
+    def counts(self, view: ViewEvent) -> bool:
+        """Return whether a view counts as unread, if there are unread ones at all."""
+        return bool(self.unread) and is_news(view) and (view.time or 0) > self.read_time
+
+    def put(self, views: Iterable[ViewEvent], since: int = 0) -> None:
+        """Put views among those that are here, in the order of their times. Those from before a
+        time (ms) are left out: the store has them, and more from then."""
+        known = {view.own_id or identity_of(view): view for view in (*views, *self.views)}
+        in_order = sorted(known.values(), key=lambda view: view.time or 0)
+        self.views.clear()
+        self.views.extend(v._replace(room=self.id) for v in in_order if (v.time or 0) >= since)
+        self.views.dropped = self.views.dropped or since > 0
+
+    def take_over(self, other: "Room", trimmed: bool) -> None:
+        """Take what is in another conversation, which ends: messages, members, counts. What the
+        user has not read in one of them stays unread. `trimmed`: a store has the older messages."""
+        news = [room.read_time for room in (self, other) if room.unread]
+        self.read_time = min(news) if news else max(self.read_time, other.read_time)
+        self.unread, self.called = self.unread + other.unread, self.called + other.called
+        starts = [room.views[0].time or 0 for room in (self, other) if room.views.dropped]
+        self.put([*other.views, *other.moves], max(starts, default=0) if trimmed else 0)
+        if other.mark and (not self.mark or (other.mark_time or 0) < (self.mark_time or 0)):
+            self.mark, self.mark_time = other.mark, other.mark_time
+        self.holes = [*other.holes, *self.holes]
+        if other.held is not None:
+            self.held = [*other.held, *(self.held or [])]
+        self.people, self.spoken = other.people | self.people, other.spoken | self.spoken
+        self.password, self.topic = self.password or other.password, self.topic or other.topic
+        for name in ("inside", "wanted", "entered", "spilled"):
+            setattr(self, name, getattr(self, name) or getattr(other, name))
+        for name in ("muted", "whole"):
+            setattr(self, name, getattr(self, name) and getattr(other, name))
+
+    def take_apart(self, views: list[ViewEvent], unread: list[ViewEvent], read_time: int) -> None:
+        """Take the views of a user who is no longer the same as another one."""
+        self.put(views)
+        self.read_time = self.read_time or read_time
+        self.unread, self.called = len(unread), sum(view.called for view in unread)
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
@@ -13290,6 +13365,14 @@ class SentLine(NamedTuple):
     text: str = ""
 
 
+class UnclearRefusal(NamedTuple):
+    """An error about a sent line, or about a later one of `lines`, with the text of the error."""
+
+    line: SentLine
+    lines: list[SentLine]
+    reason: str
+
+
 BEGIN_BATCH, END_BATCH = "BATCH +m draft/multiline", "BATCH -m"
 BATCHED, CONTINUED = "@batch=m ", f"@batch=m;{CONCAT} "  # tags of the lines of a batch
 
@@ -13335,10 +13418,32 @@ def in_batches(lines: list[MessageLine], size: int, count: int) -> Iterator[list
     yield group
 
 
-def same_words(sent: str, heard: str) -> bool:
-    """Return whether a server made `heard` from a sent line: some cut it or remove colours."""
-    plain = shown_line(sent.encode(errors="replace"))
-    return heard in (sent, plain) or (len(heard) > 100 and (sent + plain).startswith(heard))
+def sameness(sent: str, heard: str) -> int:
+    """Return how surely a server made `heard` from a sent line: 3 if nothing was changed, 2 without
+    its colours, 1 if it was cut, 0 if the words differ."""
+    plain, rest = shown_line(sent.encode(errors="replace")), heard.rstrip("\ufffd")
+    cut_off = len(rest) > CUT_AT_LEAST and (sent.startswith(rest) or plain.startswith(rest))
+    return 3 if heard == sent else 2 if heard == plain else int(cut_off)
+
+
+def likeness(sent: str, heard: str) -> float:
+    """Return how much a line of other words is like a sent one, from 0 to 2: by characters, and by
+    the words that have stayed in their places."""
+    import difflib
+
+    words, others = sent.split(), heard.split()
+    kept = sum(map(str.__eq__, words, others)) / max(len(words), len(others), 1)
+    return difflib.SequenceMatcher(None, sent, heard, autojunk=False).ratio() + kept
+
+
+def most_like(lines: list[str], heard: str) -> int | None:
+    """Return which of these lines a server has clearly changed into `heard`; None if unclear."""
+    if len(lines) == 1:
+        return 0
+    (first, n), (second, _), *_ = sorted(
+        ((likeness(line, heard), n) for n, line in enumerate(lines)), reverse=True
+    )
+    return n if first >= LIKE and first - second >= LIKE_MORE else None
 
 
 def is_person(heard: ServerLine) -> bool:
@@ -13369,7 +13474,7 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     if CTCP_ACTION.match(text):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
-    called = not mine and (not server.is_channel(where) or core.is_called(text))
+    called = not mine and (not server.is_channel(where) or core.is_called(text, where))
     room = core.find(where)
     is_member = room is not None and heard.name in room.people
     person = mine or is_person(heard) or is_member or bool(heard.source and core.find(heard.source))
@@ -13599,6 +13704,8 @@ class MessageLines:
             acks.note_sent(message.where, message.id, text)
             id, end = (message.id, 0) if piece.last else ("", piece.end)
             acks.note_echo(ExpectedEcho(self.core.fold(message.where), text, id, message.id, end))
+            if not piece.last:
+                piece = piece._replace(tags=self._own_tags(f"{message.id}.{end}", ""))
         return piece.tags + self.talk.line("PRIVMSG", message.where, text)
 
     def _cut(self, piece: Piece, room: int) -> Piece:
@@ -13626,6 +13733,7 @@ NOT_JOINED_NOW = ("437", "471", "477", "480", "500")  # full, after a netsplit, 
 NO_CHANNEL = ("403", "476", "479")  # the name is none
 PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
 NOT_ECHOED = "the server took it and did not send it back"
+ECHO_UNCLEAR = "the server has dropped it, or changed its words: it may have arrived or not"
 
 
 class Acknowledgements:
@@ -13644,10 +13752,14 @@ class Acknowledgements:
         self.covered: dict[str, list[str]] = {}  # by token: own ids that the PONG confirms
         self.overdue: dict[str, list[str]] = {}  # by token: own ids whose echo has not come
         self.last = self.core.ticks()  # time of the last confirmation by the server
+        self.refusals: list[UnclearRefusal] = []  # to be told with the next PONG
+        # Echoes with other words, until it is known which lines came back so: target and view
+        self.strange: list[tuple[str, ViewEvent]] = []
 
     def clear(self) -> None:
         """Forget all lines: a server that was none has taken them."""
-        for lines in (self.echoes, self.sent, self.commands, self.unconfirmed):
+        self.refusals.clear()
+        for lines in (self.echoes, self.sent, self.commands, self.unconfirmed, self.strange):
             lines.clear()
         self.covered.clear()
         self.overdue.clear()
@@ -13715,6 +13827,56 @@ class Acknowledgements:
             if own_id in ids:
                 ids.remove(own_id)
 
+    # Refusals, which come in the order of the lines
+
+    def lines_to(self, targets: Collection[str] | None) -> list[SentLine]:
+        """Return the lines to one of these targets (folded), or with None to any, that an error can
+        be about."""
+        if targets is not None:
+            return [line for line in self.sent if line.target in targets]
+        return [line for line in self.sent if line.target and line.id not in ("", QUIET)]
+
+    def next_refused(self, lines: list[SentLine]) -> list[SentLine]:
+        """Return those of these lines that the next error can be about: those before the first PING
+        without a PONG, if there are some."""
+        first = itertools.takewhile(lambda line: line.target, self.sent)
+        before = {id(line) for line in first}
+        possible = [line for line in lines if id(line) in before]
+        return lines if self.talk.bouncer else possible or lines
+
+    def passed_unknown(self, lines: list[SentLine]) -> int:
+        """Return how many of these lines, of one target, came back with other words: the next error
+        is about a later one."""
+        targets = {line.target for line in lines}
+        return len(self._strange_to(targets.pop())) if len(targets) == 1 else 0
+
+    def refused_line(self, line: SentLine) -> None:
+        """Note that a line, or a later one to its target, was refused, and no line before it."""
+        while self.sent.popleft() is not line:
+            pass
+        self.expect_no_echo(line)
+
+    def hold_refusal(self, refusal: UnclearRefusal) -> None:
+        """Note that a message, or a later one, was refused: the PONG behind them tells if all were.
+        From now on messages are sent alone."""
+        self.refusals.append(refusal)
+        self.core.outbox.alone = SENT_ALONE
+        left = {id(line) for line in self.sent}
+        if not any(id(line) in left for one in self.refusals for line in one.lines):
+            self.tell_refusals()  # all were refused
+
+    def tell_refusals(self) -> None:
+        """Tell which messages were refused before a PONG, and if it may be others."""
+        refusals, self.refusals = self.refusals, []
+        left = {id(line) for line in self.sent}
+        for n, (line, lines, reason) in enumerate(refusals):
+            taken = {one.id for one in lines if id(one) in left} - {line.id}
+            later = {one.line.id for one in refusals[n + 1 :]} & {one.id for one in lines}
+            count = len((taken | later) - {line.id}) if taken else 0
+            doubt = f" (this message, or one of the {count} after it)" if count else ""
+            if line.id in self.core.outbox.in_flight:  # else the user knows
+                self.core.outgoing.lost(line.id, reason + doubt)
+
     # PINGs
 
     def ping_line(self, ping_token: str, ids: Iterable[str] = ()) -> str:
@@ -13734,7 +13896,7 @@ class Acknowledgements:
         late = now - self.last > ECHO_SECONDS and not self.server.ours
         asked = {*self.unconfirmed, *itertools.chain(*self.covered.values())}
         alone = [id for id in self.core.outbox.in_flight if id not in asked]
-        if late and alone and not self.talk.lines.unsent and not self.overdue:
+        if (late or self.strange) and alone and not self.talk.lines.unsent and not self.overdue:
             self.core.output.append(self.ping_line(f"echo-{next(self.talk.labels)}"))
             self.overdue[self.pings[-1]] = alone
 
@@ -13748,13 +13910,20 @@ class Acknowledgements:
             return
         while self.pings:
             answered = self.pings.popleft()
+            self.tell_refusals()
             if not self.talk.bouncer:  # which answers before its server does
                 self.settle(answered)
             for own_id in self.covered.pop(answered, ()):
                 if self._confirm_covered(own_id):
                     return
-            for own_id in self.overdue.pop(answered, ()):
-                if "echo-message" not in self.server.enabled:  # disabled since
+            overdue = self.overdue.pop(answered, [])
+            echoes = "echo-message" in self.server.enabled
+            for key in {line.target for line in self.echoes if echoes and line.of in overdue}:
+                self._explain(
+                    key, [one for one in self.echoes if one.target == key and one.of in overdue]
+                )
+            for own_id in overdue:
+                if not echoes:  # disabled since
                     self.confirm(own_id)
                 else:
                     self.not_echoed(own_id)
@@ -13792,6 +13961,7 @@ class Acknowledgements:
         lines = (line for line in self.echoes if (line.target, line.of) == expected)
         if line := next(lines, None):
             self.echoes.remove(line)
+            self._explain_all(line.target)
 
     def not_echoed(self, own_id: str) -> None:
         """Report a message as lost because the server dropped one of its lines."""
@@ -13803,10 +13973,15 @@ class Acknowledgements:
         one. The id is found by label, by tag, or by order among the lines echoed without either.
         The lines to that target before it were dropped by the server."""
         waiting = self.core.outbox.waiting
-        for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
+        label = heard.tags.get("label", "")
+        for name in (label, heard.tags.get(OWN_ID, "")):
             stem, dot, _ = name.partition(".")
-            if dot and (stem in waiting or stem in self.core.known.own):
+            known = stem in waiting or stem in self.core.known.own
+            if dot and known:
+                self._line_came(stem, name)
                 return PIECE
+            if name == label and not known and accepted_at(stem) is not None:
+                return PIECE  # the user knows that this message is lost
             if name in waiting or (name and name == heard.tags.get(OWN_ID)):
                 dropped = any(line.of == name != line.id for line in self.echoes)
                 self.echoes = [line for line in self.echoes if line.of != name]
@@ -13815,18 +13990,71 @@ class Acknowledgements:
                 self.not_echoed(name)
                 return PIECE
         key = self.core.fold(target)
-        place = self._place(heard, key, text) if heard.verb == "PRIVMSG" else None
-        if place is None:
+        here = [line for line in self.echoes if line.target == key]
+        if heard.verb != "PRIVMSG" or not here:
             return self._doubted(heard, key, text)
-        sent, before = self.echoes[place], self.echoes[:place]
-        self.echoes[: place + 1] = [line for line in before if line.target != key]
+        alters = not (self.server.ours or self.server.labels or self.talk.bouncer)
+        alters = alters and "batch" not in heard.tags  # no other client has this nick
+        place = self._place(here, text, alters)
+        if place is None and not alters:
+            return self._doubted(heard, key, text)
+        if place is None:  # later echoes, or a PONG, will tell which line this is
+            self.strange.append((key, ViewEvent(ARRIVED, text, id=heard.tags.get("msgid", ""))))
+            self.core.outbox.alone = SENT_ALONE
+            self._explain_all(key)
+            return PIECE
+        sent = here[place]
+        self._explain(key, here[:place])
+        self.echoes.remove(sent)
         self.core.outbox.arrived_to(sent.of, sent.end)
-        dropped = dict.fromkeys(line.of for line in before if line.target == key)
-        for own_id in dropped:
-            self.not_echoed(own_id)
-        if sent.id and sent.id not in dropped:
-            return sent.id
-        return PIECE if sent.of else ""
+        if not sent.of:
+            return ""  # of a command
+        return sent.id if sent.id in waiting else PIECE
+
+    def _line_came(self, own_id: str, name: str) -> None:
+        """Note the echo of a line within a message, by the name that its tag or label gives it."""
+        for line in [line for line in self.echoes if name == f"{line.of}.{line.end}"]:
+            self.echoes.remove(line)
+            self.core.outbox.arrived_to(own_id, line.end)
+
+    @staticmethod
+    def _place(here: list[ExpectedEcho], text: str, alters: bool) -> int | None:
+        """Return which of the lines to a target an echo clearly is; None for none. Words count as
+        those of another line if the server `alters` some."""
+        grades = [sameness(line.text, text) for line in here]
+        best = max(grades)
+        alike = {line.text for line, grade in zip(here, grades, strict=True) if grade == best}
+        if best > 1 or (best and (len(alike) == 1 or not alters)):
+            return grades.index(best)
+        return most_like([line.text for line in here[:COMPARED]], text) if alters else None
+
+    def _strange_to(self, key: str) -> list[ViewEvent]:
+        return [view for target, view in self.strange if target == key]
+
+    def _explain_all(self, key: str) -> None:
+        """Note that all lines to a target came back, if so many echoes have other words."""
+        here = [line for line in self.echoes if line.target == key]
+        if len(self._strange_to(key)) >= len(here):
+            self._explain(key, here)
+
+    def _explain(self, key: str, lines: list[ExpectedEcho]) -> None:
+        """Decide about the first lines to a target, of which no more echo will come. With as many
+        strange echoes as lines all have arrived, without any none has; else it is not clear."""
+        echoes = self._strange_to(key)
+        self.strange = [pair for pair in self.strange if pair[0] != key]
+        told = {id(line) for line in lines}
+        self.echoes = [line for line in self.echoes if id(line) not in told]
+        in_flight = self.core.outbox.in_flight
+        if 0 < len(echoes) < len(lines):
+            for own_id in dict.fromkeys(line.of for line in lines if line.of in in_flight):
+                self.core.outgoing.leave_to_user(own_id, ECHO_UNCLEAR)
+        elif not echoes:
+            for line in lines:
+                self.not_echoed(line.of)
+        for line, view in zip(lines, echoes, strict=False):
+            if line.of in in_flight:
+                self.core.outbox.arrived_to(line.of, line.end)
+                self.core.outgoing.acknowledge(view._replace(own_id=line.id))
 
     def _doubted(self, heard: ServerLine, key: str, text: str) -> str:
         """Return the own id of a message that may have arrived, if history has its whole text or
@@ -13849,15 +14077,6 @@ class Acknowledgements:
                 outbox.arrived_to(id, len(message.text) - len(rest) + len(text))
                 return PIECE
         return ""
-
-    def _place(self, heard: ServerLine, key: str, text: str) -> int | None:
-        """Return which of the lines that a server is to send back this one is; None for none. Some
-        servers change words; then it is the oldest line, where no other client says it."""
-        here = [n for n, sent in enumerate(self.echoes) if sent.target == key]
-        same = (n for n in here if same_words(self.echoes[n].text, text))
-        server = self.server
-        others = server.ours or server.labels or self.talk.bouncer or "batch" in heard.tags
-        return next(same, None if others else next(iter(here), None))
 
 
 class HistoryRequests:
@@ -14163,6 +14382,15 @@ class Joins:
         """Return whether a JOIN of a channel has no answer yet."""
         return self.core.fold(name) in self.unanswered
 
+    def rekey(self) -> None:
+        """Apply the server's rule for names: the JOINs were sent before it was known."""
+        fold = self.core.fold
+        for of_joins in (self.unanswered, self.typed, self.refused):
+            entries = {fold(key): value for key, value in of_joins.items()}
+            of_joins.clear()
+            of_joins.update(entries)
+        self.retried = {*map(fold, self.retried)}
+
     def forget(self, name: str) -> None:
         """Forget a channel: it is joined, or it is closed to this client."""
         for of_joins in (self.unanswered, self.typed, self.refused):
@@ -14394,10 +14622,73 @@ class PlainTalk:
                     core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
-    bye = ping = leaves = renamed = watch = send = tell_unsent = do_nothing
+    bye = ping = leaves = readdress = renamed = watch = send = tell_unsent = do_nothing
 
 
 # IRC: a connection
+
+# Command -> its parameters that name users or channels; for DISOWN, see SERVICE
+NAMING = {
+    **dict.fromkeys(("PRIVMSG", "NOTICE", "TAGMSG", "PART", "NAMES", "TOPIC", "WHO"), (0,)),
+    **dict.fromkeys(("MODE", "LIST", "REDACT", "MARKREAD", "KNOCK", "KILL", "DISOWN"), (0,)),
+    **dict.fromkeys(("KICK", "INVITE", "WHOIS", "REMOVE"), (0, 1)),
+    "CHATHISTORY": (1,),
+}
+# Command -> its parameter that names the one user for whom it is
+FOR_ONE = {"PRIVMSG": 0, "NOTICE": 0, "TAGMSG": 0, "INVITE": 0, "KICK": 1, "MODE": 2}
+
+
+def line_of(verb: str, *params: str) -> str:
+    """Return a line of IRC. Its last parameter may be any text."""
+    middle = [verb, *params[:-1]]
+    last = params[-1:]
+    if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
+        last = (f":{last[0]}",)
+    return " ".join([*middle, *last])
+
+
+class Renaming:
+    """A new name of a user or channel, for lines of this client that are not sent yet."""
+
+    def __init__(self, server: ServerProfile, is_old: Callable[[str], bool], new: str):
+        self.server, self.is_old, self.new = server, is_old, new
+        self.masks: set[str] = set()  # of bans in these lines, which follow the user
+
+    def apply(self, line: str) -> str:
+        """Return a line that names the user or channel by the new name."""
+        verb, params, _ = parse_message(line)
+        before = [*params]
+        for n in NAMING.get(verb, ()):
+            params[n : n + 1] = map(self._names, params[n : n + 1])
+        if verb == "MODE" and len(params) > 2:
+            params[2:] = self._values(params[1], params[2:])
+        if verb == "SEARCH" and params and self.is_old(old := parse_tags(params[0]).get("in", "")):
+            params[0] = params[0].replace(escaped_tag(old), escaped_tag(self.new), 1)
+        if verb == "PRIVMSG" and params[0] == SERVICE:  # the text is a command
+            params[1:] = map(self.apply, params[1:])
+        head = f"{line.partition(' ')[0]} " if line[:1] == "@" else ""
+        return line if params == before else head + line_of(verb, *params)
+
+    def _names(self, names: str) -> str:
+        """Return names between commas with the new one among them."""
+        pairs = [(name, self.server.without_status(name)) for name in names.split(",")]
+        return ",".join(
+            name.removesuffix(bare) + self.new if self.is_old(bare) else name
+            for name, bare in pairs
+        )
+
+    def _values(self, letters: str, values: list[str]) -> list[str]:
+        """Return the values of a MODE with the new nick: of a user who gets a rank, or in the mask
+        that /ban makes of a nick. An /unban means a ban that stands, if that does not wait, too."""
+        changes = [change for change in self.server.mode_changes(letters, values) if change[2]]
+        for n, (sign, letter, value) in enumerate(changes):
+            nick, _, rest = value.partition("!")
+            if letter in self.server.ranks[0] and self.is_old(value):
+                values[n] = self.new
+            elif rest == "*@*" and self.is_old(nick) and (sign == "+" or value in self.masks):
+                self.masks.add(value)
+                values[n] = f"{self.new}!{rest}"
+        return values
 
 
 def last_reactions(batch: Batch) -> list[ServerLine]:
@@ -14473,14 +14764,7 @@ class IrcTalk:
 
     # Output
 
-    @staticmethod
-    def line(verb: str, *params: str) -> str:
-        """Return a line of IRC. Its last parameter may be any text."""
-        middle = [verb, *params[:-1]]
-        last = params[-1:]
-        if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
-            last = (f":{last[0]}",)
-        return " ".join([*middle, *last])
+    line = staticmethod(line_of)
 
     def send(self, verb: str, *params: str) -> None:
         """Send a line: at once before registration, in its turn after that."""
@@ -14586,10 +14870,15 @@ class IrcTalk:
         """Tell the user which commands had to wait for too long: the connection has ended. Channels
         are joined over the next one."""
         verbs = [parse_message(line).verb for line, _ in self.queue]
-        lost = [verb for verb in verbs if verb != "JOIN"]
-        if lost and not self.core.quitting:
-            self.core.note(f"not sent, the connection has ended: {', '.join(dict.fromkeys(lost))}")
-            self.core.refusals += len(lost)
+        if not self.core.quitting:
+            lost = [verb for verb in verbs if verb != "JOIN"]
+            self.tell_lost(lost, "the connection has ended")
+
+    def tell_lost(self, verbs: list[str], why: str) -> None:
+        """Tell the user which commands were not sent."""
+        if verbs:
+            self.core.note(f"not sent, {why}: {', '.join(dict.fromkeys(verbs))}")
+            self.core.refusals += len(verbs)
 
     def ping(self) -> None:
         """Send a PING, to learn whether the server is still there."""
@@ -14658,12 +14947,18 @@ class IrcTalk:
             # A batch keeps its target
             self.core.outgoing.park(message.id, f"{old} is now called {new}")
 
-    def readdress(self, old: str, new: str) -> None:
-        """Send the notices and requests that wait for a user to the user's new nick."""
+    def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
+        """Use the new name of a user or channel in the lines that wait to be sent, and to know the
+        answers to them."""
+        renaming = Renaming(self.server, is_old, new)
         for n, (line, behind) in enumerate(self.queue):
-            verb, target, text = [*line.split(" ", 2), "", ""][:3]
-            if verb in ("PRIVMSG", "NOTICE") and self.core.fold(target) == self.core.fold(old):
-                self.queue[n] = f"{verb} {new} {text}", behind
+            self.queue[n] = renaming.apply(line), behind
+        for n, line in enumerate(self.own_lines):
+            self.own_lines[n] = renaming.apply(line)
+        for names in (self.answers.names, self.core.people.asked, self.stale_names):
+            for name in [name for name in names if is_old(name)]:
+                names.discard(name)
+                names.add(new if names is self.stale_names else self.core.fold(new))
 
     # Registration and joining
 
@@ -14888,7 +15183,7 @@ def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
         talk.core.outgoing.lost(label, text)
         if not talk.server.echoes and any(line.id == label for line in talk.acks.sent):
             talk.ping()  # errors of its other lines come before the PONG, those of later ones after
-    else:
+    elif accepted_at(label) is None:  # else the user knows that this message is lost
         command_refused(talk, heard)
         talk.core.server_text(text, talk.where_of(heard))
 
@@ -14931,29 +15226,33 @@ def quotes(error: str, text: str) -> bool:
     return any(end.removesuffix(text).rstrip()[-1:] in (*":\"'([",) for end in ends)
 
 
-def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
+def message_refused(talk: IrcTalk, heard: ServerLine, text: str) -> str | None:
     """Return the id of the message that an error without a label is about, "" for a notice or for
-    none, and a text to add if it may be another message."""
+    none; None if it may be a later message: then the text is told after the next PONG."""
     if not about_a_message(talk, heard):
-        return "", ""
+        return ""
     names, core, error = names_in_error(heard), talk.core, heard.params[-1]
-    flying, channels = core.outbox.in_flight, map(talk.server.without_status, names)
-    targets = {*map(core.fold, channels)}
-    lines = [line for line in talk.acks.sent if line.target in targets]
+    targets = {*map(core.fold, map(talk.server.without_status, names))}
     nameless = not names and not talk.acks.commands
     any_line = not talk.server.labels and (nameless or SAYING & {*map(str.upper, names)})
+    lines = talk.acks.lines_to(targets)
     if not lines and any_line:
-        lines = [line for line in talk.acks.sent if line.target and line.id not in ("", QUIET)]
+        lines = talk.acks.lines_to(None)
     quoted = (line for line in lines if quotes(error, line.text))
+    passed = talk.acks.passed_unknown(lines)  # these came back with other words
+    lines = talk.acks.next_refused(lines[passed:] or lines[-1:])
     line = next(quoted, None) or next(iter(lines), None)
     if line is None:
-        return "", ""
-    talk.acks.sent.remove(line)
-    talk.acks.expect_no_echo(line)
+        return ""
+    talk.acks.refused_line(line)
+    flying = core.outbox.in_flight
+    echoes = "echo-message" in talk.server.enabled and not passed
     others = {sent.id for sent in lines if sent.id in flying} - {line.id}
-    certain = "echo-message" in talk.server.enabled or line.text in error or line.id not in flying
-    doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
-    return line.id, "" if certain else doubt
+    unclear = others or talk.acks.refusals
+    if not unclear or echoes or line.text in error or line.id not in flying:
+        return line.id
+    talk.acks.hold_refusal(UnclearRefusal(line, lines, text))
+    return None
 
 
 NOT_OF_JOIN = ("404", "442", "461", "470", "482")
@@ -14981,8 +15280,9 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
             return  # the user knows
     if label := heard.tags.get("label"):
         talk.acks.settle(label.partition(".")[0])  # errors come in the order of the lines
-    lost, doubt = message_refused(talk, heard)
-    refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
+    lost = message_refused(talk, heard, text)
+    if lost is not None:
+        refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
 def note_offered(talk: IrcTalk, words: list[str]) -> None:
@@ -15220,12 +15520,10 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("004", least=3)
 def version_told(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.server.ours, talk.server.told = heard.params[2].startswith("chat.py"), True
-    talk.server.isupport.clear()  # of an earlier connection
+    talk.server.ours = heard.params[2].startswith("chat.py")
     if not talk.server.ours:
         talk.budget = Budget(PACE_BURST, PACE_RATE, talk.core.ticks())
-    talk.core.rooms.rekey()
-    talk.core.keep_facts()
+    talk.core.rooms.names_told()
     if talk.server.ours and not talk.core.rooms:  # join the channel of all users
         room = talk.core.rooms.open(LOBBY)
         room.wanted = True
@@ -15238,12 +15536,12 @@ def support_told(talk: IrcTalk, heard: ServerLine) -> None:
     isupport = talk.server.isupport
     for word in heard.params[1:-1]:
         name, _, value = word.partition("=")
+        talk.server.untold.discard(name)
         if name[:1] == "-":
             isupport.pop(name[1:], None)
         elif may_hold(isupport, name, TOKENS_KEPT):
             isupport[name] = value.replace("\\x20", " ")
-    talk.core.rooms.rekey()
-    talk.core.keep_facts()
+    talk.core.rooms.names_told()
     if "MONITOR" in {word.partition("=")[0] for word in heard.params[1:-1]}:
         talk.watch(room.name for room in talk.core.rooms.values() if not room.is_channel)
     pace = [positive_number(number) for number in isupport.get("chat.py/FLOOD", "").split(",")]
@@ -15417,7 +15715,10 @@ def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("375", "372", "376", "422", least=2)
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
-    """Show the message of the day, if the user asked for it."""
+    """Show the message of the day, if the user asked for it. The first one ends the welcome."""
+    if heard.verb in ("376", "422"):
+        talk.server.end_support()
+        talk.core.rooms.names_told()
     if talk.answers.motd:
         talk.core.server_text(heard.params[-1])
         talk.answers.motd = heard.verb not in ("376", "422")
@@ -15481,8 +15782,9 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
         about_it = verb in ("PRIVMSG", "NOTICE", "TAGMSG", "BATCH", "MULTILINE", "*")
         named = ["BATCH"] if verb in ("BATCH", "MULTILINE") else [verb]
         error = heard._replace(verb="400", params=["", *named, *about, text])
-        lost, doubt = message_refused(talk, error) if about_it else ("", "")
-        refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
+        lost = message_refused(talk, error, text) if about_it else ""
+        if lost is not None:
+            refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
 # Lines of a server: users, channels and messages
@@ -15668,6 +15970,18 @@ def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
         core.rooms.close_left(room)
 
 
+def drop_commands(talk: IrcTalk, name: str) -> None:
+    """Drop the queued commands for a user who has left: another user may take that nick."""
+    lost = []
+    for pair in [*talk.queue]:
+        verb, params, _ = parse_message(pair[0])
+        named = params[FOR_ONE[verb] :][:1] if verb in FOR_ONE else []
+        if talk.core.fold(name) in map(talk.core.fold, named):
+            talk.queue.remove(pair)
+            lost.append(verb)
+    talk.tell_lost(lost, f"{name} has left")
+
+
 @from_server("QUIT")
 def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
@@ -15687,6 +16001,7 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         # Another user may take that name
         core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
     core.people.forget(heard.name)
+    drop_commands(talk, heard.name)
     talk.name_is_free(heard.name)
 
 
@@ -15727,7 +16042,7 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
             text = f"{old} is now called {new}"
             core.incoming.event(room, ViewEvent(NICK, text, old, room.name, address=new))
     core.people.forget(old, new)
-    talk.readdress(old, new)
+    talk.readdress(lambda name: core.fold(name) == core.fold(old), new)
     core.incoming.note_present(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
@@ -16126,6 +16441,7 @@ class Rooms(dict[str, Room]):
         """Open the channels that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
         super().__init__()
         self.core = core
+        self.rule = core.server.rule  # by which the keys are made
         self.current: Room | None = None
         for name, *password in filter(None, map(str.split, join)):
             name = name if is_channel(name) else f"#{name}"
@@ -16135,7 +16451,10 @@ class Rooms(dict[str, Room]):
     def load(self, named: bool) -> None:
         """Open the conversations of the last run, behind those of --join if it `named` some, which
         are as they were left. Load the last messages of each."""
-        self.rekey()
+        given, self.rule = [*self.values()], self.core.server.rule
+        self.clear()
+        for room in given:
+            self.setdefault(self.core.fold(room.name), room)
         stored = self.core.store.rooms()
         if stored and not named:
             self.clear()
@@ -16158,14 +16477,71 @@ class Rooms(dict[str, Room]):
         elif store:
             store.forget_room(key)
 
+    def names_told(self) -> None:
+        """Apply the rules for names that the server may just have told."""
+        core, before, self.rule = self.core, self.rule, self.core.server.rule
+        if before == self.rule:
+            self.rekey()
+            return core.keep_facts()
+        names = {folded_by(before, room.name): room.name for room in self.values()}
+        if core.store:
+            core.store.rekey(functools.partial(folded_by, before), core.fold, names)
+        core.talk.joins.rekey()
+        self.rekey()
+        self._divide(before)
+        for room in self.values():
+            self.keep(room)
+        return core.keep_facts()
+
     def rekey(self) -> None:
-        """Apply the server's rules for comparing names, and for the names of channels. Keep the
-        first of two conversations with one key."""
+        """Apply the server's rules for comparing names, and for the names of channels."""
         rooms = list(self.values())
         self.clear()
         for room in rooms:
-            self.setdefault(self.core.fold(room.name), room)
+            key = self.core.fold(room.name)
+            first = self.setdefault(key, room)
             room.is_channel = room.is_channel or self.core.server.is_channel(room.name)
+            if first is not room:
+                kept, gone = (room, first) if room is self.current else (first, room)
+                self[key] = kept
+                self._join(kept, gone)
+
+    def _join(self, kept: Room, gone: Room) -> None:
+        """Make two conversations one: to this server, their names are one."""
+        kept.take_over(gone, trimmed=self.core.store is not None)
+        draft, gone.draft = gone.draft, ""
+        if kept is self.current:  # its text is on the user's line
+            self.core.show(*[ViewEvent(BACK, draft, where=kept.name)] * bool(draft))
+        else:
+            kept.draft = "\n".join(optional(kept.draft, draft))
+        self.core.stored.note_holes(kept, *kept.holes)
+        self.keep(kept)
+        self.core.changed(gone)
+        self.core.changed(kept)
+        self.core.show(ViewEvent(RESET, where=kept.name))
+        text = (
+            f"{kept.name} and {gone.name} are one name on this server: this is both conversations"
+        )
+        self.core.note(text, kept.name)
+
+    def _divide(self, before: str) -> None:
+        """Open a private conversation for each name that was one with another by the rule `before`
+        and is not now, with the messages of that user. Those of a channel stay together."""
+        fold = self.core.fold
+        for room in [room for room in self.values() if not room.is_channel]:
+            key = folded_by(before, room.name)
+            names = {
+                fold(v.where): v.where for v in room.views if folded_by(before, v.where) == key
+            }
+            names.pop(fold(room.name), None)
+            for other, name in names.items():
+                moved = [view for view in room.views if fold(view.where) == other]
+                unread = [view for view in moved if room.counts(view)]
+                room.drop(lambda view, other=other: fold(view.where) == other)
+                room.unread = max(0, room.unread - len(unread))
+                room.called = max(0, room.called - sum(view.called for view in unread))
+                self.core.show(ViewEvent(RESET, where=room.name))
+                self.open(name).take_apart(moved, unread, room.read_time)
 
     # Opening and closing
 
@@ -16213,9 +16589,12 @@ class Rooms(dict[str, Room]):
         self.core.note(f"{room.name} is joined; /go {room.name} looks at it")
 
     def close_left(self, room: Room) -> None:
-        """Close a channel that this client left. It stays open while a text for it is begun."""
+        """Close a channel that this client left. It stays open if the user wants that, and while a
+        text for it is begun."""
         core = self.core
-        if self.current is not room or not (core.stays_when_left and core.is_writing()):
+        begun = self.current is room and core.stays_when_left and core.is_writing()
+        stays, room.stays = room.stays or begun, False
+        if not stays:
             return self.close(room)
         self.keep(room)
         core.note(f"you left {room.name}; /close closes it", room.name)
@@ -16563,6 +16942,7 @@ class StoredMessages:
         room.read_time = core.believable(room.read_time)
         for view in self._after_hole(room, core.store.page(key, STORED_LINES)):
             room.views.append(view)
+            room.spoke(view.name)
             room.move_mark(view.id, core.believable(view.time))
             if view.id:
                 remember(core.known.ids, view.id)
@@ -16737,7 +17117,7 @@ class Incoming:
 
     def _folds(self, room: Room, view: ViewEvent) -> bool:
         """Return whether an event may share a row with others: none that the user did or that is
-        about the user, and none of a user who spoke here, but for being away."""
+        about the user, and none of a user who spoke here or was spoken to, but for being away."""
         core = self.core
         if view.kind not in FOLDED or core.setting("fold") == "off":
             return False
@@ -16778,6 +17158,8 @@ class Incoming:
         if repeated or view.own_id == PIECE or self.hides(view):
             return
         room.spoke(view.name)
+        if view.mine:
+            room.addressed(view.text)
         room.typing.pop(view.name, None)
         self._unfold(room, view.name)
         view = core.timed(view, room)
@@ -16967,6 +17349,7 @@ class Outgoing:
     def _add_row(self, room: Room, message: Waiting, text: str) -> ViewEvent:
         view = self._view(message, text, accepted_at(message.id))._replace(room=room.id)
         room.views.append(view)
+        room.addressed(text)
         return view
 
     def show_again(self, room: Room) -> None:
@@ -17380,9 +17763,13 @@ class ClientCore:
     def by_id(self, id: int) -> Room | None:
         return next((room for room in self.rooms.values() if room.id == id), None)
 
-    def is_called(self, text: str) -> bool:
-        """Return whether a text contains the user's nick or a word of the setting highlight."""
-        words = [self.name, *self.setting("highlight").split()]
+    def is_called(self, text: str, where: str) -> bool:
+        """Return whether a text contains the user's nick or a word of the setting highlight, or is
+        of a channel among those words."""
+        words = self.setting("highlight").split()
+        if self.fold(where) in map(self.fold, words):
+            return True
+        words = [self.name, *(word for word in words if not self.server.is_channel(word))]
         return any(calls(text, word) for word in words)
 
     # The connection
@@ -17404,6 +17791,8 @@ class ClientCore:
         """Handle the end of a connection. Messages in flight are sent again if the server cannot
         deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
+        if talk:
+            talk.acks.tell_refusals()
         flown = self.outbox.connection_lost()
         for message in flown if talk and talk.doubts else ():
             if talk.pages:
@@ -17598,9 +17987,11 @@ class ClientCore:
         return view._replace(time=when, room=room.id if room else view.room)
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Give the messages and files for a conversation its new name."""
+        """Give the messages, commands and files for a conversation its new name."""
         self.outbox.readdress(is_old, new)
         self.transfers.readdress(is_old, new)
+        if self.talk:
+            self.talk.readdress(is_old, new)
 
     def changed(self, room: Room) -> None:
         """Tell the screens to draw the state of a conversation again."""
@@ -17616,7 +18007,8 @@ def asked_room(core: ClientCore, name: str = "") -> Room:
     if room is None:
         verb = "join" if not name or core.server.is_channel(name) else "query"
         advice = f"/{verb} {name or '#CHANNEL'} opens {'it' if name else 'one'}"
-        raise Refused("NO_ROOM", f"{name or 'nothing'} is not open; {advice}")
+        what = f"{name} is not open" if name else "no conversation is open"
+        raise Refused("NO_ROOM", f"{what}; {advice}")
     return room
 
 
@@ -17684,6 +18076,28 @@ def need_given(given: Any, syntax: str) -> Any:
     if not given:
         raise Refused("NEED_MORE_PARAMS", f"usage: {syntax}")
     return given
+
+
+A_NUMBER = re.compile(r"[-+]?[0-9]+")
+
+
+def number_up_to(most: int, word: str, what: str) -> int:
+    """Return a number from 1 that a user typed. Raises Refused with the range."""
+    number = whole_number(word)
+    if not number or number > most:
+        known = f"1 to {most}" if most > 1 else "only 1" if most else "none"
+        raise Refused("BAD_NUMBER", f"{word} is no number of {what}: {known}")
+    return number
+
+
+def nth(word: str, count: int, what: str) -> int:
+    """Return the N of a typed -N, which means the Nth from the end of so many. Raises Refused with
+    the range."""
+    number = whole_number(word[1:]) if word[:1] == "-" else 0
+    if not number or number > count:
+        known = f"-1 to -{count}" if count > 1 else "only -1" if count else "none"
+        raise Refused("NO_MESSAGE", f"{word} is none of {what} here; there is {known}")
+    return number
 
 
 def names_in(words: str) -> list[str]:
@@ -17756,10 +18170,12 @@ def do_close(core: ClientCore, name: str = "") -> None:
 @client_command("go", 1, nameless=True)
 def do_go(core: ClientCore, name: str) -> None:
     """/go #CHANNEL|NAME|N -- look at another conversation, by its name or number"""
-    number = whole_number(name)
-    if number and number <= len(core.rooms):
-        return core.rooms.go(list(core.rooms.values())[number - 1])
+    number, rooms = whole_number(name) or 0, list(core.rooms.values())
     room = core.find(name) or core.find(f"#{name}")
+    if 0 < number <= len(rooms):
+        room = rooms[number - 1]
+    elif A_NUMBER.fullmatch(name) and room is None:
+        number_up_to(len(rooms), name, "a conversation")
     core.rooms.go(room or asked_room(core, name))
 
 
@@ -17844,34 +18260,43 @@ def do_nick(core: ClientCore, name: str) -> None:
 @client_command("history", most=2)
 def do_history(core: ClientCore, *words: str) -> None:
     """/history [#CHANNEL|NAME] [N] -- what was said last"""
-    count = whole_number(words[-1]) if words else None
-    name = words[0] if words and (len(words) > 1 or count is None) else asked_room(core).name
+    numbered, count = len(words) > 1 or A_NUMBER.fullmatch("".join(words)), HISTORY_LINES
+    if numbered:
+        count = number_up_to(HISTORY_LINES_MOST, words[-1], "messages")
+    name = words[0] if len(words) > bool(numbered) else asked_room(core).name
     if not core.talk.pages:
         raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
-    limit = min(count or HISTORY_LINES, HISTORY_LINES_MOST)
-    core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(limit))
+    core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(count))
 
 
-@client_command("lastlog", 1, nameless=True)
-def do_lastlog(core: ClientCore, words: str) -> None:
-    """/lastlog WORDS -- what was said here with these words in it, as this client has kept it"""
-    room = asked_room(core)
+def kept_messages(core: ClientCore, where: str, words: str) -> list[ViewEvent]:
+    """Return the last messages of a conversation with these words, or the last of all."""
+    room, key = core.find(where), core.fold(where)
     if core.store:
-        views = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
-    else:
-        wanted = fold_text(words)
-        spoken = (view for view in room.views if view.kind in SPOKEN)
-        views = [view for view in spoken if wanted in fold_text(view.text)][-LASTLOG_MOST:]
-    core.stored.show_results(f"lastlog of {core.here}", views)
+        found = core.store.find(words, LASTLOG_MOST, key) if words else ()
+        return [*found] if words else core.store.page(key, HISTORY_LINES)
+    wanted = fold_text(words)
+    spoken = (view for view in room.views if view.kind in SPOKEN) if room else ()
+    views = [view for view in spoken if wanted in fold_text(view.text)]
+    return views[-(LASTLOG_MOST if words else HISTORY_LINES) :]
+
+
+@client_command("lastlog", most=1, nameless=True)
+def do_lastlog(core: ClientCore, words: str = "") -> None:
+    """/lastlog [WORDS] -- what was said here with these words in it, as this client has kept it"""
+    where = asked_room(core).name
+    core.stored.show_results(f"lastlog of {where}", kept_messages(core, where, words))
 
 
 @client_command("search", 1, nameless=True)
 def do_search(core: ClientCore, words: str) -> None:
     """/search [#CHANNEL|NAME] WORDS -- what was said there, or here, with these words in it; by
     the server if it can"""
-    if not core.ready or "soju.im/search" not in core.server.enabled:
-        return do_lastlog(core, words)
     where, text = channel_first(core, words)
+    if not text:  # the word to look for is a name
+        where, text = asked_room(core).name, words
+    if not core.ready or "soju.im/search" not in core.server.enabled:
+        return core.stored.show_results(f"lastlog of {where}", kept_messages(core, where, text))
     core.talk.command("SEARCH", f"in={escaped_tag(where)};text={escaped_tag(text)}")
 
 
@@ -18141,7 +18566,7 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
     core.note("; ".join(dropped) or "there is nothing to drop")
 
 
-NTH = re.compile(r"-([1-9]\d{0,3})")
+NTH = re.compile(r"-[0-9]+")
 
 
 def numbered_view(
@@ -18152,13 +18577,12 @@ def numbered_view(
     command was begun. Raises Refused."""
     first, *rest = [*words, ""]
     match, room = NTH.fullmatch(first), asked_room(core)
-    number = int(match[1]) if match else 1
     spoken = [view for view in room.views if view.kind in SPOKEN and view.mine == mine]
     if core.input.seen is not None:
         seen = {view.own_id or identity_of(view) for view in core.input.seen}
         spoken = [view for view in spoken if (view.own_id or identity_of(view)) in seen]
-    if len(spoken) < number:
-        raise Refused("NO_MESSAGE", "there is no such message here")
+    what = "your messages" if mine else "the messages of others"
+    number = nth(first if match else "-1", len(spoken), what)
     if not spoken[-number].id:
         raise Refused("NO_ID", "the server has not confirmed that message yet; try again")
     return room, spoken[-number], " ".join(optional(*rest) if match else words)
@@ -18179,6 +18603,8 @@ def do_reply(core: ClientCore, words: str) -> None:
 def do_react(core: ClientCore, *words: str, on: bool = True) -> None:
     """/react [-N] EMOJI -- react to the last message of another user, or the Nth from the end"""
     core.need("react")
+    if len(words) > 1 and whole_number(words[0]) is not None:
+        raise Refused("NO_NUMBER", f"/react -{words[0]} {words[1]} is about another message")
     room, view, emoji = numbered_view(core, words, mine=False)
     core.reactions.send(room, view.id, emoji, on)
 
@@ -18223,9 +18649,9 @@ def do_send(core: ClientCore, path: str) -> None:
 @client_command("save", most=2, nameless=True)
 def do_save(core: ClientCore, *words: str) -> None:
     """/save [-N] [PATH] -- store the last file that a message here tells of, or the Nth"""
-    room, numbered = asked_room(core), bool(words) and NTH.fullmatch(words[0])
-    number = int(numbered[1]) if numbered else 1
+    room, numbered = asked_room(core), bool(words) and A_NUMBER.fullmatch(words[0])
     files = [(view, parse_file_tag(view.file)) for view in room.views if view.file]
+    number = nth(words[0], len(files), "the files") if numbered else 1
     if len(files) < number or files[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
     if core.transfers.start is None:
@@ -18237,8 +18663,8 @@ def do_save(core: ClientCore, *words: str) -> None:
 @client_command("transfers", most=2, nameless=True)
 def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
     """/transfers [cancel N] -- files on their way; to drop one"""
-    number = whole_number(which) or 0
-    if what == "cancel" and 0 < number <= len(core.transfers):
+    if what == "cancel" and which:
+        number = number_up_to(len(core.transfers), which, "a file on its way")
         transfer = core.transfers[number - 1]
         core.transfers.drop(transfer)
         return core.note(f"{transfer.name or transfer.path} is dropped")
@@ -18267,11 +18693,13 @@ def do_raw(core: ClientCore, line: str = "") -> None:
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
     """Change a setting and keep it; "default" is as it was delivered. Raises Refused."""
-    allowed = SETTINGS[name].values
+    allowed, limits = SETTINGS[name].values, SETTINGS[name].range
     if value == "default":
         core.settings.pop(name, None)
     elif allowed and value not in allowed:
         raise Refused("BAD_SETTING", f"{name} is one of: {', '.join(allowed)}")
+    elif limits and not limits[0] <= (whole_number(value) or 0) <= limits[1]:
+        raise Refused("BAD_SETTING", f"{name} is a number from {limits[0]} to {limits[1]}")
     else:
         core.settings[name] = value
     if core.store:
@@ -18709,6 +19137,39 @@ class ClientStore(Writer):
         self.write(change.format("rooms", "key", "key"), new, self.owner, old)
         if old in self.kept_rooms:
             self.kept_rooms[new] = self.kept_rooms.pop(old)
+
+    @or_nothing
+    def rekey(
+        self, before: Callable[[str], str], fold: Callable[[str], str], names: dict[str, str]
+    ) -> None:
+        """Apply another rule for names to the keys of this user's rows. `names` are those of the
+        open conversations by their keys of `before`. The messages of two private conversations with
+        one key are told apart by the name that the user had."""
+        self.flush()
+        query = "SELECT DISTINCT room FROM messages WHERE owner = ?"
+        keys = [key for (key,) in self.db.execute(query, [self.owner])]
+        for key in filter(AMBIGUOUS_KEY.search, keys):
+            name = names.get(key) or self._last_place(key)
+            name = name if before(name) == key else key  # the conversation was renamed
+            query = "SELECT DISTINCT place FROM messages WHERE owner = ? AND room = ?"
+            for (place,) in self.db.execute(query, [self.owner, key]).fetchall():
+                own = before(place) == key and not is_channel(key)
+                change = "UPDATE messages SET room = ? WHERE owner = ? AND room = ? AND place = ?"
+                self.write(change, fold(place if own else name), self.owner, key, place)
+            change = "UPDATE OR REPLACE facts SET name = ? WHERE owner = ? AND name = ?"
+            self.write(change, f"holes {fold(name)}", self.owner, f"holes {key}")
+        query = "SELECT key, name FROM rooms WHERE owner = ?"
+        for key, name in self.db.execute(query, [self.owner]).fetchall():
+            if fold(name) != key:
+                change = "UPDATE OR IGNORE rooms SET key = ? WHERE owner = ? AND key = ?"
+                self.write(change, fold(name), self.owner, key)
+                self.forget_room(key)
+        self.flush()
+
+    def _last_place(self, key: str) -> str:
+        """Return the name that a conversation had when its last message came."""
+        views = self.page(key, 1)
+        return views[0].where if views else key
 
     def index(self) -> None:
         """Index a slice of the messages that are not indexed yet."""
@@ -25037,6 +25498,8 @@ class TerminalClient(ManyServers):
             self.connect(text[len("/connect") :].strip())
         elif command[:4] == "/go " and (place := self.place_of(text[4:].strip())):
             self.go(place)
+        elif command[:4] == "/go " and A_NUMBER.fullmatch(command[4:].strip()):
+            self.note(f"there is no {command[4:].strip()}; /go 1 to /go {len(self.places())}")
         elif text:
             self.link.typed(text.rstrip() if command else text, None, "", self.begun)
             self.begun = None
@@ -25102,8 +25565,9 @@ class TerminalClient(ManyServers):
             return places[number - 1]
         here = [place for place in places if place[0].core is self.core]
         for seat, room in [*here, *places]:
-            keys = map(seat.core.fold, (name, f"#{name}", str(seat.link.target)))
-            if seat.core.fold(room.name or str(seat.link.target)) in keys:
+            if seat.core.fold(room.name or str(seat.link.target)) in map(
+                seat.core.fold, (name, f"#{name}")
+            ):
                 return seat, room
         return None
 

@@ -315,21 +315,62 @@ class Opened(NamedTuple):
 # RIGHT TO LEFT
 # ======================================================================================
 # Tk on X11 draws all characters from left to right and joins no letters. So lines with
-# Hebrew or Arabic are broken here, their characters put in the order in which they are seen
-# (Unicode's UAX 9, without explicit embeddings, which are removed before), and Arabic
-# letters get their joined forms. Other systems do this themselves.
+# Hebrew or Arabic are broken here, their letters put in the order in which they are seen,
+# and Arabic ones get their joined forms. The rules are those of Unicode's UAX 9, whose names
+# stand beside them (W1 to L4). Embeddings were removed before; a link is an isolate, as on
+# the page for browsers. A line of the class `Seen` knows what was said, to be copied. Other
+# systems do all this themselves.
 
 RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
-MIRRORED = str.maketrans("()[]{}<>\u00ab\u00bb", ")(][}{><\u00bb\u00ab")
 FORMS = ("isolated", "final", "initial", "medial")  # neither joined, to the one before, ...
-ARABIC_FORMS = re.compile("[\ufb50-\ufbc1\ufe80-\ufefc]")  # see arabic_forms()
+ZWNJ = "\u200c"  # keeps two letters apart
+PAIR = r"\([^\s<>\"()]*\)"  # at the end of a link a bracket belongs to it if it was opened there
+LINK = re.compile(
+    r"(?:https?://|www\.(?=[\w-]+\.))"
+    rf"(?:{PAIR}|(?!{PAIR})[^\s<>\"])*(?:{PAIR}|[^\s<>\"(.,;:!?)\]}}'])",
+    re.IGNORECASE,
+)
+# Classes of letters in one character each: strong ones, numbers, what may belong to numbers. All
+# others are neutral, a blank. After the rules for numbers only L, R, 1, 2 and blanks are left.
+CLASSES = {"L": "L", "R": "R", "AL": "A", "EN": "1", "AN": "2", "ES": "+", "ET": "$", "CS": ","}
+OPPOSITE = {"LEFT": "RIGHT", "RIGHT": "LEFT", "LESS": "GREATER", "GREATER": "LESS"}
+OPPOSITE_WORD = re.compile("LEFT|RIGHT|LESS|GREATER")
+BRACKETS_DEEP = 63
+
+
+class Letter(NamedTuple):
+    """A letter, with the marks on it; or a link."""
+
+    place: int  # in the line
+    text: str
+    marks: str
+    is_link: bool
+    drawn: str  # in its joined form
+
+    @property
+    def kind(self) -> str:
+        kind = "" if self.is_link else unicodedata.bidirectional(self.text[0])
+        return CLASSES.get(kind, " ")
+
+
+class Seen(str):
+    """A part of a line in the order in which it is seen. For each character, `said` has the place
+    in the line and the text that it stands for."""
+
+    said: list[tuple[int, str]]
+
+    @classmethod
+    def of(cls, places: list[tuple[str, int, str]]) -> "Seen":
+        part = cls("".join(drawn for drawn, _, _ in places))
+        part.said = [(place, text) for _, place, text in places]
+        return part
 
 
 @functools.cache
 def arabic_forms() -> dict[str, dict[str, str]]:
     """Return the joined forms of letters, and of lam with alef (Arabic Presentation Forms)."""
     forms: dict[str, dict[str, str]] = {}
-    for code in (*range(0xFB50, 0xFBC2), *range(0xFE80, 0xFEFD)):
+    for code in (*range(0xFB50, 0xFBEA), *range(0xFBFC, 0xFC00), *range(0xFE80, 0xFEFD)):
         form, *letters = unicodedata.decomposition(chr(code)).split() or [""]
         if form.strip("<>") in FORMS:
             known = forms.setdefault("".join(chr(int(one, 16)) for one in letters), {})
@@ -337,107 +378,206 @@ def arabic_forms() -> dict[str, dict[str, str]]:
     return forms
 
 
-def joined(text: str) -> str:
-    """Return `text` with Arabic letters in the forms that they have beside each other."""
-    forms, letters, n = arabic_forms(), [], 0
-    while n < len(text):
-        pair = text[n : n + 2]
-        letters.append(pair if len(pair) == 2 and pair in forms else text[n])
-        n += len(letters[-1])
+def joined(letters: list[Letter]) -> list[Letter]:
+    """Return Arabic letters in the forms that they have beside each other."""
+    forms = [arabic_forms().get(one.text, {}) for one in letters]
+    joins = [
+        "initial" in one and "final" in other and ZWNJ not in letter.marks
+        for letter, one, other in zip(letters, forms, forms[1:], strict=False)
+    ]
     shaped = []
-    solid = [k for k, one in enumerate(letters) if unicodedata.bidirectional(one[0]) != "NSM"]
-    place = {k: p for p, k in enumerate(solid)}
-    for k, one in enumerate(letters):
-        known = forms.get(one)
-        if known is None:
-            shaped.append(one)
+    for letter, form, before, after in zip(
+        letters, forms, [False, *joins], [*joins, False], strict=True
+    ):
+        drawn = form.get(FORMS[before + 2 * after]) or form.get("isolated") or letter.drawn
+        shaped.append(letter._replace(drawn=drawn))
+    return shaped
+
+
+def letters_of(line: str, links: bool = True) -> list[Letter]:
+    """Return the letters of a line; a mark goes with the letter before it (W1)."""
+    ends = {match.start(): match.end() for match in LINK.finditer(line)} if links else {}
+    letters: list[Letter] = []
+    n = 0
+    while n < len(line):
+        mark = unicodedata.bidirectional(line[n]) in ("NSM", "BN")
+        if mark and letters and not letters[-1].is_link:
+            letters[-1] = letters[-1]._replace(marks=letters[-1].marks + line[n])
+            n += 1
             continue
-        before, after = place[k] - 1, place[k] + 1
-        left = forms.get(letters[solid[before]], {}) if before >= 0 else {}
-        right = forms.get(letters[solid[after]], {}) if after < len(solid) else {}
-        to_before = "initial" in left and "final" in known
-        to_after = "final" in right and "initial" in known
-        form = FORMS[to_before + 2 * to_after]
-        shaped.append(known.get(form) or known.get("isolated") or one)
-    return "".join(shaped)
+        pair = line[n : n + 2]
+        end = ends.get(n) or n + (2 if len(pair) == 2 and pair in arabic_forms() else 1)
+        letters.append(Letter(n, line[n:end], "", n in ends, line[n:end]))
+        n = end
+    return joined(letters)
+
+
+@functools.cache
+def mirrored(sign: str) -> str:
+    """Return the sign that this one is in a mirror (L4): of brackets, "less than" and so on."""
+    if not (len(sign) == 1 and unicodedata.mirrored(sign)):
+        return sign
+    name = OPPOSITE_WORD.sub(lambda word: OPPOSITE[word[0]], unicodedata.name(sign, ""))
+    try:
+        return unicodedata.lookup(name)
+    except KeyError:
+        return sign
+
+
+def bracket_pairs(letters: list[Letter]) -> list[tuple[int, int]]:
+    """Return where brackets open and close that belong together (BD16)."""
+    opened: list[tuple[str, int]] = []
+    pairs = []
+    for n, letter in enumerate(letters):
+        sign = unicodedata.normalize("NFC", letter.text)
+        kind = unicodedata.category(sign) if mirrored(sign) != sign else ""
+        if kind == "Ps":
+            if len(opened) == BRACKETS_DEEP:
+                return []
+            opened.append((unicodedata.normalize("NFC", mirrored(sign)), n))
+        for place in reversed(range(len(opened))) if kind == "Pe" else ():
+            if opened[place][0] == sign:
+                pairs.append((opened[place][1], n))
+                del opened[place:]
+                break
+    return sorted(pairs)
+
+
+def with_brackets(kinds: str, pairs: list[tuple[int, int]], own: str) -> str:
+    """Give both brackets of a pair one direction: that of the line, if it occurs between them;
+    else, if there are words of the other one, that of what stands before them (N0)."""
+    known = list(kinds.translate({ord("1"): "R", ord("2"): "R"}))
+    for start, end in pairs:
+        within = set(known[start:end]) - {" "}
+        if within:
+            before = next((one for one in reversed(known[:start]) if one != " "), own)
+            known[start] = known[end] = own if own in within else before
+    return "".join(kind if kind in "12" else one for kind, one in zip(kinds, known, strict=True))
+
+
+def levels_of(letters: list[Letter], base: int) -> list[int]:
+    """Return the embedding level of each letter: odd ones are seen from right to left."""
+    own = "R" if base else "L"
+    kinds = "".join(letter.kind for letter in letters)
+    kinds = re.sub("A[^LR]*", lambda run: run[0].replace("1", "2"), kinds).replace(
+        "A", "R"
+    )  # W2, 3
+    kinds = re.sub("(?<=1)[+,](?=1)", "1", kinds)  # W4
+    kinds = re.sub("(?<=2),(?=2)", "2", kinds)
+    kinds = re.sub(r"\$+(?=1)|(?<=1)\$+", lambda run: "1" * len(run[0]), kinds)  # W5
+    kinds = re.sub("[+$,]", " ", kinds)  # W6
+    left = "L[^R]*" if base else "(?:^|L)[^R]*"
+    kinds = re.sub(left, lambda run: run[0].replace("1", "L"), kinds)  # W7
+    kinds = with_brackets(kinds, bracket_pairs(letters), own)
+    for one in "LR":  # N1, N2
+        number = "12" if one == "R" else ""
+        before = f"(?<=[{one}{number}])" if one != own else f"(?:(?<=[{one}{number}])|^)"
+        after = f"(?=[{one}{number}])" if one != own else f"(?=[{one}{number}]|$)"
+        kinds = re.sub(f"{before} +{after}", lambda run, one=one: one * len(run[0]), kinds)
+    kinds = kinds.replace(" ", own)
+    return [{"L": 2 * base, "R": 1}.get(kind, 2) for kind in kinds]  # I1, I2
+
+
+def in_order(letters: list[Letter], levels: list[int]) -> list[tuple[Letter, int]]:
+    """Return letters of a line in the order in which they are seen (L2), with their levels."""
+    parts = list(zip(letters, levels, strict=True))
+    for lowest in range(max(levels, default=0), 0, -1):
+        groups = itertools.groupby(parts, lambda part, lowest=lowest: part[1] >= lowest)
+        turned = [list(group)[::-1] if high else list(group) for high, group in groups]
+        parts = [part for group in turned for part in group]
+    return parts
+
+
+def places_of(letter: Letter, level: int) -> list[tuple[str, int, str]]:
+    """Return the characters with which a letter is drawn, their places, and what they stand for."""
+    if letter.is_link:
+        within = letters_of(letter.text, links=False)
+        return [
+            (drawn, letter.place + place, text)
+            for one, depth in in_order(within, levels_of(within, 0))
+            for drawn, place, text in places_of(one, depth)
+        ]
+    first = mirrored(letter.drawn) if level % 2 else letter.drawn
+    whole_letter = [(first, letter.place, letter.text + letter.marks)]
+    return whole_letter + [(mark, letter.place, "") for mark in letter.marks]
 
 
 def is_rtl(text: str) -> bool:
-    """Return whether a line begins at the right: its first letter says so."""
-    kinds = (unicodedata.bidirectional(c) for c in text)
+    """Return whether a line begins at the right: its first letter says so (P2, without links)."""
+    kinds = (unicodedata.bidirectional(c) for c in LINK.sub("", text))
     return next((kind != "L" for kind in kinds if kind in ("L", "R", "AL")), False)
 
 
-def levels_of(clusters: list[str], base: int) -> list[int]:
-    """Return the embedding level of each character: odd ones are seen from right to left."""
-    levels: list[int | None] = []
-    strong = "R" if base else "L"
-    for one in clusters:
-        kind = unicodedata.bidirectional(one[0])
-        if kind in ("L", "R", "AL"):
-            strong = "L" if kind == "L" else "R"
-            levels.append(1 if strong == "R" else 2 * base)
-        elif kind in ("EN", "AN"):
-            levels.append(2 if strong == "R" or base else 0)
-        else:
-            levels.append(None)
-    known = [base if level is None else level for level in levels]
-    for n, level in enumerate(levels):
-        if level is None:  # between two of one direction it goes with them
-            before = next((one for one in reversed(levels[:n]) if one is not None), base)
-            after = next((one for one in levels[n:] if one is not None), base)
-            known[n] = before if before == after else 1 if before and after else base
-    return known
+def is_only_rtl(text: str) -> bool:
+    """Return whether all words of a line are from right to left. A line of the program or of the
+    server with words of both directions begins at the left: it may begin with a name."""
+    return is_rtl(text) and is_rtl(text[::-1]) and not re.search("[A-Za-z]", LINK.sub("", text))
 
 
-def seen_line(line: str, base: int) -> str:
+def parts_to_fit(
+    letters: list[Letter], fits: Callable[[str], bool]
+) -> Iterator[tuple[int, int, int]]:
+    """Yield where parts of a line begin and end that fit, broken between words, and where the
+    next one begins."""
+    text = "".join(" " if letter.text.isspace() else "x" for letter in letters)
+    start = end = 0
+    for word in re.finditer(" *(x+) *", text):
+        if end > start and not fits("".join(one.drawn for one in letters[start : word.end(1)])):
+            yield start, end, word.start(1)
+            start = word.start(1)
+        end = word.end(1)
+    yield start, len(letters), len(letters)
+
+
+def seen_lines(line: str, fits: Callable[[str], bool], base: int) -> Iterator[list[Seen]]:
+    """Yield a line as it is to be drawn, broken to fit. Links are every second part, and after the
+    last part stands what was left out where the line was broken."""
+    letters = letters_of(line)
+    levels = levels_of(letters, base)
+    for start, end, following in parts_to_fit(letters, fits):
+        parts: list[list[tuple[str, int, str]]] = [[]]
+        for letter, level in in_order(letters[start:end], levels[start:end]):
+            if letter.is_link:
+                parts += [places_of(letter, level), []]
+            else:
+                parts[-1] += places_of(letter, level)
+        left_out = "".join(letter.text for letter in letters[end:following])
+        last = [("\n", letters[end].place, left_out)] if following < len(letters) else []
+        yield [Seen.of(places) for places in (*parts, last)]
+
+
+def seen_line(line: str, base: int) -> Seen:
     """Return the characters of a line in the order in which they are seen."""
-    clusters: list[str] = []
-    for c in joined(line):
-        if clusters and unicodedata.bidirectional(c) == "NSM":
-            clusters[-1] += c
-        else:
-            clusters.append(c)
-    levels = levels_of(clusters, base)
-    parts = [
-        one.translate(MIRRORED) if level % 2 else one
-        for one, level in zip(clusters, levels, strict=True)
-    ]
-    for lowest in range(max(levels, default=0), 0, -1):
-        n = 0
-        while n < len(parts):
-            end = n
-            while end < len(parts) and levels[end] >= lowest:
-                end += 1
-            parts[n:end] = parts[n:end][::-1]
-            levels[n:end] = levels[n:end][::-1]
-            n = end + 1
-    return "".join(parts)
+    parts = [part for parts in seen_lines(line, lambda part: True, base) for part in parts]
+    whole_line = Seen("".join(parts))
+    whole_line.said = [one for part in parts for one in part.said]
+    return whole_line
 
 
-def said_line(seen: str, base: int) -> str:
-    """Return the characters of a line that is drawn like this in the order in which they were
-    said: to order a line twice is to leave it as it was."""
-    line = seen_line(seen, base)
-    return ARABIC_FORMS.sub(lambda match: unicodedata.normalize("NFKC", match[0]), line)
+def lines_said(pieces: list, drawable: Callable[[str], str]) -> dict[str, list[tuple]]:
+    """Return what the lines of these pieces stand for: for each character its place in what was
+    said, and the text."""
+    lines: dict[str, list[tuple]] = {}
+    shown: list[str] = []
+    said: list[tuple] = []
+    group = 0  # parts in turn that are `Seen` are of one line
+    for piece in pieces[::2]:
+        group += not isinstance(piece, Seen)
+        known = piece.said if isinstance(piece, Seen) else enumerate(piece)
+        for c, (place, text) in zip(piece, known, strict=True):
+            drawn = drawable(c)
+            shown += drawn
+            said += [(group, place, text), *[(group, place, "")] * (len(drawn) - 1)]
+            if c == "\n":
+                lines["".join(shown)] = said
+                shown, said = [], []
+        group += not isinstance(piece, Seen)
+    return lines
 
 
-def broken_to_fit(line: str, fits: Callable[[str], bool]) -> Iterator[str]:
-    """Yield a line in parts that fit, broken between words."""
-    part = ""
-    for word in re.findall(r"\S+\s*|\s+", line):
-        if part and not fits((part + word).rstrip()):
-            yield part.rstrip()
-            part = ""
-        part += word
-    yield part
-
-
-def seen_lines(line: str, fits: Callable[[str], bool]) -> Iterator[str]:
-    """Yield a line as it is to be drawn from left to right, broken to fit."""
-    base = int(is_rtl(line))
-    for part in broken_to_fit(line, fits):
-        yield seen_line(part, base)
+def said_text(said: list[tuple]) -> str:
+    """Return characters of a line in the order in which they were said."""
+    return "".join(text for *_, text in sorted(said, key=lambda one: one[:2]))
 
 
 # ======================================================================================
@@ -461,12 +601,6 @@ CLOCK_SHOWN = 40  # ... and of a time
 NAME_TAGS = 12
 GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
 
-PAIR = r"\([^\s<>\"()]*\)"  # at the end of a link a bracket belongs to it if it was opened there
-LINK = re.compile(
-    r"(?:https?://|www\.(?=[\w-]+\.))"
-    rf"(?:{PAIR}|(?!{PAIR})[^\s<>\"])*(?:{PAIR}|[^\s<>\"(.,;:!?)\]}}'])",
-    re.IGNORECASE,
-)
 ONLY_LINK = re.compile(r".+ \([^()]*\d [KMG]?B\): \S+")  # what clients say of a file they send
 
 
@@ -511,9 +645,8 @@ def link_of(text: str) -> str:
 def link_meant(seen: str, text: str) -> str:
     """Return the address of the link in a text that is drawn like this, perhaps in another order:
     it has the same characters, or begins with them."""
-    letters = sorted(said_line(seen, 0))
     links = LINK.findall(text)
-    same = [one for one in links if one == seen] or [one for one in links if sorted(one) == letters]
+    same = [one for one in links if seen in (one, seen_line(one, 0))]
     same += [one for one in links if one.startswith(seen)]
     return link_of((same or [seen])[0])
 
@@ -582,7 +715,7 @@ class Style(NamedTuple):
     clock: str = "%H:%M"
     # Return whether a part of a line fits into one row; None: Tk orders and breaks lines itself
     fits: Callable[[str], bool] | None = None
-    name: Callable[[str], str] = str  # as a name is drawn
+    seen: Callable[..., str] = lambda text, base=0: text  # a text of one line as it is drawn
     box: tuple[int, int] = PICTURE_BOX  # pixels for a picture
     pictures: bool = True  # are shown among the messages
 
@@ -593,14 +726,17 @@ def head_pieces(row: Row, style: Style) -> list:
     name = f"-{view.name}-" if view.kind == chat.NOTICE else view.name
     clock = clock_text(chat.moment_of(view), style.clock)
     named = (*tags, name_tag(view.name), "name")
-    return [style.name(shorter(name, NAME_SHOWN)), named, f"  {clock}\n", (*tags, "clock")]
+    return [style.seen(shorter(name, NAME_SHOWN)), named, f"  {clock}\n", (*tags, "clock")]
 
 
-def reply_pieces(row: Row) -> list:
+def reply_pieces(row: Row, style: Style) -> list:
+    """Return the line above an answer: the beginning of what it answers."""
     name, text = row.answers
     if not name:
         return []
-    return [f"\u21b3 {shorter(name, NAME_SHOWN)}: {excerpt(text)}\n", ("said", "answers")]
+    name, text = style.seen(shorter(name, NAME_SHOWN)), excerpt(text)
+    shown = ("\u21b3 ", name, ": ", style.seen(text, is_rtl(text)), "\n")
+    return [piece for part in shown for piece in (part, ("said", "answers"))]
 
 
 def reaction_pieces(row: Row, me: str) -> list:
@@ -654,8 +790,9 @@ def file_pieces(row: Row, style: Style, trouble: str = "") -> list:
         return []
     tags = ("said", "file")
     name = chat.linked_name(row.view) if is_only_link(row.view) else ""
-    name = style.name(shorter(name, NAME_SHOWN))
-    pieces = [f" {name} ", (*tags, "file-name")] if name else []
+    name = style.seen(shorter(name, NAME_SHOWN))
+    pieces = [piece for part in (" ", name, " ") for piece in (part, (*tags, "file-name"))]
+    pieces = pieces if name else []
     why = f"; not shown: {trouble}" if trouble else ""
     pieces += [f" {file.words()}{why}   ", tags, "Save", (*tags, "save")]
     if file.type in OPENED_TYPES:
@@ -669,15 +806,17 @@ def file_pieces(row: Row, style: Style, trouble: str = "") -> list:
     return pieces
 
 
-def line_pieces(text: str, style: Style, *tags: str) -> list:
+def line_pieces(text: str, style: Style, *tags: str, base: Callable[[str], bool] = is_rtl) -> list:
     """Return lines of text, in the order in which their characters are seen."""
     if style.fits is None or not RIGHT_TO_LEFT.search(text):
         return [*linked(text, *tags), "\n", tags]
     pieces: list = []
     for line in text.split("\n"):
-        over = (*tags, "rtl") if is_rtl(line) else tags
-        for part in seen_lines(line, style.fits):
-            pieces += [*linked(part, *over), "\n", over]
+        over = (*tags, "rtl") if base(line) else tags
+        for *parts, end in seen_lines(line, style.fits, base(line)):
+            for n, part in enumerate(parts):
+                pieces += [part, (*over, "link") if n % 2 else over]
+            pieces += [end or "\n", over]
     return pieces
 
 
@@ -704,7 +843,7 @@ def said_pieces(
     """Return a message, with a head if the one before it is of another speaker."""
     return [
         *(head_pieces(row, style) if headed else ()),
-        *reply_pieces(row),
+        *reply_pieces(row, style),
         *(() if is_only_link(row.view) else text_pieces(row, style, expanded)),
         *(file_pieces(row, style, trouble) if row.view.file else ()),
         *reaction_pieces(row, me),
@@ -729,9 +868,10 @@ def told_text(view: chat.ViewEvent) -> str:
 def told_pieces(row: Row, style: Style) -> list:
     """Return a row that is no message: joins, quits, texts of the server and of the client."""
     clock = clock_text(chat.moment_of(row.view), style.clock)
-    text = broken(style.name(told_text(row.view)))
+    text = broken(told_text(row.view))
     tags = ("told", "table") if "  " in text else ("told",)
-    return [f"{clock}\t", ("told", "clock"), *linked(text, *tags), "\n", ("told",)]
+    lines = line_pieces(text, style, *tags, base=is_only_rtl)
+    return [f"{clock}\t", ("told", "clock"), *lines]
 
 
 def lines_of(pieces: list) -> int:
@@ -1714,6 +1854,13 @@ class Requests:
             seat, room = place
             seat.link.typed(f"/close {room.name}", room)
 
+    def leave_open(self, number: int) -> None:
+        """Leave a channel whose messages stay to be read."""
+        if (place := self._place(number)) and place[1].inside:
+            seat, room = place
+            room.stays = True
+            seat.link.typed(f"/part {room.name}", room)
+
     def mute(self, number: int, on: bool) -> None:
         self._act(number, lambda core, room: core.rooms.mute(room, on))
 
@@ -2442,8 +2589,11 @@ DARK = Colours(
         *("#5cc6e6", "#86b4ff", "#aab0ff", "#c9a2ff", "#e593ef", "#ff93bf"),
     ),
 )
+NO_SIGN = "\U0010fffd"  # for which no font has a picture
+# Emoji beyond the basic plane; draws_emoji() is about all of them
+EMOJI = re.compile("[\U0001f000-\U0001faff]")
 SAFE_XFT = 20305  # libXft 2.3.5 draws coloured glyphs; before, one ended the whole program
-SMALLEST, LARGEST = 6, 40  # points of a font
+SMALLEST, LARGEST = chat.SETTINGS["size"].range  # points of a font
 PROBE_SECONDS = 2
 LOOK_SETTINGS = ("theme", "font", "size")
 
@@ -2512,9 +2662,12 @@ class Look:
     def __init__(self, root: tk.Tk, theme: str = "light", family: str = "", size: str = ""):
         self.root = root
         self.colours = LIGHT
-        self.drawable: Callable[[str], str] = str if draws_emoji(root) else spelled
+        self.safe: Callable[[str], str] = str if draws_emoji(root) else spelled
         self.reorders = root.tk.call("tk", "windowingsystem") == "x11"  # see RIGHT TO LEFT
-        self.usual = tkfont.nametofont("TkDefaultFont", root).actual()
+        self.signs: dict[str, bool] = {}  # emoji: whether a font has them
+        self.spells = False  # none has one of them
+        self.usual_font = tkfont.nametofont("TkDefaultFont", root)
+        self.usual = self.usual_font.actual()
         self.font, self.bold, self.large, self.small, self.tiny, self.italic, self.fixed = (
             tkfont.nametofont(name, root).copy()
             for name in ("TkDefaultFont",) * 6 + ("TkFixedFont",)
@@ -2548,12 +2701,32 @@ class Look:
             self.dark_system = dark
             self.apply()
 
-    def seen(self, text: str) -> str:
-        """Return a text of one line as it is drawn."""
-        text = self.drawable(text)
-        if self.reorders and RIGHT_TO_LEFT.search(text):
-            return seen_line(text, int(is_rtl(text)))
-        return text
+    def drawable(self, text: str) -> str:
+        """Return a text with the names of the emoji that cannot be drawn."""
+        if text.isascii() or not (self.reorders and EMOJI.search(text)):
+            return text
+        return EMOJI.sub(lambda sign: self._spelled(sign[0]), self.safe(text))
+
+    def has(self, sign: str) -> bool:
+        """Return whether a font has a sign: else it is as wide as one that does not exist."""
+        if sign not in self.signs:
+            measure = self.usual_font.measure
+            self.signs[sign] = measure(sign) != measure(NO_SIGN)
+        return self.signs[sign]
+
+    def _spelled(self, sign: str) -> str:
+        if self.has(sign):
+            return sign
+        self.spells = True
+        return spelled(sign)
+
+    def ordered(self, text: str, base: int = 0) -> str:
+        """Return a text of one line in the order in which it is seen. Names begin at the left."""
+        return seen_line(text, base) if self.reorders and RIGHT_TO_LEFT.search(text) else text
+
+    def seen(self, text: str, base: int = 0) -> str:
+        """Return a text of one line as it is drawn. Labels begin at the left."""
+        return self.drawable(self.ordered(text, base))
 
     @property
     def em(self) -> int:
@@ -2812,6 +2985,7 @@ def offer_menu(widget: tk.Text, look: Look, *actions: str) -> None:
 
 PATH = re.compile(r"(?:file://|[/~]|[A-Za-z]:[/\\])[^\n]{1,4000}")  # of a file, perhaps
 PASTED_MOST = 64 * 1024  # characters: four of the longest messages
+PREVIEWED = 300  # characters on each side of the cursor
 LINE_MOST = 4096  # characters of a field of one line: Tk lays out all of it for each key
 
 
@@ -2858,7 +3032,7 @@ class Field(tk.Text):
 
     def set(self, text: str) -> None:
         self.delete("1.0", "end")
-        self.insert("1.0", self.look.drawable(whole(text)))
+        self.insert("1.0", self.look.safe(whole(text)))
 
     def _return(self, event: Any) -> str:
         self.enter()
@@ -2895,7 +3069,7 @@ class Field(tk.Text):
         self.refused(f"that is too long to be pasted: more than {self.MOST:,} characters")
 
     def pasted(self, text: str) -> str:
-        return self.look.drawable(chat.harmless(" ".join(text.split("\n")).strip()))
+        return self.look.safe(chat.harmless(" ".join(text.split("\n")).strip()))
 
 
 class Choices(ttk.Treeview):
@@ -3012,6 +3186,7 @@ class Compose(Field):
         self.complete: Callable[[str, bool], list[str]] = lambda word, first: []
         self.editor = chat.LineEditor(lambda word, first: self.complete(word, first))
         self.offers: Offers | None = None
+        self.preview: Callable[[str, int], None] = chat.do_nothing  # a line, and the cursor in it
         self.edited: Callable[[], None] = chat.do_nothing  # the user changed the text
         self.too_much: Callable[[str], None] = chat.do_nothing  # a paste over the limit
         self.several: Callable[[str], None] = chat.do_nothing  # a paste of several lines
@@ -3028,6 +3203,8 @@ class Compose(Field):
             ("<Down>", lambda event: self._arrow(event, 1)),
             ("<Key>", self._forget_offers),
             ("<<Modified>>", self._modified),
+            ("<KeyRelease>", lambda _: self.show_seen()),
+            ("<ButtonRelease-1>", lambda _: self.show_seen()),
             ("<Configure>", lambda _: self.show_cursor() or self.fit()),
         ):
             self.bind(sequence, handler)
@@ -3042,7 +3219,7 @@ class Compose(Field):
             self.fit()
 
     def pasted(self, text: str) -> str:
-        return self.look.drawable(chat.harmless(text.replace("\r\n", "\n")))
+        return self.look.safe(chat.harmless(text.replace("\r\n", "\n")))
 
     def take_paste(self, text: str) -> None:
         super().take_paste(text)
@@ -3161,7 +3338,7 @@ class Compose(Field):
         before = whole(self.get("insert linestart", "insert"))
         begun = before[before.rfind(" ") + 1 :]
         self.delete("insert linestart", "insert")
-        self.insert("insert", before.removesuffix(begun) + self.look.drawable(word))
+        self.insert("insert", before.removesuffix(begun) + self.look.safe(word))
         if self.offers:
             self.offers.hide()
         self.focus_set()
@@ -3209,6 +3386,17 @@ class Compose(Field):
         # Tk lays out all of a text whose widget is configured, also as it was
         if self.winfo_width() > 1 and (rows := self._rows()) != int(self.cget("height")):
             self.configure(height=rows)
+        self.show_seen()
+
+    def show_seen(self) -> None:
+        """Show the part of the line around the cursor in the order in which it will be seen."""
+        before, after = "insert linestart", "insert lineend"
+        if self.compare(before, "<", start := f"insert - {PREVIEWED} indices"):
+            before = start
+        if self.compare(after, ">", end := f"insert + {PREVIEWED} indices"):
+            after = end
+        typed = whole(self.get(before, "insert"))
+        self.preview(typed + whole(self.get("insert", after)), len(typed))
 
 
 # ======================================================================================
@@ -3538,6 +3726,8 @@ class ReadText(tk.Text):
     def __init__(self, parent: tk.Misc, look: Look, padding: tuple[float, float], **options: Any):
         super().__init__(parent, state="disabled", cursor="arrow", **options)
         self.look, self.padding = look, padding
+        self.filled: list = []  # pieces
+        self.room = (0, 0)  # pixels of a row, and of a word
         self.bar = ttk.Scrollbar(parent, command=self.yview)
         self.configure(yscrollcommand=self.bar.set)
         self.bind("<<Copy>>", self._copy)
@@ -3560,14 +3750,45 @@ class ReadText(tk.Text):
     def _copy(self, event: Any) -> str:
         """Copy what is selected as it was said: lines may be drawn in another order."""
         if self.tag_ranges("sel"):
-            lines = whole(self.get("sel.first", "sel.last")).split("\n")
-            for n, line in enumerate(lines) if self.look.reorders else ():
-                if RIGHT_TO_LEFT.search(line):
-                    tags = self.tag_names(f"sel.first linestart + {n} lines")
-                    lines[n] = said_line(line, int("rtl" in tags))
             self.clipboard_clear()
-            self.clipboard_append("\n".join(lines))
+            self.clipboard_append(self.said_between("sel.first", "sel.last"))
         return "break"
+
+    def said_between(self, first: str, last: str) -> str:
+        """Return the text between two places as it was said."""
+        text = whole(self.get(first, last))
+        changed = self.look.reorders and RIGHT_TO_LEFT.search(text)
+        if not (changed or self.look.spells):
+            return text
+        start = len(whole(self.get(f"{first} linestart", first)))
+        line, said = int(self.index(first).split(".")[0]), []
+        for n, part in enumerate(re.findall("[^\n]*\n|[^\n]+", text)):
+            known = None
+            if not part.isascii() or "[" in part:  # it may not be as it was said
+                shown = whole(self.get(f"{line + n}.0", f"{line + n + 1}.0"))
+                known = lines_said(self.pieces_at(line + n), self.look.drawable).get(shown)
+            said.append(said_text(known[start : start + len(part)]) if known else part)
+            start = 0
+        return "".join(said)
+
+    def pieces_at(self, line: int) -> list:
+        """Return the pieces among which this line was drawn."""
+        return self.filled
+
+    @property
+    def border(self) -> int:
+        """The pixels above the first line."""
+        return int(str(self.cget("pady"))) + int(str(self.cget("highlightthickness")))
+
+    def fits(self, part: str) -> bool:
+        """Return whether a part of a line is no wider than a row."""
+        width = self.winfo_width() - 2 * self.border - 2 * self.look.part(self.padding[0])
+        return self.look.font.measure(part) <= max(width, 4 * self.look.em)
+
+    def has_other_room(self) -> bool:
+        """Return whether a row has become wider or narrower, or its letters have."""
+        before, self.room = self.room, (self.winfo_width(), self.look.font.measure("average"))
+        return before != self.room
 
     def recolour(self) -> None:
         look, c, tag = self.look, self.look.colours, self.tag_configure
@@ -3575,6 +3796,7 @@ class ReadText(tk.Text):
         self.configure(**look.text_options(), padx=wide, pady=high, highlightthickness=1)
         self.configure(highlightbackground=c.paper)
         tag("head", spacing1=look.part(0.5))
+        tag("rtl", justify="right")
         for number, colour in enumerate(c.names):
             tag(f"name{number}", foreground=colour)
         self.configure_tags()
@@ -3592,14 +3814,54 @@ class ReadText(tk.Text):
 
     def fill(self, pieces: list) -> None:
         """Show these pieces and nothing else."""
+        self.filled = list(pieces)
         with self.editing():
             self.delete("1.0", "end")
             self.insert_pieces("1.0", pieces)
 
     def insert_pieces(self, index: str, pieces: list) -> None:
         if pieces:
-            pieces[::2] = map(self.look.drawable, pieces[::2])
-            self.insert(index, *pieces)
+            drawn = [*pieces]
+            drawn[::2] = map(self.look.drawable, pieces[::2])
+            self.insert(index, *drawn)
+
+
+class Preview(ReadText):
+    """The text being written in the order in which it will be seen: Tk may not order Hebrew or
+    Arabic in a field. The letter at the cursor is marked."""
+
+    ROWS = 3
+
+    def __init__(self, parent: tk.Misc, look: Look):
+        super().__init__(parent, look, (0.9, 0.2), height=1, takefocus=False)
+        self.style = Style(fits=self.fits)
+        self.line, self.cursor = "", 0
+        self.bind("<Configure>", lambda _: self._draw())
+
+    def show(self, line: str, cursor: int) -> None:
+        if not (self.look.reorders and RIGHT_TO_LEFT.search(line)):
+            line = ""
+        if (line, cursor) != (self.line, self.cursor):
+            self.line, self.cursor = line, cursor
+            self._draw()
+            self.grid() if line else self.grid_remove()
+
+    def _draw(self) -> None:
+        pieces = line_pieces(self.line, self.style)
+        self.fill(pieces[:-2])
+        if (rows := min(lines_of(pieces), self.ROWS)) != int(self.cget("height")):
+            self.configure(height=rows)
+        lines = lines_said(pieces, str).values()
+        places = [place for line in lines for _, place, _ in line]
+        text = "".join(pieces[::2])[: places.index(self.cursor)] if self.cursor in places else None
+        if text is not None and self.cursor < len(self.line):
+            self.tag_add("chosen", f"1.0 + {len(text)} indices")
+        self.see("end" if text is None else f"{text.count(chr(10)) + 1}.0")
+
+    def configure_tags(self) -> None:
+        c = self.look.colours
+        self.configure(background=c.ground, highlightbackground=c.ground)
+        self.tag_configure("chosen", background=c.selected)
 
 
 class SheetText(ReadText):
@@ -3608,21 +3870,11 @@ class SheetText(ReadText):
     def __init__(self, parent: tk.Misc, look: Look):
         fine = max(1.0, parent.winfo_fpixels("1i") / 96)
         box = tuple(round(side * fine) for side in PICTURE_BOX)
-        fits = self._fits if look.reorders else None
-        self.sheet = Sheet(Style(fits=fits, name=look.seen, box=box))
+        fits = self.fits if look.reorders else None
+        self.sheet = Sheet(Style(fits=fits, seen=look.ordered, box=box))
         self.spaces: set[str] = set()  # tags: lines as high as pictures
         self.drew: Callable[[], None] = chat.do_nothing  # rows with pictures, perhaps
         super().__init__(parent, look, (0.9, 0.5), width=20, height=5)
-
-    @property
-    def border(self) -> int:
-        """The pixels above the first line."""
-        return int(str(self.cget("pady"))) + int(str(self.cget("highlightthickness")))
-
-    def _fits(self, part: str) -> bool:
-        """Return whether a part of a line is no wider than a row."""
-        width = self.winfo_width() - 2 * self.border - 2 * self.look.part(0.9)
-        return self.look.font.measure(part) <= max(width, 4 * self.look.em)
 
     def configure_tags(self) -> None:
         look, c, tag = self.look, self.look.colours, self.tag_configure
@@ -3631,7 +3883,6 @@ class SheetText(ReadText):
         column = look.small.measure(sample) + look.part(0.6)
         tag("clock", foreground=c.dim, font=look.small)
         tag("said", lmargin1=0, lmargin2=0)
-        tag("rtl", justify="right")
         tag("told", foreground=c.dim, font=look.small, tabs=(column,), lmargin2=column)
         tag("told", spacing1=look.part(0.15))
         tag("mention", background=c.mention, lmargincolor=c.mention)
@@ -3709,6 +3960,10 @@ class SheetText(ReadText):
                 self.delete("1.0", f"{lines + 1}.0")
 
     # Where rows are
+
+    def pieces_at(self, line: int) -> list:
+        number = self.sheet.row_at(line)
+        return [] if number is None else self.sheet.draw(number)
 
     def line_at(self, index: str) -> int:
         return int(self.index(index).split(".")[0])
@@ -3958,12 +4213,15 @@ class Pointer:
             return self.acted(f"link {url}", row)
         for tag in CLICKED:
             if tag in tags:
-                self.acted(f"react {self._emoji_at(index)}" if tag == "reaction" else tag, row)
+                self.acted(f"react {self._emoji_at(index, row)}" if tag == "reaction" else tag, row)
         return None
 
-    def _emoji_at(self, index: str) -> str:
+    def _emoji_at(self, index: str, row: Row) -> str:
+        """Return the reaction there: it may be drawn as its name."""
         found = self.text.tag_prevrange("reaction", f"{index} + 1 indices")
-        return self.text.get(*found).split()[0] if found else ""
+        shown = whole(self.text.get(*found)).strip() if found else ""
+        drawn = self.text.look.drawable
+        return next((one for one, _ in row.reactions if shown.startswith(f"{drawn(one)} ")), "")
 
     def link_at(self, index: str) -> str:
         number = self.text.row_at(index)
@@ -3979,7 +4237,6 @@ class Transcript(ttk.Frame):
         self.at_bottom = True
         self.waiting_older = self.waiting_after = False
         self.scrolling = False  # by the user
-        self.width = 0  # of the text, in pixels
         self.reached_bottom: Callable[[], None] = chat.do_nothing
         self.left_bottom: Callable[[], None] = chat.do_nothing
         self.wants_older: Callable[[], None] = chat.do_nothing
@@ -4004,6 +4261,7 @@ class Transcript(ttk.Frame):
         self.top = ttk.Label(self, style="Dim.Card.TLabel")
         self.typing = ttk.Label(self, style="Dim.Card.TLabel")
         self._bind_all()
+        look.follow(self._break_again)
 
     def _bind_all(self) -> None:
         text = self.text
@@ -4031,11 +4289,13 @@ class Transcript(ttk.Frame):
         self.text.yview(*where)
 
     def _resized(self, event: Any) -> None:
-        """Stay at the end; break lines from right to left again."""
         self._stay()
-        width, self.width = self.width, event.width
+        self._break_again()
+
+    def _break_again(self) -> None:
+        """Break lines from right to left again, if they have more room or less."""
         turned = (RIGHT_TO_LEFT.search(row.view.text) for row in self.sheet.rows)
-        if self.look.reorders and width != event.width and any(turned):
+        if self.text.has_other_room() and self.look.reorders and any(turned):
             self.redraw_all()
 
     # Rows
@@ -4808,14 +5068,14 @@ def keys_text() -> str:
 EXPLAINED = re.compile(r"(\S.*?) {2,}(\S.*)")  # a command or a key, and what it does
 
 
-def page_pieces(text: str) -> list:
+def page_pieces(text: str, style: Style) -> list:
     """Return a text to be read; where words are explained, those stand above."""
     pieces: list = []
     for line in broken(text).split("\n"):
         if match := EXPLAINED.fullmatch(line):
             pieces += [f"{match[1]}\n", ("term",), f"{match[2]}\n", ("explained",)]
         else:
-            pieces += [*linked(line, "page"), "\n", ("page",)]
+            pieces += line_pieces(line, style, "page")
     return pieces
 
 
@@ -4854,6 +5114,8 @@ class Panel(ttk.Frame):
         self.field = Field(self, look, self.enter, width=20)
         self.scope = ttk.Button(self, style="Plain.TButton", command=self._change_scope)
         self.text = PanelText(self, look, (0.3, 0.4), width=30, height=4)
+        self.style = Style(fits=self.text.fits if look.reorders else None, seen=look.ordered)
+        self.make: Callable[[], list] = list  # the pieces that are shown
         self.field.pack(fill="x")
         self.scope.pack(anchor="w")
         self.text.bar.pack(side="right", fill="y")
@@ -4868,6 +5130,8 @@ class Panel(ttk.Frame):
 
     def _bind_all(self) -> None:
         text = self.text
+        text.bind("<Configure>", self._break_again)
+        self.look.follow(self._break_again)
         text.bind("<ButtonRelease-1>", self._click)
         text.bind("<Return>", lambda _: self._open())
         for key, step in (("<Up>", -1), ("<Down>", 1)):
@@ -4881,7 +5145,7 @@ class Panel(ttk.Frame):
         """Let the user search."""
         self._show_field(True)
         if not self.rows:  # a page, which is not what is looked for
-            self._fill([])
+            self._fill(list)
         if words:
             self.field.set(words)
         self.field.tag_add("sel", "1.0", "end-1c")
@@ -4912,16 +5176,23 @@ class Panel(ttk.Frame):
 
     # What is shown
 
-    def _fill(self, pieces: list) -> None:
-        self.text.fill(pieces)
+    def _fill(self, make: Callable[[], list]) -> None:
+        self.make = make
+        self.text.fill(make())
         self.text.yview_moveto(0)
+
+    def _break_again(self, event: Any = None) -> None:
+        """Break lines from right to left again, if they have more room or less."""
+        turned = any(isinstance(piece, Seen) for piece in self.text.filled[::2])
+        if self.text.has_other_room() and turned:
+            self.text.fill(self.make())
 
     def show_page(self, title: str, text: str) -> None:
         """Show a text from its beginning."""
         self.rows = []
         self._show_field(False)
         self.title.configure(text=self.look.seen(title[:1].upper() + title[1:]))
-        self._fill(page_pieces(text))
+        self._fill(lambda: page_pieces(text, self.style))
         self.text.focus_set()
 
     def show_results(self, title: str, rows: tuple) -> None:
@@ -4930,18 +5201,23 @@ class Panel(ttk.Frame):
         self._show_field(True)
         count = chat.counted(len(rows), "message")
         self.title.configure(text=self.look.seen(shorter(f"{count}: {title}", NAME_SHOWN)))
-        pieces: list = []
-        for n, (_, where, view) in enumerate(self.rows):
-            when = f"{chat.moment_of(view):%Y-%m-%d %H:%M}"
-            tag = f"row{n}"
-            pieces += [shorter(view.name, NAME_SHOWN), ("head", name_tag(view.name), tag)]
-            pieces += [f"  {where}  {when}\n", ("head", tag)]
-            text = self.look.seen(" ".join(shorter(view.text, RESULT_SHOWN).split()))
-            pieces += [f"{text}\n", ("found", tag)]
         for tag in self.text.tag_names():
             if tag.startswith("row"):
                 self.text.tag_delete(tag)
-        self._fill(pieces)
+        self._fill(self._result_pieces)
+
+    def _result_pieces(self) -> list:
+        pieces: list = []
+        for n, (_, where, view) in enumerate(self.rows):
+            when, tag, seen = f"{chat.moment_of(view):%Y-%m-%d %H:%M}", f"row{n}", self.style.seen
+            named = ("head", name_tag(view.name), tag)
+            pieces += [seen(shorter(view.name, NAME_SHOWN)), named, "  ", ("head", tag)]
+            pieces += [seen(where), ("head", tag), f"  {when}\n", ("head", tag)]
+            text = " ".join(shorter(view.text, RESULT_SHOWN).split())
+            lines = line_pieces(text, self.style, "found", tag)
+            lines[1::2] = [tuple(one for one in tags if one != "link") for tags in lines[1::2]]
+            pieces += lines
+        return pieces
 
     def remove(self, id: str) -> None:
         """Take a message away that was redacted."""
@@ -5021,11 +5297,16 @@ class Scrolled(tk.Canvas):
         self.bar = ttk.Scrollbar(self, command=self.yview)
         self.configure(yscrollcommand=self._scrolled)
         self.content.bind("<Configure>", lambda _: self._fit())
-        self.bind("<Configure>", lambda event: self.itemconfigure("content", width=event.width))
+        self.bind("<Configure>", lambda _: self._fill())
 
     def _fit(self) -> None:
         wide, high = self.content.winfo_reqwidth(), self.content.winfo_reqheight()
         self.configure(width=wide, height=high, scrollregion=(0, 0, wide, high))
+
+    def _fill(self) -> None:
+        """Give the content the width that the bar leaves."""
+        bar = self.bar.winfo_reqwidth() if self.bar.winfo_manager() else 0
+        self.itemconfigure("content", width=self.winfo_width() - bar)
 
     def _scrolled(self, first: str, last: str) -> None:
         self.bar.set(first, last)
@@ -5033,6 +5314,7 @@ class Scrolled(tk.Canvas):
             self.bar.place_forget()
         else:
             self.bar.place(relx=1, relheight=1, anchor="ne")
+        self._fill()
 
     def wheel(self, step: int) -> None:
         if self.bar.winfo_manager():
@@ -5117,7 +5399,10 @@ class Card(ttk.Frame):
             max(have, min(need, most)) for have, need, most in zip(now, needs, screen, strict=True)
         )
         if (wide, high) != now:
-            window.geometry(f"{wide}x{high}")
+            title = window.winfo_rooty() - window.winfo_y()
+            x = min(window.winfo_x(), window.winfo_screenwidth() - wide)
+            y = min(window.winfo_y(), window.winfo_screenheight() - high - title)
+            window.geometry(f"{wide}x{high}+{max(0, x)}+{max(0, y)}")
         self.place(width=min(needs[0], wide), height=min(needs[1], high))
 
     def hide(self) -> None:
@@ -5146,7 +5431,7 @@ class ConnectCard(Card):
         self.password, self.secret = secret_field(body, self.enter), secret_field(body, self.enter)
         self.tls = tk.BooleanVar(body)
         self.register = tk.BooleanVar(body)
-        self.error = ttk.Label(body, style="Bad.Card.TLabel")
+        self.error = ttk.Label(self, style="Bad.Card.TLabel")
         self.found = ttk.Label(body, style="Dim.Card.TLabel")
         self.known = ttk.Button(body, text="Recent servers \u25be", command=self._show_recent)
         for row in (
@@ -5156,9 +5441,9 @@ class ConnectCard(Card):
             (ttk.Label(body, text=ACCOUNT_LABEL, style="Card.TLabel"), self.secret),
             (self._check("This is a new account: register it", self.register),),
             (ttk.Label(body, text=PASSWORD_LABEL, style="Card.TLabel"), self.password),
-            (self.error,),
         ):
             self._add_row(row)
+        self.error.pack(side="bottom", fill="x", before=self.page)  # in sight wherever the page is
         self.go = self.add_button("Connect", self.enter, first=True)
         self.cancel = self.add_button("Cancel", self.hide)
 
@@ -5399,6 +5684,9 @@ class Choice(ttk.Button):
         self.chosen(value)
 
 
+NARROWEST_ABOUT = 8  # lines' heights: narrower, what is said of a setting is cut at the right
+
+
 class SettingsCard(Card):
     """All settings, with the values that they have: the same as /set."""
 
@@ -5406,6 +5694,8 @@ class SettingsCard(Card):
         super().__init__(parent, look, "Settings")
         self.change = change
         self.fields: dict[str, Any] = {}
+        self.values: dict[str, str] = {}
+        self.abouts: list[ttk.Label] = []
         for row, (name, setting) in enumerate(sorted(chat.SETTINGS.items())):
             self._add_row(row, name, setting)
         self.body.columnconfigure(2, weight=1)
@@ -5427,12 +5717,30 @@ class SettingsCard(Card):
             row=row, column=1, padx=self.look.part(0.6), pady=self.look.part(0.12), sticky="we"
         )
         about = ttk.Label(self.body, text=setting.summary, style="Dim.Card.TLabel")
-        about.grid(row=row, column=2, **pad)
+        about.grid(row=row, column=2, **{**pad, "sticky": "we"})
+        about.bind("<Configure>", self._wrap)
         self.fields[name] = field
+        self.abouts.append(about)
+
+    def _wrap(self, event: Any) -> None:
+        """Break what is said of a setting where it has not enough room."""
+        needs = self.look.small.measure(event.widget.cget("text"))
+        room = max(event.width, NARROWEST_ABOUT * self.look.em)
+        event.widget.configure(wraplength=room if room < needs else 0)
+
+    def take(self, values: dict[str, str]) -> None:
+        """Show settings that were changed elsewhere, but for what is being typed."""
+        for name, field in self.fields.items() if self.shown else ():
+            old, new = (each.get(name, chat.SETTINGS[name].usual) for each in (self.values, values))
+            if old != new and (chat.SETTINGS[name].values or field.content.strip() == old):
+                field.set(new)
+        self.values = dict(values)
 
     def show(self, values: dict[str, str]) -> None:
         for name, field in self.fields.items():
             field.set(values.get(name, chat.SETTINGS[name].usual))
+        for about in self.abouts:
+            about.configure(wraplength=0)
         self.values = dict(values)
         first = next(iter(self.fields.values()))
         self.open(first)
@@ -5624,7 +5932,6 @@ class Notices:
 DRAFT_MS = 1000  # from the last key until what is half typed is kept
 SEEN_MS = 200  # from in sight to read
 FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
-SEEN_TYPED = 60  # last characters of a text from right to left, shown as they will be seen
 TYPING_MS = 3000  # between two notices that the user types
 NOT_SENT = "not connected: connect first, your text is kept"
 
@@ -5784,13 +6091,10 @@ class Writing(Acts):
             self.compose.editor.remember(event.text)
 
     def _edited(self) -> None:
-        """Store the changed text as a draft soon, and tell others about typing. Tk may not order
-        Hebrew or Arabic: then show the last line in order in the status row, too."""
+        """Store the changed text as a draft soon, and tell others about typing."""
         self.edited_at = time.monotonic()
         text = self.compose.content
         self.begun = self.begun and bool(text.strip())
-        if self.look.reorders and RIGHT_TO_LEFT.search(text[-SEEN_TYPED:]):
-            self.window.tell(text[-SEEN_TYPED:].split("\n")[-1])
         self.timers.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
         tells = bool(text.strip()) and text[:1] != "/"
         if tells and (time.monotonic() - self.typed_at) * 1000 > TYPING_MS:
@@ -6307,6 +6611,18 @@ class RoomActs(Acts):
         if room := self.model.room:
             self.do("mute", room.number, not room.muted)
 
+    def _calls(self, room: RoomInfo) -> list[str]:
+        """Return the words of the setting that make every message of a channel a mention."""
+        words = self.model.values.get("highlight", "").split()
+        return [word for word in words if chat.fold(word) == chat.fold(room.name)]
+
+    def call_always(self, room: RoomInfo) -> None:
+        """Let every message of a channel count as a mention, or only mentions again."""
+        words = self.model.values.get("highlight", "").split()
+        known = self._calls(room)
+        left = [word for word in words if word not in known] if known else [*words, room.name]
+        self.do("set", "highlight", " ".join(left) or "default")
+
     # Menus
 
     def room_menu(self, number: int, event: Any) -> None:
@@ -6328,10 +6644,14 @@ class RoomActs(Acts):
         text = "Unmute" if room.muted else "Mute"
         add(label=text, command=lambda: self.do("mute", number, not room.muted))
         if room.channel:
+            word = "Only mentions call me" if self._calls(room) else "Every message calls me"
+            add(label=word, command=lambda: self.call_always(room))
             add(label="Topic \u2026", command=lambda: self.ask_topic(room))
             if not room.inside:
                 add(label="Join", command=lambda: self.do("say", number, f"/join {room.name}"))
         menu.add_separator()
+        if room.channel and room.inside:
+            add(label="Leave, stay open", command=lambda: self.do("leave_open", number))
         text = "Leave and close" if room.channel and room.inside else "Close"
         add(label=text, command=lambda: self.close(number))
 
@@ -6653,7 +6973,8 @@ class Header(ttk.Frame):
         outside = " (you are not in it)" if room and not room.inside else ""
         name = room.name if room else server.address if server else "Chat"
         set_text(self.place, self.look.seen(shorter(name + outside, NAME_SHOWN)))
-        set_text(self.topic, self.look.seen(label_text(room.topic) if room else ""))
+        topic = label_text(room.topic) if room else ""
+        set_text(self.topic, self.look.seen(topic, is_rtl(topic)))
 
 
 class StatusLine(ttk.Frame):
@@ -6745,10 +7066,13 @@ class Window:
         self.transcript = Transcript(center, look, self.timers)
         self.strip = Strip(center, look, lambda *file: self.model.do("stop_file", *file))
         self.banner = Banner(center, look)
-        parts = (self.header, self.transcript, self.strip, self.banner, self._build_foot(center))
+        self.preview = Preview(center, look)
+        foot = self._build_foot(center)
+        parts = (self.header, self.transcript, self.strip, self.banner, self.preview, foot)
         for row, part in enumerate(parts):
             part.grid(row=row, column=0, sticky="nswe")
         self.strip.grid_remove()
+        self.preview.grid_remove()
         self.banner.hide()
         return center
 
@@ -6756,6 +7080,7 @@ class Window:
         look, foot = self.look, ttk.Frame(parent)
         look.follow(lambda: foot.configure(padding=(look.part(0.5), look.part(0.35))))
         self.compose = Compose(foot, look)
+        self.compose.preview = self.preview.show
         self.compose.offers = Offers(self.transcript, look, self.compose.take_offer)
         for text, style, act in (
             ("Send", "Accent.TButton", self.compose.submit),
@@ -6839,7 +7164,8 @@ class Window:
         usual = f"{wide}x{high}+{2 * look.em}+{2 * look.em}"
         geometry = str(kept.get("geometry") or usual)
         root.minsize(min(screen[0], 22 * look.em), min(screen[1], 14 * look.em))
-        root.geometry(fitting_geometry(geometry, *screen) or fitting_geometry(usual, *screen))
+        room = screen[0], screen[1] - 3 * look.em // 2  # a window manager adds a title
+        root.geometry(fitting_geometry(geometry, *room) or fitting_geometry(usual, *room))
         self.sidebar.restore(self.remembered.words("order"))
         for name in ("sidebar", "members"):
             self.panes.show(name, kept.get(name) is not False)
@@ -7041,6 +7367,7 @@ class Window:
     def _take_settings(self, event: Settings) -> None:
         self.model.take(event)
         values = self.model.values
+        self.settings.take(values)
         self.look.want(*(values[name] for name in LOOK_SETTINGS))
         self.transcript.restyle(values["time"], values["pictures"] == "on")
 

@@ -15635,6 +15635,7 @@ class Elsewhere:
         self.hears("001 alice :Welcome", "004 alice x ircd-1 a b")
         if tokens:
             self.hears(f"005 alice {' '.join(tokens)} :are supported by this server")
+        self.hears("422 alice :No MOTD")
         for room in list(self.core.rooms.values()):
             self.hears(f":alice!u@h JOIN {room.name}")
         self.sent()
@@ -15729,6 +15730,7 @@ def test_what_a_channel_is_is_for_the_server_to_say(tokens, target, where, chann
     assert alice.core.find(where).is_channel == channel
 
 
+LABELLING = "echo-message message-tags batch labeled-response"
 OWN_ECHOES = [  # capabilities, tokens, what the server makes of tags and text of `hi there`
     ("echo-message", [], "", "hi there"),
     ("echo-message message-tags", ["CLIENTTAGDENY=*"], "@msgid=1", "hi there"),
@@ -16012,20 +16014,82 @@ def test_a_refused_line_of_a_message_does_not_hide_that_the_next_message_is_refu
     assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["one \u2026", "another"]
 
 
-@pytest.mark.parametrize(
-    "line, told",
-    [
-        ("408 alice #lobby :No colours. Not sent: bad 5", "No colours. Not sent: bad 5: bad 5"),
-        ("404 alice #lobby :No", "No (this message, or one of the 4 after it): text 0"),
-    ],
-)
-def test_a_refused_message_is_found_by_its_text_or_said_to_be_one_of_several(line, told):
+FIVE = ["text 0", "text 1", "text 2", "bad 5", "text 4"]
+REFUSED_OF_FIVE = [  # errors about FIVE, and what the user is told
+    (["408 alice #lobby :No colours. Not sent: bad 5"], ["No colours. Not sent: bad 5: bad 5"]),
+    (["404 alice #lobby :No"], ["No (this message, or one of the 4 after it): text 0"]),
+    (
+        ["404 alice #lobby :No"] * 5,
+        [f"No: {text}" for text in FIVE],
+    ),
+    (
+        ["404 alice #lobby :No"] * 4,
+        [
+            f"No (this message, or one of the {4 - n} after it): {text}"
+            for n, text in enumerate(FIVE[:4])
+        ],
+    ),
+    (
+        ["408 alice #lobby :Not sent: bad 5", "404 alice #lobby :No"],
+        ["Not sent: bad 5: bad 5", "No: text 4"],  # those before bad 5 have passed
+    ),
+]
+
+
+def five_at_once(**options):
+    """Return a client that has sent five messages and a PING, and these lines."""
+    alice = Elsewhere(interactive=False, **options)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types(*FIVE)
+    return alice, alice.sent(30)
+
+
+@pytest.mark.parametrize("errors, told", REFUSED_OF_FIVE)
+def test_a_refused_message_is_found_by_its_text_or_by_order_or_said_to_be_one_of_several(
+    errors, told
+):
+    alice, sent = five_at_once()
+    alice.hears(*errors)
+    answer(alice, sent)
+    assert alice.kinds("failed") == [f"#lobby: {text}" for text in told]
+    assert alice.core.failures == len(told) and alice.core.idle
+
+
+def test_a_refusal_of_one_of_several_is_told_when_the_line_breaks_before_the_pong():
+    alice, _ = five_at_once()
+    alice.hears("404 alice #lobby :No")
+    assert alice.kinds("failed") == []
+    alice.views += alice.core.disconnected()
+    assert alice.kinds("failed")[0].endswith("No (this message, or one of the 4 after it): text 0")
+
+
+def test_after_a_refusal_messages_are_sent_alone_until_so_many_have_passed():
+    alice, sent = five_at_once()
+    alice.hears("404 alice #lobby :No")
+    answer(alice, sent)
+    alice.types(*(f"more {n}" for n in range(chat.SENT_ALONE + 8)))
+    groups, refused = [], 0
+    for _ in range(600):
+        group = alice.sent(2)
+        said = [line for line in group if "PRIVMSG" in line]
+        groups.append(said)
+        if said and refused < 3:
+            refused += 1
+            alice.hears("404 alice #lobby :No")
+            assert alice.kinds("failed")[-1] == f"#lobby: No: {said[0].partition(':')[2]}"
+        answer(alice, group)
+    assert alice.core.idle and alice.core.failures == 4
+
+
+def test_an_error_about_another_target_tells_that_earlier_messages_have_passed():
     alice = Elsewhere(interactive=False)
-    alice.core.outbox.window = 9
-    alice.types("text 0", "text 1", "bad 5", "text 2", "text 3")
-    alice.sent(9)
-    alice.hears(line)
-    assert alice.kinds("failed") == [f"#lobby: {told}"]
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types("one", "/msg bob two", "three")
+    sent = alice.sent(30)
+    alice.hears("401 alice bob :No such nick", "404 alice #lobby :No")
+    assert alice.kinds("failed") == ["bob: No such nick: two", "#lobby: No: three"]
+    answer(alice, sent)
+    assert alice.core.idle and alice.core.failures == 2
 
 
 COMMANDS_REFUSED = [  # typed, the server's answer, messages and commands that failed
@@ -16082,6 +16146,73 @@ def test_a_message_arrived_if_all_its_lines_come_back_even_with_other_words(
     assert alice.core.outbox.waiting == {} and alice.core.failures == len(lost)
     assert [text.rpartition(": ")[2].split(" ")[0] for text in alice.kinds("failed")] == lost
     assert len(alice.said()) == len(texts)
+
+
+LONG_WORDS = "word " * 60
+ALTERED = [  # texts sent at once, echoes, those that are lost, those in doubt; the others arrived
+    (["yes", "no"], ["***", "***"], [], []),
+    (["yes", "no", "why"], ["***"], [], ["yes", "no", "why"]),
+    (["yes", "no", "fine"], ["***", "fine"], [], ["yes", "no"]),
+    (["yes", "no", "fine"], ["***", "***", "fine"], [], []),
+    (["yes", "no", "fine"], ["fine"], ["yes", "no"], []),
+    (["yes", "no", "fine"], ["yes", "***"], [], ["no", "fine"]),
+    (["damn 1", "damn 2"], ["**** 2"], ["damn 1"], []),
+    (
+        ["damn it all", "my damn cat", "a damn fine tea"],
+        ["a **** fine tea"],
+        ["damn it all", "my damn cat"],
+        [],
+    ),
+    (["\x0304red", "\x0304blue"], ["blue"], ["red"], []),
+    ([f"{LONG_WORDS}a", f"{LONG_WORDS}b"], [LONG_WORDS], [], [f"{LONG_WORDS}a", f"{LONG_WORDS}b"]),
+    ([f"{LONG_WORDS}more", LONG_WORDS.strip()], [LONG_WORDS.strip()], [f"{LONG_WORDS}more"], []),
+    ([f"\x0304{LONG_WORDS}", "bye"], [LONG_WORDS[:120], "bye"], [], []),
+    (["hi", "hi", "ho"], ["hi", "ho"], ["hi"], []),
+]
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+@pytest.mark.parametrize("tokens", [[], ["CLIENTTAGDENY=*"]])
+@pytest.mark.parametrize("texts, echoes, lost, doubted", ALTERED)
+def test_of_a_burst_that_a_server_drops_and_changes_nothing_is_taken_for_arrived_that_is_not(
+    texts, echoes, lost, doubted, tokens, interactive
+):
+    caps = "echo-message message-tags" if tokens else "echo-message"
+    alice = Elsewhere(*tokens, caps=caps, interactive=interactive)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types(*texts)
+    sent = alice.sent(40)
+    said = [line for line in sent if "PRIVMSG" in line]
+    alice.hears(*[f":alice!u@h PRIVMSG #lobby :{echo}" for echo in echoes])
+    answer(alice, sent)
+    for _ in range(int(chat.ECHO_SECONDS) + 30):
+        lines = alice.sent(1)
+        said += [line for line in lines if "PRIVMSG" in line]
+        answer(alice, lines)
+    assert len(said) == len(texts)  # none again
+    failed = alice.kinds("failed")
+    quoted = lambda text: chat.beginning(text)[:40]  # noqa: E731
+    for group, reason in ((lost, chat.NOT_ECHOED), (doubted, chat.ECHO_UNCLEAR)):
+        told = [text for text in failed if reason in text]
+        assert len(told) == len(group)
+        assert all(quoted(text) in one for text, one in zip(group, told, strict=True))
+    waits = [one.text for one in alice.core.outbox.waiting.values()]
+    assert waits == (doubted if interactive else []) and alice.core.idle
+    assert len([text for text in alice.said() if "*alice" in text]) == len(texts)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_each_line_of_a_message_has_a_label_by_which_its_changed_echo_is_known(number):
+    alice = Elsewhere(caps=LABELLING, interactive=False)
+    alice.types("one\ntwo\nthree")
+    lines = [line for line in alice.sent(30) if "PRIVMSG" in line]
+    labels = [re.search("label=([^ ;]+)", line)[1] for line in lines]
+    for n, label in enumerate(labels):
+        swallowed = number and n == 1
+        echo = ":irc.example ACK" if swallowed else ":alice!u@h PRIVMSG #lobby :***"
+        alice.hears(f"@label={label} {echo}")
+    assert len(alice.kinds("failed")) == number == alice.core.failures
+    assert len(alice.said()) == 1 and alice.core.outbox.waiting == {}
 
 
 @pytest.mark.parametrize("line", ["@x", "PRIVMSG", "PRIVMSG ", "privmsg bob", "NICK", "PART", ":"])
@@ -16367,6 +16498,77 @@ def test_a_page_is_requested_though_a_command_waits_behind_a_message_that_waits_
     sent = alice.sent(9)
     assert sent[0].endswith(" next") and sent[1] == "WHOIS bob"
     assert alice.kinds("failed")[0].endswith("in doubt")
+
+
+QUEUED = [  # typed, the line that is sent, and that after NEW_NAMES
+    ("/kick bob out bob", "KICK #lobby bob :out bob", "KICK #new robert :out bob"),
+    ("/kick bob,carol", "KICK #lobby bob,carol", "KICK #new robert,carol"),
+    ("/whois bob", "WHOIS bob", "WHOIS robert"),
+    ("/whois BOB bob", "WHOIS BOB bob", "WHOIS robert robert"),
+    ("/who bob", "WHO bob", "WHO robert"),
+    ("/topic bob", "TOPIC #lobby bob", "TOPIC #new bob"),
+    ("/topic #lobby tea for bob", "TOPIC #lobby :tea for bob", "TOPIC #new :tea for bob"),
+    ("/invite bob", "INVITE bob #lobby", "INVITE robert #new"),
+    ("/invite carol #tea", "INVITE carol #tea", "INVITE carol #tea"),
+    ("/ban bob", "MODE #lobby +b bob!*@*", "MODE #new +b robert!*@*"),
+    ("/ban bob*!*@*", "MODE #lobby +b bob*!*@*", "MODE #new +b bob*!*@*"),
+    ("/unban bob", "MODE #lobby -b bob!*@*", "MODE #new -b bob!*@*"),
+    ("/op bob carol", "MODE #lobby +oo bob carol", "MODE #new +oo robert carol"),
+    ("/devoice #lobby bob", "MODE #lobby -v bob", "MODE #new -v robert"),
+    ("/mode +k-o bob bob", "MODE #lobby +k-o bob bob", "MODE #new +k-o bob robert"),
+    ("/mode alice +i", "MODE alice +i", "MODE anna +i"),
+    ("/mode", "MODE #lobby", "MODE #new"),
+    ("/names", "NAMES #lobby", "NAMES #new"),
+    ("/list #lobby", "LIST #lobby", "LIST #new"),
+    ("/part", "PART #lobby", "PART #new"),
+    ("/notice bob for bob", "NOTICE bob :for bob", "NOTICE robert :for bob"),
+    ("/notice @#lobby hi", "NOTICE @#lobby hi", "NOTICE @#new hi"),
+    ("/msg +#lobby hi", "PRIVMSG +#lobby hi", "PRIVMSG +#new hi"),
+    ("/ctcp bob version", "PRIVMSG bob \x01VERSION\x01", "PRIVMSG robert \x01VERSION\x01"),
+    ("/disown #lobby", "PRIVMSG NickServ :DISOWN #lobby", "PRIVMSG NickServ :DISOWN #new"),
+    ("/raw @x=1 TAGMSG bob", "@x=1 TAGMSG bob", "@x=1 TAGMSG robert"),
+    ("/raw KILL bob :bye", "KILL bob :bye", "KILL robert bye"),
+    ("/history 5", "CHATHISTORY LATEST #lobby * 5", "CHATHISTORY LATEST #new * 5"),
+    ("/search tea", "SEARCH in=#lobby;text=tea", "SEARCH in=#new;text=tea"),
+    ("/nick bob", "NICK bob", "NICK bob"),
+    ("/away with bob", "AWAY :with bob", "AWAY :with bob"),
+]
+NEW_NAMES = (":bob!u@h NICK robert", ":alice!u@h NICK anna", ":op!u@h RENAME #lobby #new :moved")
+
+
+@pytest.mark.parametrize("typed, line, after", QUEUED)
+def test_a_command_that_waits_is_about_the_user_and_the_channel_that_were_meant(typed, line, after):
+    caps = f"{PAGES_OF} soju.im/search"
+    for heard, wanted in (((), line), (NEW_NAMES, after)):
+        alice = Elsewhere("STATUSMSG=@+", caps=caps)
+        alice.hears("BATCH +1 chathistory #lobby", "BATCH -1")
+        alice.sent(30)
+        alice.core.talk.budget.tokens = -2.0
+        alice.types(typed)
+        assert alice.sent() == []
+        alice.hears(*heard)
+        assert wanted in alice.sent(30)
+
+
+def test_the_answer_to_a_command_that_waited_is_shown_under_the_new_name():
+    alice = Elsewhere()
+    alice.core.talk.budget.tokens = -2.0
+    alice.types("/names", "/ban bob", "/unban bob")
+    alice.hears(*NEW_NAMES)
+    modes = ["MODE #new +b robert!*@*", "MODE #new -b robert!*@*"]
+    assert alice.sent(30) == ["NAMES #new", *modes]  # the second ends the first
+    alice.hears("353 anna = #new :anna robert", "366 anna #new :End")
+    assert "anna, robert" in alice.kinds("people")
+
+
+def test_commands_that_wait_for_a_user_who_leaves_do_not_reach_the_next_one_of_that_nick():
+    alice = Elsewhere()
+    alice.core.talk.budget.tokens = -2.0
+    alice.types("/notice bob secret", "/op bob", "/kick bob", "/invite bob #b", "/whois bob")
+    alice.types("/ban bob")
+    alice.hears(":bob!u@h QUIT :gone")
+    assert alice.sent(30) == ["WHOIS bob", "MODE #lobby +b bob!*@*"]
+    assert "not sent, bob has left: NOTICE, MODE, KICK, INVITE" in alice.kinds("note")
 
 
 def test_a_pong_without_our_token_confirms_the_oldest_ping():
@@ -17465,6 +17667,122 @@ def test_channels_that_this_server_tells_apart_are_two_from_the_start():
     alice.types("/ignore \xc4rger!*@*")
     alice.hears(":\xc4rger!u@h PRIVMSG #lobby :no", ":\xe4rger!u@h PRIVMSG #lobby :yes")
     assert alice.said() == ["#lobby \xe4rger: yes"]
+
+
+def lived(mapping, *lines, db=None, texts=(), **options):
+    """Return a client, perhaps one started again, on a server with that CASEMAPPING."""
+    clock = itertools.count(1_767_225_600)
+    kept = {"store": chat.ClientStore(db, "s", "alice")} if db else {}
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 0.0, [], []
+    alice.core = chat.ClientCore(
+        "alice", kind=chat.IRC, join=(), clock=lambda: next(clock), **kept, **options
+    )
+    alice.connect(*[f"CASEMAPPING={mapping}"] if mapping else [])
+    return alice.hears(*lines).types(*texts)
+
+
+def told_of(room):
+    return [f"{view.name}: {view.text}" for view in room.views if view.kind == "message"]
+
+
+TWO_USERS = (
+    ":[x]!u@h PRIVMSG alice :one",
+    ":{x}!u@h PRIVMSG alice :two",
+    ":[x]!u@h PRIVMSG alice :three",
+)
+THREE = ["[x]: one", "{x}: two", "[x]: three"]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("after", ["rfc1459", None])
+@pytest.mark.parametrize("looked_at", ["[x]", "{x}"])
+def test_two_conversations_that_are_one_to_the_server_become_one(stored, after, looked_at):
+    db = chat.open_client_database(":memory:") if stored else None
+    alice = lived("ascii", *TWO_USERS, db=db, texts=[f"/go {looked_at}"])
+    assert len(alice.core.rooms) == 2
+    alice.core.talk.budget.tokens = -math.inf
+    alice.types("/msg [x] four", "/msg {x} five", f"/go {looked_at}")
+    alice.core.find("[x]").draft, alice.core.find("{x}").draft = "to be", "or not"
+    if stored:
+        alice.core.close_store()
+        outbox = chat.Outbox(waiting=alice.core.outbox.waiting.values())
+        alice = lived(after, db=db, outbox=outbox)
+    else:
+        alice.core.disconnected()
+        alice.connect(*[f"CASEMAPPING={after}"] if after else [])
+    (room,) = alice.core.rooms.values()
+    assert told_of(room)[:3] == THREE and [v.text for v in room.views if v.mine] == ["four", "five"]
+    assert alice.core.find("[X]") is alice.core.find("{x}") is room is alice.core.room
+    back = [view.text for view in alice.views if view.kind == "back"]
+    assert {*room.draft.split("\n"), *back} >= {"to be", "or not"}
+    assert [own.where for own in alice.core.outbox.waiting.values()] == ["[x]", "{x}"]
+    assert any("both conversations" in text for text in alice.kinds("note"))
+    if stored:  # and so at the next start, and when they are closed and opened
+        alice.core.close_store()
+        again = lived(after, db=db)
+        (room,) = again.core.rooms.values()
+        assert told_of(room)[:3] == THREE
+        again.types("/close", "/query {X}")
+        assert told_of(again.core.room)[:3] == THREE
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_one_conversation_that_is_two_to_the_server_becomes_two(stored):
+    db = chat.open_client_database(":memory:") if stored else None
+    alice = lived("rfc1459", *TWO_USERS, db=db)
+    alice.core.talk.budget.tokens = -math.inf
+    alice.types("/join #z", "/msg {x} five", "/msg [x] four")
+    (room,) = alice.core.rooms.values()
+    assert room.name == "[x]" and room.unread == 3
+    if stored:
+        alice.core.close_store()
+        outbox = chat.Outbox(waiting=alice.core.outbox.waiting.values())
+        alice = lived("ascii", db=db, outbox=outbox)
+    else:
+        alice.core.disconnected()
+        alice.connect("CASEMAPPING=ascii")
+    one, other = alice.core.find("[x]"), alice.core.find("{x}")
+    assert told_of(one) == ["[x]: one", "[x]: three", "alice: four"]
+    assert told_of(other) == ["{x}: two", "alice: five"]
+    assert stored or (one.unread, other.unread) == (2, 1)
+    assert [own.where for own in alice.core.outbox.waiting.values()] == ["{x}", "[x]"]
+
+
+def test_two_conversations_stay_two_while_the_server_has_not_told_its_rule_yet():
+    alice = lived("ascii", *TWO_USERS)
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd-1 a b", "005 alice A CHANTYPES=# :x")
+    assert len(alice.core.rooms) == 2
+    alice.hears("005 alice CASEMAPPING=ascii :x", "376 alice :End")
+    assert [told_of(room) for room in alice.core.rooms.values()] == [
+        [THREE[0], THREE[2]],
+        THREE[1:2],
+    ]
+
+
+def test_what_was_unread_in_one_of_two_conversations_stays_unread_when_they_become_one():
+    db = chat.open_client_database(":memory:")
+    alice = lived("ascii", *TWO_USERS, db=db, texts=["/go [x]", "/go {x}"])
+    alice.core.tick()
+    alice.hears(":[x]!u@h PRIVMSG alice :four")
+    alice.core.close_store()
+    room = lived("rfc1459", db=db).core.find("[x]")
+    assert told_of(room) == [*THREE, "[x]: four"] and room.unread >= 1
+
+
+def test_the_history_of_two_channels_is_one_behind_a_rule_that_joins_their_names():
+    db = chat.open_client_database(":memory:")
+    lines = [f":bob!u@h PRIVMSG #{name} :{n}" for n, name in enumerate(["[x]", "{x}", "[x]"])]
+    joins = [":alice!u@h JOIN #[x]", ":alice!u@h JOIN #{x}"]
+    alice = lived("ascii", *joins, *lines, db=db)
+    alice.core.close_store()
+    alice = lived("rfc1459", db=db)
+    (room,) = alice.core.rooms.values()
+    assert told_of(room) == ["bob: 0", "bob: 1", "bob: 2"] and room.wanted
+    alice.types("/lastlog 1")
+    assert alice.kinds("found") == ["1"]
 
 
 def test_no_conversation_is_hidden_by_history_that_does_not_come_or_by_a_new_name():
@@ -20023,6 +20341,21 @@ def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
     assert len([view for view in alice.views if view.kind == "moved"]) == 1
 
 
+def test_users_to_whom_the_user_spoke_leave_in_a_row_of_their_own_also_by_another_name():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store, clock=lambda: 1e9)
+    alice.hears(*(f":u{n}!u@h JOIN #lobby" for n in range(5)))
+    alice.types("ask @u3, or u4: please")
+    alice.hears(":u2!u@h PRIVMSG #lobby :hi", ":u2!u@h NICK zoe")
+    alice.hears(*(f":{name}!u@h QUIT :bye" for name in ("u1", "zoe", "u3", "u4")))
+    rows = [view for view in alice.core.room.views if view.kind == "quit"]
+    assert [view.name for view in rows] == ["zoe", "u3", "u4"]
+    later = Elsewhere(store=store, clock=lambda: 1e9 + 9)
+    later.hears(":u0!u@h JOIN #lobby", ":u1!u@h JOIN #lobby", ":u2!u@h JOIN #lobby")
+    rows = [view for view in later.core.room.views if view.kind == "join"]
+    assert [view.name for view in rows] == ["u0", "u2"]
+
+
 @pytest.mark.parametrize(
     "lines, rows",
     [
@@ -20083,6 +20416,11 @@ def test_settings_are_listed_checked_and_kept():
     assert alice.core.setting("bell") == "off"
     alice.hears(":bob!u@h PRIVMSG #lobby :who wants tea?")
     assert [view.called for view in alice.views if view.kind == "message"] == [True]
+    alice.types("/set highlight tea #LOBBY #elsewhere")
+    alice.hears(":bob!u@h PRIVMSG #lobby :whatever it is")
+    alice.types("/set highlight #elsewhere")
+    alice.hears(":bob!u@h PRIVMSG #lobby :see #elsewhere")
+    assert [view.called for view in alice.views if view.kind == "message"] == [True, True, False]
     alice.types("/set bell perhaps", "/set nothing x", "/set bell default")
     assert len(alice.kinds("note")) == 2 and alice.core.setting("bell") == "on"
 
@@ -20604,6 +20942,79 @@ def test_an_error_about_a_command_names_the_right_one(typed, told):
     assert told in alice.kinds("note")[0] and alice.kinds("back") == [typed]
 
 
+NO_NUMBERS = [  # typed beside two messages of bob and one of alice, and the note
+    ("/history 0", "0 is no number of messages: 1 to 500"),
+    ("/history -1", "-1 is no number of messages: 1 to 500"),
+    ("/history +5", "+5 is no number of messages: 1 to 500"),
+    ("/history 501", "501 is no number of messages: 1 to 500"),
+    ("/history bob x", "x is no number of messages: 1 to 500"),
+    ("/history #lobby 0", "0 is no number of messages: 1 to 500"),
+    ("/history 12345678901", "12345678901 is no number of messages: 1 to 500"),
+    ("/go 0", "0 is no number of a conversation: only 1"),
+    ("/go 2", "2 is no number of a conversation: only 1"),
+    ("/go -1", "-1 is no number of a conversation: only 1"),
+    ("/reply -0 hi", "-0 is none of the messages of others here; there is -1 to -2"),
+    ("/reply -3 hi", "-3 is none of the messages of others here; there is -1 to -2"),
+    ("/react -12345 x", "-12345 is none of the messages of others here; there is -1 to -2"),
+    ("/react 2 x", "/react -2 x is about another message"),
+    ("/redact -2", "-2 is none of your messages here; there is only -1"),
+    ("/redact 1", "usage: /redact, or /redact -2 for the one before"),
+    ("/save 0", "0 is none of the files here; there is only -1"),
+    ("/save 1", "1 is none of the files here; there is only -1"),
+    ("/save -2 x", "-2 is none of the files here; there is only -1"),
+    ("/save -0", "-0 is none of the files here; there is only -1"),
+    ("/transfers cancel 1", "1 is no number of a file on its way: none"),
+    ("/transfers cancel x", "x is no number of a file on its way: none"),
+    ("/transfers cancel", "usage: /transfers cancel 1"),
+    ("/set size 5", "size is a number from 6 to 40"),
+    ("/set size big", "size is a number from 6 to 40"),
+    ("/search", "usage: /search [#CHANNEL|NAME] WORDS"),
+]
+
+
+@pytest.mark.parametrize("typed, note", NO_NUMBERS)
+def test_a_number_that_a_command_cannot_mean_is_told_with_those_that_it_can(typed, note):
+    caps = f"{PAGES_OF} soju.im/search echo-message draft/message-redaction"
+    alice = Elsewhere(caps=caps)
+    alice.hears("BATCH +1 chathistory #lobby", "BATCH -1", "@msgid=1 :bob!u@h PRIVMSG #lobby :a")
+    file = f"{'/files/' + 'a' * 26},text/plain,3,0,0"
+    alice.hears(f"@msgid=2;{chat.FILE_TAG}={file} :bob!u@h PRIVMSG #lobby :b")
+    alice.hears("@msgid=3 :alice!u@h PRIVMSG #lobby :c")
+    alice.sent(30)
+    alice.types(typed)
+    assert alice.kinds("note")[-1:] == [note] and alice.kinds("back") == [typed]
+    assert alice.sent(30) == []
+
+
+@pytest.mark.parametrize("caps", ["", "soju.im/search"])
+@pytest.mark.parametrize(
+    "typed, sent, found",
+    [
+        ("/search tea", "in=#lobby;text=tea", ["tea?", "more tea"]),
+        ("/search bob tea", "in=bob;text=tea", ["tea, bob"]),
+        ("/search bob", "in=#lobby;text=bob", ["bob!"]),  # a word, and not the conversation
+        ("/search #lobby", "in=#lobby;text=#lobby", []),
+    ],
+)
+def test_a_search_is_where_its_first_word_says_and_looks_for_all_others(caps, typed, sent, found):
+    alice = Elsewhere(caps=caps)
+    for where, text in (("#lobby", "tea?"), ("alice", "tea, bob"), ("#lobby", "bob!")):
+        alice.hears(f":bob!u@h PRIVMSG {where} :{text}")
+    alice.hears(":bob!u@h PRIVMSG #lobby :more tea").types(typed)
+    assert alice.kinds("found") == ([] if caps else found)
+    assert alice.sent(9) == ([f"SEARCH {sent}"] if caps else [])
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_lastlog_without_words_is_of_all_that_was_kept_last(stored):
+    store = chat.ClientStore(chat.open_client_database(":memory:")) if stored else None
+    alice = Elsewhere(store=store)
+    for n in range(60):
+        alice.hears(f":bob!u@h PRIVMSG #lobby :{n}")
+    alice.types("/lastlog")
+    assert alice.kinds("found") == [*map(str, range(60))][-chat.HISTORY_LINES :]
+
+
 def test_help_says_how_a_text_begins_with_a_slash_and_what_close_does():
     alice = Elsewhere()
     page = "".join(alice.types("/help").kinds("page"))
@@ -20692,7 +21103,7 @@ def test_the_echo_of_a_refused_line_is_not_waited_for():
 def test_a_labelled_error_comes_after_those_about_the_lines_before():
     alice = Elsewhere(caps="message-tags batch labeled-response", interactive=False)
     alice.types("one\ntwo")
-    (label,) = re.findall("label=([^ ]+)", " ".join(alice.sent(9)))
+    *_, label = re.findall("label=([^ ]+)", " ".join(alice.sent(9)))
     alice.hears(f"@label={label} 404 alice #lobby :no")
     alice.types("three\nfour").sent(9)
     alice.hears("404 alice #lobby :no")
@@ -20778,7 +21189,7 @@ def test_joins_are_shown_soon_although_the_clock_was_set(by):
 
 class Traits(NamedTuple):
     """The properties of a foreign server, and its treatment of messages. It drops none in silence
-    if it has no echoes or alters words: no client could tell."""
+    if it has no echoes: no client could tell."""
 
     caps: str = ""
     tokens: str = ""  # of 005
@@ -20787,16 +21198,20 @@ class Traits(NamedTuple):
     keeps_tags: bool = True  # history has the tags of the sender
     drops: float = 0.0  # this part of the messages, in silence ...
     refuses: float = 0.0  # ... and this one with a numeric
-    alters: bool = False  # the words of a message, for its readers
+    alters: float = 0.0  # the words of this part of the messages, for their readers
     forwards: bool = False  # those who join #a to ##a
 
 
-LABELLING = "echo-message message-tags batch labeled-response"
 KEEPING = "message-tags batch server-time draft/chathistory"
 FOREIGN = {
     "RFC 1459": Traits(refuses=0.15),
     "echoes": Traits("echo-message", drops=0.1),
-    "echoes other words": Traits("echo-message", refuses=0.15, alters=True),
+    "echoes other words": Traits("echo-message", drops=0.2, refuses=0.15, alters=0.5),
+    "tags, other words": Traits("echo-message message-tags", drops=0.2, refuses=0.1, alters=0.5),
+    "msgids, other words": Traits(
+        "echo-message message-tags", "CLIENTTAGDENY=*", drops=0.2, alters=0.5
+    ),
+    "labels, other words": Traits(LABELLING, drops=0.2, refuses=0.1, alters=0.5),
     "tags": Traits("echo-message message-tags", drops=0.1, forwards=True),
     "tags of clients are denied": Traits(LABELLING, "CLIENTTAGDENY=*", drops=0.1),
     "labels": Traits(LABELLING, drops=0.1, refuses=0.1, forwards=True),
@@ -20917,7 +21332,7 @@ class Foreign:
         """Return what readers get of a text: a line has 512 bytes."""
         head = f":{source} PRIVMSG {target} :"
         text = f"{head}{text}".encode()[:510].decode()[len(head) :]
-        return text.replace("k", "*") if self.traits.alters else text
+        return text.replace("k", "*") if self.chance.random() < self.traits.alters else text
 
     def on_privmsg(self, params, tags):
         target, text = params
@@ -21118,7 +21533,9 @@ class Abroad:
         for second in range(seconds):
             if self.broken:
                 self.connect()
-            idle = not self.up and not self.down and not self.core.outbox.in_flight
+            talk, outbox = self.core.talk, self.core.outbox
+            waits = outbox.in_flight or (talk and talk.joins.unanswered)
+            idle = not self.up and not self.down and not waits
             moved = moved if idle else second
             if second - moved > QUIET_SECONDS:
                 return
@@ -21874,8 +22291,8 @@ def test_a_line_waits_for_a_whole_token_and_a_piece_of_a_body_for_the_end_of_deb
     in_body, tokens, waits
 ):
     house, taken = House(), []
-    inbox = types.SimpleNamespace(in_body=in_body, pending=True, out=b"", closed=False)
-    inbox.fruitless = False
+    inbox = types.SimpleNamespace(in_body=in_body, pending=True, out=b"", fruitless=False)
+    inbox.closed = False
     inbox.take = lambda: taken.append("a line")
     budget = chat.Budget(10.0, 1.0, 0.0)
     budget.tokens = tokens
@@ -26829,6 +27246,26 @@ def notes_of(client):
     return [view.text for view in views if view.kind in ("note", "failed")]
 
 
+@pytest.mark.parametrize(
+    "typed, here, told",
+    [
+        ("/go 3", "", None),
+        ("/go there:6668", "", None),
+        ("/go den", "#den", None),
+        ("/go 4", "#tea", "there is no 4; /go 1 to /go 3"),
+        ("/go 0", "#tea", "there is no 0; /go 1 to /go 3"),
+        ("/go nope", "#tea", "nope is not open; /query nope opens it"),
+    ],
+)
+def test_go_finds_a_number_a_name_or_a_server_and_nothing_else(at_keys, typed, here, told):
+    seat = at_keys.seat
+    at_keys.connect("there 6668")
+    at_keys.look_at(seat)
+    at_keys.take(f"{typed}\r".encode())
+    assert at_keys.core.here == here and (at_keys.seat is seat) == bool(here)
+    assert notes_of(at_keys)[-1:] == [told] or told is None
+
+
 def test_a_text_begun_in_a_conversation_that_ended_is_no_draft_of_another(at_keys):
     den = at_keys.core.rooms.open("#den")
     den.draft = "of the den"
@@ -27417,16 +27854,59 @@ def test_a_window_is_put_where_the_screen_is():
         ("שלום alice, 42 (תה)", "(הת) alice, 42 םולש"),
         ("hello שלום world", "hello םולש world"),
         ("a (שלום) b", "a (םולש) b"),
-        ("מחיר: 42.50 ₪", "₪ 42.50 :ריחמ"),
+        ("מחיר: 42.50 ₪, 42.50₪", "42.50₪ ,₪ 42.50 :ריחמ"),
         ("בְּ א", "א בְּ"),  # marks stay with their letter
         ("مرحبا", "\ufe8e\ufe92\ufea3\ufeae\ufee3"),  # letters are joined
         ("لا", "\ufefb"),  # one sign for lam with alef
+        ("می\u200cشود", "\ufea9\ufeee\ufeb7\ufbfd\u200c\ufee3"),  # kept apart
         ("plain (text)", "plain (text)"),
+        ("שלום (hello", "hello) םולש"),
+        ("שלום (hello)", "(hello) םולש"),  # both brackets of a pair, as the line (N0)
+        ("אב(גד[&ef]!)gh", "gh(![ef&]דג)בא"),  # the example of UAX 9
+        ("smith (fabrikam אבגד) הו", "smith (fabrikam דגבא) וה"),
+        ("see אב(גד) now", "see (דג)בא now"),
+        ("אב [1] <c>", "<c> [1] בא"),
+        ("אב »ג« 〈ד〉", "〈ד〉 »ג« בא"),
+        ("טלפון 03-1234567, 12:30!", "!12:30 ,03-1234567 ןופלט"),
+        ("בטווח 10-20%", "10-20% חווטב"),
+        ("بين 10-20", "20-10 \ufee6\ufef4\ufe91"),  # numbers after Arabic letters
+        ("hello, שלום!", "hello, םולש!"),
+        ("שלום, hello!", "!hello ,םולש"),
+        ("ראה https://a.org/(x) !", "! https://a.org/(x) האר"),  # a link is one thing
+        ("go www.a.org/תה/א.", "go www.a.org/א/הת."),
     ],
 )
 def test_text_from_right_to_left_is_drawn_in_the_order_in_which_it_is_seen(text, seen):
-    assert gui_client.seen_line(text, int(gui_client.is_rtl(text))) == seen
-    assert gui_client.said_line(seen, int(gui_client.is_rtl(text))) == text  # what is copied
+    line = gui_client.seen_line(text, int(gui_client.is_rtl(text)))
+    assert line == seen
+    assert gui_client.said_text([(0, *one) for one in line.said]) == text  # what is copied
+
+
+def test_what_is_copied_is_what_was_said_where_lines_were_broken_and_letters_spelled():
+    style = gui_client.Style(fits=lambda part: len(part) <= 12, seen=gui_client.Look.seen)
+    text = "שלום alice (תה) \U0001f375 12!\nראה www.a.org"
+    pieces = gui_client.line_pieces(text, style, "said")
+    lines = gui_client.lines_said(pieces, gui_client.spelled)
+    shown = gui_client.spelled(texts_of(pieces)).splitlines(keepends=True)
+    assert len(shown) == 4
+    assert "".join(gui_client.said_text(lines[line]) for line in shown) == f"{text}\n"
+    start = shown[0].index("alice")
+    assert gui_client.said_text(lines[shown[0]][start : start + 8]) == "ום alice"
+
+
+def test_what_the_program_says_of_a_name_from_right_to_left_begins_at_the_left():
+    only = gui_client.is_only_rtl
+    assert not only("אבג joined") and not only("→ דהו (www)") and only("שלום, 12!")
+    style = gui_client.Style(
+        fits=lambda part: True, seen=lambda text, base=0: gui_client.seen_line(text, base)
+    )
+    joined = chat.ViewEvent(chat.JOIN, name="אבג", time=EIGHT)
+    assert texts_of(gui_client.told_pieces(gui_client.Row(joined), style)).endswith(
+        "\t→ גבא joined\n"
+    )
+    row = gui_client.Row(said("כן", "אבג"), answers=("אבג", "תה?"))
+    assert texts_of(gui_client.reply_pieces(row, style)) == "↳ גבא: ?הת\n"
+    assert texts_of(gui_client.head_pieces(row, style)).startswith("גבא  ")
 
 
 @pytest.mark.parametrize(
@@ -28143,7 +28623,12 @@ def test_whatever_is_wrong_with_an_address_is_said_and_another_can_be_tried(runn
     alice.card.server.set(chat.address_text(*first.address))
     alice.card.name.set("")
     alice.card.enter()
-    assert alice.card.error.cget("text") == "please choose a name"
+    assert (error := alice.card.error).cget("text") == "please choose a name"
+    alice.look.want("light", "", "20")  # so that the dialog is larger than the screen
+    alice.card.enter()
+    alice.root.update()
+    below = error.winfo_rooty() + error.winfo_height()
+    assert error.winfo_viewable() and below <= alice.card.buttons.winfo_rooty()
     alice.card.name.set("alice 🙂")
     alice.card.enter()
     pump(alice, lambda: here(alice) == ["alice_🙂"])
@@ -28316,9 +28801,16 @@ def test_messages_are_answered_reacted_to_and_typing_is_shown(running, window):
     assert not alice.banner.shown
     bob.send(f"@+draft/react=\U0001f44d;+draft/reply={id_in(line)} TAGMSG #lobby\r\n")
     see(alice, " \U0001f44d 1 ")
-    row = alice.transcript.sheet.rows[-1]
-    alice.messages.act("react \U0001f44d", row)
-    see(alice, " \U0001f44d 2 ")
+    alice.look.signs["\U0001f44d"] = False  # no font has it
+    alice.transcript.redraw_all()
+    see(alice, " [thumbs up sign] 1 ")
+    alice.root.update()
+    text = alice.transcript.text
+    x, y, *_ = text.bbox(text.search("thumbs", "1.0"))
+    text.event_generate("<Button-1>", x=x + 1, y=y + 1)
+    text.event_generate("<ButtonRelease-1>", x=x + 1, y=y + 1)
+    see(alice, " [thumbs up sign] 2 ")
+    alice.look.signs["\U0001f44d"] = True
     alice.messages.act("react \U0001f44d", alice.transcript.sheet.rows[-1])
     see(alice, " \U0001f44d 1 ")
     bob.send("@+typing=active TAGMSG #lobby\r\n")
@@ -28446,12 +28938,22 @@ def test_the_look_follows_the_settings(running, window, folder):
     assert alice.settings.fields["theme"].value == "dark"
     assert alice.settings.fields["size"].content == str(size + 1)
     alice.settings.fields["time"].set("%H:%M:%S")
+    for name, value in (("theme", "light"), ("font", "Courier"), ("time", "%M")):  # as by /set
+        alice.model.do("set", name, value)
+    pump(alice, lambda: alice.settings.fields["font"].content == "Courier")
+    assert alice.settings.fields["theme"].value == "light"
+    assert alice.settings.fields["time"].content == "%H:%M:%S"  # which is being typed
+    alice.model.do("set", "theme", "dark")
     alice.settings.done()
     pump(alice, lambda: alice.transcript.sheet.style.clock == "%H:%M:%S")
     alice.close()
     pump(alice, lambda: alice.gone)
+    memory = gui_client.Remembered(folder)
+    memory.write("look", memory.words("look") | {"geometry": "9999x9999+9+9"})
     again = at_home(window(server.address, **state))
     assert again.look.colours is gui_client.DARK and again.look.size == size + 1
+    again.root.update()
+    assert again.look.em < again.root.winfo_screenheight() - again.root.winfo_height() < 90
 
 
 def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
@@ -28488,6 +28990,19 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     assert alice.root.focus_lastfor() is choice
 
 
+def test_what_is_said_of_a_setting_is_broken_where_there_is_little_room(running, window):
+    alice = at_home(window(running().address))
+    alice.model.do("set", "size", "20")
+    pump(alice, lambda: alice.look.size == 20)
+    for _ in range(2):
+        alice.commands.open_settings()
+        alice.root.update()
+        abouts = alice.settings.abouts
+        assert all(about.winfo_reqwidth() <= about.winfo_width() + 1 for about in abouts)
+        assert len({about.winfo_height() for about in abouts}) > 1
+        alice.settings.done()
+
+
 @pytest.mark.parametrize("dialog", [False, True])
 def test_ctrl_q_closes_the_window_also_from_a_dialog(running, window, dialog):
     alice = at_home(window(running().address))
@@ -28502,6 +29017,8 @@ def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, 
     alice = at_home(window(running().address))
     alice.model.do("set", "size", "30")
     pump(alice, lambda: alice.look.size == 30)
+    alice.root.geometry("+300+200")
+    alice.root.update()
     alice.commands.open_settings()
     card = alice.settings
     alice.root.update()
@@ -28512,6 +29029,11 @@ def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, 
         return top >= 0 and top + field.winfo_height() <= card.page.winfo_height()
 
     assert in_sight(first) and not in_sight(last) and card.page.bar.winfo_ismapped()
+    assert alice.root.winfo_rooty() + alice.root.winfo_height() <= 700 == card.winfo_screenheight()
+    assert all(
+        about.winfo_rootx() + about.winfo_width() <= card.page.bar.winfo_rootx()
+        for about in card.abouts
+    )
     for _ in range(50) if way == "wheel" else ():
         first.event_generate("<Button-5>")
     if way == "focus":
@@ -28524,11 +29046,76 @@ def test_what_is_copied_from_the_messages_is_in_the_order_in_which_it_was_said(r
     bob = server.guest("bob")
     alice = at_home(window(server.address))
     text = alice.transcript.text
-    bob.send("שלום alice\nمرحبا 🍵\nplain\n")
+    said = f"שלום alice\nمرحبا 🍵\nwww.a.org/(א) {'(תה) 12! ' * 40}\nplain\n"
+    bob.send(said)
     see(alice, "plain\n")
     text.tag_add("sel", "1.0", "end")
     text.event_generate("<<Copy>>")
-    assert "שלום alice\nمرحبا 🍵\nplain\n" in (alice.root.clipboard_get())
+    assert said in alice.root.clipboard_get()
+    text.tag_remove("sel", "1.0", "end")
+    at = text.search("🍵", "1.0")
+    text.tag_add("sel", f"{at} linestart", f"{at} + 1 indices")
+    text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == "🍵"
+    panel = alice.panel
+    alice.show_page("topic", said)
+    alice.root.update()
+    panel.text.tag_add("sel", "1.0", "end - 1 chars")
+    panel.text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == said + "\n"
+    before = panel.text.count("1.0", "end", "lines")
+    alice.panes.restore({"panel": 12})
+    alice.panes.arrange()
+    pump(alice, lambda: panel.text.count("1.0", "end", "lines") > before)  # broken again
+    before = text.count("1.0", "end", "lines")
+    alice.commands.zoom(6)
+    pump(alice, lambda: text.count("1.0", "end", "lines") > before)
+    panel.show_results("תה", ((1, "#אבג", gui_client.chat.ViewEvent(chat.MESSAGE, said, "דהו")),))
+    assert panel.text.get("1.0", "1.end").startswith("והד  #גבא")
+
+
+def test_the_names_of_emoji_that_no_font_has_are_shown_and_their_signs_copied_and_sent(
+    running, window
+):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    look, text = alice.look, alice.transcript.text
+    assert look.has("a") and not look.has(gui_client.NO_SIGN)
+    look.signs["\U0001f375"] = False
+    bob.send("a 🍵, תה 🍵\n")
+    see(alice, "a [teacup without handle], הת [teacup without handle]\n")
+    at = text.search("[", "1.0")
+    text.tag_add("sel", at, f"{at} lineend")
+    text.event_generate("<<Copy>>")
+    assert alice.root.clipboard_get() == "🍵, תה 🍵"
+    alice.compose.set("")
+    alice.compose.event_generate("<<Paste>>")
+    assert alice.compose.content == "🍵, תה 🍵"
+
+
+def test_what_is_typed_from_right_to_left_is_shown_above_the_field_as_it_will_be_seen(
+    running, window
+):
+    alice = at_home(window(running().address))
+    field, shown = alice.compose, alice.preview
+
+    def preview():
+        alice.root.update()
+        return shown.get("1.0", "end-1c") if shown.winfo_ismapped() else None
+
+    field.set("🍵 hello")
+    assert preview() is None
+    field.set("first\nשלום 🍵 (תה)!")
+    assert preview() == "!(הת) 🍵 םולש"
+    field.mark_set("insert", "2.2")
+    field.event_generate("<KeyRelease>", keysym="Left")
+    alice.root.update()
+    assert shown.get(*shown.tag_ranges("chosen")) == "ו"
+    field.set("א" * 50_000)
+    assert len(preview()) <= 2 * gui_client.PREVIEWED
+    field.submit()
+    assert preview() is None
 
 
 def test_a_link_is_opened_by_a_click_and_the_user_told_if_it_cannot_be(
@@ -29122,6 +29709,34 @@ def test_the_main_menu_has_all_that_keys_have(running, window):
     pump(alice, lambda: alice.model.room.muted)
     choose_in_menu(alice, "Settings \u2026")
     assert alice.settings.shown
+
+
+def test_the_menu_of_a_channel_lets_all_of_it_call_the_user_and_leaves_it_open(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+
+    def choose(label):
+        press(alice, "Shift-F10", alice.sidebar.tree)
+        menu = [one for one in alice.sidebar.winfo_children() if one.winfo_class() == "Menu"][-1]
+        menu.invoke(label)
+        menu.unpost()
+
+    choose("Every message calls me")
+    pump(alice, lambda: alice.model.values["highlight"] == "#lobby")
+    bob.send("not to anyone\n")
+    see(alice, "not to anyone")
+    assert alice.transcript.sheet.rows[-1].view.called
+    choose("Only mentions call me")
+    pump(alice, lambda: alice.model.values["highlight"] == "")
+    choose("Leave, stay open")
+    pump(alice, lambda: not alice.model.room.inside)
+    see(alice, "you left #lobby; /close closes it")
+    see(alice, "not to anyone")
+    choose("Join")
+    pump(alice, lambda: alice.model.room.inside)
+    enter(alice, "/part")
+    pump(alice, lambda: alice.model.room is None or not alice.model.room.name)
 
 
 def test_the_desktop_is_told_of_calls_while_the_window_has_not_the_keys(
