@@ -21493,12 +21493,13 @@ class Server:
     def expire_files(self) -> None:
         """Remove old files, and uploads that are a day old, by the clock or since first seen."""
         now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
+        under_way = self.site.uploading.keys() | self.hub.files.finishing
         for file in list(self.hub.files.values()):
             age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
             if not file.sha:
                 seen = self.uploads_seen[file.id] = before.get(file.id, self.loop.now)
                 age, most = max(age, self.loop.now - seen), UPLOAD_SECONDS
-            if age > most and self.looks_after(file) and file.id not in self.site.uploading:
+            if age > most and self.looks_after(file) and file.id not in under_way:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 

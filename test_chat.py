@@ -13591,6 +13591,25 @@ def test_an_upload_that_was_begun_by_a_clock_that_is_ahead_ends_after_a_day(file
     assert not on_disk(files)
 
 
+@pytest.mark.parametrize("come", [4, 5])
+def test_an_upload_that_goes_on_or_is_being_completed_does_not_end_with_its_time(files, come):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    browser = Browser(files, "slow")
+    head = f"PATCH {path} HTTP/1.1\nHost: localhost\n{basic('alice')}\nTus-Resumable: 1.0.0"
+    head += f"\n{PIECE}\nUpload-Offset: 0\nContent-Length: 5\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode())
+    browser.conn.session.receive(b"hello"[:come])
+    files.turn()
+    if come == 5:
+        browser.conn.session.receive(chat.END_OF_BODY)
+    assert bool(files.hub.files.finishing) == (come == 5)
+    files.now += chat.UPLOAD_SECONDS + 1
+    files.begin_turn()
+    files.expire_files()
+    files.turn()
+    assert path[7:] in files.hub.files and len(on_disk(files)) == 1
+
+
 def test_many_files_that_end_at_once_do_not_stop_the_server(files):
     for n in range(4000):
         id = f"{n:032x}"
