@@ -2305,8 +2305,8 @@ class Channel:
             return
         raise Refused("CANNOT_SEND", text, self.name)
 
-    def parting_words(self, user: User, text: str) -> str:
-        """Return the reason for which a user leaves; "" if the user may not say it here."""
+    def permitted_words(self, user: User, text: str) -> str:
+        """Return the reason that a user gives for something; "" if the user may not speak here."""
         try:
             self.check_can_send(user, text)
         except Refused:
@@ -3957,6 +3957,8 @@ def enter(
                 set_metadata(hub, who, user.name, key, value)
         if away not in ("", "*"):
             set_away(hub, who, away)
+        elif not away and not resumed and user.away == "*":  # now the user is here
+            set_away(hub, who, "")
         return True, resumed
     if owns and holder:
         take_name(hub, holder, free_name(hub, wanted, seed=seed))
@@ -4037,7 +4039,7 @@ def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
             forget_token(hub, user, token)
             hub.turn.changed.add(user)
     elif intended or not user.may_return:
-        if intended and not all(one.parting_words(user, reason) for one in user.channels):
+        if intended and not all(one.permitted_words(user, reason) for one in user.channels):
             reason = "Quit"
         remove_user(hub, user, reason, who)
     else:
@@ -4300,7 +4302,8 @@ def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
     """Leave a channel; return it."""
     channel = hub.find_channel(name)
     channel.member(who.user)
-    reason = channel.parting_words(who.user, cut(reason, REASON_BYTES))
+    hub.work += channel.mask_count
+    reason = channel.permitted_words(who.user, cut(reason, REASON_BYTES))
     hub.emit(PART, who.user.source, channel.audience, reason, origin=who)
     end_membership(hub, who.user, channel)
     return channel
@@ -4334,6 +4337,7 @@ def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
     if "t" in channel.flags:
         channel.require(who)
     elif not who.operator:
+        hub.work += channel.mask_count
         channel.check_can_send(user, topic)
     if len(topic.encode()) > TOPIC_BYTES:
         raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
@@ -4725,11 +4729,13 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
     for key in keys:
         hub.turn.record("redact", key, hub.now, id)
     redact_file(hub, who, id)
-    text = hub.ids.text(id) + (f" :{reason}" if reason else "")
     about = ""
-    if not name.startswith("#"):
+    if channel := hub.channels.get(fold(name)):
+        reason = reason if who.operator else channel.permitted_words(user, reason)
+    else:
         other = hub.users.get(fold(name))
         about = other.name if other else clean_name(name)
+    text = hub.ids.text(id) + (f" :{reason}" if reason else "")
     hub.emit(REDACT, user.source, audience, text, about, who)
 
 
@@ -9137,10 +9143,11 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     if found is None:  # the turn in which it was said could not be stored
         return session.tell_not_kept(own_id, "it could not be stored")
     id, event = found
-    if event is None:
+    channel = name if "#" in name[:2] else ""
+    if event is None or not (channel or event.about):  # it was said in a channel, not to this user
         tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own_id)}"
         return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
-    past = Audience(name if name.startswith("#") else "")
+    past = Audience(channel)
     for line in session.wire.encode(past, [event]) if session.wire.echo else ():
         session.send(line)
 
@@ -21520,12 +21527,13 @@ class Server:
     def expire_files(self) -> None:
         """Remove old files, and uploads that are a day old, by the clock or since first seen."""
         now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
+        under_way = self.site.uploading.keys() | self.hub.files.finishing
         for file in list(self.hub.files.values()):
             age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
             if not file.sha:
                 seen = self.uploads_seen[file.id] = before.get(file.id, self.loop.now)
                 age, most = max(age, self.loop.now - seen), UPLOAD_SECONDS
-            if age > most and self.looks_after(file) and file.id not in self.site.uploading:
+            if age > most and self.looks_after(file) and file.id not in under_way:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 

@@ -1686,6 +1686,18 @@ def test_only_the_author_or_an_operator_redacts_a_message():
     assert texts(house.store, "#a") == ["from alice"]
 
 
+@pytest.mark.parametrize("modes, told", [("-m", " :sorry"), ("+m", "")])
+def test_the_reason_of_a_redaction_is_dropped_where_its_author_may_not_speak(modes, told):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    known, _ = send(house, "bob", "#a", "oh")
+    ask(house, "alice", f"MODE #a {modes}")
+    (line,) = ask(house, "bob", f"REDACT #a {known} :sorry")
+    assert line.endswith(f" REDACT #a {known}{told}")
+
+
 def said_with_id(house, who, target, text):
     """Say it; the id that it got."""
     house.heard(who)
@@ -4717,6 +4729,19 @@ def test_a_repeat_in_the_same_turn_is_a_repeat():
     house.say("alice", *["@+chat.py/id=1;label=x PRIVMSG #a :hello"] * 3)
     house.turn()
     assert len(set(house.heard("alice"))) == 1 and ids_said(house) == ["hello"]
+
+
+@pytest.mark.parametrize(
+    "target, again, told", [("@#a", "@#a", "PRIVMSG @#a :hi"), ("#a", "bob", "TAGMSG bob")]
+)
+def test_the_echo_of_a_repeat_has_a_target(target, again, told):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    lines = [f"@+chat.py/id=1 PRIVMSG {to} :hi" for to in (target, again)]
+    first, repeat = ask(house, "alice", *lines)
+    assert repeat.endswith(f" {told}") and tag(repeat, "msgid") == tag(first, "msgid")
+    assert not house.heard("bob")
 
 
 def test_one_may_not_use_up_the_ids_of_another():
@@ -11737,6 +11762,18 @@ def test_a_connection_without_its_user_says_nothing_about_the_user_beside_others
     assert house.hub.users["alice"].away == away
 
 
+def test_a_user_whose_other_connection_was_without_its_user_is_here_again():
+    house = House()
+    account(house, "alice")
+    come(house, "bob", caps="away-notify extended-monitor")
+    device(house, "phone", "alice", caps="draft/pre-away")
+    ask(house, "bob", "MONITOR + alice")
+    ask(house, "phone", "AWAY *")
+    assert house.heard("bob")[0].endswith(" AWAY :*")
+    device(house, "desk", "alice")
+    assert house.hub.users["alice"].away == "" and house.heard("bob")[0].endswith(" AWAY")
+
+
 def test_values_and_keys_of_metadata_arrive_whole_behind_the_longest_names():
     house = House(name="irc.some-long-organization-name.example.org")
     name, key = "й" * chat.NAME_CHARACTERS, "k" * chat.METADATA_KEY_BYTES
@@ -13552,6 +13589,25 @@ def test_an_upload_that_was_begun_by_a_clock_that_is_ahead_ends_after_a_day(file
         assert tus(files, "HEAD", part)[0] == status
         files.now += 13 * 3600
     assert not on_disk(files)
+
+
+@pytest.mark.parametrize("come", [4, 5])
+def test_an_upload_that_goes_on_or_is_being_completed_does_not_end_with_its_time(files, come):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    browser = Browser(files, "slow")
+    head = f"PATCH {path} HTTP/1.1\nHost: localhost\n{basic('alice')}\nTus-Resumable: 1.0.0"
+    head += f"\n{PIECE}\nUpload-Offset: 0\nContent-Length: 5\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode())
+    browser.conn.session.receive(b"hello"[:come])
+    files.turn()
+    if come == 5:
+        browser.conn.session.receive(chat.END_OF_BODY)
+    assert bool(files.hub.files.finishing) == (come == 5)
+    files.now += chat.UPLOAD_SECONDS + 1
+    files.begin_turn()
+    files.expire_files()
+    files.turn()
+    assert path[7:] in files.hub.files and len(on_disk(files)) == 1
 
 
 def test_many_files_that_end_at_once_do_not_stop_the_server(files):
