@@ -323,7 +323,7 @@ CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
 CUT_AT_LEAST = 100  # characters of a sent line that an echo has if the server has cut it
 # Echoes with other words: how like a sent line one is, and how much less it is like others
 LIKE, LIKE_MORE = 0.6, 0.1
-COMPARED = 16  # sent lines to which such an echo is compared
+COMPARED = 8  # sent lines to which such an echo is compared
 SENT_ALONE = 8  # messages, after one that was refused or changed and could not be told from others
 ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
 TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
@@ -2305,8 +2305,8 @@ class Channel:
             return
         raise Refused("CANNOT_SEND", text, self.name)
 
-    def parting_words(self, user: User, text: str) -> str:
-        """Return the reason for which a user leaves; "" if the user may not say it here."""
+    def permitted_words(self, user: User, text: str) -> str:
+        """Return the reason that a user gives for something; "" if the user may not speak here."""
         try:
             self.check_can_send(user, text)
         except Refused:
@@ -3957,6 +3957,8 @@ def enter(
                 set_metadata(hub, who, user.name, key, value)
         if away not in ("", "*"):
             set_away(hub, who, away)
+        elif not away and not resumed and user.away == "*":  # now the user is here
+            set_away(hub, who, "")
         return True, resumed
     if owns and holder:
         take_name(hub, holder, free_name(hub, wanted, seed=seed))
@@ -4037,7 +4039,7 @@ def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
             forget_token(hub, user, token)
             hub.turn.changed.add(user)
     elif intended or not user.may_return:
-        if intended and not all(one.parting_words(user, reason) for one in user.channels):
+        if intended and not all(one.permitted_words(user, reason) for one in user.channels):
             reason = "Quit"
         remove_user(hub, user, reason, who)
     else:
@@ -4300,7 +4302,8 @@ def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
     """Leave a channel; return it."""
     channel = hub.find_channel(name)
     channel.member(who.user)
-    reason = channel.parting_words(who.user, cut(reason, REASON_BYTES))
+    hub.work += channel.mask_count
+    reason = channel.permitted_words(who.user, cut(reason, REASON_BYTES))
     hub.emit(PART, who.user.source, channel.audience, reason, origin=who)
     end_membership(hub, who.user, channel)
     return channel
@@ -4334,6 +4337,7 @@ def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
     if "t" in channel.flags:
         channel.require(who)
     elif not who.operator:
+        hub.work += channel.mask_count
         channel.check_can_send(user, topic)
     if len(topic.encode()) > TOPIC_BYTES:
         raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
@@ -4725,11 +4729,13 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
     for key in keys:
         hub.turn.record("redact", key, hub.now, id)
     redact_file(hub, who, id)
-    text = hub.ids.text(id) + (f" :{reason}" if reason else "")
     about = ""
-    if not name.startswith("#"):
+    if channel := hub.channels.get(fold(name)):
+        reason = reason if who.operator else channel.permitted_words(user, reason)
+    else:
         other = hub.users.get(fold(name))
         about = other.name if other else clean_name(name)
+    text = hub.ids.text(id) + (f" :{reason}" if reason else "")
     hub.emit(REDACT, user.source, audience, text, about, who)
 
 
@@ -9137,10 +9143,11 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     if found is None:  # the turn in which it was said could not be stored
         return session.tell_not_kept(own_id, "it could not be stored")
     id, event = found
-    if event is None:
+    channel = name if "#" in name[:2] else ""
+    if event is None or not (channel or event.about):  # it was said in a channel, not to this user
         tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own_id)}"
         return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
-    past = Audience(name if name.startswith("#") else "")
+    past = Audience(channel)
     for line in session.wire.encode(past, [event]) if session.wire.echo else ():
         session.send(line)
 
@@ -13412,11 +13419,11 @@ def in_batches(lines: list[MessageLine], size: int, count: int) -> Iterator[list
 
 
 def sameness(sent: str, heard: str) -> int:
-    """Return how surely a server made `heard` from a sent line: 3 if nothing was changed, 2 without
-    its colours, 1 if it was cut, 0 if the words differ."""
+    """Return how surely a server made `heard` from a sent line of other bytes: 2 if without its
+    colours, 1 if it was cut, 0 if the words differ."""
     plain, rest = shown_line(sent.encode(errors="replace")), heard.rstrip("\ufffd")
     cut_off = len(rest) > CUT_AT_LEAST and (sent.startswith(rest) or plain.startswith(rest))
-    return 3 if heard == sent else 2 if heard == plain else int(cut_off)
+    return 2 if heard == plain else int(cut_off)
 
 
 def likeness(sent: str, heard: str) -> float:
@@ -13940,6 +13947,8 @@ class Acknowledgements:
                     self.confirm(own_id)
                 else:
                     self.not_echoed(own_id)
+            if overdue:
+                self.strange.clear()
             if answered == ping_token:
                 break
         self.talk.bouncer_said = ""
@@ -14034,6 +14043,9 @@ class Acknowledgements:
     def _place(here: list[ExpectedEcho], text: str, alters: bool) -> int | None:
         """Return which of the lines to a target an echo clearly is; None for none. Words count as
         those of another line if the server `alters` some."""
+        unchanged = (n for n, line in enumerate(here) if line.text == text)
+        if (place := next(unchanged, None)) is not None:
+            return place
         grades = [sameness(line.text, text) for line in here]
         best = max(grades)
         alike = {line.text for line, grade in zip(here, grades, strict=True) if grade == best}
@@ -14880,8 +14892,9 @@ class IrcTalk:
         self.send_at_once("QUIT", reason)
 
     def tell_unsent(self) -> None:
-        """Tell the user which commands had to wait for too long: the connection has ended. Channels
+        """Tell the user what was refused and which commands had to wait for too long. Channels
         are joined over the next one."""
+        self.acks.tell_refusals()
         verbs = [parse_message(line).verb for line, _ in self.queue]
         if not self.core.quitting:
             lost = [verb for verb in verbs if verb != "JOIN"]
@@ -15285,7 +15298,7 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     """Show a line without a handler of its own; note the channel or message that is refused."""
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
-    text = between.join([" ".join(about), text] if about else [text])
+    text = between.join(optional(" ".join(about).removeprefix("*"), text))
     text = f"{heard.name}: " * ("!" in heard.source) + text
     if about and refuses_join(talk, heard.verb, about[0]):
         talk.joins.failed(about[0], text, heard.verb)
@@ -15754,6 +15767,18 @@ def present_told(talk: IrcTalk, heard: ServerLine) -> None:
         talk.name_is_free(wanted)
 
 
+def drop_commands(talk: IrcTalk, name: str, why: str) -> None:
+    """Drop the queued commands for a user who is gone: another user may take that nick."""
+    lost = []
+    for pair in [*talk.queue]:
+        verb, params, _ = parse_message(pair[0])
+        named = params[FOR_ONE[verb] :][:1] if verb in FOR_ONE else []
+        if talk.core.fold(name) in map(talk.core.fold, named):
+            talk.queue.remove(pair)
+            lost.append(verb)
+    talk.tell_lost(lost, f"{name} {why}")
+
+
 @from_server("730", "731", least=2)
 def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Note which monitored users are online."""
@@ -15761,6 +15786,7 @@ def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     for name in (source.partition("!")[0] for source in heard.params[1].split(",")):
         if gone:
             talk.name_is_free(name)
+            drop_commands(talk, name, "is not here")
         room = core.find(name)
         if room and not room.is_channel and room.gone != gone:
             text = f"{name} {'is not here' if gone else 'is here'}"
@@ -15983,18 +16009,6 @@ def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
         core.rooms.close_left(room)
 
 
-def drop_commands(talk: IrcTalk, name: str) -> None:
-    """Drop the queued commands for a user who has left: another user may take that nick."""
-    lost = []
-    for pair in [*talk.queue]:
-        verb, params, _ = parse_message(pair[0])
-        named = params[FOR_ONE[verb] :][:1] if verb in FOR_ONE else []
-        if talk.core.fold(name) in map(talk.core.fold, named):
-            talk.queue.remove(pair)
-            lost.append(verb)
-    talk.tell_lost(lost, f"{name} has left")
-
-
 @from_server("QUIT")
 def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
@@ -16014,7 +16028,7 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         # Another user may take that name
         core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
     core.people.forget(heard.name)
-    drop_commands(talk, heard.name)
+    drop_commands(talk, heard.name, "has left")
     talk.name_is_free(heard.name)
 
 
@@ -16502,8 +16516,10 @@ class Rooms(dict[str, Room]):
         core.talk.joins.rekey()
         self.rekey()
         self._divide(before)
-        for room in self.values():
+        for key, room in self.items():
             self.keep(room)
+            if AMBIGUOUS_KEY.search(key):
+                core.stored.load_again(room)
         return core.keep_facts()
 
     def rekey(self) -> None:
@@ -16962,6 +16978,14 @@ class StoredMessages:
         room.views.dropped = len(room.views) == STORED_LINES
         if room.read_time:
             room.count_unread()
+
+    def load_again(self, room: Room) -> None:
+        """Add the last stored messages to those of a room: there may be some under its key that
+        were those of a closed conversation."""
+        core = self.core
+        views = core.store.page(core.fold(room.name), STORED_LINES) if core.store else []
+        room.put(views, (views[0].time or 0) if len(views) == STORED_LINES else 0)
+        core.show(ViewEvent(RESET, where=room.name))
 
     def note_holes(self, room: Room, *positions: str) -> None:
         """Store the positions in a room before which messages are missing."""
@@ -17476,6 +17500,9 @@ class Outgoing:
     # Changes of messages: replies, reactions, redactions
 
 
+LEAVING = ("quit", "exit", "logout", ":q", ":q!", ":wq")  # of other programs
+
+
 class TypedText:
     """The text that a user enters: a command, or a message for the current conversation."""
 
@@ -17514,6 +17541,8 @@ class TypedText:
         first = words[0] if words else ""
         if text[:1] == " " and first[:1] == "/" and first[1:] in client_command:
             return f"nothing was sent: is {first} a command? Enter again sends it as text"
+        if text.strip().lower() in LEAVING:
+            return "nothing was sent: /quit leaves; Enter again sends it as text"
         if command := password_command(text):
             return f"nothing was sent: is that /{command}? Enter again sends it as text"
         if len(words) == 1 and text[:1] in ("#", "&") and self.core.server.is_channel(text):
@@ -17796,7 +17825,8 @@ class ClientCore:
         deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
         if talk:
-            talk.acks.tell_refusals()
+            talk.joins.want_typed()
+            talk.tell_unsent()
         flown = self.outbox.connection_lost()
         for message in flown if talk and talk.doubts else ():
             if talk.pages:
@@ -17805,9 +17835,6 @@ class ClientCore:
                 self.outgoing.leave_to_user(message.id)
         if talk and any(asked.how in ("missed", "gap") for asked in talk.history.requests):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
-        if talk:
-            talk.joins.want_typed()
-            talk.tell_unsent()
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
@@ -18098,9 +18125,11 @@ def nth(word: str, count: int, what: str) -> int:
     """Return the N of a typed -N, which means the Nth from the end of so many. Raises Refused with
     the range."""
     number = whole_number(word[1:]) if word[:1] == "-" else 0
+    if not count:
+        raise Refused("NO_MESSAGE", f"there are no {what} here")
     if not number or number > count:
-        known = f"-1 to -{count}" if count > 1 else "only -1" if count else "none"
-        raise Refused("NO_MESSAGE", f"{word} is none of {what} here; there is {known}")
+        known = f"-1 to -{count}" if count > 1 else "only -1"
+        raise Refused("NO_MESSAGE", f"{word} is none of the {what} here: {known}")
     return number
 
 
@@ -18261,15 +18290,16 @@ def do_nick(core: ClientCore, name: str) -> None:
     core.talk.command("NICK", name)
 
 
-@client_command("history", most=2)
+@client_command("history", most=2, nameless=True)
 def do_history(core: ClientCore, *words: str) -> None:
     """/history [#CHANNEL|NAME] [N] -- what was said last"""
     numbered, count = len(words) > 1 or A_NUMBER.fullmatch("".join(words)), HISTORY_LINES
     if numbered:
         count = number_up_to(HISTORY_LINES_MOST, words[-1], "messages")
     name = words[0] if len(words) > bool(numbered) else asked_room(core).name
-    if not core.talk.pages:
-        raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
+    if not (core.ready and core.talk.pages):
+        why = "this server keeps no history" if core.ready else "not connected"
+        raise Refused("NO_HISTORY", f"{why}; /lastlog looks in your own")
     core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(count))
 
 
@@ -18585,7 +18615,7 @@ def numbered_view(
     if core.input.seen is not None:
         seen = {view.own_id or identity_of(view) for view in core.input.seen}
         spoken = [view for view in spoken if (view.own_id or identity_of(view)) in seen]
-    what = "your messages" if mine else "the messages of others"
+    what = "messages of yours" if mine else "messages of others"
     number = nth(first if match else "-1", len(spoken), what)
     if not spoken[-number].id:
         raise Refused("NO_ID", "the server has not confirmed that message yet; try again")
@@ -18655,7 +18685,7 @@ def do_save(core: ClientCore, *words: str) -> None:
     """/save [-N] [PATH] -- store the last file that a message here tells of, or the Nth"""
     room, numbered = asked_room(core), bool(words) and A_NUMBER.fullmatch(words[0])
     files = [(view, parse_file_tag(view.file)) for view in room.views if view.file]
-    number = nth(words[0], len(files), "the files") if numbered else 1
+    number = nth(words[0], len(files), "files") if numbered else 1
     if len(files) < number or files[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
     if core.transfers.start is None:
@@ -21497,12 +21527,13 @@ class Server:
     def expire_files(self) -> None:
         """Remove old files, and uploads that are a day old, by the clock or since first seen."""
         now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
+        under_way = self.site.uploading.keys() | self.hub.files.finishing
         for file in list(self.hub.files.values()):
             age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
             if not file.sha:
                 seen = self.uploads_seen[file.id] = before.get(file.id, self.loop.now)
                 age, most = max(age, self.loop.now - seen), UPLOAD_SECONDS
-            if age > most and self.looks_after(file) and file.id not in self.site.uploading:
+            if age > most and self.looks_after(file) and file.id not in under_way:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 
@@ -25526,13 +25557,13 @@ class TerminalClient(ManyServers):
 
     def list_rooms(self) -> None:
         """Show all conversations with their numbers."""
-        server, listed = None, []
+        listed: dict[str, list[str]] = {}
         for n, (seat, room) in enumerate(self.places(), 1):
             new = f" ({room.unread} new)" * bool(room.unread)
-            head = f"{seat.link.target}: " if len(self.seats) > 1 and seat is not server else ""
-            server = seat
-            listed.append(f"{head}{n} {room.name or '(no conversation)'}{new}")
-        self.note(", ".join(listed) or "there is none; /join #CHANNEL")
+            head = f"{seat.link.target}: " * (len(self.seats) > 1)
+            listed.setdefault(head, []).append(f"{n} {room.name or '(no conversation)'}{new}")
+        for head, rooms in listed.items():
+            self.note(head + ", ".join(rooms))
 
     def interrupt(self) -> None:
         """Handle Ctrl-C: empty the line, which Up brings back; on an empty line ask, and the next
@@ -28551,10 +28582,17 @@ def add_client_options(add: Callable) -> None:
     add("--insecure", action="store_true", help="believe any certificate")
 
 
+def nick_option(text: str) -> str:
+    """Parse NAME, which is not the server."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"your nick comes first, like: alice --server {text}")
+    return text
+
+
 def add_client(commands: Any) -> None:
     client = parser_of(commands, "client", "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
     add = client.add_argument
-    add("name", metavar="NAME", help="your nick")
+    add("name", type=nick_option, metavar="NAME", help="your nick")
     address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
     add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)

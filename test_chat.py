@@ -1686,6 +1686,18 @@ def test_only_the_author_or_an_operator_redacts_a_message():
     assert texts(house.store, "#a") == ["from alice"]
 
 
+@pytest.mark.parametrize("modes, told", [("-m", " :sorry"), ("+m", "")])
+def test_the_reason_of_a_redaction_is_dropped_where_its_author_may_not_speak(modes, told):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    known, _ = send(house, "bob", "#a", "oh")
+    ask(house, "alice", f"MODE #a {modes}")
+    (line,) = ask(house, "bob", f"REDACT #a {known} :sorry")
+    assert line.endswith(f" REDACT #a {known}{told}")
+
+
 def said_with_id(house, who, target, text):
     """Say it; the id that it got."""
     house.heard(who)
@@ -4717,6 +4729,19 @@ def test_a_repeat_in_the_same_turn_is_a_repeat():
     house.say("alice", *["@+chat.py/id=1;label=x PRIVMSG #a :hello"] * 3)
     house.turn()
     assert len(set(house.heard("alice"))) == 1 and ids_said(house) == ["hello"]
+
+
+@pytest.mark.parametrize(
+    "target, again, told", [("@#a", "@#a", "PRIVMSG @#a :hi"), ("#a", "bob", "TAGMSG bob")]
+)
+def test_the_echo_of_a_repeat_has_a_target(target, again, told):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    lines = [f"@+chat.py/id=1 PRIVMSG {to} :hi" for to in (target, again)]
+    first, repeat = ask(house, "alice", *lines)
+    assert repeat.endswith(f" {told}") and tag(repeat, "msgid") == tag(first, "msgid")
+    assert not house.heard("bob")
 
 
 def test_one_may_not_use_up_the_ids_of_another():
@@ -11737,6 +11762,18 @@ def test_a_connection_without_its_user_says_nothing_about_the_user_beside_others
     assert house.hub.users["alice"].away == away
 
 
+def test_a_user_whose_other_connection_was_without_its_user_is_here_again():
+    house = House()
+    account(house, "alice")
+    come(house, "bob", caps="away-notify extended-monitor")
+    device(house, "phone", "alice", caps="draft/pre-away")
+    ask(house, "bob", "MONITOR + alice")
+    ask(house, "phone", "AWAY *")
+    assert house.heard("bob")[0].endswith(" AWAY :*")
+    device(house, "desk", "alice")
+    assert house.hub.users["alice"].away == "" and house.heard("bob")[0].endswith(" AWAY")
+
+
 def test_values_and_keys_of_metadata_arrive_whole_behind_the_longest_names():
     house = House(name="irc.some-long-organization-name.example.org")
     name, key = "й" * chat.NAME_CHARACTERS, "k" * chat.METADATA_KEY_BYTES
@@ -13552,6 +13589,25 @@ def test_an_upload_that_was_begun_by_a_clock_that_is_ahead_ends_after_a_day(file
         assert tus(files, "HEAD", part)[0] == status
         files.now += 13 * 3600
     assert not on_disk(files)
+
+
+@pytest.mark.parametrize("come", [4, 5])
+def test_an_upload_that_goes_on_or_is_being_completed_does_not_end_with_its_time(files, come):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    browser = Browser(files, "slow")
+    head = f"PATCH {path} HTTP/1.1\nHost: localhost\n{basic('alice')}\nTus-Resumable: 1.0.0"
+    head += f"\n{PIECE}\nUpload-Offset: 0\nContent-Length: 5\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode())
+    browser.conn.session.receive(b"hello"[:come])
+    files.turn()
+    if come == 5:
+        browser.conn.session.receive(chat.END_OF_BODY)
+    assert bool(files.hub.files.finishing) == (come == 5)
+    files.now += chat.UPLOAD_SECONDS + 1
+    files.begin_turn()
+    files.expire_files()
+    files.turn()
+    assert path[7:] in files.hub.files and len(on_disk(files)) == 1
 
 
 def test_many_files_that_end_at_once_do_not_stop_the_server(files):
@@ -15599,7 +15655,7 @@ class Elsewhere:
         if tokens:
             self.hears(f"005 alice {' '.join(tokens)} :are supported by this server")
         self.hears("422 alice :No MOTD")
-        for room in list(self.core.rooms.values()):
+        for room in [room for room in self.core.rooms.values() if room.is_channel]:
             self.hears(f":alice!u@h JOIN {room.name}")
         self.sent()
 
@@ -16134,6 +16190,23 @@ ALTERED = [  # texts sent at once, echoes, those that are lost, those in doubt; 
 ]
 
 
+def test_an_echo_that_stayed_unclear_says_nothing_about_later_messages():
+    alice = Elsewhere(caps="echo-message", interactive=False)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types("yes", "no")
+    sent = alice.sent(20)
+    alice.hears(":alice!u@h PRIVMSG #lobby :***")
+    answer(alice, sent)
+    answer(alice, alice.sent(5))
+    assert alice.core.failures == 2 and alice.core.talk.acks.strange == []
+    alice.types("why", "how")
+    sent = alice.sent(20)
+    alice.hears(":alice!u@h PRIVMSG #lobby :why")
+    for _ in range(90):
+        answer(alice, alice.sent(1))
+    assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["yes", "no", "how"]
+
+
 @pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("tokens", [[], ["CLIENTTAGDENY=*"]])
 @pytest.mark.parametrize("texts, echoes, lost, doubted", ALTERED)
@@ -16524,14 +16597,50 @@ def test_the_answer_to_a_command_that_waited_is_shown_under_the_new_name():
     assert "anna, robert" in alice.kinds("people")
 
 
-def test_commands_that_wait_for_a_user_who_leaves_do_not_reach_the_next_one_of_that_nick():
+FOR_A_USER = ("/kick {} for-{}", "/notice {} for-{}", "/ctcp {} X for-{}", "/raw INVITE {} #for-{}")
+
+
+@pytest.mark.parametrize("life", range(20 if THOROUGH else 4))
+def test_each_command_reaches_the_user_who_was_meant_whatever_nicks_change_meanwhile(life):
+    chance = random.Random(f"{SEED} {life}")
+    users = {f"n{n}": n for n in range(4)}  # by nick
+    alice, meant, reached = Elsewhere(), [], {}
+
+    def see(lines):
+        for line in lines:
+            (nick,), number = {*users} & {*line.split()}, int(re.search(r"for-(\d+)", line)[1])
+            reached[number] = users[nick]
+
+    for step in range(200):
+        nick, new = chance.choice([*users]), f"n{chance.randrange(8)}"
+        act = chance.choice(("command", "command", "nick", "quit", "wait"))
+        if act == "command":
+            alice.types(chance.choice(FOR_A_USER).format(nick, len(meant)))
+            meant.append(users[nick])
+        elif act == "nick" and new not in users:
+            alice.hears(f":{nick}!u@h NICK {new}")
+            users[new] = users.pop(nick)
+        elif act == "quit" and new not in users:
+            alice.hears(f":{nick}!u@h QUIT :x", f":{new}!u@h JOIN #lobby")
+            del users[nick]
+            users[new] = 4 + step
+        see(alice.sent(chance.randrange(3)))
+    see(alice.sent(600))
+    assert reached == {n: user for n, user in enumerate(meant) if n in reached}
+    assert {*reached} >= {n for n, user in enumerate(meant) if user in users.values()}
+
+
+@pytest.mark.parametrize(
+    "line, why", [(":bob!u@h QUIT :gone", "has left"), ("731 alice bob", "is not here")]
+)
+def test_commands_that_wait_for_a_user_who_leaves_do_not_reach_the_next_one_of_that_nick(line, why):
     alice = Elsewhere()
     alice.core.talk.budget.tokens = -2.0
     alice.types("/notice bob secret", "/op bob", "/kick bob", "/invite bob #b", "/whois bob")
     alice.types("/ban bob")
-    alice.hears(":bob!u@h QUIT :gone")
+    alice.hears(line)
     assert alice.sent(30) == ["WHOIS bob", "MODE #lobby +b bob!*@*"]
-    assert "not sent, bob has left: NOTICE, MODE, KICK, INVITE" in alice.kinds("note")
+    assert f"not sent, bob {why}: NOTICE, MODE, KICK, INVITE" in alice.kinds("note")
 
 
 def test_a_pong_without_our_token_confirms_the_oldest_ping():
@@ -17632,14 +17741,16 @@ def test_channels_that_this_server_tells_apart_are_two_from_the_start():
     assert alice.said() == ["#lobby \xe4rger: yes"]
 
 
+SECONDS = itertools.count(1_767_225_600)
+
+
 def lived(mapping, *lines, db=None, texts=(), **options):
     """Return a client, perhaps one started again, on a server with that CASEMAPPING."""
-    clock = itertools.count(1_767_225_600)
     kept = {"store": chat.ClientStore(db, "s", "alice")} if db else {}
     alice = Elsewhere.__new__(Elsewhere)
     alice.now, alice.out, alice.views = 0.0, [], []
     alice.core = chat.ClientCore(
-        "alice", kind=chat.IRC, join=(), clock=lambda: next(clock), **kept, **options
+        "alice", kind=chat.IRC, join=(), clock=lambda: next(SECONDS), **kept, **options
     )
     alice.connect(*[f"CASEMAPPING={mapping}"] if mapping else [])
     return alice.hears(*lines).types(*texts)
@@ -17733,6 +17844,32 @@ def test_what_was_unread_in_one_of_two_conversations_stays_unread_when_they_beco
     alice.core.close_store()
     room = lived("rfc1459", db=db).core.find("[x]")
     assert told_of(room) == [*THREE, "[x]: four"] and room.unread >= 1
+
+
+ODD_NICKS = ("[x]", "{x}", "[X}", "a^", "A~", "\xc4", "\xe4", "bob", "BOB")
+
+
+@pytest.mark.parametrize("life", range(20 if THOROUGH else 4))
+def test_no_message_is_lost_or_in_the_wrong_place_whatever_rules_for_names_a_server_has(life):
+    chance, db = random.Random(f"{SEED} {life}"), chat.open_client_database(":memory:")
+    said = []
+    for _ in range(6):
+        rule = chance.choice(("ascii", "rfc1459", "rfc1459-strict", "rfc8265", None))
+        alice = lived(rule, db=db)
+        for _ in range(10):
+            nick = chance.choice(ODD_NICKS)
+            alice.hears(f":{nick}!u@h PRIVMSG alice :m{len(said)}")
+            said.append(nick)
+            if chance.random() < 0.2:
+                alice.types("/close")
+        fold, store = alice.core.fold, alice.core.store
+        for key in {fold(nick) for nick in said}:
+            wanted = [f"m{n}" for n, nick in enumerate(said) if fold(nick) == key]
+            assert [view.text for view in store.page(key, 100)] == wanted, (rule, key)
+            if room := alice.core.rooms.get(key):
+                assert [view.text for view in room.views if view.kind == chat.MESSAGE] == wanted
+        assert len({fold(room.name) for room in alice.core.rooms.values()}) == len(alice.core.rooms)
+        alice.core.close_store()
 
 
 def test_the_history_of_two_channels_is_one_behind_a_rule_that_joins_their_names():
@@ -20649,6 +20786,30 @@ def test_a_text_that_looks_like_a_password_is_sent_only_if_it_is_entered_again(t
     assert alice.said() == [f"#lobby *alice: {text}"]
 
 
+@pytest.mark.parametrize("text, asked", [("quit", 1), (" Exit", 1), (":wq", 1), ("quit it", 0)])
+def test_a_word_that_ends_other_programs_is_said_only_if_it_is_entered_again(text, asked):
+    alice = Elsewhere()
+    alice.types(text)
+    assert (
+        alice.kinds("note")
+        == ["nothing was sent: /quit leaves; Enter again sends it as text"] * asked
+    )
+    alice.types(text)
+    assert alice.said() == [f"#lobby *alice: {text}"] * (2 - asked)
+
+
+def test_an_error_about_no_name_begins_with_its_text():
+    alice = Elsewhere().hears("432 alice * :Erroneous nickname")
+    assert alice.kinds("server text")[-1] == "Erroneous nickname"
+
+
+@pytest.mark.parametrize("typed", ["/reply hi", "/react x", "/redact", "/save -1"])
+def test_a_command_about_a_message_where_there_is_none_says_so(typed):
+    alice = Elsewhere(caps="message-tags draft/message-redaction echo-message")
+    alice.types(typed)
+    assert alice.kinds("note")[0].startswith("there are no ")
+
+
 COMMANDS_SENT = [  # what is typed in #tea, and the lines that are sent
     ("/op #nope bob", ["MODE #nope +o bob"]),
     ("/voice #nope bob", ["MODE #nope +v bob"]),
@@ -20916,16 +21077,16 @@ NO_NUMBERS = [  # typed beside two messages of bob and one of alice, and the not
     ("/go 0", "0 is no number of a conversation: only 1"),
     ("/go 2", "2 is no number of a conversation: only 1"),
     ("/go -1", "-1 is no number of a conversation: only 1"),
-    ("/reply -0 hi", "-0 is none of the messages of others here; there is -1 to -2"),
-    ("/reply -3 hi", "-3 is none of the messages of others here; there is -1 to -2"),
-    ("/react -12345 x", "-12345 is none of the messages of others here; there is -1 to -2"),
+    ("/reply -0 hi", "-0 is none of the messages of others here: -1 to -2"),
+    ("/reply -3 hi", "-3 is none of the messages of others here: -1 to -2"),
+    ("/react -12345 x", "-12345 is none of the messages of others here: -1 to -2"),
     ("/react 2 x", "/react -2 x is about another message"),
-    ("/redact -2", "-2 is none of your messages here; there is only -1"),
+    ("/redact -2", "-2 is none of the messages of yours here: only -1"),
     ("/redact 1", "usage: /redact, or /redact -2 for the one before"),
-    ("/save 0", "0 is none of the files here; there is only -1"),
-    ("/save 1", "1 is none of the files here; there is only -1"),
-    ("/save -2 x", "-2 is none of the files here; there is only -1"),
-    ("/save -0", "-0 is none of the files here; there is only -1"),
+    ("/save 0", "0 is none of the files here: only -1"),
+    ("/save 1", "1 is none of the files here: only -1"),
+    ("/save -2 x", "-2 is none of the files here: only -1"),
+    ("/save -0", "-0 is none of the files here: only -1"),
     ("/transfers cancel 1", "1 is no number of a file on its way: none"),
     ("/transfers cancel x", "x is no number of a file on its way: none"),
     ("/transfers cancel", "usage: /transfers cancel 1"),
@@ -25688,7 +25849,7 @@ def test_one_terminal_talks_on_two_servers_and_does_so_again_at_the_next_start(
     alice.type("/go 1\r")
     assert alice.shows("bob: alice: and here?")
     alice.type("yes\r/go\r")
-    assert bob.until("alice: yes") and alice.shows("1 #lobby, ", ": 2 #lobby")
+    assert bob.until("alice: yes") and alice.shows(": 1 #lobby", ": 2 #lobby")
     alice.type("/quit\r")
     assert alice.process.wait(PATIENCE) == 0
     again = terminal(here.address, "alice", state=folder)
@@ -27227,6 +27388,30 @@ def test_go_finds_a_number_a_name_or_a_server_and_nothing_else(at_keys, typed, h
     at_keys.take(f"{typed}\r".encode())
     assert at_keys.core.here == here and (at_keys.seat is seat) == bool(here)
     assert notes_of(at_keys)[-1:] == [told] or told is None
+
+
+def test_go_alone_lists_the_conversations_of_each_server_in_a_row_of_their_own(at_keys):
+    seat = at_keys.seat
+    at_keys.connect("there 6668")
+    at_keys.look_at(seat)
+    at_keys.core.find("#den").unread = 3
+    at_keys.take(b"/go\r")
+    rows = ["here:6667: 1 #den (3 new), 2 #tea", "there:6668: 3 (no conversation)"]
+    assert notes_of(at_keys)[-2:] == rows
+
+
+def test_history_without_a_connection_names_the_command_that_has_some():
+    alice = Elsewhere()
+    alice.core.disconnected()
+    alice.types("/history")
+    assert alice.kinds("note")[-1] == "not connected; /lastlog looks in your own"
+
+
+def test_a_server_in_place_of_the_nick_is_told_with_the_order(capsys):
+    with pytest.raises(SystemExit):
+        chat.main(["client", "irc://irc.example", "alice"])
+    told = "your nick comes first, like: alice --server irc://irc.example"
+    assert told in capsys.readouterr().err
 
 
 def test_a_text_begun_in_a_conversation_that_ended_is_no_draft_of_another(at_keys):
