@@ -323,7 +323,7 @@ CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
 CUT_AT_LEAST = 100  # characters of a sent line that an echo has if the server has cut it
 # Echoes with other words: how like a sent line one is, and how much less it is like others
 LIKE, LIKE_MORE = 0.6, 0.1
-COMPARED = 16  # sent lines to which such an echo is compared
+COMPARED = 8  # sent lines to which such an echo is compared
 SENT_ALONE = 8  # messages, after one that was refused or changed and could not be told from others
 ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
 TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
@@ -13426,11 +13426,11 @@ def in_batches(lines: list[MessageLine], size: int, count: int) -> Iterator[list
 
 
 def sameness(sent: str, heard: str) -> int:
-    """Return how surely a server made `heard` from a sent line: 3 if nothing was changed, 2 without
-    its colours, 1 if it was cut, 0 if the words differ."""
+    """Return how surely a server made `heard` from a sent line of other bytes: 2 if without its
+    colours, 1 if it was cut, 0 if the words differ."""
     plain, rest = shown_line(sent.encode(errors="replace")), heard.rstrip("\ufffd")
     cut_off = len(rest) > CUT_AT_LEAST and (sent.startswith(rest) or plain.startswith(rest))
-    return 3 if heard == sent else 2 if heard == plain else int(cut_off)
+    return 2 if heard == plain else int(cut_off)
 
 
 def likeness(sent: str, heard: str) -> float:
@@ -13471,6 +13471,16 @@ def for_some(target: str, channel: str, text: str) -> str:
     return text if target == channel else f"(to {target}) {text}"
 
 
+def is_called(core: "ClientCore", text: str, where: str) -> bool:
+    """Return whether a text contains the user's nick or a word of the setting highlight, or is
+    of a channel among those words."""
+    words = core.setting("highlight").split()
+    if core.fold(where) in map(core.fold, words):
+        return True
+    words = [core.name, *(word for word in words if not core.server.is_channel(word))]
+    return any(calls(text, word) for word in words)
+
+
 def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     """Return the view of a PRIVMSG or NOTICE."""
     core, server = talk.core, talk.server
@@ -13481,7 +13491,7 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     if CTCP_ACTION.match(text):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
-    called = not mine and (not server.is_channel(where) or core.is_called(text, where))
+    called = not mine and (not server.is_channel(where) or is_called(core, text, where))
     room = core.find(where)
     is_member = room is not None and heard.name in room.people
     person = mine or is_person(heard) or is_member or bool(heard.source and core.find(heard.source))
@@ -13669,10 +13679,20 @@ class MessageLines:
         self.id, self.sent_to, self.total = message.id, message.at, len(self.unsent)
 
     def _text_bytes(self, message: Waiting) -> int:
-        """Return how many bytes of a message fit in a line, as others see it."""
         if message.kind == ACTION:
             return LINE_BYTES  # never cut: see check_message()
-        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {message.where} :"
+        return self.text_bytes(message.where)
+
+    @property
+    def separate_bytes(self) -> int:
+        """The bytes of a message and of its target on a server to which each line is a message of
+        its own; 0 on others, and while it is not known."""
+        separate = self.core.ready and self.core.kind != PLAIN and not self.server.multiline
+        return self.text_bytes("") if separate else 0
+
+    def text_bytes(self, where: str) -> int:
+        """Return how many bytes of a message fit in a line, as others see it."""
+        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {where} :"
         most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
         return max(LINE_ROOM, most - 2 - len(head.encode()))
 
@@ -13934,6 +13954,8 @@ class Acknowledgements:
                     self.confirm(own_id)
                 else:
                     self.not_echoed(own_id)
+            if overdue:
+                self.strange.clear()
             if answered == ping_token:
                 break
         self.talk.bouncer_said = ""
@@ -14028,6 +14050,9 @@ class Acknowledgements:
     def _place(here: list[ExpectedEcho], text: str, alters: bool) -> int | None:
         """Return which of the lines to a target an echo clearly is; None for none. Words count as
         those of another line if the server `alters` some."""
+        unchanged = (n for n, line in enumerate(here) if line.text == text)
+        if (place := next(unchanged, None)) is not None:
+            return place
         grades = [sameness(line.text, text) for line in here]
         best = max(grades)
         alike = {line.text for line, grade in zip(here, grades, strict=True) if grade == best}
@@ -14874,8 +14899,9 @@ class IrcTalk:
         self.send_at_once("QUIT", reason)
 
     def tell_unsent(self) -> None:
-        """Tell the user which commands had to wait for too long: the connection has ended. Channels
+        """Tell the user what was refused and which commands had to wait for too long. Channels
         are joined over the next one."""
+        self.acks.tell_refusals()
         verbs = [parse_message(line).verb for line, _ in self.queue]
         if not self.core.quitting:
             lost = [verb for verb in verbs if verb != "JOIN"]
@@ -15279,7 +15305,7 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     """Show a line without a handler of its own; note the channel or message that is refused."""
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
-    text = between.join([" ".join(about), text] if about else [text])
+    text = between.join(optional(" ".join(about).removeprefix("*"), text))
     text = f"{heard.name}: " * ("!" in heard.source) + text
     if about and refuses_join(talk, heard.verb, about[0]):
         talk.joins.failed(about[0], text, heard.verb)
@@ -15748,6 +15774,18 @@ def present_told(talk: IrcTalk, heard: ServerLine) -> None:
         talk.name_is_free(wanted)
 
 
+def drop_commands(talk: IrcTalk, name: str, why: str) -> None:
+    """Drop the queued commands for a user who is gone: another user may take that nick."""
+    lost = []
+    for pair in [*talk.queue]:
+        verb, params, _ = parse_message(pair[0])
+        named = params[FOR_ONE[verb] :][:1] if verb in FOR_ONE else []
+        if talk.core.fold(name) in map(talk.core.fold, named):
+            talk.queue.remove(pair)
+            lost.append(verb)
+    talk.tell_lost(lost, f"{name} {why}")
+
+
 @from_server("730", "731", least=2)
 def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Note which monitored users are online."""
@@ -15755,6 +15793,7 @@ def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     for name in (source.partition("!")[0] for source in heard.params[1].split(",")):
         if gone:
             talk.name_is_free(name)
+            drop_commands(talk, name, "is not here")
         room = core.find(name)
         if room and not room.is_channel and room.gone != gone:
             text = f"{name} {'is not here' if gone else 'is here'}"
@@ -15977,18 +16016,6 @@ def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
         core.rooms.close_left(room)
 
 
-def drop_commands(talk: IrcTalk, name: str) -> None:
-    """Drop the queued commands for a user who has left: another user may take that nick."""
-    lost = []
-    for pair in [*talk.queue]:
-        verb, params, _ = parse_message(pair[0])
-        named = params[FOR_ONE[verb] :][:1] if verb in FOR_ONE else []
-        if talk.core.fold(name) in map(talk.core.fold, named):
-            talk.queue.remove(pair)
-            lost.append(verb)
-    talk.tell_lost(lost, f"{name} has left")
-
-
 @from_server("QUIT")
 def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
@@ -16008,7 +16035,7 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         # Another user may take that name
         core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
     core.people.forget(heard.name)
-    drop_commands(talk, heard.name)
+    drop_commands(talk, heard.name, "has left")
     talk.name_is_free(heard.name)
 
 
@@ -16496,8 +16523,10 @@ class Rooms(dict[str, Room]):
         core.talk.joins.rekey()
         self.rekey()
         self._divide(before)
-        for room in self.values():
+        for key, room in self.items():
             self.keep(room)
+            if AMBIGUOUS_KEY.search(key):
+                core.stored.load_again(room)
         return core.keep_facts()
 
     def rekey(self) -> None:
@@ -16956,6 +16985,14 @@ class StoredMessages:
         room.views.dropped = len(room.views) == STORED_LINES
         if room.read_time:
             room.count_unread()
+
+    def load_again(self, room: Room) -> None:
+        """Add the last stored messages to those of a room: there may be some under its key that
+        were those of a closed conversation."""
+        core = self.core
+        views = core.store.page(core.fold(room.name), STORED_LINES) if core.store else []
+        room.put(views, (views[0].time or 0) if len(views) == STORED_LINES else 0)
+        core.show(ViewEvent(RESET, where=room.name))
 
     def note_holes(self, room: Room, *positions: str) -> None:
         """Store the positions in a room before which messages are missing."""
@@ -17470,6 +17507,9 @@ class Outgoing:
     # Changes of messages: replies, reactions, redactions
 
 
+LEAVING = ("quit", "exit", "logout", ":q", ":q!", ":wq")  # of other programs
+
+
 class TypedText:
     """The text that a user enters: a command, or a message for the current conversation."""
 
@@ -17508,6 +17548,8 @@ class TypedText:
         first = words[0] if words else ""
         if text[:1] == " " and first[:1] == "/" and first[1:] in client_command:
             return f"nothing was sent: is {first} a command? Enter again sends it as text"
+        if text.strip().lower() in LEAVING:
+            return "nothing was sent: /quit leaves; Enter again sends it as text"
         if command := password_command(text):
             return f"nothing was sent: is that /{command}? Enter again sends it as text"
         if len(words) == 1 and text[:1] in ("#", "&") and self.core.server.is_channel(text):
@@ -17770,15 +17812,6 @@ class ClientCore:
     def by_id(self, id: int) -> Room | None:
         return next((room for room in self.rooms.values() if room.id == id), None)
 
-    def is_called(self, text: str, where: str) -> bool:
-        """Return whether a text contains the user's nick or a word of the setting highlight, or is
-        of a channel among those words."""
-        words = self.setting("highlight").split()
-        if self.fold(where) in map(self.fold, words):
-            return True
-        words = [self.name, *(word for word in words if not self.server.is_channel(word))]
-        return any(calls(text, word) for word in words)
-
     # The connection
 
     def connected(self) -> list[ViewEvent]:
@@ -17799,7 +17832,8 @@ class ClientCore:
         deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
         if talk:
-            talk.acks.tell_refusals()
+            talk.joins.want_typed()
+            talk.tell_unsent()
         flown = self.outbox.connection_lost()
         for message in flown if talk and talk.doubts else ():
             if talk.pages:
@@ -17808,9 +17842,6 @@ class ClientCore:
                 self.outgoing.leave_to_user(message.id)
         if talk and any(asked.how in ("missed", "gap") for asked in talk.history.requests):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
-        if talk:
-            talk.joins.want_typed()
-            talk.tell_unsent()
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
@@ -18101,9 +18132,11 @@ def nth(word: str, count: int, what: str) -> int:
     """Return the N of a typed -N, which means the Nth from the end of so many. Raises Refused with
     the range."""
     number = whole_number(word[1:]) if word[:1] == "-" else 0
+    if not count:
+        raise Refused("NO_MESSAGE", f"there are no {what} here")
     if not number or number > count:
-        known = f"-1 to -{count}" if count > 1 else "only -1" if count else "none"
-        raise Refused("NO_MESSAGE", f"{word} is none of {what} here; there is {known}")
+        known = f"-1 to -{count}" if count > 1 else "only -1"
+        raise Refused("NO_MESSAGE", f"{word} is none of the {what} here: {known}")
     return number
 
 
@@ -18264,15 +18297,16 @@ def do_nick(core: ClientCore, name: str) -> None:
     core.talk.command("NICK", name)
 
 
-@client_command("history", most=2)
+@client_command("history", most=2, nameless=True)
 def do_history(core: ClientCore, *words: str) -> None:
     """/history [#CHANNEL|NAME] [N] -- what was said last"""
     numbered, count = len(words) > 1 or A_NUMBER.fullmatch("".join(words)), HISTORY_LINES
     if numbered:
         count = number_up_to(HISTORY_LINES_MOST, words[-1], "messages")
     name = words[0] if len(words) > bool(numbered) else asked_room(core).name
-    if not core.talk.pages:
-        raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
+    if not (core.ready and core.talk.pages):
+        why = "this server keeps no history" if core.ready else "not connected"
+        raise Refused("NO_HISTORY", f"{why}; /lastlog looks in your own")
     core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(count))
 
 
@@ -18588,7 +18622,7 @@ def numbered_view(
     if core.input.seen is not None:
         seen = {view.own_id or identity_of(view) for view in core.input.seen}
         spoken = [view for view in spoken if (view.own_id or identity_of(view)) in seen]
-    what = "your messages" if mine else "the messages of others"
+    what = "messages of yours" if mine else "messages of others"
     number = nth(first if match else "-1", len(spoken), what)
     if not spoken[-number].id:
         raise Refused("NO_ID", "the server has not confirmed that message yet; try again")
@@ -18658,7 +18692,7 @@ def do_save(core: ClientCore, *words: str) -> None:
     """/save [-N] [PATH] -- store the last file that a message here tells of, or the Nth"""
     room, numbered = asked_room(core), bool(words) and A_NUMBER.fullmatch(words[0])
     files = [(view, parse_file_tag(view.file)) for view in room.views if view.file]
-    number = nth(words[0], len(files), "the files") if numbered else 1
+    number = nth(words[0], len(files), "files") if numbered else 1
     if len(files) < number or files[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
     if core.transfers.start is None:
@@ -25530,13 +25564,13 @@ class TerminalClient(ManyServers):
 
     def list_rooms(self) -> None:
         """Show all conversations with their numbers."""
-        server, listed = None, []
+        listed: dict[str, list[str]] = {}
         for n, (seat, room) in enumerate(self.places(), 1):
             new = f" ({room.unread} new)" * bool(room.unread)
-            head = f"{seat.link.target}: " if len(self.seats) > 1 and seat is not server else ""
-            server = seat
-            listed.append(f"{head}{n} {room.name or '(no conversation)'}{new}")
-        self.note(", ".join(listed) or "there is none; /join #CHANNEL")
+            head = f"{seat.link.target}: " * (len(self.seats) > 1)
+            listed.setdefault(head, []).append(f"{n} {room.name or '(no conversation)'}{new}")
+        for head, rooms in listed.items():
+            self.note(head + ", ".join(rooms))
 
     def interrupt(self) -> None:
         """Handle Ctrl-C: empty the line, which Up brings back; on an empty line ask, and the next
@@ -28555,10 +28589,17 @@ def add_client_options(add: Callable) -> None:
     add("--insecure", action="store_true", help="believe any certificate")
 
 
+def nick_option(text: str) -> str:
+    """Parse NAME, which is not the server."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"your nick comes first, like: alice --server {text}")
+    return text
+
+
 def add_client(commands: Any) -> None:
     client = parser_of(commands, "client", "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
     add = client.add_argument
-    add("name", metavar="NAME", help="your nick")
+    add("name", type=nick_option, metavar="NAME", help="your nick")
     address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
     add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)

@@ -15674,7 +15674,7 @@ class Elsewhere:
         if tokens:
             self.hears(f"005 alice {' '.join(tokens)} :are supported by this server")
         self.hears("422 alice :No MOTD")
-        for room in list(self.core.rooms.values()):
+        for room in [room for room in self.core.rooms.values() if room.is_channel]:
             self.hears(f":alice!u@h JOIN {room.name}")
         self.sent()
 
@@ -16209,6 +16209,23 @@ ALTERED = [  # texts sent at once, echoes, those that are lost, those in doubt; 
 ]
 
 
+def test_an_echo_that_stayed_unclear_says_nothing_about_later_messages():
+    alice = Elsewhere(caps="echo-message", interactive=False)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types("yes", "no")
+    sent = alice.sent(20)
+    alice.hears(":alice!u@h PRIVMSG #lobby :***")
+    answer(alice, sent)
+    answer(alice, alice.sent(5))
+    assert alice.core.failures == 2 and alice.core.talk.acks.strange == []
+    alice.types("why", "how")
+    sent = alice.sent(20)
+    alice.hears(":alice!u@h PRIVMSG #lobby :why")
+    for _ in range(90):
+        answer(alice, alice.sent(1))
+    assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["yes", "no", "how"]
+
+
 @pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("tokens", [[], ["CLIENTTAGDENY=*"]])
 @pytest.mark.parametrize("texts, echoes, lost, doubted", ALTERED)
@@ -16599,14 +16616,50 @@ def test_the_answer_to_a_command_that_waited_is_shown_under_the_new_name():
     assert "anna, robert" in alice.kinds("people")
 
 
-def test_commands_that_wait_for_a_user_who_leaves_do_not_reach_the_next_one_of_that_nick():
+FOR_A_USER = ("/kick {} for-{}", "/notice {} for-{}", "/ctcp {} X for-{}", "/raw INVITE {} #for-{}")
+
+
+@pytest.mark.parametrize("life", range(20 if THOROUGH else 4))
+def test_each_command_reaches_the_user_who_was_meant_whatever_nicks_change_meanwhile(life):
+    chance = random.Random(f"{SEED} {life}")
+    users = {f"n{n}": n for n in range(4)}  # by nick
+    alice, meant, reached = Elsewhere(), [], {}
+
+    def see(lines):
+        for line in lines:
+            (nick,), number = {*users} & {*line.split()}, int(re.search(r"for-(\d+)", line)[1])
+            reached[number] = users[nick]
+
+    for step in range(200):
+        nick, new = chance.choice([*users]), f"n{chance.randrange(8)}"
+        act = chance.choice(("command", "command", "nick", "quit", "wait"))
+        if act == "command":
+            alice.types(chance.choice(FOR_A_USER).format(nick, len(meant)))
+            meant.append(users[nick])
+        elif act == "nick" and new not in users:
+            alice.hears(f":{nick}!u@h NICK {new}")
+            users[new] = users.pop(nick)
+        elif act == "quit" and new not in users:
+            alice.hears(f":{nick}!u@h QUIT :x", f":{new}!u@h JOIN #lobby")
+            del users[nick]
+            users[new] = 4 + step
+        see(alice.sent(chance.randrange(3)))
+    see(alice.sent(600))
+    assert reached == {n: user for n, user in enumerate(meant) if n in reached}
+    assert {*reached} >= {n for n, user in enumerate(meant) if user in users.values()}
+
+
+@pytest.mark.parametrize(
+    "line, why", [(":bob!u@h QUIT :gone", "has left"), ("731 alice bob", "is not here")]
+)
+def test_commands_that_wait_for_a_user_who_leaves_do_not_reach_the_next_one_of_that_nick(line, why):
     alice = Elsewhere()
     alice.core.talk.budget.tokens = -2.0
     alice.types("/notice bob secret", "/op bob", "/kick bob", "/invite bob #b", "/whois bob")
     alice.types("/ban bob")
-    alice.hears(":bob!u@h QUIT :gone")
+    alice.hears(line)
     assert alice.sent(30) == ["WHOIS bob", "MODE #lobby +b bob!*@*"]
-    assert "not sent, bob has left: NOTICE, MODE, KICK, INVITE" in alice.kinds("note")
+    assert f"not sent, bob {why}: NOTICE, MODE, KICK, INVITE" in alice.kinds("note")
 
 
 def test_a_pong_without_our_token_confirms_the_oldest_ping():
@@ -17707,14 +17760,16 @@ def test_channels_that_this_server_tells_apart_are_two_from_the_start():
     assert alice.said() == ["#lobby \xe4rger: yes"]
 
 
+SECONDS = itertools.count(1_767_225_600)
+
+
 def lived(mapping, *lines, db=None, texts=(), **options):
     """Return a client, perhaps one started again, on a server with that CASEMAPPING."""
-    clock = itertools.count(1_767_225_600)
     kept = {"store": chat.ClientStore(db, "s", "alice")} if db else {}
     alice = Elsewhere.__new__(Elsewhere)
     alice.now, alice.out, alice.views = 0.0, [], []
     alice.core = chat.ClientCore(
-        "alice", kind=chat.IRC, join=(), clock=lambda: next(clock), **kept, **options
+        "alice", kind=chat.IRC, join=(), clock=lambda: next(SECONDS), **kept, **options
     )
     alice.connect(*[f"CASEMAPPING={mapping}"] if mapping else [])
     return alice.hears(*lines).types(*texts)
@@ -17808,6 +17863,32 @@ def test_what_was_unread_in_one_of_two_conversations_stays_unread_when_they_beco
     alice.core.close_store()
     room = lived("rfc1459", db=db).core.find("[x]")
     assert told_of(room) == [*THREE, "[x]: four"] and room.unread >= 1
+
+
+ODD_NICKS = ("[x]", "{x}", "[X}", "a^", "A~", "\xc4", "\xe4", "bob", "BOB")
+
+
+@pytest.mark.parametrize("life", range(20 if THOROUGH else 4))
+def test_no_message_is_lost_or_in_the_wrong_place_whatever_rules_for_names_a_server_has(life):
+    chance, db = random.Random(f"{SEED} {life}"), chat.open_client_database(":memory:")
+    said = []
+    for _ in range(6):
+        rule = chance.choice(("ascii", "rfc1459", "rfc1459-strict", "rfc8265", None))
+        alice = lived(rule, db=db)
+        for _ in range(10):
+            nick = chance.choice(ODD_NICKS)
+            alice.hears(f":{nick}!u@h PRIVMSG alice :m{len(said)}")
+            said.append(nick)
+            if chance.random() < 0.2:
+                alice.types("/close")
+        fold, store = alice.core.fold, alice.core.store
+        for key in {fold(nick) for nick in said}:
+            wanted = [f"m{n}" for n, nick in enumerate(said) if fold(nick) == key]
+            assert [view.text for view in store.page(key, 100)] == wanted, (rule, key)
+            if room := alice.core.rooms.get(key):
+                assert [view.text for view in room.views if view.kind == chat.MESSAGE] == wanted
+        assert len({fold(room.name) for room in alice.core.rooms.values()}) == len(alice.core.rooms)
+        alice.core.close_store()
 
 
 def test_the_history_of_two_channels_is_one_behind_a_rule_that_joins_their_names():
@@ -20724,6 +20805,30 @@ def test_a_text_that_looks_like_a_password_is_sent_only_if_it_is_entered_again(t
     assert alice.said() == [f"#lobby *alice: {text}"]
 
 
+@pytest.mark.parametrize("text, asked", [("quit", 1), (" Exit", 1), (":wq", 1), ("quit it", 0)])
+def test_a_word_that_ends_other_programs_is_said_only_if_it_is_entered_again(text, asked):
+    alice = Elsewhere()
+    alice.types(text)
+    assert (
+        alice.kinds("note")
+        == ["nothing was sent: /quit leaves; Enter again sends it as text"] * asked
+    )
+    alice.types(text)
+    assert alice.said() == [f"#lobby *alice: {text}"] * (2 - asked)
+
+
+def test_an_error_about_no_name_begins_with_its_text():
+    alice = Elsewhere().hears("432 alice * :Erroneous nickname")
+    assert alice.kinds("server text")[-1] == "Erroneous nickname"
+
+
+@pytest.mark.parametrize("typed", ["/reply hi", "/react x", "/redact", "/save -1"])
+def test_a_command_about_a_message_where_there_is_none_says_so(typed):
+    alice = Elsewhere(caps="message-tags draft/message-redaction echo-message")
+    alice.types(typed)
+    assert alice.kinds("note")[0].startswith("there are no ")
+
+
 COMMANDS_SENT = [  # what is typed in #tea, and the lines that are sent
     ("/op #nope bob", ["MODE #nope +o bob"]),
     ("/voice #nope bob", ["MODE #nope +v bob"]),
@@ -20991,16 +21096,16 @@ NO_NUMBERS = [  # typed beside two messages of bob and one of alice, and the not
     ("/go 0", "0 is no number of a conversation: only 1"),
     ("/go 2", "2 is no number of a conversation: only 1"),
     ("/go -1", "-1 is no number of a conversation: only 1"),
-    ("/reply -0 hi", "-0 is none of the messages of others here; there is -1 to -2"),
-    ("/reply -3 hi", "-3 is none of the messages of others here; there is -1 to -2"),
-    ("/react -12345 x", "-12345 is none of the messages of others here; there is -1 to -2"),
+    ("/reply -0 hi", "-0 is none of the messages of others here: -1 to -2"),
+    ("/reply -3 hi", "-3 is none of the messages of others here: -1 to -2"),
+    ("/react -12345 x", "-12345 is none of the messages of others here: -1 to -2"),
     ("/react 2 x", "/react -2 x is about another message"),
-    ("/redact -2", "-2 is none of your messages here; there is only -1"),
+    ("/redact -2", "-2 is none of the messages of yours here: only -1"),
     ("/redact 1", "usage: /redact, or /redact -2 for the one before"),
-    ("/save 0", "0 is none of the files here; there is only -1"),
-    ("/save 1", "1 is none of the files here; there is only -1"),
-    ("/save -2 x", "-2 is none of the files here; there is only -1"),
-    ("/save -0", "-0 is none of the files here; there is only -1"),
+    ("/save 0", "0 is none of the files here: only -1"),
+    ("/save 1", "1 is none of the files here: only -1"),
+    ("/save -2 x", "-2 is none of the files here: only -1"),
+    ("/save -0", "-0 is none of the files here: only -1"),
     ("/transfers cancel 1", "1 is no number of a file on its way: none"),
     ("/transfers cancel x", "x is no number of a file on its way: none"),
     ("/transfers cancel", "usage: /transfers cancel 1"),
@@ -25763,7 +25868,7 @@ def test_one_terminal_talks_on_two_servers_and_does_so_again_at_the_next_start(
     alice.type("/go 1\r")
     assert alice.shows("bob: alice: and here?")
     alice.type("yes\r/go\r")
-    assert bob.until("alice: yes") and alice.shows("1 #lobby, ", ": 2 #lobby")
+    assert bob.until("alice: yes") and alice.shows(": 1 #lobby", ": 2 #lobby")
     alice.type("/quit\r")
     assert alice.process.wait(PATIENCE) == 0
     again = terminal(here.address, "alice", state=folder)
@@ -27304,6 +27409,30 @@ def test_go_finds_a_number_a_name_or_a_server_and_nothing_else(at_keys, typed, h
     assert notes_of(at_keys)[-1:] == [told] or told is None
 
 
+def test_go_alone_lists_the_conversations_of_each_server_in_a_row_of_their_own(at_keys):
+    seat = at_keys.seat
+    at_keys.connect("there 6668")
+    at_keys.look_at(seat)
+    at_keys.core.find("#den").unread = 3
+    at_keys.take(b"/go\r")
+    rows = ["here:6667: 1 #den (3 new), 2 #tea", "there:6668: 3 (no conversation)"]
+    assert notes_of(at_keys)[-2:] == rows
+
+
+def test_history_without_a_connection_names_the_command_that_has_some():
+    alice = Elsewhere()
+    alice.core.disconnected()
+    alice.types("/history")
+    assert alice.kinds("note")[-1] == "not connected; /lastlog looks in your own"
+
+
+def test_a_server_in_place_of_the_nick_is_told_with_the_order(capsys):
+    with pytest.raises(SystemExit):
+        chat.main(["client", "irc://irc.example", "alice"])
+    told = "your nick comes first, like: alice --server irc://irc.example"
+    assert told in capsys.readouterr().err
+
+
 def test_a_text_begun_in_a_conversation_that_ended_is_no_draft_of_another(at_keys):
     den = at_keys.core.rooms.open("#den")
     den.draft = "of the den"
@@ -28222,6 +28351,36 @@ def test_a_paste_of_several_lines_shows_what_will_be_sent(running, window):
     assert alice.compose.content == "one two three" and not alice.banner.shown
 
 
+def test_a_paste_shows_how_many_messages_a_server_makes_of_it_to_which_lines_are_messages(
+    running, window, monkeypatch
+):
+    alice = Elsewhere()
+    text = f"{'ä' * 500}\ntwo\n{'x' * 100}"
+    alice.types(text)
+    room = alice.core.talk.lines.separate_bytes - len("#lobby")
+    pieces = [line.text for line in chat.sendable_lines(text, room)]
+    said = [
+        match[1] for line in alice.sent(9) if (match := re.match("PRIVMSG #lobby :?(.*)", line))
+    ]
+    assert said == pieces and len(said) == 5
+    several = Elsewhere(caps="batch draft/multiline=max-bytes=4096,max-lines=9")
+    assert several.core.talk.lines.separate_bytes == 0
+    monkeypatch.setattr(chat.MessageLines, "separate_bytes", room)
+    alice = at_home(window(running().address))
+    for pasted, told in (
+        (text, f"3 lines: sent as {len(pieces)} messages"),
+        ("word " * 300, "1 line: sent as 4 messages"),
+        ("word " * 30, None),
+        ("one\n", None),
+    ):
+        alice.compose.set("")
+        alice.root.clipboard_clear()
+        alice.root.clipboard_append(pasted)
+        alice.compose.event_generate("<<Paste>>")
+        assert (alice.banner.label.cget("text") if alice.banner.shown else None) == told
+        alice.banner.hide()
+
+
 def test_a_paste_of_several_lines_is_an_answer_if_one_was_begun_and_its_banner_goes_with_it(
     running, window
 ):
@@ -28733,7 +28892,11 @@ def test_a_draft_belongs_to_its_conversation_and_outlives_the_window(running, wi
     assert alice.compose.content == "" and "\u270e #tea" in sidebar(alice)
     alice.compose.insert("end", "half a")
     alice.root.update()
-    store = alice.model.engine.core.store.db
+    timers, store = alice.timers, alice.model.engine.core.store.db
+    assert timers.waits("draft")
+    begun = timers.ids["draft"]
+    alice.writing._edited()
+    assert timers.ids["draft"] == begun  # not put off by the next key
     pump(alice, lambda: ("half a",) in store.execute("SELECT draft FROM rooms").fetchall())
     alice.compose.insert("end", " thought")
     alice.close()
@@ -29030,14 +29193,16 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
 
 def test_what_is_said_of_a_setting_is_broken_where_there_is_little_room(running, window):
     alice = at_home(window(running().address))
-    alice.model.do("set", "size", "20")
-    pump(alice, lambda: alice.look.size == 20)
-    for _ in range(2):
+    for size, heights in ((10, 1), (20, 2), (10, 1)):
+        alice.model.do("set", "size", str(size))
+        pump(alice, lambda size=size: alice.look.size == size)
+        alice.root.update()
         alice.commands.open_settings()
         alice.root.update()
         abouts = alice.settings.abouts
         assert all(about.winfo_reqwidth() <= about.winfo_width() + 1 for about in abouts)
-        assert len({about.winfo_height() for about in abouts}) > 1
+        assert len({about.winfo_height() for about in abouts}) >= heights
+        assert heights > 1 or len({about.winfo_height() for about in abouts}) == 1
         alice.settings.done()
 
 
