@@ -3880,6 +3880,12 @@ def inherit(hub: Hub, user: User, identity: str) -> None:
             hub.turn.record("marker", identity, target, *mark)
 
 
+def tell_ranks(hub: Hub, channel: Channel, user: User, ranks: Iterable[str]) -> None:
+    """Tell a channel the ranks that a user has there by an account."""
+    changes = [ModeChange(True, rank, user.name) for rank in ranks]
+    hub.emit(MODE, hub.source, channel.audience, format_modes(changes))
+
+
 def change_login(hub: Hub, who: Session, account: str) -> None:
     """Log a user in to an account. A guest's first account inherits what the guest has."""
     user, identity = who.user, hub.accounts.identity(account)
@@ -3889,10 +3895,9 @@ def change_login(hub: Hub, who: Session, account: str) -> None:
     emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, origin=who)
     for channel in user.channels:
         member, ranks = channel.members[user], channel.ranks_by_account(user)
-        given = [ModeChange(True, r, user.name) for r in ranks if member.set_rank(r, True)]
-        if given:
+        if given := [rank for rank in ranks if member.set_rank(rank, True)]:
             channel.rosters.clear()
-            hub.emit(MODE, hub.source, channel.audience, format_modes(given))
+            tell_ranks(hub, channel, user, given)
 
 
 def new_resume_id(hub: Hub, token: str) -> str:
@@ -4291,6 +4296,8 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
     hub.emit(JOIN, user.source, channel.audience, user.realname, user.account, who)
     if user.away:
         hub.emit(AWAY, user.source, channel.audience, user.away, origin=who)
+    if ranks and len(channel.members) > 1:
+        tell_ranks(hub, channel, user, ranks)
     if others := [session for session in user.live if session is not who]:
         hub.emit(OWN_JOIN, user.source, Audience(channel.name, sessions=others))
     tell_metadata_of_newcomer(hub, who, channel)

@@ -4255,6 +4255,25 @@ def test_a_word_with_a_dot_or_a_colon_is_the_host_of_a_mask(text, mask):
     assert chat.full_mask(text) == mask == chat.full_mask(mask)
 
 
+def test_members_are_told_the_ranks_with_which_an_account_joins_again():
+    house = House()
+    account(house, "alice", "carol")
+    for name in ("alice", "carol"):
+        device(house, name, name)
+    come(house, "bob")
+    for who in ("alice", "carol", "bob"):
+        ask(house, who, "JOIN #a")
+    ask(house, "alice", "MODE #a +v carol")
+    for who, ranks in (("carol", "+v carol"), ("alice", "+qo alice alice")):
+        house.say(who, "PART #a")
+        ask(house, "bob")
+        house.say(who, "JOIN #a")
+        house.turn()
+        told = [line.partition(" :")[2] for line in house.heard("bob")]
+        assert told[1:] == [f"chat.py MODE #a {ranks}"] and told[0].endswith(" JOIN #a")
+        assert f":chat.py MODE #a {ranks}" in str(house.heard(who))
+
+
 def test_the_longest_mask_is_removed_as_it_is_listed_and_a_longer_one_is_refused():
     house, most = irc_house("#a", alice=""), chat.MASK_BYTES - len("!*@*")
     asked(house, "alice", f"MODE #a +b {'b' * most}")
