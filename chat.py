@@ -12560,8 +12560,8 @@ def folded_by(rule: str, name: str) -> str:
     return name.translate(CASE_MAPPINGS.get(rule, CASE_MAPPINGS["ascii"]))
 
 
-# Matches the keys that depend on the rule, and those of names that another rule tells apart
-AMBIGUOUS_KEY = re.compile(r"[^ -Z_-z]|[\[-^]")
+# Matches the keys of names that two rules may compare differently
+AMBIGUOUS_KEY = re.compile(r"[^ -Z_-z]")
 HOST_CHARACTERS = set(".:/")  # that hosts have, and no nick
 STATUS_SYMBOLS = "~&@%+"  # before a channel, of ranks whose users are meant
 PARAMETER_MODES = "beIqaohvkl"  # modes with a parameter, where 005 has no CHANMODES
@@ -13897,10 +13897,12 @@ class Acknowledgements:
         refusals, self.refusals = self.refusals, []
         left = {id(line) for line in self.sent}
         for n, (line, lines, reason) in enumerate(refusals):
-            taken = {one.id for one in lines if id(one) in left} - {line.id}
-            later = {one.line.id for one in refusals[n + 1 :]} & {one.id for one in lines}
-            count = len((taken | later) - {line.id}) if taken else 0
-            doubt = f" (this message, or one of the {count} after it)" if count else ""
+            targets = {one.target for one in lines}
+            later = [one for one in refusals[n + 1 :] if one.line.target in targets]
+            possible = [*lines, *(one for refusal in later for one in refusal.lines)]
+            taken = {one.id for one in possible if id(one) in left} - {line.id}
+            others = taken and (taken | {one.line.id for one in later}) - {line.id}
+            doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
             if line.id in self.core.outbox.in_flight:  # else the user knows
                 self.core.outgoing.lost(line.id, reason + doubt)
 

@@ -16101,6 +16101,18 @@ def test_a_refusal_of_one_of_several_is_told_when_the_line_breaks_before_the_pon
     assert alice.kinds("failed")[0].endswith("No (this message, or one of the 4 after it): text 0")
 
 
+def test_a_refusal_is_unclear_as_long_as_a_line_that_was_sent_later_may_be_meant():
+    alice = Elsewhere()
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types("zero", "one\ntwo\nthree")
+    assert len(alice.sent(5)) == 2
+    alice.hears("404 alice #lobby :No")  # about line one
+    assert "two" in alice.sent(2)[0]
+    alice.hears("404 alice #lobby :No")  # about line two
+    alice.views += alice.core.disconnected()
+    assert alice.kinds("failed")[0].endswith("No (this message, or one of the 1 after it): zero")
+
+
 def test_after_a_refusal_messages_are_sent_alone_until_so_many_have_passed():
     alice, sent = five_at_once()
     alice.hears("404 alice #lobby :No")
