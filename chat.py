@@ -26205,22 +26205,24 @@ function linesOf({ own, target, text, action, reply }) {
 
 // ---- What this browser keeps
 
-// Small settings. A browser may refuse to keep any: then they last as long as the page
+// Small settings. Those that a browser does not keep last as long as the page
 const memory = {};
 
 function setting(name) {
   try {
-    return JSON.parse(localStorage.getItem(`chat.${name}`));
+    return name in memory ? memory[name] : JSON.parse(localStorage.getItem(`chat.${name}`));
   } catch {
-    return memory[name] ?? null;
+    return null;
   }
 }
 
 function set(name, value) {
-  memory[name] = value;
   try {
     localStorage.setItem(`chat.${name}`, JSON.stringify(value));
-  } catch { /* it is in memory */ }
+    delete memory[name];
+  } catch { // it is full, or refused
+    memory[name] = value;
+  }
 }
 
 // Rows by key, in IndexedDB; in localStorage where there is none. outbox: messages and files that

@@ -31789,6 +31789,17 @@ def test_return_that_ends_a_composition_sends_nothing(running, browse):
         assert tab.js(f"field.value = 'tea'; field.dispatchEvent({event})") != sent
 
 
+FULL = "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); };"
+
+
+def test_what_a_full_browser_does_not_keep_lasts_as_long_as_the_page(running, browse):
+    tab = browse(with_page(running).address, before=FULL + NO_DATABASE).enter("anna")
+    assert len(tab.js("setting('secret')")) == 32
+    tab.js("leader.receive = () => null; null")
+    tab.say("one", "two", "three")
+    assert [row["text"] for row in tab.js("stored('outbox')")] == ["one", "two", "three"]
+
+
 # ======================================================================================
 # MAIN
 # ======================================================================================
