@@ -26000,7 +26000,7 @@ PAGE_TEXT = r"""<!doctype html>
 <style>
 :root { --back: #fff; --side: #f1f3f5; --text: #16191d; --dim: #5b636d; --line: #d9dee3;
   --accent: #1558b0; --on: #fff; --mine: #e6f0fd; --called: #fff3c4; --bad: #b3261e;
-  --light: 34%; color-scheme: light dark; }
+  --light: 34%; --keyboard: 0px; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #14171b; --side: #1d2126; --text: #e8eaed; --dim: #9aa3ad; --line: #333a42;
     --accent: #8ab8ff; --on: #0b1320; --mine: #1d2a3d; --called: #40381a; --bad: #ffb4ab;
@@ -26008,8 +26008,8 @@ PAGE_TEXT = r"""<!doctype html>
 * { box-sizing: border-box; }
 [hidden], dialog:not([open]) { display: none !important; }
 html, body { height: 100%; margin: 0; overflow: hidden; }
-body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var(--text);
-  overflow-wrap: break-word; overflow-wrap: anywhere; }
+body { height: calc(100% - var(--keyboard)); font: 1rem/1.4 system-ui, sans-serif;
+  background: var(--back); color: var(--text); overflow-wrap: break-word; overflow-wrap: anywhere; }
 button, input, textarea { font: inherit; color: inherit; }
 button, .card, #rooms, #people { background: var(--side); }
 button, input, textarea, .row, .row img, .card { border-radius: .5rem; }
@@ -26064,18 +26064,18 @@ progress { width: 100%; }
   text-align: start; }
 .list span:first-child { flex: 1; min-width: 0; unicode-bidi: isolate; }
 [aria-current=true] { background: var(--mine); font-weight: 600; }
-dialog { width: min(34rem, 100%); max-height: 90%; overflow: auto; border: 0; z-index: 3;
-  border-radius: 1rem; background: var(--back); color: var(--text);
+dialog { width: min(34rem, 100%); max-height: calc(90% - var(--keyboard)); overflow: auto;
+  z-index: 3; border-radius: 1rem; background: var(--back); color: var(--text);
   padding: 1rem 1rem 2rem; }
-dialog[open] { position: fixed; inset: auto 0 0; margin: auto auto 0; }
+dialog[open] { position: fixed; inset: auto 0 var(--keyboard); margin: auto auto 0; }
 h2 { margin: 0; font-size: 1.1rem; }
 .buttons { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
 dialog img { max-width: 100%; max-height: 40vh; }
 @media (max-width: 1099px) { #people { display: none; } }
 @media (min-width: 720px) { #menu, #camera { display: none; }
-  dialog[open] { inset: 0; margin: auto; } }
+  dialog[open] { inset: 0 0 var(--keyboard); margin: auto; } }
 @media (max-width: 719px) {
-  #rooms { position: fixed; inset: auto 0 0; width: 100%; max-height: 75%; z-index: 2;
+  #rooms { position: fixed; inset: auto 0 var(--keyboard); width: 100%; max-height: 75%; z-index: 2;
     border-radius: 1rem 1rem 0 0; box-shadow: 0 0 3rem #0006; display: none; }
   #rooms.open { display: block; } }
 </style>
@@ -27785,7 +27785,9 @@ function listen() {
   setInterval(drawPhase, 1000);
   if (!navigator.locks) setInterval(elect, 2000);
   self.visualViewport?.addEventListener('resize', () => { // the keyboard of a phone
-    document.body.style.height = `${visualViewport.height * visualViewport.scale}px`;
+    const { style, clientHeight } = document.documentElement;
+    const covered = clientHeight - visualViewport.height * visualViewport.scale;
+    style.setProperty('--keyboard', `${Math.max(0, covered)}px`);
   });
 }
 

@@ -31800,6 +31800,16 @@ def test_what_a_full_browser_does_not_keep_lasts_as_long_as_the_page(running, br
     assert [row["text"] for row in tab.js("stored('outbox')")] == ["one", "two", "three"]
 
 
+def test_the_keyboard_of_a_phone_covers_nothing_that_is_used(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("Object.defineProperty(visualViewport, 'height', { value: 300 }); null")
+    tab.js("visualViewport.dispatchEvent(new Event('resize')); $('menu').click()")
+    tab.js("openSheet('Sheet', Array.from({ length: 50 }, () => dim('text')))")
+    for part in ("composer", "rooms", "sheet"):
+        top, bottom = tab.js(f"(b => [b.top, b.bottom])($('{part}').getBoundingClientRect())")
+        assert 0 <= top < bottom <= 300, part
+
+
 # ======================================================================================
 # MAIN
 # ======================================================================================
