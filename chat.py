@@ -26272,7 +26272,7 @@ const KEPT = 200; // messages of a room that are kept for the next start
 const WALKED = 1000; // missed messages that are fetched in order; of more, only the newest
 
 const state = { me: '', account: '', rooms: {}, outbox: [], batches: {},
-  asked: {}, page: PAGE, phase: 'closed', why: '', retryAt: 0 };
+  asked: {}, page: PAGE, phase: 'closed', why: '' };
 
 const isMe = (nick) => fold(nick) === fold(state.me);
 const partner = (target, nick) => (isChannel(target) || isMe(nick) ? target : nick);
@@ -26898,10 +26898,9 @@ class Leader {
     this.uploader.asking?.lost(new Error('the connection broke'));
     this.uploader.end?.abort(); // its connection may be as dead
     if (leader !== this || state.phase === 'ended') return;
-    const wait = this.wait * (0.75 + Math.random() / 2);
+    this.timer = setTimeout(() => this.connect(), this.wait * (0.75 + Math.random() / 2));
     this.wait = Math.min(LONGEST, this.wait * 2);
-    this.timer = setTimeout(() => this.connect(), wait);
-    publish({ phase: 'waiting', why: this.error, retryAt: Date.now() + wait });
+    publish({ phase: 'waiting', why: this.error });
   }
 
   stop(why) { // until the user does something
@@ -27059,8 +27058,8 @@ const ITEMS = {
     leader?.pump();
     refresh();
   },
-  phase(phase, { why = '', retryAt = 0 }) {
-    Object.assign(state, { phase, why, retryAt });
+  phase(phase, { why = '' }) {
+    Object.assign(state, { phase, why });
     if (phase === 'connecting') state.account = '';
     if (phase !== 'online') connectionLost(); // also of a tab that led before
     if (phase === 'online' && $('sheet').dataset.kind === 'name') closeSheet();
@@ -27238,6 +27237,7 @@ function drawRows(messages, next) {
       place.before(block);
     }
     const row = el('article', { tabIndex: -1, message });
+    if (messages.length > 1) row.setAttribute('aria-live', 'off'); // they are history
     rows.set(message, row);
     block.append(row);
     fillRow(row);
@@ -27388,16 +27388,16 @@ function drawWaiting(list) {
     const bar = row.size && !row.failed
       && el('progress', { max: row.size, value: row.sent ?? 0, ariaLabel: row.name });
     const why = row.failed ? `not sent: ${row.failed} ` : 'waiting ';
-    return el('article', { className: 'row mine' }, withLinks(row.text ?? row.name), bar,
+    const ariaLive = row.failed ? 'polite' : 'off'; // its echo is read out
+    return el('article', { className: 'row mine', ariaLive }, withLinks(row.text ?? row.name), bar,
       el('span', { className: row.failed ? 'failed' : 'dim' }, why),
       row.failed && button('Retry', () => retry(row)), button('Cancel', () => cancel(row)));
   })));
 }
 
 function drawPhase() {
-  const left = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
   const texts = { closed: state.me ? '' : 'Not joined', connecting: 'Connecting', ended: state.why,
-    waiting: `${state.why || 'No connection'}; next attempt in ${counted(left, 'second')}` };
+    waiting: `${state.why || 'No connection'}; trying again` };
   const count = waiting().length, text = texts[state.phase] ?? '';
   const whole = text && count ? `${text}; ${counted(count, 'message')} waiting` : text;
   if ($('phase').textContent !== whole) $('phase').textContent = whole;

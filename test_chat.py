@@ -31810,6 +31810,25 @@ def test_the_keyboard_of_a_phone_covers_nothing_that_is_used(running, browse):
         assert 0 <= top < bottom <= 300, part
 
 
+def test_a_screen_reader_reads_out_what_is_said_and_neither_history_nor_a_wait(running, browse):
+    server = with_page(running)
+    bob = server.guest("bob")
+    bob.send("old 1\nold 2\n")
+    tab = browse(server.address).enter("anna")
+    tab.wait_for("old 2")
+    bob.send("new\n")
+    tab.wait_for("new")
+    tab.js("leader.connect = () => null; leader.closed()")
+    tab.say("mine")
+    tab.until("document.querySelector('#waiting .row') && $('phase').textContent")
+    rows = "[...document.querySelectorAll('#log .row:not(.info)')]"
+    heard = f"{rows}.filter(row => !row.closest('[aria-live=off]')).map(row => row.innerText)"
+    assert [text.split()[-1] for text in tab.js(heard)] == ["new"]
+    tab.js("leader.fail(state.outbox[0].own, 'too long')")
+    tab.until(f"{heard}.some(text => text.includes('too long'))")
+    assert tab.js("$('phase').textContent") == "No connection; trying again"  # no count of seconds
+
+
 # ======================================================================================
 # MAIN
 # ======================================================================================
