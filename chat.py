@@ -27780,7 +27780,8 @@ function listen() {
   addEventListener('visibilitychange', () => {
     if (document.hidden) return leader && keepRooms();
     markRead();
-    return leader ? leader.probe() : callLeader();
+    act('probe');
+    return callLeader();
   });
   setInterval(drawPhase, 1000);
   if (!navigator.locks) setInterval(elect, 2000);

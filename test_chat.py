@@ -31829,6 +31829,16 @@ def test_a_screen_reader_reads_out_what_is_said_and_neither_history_nor_a_wait(r
     assert tab.js("$('phase').textContent") == "No connection; trying again"  # no count of seconds
 
 
+def test_a_tab_that_is_shown_has_the_leader_try_its_connection(running, browse):
+    server = with_page(running)
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    first.js("leader.probe = () => { globalThis.tried = true; }; null")
+    second.js("dispatchEvent(new Event('visibilitychange')); null")
+    first.until("globalThis.tried", patience=5)  # it does so itself after 30 s
+
+
 # ======================================================================================
 # MAIN
 # ======================================================================================
