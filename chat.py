@@ -27774,6 +27774,7 @@ function listen() {
   addEventListener('online', () => act('probe'));
   addEventListener('pagehide', () => {
     keepDraft();
+    attached = Boolean(leader); // a page that is shown again has missed what the leader published
     if (leader) keepRooms();
     if (leader && !navigator.locks) set('lease', null);
   });

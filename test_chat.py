@@ -31839,6 +31839,19 @@ def test_a_tab_that_is_shown_has_the_leader_try_its_connection(running, browse):
     first.until("globalThis.tried", patience=5)  # it does so itself after 30 s
 
 
+def test_a_tab_that_comes_back_from_the_cache_of_pages_has_what_it_missed(running, browse):
+    server = with_page(running)
+    bob = server.guest("bob")
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    second.js("dispatchEvent(new Event('pagehide')); globalThis.usual = apply; apply = () => null")
+    bob.send("meanwhile\n")
+    first.wait_for("meanwhile")
+    second.js("apply = usual; dispatchEvent(new Event('visibilitychange')); null")
+    second.wait_for("meanwhile")
+
+
 # ======================================================================================
 # MAIN
 # ======================================================================================
