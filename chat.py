@@ -27023,7 +27023,9 @@ function act(name, ...values) { // have the leader do something
   else setTimeout(act, 100, name, ...values); // it is not known yet who leads
 }
 
-const ask = (line) => act('send', line); // a line that the user wants to be sent
+// Send a line that the user wants to be sent. None waits for a connection
+const ask = (line) => (state.phase === 'online' ? act('send', line)
+  : note('Not done: there is no connection'));
 const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
@@ -27315,7 +27317,7 @@ function markRead() {
   if (document.hidden || !stuck || !last || last.time <= to.marker) return;
   to.marker = last.time;
   count(to);
-  if (!isMe(last.nick)) ask(`MARKREAD ${to.name} timestamp=${last.time}`);
+  if (!isMe(last.nick)) act('send', `MARKREAD ${to.name} timestamp=${last.time}`);
 }
 
 // ---- The screen: the rest of it, drawn again in the next frame where it differs
@@ -27456,7 +27458,7 @@ field.oninput = () => {
   keepDraft();
   if (!field.value || field.value.startsWith('/') || Date.now() - typed < 3000) return;
   typed = Date.now();
-  ask(`@label=typing;+typing=active TAGMSG ${shown().name}`);
+  act('send', `@label=typing;+typing=active TAGMSG ${shown().name}`);
 };
 
 function setReplyTo(message) {

@@ -31852,6 +31852,14 @@ def test_a_tab_that_comes_back_from_the_cache_of_pages_has_what_it_missed(runnin
     second.wait_for("meanwhile")
 
 
+def test_what_is_wanted_without_a_connection_is_not_dropped_silently(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("leader.connect = () => null; leader.closed()")
+    tab.say("this waits", "/topic tea")
+    tab.wait_for("Not done: there is no connection")
+    assert tab.text().count("Not done") == 1
+
+
 # ======================================================================================
 # MAIN
 # ======================================================================================
