@@ -26013,7 +26013,8 @@ body { height: calc(100% - var(--keyboard)); font: 1rem/1.4 system-ui, sans-seri
 button, input, textarea { font: inherit; color: inherit; }
 button, .card, #rooms, #people { background: var(--side); }
 button, input, textarea, .row, .row img, .card { border-radius: .5rem; }
-button { min-height: 44px; min-width: 44px; padding: 0 .6rem; border: 0; cursor: pointer; }
+button, dialog { border: 1px solid transparent; } /* forced colours show it */
+button { min-height: 44px; min-width: 44px; padding: 0 .6rem; cursor: pointer; }
 .main { background: var(--accent); color: var(--on); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
 input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
@@ -26053,9 +26054,9 @@ progress { width: 100%; }
 #newest { align-self: center; margin-top: -3rem; z-index: 1; }
 #reply { display: flex; align-items: center; margin: 0 .9rem; }
 #reply span { flex: 1; }
-#composer { display: flex; align-items: flex-end; gap: .2rem; padding: .3rem .3rem
+#composer { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .2rem; padding: .3rem .3rem
   max(.3rem, env(safe-area-inset-bottom)); border-top: 1px solid var(--line); }
-#text { flex: 1; min-width: 0; resize: none; max-height: 40vh; }
+#text { flex: 1 7rem; min-width: 0; resize: none; max-height: 40vh; }
 .badge { padding: 0 .4rem; border-radius: 1rem; background: var(--dim); color: var(--back);
   font-size: .8rem; }
 .badge.called { background: var(--bad); }

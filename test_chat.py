@@ -31860,6 +31860,18 @@ def test_what_is_wanted_without_a_connection_is_not_dropped_silently(running, br
     assert tab.text().count("Not done") == 1
 
 
+def test_the_page_can_be_used_enlarged_and_in_forced_colours(running, browse):
+    tab = browse(with_page(running).address, width=180, height=320).enter("anna")
+    assert tab.js("field.offsetWidth") > 80
+    assert tab.js("$('send').getBoundingClientRect().right") <= 180
+    forced = {"name": "forced-colors", "value": "active"}
+    tab.ask("Emulation.setEmulatedMedia", features=[forced])
+    tab.js("settingsSheet()")
+    for part in ("#sheet", "#sheet button"):
+        border = f"getComputedStyle(document.querySelector('{part}')).borderTop"
+        tab.until(f"/solid (?!rgba.0, 0, 0, 0)/.test({border})")  # not transparent
+
+
 # ======================================================================================
 # MAIN
 # ======================================================================================
