@@ -26494,8 +26494,13 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   INVITE: (nick, [, name]) => note(`${nick} invites you: /join ${name}`),
   MARKREAD(nick, [name, marker = '']) {
     const to = state.rooms[fold(name)], time = marker.replace(/^timestamp=|\*/, '');
-    if (to && time > to.marker) to.marker = time;
-    if (to) count(to);
+    if (!to) return;
+    if (time > to.marker) to.marker = time;
+    if (time < to.marker && to.told !== to.marker) { // it was read without a connection
+      to.told = to.marker; // once: a server that takes less answers with less
+      respond(`MARKREAD ${name} timestamp=${to.marker}`);
+    }
+    count(to);
   },
   BATCH(nick, [reference, kind, target], line) {
     const key = reference.slice(1);

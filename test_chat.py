@@ -31860,6 +31860,19 @@ def test_what_is_wanted_without_a_connection_is_not_dropped_silently(running, br
     assert tab.text().count("Not done") == 1
 
 
+def test_what_was_read_without_a_connection_is_read_on_other_devices_later(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    tab.js("openRoom('ben')")
+    server.guest("bob").send("hello\n")
+    tab.until("room('#lobby').unread === 1")
+    tab.js("globalThis.usual = leader.connect; leader.connect = () => null; leader.closed()")
+    tab.js("openRoom('#lobby')")
+    tab.js("leader.connect = usual; leader.connect()")
+    markers = server.server.hub.markers
+    assert eventually(lambda: [list(marks) for marks in list(markers.values())] == [["#lobby"]])
+
+
 def test_the_page_can_be_used_enlarged_and_in_forced_colours(running, browse):
     tab = browse(with_page(running).address, width=180, height=320).enter("anna")
     assert tab.js("field.offsetWidth") > 80
