@@ -26008,8 +26008,8 @@ PAGE_TEXT = r"""<!doctype html>
 * { box-sizing: border-box; }
 [hidden], dialog:not([open]) { display: none !important; }
 html, body { height: 100%; margin: 0; overflow: hidden; }
-body { height: calc(100% - var(--keyboard)); font: 1rem/1.4 system-ui, sans-serif;
-  background: var(--back); color: var(--text); overflow-wrap: break-word; overflow-wrap: anywhere; }
+body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var(--text);
+  overflow-wrap: break-word; overflow-wrap: anywhere; }
 button, input, textarea { font: inherit; color: inherit; }
 button, .card, #rooms, #people { background: var(--side); }
 button, input, textarea, .row, .row img, .card { border-radius: .5rem; }
@@ -26022,7 +26022,7 @@ input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
 [type=checkbox] { width: auto; }
 label { display: block; margin: .7rem 0 .2rem; }
 a { color: var(--accent); unicode-bidi: isolate; direction: ltr; }
-main { display: flex; height: 100%; }
+main { display: flex; height: calc(100% - var(--keyboard)); }
 #chat { flex: 1; min-width: 0; display: flex; flex-direction: column; }
 header { display: flex; border-bottom: 1px solid var(--line); }
 header button { background: none; }
@@ -26419,7 +26419,6 @@ function heard(nick, [, text], line) {
 
 // ---- Lines of the server
 
-const RANKS = '~&@%+';
 const news = (to, text) => Object.keys(to.members).length <= 50 && tell(to, text);
 const because = (reason) => (reason ? `: ${reason}` : '');
 
@@ -27384,7 +27383,7 @@ function drawRooms() {
 }
 
 function peopleOf(members) {
-  const order = ({ rank, name }) => `${rank ? RANKS.indexOf(rank) : 9}${fold(name)}`;
+  const order = ({ rank, name }) => `${rank ? '~&@%+'.indexOf(rank) : 9}${fold(name)}`;
   const sorted = members.sort((a, b) => order(a).localeCompare(order(b))).slice(0, 500);
   return [dim(counted(members.length, 'member')), ...sorted.map(({ name, rank, away }) =>
     button(rank + name, () => personSheet(name), { className: away ? 'dim' : '' }))];
