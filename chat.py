@@ -27561,10 +27561,11 @@ function choose(properties) {
 $('attach').onclick = () => choose({});
 $('camera').onclick = () => choose({ accept: 'image/*', capture: 'environment' });
 field.onpaste = ({ clipboardData: { files } }) => offer(...files);
-document.ondragover = (event) => event.preventDefault();
-document.ondrop = (event) => {
+document.ondragover = document.ondrop = (event) => {
+  const { type, target, dataTransfer: { types, files } } = event;
+  if (target === field && !types.includes('Files')) return; // a text, for the browser to insert
   event.preventDefault();
-  offer(...event.dataTransfer.files);
+  if (type === 'drop') offer(...files);
 };
 
 async function shrunk(file) {

@@ -31873,6 +31873,15 @@ def test_what_was_read_without_a_connection_is_read_on_other_devices_later(runni
     assert eventually(lambda: [list(marks) for marks in list(markers.values())] == [["#lobby"]])
 
 
+def test_a_text_that_is_dropped_on_the_composer_is_in_it(running, browse):
+    tab = browse(with_page(running).address, width=1200).enter("anna")
+    x, y = tab.js("(b => [b.x + 20, b.y + 20])(field.getBoundingClientRect())")
+    text = {"items": [{"mimeType": "text/plain", "data": "tea"}], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        tab.ask("Input.dispatchDragEvent", type=kind, x=x, y=y, data=text)
+    tab.until("field.value === 'tea'")
+
+
 def test_the_page_can_be_used_enlarged_and_in_forced_colours(running, browse):
     tab = browse(with_page(running).address, width=180, height=320).enter("anna")
     assert tab.js("field.offsetWidth") > 80
