@@ -26012,7 +26012,7 @@ body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var
   overflow-wrap: break-word; overflow-wrap: anywhere; }
 button, input, textarea { font: inherit; color: inherit; }
 button, .card, #rooms, #people { background: var(--side); }
-button, input, textarea, .row, .row img, .card { border-radius: .5rem; }
+button, input, textarea, .row, img, .card { border-radius: .5rem; }
 button, dialog { border: 1px solid transparent; } /* forced colours show it */
 button { min-height: 44px; min-width: 44px; padding: 0 .6rem; cursor: pointer; }
 .main { background: var(--accent); color: var(--on); }
@@ -26045,7 +26045,7 @@ header button { background: none; }
 .text { margin: 0; white-space: pre-wrap; unicode-bidi: plaintext; overflow: hidden; }
 .info .text { color: var(--dim); }
 blockquote { margin: 0; padding-inline-start: .5rem; border-inline-start: 3px solid var(--line); }
-.row img, .card { display: block; max-width: 100%; height: auto; }
+img, .card { display: block; max-width: 100%; height: auto; }
 .reactions button { min-height: 34px; margin: .2rem .3rem 0 0; }
 [aria-pressed=true] { outline: 1px solid var(--accent); }
 .failed { color: var(--bad); }
@@ -26071,7 +26071,7 @@ dialog { width: min(34rem, 100%); max-height: calc(90% - var(--keyboard)); overf
 dialog[open] { position: fixed; inset: auto 0 var(--keyboard); margin: auto auto 0; }
 h2 { margin: 0; font-size: 1.1rem; }
 .buttons { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
-dialog img { max-width: 100%; max-height: 40vh; }
+dialog img { max-height: 40vh; }
 @media (max-width: 1099px) { #people { display: none; } }
 @media (min-width: 720px) { #menu, #camera { display: none; }
   dialog[open] { inset: 0 0 var(--keyboard); margin: auto; } }
