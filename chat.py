@@ -27040,8 +27040,10 @@ const ITEMS = {
   },
   closed(key) {
     delete state.rooms[key];
-    if (leader) store('rooms', 'delete', key);
     if (key === here) openRoom('#lobby');
+    if (!leader) return;
+    store('rooms', 'delete', key);
+    set('joined', joined().filter((name) => fold(name) !== key));
   },
   line: dispatch,
   note,
@@ -27719,9 +27721,10 @@ function joinSheet() {
 function roomSheet() {
   const to = shown(), members = Object.values(to.members);
   const list = el('div', { className: 'list' }, ...peopleOf(members));
-  const leave = () => (to.joined ? ask(`PART ${to.name}`) : publish({ closed: to.key }));
+  const inside = to.joined || (isChannel(to.name) && state.phase !== 'online');
+  const leave = () => (inside ? ask(`PART ${to.name}`) : publish({ closed: to.key }));
   openSheet(to.name, [to.topic && dim(to.topic), list],
-    [choice(to.joined ? 'Leave' : 'Remove from the list', leave)]);
+    [choice(inside ? 'Leave' : 'Remove from the list', leave)]);
 }
 
 function searchSheet(words = '') {

@@ -31873,6 +31873,21 @@ def test_what_was_read_without_a_connection_is_read_on_other_devices_later(runni
     assert eventually(lambda: [list(marks) for marks in list(markers.values())] == [["#lobby"]])
 
 
+def test_a_channel_is_not_left_without_a_connection_and_a_removed_one_not_joined(running, browse):
+    server = with_page(running)
+    server.guest().enter_irc("ben", "JOIN #club", "MODE #club +i")
+    tab = browse(server.address).enter("anna")
+    tab.js("set('joined', ['#lobby', '#club'])")  # as one who was a member
+    tab.js("leader.closed()")
+    tab.js("openRoom('#club'); roomSheet()")
+    tab.press("Leave")
+    tab.wait_for("Not done: there is no connection")
+    tab.wait_for("Cannot join")
+    tab.js("roomSheet()")
+    tab.press("Remove from the list")
+    tab.until("setting('joined').join() === '#lobby' && allRooms().length === 1")
+
+
 def test_a_text_that_is_dropped_on_the_composer_is_in_it(running, browse):
     tab = browse(with_page(running).address, width=1200).enter("anna")
     x, y = tab.js("(b => [b.x + 20, b.y + 20])(field.getBoundingClientRect())")
