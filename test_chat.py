@@ -26753,7 +26753,7 @@ class Witness(Guest):
 def receives(process, last):
     """Return what a piped client prints, until it prints that or time is over."""
     lines = []
-    alarm = threading.Timer(6 * PATIENCE, process.kill)
+    alarm = threading.Timer((18 if RUNS else 6) * PATIENCE, process.kill)
     alarm.daemon = True
     alarm.start()
     for line in process.stdout:
