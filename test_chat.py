@@ -16331,7 +16331,7 @@ def test_a_nick_that_is_too_long_is_cut_to_what_servers_take_and_the_user_is_tol
     assert core.take_output() == b"NICK aaaaaaaaaaaaaaa\r\n"
     views = core.feed(b":x 001 aaaaaaaaaaaaaaa :Welcome\r\n")
     assert "is no nick that this server takes" in views[0].text
-    assert not core.regain
+    assert not core.talk.nick.regain
 
 
 def test_the_name_of_a_resumed_session_is_told_without_a_reason():
@@ -16743,7 +16743,7 @@ def test_a_name_that_a_ghost_had_is_taken_back_when_it_is_free(tokens, lines):
     alice.hears(*lines)
     assert "NICK alice" in alice.sent(9)
     alice.hears(":alice2!u@h NICK alice")
-    assert core.name == "alice" and not core.regain
+    assert core.name == "alice" and not core.talk.nick.regain
 
 
 def without_its_nick(*tokens):
