@@ -840,7 +840,14 @@ LINES = [  # what comes, the lines that come out; the last one is what finish() 
 
 
 def taken(buffer):
-    return list(iter(buffer.take, None))
+    """Take the lines; before each, the buffer tells whether there is one."""
+    lines, pending = [], buffer.pending
+    while (line := buffer.take()) is not None:
+        assert pending
+        lines.append(line)
+        pending = buffer.pending
+    assert not pending
+    return lines
 
 
 @pytest.mark.parametrize("data, lines, last", LINES)
@@ -5304,6 +5311,56 @@ def test_memory_holds_only_so_much_history(monkeypatch):
             pass
     assert len(texts(house.store, "#19", 1000)) == 100
     assert texts(house.store, "#0") == []
+
+
+WRONG_ROWS = [  # in tables that are read at the start
+    "UPDATE channels SET state = '{'",
+    "UPDATE channels SET state = '[]'",
+    "UPDATE channels SET state = '{\"name\": 5}'",
+    "UPDATE stays SET state = 'null'",
+    "UPDATE accounts SET number = 'junk'",
+    "INSERT INTO bans VALUES ('a', 'a', 'b', 'never', 'x')",
+    "INSERT INTO files VALUES ('a', '{}')",
+]
+
+
+@pytest.mark.parametrize("statement", WRONG_ROWS)
+def test_wrong_rows_of_a_database_are_one_clear_line(folder, statement):
+    house = stored(folder)
+    account(house, "alice")
+    device(house, "alice", "alice")
+    ask(house, "alice", "JOIN #a")
+    house.store.close()
+    change(folder / "chat.db", statement)
+    store = chat.Store(folder / "chat.db")
+    with (
+        contextlib.closing(store),
+        pytest.raises(chat.Unusable, match="is damaged .* move it away"),
+    ):
+        chat.load_hub(store, house.now, house.now)
+
+
+def test_a_channel_of_an_earlier_version_keeps_its_history_and_its_ranks(folder):
+    house = stored(folder)
+    for name in ("alice", "bob"):
+        account(house, name)
+        device(house, name, name)
+    ask(house, "alice", "JOIN #a", "CS REGISTER #a")
+    ask(house, "bob", "JOIN #a")
+    ask(house, "alice", "MODE #a +v bob")
+    old, _ = send(house, "bob", "#a", "old")
+    house.store.close()
+    keys = ("founding", "former_key", "stored_ranks")
+    paths = ", ".join(f"'$.{key}'" for key in keys)
+    state = f"json_set(json_remove(state, {paths}), '$.standing', state -> '$.stored_ranks')"
+    before = "UPDATE targets SET founding = 0"
+    change(folder / "chat.db", f"UPDATE channels SET state = {state}", before)
+    house = stored(folder)
+    for name in ("alice", "bob"):
+        device(house, name, name)
+    assert spoken(ask(house, "alice", "JOIN #a", "CHATHISTORY LATEST #a * 5")) == ["old"]
+    assert f"REDACT #a {old}" in str(ask(house, "alice", f"REDACT #a {old}"))
+    assert "+bob" in str(ask(house, "bob", "PART #a", "JOIN #a", "NAMES #a"))
 
 
 def test_a_database_that_another_process_has_locked_is_not_called_damaged(folder):
@@ -12529,7 +12586,8 @@ CLOSED_BEHIND = [  # a request, and whether the connection is closed behind its 
     ("GET / HTTP/1.0\nConnection: keep-alive", False),
     ("GET /nothing HTTP/1.1\nHost: localhost", False),
     ("GET / HTTP/1.1", True),  # a bad one
-    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 100000000", True),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 65536", False),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 65537", True),
     ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked", True),
 ]
 
@@ -12575,10 +12633,10 @@ BODIES = [  # chunks as they are sent, and the body or the status that they make
     (b"0\r\n" + b"a" * 5000, 400),
     (b"5;" + b"a" * (chat.CHUNK_LINE_BYTES - 2) + b"\r\nhello\r\n0\r\n\r\n", b"hello"),
     (b"5;" + b"a" * (chat.CHUNK_LINE_BYTES - 1) + b"\r\nhello\r\n0\r\n\r\n", 400),
-    (b"0\r\n" + b"a" * chat.TRAILER_BYTES + b"\r\n\r\n", b""),
-    (b"0\r\n" + b"a" * (chat.TRAILER_BYTES + 1) + b"\r\n\r\n", 400),
-    (b"0\r\n" + TRAILER * (chat.TRAILER_BYTES // 64) + b"\r\n", b""),
-    (b"0\r\n" + TRAILER * (chat.TRAILER_BYTES // 64 + 1) + b"\r\n", 400),
+    (b"0\r\n" + b"a" * 4096 + b"\r\n\r\n", b""),
+    (b"0\r\n" + b"a" * 4097 + b"\r\n\r\n", 400),
+    (b"0\r\n" + TRAILER * 64 + b"\r\n", b""),
+    (b"0\r\n" + TRAILER * 65 + b"\r\n", 400),
 ]
 
 
@@ -13177,6 +13235,7 @@ def test_an_upload_goes_on_after_a_restart(files, tmp_path):
     for name in (f"{'0' * 32}.part", "0" * 64, "README", "0" * 63):
         (tmp_path / "files" / name).write_bytes(b"x")
     files.site.folder.clean({file.on_disk for file in again.values()})
+    files.site.folder.remove(["0" * 64])  # which is gone already
     for name in ("README", "0" * 63):  # what is no content stays
         (tmp_path / "files" / name).unlink()
     assert len(on_disk(files)) == 1
@@ -16337,6 +16396,18 @@ def test_history_that_does_not_come_hides_nothing():
     assert alice.said() == ["#lobby bob: late"]
 
 
+def test_private_messages_that_were_missed_are_asked_for_by_the_id_of_the_newest_message():
+    caps = f"{PAGES_OF} chat.py/session"
+    alice = Elsewhere(caps=caps, join=())
+    for tags in ("@msgid=m1;time={}1Z ", "@msgid=m2;time={}2Z ", "@msgid=m1;time={}1Z ", ""):
+        alice.hears(tags.format("2026-01-01T00:00:00.00") + ":bob!u@h PRIVMSG alice :hi")
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears(f"CAP * LS :{caps}", f"CAP * ACK :{caps}", "001 alice :Welcome", "422 alice :x")
+    (asked,) = [line for line in alice.sent(9) if " TARGETS " in line]
+    assert asked.split()[2] == "msgid=m2"
+
+
 def test_what_is_read_on_another_device_while_a_page_is_on_its_way_is_no_news():
     alice = Elsewhere(caps=f"{PAGES_OF} draft/read-marker", clock=lambda: 2e9, join=["#a", "#b"])
     times = [f"2026-01-01T00:00:0{n}.000Z" for n in range(3)]
@@ -16826,6 +16897,7 @@ def test_a_second_register_does_not_replace_the_password_that_is_kept():
     alice.drop()
     alice.connect()
     alice.typed("/register")
+    assert alice.views[-1].text == "alice is registered; /passwd changes its password"
     assert {login.password for login in kept} == {alice.core.me.login.password}
 
 
@@ -17352,12 +17424,16 @@ KEYS_SET = [  # changes of modes, the password that the next JOIN gives
     ("-k old", "JOIN #k"),
     ("+k *", "JOIN #k old"),
     ("+l 5", "JOIN #k old"),
+    ("+lk 5 new", "JOIN #k new"),
+    ("-lk old", "JOIN #k"),
+    ("+b-l+k *!*@h new", "JOIN #k new"),
 ]
 
 
+@pytest.mark.parametrize("tokens", [(), ("CHANMODES=beI,k,l,imnst",)])
 @pytest.mark.parametrize("modes, line", KEYS_SET)
-def test_a_channel_is_joined_again_with_the_password_that_it_has_now(modes, line):
-    alice = Elsewhere(join=["#k old"])
+def test_a_channel_is_joined_again_with_the_password_that_it_has_now(modes, line, tokens):
+    alice = Elsewhere(*tokens, join=["#k old"])
     alice.hears(f":op!u@h MODE #k {modes}")
     alice.core.disconnected()
     alice.core.connected()
@@ -24815,6 +24891,16 @@ def test_pasting_several_lines_sends_nothing_until_enter_and_then_one_message():
     assert editor.press(chat.Key("enter")) == "one\ntwo"
 
 
+def test_the_last_500_lines_that_were_entered_are_recalled():
+    editor = chat.LineEditor()
+    for n in range(501):
+        editor.press(chat.Key("text", str(n)))
+        editor.press(chat.Key("enter"))
+    for _ in range(600):
+        editor.press(chat.Key("up"))
+    assert editor.text == "1"
+
+
 def test_the_line_being_typed_has_a_limit():
     editor = chat.LineEditor()
     editor.press(chat.Key("paste", "é" * chat.TYPED_MOST))
@@ -26825,6 +26911,8 @@ UPLOADS = [  # answers, requests; whether the link is posted
     ([CREATED, (500, {}, b""), (410, {}, b""), CREATED, AT_10], None, True),
     ([CREATED, (500, {}, b""), AT_5, AT_10], ["POST", "PATCH 0", "HEAD", "PATCH 5"], True),
     ([(429, {}, b"slow"), CREATED, AT_10], ["POST", "POST", "PATCH 0"], True),
+    ([(401, {}, b"old"), CREATED, AT_10], ["POST", "POST", "PATCH 0"], True),
+    ([(401, {}, b"old")] * 4, ["POST"] * 3, False),
     ([(201, {"Location": "/a b"}, b"")], ["POST"], False),
     ([(201, {"Location": "/\x1b[2J"}, b"")], ["POST"], False),
     ([(201, {}, b"")], ["POST"], False),
@@ -27299,6 +27387,23 @@ def test_a_text_that_could_not_be_stored_comes_back_where_it_was_written(at_keys
     assert at_keys.editor.text == "" and (elsewhere or "/me one" in at_keys.editor.typed)
 
 
+def test_what_is_said_is_painted_so_many_times_a_second_and_a_key_at_once(at_keys):
+    painted = []
+    at_keys.terminal.raw, at_keys.write = True, painted.append
+    at_keys.loop.now = 1000.0
+    for _ in range(100):  # in one second
+        at_keys.loop.now += 0.01
+        hears(at_keys, ":bob!u@h PRIVMSG #tea :hi")
+        at_keys.paint()
+    assert 2 <= len(painted) <= chat.PAINTS_A_SECOND + 1
+    at_keys.paint()
+    painted.clear()
+    at_keys.take(b"x")
+    at_keys.paint()
+    at_keys.paint()
+    assert len(painted) == 1
+
+
 @pytest.mark.parametrize("name", ["bob", "#tea"])
 def test_a_text_for_a_server_that_is_left_is_not_sent_to_another_one(at_keys, name):
     other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
@@ -27326,6 +27431,7 @@ def test_a_text_for_a_closed_conversation_is_no_draft_of_another(at_keys, begun,
     at_keys.core.rooms.close(bob)
     at_keys.show(at_keys.core.take_views())
     assert at_keys.ended_room == "bob" and at_keys.editor.text == begun
+    assert notes_of(at_keys)[-1:] == ["bob is closed; what you type for it is not sent"]
     at_keys.take(b"\x1b1")
     assert at_keys.core.here == "#den" and at_keys.editor.text == "den's own"
     assert at_keys.core.rooms["#tea"].draft == ""
@@ -31823,6 +31929,21 @@ def test_the_password_of_an_account_is_not_changed_in_the_database_of_a_node(fol
     assert process.returncode == 1 and b"is a node of a cluster" in said
 
 
+def test_a_new_password_waits_5_s_for_a_busy_server(folder, monkeypatch):
+    def opens(path):
+        db = open_database(path)
+        db.set_trace_callback(statements.append)
+        return db
+
+    house, statements, open_database = stored(folder), [], chat.open_database
+    account(house, "alice")
+    house.store.close()
+    monkeypatch.setattr(chat, "open_database", opens)
+    assert chat.main(["passwd", "alice", "--data", str(folder), "--password", "secret"]) == 0
+    assert "PRAGMA busy_timeout = 5000" in statements
+    assert any(line.startswith("UPDATE accounts") for line in statements)
+
+
 def test_a_terminated_server_says_goodbye_keeps_everything_and_exits_with_0(folder):
     with serving("--data", folder) as (process, address):
         guest = Guest(address, "alice")
@@ -32202,6 +32323,98 @@ def test_the_readme_is_short_where_newcomers_read_and_names_all_that_there_is():
             assert flag in text or flag == "--help", flag
     for verb in chat.client_command:
         assert f"`/{verb}" in reference, verb
+
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+README_LIMITS = [  # words of the README, and the limits that are its numbers
+    ("count as a line. A line has at most {:,} bytes.", chat.LINE_BYTES),
+    ("`FAIL ... INVALID_UTF8`. A line has at most {} bytes.", chat.IRC_BYTES),
+    (
+        "the next N lines (1 to {}) are one message of at most {:,} bytes;",
+        chat.MESSAGE_LINES,
+        chat.LINE_BYTES,
+    ),
+    (
+        "show the last N messages: {} without a number, at most {} |",
+        chat.HISTORY_LINES,
+        chat.HISTORY_LINES_MOST,
+    ),
+    ("A channel's name is `#` and up to {} bytes", chat.CHANNEL_BYTES - 1),
+    ("A name has at most {} characters and {} bytes.", chat.NAME_CHARACTERS, chat.NAME_BYTES),
+    ("(the newest {} KiB)", chat.PAGE_BYTES // KIB),
+    ("founded by a logged-in user ({} for each account)", chat.CHANNELS_FOUNDED),
+    ("before `NICK`: {} hexadecimal digits", chat.SECRET_DIGITS),
+    ("The tag `+chat.py/id` (at most {} bytes,", chat.OWN_ID_BYTES),
+    (
+        "sends `PING` after {:g} seconds, and closes the connection {:g} seconds later.",
+        chat.PING_SECONDS,
+        chat.PONG_SECONDS,
+    ),
+    (
+        "{} from one address, {:g} s for the head of a request,",
+        chat.WEB_PER_ADDRESS,
+        chat.WEB_HEAD_SECONDS,
+    ),
+    (
+        "{} KiB and {} headers for it, {:g} s between requests.",
+        chat.HEAD_BYTES // KIB,
+        chat.HEADERS_MOST,
+        chat.WEB_IDLE_SECONDS,
+    ),
+    (
+        "A message of a WebSocket has at most {:,} bytes, in at most {:,} frames;",
+        chat.LINE_BYTES,
+        chat.FRAGMENTS_MOST,
+    ),
+    (
+        "One file has at most {} MiB (`--file-max`), all together {} GiB",
+        chat.FILE_BYTES // MIB,
+        chat.FILES_BYTES // GIB,
+    ),
+    (
+        "the client waits {:g} seconds, or four times as long as connecting took,",
+        chat.LISTEN_SECONDS,
+    ),
+    (
+        "within {:g} seconds, within {:g} while a message waits for its echo",
+        chat.SILENT_SECONDS,
+        chat.WAITING_SECONDS,
+    ),
+    ("waits for its echo ({:g} on other servers).", chat.OTHER_SECONDS),
+    ("A new attempt follows after {:g} to {:g} seconds;", chat.BACKOFF_FIRST, chat.BACKOFF_MOST),
+    ("a missing page received) or {:g} seconds online.", chat.ONLINE_SECONDS),
+    (
+        "is tried again after {:g} ms; after {:g} seconds of that,",
+        chat.LOCK_RETRY_SECONDS * 1000,
+        chat.LOCKED_SECONDS,
+    ),
+    ("| {:,}; in memory {:,} |", chat.KEEP_EVENTS, chat.KEEP_EVENTS_IN_MEMORY),
+    ("Below is what counts | {},{:g} |", chat.FLOOD_BURST, chat.FLOOD_RATE),
+    ("until a file is removed | {} |", chat.FILES_DAYS),
+    (
+        "besides {} of HTTP; this machine's own are exempt | {} |",
+        chat.WEB_PER_ADDRESS,
+        chat.PER_ADDRESS,
+    ),
+    ("a server on its own; {} days |", chat.LOG_KEPT_DAYS),
+    ("all connections of an address together {} times that.", chat.ADDRESS_SHARES),
+    (
+        "(more than {} MiB unsent, or {} KiB for {:g} seconds)",
+        chat.UNSENT_MOST // MIB,
+        chat.UNSENT_SLOW // KIB,
+        chat.SLOW_SECONDS,
+    ),
+    ("closes a client that sends no name within {:g} seconds.", chat.NAMING_SECONDS),
+    ("A node that sends nothing for {} s is declared gone.", chat.NODE_SILENT_MS // 1000),
+    ("without the log for {:g} s tells its clients", chat.NODE_PAUSE_SECONDS),
+    ("stops reading them, and after {:g} s drops them.", chat.NODE_DROP_SECONDS),
+]
+
+
+def test_the_limits_that_the_readme_tells_are_those_that_hold():
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    for words, *limits in README_LIMITS:
+        assert words.format(*limits) in text, words.format(*limits)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
