@@ -2472,6 +2472,19 @@ def test_the_address_that_a_connection_came_to_tells_the_network_that_is_ours():
     assert keys == ["2001:db8:1:2::3", "2001:db8:1:2::/64"]
 
 
+@pytest.mark.parametrize("why", ["too many", "not serving", "paused"])
+def test_a_connection_that_is_not_let_in_is_told_why(why):
+    house, told = House(), []
+    house.limits.refusal = lambda *_: "too many" if why == "too many" else ""
+    house.limits.turn_away = lambda *given: told.append(given)
+    house.cluster = types.SimpleNamespace(serving=why == "paused") if why != "too many" else None
+    house.paused = why == "paused"
+    sock = types.SimpleNamespace(getsockname=lambda: ("10.0.0.1", 7000))
+    house.admit(sock, "10.0.0.2", 50000)
+    reason = "too many" if why == "too many" else "this server cannot reach the others"
+    assert told == [(house.loop, sock, "10.0.0.2", reason)] and not house.peers
+
+
 @pytest.mark.parametrize("name", ["x" * 16_000, "\ufdfa" * 5000, MARKS])
 def test_an_attempt_at_a_long_name_takes_little_memory(name):
     throttle = chat.Accounts().throttle
@@ -6524,6 +6537,23 @@ def fault_at_random(seeded, nodes, names):
         nodes.nats.mute = not nodes.nats.mute
     else:
         house.cluster.save(now=True)
+
+
+@pytest.mark.parametrize("limit, most", [("SNAPSHOT_ENTRIES", 3), ("SNAPSHOT_BYTES", 600)])
+def test_a_node_makes_a_snapshot_when_there_is_much_to_apply_again_without_it(
+    monkeypatch, limit, most
+):
+    house, made = NodeHouse(FakeNats(lambda: 1_000_000.0)), []
+    come(house, "alice")
+    house.cluster.save(now=True)
+    save_node = house.store.save_node
+    monkeypatch.setattr(house.store, "save_node", lambda *row: made.append(n) or save_node(*row))
+    monkeypatch.setattr(chat, limit, most)
+    for n in range(1, 13):
+        ask(house, "alice", f"PRIVMSG bob :{n}" if n % 2 else "JOIN #a,#b")
+        house.cluster.save()
+    gaps = [two - one for one, two in itertools.pairwise([0, *made])]
+    assert len(made) >= 3 and min(gaps) > 1
 
 
 @pytest.mark.parametrize("run", some(range(8)))
@@ -12790,6 +12820,13 @@ def test_metrics_are_in_the_usual_text_format():
     assert all(map(line.fullmatch, lines))
 
 
+def test_the_metrics_of_a_node_that_has_not_begun_are_zero():
+    given = chat.NodeOptions("n1", (("127.0.0.1", 4222),))
+    house = House(store=chat.Store(None, node=True), cluster=given)
+    figures = {name: value for name, (_, _, value) in house.metrics().items()}
+    assert "chat_batch_seconds" in figures and set(figures.values()) == {0}
+
+
 HANDSHAKE = """\
 GET /irc HTTP/1.1
 Host: localhost:7000
@@ -14131,9 +14168,14 @@ def test_connections_that_speak_http_have_a_count_of_their_own():
     one.peers += chat.WEB_PER_ADDRESS - 2
     assert limits.refusal(4, key, one).startswith("too many connections")  # of any kind
     one.peers -= chat.WEB_PER_ADDRESS - 2
+    house, left = House(), []
+    house.addresses = addresses
     for web, chats in ((True, False), (False, True), (False, True), (False, False)):
-        addresses.leave(one, web, chats)
-    assert not addresses and (one.web, one.chat) == (0, 0)
+        peer = type("Peer", (), {"home": one, "web": web, "chats": chats, "session": None})()
+        house.peers.add(peer)
+        house.forget(peer)
+        left.append((one.web, one.chat))
+    assert not addresses and left == [(0, 2), (0, 1), (0, 0), (0, 0)]
     limits.close()
 
 
@@ -17790,6 +17832,17 @@ def test_one_conversation_that_is_two_to_the_server_becomes_two(stored):
     assert [own.where for own in alice.core.outbox.waiting.values()] == ["{x}", "[x]"]
 
 
+def test_what_was_said_in_a_channel_that_was_left_is_found_under_another_rule_for_names():
+    db = chat.open_client_database(":memory:")
+    said = [":alice!u@h JOIN #[x]", ":bob!u@h PRIVMSG #[x] :hi"]
+    alice = lived("rfc1459", *said, db=db, texts=["/close #[x]"])
+    alice.hears(":alice!u@h PART #[x]")
+    assert not alice.core.rooms
+    alice.core.close_store()
+    store = lived("ascii", db=db).core.store
+    assert [view.text for view in store.page("#[x]", 5)] == ["hi"] and store.page("#{x}", 5) == []
+
+
 def test_two_conversations_stay_two_while_the_server_has_not_told_its_rule_yet():
     alice = lived("ascii", *TWO_USERS)
     alice.core.disconnected()
@@ -17811,6 +17864,26 @@ def test_what_was_unread_in_one_of_two_conversations_stays_unread_when_they_beco
     alice.core.close_store()
     room = lived("rfc1459", db=db).core.find("[x]")
     assert told_of(room) == [*THREE, "[x]: four"] and room.unread >= 1
+
+
+MERGED = [  # the time up to which each of two was read, unread messages, the time of both
+    ((5, 9), (0, 0), 9),
+    ((9, 5), (0, 0), 9),
+    ((5, 9), (1, 0), 5),
+    ((5, 9), (0, 1), 9),
+    ((5, 9), (1, 1), 5),
+    ((9, 5), (1, 1), 5),
+]
+
+
+@pytest.mark.parametrize("read, unread, both", MERGED)
+def test_two_conversations_that_become_one_are_read_as_far_as_leaves_the_unread_ones(
+    read, unread, both
+):
+    one, other = chat.Room("[x]"), chat.Room("{x}")
+    (one.read_time, other.read_time), (one.unread, other.unread) = read, unread
+    one.take_over(other, trimmed=False)
+    assert (one.read_time, one.unread) == (both, sum(unread))
 
 
 def test_the_history_of_two_channels_is_one_behind_a_rule_that_joins_their_names():
@@ -21119,6 +21192,23 @@ def test_output_of_a_pipe_has_no_control_characters():
 def test_a_time_is_one_row_whatever_its_form_is():
     look = chat.Look(chat.Palette(on=False), clock="%H%n%M%t")
     assert len(chat.clock_of(at(**CLOCK, text="x"), look).splitlines()) == 1
+
+
+BESIDE = [  # a term, the columns, whether its explanation is in the same row
+    ("/go NAME", 80, True),
+    ("x" * 24, 80, True),
+    ("x" * 25, 80, False),
+    ("x" * 40, 80, False),
+    ("/q", 60, True),
+    ("/q", 59, False),
+]
+
+
+@pytest.mark.parametrize("term, columns, same", BESIDE)
+def test_a_term_stands_beside_its_explanation_where_there_is_room(term, columns, same):
+    first, *more = chat.beside(term, "leave", columns)
+    assert first.startswith(term) and first.endswith("leave") == same
+    assert [row.strip() for row in more] == ([] if same else ["leave"])
 
 
 @pytest.mark.parametrize("name", ["&local", "#tea", "+free"])
