@@ -1948,6 +1948,25 @@ def test_failures_count_together_whichever_way_they_came():
     assert "too many attempts" in house.heard("mallory")[-1]
 
 
+def test_a_right_password_of_the_server_ends_the_count_of_wrong_ones():
+    session = House(password="right").connect_irc("alice")
+    wrong = ["wrong"] * (chat.LOGIN_TRIES_SERVER - 1)
+    tried = [chat.check_server_password(session, word) for word in [*wrong, "right"] * 2]
+    assert tried == ([False] * len(wrong) + [True]) * 2
+    with pytest.raises(chat.Refused):
+        for word in [*wrong, "wrong", "right"]:
+            chat.check_server_password(session, word)
+
+
+def test_a_user_with_another_device_cannot_log_in_once_more():
+    house = House()
+    account(house, "alice")
+    for label, told in (("phone", False), ("desk", True)):
+        device(house, label, "alice")
+        assert (" 907 " in str(ask(house, label, "AUTHENTICATE PLAIN"))) == told
+        ask(house, label, "AUTHENTICATE *")
+
+
 def test_a_name_that_another_device_has_is_taken():
     house = House()
     house.enter_irc("alice")
@@ -3790,6 +3809,15 @@ def test_a_second_account_of_a_session_has_nothing_of_the_first_one_s_past():
     assert not can_redact(house, "alice", "bob", as_zoe)
     device(house, "home", "zoe")
     assert history(house, "home", "bob") == ["in private", "answered", "as zoe"]
+
+
+def test_a_guest_who_said_nothing_before_the_first_log_in_counts_for_no_account():
+    house = House()
+    account(house, "zoe", "yan")
+    come(house, "alice", "bob")
+    for name in ("zoe", "yan"):
+        ask(house, "alice", f"NS IDENTIFY {name} password", "PRIVMSG bob :hi")
+        assert is_logged_in(house, "alice", name) and not house.hub.accounts_of
 
 
 # An identity is set once: what the account did before is not given to the guest's other account.
