@@ -26016,7 +26016,7 @@ PAGE_TEXT = r"""<!doctype html>
 <style>
 :root { --back: #fff; --side: #f1f3f5; --text: #16191d; --dim: #5b636d; --line: #d9dee3;
   --accent: #1558b0; --on: #fff; --mine: #e6f0fd; --called: #fff3c4; --bad: #b3261e;
-  --light: 34%; color-scheme: light dark; }
+  --light: 34%; --keyboard: 0px; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #14171b; --side: #1d2126; --text: #e8eaed; --dim: #9aa3ad; --line: #333a42;
     --accent: #8ab8ff; --on: #0b1320; --mine: #1d2a3d; --called: #40381a; --bad: #ffb4ab;
@@ -26028,8 +26028,9 @@ body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var
   overflow-wrap: break-word; overflow-wrap: anywhere; }
 button, input, textarea { font: inherit; color: inherit; }
 button, .card, #rooms, #people { background: var(--side); }
-button, input, textarea, .row, .row img, .card { border-radius: .5rem; }
-button { min-height: 44px; min-width: 44px; padding: 0 .6rem; border: 0; cursor: pointer; }
+button, input, textarea, .row, img, .card { border-radius: .5rem; }
+button, dialog { border: 1px solid transparent; } /* forced colours show it */
+button { min-height: 44px; min-width: 44px; padding: 0 .6rem; cursor: pointer; }
 .main { background: var(--accent); color: var(--on); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
 input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
@@ -26037,7 +26038,7 @@ input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
 [type=checkbox] { width: auto; }
 label { display: block; margin: .7rem 0 .2rem; }
 a { color: var(--accent); unicode-bidi: isolate; direction: ltr; }
-main { display: flex; height: 100%; }
+main { display: flex; height: calc(100% - var(--keyboard)); }
 #chat { flex: 1; min-width: 0; display: flex; flex-direction: column; }
 header { display: flex; border-bottom: 1px solid var(--line); }
 header button { background: none; }
@@ -26060,7 +26061,7 @@ header button { background: none; }
 .text { margin: 0; white-space: pre-wrap; unicode-bidi: plaintext; overflow: hidden; }
 .info .text { color: var(--dim); }
 blockquote { margin: 0; padding-inline-start: .5rem; border-inline-start: 3px solid var(--line); }
-.row img, .card { display: block; max-width: 100%; height: auto; }
+img, .card { display: block; max-width: 100%; height: auto; }
 .reactions button { min-height: 34px; margin: .2rem .3rem 0 0; }
 [aria-pressed=true] { outline: 1px solid var(--accent); }
 .failed { color: var(--bad); }
@@ -26069,9 +26070,9 @@ progress { width: 100%; }
 #newest { align-self: center; margin-top: -3rem; z-index: 1; }
 #reply { display: flex; align-items: center; margin: 0 .9rem; }
 #reply span { flex: 1; }
-#composer { display: flex; align-items: flex-end; gap: .2rem; padding: .3rem .3rem
+#composer { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .2rem; padding: .3rem .3rem
   max(.3rem, env(safe-area-inset-bottom)); border-top: 1px solid var(--line); }
-#text { flex: 1; min-width: 0; resize: none; max-height: 40vh; }
+#text { flex: 1 7rem; min-width: 0; resize: none; max-height: 40vh; }
 .badge { padding: 0 .4rem; border-radius: 1rem; background: var(--dim); color: var(--back);
   font-size: .8rem; }
 .badge.called { background: var(--bad); }
@@ -26080,18 +26081,18 @@ progress { width: 100%; }
   text-align: start; }
 .list span:first-child { flex: 1; min-width: 0; unicode-bidi: isolate; }
 [aria-current=true] { background: var(--mine); font-weight: 600; }
-dialog { width: min(34rem, 100%); max-height: 90%; overflow: auto; border: 0; z-index: 3;
-  border-radius: 1rem; background: var(--back); color: var(--text);
+dialog { width: min(34rem, 100%); max-height: calc(90% - var(--keyboard)); overflow: auto;
+  z-index: 3; border-radius: 1rem; background: var(--back); color: var(--text);
   padding: 1rem 1rem 2rem; }
-dialog[open] { position: fixed; inset: auto 0 0; margin: auto auto 0; }
+dialog[open] { position: fixed; inset: auto 0 var(--keyboard); margin: auto auto 0; }
 h2 { margin: 0; font-size: 1.1rem; }
 .buttons { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
-dialog img { max-width: 100%; max-height: 40vh; }
+dialog img { max-height: 40vh; }
 @media (max-width: 1099px) { #people { display: none; } }
 @media (min-width: 720px) { #menu, #camera { display: none; }
-  dialog[open] { inset: 0; margin: auto; } }
+  dialog[open] { inset: 0 0 var(--keyboard); margin: auto; } }
 @media (max-width: 719px) {
-  #rooms { position: fixed; inset: auto 0 0; width: 100%; max-height: 75%; z-index: 2;
+  #rooms { position: fixed; inset: auto 0 var(--keyboard); width: 100%; max-height: 75%; z-index: 2;
     border-radius: 1rem 1rem 0 0; box-shadow: 0 0 3rem #0006; display: none; }
   #rooms.open { display: block; } }
 </style>
@@ -26221,22 +26222,24 @@ function linesOf({ own, target, text, action, reply }) {
 
 // ---- What this browser keeps
 
-// Small settings. A browser may refuse to keep any: then they last as long as the page
+// Small settings. Those that a browser does not keep last as long as the page
 const memory = {};
 
 function setting(name) {
   try {
-    return JSON.parse(localStorage.getItem(`chat.${name}`));
+    return name in memory ? memory[name] : JSON.parse(localStorage.getItem(`chat.${name}`));
   } catch {
-    return memory[name] ?? null;
+    return null;
   }
 }
 
 function set(name, value) {
-  memory[name] = value;
   try {
     localStorage.setItem(`chat.${name}`, JSON.stringify(value));
-  } catch { /* it is in memory */ }
+    delete memory[name];
+  } catch { // it is full, or refused
+    memory[name] = value;
+  }
 }
 
 // Rows by key, in IndexedDB; in localStorage where there is none. outbox: messages and files that
@@ -26286,7 +26289,7 @@ const KEPT = 200; // messages of a room that are kept for the next start
 const WALKED = 1000; // missed messages that are fetched in order; of more, only the newest
 
 const state = { me: '', account: '', rooms: {}, outbox: [], batches: {},
-  asked: {}, page: PAGE, phase: 'closed', why: '', retryAt: 0 };
+  asked: {}, page: PAGE, phase: 'closed', why: '' };
 
 const isMe = (nick) => fold(nick) === fold(state.me);
 const partner = (target, nick) => (isChannel(target) || isMe(nick) ? target : nick);
@@ -26432,7 +26435,6 @@ function heard(nick, [, text], line) {
 
 // ---- Lines of the server
 
-const RANKS = '~&@%+';
 const news = (to, text) => Object.keys(to.members).length <= 50 && tell(to, text);
 const because = (reason) => (reason ? `: ${reason}` : '');
 
@@ -26507,8 +26509,13 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   INVITE: (nick, [, name]) => note(`${nick} invites you: /join ${name}`),
   MARKREAD(nick, [name, marker = '']) {
     const to = state.rooms[fold(name)], time = marker.replace(/^timestamp=|\*/, '');
-    if (to && time > to.marker) to.marker = time;
-    if (to) count(to);
+    if (!to) return;
+    if (time > to.marker) to.marker = time;
+    if (time < to.marker && to.told !== to.marker) { // it was read without a connection
+      to.told = to.marker; // once: a server that takes less answers with less
+      respond(`MARKREAD ${name} timestamp=${to.marker}`);
+    }
+    count(to);
   },
   BATCH(nick, [reference, kind, target], line) {
     const key = reference.slice(1);
@@ -26912,10 +26919,9 @@ class Leader {
     this.uploader.asking?.lost(new Error('the connection broke'));
     this.uploader.end?.abort(); // its connection may be as dead
     if (leader !== this || state.phase === 'ended') return;
-    const wait = this.wait * (0.75 + Math.random() / 2);
+    this.timer = setTimeout(() => this.connect(), this.wait * (0.75 + Math.random() / 2));
     this.wait = Math.min(LONGEST, this.wait * 2);
-    this.timer = setTimeout(() => this.connect(), wait);
-    publish({ phase: 'waiting', why: this.error, retryAt: Date.now() + wait });
+    publish({ phase: 'waiting', why: this.error });
   }
 
   stop(why) { // until the user does something
@@ -27038,7 +27044,9 @@ function act(name, ...values) { // have the leader do something
   else setTimeout(act, 100, name, ...values); // it is not known yet who leads
 }
 
-const ask = (line) => act('send', line); // a line that the user wants to be sent
+// Send a line that the user wants to be sent. None waits for a connection
+const ask = (line) => (state.phase === 'online' ? act('send', line)
+  : note('Not done: there is no connection'));
 const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
@@ -27073,8 +27081,8 @@ const ITEMS = {
     leader?.pump();
     refresh();
   },
-  phase(phase, { why = '', retryAt = 0 }) {
-    Object.assign(state, { phase, why, retryAt });
+  phase(phase, { why = '' }) {
+    Object.assign(state, { phase, why });
     if (phase === 'connecting') state.account = '';
     if (phase !== 'online') connectionLost(); // also of a tab that led before
     if (phase === 'online' && $('sheet').dataset.kind === 'name') closeSheet();
@@ -27252,6 +27260,7 @@ function drawRows(messages, next) {
       place.before(block);
     }
     const row = el('article', { tabIndex: -1, message });
+    if (messages.length > 1) row.setAttribute('aria-live', 'off'); // they are history
     rows.set(message, row);
     block.append(row);
     fillRow(row);
@@ -27329,7 +27338,7 @@ function markRead() {
   if (document.hidden || !stuck || !last || last.time <= to.marker) return;
   to.marker = last.time;
   count(to);
-  if (!isMe(last.nick)) ask(`MARKREAD ${to.name} timestamp=${last.time}`);
+  if (!isMe(last.nick)) act('send', `MARKREAD ${to.name} timestamp=${last.time}`);
 }
 
 // ---- The screen: the rest of it, drawn again in the next frame where it differs
@@ -27390,7 +27399,7 @@ function drawRooms() {
 }
 
 function peopleOf(members) {
-  const order = ({ rank, name }) => `${rank ? RANKS.indexOf(rank) : 9}${fold(name)}`;
+  const order = ({ rank, name }) => `${rank ? '~&@%+'.indexOf(rank) : 9}${fold(name)}`;
   const sorted = members.sort((a, b) => order(a).localeCompare(order(b))).slice(0, 500);
   return [dim(counted(members.length, 'member')), ...sorted.map(({ name, rank, away }) =>
     button(rank + name, () => personSheet(name), { className: away ? 'dim' : '' }))];
@@ -27402,16 +27411,16 @@ function drawWaiting(list) {
     const bar = row.size && !row.failed
       && el('progress', { max: row.size, value: row.sent ?? 0, ariaLabel: row.name });
     const why = row.failed ? `not sent: ${row.failed} ` : 'waiting ';
-    return el('article', { className: 'row mine' }, withLinks(row.text ?? row.name), bar,
+    const ariaLive = row.failed ? 'polite' : 'off'; // its echo is read out
+    return el('article', { className: 'row mine', ariaLive }, withLinks(row.text ?? row.name), bar,
       el('span', { className: row.failed ? 'failed' : 'dim' }, why),
       row.failed && button('Retry', () => retry(row)), button('Cancel', () => cancel(row)));
   })));
 }
 
 function drawPhase() {
-  const left = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
   const texts = { closed: state.me ? '' : 'Not joined', connecting: 'Connecting', ended: state.why,
-    waiting: `${state.why || 'No connection'}; next attempt in ${counted(left, 'second')}` };
+    waiting: `${state.why || 'No connection'}; trying again` };
   const count = waiting().length, text = texts[state.phase] ?? '';
   const whole = text && count ? `${text}; ${counted(count, 'message')} waiting` : text;
   if ($('phase').textContent !== whole) $('phase').textContent = whole;
@@ -27470,7 +27479,7 @@ field.oninput = () => {
   keepDraft();
   if (!field.value || field.value.startsWith('/') || Date.now() - typed < 3000) return;
   typed = Date.now();
-  ask(`@label=typing;+typing=active TAGMSG ${shown().name}`);
+  act('send', `@label=typing;+typing=active TAGMSG ${shown().name}`);
 };
 
 function setReplyTo(message) {
@@ -27568,10 +27577,11 @@ function choose(properties) {
 $('attach').onclick = () => choose({});
 $('camera').onclick = () => choose({ accept: 'image/*', capture: 'environment' });
 field.onpaste = ({ clipboardData: { files } }) => offer(...files);
-document.ondragover = (event) => event.preventDefault();
-document.ondrop = (event) => {
+document.ondragover = document.ondrop = (event) => {
+  const { type, target, dataTransfer: { types, files } } = event;
+  if (target === field && !types.includes('Files')) return; // a text, for the browser to insert
   event.preventDefault();
-  offer(...event.dataTransfer.files);
+  if (type === 'drop') offer(...files);
 };
 
 async function shrunk(file) {
@@ -27788,18 +27798,22 @@ function listen() {
   addEventListener('online', () => act('probe'));
   addEventListener('pagehide', () => {
     keepDraft();
+    attached = Boolean(leader); // a page that is shown again has missed what the leader published
     if (leader) keepRooms();
     if (leader && !navigator.locks) set('lease', null);
   });
   addEventListener('visibilitychange', () => {
     if (document.hidden) return leader && keepRooms();
     markRead();
-    return leader ? leader.probe() : callLeader();
+    act('probe');
+    return callLeader();
   });
   setInterval(drawPhase, 1000);
   if (!navigator.locks) setInterval(elect, 2000);
   self.visualViewport?.addEventListener('resize', () => { // the keyboard of a phone
-    document.body.style.height = `${visualViewport.height * visualViewport.scale}px`;
+    const { style, clientHeight } = document.documentElement;
+    const covered = clientHeight - visualViewport.height * visualViewport.scale;
+    style.setProperty('--keyboard', `${Math.max(0, covered)}px`);
   });
 }
 

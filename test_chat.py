@@ -32022,6 +32022,111 @@ def test_return_that_ends_a_composition_sends_nothing(running, browse):
         assert tab.js(f"field.value = 'tea'; field.dispatchEvent({event})") != sent
 
 
+FULL = "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); };"
+
+
+def test_what_a_full_browser_does_not_keep_lasts_as_long_as_the_page(running, browse):
+    tab = browse(with_page(running).address, before=FULL + NO_DATABASE).enter("anna")
+    assert len(tab.js("setting('secret')")) == 32
+    tab.js("leader.receive = () => null; null")
+    tab.say("one", "two", "three")
+    assert [row["text"] for row in tab.js("stored('outbox')")] == ["one", "two", "three"]
+
+
+def test_the_keyboard_of_a_phone_covers_nothing_that_is_used(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("Object.defineProperty(visualViewport, 'height', { value: 300 }); null")
+    tab.js("visualViewport.dispatchEvent(new Event('resize')); $('menu').click()")
+    tab.js("openSheet('Sheet', Array.from({ length: 50 }, () => dim('text')))")
+    for part in ("composer", "rooms", "sheet"):
+        top, bottom = tab.js(f"(b => [b.top, b.bottom])($('{part}').getBoundingClientRect())")
+        assert 0 <= top < bottom <= 300, part
+
+
+def test_a_screen_reader_reads_out_what_is_said_and_neither_history_nor_a_wait(running, browse):
+    server = with_page(running)
+    bob = server.guest("bob")
+    bob.send("old 1\nold 2\n")
+    tab = browse(server.address).enter("anna")
+    tab.wait_for("old 2")
+    bob.send("new\n")
+    tab.wait_for("new")
+    tab.js("leader.connect = () => null; leader.closed()")
+    tab.say("mine")
+    tab.until("document.querySelector('#waiting .row') && $('phase').textContent")
+    rows = "[...document.querySelectorAll('#log .row:not(.info)')]"
+    heard = f"{rows}.filter(row => !row.closest('[aria-live=off]')).map(row => row.innerText)"
+    assert [text.split()[-1] for text in tab.js(heard)] == ["new"]
+    tab.js("leader.fail(state.outbox[0].own, 'too long')")
+    tab.until(f"{heard}.some(text => text.includes('too long'))")
+    assert tab.js("$('phase').textContent") == "No connection; trying again"  # no count of seconds
+
+
+def test_a_tab_that_is_shown_has_the_leader_try_its_connection(running, browse):
+    server = with_page(running)
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    first.js("leader.probe = () => { globalThis.tried = true; }; null")
+    second.js("dispatchEvent(new Event('visibilitychange')); null")
+    first.until("globalThis.tried", patience=5)  # it does so itself after 30 s
+
+
+def test_a_tab_that_comes_back_from_the_cache_of_pages_has_what_it_missed(running, browse):
+    server = with_page(running)
+    bob = server.guest("bob")
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    second.js("dispatchEvent(new Event('pagehide')); globalThis.usual = apply; apply = () => null")
+    bob.send("meanwhile\n")
+    first.wait_for("meanwhile")
+    second.js("apply = usual; dispatchEvent(new Event('visibilitychange')); null")
+    second.wait_for("meanwhile")
+
+
+def test_what_is_wanted_without_a_connection_is_not_dropped_silently(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("leader.connect = () => null; leader.closed()")
+    tab.say("this waits", "/topic tea")
+    tab.wait_for("Not done: there is no connection")
+    assert tab.text().count("Not done") == 1
+
+
+def test_what_was_read_without_a_connection_is_read_on_other_devices_later(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    tab.js("openRoom('ben')")
+    server.guest("bob").send("hello\n")
+    tab.until("room('#lobby').unread === 1")
+    tab.js("globalThis.usual = leader.connect; leader.connect = () => null; leader.closed()")
+    tab.js("openRoom('#lobby')")
+    tab.js("leader.connect = usual; leader.connect()")
+    markers = server.server.hub.markers
+    assert eventually(lambda: [list(marks) for marks in list(markers.values())] == [["#lobby"]])
+
+
+def test_a_text_that_is_dropped_on_the_composer_is_in_it(running, browse):
+    tab = browse(with_page(running).address, width=1200).enter("anna")
+    x, y = tab.js("(b => [b.x + 20, b.y + 20])(field.getBoundingClientRect())")
+    text = {"items": [{"mimeType": "text/plain", "data": "tea"}], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        tab.ask("Input.dispatchDragEvent", type=kind, x=x, y=y, data=text)
+    tab.until("field.value === 'tea'")
+
+
+def test_the_page_can_be_used_enlarged_and_in_forced_colours(running, browse):
+    tab = browse(with_page(running).address, width=180, height=320).enter("anna")
+    assert tab.js("field.offsetWidth") > 80
+    assert tab.js("$('send').getBoundingClientRect().right") <= 180
+    forced = {"name": "forced-colors", "value": "active"}
+    tab.ask("Emulation.setEmulatedMedia", features=[forced])
+    tab.js("settingsSheet()")
+    for part in ("#sheet", "#sheet button"):
+        border = f"getComputedStyle(document.querySelector('{part}')).borderTop"
+        tab.until(f"/solid (?!rgba.0, 0, 0, 0)/.test({border})")  # not transparent
+
+
 # ======================================================================================
 # MAIN
 # ======================================================================================
