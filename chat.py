@@ -13817,7 +13817,7 @@ class Acknowledgements:
         if verb == "PING" and params:  # its PONG comes in order, too, and confirms nothing more
             self.pings.append(params[0])
         if by_user and verb == "NICK" and params:
-            self.core.asked_nick = params[0]
+            self.talk.nick.asked = params[0]
         if by_user and len(self.commands) < ECHOES_KEPT:
             id = f"command{next(self.talk.labels)}"
             self.commands[id] = line
@@ -14367,6 +14367,90 @@ class HistoryRequests:
     }
 
 
+NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
+
+
+class OwnNick:
+    """The client's nick on one connection: the wanted one; another one while that is taken; and the
+    way back to it."""
+
+    def __init__(self, talk: "IrcTalk"):
+        self.talk, self.core = talk, talk.core
+        self.tries = 1  # attempts to get a nick
+        self.bytes = 0  # the server's limit for a nick, as its replies showed
+        self.asked = ""  # by the user's last NICK
+        self.regain = False  # the wanted nick was taken: get it once it is free ...
+        self.regain_at = 0.0  # ... and ask for it at this time
+        self.monitor_failed = False  # it did not lead to the wanted nick: ISON may
+
+    @property
+    def wanted(self) -> str:
+        """The wanted nick by the rules of this server, as far as they are known."""
+        name = self.core.wanted_name
+        return clean_name(name) if self.talk.server.ours else NOT_IN_A_NICK.sub("_", name) or "_"
+
+    def is_wanted(self, name: str) -> bool:
+        return self.core.fold(name) == self.core.fold(self.wanted)
+
+    def refused(self, heard: ServerLine, most: int, candidate: Callable[[int], str]) -> bool:
+        """Try another nick until the server takes one; give up after `most` attempts. Return
+        whether the server has refused a later NICK instead, which is to be shown."""
+        talk = self.talk
+        if talk.ready:
+            return not self.not_regained("".join(heard.params[1:2]))
+        if "chat.py/session" in talk.server.offered and not talk.server.enabled:
+            return False  # about the nick sent before the secret, which decides
+        self.tries += 1
+        if self.tries > most:
+            self.core.refuse(heard.params[-1], NEEDS_USER)
+            talk.bye("")
+        else:
+            self.core.name = candidate(self.tries)
+            self.regain = heard.verb != "432"
+            talk.send("NICK", self.core.name)
+        return False
+
+    def numbered(self, number: int) -> str:
+        """Return the wanted nick with a number, within the server's limit."""
+        full = numbered_name(self.wanted, number)
+        if not self.bytes or len(full) <= self.bytes:
+            return full
+        return numbered_name(self.wanted[: self.bytes - len(str(number))], number)
+
+    def tick(self, now: float) -> None:
+        """Ask whether the wanted nick is free: once by MONITOR, or now and then by ISON."""
+        if not self.regain or self.core.is_me(self.wanted) or now < self.regain_at:
+            return
+        self.regain_at = now + REGAIN_SECONDS
+        if "MONITOR" in self.talk.server.isupport and not self.monitor_failed:
+            self.talk.send("MONITOR", "+", self.wanted)
+            self.regain_at = math.inf
+        else:
+            self.talk.send("ISON", self.wanted)
+
+    def not_regained(self, name: str) -> bool:
+        """Go on by ISON if the wanted nick cannot be had; return whether the user knows that."""
+        told = self.monitor_failed
+        if not self.regain or not self.is_wanted(name):
+            return False
+        self.monitor_failed = True
+        self.regain_at = self.core.ticks() + REGAIN_SECONDS
+        return told
+
+    def is_free(self, name: str) -> None:
+        """Take a nick that is free, if it is the wanted one."""
+        if self.regain and self.is_wanted(name) and not self.core.is_me(name):
+            self.talk.send("NICK", self.wanted)
+
+    def changed(self, new: str) -> None:
+        """Note a new nick. If the user or another device chose it, it is the wanted one."""
+        core = self.core
+        follows = core.server.ours and not self.regain  # another device of the user
+        if follows or self.is_wanted(new) or core.fold(new) == core.fold(self.asked):
+            core.wanted_name, self.regain = new, False  # other changes are the server's
+        core.name = new
+
+
 class Joins:
     """The JOINs of one connection: those without an answer yet, and those that were refused.
     Channels stand here by their keys. PlainTalk has none."""
@@ -14749,7 +14833,7 @@ class IrcTalk:
         self.lines = MessageLines(self)
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
-        self.joins = Joins(self)
+        self.joins, self.nick = Joins(self), OwnNick(self)
         self.answers = WantedAnswers(self)
         self.batches: dict[str, Batch] = {}
         self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
@@ -14757,9 +14841,6 @@ class IrcTalk:
         self.named = False  # NICK and USER were sent
         self.introduced = self.negotiating = False  # all was sent up to CAP END; the server has CAP
         self.resumed = False  # the session was resumed: the server says where the client is
-        self.tries = 1  # attempts to get a nick
-        self.monitor_failed = False  # it did not lead to the wanted nick: ISON may
-        self.nick_bytes = 0  # the server's limit for a nick, as its replies showed
         self.mask = ""  # of this client, as others see it
         self.began = core.ticks()
         self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
@@ -14937,7 +15018,7 @@ class IrcTalk:
             self.core.refuse("there is no server behind it", cause)
             self.core.dismissed = True
         elif self.ready:
-            self.regain_name(now)
+            self.nick.tick(now)
             self.joins.try_again(now)
             self.acks.doubt_echoes(now)
         else:
@@ -15002,7 +15083,7 @@ class IrcTalk:
         core, self.named = self.core, True
         if core.password:
             self.send("PASS", core.password)
-        core.name = core.wanted_nick
+        core.name = self.nick.wanted
         self.send("NICK", core.name)
         username = re.sub("[^a-z]", "", fold(core.name))[:SHORT_NAME] or "chat"
         core.output.append(f"USER {username} 0 * :{core.name}")
@@ -15029,43 +15110,14 @@ class IrcTalk:
         elif self.negotiating:
             self.send("CAP", "END")
 
-    def regain_name(self, now: float) -> None:
-        """Ask whether the wanted nick is free: once by MONITOR, or now and then by ISON."""
-        core = self.core
-        wanted = core.wanted_nick
-        if core.is_me(wanted) or not core.regain or now < core.regain_at:
-            return
-        core.regain_at = now + REGAIN_SECONDS
-        if "MONITOR" in self.server.isupport and not self.monitor_failed:
-            self.send("MONITOR", "+", wanted)
-            core.regain_at = math.inf
-        else:
-            self.send("ISON", wanted)
-
-    def not_regained(self, name: str) -> bool:
-        """Go on by ISON if the wanted nick cannot be had; return whether the user knows that."""
-        core, told = self.core, self.monitor_failed
-        if not core.regain or core.fold(name) != core.fold(core.wanted_nick):
-            return False
-        self.monitor_failed = True
-        core.regain_at = core.ticks() + REGAIN_SECONDS
-        return told
-
     def watch(self, names: Iterable[str], sign: str = "+") -> None:
         """Monitor the users of private conversations, for a screen, if the server has MONITOR; or
         with "-" no longer, except for the wanted nick."""
         names = [name for name in names if name and " " not in name and "," not in name]
-        regains = sign == "-" and self.core.regain
-        names = [name for name in names if not (regains and name == self.core.wanted_nick)]
+        regains = sign == "-" and self.nick.regain
+        names = [name for name in names if not (regains and name == self.nick.wanted)]
         if self.core.interactive and "MONITOR" in self.server.isupport and names:
             self.send("MONITOR", sign, ",".join(names[:WATCHED]))
-
-    def name_is_free(self, name: str) -> None:
-        """Take a nick that is free, if it is the wanted one."""
-        core = self.core
-        wanted = core.wanted_nick
-        if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
-            self.send("NICK", wanted)
 
     def waits(self, message: Waiting) -> bool:
         """Return whether a message waits for the answer to a JOIN, or for a server. The later
@@ -15451,36 +15503,15 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     talk.sasl.end()
 
 
-def try_name(talk: IrcTalk, heard: ServerLine, most: int, candidate: Callable[[int], str]) -> None:
-    """Try another nick until the server takes one; give up after `most` attempts."""
-    if talk.ready:
-        told = talk.not_regained("".join(heard.params[1:2]))
-        return None if told else tell_rest(talk, heard)
-    if "chat.py/session" in talk.server.offered and not talk.server.enabled:
-        return None  # about the nick sent before the secret, which decides
-    talk.tries += 1
-    if talk.tries > most:
-        talk.core.refuse(heard.params[-1], NEEDS_USER)
-        return talk.bye("")
-    talk.core.name = candidate(talk.tries)
-    talk.core.regain = heard.verb != "432"
-    return talk.send("NICK", talk.core.name)
-
-
 @from_server("433", "436", "437", least=2)
 def name_is_taken(talk: IrcTalk, heard: ServerLine) -> None:
     """Try NAME2, NAME3 and so on. A nick that the server cut shows how long one may be."""
-    name, shown = talk.core.wanted_nick, heard.params[1]
-    if len(shown) < len(talk.core.name) and talk.core.name.startswith(shown):
-        talk.nick_bytes = len(shown)
-
-    def candidate(number: int) -> str:
-        full = numbered_name(name, number)
-        if not talk.nick_bytes or len(full) <= talk.nick_bytes:
-            return full
-        return numbered_name(name[: talk.nick_bytes - len(str(number))], number)
-
-    try_name(talk, heard, NAMES_COUNTED if talk.server.ours else NAMES_TRIED, candidate)
+    name, shown = talk.core.name, heard.params[1]
+    if len(shown) < len(name) and name.startswith(shown):
+        talk.nick.bytes = len(shown)
+    most = NAMES_COUNTED if talk.server.ours else NAMES_TRIED
+    if talk.nick.refused(heard, most, talk.nick.numbered):
+        tell_rest(talk, heard)
 
 
 @from_server("400", "435", "438", "447", "484", least=1)
@@ -15488,7 +15519,7 @@ def name_is_kept(talk: IrcTalk, heard: ServerLine) -> None:
     """Show once that the wanted nick cannot be had, if no NICK of the user is refused."""
     about_nick = heard.verb != "400" or "NICK" in heard.params
     by_user = any(line.upper().startswith("NICK ") for line in talk.acks.commands.values())
-    if by_user or not about_nick or not talk.not_regained(talk.core.wanted_nick):
+    if by_user or not about_nick or not talk.nick.not_regained(talk.nick.wanted):
         tell_rest(talk, heard)
 
 
@@ -15496,13 +15527,14 @@ def name_is_kept(talk: IrcTalk, heard: ServerLine) -> None:
 def name_is_no_name(talk: IrcTalk, heard: ServerLine) -> None:
     """Try the nick with only letters and digits, then shorter ones, then a guest nick: other
     servers allow fewer characters than a chat.py."""
-    name, guest = talk.core.wanted_nick, f"guest{random.randrange(1000)}"
+    name, guest = talk.nick.wanted, f"guest{random.randrange(1000)}"
     plain = re.sub(r"[^A-Za-z0-9_-]", "", name).lstrip("0123456789-")
     letters = re.sub(r"[^A-Za-z]", "", name)
     shorter = [plain[:length] for length in NICK_LENGTHS if plain[:length] != talk.core.name]
     candidates = [*dict.fromkeys(filter(None, shorter)), letters[: SHORT_NAME - 2], guest]
-    tried = itertools.islice(filter(None, candidates), talk.tries - 1, None)
-    try_name(talk, heard, NAMES_TRIED, lambda _: next(tried, guest))
+    tried = itertools.islice(filter(None, candidates), talk.nick.tries - 1, None)
+    if talk.nick.refused(heard, NAMES_TRIED, lambda _: next(tried, guest)):
+        tell_rest(talk, heard)
 
 
 ZNC_ITSELF, ZNC_MODULES = "irc.znc.in", "!znc@znc.in"  # sources of lines from no server
@@ -15513,7 +15545,7 @@ def tell_own_name(talk: IrcTalk) -> None:
     core, login = talk.core, talk.core.me.login
     differs = core.name != core.wanted_name
     if core.interactive or differs:
-        why = "is taken" if core.regain else "is no nick that this server takes"
+        why = "is taken" if talk.nick.regain else "is no nick that this server takes"
         why = f" ({core.wanted_name} {why})" if differs and not talk.resumed else ""
         core.server_text(f"you are {core.name}{why}")
     if login and not (talk.sasl.mechanism or talk.sasl.explained):
@@ -15529,7 +15561,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core.outbox.most = SENT_AHEAD if talk.server.echoes else DOUBTED_AHEAD
     pace = NO_PACE if talk.server.ours else (PACE_BURST, PACE_RATE)
     talk.budget = Budget(*pace, core.ticks())
-    core.regain_at = core.ticks() + REGAIN_SECONDS
+    talk.nick.regain_at = core.ticks() + REGAIN_SECONDS
     core.began = core.began or heard.time or 0
     tell_own_name(talk)
     if core.away:
@@ -15762,7 +15794,7 @@ def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("734", least=3)
 def monitor_full(talk: IrcTalk, heard: ServerLine) -> None:
     """<limit> <nicks>: too many are monitored"""
-    if not any(talk.not_regained(name) for name in heard.params[-2].split(",")):
+    if not any(talk.nick.not_regained(name) for name in heard.params[-2].split(",")):
         tell_rest(talk, heard)
 
 
@@ -15771,9 +15803,8 @@ def present_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
     tell_if_asked(talk, heard)
     talk.answers.numerics.discard("303")
-    wanted = talk.core.wanted_nick
-    if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
-        talk.name_is_free(wanted)
+    if not any(map(talk.nick.is_wanted, heard.params[1].split())):
+        talk.nick.is_free(talk.nick.wanted)
 
 
 def drop_commands(talk: IrcTalk, name: str, why: str) -> None:
@@ -15794,7 +15825,7 @@ def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     core, gone = talk.core, heard.verb == "731"
     for name in (source.partition("!")[0] for source in heard.params[1].split(",")):
         if gone:
-            talk.name_is_free(name)
+            talk.nick.is_free(name)
             drop_commands(talk, name, "is not here")
         room = core.find(name)
         if room and not room.is_channel and room.gone != gone:
@@ -16038,7 +16069,7 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
     core.people.forget(heard.name)
     drop_commands(talk, heard.name, "has left")
-    talk.name_is_free(heard.name)
+    talk.nick.is_free(heard.name)
 
 
 @from_server("KICK", least=2)
@@ -16065,12 +16096,9 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
     core, old, new = talk.core, heard.name, heard.params[0]
     mine = core.is_me(old)
     if mine:
-        follows = core.server.ours and not core.regain  # another device of the user
-        if follows or core.fold(new) in (core.fold(core.wanted_nick), core.fold(core.asked_nick)):
-            core.wanted_name, core.regain = new, False  # other changes are the server's
+        talk.nick.changed(new)
         remember(core.former_names, core.fold(old))
         core.former_names.pop(core.fold(new), None)
-        core.name = new
         talk.mask = f"{new}!{talk.mask.partition('!')[2]}" if "!" in talk.mask else ""
         core.server_text(f"you are {new}")
     for room in list(core.rooms.values()):
@@ -16087,7 +16115,7 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
             core.rooms.rename(room, new)
     core.show(ViewEvent(PEOPLE))
     if not mine:
-        talk.name_is_free(old)
+        talk.nick.is_free(old)
 
 
 @from_server("RENAME", least=2)
@@ -17593,9 +17621,6 @@ class TypedText:
             self._give_back(text, str(error))
 
 
-NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
-
-
 class ClientCore:
     """The client's side of a conversation with one server.
 
@@ -17632,9 +17657,6 @@ class ClientCore:
     sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
     quitting = False
     wants_connection = False  # connect now, at the user's request
-    asked_nick = ""  # by the user's last NICK
-    regain = False  # the wanted nick was taken: get it once it is free ...
-    regain_at = 0.0  # ... and ask for it at this time
     # The outcome of messages
     failures = 0  # messages that did not arrive, or that were not kept
     refusals = 0  # commands of a pipe that the server refused, or that were not sent
@@ -17746,12 +17768,6 @@ class ClientCore:
     def ready(self) -> bool:
         """True if the server has welcomed the client."""
         return self.talk is not None and self.talk.ready
-
-    @property
-    def wanted_nick(self) -> str:
-        """The wanted nick by the rules of this server, as far as they are known."""
-        name = self.wanted_name
-        return clean_name(name) if self.server.ours else NOT_IN_A_NICK.sub("_", name) or "_"
 
     def online(self) -> Any:
         """Return the present talk. Raises Refused without a connection, and where the server knows
@@ -18295,7 +18311,7 @@ def do_topic(core: ClientCore, words: str = "") -> None:
 @client_command("nick", 1, 1)
 def do_nick(core: ClientCore, name: str) -> None:
     """/nick NAME -- change your nick"""
-    core.regain = False
+    core.talk.nick.regain = False
     core.talk.command("NICK", name)
 
 

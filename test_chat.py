@@ -840,7 +840,14 @@ LINES = [  # what comes, the lines that come out; the last one is what finish() 
 
 
 def taken(buffer):
-    return list(iter(buffer.take, None))
+    """Take the lines; before each, the buffer tells whether there is one."""
+    lines, pending = [], buffer.pending
+    while (line := buffer.take()) is not None:
+        assert pending
+        lines.append(line)
+        pending = buffer.pending
+    assert not pending
+    return lines
 
 
 @pytest.mark.parametrize("data, lines, last", LINES)
@@ -1953,6 +1960,25 @@ def test_failures_count_together_whichever_way_they_came():
     assert "too many attempts" in house.heard("mallory")[-1]
 
 
+def test_a_right_password_of_the_server_ends_the_count_of_wrong_ones():
+    session = House(password="right").connect_irc("alice")
+    wrong = ["wrong"] * (chat.LOGIN_TRIES_SERVER - 1)
+    tried = [chat.check_server_password(session, word) for word in [*wrong, "right"] * 2]
+    assert tried == ([False] * len(wrong) + [True]) * 2
+    with pytest.raises(chat.Refused):
+        for word in [*wrong, "wrong", "right"]:
+            chat.check_server_password(session, word)
+
+
+def test_a_user_with_another_device_cannot_log_in_once_more():
+    house = House()
+    account(house, "alice")
+    for label, told in (("phone", False), ("desk", True)):
+        device(house, label, "alice")
+        assert (" 907 " in str(ask(house, label, "AUTHENTICATE PLAIN"))) == told
+        ask(house, label, "AUTHENTICATE *")
+
+
 def test_a_name_that_another_device_has_is_taken():
     house = House()
     house.enter_irc("alice")
@@ -2475,6 +2501,19 @@ def test_the_address_that_a_connection_came_to_tells_the_network_that_is_ours():
         sock = types.SimpleNamespace(getsockname=lambda own=own: (own, 7000, 0, 0))
         house.admit(sock, "2001:db8:1:2::3", 50000)
     assert keys == ["2001:db8:1:2::3", "2001:db8:1:2::/64"]
+
+
+@pytest.mark.parametrize("why", ["too many", "not serving", "paused"])
+def test_a_connection_that_is_not_let_in_is_told_why(why):
+    house, told = House(), []
+    house.limits.refusal = lambda *_: "too many" if why == "too many" else ""
+    house.limits.turn_away = lambda *given: told.append(given)
+    house.cluster = types.SimpleNamespace(serving=why == "paused") if why != "too many" else None
+    house.paused = why == "paused"
+    sock = types.SimpleNamespace(getsockname=lambda: ("10.0.0.1", 7000))
+    house.admit(sock, "10.0.0.2", 50000)
+    reason = "too many" if why == "too many" else "this server cannot reach the others"
+    assert told == [(house.loop, sock, "10.0.0.2", reason)] and not house.peers
 
 
 @pytest.mark.parametrize("name", ["x" * 16_000, "\ufdfa" * 5000, MARKS])
@@ -3782,6 +3821,15 @@ def test_a_second_account_of_a_session_has_nothing_of_the_first_one_s_past():
     assert not can_redact(house, "alice", "bob", as_zoe)
     device(house, "home", "zoe")
     assert history(house, "home", "bob") == ["in private", "answered", "as zoe"]
+
+
+def test_a_guest_who_said_nothing_before_the_first_log_in_counts_for_no_account():
+    house = House()
+    account(house, "zoe", "yan")
+    come(house, "alice", "bob")
+    for name in ("zoe", "yan"):
+        ask(house, "alice", f"NS IDENTIFY {name} password", "PRIVMSG bob :hi")
+        assert is_logged_in(house, "alice", name) and not house.hub.accounts_of
 
 
 # An identity is set once: what the account did before is not given to the guest's other account.
@@ -5350,6 +5398,56 @@ def test_memory_holds_only_so_much_history(monkeypatch):
     assert texts(house.store, "#0") == []
 
 
+WRONG_ROWS = [  # in tables that are read at the start
+    "UPDATE channels SET state = '{'",
+    "UPDATE channels SET state = '[]'",
+    "UPDATE channels SET state = '{\"name\": 5}'",
+    "UPDATE stays SET state = 'null'",
+    "UPDATE accounts SET number = 'junk'",
+    "INSERT INTO bans VALUES ('a', 'a', 'b', 'never', 'x')",
+    "INSERT INTO files VALUES ('a', '{}')",
+]
+
+
+@pytest.mark.parametrize("statement", WRONG_ROWS)
+def test_wrong_rows_of_a_database_are_one_clear_line(folder, statement):
+    house = stored(folder)
+    account(house, "alice")
+    device(house, "alice", "alice")
+    ask(house, "alice", "JOIN #a")
+    house.store.close()
+    change(folder / "chat.db", statement)
+    store = chat.Store(folder / "chat.db")
+    with (
+        contextlib.closing(store),
+        pytest.raises(chat.Unusable, match="is damaged .* move it away"),
+    ):
+        chat.load_hub(store, house.now, house.now)
+
+
+def test_a_channel_of_an_earlier_version_keeps_its_history_and_its_ranks(folder):
+    house = stored(folder)
+    for name in ("alice", "bob"):
+        account(house, name)
+        device(house, name, name)
+    ask(house, "alice", "JOIN #a", "CS REGISTER #a")
+    ask(house, "bob", "JOIN #a")
+    ask(house, "alice", "MODE #a +v bob")
+    old, _ = send(house, "bob", "#a", "old")
+    house.store.close()
+    keys = ("founding", "former_key", "stored_ranks")
+    paths = ", ".join(f"'$.{key}'" for key in keys)
+    state = f"json_set(json_remove(state, {paths}), '$.standing', state -> '$.stored_ranks')"
+    before = "UPDATE targets SET founding = 0"
+    change(folder / "chat.db", f"UPDATE channels SET state = {state}", before)
+    house = stored(folder)
+    for name in ("alice", "bob"):
+        device(house, name, name)
+    assert spoken(ask(house, "alice", "JOIN #a", "CHATHISTORY LATEST #a * 5")) == ["old"]
+    assert f"REDACT #a {old}" in str(ask(house, "alice", f"REDACT #a {old}"))
+    assert "+bob" in str(ask(house, "bob", "PART #a", "JOIN #a", "NAMES #a"))
+
+
 def test_a_database_that_another_process_has_locked_is_not_called_damaged(folder):
     path = folder / "chat.db"
     chat.Store(path).close()
@@ -6511,6 +6609,23 @@ def fault_at_random(seeded, nodes, names):
         nodes.nats.mute = not nodes.nats.mute
     else:
         house.cluster.save(now=True)
+
+
+@pytest.mark.parametrize("limit, most", [("SNAPSHOT_ENTRIES", 3), ("SNAPSHOT_BYTES", 600)])
+def test_a_node_makes_a_snapshot_when_there_is_much_to_apply_again_without_it(
+    monkeypatch, limit, most
+):
+    house, made = NodeHouse(FakeNats(lambda: 1_000_000.0)), []
+    come(house, "alice")
+    house.cluster.save(now=True)
+    save_node = house.store.save_node
+    monkeypatch.setattr(house.store, "save_node", lambda *row: made.append(n) or save_node(*row))
+    monkeypatch.setattr(chat, limit, most)
+    for n in range(1, 13):
+        ask(house, "alice", f"PRIVMSG bob :{n}" if n % 2 else "JOIN #a,#b")
+        house.cluster.save()
+    gaps = [two - one for one, two in itertools.pairwise([0, *made])]
+    assert len(made) >= 3 and min(gaps) > 1
 
 
 @pytest.mark.parametrize("run", some(range(8)))
@@ -11634,12 +11749,18 @@ def test_no_account_is_required_by_default():
     assert known and "draft/ACCOUNTREQUIRED" not in known
 
 
+ANNOUNCED = """
+    AWAYLEN=200 CHANLIMIT=#:50 CHANNELLEN=64 CHATHISTORY=500 HOSTLEN=46 KEYLEN=32 KICKLEN=200
+    MAXLIST=b:60,e:60,I:60 MODES=13 MONITOR=100 NAMELEN=128 NICKLEN=32 SAFERATE= TOPICLEN=300
+    TARGMAX=JOIN:,KICK:,LIST:10,MONITOR:100,NAMES:,PART:,WHOIS:1,PRIVMSG:20,NOTICE:20,TAGMSG:20
+    USERLEN=20 chat.py/FLOOD=1000,100
+"""
+
+
 def test_the_server_announces_its_limits():
-    house = irc_house("", alice="")
-    known = tokens(asked(house, "alice", "VERSION"))
-    assert known["SAFERATE"] == ""
-    targets = dict(one.split(":") for one in known["TARGMAX"].split(","))
-    assert targets["TAGMSG"] == targets["PRIVMSG"] == targets["NOTICE"]
+    known = tokens(asked(irc_house("", alice=""), "alice", "VERSION"))
+    limits = dict(token.split("=") for token in ANNOUNCED.split())
+    assert {name: known[name] for name in limits} == limits
 
 
 # TAGMSG has the target limit of PRIVMSG; that it announces
@@ -11913,29 +12034,25 @@ def visitor_at_a_limit():
 
 
 LIMITS_IN_BYTES = [  # a limit, the line in which so much is, the code of the refusal of more
-    ("CHANNEL_BYTES", lambda n: "JOIN #" + "b" * (n - 1), "476"),
-    ("REALNAME_BYTES", lambda n: "SETNAME :" + "x" * n, "INVALID_REALNAME"),
-    ("METADATA_BYTES", lambda n: "METADATA * SET k :" + "x" * n, "INVALID_VALUE"),
-    ("METADATA_BYTES", lambda n: "METADATA #a SET k :" + "x" * n, "INVALID_VALUE"),
-    ("BAN_MINUTES", lambda n: f"KLINE {n} x@h.example :x", "INVALID_PARAMS"),
-    ("PASSWORD_MOST", lambda n: "REGISTER * * :" + "x" * n, "UNACCEPTABLE_PASSWORD"),
-    (
-        "PASSWORD_LEAST",
-        lambda n: "REGISTER * * :" + "x" * (2 * chat.PASSWORD_LEAST - n),
-        "WEAK_PASSWORD",
-    ),
-    ("IRC_BYTES", lambda n: "PRIVMSG #a :".ljust(n - 2, "x"), "417"),
-    ("TAGS_BYTES", lambda n: "@+a=".ljust(n, "x") + " PRIVMSG #a :x", "417"),
-    ("SASL_CHUNK", lambda n: "AUTHENTICATE " + "x" * n, "905"),
-    ("TARGETS", lambda n: f"PRIVMSG {','.join(['bob'] * n)} :hi", "407"),
-    ("TARGETS", lambda n: f"TAGMSG {','.join(['bob'] * n)}", "407"),
-    ("LIST_TARGETS", lambda n: f"LIST {','.join(['#a'] * n)}", "407"),
+    (64, lambda n: "JOIN #" + "b" * (n - 1), "476"),
+    (128, lambda n: "SETNAME :" + "x" * n, "INVALID_REALNAME"),
+    (64, lambda n: f"METADATA * SET {'k' * n} :v", "INVALID_KEY"),
+    (240, lambda n: "METADATA * SET k :" + "x" * n, "INVALID_VALUE"),
+    (240, lambda n: "METADATA #a SET k :" + "x" * n, "INVALID_VALUE"),
+    (5_256_000, lambda n: f"KLINE {n} x@h.example :x", "INVALID_PARAMS"),
+    (300, lambda n: "REGISTER * * :" + "x" * n, "UNACCEPTABLE_PASSWORD"),
+    (3, lambda n: "REGISTER * * :" + "x" * (6 - n), "WEAK_PASSWORD"),
+    (512, lambda n: "PRIVMSG #a :".ljust(n - 2, "x"), "417"),
+    (4095, lambda n: "@+a=".ljust(n, "x") + " PRIVMSG #a :x", "417"),
+    (400, lambda n: "AUTHENTICATE " + "x" * n, "905"),
+    (20, lambda n: f"PRIVMSG {','.join(['bob'] * n)} :hi", "407"),
+    (20, lambda n: f"TAGMSG {','.join(['bob'] * n)}", "407"),
+    (10, lambda n: f"LIST {','.join(['#a'] * n)}", "407"),
 ]
 
 
-@pytest.mark.parametrize("limit, line, code", LIMITS_IN_BYTES)
-def test_as_much_as_a_limit_is_taken_and_no_more(limit, line, code):
-    most = getattr(chat, limit)
+@pytest.mark.parametrize("most, line, code", LIMITS_IN_BYTES)
+def test_as_much_as_a_limit_is_taken_and_no_more(most, line, code):
     assert not refused(ask(visitor_at_a_limit(), "alice", line(most)), code)
     assert refused(ask(visitor_at_a_limit(), "alice", line(most + 1)), code)
 
@@ -12585,7 +12702,8 @@ CLOSED_BEHIND = [  # a request, and whether the connection is closed behind its 
     ("GET / HTTP/1.0\nConnection: keep-alive", False),
     ("GET /nothing HTTP/1.1\nHost: localhost", False),
     ("GET / HTTP/1.1", True),  # a bad one
-    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 100000000", True),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 65536", False),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 65537", True),
     ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked", True),
 ]
 
@@ -12631,10 +12749,10 @@ BODIES = [  # chunks as they are sent, and the body or the status that they make
     (b"0\r\n" + b"a" * 5000, 400),
     (b"5;" + b"a" * (chat.CHUNK_LINE_BYTES - 2) + b"\r\nhello\r\n0\r\n\r\n", b"hello"),
     (b"5;" + b"a" * (chat.CHUNK_LINE_BYTES - 1) + b"\r\nhello\r\n0\r\n\r\n", 400),
-    (b"0\r\n" + b"a" * chat.TRAILER_BYTES + b"\r\n\r\n", b""),
-    (b"0\r\n" + b"a" * (chat.TRAILER_BYTES + 1) + b"\r\n\r\n", 400),
-    (b"0\r\n" + TRAILER * (chat.TRAILER_BYTES // 64) + b"\r\n", b""),
-    (b"0\r\n" + TRAILER * (chat.TRAILER_BYTES // 64 + 1) + b"\r\n", 400),
+    (b"0\r\n" + b"a" * 4096 + b"\r\n\r\n", b""),
+    (b"0\r\n" + b"a" * 4097 + b"\r\n\r\n", 400),
+    (b"0\r\n" + TRAILER * 64 + b"\r\n", b""),
+    (b"0\r\n" + TRAILER * 65 + b"\r\n", 400),
 ]
 
 
@@ -12784,6 +12902,13 @@ def test_metrics_are_in_the_usual_text_format():
     assert "chat_users 2" in lines and "# TYPE chat_users gauge" in lines
     line = re.compile(r"# (HELP|TYPE) chat_\w+ .*|chat_\w+ \d+(\.\d+)?")
     assert all(map(line.fullmatch, lines))
+
+
+def test_the_metrics_of_a_node_that_has_not_begun_are_zero():
+    given = chat.NodeOptions("n1", (("127.0.0.1", 4222),))
+    house = House(store=chat.Store(None, node=True), cluster=given)
+    figures = {name: value for name, (_, _, value) in house.metrics().items()}
+    assert "chat_batch_seconds" in figures and set(figures.values()) == {0}
 
 
 HANDSHAKE = """\
@@ -13233,6 +13358,7 @@ def test_an_upload_goes_on_after_a_restart(files, tmp_path):
     for name in (f"{'0' * 32}.part", "0" * 64, "README", "0" * 63):
         (tmp_path / "files" / name).write_bytes(b"x")
     files.site.folder.clean({file.on_disk for file in again.values()})
+    files.site.folder.remove(["0" * 64])  # which is gone already
     for name in ("README", "0" * 63):  # what is no content stays
         (tmp_path / "files" / name).unlink()
     assert len(on_disk(files)) == 1
@@ -14145,9 +14271,14 @@ def test_connections_that_speak_http_have_a_count_of_their_own():
     one.peers += chat.WEB_PER_ADDRESS - 2
     assert limits.refusal(4, key, one).startswith("too many connections")  # of any kind
     one.peers -= chat.WEB_PER_ADDRESS - 2
+    house, left = House(), []
+    house.addresses = addresses
     for web, chats in ((True, False), (False, True), (False, True), (False, False)):
-        addresses.leave(one, web, chats)
-    assert not addresses and (one.web, one.chat) == (0, 0)
+        peer = type("Peer", (), {"home": one, "web": web, "chats": chats, "session": None})()
+        house.peers.add(peer)
+        house.forget(peer)
+        left.append((one.web, one.chat))
+    assert not addresses and left == [(0, 2), (0, 1), (0, 0), (0, 0)]
     limits.close()
 
 
@@ -14695,6 +14826,13 @@ def test_names_and_messages_cannot_steer_a_terminal():
 # A client core joined to a server's session, back to back
 
 
+def without_codes(views):
+    """Return these views, none of which is the code of a refusal in place of its text."""
+    texts = [view.text for view in views if not view.own_id]
+    assert not any(re.fullmatch("[A-Z]+_[A-Z_]+", text) for text in texts), texts
+    return views
+
+
 class Pair:
     def __init__(self, house, name, **options):
         self.house, self.name, self.views = house, name, []
@@ -14731,7 +14869,7 @@ class Pair:
         self.views += self.core.feed(data[: int(min(down, len(data)))])
 
     def typed(self, text):
-        self.views += self.core.typed(text)
+        self.views += without_codes(self.core.typed(text))
         self.exchange()
 
     def drop(self):
@@ -15686,7 +15824,7 @@ class Elsewhere:
 
     def types(self, *texts):
         for text in texts:
-            self.views += self.core.typed(text)
+            self.views += without_codes(self.core.typed(text))
         return self
 
     def sent(self, seconds=0.0):
@@ -16331,7 +16469,7 @@ def test_a_nick_that_is_too_long_is_cut_to_what_servers_take_and_the_user_is_tol
     assert core.take_output() == b"NICK aaaaaaaaaaaaaaa\r\n"
     views = core.feed(b":x 001 aaaaaaaaaaaaaaa :Welcome\r\n")
     assert "is no nick that this server takes" in views[0].text
-    assert not core.regain
+    assert not core.talk.nick.regain
 
 
 def test_the_name_of_a_resumed_session_is_told_without_a_reason():
@@ -16439,6 +16577,18 @@ def test_history_that_does_not_come_hides_nothing():
     alice.hears("BATCH +1 chathistory #lobby", "@batch=1;msgid=1 :bob!u@h PRIVMSG #lobby :late")
     alice.hears("BATCH -1")
     assert alice.said() == ["#lobby bob: late"]
+
+
+def test_private_messages_that_were_missed_are_asked_for_by_the_id_of_the_newest_message():
+    caps = f"{PAGES_OF} chat.py/session"
+    alice = Elsewhere(caps=caps, join=())
+    for tags in ("@msgid=m1;time={}1Z ", "@msgid=m2;time={}2Z ", "@msgid=m1;time={}1Z ", ""):
+        alice.hears(tags.format("2026-01-01T00:00:00.00") + ":bob!u@h PRIVMSG alice :hi")
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears(f"CAP * LS :{caps}", f"CAP * ACK :{caps}", "001 alice :Welcome", "422 alice :x")
+    (asked,) = [line for line in alice.sent(9) if " TARGETS " in line]
+    assert asked.split()[2] == "msgid=m2"
 
 
 def test_what_is_read_on_another_device_while_a_page_is_on_its_way_is_no_news():
@@ -16743,7 +16893,7 @@ def test_a_name_that_a_ghost_had_is_taken_back_when_it_is_free(tokens, lines):
     alice.hears(*lines)
     assert "NICK alice" in alice.sent(9)
     alice.hears(":alice2!u@h NICK alice")
-    assert core.name == "alice" and not core.regain
+    assert core.name == "alice" and not core.talk.nick.regain
 
 
 def without_its_nick(*tokens):
@@ -16966,6 +17116,7 @@ def test_a_second_register_does_not_replace_the_password_that_is_kept():
     alice.drop()
     alice.connect()
     alice.typed("/register")
+    assert alice.views[-1].text == "alice is registered; /passwd changes its password"
     assert {login.password for login in kept} == {alice.core.me.login.password}
 
 
@@ -17492,12 +17643,16 @@ KEYS_SET = [  # changes of modes, the password that the next JOIN gives
     ("-k old", "JOIN #k"),
     ("+k *", "JOIN #k old"),
     ("+l 5", "JOIN #k old"),
+    ("+lk 5 new", "JOIN #k new"),
+    ("-lk old", "JOIN #k"),
+    ("+b-l+k *!*@h new", "JOIN #k new"),
 ]
 
 
+@pytest.mark.parametrize("tokens", [(), ("CHANMODES=beI,k,l,imnst",)])
 @pytest.mark.parametrize("modes, line", KEYS_SET)
-def test_a_channel_is_joined_again_with_the_password_that_it_has_now(modes, line):
-    alice = Elsewhere(join=["#k old"])
+def test_a_channel_is_joined_again_with_the_password_that_it_has_now(modes, line, tokens):
+    alice = Elsewhere(*tokens, join=["#k old"])
     alice.hears(f":op!u@h MODE #k {modes}")
     alice.core.disconnected()
     alice.core.connected()
@@ -17854,6 +18009,17 @@ def test_one_conversation_that_is_two_to_the_server_becomes_two(stored):
     assert [own.where for own in alice.core.outbox.waiting.values()] == ["{x}", "[x]"]
 
 
+def test_what_was_said_in_a_channel_that_was_left_is_found_under_another_rule_for_names():
+    db = chat.open_client_database(":memory:")
+    said = [":alice!u@h JOIN #[x]", ":bob!u@h PRIVMSG #[x] :hi"]
+    alice = lived("rfc1459", *said, db=db, texts=["/close #[x]"])
+    alice.hears(":alice!u@h PART #[x]")
+    assert not alice.core.rooms
+    alice.core.close_store()
+    store = lived("ascii", db=db).core.store
+    assert [view.text for view in store.page("#[x]", 5)] == ["hi"] and store.page("#{x}", 5) == []
+
+
 def test_two_conversations_stay_two_while_the_server_has_not_told_its_rule_yet():
     alice = lived("ascii", *TWO_USERS)
     alice.core.disconnected()
@@ -17901,6 +18067,26 @@ def test_no_message_is_lost_or_in_the_wrong_place_whatever_rules_for_names_a_ser
                 assert [view.text for view in room.views if view.kind == chat.MESSAGE] == wanted
         assert len({fold(room.name) for room in alice.core.rooms.values()}) == len(alice.core.rooms)
         alice.core.close_store()
+
+
+MERGED = [  # the time up to which each of two was read, unread messages, the time of both
+    ((5, 9), (0, 0), 9),
+    ((9, 5), (0, 0), 9),
+    ((5, 9), (1, 0), 5),
+    ((5, 9), (0, 1), 9),
+    ((5, 9), (1, 1), 5),
+    ((9, 5), (1, 1), 5),
+]
+
+
+@pytest.mark.parametrize("read, unread, both", MERGED)
+def test_two_conversations_that_become_one_are_read_as_far_as_leaves_the_unread_ones(
+    read, unread, both
+):
+    one, other = chat.Room("[x]"), chat.Room("{x}")
+    (one.read_time, other.read_time), (one.unread, other.unread) = read, unread
+    one.take_over(other, trimmed=False)
+    assert (one.read_time, one.unread) == (both, sum(unread))
 
 
 def test_the_history_of_two_channels_is_one_behind_a_rule_that_joins_their_names():
@@ -21233,6 +21419,23 @@ def test_output_of_a_pipe_has_no_control_characters():
 def test_a_time_is_one_row_whatever_its_form_is():
     look = chat.Look(chat.Palette(on=False), clock="%H%n%M%t")
     assert len(chat.clock_of(at(**CLOCK, text="x"), look).splitlines()) == 1
+
+
+BESIDE = [  # a term, the columns, whether its explanation is in the same row
+    ("/go NAME", 80, True),
+    ("x" * 24, 80, True),
+    ("x" * 25, 80, False),
+    ("x" * 40, 80, False),
+    ("/q", 60, True),
+    ("/q", 59, False),
+]
+
+
+@pytest.mark.parametrize("term, columns, same", BESIDE)
+def test_a_term_stands_beside_its_explanation_where_there_is_room(term, columns, same):
+    first, *more = chat.beside(term, "leave", columns)
+    assert first.startswith(term) and first.endswith("leave") == same
+    assert [row.strip() for row in more] == ([] if same else ["leave"])
 
 
 @pytest.mark.parametrize("name", ["&local", "#tea", "+free"])
@@ -25007,6 +25210,16 @@ def test_pasting_several_lines_sends_nothing_until_enter_and_then_one_message():
     assert editor.press(chat.Key("enter")) == "one\ntwo"
 
 
+def test_the_last_500_lines_that_were_entered_are_recalled():
+    editor = chat.LineEditor()
+    for n in range(501):
+        editor.press(chat.Key("text", str(n)))
+        editor.press(chat.Key("enter"))
+    for _ in range(600):
+        editor.press(chat.Key("up"))
+    assert editor.text == "1"
+
+
 def test_the_line_being_typed_has_a_limit():
     editor = chat.LineEditor()
     editor.press(chat.Key("paste", "é" * chat.TYPED_MOST))
@@ -26753,7 +26966,7 @@ class Witness(Guest):
 def receives(process, last):
     """Return what a piped client prints, until it prints that or time is over."""
     lines = []
-    alarm = threading.Timer(6 * PATIENCE, process.kill)
+    alarm = threading.Timer((18 if RUNS else 6) * PATIENCE, process.kill)
     alarm.daemon = True
     alarm.start()
     for line in process.stdout:
@@ -27017,6 +27230,8 @@ UPLOADS = [  # answers, requests; whether the link is posted
     ([CREATED, (500, {}, b""), (410, {}, b""), CREATED, AT_10], None, True),
     ([CREATED, (500, {}, b""), AT_5, AT_10], ["POST", "PATCH 0", "HEAD", "PATCH 5"], True),
     ([(429, {}, b"slow"), CREATED, AT_10], ["POST", "POST", "PATCH 0"], True),
+    ([(401, {}, b"old"), CREATED, AT_10], ["POST", "POST", "PATCH 0"], True),
+    ([(401, {}, b"old")] * 4, ["POST"] * 3, False),
     ([(201, {"Location": "/a b"}, b"")], ["POST"], False),
     ([(201, {"Location": "/\x1b[2J"}, b"")], ["POST"], False),
     ([(201, {}, b"")], ["POST"], False),
@@ -27515,6 +27730,23 @@ def test_a_text_that_could_not_be_stored_comes_back_where_it_was_written(at_keys
     assert at_keys.editor.text == "" and (elsewhere or "/me one" in at_keys.editor.typed)
 
 
+def test_what_is_said_is_painted_so_many_times_a_second_and_a_key_at_once(at_keys):
+    painted = []
+    at_keys.terminal.raw, at_keys.write = True, painted.append
+    at_keys.loop.now = 1000.0
+    for _ in range(100):  # in one second
+        at_keys.loop.now += 0.01
+        hears(at_keys, ":bob!u@h PRIVMSG #tea :hi")
+        at_keys.paint()
+    assert 2 <= len(painted) <= chat.PAINTS_A_SECOND + 1
+    at_keys.paint()
+    painted.clear()
+    at_keys.take(b"x")
+    at_keys.paint()
+    at_keys.paint()
+    assert len(painted) == 1
+
+
 @pytest.mark.parametrize("name", ["bob", "#tea"])
 def test_a_text_for_a_server_that_is_left_is_not_sent_to_another_one(at_keys, name):
     other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
@@ -27542,6 +27774,7 @@ def test_a_text_for_a_closed_conversation_is_no_draft_of_another(at_keys, begun,
     at_keys.core.rooms.close(bob)
     at_keys.show(at_keys.core.take_views())
     assert at_keys.ended_room == "bob" and at_keys.editor.text == begun
+    assert notes_of(at_keys)[-1:] == ["bob is closed; what you type for it is not sent"]
     at_keys.take(b"\x1b1")
     assert at_keys.core.here == "#den" and at_keys.editor.text == "den's own"
     assert at_keys.core.rooms["#tea"].draft == ""
@@ -32202,6 +32435,21 @@ def test_the_password_of_an_account_is_not_changed_in_the_database_of_a_node(fol
     assert process.returncode == 1 and b"is a node of a cluster" in said
 
 
+def test_a_new_password_waits_5_s_for_a_busy_server(folder, monkeypatch):
+    def opens(path):
+        db = open_database(path)
+        db.set_trace_callback(statements.append)
+        return db
+
+    house, statements, open_database = stored(folder), [], chat.open_database
+    account(house, "alice")
+    house.store.close()
+    monkeypatch.setattr(chat, "open_database", opens)
+    assert chat.main(["passwd", "alice", "--data", str(folder), "--password", "secret"]) == 0
+    assert "PRAGMA busy_timeout = 5000" in statements
+    assert any(line.startswith("UPDATE accounts") for line in statements)
+
+
 def test_a_terminated_server_says_goodbye_keeps_everything_and_exits_with_0(folder):
     with serving("--data", folder) as (process, address):
         guest = Guest(address, "alice")
@@ -32581,6 +32829,98 @@ def test_the_readme_is_short_where_newcomers_read_and_names_all_that_there_is():
             assert flag in text or flag == "--help", flag
     for verb in chat.client_command:
         assert f"`/{verb}" in reference, verb
+
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+README_LIMITS = [  # words of the README, and the limits that are its numbers
+    ("count as a line. A line has at most {:,} bytes.", chat.LINE_BYTES),
+    ("`FAIL ... INVALID_UTF8`. A line has at most {} bytes.", chat.IRC_BYTES),
+    (
+        "the next N lines (1 to {}) are one message of at most {:,} bytes;",
+        chat.MESSAGE_LINES,
+        chat.LINE_BYTES,
+    ),
+    (
+        "show the last N messages: {} without a number, at most {} |",
+        chat.HISTORY_LINES,
+        chat.HISTORY_LINES_MOST,
+    ),
+    ("A channel's name is `#` and up to {} bytes", chat.CHANNEL_BYTES - 1),
+    ("A name has at most {} characters and {} bytes.", chat.NAME_CHARACTERS, chat.NAME_BYTES),
+    ("(the newest {} KiB)", chat.PAGE_BYTES // KIB),
+    ("founded by a logged-in user ({} for each account)", chat.CHANNELS_FOUNDED),
+    ("before `NICK`: {} hexadecimal digits", chat.SECRET_DIGITS),
+    ("The tag `+chat.py/id` (at most {} bytes,", chat.OWN_ID_BYTES),
+    (
+        "sends `PING` after {:g} seconds, and closes the connection {:g} seconds later.",
+        chat.PING_SECONDS,
+        chat.PONG_SECONDS,
+    ),
+    (
+        "{} from one address, {:g} s for the head of a request,",
+        chat.WEB_PER_ADDRESS,
+        chat.WEB_HEAD_SECONDS,
+    ),
+    (
+        "{} KiB and {} headers for it, {:g} s between requests.",
+        chat.HEAD_BYTES // KIB,
+        chat.HEADERS_MOST,
+        chat.WEB_IDLE_SECONDS,
+    ),
+    (
+        "A message of a WebSocket has at most {:,} bytes, in at most {:,} frames;",
+        chat.LINE_BYTES,
+        chat.FRAGMENTS_MOST,
+    ),
+    (
+        "One file has at most {} MiB (`--file-max`), all together {} GiB",
+        chat.FILE_BYTES // MIB,
+        chat.FILES_BYTES // GIB,
+    ),
+    (
+        "the client waits {:g} seconds, or four times as long as connecting took,",
+        chat.LISTEN_SECONDS,
+    ),
+    (
+        "within {:g} seconds, within {:g} while a message waits for its echo",
+        chat.SILENT_SECONDS,
+        chat.WAITING_SECONDS,
+    ),
+    ("waits for its echo ({:g} on other servers).", chat.OTHER_SECONDS),
+    ("A new attempt follows after {:g} to {:g} seconds;", chat.BACKOFF_FIRST, chat.BACKOFF_MOST),
+    ("a missing page received) or {:g} seconds online.", chat.ONLINE_SECONDS),
+    (
+        "is tried again after {:g} ms; after {:g} seconds of that,",
+        chat.LOCK_RETRY_SECONDS * 1000,
+        chat.LOCKED_SECONDS,
+    ),
+    ("| {:,}; in memory {:,} |", chat.KEEP_EVENTS, chat.KEEP_EVENTS_IN_MEMORY),
+    ("Below is what counts | {},{:g} |", chat.FLOOD_BURST, chat.FLOOD_RATE),
+    ("until a file is removed | {} |", chat.FILES_DAYS),
+    (
+        "besides {} of HTTP; this machine's own are exempt | {} |",
+        chat.WEB_PER_ADDRESS,
+        chat.PER_ADDRESS,
+    ),
+    ("a server on its own; {} days |", chat.LOG_KEPT_DAYS),
+    ("all connections of an address together {} times that.", chat.ADDRESS_SHARES),
+    (
+        "(more than {} MiB unsent, or {} KiB for {:g} seconds)",
+        chat.UNSENT_MOST // MIB,
+        chat.UNSENT_SLOW // KIB,
+        chat.SLOW_SECONDS,
+    ),
+    ("closes a client that sends no name within {:g} seconds.", chat.NAMING_SECONDS),
+    ("A node that sends nothing for {} s is declared gone.", chat.NODE_SILENT_MS // 1000),
+    ("without the log for {:g} s tells its clients", chat.NODE_PAUSE_SECONDS),
+    ("stops reading them, and after {:g} s drops them.", chat.NODE_DROP_SECONDS),
+]
+
+
+def test_the_limits_that_the_readme_tells_are_those_that_hold():
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    for words, *limits in README_LIMITS:
+        assert words.format(*limits) in text, words.format(*limits)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
