@@ -11085,7 +11085,7 @@ class HttpReader:
             blank = self.data.startswith((b"\r", b"\n"), self.start)
             ends = (self.data.find(end, self.start) >= 0 for end in (b"\n\r\n", b"\n\n"))
             return blank or rest > self.limit or any(ends)
-        return self.data.find(b"\n", self.start) >= 0 or rest > TRAILER_BYTES
+        return self.data.find(b"\n", self.start) >= 0 or rest > TRAILER_BYTES + 1  # and a CR
 
     def feed(self, data: bytes) -> None:
         if self.failed:

@@ -2491,6 +2491,14 @@ def test_the_address_that_a_connection_came_to_tells_the_network_that_is_ours():
     assert keys == ["2001:db8:1:2::3", "2001:db8:1:2::/64"]
 
 
+def test_a_job_in_the_background_waits_behind_those_of_its_owner():
+    house, owners = House(), []
+    house.helpers.submit = lambda owner, job, done, lane: owners.append((owner, lane))
+    house.background("reads", chat.do_nothing, "10.0.0.2")
+    house.background("pages", chat.do_nothing)
+    assert owners == [("10.0.0.2", "reads"), (house, "pages")]
+
+
 @pytest.mark.parametrize("why", ["too many", "not serving", "paused"])
 def test_a_connection_that_is_not_let_in_is_told_why(why):
     house, told = House(), []
@@ -12738,6 +12746,15 @@ def test_a_head_may_be_as_long_as_the_limit_and_no_longer(target, headers, statu
         while (item := reader.take()) is not None:
             items.append(item)
     assert [getattr(item, "status", None) for item in items][:1] == [status]
+
+
+def test_trailers_without_an_end_are_pending_once_they_are_too_long():
+    reader = chat.HttpReader(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    assert reader.take().length is None
+    for data, status in ((b"0\r\n", None), (b"a" * 4096, None), (b"\r", None), (b"a", 400)):
+        reader.feed(data)
+        assert getattr(reader.take() if reader.pending else None, "status", None) == status
+        assert not reader.pending  # else nothing more is read
 
 
 def test_a_framer_says_that_something_is_pending_if_and_only_if_there_is(seeded):
