@@ -4208,20 +4208,14 @@ def test_an_operator_s_invitation_ends_with_a_later_ban_or_invite_only_mode(mode
     assert refused(lines, "473", "474") and not refused(lines, "JOIN")
 
 
-# A ban of another user ends nothing.
-def test_an_invitation_outlives_the_ban_of_another_user():
+# What keeps that user out no more than before ends nothing.
+@pytest.mark.parametrize(
+    "mode", ["+b dave!*@*", "+b m:carol!*@*", "+b m:*!*@*", "+m", "-i", "-b x"]
+)
+def test_an_invitation_outlives_what_does_not_keep_the_user_out(mode):
     house = House()
     channel_with_a_plain_member(house)
-    ask(house, "alice", "MODE #a +i", "INVITE carol #a", "MODE #a +b dave!*@*")
-    assert entered(house)
-
-
-# Nor does a mute: it keeps no user out.
-@pytest.mark.parametrize("mask", ["m:carol!*@*", "m:*!*@*"])
-def test_an_invitation_outlives_a_mute(mask):
-    house = House()
-    channel_with_a_plain_member(house)
-    ask(house, "alice", "MODE #a +i", "INVITE carol #a", f"MODE #a +b {mask}")
+    ask(house, "alice", "MODE #a +il 1", "MODE #a +b x", "INVITE carol #a", f"MODE #a {mode}")
     assert entered(house)
 
 
@@ -5360,6 +5354,47 @@ def test_memory_holds_only_so_much_history(monkeypatch):
             pass
     assert len(texts(house.store, "#19", 1000)) == 100
     assert texts(house.store, "#0") == []
+
+
+@pytest.mark.parametrize("count, slices", [(2, 1), (3, 2), (7, 3), (9, 4)])
+def test_old_dedup_keys_are_forgotten_in_slices_one_after_the_other(monkeypatch, count, slices):
+    monkeypatch.setattr(chat, "DEDUP_SWEPT", 3)
+    house, waited = House(), []
+    house.loop.call_later = lambda seconds, then: waited.append(seconds)
+    db, old, new = house.store.db, -(10**15), 10**15
+    keys = [("~a", f"id{n}", n, 1, new if n % 2 else old) for n in range(count)]
+    db.executemany("INSERT INTO dedup VALUES (?, ?, ?, ?, ?)", keys)
+    for _ in range(slices):
+        house.committer.sweep()
+    assert waited == [0] * (slices - 1) + [chat.SWEEP_SECONDS]
+    left = db.execute("SELECT own_id FROM dedup ORDER BY own_id").fetchall()
+    assert left == [(f"id{n}",) for n in range(1, count, 2)]
+
+
+CHANGES_STORED = """
+    TOPIC #a :news|MODE #a +m|MODE #a +k secret|MODE #a +l 5|MODE #a +b x!*@*|MODE #a -t
+    MODE #a +v bob|METADATA #a SET url :x|RENAME #a #b|INVITE carol #a|AWAY :gone|NICK al
+    SETNAME :Al|MODE alice +B|METADATA * SET url :x|JOIN #c|PART #a|KICK #a bob
+"""
+
+
+@pytest.mark.parametrize("line", re.split(r"[|\n]\s*", CHANGES_STORED.strip()))
+def test_each_change_of_a_channel_or_a_user_is_stored_in_its_turn(line):
+    house = House()
+    account(house, "alice", "bob", "carol")
+    for name in ("alice", "bob", "carol"):
+        device(house, name, name)
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+
+    def known():
+        users = {one.resume_id: chat.to_json(one.state()) for one in house.hub.users.values()}
+        return {key: chat.to_json(one.state()) for key, one in house.hub.channels.items()}, users
+
+    before = known()
+    ask(house, "alice", line)
+    rows = tuple(dict(house.store.rows(table)) for table in ("channels", "stays"))
+    assert known() == rows != before
 
 
 WRONG_ROWS = [  # in tables that are read at the start
@@ -12879,6 +12914,14 @@ def test_the_metrics_of_a_node_that_has_not_begun_are_zero():
     assert "chat_batch_seconds" in figures and set(figures.values()) == {0}
 
 
+def test_the_metrics_of_a_node_tell_how_much_of_the_log_waits():
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    house.cluster.last_entry = ""
+    for waiting in (7, 0):
+        house.cluster.apply(chat.LogEntry(house.hub.sequence, 1, b"of before", waiting))
+        assert house.metrics()["chat_log_lag"][2] == waiting
+
+
 HANDSHAKE = """\
 GET /irc HTTP/1.1
 Host: localhost:7000
@@ -14207,6 +14250,14 @@ def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
     assert slow.rest().startswith(b"HTTP/1.1 408 ")
     assert idle.rest().endswith(b"ok\n")
     assert stopped.rest()
+
+
+def test_without_a_spare_descriptor_no_connection_is_turned_away():
+    limits = chat.ConnectionLimits(chat.ServerOptions())
+    limits.close()
+    limits.spare = None
+    listening = types.SimpleNamespace(accept=lambda: pytest.fail("there is no descriptor"))
+    assert limits.turn_away_all(listening) is False
 
 
 def test_connections_that_speak_http_have_a_count_of_their_own():
