@@ -323,7 +323,7 @@ CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
 CUT_AT_LEAST = 100  # characters of a sent line that an echo has if the server has cut it
 # Echoes with other words: how like a sent line one is, and how much less it is like others
 LIKE, LIKE_MORE = 0.6, 0.1
-COMPARED = 16  # sent lines to which such an echo is compared
+COMPARED = 8  # sent lines to which such an echo is compared
 SENT_ALONE = 8  # messages, after one that was refused or changed and could not be told from others
 ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
 TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
@@ -2305,8 +2305,8 @@ class Channel:
             return
         raise Refused("CANNOT_SEND", text, self.name)
 
-    def parting_words(self, user: User, text: str) -> str:
-        """Return the reason for which a user leaves; "" if the user may not say it here."""
+    def permitted_words(self, user: User, text: str) -> str:
+        """Return the reason that a user gives for something; "" if the user may not speak here."""
         try:
             self.check_can_send(user, text)
         except Refused:
@@ -3880,6 +3880,12 @@ def inherit(hub: Hub, user: User, identity: str) -> None:
             hub.turn.record("marker", identity, target, *mark)
 
 
+def tell_ranks(hub: Hub, channel: Channel, user: User, ranks: Iterable[str]) -> None:
+    """Tell a channel the ranks that a user has there by an account."""
+    changes = [ModeChange(True, rank, user.name) for rank in ranks]
+    hub.emit(MODE, hub.source, channel.audience, format_modes(changes))
+
+
 def change_login(hub: Hub, who: Session, account: str) -> None:
     """Log a user in to an account. A guest's first account inherits what the guest has."""
     user, identity = who.user, hub.accounts.identity(account)
@@ -3889,10 +3895,9 @@ def change_login(hub: Hub, who: Session, account: str) -> None:
     emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, origin=who)
     for channel in user.channels:
         member, ranks = channel.members[user], channel.ranks_by_account(user)
-        given = [ModeChange(True, r, user.name) for r in ranks if member.set_rank(r, True)]
-        if given:
+        if given := [rank for rank in ranks if member.set_rank(rank, True)]:
             channel.rosters.clear()
-            hub.emit(MODE, hub.source, channel.audience, format_modes(given))
+            tell_ranks(hub, channel, user, given)
 
 
 def new_resume_id(hub: Hub, token: str) -> str:
@@ -3957,6 +3962,8 @@ def enter(
                 set_metadata(hub, who, user.name, key, value)
         if away not in ("", "*"):
             set_away(hub, who, away)
+        elif not away and not resumed and user.away == "*":  # now the user is here
+            set_away(hub, who, "")
         return True, resumed
     if owns and holder:
         take_name(hub, holder, free_name(hub, wanted, seed=seed))
@@ -4037,7 +4044,7 @@ def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
             forget_token(hub, user, token)
             hub.turn.changed.add(user)
     elif intended or not user.may_return:
-        if intended and not all(one.parting_words(user, reason) for one in user.channels):
+        if intended and not all(one.permitted_words(user, reason) for one in user.channels):
             reason = "Quit"
         remove_user(hub, user, reason, who)
     else:
@@ -4289,6 +4296,8 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
     hub.emit(JOIN, user.source, channel.audience, user.realname, user.account, who)
     if user.away:
         hub.emit(AWAY, user.source, channel.audience, user.away, origin=who)
+    if ranks and len(channel.members) > 1:
+        tell_ranks(hub, channel, user, ranks)
     if others := [session for session in user.live if session is not who]:
         hub.emit(OWN_JOIN, user.source, Audience(channel.name, sessions=others))
     tell_metadata_of_newcomer(hub, who, channel)
@@ -4300,7 +4309,8 @@ def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
     """Leave a channel; return it."""
     channel = hub.find_channel(name)
     channel.member(who.user)
-    reason = channel.parting_words(who.user, cut(reason, REASON_BYTES))
+    hub.work += channel.mask_count
+    reason = channel.permitted_words(who.user, cut(reason, REASON_BYTES))
     hub.emit(PART, who.user.source, channel.audience, reason, origin=who)
     end_membership(hub, who.user, channel)
     return channel
@@ -4334,6 +4344,7 @@ def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
     if "t" in channel.flags:
         channel.require(who)
     elif not who.operator:
+        hub.work += channel.mask_count
         channel.check_can_send(user, topic)
     if len(topic.encode()) > TOPIC_BYTES:
         raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
@@ -4725,11 +4736,13 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
     for key in keys:
         hub.turn.record("redact", key, hub.now, id)
     redact_file(hub, who, id)
-    text = hub.ids.text(id) + (f" :{reason}" if reason else "")
     about = ""
-    if not name.startswith("#"):
+    if channel := hub.channels.get(fold(name)):
+        reason = reason if who.operator else channel.permitted_words(user, reason)
+    else:
         other = hub.users.get(fold(name))
         about = other.name if other else clean_name(name)
+    text = hub.ids.text(id) + (f" :{reason}" if reason else "")
     hub.emit(REDACT, user.source, audience, text, about, who)
 
 
@@ -9137,10 +9150,11 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     if found is None:  # the turn in which it was said could not be stored
         return session.tell_not_kept(own_id, "it could not be stored")
     id, event = found
-    if event is None:
+    channel = name if "#" in name[:2] else ""
+    if event is None or not (channel or event.about):  # it was said in a channel, not to this user
         tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own_id)}"
         return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
-    past = Audience(name if name.startswith("#") else "")
+    past = Audience(channel)
     for line in session.wire.encode(past, [event]) if session.wire.echo else ():
         session.send(line)
 
@@ -12546,8 +12560,8 @@ def folded_by(rule: str, name: str) -> str:
     return name.translate(CASE_MAPPINGS.get(rule, CASE_MAPPINGS["ascii"]))
 
 
-# Matches the keys that depend on the rule, and those of names that another rule tells apart
-AMBIGUOUS_KEY = re.compile(r"[^ -Z_-z]|[\[-^]")
+# Matches the keys of names that two rules may compare differently
+AMBIGUOUS_KEY = re.compile(r"[^ -Z_-z]")
 HOST_CHARACTERS = set(".:/")  # that hosts have, and no nick
 STATUS_SYMBOLS = "~&@%+"  # before a channel, of ranks whose users are meant
 PARAMETER_MODES = "beIqaohvkl"  # modes with a parameter, where 005 has no CHANMODES
@@ -13412,11 +13426,11 @@ def in_batches(lines: list[MessageLine], size: int, count: int) -> Iterator[list
 
 
 def sameness(sent: str, heard: str) -> int:
-    """Return how surely a server made `heard` from a sent line: 3 if nothing was changed, 2 without
-    its colours, 1 if it was cut, 0 if the words differ."""
+    """Return how surely a server made `heard` from a sent line of other bytes: 2 if without its
+    colours, 1 if it was cut, 0 if the words differ."""
     plain, rest = shown_line(sent.encode(errors="replace")), heard.rstrip("\ufffd")
     cut_off = len(rest) > CUT_AT_LEAST and (sent.startswith(rest) or plain.startswith(rest))
-    return 3 if heard == sent else 2 if heard == plain else int(cut_off)
+    return 2 if heard == plain else int(cut_off)
 
 
 def likeness(sent: str, heard: str) -> float:
@@ -13457,6 +13471,16 @@ def for_some(target: str, channel: str, text: str) -> str:
     return text if target == channel else f"(to {target}) {text}"
 
 
+def is_called(core: "ClientCore", text: str, where: str) -> bool:
+    """Return whether a text contains the user's nick or a word of the setting highlight, or is
+    of a channel among those words."""
+    words = core.setting("highlight").split()
+    if core.fold(where) in map(core.fold, words):
+        return True
+    words = [core.name, *(word for word in words if not core.server.is_channel(word))]
+    return any(calls(text, word) for word in words)
+
+
 def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     """Return the view of a PRIVMSG or NOTICE."""
     core, server = talk.core, talk.server
@@ -13467,7 +13491,7 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     if CTCP_ACTION.match(text):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
-    called = not mine and (not server.is_channel(where) or core.is_called(text, where))
+    called = not mine and (not server.is_channel(where) or is_called(core, text, where))
     room = core.find(where)
     is_member = room is not None and heard.name in room.people
     person = mine or is_person(heard) or is_member or bool(heard.source and core.find(heard.source))
@@ -13655,10 +13679,20 @@ class MessageLines:
         self.id, self.sent_to, self.total = message.id, message.at, len(self.unsent)
 
     def _text_bytes(self, message: Waiting) -> int:
-        """Return how many bytes of a message fit in a line, as others see it."""
         if message.kind == ACTION:
             return LINE_BYTES  # never cut: see check_message()
-        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {message.where} :"
+        return self.text_bytes(message.where)
+
+    @property
+    def separate_bytes(self) -> int:
+        """The bytes of a message and of its target on a server to which each line is a message of
+        its own; 0 on others, and while it is not known."""
+        separate = self.core.ready and self.core.kind != PLAIN and not self.server.multiline
+        return self.text_bytes("") if separate else 0
+
+    def text_bytes(self, where: str) -> int:
+        """Return how many bytes of a message fit in a line, as others see it."""
+        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {where} :"
         most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
         return max(LINE_ROOM, most - 2 - len(head.encode()))
 
@@ -13783,7 +13817,7 @@ class Acknowledgements:
         if verb == "PING" and params:  # its PONG comes in order, too, and confirms nothing more
             self.pings.append(params[0])
         if by_user and verb == "NICK" and params:
-            self.core.asked_nick = params[0]
+            self.talk.nick.asked = params[0]
         if by_user and len(self.commands) < ECHOES_KEPT:
             id = f"command{next(self.talk.labels)}"
             self.commands[id] = line
@@ -13863,10 +13897,12 @@ class Acknowledgements:
         refusals, self.refusals = self.refusals, []
         left = {id(line) for line in self.sent}
         for n, (line, lines, reason) in enumerate(refusals):
-            taken = {one.id for one in lines if id(one) in left} - {line.id}
-            later = {one.line.id for one in refusals[n + 1 :]} & {one.id for one in lines}
-            count = len((taken | later) - {line.id}) if taken else 0
-            doubt = f" (this message, or one of the {count} after it)" if count else ""
+            targets = {one.target for one in lines}
+            later = [one for one in refusals[n + 1 :] if one.line.target in targets]
+            possible = [*lines, *(one for refusal in later for one in refusal.lines)]
+            taken = {one.id for one in possible if id(one) in left} - {line.id}
+            others = taken and (taken | {one.line.id for one in later}) - {line.id}
+            doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
             if line.id in self.core.outbox.in_flight:  # else the user knows
                 self.core.outgoing.lost(line.id, reason + doubt)
 
@@ -13920,6 +13956,8 @@ class Acknowledgements:
                     self.confirm(own_id)
                 else:
                     self.not_echoed(own_id)
+            if overdue:
+                self.strange.clear()
             if answered == ping_token:
                 break
         self.talk.bouncer_said = ""
@@ -14014,6 +14052,9 @@ class Acknowledgements:
     def _place(here: list[ExpectedEcho], text: str, alters: bool) -> int | None:
         """Return which of the lines to a target an echo clearly is; None for none. Words count as
         those of another line if the server `alters` some."""
+        unchanged = (n for n, line in enumerate(here) if line.text == text)
+        if (place := next(unchanged, None)) is not None:
+            return place
         grades = [sameness(line.text, text) for line in here]
         best = max(grades)
         alike = {line.text for line, grade in zip(here, grades, strict=True) if grade == best}
@@ -14324,6 +14365,90 @@ class HistoryRequests:
         "gap": _page_gap,
         "older": _page_older,
     }
+
+
+NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
+
+
+class OwnNick:
+    """The client's nick on one connection: the wanted one; another one while that is taken; and the
+    way back to it."""
+
+    def __init__(self, talk: "IrcTalk"):
+        self.talk, self.core = talk, talk.core
+        self.tries = 1  # attempts to get a nick
+        self.bytes = 0  # the server's limit for a nick, as its replies showed
+        self.asked = ""  # by the user's last NICK
+        self.regain = False  # the wanted nick was taken: get it once it is free ...
+        self.regain_at = 0.0  # ... and ask for it at this time
+        self.monitor_failed = False  # it did not lead to the wanted nick: ISON may
+
+    @property
+    def wanted(self) -> str:
+        """The wanted nick by the rules of this server, as far as they are known."""
+        name = self.core.wanted_name
+        return clean_name(name) if self.talk.server.ours else NOT_IN_A_NICK.sub("_", name) or "_"
+
+    def is_wanted(self, name: str) -> bool:
+        return self.core.fold(name) == self.core.fold(self.wanted)
+
+    def refused(self, heard: ServerLine, most: int, candidate: Callable[[int], str]) -> bool:
+        """Try another nick until the server takes one; give up after `most` attempts. Return
+        whether the server has refused a later NICK instead, which is to be shown."""
+        talk = self.talk
+        if talk.ready:
+            return not self.not_regained("".join(heard.params[1:2]))
+        if "chat.py/session" in talk.server.offered and not talk.server.enabled:
+            return False  # about the nick sent before the secret, which decides
+        self.tries += 1
+        if self.tries > most:
+            self.core.refuse(heard.params[-1], NEEDS_USER)
+            talk.bye("")
+        else:
+            self.core.name = candidate(self.tries)
+            self.regain = heard.verb != "432"
+            talk.send("NICK", self.core.name)
+        return False
+
+    def numbered(self, number: int) -> str:
+        """Return the wanted nick with a number, within the server's limit."""
+        full = numbered_name(self.wanted, number)
+        if not self.bytes or len(full) <= self.bytes:
+            return full
+        return numbered_name(self.wanted[: self.bytes - len(str(number))], number)
+
+    def tick(self, now: float) -> None:
+        """Ask whether the wanted nick is free: once by MONITOR, or now and then by ISON."""
+        if not self.regain or self.core.is_me(self.wanted) or now < self.regain_at:
+            return
+        self.regain_at = now + REGAIN_SECONDS
+        if "MONITOR" in self.talk.server.isupport and not self.monitor_failed:
+            self.talk.send("MONITOR", "+", self.wanted)
+            self.regain_at = math.inf
+        else:
+            self.talk.send("ISON", self.wanted)
+
+    def not_regained(self, name: str) -> bool:
+        """Go on by ISON if the wanted nick cannot be had; return whether the user knows that."""
+        told = self.monitor_failed
+        if not self.regain or not self.is_wanted(name):
+            return False
+        self.monitor_failed = True
+        self.regain_at = self.core.ticks() + REGAIN_SECONDS
+        return told
+
+    def is_free(self, name: str) -> None:
+        """Take a nick that is free, if it is the wanted one."""
+        if self.regain and self.is_wanted(name) and not self.core.is_me(name):
+            self.talk.send("NICK", self.wanted)
+
+    def changed(self, new: str) -> None:
+        """Note a new nick. If the user or another device chose it, it is the wanted one."""
+        core = self.core
+        follows = core.server.ours and not self.regain  # another device of the user
+        if follows or self.is_wanted(new) or core.fold(new) == core.fold(self.asked):
+            core.wanted_name, self.regain = new, False  # other changes are the server's
+        core.name = new
 
 
 class Joins:
@@ -14708,7 +14833,7 @@ class IrcTalk:
         self.lines = MessageLines(self)
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
-        self.joins = Joins(self)
+        self.joins, self.nick = Joins(self), OwnNick(self)
         self.answers = WantedAnswers(self)
         self.batches: dict[str, Batch] = {}
         self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
@@ -14716,9 +14841,6 @@ class IrcTalk:
         self.named = False  # NICK and USER were sent
         self.introduced = self.negotiating = False  # all was sent up to CAP END; the server has CAP
         self.resumed = False  # the session was resumed: the server says where the client is
-        self.tries = 1  # attempts to get a nick
-        self.monitor_failed = False  # it did not lead to the wanted nick: ISON may
-        self.nick_bytes = 0  # the server's limit for a nick, as its replies showed
         self.mask = ""  # of this client, as others see it
         self.began = core.ticks()
         self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
@@ -14860,8 +14982,9 @@ class IrcTalk:
         self.send_at_once("QUIT", reason)
 
     def tell_unsent(self) -> None:
-        """Tell the user which commands had to wait for too long: the connection has ended. Channels
+        """Tell the user what was refused and which commands had to wait for too long. Channels
         are joined over the next one."""
+        self.acks.tell_refusals()
         verbs = [parse_message(line).verb for line, _ in self.queue]
         if not self.core.quitting:
             lost = [verb for verb in verbs if verb != "JOIN"]
@@ -14895,7 +15018,7 @@ class IrcTalk:
             self.core.refuse("there is no server behind it", cause)
             self.core.dismissed = True
         elif self.ready:
-            self.regain_name(now)
+            self.nick.tick(now)
             self.joins.try_again(now)
             self.acks.doubt_echoes(now)
         else:
@@ -14960,7 +15083,7 @@ class IrcTalk:
         core, self.named = self.core, True
         if core.password:
             self.send("PASS", core.password)
-        core.name = core.wanted_nick
+        core.name = self.nick.wanted
         self.send("NICK", core.name)
         username = re.sub("[^a-z]", "", fold(core.name))[:SHORT_NAME] or "chat"
         core.output.append(f"USER {username} 0 * :{core.name}")
@@ -14987,43 +15110,14 @@ class IrcTalk:
         elif self.negotiating:
             self.send("CAP", "END")
 
-    def regain_name(self, now: float) -> None:
-        """Ask whether the wanted nick is free: once by MONITOR, or now and then by ISON."""
-        core = self.core
-        wanted = core.wanted_nick
-        if core.is_me(wanted) or not core.regain or now < core.regain_at:
-            return
-        core.regain_at = now + REGAIN_SECONDS
-        if "MONITOR" in self.server.isupport and not self.monitor_failed:
-            self.send("MONITOR", "+", wanted)
-            core.regain_at = math.inf
-        else:
-            self.send("ISON", wanted)
-
-    def not_regained(self, name: str) -> bool:
-        """Go on by ISON if the wanted nick cannot be had; return whether the user knows that."""
-        core, told = self.core, self.monitor_failed
-        if not core.regain or core.fold(name) != core.fold(core.wanted_nick):
-            return False
-        self.monitor_failed = True
-        core.regain_at = core.ticks() + REGAIN_SECONDS
-        return told
-
     def watch(self, names: Iterable[str], sign: str = "+") -> None:
         """Monitor the users of private conversations, for a screen, if the server has MONITOR; or
         with "-" no longer, except for the wanted nick."""
         names = [name for name in names if name and " " not in name and "," not in name]
-        regains = sign == "-" and self.core.regain
-        names = [name for name in names if not (regains and name == self.core.wanted_nick)]
+        regains = sign == "-" and self.nick.regain
+        names = [name for name in names if not (regains and name == self.nick.wanted)]
         if self.core.interactive and "MONITOR" in self.server.isupport and names:
             self.send("MONITOR", sign, ",".join(names[:WATCHED]))
-
-    def name_is_free(self, name: str) -> None:
-        """Take a nick that is free, if it is the wanted one."""
-        core = self.core
-        wanted = core.wanted_nick
-        if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
-            self.send("NICK", wanted)
 
     def waits(self, message: Waiting) -> bool:
         """Return whether a message waits for the answer to a JOIN, or for a server. The later
@@ -15265,7 +15359,7 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     """Show a line without a handler of its own; note the channel or message that is refused."""
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
-    text = between.join([" ".join(about), text] if about else [text])
+    text = between.join(optional(" ".join(about).removeprefix("*"), text))
     text = f"{heard.name}: " * ("!" in heard.source) + text
     if about and refuses_join(talk, heard.verb, about[0]):
         talk.joins.failed(about[0], text, heard.verb)
@@ -15409,36 +15503,15 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     talk.sasl.end()
 
 
-def try_name(talk: IrcTalk, heard: ServerLine, most: int, candidate: Callable[[int], str]) -> None:
-    """Try another nick until the server takes one; give up after `most` attempts."""
-    if talk.ready:
-        told = talk.not_regained("".join(heard.params[1:2]))
-        return None if told else tell_rest(talk, heard)
-    if "chat.py/session" in talk.server.offered and not talk.server.enabled:
-        return None  # about the nick sent before the secret, which decides
-    talk.tries += 1
-    if talk.tries > most:
-        talk.core.refuse(heard.params[-1], NEEDS_USER)
-        return talk.bye("")
-    talk.core.name = candidate(talk.tries)
-    talk.core.regain = heard.verb != "432"
-    return talk.send("NICK", talk.core.name)
-
-
 @from_server("433", "436", "437", least=2)
 def name_is_taken(talk: IrcTalk, heard: ServerLine) -> None:
     """Try NAME2, NAME3 and so on. A nick that the server cut shows how long one may be."""
-    name, shown = talk.core.wanted_nick, heard.params[1]
-    if len(shown) < len(talk.core.name) and talk.core.name.startswith(shown):
-        talk.nick_bytes = len(shown)
-
-    def candidate(number: int) -> str:
-        full = numbered_name(name, number)
-        if not talk.nick_bytes or len(full) <= talk.nick_bytes:
-            return full
-        return numbered_name(name[: talk.nick_bytes - len(str(number))], number)
-
-    try_name(talk, heard, NAMES_COUNTED if talk.server.ours else NAMES_TRIED, candidate)
+    name, shown = talk.core.name, heard.params[1]
+    if len(shown) < len(name) and name.startswith(shown):
+        talk.nick.bytes = len(shown)
+    most = NAMES_COUNTED if talk.server.ours else NAMES_TRIED
+    if talk.nick.refused(heard, most, talk.nick.numbered):
+        tell_rest(talk, heard)
 
 
 @from_server("400", "435", "438", "447", "484", least=1)
@@ -15446,7 +15519,7 @@ def name_is_kept(talk: IrcTalk, heard: ServerLine) -> None:
     """Show once that the wanted nick cannot be had, if no NICK of the user is refused."""
     about_nick = heard.verb != "400" or "NICK" in heard.params
     by_user = any(line.upper().startswith("NICK ") for line in talk.acks.commands.values())
-    if by_user or not about_nick or not talk.not_regained(talk.core.wanted_nick):
+    if by_user or not about_nick or not talk.nick.not_regained(talk.nick.wanted):
         tell_rest(talk, heard)
 
 
@@ -15454,13 +15527,14 @@ def name_is_kept(talk: IrcTalk, heard: ServerLine) -> None:
 def name_is_no_name(talk: IrcTalk, heard: ServerLine) -> None:
     """Try the nick with only letters and digits, then shorter ones, then a guest nick: other
     servers allow fewer characters than a chat.py."""
-    name, guest = talk.core.wanted_nick, f"guest{random.randrange(1000)}"
+    name, guest = talk.nick.wanted, f"guest{random.randrange(1000)}"
     plain = re.sub(r"[^A-Za-z0-9_-]", "", name).lstrip("0123456789-")
     letters = re.sub(r"[^A-Za-z]", "", name)
     shorter = [plain[:length] for length in NICK_LENGTHS if plain[:length] != talk.core.name]
     candidates = [*dict.fromkeys(filter(None, shorter)), letters[: SHORT_NAME - 2], guest]
-    tried = itertools.islice(filter(None, candidates), talk.tries - 1, None)
-    try_name(talk, heard, NAMES_TRIED, lambda _: next(tried, guest))
+    tried = itertools.islice(filter(None, candidates), talk.nick.tries - 1, None)
+    if talk.nick.refused(heard, NAMES_TRIED, lambda _: next(tried, guest)):
+        tell_rest(talk, heard)
 
 
 ZNC_ITSELF, ZNC_MODULES = "irc.znc.in", "!znc@znc.in"  # sources of lines from no server
@@ -15471,7 +15545,7 @@ def tell_own_name(talk: IrcTalk) -> None:
     core, login = talk.core, talk.core.me.login
     differs = core.name != core.wanted_name
     if core.interactive or differs:
-        why = "is taken" if core.regain else "is no nick that this server takes"
+        why = "is taken" if talk.nick.regain else "is no nick that this server takes"
         why = f" ({core.wanted_name} {why})" if differs and not talk.resumed else ""
         core.server_text(f"you are {core.name}{why}")
     if login and not (talk.sasl.mechanism or talk.sasl.explained):
@@ -15487,7 +15561,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core.outbox.most = SENT_AHEAD if talk.server.echoes else DOUBTED_AHEAD
     pace = NO_PACE if talk.server.ours else (PACE_BURST, PACE_RATE)
     talk.budget = Budget(*pace, core.ticks())
-    core.regain_at = core.ticks() + REGAIN_SECONDS
+    talk.nick.regain_at = core.ticks() + REGAIN_SECONDS
     core.began = core.began or heard.time or 0
     tell_own_name(talk)
     if core.away:
@@ -15720,7 +15794,7 @@ def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("734", least=3)
 def monitor_full(talk: IrcTalk, heard: ServerLine) -> None:
     """<limit> <nicks>: too many are monitored"""
-    if not any(talk.not_regained(name) for name in heard.params[-2].split(",")):
+    if not any(talk.nick.not_regained(name) for name in heard.params[-2].split(",")):
         tell_rest(talk, heard)
 
 
@@ -15729,9 +15803,20 @@ def present_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
     tell_if_asked(talk, heard)
     talk.answers.numerics.discard("303")
-    wanted = talk.core.wanted_nick
-    if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
-        talk.name_is_free(wanted)
+    if not any(map(talk.nick.is_wanted, heard.params[1].split())):
+        talk.nick.is_free(talk.nick.wanted)
+
+
+def drop_commands(talk: IrcTalk, name: str, why: str) -> None:
+    """Drop the queued commands for a user who is gone: another user may take that nick."""
+    lost = []
+    for pair in [*talk.queue]:
+        verb, params, _ = parse_message(pair[0])
+        named = params[FOR_ONE[verb] :][:1] if verb in FOR_ONE else []
+        if talk.core.fold(name) in map(talk.core.fold, named):
+            talk.queue.remove(pair)
+            lost.append(verb)
+    talk.tell_lost(lost, f"{name} {why}")
 
 
 @from_server("730", "731", least=2)
@@ -15740,7 +15825,8 @@ def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     core, gone = talk.core, heard.verb == "731"
     for name in (source.partition("!")[0] for source in heard.params[1].split(",")):
         if gone:
-            talk.name_is_free(name)
+            talk.nick.is_free(name)
+            drop_commands(talk, name, "is not here")
         room = core.find(name)
         if room and not room.is_channel and room.gone != gone:
             text = f"{name} {'is not here' if gone else 'is here'}"
@@ -15963,18 +16049,6 @@ def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
         core.rooms.close_left(room)
 
 
-def drop_commands(talk: IrcTalk, name: str) -> None:
-    """Drop the queued commands for a user who has left: another user may take that nick."""
-    lost = []
-    for pair in [*talk.queue]:
-        verb, params, _ = parse_message(pair[0])
-        named = params[FOR_ONE[verb] :][:1] if verb in FOR_ONE else []
-        if talk.core.fold(name) in map(talk.core.fold, named):
-            talk.queue.remove(pair)
-            lost.append(verb)
-    talk.tell_lost(lost, f"{name} has left")
-
-
 @from_server("QUIT")
 def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
@@ -15994,8 +16068,8 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         # Another user may take that name
         core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
     core.people.forget(heard.name)
-    drop_commands(talk, heard.name)
-    talk.name_is_free(heard.name)
+    drop_commands(talk, heard.name, "has left")
+    talk.nick.is_free(heard.name)
 
 
 @from_server("KICK", least=2)
@@ -16022,12 +16096,9 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
     core, old, new = talk.core, heard.name, heard.params[0]
     mine = core.is_me(old)
     if mine:
-        follows = core.server.ours and not core.regain  # another device of the user
-        if follows or core.fold(new) in (core.fold(core.wanted_nick), core.fold(core.asked_nick)):
-            core.wanted_name, core.regain = new, False  # other changes are the server's
+        talk.nick.changed(new)
         remember(core.former_names, core.fold(old))
         core.former_names.pop(core.fold(new), None)
-        core.name = new
         talk.mask = f"{new}!{talk.mask.partition('!')[2]}" if "!" in talk.mask else ""
         core.server_text(f"you are {new}")
     for room in list(core.rooms.values()):
@@ -16044,7 +16115,7 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
             core.rooms.rename(room, new)
     core.show(ViewEvent(PEOPLE))
     if not mine:
-        talk.name_is_free(old)
+        talk.nick.is_free(old)
 
 
 @from_server("RENAME", least=2)
@@ -16482,8 +16553,10 @@ class Rooms(dict[str, Room]):
         core.talk.joins.rekey()
         self.rekey()
         self._divide(before)
-        for room in self.values():
+        for key, room in self.items():
             self.keep(room)
+            if AMBIGUOUS_KEY.search(key):
+                core.stored.load_again(room)
         return core.keep_facts()
 
     def rekey(self) -> None:
@@ -16942,6 +17015,14 @@ class StoredMessages:
         room.views.dropped = len(room.views) == STORED_LINES
         if room.read_time:
             room.count_unread()
+
+    def load_again(self, room: Room) -> None:
+        """Add the last stored messages to those of a room: there may be some under its key that
+        were those of a closed conversation."""
+        core = self.core
+        views = core.store.page(core.fold(room.name), STORED_LINES) if core.store else []
+        room.put(views, (views[0].time or 0) if len(views) == STORED_LINES else 0)
+        core.show(ViewEvent(RESET, where=room.name))
 
     def note_holes(self, room: Room, *positions: str) -> None:
         """Store the positions in a room before which messages are missing."""
@@ -17456,6 +17537,9 @@ class Outgoing:
     # Changes of messages: replies, reactions, redactions
 
 
+LEAVING = ("quit", "exit", "logout", ":q", ":q!", ":wq")  # of other programs
+
+
 class TypedText:
     """The text that a user enters: a command, or a message for the current conversation."""
 
@@ -17494,6 +17578,8 @@ class TypedText:
         first = words[0] if words else ""
         if text[:1] == " " and first[:1] == "/" and first[1:] in client_command:
             return f"nothing was sent: is {first} a command? Enter again sends it as text"
+        if text.strip().lower() in LEAVING:
+            return "nothing was sent: /quit leaves; Enter again sends it as text"
         if command := password_command(text):
             return f"nothing was sent: is that /{command}? Enter again sends it as text"
         if len(words) == 1 and text[:1] in ("#", "&") and self.core.server.is_channel(text):
@@ -17535,9 +17621,6 @@ class TypedText:
             self._give_back(text, str(error))
 
 
-NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
-
-
 class ClientCore:
     """The client's side of a conversation with one server.
 
@@ -17574,9 +17657,6 @@ class ClientCore:
     sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
     quitting = False
     wants_connection = False  # connect now, at the user's request
-    asked_nick = ""  # by the user's last NICK
-    regain = False  # the wanted nick was taken: get it once it is free ...
-    regain_at = 0.0  # ... and ask for it at this time
     # The outcome of messages
     failures = 0  # messages that did not arrive, or that were not kept
     refusals = 0  # commands of a pipe that the server refused, or that were not sent
@@ -17689,12 +17769,6 @@ class ClientCore:
         """True if the server has welcomed the client."""
         return self.talk is not None and self.talk.ready
 
-    @property
-    def wanted_nick(self) -> str:
-        """The wanted nick by the rules of this server, as far as they are known."""
-        name = self.wanted_name
-        return clean_name(name) if self.server.ours else NOT_IN_A_NICK.sub("_", name) or "_"
-
     def online(self) -> Any:
         """Return the present talk. Raises Refused without a connection, and where the server knows
         no commands."""
@@ -17756,15 +17830,6 @@ class ClientCore:
     def by_id(self, id: int) -> Room | None:
         return next((room for room in self.rooms.values() if room.id == id), None)
 
-    def is_called(self, text: str, where: str) -> bool:
-        """Return whether a text contains the user's nick or a word of the setting highlight, or is
-        of a channel among those words."""
-        words = self.setting("highlight").split()
-        if self.fold(where) in map(self.fold, words):
-            return True
-        words = [self.name, *(word for word in words if not self.server.is_channel(word))]
-        return any(calls(text, word) for word in words)
-
     # The connection
 
     def connected(self) -> list[ViewEvent]:
@@ -17785,7 +17850,8 @@ class ClientCore:
         deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
         if talk:
-            talk.acks.tell_refusals()
+            talk.joins.want_typed()
+            talk.tell_unsent()
         flown = self.outbox.connection_lost()
         for message in flown if talk and talk.doubts else ():
             if talk.pages:
@@ -17794,9 +17860,6 @@ class ClientCore:
                 self.outgoing.leave_to_user(message.id)
         if talk and any(asked.how in ("missed", "gap") for asked in talk.history.requests):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
-        if talk:
-            talk.joins.want_typed()
-            talk.tell_unsent()
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
@@ -18087,9 +18150,11 @@ def nth(word: str, count: int, what: str) -> int:
     """Return the N of a typed -N, which means the Nth from the end of so many. Raises Refused with
     the range."""
     number = whole_number(word[1:]) if word[:1] == "-" else 0
+    if not count:
+        raise Refused("NO_MESSAGE", f"there are no {what} here")
     if not number or number > count:
-        known = f"-1 to -{count}" if count > 1 else "only -1" if count else "none"
-        raise Refused("NO_MESSAGE", f"{word} is none of {what} here; there is {known}")
+        known = f"-1 to -{count}" if count > 1 else "only -1"
+        raise Refused("NO_MESSAGE", f"{word} is none of the {what} here: {known}")
     return number
 
 
@@ -18246,19 +18311,20 @@ def do_topic(core: ClientCore, words: str = "") -> None:
 @client_command("nick", 1, 1)
 def do_nick(core: ClientCore, name: str) -> None:
     """/nick NAME -- change your nick"""
-    core.regain = False
+    core.talk.nick.regain = False
     core.talk.command("NICK", name)
 
 
-@client_command("history", most=2)
+@client_command("history", most=2, nameless=True)
 def do_history(core: ClientCore, *words: str) -> None:
     """/history [#CHANNEL|NAME] [N] -- what was said last"""
     numbered, count = len(words) > 1 or A_NUMBER.fullmatch("".join(words)), HISTORY_LINES
     if numbered:
         count = number_up_to(HISTORY_LINES_MOST, words[-1], "messages")
     name = words[0] if len(words) > bool(numbered) else asked_room(core).name
-    if not core.talk.pages:
-        raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
+    if not (core.ready and core.talk.pages):
+        why = "this server keeps no history" if core.ready else "not connected"
+        raise Refused("NO_HISTORY", f"{why}; /lastlog looks in your own")
     core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(count))
 
 
@@ -18574,7 +18640,7 @@ def numbered_view(
     if core.input.seen is not None:
         seen = {view.own_id or identity_of(view) for view in core.input.seen}
         spoken = [view for view in spoken if (view.own_id or identity_of(view)) in seen]
-    what = "your messages" if mine else "the messages of others"
+    what = "messages of yours" if mine else "messages of others"
     number = nth(first if match else "-1", len(spoken), what)
     if not spoken[-number].id:
         raise Refused("NO_ID", "the server has not confirmed that message yet; try again")
@@ -18644,7 +18710,7 @@ def do_save(core: ClientCore, *words: str) -> None:
     """/save [-N] [PATH] -- store the last file that a message here tells of, or the Nth"""
     room, numbered = asked_room(core), bool(words) and A_NUMBER.fullmatch(words[0])
     files = [(view, parse_file_tag(view.file)) for view in room.views if view.file]
-    number = nth(words[0], len(files), "the files") if numbered else 1
+    number = nth(words[0], len(files), "files") if numbered else 1
     if len(files) < number or files[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
     if core.transfers.start is None:
@@ -21486,12 +21552,13 @@ class Server:
     def expire_files(self) -> None:
         """Remove old files, and uploads that are a day old, by the clock or since first seen."""
         now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
+        under_way = self.site.uploading.keys() | self.hub.files.finishing
         for file in list(self.hub.files.values()):
             age, most = now - file.made / 1000, self.options.files_keep * 24 * 3600
             if not file.sha:
                 seen = self.uploads_seen[file.id] = before.get(file.id, self.loop.now)
                 age, most = max(age, self.loop.now - seen), UPLOAD_SECONDS
-            if age > most and self.looks_after(file) and file.id not in self.site.uploading:
+            if age > most and self.looks_after(file) and file.id not in under_way:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 
@@ -25515,13 +25582,13 @@ class TerminalClient(ManyServers):
 
     def list_rooms(self) -> None:
         """Show all conversations with their numbers."""
-        server, listed = None, []
+        listed: dict[str, list[str]] = {}
         for n, (seat, room) in enumerate(self.places(), 1):
             new = f" ({room.unread} new)" * bool(room.unread)
-            head = f"{seat.link.target}: " if len(self.seats) > 1 and seat is not server else ""
-            server = seat
-            listed.append(f"{head}{n} {room.name or '(no conversation)'}{new}")
-        self.note(", ".join(listed) or "there is none; /join #CHANNEL")
+            head = f"{seat.link.target}: " * (len(self.seats) > 1)
+            listed.setdefault(head, []).append(f"{n} {room.name or '(no conversation)'}{new}")
+        for head, rooms in listed.items():
+            self.note(head + ", ".join(rooms))
 
     def interrupt(self) -> None:
         """Handle Ctrl-C: empty the line, which Up brings back; on an empty line ask, and the next
@@ -25949,7 +26016,7 @@ PAGE_TEXT = r"""<!doctype html>
 <style>
 :root { --back: #fff; --side: #f1f3f5; --text: #16191d; --dim: #5b636d; --line: #d9dee3;
   --accent: #1558b0; --on: #fff; --mine: #e6f0fd; --called: #fff3c4; --bad: #b3261e;
-  --light: 34%; color-scheme: light dark; }
+  --light: 34%; --keyboard: 0px; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #14171b; --side: #1d2126; --text: #e8eaed; --dim: #9aa3ad; --line: #333a42;
     --accent: #8ab8ff; --on: #0b1320; --mine: #1d2a3d; --called: #40381a; --bad: #ffb4ab;
@@ -25961,8 +26028,9 @@ body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var
   overflow-wrap: break-word; overflow-wrap: anywhere; }
 button, input, textarea { font: inherit; color: inherit; }
 button, .card, #rooms, #people { background: var(--side); }
-button, input, textarea, .row, .row img, .card { border-radius: .5rem; }
-button { min-height: 44px; min-width: 44px; padding: 0 .6rem; border: 0; cursor: pointer; }
+button, input, textarea, .row, img, .card { border-radius: .5rem; }
+button, dialog { border: 1px solid transparent; } /* forced colours show it */
+button { min-height: 44px; min-width: 44px; padding: 0 .6rem; cursor: pointer; }
 .main { background: var(--accent); color: var(--on); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
 input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
@@ -25970,7 +26038,7 @@ input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
 [type=checkbox] { width: auto; }
 label { display: block; margin: .7rem 0 .2rem; }
 a { color: var(--accent); unicode-bidi: isolate; direction: ltr; }
-main { display: flex; height: 100%; }
+main { display: flex; height: calc(100% - var(--keyboard)); }
 #chat { flex: 1; min-width: 0; display: flex; flex-direction: column; }
 header { display: flex; border-bottom: 1px solid var(--line); }
 header button { background: none; }
@@ -25993,7 +26061,7 @@ header button { background: none; }
 .text { margin: 0; white-space: pre-wrap; unicode-bidi: plaintext; overflow: hidden; }
 .info .text { color: var(--dim); }
 blockquote { margin: 0; padding-inline-start: .5rem; border-inline-start: 3px solid var(--line); }
-.row img, .card { display: block; max-width: 100%; height: auto; }
+img, .card { display: block; max-width: 100%; height: auto; }
 .reactions button { min-height: 34px; margin: .2rem .3rem 0 0; }
 [aria-pressed=true] { outline: 1px solid var(--accent); }
 .failed { color: var(--bad); }
@@ -26002,9 +26070,9 @@ progress { width: 100%; }
 #newest { align-self: center; margin-top: -3rem; z-index: 1; }
 #reply { display: flex; align-items: center; margin: 0 .9rem; }
 #reply span { flex: 1; }
-#composer { display: flex; align-items: flex-end; gap: .2rem; padding: .3rem .3rem
+#composer { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .2rem; padding: .3rem .3rem
   max(.3rem, env(safe-area-inset-bottom)); border-top: 1px solid var(--line); }
-#text { flex: 1; min-width: 0; resize: none; max-height: 40vh; }
+#text { flex: 1 7rem; min-width: 0; resize: none; max-height: 40vh; }
 .badge { padding: 0 .4rem; border-radius: 1rem; background: var(--dim); color: var(--back);
   font-size: .8rem; }
 .badge.called { background: var(--bad); }
@@ -26013,18 +26081,18 @@ progress { width: 100%; }
   text-align: start; }
 .list span:first-child { flex: 1; min-width: 0; unicode-bidi: isolate; }
 [aria-current=true] { background: var(--mine); font-weight: 600; }
-dialog { width: min(34rem, 100%); max-height: 90%; overflow: auto; border: 0; z-index: 3;
-  border-radius: 1rem; background: var(--back); color: var(--text);
+dialog { width: min(34rem, 100%); max-height: calc(90% - var(--keyboard)); overflow: auto;
+  z-index: 3; border-radius: 1rem; background: var(--back); color: var(--text);
   padding: 1rem 1rem 2rem; }
-dialog[open] { position: fixed; inset: auto 0 0; margin: auto auto 0; }
+dialog[open] { position: fixed; inset: auto 0 var(--keyboard); margin: auto auto 0; }
 h2 { margin: 0; font-size: 1.1rem; }
 .buttons { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
-dialog img { max-width: 100%; max-height: 40vh; }
+dialog img { max-height: 40vh; }
 @media (max-width: 1099px) { #people { display: none; } }
 @media (min-width: 720px) { #menu, #camera { display: none; }
-  dialog[open] { inset: 0; margin: auto; } }
+  dialog[open] { inset: 0 0 var(--keyboard); margin: auto; } }
 @media (max-width: 719px) {
-  #rooms { position: fixed; inset: auto 0 0; width: 100%; max-height: 75%; z-index: 2;
+  #rooms { position: fixed; inset: auto 0 var(--keyboard); width: 100%; max-height: 75%; z-index: 2;
     border-radius: 1rem 1rem 0 0; box-shadow: 0 0 3rem #0006; display: none; }
   #rooms.open { display: block; } }
 </style>
@@ -26154,22 +26222,24 @@ function linesOf({ own, target, text, action, reply }) {
 
 // ---- What this browser keeps
 
-// Small settings. A browser may refuse to keep any: then they last as long as the page
+// Small settings. Those that a browser does not keep last as long as the page
 const memory = {};
 
 function setting(name) {
   try {
-    return JSON.parse(localStorage.getItem(`chat.${name}`));
+    return name in memory ? memory[name] : JSON.parse(localStorage.getItem(`chat.${name}`));
   } catch {
-    return memory[name] ?? null;
+    return null;
   }
 }
 
 function set(name, value) {
-  memory[name] = value;
   try {
     localStorage.setItem(`chat.${name}`, JSON.stringify(value));
-  } catch { /* it is in memory */ }
+    delete memory[name];
+  } catch { // it is full, or refused
+    memory[name] = value;
+  }
 }
 
 // Rows by key, in IndexedDB; in localStorage where there is none. outbox: messages and files that
@@ -26219,7 +26289,7 @@ const KEPT = 200; // messages of a room that are kept for the next start
 const WALKED = 1000; // missed messages that are fetched in order; of more, only the newest
 
 const state = { me: '', account: '', rooms: {}, outbox: [], batches: {},
-  asked: {}, page: PAGE, phase: 'closed', why: '', retryAt: 0 };
+  asked: {}, page: PAGE, phase: 'closed', why: '' };
 
 const isMe = (nick) => fold(nick) === fold(state.me);
 const partner = (target, nick) => (isChannel(target) || isMe(nick) ? target : nick);
@@ -26365,7 +26435,6 @@ function heard(nick, [, text], line) {
 
 // ---- Lines of the server
 
-const RANKS = '~&@%+';
 const news = (to, text) => Object.keys(to.members).length <= 50 && tell(to, text);
 const because = (reason) => (reason ? `: ${reason}` : '');
 
@@ -26440,8 +26509,13 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   INVITE: (nick, [, name]) => note(`${nick} invites you: /join ${name}`),
   MARKREAD(nick, [name, marker = '']) {
     const to = state.rooms[fold(name)], time = marker.replace(/^timestamp=|\*/, '');
-    if (to && time > to.marker) to.marker = time;
-    if (to) count(to);
+    if (!to) return;
+    if (time > to.marker) to.marker = time;
+    if (time < to.marker && to.told !== to.marker) { // it was read without a connection
+      to.told = to.marker; // once: a server that takes less answers with less
+      respond(`MARKREAD ${name} timestamp=${to.marker}`);
+    }
+    count(to);
   },
   BATCH(nick, [reference, kind, target], line) {
     const key = reference.slice(1);
@@ -26845,10 +26919,9 @@ class Leader {
     this.uploader.asking?.lost(new Error('the connection broke'));
     this.uploader.end?.abort(); // its connection may be as dead
     if (leader !== this || state.phase === 'ended') return;
-    const wait = this.wait * (0.75 + Math.random() / 2);
+    this.timer = setTimeout(() => this.connect(), this.wait * (0.75 + Math.random() / 2));
     this.wait = Math.min(LONGEST, this.wait * 2);
-    this.timer = setTimeout(() => this.connect(), wait);
-    publish({ phase: 'waiting', why: this.error, retryAt: Date.now() + wait });
+    publish({ phase: 'waiting', why: this.error });
   }
 
   stop(why) { // until the user does something
@@ -26971,7 +27044,9 @@ function act(name, ...values) { // have the leader do something
   else setTimeout(act, 100, name, ...values); // it is not known yet who leads
 }
 
-const ask = (line) => act('send', line); // a line that the user wants to be sent
+// Send a line that the user wants to be sent. None waits for a connection
+const ask = (line) => (state.phase === 'online' ? act('send', line)
+  : note('Not done: there is no connection'));
 const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
@@ -27006,8 +27081,8 @@ const ITEMS = {
     leader?.pump();
     refresh();
   },
-  phase(phase, { why = '', retryAt = 0 }) {
-    Object.assign(state, { phase, why, retryAt });
+  phase(phase, { why = '' }) {
+    Object.assign(state, { phase, why });
     if (phase === 'connecting') state.account = '';
     if (phase !== 'online') connectionLost(); // also of a tab that led before
     if (phase === 'online' && $('sheet').dataset.kind === 'name') closeSheet();
@@ -27185,6 +27260,7 @@ function drawRows(messages, next) {
       place.before(block);
     }
     const row = el('article', { tabIndex: -1, message });
+    if (messages.length > 1) row.setAttribute('aria-live', 'off'); // they are history
     rows.set(message, row);
     block.append(row);
     fillRow(row);
@@ -27262,7 +27338,7 @@ function markRead() {
   if (document.hidden || !stuck || !last || last.time <= to.marker) return;
   to.marker = last.time;
   count(to);
-  if (!isMe(last.nick)) ask(`MARKREAD ${to.name} timestamp=${last.time}`);
+  if (!isMe(last.nick)) act('send', `MARKREAD ${to.name} timestamp=${last.time}`);
 }
 
 // ---- The screen: the rest of it, drawn again in the next frame where it differs
@@ -27323,7 +27399,7 @@ function drawRooms() {
 }
 
 function peopleOf(members) {
-  const order = ({ rank, name }) => `${rank ? RANKS.indexOf(rank) : 9}${fold(name)}`;
+  const order = ({ rank, name }) => `${rank ? '~&@%+'.indexOf(rank) : 9}${fold(name)}`;
   const sorted = members.sort((a, b) => order(a).localeCompare(order(b))).slice(0, 500);
   return [dim(counted(members.length, 'member')), ...sorted.map(({ name, rank, away }) =>
     button(rank + name, () => personSheet(name), { className: away ? 'dim' : '' }))];
@@ -27335,16 +27411,16 @@ function drawWaiting(list) {
     const bar = row.size && !row.failed
       && el('progress', { max: row.size, value: row.sent ?? 0, ariaLabel: row.name });
     const why = row.failed ? `not sent: ${row.failed} ` : 'waiting ';
-    return el('article', { className: 'row mine' }, withLinks(row.text ?? row.name), bar,
+    const ariaLive = row.failed ? 'polite' : 'off'; // its echo is read out
+    return el('article', { className: 'row mine', ariaLive }, withLinks(row.text ?? row.name), bar,
       el('span', { className: row.failed ? 'failed' : 'dim' }, why),
       row.failed && button('Retry', () => retry(row)), button('Cancel', () => cancel(row)));
   })));
 }
 
 function drawPhase() {
-  const left = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
   const texts = { closed: state.me ? '' : 'Not joined', connecting: 'Connecting', ended: state.why,
-    waiting: `${state.why || 'No connection'}; next attempt in ${counted(left, 'second')}` };
+    waiting: `${state.why || 'No connection'}; trying again` };
   const count = waiting().length, text = texts[state.phase] ?? '';
   const whole = text && count ? `${text}; ${counted(count, 'message')} waiting` : text;
   if ($('phase').textContent !== whole) $('phase').textContent = whole;
@@ -27403,7 +27479,7 @@ field.oninput = () => {
   keepDraft();
   if (!field.value || field.value.startsWith('/') || Date.now() - typed < 3000) return;
   typed = Date.now();
-  ask(`@label=typing;+typing=active TAGMSG ${shown().name}`);
+  act('send', `@label=typing;+typing=active TAGMSG ${shown().name}`);
 };
 
 function setReplyTo(message) {
@@ -27501,10 +27577,11 @@ function choose(properties) {
 $('attach').onclick = () => choose({});
 $('camera').onclick = () => choose({ accept: 'image/*', capture: 'environment' });
 field.onpaste = ({ clipboardData: { files } }) => offer(...files);
-document.ondragover = (event) => event.preventDefault();
-document.ondrop = (event) => {
+document.ondragover = document.ondrop = (event) => {
+  const { type, target, dataTransfer: { types, files } } = event;
+  if (target === field && !types.includes('Files')) return; // a text, for the browser to insert
   event.preventDefault();
-  offer(...event.dataTransfer.files);
+  if (type === 'drop') offer(...files);
 };
 
 async function shrunk(file) {
@@ -27721,18 +27798,22 @@ function listen() {
   addEventListener('online', () => act('probe'));
   addEventListener('pagehide', () => {
     keepDraft();
+    attached = Boolean(leader); // a page that is shown again has missed what the leader published
     if (leader) keepRooms();
     if (leader && !navigator.locks) set('lease', null);
   });
   addEventListener('visibilitychange', () => {
     if (document.hidden) return leader && keepRooms();
     markRead();
-    return leader ? leader.probe() : callLeader();
+    act('probe');
+    return callLeader();
   });
   setInterval(drawPhase, 1000);
   if (!navigator.locks) setInterval(elect, 2000);
   self.visualViewport?.addEventListener('resize', () => { // the keyboard of a phone
-    document.body.style.height = `${visualViewport.height * visualViewport.scale}px`;
+    const { style, clientHeight } = document.documentElement;
+    const covered = clientHeight - visualViewport.height * visualViewport.scale;
+    style.setProperty('--keyboard', `${Math.max(0, covered)}px`);
   });
 }
 
@@ -28540,10 +28621,17 @@ def add_client_options(add: Callable) -> None:
     add("--insecure", action="store_true", help="believe any certificate")
 
 
+def nick_option(text: str) -> str:
+    """Parse NAME, which is not the server."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"your nick comes first, like: alice --server {text}")
+    return text
+
+
 def add_client(commands: Any) -> None:
     client = parser_of(commands, "client", "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
     add = client.add_argument
-    add("name", metavar="NAME", help="your nick")
+    add("name", type=nick_option, metavar="NAME", help="your nick")
     address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
     add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)

@@ -130,6 +130,7 @@ class Server(NamedTuple):
     doubt: str = ""  # ... and why
     away: str = ""
     can: frozenset[str] = frozenset()  # redact, react, typing, reply
+    separate_bytes: int = 0  # of a line and its target, where each line is a message
     rooms: tuple[int, ...] = ()
 
     @property
@@ -380,7 +381,10 @@ def arabic_forms() -> dict[str, dict[str, str]]:
 
 def joined(letters: list[Letter]) -> list[Letter]:
     """Return Arabic letters in the forms that they have beside each other."""
-    forms = [arabic_forms().get(one.text, {}) for one in letters]
+    known = arabic_forms()
+    forms = [known.get(one.text, {}) for one in letters]
+    if not any(forms):
+        return letters
     joins = [
         "initial" in one and "final" in other and ZWNJ not in letter.marks
         for letter, one, other in zip(letters, forms, forms[1:], strict=False)
@@ -398,24 +402,25 @@ def letters_of(line: str, links: bool = True) -> list[Letter]:
     """Return the letters of a line; a mark goes with the letter before it (W1)."""
     ends = {match.start(): match.end() for match in LINK.finditer(line)} if links else {}
     letters: list[Letter] = []
-    n = 0
+    n, pairs = 0, arabic_forms()
     while n < len(line):
-        mark = unicodedata.bidirectional(line[n]) in ("NSM", "BN")
+        one, pair = line[n], line[n : n + 2]
+        mark = unicodedata.bidirectional(one) in ("NSM", "BN")
         if mark and letters and not letters[-1].is_link:
-            letters[-1] = letters[-1]._replace(marks=letters[-1].marks + line[n])
+            letters[-1] = letters[-1]._replace(marks=letters[-1].marks + one)
             n += 1
             continue
-        pair = line[n : n + 2]
-        end = ends.get(n) or n + (2 if len(pair) == 2 and pair in arabic_forms() else 1)
-        letters.append(Letter(n, line[n:end], "", n in ends, line[n:end]))
-        n = end
+        if n in ends or (pair in pairs and len(pair) == 2):
+            one = line[n : ends.get(n, n + 2)]
+        letters.append(Letter(n, one, "", n in ends, one))
+        n += len(one)
     return joined(letters)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def mirrored(sign: str) -> str:
     """Return the sign that this one is in a mirror (L4): of brackets, "less than" and so on."""
-    if not (len(sign) == 1 and unicodedata.mirrored(sign)):
+    if not unicodedata.mirrored(sign):
         return sign
     name = OPPOSITE_WORD.sub(lambda word: OPPOSITE[word[0]], unicodedata.name(sign, ""))
     try:
@@ -429,6 +434,8 @@ def bracket_pairs(letters: list[Letter]) -> list[tuple[int, int]]:
     opened: list[tuple[str, int]] = []
     pairs = []
     for n, letter in enumerate(letters):
+        if letter.is_link or not unicodedata.mirrored(letter.text[0]):
+            continue
         sign = unicodedata.normalize("NFC", letter.text)
         kind = unicodedata.category(sign) if mirrored(sign) != sign else ""
         if kind == "Ps":
@@ -499,7 +506,8 @@ def places_of(letter: Letter, level: int) -> list[tuple[str, int, str]]:
         ]
     first = mirrored(letter.drawn) if level % 2 else letter.drawn
     whole_letter = [(first, letter.place, letter.text + letter.marks)]
-    return whole_letter + [(mark, letter.place, "") for mark in letter.marks]
+    marks = [(mark, letter.place, "") for mark in letter.marks] if letter.marks else []
+    return whole_letter + marks
 
 
 def is_rtl(text: str) -> bool:
@@ -1445,6 +1453,7 @@ class Overview:
             link.certificate.doubt,
             core.away,
             frozenset(what for what in ("redact", "react", "typing", "reply") if core.can(what)),
+            core.talk.lines.separate_bytes if core.talk else 0,
             tuple(room.id for room in core.rooms.values()),
         )
 
@@ -3189,7 +3198,9 @@ class Compose(Field):
         self.preview: Callable[[str, int], None] = chat.do_nothing  # a line, and the cursor in it
         self.edited: Callable[[], None] = chat.do_nothing  # the user changed the text
         self.too_much: Callable[[str], None] = chat.do_nothing  # a paste over the limit
-        self.several: Callable[[str], None] = chat.do_nothing  # a paste of several lines
+        self.several: Callable[[str], None] = (
+            chat.do_nothing
+        )  # a paste that may be several messages
         self.path: Callable[[str], None] = chat.do_nothing  # a paste that may be the path of a file
         self.placed = ""  # the text that was set last: it was not typed
         self.stepped_to, self.column = "", 0  # by Up and Down: the index, and pixels from the left
@@ -3223,10 +3234,10 @@ class Compose(Field):
 
     def take_paste(self, text: str) -> None:
         super().take_paste(text)
-        if text.rstrip("\n").count("\n"):
-            self.several(self.content)
-        elif PATH.fullmatch(text.strip()):
+        if PATH.fullmatch(text.strip()):
             self.path(text.strip())
+        elif text.rstrip("\n").count("\n") or len(text) > chat.LINE_ROOM:
+            self.several(self.content)
 
     def too_long(self, text: str) -> None:
         self.too_much(chat.harmless(text.replace("\r\n", "\n")))
@@ -4923,9 +4934,9 @@ class Sidebar(ttk.Frame):
             self._keep_order(self.tree.parent(self.dragged))
             self.dragged = ""
 
-    def shift(self, step: int) -> None:
-        """Move the conversation that is looked at up or down."""
-        row = f"r{self.here}"
+    def shift(self, step: int, number: int = 0) -> None:
+        """Move a conversation up or down; without a number, the one that is looked at."""
+        row = f"r{number or self.here}"
         if self.tree.exists(row):
             parent = self.tree.parent(row)
             self.tree.move(row, parent, max(0, self.tree.index(row) + step))
@@ -5296,10 +5307,11 @@ class Scrolled(tk.Canvas):
         self.create_window(0, 0, window=self.content, anchor="nw", tags="content")
         self.bar = ttk.Scrollbar(self, command=self.yview)
         self.configure(yscrollcommand=self._scrolled)
-        self.content.bind("<Configure>", lambda _: self._fit())
+        self.content.bind("<Configure>", lambda _: self.fit())
         self.bind("<Configure>", lambda _: self._fill())
 
-    def _fit(self) -> None:
+    def fit(self) -> None:
+        """Ask for as much room as the content needs."""
         wide, high = self.content.winfo_reqwidth(), self.content.winfo_reqheight()
         self.configure(width=wide, height=high, scrollregion=(0, 0, wide, high))
 
@@ -5389,6 +5401,8 @@ class Card(ttk.Frame):
 
     def _make_room(self) -> None:
         """Make the window larger, if the card is larger than it, as far as the screen allows."""
+        self.update_idletasks()
+        self.page.fit()
         self.update_idletasks()
         window, needs = self.winfo_toplevel(), (self.winfo_reqwidth(), self.winfo_reqheight())
         now = (window.winfo_width(), window.winfo_height())
@@ -5702,6 +5716,7 @@ class SettingsCard(Card):
         self.note = ttk.Label(self, style="Dim.Card.TLabel")
         self.note.configure(text="The same as /set NAME VALUE; kept for the next start.")
         self.note.pack(side="bottom", anchor="w", before=self.page)
+        self.page.bind("<Configure>", lambda _: self._wrap(), add=True)
         self.add_button("Done", self.done, first=True)
 
     def _add_row(self, row: int, name: str, setting: chat.Setting) -> None:
@@ -5718,15 +5733,17 @@ class SettingsCard(Card):
         )
         about = ttk.Label(self.body, text=setting.summary, style="Dim.Card.TLabel")
         about.grid(row=row, column=2, **{**pad, "sticky": "we"})
-        about.bind("<Configure>", self._wrap)
         self.fields[name] = field
         self.abouts.append(about)
 
-    def _wrap(self, event: Any) -> None:
+    def _wrap(self) -> None:
         """Break what is said of a setting where it has not enough room."""
-        needs = self.look.small.measure(event.widget.cget("text"))
-        room = max(event.width, NARROWEST_ABOUT * self.look.em)
-        event.widget.configure(wraplength=room if room < needs else 0)
+        if self.place_info().get("width"):  # else it is not known yet
+            bar, em = self.page.bar.winfo_reqwidth(), self.look.em
+            room = self.page.winfo_width() - bar - self.abouts[0].winfo_x()
+            for about in self.abouts:
+                wraps = self.look.small.measure(about.cget("text")) > room + bar
+                about.configure(wraplength=max(room, NARROWEST_ABOUT * em) if wraps else 0)
 
     def take(self, values: dict[str, str]) -> None:
         """Show settings that were changed elsewhere, but for what is being typed."""
@@ -5929,7 +5946,7 @@ class Notices:
 #   RoomActs      changes of conversation, and the menus of conversations, servers, members
 #   Commands      the window as a whole: keys, the main menu, the switcher
 
-DRAFT_MS = 1000  # from the last key until what is half typed is kept
+DRAFT_MS = 250  # from a key until what is half typed is kept
 SEEN_MS = 200  # from in sight to read
 FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
 TYPING_MS = 3000  # between two notices that the user types
@@ -6095,7 +6112,8 @@ class Writing(Acts):
         self.edited_at = time.monotonic()
         text = self.compose.content
         self.begun = self.begun and bool(text.strip())
-        self.timers.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
+        if not self.timers.waits("draft"):  # a user may type for minutes without a break
+            self.timers.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
         tells = bool(text.strip()) and text[:1] != "/"
         if tells and (time.monotonic() - self.typed_at) * 1000 > TYPING_MS:
             self._tell_typing(text)
@@ -6152,9 +6170,11 @@ class Writing(Acts):
     # Pastes
 
     def _show_paste(self, text: str) -> None:
-        """Tell how a paste of several lines will be sent."""
-        pieces = list(chat.message_pieces(text))
+        """Tell how a paste will be sent that is more than one line, or more than one message."""
+        pieces = self._pieces(text.rstrip("\n"))
         lines = text.rstrip("\n").count("\n") + 1
+        if lines == len(pieces) == 1:
+            return
 
         def as_one_line() -> None:
             self.compose.set(" ".join(self.compose.content.split()))
@@ -6164,9 +6184,18 @@ class Writing(Acts):
             shown = "\n\n".join(f"[{n}]\n{piece}" for n, piece in enumerate(pieces, 1))
             self.window.show_page("What will be sent", shown)
 
-        about = f"{lines:,} lines: sent as {chat.counted(len(pieces), 'message')}"
-        self._show_over_reply(about, ("Show", preview), ("Make it one line", as_one_line))
+        about = f"{chat.counted(lines, 'line')}: sent as {chat.counted(len(pieces), 'message')}"
+        join = [("Make it one line", as_one_line)] if lines > 1 else []
+        self._show_over_reply(about, ("Show", preview), *join)
         self.about_text = True
+
+    def _pieces(self, text: str) -> list[str]:
+        """Return a text as the messages that others will see."""
+        server, room = self.model.server, self.model.room
+        if not (server and room and server.separate_bytes):
+            return list(chat.message_pieces(text))
+        most = max(chat.LINE_ROOM, server.separate_bytes - len(room.name.encode()))
+        return [line.text for line in chat.sendable_lines(text, most)]
 
     def _offer_paste(self, text: str) -> None:
         """Offer to send a paste that is too long for the field as several messages."""
@@ -6178,7 +6207,7 @@ class Writing(Acts):
                 return self.banner.hide()
             return self.window.ask(NOT_SENT)
 
-        count = chat.counted(len(pieces), "message")
+        count = chat.counted(len(self._pieces(text)), "message")
         about = f"that is too long to be pasted: {len(text):,} characters; your text is as it was"
         self._show_over_reply(about, (f"Send it as {count}", send_all))
 
@@ -6649,6 +6678,8 @@ class RoomActs(Acts):
             add(label="Topic \u2026", command=lambda: self.ask_topic(room))
             if not room.inside:
                 add(label="Join", command=lambda: self.do("say", number, f"/join {room.name}"))
+        for word, step in (("Move up", -1), ("Move down", 1)):  # some desktops use the keys
+            add(label=word, command=functools.partial(self.window.sidebar.shift, step, number))
         menu.add_separator()
         if room.channel and room.inside:
             add(label="Leave, stay open", command=lambda: self.do("leave_open", number))

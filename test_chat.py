@@ -1693,6 +1693,18 @@ def test_only_the_author_or_an_operator_redacts_a_message():
     assert texts(house.store, "#a") == ["from alice"]
 
 
+@pytest.mark.parametrize("modes, told", [("-m", " :sorry"), ("+m", "")])
+def test_the_reason_of_a_redaction_is_dropped_where_its_author_may_not_speak(modes, told):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    known, _ = send(house, "bob", "#a", "oh")
+    ask(house, "alice", f"MODE #a {modes}")
+    (line,) = ask(house, "bob", f"REDACT #a {known} :sorry")
+    assert line.endswith(f" REDACT #a {known}{told}")
+
+
 def said_with_id(house, who, target, text):
     """Say it; the id that it got."""
     house.heard(who)
@@ -4293,6 +4305,25 @@ def test_a_word_with_a_dot_or_a_colon_is_the_host_of_a_mask(text, mask):
     assert chat.full_mask(text) == mask == chat.full_mask(mask)
 
 
+def test_members_are_told_the_ranks_with_which_an_account_joins_again():
+    house = House()
+    account(house, "alice", "carol")
+    for name in ("alice", "carol"):
+        device(house, name, name)
+    come(house, "bob")
+    for who in ("alice", "carol", "bob"):
+        ask(house, who, "JOIN #a")
+    ask(house, "alice", "MODE #a +v carol")
+    for who, ranks in (("carol", "+v carol"), ("alice", "+qo alice alice")):
+        house.say(who, "PART #a")
+        ask(house, "bob")
+        house.say(who, "JOIN #a")
+        house.turn()
+        told = [line.partition(" :")[2] for line in house.heard("bob")]
+        assert told[1:] == [f"chat.py MODE #a {ranks}"] and told[0].endswith(" JOIN #a")
+        assert f":chat.py MODE #a {ranks}" in str(house.heard(who))
+
+
 def test_the_longest_mask_is_removed_as_it_is_listed_and_a_longer_one_is_refused():
     house, most = irc_house("#a", alice=""), chat.MASK_BYTES - len("!*@*")
     asked(house, "alice", f"MODE #a +b {'b' * most}")
@@ -4767,6 +4798,19 @@ def test_a_repeat_in_the_same_turn_is_a_repeat():
     house.say("alice", *["@+chat.py/id=1;label=x PRIVMSG #a :hello"] * 3)
     house.turn()
     assert len(set(house.heard("alice"))) == 1 and ids_said(house) == ["hello"]
+
+
+@pytest.mark.parametrize(
+    "target, again, told", [("@#a", "@#a", "PRIVMSG @#a :hi"), ("#a", "bob", "TAGMSG bob")]
+)
+def test_the_echo_of_a_repeat_has_a_target(target, again, told):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    lines = [f"@+chat.py/id=1 PRIVMSG {to} :hi" for to in (target, again)]
+    first, repeat = ask(house, "alice", *lines)
+    assert repeat.endswith(f" {told}") and tag(repeat, "msgid") == tag(first, "msgid")
+    assert not house.heard("bob")
 
 
 def test_one_may_not_use_up_the_ids_of_another():
@@ -11901,6 +11945,18 @@ def test_a_connection_without_its_user_says_nothing_about_the_user_beside_others
     assert house.hub.users["alice"].away == away
 
 
+def test_a_user_whose_other_connection_was_without_its_user_is_here_again():
+    house = House()
+    account(house, "alice")
+    come(house, "bob", caps="away-notify extended-monitor")
+    device(house, "phone", "alice", caps="draft/pre-away")
+    ask(house, "bob", "MONITOR + alice")
+    ask(house, "phone", "AWAY *")
+    assert house.heard("bob")[0].endswith(" AWAY :*")
+    device(house, "desk", "alice")
+    assert house.hub.users["alice"].away == "" and house.heard("bob")[0].endswith(" AWAY")
+
+
 def test_values_and_keys_of_metadata_arrive_whole_behind_the_longest_names():
     house = House(name="irc.some-long-organization-name.example.org")
     name, key = "й" * chat.NAME_CHARACTERS, "k" * chat.METADATA_KEY_BYTES
@@ -13745,6 +13801,25 @@ def test_an_upload_that_was_begun_by_a_clock_that_is_ahead_ends_after_a_day(file
         assert tus(files, "HEAD", part)[0] == status
         files.now += 13 * 3600
     assert not on_disk(files)
+
+
+@pytest.mark.parametrize("come", [4, 5])
+def test_an_upload_that_goes_on_or_is_being_completed_does_not_end_with_its_time(files, come):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    browser = Browser(files, "slow")
+    head = f"PATCH {path} HTTP/1.1\nHost: localhost\n{basic('alice')}\nTus-Resumable: 1.0.0"
+    head += f"\n{PIECE}\nUpload-Offset: 0\nContent-Length: 5\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode())
+    browser.conn.session.receive(b"hello"[:come])
+    files.turn()
+    if come == 5:
+        browser.conn.session.receive(chat.END_OF_BODY)
+    assert bool(files.hub.files.finishing) == (come == 5)
+    files.now += chat.UPLOAD_SECONDS + 1
+    files.begin_turn()
+    files.expire_files()
+    files.turn()
+    assert path[7:] in files.hub.files and len(on_disk(files)) == 1
 
 
 def test_many_files_that_end_at_once_do_not_stop_the_server(files):
@@ -15812,7 +15887,7 @@ class Elsewhere:
         if tokens:
             self.hears(f"005 alice {' '.join(tokens)} :are supported by this server")
         self.hears("422 alice :No MOTD")
-        for room in list(self.core.rooms.values()):
+        for room in [room for room in self.core.rooms.values() if room.is_channel]:
             self.hears(f":alice!u@h JOIN {room.name}")
         self.sent()
 
@@ -16239,6 +16314,18 @@ def test_a_refusal_of_one_of_several_is_told_when_the_line_breaks_before_the_pon
     assert alice.kinds("failed")[0].endswith("No (this message, or one of the 4 after it): text 0")
 
 
+def test_a_refusal_is_unclear_as_long_as_a_line_that_was_sent_later_may_be_meant():
+    alice = Elsewhere()
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types("zero", "one\ntwo\nthree")
+    assert len(alice.sent(5)) == 2
+    alice.hears("404 alice #lobby :No")  # about line one
+    assert "two" in alice.sent(2)[0]
+    alice.hears("404 alice #lobby :No")  # about line two
+    alice.views += alice.core.disconnected()
+    assert alice.kinds("failed")[0].endswith("No (this message, or one of the 1 after it): zero")
+
+
 def test_after_a_refusal_messages_are_sent_alone_until_so_many_have_passed():
     alice, sent = five_at_once()
     alice.hears("404 alice #lobby :No")
@@ -16347,6 +16434,23 @@ ALTERED = [  # texts sent at once, echoes, those that are lost, those in doubt; 
 ]
 
 
+def test_an_echo_that_stayed_unclear_says_nothing_about_later_messages():
+    alice = Elsewhere(caps="echo-message", interactive=False)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
+    alice.types("yes", "no")
+    sent = alice.sent(20)
+    alice.hears(":alice!u@h PRIVMSG #lobby :***")
+    answer(alice, sent)
+    answer(alice, alice.sent(5))
+    assert alice.core.failures == 2 and alice.core.talk.acks.strange == []
+    alice.types("why", "how")
+    sent = alice.sent(20)
+    alice.hears(":alice!u@h PRIVMSG #lobby :why")
+    for _ in range(90):
+        answer(alice, alice.sent(1))
+    assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["yes", "no", "how"]
+
+
 @pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("tokens", [[], ["CLIENTTAGDENY=*"]])
 @pytest.mark.parametrize("texts, echoes, lost, doubted", ALTERED)
@@ -16440,7 +16544,7 @@ def test_a_nick_that_is_too_long_is_cut_to_what_servers_take_and_the_user_is_tol
     assert core.take_output() == b"NICK aaaaaaaaaaaaaaa\r\n"
     views = core.feed(b":x 001 aaaaaaaaaaaaaaa :Welcome\r\n")
     assert "is no nick that this server takes" in views[0].text
-    assert not core.regain
+    assert not core.talk.nick.regain
 
 
 def test_the_name_of_a_resumed_session_is_told_without_a_reason():
@@ -16749,14 +16853,50 @@ def test_the_answer_to_a_command_that_waited_is_shown_under_the_new_name():
     assert "anna, robert" in alice.kinds("people")
 
 
-def test_commands_that_wait_for_a_user_who_leaves_do_not_reach_the_next_one_of_that_nick():
+FOR_A_USER = ("/kick {} for-{}", "/notice {} for-{}", "/ctcp {} X for-{}", "/raw INVITE {} #for-{}")
+
+
+@pytest.mark.parametrize("life", range(20 if THOROUGH else 4))
+def test_each_command_reaches_the_user_who_was_meant_whatever_nicks_change_meanwhile(life):
+    chance = random.Random(f"{SEED} {life}")
+    users = {f"n{n}": n for n in range(4)}  # by nick
+    alice, meant, reached = Elsewhere(), [], {}
+
+    def see(lines):
+        for line in lines:
+            (nick,), number = {*users} & {*line.split()}, int(re.search(r"for-(\d+)", line)[1])
+            reached[number] = users[nick]
+
+    for step in range(200):
+        nick, new = chance.choice([*users]), f"n{chance.randrange(8)}"
+        act = chance.choice(("command", "command", "nick", "quit", "wait"))
+        if act == "command":
+            alice.types(chance.choice(FOR_A_USER).format(nick, len(meant)))
+            meant.append(users[nick])
+        elif act == "nick" and new not in users:
+            alice.hears(f":{nick}!u@h NICK {new}")
+            users[new] = users.pop(nick)
+        elif act == "quit" and new not in users:
+            alice.hears(f":{nick}!u@h QUIT :x", f":{new}!u@h JOIN #lobby")
+            del users[nick]
+            users[new] = 4 + step
+        see(alice.sent(chance.randrange(3)))
+    see(alice.sent(600))
+    assert reached == {n: user for n, user in enumerate(meant) if n in reached}
+    assert {*reached} >= {n for n, user in enumerate(meant) if user in users.values()}
+
+
+@pytest.mark.parametrize(
+    "line, why", [(":bob!u@h QUIT :gone", "has left"), ("731 alice bob", "is not here")]
+)
+def test_commands_that_wait_for_a_user_who_leaves_do_not_reach_the_next_one_of_that_nick(line, why):
     alice = Elsewhere()
     alice.core.talk.budget.tokens = -2.0
     alice.types("/notice bob secret", "/op bob", "/kick bob", "/invite bob #b", "/whois bob")
     alice.types("/ban bob")
-    alice.hears(":bob!u@h QUIT :gone")
+    alice.hears(line)
     assert alice.sent(30) == ["WHOIS bob", "MODE #lobby +b bob!*@*"]
-    assert "not sent, bob has left: NOTICE, MODE, KICK, INVITE" in alice.kinds("note")
+    assert f"not sent, bob {why}: NOTICE, MODE, KICK, INVITE" in alice.kinds("note")
 
 
 def test_a_pong_without_our_token_confirms_the_oldest_ping():
@@ -16828,7 +16968,7 @@ def test_a_name_that_a_ghost_had_is_taken_back_when_it_is_free(tokens, lines):
     alice.hears(*lines)
     assert "NICK alice" in alice.sent(9)
     alice.hears(":alice2!u@h NICK alice")
-    assert core.name == "alice" and not core.regain
+    assert core.name == "alice" and not core.talk.nick.regain
 
 
 def without_its_nick(*tokens):
@@ -17862,14 +18002,16 @@ def test_channels_that_this_server_tells_apart_are_two_from_the_start():
     assert alice.said() == ["#lobby \xe4rger: yes"]
 
 
+SECONDS = itertools.count(1_767_225_600)
+
+
 def lived(mapping, *lines, db=None, texts=(), **options):
     """Return a client, perhaps one started again, on a server with that CASEMAPPING."""
-    clock = itertools.count(1_767_225_600)
     kept = {"store": chat.ClientStore(db, "s", "alice")} if db else {}
     alice = Elsewhere.__new__(Elsewhere)
     alice.now, alice.out, alice.views = 0.0, [], []
     alice.core = chat.ClientCore(
-        "alice", kind=chat.IRC, join=(), clock=lambda: next(clock), **kept, **options
+        "alice", kind=chat.IRC, join=(), clock=lambda: next(SECONDS), **kept, **options
     )
     alice.connect(*[f"CASEMAPPING={mapping}"] if mapping else [])
     return alice.hears(*lines).types(*texts)
@@ -17974,6 +18116,32 @@ def test_what_was_unread_in_one_of_two_conversations_stays_unread_when_they_beco
     alice.core.close_store()
     room = lived("rfc1459", db=db).core.find("[x]")
     assert told_of(room) == [*THREE, "[x]: four"] and room.unread >= 1
+
+
+ODD_NICKS = ("[x]", "{x}", "[X}", "a^", "A~", "\xc4", "\xe4", "bob", "BOB")
+
+
+@pytest.mark.parametrize("life", range(20 if THOROUGH else 4))
+def test_no_message_is_lost_or_in_the_wrong_place_whatever_rules_for_names_a_server_has(life):
+    chance, db = random.Random(f"{SEED} {life}"), chat.open_client_database(":memory:")
+    said = []
+    for _ in range(6):
+        rule = chance.choice(("ascii", "rfc1459", "rfc1459-strict", "rfc8265", None))
+        alice = lived(rule, db=db)
+        for _ in range(10):
+            nick = chance.choice(ODD_NICKS)
+            alice.hears(f":{nick}!u@h PRIVMSG alice :m{len(said)}")
+            said.append(nick)
+            if chance.random() < 0.2:
+                alice.types("/close")
+        fold, store = alice.core.fold, alice.core.store
+        for key in {fold(nick) for nick in said}:
+            wanted = [f"m{n}" for n, nick in enumerate(said) if fold(nick) == key]
+            assert [view.text for view in store.page(key, 100)] == wanted, (rule, key)
+            if room := alice.core.rooms.get(key):
+                assert [view.text for view in room.views if view.kind == chat.MESSAGE] == wanted
+        assert len({fold(room.name) for room in alice.core.rooms.values()}) == len(alice.core.rooms)
+        alice.core.close_store()
 
 
 MERGED = [  # the time up to which each of two was read, unread messages, the time of both
@@ -20910,6 +21078,30 @@ def test_a_text_that_looks_like_a_password_is_sent_only_if_it_is_entered_again(t
     assert alice.said() == [f"#lobby *alice: {text}"]
 
 
+@pytest.mark.parametrize("text, asked", [("quit", 1), (" Exit", 1), (":wq", 1), ("quit it", 0)])
+def test_a_word_that_ends_other_programs_is_said_only_if_it_is_entered_again(text, asked):
+    alice = Elsewhere()
+    alice.types(text)
+    assert (
+        alice.kinds("note")
+        == ["nothing was sent: /quit leaves; Enter again sends it as text"] * asked
+    )
+    alice.types(text)
+    assert alice.said() == [f"#lobby *alice: {text}"] * (2 - asked)
+
+
+def test_an_error_about_no_name_begins_with_its_text():
+    alice = Elsewhere().hears("432 alice * :Erroneous nickname")
+    assert alice.kinds("server text")[-1] == "Erroneous nickname"
+
+
+@pytest.mark.parametrize("typed", ["/reply hi", "/react x", "/redact", "/save -1"])
+def test_a_command_about_a_message_where_there_is_none_says_so(typed):
+    alice = Elsewhere(caps="message-tags draft/message-redaction echo-message")
+    alice.types(typed)
+    assert alice.kinds("note")[0].startswith("there are no ")
+
+
 COMMANDS_SENT = [  # what is typed in #tea, and the lines that are sent
     ("/op #nope bob", ["MODE #nope +o bob"]),
     ("/voice #nope bob", ["MODE #nope +v bob"]),
@@ -21177,16 +21369,16 @@ NO_NUMBERS = [  # typed beside two messages of bob and one of alice, and the not
     ("/go 0", "0 is no number of a conversation: only 1"),
     ("/go 2", "2 is no number of a conversation: only 1"),
     ("/go -1", "-1 is no number of a conversation: only 1"),
-    ("/reply -0 hi", "-0 is none of the messages of others here; there is -1 to -2"),
-    ("/reply -3 hi", "-3 is none of the messages of others here; there is -1 to -2"),
-    ("/react -12345 x", "-12345 is none of the messages of others here; there is -1 to -2"),
+    ("/reply -0 hi", "-0 is none of the messages of others here: -1 to -2"),
+    ("/reply -3 hi", "-3 is none of the messages of others here: -1 to -2"),
+    ("/react -12345 x", "-12345 is none of the messages of others here: -1 to -2"),
     ("/react 2 x", "/react -2 x is about another message"),
-    ("/redact -2", "-2 is none of your messages here; there is only -1"),
+    ("/redact -2", "-2 is none of the messages of yours here: only -1"),
     ("/redact 1", "usage: /redact, or /redact -2 for the one before"),
-    ("/save 0", "0 is none of the files here; there is only -1"),
-    ("/save 1", "1 is none of the files here; there is only -1"),
-    ("/save -2 x", "-2 is none of the files here; there is only -1"),
-    ("/save -0", "-0 is none of the files here; there is only -1"),
+    ("/save 0", "0 is none of the files here: only -1"),
+    ("/save 1", "1 is none of the files here: only -1"),
+    ("/save -2 x", "-2 is none of the files here: only -1"),
+    ("/save -0", "-0 is none of the files here: only -1"),
     ("/transfers cancel 1", "1 is no number of a file on its way: none"),
     ("/transfers cancel x", "x is no number of a file on its way: none"),
     ("/transfers cancel", "usage: /transfers cancel 1"),
@@ -25976,7 +26168,7 @@ def test_one_terminal_talks_on_two_servers_and_does_so_again_at_the_next_start(
     alice.type("/go 1\r")
     assert alice.shows("bob: alice: and here?")
     alice.type("yes\r/go\r")
-    assert bob.until("alice: yes") and alice.shows("1 #lobby, ", ": 2 #lobby")
+    assert bob.until("alice: yes") and alice.shows(": 1 #lobby", ": 2 #lobby")
     alice.type("/quit\r")
     assert alice.process.wait(PATIENCE) == 0
     again = terminal(here.address, "alice", state=folder)
@@ -26849,7 +27041,7 @@ class Witness(Guest):
 def receives(process, last):
     """Return what a piped client prints, until it prints that or time is over."""
     lines = []
-    alarm = threading.Timer(6 * PATIENCE, process.kill)
+    alarm = threading.Timer((18 if RUNS else 6) * PATIENCE, process.kill)
     alarm.daemon = True
     alarm.start()
     for line in process.stdout:
@@ -27517,6 +27709,30 @@ def test_go_finds_a_number_a_name_or_a_server_and_nothing_else(at_keys, typed, h
     at_keys.take(f"{typed}\r".encode())
     assert at_keys.core.here == here and (at_keys.seat is seat) == bool(here)
     assert notes_of(at_keys)[-1:] == [told] or told is None
+
+
+def test_go_alone_lists_the_conversations_of_each_server_in_a_row_of_their_own(at_keys):
+    seat = at_keys.seat
+    at_keys.connect("there 6668")
+    at_keys.look_at(seat)
+    at_keys.core.find("#den").unread = 3
+    at_keys.take(b"/go\r")
+    rows = ["here:6667: 1 #den (3 new), 2 #tea", "there:6668: 3 (no conversation)"]
+    assert notes_of(at_keys)[-2:] == rows
+
+
+def test_history_without_a_connection_names_the_command_that_has_some():
+    alice = Elsewhere()
+    alice.core.disconnected()
+    alice.types("/history")
+    assert alice.kinds("note")[-1] == "not connected; /lastlog looks in your own"
+
+
+def test_a_server_in_place_of_the_nick_is_told_with_the_order(capsys):
+    with pytest.raises(SystemExit):
+        chat.main(["client", "irc://irc.example", "alice"])
+    told = "your nick comes first, like: alice --server irc://irc.example"
+    assert told in capsys.readouterr().err
 
 
 def test_a_text_begun_in_a_conversation_that_ended_is_no_draft_of_another(at_keys):
@@ -28455,6 +28671,36 @@ def test_a_paste_of_several_lines_shows_what_will_be_sent(running, window):
     assert alice.compose.content == "one two three" and not alice.banner.shown
 
 
+def test_a_paste_shows_how_many_messages_a_server_makes_of_it_to_which_lines_are_messages(
+    running, window, monkeypatch
+):
+    alice = Elsewhere()
+    text = f"{'ä' * 500}\ntwo\n{'x' * 100}"
+    alice.types(text)
+    room = alice.core.talk.lines.separate_bytes - len("#lobby")
+    pieces = [line.text for line in chat.sendable_lines(text, room)]
+    said = [
+        match[1] for line in alice.sent(9) if (match := re.match("PRIVMSG #lobby :?(.*)", line))
+    ]
+    assert said == pieces and len(said) == 5
+    several = Elsewhere(caps="batch draft/multiline=max-bytes=4096,max-lines=9")
+    assert several.core.talk.lines.separate_bytes == 0
+    monkeypatch.setattr(chat.MessageLines, "separate_bytes", room)
+    alice = at_home(window(running().address))
+    for pasted, told in (
+        (text, f"3 lines: sent as {len(pieces)} messages"),
+        ("word " * 300, "1 line: sent as 4 messages"),
+        ("word " * 30, None),
+        ("one\n", None),
+    ):
+        alice.compose.set("")
+        alice.root.clipboard_clear()
+        alice.root.clipboard_append(pasted)
+        alice.compose.event_generate("<<Paste>>")
+        assert (alice.banner.label.cget("text") if alice.banner.shown else None) == told
+        alice.banner.hide()
+
+
 def test_a_paste_of_several_lines_is_an_answer_if_one_was_begun_and_its_banner_goes_with_it(
     running, window
 ):
@@ -28966,7 +29212,11 @@ def test_a_draft_belongs_to_its_conversation_and_outlives_the_window(running, wi
     assert alice.compose.content == "" and "\u270e #tea" in sidebar(alice)
     alice.compose.insert("end", "half a")
     alice.root.update()
-    store = alice.model.engine.core.store.db
+    timers, store = alice.timers, alice.model.engine.core.store.db
+    assert timers.waits("draft")
+    begun = timers.ids["draft"]
+    alice.writing._edited()
+    assert timers.ids["draft"] == begun  # not put off by the next key
     pump(alice, lambda: ("half a",) in store.execute("SELECT draft FROM rooms").fetchall())
     alice.compose.insert("end", " thought")
     alice.close()
@@ -29263,14 +29513,16 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
 
 def test_what_is_said_of_a_setting_is_broken_where_there_is_little_room(running, window):
     alice = at_home(window(running().address))
-    alice.model.do("set", "size", "20")
-    pump(alice, lambda: alice.look.size == 20)
-    for _ in range(2):
+    for size, heights in ((10, 1), (20, 2), (10, 1)):
+        alice.model.do("set", "size", str(size))
+        pump(alice, lambda size=size: alice.look.size == size)
+        alice.root.update()
         alice.commands.open_settings()
         alice.root.update()
         abouts = alice.settings.abouts
         assert all(about.winfo_reqwidth() <= about.winfo_width() + 1 for about in abouts)
-        assert len({about.winfo_height() for about in abouts}) > 1
+        assert len({about.winfo_height() for about in abouts}) >= heights
+        assert heights > 1 or len({about.winfo_height() for about in abouts}) == 1
         alice.settings.done()
 
 
@@ -29993,6 +30245,13 @@ def test_the_menu_of_a_channel_lets_all_of_it_call_the_user_and_leaves_it_open(r
         menu.invoke(label)
         menu.unpost()
 
+    join(alice, "#tea")
+    for label, order in (("Move up", ["#tea", "#lobby"]), ("Move down", ["#lobby", "#tea"])):
+        choose(label)
+        alice.root.update()
+        shown = sidebar(alice)
+        assert sorted(order, key=shown.index) == order
+    go(alice, "#lobby")
     choose("Every message calls me")
     pump(alice, lambda: alice.model.values["highlight"] == "#lobby")
     bob.send("not to anyone\n")
@@ -30007,7 +30266,7 @@ def test_the_menu_of_a_channel_lets_all_of_it_call_the_user_and_leaves_it_open(r
     choose("Join")
     pump(alice, lambda: alice.model.room.inside)
     enter(alice, "/part")
-    pump(alice, lambda: alice.model.room is None or not alice.model.room.name)
+    pump(alice, lambda: alice.model.room.name == "#tea")
 
 
 def test_the_desktop_is_told_of_calls_while_the_window_has_not_the_keys(
@@ -31836,6 +32095,111 @@ def test_return_that_ends_a_composition_sends_nothing(running, browse):
             f"new KeyboardEvent('keydown', {{ key: 'Enter', keyCode: {code}, cancelable: true }})"
         )
         assert tab.js(f"field.value = 'tea'; field.dispatchEvent({event})") != sent
+
+
+FULL = "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); };"
+
+
+def test_what_a_full_browser_does_not_keep_lasts_as_long_as_the_page(running, browse):
+    tab = browse(with_page(running).address, before=FULL + NO_DATABASE).enter("anna")
+    assert len(tab.js("setting('secret')")) == 32
+    tab.js("leader.receive = () => null; null")
+    tab.say("one", "two", "three")
+    assert [row["text"] for row in tab.js("stored('outbox')")] == ["one", "two", "three"]
+
+
+def test_the_keyboard_of_a_phone_covers_nothing_that_is_used(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("Object.defineProperty(visualViewport, 'height', { value: 300 }); null")
+    tab.js("visualViewport.dispatchEvent(new Event('resize')); $('menu').click()")
+    tab.js("openSheet('Sheet', Array.from({ length: 50 }, () => dim('text')))")
+    for part in ("composer", "rooms", "sheet"):
+        top, bottom = tab.js(f"(b => [b.top, b.bottom])($('{part}').getBoundingClientRect())")
+        assert 0 <= top < bottom <= 300, part
+
+
+def test_a_screen_reader_reads_out_what_is_said_and_neither_history_nor_a_wait(running, browse):
+    server = with_page(running)
+    bob = server.guest("bob")
+    bob.send("old 1\nold 2\n")
+    tab = browse(server.address).enter("anna")
+    tab.wait_for("old 2")
+    bob.send("new\n")
+    tab.wait_for("new")
+    tab.js("leader.connect = () => null; leader.closed()")
+    tab.say("mine")
+    tab.until("document.querySelector('#waiting .row') && $('phase').textContent")
+    rows = "[...document.querySelectorAll('#log .row:not(.info)')]"
+    heard = f"{rows}.filter(row => !row.closest('[aria-live=off]')).map(row => row.innerText)"
+    assert [text.split()[-1] for text in tab.js(heard)] == ["new"]
+    tab.js("leader.fail(state.outbox[0].own, 'too long')")
+    tab.until(f"{heard}.some(text => text.includes('too long'))")
+    assert tab.js("$('phase').textContent") == "No connection; trying again"  # no count of seconds
+
+
+def test_a_tab_that_is_shown_has_the_leader_try_its_connection(running, browse):
+    server = with_page(running)
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    first.js("leader.probe = () => { globalThis.tried = true; }; null")
+    second.js("dispatchEvent(new Event('visibilitychange')); null")
+    first.until("globalThis.tried", patience=5)  # it does so itself after 30 s
+
+
+def test_a_tab_that_comes_back_from_the_cache_of_pages_has_what_it_missed(running, browse):
+    server = with_page(running)
+    bob = server.guest("bob")
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    second.js("dispatchEvent(new Event('pagehide')); globalThis.usual = apply; apply = () => null")
+    bob.send("meanwhile\n")
+    first.wait_for("meanwhile")
+    second.js("apply = usual; dispatchEvent(new Event('visibilitychange')); null")
+    second.wait_for("meanwhile")
+
+
+def test_what_is_wanted_without_a_connection_is_not_dropped_silently(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("leader.connect = () => null; leader.closed()")
+    tab.say("this waits", "/topic tea")
+    tab.wait_for("Not done: there is no connection")
+    assert tab.text().count("Not done") == 1
+
+
+def test_what_was_read_without_a_connection_is_read_on_other_devices_later(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    tab.js("openRoom('ben')")
+    server.guest("bob").send("hello\n")
+    tab.until("room('#lobby').unread === 1")
+    tab.js("globalThis.usual = leader.connect; leader.connect = () => null; leader.closed()")
+    tab.js("openRoom('#lobby')")
+    tab.js("leader.connect = usual; leader.connect()")
+    markers = server.server.hub.markers
+    assert eventually(lambda: [list(marks) for marks in list(markers.values())] == [["#lobby"]])
+
+
+def test_a_text_that_is_dropped_on_the_composer_is_in_it(running, browse):
+    tab = browse(with_page(running).address, width=1200).enter("anna")
+    x, y = tab.js("(b => [b.x + 20, b.y + 20])(field.getBoundingClientRect())")
+    text = {"items": [{"mimeType": "text/plain", "data": "tea"}], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        tab.ask("Input.dispatchDragEvent", type=kind, x=x, y=y, data=text)
+    tab.until("field.value === 'tea'")
+
+
+def test_the_page_can_be_used_enlarged_and_in_forced_colours(running, browse):
+    tab = browse(with_page(running).address, width=180, height=320).enter("anna")
+    assert tab.js("field.offsetWidth") > 80
+    assert tab.js("$('send').getBoundingClientRect().right") <= 180
+    forced = {"name": "forced-colors", "value": "active"}
+    tab.ask("Emulation.setEmulatedMedia", features=[forced])
+    tab.js("settingsSheet()")
+    for part in ("#sheet", "#sheet button"):
+        border = f"getComputedStyle(document.querySelector('{part}')).borderTop"
+        tab.until(f"/solid (?!rgba.0, 0, 0, 0)/.test({border})")  # not transparent
 
 
 # ======================================================================================
