@@ -11096,10 +11096,10 @@ class HttpReader:
         if self.step in (self._body, self._end):
             return rest > 0 or self.step == self._end
         if self.step == self._head:
-            blank = self.data.startswith((b"\r", b"\n"), self.start)
+            blank = self.data.startswith((b"\r\n", b"\n"), self.start)
             ends = (self.data.find(end, self.start) >= 0 for end in (b"\n\r\n", b"\n\n"))
             return blank or rest > self.limit or any(ends)
-        return self.data.find(b"\n", self.start) >= 0 or rest > TRAILER_BYTES
+        return self.data.find(b"\n", self.start) >= 0 or rest > TRAILER_BYTES + 1  # and a CR
 
     def feed(self, data: bytes) -> None:
         if self.failed:

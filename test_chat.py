@@ -2503,6 +2503,14 @@ def test_the_address_that_a_connection_came_to_tells_the_network_that_is_ours():
     assert keys == ["2001:db8:1:2::3", "2001:db8:1:2::/64"]
 
 
+def test_a_job_in_the_background_waits_behind_those_of_its_owner():
+    house, owners = House(), []
+    house.helpers.submit = lambda owner, job, done, lane: owners.append((owner, lane))
+    house.background("reads", chat.do_nothing, "10.0.0.2")
+    house.background("pages", chat.do_nothing)
+    assert owners == [("10.0.0.2", "reads"), (house, "pages")]
+
+
 @pytest.mark.parametrize("why", ["too many", "not serving", "paused"])
 def test_a_connection_that_is_not_let_in_is_told_why(why):
     house, told = House(), []
@@ -4212,20 +4220,14 @@ def test_an_operator_s_invitation_ends_with_a_later_ban_or_invite_only_mode(mode
     assert refused(lines, "473", "474") and not refused(lines, "JOIN")
 
 
-# A ban of another user ends nothing.
-def test_an_invitation_outlives_the_ban_of_another_user():
+# What keeps that user out no more than before ends nothing.
+@pytest.mark.parametrize(
+    "mode", ["+b dave!*@*", "+b m:carol!*@*", "+b m:*!*@*", "+m", "-i", "-b x"]
+)
+def test_an_invitation_outlives_what_does_not_keep_the_user_out(mode):
     house = House()
     channel_with_a_plain_member(house)
-    ask(house, "alice", "MODE #a +i", "INVITE carol #a", "MODE #a +b dave!*@*")
-    assert entered(house)
-
-
-# Nor does a mute: it keeps no user out.
-@pytest.mark.parametrize("mask", ["m:carol!*@*", "m:*!*@*"])
-def test_an_invitation_outlives_a_mute(mask):
-    house = House()
-    channel_with_a_plain_member(house)
-    ask(house, "alice", "MODE #a +i", "INVITE carol #a", f"MODE #a +b {mask}")
+    ask(house, "alice", "MODE #a +il 1", "MODE #a +b x", "INVITE carol #a", f"MODE #a {mode}")
     assert entered(house)
 
 
@@ -5396,6 +5398,47 @@ def test_memory_holds_only_so_much_history(monkeypatch):
             pass
     assert len(texts(house.store, "#19", 1000)) == 100
     assert texts(house.store, "#0") == []
+
+
+@pytest.mark.parametrize("count, slices", [(2, 1), (3, 2), (7, 3), (9, 4)])
+def test_old_dedup_keys_are_forgotten_in_slices_one_after_the_other(monkeypatch, count, slices):
+    monkeypatch.setattr(chat, "DEDUP_SWEPT", 3)
+    house, waited = House(), []
+    house.loop.call_later = lambda seconds, then: waited.append(seconds)
+    db, old, new = house.store.db, -(10**15), 10**15
+    keys = [("~a", f"id{n}", n, 1, new if n % 2 else old) for n in range(count)]
+    db.executemany("INSERT INTO dedup VALUES (?, ?, ?, ?, ?)", keys)
+    for _ in range(slices):
+        house.committer.sweep()
+    assert waited == [0] * (slices - 1) + [chat.SWEEP_SECONDS]
+    left = db.execute("SELECT own_id FROM dedup ORDER BY own_id").fetchall()
+    assert left == [(f"id{n}",) for n in range(1, count, 2)]
+
+
+CHANGES_STORED = """
+    TOPIC #a :news|MODE #a +m|MODE #a +k secret|MODE #a +l 5|MODE #a +b x!*@*|MODE #a -t
+    MODE #a +v bob|METADATA #a SET url :x|RENAME #a #b|INVITE carol #a|AWAY :gone|NICK al
+    SETNAME :Al|MODE alice +B|METADATA * SET url :x|JOIN #c|PART #a|KICK #a bob
+"""
+
+
+@pytest.mark.parametrize("line", re.split(r"[|\n]\s*", CHANGES_STORED.strip()))
+def test_each_change_of_a_channel_or_a_user_is_stored_in_its_turn(line):
+    house = House()
+    account(house, "alice", "bob", "carol")
+    for name in ("alice", "bob", "carol"):
+        device(house, name, name)
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+
+    def known():
+        users = {one.resume_id: chat.to_json(one.state()) for one in house.hub.users.values()}
+        return {key: chat.to_json(one.state()) for key, one in house.hub.channels.items()}, users
+
+    before = known()
+    ask(house, "alice", line)
+    rows = tuple(dict(house.store.rows(table)) for table in ("channels", "stays"))
+    assert known() == rows != before
 
 
 WRONG_ROWS = [  # in tables that are read at the start
@@ -12732,6 +12775,17 @@ def test_pipelined_requests_are_answered_in_order_however_they_are_cut(size):
     assert answers[0][2] == b"ok\n" and int(answers[1][1]["content-length"]) == 3
 
 
+def requests_read(reader):
+    """Return what there is. As long as something is pending, a server does not read on."""
+    items = []
+    while reader.pending:
+        before = reader.buffer, reader.step
+        item = reader.take()
+        assert item is not None or (reader.buffer, reader.step) != before
+        items += [item] * (item is not None)
+    return items
+
+
 TRAILER = b"X: " + b"a" * 59 + b"\r\n"  # 64 bytes
 BODIES = [  # chunks as they are sent, and the body or the status that they make
     (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
@@ -12764,8 +12818,7 @@ def test_chunks_make_a_body_however_they_are_cut(chunks, wanted, size):
     items = []
     for n in range(0, len(data), size):
         reader.feed(data[n : n + size])
-        while (item := reader.take()) is not None:
-            items.append(item)
+        items += requests_read(reader)
     head, *pieces = items
     if isinstance(wanted, int):
         assert pieces[-1].status == wanted
@@ -12791,15 +12844,22 @@ def test_a_head_may_be_as_long_as_the_limit_and_no_longer(target, headers, statu
     reader, items = chat.HttpReader(), []
     for n in range(0, len(data), size):
         reader.feed(data[n : n + size])
-        while (item := reader.take()) is not None:
-            items.append(item)
+        items += requests_read(reader)
     assert [getattr(item, "status", None) for item in items][:1] == [status]
+
+
+def test_trailers_without_an_end_are_pending_once_they_are_too_long():
+    reader = chat.HttpReader(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    assert reader.take().length is None
+    for data, statuses in ((b"0\r\n", []), (b"a" * 4096, []), (b"\r", []), (b"a", [400])):
+        reader.feed(data)
+        assert [item.status for item in requests_read(reader)] == statuses
 
 
 def test_a_framer_says_that_something_is_pending_if_and_only_if_there_is(seeded):
     head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n0123456789"
     chunked = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    chunked += b"3\r\nabc\r\n0\r\n\r\n"
+    chunked += b"3\r\nabc\r\n0\r\n\r\n\r\n"  # and an empty line behind it
     for _ in range(50):
         reader, items = chat.HttpReader(), []
         data = head + chunked + head
@@ -12807,8 +12867,7 @@ def test_a_framer_says_that_something_is_pending_if_and_only_if_there_is(seeded)
             cut = seeded.randrange(1, 30)
             reader.feed(data[:cut])
             data = data[cut:]
-            while reader.pending and (item := reader.take()) is not None:
-                items.append(item)
+            items += requests_read(reader)
         ends = [item for item in items if item == chat.END_OF_BODY]
         heads = [item for item in items if isinstance(item, chat.Request)]
         assert len(ends) == len(heads) == 3 and not reader.pending and reader.take() is None
@@ -12909,6 +12968,14 @@ def test_the_metrics_of_a_node_that_has_not_begun_are_zero():
     house = House(store=chat.Store(None, node=True), cluster=given)
     figures = {name: value for name, (_, _, value) in house.metrics().items()}
     assert "chat_batch_seconds" in figures and set(figures.values()) == {0}
+
+
+def test_the_metrics_of_a_node_tell_how_much_of_the_log_waits():
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    house.cluster.last_entry = ""
+    for waiting in (7, 0):
+        house.cluster.apply(chat.LogEntry(house.hub.sequence, 1, b"of before", waiting))
+        assert house.metrics()["chat_log_lag"][2] == waiting
 
 
 HANDSHAKE = """\
@@ -14258,6 +14325,14 @@ def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
     assert slow.rest().startswith(b"HTTP/1.1 408 ")
     assert idle.rest().endswith(b"ok\n")
     assert stopped.rest()
+
+
+def test_without_a_spare_descriptor_no_connection_is_turned_away():
+    limits = chat.ConnectionLimits(chat.ServerOptions())
+    limits.close()
+    limits.spare = None
+    listening = types.SimpleNamespace(accept=lambda: pytest.fail("there is no descriptor"))
+    assert limits.turn_away_all(listening) is False
 
 
 def test_connections_that_speak_http_have_a_count_of_their_own():
