@@ -111,21 +111,22 @@ def in_turn(cases, *others):
 SCREEN = os.environ.get("CHAT_SCREEN", "")
 
 
-class TwoProcesses:
-    """A plugin of pytest: a copy of this process runs about half of the tests.
+class SeveralProcesses:
+    """A plugin of pytest: copies of this process run most of the tests.
 
-    Many tests wait for programs that they start, and two processes make use of two cores. Each
-    takes the index of its next test from a pipe; the copy leaves its reports in a file. The last
-    test begins when the copy has ended."""
+    Many tests wait for programs that they start: three processes keep two cores busy. Each takes the index of its next test from a pipe; the copies leave their reports in a file. The
+    last test begins when the copies have ended."""
 
-    NAME = "two processes"
+    NAME = "several processes"
+    COPIES = 2 if SCREEN == "without" else 1  # a browser has processes of its own
 
     def __init__(self):
-        self.process = None  # of the copy; 0 in the copy itself; None if there is none
+        self.copies = []  # their process ids
+        self.is_copy = False
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
-        """Make the copy if there are many tests."""
+        """Make the copies if there are many tests."""
         option, self.items = session.config.option, session.items
         alone = option.collectonly or option.usepdb or "PYTEST_XDIST_WORKER" in os.environ
         if alone or session.testsfailed or len(self.items) < 1000 or os.cpu_count() == 1:
@@ -139,25 +140,32 @@ class TwoProcesses:
         os.write(writer, b"".join(n.to_bytes(4, "big") for n in range(len(self.items) - 1)))
         os.close(writer)
         self.indices = open(reader, "rb", buffering=0)  # noqa: SIM115
-        plugin = self.config.pluginmanager.get_plugin
-        if terminal := plugin("terminalreporter"):
+        if terminal := self.config.pluginmanager.get_plugin("terminalreporter"):
             terminal.flush()
-        self.process = os.fork()
-        if self.process == 0:
-            for name in ("terminalreporter", "lfplugin", "nfplugin", "stepwiseplugin"):
-                if plugin(name):
-                    self.config.pluginmanager.unregister(name=name)
-            plugin("capturemanager").stop_global_capturing()  # its files are shared
-            plugin("capturemanager").start_global_capturing()
+        while len(self.copies) < self.COPIES and not self.is_copy:
+            if process := os.fork():
+                self.copies.append(process)
+            else:
+                self._become_copy()
+
+    def _become_copy(self):
+        self.is_copy = True
+        plugins = self.config.pluginmanager
+        for name in ("terminalreporter", "lfplugin", "nfplugin", "stepwiseplugin"):
+            if plugins.has_plugin(name):
+                plugins.unregister(name=name)
+        capture = plugins.get_plugin("capturemanager")
+        capture.stop_global_capturing()  # its files are shared
+        capture.start_global_capturing()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self):
-        """Return True for a test that the other process runs."""
+        """Return True for a test that another process runs."""
         self.index += 1
-        if self.process:
+        if not self.is_copy:
             self._log_reports()
         if self.index == len(self.items) - 1:
-            return self._wait() if self.process else self._end()
+            return self._end() if self.is_copy else self._wait()
         if self.mine < self.index:
             index = self.indices.read(4)
             self.mine = int.from_bytes(index, "big") if index else len(self.items)
@@ -165,13 +173,13 @@ class TwoProcesses:
 
     def pytest_runtest_logreport(self, report):
         self.missing -= report.when == "teardown"
-        if self.process == 0:
+        if self.is_copy:
             hook = self.config.hook.pytest_report_to_serializable
             data = json.dumps(hook(config=self.config, report=report))
             os.write(self.reports.fileno(), data.encode() + b"\n")
 
     def _log_reports(self):
-        """Log the reports that the copy has made since the last time."""
+        """Log the reports that the copies have made since the last time."""
         size = os.fstat(self.reports.fileno()).st_size - self.logged
         for line in os.pread(self.reports.fileno(), size, self.logged).splitlines(keepends=True):
             if line.endswith(b"\n"):
@@ -188,23 +196,24 @@ class TwoProcesses:
             hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
 
     def _wait(self):
-        """Log the last reports of the copy. Raises Failed if it has ended too early."""
-        process, self.process = self.process, None
-        _, status = os.waitpid(process, 0)
+        """Log the last reports of the copies. Raises Failed if one has ended too early."""
+        ended = [os.waitpid(process, 0)[1] for process in self.copies]
+        self.copies.clear()
         self._log_reports()
         if self.missing > 1 and not self.session.shouldfail:
-            text = f"the second process has ended with {status}: {self.missing - 1} tests not run"
+            text = f"processes have ended with {ended}: {self.missing - 1} tests not run"
             raise self.session.Failed(text)
 
     def _end(self):
-        """End the copy."""
+        """End a copy."""
         self.config.hook.pytest_sessionfinish(session=self.session, exitstatus=0)
         os._exit(0)
 
     def pytest_sessionfinish(self):
-        if self.process:  # the run ends early: so does the copy
+        if self.copies and not self.is_copy:  # the run ends early: so do the copies
             self.indices.read()
-            os.waitpid(self.process, 0)
+            for process in self.copies:
+                os.waitpid(process, 0)
 
 
 def pytest_generate_tests(metafunc):
@@ -213,8 +222,8 @@ def pytest_generate_tests(metafunc):
     if SCREEN and drawn != (SCREEN == "only"):
         pytest.mark.skip("CHAT_SCREEN")(metafunc.function)
     plugins = metafunc.config.pluginmanager
-    if not plugins.has_plugin(TwoProcesses.NAME):
-        plugins.register(TwoProcesses(), TwoProcesses.NAME)
+    if not plugins.has_plugin(SeveralProcesses.NAME):
+        plugins.register(SeveralProcesses(), SeveralProcesses.NAME)
 
 
 class Bugs(logging.Handler):
