@@ -114,8 +114,9 @@ SCREEN = os.environ.get("CHAT_SCREEN", "")
 class SeveralProcesses:
     """A plugin of pytest: copies of this process run most of the tests.
 
-    Many tests wait for programs that they start: three processes keep two cores busy. Each takes the index of its next test from a pipe; the copies leave their reports in a file. The
-    last test begins when the copies have ended."""
+    Many tests wait for programs that they start: three processes keep two cores busy. Each takes
+    the index of its next test from a pipe; the copies leave their reports in a file. The last test
+    begins when the copies have ended."""
 
     NAME = "several processes"
     COPIES = 2 if SCREEN == "without" else 1  # a browser has processes of its own
