@@ -4044,6 +4044,7 @@ def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
             forget_token(hub, user, token)
             hub.turn.changed.add(user)
     elif intended or not user.may_return:
+        hub.work += sum(channel.mask_count for channel in user.channels) if intended else 0
         if intended and not all(one.permitted_words(user, reason) for one in user.channels):
             reason = "Quit"
         remove_user(hub, user, reason, who)

@@ -23544,6 +23544,19 @@ def test_a_user_who_is_kicked_meanwhile_gets_no_more_of_the_past(dialect, line, 
     assert any(refusal in one for one in lines) and "number 99" not in str(lines)
 
 
+@pytest.mark.parametrize("line", ["PART #a :why", "QUIT :why", "TOPIC #a :what"])
+def test_words_that_are_compared_with_all_bans_are_charged(line):
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "JOIN #a", "MODE #a -t")
+    house.say("bob", "JOIN #a")
+    for n in range(60):
+        house.say("alice", f"MODE #a +b ban{n}!*@*")
+    house.hub.take_work()
+    house.say("bob", line)
+    assert house.hub.take_work() > 60
+
+
 @pytest.mark.parametrize("line", ["RENAME #a #b", "NS CERT LIST", "TOKEN GENERATE FILEHOST"])
 def test_looking_through_a_table_of_the_server_is_charged(line):
     house = operated()
