@@ -589,6 +589,7 @@ CAPS = (
     "draft/channel-rename draft/multiline chat.py/session"
 )
 DAY_SECONDS, YEAR = 86_400, 365 * 86_400
+INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 
 
 def come(house, *names, caps=CAPS, secret=""):
@@ -2473,7 +2474,7 @@ def test_a_page_of_a_million_messages_is_found_at_once(folder):
         for n in range(100_000)  # a tenth, to be quick here; the depth of the tree is the same
     )
     store.db.execute("BEGIN")
-    store.db.executemany(chat.INSERT_EVENT, rows)
+    store.db.executemany(INSERT_EVENT, rows)
     store.db.execute("COMMIT")
     span, middle = chat.Span(chat.Scope(("#a",))), chat.Mark(time=base + 50_000)
     for job in (
@@ -5309,7 +5310,7 @@ def test_the_guests_of_an_account_are_loaded_in_the_order_of_what_they_said():
     for n, guest in enumerate(guests):
         target = house.store.db.execute(insert, [f"{guest} x", guest, "g", "x", "x"]).lastrowid
         event = [target, n + 1, 0, chat.MESSAGE, "g", "h:1", "hi", "u", "", guest, ""]
-        house.store.db.execute(chat.INSERT_EVENT, event)
+        house.store.db.execute(INSERT_EVENT, event)
         house.store.db.execute("INSERT INTO identities VALUES (?, ?)", [guest, "=alice/1"])
     assert [guest for guest, _ in house.store.identities()] == guests
 
