@@ -5324,9 +5324,8 @@ OWN = operator.itemgetter(*map(Event._fields.index, ("id", "time", "text")))
 def insert_events(count: int) -> str:
     """Return the statement that inserts so many events. Its values are the eight that all of them
     share, and then id, time and text of each."""
-    own = ((n, n + 1, n + 2) for n in range(9, 9 + 3 * count, 3))
-    rows = (f"(?1, ?{id}, ?{time}, ?2, ?3, ?4, ?{text}, ?5, ?6, ?7, ?8)" for id, time, text in own)
-    return f"INSERT INTO events VALUES {', '.join(rows)}"
+    shared_and_own = "?, column1, column2, ?, ?, ?, column3, ?, ?, ?, ?"
+    return f"INSERT INTO events SELECT {shared_and_own} FROM (VALUES {', '.join(['(?, ?, ?)'] * count)})"
 
 
 # Turn.record(name, ...) -> its table, how many of the values are the key, and the statement.
