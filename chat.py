@@ -5324,8 +5324,9 @@ OWN = operator.itemgetter(*map(Event._fields.index, ("id", "time", "text")))
 def insert_events(count: int) -> str:
     """Return the statement that inserts so many events. Its values are the eight that all of them
     share, and then id, time and text of each."""
-    shared_and_own = "?, column1, column2, ?, ?, ?, column3, ?, ?, ?, ?"
-    return f"INSERT INTO events SELECT {shared_and_own} FROM (VALUES {', '.join(['(?, ?, ?)'] * count)})"
+    own = ", ".join(["(?, ?, ?)"] * count)
+    columns = "?, column1, column2, ?, ?, ?, column3, ?, ?, ?, ?"
+    return f"INSERT INTO events SELECT {columns} FROM (VALUES {own})"
 
 
 # Turn.record(name, ...) -> its table, how many of the values are the key, and the statement.
