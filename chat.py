@@ -13398,6 +13398,15 @@ def from_server(*verbs: str, least: int = 0) -> Callable:
     return register
 
 
+def line_of(verb: str, *params: str) -> str:
+    """Return a line of IRC. Its last parameter may be any text."""
+    middle = [verb, *params[:-1]]
+    last = params[-1:]
+    if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
+        last = (f":{last[0]}",)
+    return " ".join([*middle, *last])
+
+
 class MessageLine(NamedTuple):
     """A line of a message, or a piece of a long one."""
 
@@ -13426,14 +13435,6 @@ def in_batches(lines: list[MessageLine], size: int, count: int) -> Iterator[list
     yield group
 
 
-def sameness(sent: str, heard: str) -> int:
-    """Return how surely a server made `heard` from a sent line of other bytes: 2 if without its
-    colours, 1 if it was cut, 0 if the words differ."""
-    plain, rest = shown_line(sent.encode(errors="replace")), heard.rstrip("\ufffd")
-    cut_off = len(rest) > CUT_AT_LEAST and (sent.startswith(rest) or plain.startswith(rest))
-    return 2 if heard == plain else int(cut_off)
-
-
 def likeness(sent: str, heard: str) -> float:
     """Return how much a line of other words is like a sent one, from 0 to 2: by characters, and by
     the words that have stayed in their places."""
@@ -13444,14 +13445,26 @@ def likeness(sent: str, heard: str) -> float:
     return difflib.SequenceMatcher(None, sent, heard, autojunk=False).ratio() + kept
 
 
-def most_like(lines: list[str], heard: str) -> int | None:
-    """Return which of these lines a server has clearly changed into `heard`; None if unclear."""
-    if len(lines) == 1:
-        return 0
-    (first, n), (second, _), *_ = sorted(
-        ((likeness(line, heard), n) for n, line in enumerate(lines)), reverse=True
-    )
-    return n if first >= LIKE and first - second >= LIKE_MORE else None
+def place_of_echo(lines: list[str], heard: str, alters: bool) -> int | None:
+    """Return which of these sent lines has come back as `heard`; None if that is unclear. It is the
+    same, else the same without colours, else cut, else, if the server `alters` words, the only
+    line or by far the most like one."""
+    if heard in lines:
+        return lines.index(heard)
+    plain = [shown_line(line.encode(errors="replace")) for line in lines]
+    if heard in plain:
+        return plain.index(heard)
+    rest = heard.rstrip("\ufffd")
+    pairs = enumerate(zip(lines, plain, strict=True))
+    cut_off = [n for n, (line, bare) in pairs if line.startswith(rest) or bare.startswith(rest)]
+    clear = len({lines[n] for n in cut_off}) == 1 or not alters
+    if cut_off and clear and len(rest) > CUT_AT_LEAST:
+        return cut_off[0]
+    if not alters or len(lines) == 1:
+        return 0 if alters else None
+    grades = [(likeness(line, heard), n) for n, line in enumerate(lines[:COMPARED])]
+    (first, place), (second, _), *_ = sorted(grades, reverse=True)
+    return place if first >= LIKE and first - second >= LIKE_MORE else None
 
 
 def is_person(heard: ServerLine) -> bool:
@@ -13734,7 +13747,7 @@ class MessageLines:
             acks.note_echo(ExpectedEcho(self.core.fold(message.where), text, id, message.id, end))
             if not piece.last:
                 piece = piece._replace(tags=self._own_tags(f"{message.id}.{end}", ""))
-        return piece.tags + self.talk.line("PRIVMSG", message.where, text)
+        return piece.tags + line_of("PRIVMSG", message.where, text)
 
     def _cut(self, piece: Piece, room: int) -> Piece:
         """Return so much of an unsent line as fits in `room` bytes; the rest of it is sent next."""
@@ -13914,7 +13927,7 @@ class Acknowledgements:
         self.pings.append(ping_token)
         self.sent.append(SentLine("", ping_token))
         self.covered[ping_token] = [*ids, *self.commands]
-        return self.talk.line("PING", ping_token)
+        return line_of("PING", ping_token)
 
     def take_unconfirmed(self) -> str:
         """Return the PING behind the messages that no PING is behind yet."""
@@ -14027,7 +14040,7 @@ class Acknowledgements:
             return self._doubted(heard, key, text)
         alters = not (self.server.ours or self.server.labels or self.talk.bouncer)
         alters = alters and "batch" not in heard.tags  # no other client has this nick
-        place = self._place(here, text, alters)
+        place = place_of_echo([line.text for line in here], text, alters)
         if place is None and not alters:
             return self._doubted(heard, key, text)
         if place is None:  # later echoes, or a PONG, will tell which line this is
@@ -14048,20 +14061,6 @@ class Acknowledgements:
         for line in [line for line in self.echoes if name == f"{line.of}.{line.end}"]:
             self.echoes.remove(line)
             self.core.outbox.arrived_to(own_id, line.end)
-
-    @staticmethod
-    def _place(here: list[ExpectedEcho], text: str, alters: bool) -> int | None:
-        """Return which of the lines to a target an echo clearly is; None for none. Words count as
-        those of another line if the server `alters` some."""
-        unchanged = (n for n, line in enumerate(here) if line.text == text)
-        if (place := next(unchanged, None)) is not None:
-            return place
-        grades = [sameness(line.text, text) for line in here]
-        best = max(grades)
-        alike = {line.text for line, grade in zip(here, grades, strict=True) if grade == best}
-        if best > 1 or (best and (len(alike) == 1 or not alters)):
-            return grades.index(best)
-        return most_like([line.text for line in here[:COMPARED]], text) if alters else None
 
     def _strange_to(self, key: str) -> list[ViewEvent]:
         return [view for target, view in self.strange if target == key]
@@ -14663,7 +14662,7 @@ def other_protocol(line: str) -> str:
 class PlainTalk:
     """The client's side of the workshop's protocol: a name, then lines, all unacknowledged."""
 
-    doubts = pages = busy = False
+    busy = False
     wait = None  # no rate limit
 
     def __init__(self, core: "ClientCore"):
@@ -14755,15 +14754,6 @@ NAMING = {
 }
 # Command -> its parameter that names the one user for whom it is
 FOR_ONE = {"PRIVMSG": 0, "NOTICE": 0, "TAGMSG": 0, "INVITE": 0, "KICK": 1, "MODE": 2}
-
-
-def line_of(verb: str, *params: str) -> str:
-    """Return a line of IRC. Its last parameter may be any text."""
-    middle = [verb, *params[:-1]]
-    last = params[-1:]
-    if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
-        last = (f":{last[0]}",)
-    return " ".join([*middle, *last])
 
 
 class Renaming:
@@ -14864,34 +14854,21 @@ class IrcTalk:
         return None if self.core.interactive else self.waits
 
     @property
-    def pages(self) -> bool:
-        return self.server.pages
-
-    @property
     def busy(self) -> bool:
         """True if lines wait to be sent, or a pipe's commands for an answer."""
         commands = self.acks.commands and not self.core.interactive
         return bool(self.own_lines or self.queue or self.lines.unsent or commands)
 
-    @property
-    def doubts(self) -> bool:
-        """True if a message that is sent twice may also be delivered twice."""
-        return not self.server.repeatable
-
     # Output
-
-    line = staticmethod(line_of)
 
     def send(self, verb: str, *params: str) -> None:
         """Send a line: at once before registration, in its turn after that."""
-        if self.ready:
-            self.own_lines.append(self.line(verb, *params))
-        else:
-            self.core.output.append(self.line(verb, *params))
+        lines = self.own_lines if self.ready else self.core.output
+        lines.append(line_of(verb, *params))
 
     def send_at_once(self, verb: str, *params: str) -> None:
         """Send a line before all waiting ones, as an answer that the server waits for."""
-        self.core.output.append(self.line(verb, *params))
+        self.core.output.append(line_of(verb, *params))
 
     def command(self, verb: str, *params: str) -> None:
         """Send a user's command after the messages accepted before it. Raises Refused if the server
@@ -14901,7 +14878,7 @@ class IrcTalk:
         size = len(text) if self.server.ours else len(text.encode())
         if size > most:
             raise Refused("TOO_LONG", f"this server takes {most} bytes there, and not {size}")
-        line = self.line(verb, *params)
+        line = line_of(verb, *params)
         source = f":{self.mask or self.longest_mask()} "
         if len(f"{source}{line}\r\n".encode()) > IRC_BYTES and not self.server.ours:
             raise Refused("TOO_LONG", f"a line has at most {IRC_BYTES} bytes with your address")
@@ -14935,8 +14912,8 @@ class IrcTalk:
         elif self.queue and not self._is_behind(self.queue[0][1]):
             self.acks.note_command(line := self.queue.popleft()[0], by_user=True)
         elif message := outbox.next(self.carries, self.order):
-            if message.sent and message.id not in self.core.outgoing.sent_before and self.doubts:
-                # Sent by an earlier run of this program
+            known = self.server.repeatable or message.id in self.core.outgoing.sent_before
+            if message.sent and not known:  # sent by an earlier run of this program
                 self.core.outgoing.leave_to_user(message.id)
                 return True
             outbox.send(message, self.core.clock())
@@ -14944,7 +14921,7 @@ class IrcTalk:
             self.acks.note_message(message)
             return True
         elif self.stale_names:  # one NAMES for many mode changes
-            line = self.line("NAMES", self.stale_names.pop())
+            line = line_of("NAMES", self.stale_names.pop())
         elif self.acks.unconfirmed:
             line = self.acks.take_unconfirmed()
         else:
@@ -15579,7 +15556,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     for room in core.rooms.values():
         if room.is_channel and room.wanted and not (talk.resumed and room.entered):
             talk.joins.join(room)
-    if talk.pages and talk.since:
+    if talk.server.pages and talk.since:
         talk.history.behind[""] = "targets"
     else:
         talk.history.release_talks()
@@ -17044,7 +17021,7 @@ class StoredMessages:
         if not core.store:
             return False
         at_hole = bool(room.hole) and room.hole == room.oldest
-        if at_hole and core.ready and core.talk.pages:
+        if at_hole and core.ready and core.server.pages:
             return False
         first = next((view for view in room.views if view.kind in SPOKEN), None)
         shown = {identity_of(view) for view in room.views}
@@ -17854,8 +17831,8 @@ class ClientCore:
             talk.joins.want_typed()
             talk.tell_unsent()
         flown = self.outbox.connection_lost()
-        for message in flown if talk and talk.doubts else ():
-            if talk.pages:
+        for message in () if self.server.repeatable else flown:
+            if self.server.pages:
                 self.outbox.unconfirmed.add(message.id)
             else:
                 self.outgoing.leave_to_user(message.id)
@@ -18323,7 +18300,7 @@ def do_history(core: ClientCore, *words: str) -> None:
     if numbered:
         count = number_up_to(HISTORY_LINES_MOST, words[-1], "messages")
     name = words[0] if len(words) > bool(numbered) else asked_room(core).name
-    if not (core.ready and core.talk.pages):
+    if not (core.ready and core.server.pages):
         why = "this server keeps no history" if core.ready else "not connected"
         raise Refused("NO_HISTORY", f"{why}; /lastlog looks in your own")
     core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(count))
@@ -22514,7 +22491,7 @@ class Link:
         if self.core.stored.show_older(room):
             self.show(self.core.take_views())
             return False
-        if room.whole or not (self.core.ready and talk.pages):
+        if room.whole or not (self.core.ready and self.core.server.pages):
             return False
         under_way = any(
             (one.where, one.how) == (room.name, "older") for one in talk.history.requests
