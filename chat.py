@@ -12469,17 +12469,13 @@ class ServerLine(NamedTuple):
             return None
 
 
-def decoded_line(raw: bytes) -> str:
-    """Return a line as text: UTF-8, or else Windows-1252, in which old clients of IRC write."""
-    text = raw.decode(errors="replace")
-    old = "\ufffd" in text and text.replace("\ufffd", "").isascii()
-    return raw.decode("cp1252", "replace") if old else text
-
-
 def shown_line(raw: bytes, irc: bool = True) -> str:
     """Return a server's line as text that cannot steer a terminal. The CTCP mark (0x01) stays."""
-    parts = (decoded_line(raw) if irc else raw.decode(errors="replace")).split("\x01")
-    return "\x01".join(harmless(COLOURS.sub("", part)) for part in parts).translate(BIDI_CONTROLS)
+    text = raw.decode(errors="replace")
+    if irc and "\ufffd" in text and text.replace("\ufffd", "").isascii():
+        text = raw.decode("cp1252", "replace")  # in which old clients of IRC write
+    parts = (harmless(COLOURS.sub("", part)) for part in text.split("\x01"))
+    return "\x01".join(parts).translate(BIDI_CONTROLS)
 
 
 def parse_heard(line: str) -> ServerLine:
@@ -12623,14 +12619,11 @@ class ServerProfile:
         """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
         unchanged. Not all servers with such targets announce them."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
-        marks = self.status + "".join({*symbols} - {*self.channel_types})
+        status = self.isupport.get("STATUSMSG", "")
+        marks = status + "".join({*symbols} - {*self.channel_types})
         most = len(target) - len(target.lstrip(marks))
         names = (target[n:] for n in range(most, 0, -1))  # @+free may be for +free
         return next(filter(self.is_channel, names), target)
-
-    @property
-    def status(self) -> str:
-        return self.isupport.get("STATUSMSG", "")
 
     @property
     def ranks(self) -> tuple[str, str]:
@@ -12684,17 +12677,13 @@ class ServerProfile:
         return "message-tags" in self.enabled and allowed
 
     @property
-    def keeps_own_tags(self) -> bool:
-        return self.takes(OWN_ID)
-
-    @property
     def labels(self) -> bool:
         return {"labeled-response", "batch"} <= self.enabled
 
     @property
     def echoes(self) -> bool:
         """True if messages come back recognizably, which tells the client that they arrived."""
-        return "echo-message" in self.enabled and (self.labels or self.keeps_own_tags)
+        return "echo-message" in self.enabled and (self.labels or self.takes(OWN_ID))
 
     @property
     def tells_own_tags(self) -> bool:
@@ -12834,14 +12823,6 @@ def is_news(view: ViewEvent) -> bool:
 def identity_of(view: ViewEvent) -> Any:
     """Return a value that distinguishes a message: its id, or else its time, name and text."""
     return view.id or (view.time, view.name, view.text)
-
-
-def is_about(message: tuple[int, Any], room: int, view: ViewEvent) -> bool:
-    """Return whether a known message (its conversation and identity) has the words of this one, and
-    nearly its time."""
-    where, (when, *words) = message
-    near = abs(when - view.time) < REPEATED_MS
-    return near and where == room and words == [view.name, view.text]
 
 
 def position_of(view: ViewEvent) -> str:
@@ -13318,11 +13299,10 @@ NO_PACE = (1e9, 1e9)  # lines at once, and lines a second
 class Batch:
     """Lines that belong together, collected until the batch ends (IRCv3 batch)."""
 
-    def __init__(self, heard: ServerLine, outer: str):
-        self.kind = heard.params[1]
-        self.opening, self.outer = heard, outer
+    def __init__(self, heard: ServerLine, now: float):
+        self.kind, self.outer = heard.params[1], heard.tags.get("batch", "")
+        self.opening, self.at = heard, now
         self.items: "list[ServerLine | Batch]" = []
-        self.at = 0.0  # when the batch began
 
     @property
     def target(self) -> str:
@@ -13713,7 +13693,7 @@ class MessageLines:
     def _own_tags(self, id: str, reply: str) -> str:
         """Return the tags before a message: its own id, to know the echo, and the id it answers."""
         tags = optional(
-            f"{OWN_ID}={id}" if self.server.keeps_own_tags else "",
+            f"{OWN_ID}={id}" if self.server.takes(OWN_ID) else "",
             f"{REPLY}={escaped_tag(reply)}" if reply and self.server.takes(REPLY) else "",
             f"label={id}" if self.server.labels else "",
         )
@@ -14151,29 +14131,20 @@ class HistoryRequests:
             how, min(self.core.page_lines, self.server.page_size)
         )
         spoken = (view for view in room.views if view.kind in SPOKEN and view.time)
-        oldest = room.paged or next(spoken, None)
+        oldest = room.paged or next(spoken, ViewEvent(NOTE))
+        # Other messages may have the same time; those that are shown are known
+        after = self._selector(room.mark, room.mark_time and room.mark_time - 1)
+        before_time = oldest.time and min(LAST_MOMENT, oldest.time + 1)
+        before = self._selector(f"msgid={oldest.id}" if oldest.id else "", before_time)
         words = {
             "last": ("LATEST", "*"),
-            "gap": ("LATEST", self._mark_of(room)),
-            "missed": ("AFTER", self._mark_of(room)),
-            "older": ("BEFORE" if oldest else "LATEST", self._selector_of(oldest)),
+            "gap": ("LATEST", after),
+            "missed": ("AFTER", after),
+            "older": ("LATEST" if before == "*" else "BEFORE", before),
         }
         subcommand, selector = words[how]
         self.ask(HistoryRequest(room.name, how, limit), subcommand, room.name, selector, str(limit))
         return True
-
-    def _selector_of(self, view: ViewEvent | None) -> str:
-        """Return the position before which there are older messages. Others may have the same
-        time; those that are shown are known."""
-        if view is None:
-            return "*"
-        when = view.time and min(LAST_MOMENT, view.time + 1)
-        return self._selector(f"msgid={view.id}" if view.id else "", when)
-
-    def _mark_of(self, room: Room) -> str:
-        """Return the position after which messages of a room may be missing."""
-        when = room.mark_time and room.mark_time - 1  # others may have the same time
-        return self._selector(room.mark, when)
 
     def _selector(self, mark: str, when: int | None) -> str:
         """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
@@ -14564,6 +14535,7 @@ class Joins:
 
 ANSWERS = {  # commands, and the numerics that are shown only after them
     "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
+    "MOTD": ("375", "372", "376", "422"),
     "HELP": ("705", "706"),
     "MODE": ("221",),
     "ISON": ("303",),
@@ -14591,14 +14563,12 @@ class WantedAnswers:
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.core = talk.core
         self.numerics: set[str] = set()
-        self.motd = False
         self.names: set[str] = set()  # keys of channels whose members are shown
         self.listings: dict[str, list[Listing]] = {}  # by command: those that are still coming
 
     def expect(self, verb: str, *params: str) -> None:
         """Show the answer to a command of the user."""
         self.numerics.update(ANSWERS.get(verb, ()))
-        self.motd = self.motd or verb == "MOTD"
         if verb in LISTS:
             self.listings.setdefault(verb, []).append(Listing())
         if verb == "NAMES" and params:
@@ -15160,8 +15130,7 @@ class IrcTalk:
         if reference[:1] == "+" and (before := self.batches.pop(reference[1:], None)):
             self.end_batch(before)  # its end was lost
         if reference[:1] == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
-            batch = self.batches[reference[1:]] = Batch(heard, heard.tags.get("batch", ""))
-            batch.at = self.core.ticks()
+            self.batches[reference[1:]] = Batch(heard, self.core.ticks())
         batch = self.batches.pop(reference[1:], None) if reference[:1] == "-" else None
         if batch is None:
             return
@@ -15350,14 +15319,6 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
         refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
-def note_offered(talk: IrcTalk, words: list[str]) -> None:
-    offered = talk.server.offered
-    for name, _, value in (word.partition("=") for word in words):
-        if may_hold(offered, name, TOKENS_KEPT):
-            offered[name] = value
-    talk.core.told_sts(offered.get("sts", ""))
-
-
 def capabilities_granted(talk: IrcTalk, words: list[str]) -> None:
     talk.server.requested.difference_update(words)
     for word in words:
@@ -15374,7 +15335,10 @@ def capabilities_granted(talk: IrcTalk, words: list[str]) -> None:
 def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
     subcommand, words, server = heard.params[1].upper(), heard.params[-1].split(), talk.server
     if subcommand in ("LS", "NEW"):
-        note_offered(talk, words)
+        for name, _, value in (word.partition("=") for word in words):
+            if may_hold(server.offered, name, TOKENS_KEPT):
+                server.offered[name] = value
+        talk.core.told_sts(server.offered.get("sts", ""))
     if talk.core.redial:  # over TLS: nothing more is sent over this connection
         return
     if subcommand == "LS":
@@ -15758,15 +15722,15 @@ def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
         tell_rest(talk, heard)
 
 
-@from_server("375", "372", "376", "422", least=2)
+@from_server(*ANSWERS["MOTD"], least=2)
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the message of the day, if the user asked for it. The first one ends the welcome."""
+    if heard.verb in talk.answers.numerics:
+        talk.core.server_text(heard.params[-1])
     if heard.verb in ("376", "422"):
+        talk.answers.numerics.difference_update(ANSWERS["MOTD"])
         talk.server.end_support()
         talk.core.rooms.names_told()
-    if talk.answers.motd:
-        talk.core.server_text(heard.params[-1])
-        talk.answers.motd = heard.verb not in ("376", "422")
 
 
 @from_server("734", least=3)
@@ -17091,7 +17055,8 @@ class KnownMessages:
         self.ids: dict[str, None] = {}
         self.redacted: dict[str, None] = {}  # ids
         self.own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
-        self.without_id: set[tuple[int, Any]] = set()  # conversation and identity
+        # Conversation, name, text and time of messages that have no id
+        self.without_id: set[tuple[int, str, str, int]] = set()
         self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest message
 
     def note(self, room: Room | None, view: ViewEvent) -> None:
@@ -17103,8 +17068,8 @@ class KnownMessages:
 
     def note_without_id(self, room: Room, views: Iterable[ViewEvent]) -> None:
         """Note those of these messages that have no id: the server may send them again."""
-        spoken = (view for view in views if view.kind in SPOKEN and view.time)
-        self.without_id |= {(room.id, identity_of(view)) for view in spoken if not view.id}
+        spoken = (view for view in views if view.kind in SPOKEN and view.time and not view.id)
+        self.without_id |= {(room.id, view.name, view.text, view.time) for view in spoken}
 
     def is_repeat(self, room: Room, view: ViewEvent) -> bool:
         """Return whether a message without an id, but with the server's time, is known; it is known
@@ -17112,13 +17077,13 @@ class KnownMessages:
         a bouncer."""
         if view.time is None or view.id:
             return False
-        key: Any = (room.id, identity_of(view))
+        known = (room.id, view.name, view.text, view.time)
         if view.mine:
-            alike = (other for other in self.without_id if is_about(other, room.id, view))
-            key = next(alike, None)
-        if key not in self.without_id:
+            alike = (one for one in self.without_id if one[:3] == known[:3])
+            known = next((one for one in alike if abs(one[3] - view.time) < REPEATED_MS), None)
+        if known not in self.without_id:
             return False
-        self.without_id.remove(key)
+        self.without_id.remove(known)
         return True
 
 
@@ -23763,11 +23728,6 @@ def is_inner_jamo(c: str) -> bool:
     return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
 
 
-def is_emoji(c: str) -> bool:
-    """Return whether `c` is an emoji newer than Python's tables, which have it unassigned."""
-    return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
-
-
 def cluster_width(cluster: str) -> int:
     first = cluster[0]
     if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
@@ -23777,7 +23737,9 @@ def cluster_width(cluster: str) -> int:
     marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
     if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
         return marks
-    return marks + (2 if unicodedata.east_asian_width(first) in "WF" or is_emoji(first) else 1)
+    # An emoji that is newer than Python's tables is unassigned in them
+    new = "\U0001f300" <= first <= "\U0001faff" and unicodedata.category(first) == "Cn"
+    return marks + (2 if new or unicodedata.east_asian_width(first) in "WF" else 1)
 
 
 def continues_cluster(cluster: str, c: str) -> bool:
@@ -23937,29 +23899,31 @@ class LineEditor:
 
     # Moving
 
-    def _move(self, unit: Callable[[str], str]) -> None:
-        """Move the cursor over what `unit` returns of the text before it, or after it."""
+    def _cut(self, unit: Callable[[str], str]) -> str:
+        """Remove and return what `unit` returns of the text before the cursor, or after it."""
         if unit in BACKWARDS:
             part = unit(self.before)
-            self.before, self.after = self.before.removesuffix(part), part + self.after
-        else:
-            part = unit(self.after)
-            self.before, self.after = self.before + part, self.after.removeprefix(part)
-
-    def _erase(self, unit: Callable[[str], str], kill: bool = True) -> None:
-        """Erase what `unit` returns of the text before the cursor, or after it; `kill` keeps it
-        for yank."""
-        text = self.before if unit in BACKWARDS else self.after
-        part = unit(text)
-        if unit in BACKWARDS:
             self.before = self.before.removesuffix(part)
         else:
+            part = unit(self.after)
             self.after = self.after.removeprefix(part)
-        self.killed = part if kill else self.killed
+        return part
+
+    def _move(self, unit: Callable[[str], str]) -> None:
+        """Move the cursor over a part of the text."""
+        part = self._cut(unit)
+        if unit in BACKWARDS:
+            self.after = part + self.after
+        else:
+            self.before += part
+
+    def _kill(self, unit: Callable[[str], str]) -> None:
+        """Erase a part of the text, and keep it for yank."""
+        self.killed = self._cut(unit)
 
     def _delete_or_leave(self) -> None:
         self.left = not self.text
-        self._erase(first_cluster, kill=False)
+        self._cut(first_cluster)
 
     # Earlier lines
 
@@ -24012,13 +23976,13 @@ class LineEditor:
         "end": lambda self: self._move(all_after),
         "word-left": lambda self: self._move(last_word),
         "word-right": lambda self: self._move(first_word),
-        "backspace": lambda self: self._erase(last_cluster, kill=False),
-        "delete": lambda self: self._erase(first_cluster, kill=False),
+        "backspace": lambda self: self._cut(last_cluster),
+        "delete": lambda self: self._cut(first_cluster),
         "delete-or-leave": _delete_or_leave,
-        "erase-word": lambda self: self._erase(last_word),
-        "delete-word": lambda self: self._erase(first_word),
-        "erase-to-start": lambda self: self._erase(all_before),
-        "erase-to-end": lambda self: self._erase(all_after),
+        "erase-word": lambda self: self._kill(last_word),
+        "delete-word": lambda self: self._kill(first_word),
+        "erase-to-start": lambda self: self._kill(all_before),
+        "erase-to-end": lambda self: self._kill(all_after),
         "yank": lambda self: self.insert(self.killed),
         "newline": lambda self: self.insert("\n"),
         "up": lambda self: self._recall(self.recalled + 1),
@@ -24427,7 +24391,7 @@ class ScrollbackView:
     A user who reads back sees a page instead: the last view on the page is number `end`, and `cut`
     rows of that view are below the page."""
 
-    def __init__(self, room: Room, look: Look, height: int, now: float = 0.0):
+    def __init__(self, room: Room, look: Look, height: int):
         self.room, self.look, self.height = room, look._replace(here=room.name), height
         self.shown = 0
         self.back = False  # a page is read
@@ -24435,7 +24399,7 @@ class ScrollbackView:
         self.at_top = False  # nothing older is here ...
         self.owed = 0  # ... but the user wanted to go up by so many rows
         self.mark: int | None = None  # the number of the first view that is new to the user
-        self.budget = Budget(LINES_AT_ONCE, LINES_A_SECOND, now)
+        self.budget = Budget(LINES_AT_ONCE, LINES_A_SECOND, 0.0)
 
     @property
     def total(self) -> int:
@@ -24876,14 +24840,14 @@ class RawTerminal:
     # Bracketed paste; then colours, wrapping and cursor as they were.
     ON, OFF = "\x1b[?2004h", "\x1b[?2004l\x1b[0m\x1b[?7h\x1b[?25h"
 
-    def __init__(self, keys: int = 0, screen: int = 1):
+    def __init__(self) -> None:
         try:
             import termios
         except ImportError:
             raise Unusable("this needs a Unix terminal; gui_client.py does not") from None
         self.termios = termios
-        self.keys, self.screen = keys, screen
-        self.before = termios.tcgetattr(keys)
+        self.keys, self.screen = 0, 1
+        self.before = termios.tcgetattr(self.keys)
         self.raw = False
 
     def enter(self) -> None:
@@ -25629,9 +25593,6 @@ class TerminalClient(ManyServers):
 
     # Reading back
 
-    def page_up(self) -> None:
-        self.up(self.display.reader.height - 1)
-
     def up(self, rows: int) -> None:
         """Scroll up, and ask for older messages before the user reaches the oldest ones here."""
         reader = self.display.reader
@@ -25651,7 +25612,7 @@ class TerminalClient(ManyServers):
 
     KEYS = {
         "redraw": redraw,
-        "page-up": page_up,
+        "page-up": lambda self: self.up(self.display.reader.height - 1),
         "page-down": lambda self: self.display.reader.down(self.display.reader.height - 1),
         "room-unread": go_unread,
         "room-next": go_next,
