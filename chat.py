@@ -8266,17 +8266,13 @@ class IrcSession(LocalSession):
             return lines
         return add_tag_to_all(lines, f"time={tag_time(self.site.hub.now)}")
 
-    def shaped(self, shape: str, *values: Any) -> str:
-        """Return a numeric made of a shape and values, without its source."""
+    def shaped_line(self, shape: str, *values: Any) -> bytes:
+        """Return the line of a numeric, made of a shape and values, without sending it."""
         number, rest = shape.split(" ", 1)
-        return f"{number} {self.nick} {rest.format(*values)}"
+        return self.server_line(f"{number} {self.nick} {rest.format(*values)}")
 
     def reply(self, shape: str, *values: Any) -> None:
-        self.line(self.shaped(shape, *values))
-
-    def shaped_line(self, shape: str, *values: Any) -> bytes:
-        """Return the whole line of a numeric as bytes, without sending it."""
-        return self.server_line(self.shaped(shape, *values))
+        self.send(self.timed(self.shaped_line(shape, *values)))
 
     def reply_list(
         self, shape: str, words: Iterable[str], *values: Any, between: str = " "
@@ -12777,9 +12773,6 @@ class Transfer:
         self.failures = 0  # ... how often it failed
         self.reached = 0  # bytes that were there then
 
-    def kept(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.KEPT}
-
     def words(self) -> str:
         """Return the progress of the transfer as readable text."""
         verb = "sending" if self.up else "saving"
@@ -13707,11 +13700,8 @@ class MessageLines:
 
     def take(self) -> str:
         """Return the next line, for the message's target of now."""
-        piece, message, acks = (
-            self.unsent.popleft(),
-            self.core.outbox.waiting[self.id],
-            self.talk.acks,
-        )
+        piece, acks = self.unsent.popleft(), self.talk.acks
+        message = self.core.outbox.waiting[self.id]
         if piece.verb == END_BATCH:
             return END_BATCH
         if piece.verb == BEGIN_BATCH:
@@ -13931,7 +13921,8 @@ class Acknowledgements:
             ping_token = self.pings[0] if self.pings and not self.repeats else ""
         if not ping_token:
             return
-        while self.pings:
+        answered = ""
+        while answered != ping_token:
             answered = self.pings.popleft()
             self.tell_refusals()
             if not self.talk.bouncer:  # which answers before its server does
@@ -13941,10 +13932,9 @@ class Acknowledgements:
                     return
             overdue = self.overdue.pop(answered, [])
             echoes = "echo-message" in self.server.enabled
-            for key in {line.target for line in self.echoes if echoes and line.of in overdue}:
-                self._explain(
-                    key, [one for one in self.echoes if one.target == key and one.of in overdue]
-                )
+            late = [line for line in self.echoes if echoes and line.of in overdue]
+            for key in {line.target for line in late}:
+                self._explain(key, [line for line in late if line.target == key])
             for own_id in overdue:
                 if not echoes:  # disabled since
                     self.confirm(own_id)
@@ -13952,8 +13942,6 @@ class Acknowledgements:
                     self.not_echoed(own_id)
             if overdue:
                 self.strange.clear()
-            if answered == ping_token:
-                break
         self.talk.bouncer_said = ""
 
     def _confirm_covered(self, own_id: str) -> bool:
@@ -14002,8 +13990,10 @@ class Acknowledgements:
         for name in (label, heard.tags.get(OWN_ID, "")):
             stem, dot, _ = name.partition(".")
             known = stem in waiting or stem in self.core.known.own
-            if dot and known:
-                self._line_came(stem, name)
+            if dot and known:  # a line within a message
+                for line in [line for line in self.echoes if name == f"{line.of}.{line.end}"]:
+                    self.echoes.remove(line)
+                    self.core.outbox.arrived_to(stem, line.end)
                 return PIECE
             if name == label and not known and accepted_at(stem) is not None:
                 return PIECE  # the user knows that this message is lost
@@ -14035,12 +14025,6 @@ class Acknowledgements:
         if not sent.of:
             return ""  # of a command
         return sent.id if sent.id in waiting else PIECE
-
-    def _line_came(self, own_id: str, name: str) -> None:
-        """Note the echo of a line within a message, by the name that its tag or label gives it."""
-        for line in [line for line in self.echoes if name == f"{line.of}.{line.end}"]:
-            self.echoes.remove(line)
-            self.core.outbox.arrived_to(own_id, line.end)
 
     def _strange_to(self, key: str) -> list[ViewEvent]:
         return [view for target, view in self.strange if target == key]
@@ -14127,22 +14111,20 @@ class HistoryRequests:
         """Ask for a page of a room's history; return whether a page will come."""
         if not self.server.pages:
             return False
-        limit = {"last": HISTORY_LINES, "older": self.server.page_size}.get(
-            how, min(self.core.page_lines, self.server.page_size)
-        )
         spoken = (view for view in room.views if view.kind in SPOKEN and view.time)
         oldest = room.paged or next(spoken, ViewEvent(NOTE))
         # Other messages may have the same time; those that are shown are known
         after = self._selector(room.mark, room.mark_time and room.mark_time - 1)
         before_time = oldest.time and min(LAST_MOMENT, oldest.time + 1)
         before = self._selector(f"msgid={oldest.id}" if oldest.id else "", before_time)
+        most = self.server.page_size
         words = {
-            "last": ("LATEST", "*"),
-            "gap": ("LATEST", after),
-            "missed": ("AFTER", after),
-            "older": ("LATEST" if before == "*" else "BEFORE", before),
+            "last": ("LATEST", "*", HISTORY_LINES),
+            "gap": ("LATEST", after, min(self.core.page_lines, most)),
+            "missed": ("AFTER", after, min(self.core.page_lines, most)),
+            "older": ("LATEST" if before == "*" else "BEFORE", before, most),
         }
-        subcommand, selector = words[how]
+        subcommand, selector, limit = words[how]
         self.ask(HistoryRequest(room.name, how, limit), subcommand, room.name, selector, str(limit))
         return True
 
@@ -14958,9 +14940,8 @@ class IrcTalk:
         for reference, batch in list(self.batches.items()):
             if now - batch.at > BATCH_SECONDS:  # the end of the batch was lost
                 self.end_batch(self.batches.pop(reference))
-        if now - self.unserved > REGISTRATION_SECONDS and not (
-            self.core.interactive and self.bouncer
-        ):
+        to_bouncer = self.core.interactive and self.bouncer  # its user may talk to it alone
+        if now - self.unserved > REGISTRATION_SECONDS and not to_bouncer:
             self.ready = False
             cause = TEMPORARY if self.core.interactive else NEEDS_USER
             self.core.refuse("there is no server behind it", cause)
@@ -15439,9 +15420,8 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         core.me.login = None
         core.me.forget()
     elif core.me.account and not talk.ready:
-        return come_another_time(
-            talk, why + "; /login PASSWORD gives another one" * core.interactive
-        )
+        advice = "; /login PASSWORD gives another one" * core.interactive
+        return come_another_time(talk, why + advice)
     talk.sasl.end()
 
 
@@ -15603,9 +15583,8 @@ def not_let_in(talk: IrcTalk, heard: ServerLine) -> None:
         tell_rest(talk, heard)
     else:
         talk.core.dismissed = True  # some servers leave hanging up to the client
-        advice = (
-            "; /pass PASSWORD gives it" if heard.verb == "464" and talk.core.interactive else ""
-        )
+        wants_password = heard.verb == "464" and talk.core.interactive
+        advice = "; /pass PASSWORD gives it" * wants_password
         talk.core.refuse(heard.params[-1] + advice, NEEDS_USER)
 
 
@@ -16527,10 +16506,8 @@ class Rooms(dict[str, Room]):
         self.core.changed(gone)
         self.core.changed(kept)
         self.core.show(ViewEvent(RESET, where=kept.name))
-        text = (
-            f"{kept.name} and {gone.name} are one name on this server: this is both conversations"
-        )
-        self.core.note(text, kept.name)
+        why = f"{kept.name} and {gone.name} are one name on this server"
+        self.core.note(f"{why}: this is both conversations", kept.name)
 
     def _divide(self, before: str) -> None:
         """Open a private conversation for each name that was one with another by the rule `before`
@@ -16538,9 +16515,8 @@ class Rooms(dict[str, Room]):
         fold = self.core.fold
         for room in [room for room in self.values() if not room.is_channel]:
             key = folded_by(before, room.name)
-            names = {
-                fold(v.where): v.where for v in room.views if folded_by(before, v.where) == key
-            }
+            same = (v.where for v in room.views if folded_by(before, v.where) == key)
+            names = {fold(name): name for name in same}
             names.pop(fold(room.name), None)
             for other, name in names.items():
                 moved = [view for view in room.views if fold(view.where) == other]
@@ -18786,7 +18762,7 @@ CREATE TABLE IF NOT EXISTS reactions (
 CREATE TABLE IF NOT EXISTS transfers ( -- files on their way
     owner INTEGER NOT NULL,
     id TEXT NOT NULL,
-    state TEXT NOT NULL,            -- JSON, see Transfer.kept()
+    state TEXT NOT NULL,            -- JSON, see Transfer.KEPT
     PRIMARY KEY (owner, id)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS ignored (
@@ -19277,7 +19253,7 @@ class ClientStore(Writer):
     # Transfers, conversations, ignored users, facts, settings
 
     def keep_transfer(self, transfer: Transfer) -> None:
-        state = json.dumps(transfer.kept())
+        state = json.dumps({name: getattr(transfer, name) for name in Transfer.KEPT})
         self.write("REPLACE INTO transfers VALUES (?, ?, ?)", self.owner, transfer.id, state)
         self.flush()
 
@@ -22458,10 +22434,8 @@ class Link:
             return False
         if room.whole or not (self.core.ready and self.core.server.pages):
             return False
-        under_way = any(
-            (one.where, one.how) == (room.name, "older") for one in talk.history.requests
-        )
-        if not under_way:
+        under_way = ((one.where, one.how) for one in talk.history.requests)
+        if (room.name, "older") not in under_way:
             talk.history.ask_page(room, "older")
             self.core.flush()
             self._carry_on([])
@@ -22515,9 +22489,8 @@ class Link:
             return self._connected()
         self._enter(SECURING)
         self.conn.encrypt(TlsFilter(context, self.target.host))
-        self.timer = self.loop.call_later(
-            CONNECT_SECONDS, lambda: self.conn.drop("no answer in TLS")
-        )
+        drop = functools.partial(self.conn.drop, "no answer in TLS")
+        self.timer = self.loop.call_later(CONNECT_SECONDS, drop)
 
     def secured(self) -> None:
         self.timer.cancel()
@@ -23648,10 +23621,8 @@ class KeyDecoder:
 
     def flush(self, now: float = 0.0) -> list[Key]:
         """Return the keys that are left when no more bytes come: the rest was no sequence."""
-        if self.pasted is not None:
-            return []  # slow, but its end is still to come
         if self.is_long:
-            return []  # the answer of a terminal, likewise
+            return []  # slow, but its end is still to come
         text, self.rest = self.rest, ""
         if text.startswith(STRING_BEGINS) and len(text) > 2 and not STRING_ANSWER.match(text):
             self.rest = text[1:]  # ESC, and then what was typed quickly
@@ -24356,9 +24327,8 @@ class Painter:
         shown.reverse()
         rest, _ = fitting(clusters(visible(after[: room * 8])), room - used)
         column = text_width(prompt) + used
-        return f"\r\x1b[K{prompt}{''.join(shown)}{''.join(rest)}\r" + (
-            f"\x1b[{column}C" if column else ""
-        )
+        to_column = f"\x1b[{column}C" if column else ""
+        return f"\r\x1b[K{prompt}{''.join(shown)}{''.join(rest)}\r{to_column}"
 
     def erase(self) -> str:
         """Return the text that clears the two rows at the bottom, from the typed line upwards."""
@@ -25400,10 +25370,7 @@ class TerminalClient(ManyServers):
 
     def rooms_besides(self, here: Seat) -> list[tuple[str, Room]]:
         """Return the conversations on all other servers, each with its server."""
-        others = [seat for seat in self.seats if seat is not here]
-        return [
-            (str(seat.link.target), room) for seat in others for room in seat.core.rooms.values()
-        ]
+        return [(str(seat.link.target), room) for seat, room in self.places() if seat is not here]
 
     def look_at(self, seat: Seat) -> None:
         before = self.display
@@ -25447,14 +25414,14 @@ class TerminalClient(ManyServers):
         if self.escape:
             self.escape.cancel()
         self.press(self.decoder.feed(data, self.loop.now))
-        if self.decoder.is_long:
-            self.escape = self.loop.call_later(
-                PASTE_SECONDS, lambda: self.press(self.decoder.end_paste())
-            )
-        elif self.decoder.rest.startswith("\x1b"):
-            self.escape = self.loop.call_later(
-                ESCAPE_SECONDS, lambda: self.press(self.decoder.flush(self.loop.now))
-            )
+        if self.decoder.is_long or self.decoder.rest.startswith("\x1b"):
+            seconds = PASTE_SECONDS if self.decoder.is_long else ESCAPE_SECONDS
+            self.escape = self.loop.call_later(seconds, self.end_keys)
+
+    def end_keys(self) -> None:
+        """Take the keys that are left when no more bytes come."""
+        decoder = self.decoder
+        self.press(decoder.end_paste() if decoder.is_long else decoder.flush(self.loop.now))
 
     def press(self, keys: list[Key]) -> None:
         self.cleared = -math.inf
@@ -25567,9 +25534,8 @@ class TerminalClient(ManyServers):
             return places[number - 1]
         here = [place for place in places if place[0].core is self.core]
         for seat, room in [*here, *places]:
-            if seat.core.fold(room.name or str(seat.link.target)) in map(
-                seat.core.fold, (name, f"#{name}")
-            ):
+            keys = map(seat.core.fold, (name, f"#{name}"))
+            if seat.core.fold(room.name or str(seat.link.target)) in keys:
                 return seat, room
         return None
 
