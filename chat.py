@@ -14152,10 +14152,8 @@ class HistoryRequests:
         head = [f"@label={label}"] if label else []
         self.talk.send(*head, "CHATHISTORY", *params)
 
-    def note_time(self, line: str) -> None:
+    def note_time(self) -> None:
         """Note the time at which a request was sent: requests wait for their turn."""
-        if parse_message(line).verb != "CHATHISTORY":
-            return
         for n, asked in enumerate(self.requests):
             if asked.at == UNSENT:
                 self.requests[n] = asked._replace(at=self.core.ticks())
@@ -14427,19 +14425,14 @@ class Joins:
         count, since = self.unanswered.get(key, (0, math.inf))
         self.unanswered[key] = count + 1, since
 
-    def note_time(self, line: str) -> None:
-        """Note the time at which a JOIN is sent."""
-        verb, params, _ = parse_message(line)
-        if verb == "JOIN" and params:
-            self._begin(self.core.fold(params[0]))
-
     def note_pause(self) -> None:
         """Note that no line waits for its turn: an unsent JOIN waits for a message before it, which
         may wait for that JOIN."""
         for key in self.unanswered:
-            self._begin(key)
+            self.begin(key)
 
-    def _begin(self, key: str) -> None:
+    def begin(self, key: str) -> None:
+        """Note the time at which a JOIN is sent."""
         count, since = self.unanswered.get(key, (0, 0.0))
         if since == math.inf:
             self.unanswered[key] = count, self.core.ticks()
@@ -14878,8 +14871,11 @@ class IrcTalk:
             line = self.acks.take_unconfirmed()
         else:
             return False
-        self.history.note_time(line)
-        self.joins.note_time(line)
+        verb, params, _ = parse_message(line)
+        if verb == "CHATHISTORY":
+            self.history.note_time()
+        elif verb == "JOIN" and params:
+            self.joins.begin(self.core.fold(params[0]))
         self.budget.tokens -= max(1.0, 0.5 + len(line.encode()) / PACE_BYTES)
         self.core.output.append(line)
         return True

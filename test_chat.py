@@ -17286,7 +17286,10 @@ def test_a_message_about_chathistory_is_no_request_for_history(line, dated):
     alice = Elsewhere(caps=PAGES_OF)
     talk = alice.core.talk
     talk.history.requests[0] = talk.history.requests[0]._replace(at=chat.UNSENT)
-    talk.history.note_time(line)
+    talk.own_lines.clear()
+    talk.send(line)
+    talk.budget = chat.Budget(*chat.NO_PACE, 0.0)
+    talk.pump()
     assert (talk.history.requests[0].at != chat.UNSENT) == dated
 
 
