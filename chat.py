@@ -7273,7 +7273,7 @@ class Cluster:
         self.sent: SentBatch | None = None
         self.retry_at = math.inf
         self.now = self.beat = 0.0  # monotonic; when a batch was sent last
-        self.lost_since: float | None = None  # without a connection
+        self.lost_since = math.inf  # since when there is no connection
         self.steady_since = 0.0  # when this node had caught up with the log
         self.namesake = ""  # the epoch of another node with this name, which may be running
         self.clock: float | None = None  # the log's clock less the monotonic one, in seconds
@@ -7379,8 +7379,7 @@ class Cluster:
 
     def disconnected(self) -> None:
         self.log, self.caught_up = None, False
-        if self.lost_since is None:
-            self.lost_since = self.now
+        self.lost_since = min(self.lost_since, self.now)
 
     def apply(self, entry: LogEntry) -> None:
         """Apply the next entry of the log."""
@@ -7483,7 +7482,7 @@ class Cluster:
 
     def catch_up(self) -> None:
         """All entries that the log had are applied: from here on this node takes part."""
-        self.caught_up, self.lost_since, self.steady_since = True, None, self.now
+        self.caught_up, self.lost_since, self.steady_since = True, math.inf, self.now
         me = self.hub.nodes.get(self.name)
         if not self.epochs and me and not me.epoch.startswith(self.store.origin):
             self.namesake = me.epoch  # not a start of this database: it must not be running
@@ -7536,11 +7535,8 @@ class Cluster:
 
     def _watch_log(self) -> None:
         """Hold the clients while the log cannot be reached, and drop them in the end."""
-        since = min(
-            self.now if self.lost_since is None else self.lost_since,
-            self.sent.since if self.sent else self.now,
-        )
-        silent = self.now - since
+        sent_since = self.sent.since if self.sent else self.now
+        silent = self.now - min(self.lost_since, sent_since)
         if not self.serving:
             return
         if silent >= NODE_DROP_SECONDS and self.hold != DROPPED:
@@ -16117,14 +16113,13 @@ def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("AWAY")
 def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
-    talk.core.people.note(heard.name, away=bool(heard.params and heard.params[0]))
-    talk.core.show(ViewEvent(PEOPLE))
-    if (room := talk.core.find(heard.name)) and not room.is_channel:
-        state = "is away" if heard.params and heard.params[0] else "is back"
-        if state == "is away" and not talk.core.ignored.covers(heard.source):
-            state = f"is away: {heard.params[0]}"
-        text = f"{heard.name} {state}"
-        talk.core.incoming.event(room, ViewEvent(AWAY, text, heard.name, room.name))
+    core, reason = talk.core, "".join(heard.params[:1])
+    core.people.note(heard.name, away=bool(reason))
+    core.show(ViewEvent(PEOPLE))
+    if (room := core.find(heard.name)) and not room.is_channel:
+        told = "" if core.ignored.covers(heard.source) else f": {reason}"
+        text = f"{heard.name} {f'is away{told}' if reason else 'is back'}"
+        core.incoming.event(room, ViewEvent(AWAY, text, heard.name, room.name))
 
 
 @from_server("ACCOUNT", least=1)
@@ -17135,7 +17130,6 @@ class Incoming:
         room.move_mark("" if repeated else view.id, core.believable(view.time))
         if view.id and not repeated:
             known.newest_id = view.id
-        if view.id:
             remember(known.ids, view.id)
         if view.own_id:
             arrived = view.own_id in core.outbox.waiting
@@ -22497,9 +22491,9 @@ class Link:
             notes = (f"{text}. Its SHA-256 is", fingerprint, advice)
             self.show([ViewEvent(NOTE, note) for note in notes])
         elif verdict == UNTRUSTED:
-            return self._fail(f"{text}; --pin {fingerprint} if you know that it is the right one")
+            return self._end(f"{text}; --pin {fingerprint} if you know that it is the right one")
         elif verdict == WRONG_PIN:
-            return self._fail(text)
+            return self._end(text)
         elif text:
             self.show([ViewEvent(NOTE, text)])
         return self.conn.drop(verdict) if verdict else self._connected()
@@ -22724,13 +22718,8 @@ class Link:
         TEMPORARY: _come_back,
     }
 
-    def _fail(self, reason: str) -> None:
-        """End the link for good."""
-        self._end(reason)
-        if self.conn:
-            self.conn.drop(reason)
-
     def _end(self, reason: str) -> None:
+        """End the link for good."""
         if not self.ended:
             self.phase = ENDED
             self.known.flush()
@@ -22739,6 +22728,8 @@ class Link:
             if self.race:
                 self.race.cancel()
             self.over(reason)
+            if self.conn:
+                self.conn.drop(reason)
 
 
 # ======================================================================================
@@ -22892,13 +22883,10 @@ class ResponseReader(HttpReader):
         first, *lines = [line.decode("latin-1").removesuffix("\r") for line in head.split(b"\n")]
         status = re.fullmatch(r"HTTP/1\.\d ([1-5]\d\d)(?: .*)?", first)
         headers: dict[str, list[str]] = {}
-        for line in lines:
-            name, colon, value = line.partition(":")
-            if not colon:
-                raise BadRequest(400, "this is no HTTP")
-            headers.setdefault(name.strip().lower(), []).append(value.strip())
-        if status is None:
+        if status is None or not all(":" in line for line in lines):
             raise BadRequest(400, "this is no HTTP")
+        for name, _, value in (line.partition(":") for line in lines):
+            headers.setdefault(name.strip().lower(), []).append(value.strip())
         if status[1] == "100":
             return self._head()
         self._expect_body(int(status[1]), headers)
@@ -23840,16 +23828,14 @@ class LineEditor:
         text = self.text.rstrip("\n")  # a pasted line brings its newline along
         if text.strip() and not is_secret(text):
             self.remember(text)
-        self.recalled = 0
-        self.set("")
-        self.undone.clear()  # it may have been a password
+        self.take()
         return text
 
     def take(self) -> str:
         """Empty the line and return what was being typed, not a line recalled over it."""
         text = self.draft if self.recalled else self.text
         self.recalled, self.draft, self.sought, self.offers = 0, "", None, []
-        self.undone.clear()
+        self.undone.clear()  # it may have been a password
         self.set("")
         return text
 
@@ -25148,9 +25134,8 @@ def filter_lines(view: ViewEvent) -> list[str]:
     view = view._replace(text=view.text.replace("\x01", ""), line=view.line.replace("\x01", ""))
     if view.line:
         return [view.line]
-    where = "" if view.where == LOBBY else f"[{view.where}] "
+    where = "" if view.where in ("", LOBBY) else f"[{view.where}] "
     if view.kind == NOTICE and not view.mine:
-        where = where if view.where else ""
         return [f"{where}-{view.name}- {line}" for line in view.text.split("\n")]
     if view.kind == FOUND or (view.kind == MESSAGE and (view.past or not view.mine)):
         before = where if is_channel(view.where) else "(private) "
