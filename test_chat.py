@@ -26833,6 +26833,16 @@ def test_a_broken_line_is_shown_at_once_and_not_when_something_else_happens(monk
     server.stop()
 
 
+def test_a_link_that_is_left_before_the_client_is_let_in_hangs_up():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        alice = Linked(chat.Target(*listening.getsockname(), kind=chat.IRC))
+        alice.until(lambda: alice.link.conn)
+        alice.link.leave(at_once=True)
+        alice.until(lambda: alice.link.conn is None)
+        assert alice.ended == [""]
+        alice.close()
+
+
 def test_a_certificate_that_no_authority_signed_is_asked_about_once_and_its_change_is_loud(
     running, certificate, folder
 ):
