@@ -15875,14 +15875,14 @@ def joined_as(talk: IrcTalk, name: str) -> None:
         take_channel_name(talk, sent[0], name)
 
 
-def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
+def we_joined(talk: IrcTalk, heard: ServerLine, name: str) -> None:
     core = talk.core
     talk.mask = heard.source if "!" in heard.source else talk.mask
-    if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
+    if core.find(name) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
         return  # no user has so many channels
-    joined_as(talk, heard.params[0])
-    room = core.rooms.open(heard.params[0])
-    room.name, room.inside, room.is_channel = heard.params[0], True, True
+    joined_as(talk, name)
+    room = core.rooms.open(name)
+    room.name, room.inside, room.is_channel = name, True, True
     room.wanted = room.entered = True
     room.topic = ""  # else 332 follows
     typed = core.fold(room.name) in talk.joins.typed
@@ -15910,34 +15910,23 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
         core.note(text, room.name)
 
 
-def one_by_one(handler: Callable) -> Callable:
-    """Decorate a handler to be called for each channel: old servers name several in one line."""
-
-    @functools.wraps(handler)
-    def for_each(talk: IrcTalk, heard: ServerLine) -> None:
-        for name in heard.params[0].split(","):
-            handler(talk, heard._replace(params=[name, *heard.params[1:]]))
-
-    return for_each
-
-
 @from_server("JOIN", least=1)
-@one_by_one
 def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
-    core, name = talk.core, heard.params[0]
-    if core.is_me(heard.name):
-        return we_joined(talk, heard)
-    core.incoming.note_present(heard.name)
-    if room := core.find(name):
-        room.came(heard.name)
-        address = heard.source.partition("@")[2]
-        core.incoming.event(room, ViewEvent(JOIN, "", heard.name, room.name, address=address))
-        core.show(ViewEvent(PEOPLE, where=room.name))
+    core, address = talk.core, heard.source.partition("@")[2]
+    for name in heard.params[0].split(","):  # old servers name several in one line
+        if core.is_me(heard.name):
+            we_joined(talk, heard, name)
+            continue
+        core.incoming.note_present(heard.name)
+        if room := core.find(name):
+            room.came(heard.name)
+            core.incoming.event(room, ViewEvent(JOIN, "", heard.name, room.name, address=address))
+            core.show(ViewEvent(PEOPLE, where=room.name))
 
 
-def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str = "") -> None:
+def user_went(talk: IrcTalk, room: Room, heard: ServerLine, why: str = "") -> None:
     """Remove a user, or this client, from one conversation."""
-    core = talk.core
+    core, name = talk.core, heard.name
     room.people.pop(name, None)
     why = "" if core.ignored.covers(heard.source) else why
     if core.is_me(name):
@@ -15951,15 +15940,12 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
 
 
 @from_server("PART", least=1)
-@one_by_one
 def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
-    room = core.find(heard.params[0])
-    if room is None:
-        return
-    user_went(talk, room, heard, heard.name, *heard.params[1:2])
-    if core.is_me(heard.name):
-        core.rooms.close_left(room)
+    for room in filter(None, map(core.find, heard.params[0].split(","))):
+        user_went(talk, room, heard, *heard.params[1:2])
+        if core.is_me(heard.name):
+            core.rooms.close_left(room)
 
 
 @from_server("QUIT")
@@ -15972,7 +15958,7 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         return
     for room in list(core.rooms.values()):
         if heard.name in room.people:
-            user_went(talk, room, heard, heard.name, *heard.params[:1])
+            user_went(talk, room, heard, *heard.params[:1])
     if (room := core.find(heard.name)) and not room.is_channel:
         says_why = heard.params and heard.params[0] and not core.ignored.covers(heard.source)
         why = f": {heard.params[0]}" if says_why else ""
