@@ -13302,26 +13302,27 @@ AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
-class HistoryRequest(NamedTuple):
+class HistoryRequest:
     """A request for history that is not answered yet."""
 
-    where: str
-    # "last": the messages before the client joined. "missed": those after the mark, page by page.
-    # "gap": the newest of these, for a screen. "older": before the first row. "asked": by a command
-    how: str
-    limit: int
-    label: str = ""
-    at: float = UNSENT  # monotonic, in seconds
+    def __init__(self, where: str, how: str, limit: int = 0):
+        self.where, self.limit = where, limit
+        # "last": the messages before the client joined. "missed": those after the mark, page by
+        # page. "gap": the newest of these, for a screen. "older": before the first row. "asked":
+        # by a command. "targets": which private conversations have missed messages
+        self.how = how
+        self.label = ""
+        self.at = UNSENT  # when it was sent; monotonic, in seconds
 
 
-class ExpectedEcho(NamedTuple):
+class ExpectedEcho:
     """A sent line that the server will echo without saying which line it is."""
 
-    target: str  # folded
-    text: str
-    id: str  # of the message that this line ends; "" if more lines follow
-    of: str = ""  # the message that this line belongs to, "" for a command's, and ...
-    end: int = 0  # ... the number of its characters up to the end of this line
+    def __init__(self, target: str, text: str, id: str, of: str = "", end: int = 0):
+        self.target, self.text = target, text  # the target is folded
+        self.id = id  # of the message that this line ends; "" if more lines follow
+        self.of = of  # the message that this line belongs to, "" for a command's, and ...
+        self.end = end  # ... the number of its characters up to the end of this line
 
 
 class Piece(NamedTuple):
@@ -13334,12 +13335,12 @@ class Piece(NamedTuple):
     last: bool = False  # the line ends the message, which is no batch
 
 
-class SentLine(NamedTuple):
+class SentLine:
     """A sent message, or a line of one, that an error of the server may be about."""
 
-    target: str  # folded
-    id: str  # of the message; "" for a notice
-    text: str = ""
+    def __init__(self, target: str, id: str, text: str = ""):
+        self.target, self.text = target, text  # the target is folded
+        self.id = id  # of the message; "" for a notice
 
 
 class UnclearRefusal(NamedTuple):
@@ -13819,9 +13820,9 @@ class Acknowledgements:
 
     def tags_arrived(self, target: str) -> None:
         """Note that the first tags to a target, of those without an answer, were not refused."""
-        tags = SentLine(self.core.fold(target), QUIET)
-        if tags in self.sent:
-            self.sent.remove(tags)
+        key = self.core.fold(target)
+        for line in [line for line in self.lines_to({key}) if line.id == QUIET][:1]:
+            self.sent.remove(line)
 
     def acknowledged(self, own_id: str) -> None:
         """Note that the server has a message, and has refused none of the earlier ones."""
@@ -13846,9 +13847,8 @@ class Acknowledgements:
     def next_refused(self, lines: list[SentLine]) -> list[SentLine]:
         """Return those of these lines that the next error can be about: those before the first PING
         without a PONG, if there are some."""
-        first = itertools.takewhile(lambda line: line.target, self.sent)
-        before = {id(line) for line in first}
-        possible = [line for line in lines if id(line) in before]
+        before = {*itertools.takewhile(lambda line: line.target, self.sent)}
+        possible = [line for line in lines if line in before]
         return lines if self.talk.bouncer else possible or lines
 
     def passed_unknown(self, lines: list[SentLine]) -> int:
@@ -13868,19 +13868,18 @@ class Acknowledgements:
         From now on messages are sent alone."""
         self.refusals.append(refusal)
         self.core.outbox.alone = SENT_ALONE
-        left = {id(line) for line in self.sent}
-        if not any(id(line) in left for one in self.refusals for line in one.lines):
+        if {*self.sent}.isdisjoint(line for one in self.refusals for line in one.lines):
             self.tell_refusals()  # all were refused
 
     def tell_refusals(self) -> None:
         """Tell which messages were refused before a PONG, and if it may be others."""
         refusals, self.refusals = self.refusals, []
-        left = {id(line) for line in self.sent}
+        left = {*self.sent}
         for n, (line, lines, reason) in enumerate(refusals):
             targets = {one.target for one in lines}
             later = [one for one in refusals[n + 1 :] if one.line.target in targets]
             possible = [*lines, *(one for refusal in later for one in refusal.lines)]
-            taken = {one.id for one in possible if id(one) in left} - {line.id}
+            taken = {one.id for one in possible if one in left} - {line.id}
             others = taken and (taken | {one.line.id for one in later}) - {line.id}
             doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
             if line.id in self.core.outbox.in_flight:  # else the user knows
@@ -14036,8 +14035,7 @@ class Acknowledgements:
         strange echoes as lines all have arrived, without any none has; else it is not clear."""
         echoes = self._strange_to(key)
         self.strange = [pair for pair in self.strange if pair[0] != key]
-        told = {id(line) for line in lines}
-        self.echoes = [line for line in self.echoes if id(line) not in told]
+        self.echoes = [line for line in self.echoes if line not in lines]
         in_flight = self.core.outbox.in_flight
         if 0 < len(echoes) < len(lines):
             for own_id in dict.fromkeys(line.of for line in lines if line.of in in_flight):
@@ -14139,28 +14137,25 @@ class HistoryRequests:
         else:
             since = f"timestamp={tag_time(max(0, self.talk.since - 24 * 3600 * 1000))}"
         now = f"timestamp={tag_time(LAST_MOMENT)}"
-        self.ask(HistoryRequest("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
+        self.ask(HistoryRequest("", "targets"), "TARGETS", since, now, str(TARGETS_ASKED))
 
     def ask(self, asked: HistoryRequest, *params: str) -> None:
         """Send a CHATHISTORY. The answer is recognized by its label, else by its target."""
-        label = f"h{next(self.talk.labels)}" if self.server.labels else ""
-        self.requests.append(asked._replace(label=label))
-        head = [f"@label={label}"] if label else []
+        asked.label = f"h{next(self.talk.labels)}" if self.server.labels else ""
+        self.requests.append(asked)
+        head = [f"@label={asked.label}"] if asked.label else []
         self.talk.send(*head, "CHATHISTORY", *params)
 
     def note_time(self) -> None:
         """Note the time at which a request was sent: requests wait for their turn."""
-        for n, asked in enumerate(self.requests):
-            if asked.at == UNSENT:
-                self.requests[n] = asked._replace(at=self.core.ticks())
-                return
+        for asked in [request for request in self.requests if request.at == UNSENT][:1]:
+            asked.at = self.core.ticks()
 
     def renamed(self, old: str, new: str) -> None:
         """Use the new name of a conversation in the pending requests."""
         fold = self.core.fold
-        for n, asked in enumerate(self.requests):
-            if fold(asked.where) == fold(old):
-                self.requests[n] = asked._replace(where=new)
+        for asked in self.requests:
+            asked.where = new if fold(asked.where) == fold(old) else asked.where
         for name in [name for name in self.behind if fold(name) == fold(old)]:
             self.behind[new] = self.behind.pop(name)
 
@@ -14178,7 +14173,7 @@ class HistoryRequests:
 
     def take_page(self, label: str, target: str, views: list[ViewEvent]) -> None:
         """Handle a page of history that was requested."""
-        asked = self.answered(label, target) or HistoryRequest("", "asked", 0)
+        asked = self.answered(label, target) or HistoryRequest("", "asked")
         room = self.core.find(asked.where)
         if room is None or asked.how not in self.PAGES:
             return self.show_past(views, f"history of {asked.where or target}")
@@ -14208,7 +14203,7 @@ class HistoryRequests:
         """Stop waiting for overdue pages, and show the views held for them. A late page is still
         used."""
         for asked in [request for request in self.requests if 0 <= request.at < now - PAGE_SECONDS]:
-            self.requests[self.requests.index(asked)] = asked._replace(at=GIVEN_UP)
+            asked.at = GIVEN_UP
             room = self.core.find(asked.where)
             if asked.how == "targets":
                 self.answered(asked.label, "")
@@ -18220,7 +18215,7 @@ def do_history(core: ClientCore, *words: str) -> None:
     if not (core.ready and core.server.pages):
         why = "this server keeps no history" if core.ready else "not connected"
         raise Refused("NO_HISTORY", f"{why}; /lastlog looks in your own")
-    core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(count))
+    core.talk.history.ask(HistoryRequest(name, "asked"), "LATEST", name, "*", str(count))
 
 
 def kept_messages(core: ClientCore, where: str, words: str) -> list[ViewEvent]:

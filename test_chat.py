@@ -17285,7 +17285,7 @@ def test_a_live_line_that_a_page_holds_too_is_shown_once_without_ids():
 def test_a_message_about_chathistory_is_no_request_for_history(line, dated):
     alice = Elsewhere(caps=PAGES_OF)
     talk = alice.core.talk
-    talk.history.requests[0] = talk.history.requests[0]._replace(at=chat.UNSENT)
+    talk.history.requests[0].at = chat.UNSENT
     talk.own_lines.clear()
     talk.send(line)
     talk.budget = chat.Budget(*chat.NO_PACE, 0.0)
