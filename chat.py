@@ -24890,10 +24890,12 @@ class Client:
     def __init__(self, options: ClientOptions):
         self.loop, self.options, self.reason = Loop(), options, ""
         self.db = open_client_file(options.state, options.config)
-        self.core, self.link = self.dial(options, self.show, self.over)
+        self.core, self.link = self.dial(options)
+        self.link.show, self.link.over = self.show, self.over
 
-    def dial(self, options: ClientOptions, show: Callable, over: Callable) -> tuple:
-        """Return the core and the link for one server. The link is not started yet."""
+    def dial(self, options: ClientOptions) -> tuple[ClientCore, Link]:
+        """Return the core and the link for one server. The link is not started yet, and has to be
+        told where to show its views, and what to call at its end."""
         db, target, state, login = self.db, options.target, options.state, options.login
         with file_errors(state and state / "client.db"), patience_with(db):
             known = KnownServers(db)
@@ -24922,8 +24924,8 @@ class Client:
             core.me.plain_allowed = "PLAIN" in options.mechanisms
         core.me.generated = bool(made) and login is None
         core.me.keep = functools.partial(known.keep_login, target, options.name) if state else None
-        trust, patience = options.trust, self.patience
-        link = Link(self.loop, target, core, show, over, trust, known, patience, self.asks)
+        settings = (options.trust, known, self.patience, self.asks)
+        link = Link(self.loop, target, core, do_nothing, do_nothing, *settings)
         if self.asks:
             Transfers(link, pathlib.Path.cwd())
         return core, link
@@ -24964,9 +24966,9 @@ class Client:
 class Seat:
     """One server of a client that talks to several: its core, its link, and its screen."""
 
-    core: ClientCore
-    link: Link
-    screen: Any = None
+    def __init__(self, core: ClientCore, link: Link):
+        self.core, self.link = core, link
+        self.screen: Any = None
 
 
 class ManyServers(Client):
@@ -24981,11 +24983,7 @@ class ManyServers(Client):
         self.seats: list[Seat] = []
         self.cores: list[ClientCore] = []  # of all servers that there were
         self.quitting = False  # all of them
-        self.seat = Seat()
-        self.seat.core, self.seat.link = self.core, self.link
-        self._take_seat(self.seat)
-        self.link.show = functools.partial(self.show_of, self.seat)
-        self.link.over = functools.partial(self.seat_over, self.seat)
+        self.seat = self._take_seat(self.core, self.link)
 
     # For the subclass
 
@@ -25006,13 +25004,17 @@ class ManyServers(Client):
 
     # Servers
 
-    def _take_seat(self, seat: Seat) -> None:
+    def _take_seat(self, core: ClientCore, link: Link) -> Seat:
+        seat = Seat(core, link)
+        link.show = functools.partial(self.show_of, seat)
+        link.over = functools.partial(self.seat_over, seat)
         self.seats.append(seat)
         self.cores.append(seat.core)
         seat.core.settings = self.core.settings  # one set for all servers
         seat.core.is_writing = functools.partial(self.is_writing, seat)
         seat.screen = self.screen_for(seat)
         self.seats_changed()
+        return seat
 
     def open_others(self) -> None:
         """Connect to the other servers that were open last time."""
@@ -25048,11 +25050,8 @@ class ManyServers(Client):
 
     def add(self, options: ClientOptions) -> Seat:
         """Connect to one more server, and stay if that fails. Raises Unusable."""
-        seat = Seat()
-        show, over = (functools.partial(act, seat) for act in (self.show_of, self.seat_over))
-        seat.core, seat.link = self.dial(options, show, over)
+        seat = self._take_seat(*self.dial(options))
         seat.link.stays = True
-        self._take_seat(seat)
         seat.link.start()
         self.keep_servers()
         return seat

@@ -18492,7 +18492,7 @@ def test_of_two_clients_of_one_user_one_keeps_what_has_no_id(folder):
     for client in (one, other):
         client.loop, client.options, client.reason = chat.Loop(), options, ""
         client.db = chat.open_client_file(folder)
-        client.core, client.link = client.dial(options, bool, bool)
+        client.core, client.link = client.dial(options)
         client.loop.close()
     assert (one.core.store.sole, other.core.store.sole) == (True, False)
 
@@ -18511,7 +18511,7 @@ def test_a_new_password_is_kept_on_disk_only_in_place_of_one_that_the_client_mad
     known = chat.KnownServers(client.db)
     if made:
         known.keep_login(target, "alice", chat.Login("alice", "made"))
-    core, _ = client.dial(options, bool, bool)
+    core, _ = client.dial(options)
     core.me.proposed = chat.Login("alice", "new")
     core.me.confirm_proposed()
     assert (known.login(target, "alice") == chat.Login("alice", "new")) == kept
@@ -18566,7 +18566,7 @@ def test_a_damaged_file_of_messages_is_one_clear_line(folder):
         with contextlib.suppress(chat.Unusable):  # and nothing else
             client.db = chat.open_client_file(folder)
             with contextlib.closing(client.db):
-                core, link = client.dial(options, bool, bool)
+                core, link = client.dial(options)
                 core.outbox.rows.close()
         client.loop.close()
         assert folder / "client.lock" not in chat.LOCK_FILES
