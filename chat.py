@@ -19098,7 +19098,8 @@ class ClientStore(Writer):
         query = "SELECT DISTINCT room FROM messages WHERE owner = ?"
         keys = [key for (key,) in self.db.execute(query, [self.owner])]
         for key in filter(AMBIGUOUS_KEY.search, keys):
-            name = names.get(key) or self._last_place(key)
+            views = [] if key in names else self.page(key, 1)
+            name = names.get(key) or (views[0].where if views else key)
             name = name if before(name) == key else key  # the conversation was renamed
             query = "SELECT DISTINCT place FROM messages WHERE owner = ? AND room = ?"
             for (place,) in self.db.execute(query, [self.owner, key]).fetchall():
@@ -19114,11 +19115,6 @@ class ClientStore(Writer):
                 self.write(change, fold(name), self.owner, key)
                 self.forget_room(key)
         self.flush()
-
-    def _last_place(self, key: str) -> str:
-        """Return the name that a conversation had when its last message came."""
-        views = self.page(key, 1)
-        return views[0].where if views else key
 
     def index(self) -> None:
         """Index a slice of the messages that are not indexed yet."""
@@ -23158,7 +23154,8 @@ class Transfers:
 
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
-        self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
+        # By id, mostly of a transfer; None: not yet connected
+        self.calls: dict[str, WebCall | None] = {}
         self.dropped: list[Transfer] = []  # uploads that the server is to remove
         self.core.transfers.start, self.core.transfers.end = self.start, self.end
         link.transfers = self
@@ -23249,18 +23246,18 @@ class Transfers:
     def base(self) -> Url:
         return Url(self.link.target, "/")
 
-    def _call(self, one: Transfer, request: CallRequest, follows: bool = True) -> None:
-        """Connect to the server of a request, and send the request. A download follows one redirect
-        to the same path: another node of the cluster has the file."""
+    def _call(self, id: str, request: CallRequest, follows: bool = True) -> None:
+        """Connect to the server of a request, and send the request, which is one of `calls`. A
+        download follows one redirect to the same path: another node of the cluster has the file."""
         url, link = request.url, self.link
 
         def done(response: Response | None, text: str) -> None:
             moved = follows and request.method == "GET" and response and response.status == 307
-            if moved and one.id in self.calls:
+            if moved and id in self.calls:
                 with contextlib.suppress(ChatError):
                     there = parse_url(response.header("location"), url)
                     if there.path == url.path:
-                        return self._call(one, request._replace(url=there), follows=False)
+                        return self._call(id, request._replace(url=there), follows=False)
             return request.done(response, text)
 
         here = url.server[:2] == link.target[:2] and link.conn
@@ -23277,11 +23274,11 @@ class Transfers:
         def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
             if sock is None:
                 return done(None, reason)
-            if one.id not in self.calls:
+            if id not in self.calls:
                 return sock.close()
             tls = TlsFilter(context, url.server.host) if context else None
             call = request._replace(done=done)
-            self.calls[one.id] = WebCall(link.helpers, sock, tls, call, trust)
+            self.calls[id] = WebCall(link.helpers, sock, tls, call, trust)
 
         link.helpers.submit(self, functools.partial(resolve_server, target, trust), found)
 
@@ -23317,7 +23314,7 @@ class Transfers:
             else:
                 self.refused(one, response, text)
 
-        self._call(one, request._replace(done=answered))
+        self._call(one.id, request._replace(done=answered))
 
     def _create(self, one: Transfer, token: str) -> None:
         name = base64.b64encode(one.name.encode()).decode()
@@ -23388,10 +23385,10 @@ class Transfers:
         self.wake()
 
     def _remove(self, one: Transfer, token: str) -> None:
-        call = Transfer(f"removed {one.id}", True, "", "")
+        id = f"removed {one.id}"
 
         def done(response: Response | None, text: str) -> None:
-            self.calls.pop(call.id, None)
+            self.calls.pop(id, None)
             if is_temporary(response):
                 self._back_off(one)
                 self.dropped.append(one)
@@ -23399,8 +23396,8 @@ class Transfers:
         headers = self._headers(token, Content_Length=0)
         with contextlib.suppress(Unusable):  # the server gave no address
             request = CallRequest("DELETE", self._own_url(one), headers, done)
-            self.calls[call.id] = None
-            self._call(call, request)
+            self.calls[id] = None
+            self._call(id, request)
 
     # Down
 
@@ -23412,7 +23409,7 @@ class Transfers:
         headers = {"Range": f"bytes={at}-", "If-Range": one.etag} if at and one.etag else {}
         down = Download(self, one, part, at)
         request = CallRequest("GET", self._own_url(one), headers, down.done)
-        self._call(one, request._replace(piece=down.take, began=down.began))
+        self._call(one.id, request._replace(piece=down.take, began=down.began))
 
     def saved(self, one: Transfer, part: pathlib.Path) -> None:
         path = pathlib.Path(one.path)
@@ -23427,22 +23424,22 @@ class Transfers:
     def fetch(self, path: str, most: int, then: Callable[[bytes, str], None]) -> None:
         """Call then(content, "") of a file of this server with at most so many bytes, or
         then(b"", why it cannot be fetched)."""
-        one, pieces = Transfer(f"fetched {secrets.token_hex(8)}", False, "", ""), []
+        id, pieces = f"fetched {secrets.token_hex(8)}", []
 
         def piece(data: bytes) -> None:
             pieces.append(data)
             if sum(map(len, pieces)) > most:
-                self.calls[one.id].drop("it is longer than was said")
+                self.calls[id].drop("it is longer than was said")
 
         def done(response: Response | None, text: str) -> None:
-            self.calls.pop(one.id, None)
+            self.calls.pop(id, None)
             if response is not None and response.status == 200:
                 return then(b"".join(pieces), "")
             return then(b"", reason_given(response, text))
 
-        self.calls[one.id] = None
+        self.calls[id] = None
         url = self.base._replace(path=path)
-        self._call(one, CallRequest("GET", url, {}, done, piece=piece))
+        self._call(id, CallRequest("GET", url, {}, done, piece=piece))
 
     # Results
 

@@ -27298,13 +27298,13 @@ class InMemory(chat.Transfers):
         link.helpers = types.SimpleNamespace(submit=run)
         super().__init__(link, folder)
 
-    def _call(self, one, request, follows=True):
+    def _call(self, id, request, follows=True):
         started = request.headers.get("Range", request.headers.get("Upload-Offset", ""))
         self.asked.append(f"{request.method} {started}".strip())
         self.last = request
         dropped = []
         call = types.SimpleNamespace(drop=dropped.append, update=chat.do_nothing, holds=False)
-        self.calls[one.id] = call
+        self.calls[id] = call
         if self.answers:
             status, headers, body = self.answers.pop(0)
             response = chat.Response(status, {name.lower(): [x] for name, x in headers.items()})
