@@ -13737,6 +13737,12 @@ class MessageLines:
         self.unsent.clear()
 
 
+def quotes(error: str, text: str) -> bool:
+    """Return whether an error ends with the text of a message, after a colon or a quote."""
+    ends = [end for end in (error, error.rstrip("\"')].")) if text and end.endswith(text)]
+    return any(end.removesuffix(text).rstrip()[-1:] in (*":\"'([",) for end in ends)
+
+
 NOT_JOINED_NOW = ("437", "471", "477", "480", "500")  # full, after a netsplit, too many joins ...
 NO_CHANNEL = ("403", "476", "479")  # the name is none
 PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
@@ -13821,7 +13827,7 @@ class Acknowledgements:
     def tags_arrived(self, target: str) -> None:
         """Note that the first tags to a target, of those without an answer, were not refused."""
         key = self.core.fold(target)
-        for line in [line for line in self.lines_to({key}) if line.id == QUIET][:1]:
+        for line in [one for one in self.sent if (one.target, one.id) == (key, QUIET)][:1]:
             self.sent.remove(line)
 
     def acknowledged(self, own_id: str) -> None:
@@ -13837,31 +13843,29 @@ class Acknowledgements:
 
     # Refusals, which come in the order of the lines
 
-    def lines_to(self, targets: Collection[str] | None) -> list[SentLine]:
-        """Return the lines to one of these targets (folded), or with None to any, that an error can
-        be about."""
-        if targets is not None:
-            return [line for line in self.sent if line.target in targets]
-        return [line for line in self.sent if line.target and line.id not in ("", QUIET)]
-
-    def next_refused(self, lines: list[SentLine]) -> list[SentLine]:
-        """Return those of these lines that the next error can be about: those before the first PING
-        without a PONG, if there are some."""
-        before = {*itertools.takewhile(lambda line: line.target, self.sent)}
-        possible = [line for line in lines if line in before]
-        return lines if self.talk.bouncer else possible or lines
-
-    def passed_unknown(self, lines: list[SentLine]) -> int:
-        """Return how many of these lines, of one target, came back with other words: the next error
-        is about a later one."""
-        targets = {line.target for line in lines}
-        return len(self._strange_to(targets.pop())) if len(targets) == 1 else 0
-
-    def refused_line(self, line: SentLine) -> None:
-        """Note that a line, or a later one to its target, was refused, and no line before it."""
-        while self.sent.popleft() is not line:
-            pass
-        self.expect_no_echo(line)
+    def take_refused(
+        self, targets: Collection[str], any_line: bool, error: str
+    ) -> tuple[SentLine | None, list[SentLine], bool]:
+        """Remove the line that an error is about, and those before it, which were not refused: the
+        line that the error quotes, or else the first possible one. Possible are lines to one of
+        these targets (folded), or with `any_line` all messages if there are none. Return it, the
+        possible ones, and whether some before these came back with other words."""
+        lines = [line for line in self.sent if line.target in targets]
+        if not lines and any_line:
+            lines = [line for line in self.sent if line.target and line.id not in ("", QUIET)]
+        quoted = next((line for line in lines if quotes(error, line.text)), None)
+        keys = {line.target for line in lines}
+        passed = len(self._strange_to(*keys)) if len(keys) == 1 else 0
+        lines = lines[passed:] or lines[-1:]
+        if not self.talk.bouncer:  # errors come before the PONG of the first PING behind the lines
+            first = {*itertools.takewhile(lambda line: line.target, self.sent)}
+            lines = [line for line in lines if line in first] or lines
+        line = quoted or next(iter(lines), None)
+        while line in self.sent:
+            self.sent.popleft()
+        if line:
+            self.expect_no_echo(line)
+        return line, lines, passed > 0
 
     def hold_refusal(self, refusal: UnclearRefusal) -> None:
         """Note that a message, or a later one, was refused: the PONG behind them tells if all were.
@@ -15222,12 +15226,6 @@ def about_a_message(talk: IrcTalk, heard: ServerLine) -> bool:
     return number[0] in "45" and number not in NO_FAILURE
 
 
-def quotes(error: str, text: str) -> bool:
-    """Return whether an error ends with the text of a message, after a colon or a quote."""
-    ends = [end for end in (error, error.rstrip("\"')].")) if text and end.endswith(text)]
-    return any(end.removesuffix(text).rstrip()[-1:] in (*":\"'([",) for end in ends)
-
-
 def message_refused(talk: IrcTalk, heard: ServerLine, text: str) -> str | None:
     """Return the id of the message that an error without a label is about, "" for a notice or for
     none; None if it may be a later message: then the text is told after the next PONG."""
@@ -15237,16 +15235,9 @@ def message_refused(talk: IrcTalk, heard: ServerLine, text: str) -> str | None:
     targets = {*map(core.fold, map(talk.server.without_status, names))}
     nameless = not names and not talk.acks.commands
     any_line = not talk.server.labels and (nameless or SAYING & {*map(str.upper, names)})
-    lines = talk.acks.lines_to(targets)
-    if not lines and any_line:
-        lines = talk.acks.lines_to(None)
-    quoted = (line for line in lines if quotes(error, line.text))
-    passed = talk.acks.passed_unknown(lines)  # these came back with other words
-    lines = talk.acks.next_refused(lines[passed:] or lines[-1:])
-    line = next(quoted, None) or next(iter(lines), None)
+    line, lines, passed = talk.acks.take_refused(targets, any_line, error)
     if line is None:
         return ""
-    talk.acks.refused_line(line)
     flying = core.outbox.in_flight
     echoes = "echo-message" in talk.server.enabled and not passed
     others = {sent.id for sent in lines if sent.id in flying} - {line.id}
