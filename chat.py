@@ -13772,11 +13772,10 @@ class Acknowledgements:
 
     def clear(self) -> None:
         """Forget all lines: a server that was none has taken them."""
-        self.refusals.clear()
         for lines in (self.echoes, self.sent, self.commands, self.unconfirmed, self.strange):
             lines.clear()
-        self.covered.clear()
-        self.overdue.clear()
+        for answers in (self.refusals, self.covered, self.overdue):
+            answers.clear()
 
     # Lines that are sent
 
@@ -14787,11 +14786,10 @@ class IrcTalk:
         if core.kind != CHAT:  # servers from before 2004 never answer CAP
             self.give_names()
 
-    @property
-    def order(self) -> Callable[[Waiting], bool] | None:
-        """A function that tells which messages hold up later ones, or None. A pipe keeps its order
-        even if a JOIN is slow; on a screen, messages do not wait."""
-        return None if self.core.interactive else self.waits
+    def next_message(self) -> Waiting | None:
+        """Return the message to send now; None for none. A pipe keeps its order even if a JOIN is
+        slow; on a screen, messages do not wait for that."""
+        return self.core.outbox.next(self.carries, None if self.core.interactive else self.waits)
 
     @property
     def busy(self) -> bool:
@@ -14851,7 +14849,7 @@ class IrcTalk:
             self.acks.note_command(line := self.own_lines.popleft(), by_user=False)
         elif self.queue and not self._is_behind(self.queue[0][1]):
             self.acks.note_command(line := self.queue.popleft()[0], by_user=True)
-        elif message := outbox.next(self.carries, self.order):
+        elif message := self.next_message():
             known = self.server.repeatable or message.id in self.core.outgoing.sent_before
             if message.sent and not known:  # sent by an earlier run of this program
                 self.core.outgoing.leave_to_user(message.id)
@@ -14885,8 +14883,7 @@ class IrcTalk:
     def _may_catch_up(self) -> bool:
         """Return whether pages may be requested. Before the first acknowledgement of a connection,
         waiting messages go first, because one page can use all that a bad connection carries."""
-        outbox = self.core.outbox
-        waiting = outbox.in_flight or outbox.next(self.carries, self.order)
+        waiting = self.core.outbox.in_flight or self.next_message()
         return self.core.acknowledged or not waiting
 
     @property
@@ -14894,7 +14891,7 @@ class IrcTalk:
         """The seconds until more may be sent; None if nothing waits."""
         more = self.own_lines or self.queue or self.lines.unsent
         more = more or self.acks.unconfirmed or self.stale_names
-        if not self.ready or not (more or self.core.outbox.next(self.carries, self.order)):
+        if not self.ready or not (more or self.next_message()):
             return None
         self.budget.refill(self.core.ticks())
         return self.budget.wait()
@@ -22395,8 +22392,7 @@ class Link:
         under_way = ((one.where, one.how) for one in talk.history.requests)
         if (room.name, "older") not in under_way:
             talk.history.ask_page(room, "older")
-            self.core.flush()
-            self._carry_on([])
+            self.poke()
         return True
 
     def leave(self, at_once: bool = False, reason: str = "") -> None:
@@ -22530,8 +22526,7 @@ class Link:
 
     def _send_more(self) -> None:
         self.pace = None
-        self.core.flush()
-        self._carry_on([])
+        self.poke()
 
     def _stand(self) -> None:
         """Handle a step of an established session: reset the back-off on progress, remember the
