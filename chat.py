@@ -14823,6 +14823,9 @@ class IrcTalk:
         self.raw(line)
 
     def raw(self, line: str) -> None:
+        """Send a user's line after the messages accepted before it, and show the answer to it."""
+        verb, params, _ = parse_message(line)
+        self.answers.expect(verb, *params)
         outbox = self.core.outbox
         unsent = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
         last = next((id for id in reversed(outbox.waiting) if id in unsent), "")
@@ -18172,9 +18175,7 @@ def do_ctcp(core: ClientCore, name: str, request: str) -> None:
 @client_command("names", most=1)
 def do_names(core: ClientCore, name: str = "") -> None:
     """/names [#CHANNEL] -- list the members"""
-    where = name or asked_channel(core)
-    core.talk.command("NAMES", where)
-    core.talk.answers.expect("NAMES", where)
+    core.talk.command("NAMES", name or asked_channel(core))
 
 
 @client_command("topic", most=1)
@@ -18329,7 +18330,6 @@ def do_mode(core: ClientCore, words: str = "") -> None:
     else:
         where, _, rest = words.partition(" ")  # a user
     core.talk.command("MODE", where, *rest.split())
-    core.talk.answers.expect("MODE")
 
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
@@ -18368,7 +18368,6 @@ def command_that_is_sent(
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
-        core.talk.answers.expect(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
     client_command(verb, least, len(parts), exact=secret)(pass_on)
@@ -18623,9 +18622,7 @@ def do_raw(core: ClientCore, line: str = "") -> None:
     if not line:
         rows = (f"{'>' if ours else '<'} {text}" for _, ours, text in core.traffic)
         return core.show(ViewEvent(PAGE, "\n".join(rows), "lines of the protocol"))
-    verb, *params = line.split()
     core.online().raw(line)
-    core.talk.answers.expect(verb.upper(), *params)
 
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
