@@ -12678,11 +12678,6 @@ class ServerProfile:
         return "echo-message" in self.enabled and (self.labels or self.takes(OWN_ID))
 
     @property
-    def tells_own_tags(self) -> bool:
-        """True if the client learns whether the server refused its tags or a message after them."""
-        return self.labels or "echo-message" in self.enabled
-
-    @property
     def repeatable(self) -> bool:
         """True if a message that is sent twice with the same id is delivered only once."""
         return self.echoes and "chat.py/session" in self.enabled
@@ -13291,11 +13286,8 @@ class Batch:
     def __init__(self, heard: ServerLine, now: float):
         self.kind, self.outer = heard.params[1], heard.tags.get("batch", "")
         self.opening, self.at = heard, now
+        self.target = "".join(heard.params[2:3])
         self.items: "list[ServerLine | Batch]" = []
-
-    @property
-    def target(self) -> str:
-        return self.opening.params[2] if len(self.opening.params) > 2 else ""
 
 
 AT_ONCE = "*"  # in place of the id of a message that a command follows
@@ -16648,7 +16640,8 @@ class Typing:
         return (
             core.can("typing")
             and core.setting("typing") == "on"
-            and core.server.tells_own_tags  # else an error may be that of a message
+            # Else an error about it may be taken for one about a message behind it
+            and (core.server.labels or "echo-message" in core.server.enabled)
             and (room.inside or not room.is_channel)
             and outbox.waiting.keys() <= outbox.parked.keys()
             and core.talk.budget.tokens > TYPING_SPARE
@@ -23597,7 +23590,7 @@ class KeyDecoder:
             self.rest = ""
             return []
         self.rest = PASTE_ENDS
-        return [key for key in [self._paste()] if key]
+        return [self._paste()]
 
     def _next(self) -> Key | None:
         """Take one key off `rest`, with an empty name if it has no meaning; None if incomplete."""
