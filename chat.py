@@ -7296,7 +7296,7 @@ class Cluster:
         self.sent: SentBatch | None = None
         self.retry_at = math.inf
         self.now = self.beat = 0.0  # monotonic; when a batch was sent last
-        self.lost_since: float | None = None  # without a connection
+        self.lost_since = math.inf  # since when there is no connection
         self.steady_since = 0.0  # when this node had caught up with the log
         self.namesake = ""  # the epoch of another node with this name, which may be running
         self.clock: float | None = None  # the log's clock less the monotonic one, in seconds
@@ -7402,8 +7402,7 @@ class Cluster:
 
     def disconnected(self) -> None:
         self.log, self.caught_up = None, False
-        if self.lost_since is None:
-            self.lost_since = self.now
+        self.lost_since = min(self.lost_since, self.now)
 
     def apply(self, entry: LogEntry) -> None:
         """Apply the next entry of the log."""
@@ -7506,7 +7505,7 @@ class Cluster:
 
     def catch_up(self) -> None:
         """All entries that the log had are applied: from here on this node takes part."""
-        self.caught_up, self.lost_since, self.steady_since = True, None, self.now
+        self.caught_up, self.lost_since, self.steady_since = True, math.inf, self.now
         me = self.hub.nodes.get(self.name)
         if not self.epochs and me and not me.epoch.startswith(self.store.origin):
             self.namesake = me.epoch  # not a start of this database: it must not be running
@@ -7559,11 +7558,8 @@ class Cluster:
 
     def _watch_log(self) -> None:
         """Hold the clients while the log cannot be reached, and drop them in the end."""
-        since = min(
-            self.now if self.lost_since is None else self.lost_since,
-            self.sent.since if self.sent else self.now,
-        )
-        silent = self.now - since
+        sent_since = self.sent.since if self.sent else self.now
+        silent = self.now - min(self.lost_since, sent_since)
         if not self.serving:
             return
         if silent >= NODE_DROP_SECONDS and self.hold != DROPPED:
@@ -8289,17 +8285,13 @@ class IrcSession(LocalSession):
             return lines
         return add_tag_to_all(lines, f"time={tag_time(self.site.hub.now)}")
 
-    def shaped(self, shape: str, *values: Any) -> str:
-        """Return a numeric made of a shape and values, without its source."""
+    def shaped_line(self, shape: str, *values: Any) -> bytes:
+        """Return the line of a numeric, made of a shape and values, without sending it."""
         number, rest = shape.split(" ", 1)
-        return f"{number} {self.nick} {rest.format(*values)}"
+        return self.server_line(f"{number} {self.nick} {rest.format(*values)}")
 
     def reply(self, shape: str, *values: Any) -> None:
-        self.line(self.shaped(shape, *values))
-
-    def shaped_line(self, shape: str, *values: Any) -> bytes:
-        """Return the whole line of a numeric as bytes, without sending it."""
-        return self.server_line(self.shaped(shape, *values))
+        self.send(self.timed(self.shaped_line(shape, *values)))
 
     def reply_list(
         self, shape: str, words: Iterable[str], *values: Any, between: str = " "
@@ -12490,17 +12482,13 @@ class ServerLine(NamedTuple):
             return None
 
 
-def decoded_line(raw: bytes) -> str:
-    """Return a line as text: UTF-8, or else Windows-1252, in which old clients of IRC write."""
-    text = raw.decode(errors="replace")
-    old = "\ufffd" in text and text.replace("\ufffd", "").isascii()
-    return raw.decode("cp1252", "replace") if old else text
-
-
 def shown_line(raw: bytes, irc: bool = True) -> str:
     """Return a server's line as text that cannot steer a terminal. The CTCP mark (0x01) stays."""
-    parts = (decoded_line(raw) if irc else raw.decode(errors="replace")).split("\x01")
-    return "\x01".join(harmless(COLOURS.sub("", part)) for part in parts).translate(BIDI_CONTROLS)
+    text = raw.decode(errors="replace")
+    if irc and "\ufffd" in text and text.replace("\ufffd", "").isascii():
+        text = raw.decode("cp1252", "replace")  # in which old clients of IRC write
+    parts = (harmless(COLOURS.sub("", part)) for part in text.split("\x01"))
+    return "\x01".join(parts).translate(BIDI_CONTROLS)
 
 
 def parse_heard(line: str) -> ServerLine:
@@ -12644,14 +12632,11 @@ class ServerProfile:
         """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
         unchanged. Not all servers with such targets announce them."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
-        marks = self.status + "".join({*symbols} - {*self.channel_types})
+        status = self.isupport.get("STATUSMSG", "")
+        marks = status + "".join({*symbols} - {*self.channel_types})
         most = len(target) - len(target.lstrip(marks))
         names = (target[n:] for n in range(most, 0, -1))  # @+free may be for +free
         return next(filter(self.is_channel, names), target)
-
-    @property
-    def status(self) -> str:
-        return self.isupport.get("STATUSMSG", "")
 
     @property
     def ranks(self) -> tuple[str, str]:
@@ -12705,22 +12690,13 @@ class ServerProfile:
         return "message-tags" in self.enabled and allowed
 
     @property
-    def keeps_own_tags(self) -> bool:
-        return self.takes(OWN_ID)
-
-    @property
     def labels(self) -> bool:
         return {"labeled-response", "batch"} <= self.enabled
 
     @property
     def echoes(self) -> bool:
         """True if messages come back recognizably, which tells the client that they arrived."""
-        return "echo-message" in self.enabled and (self.labels or self.keeps_own_tags)
-
-    @property
-    def tells_own_tags(self) -> bool:
-        """True if the client learns whether the server refused its tags or a message after them."""
-        return self.labels or "echo-message" in self.enabled
+        return "echo-message" in self.enabled and (self.labels or self.takes(OWN_ID))
 
     @property
     def repeatable(self) -> bool:
@@ -12809,9 +12785,6 @@ class Transfer:
         self.failures = 0  # ... how often it failed
         self.reached = 0  # bytes that were there then
 
-    def kept(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.KEPT}
-
     def words(self) -> str:
         """Return the progress of the transfer as readable text."""
         verb = "sending" if self.up else "saving"
@@ -12855,14 +12828,6 @@ def is_news(view: ViewEvent) -> bool:
 def identity_of(view: ViewEvent) -> Any:
     """Return a value that distinguishes a message: its id, or else its time, name and text."""
     return view.id or (view.time, view.name, view.text)
-
-
-def is_about(message: tuple[int, Any], room: int, view: ViewEvent) -> bool:
-    """Return whether a known message (its conversation and identity) has the words of this one, and
-    nearly its time."""
-    where, (when, *words) = message
-    near = abs(when - view.time) < REPEATED_MS
-    return near and where == room and words == [view.name, view.text]
 
 
 def position_of(view: ViewEvent) -> str:
@@ -13339,41 +13304,38 @@ NO_PACE = (1e9, 1e9)  # lines at once, and lines a second
 class Batch:
     """Lines that belong together, collected until the batch ends (IRCv3 batch)."""
 
-    def __init__(self, heard: ServerLine, outer: str):
-        self.kind = heard.params[1]
-        self.opening, self.outer = heard, outer
+    def __init__(self, heard: ServerLine, now: float):
+        self.kind, self.outer = heard.params[1], heard.tags.get("batch", "")
+        self.opening, self.at = heard, now
+        self.target = "".join(heard.params[2:3])
         self.items: "list[ServerLine | Batch]" = []
-        self.at = 0.0  # when the batch began
-
-    @property
-    def target(self) -> str:
-        return self.opening.params[2] if len(self.opening.params) > 2 else ""
 
 
 AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
-class HistoryRequest(NamedTuple):
+class HistoryRequest:
     """A request for history that is not answered yet."""
 
-    where: str
-    # "last": the messages before the client joined. "missed": those after the mark, page by page.
-    # "gap": the newest of these, for a screen. "older": before the first row. "asked": by a command
-    how: str
-    limit: int
-    label: str = ""
-    at: float = UNSENT  # monotonic, in seconds
+    def __init__(self, where: str, how: str, limit: int = 0):
+        self.where, self.limit = where, limit
+        # "last": the messages before the client joined. "missed": those after the mark, page by
+        # page. "gap": the newest of these, for a screen. "older": before the first row. "asked":
+        # by a command. "targets": which private conversations have missed messages
+        self.how = how
+        self.label = ""
+        self.at = UNSENT  # when it was sent; monotonic, in seconds
 
 
-class ExpectedEcho(NamedTuple):
+class ExpectedEcho:
     """A sent line that the server will echo without saying which line it is."""
 
-    target: str  # folded
-    text: str
-    id: str  # of the message that this line ends; "" if more lines follow
-    of: str = ""  # the message that this line belongs to, "" for a command's, and ...
-    end: int = 0  # ... the number of its characters up to the end of this line
+    def __init__(self, target: str, text: str, id: str, of: str = "", end: int = 0):
+        self.target, self.text = target, text  # the target is folded
+        self.id = id  # of the message that this line ends; "" if more lines follow
+        self.of = of  # the message that this line belongs to, "" for a command's, and ...
+        self.end = end  # ... the number of its characters up to the end of this line
 
 
 class Piece(NamedTuple):
@@ -13386,12 +13348,12 @@ class Piece(NamedTuple):
     last: bool = False  # the line ends the message, which is no batch
 
 
-class SentLine(NamedTuple):
+class SentLine:
     """A sent message, or a line of one, that an error of the server may be about."""
 
-    target: str  # folded
-    id: str  # of the message; "" for a notice
-    text: str = ""
+    def __init__(self, target: str, id: str, text: str = ""):
+        self.target, self.text = target, text  # the target is folded
+        self.id = id  # of the message; "" for a notice
 
 
 class UnclearRefusal(NamedTuple):
@@ -13417,6 +13379,15 @@ def from_server(*verbs: str, least: int = 0) -> Callable:
         return handler
 
     return register
+
+
+def line_of(verb: str, *params: str) -> str:
+    """Return a line of IRC. Its last parameter may be any text."""
+    middle = [verb, *params[:-1]]
+    last = params[-1:]
+    if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
+        last = (f":{last[0]}",)
+    return " ".join([*middle, *last])
 
 
 class MessageLine(NamedTuple):
@@ -13447,14 +13418,6 @@ def in_batches(lines: list[MessageLine], size: int, count: int) -> Iterator[list
     yield group
 
 
-def sameness(sent: str, heard: str) -> int:
-    """Return how surely a server made `heard` from a sent line of other bytes: 2 if without its
-    colours, 1 if it was cut, 0 if the words differ."""
-    plain, rest = shown_line(sent.encode(errors="replace")), heard.rstrip("\ufffd")
-    cut_off = len(rest) > CUT_AT_LEAST and (sent.startswith(rest) or plain.startswith(rest))
-    return 2 if heard == plain else int(cut_off)
-
-
 def likeness(sent: str, heard: str) -> float:
     """Return how much a line of other words is like a sent one, from 0 to 2: by characters, and by
     the words that have stayed in their places."""
@@ -13465,14 +13428,26 @@ def likeness(sent: str, heard: str) -> float:
     return difflib.SequenceMatcher(None, sent, heard, autojunk=False).ratio() + kept
 
 
-def most_like(lines: list[str], heard: str) -> int | None:
-    """Return which of these lines a server has clearly changed into `heard`; None if unclear."""
-    if len(lines) == 1:
-        return 0
-    (first, n), (second, _), *_ = sorted(
-        ((likeness(line, heard), n) for n, line in enumerate(lines)), reverse=True
-    )
-    return n if first >= LIKE and first - second >= LIKE_MORE else None
+def place_of_echo(lines: list[str], heard: str, alters: bool) -> int | None:
+    """Return which of these sent lines has come back as `heard`; None if that is unclear. It is the
+    same, else the same without colours, else cut, else, if the server `alters` words, the only
+    line or by far the most like one."""
+    if heard in lines:
+        return lines.index(heard)
+    plain = [shown_line(line.encode(errors="replace")) for line in lines]
+    if heard in plain:
+        return plain.index(heard)
+    rest = heard.rstrip("\ufffd")
+    pairs = enumerate(zip(lines, plain, strict=True))
+    cut_off = [n for n, (line, bare) in pairs if line.startswith(rest) or bare.startswith(rest)]
+    clear = len({lines[n] for n in cut_off}) == 1 or not alters
+    if cut_off and clear and len(rest) > CUT_AT_LEAST:
+        return cut_off[0]
+    if not alters or len(lines) == 1:
+        return 0 if alters else None
+    grades = [(likeness(line, heard), n) for n, line in enumerate(lines[:COMPARED])]
+    (first, place), (second, _), *_ = sorted(grades, reverse=True)
+    return place if first >= LIKE and first - second >= LIKE_MORE else None
 
 
 def is_person(heard: ServerLine) -> bool:
@@ -13721,7 +13696,7 @@ class MessageLines:
     def _own_tags(self, id: str, reply: str) -> str:
         """Return the tags before a message: its own id, to know the echo, and the id it answers."""
         tags = optional(
-            f"{OWN_ID}={id}" if self.server.keeps_own_tags else "",
+            f"{OWN_ID}={id}" if self.server.takes(OWN_ID) else "",
             f"{REPLY}={escaped_tag(reply)}" if reply and self.server.takes(REPLY) else "",
             f"label={id}" if self.server.labels else "",
         )
@@ -13735,11 +13710,8 @@ class MessageLines:
 
     def take(self) -> str:
         """Return the next line, for the message's target of now."""
-        piece, message, acks = (
-            self.unsent.popleft(),
-            self.core.outbox.waiting[self.id],
-            self.talk.acks,
-        )
+        piece, acks = self.unsent.popleft(), self.talk.acks
+        message = self.core.outbox.waiting[self.id]
         if piece.verb == END_BATCH:
             return END_BATCH
         if piece.verb == BEGIN_BATCH:
@@ -13755,7 +13727,7 @@ class MessageLines:
             acks.note_echo(ExpectedEcho(self.core.fold(message.where), text, id, message.id, end))
             if not piece.last:
                 piece = piece._replace(tags=self._own_tags(f"{message.id}.{end}", ""))
-        return piece.tags + self.talk.line("PRIVMSG", message.where, text)
+        return piece.tags + line_of("PRIVMSG", message.where, text)
 
     def _cut(self, piece: Piece, room: int) -> Piece:
         """Return so much of an unsent line as fits in `room` bytes; the rest of it is sent next."""
@@ -13776,6 +13748,12 @@ class MessageLines:
             for _ in range(2):  # both may be refused
                 self.talk.acks.note_sent("*", self.id)
         self.unsent.clear()
+
+
+def quotes(error: str, text: str) -> bool:
+    """Return whether an error ends with the text of a message, after a colon or a quote."""
+    ends = [end for end in (error, error.rstrip("\"')].")) if text and end.endswith(text)]
+    return any(end.removesuffix(text).rstrip()[-1:] in (*":\"'([",) for end in ends)
 
 
 NOT_JOINED_NOW = ("437", "471", "477", "480", "500")  # full, after a netsplit, too many joins ...
@@ -13807,11 +13785,10 @@ class Acknowledgements:
 
     def clear(self) -> None:
         """Forget all lines: a server that was none has taken them."""
-        self.refusals.clear()
         for lines in (self.echoes, self.sent, self.commands, self.unconfirmed, self.strange):
             lines.clear()
-        self.covered.clear()
-        self.overdue.clear()
+        for answers in (self.refusals, self.covered, self.overdue):
+            answers.clear()
 
     # Lines that are sent
 
@@ -13861,9 +13838,9 @@ class Acknowledgements:
 
     def tags_arrived(self, target: str) -> None:
         """Note that the first tags to a target, of those without an answer, were not refused."""
-        tags = SentLine(self.core.fold(target), QUIET)
-        if tags in self.sent:
-            self.sent.remove(tags)
+        key = self.core.fold(target)
+        for line in [one for one in self.sent if (one.target, one.id) == (key, QUIET)][:1]:
+            self.sent.remove(line)
 
     def acknowledged(self, own_id: str) -> None:
         """Note that the server has a message, and has refused none of the earlier ones."""
@@ -13878,51 +13855,47 @@ class Acknowledgements:
 
     # Refusals, which come in the order of the lines
 
-    def lines_to(self, targets: Collection[str] | None) -> list[SentLine]:
-        """Return the lines to one of these targets (folded), or with None to any, that an error can
-        be about."""
-        if targets is not None:
-            return [line for line in self.sent if line.target in targets]
-        return [line for line in self.sent if line.target and line.id not in ("", QUIET)]
-
-    def next_refused(self, lines: list[SentLine]) -> list[SentLine]:
-        """Return those of these lines that the next error can be about: those before the first PING
-        without a PONG, if there are some."""
-        first = itertools.takewhile(lambda line: line.target, self.sent)
-        before = {id(line) for line in first}
-        possible = [line for line in lines if id(line) in before]
-        return lines if self.talk.bouncer else possible or lines
-
-    def passed_unknown(self, lines: list[SentLine]) -> int:
-        """Return how many of these lines, of one target, came back with other words: the next error
-        is about a later one."""
-        targets = {line.target for line in lines}
-        return len(self._strange_to(targets.pop())) if len(targets) == 1 else 0
-
-    def refused_line(self, line: SentLine) -> None:
-        """Note that a line, or a later one to its target, was refused, and no line before it."""
-        while self.sent.popleft() is not line:
-            pass
-        self.expect_no_echo(line)
+    def take_refused(
+        self, targets: Collection[str], any_line: bool, error: str
+    ) -> tuple[SentLine | None, list[SentLine], bool]:
+        """Remove the line that an error is about, and those before it, which were not refused: the
+        line that the error quotes, or else the first possible one. Possible are lines to one of
+        these targets (folded), or with `any_line` all messages if there are none. Return it, the
+        possible ones, and whether some before these came back with other words."""
+        lines = [line for line in self.sent if line.target in targets]
+        if not lines and any_line:
+            lines = [line for line in self.sent if line.target and line.id not in ("", QUIET)]
+        quoted = next((line for line in lines if quotes(error, line.text)), None)
+        keys = {line.target for line in lines}
+        passed = len(self._strange_to(*keys)) if len(keys) == 1 else 0
+        lines = lines[passed:] or lines[-1:]
+        if not self.talk.bouncer:  # errors come before the PONG of the first PING behind the lines
+            first = {*itertools.takewhile(lambda line: line.target, self.sent)}
+            lines = [line for line in lines if line in first] or lines
+        line = quoted or next(iter(lines), None)
+        while line in self.sent:
+            self.sent.popleft()
+        if line:
+            self.expect_no_echo(line)
+        return line, lines, passed > 0
 
     def hold_refusal(self, refusal: UnclearRefusal) -> None:
         """Note that a message, or a later one, was refused: the PONG behind them tells if all were.
         From now on messages are sent alone."""
         self.refusals.append(refusal)
         self.core.outbox.alone = SENT_ALONE
-        left = {id(line) for line in self.sent}
-        if not any(id(line) in left for one in self.refusals for line in one.lines):
+        if {*self.sent}.isdisjoint(line for one in self.refusals for line in one.lines):
             self.tell_refusals()  # all were refused
 
     def tell_refusals(self) -> None:
         """Tell which messages were refused before a PONG, and if it may be others."""
         refusals, self.refusals = self.refusals, []
-        left = {id(line) for line in self.sent}
+        left = {*self.sent}
         for n, (line, lines, reason) in enumerate(refusals):
             targets = {one.target for one in lines}
             later = [one for one in refusals[n + 1 :] if one.line.target in targets]
             possible = [*lines, *(one for refusal in later for one in refusal.lines)]
-            taken = {one.id for one in possible if id(one) in left} - {line.id}
+            taken = {one.id for one in possible if one in left} - {line.id}
             others = taken and (taken | {one.line.id for one in later}) - {line.id}
             doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
             if line.id in self.core.outbox.in_flight:  # else the user knows
@@ -13935,7 +13908,7 @@ class Acknowledgements:
         self.pings.append(ping_token)
         self.sent.append(SentLine("", ping_token))
         self.covered[ping_token] = [*ids, *self.commands]
-        return self.talk.line("PING", ping_token)
+        return line_of("PING", ping_token)
 
     def take_unconfirmed(self) -> str:
         """Return the PING behind the messages that no PING is behind yet."""
@@ -13959,7 +13932,8 @@ class Acknowledgements:
             ping_token = self.pings[0] if self.pings and not self.repeats else ""
         if not ping_token:
             return
-        while self.pings:
+        answered = ""
+        while answered != ping_token:
             answered = self.pings.popleft()
             self.tell_refusals()
             if not self.talk.bouncer:  # which answers before its server does
@@ -13969,10 +13943,9 @@ class Acknowledgements:
                     return
             overdue = self.overdue.pop(answered, [])
             echoes = "echo-message" in self.server.enabled
-            for key in {line.target for line in self.echoes if echoes and line.of in overdue}:
-                self._explain(
-                    key, [one for one in self.echoes if one.target == key and one.of in overdue]
-                )
+            late = [line for line in self.echoes if echoes and line.of in overdue]
+            for key in {line.target for line in late}:
+                self._explain(key, [line for line in late if line.target == key])
             for own_id in overdue:
                 if not echoes:  # disabled since
                     self.confirm(own_id)
@@ -13980,8 +13953,6 @@ class Acknowledgements:
                     self.not_echoed(own_id)
             if overdue:
                 self.strange.clear()
-            if answered == ping_token:
-                break
         self.talk.bouncer_said = ""
 
     def _confirm_covered(self, own_id: str) -> bool:
@@ -14030,8 +14001,10 @@ class Acknowledgements:
         for name in (label, heard.tags.get(OWN_ID, "")):
             stem, dot, _ = name.partition(".")
             known = stem in waiting or stem in self.core.known.own
-            if dot and known:
-                self._line_came(stem, name)
+            if dot and known:  # a line within a message
+                for line in [line for line in self.echoes if name == f"{line.of}.{line.end}"]:
+                    self.echoes.remove(line)
+                    self.core.outbox.arrived_to(stem, line.end)
                 return PIECE
             if name == label and not known and accepted_at(stem) is not None:
                 return PIECE  # the user knows that this message is lost
@@ -14048,7 +14021,7 @@ class Acknowledgements:
             return self._doubted(heard, key, text)
         alters = not (self.server.ours or self.server.labels or self.talk.bouncer)
         alters = alters and "batch" not in heard.tags  # no other client has this nick
-        place = self._place(here, text, alters)
+        place = place_of_echo([line.text for line in here], text, alters)
         if place is None and not alters:
             return self._doubted(heard, key, text)
         if place is None:  # later echoes, or a PONG, will tell which line this is
@@ -14064,26 +14037,6 @@ class Acknowledgements:
             return ""  # of a command
         return sent.id if sent.id in waiting else PIECE
 
-    def _line_came(self, own_id: str, name: str) -> None:
-        """Note the echo of a line within a message, by the name that its tag or label gives it."""
-        for line in [line for line in self.echoes if name == f"{line.of}.{line.end}"]:
-            self.echoes.remove(line)
-            self.core.outbox.arrived_to(own_id, line.end)
-
-    @staticmethod
-    def _place(here: list[ExpectedEcho], text: str, alters: bool) -> int | None:
-        """Return which of the lines to a target an echo clearly is; None for none. Words count as
-        those of another line if the server `alters` some."""
-        unchanged = (n for n, line in enumerate(here) if line.text == text)
-        if (place := next(unchanged, None)) is not None:
-            return place
-        grades = [sameness(line.text, text) for line in here]
-        best = max(grades)
-        alike = {line.text for line, grade in zip(here, grades, strict=True) if grade == best}
-        if best > 1 or (best and (len(alike) == 1 or not alters)):
-            return grades.index(best)
-        return most_like([line.text for line in here[:COMPARED]], text) if alters else None
-
     def _strange_to(self, key: str) -> list[ViewEvent]:
         return [view for target, view in self.strange if target == key]
 
@@ -14098,8 +14051,7 @@ class Acknowledgements:
         strange echoes as lines all have arrived, without any none has; else it is not clear."""
         echoes = self._strange_to(key)
         self.strange = [pair for pair in self.strange if pair[0] != key]
-        told = {id(line) for line in lines}
-        self.echoes = [line for line in self.echoes if id(line) not in told]
+        self.echoes = [line for line in self.echoes if line not in lines]
         in_flight = self.core.outbox.in_flight
         if 0 < len(echoes) < len(lines):
             for own_id in dict.fromkeys(line.of for line in lines if line.of in in_flight):
@@ -14169,33 +14121,22 @@ class HistoryRequests:
         """Ask for a page of a room's history; return whether a page will come."""
         if not self.server.pages:
             return False
-        limit = {"last": HISTORY_LINES, "older": self.server.page_size}.get(
-            how, min(self.core.page_lines, self.server.page_size)
-        )
         spoken = (view for view in room.views if view.kind in SPOKEN and view.time)
-        oldest = room.paged or next(spoken, None)
+        oldest = room.paged or next(spoken, ViewEvent(NOTE))
+        # Other messages may have the same time; those that are shown are known
+        after = self._selector(room.mark, room.mark_time and room.mark_time - 1)
+        before_time = oldest.time and min(LAST_MOMENT, oldest.time + 1)
+        before = self._selector(f"msgid={oldest.id}" if oldest.id else "", before_time)
+        most = self.server.page_size
         words = {
-            "last": ("LATEST", "*"),
-            "gap": ("LATEST", self._mark_of(room)),
-            "missed": ("AFTER", self._mark_of(room)),
-            "older": ("BEFORE" if oldest else "LATEST", self._selector_of(oldest)),
+            "last": ("LATEST", "*", HISTORY_LINES),
+            "gap": ("LATEST", after, min(self.core.page_lines, most)),
+            "missed": ("AFTER", after, min(self.core.page_lines, most)),
+            "older": ("LATEST" if before == "*" else "BEFORE", before, most),
         }
-        subcommand, selector = words[how]
+        subcommand, selector, limit = words[how]
         self.ask(HistoryRequest(room.name, how, limit), subcommand, room.name, selector, str(limit))
         return True
-
-    def _selector_of(self, view: ViewEvent | None) -> str:
-        """Return the position before which there are older messages. Others may have the same
-        time; those that are shown are known."""
-        if view is None:
-            return "*"
-        when = view.time and min(LAST_MOMENT, view.time + 1)
-        return self._selector(f"msgid={view.id}" if view.id else "", when)
-
-    def _mark_of(self, room: Room) -> str:
-        """Return the position after which messages of a room may be missing."""
-        when = room.mark_time and room.mark_time - 1  # others may have the same time
-        return self._selector(room.mark, when)
 
     def _selector(self, mark: str, when: int | None) -> str:
         """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
@@ -14212,30 +14153,25 @@ class HistoryRequests:
         else:
             since = f"timestamp={tag_time(max(0, self.talk.since - 24 * 3600 * 1000))}"
         now = f"timestamp={tag_time(LAST_MOMENT)}"
-        self.ask(HistoryRequest("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
+        self.ask(HistoryRequest("", "targets"), "TARGETS", since, now, str(TARGETS_ASKED))
 
     def ask(self, asked: HistoryRequest, *params: str) -> None:
         """Send a CHATHISTORY. The answer is recognized by its label, else by its target."""
-        label = f"h{next(self.talk.labels)}" if self.server.labels else ""
-        self.requests.append(asked._replace(label=label))
-        head = [f"@label={label}"] if label else []
+        asked.label = f"h{next(self.talk.labels)}" if self.server.labels else ""
+        self.requests.append(asked)
+        head = [f"@label={asked.label}"] if asked.label else []
         self.talk.send(*head, "CHATHISTORY", *params)
 
-    def note_time(self, line: str) -> None:
+    def note_time(self) -> None:
         """Note the time at which a request was sent: requests wait for their turn."""
-        if parse_message(line).verb != "CHATHISTORY":
-            return
-        for n, asked in enumerate(self.requests):
-            if asked.at == UNSENT:
-                self.requests[n] = asked._replace(at=self.core.ticks())
-                return
+        for asked in [request for request in self.requests if request.at == UNSENT][:1]:
+            asked.at = self.core.ticks()
 
     def renamed(self, old: str, new: str) -> None:
         """Use the new name of a conversation in the pending requests."""
         fold = self.core.fold
-        for n, asked in enumerate(self.requests):
-            if fold(asked.where) == fold(old):
-                self.requests[n] = asked._replace(where=new)
+        for asked in self.requests:
+            asked.where = new if fold(asked.where) == fold(old) else asked.where
         for name in [name for name in self.behind if fold(name) == fold(old)]:
             self.behind[new] = self.behind.pop(name)
 
@@ -14253,7 +14189,7 @@ class HistoryRequests:
 
     def take_page(self, label: str, target: str, views: list[ViewEvent]) -> None:
         """Handle a page of history that was requested."""
-        asked = self.answered(label, target) or HistoryRequest("", "asked", 0)
+        asked = self.answered(label, target) or HistoryRequest("", "asked")
         room = self.core.find(asked.where)
         if room is None or asked.how not in self.PAGES:
             return self.show_past(views, f"history of {asked.where or target}")
@@ -14283,7 +14219,7 @@ class HistoryRequests:
         """Stop waiting for overdue pages, and show the views held for them. A late page is still
         used."""
         for asked in [request for request in self.requests if 0 <= request.at < now - PAGE_SECONDS]:
-            self.requests[self.requests.index(asked)] = asked._replace(at=GIVEN_UP)
+            asked.at = GIVEN_UP
             room = self.core.find(asked.where)
             if asked.how == "targets":
                 self.answered(asked.label, "")
@@ -14496,19 +14432,14 @@ class Joins:
         count, since = self.unanswered.get(key, (0, math.inf))
         self.unanswered[key] = count + 1, since
 
-    def note_time(self, line: str) -> None:
-        """Note the time at which a JOIN is sent."""
-        verb, params, _ = parse_message(line)
-        if verb == "JOIN" and params:
-            self._begin(self.core.fold(params[0]))
-
     def note_pause(self) -> None:
         """Note that no line waits for its turn: an unsent JOIN waits for a message before it, which
         may wait for that JOIN."""
         for key in self.unanswered:
-            self._begin(key)
+            self.begin(key)
 
-    def _begin(self, key: str) -> None:
+    def begin(self, key: str) -> None:
+        """Note the time at which a JOIN is sent."""
         count, since = self.unanswered.get(key, (0, 0.0))
         if since == math.inf:
             self.unanswered[key] = count, self.core.ticks()
@@ -14586,6 +14517,7 @@ class Joins:
 
 ANSWERS = {  # commands, and the numerics that are shown only after them
     "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
+    "MOTD": ("375", "372", "376", "422"),
     "HELP": ("705", "706"),
     "MODE": ("221",),
     "ISON": ("303",),
@@ -14613,14 +14545,12 @@ class WantedAnswers:
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.core = talk.core
         self.numerics: set[str] = set()
-        self.motd = False
         self.names: set[str] = set()  # keys of channels whose members are shown
         self.listings: dict[str, list[Listing]] = {}  # by command: those that are still coming
 
     def expect(self, verb: str, *params: str) -> None:
         """Show the answer to a command of the user."""
         self.numerics.update(ANSWERS.get(verb, ()))
-        self.motd = self.motd or verb == "MOTD"
         if verb in LISTS:
             self.listings.setdefault(verb, []).append(Listing())
         if verb == "NAMES" and params:
@@ -14684,7 +14614,7 @@ def other_protocol(line: str) -> str:
 class PlainTalk:
     """The client's side of the workshop's protocol: a name, then lines, all unacknowledged."""
 
-    doubts = pages = busy = False
+    busy = False
     wait = None  # no rate limit
 
     def __init__(self, core: "ClientCore"):
@@ -14778,15 +14708,6 @@ NAMING = {
 FOR_ONE = {"PRIVMSG": 0, "NOTICE": 0, "TAGMSG": 0, "INVITE": 0, "KICK": 1, "MODE": 2}
 
 
-def line_of(verb: str, *params: str) -> str:
-    """Return a line of IRC. Its last parameter may be any text."""
-    middle = [verb, *params[:-1]]
-    last = params[-1:]
-    if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
-        last = (f":{last[0]}",)
-    return " ".join([*middle, *last])
-
-
 class Renaming:
     """A new name of a user or channel, for lines of this client that are not sent yet."""
 
@@ -14878,15 +14799,10 @@ class IrcTalk:
         if core.kind != CHAT:  # servers from before 2004 never answer CAP
             self.give_names()
 
-    @property
-    def order(self) -> Callable[[Waiting], bool] | None:
-        """A function that tells which messages hold up later ones, or None. A pipe keeps its order
-        even if a JOIN is slow; on a screen, messages do not wait."""
-        return None if self.core.interactive else self.waits
-
-    @property
-    def pages(self) -> bool:
-        return self.server.pages
+    def next_message(self) -> Waiting | None:
+        """Return the message to send now; None for none. A pipe keeps its order even if a JOIN is
+        slow; on a screen, messages do not wait for that."""
+        return self.core.outbox.next(self.carries, None if self.core.interactive else self.waits)
 
     @property
     def busy(self) -> bool:
@@ -14894,25 +14810,16 @@ class IrcTalk:
         commands = self.acks.commands and not self.core.interactive
         return bool(self.own_lines or self.queue or self.lines.unsent or commands)
 
-    @property
-    def doubts(self) -> bool:
-        """True if a message that is sent twice may also be delivered twice."""
-        return not self.server.repeatable
-
     # Output
-
-    line = staticmethod(line_of)
 
     def send(self, verb: str, *params: str) -> None:
         """Send a line: at once before registration, in its turn after that."""
-        if self.ready:
-            self.own_lines.append(self.line(verb, *params))
-        else:
-            self.core.output.append(self.line(verb, *params))
+        lines = self.own_lines if self.ready else self.core.output
+        lines.append(line_of(verb, *params))
 
     def send_at_once(self, verb: str, *params: str) -> None:
         """Send a line before all waiting ones, as an answer that the server waits for."""
-        self.core.output.append(self.line(verb, *params))
+        self.core.output.append(line_of(verb, *params))
 
     def command(self, verb: str, *params: str) -> None:
         """Send a user's command after the messages accepted before it. Raises Refused if the server
@@ -14922,13 +14829,16 @@ class IrcTalk:
         size = len(text) if self.server.ours else len(text.encode())
         if size > most:
             raise Refused("TOO_LONG", f"this server takes {most} bytes there, and not {size}")
-        line = self.line(verb, *params)
+        line = line_of(verb, *params)
         source = f":{self.mask or self.longest_mask()} "
         if len(f"{source}{line}\r\n".encode()) > IRC_BYTES and not self.server.ours:
             raise Refused("TOO_LONG", f"a line has at most {IRC_BYTES} bytes with your address")
         self.raw(line)
 
     def raw(self, line: str) -> None:
+        """Send a user's line after the messages accepted before it, and show the answer to it."""
+        verb, params, _ = parse_message(line)
+        self.answers.expect(verb, *params)
         outbox = self.core.outbox
         unsent = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
         last = next((id for id in reversed(outbox.waiting) if id in unsent), "")
@@ -14955,9 +14865,9 @@ class IrcTalk:
             self.acks.note_command(line := self.own_lines.popleft(), by_user=False)
         elif self.queue and not self._is_behind(self.queue[0][1]):
             self.acks.note_command(line := self.queue.popleft()[0], by_user=True)
-        elif message := outbox.next(self.carries, self.order):
-            if message.sent and message.id not in self.core.outgoing.sent_before and self.doubts:
-                # Sent by an earlier run of this program
+        elif message := self.next_message():
+            known = self.server.repeatable or message.id in self.core.outgoing.sent_before
+            if message.sent and not known:  # sent by an earlier run of this program
                 self.core.outgoing.leave_to_user(message.id)
                 return True
             outbox.send(message, self.core.clock())
@@ -14965,13 +14875,16 @@ class IrcTalk:
             self.acks.note_message(message)
             return True
         elif self.stale_names:  # one NAMES for many mode changes
-            line = self.line("NAMES", self.stale_names.pop())
+            line = line_of("NAMES", self.stale_names.pop())
         elif self.acks.unconfirmed:
             line = self.acks.take_unconfirmed()
         else:
             return False
-        self.history.note_time(line)
-        self.joins.note_time(line)
+        verb, params, _ = parse_message(line)
+        if verb == "CHATHISTORY":
+            self.history.note_time()
+        elif verb == "JOIN" and params:
+            self.joins.begin(self.core.fold(params[0]))
         self.budget.tokens -= max(1.0, 0.5 + len(line.encode()) / PACE_BYTES)
         self.core.output.append(line)
         return True
@@ -14986,8 +14899,7 @@ class IrcTalk:
     def _may_catch_up(self) -> bool:
         """Return whether pages may be requested. Before the first acknowledgement of a connection,
         waiting messages go first, because one page can use all that a bad connection carries."""
-        outbox = self.core.outbox
-        waiting = outbox.in_flight or outbox.next(self.carries, self.order)
+        waiting = self.core.outbox.in_flight or self.next_message()
         return self.core.acknowledged or not waiting
 
     @property
@@ -14995,7 +14907,7 @@ class IrcTalk:
         """The seconds until more may be sent; None if nothing waits."""
         more = self.own_lines or self.queue or self.lines.unsent
         more = more or self.acks.unconfirmed or self.stale_names
-        if not self.ready or not (more or self.core.outbox.next(self.carries, self.order)):
+        if not self.ready or not (more or self.next_message()):
             return None
         self.budget.refill(self.core.ticks())
         return self.budget.wait()
@@ -15032,9 +14944,8 @@ class IrcTalk:
         for reference, batch in list(self.batches.items()):
             if now - batch.at > BATCH_SECONDS:  # the end of the batch was lost
                 self.end_batch(self.batches.pop(reference))
-        if now - self.unserved > REGISTRATION_SECONDS and not (
-            self.core.interactive and self.bouncer
-        ):
+        to_bouncer = self.core.interactive and self.bouncer  # its user may talk to it alone
+        if now - self.unserved > REGISTRATION_SECONDS and not to_bouncer:
             self.ready = False
             cause = TEMPORARY if self.core.interactive else NEEDS_USER
             self.core.refuse("there is no server behind it", cause)
@@ -15204,8 +15115,7 @@ class IrcTalk:
         if reference[:1] == "+" and (before := self.batches.pop(reference[1:], None)):
             self.end_batch(before)  # its end was lost
         if reference[:1] == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
-            batch = self.batches[reference[1:]] = Batch(heard, heard.tags.get("batch", ""))
-            batch.at = self.core.ticks()
+            self.batches[reference[1:]] = Batch(heard, self.core.ticks())
         batch = self.batches.pop(reference[1:], None) if reference[:1] == "-" else None
         if batch is None:
             return
@@ -15329,12 +15239,6 @@ def about_a_message(talk: IrcTalk, heard: ServerLine) -> bool:
     return number[0] in "45" and number not in NO_FAILURE
 
 
-def quotes(error: str, text: str) -> bool:
-    """Return whether an error ends with the text of a message, after a colon or a quote."""
-    ends = [end for end in (error, error.rstrip("\"')].")) if text and end.endswith(text)]
-    return any(end.removesuffix(text).rstrip()[-1:] in (*":\"'([",) for end in ends)
-
-
 def message_refused(talk: IrcTalk, heard: ServerLine, text: str) -> str | None:
     """Return the id of the message that an error without a label is about, "" for a notice or for
     none; None if it may be a later message: then the text is told after the next PONG."""
@@ -15344,16 +15248,9 @@ def message_refused(talk: IrcTalk, heard: ServerLine, text: str) -> str | None:
     targets = {*map(core.fold, map(talk.server.without_status, names))}
     nameless = not names and not talk.acks.commands
     any_line = not talk.server.labels and (nameless or SAYING & {*map(str.upper, names)})
-    lines = talk.acks.lines_to(targets)
-    if not lines and any_line:
-        lines = talk.acks.lines_to(None)
-    quoted = (line for line in lines if quotes(error, line.text))
-    passed = talk.acks.passed_unknown(lines)  # these came back with other words
-    lines = talk.acks.next_refused(lines[passed:] or lines[-1:])
-    line = next(quoted, None) or next(iter(lines), None)
+    line, lines, passed = talk.acks.take_refused(targets, any_line, error)
     if line is None:
         return ""
-    talk.acks.refused_line(line)
     flying = core.outbox.in_flight
     echoes = "echo-message" in talk.server.enabled and not passed
     others = {sent.id for sent in lines if sent.id in flying} - {line.id}
@@ -15394,14 +15291,6 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
         refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
-def note_offered(talk: IrcTalk, words: list[str]) -> None:
-    offered = talk.server.offered
-    for name, _, value in (word.partition("=") for word in words):
-        if may_hold(offered, name, TOKENS_KEPT):
-            offered[name] = value
-    talk.core.told_sts(offered.get("sts", ""))
-
-
 def capabilities_granted(talk: IrcTalk, words: list[str]) -> None:
     talk.server.requested.difference_update(words)
     for word in words:
@@ -15418,7 +15307,10 @@ def capabilities_granted(talk: IrcTalk, words: list[str]) -> None:
 def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
     subcommand, words, server = heard.params[1].upper(), heard.params[-1].split(), talk.server
     if subcommand in ("LS", "NEW"):
-        note_offered(talk, words)
+        for name, _, value in (word.partition("=") for word in words):
+            if may_hold(server.offered, name, TOKENS_KEPT):
+                server.offered[name] = value
+        talk.core.told_sts(server.offered.get("sts", ""))
     if talk.core.redial:  # over TLS: nothing more is sent over this connection
         return
     if subcommand == "LS":
@@ -15519,9 +15411,8 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         core.me.login = None
         core.me.forget()
     elif core.me.account and not talk.ready:
-        return come_another_time(
-            talk, why + "; /login PASSWORD gives another one" * core.interactive
-        )
+        advice = "; /login PASSWORD gives another one" * core.interactive
+        return come_another_time(talk, why + advice)
     talk.sasl.end()
 
 
@@ -15600,7 +15491,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     for room in core.rooms.values():
         if room.is_channel and room.wanted and not (talk.resumed and room.entered):
             talk.joins.join(room)
-    if talk.pages and talk.since:
+    if talk.server.pages and talk.since:
         talk.history.behind[""] = "targets"
     else:
         talk.history.release_talks()
@@ -15683,9 +15574,8 @@ def not_let_in(talk: IrcTalk, heard: ServerLine) -> None:
         tell_rest(talk, heard)
     else:
         talk.core.dismissed = True  # some servers leave hanging up to the client
-        advice = (
-            "; /pass PASSWORD gives it" if heard.verb == "464" and talk.core.interactive else ""
-        )
+        wants_password = heard.verb == "464" and talk.core.interactive
+        advice = "; /pass PASSWORD gives it" * wants_password
         talk.core.refuse(heard.params[-1] + advice, NEEDS_USER)
 
 
@@ -15802,15 +15692,15 @@ def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
         tell_rest(talk, heard)
 
 
-@from_server("375", "372", "376", "422", least=2)
+@from_server(*ANSWERS["MOTD"], least=2)
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the message of the day, if the user asked for it. The first one ends the welcome."""
+    if heard.verb in talk.answers.numerics:
+        talk.core.server_text(heard.params[-1])
     if heard.verb in ("376", "422"):
+        talk.answers.numerics.difference_update(ANSWERS["MOTD"])
         talk.server.end_support()
         talk.core.rooms.names_told()
-    if talk.answers.motd:
-        talk.core.server_text(heard.params[-1])
-        talk.answers.motd = heard.verb not in ("376", "422")
 
 
 @from_server("734", least=3)
@@ -15984,14 +15874,14 @@ def joined_as(talk: IrcTalk, name: str) -> None:
         take_channel_name(talk, sent[0], name)
 
 
-def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
+def we_joined(talk: IrcTalk, heard: ServerLine, name: str) -> None:
     core = talk.core
     talk.mask = heard.source if "!" in heard.source else talk.mask
-    if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
+    if core.find(name) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
         return  # no user has so many channels
-    joined_as(talk, heard.params[0])
-    room = core.rooms.open(heard.params[0])
-    room.name, room.inside, room.is_channel = heard.params[0], True, True
+    joined_as(talk, name)
+    room = core.rooms.open(name)
+    room.name, room.inside, room.is_channel = name, True, True
     room.wanted = room.entered = True
     room.topic = ""  # else 332 follows
     typed = core.fold(room.name) in talk.joins.typed
@@ -16019,34 +15909,23 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
         core.note(text, room.name)
 
 
-def one_by_one(handler: Callable) -> Callable:
-    """Decorate a handler to be called for each channel: old servers name several in one line."""
-
-    @functools.wraps(handler)
-    def for_each(talk: IrcTalk, heard: ServerLine) -> None:
-        for name in heard.params[0].split(","):
-            handler(talk, heard._replace(params=[name, *heard.params[1:]]))
-
-    return for_each
-
-
 @from_server("JOIN", least=1)
-@one_by_one
 def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
-    core, name = talk.core, heard.params[0]
-    if core.is_me(heard.name):
-        return we_joined(talk, heard)
-    core.incoming.note_present(heard.name)
-    if room := core.find(name):
-        room.came(heard.name)
-        address = heard.source.partition("@")[2]
-        core.incoming.event(room, ViewEvent(JOIN, "", heard.name, room.name, address=address))
-        core.show(ViewEvent(PEOPLE, where=room.name))
+    core, address = talk.core, heard.source.partition("@")[2]
+    for name in heard.params[0].split(","):  # old servers name several in one line
+        if core.is_me(heard.name):
+            we_joined(talk, heard, name)
+            continue
+        core.incoming.note_present(heard.name)
+        if room := core.find(name):
+            room.came(heard.name)
+            core.incoming.event(room, ViewEvent(JOIN, "", heard.name, room.name, address=address))
+            core.show(ViewEvent(PEOPLE, where=room.name))
 
 
-def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str = "") -> None:
+def user_went(talk: IrcTalk, room: Room, heard: ServerLine, why: str = "") -> None:
     """Remove a user, or this client, from one conversation."""
-    core = talk.core
+    core, name = talk.core, heard.name
     room.people.pop(name, None)
     why = "" if core.ignored.covers(heard.source) else why
     if core.is_me(name):
@@ -16060,15 +15939,12 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
 
 
 @from_server("PART", least=1)
-@one_by_one
 def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
-    room = core.find(heard.params[0])
-    if room is None:
-        return
-    user_went(talk, room, heard, heard.name, *heard.params[1:2])
-    if core.is_me(heard.name):
-        core.rooms.close_left(room)
+    for room in filter(None, map(core.find, heard.params[0].split(","))):
+        user_went(talk, room, heard, *heard.params[1:2])
+        if core.is_me(heard.name):
+            core.rooms.close_left(room)
 
 
 @from_server("QUIT")
@@ -16081,7 +15957,7 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         return
     for room in list(core.rooms.values()):
         if heard.name in room.people:
-            user_went(talk, room, heard, heard.name, *heard.params[:1])
+            user_went(talk, room, heard, *heard.params[:1])
     if (room := core.find(heard.name)) and not room.is_channel:
         says_why = heard.params and heard.params[0] and not core.ignored.covers(heard.source)
         why = f": {heard.params[0]}" if says_why else ""
@@ -16222,14 +16098,13 @@ def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("AWAY")
 def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
-    talk.core.people.note(heard.name, away=bool(heard.params and heard.params[0]))
-    talk.core.show(ViewEvent(PEOPLE))
-    if (room := talk.core.find(heard.name)) and not room.is_channel:
-        state = "is away" if heard.params and heard.params[0] else "is back"
-        if state == "is away" and not talk.core.ignored.covers(heard.source):
-            state = f"is away: {heard.params[0]}"
-        text = f"{heard.name} {state}"
-        talk.core.incoming.event(room, ViewEvent(AWAY, text, heard.name, room.name))
+    core, reason = talk.core, "".join(heard.params[:1])
+    core.people.note(heard.name, away=bool(reason))
+    core.show(ViewEvent(PEOPLE))
+    if (room := core.find(heard.name)) and not room.is_channel:
+        told = "" if core.ignored.covers(heard.source) else f": {reason}"
+        text = f"{heard.name} {f'is away{told}' if reason else 'is back'}"
+        core.incoming.event(room, ViewEvent(AWAY, text, heard.name, room.name))
 
 
 @from_server("ACCOUNT", least=1)
@@ -16607,10 +16482,8 @@ class Rooms(dict[str, Room]):
         self.core.changed(gone)
         self.core.changed(kept)
         self.core.show(ViewEvent(RESET, where=kept.name))
-        text = (
-            f"{kept.name} and {gone.name} are one name on this server: this is both conversations"
-        )
-        self.core.note(text, kept.name)
+        why = f"{kept.name} and {gone.name} are one name on this server"
+        self.core.note(f"{why}: this is both conversations", kept.name)
 
     def _divide(self, before: str) -> None:
         """Open a private conversation for each name that was one with another by the rule `before`
@@ -16618,9 +16491,8 @@ class Rooms(dict[str, Room]):
         fold = self.core.fold
         for room in [room for room in self.values() if not room.is_channel]:
             key = folded_by(before, room.name)
-            names = {
-                fold(v.where): v.where for v in room.views if folded_by(before, v.where) == key
-            }
+            same = (v.where for v in room.views if folded_by(before, v.where) == key)
+            names = {fold(name): name for name in same}
             names.pop(fold(room.name), None)
             for other, name in names.items():
                 moved = [view for view in room.views if fold(view.where) == other]
@@ -16789,7 +16661,8 @@ class Typing:
         return (
             core.can("typing")
             and core.setting("typing") == "on"
-            and core.server.tells_own_tags  # else an error may be that of a message
+            # Else an error about it may be taken for one about a message behind it
+            and (core.server.labels or "echo-message" in core.server.enabled)
             and (room.inside or not room.is_channel)
             and outbox.waiting.keys() <= outbox.parked.keys()
             and core.talk.budget.tokens > TYPING_SPARE
@@ -17065,7 +16938,7 @@ class StoredMessages:
         if not core.store:
             return False
         at_hole = bool(room.hole) and room.hole == room.oldest
-        if at_hole and core.ready and core.talk.pages:
+        if at_hole and core.ready and core.server.pages:
             return False
         first = next((view for view in room.views if view.kind in SPOKEN), None)
         shown = {identity_of(view) for view in room.views}
@@ -17135,7 +17008,8 @@ class KnownMessages:
         self.ids: dict[str, None] = {}
         self.redacted: dict[str, None] = {}  # ids
         self.own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
-        self.without_id: set[tuple[int, Any]] = set()  # conversation and identity
+        # Conversation, name, text and time of messages that have no id
+        self.without_id: set[tuple[int, str, str, int]] = set()
         self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest message
 
     def note(self, room: Room | None, view: ViewEvent) -> None:
@@ -17147,8 +17021,8 @@ class KnownMessages:
 
     def note_without_id(self, room: Room, views: Iterable[ViewEvent]) -> None:
         """Note those of these messages that have no id: the server may send them again."""
-        spoken = (view for view in views if view.kind in SPOKEN and view.time)
-        self.without_id |= {(room.id, identity_of(view)) for view in spoken if not view.id}
+        spoken = (view for view in views if view.kind in SPOKEN and view.time and not view.id)
+        self.without_id |= {(room.id, view.name, view.text, view.time) for view in spoken}
 
     def is_repeat(self, room: Room, view: ViewEvent) -> bool:
         """Return whether a message without an id, but with the server's time, is known; it is known
@@ -17156,13 +17030,13 @@ class KnownMessages:
         a bouncer."""
         if view.time is None or view.id:
             return False
-        key: Any = (room.id, identity_of(view))
+        known = (room.id, view.name, view.text, view.time)
         if view.mine:
-            alike = (other for other in self.without_id if is_about(other, room.id, view))
-            key = next(alike, None)
-        if key not in self.without_id:
+            alike = (one for one in self.without_id if one[:3] == known[:3])
+            known = next((one for one in alike if abs(one[3] - view.time) < REPEATED_MS), None)
+        if known not in self.without_id:
             return False
-        self.without_id.remove(key)
+        self.without_id.remove(known)
         return True
 
 
@@ -17242,7 +17116,6 @@ class Incoming:
         room.move_mark("" if repeated else view.id, core.believable(view.time))
         if view.id and not repeated:
             known.newest_id = view.id
-        if view.id:
             remember(known.ids, view.id)
         if view.own_id:
             arrived = view.own_id in core.outbox.waiting
@@ -17875,8 +17748,8 @@ class ClientCore:
             talk.joins.want_typed()
             talk.tell_unsent()
         flown = self.outbox.connection_lost()
-        for message in flown if talk and talk.doubts else ():
-            if talk.pages:
+        for message in () if self.server.repeatable else flown:
+            if self.server.pages:
                 self.outbox.unconfirmed.add(message.id)
             else:
                 self.outgoing.leave_to_user(message.id)
@@ -18316,9 +18189,7 @@ def do_ctcp(core: ClientCore, name: str, request: str) -> None:
 @client_command("names", most=1)
 def do_names(core: ClientCore, name: str = "") -> None:
     """/names [#CHANNEL] -- list the members"""
-    where = name or asked_channel(core)
-    core.talk.command("NAMES", where)
-    core.talk.answers.expect("NAMES", where)
+    core.talk.command("NAMES", name or asked_channel(core))
 
 
 @client_command("topic", most=1)
@@ -18344,10 +18215,10 @@ def do_history(core: ClientCore, *words: str) -> None:
     if numbered:
         count = number_up_to(HISTORY_LINES_MOST, words[-1], "messages")
     name = words[0] if len(words) > bool(numbered) else asked_room(core).name
-    if not (core.ready and core.talk.pages):
+    if not (core.ready and core.server.pages):
         why = "this server keeps no history" if core.ready else "not connected"
         raise Refused("NO_HISTORY", f"{why}; /lastlog looks in your own")
-    core.talk.history.ask(HistoryRequest(name, "asked", 0), "LATEST", name, "*", str(count))
+    core.talk.history.ask(HistoryRequest(name, "asked"), "LATEST", name, "*", str(count))
 
 
 def kept_messages(core: ClientCore, where: str, words: str) -> list[ViewEvent]:
@@ -18473,7 +18344,6 @@ def do_mode(core: ClientCore, words: str = "") -> None:
     else:
         where, _, rest = words.partition(" ")  # a user
     core.talk.command("MODE", where, *rest.split())
-    core.talk.answers.expect("MODE")
 
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
@@ -18512,7 +18382,6 @@ def command_that_is_sent(
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
-        core.talk.answers.expect(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
     client_command(verb, least, len(parts), exact=secret)(pass_on)
@@ -18767,9 +18636,7 @@ def do_raw(core: ClientCore, line: str = "") -> None:
     if not line:
         rows = (f"{'>' if ours else '<'} {text}" for _, ours, text in core.traffic)
         return core.show(ViewEvent(PAGE, "\n".join(rows), "lines of the protocol"))
-    verb, *params = line.split()
     core.online().raw(line)
-    core.talk.answers.expect(verb.upper(), *params)
 
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
@@ -18865,7 +18732,7 @@ CREATE TABLE IF NOT EXISTS reactions (
 CREATE TABLE IF NOT EXISTS transfers ( -- files on their way
     owner INTEGER NOT NULL,
     id TEXT NOT NULL,
-    state TEXT NOT NULL,            -- JSON, see Transfer.kept()
+    state TEXT NOT NULL,            -- JSON, see Transfer.KEPT
     PRIMARY KEY (owner, id)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS ignored (
@@ -19230,7 +19097,8 @@ class ClientStore(Writer):
         query = "SELECT DISTINCT room FROM messages WHERE owner = ?"
         keys = [key for (key,) in self.db.execute(query, [self.owner])]
         for key in filter(AMBIGUOUS_KEY.search, keys):
-            name = names.get(key) or self._last_place(key)
+            views = [] if key in names else self.page(key, 1)
+            name = names.get(key) or (views[0].where if views else key)
             name = name if before(name) == key else key  # the conversation was renamed
             query = "SELECT DISTINCT place FROM messages WHERE owner = ? AND room = ?"
             for (place,) in self.db.execute(query, [self.owner, key]).fetchall():
@@ -19246,11 +19114,6 @@ class ClientStore(Writer):
                 self.write(change, fold(name), self.owner, key)
                 self.forget_room(key)
         self.flush()
-
-    def _last_place(self, key: str) -> str:
-        """Return the name that a conversation had when its last message came."""
-        views = self.page(key, 1)
-        return views[0].where if views else key
 
     def index(self) -> None:
         """Index a slice of the messages that are not indexed yet."""
@@ -19356,7 +19219,7 @@ class ClientStore(Writer):
     # Transfers, conversations, ignored users, facts, settings
 
     def keep_transfer(self, transfer: Transfer) -> None:
-        state = json.dumps(transfer.kept())
+        state = json.dumps({name: getattr(transfer, name) for name in Transfer.KEPT})
         self.write("REPLACE INTO transfers VALUES (?, ?, ?)", self.owner, transfer.id, state)
         self.flush()
 
@@ -22537,15 +22400,12 @@ class Link:
         if self.core.stored.show_older(room):
             self.show(self.core.take_views())
             return False
-        if room.whole or not (self.core.ready and talk.pages):
+        if room.whole or not (self.core.ready and self.core.server.pages):
             return False
-        under_way = any(
-            (one.where, one.how) == (room.name, "older") for one in talk.history.requests
-        )
-        if not under_way:
+        under_way = ((one.where, one.how) for one in talk.history.requests)
+        if (room.name, "older") not in under_way:
             talk.history.ask_page(room, "older")
-            self.core.flush()
-            self._carry_on([])
+            self.poke()
         return True
 
     def leave(self, at_once: bool = False, reason: str = "") -> None:
@@ -22596,9 +22456,8 @@ class Link:
             return self._connected()
         self._enter(SECURING)
         self.conn.encrypt(TlsFilter(context, self.target.host))
-        self.timer = self.loop.call_later(
-            CONNECT_SECONDS, lambda: self.conn.drop("no answer in TLS")
-        )
+        drop = functools.partial(self.conn.drop, "no answer in TLS")
+        self.timer = self.loop.call_later(CONNECT_SECONDS, drop)
 
     def secured(self) -> None:
         self.timer.cancel()
@@ -22609,9 +22468,9 @@ class Link:
             notes = (f"{text}. Its SHA-256 is", fingerprint, advice)
             self.show([ViewEvent(NOTE, note) for note in notes])
         elif verdict == UNTRUSTED:
-            return self._fail(f"{text}; --pin {fingerprint} if you know that it is the right one")
+            return self._end(f"{text}; --pin {fingerprint} if you know that it is the right one")
         elif verdict == WRONG_PIN:
-            return self._fail(text)
+            return self._end(text)
         elif text:
             self.show([ViewEvent(NOTE, text)])
         return self.conn.drop(verdict) if verdict else self._connected()
@@ -22680,8 +22539,7 @@ class Link:
 
     def _send_more(self) -> None:
         self.pace = None
-        self.core.flush()
-        self._carry_on([])
+        self.poke()
 
     def _stand(self) -> None:
         """Handle a step of an established session: reset the back-off on progress, remember the
@@ -22836,13 +22694,8 @@ class Link:
         TEMPORARY: _come_back,
     }
 
-    def _fail(self, reason: str) -> None:
-        """End the link for good."""
-        self._end(reason)
-        if self.conn:
-            self.conn.drop(reason)
-
     def _end(self, reason: str) -> None:
+        """End the link for good."""
         if not self.ended:
             self.phase = ENDED
             self.known.flush()
@@ -22851,6 +22704,8 @@ class Link:
             if self.race:
                 self.race.cancel()
             self.over(reason)
+            if self.conn:
+                self.conn.drop(reason)
 
 
 # ======================================================================================
@@ -23004,13 +22859,10 @@ class ResponseReader(HttpReader):
         first, *lines = [line.decode("latin-1").removesuffix("\r") for line in head.split(b"\n")]
         status = re.fullmatch(r"HTTP/1\.\d ([1-5]\d\d)(?: .*)?", first)
         headers: dict[str, list[str]] = {}
-        for line in lines:
-            name, colon, value = line.partition(":")
-            if not colon:
-                raise BadRequest(400, "this is no HTTP")
-            headers.setdefault(name.strip().lower(), []).append(value.strip())
-        if status is None:
+        if status is None or not all(":" in line for line in lines):
             raise BadRequest(400, "this is no HTTP")
+        for name, _, value in (line.partition(":") for line in lines):
+            headers.setdefault(name.strip().lower(), []).append(value.strip())
         if status[1] == "100":
             return self._head()
         self._expect_body(int(status[1]), headers)
@@ -23301,7 +23153,8 @@ class Transfers:
 
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
-        self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
+        # By id, mostly of a transfer; None: not yet connected
+        self.calls: dict[str, WebCall | None] = {}
         self.dropped: list[Transfer] = []  # uploads that the server is to remove
         self.core.transfers.start, self.core.transfers.end = self.start, self.end
         link.transfers = self
@@ -23392,18 +23245,18 @@ class Transfers:
     def base(self) -> Url:
         return Url(self.link.target, "/")
 
-    def _call(self, one: Transfer, request: CallRequest, follows: bool = True) -> None:
-        """Connect to the server of a request, and send the request. A download follows one redirect
-        to the same path: another node of the cluster has the file."""
+    def _call(self, id: str, request: CallRequest, follows: bool = True) -> None:
+        """Connect to the server of a request, and send the request, which is one of `calls`. A
+        download follows one redirect to the same path: another node of the cluster has the file."""
         url, link = request.url, self.link
 
         def done(response: Response | None, text: str) -> None:
             moved = follows and request.method == "GET" and response and response.status == 307
-            if moved and one.id in self.calls:
+            if moved and id in self.calls:
                 with contextlib.suppress(ChatError):
                     there = parse_url(response.header("location"), url)
                     if there.path == url.path:
-                        return self._call(one, request._replace(url=there), follows=False)
+                        return self._call(id, request._replace(url=there), follows=False)
             return request.done(response, text)
 
         here = url.server[:2] == link.target[:2] and link.conn
@@ -23420,11 +23273,11 @@ class Transfers:
         def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
             if sock is None:
                 return done(None, reason)
-            if one.id not in self.calls:
+            if id not in self.calls:
                 return sock.close()
             tls = TlsFilter(context, url.server.host) if context else None
             call = request._replace(done=done)
-            self.calls[one.id] = WebCall(link.helpers, sock, tls, call, trust)
+            self.calls[id] = WebCall(link.helpers, sock, tls, call, trust)
 
         link.helpers.submit(self, functools.partial(resolve_server, target, trust), found)
 
@@ -23460,7 +23313,7 @@ class Transfers:
             else:
                 self.refused(one, response, text)
 
-        self._call(one, request._replace(done=answered))
+        self._call(one.id, request._replace(done=answered))
 
     def _create(self, one: Transfer, token: str) -> None:
         name = base64.b64encode(one.name.encode()).decode()
@@ -23531,10 +23384,10 @@ class Transfers:
         self.wake()
 
     def _remove(self, one: Transfer, token: str) -> None:
-        call = Transfer(f"removed {one.id}", True, "", "")
+        id = f"removed {one.id}"
 
         def done(response: Response | None, text: str) -> None:
-            self.calls.pop(call.id, None)
+            self.calls.pop(id, None)
             if is_temporary(response):
                 self._back_off(one)
                 self.dropped.append(one)
@@ -23542,8 +23395,8 @@ class Transfers:
         headers = self._headers(token, Content_Length=0)
         with contextlib.suppress(Unusable):  # the server gave no address
             request = CallRequest("DELETE", self._own_url(one), headers, done)
-            self.calls[call.id] = None
-            self._call(call, request)
+            self.calls[id] = None
+            self._call(id, request)
 
     # Down
 
@@ -23555,7 +23408,7 @@ class Transfers:
         headers = {"Range": f"bytes={at}-", "If-Range": one.etag} if at and one.etag else {}
         down = Download(self, one, part, at)
         request = CallRequest("GET", self._own_url(one), headers, down.done)
-        self._call(one, request._replace(piece=down.take, began=down.began))
+        self._call(one.id, request._replace(piece=down.take, began=down.began))
 
     def saved(self, one: Transfer, part: pathlib.Path) -> None:
         path = pathlib.Path(one.path)
@@ -23570,22 +23423,22 @@ class Transfers:
     def fetch(self, path: str, most: int, then: Callable[[bytes, str], None]) -> None:
         """Call then(content, "") of a file of this server with at most so many bytes, or
         then(b"", why it cannot be fetched)."""
-        one, pieces = Transfer(f"fetched {secrets.token_hex(8)}", False, "", ""), []
+        id, pieces = f"fetched {secrets.token_hex(8)}", []
 
         def piece(data: bytes) -> None:
             pieces.append(data)
             if sum(map(len, pieces)) > most:
-                self.calls[one.id].drop("it is longer than was said")
+                self.calls[id].drop("it is longer than was said")
 
         def done(response: Response | None, text: str) -> None:
-            self.calls.pop(one.id, None)
+            self.calls.pop(id, None)
             if response is not None and response.status == 200:
                 return then(b"".join(pieces), "")
             return then(b"", reason_given(response, text))
 
-        self.calls[one.id] = None
+        self.calls[id] = None
         url = self.base._replace(path=path)
-        self._call(one, CallRequest("GET", url, {}, done, piece=piece))
+        self._call(id, CallRequest("GET", url, {}, done, piece=piece))
 
     # Results
 
@@ -23729,10 +23582,8 @@ class KeyDecoder:
 
     def flush(self, now: float = 0.0) -> list[Key]:
         """Return the keys that are left when no more bytes come: the rest was no sequence."""
-        if self.pasted is not None:
-            return []  # slow, but its end is still to come
         if self.is_long:
-            return []  # the answer of a terminal, likewise
+            return []  # slow, but its end is still to come
         text, self.rest = self.rest, ""
         if text.startswith(STRING_BEGINS) and len(text) > 2 and not STRING_ANSWER.match(text):
             self.rest = text[1:]  # ESC, and then what was typed quickly
@@ -23762,7 +23613,7 @@ class KeyDecoder:
             self.rest = ""
             return []
         self.rest = PASTE_ENDS
-        return [key for key in [self._paste()] if key]
+        return [self._paste()]
 
     def _next(self) -> Key | None:
         """Take one key off `rest`, with an empty name if it has no meaning; None if incomplete."""
@@ -23809,11 +23660,6 @@ def is_inner_jamo(c: str) -> bool:
     return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
 
 
-def is_emoji(c: str) -> bool:
-    """Return whether `c` is an emoji newer than Python's tables, which have it unassigned."""
-    return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
-
-
 def cluster_width(cluster: str) -> int:
     first = cluster[0]
     if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
@@ -23823,7 +23669,9 @@ def cluster_width(cluster: str) -> int:
     marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
     if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
         return marks
-    return marks + (2 if unicodedata.east_asian_width(first) in "WF" or is_emoji(first) else 1)
+    # An emoji that is newer than Python's tables is unassigned in them
+    new = "\U0001f300" <= first <= "\U0001faff" and unicodedata.category(first) == "Cn"
+    return marks + (2 if new or unicodedata.east_asian_width(first) in "WF" else 1)
 
 
 def continues_cluster(cluster: str, c: str) -> bool:
@@ -23957,16 +23805,14 @@ class LineEditor:
         text = self.text.rstrip("\n")  # a pasted line brings its newline along
         if text.strip() and not is_secret(text):
             self.remember(text)
-        self.recalled = 0
-        self.set("")
-        self.undone.clear()  # it may have been a password
+        self.take()
         return text
 
     def take(self) -> str:
         """Empty the line and return what was being typed, not a line recalled over it."""
         text = self.draft if self.recalled else self.text
         self.recalled, self.draft, self.sought, self.offers = 0, "", None, []
-        self.undone.clear()
+        self.undone.clear()  # it may have been a password
         self.set("")
         return text
 
@@ -23983,29 +23829,31 @@ class LineEditor:
 
     # Moving
 
-    def _move(self, unit: Callable[[str], str]) -> None:
-        """Move the cursor over what `unit` returns of the text before it, or after it."""
+    def _cut(self, unit: Callable[[str], str]) -> str:
+        """Remove and return what `unit` returns of the text before the cursor, or after it."""
         if unit in BACKWARDS:
             part = unit(self.before)
-            self.before, self.after = self.before.removesuffix(part), part + self.after
-        else:
-            part = unit(self.after)
-            self.before, self.after = self.before + part, self.after.removeprefix(part)
-
-    def _erase(self, unit: Callable[[str], str], kill: bool = True) -> None:
-        """Erase what `unit` returns of the text before the cursor, or after it; `kill` keeps it
-        for yank."""
-        text = self.before if unit in BACKWARDS else self.after
-        part = unit(text)
-        if unit in BACKWARDS:
             self.before = self.before.removesuffix(part)
         else:
+            part = unit(self.after)
             self.after = self.after.removeprefix(part)
-        self.killed = part if kill else self.killed
+        return part
+
+    def _move(self, unit: Callable[[str], str]) -> None:
+        """Move the cursor over a part of the text."""
+        part = self._cut(unit)
+        if unit in BACKWARDS:
+            self.after = part + self.after
+        else:
+            self.before += part
+
+    def _kill(self, unit: Callable[[str], str]) -> None:
+        """Erase a part of the text, and keep it for yank."""
+        self.killed = self._cut(unit)
 
     def _delete_or_leave(self) -> None:
         self.left = not self.text
-        self._erase(first_cluster, kill=False)
+        self._cut(first_cluster)
 
     # Earlier lines
 
@@ -24058,13 +23906,13 @@ class LineEditor:
         "end": lambda self: self._move(all_after),
         "word-left": lambda self: self._move(last_word),
         "word-right": lambda self: self._move(first_word),
-        "backspace": lambda self: self._erase(last_cluster, kill=False),
-        "delete": lambda self: self._erase(first_cluster, kill=False),
+        "backspace": lambda self: self._cut(last_cluster),
+        "delete": lambda self: self._cut(first_cluster),
         "delete-or-leave": _delete_or_leave,
-        "erase-word": lambda self: self._erase(last_word),
-        "delete-word": lambda self: self._erase(first_word),
-        "erase-to-start": lambda self: self._erase(all_before),
-        "erase-to-end": lambda self: self._erase(all_after),
+        "erase-word": lambda self: self._kill(last_word),
+        "delete-word": lambda self: self._kill(first_word),
+        "erase-to-start": lambda self: self._kill(all_before),
+        "erase-to-end": lambda self: self._kill(all_after),
         "yank": lambda self: self.insert(self.killed),
         "newline": lambda self: self.insert("\n"),
         "up": lambda self: self._recall(self.recalled + 1),
@@ -24438,9 +24286,8 @@ class Painter:
         shown.reverse()
         rest, _ = fitting(clusters(visible(after[: room * 8])), room - used)
         column = text_width(prompt) + used
-        return f"\r\x1b[K{prompt}{''.join(shown)}{''.join(rest)}\r" + (
-            f"\x1b[{column}C" if column else ""
-        )
+        to_column = f"\x1b[{column}C" if column else ""
+        return f"\r\x1b[K{prompt}{''.join(shown)}{''.join(rest)}\r{to_column}"
 
     def erase(self) -> str:
         """Return the text that clears the two rows at the bottom, from the typed line upwards."""
@@ -24473,7 +24320,7 @@ class ScrollbackView:
     A user who reads back sees a page instead: the last view on the page is number `end`, and `cut`
     rows of that view are below the page."""
 
-    def __init__(self, room: Room, look: Look, height: int, now: float = 0.0):
+    def __init__(self, room: Room, look: Look, height: int):
         self.room, self.look, self.height = room, look._replace(here=room.name), height
         self.shown = 0
         self.back = False  # a page is read
@@ -24481,7 +24328,7 @@ class ScrollbackView:
         self.at_top = False  # nothing older is here ...
         self.owed = 0  # ... but the user wanted to go up by so many rows
         self.mark: int | None = None  # the number of the first view that is new to the user
-        self.budget = Budget(LINES_AT_ONCE, LINES_A_SECOND, now)
+        self.budget = Budget(LINES_AT_ONCE, LINES_A_SECOND, 0.0)
 
     @property
     def total(self) -> int:
@@ -24922,14 +24769,14 @@ class RawTerminal:
     # Bracketed paste; then colours, wrapping and cursor as they were.
     ON, OFF = "\x1b[?2004h", "\x1b[?2004l\x1b[0m\x1b[?7h\x1b[?25h"
 
-    def __init__(self, keys: int = 0, screen: int = 1):
+    def __init__(self) -> None:
         try:
             import termios
         except ImportError:
             raise Unusable("this needs a Unix terminal; gui_client.py does not") from None
         self.termios = termios
-        self.keys, self.screen = keys, screen
-        self.before = termios.tcgetattr(keys)
+        self.keys, self.screen = 0, 1
+        self.before = termios.tcgetattr(self.keys)
         self.raw = False
 
     def enter(self) -> None:
@@ -25039,10 +24886,12 @@ class Client:
     def __init__(self, options: ClientOptions):
         self.loop, self.options, self.reason = Loop(), options, ""
         self.db = open_client_file(options.state, options.config)
-        self.core, self.link = self.dial(options, self.show, self.over)
+        self.core, self.link = self.dial(options)
+        self.link.show, self.link.over = self.show, self.over
 
-    def dial(self, options: ClientOptions, show: Callable, over: Callable) -> tuple:
-        """Return the core and the link for one server. The link is not started yet."""
+    def dial(self, options: ClientOptions) -> tuple[ClientCore, Link]:
+        """Return the core and the link for one server. The link is not started yet, and has to be
+        told where to show its views, and what to call at its end."""
         db, target, state, login = self.db, options.target, options.state, options.login
         with file_errors(state and state / "client.db"), patience_with(db):
             known = KnownServers(db)
@@ -25071,8 +24920,8 @@ class Client:
             core.me.plain_allowed = "PLAIN" in options.mechanisms
         core.me.generated = bool(made) and login is None
         core.me.keep = functools.partial(known.keep_login, target, options.name) if state else None
-        trust, patience = options.trust, self.patience
-        link = Link(self.loop, target, core, show, over, trust, known, patience, self.asks)
+        settings = (options.trust, known, self.patience, self.asks)
+        link = Link(self.loop, target, core, do_nothing, do_nothing, *settings)
         if self.asks:
             Transfers(link, pathlib.Path.cwd())
         return core, link
@@ -25113,9 +24962,9 @@ class Client:
 class Seat:
     """One server of a client that talks to several: its core, its link, and its screen."""
 
-    core: ClientCore
-    link: Link
-    screen: Any = None
+    def __init__(self, core: ClientCore, link: Link):
+        self.core, self.link = core, link
+        self.screen: Any = None
 
 
 class ManyServers(Client):
@@ -25130,11 +24979,7 @@ class ManyServers(Client):
         self.seats: list[Seat] = []
         self.cores: list[ClientCore] = []  # of all servers that there were
         self.quitting = False  # all of them
-        self.seat = Seat()
-        self.seat.core, self.seat.link = self.core, self.link
-        self._take_seat(self.seat)
-        self.link.show = functools.partial(self.show_of, self.seat)
-        self.link.over = functools.partial(self.seat_over, self.seat)
+        self.seat = self._take_seat(self.core, self.link)
 
     # For the subclass
 
@@ -25155,13 +25000,17 @@ class ManyServers(Client):
 
     # Servers
 
-    def _take_seat(self, seat: Seat) -> None:
+    def _take_seat(self, core: ClientCore, link: Link) -> Seat:
+        seat = Seat(core, link)
+        link.show = functools.partial(self.show_of, seat)
+        link.over = functools.partial(self.seat_over, seat)
         self.seats.append(seat)
         self.cores.append(seat.core)
         seat.core.settings = self.core.settings  # one set for all servers
         seat.core.is_writing = functools.partial(self.is_writing, seat)
         seat.screen = self.screen_for(seat)
         self.seats_changed()
+        return seat
 
     def open_others(self) -> None:
         """Connect to the other servers that were open last time."""
@@ -25197,11 +25046,8 @@ class ManyServers(Client):
 
     def add(self, options: ClientOptions) -> Seat:
         """Connect to one more server, and stay if that fails. Raises Unusable."""
-        seat = Seat()
-        show, over = (functools.partial(act, seat) for act in (self.show_of, self.seat_over))
-        seat.core, seat.link = self.dial(options, show, over)
+        seat = self._take_seat(*self.dial(options))
         seat.link.stays = True
-        self._take_seat(seat)
         seat.link.start()
         self.keep_servers()
         return seat
@@ -25264,9 +25110,8 @@ def filter_lines(view: ViewEvent) -> list[str]:
     view = view._replace(text=view.text.replace("\x01", ""), line=view.line.replace("\x01", ""))
     if view.line:
         return [view.line]
-    where = "" if view.where == LOBBY else f"[{view.where}] "
+    where = "" if view.where in ("", LOBBY) else f"[{view.where}] "
     if view.kind == NOTICE and not view.mine:
-        where = where if view.where else ""
         return [f"{where}-{view.name}- {line}" for line in view.text.split("\n")]
     if view.kind == FOUND or (view.kind == MESSAGE and (view.past or not view.mine)):
         before = where if is_channel(view.where) else "(private) "
@@ -25482,10 +25327,7 @@ class TerminalClient(ManyServers):
 
     def rooms_besides(self, here: Seat) -> list[tuple[str, Room]]:
         """Return the conversations on all other servers, each with its server."""
-        others = [seat for seat in self.seats if seat is not here]
-        return [
-            (str(seat.link.target), room) for seat in others for room in seat.core.rooms.values()
-        ]
+        return [(str(seat.link.target), room) for seat, room in self.places() if seat is not here]
 
     def look_at(self, seat: Seat) -> None:
         before = self.display
@@ -25529,14 +25371,14 @@ class TerminalClient(ManyServers):
         if self.escape:
             self.escape.cancel()
         self.press(self.decoder.feed(data, self.loop.now))
-        if self.decoder.is_long:
-            self.escape = self.loop.call_later(
-                PASTE_SECONDS, lambda: self.press(self.decoder.end_paste())
-            )
-        elif self.decoder.rest.startswith("\x1b"):
-            self.escape = self.loop.call_later(
-                ESCAPE_SECONDS, lambda: self.press(self.decoder.flush(self.loop.now))
-            )
+        if self.decoder.is_long or self.decoder.rest.startswith("\x1b"):
+            seconds = PASTE_SECONDS if self.decoder.is_long else ESCAPE_SECONDS
+            self.escape = self.loop.call_later(seconds, self.end_keys)
+
+    def end_keys(self) -> None:
+        """Take the keys that are left when no more bytes come."""
+        decoder = self.decoder
+        self.press(decoder.end_paste() if decoder.is_long else decoder.flush(self.loop.now))
 
     def press(self, keys: list[Key]) -> None:
         self.cleared = -math.inf
@@ -25649,9 +25491,8 @@ class TerminalClient(ManyServers):
             return places[number - 1]
         here = [place for place in places if place[0].core is self.core]
         for seat, room in [*here, *places]:
-            if seat.core.fold(room.name or str(seat.link.target)) in map(
-                seat.core.fold, (name, f"#{name}")
-            ):
+            keys = map(seat.core.fold, (name, f"#{name}"))
+            if seat.core.fold(room.name or str(seat.link.target)) in keys:
                 return seat, room
         return None
 
@@ -25675,9 +25516,6 @@ class TerminalClient(ManyServers):
 
     # Reading back
 
-    def page_up(self) -> None:
-        self.up(self.display.reader.height - 1)
-
     def up(self, rows: int) -> None:
         """Scroll up, and ask for older messages before the user reaches the oldest ones here."""
         reader = self.display.reader
@@ -25697,7 +25535,7 @@ class TerminalClient(ManyServers):
 
     KEYS = {
         "redraw": redraw,
-        "page-up": page_up,
+        "page-up": lambda self: self.up(self.display.reader.height - 1),
         "page-down": lambda self: self.display.reader.down(self.display.reader.height - 1),
         "room-unread": go_unread,
         "room-next": go_next,

@@ -17286,8 +17286,11 @@ def test_a_live_line_that_a_page_holds_too_is_shown_once_without_ids():
 def test_a_message_about_chathistory_is_no_request_for_history(line, dated):
     alice = Elsewhere(caps=PAGES_OF)
     talk = alice.core.talk
-    talk.history.requests[0] = talk.history.requests[0]._replace(at=chat.UNSENT)
-    talk.history.note_time(line)
+    talk.history.requests[0].at = chat.UNSENT
+    talk.own_lines.clear()
+    talk.send(line)
+    talk.budget = chat.Budget(*chat.NO_PACE, 0.0)
+    talk.pump()
     assert (talk.history.requests[0].at != chat.UNSENT) == dated
 
 
@@ -18490,7 +18493,7 @@ def test_of_two_clients_of_one_user_one_keeps_what_has_no_id(folder):
     for client in (one, other):
         client.loop, client.options, client.reason = chat.Loop(), options, ""
         client.db = chat.open_client_file(folder)
-        client.core, client.link = client.dial(options, bool, bool)
+        client.core, client.link = client.dial(options)
         client.loop.close()
     assert (one.core.store.sole, other.core.store.sole) == (True, False)
 
@@ -18509,7 +18512,7 @@ def test_a_new_password_is_kept_on_disk_only_in_place_of_one_that_the_client_mad
     known = chat.KnownServers(client.db)
     if made:
         known.keep_login(target, "alice", chat.Login("alice", "made"))
-    core, _ = client.dial(options, bool, bool)
+    core, _ = client.dial(options)
     core.me.proposed = chat.Login("alice", "new")
     core.me.confirm_proposed()
     assert (known.login(target, "alice") == chat.Login("alice", "new")) == kept
@@ -18564,7 +18567,7 @@ def test_a_damaged_file_of_messages_is_one_clear_line(folder):
         with contextlib.suppress(chat.Unusable):  # and nothing else
             client.db = chat.open_client_file(folder)
             with contextlib.closing(client.db):
-                core, link = client.dial(options, bool, bool)
+                core, link = client.dial(options)
                 core.outbox.rows.close()
         client.loop.close()
         assert folder / "client.lock" not in chat.LOCK_FILES
@@ -26831,6 +26834,16 @@ def test_a_broken_line_is_shown_at_once_and_not_when_something_else_happens(monk
     server.stop()
 
 
+def test_a_link_that_is_left_before_the_client_is_let_in_hangs_up():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        alice = Linked(chat.Target(*listening.getsockname(), kind=chat.IRC))
+        alice.until(lambda: alice.link.conn)
+        alice.link.leave(at_once=True)
+        alice.until(lambda: alice.link.conn is None)
+        assert alice.ended == [""]
+        alice.close()
+
+
 def test_a_certificate_that_no_authority_signed_is_asked_about_once_and_its_change_is_loud(
     running, certificate, folder
 ):
@@ -27286,13 +27299,13 @@ class InMemory(chat.Transfers):
         link.helpers = types.SimpleNamespace(submit=run)
         super().__init__(link, folder)
 
-    def _call(self, one, request, follows=True):
+    def _call(self, id, request, follows=True):
         started = request.headers.get("Range", request.headers.get("Upload-Offset", ""))
         self.asked.append(f"{request.method} {started}".strip())
         self.last = request
         dropped = []
         call = types.SimpleNamespace(drop=dropped.append, update=chat.do_nothing, holds=False)
-        self.calls[one.id] = call
+        self.calls[id] = call
         if self.answers:
             status, headers, body = self.answers.pop(0)
             response = chat.Response(status, {name.lower(): [x] for name, x in headers.items()})
