@@ -14340,6 +14340,22 @@ def test_a_websocket_is_closed_with_a_code_behind_the_last_answer(running, frame
     assert told[-1][0] == 0x88 and told[-1][1][:2] == code.to_bytes(2, "big")
 
 
+def test_a_server_that_stops_does_not_wait_for_connections_that_are_kept_for_later(
+    running, monkeypatch
+):
+    monkeypatch.setattr(chat, "STOP_SECONDS", 10 * PATIENCE)
+    server = running()
+    silent, idle = server.guest(), server.guest()
+    idle.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"ok\n"):
+        answer += idle.sock.recv(65536)
+    server.loop.call_soon_threadsafe(server.server.stop)  # they keep their ends open
+    server.thread.join(PATIENCE)
+    assert not server.thread.is_alive()
+    assert [one.rest() for one in (silent, idle)] == [b"", b""]
+
+
 def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
     monkeypatch.setattr(chat, "WEB_HEAD_SECONDS", 0.2)
     monkeypatch.setattr(chat, "WEB_IDLE_SECONDS", 0.2)
