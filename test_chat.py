@@ -14344,6 +14344,7 @@ def test_a_server_that_stops_does_not_wait_for_connections_that_are_kept_for_lat
     running, monkeypatch
 ):
     monkeypatch.setattr(chat, "STOP_SECONDS", 10 * PATIENCE)
+    monkeypatch.setattr(chat, "LINGER_SECONDS", 10 * PATIENCE)
     server = running()
     silent, idle = server.guest(), server.guest()
     idle.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
