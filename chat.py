@@ -20334,6 +20334,14 @@ class Peer(Connection):
         """True while an answer is under way: the next request waits for that."""
         return self.held or self.session.has_more or self.unsent > 0
 
+    @property
+    def is_spare(self) -> bool:
+        """True if nothing is under way: so a browser keeps a few for its next requests, and does
+        not end them when the server ends its side."""
+        if self.inbox is None:
+            return not self.greeted
+        return self.web and not (self.answers or self.busy or self.inbox.in_body)
+
     def was_stalled(self) -> bool:
         """Return whether nothing is under way, or nothing was sent in the last few looks."""
         if self.held or self.waits_for_budget:
@@ -21724,6 +21732,8 @@ class Server:
         for peer in self.peers if self.cluster is None else ():
             if peer.session:  # the users stay: no other user is told
                 peer.session.user = None
+        for peer in [peer for peer in self.peers if peer.is_spare]:
+            peer.drop("the server is going down")
         self.drop_clients("the server is going down")
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if self.cluster:

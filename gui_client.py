@@ -2737,11 +2737,6 @@ class Look:
         """Return a text of one line as it is drawn. Labels begin at the left."""
         return self.drawable(self.ordered(text, base))
 
-    @property
-    def em(self) -> int:
-        """The height of a line: the unit of all distances."""
-        return self.font.metrics("linespace")
-
     def part(self, share: float) -> int:
         """Return a distance, as a share of the height of a line."""
         return max(1, round(share * self.em))
@@ -2774,6 +2769,7 @@ class Look:
         self.italic.configure(slant="italic")
         self.fixed.configure(size=max(SMALLEST, round(self.size * 0.9)))
         self.tiny.configure(size=1)
+        self.em = self.font.metrics("linespace")  # the height of a line, for all distances
 
     # Styles
 

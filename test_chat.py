@@ -115,32 +115,47 @@ class SeveralProcesses:
     """A plugin of pytest: copies of this process run most of the tests.
 
     Many tests wait for programs that they start: three processes keep two cores busy. Each takes
-    the index of its next test from a pipe; the copies leave their reports in a file. The last test
-    begins when the copies have ended."""
+    the index of its next test from a pipe; the copies leave their reports in a file. Only the
+    copies start a browser: its tests are the first ones, and have a pipe of their own. The last
+    test begins when the copies have ended."""
 
     NAME = "several processes"
-    COPIES = 2 if SCREEN == "without" else 1  # a browser has processes of its own
+    COPIES = 2
+    FEWEST = 100  # tests that are worth it
 
     def __init__(self):
         self.copies = []  # their process ids
         self.is_copy = False
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config, items):
+        """Leave out the tests that belong to another run; begin with those of a browser."""
+        browser, wanted, others = [], [], []
+        for item in items:
+            names = {"display", "chromium"} & set(item.fixturenames)
+            if SCREEN and bool(names) != (SCREEN == "only"):
+                others.append(item)
+            else:
+                (browser if "chromium" in names else wanted).append(item)
+        self.browser = len(browser)
+        items[:] = browser + wanted
+        config.hook.pytest_deselected(items=others)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
         """Make the copies if there are many tests."""
         option, self.items = session.config.option, session.items
         alone = option.collectonly or option.usepdb or "PYTEST_XDIST_WORKER" in os.environ
-        if alone or session.testsfailed or len(self.items) < 1000 or os.cpu_count() == 1:
+        if alone or session.testsfailed or len(self.items) < self.FEWEST or os.cpu_count() == 1:
             session.config.pluginmanager.unregister(self)
             return
         self.session, self.config = session, session.config
         self.index, self.mine = -1, -1  # of the test that pytest is at, and of the next to run
         self.missing = len(self.items)  # tests that have no result yet
         self.reports, self.logged = tempfile.TemporaryFile(), 0  # noqa: SIM115
-        reader, writer = os.pipe()
-        os.write(writer, b"".join(n.to_bytes(4, "big") for n in range(len(self.items) - 1)))
-        os.close(writer)
-        self.indices = open(reader, "rb", buffering=0)  # noqa: SIM115
+        others = range(self.browser, len(self.items) - 1)
+        self.pipes = [self._pipe(range(self.browser)), self._pipe(others)]
+        self.indices = self.pipes[1:]
         if terminal := self.config.pluginmanager.get_plugin("terminalreporter"):
             terminal.flush()
         while len(self.copies) < self.COPIES and not self.is_copy:
@@ -149,8 +164,21 @@ class SeveralProcesses:
             else:
                 self._become_copy()
 
+    @staticmethod
+    def _pipe(numbers):
+        """Return the end of a pipe from which processes take these numbers."""
+        reader, writer = os.pipe()
+        os.write(writer, b"".join(n.to_bytes(4, "big") for n in numbers))
+        os.close(writer)
+        return open(reader, "rb", buffering=0)
+
+    def _next(self):
+        """Return the next number from the first pipe that has one; if none has, a larger one."""
+        found = next(filter(None, (pipe.read(4) for pipe in self.indices)), b"")
+        return int.from_bytes(found, "big") if found else len(self.items)
+
     def _become_copy(self):
-        self.is_copy = True
+        self.is_copy, self.indices = True, self.pipes
         plugins = self.config.pluginmanager
         for name in ("terminalreporter", "lfplugin", "nfplugin", "stepwiseplugin"):
             if plugins.has_plugin(name):
@@ -168,8 +196,7 @@ class SeveralProcesses:
         if self.index == len(self.items) - 1:
             return self._end() if self.is_copy else self._wait()
         if self.mine < self.index:
-            index = self.indices.read(4)
-            self.mine = int.from_bytes(index, "big") if index else len(self.items)
+            self.mine = self._next()
         return None if self.mine == self.index else True
 
     def pytest_runtest_logreport(self, report):
@@ -212,16 +239,14 @@ class SeveralProcesses:
 
     def pytest_sessionfinish(self):
         if self.copies and not self.is_copy:  # the run ends early: so do the copies
-            self.indices.read()
+            for pipe in self.pipes:
+                pipe.read()
             for process in self.copies:
                 os.waitpid(process, 0)
 
 
 def pytest_generate_tests(metafunc):
-    """Skip the tests that belong to another process of this run."""
-    drawn = bool({"display", "chromium"} & set(metafunc.fixturenames))
-    if SCREEN and drawn != (SCREEN == "only"):
-        pytest.mark.skip("CHAT_SCREEN")(metafunc.function)
+    """Have the plugin that divides the tests, before they are all collected."""
     plugins = metafunc.config.pluginmanager
     if not plugins.has_plugin(SeveralProcesses.NAME):
         plugins.register(SeveralProcesses(), SeveralProcesses.NAME)
@@ -14314,6 +14339,23 @@ def test_a_websocket_is_closed_with_a_code_behind_the_last_answer(running, frame
     told = frames_of(data.partition(b"\r\n\r\n")[2])
     assert b":last" in told[0][1] and [opcode for opcode, _ in told].count(0x88) == 1
     assert told[-1][0] == 0x88 and told[-1][1][:2] == code.to_bytes(2, "big")
+
+
+def test_a_server_that_stops_does_not_wait_for_connections_that_are_kept_for_later(
+    running, monkeypatch
+):
+    monkeypatch.setattr(chat, "STOP_SECONDS", 10 * PATIENCE)
+    monkeypatch.setattr(chat, "LINGER_SECONDS", 10 * PATIENCE)
+    server = running()
+    silent, idle = server.guest(), server.guest()
+    idle.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"ok\n"):
+        answer += idle.sock.recv(65536)
+    server.loop.call_soon_threadsafe(server.server.stop)  # they keep their ends open
+    server.thread.join(PATIENCE)
+    assert not server.thread.is_alive()
+    assert [one.rest() for one in (silent, idle)] == [b"", b""]
 
 
 def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
@@ -28496,8 +28538,6 @@ def test_members_are_in_order_of_rank_and_say_whether_they_are_there():
 @pytest.fixture(scope="session")
 def display():
     """A virtual screen for all the tests that need one."""
-    if SCREEN == "without":
-        pytest.skip("CHAT_SCREEN")
     if not shutil.which("Xvfb"):
         assert "CHAT_NEEDS_DISPLAY" not in os.environ, "Xvfb is not installed"
         pytest.skip("Xvfb is not installed")
@@ -28541,10 +28581,10 @@ def window(display, quick):
 
 def pump(window, condition):
     """Let Tk work until the condition holds."""
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + 3 * PATIENCE
     while not condition():
         assert time.monotonic() < until, transcript(window)
-        timer = window.root.after(5, chat.do_nothing)  # something to look again after
+        timer = window.root.tk.call("after", 5, "")  # something to look again after
         window.root.tk.dooneevent(0)
         window.root.tk.call("after", "cancel", timer)
 
@@ -31003,6 +31043,9 @@ CHROMIUM_FLAGS = (
     *("--disable-background-networking", "--disable-background-timer-throttling"),
     *("--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows"),
     "--ignore-certificate-errors",
+    # A tab has one process, in which its next page is shown
+    "--disable-features=SpareRendererForSitePerProcess,ProactivelySwapBrowsingInstance,"
+    "BackForwardCache",
 )
 
 
@@ -31015,7 +31058,9 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Chromium:
-    """A browser process; one for all tests of a run, each with a context of its own."""
+    """A browser process, for all tests that a process runs. They share its tabs: to open one takes
+    longer than to show a page. What is kept of a page belongs to its server, and each test has one
+    of its own."""
 
     def __init__(self):
         self.profile = tempfile.mkdtemp(prefix="chat-browser-")
@@ -31029,6 +31074,8 @@ class Chromium:
             os.close(end)
         self.ids, self.data = itertools.count(1), b""
         self.results, self.events = {}, []
+        self.contexts = {}  # of users: what is kept of one is not there for another
+        self.blank = collections.defaultdict(list)  # user -> tabs that no test uses
 
     def ask(self, method, session=None, **params):
         """Return the result of a command."""
@@ -31049,6 +31096,20 @@ class Chromium:
         assert "error" not in answer, (method, answer)
         return answer["result"]
 
+    def take_tab(self, user):
+        """Return the id of a blank tab of this user, and that of a session with it."""
+        if self.blank[user]:
+            return self.blank[user].pop()
+        if user not in self.contexts:
+            made = self.ask("Target.createBrowserContext")
+            self.contexts[user] = made["browserContextId"]
+        where = {"url": "about:blank", "browserContextId": self.contexts[user]}
+        tab = self.ask("Target.createTarget", **where)["targetId"]
+        session = self.ask("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
+            self.ask(f"{domain}.enable", session)
+        return tab, session
+
     def close(self):
         with contextlib.suppress(OSError):
             self.ask("Browser.close")
@@ -31068,24 +31129,36 @@ HASTY = """
 """
 
 
+# Whether a condition holds within half a second: to look in the page is cheaper than to ask it
+LOOK = """(holds) => new Promise((done) => {
+  let rest = 50, found = false;
+  const look = () => {
+    try {
+      found = Boolean(holds());
+    } catch {} // the page is being loaded
+    if (found || !rest--) done(found);
+    else setTimeout(look, 10);
+  };
+  look();
+})"""
+
+
 class Tab:
     """A tab with the page of a server, as large as a phone unless told otherwise. `before` is a
     script that runs before those of the page."""
 
-    def __init__(self, browser, context, url, width=360, height=640, dark=False, before=""):
-        self.browser, self.context, self.url = browser, context, url
-        made = browser.ask("Target.createTarget", url="about:blank", browserContextId=context)
-        self.target = made["targetId"]
-        attached = browser.ask("Target.attachToTarget", targetId=self.target, flatten=True)
-        self.session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
-            self.ask(f"{domain}.enable")
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 720}
-        self.ask("Emulation.setDeviceMetricsOverride", **size)
-        self.ask("Emulation.setTouchEmulationEnabled", enabled=width < 720)
+    def __init__(self, browser, user, url, known, width=360, height=640, dark=False, before=""):
+        self.browser, self.user, self.url = browser, user, url
+        self.target, self.session = browser.take_tab(user)
+        phone = {"deviceScaleFactor": 1, "mobile": width < 720}
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.ask("Page.bringToFront")
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, **phone)
+        self.ask("Emulation.setTouchEmulationEnabled", enabled=width < 720)
         self.ask("Emulation.setEmulatedMedia", features=[theme])
-        self.ask("Page.addScriptToEvaluateOnNewDocument", source=before)
+        if not known:  # its port may have been that of another test's server
+            self.ask("Storage.clearDataForOrigin", origin=url, storageTypes="all")
+        self.script = self.ask("Page.addScriptToEvaluateOnNewDocument", source=before)
         self.go(url)
 
     def ask(self, method, **params):
@@ -31107,10 +31180,9 @@ class Tab:
         """Wait until a condition holds."""
         end = time.monotonic() + patience
         while time.monotonic() < end:
-            with contextlib.suppress(RuntimeError, AssertionError):  # the page is being loaded
-                if self.js(f"Boolean({condition})"):
+            with contextlib.suppress(RuntimeError, AssertionError):  # another page is loaded
+                if self.js(f"({LOOK})(() => {condition})"):
                     return
-            time.sleep(0.02)
         raise AssertionError(
             f"not so: {condition}; on the page: {self.text()[-300:]}; {self.js(PAGE_STATE)}"
         )
@@ -31165,11 +31237,13 @@ class Tab:
         return self
 
     def say(self, *texts):
+        focus, sent = "document.querySelector('#text').focus()", "field.value === ''"
+        self.js(focus)
         for text in texts:
-            self.js("document.querySelector('#text').focus()")
             self.ask("Input.insertText", text=text)
-            self.js("document.querySelector('#send').click()")
-            self.until("document.querySelector('#text').value === ''")
+            click = f"document.querySelector('#send').click(); {focus}"
+            if not self.js(f"{click}; ({LOOK})(() => {sent})"):
+                self.until(sent)
 
     def rows(self):
         """The texts of the messages that are shown: those that have arrived."""
@@ -31191,12 +31265,18 @@ class Tab:
 
     def close(self):
         self.browser.ask("Target.closeTarget", targetId=self.target)
+        self.target = ""
+
+    def leave(self):
+        """Leave the page, and the tab to other tests."""
+        if self.target:
+            self.ask("Page.removeScriptToEvaluateOnNewDocument", **self.script)
+            self.ask("Page.navigate", url="about:blank")
+            self.browser.blank[self.user].append((self.target, self.session))
 
 
 @pytest.fixture(scope="session")
 def chromium():
-    if SCREEN == "without":
-        pytest.skip("CHAT_SCREEN")
     if not CHROMIUM:
         assert not os.environ.get("CHAT_NEEDS_BROWSER"), "no Chromium is installed"
         pytest.skip("no Chromium is installed")
@@ -31208,19 +31288,19 @@ def chromium():
 @pytest.fixture
 def browse(chromium):
     """Open tabs. Those of one user share what the browser keeps; another user has another one."""
-    contexts, tabs = {}, []
+    tabs = []
+    chromium.events.clear()
 
     def open(address, user="", **options):
-        if user not in contexts:
-            contexts[user] = chromium.ask("Target.createBrowserContext")["browserContextId"]
         url = address if isinstance(address, str) else "http://{}:{}/".format(*address)
-        tabs.append(Tab(chromium, contexts[user], url, **options))
+        known = any((tab.user, tab.url) == (user, url) for tab in tabs)
+        tabs.append(Tab(chromium, user, url, known, **options))
         return tabs[-1]
 
     yield open
     faults = [fault for tab in tabs for fault in tab.faults()]
-    for context in contexts.values():
-        chromium.ask("Target.disposeBrowserContext", browserContextId=context)
+    for tab in tabs:
+        tab.leave()
     assert faults == []
 
 
@@ -31437,14 +31517,9 @@ def test_of_two_tabs_on_plain_http_one_has_the_connection(running, browse):
     """There are no Web Locks: the browser takes an address as insecure if it is not loopback, so
     the test takes them away."""
     server = with_page(running)
-    first = browse("about:blank")
     hide = "Object.defineProperty(navigator, 'locks', { value: undefined })"
-    first.ask("Page.addScriptToEvaluateOnNewDocument", source=hide)
-    first.go("http://{}:{}/".format(*server.address))
-    first.enter("anna")
-    second = browse("about:blank")
-    second.ask("Page.addScriptToEvaluateOnNewDocument", source=hide)
-    second.go("http://{}:{}/".format(*server.address))
+    first = browse(server.address, before=hide).enter("anna")
+    second = browse(server.address, before=hide)
     second.until("attached && state.phase === 'online'")
     assert not second.js("Boolean(leader)")
     second.say("through the first")
@@ -31759,6 +31834,7 @@ def test_the_page_works_over_tls_where_it_can_be_installed(running, browse, cert
 def test_an_empty_file_is_refused_and_nothing_waits_for_it(running, browse, tmp_path):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
+    tab.until("!room('#lobby').behind")  # the first page of the past takes the place of notes
     (tmp_path / "empty.txt").write_bytes(b"")
     tab.choose(tmp_path / "empty.txt")
     tab.wait_for("empty.txt is empty")
@@ -31884,6 +31960,7 @@ def test_the_server_removes_what_has_come_of_a_cancelled_file(running, browse, f
     tab.press("Send")
     tab.until("seen.includes('PATCH')")
     assert len(server.server.hub.files) == 1
+    tab.until("document.querySelector('#waiting button')")
     tab.js("[...document.querySelectorAll('#waiting button')].pop().click()")
     tab.until("seen.includes('DELETE')")
     tab.say("nothing but this")
