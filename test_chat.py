@@ -4945,6 +4945,178 @@ def test_what_could_not_be_kept_is_not_said_to_be(folder):
     house.store.close()
 
 
+RANKED = ["", *reversed(chat.RANKS)]
+
+
+@pytest.mark.parametrize("mine", RANKED)
+def test_a_member_with_a_rank_kicks_those_with_no_higher_one(mine):
+    house = House()
+    house.enter_irc("alice", "bob", "carol")
+    ask(house, "alice", "JOIN #a")
+    for theirs in RANKED:
+        for name in ("bob", "carol"):
+            ask(house, name, "JOIN #a")
+        members = house.hub.channels["#a"].members
+        for name, ranks in (("bob", mine), ("carol", theirs)):
+            members[house.hub.users[name]].ranks = ranks
+        lines = ask(house, "bob", "KICK #a carol")
+        may = mine not in ("", "v") and RANKED.index(theirs) <= RANKED.index(mine)
+        kicked = may and (mine, theirs) != ("h", "h")
+        assert refused(lines, "482") is not kicked, theirs
+        assert (len(members) == 2) is kicked
+
+
+MAY_REDACT = {  # who asks for it, and whether the message of carol in #a goes
+    "v": False,
+    "h": True,
+    "operator": True,
+    "operator outside": False,
+    "outside": False,
+    "later founding": False,
+}
+
+
+@pytest.mark.parametrize("who, may", MAY_REDACT.items())
+def test_a_message_of_another_user_is_redacted_by_half_operators_and_operators(who, may):
+    house = House()
+    come(house, "alice", "bob", "carol")
+    for name in ("alice", "carol", *["bob"] * ("outside" not in who)):
+        ask(house, name, "JOIN #a")
+    id, _ = send(house, "carol", "#a", "hello")
+    if who in chat.RANKS:
+        ask(house, "alice", f"MODE #a +{who} bob")
+    elif "operator" in who:
+        ask(house, "bob", "OPER boss secret")
+    elif who == "later founding":
+        house.hub.channels["#a"].founding += 1
+        ask(house, "alice", "MODE #a +o bob")
+    lines = ask(house, "bob", f"REDACT #a {id}")
+    assert refused(lines, "REDACT_FORBIDDEN", "UNKNOWN_MSGID", "INVALID_TARGET") is not may
+    assert ("hello" in texts(house.store, "#a")) is not may
+
+
+WRONG_NOW = [  # an act, its values, the refusal: they were right when the line was checked
+    ("log_in", ("alice", "of before", False), "SASL_FAILED"),
+    ("log_in", ("nobody", "of before", False), "SASL_FAILED"),
+    ("change_password", ("alice", "of before", tuple(BOSS)), "SASL_FAILED"),
+    ("change_password", ("zoe", "of before", tuple(BOSS)), "SASL_FAILED"),
+    ("drop_account", ("alice", "of before"), "SASL_FAILED"),
+    ("drop_account", ("zoe", "of before"), "SASL_FAILED"),
+    ("verify_account", ("alice", tuple(BOSS), ""), "INVALID_CODE"),
+    ("set_metadata", ("alice", "another", "x"), "LIMIT_REACHED"),
+    ("set_metadata", ("#a", "another", "x"), "LIMIT_REACHED"),
+    ("ban_from_server", (f"{'x' * chat.MASK_BYTES}@h", 0, "x"), "BAD_MASK"),
+    ("ban_from_server", ("two words", 0, "x"), "BAD_MASK"),
+]
+
+
+@pytest.mark.parametrize("name, values, code", WRONG_NOW)
+def test_an_act_refuses_what_is_no_longer_right(monkeypatch, name, values, code):
+    monkeypatch.setattr(chat, "METADATA_KEYS", 1)
+    house = House()
+    account(house, "alice")
+    device(house, "alice", "alice")
+    ask(house, "alice", "OPER boss secret", "JOIN #a", "METADATA * SET k x", "METADATA #a SET k x")
+    before = picture_of(house.hub)
+    with pytest.raises(chat.Refused) as refusal:
+        house.hub.perform(name, house.guests["alice"].id, *values)
+    assert refusal.value.code == code
+    assert not house.hub.turn.records and picture_of(house.hub) == before
+
+
+@pytest.mark.parametrize("target", ["alice", "#a"])
+def test_of_as_much_metadata_as_there_may_be_each_value_can_be_changed(monkeypatch, target):
+    monkeypatch.setattr(chat, "METADATA_KEYS", 1)
+    house = House()
+    house.enter_irc("alice")
+    ask(house, "alice", "JOIN #a")
+    owner = house.hub.users["alice"] if target == "alice" else house.hub.channels["#a"]
+    for value in ("one", "two", ""):
+        house.hub.perform("set_metadata", house.guests["alice"].id, target, "k", value)
+        assert owner.metadata == ({"k": value} if value else {})
+
+
+NOTHING_TO_DO = [  # an act on what is no longer there, and its values
+    ("remove_file", ("0" * 32,)),
+    ("resize_file", ("0" * 32, 5)),
+    ("finish_file", ("0" * 32, "sha", 1, "text/plain", 0, 0)),
+    ("grace_period_over", ("~gone", 0)),
+    ("found_cluster", ("other", "ab", "name", 1, 1, "")),
+]
+
+
+@pytest.mark.parametrize("name, values", NOTHING_TO_DO)
+def test_an_act_on_what_has_gone_changes_nothing(name, values):
+    house = House()
+    house.enter_irc("alice")
+    house.hub.cluster = "one"
+    before = picture_of(house.hub)
+    house.hub.perform(name, house.guests["alice"].id, *values)
+    assert not house.hub.turn.records and not house.hub.turn.events
+    assert house.hub.files == {} and house.hub.files.unwanted == []
+    assert picture_of(house.hub) == before and house.hub.cluster == "one"
+
+
+def test_bans_whose_time_is_over_go_with_the_next_ban():
+    house = House()
+    house.enter_irc("boss")
+    ask(house, "boss", "OPER boss secret", "KLINE 1 x@10.0.0.1 :x", "KLINE 2 x@10.0.0.2 :x")
+    house.hub.begin(house.now + 60)
+    act = ("ban_from_server", house.guests["boss"].id, "x@10.0.0.3", 0, "x")
+    house.hub.perform(*act)
+    assert list(house.hub.bans) == ["x@10.0.0.2", "x@10.0.0.3"]
+
+
+# A quit of one of several devices: its secret is worth nothing, those of the others still are.
+def test_a_device_that_quits_cannot_resume_the_user():
+    house = House()
+    account(house, "alice")
+    for label, secret in (("one", SECRET), ("two", SECRET[::-1])):
+        come_again(house, label, "alice", secret, account="alice")
+    user = house.hub.users["alice"]
+    assert len(user.tokens) == 2
+    ask(house, "one", "QUIT")
+    assert list(user.tokens) == [house.guests["two"].token] == list(house.hub.users_by_token)
+    rows = dict(house.store.rows("stays"))
+    assert rows[user.resume_id] == chat.to_json(user.state())
+
+
+def test_a_guest_who_comes_back_logged_in_has_the_account():
+    house = House()
+    account(house, "zoe")
+    come_again(house, "alice", "alice")
+    house.guests["alice"].conn.close()
+    house.turn()
+    come_again(house, "again", "alice", account="zoe")
+    assert [(user.name, user.account) for user in house.hub.users.values()] == [("alice", "zoe")]
+
+
+# METADATA before registration: as much of it as there is room for.
+def test_a_device_that_joins_its_user_brings_metadata_up_to_the_limit(monkeypatch):
+    monkeypatch.setattr(chat, "METADATA_KEYS", 2)
+    house = House()
+    come_again(house, "one", "alice")
+    ask(house, "one", "METADATA * SET a 1")
+    house.connect_irc("two")
+    sets = [f"METADATA * SET {key} 2" for key in "bac"][:2]
+    house.say("two", ECHOES, "CAP REQ :draft/metadata-2", f"SESSION {SECRET}", *sets)
+    house.guests["two"].metadata["c"] = "2"
+    house.say("two", "NICK alice", "USER u 0 * :R", "CAP END")
+    house.turn()
+    assert house.hub.users["alice"].metadata == {"a": "2", "b": "2"}
+
+
+# /login takes the account's name from a guest, who gets another one.
+def test_the_owner_of_a_name_gets_it_from_a_guest():
+    house = House()
+    come(house, "zoe")
+    house.enter("bob")
+    make_account(house, "zoe")
+    ask(house, "bob", "/login zoe secret")
+    assert house.guests["bob"].user.name == "zoe"
+    assert house.guests["zoe"].user.name not in ("zoe", "bob")
+
+
 # ======================================================================================
 # PASSWORDS
 # ======================================================================================
