@@ -22319,6 +22319,273 @@ def test_each_message_on_a_foreign_server_with_history_is_shown_once_in_order(na
         assert not faults, "\n".join((f"CHAT_SEED={SEED}, life {n}", *abroad.log, *faults))
 
 
+def with_bob(*lines):
+    """Return alice, in #a with bob and carol, who has also heard from bob in private."""
+    alice = Elsewhere("CHANTYPES=#", "PREFIX=(ov)@+", "MONITOR=9", caps="message-tags echo-message")
+    alice.types("/join #a").hears(":alice!u@h JOIN #a", "353 alice = #a :alice @bob +carol")
+    alice.hears("366 alice #a :End", ":bob!u@h PRIVMSG alice :psst", *lines)
+    alice.types("/go #a").sent()
+    alice.views.clear()
+    return alice
+
+
+SHOWN_OF_A_LINE = """
+    301 alice bob :at lunch -> bob: bob is away: at lunch
+    311 alice bob ~u h.example * :Bob B -> : bob is ~u@h.example: Bob B
+    312 alice bob irc.example :the server -> : bob uses irc.example
+    313 alice bob :is an operator -> : bob is an operator
+    317 alice bob 12 1700000000 :idle -> : bob has said nothing for 12 s
+    319 alice bob :@#a #b -> : bob is in @#a #b
+    330 alice bob bobby :is logged in as -> : bob is logged in as bobby
+    338 alice bob 192.0.2.7 :from -> : bob comes from 192.0.2.7
+    671 alice bob :uses TLS -> : bob uses TLS
+    367 alice #a x!*@* bob!u@h 1700000000 -> #a: banned: x!*@* by bob on 2023-11-14 22:13 UTC
+    367 alice #a x!*@* bob -> #a: banned: x!*@* by bob
+    348 alice #a x!*@* bob!u@h 17 -> #a: excepted: x!*@* by bob
+    346 alice #a x!*@* -> #a: invited: x!*@*
+    322 alice #b 5 :about b -> : #b  5  about b
+    322 alice #b 5 -> : #b  5
+    341 alice bob #a -> #a: bob is invited to #a
+    341 alice #a bob -> #a: bob is invited to #a
+    332 alice #a :news -> #a: the topic of #a: news
+    331 alice #a :No topic -> #a: #a has no topic
+    332 alice #other :news -> : the topic of #other: news
+    305 alice :you are back -> : you are back
+    306 alice :you are away -> : you are away
+    731 alice :bob!u@h -> bob: bob is not here
+    731 alice :carol ->
+    734 alice 100 x,y :Monitor list is full -> : 100 x,y Monitor list is full
+    263 alice LIST :try again -> : LIST try again
+    416 alice WHO :too many -> : WHO: too many
+    303 alice :bob ->
+    396 alice h.example :is your host ->
+    421 alice FOO :Unknown command -> : FOO: Unknown command
+    432 alice x! :bad nick -> : x!: bad nick
+    433 alice x :in use -> : x: in use
+    437 alice #a :unavailable -> #a: #a: unavailable
+    442 alice #a :not on channel -> #a: #a: not on channel
+    404 alice #a :cannot send -> #a: #a: cannot send
+    401 alice bob :no such nick -> bob: bob: no such nick
+    464 alice :wrong password -> : wrong password
+    465 alice :banned -> : banned
+    900 alice alice!u@h acc :you are logged in -> : you are logged in
+    903 alice :done -> : done
+    904 alice :failed -> : failed
+    907 alice :already -> : already
+    REGISTER SUCCESS alice :done -> : done
+    VERIFY SUCCESS alice :done -> : done
+    NOTE * CODE :a note -> : a note
+    WARN JOIN CODE #a :a warning -> : a warning
+    NOTE SESSION RESUMED :you have your place again ->
+    FAIL NICK BAD x :not so -> : not so
+    FAIL TOPIC BAD #a :not so -> #a: not so
+    NOTICE alice :hello -> : hello
+    NOTICE #a :hello -> #a: hello
+    PRIVMSG alice :hello -> : hello
+    :NickServ!n@s NOTICE alice :hello -> : NickServ: hello
+    :bob!u@h TOPIC #a :news -> #a: bob set the topic of #a: news
+    :bob!u@h TOPIC #a : -> #a: bob removed the topic of #a
+    :bob!u@h TOPIC #x :news ->
+    :bob!u@h RENAME #a #b :x -> #b: bob renamed #a to #b
+    :bob!u@h RENAME #x #y :x ->
+    :bob!u@h KICK #a carol :out -> #a: bob kicked carol from #a: out
+    :bob!u@h KICK #a carol -> #a: bob kicked carol from #a
+    :bob!u@h KICK #a alice :go -> #a: bob kicked alice from #a: go
+    :bob!u@h KICK #x alice :go ->
+    :bob!u@h NICK rob -> #a: bob is now called rob
+    :bob!u@h QUIT -> bob: bob has left
+    :carol!u@h QUIT :bye -> #a: bye
+    :carol!u@h PART #a :bye -> #a: bye
+    :carol!u@h PART #x :bye ->
+    :bob!u@h INVITE alice #z -> : bob invites you to #z; /join #z
+    :bob!u@h REDACT #a 123 -> #a: bob took back a message
+    :bob!u@h REDACT alice 123 -> bob: bob took back a message
+    :bob!u@h REDACT #x 123 ->
+    :bob!u@h AWAY :lunch -> bob: bob is away: lunch
+    :bob!u@h AWAY -> bob: bob is back
+    :dora!u@h AWAY :lunch ->
+    :bob!u@h MODE #a +o carol -> #a: bob set +o carol in #a
+    :bob!u@h MODE #x +k word ->
+    :alice!u@h NICK al -> : you are al
+"""
+
+
+@pytest.mark.parametrize("row", SHOWN_OF_A_LINE.strip().split("\n"))
+def test_what_a_server_tells_is_shown_where_it_belongs_with_all_its_words(row):
+    line, shown = row.strip().removesuffix("->").split(" -> ") if "-> " in row else (row, "")
+    alice = with_bob().hears(line.strip().removesuffix(" ->"))
+    assert [f"{view.where}: {view.text}" for view in alice.views if view.text] == [shown] * bool(shown)
+
+
+CHANGED_BY_A_LINE = {  # lines before, the line, and all that it changes in a conversation
+    ("", "332 alice #a :news"): {"#a topic": "news"},
+    (":bob!u@h TOPIC #a :old", "331 alice #a :No topic"): {"#a topic": ""},
+    (":bob!u@h TOPIC #a :old", ":bob!u@h TOPIC #a :news"): {"#a topic": "news"},
+    (":bob!u@h TOPIC #a :old", ":bob!u@h TOPIC #a :"): {"#a topic": ""},
+    ("", ":bob!u@h KICK #a carol :out"): {"#a people": {"alice": "", "bob": "@"}},
+    (":bob!u@h MODE #a +k word", ":bob!u@h KICK #a alice :out"): {
+        **{"#a people": {}, "#a inside": False, "#a wanted": False},
+    },
+    ("", ":bob!u@h NICK rob"): {"#a people": {"alice": "", "carol": "+", "rob": "@"}},
+    ("", ":bob!u@h QUIT"): {"#a people": {"alice": "", "carol": "+"}, "bob gone": True},
+    ("", ":carol!u@h PART #a"): {"#a people": {"alice": "", "bob": "@"}},
+    ("", ":dora!u@h JOIN #a"): {
+        "#a people": {"alice": "", "bob": "@", "carol": "+", "dora": ""},
+    },
+    ("", ":bob!u@h MODE #a +o carol"): {"#a people": {"alice": "", "bob": "@", "carol": "@+"}},
+    ("", ":bob!u@h MODE #a -o bob"): {"#a people": {"alice": "", "bob": "", "carol": "+"}},
+    ("", ":bob!u@h MODE #a +k word"): {"#a password": "word"},
+    (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a -k word"): {"#a password": ""},
+    (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a -k *"): {},
+    ("731 alice :bob", "730 alice :bob!u@h"): {"bob gone": False},
+    ("", "731 alice :bob"): {"bob gone": True},
+    ("", "MARKREAD #a timestamp=2025-01-01T00:00:00.000Z"): {"#a read_time": 1735689600000},
+}
+OF_A_ROOM = ("topic", "people", "inside", "wanted", "entered", "gone", "password", "read_time")
+
+
+@pytest.mark.parametrize("before, line", CHANGED_BY_A_LINE)
+def test_what_a_server_tells_changes_that_in_a_conversation_and_nothing_else(before, line):
+    alice = with_bob(*filter(None, [before]))
+
+    def state():
+        rooms = [alice.core.rooms[name] for name in ("#lobby", "#a", "bob") if name in alice.core.rooms]
+        return {
+            f"{room.name} {name}": getattr(room, name) for room in rooms for name in OF_A_ROOM
+        }
+
+    known = {key: dict(one) if isinstance(one, dict) else one for key, one in state().items()}
+    alice.hears(line)
+    changed = {key: one for key, one in state().items() if one != known.get(key, one)}
+    assert changed == CHANGED_BY_A_LINE[before, line]
+
+
+SHOWN_IN_VAIN = [  # what is typed, and the beginning of the note that it is not done
+    ("/help nosuch", "no help about nosuch; commands: /help; topics: files, talk, "),
+    ("/go 9", "9 is no number of a conversation: 1 to 3"),
+    ("/go nosuch", "nosuch is not open; /query nosuch opens it"),
+    ("/unignore x", "x is not ignored; /ignore lists the ignored users"),
+    ("/register", "this server registers no accounts in this way"),
+    ("/connect x", "only the terminal client talks to several servers"),
+    ("/disconnect", "only the terminal client talks to several servers; /quit leaves"),
+    ("/retry", "there is nothing that could not be sent"),
+    ("/reply", "usage: /reply [-N] TEXT"),
+    ("/react", "usage: /react [-N] EMOJI"),
+    ("/send x", "only clients with a screen send files"),
+    ("/save 1", "there are no files here"),
+    ("/redact", "this server takes no redact"),
+]
+
+
+@pytest.mark.parametrize("text, note", SHOWN_IN_VAIN)
+def test_a_command_that_cannot_be_done_is_given_back_with_the_reason(text, note):
+    alice = with_bob().types(text)
+    assert [(view.kind, view.text[: len(note)]) for view in alice.views] == [
+        ("back", text),
+        ("note", note),
+    ]
+    assert alice.sent() == []
+
+
+@pytest.mark.parametrize("text", ["/ban x", "/names", "/op x", "/invite bob"])
+def test_a_command_for_a_channel_says_so_in_a_private_conversation(text):
+    alice = with_bob().types("/go bob")
+    alice.views.clear()
+    alice.types(text)
+    assert alice.kinds("note") == ["bob is no channel"] and alice.sent() == []
+
+
+@pytest.mark.parametrize("number, where", [("1", "#lobby"), ("2", "#a"), ("3", "bob"), ("a", "#a")])
+def test_conversations_have_the_numbers_in_which_they_were_opened(number, where):
+    alice = with_bob().types("/go #lobby", f"/go {number}")
+    assert alice.core.room.name == where
+
+
+SENT_FOR_A_LINE = [  # a line of the server, and the lines that are sent for it
+    ("CAP * NAK :batch labeled-response", ["CAP REQ batch", "CAP REQ labeled-response"]),
+    ("CAP * NAK :batch", []),
+    ("CAP * NEW :batch nosuch", ["CAP REQ batch"]),
+    (":bob!u@h MODE #a -o bob", ["NAMES #a"]),
+    (":bob!u@h MODE #a +o bob", []),
+    (":bob!u@h NICK rob", ["MONITOR - bob", "MONITOR + rob"]),
+    ("PING x", ["PONG x"]),
+]
+
+
+@pytest.mark.parametrize("line, sent", SENT_FOR_A_LINE)
+def test_a_line_of_the_server_is_answered(line, sent):
+    assert with_bob().hears(line).sent() == sent
+
+
+@pytest.mark.parametrize("subcommand, words", [("ACK", "-echo-message"), ("DEL", "echo-message")])
+def test_a_capability_that_the_server_takes_back_is_not_relied_on(subcommand, words):
+    alice = with_bob()
+    assert "echo-message" in alice.core.server.enabled
+    alice.hears(f"CAP * {subcommand} :{words}")
+    assert alice.core.server.enabled == {"message-tags"}
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_after_a_break_the_user_is_away_again_unless_the_server_said_otherwise(back):
+    alice = with_bob().types("/away lunch").hears("306 alice :away")
+    if back:
+        alice.hears("305 alice :back")
+    alice.views += alice.core.disconnected()
+    alice.views += alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd-1 a b", "422 alice :No MOTD")
+    assert ("AWAY lunch" in alice.sent()) is not back
+
+
+ENDS_OF_A_CONNECTION = [  # a line of the server, the reason that is kept, and what it means
+    ("FAIL SESSION ACCOUNT_REQUIRED :log in first", "log in first", "TEMPORARY"),
+    ("FAIL SESSION REPLACED :x", "another client of yours has taken this place", "FATAL"),
+    (":alice!u@h QUIT :x", "the server says that we have quit", "TEMPORARY"),
+    ("ERROR :Closing link", "Closing link", "TEMPORARY"),
+    ("ERROR :you are banned", "you are banned", "NEEDS_USER"),
+]
+
+
+@pytest.mark.parametrize("line, reason, cause", ENDS_OF_A_CONNECTION)
+def test_what_ends_a_connection_is_kept_with_what_it_means(line, reason, cause):
+    core = with_bob().hears(line).core
+    assert (core.refusal, core.cause) == (reason, getattr(chat, cause))
+
+
+def test_a_client_without_a_channel_joins_that_of_all_users_on_a_chat_py():
+    alice = Elsewhere(join=())
+    alice.core.rooms.clear()
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x chat.py-1 a b")
+    assert "JOIN #lobby" in alice.sent() and alice.core.room.name == "#lobby"
+
+
+@pytest.mark.parametrize(
+    "given, mask",
+    [
+        ("bob", "bob!*@*"),
+        ("u@h.example", "*!u@h.example"),
+        ("h.example", "*!*@h.example"),
+        ("user/bob", "*!*@user/bob"),
+        ("a!b@c", "a!b@c"),
+    ],
+)
+def test_a_part_of_a_mask_stands_for_all_that_have_it(given, mask):
+    assert chat.source_mask(given) == mask
+
+
+# Another user may take a name while messages for its former owner wait.
+def test_messages_for_a_name_wait_for_the_user_when_its_owner_takes_that_of_another_conversation():
+    alice = with_bob(":carol!u@h PRIVMSG alice :hi")
+    alice.types("/msg bob one").sent()
+    for n in range(50):
+        alice.types(f"/msg bob {n}")
+    alice.hears(":bob!u@h NICK carol")
+    failed = [view.text for view in alice.views if view.kind == "failed"]
+    assert failed and all("bob is now called carol" in text for text in failed)
+    assert alice.core.outbox.parked.keys() < alice.core.outbox.waiting.keys()
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
