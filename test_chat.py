@@ -6701,6 +6701,116 @@ def test_trouble_with_the_log_ends_the_connection_or_a_node_that_can_never_work(
     assert ended == ([(ends, str(error))] if ends else [])
 
 
+CONTROL_LINES = [  # what a server of NATS sends, and what is sent for it
+    (b"PING\r\n", [b"PONG\r\n"]),
+    (b"+OK\r\n", []),
+    (b"+OK\r\nPING\r\nPING\r\n", [b"PONG\r\n"] * 2),
+    (b'INFO {"max_payload": 2000000, "tls_required": true}\r\n', []),
+]
+
+
+@pytest.mark.parametrize("data, sent", CONTROL_LINES)
+def test_a_line_of_nats_that_is_no_message_is_answered(data, sent):
+    dialogue = chat.NatsDialogue("n1")
+    assert dialogue.feed(data) == [] and dialogue.out == sent
+    assert dialogue.wants_tls is (b"tls" in data)
+
+
+def test_a_dialogue_introduces_itself_once():
+    dialogue = chat.NatsDialogue("n1")
+    for count in (1, 1):
+        dialogue.feed(b'INFO {"max_payload": 2000000}\r\n')
+        assert b"".join(dialogue.out).count(b"CONNECT ") == count
+
+
+NOT_OF_NATS = [
+    *(b"HELLO\r\n", b"MSG a\r\n", b"MSG a 1\r\nx\r\n", b"MSG a 1 x\r\n", b"MSG a 1 -1\r\n", b"MSG\r\n"),
+    *(b"HMSG a 1 5\r\n12345\r\n", b"HMSG a 1 x 5\r\n12345\r\n", b"INFO {\r\n", b"INFO 5\r\n"),
+    b'INFO {"max_payload": []}\r\n',
+]
+
+
+@pytest.mark.parametrize("data", NOT_OF_NATS)
+def test_what_no_server_of_nats_sends_ends_the_dialogue(data):
+    with pytest.raises(chat.NatsFailed, match=re.escape(chat.NOT_NATS)):
+        chat.NatsDialogue("n1").feed(data)
+
+
+def log_that_reads():
+    """Return a log of a node that has applied nothing, its dialogue and its last request."""
+    dialogue = chat.NatsDialogue("n1")
+    log = chat.NatsLog(dialogue, "chat", 2, 0)
+    log._consume()
+    last_request(dialogue)(answer_of(b"{}"))
+    dialogue.out.clear()
+    return log, dialogue
+
+
+def answer_of(data, status="", **headers):
+    return chat.NatsMessage("x", "", "", status, headers, data)
+
+
+def last_request(dialogue):
+    """Return what takes the answer to the last request."""
+    return dialogue.requests.pop([*dialogue.requests][-1])
+
+
+ANSWERS_OF_JETSTREAM = [  # status and data of an answer, and the reason why nothing is appended
+    ("", b'{"seq": 7}', "", 7),
+    ("", b'{"error": {"description": "no room"}}', "no room", 0),
+    ("503", b"", "JetStream does not answer", 0),
+    ("", b"no", "JetStream gives an answer that is no JSON", 0),
+    ("", b"[]", "JetStream gives an answer that is no JSON", 0),
+    ("", b'{"seq": []}', "JetStream gives an answer that is no JSON", 0),
+]
+
+
+@pytest.mark.parametrize("status, data, why, sequence", ANSWERS_OF_JETSTREAM)
+def test_an_entry_is_appended_or_the_reason_is_told(status, data, why, sequence):
+    (log, dialogue), told = log_that_reads(), []
+    log.append(b"entry", "id", lambda *answer: told.append(answer))
+    last_request(dialogue)(answer_of(data, status))
+    assert told == [(why, sequence)]
+
+
+@pytest.mark.parametrize("data", [b"no", b"5", b""])
+def test_an_answer_to_a_request_that_is_no_json_fails(data):
+    log, dialogue = log_that_reads()
+    log.open(1.0)
+    with pytest.raises(chat.NatsFailed, match="no JSON"):
+        last_request(dialogue)(answer_of(data))
+
+
+CONTROLS = [  # reply and headers of a message of control, and the first words that are sent for it
+    ("fc.1", {}, "PUB fc.1 0\r\n"),
+    ("", {"Nats-Consumer-Stalled": "fc.2"}, "PUB fc.2 0\r\n"),
+    ("fc.1", {"Nats-Consumer-Stalled": "fc.2"}, "PUB fc.1 0\r\n"),
+    ("", {}, ""),
+    ("", {"Nats-Last-Consumer": "0"}, ""),
+    ("", {"Nats-Last-Consumer": "1"}, "UNSUB "),
+    ("", {"Nats-Last-Consumer": "x"}, ""),
+]
+
+
+@pytest.mark.parametrize("reply, headers, first", CONTROLS)
+def test_flow_control_is_answered_and_a_gap_makes_the_node_read_again(reply, headers, first):
+    log, dialogue = log_that_reads()
+    log.now = 5.0
+    message = chat.NatsMessage("x", log.subscription, reply, "100", headers, b"")
+    assert log.take(message) is None and log.heard == 5.0
+    sent = b"".join(dialogue.out).decode()
+    assert sent.startswith(first) and bool(sent) is bool(first)
+    assert ("CONSUMER.CREATE" in sent) is (first == "UNSUB ")
+
+
+def test_an_entry_for_an_earlier_consumer_is_left_out():
+    log, dialogue = log_that_reads()
+    log.now = 5.0
+    message = chat.NatsMessage("chat.log", "none of ours", "$JS.ACK.chat.n1.1.1.1.1.0", "", {}, b"")
+    assert log.take(message) is None and (log.heard, dialogue.out) == (0.0, [])
+    assert log.take(message._replace(subscription=log.subscription)).sequence == 1
+
+
 # ======================================================================================
 # CLUSTER
 # ======================================================================================
@@ -7501,6 +7611,40 @@ def test_a_client_that_goes_while_its_acts_are_under_way_leaves_nothing_behind(f
     for house in nodes.values():
         assert not house.hub.users and not house.hub.watchers
         assert not [session for session in house.hub.sessions.values() if session.id]
+
+
+@pytest.mark.parametrize("run", some(range(4)))
+def test_a_snapshot_has_all_of_a_hub(seeded, run):
+    house = House()
+    live_at_random(seeded, house, 300)
+    house.enter_irc("boss")
+    ask(house, "boss", "JOIN #z", "MODE #z +b x!*@*", "MODE #z +k key")
+    copy = chat.Hub(0, house.hub.ids, house.hub.name)
+    chat.load_snapshot(chat.save_hub(house.hub), copy)
+    assert picture_of(copy) == picture_of(house.hub)
+    for name in chat.SAVED:
+        assert picture(getattr(copy, name)) == picture(getattr(house.hub, name)), name
+    assert copy.channels["#z"].lists["b"] and copy.channels["#z"].password.fits("key")
+
+
+ACTS_OF_THE_LOG = [  # an act of a session that is there, or of another, and how it is refused
+    ([1, "join", "#a", ""], "alice", None),
+    ([1, "join", "#a", ""], "", "NOT_NAMED"),
+    ([2, "join", "#a", ""], "alice", "NOT_NAMED"),
+    ([1, "nosuch"], "alice", "INTERNAL_ERROR"),
+    ([1, "join"], "alice", "INTERNAL_ERROR"),
+]
+
+
+@pytest.mark.parametrize("act, name, code", ACTS_OF_THE_LOG)
+def test_an_act_of_the_log_is_done_or_refused_and_a_bug_is_reported(act, name, code):
+    hub, bugs = chat.Hub(), []
+    hub.store = chat.Store(None)
+    if name:
+        hub.perform("enter", 1, name, "u", "U", "127.0.0.1:1", "", "", "", True, 0, (), "")
+    result = chat.perform_act(hub, act, lambda: bugs.append(act))
+    assert getattr(result, "code", None) == code
+    assert bool(bugs) is (code == "INTERNAL_ERROR")
 
 
 # ======================================================================================
