@@ -6294,6 +6294,164 @@ def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
     store.close()
 
 
+WITHOUT_A_DATABASE = [  # what an act asks the store, and the answer when the database fails
+    (lambda store: store.author_of("#a", 1), None),
+    (lambda store: store.guest_conversations("=a", "bob"), []),
+    (lambda store: store.foundings("#a"), {0}),
+    (lambda store: store.dedup.find(["=a"], "id"), None),
+    (lambda store: store.retention.prune(idle=True, now=1), False),
+]
+
+
+@pytest.mark.parametrize("ask_it, answer", WITHOUT_A_DATABASE)
+def test_a_database_that_fails_answers_as_if_it_had_nothing(ask_it, answer):
+    store = chat.Store(None)
+    store.retention.excess.add("#a")
+    store.db.close()
+    assert ask_it(store) == answer
+
+
+def test_rows_that_could_not_be_counted_are_counted_later():
+    store = chat.Store(None)
+    store.retention.fresh.update({1: 5})
+    real, store.retention.db = store.retention.db, sqlite3.connect(":memory:")
+    store.path = pathlib.Path("somewhere")
+    store.retention.count()
+    assert store.retention.fresh == {1: 5}
+    store.retention.db = real
+    store.retention.count()
+    assert not store.retention.fresh
+
+
+def test_as_many_lost_dedup_keys_are_known_as_targets_are_cached(monkeypatch):
+    monkeypatch.setattr(chat, "TARGETS_CACHED", 2)
+    dedup = chat.Store(None).dedup
+    for n in range(3):
+        dedup.lose([("=a", str(n))], ticks=n)
+    assert [dedup.lost(["=b", "=a"], str(n), ticks=3) for n in range(3)] == [False, True, True]
+    end = 2 + chat.NOT_STORED_MS
+    assert [dedup.lost(["=a"], "2", ticks) for ticks in (end - 1, end)] == [True, False]
+
+
+@pytest.mark.parametrize("known, kept", [(1, 1), (2, 2), (3, 2), (5, 2)])
+def test_in_memory_only_the_newest_dedup_keys_are_known(monkeypatch, known, kept):
+    monkeypatch.setattr(chat, "DEDUP_IN_MEMORY", 2)
+    store = chat.Store(None)
+    for n in range(known):
+        store.db.execute("INSERT INTO dedup VALUES ('=a', ?, ?, 1, 1)", [f"id{n}", n])
+    store.retention.count()
+    left = [row[0] for row in store.db.execute("SELECT own_id FROM dedup ORDER BY event")]
+    assert left == [f"id{n}" for n in range(known)][-kept:]
+
+
+def test_a_count_of_rows_that_was_wrong_is_set_right():
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", "PRIVMSG #a :one")
+    db, retention = house.store.db, house.store.retention
+    db.execute("UPDATE targets SET events = 100")
+    db.execute("DELETE FROM events")
+    retention.keep = 1
+    retention.excess.add("#a")
+    turns = 0
+    while retention.prune(idle=True, now=1):
+        turns += 1
+        assert turns < 10
+    assert db.execute("SELECT events FROM targets WHERE key = '#a'").fetchall() == [(0,)]
+
+
+def test_ids_are_reserved_before_they_are_used(folder, monkeypatch):
+    monkeypatch.setattr(chat, "ID_BLOCK", 20)
+    house = stored(folder)
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    for n in range(60):
+        ask(house, "alice", f"PRIVMSG #a :{n}")
+        assert house.hub.last_id < house.store.reserved
+        ((end,),) = house.store.db.execute("SELECT max(reserved) FROM starts").fetchall()
+        assert end == house.store.reserved
+    house.store.close()
+
+
+def test_the_index_of_an_earlier_version_is_removed_from_a_database():
+    with contextlib.closing(chat.connect(None, "rwc")) as db:
+        MIGRATE(db)
+        for name in ("search_1", "search_1x", "searching"):
+            db.execute(f"CREATE TABLE {name} (x)")
+        db.execute(f"PRAGMA user_version = {len(chat.MIGRATIONS)}")
+        MIGRATE(db)
+        names = "SELECT name FROM sqlite_master WHERE name LIKE 'search%' ORDER BY name"
+        assert len(db.execute(names).fetchall()) == 3
+    with contextlib.closing(chat.connect(None, "rwc")) as db:
+        for name in ("search_1", "search_1x", "searching"):
+            db.execute(f"CREATE TABLE {name} (x)")
+        MIGRATE(db)
+        assert db.execute(names).fetchall() == [("search_1x",), ("searching",)]
+
+
+def test_a_database_is_no_symbolic_link(folder):
+    (folder / "chat.db").symlink_to(folder / "other.db")
+    with pytest.raises(chat.Unusable, match="is a symbolic link"):
+        chat.Store(folder / "chat.db")
+    assert not (folder / "other.db").exists()
+
+
+BETWEEN_BOTH_KINDS = [  # the two bounds: the id of a message, or a time; what is between them
+    ("a", 500, "c d"),
+    (500, "a", "c d"),
+    ("c", 0, "a"),
+    (0, "c", "a"),
+    ("c", 500, "d"),
+]
+
+
+@pytest.mark.parametrize("one, other, found", BETWEEN_BOTH_KINDS)
+def test_history_between_an_id_and_a_time_is_that_between_their_moments(one, other, found):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    start, ids = house.now, {text: send(house, "alice", "#a", text)[0] for text in "acd"}
+    bounds = (
+        f"msgid={ids[one]}" if one in ids else f"timestamp={iso(start - 1 + one)}"
+        for one in (one, other)
+    )
+    assert history(house, "alice", "#a", f"BETWEEN {{}} {' '.join(bounds)} 10") == found.split()
+
+
+def without_fts5(monkeypatch):
+    def fails(*_):
+        raise sqlite3.OperationalError("no such module: fts5")
+
+    monkeypatch.setattr(chat.SearchIndex, "_open_once", fails)
+
+
+def test_without_fts5_nothing_is_found_and_all_else_works(monkeypatch):
+    without_fts5(monkeypatch)
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", "PRIVMSG #a :hello")
+    assert house.store.search_index.db is None
+    assert house.store.search_index.search([chat.Scope(("#a",))], "hello", chat.Span, 5) == []
+    assert history(house, "alice", "#a") == ["hello"]
+    house.store.close()
+
+
+def test_an_old_part_of_the_index_without_messages_is_removed(monkeypatch):
+    monkeypatch.setattr(chat, "PART_ROWS", 3)
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    ids = [send(house, "alice", "#a", f"word {n}")[0] for n in range(7)]
+    parts = "SELECT part, messages FROM parts ORDER BY part"
+    before = house.store.search_index.db.execute(parts).fetchall()
+    for id in ids[:3]:
+        ask(house, "alice", f"REDACT #a {id}")
+    index_all(house.store)
+    after = house.store.search_index.db.execute(parts).fetchall()
+    assert after == before[1:]
+    assert spoken(ask(house, "alice", "SEARCH in=#a;text=word")) == [f"word {n}" for n in range(3, 7)]
+
+
 # ======================================================================================
 # NATS
 # ======================================================================================
