@@ -12714,6 +12714,104 @@ CLASSIC = {  # capabilities that were there before version 302, or are ratified 
 }
 
 
+def member_of_all():
+    """Return a House with alice in #a, an operator of the server, who may send batches."""
+    house = House()
+    come(house, "alice", "bob", caps=f"{CAPS} batch standard-replies draft/metadata-2 sasl")
+    ask(house, "alice", "JOIN #a", "OPER boss secret")
+    ask(house, "bob", "JOIN #a,#s", "MODE #s +s", "AWAY :at lunch")
+    for name in house.guests:
+        house.heard(name)
+    return house
+
+
+ANSWERS_TO_ALICE = [  # what alice sends, and what the last line is that she receives
+    (["BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :", "BATCH -1"],
+     "FAIL BATCH MULTILINE_INVALID :no text to send"),
+    (["BATCH +1 draft/multiline #a", *["@batch=1 PRIVMSG #a :x"] * 4],
+     "FAIL BATCH MULTILINE_MAX_LINES 3 :the message has too many lines and was not delivered"),
+    (["BATCH +1 draft/multiline #a", f"@batch=1 PRIVMSG #a :{'x' * 21}"],
+     "FAIL BATCH MULTILINE_MAX_BYTES 20 :the message is too long and was not delivered"),
+    (["WALLOPS :"], "412 alice :No text to send"),
+    (["INVITE bob #a"], "443 alice bob #a :is already on channel"),
+    (["TOPIC #s"], "442 alice #s :You're not on that channel"),
+    (["INVITE bob"], "461 alice INVITE :Not enough parameters; usage: INVITE <nickname> <channel>"),
+    (["JOIN #b", "INVITE bob #b"], "301 alice bob :at lunch"),
+    (["KLINE x!*@10.0.0.9 :spam and eggs"],
+     "NOTICE alice :K-line added: x!*@10.0.0.9; 0 users disconnected"),
+    (["KLINE 5 x!*@10.0.0.9 :spam"],
+     "NOTICE alice :K-line added: x!*@10.0.0.9; 0 users disconnected"),
+    (["KLINE x!*@10.0.0.9 soon"],
+     "FAIL KLINE INVALID_PARAMS soon :a time is 1 to 5256000 minutes, or 0: for ever"),
+    (["MONITOR x"], "461 alice MONITOR :Not enough parameters; MONITOR takes +, -, C, L or S"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lines, answer", ANSWERS_TO_ALICE)
+def test_the_last_word_on_what_is_sent_is_what_irc_says(monkeypatch, lines, answer):
+    monkeypatch.setattr(chat, "MESSAGE_LINES", 3)
+    monkeypatch.setattr(chat, "LINE_BYTES", 20)
+    told = [re.sub("^(@[^ ]* )?:[^ ]* ", "", line) for line in ask(member_of_all(), "alice", *lines)]
+    assert told[-1] == answer
+
+
+@pytest.mark.parametrize("mask, reason", [("x!*@h :spam and eggs", "spam and eggs"), ("x!*@h 0 spam", "spam")])
+def test_a_ban_without_minutes_may_have_a_reason_of_several_words(mask, reason):
+    house = member_of_all()
+    ask(house, "alice", f"KLINE {mask}")
+    (ban,) = house.hub.bans.values()
+    assert (ban.until, ban.reason) == (0, reason)
+
+
+def test_metadata_before_registration_can_be_changed_and_removed():
+    house = House()
+    session = house.connect_irc("alice")
+    house.say("alice", "CAP REQ :draft/metadata-2")
+    for lines, left in (
+        (["METADATA * SET a 1", "METADATA * SET b 2"], {"a": "1", "b": "2"}),
+        (["METADATA * SET a :"], {"b": "2"}),
+        (["METADATA * SET a :"], {"b": "2"}),
+        (["METADATA * CLEAR"], {}),
+    ):
+        ask(house, "alice", *lines)
+        assert session.metadata == left
+
+
+def test_cap_end_in_the_middle_of_a_log_in_gives_it_up():
+    house = House()
+    account(house, "alice")
+    house.connect_irc("carol")
+    house.say("carol", "CAP REQ :sasl", "NICK carol", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+    lines = ask(house, "carol", "CAP END")
+    assert refused(lines, "906") and refused(lines, "001")
+    assert house.guests["carol"].exchange is None
+    sasl(house, "carol", "alice")
+    assert is_logged_in(house, "carol", "alice")
+
+
+# The answer comes from a helper, later than the line that ends the right to have it.
+def test_history_that_was_asked_for_before_a_kick_is_not_told_after_it():
+    house = member_of_all()
+    ask(house, "bob", "MODE #s +i", "PRIVMSG #s :secret")
+    ask(house, "bob", "INVITE alice #s")
+    ask(house, "alice", "JOIN #s")
+    house.say("alice", "CHATHISTORY LATEST #s * 5")
+    house.say("bob", "KICK #s alice")
+    house.turn()
+    lines = house.heard("alice")
+    assert refused(lines, "INVALID_TARGET") and spoken(lines) == []
+
+
+# Whether +k or the topic: who sets what is there already says nothing.
+@pytest.mark.parametrize("line", ["MODE #a +k word", "MODE #a +l 5", "MODE #a +b x!*@*", "MODE #a +m"])
+def test_a_mode_that_is_set_already_is_not_told_again(line):
+    house = member_of_all()
+    ask(house, "bob", "MODE #a")
+    first, again = (ask(house, "alice", line), house.heard("bob")), ask(house, "alice", line)
+    assert first[0] and first[1]
+    assert again == [] and house.heard("bob") == []
+
+
 # ======================================================================================
 # LINE DIALECT
 # ======================================================================================
