@@ -14961,6 +14961,118 @@ def test_a_proxy_has_as_many_connections_as_it_needs_and_its_clients_have_not():
     limits.close()
 
 
+SIZES_OF_TEXTS = [  # bytes before a letter of two bytes, whether the second one is there, the type
+    (chat.TEXT_HEAD_BYTES - 1, True, "text/plain"),
+    (chat.TEXT_HEAD_BYTES - 1, False, "application/octet-stream"),
+    (chat.TEXT_HEAD_BYTES - 2, True, "text/plain"),
+    (chat.TEXT_HEAD_BYTES, True, "text/plain"),
+    (5, True, "text/plain"),
+    (5, False, "application/octet-stream"),
+]
+
+
+@pytest.mark.parametrize("size, whole, kind", SIZES_OF_TEXTS)
+def test_a_letter_may_be_cut_where_the_head_of_a_text_ends_and_nowhere_else(
+    tmp_path, size, whole, kind
+):
+    folder = chat.FileFolder(tmp_path / "files")
+    file = folder.begin("0" * 32)
+    folder.append(file, b"x" * size + "\u00e9".encode()[: 1 + whole])
+    assert folder.finish(file, "a.txt")[1:3] == (size + 1 + whole, kind)
+
+
+def opened_in(path):
+    """Return what this process has open in a folder."""
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    opened = [os.readlink(link) for link in links if os.path.lexists(link)]
+    return [name for name in opened if name.startswith(str(path))]
+
+
+WITH_A_FILE = {  # what a helper does with the folder and a file that is being written
+    "finished": lambda folder, file: folder.finish(file, "a.txt"),
+    "finished without its content": lambda folder, file: (
+        folder.remove([file.path.name]), folder.finish(file, "a.txt")),
+    "reopened": lambda folder, file: folder.reopen("0" * 32)[0].close(),
+    "read": lambda folder, file: folder.open(folder.finish(file, "a.txt")[0]).close(),
+    "closed twice": lambda folder, file: (file.close(), file.close()),
+}  # fmt: skip
+
+
+@ON_LINUX
+@pytest.mark.parametrize("work", WITH_A_FILE)
+def test_no_file_and_no_folder_stays_open(tmp_path, work):
+    folder = chat.FileFolder(tmp_path / "files")
+    file = folder.begin("0" * 32)
+    folder.append(file, b"hello")
+    with contextlib.suppress(chat.Refused):
+        WITH_A_FILE[work](folder, file)
+    assert opened_in(tmp_path) == [] and file.fd == -1
+
+
+@ON_LINUX
+@pytest.mark.parametrize("resumable", [False, True])
+def test_an_upload_whose_connection_breaks_leaves_no_file_open(files, tmp_path, resumable):
+    browser = Browser(files, "cut")
+    more = f"\nTus-Resumable: 1.0.0\nUpload-Length: 10\n{PIECE}" if resumable else ""
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}{more}\nContent-Length: 10\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode() + b"hello")
+    session = browser.conn.session
+    handle = session.upload.handle
+    assert opened_in(tmp_path)
+    session.ended()
+    files.turn()
+    assert handle.fd == -1 and opened_in(tmp_path) == []
+    assert session.upload is None and not files.site.uploading
+    assert bool(files.hub.files) is resumable
+
+
+OWN_ORIGINS = [  # the origin of a page, the Host of its request, whether it may join
+    ("http://h.example", "h.example", True),
+    ("http://h.example", "h.example:80", True),
+    ("http://h.example:80", "h.example", True),
+    ("https://h.example", "h.example", True),
+    ("https://h.example", "h.example:443", True),
+    ("https://h.example:443", "h.example", True),
+    ("https://h.example", "h.example:80", False),
+    ("http://h.example", "h.example:443", False),
+    ("http://h.example:81", "h.example", False),
+    ("ftp://h.example", "h.example", False),
+]
+
+
+@pytest.mark.parametrize("origin, own, allowed", OWN_ORIGINS)
+def test_a_page_of_this_server_may_join_whether_or_not_the_usual_port_is_written(
+    origin, own, allowed
+):
+    assert chat.origin_allowed(chat.WebOptions(), origin, own) is allowed
+
+
+ANSWERS_WITH_TYPES = [  # the body and headers of an answer; the types, and the lines of the body
+    ("x", [], [chat.TEXT_TYPE], "x\n"),
+    ("x\n", [], [chat.TEXT_TYPE], "x\n"),
+    ("x", ["Allow: GET"], [chat.TEXT_TYPE], "x\n"),
+    ("x", ["Content-Type: text/html"], ["Content-Type: text/html"], "x"),
+    ("", [], [], ""),
+]
+
+
+@pytest.mark.parametrize("body, headers, kinds, sent", ANSWERS_WITH_TYPES)
+def test_an_answer_has_one_type_if_it_has_a_body(body, headers, kinds, sent):
+    heads, data = [], []
+    session = session_that_notes(heads, data)
+    chat.WebSession.respond(session, 200, body, *headers)
+    ((status, *told),) = heads
+    assert status == 200 and [line for line in told if line.startswith("Content-Type")] == kinds
+    assert f"Content-Length: {len(sent)}" in told and b"".join(data) == sent.encode()
+
+
+def session_that_notes(heads, data):
+    return types.SimpleNamespace(
+        request=None, send_head=lambda *head: heads.append(head), send=data.append,
+        end_answer=chat.do_nothing,
+    )  # fmt: skip
+
+
 # ======================================================================================
 # FIRST LINE
 # ======================================================================================
@@ -18155,6 +18267,12 @@ COMMANDS_SENT = """
 /who #lobby                 WHO #lobby
 /whois bob                  WHOIS bob
 /list                       LIST
+/list *tea*                 LIST *tea*
+/who                        WHO #lobby
+/who bob                    WHO bob
+/whois irc.example bob      WHOIS irc.example bob
+/oper boss word             OPER boss word
+/devoice bob carol          MODE #lobby -vv bob carol
 /away for tea               AWAY :for tea
 /back                       AWAY
 /invite bob                 INVITE bob #lobby
@@ -22984,6 +23102,66 @@ def test_messages_for_a_name_wait_for_the_user_when_its_owner_takes_that_of_anot
     failed = [view.text for view in alice.views if view.kind == "failed"]
     assert failed and all("bob is now called carol" in text for text in failed)
     assert alice.core.outbox.parked.keys() < alice.core.outbox.waiting.keys()
+
+
+# Until 005 names are compared as in ASCII.
+def test_joins_that_were_sent_before_the_rule_for_names_was_told_are_found_under_it():
+    core = chat.ClientCore("alice", True, chat.IRC, join=["#[A]"])
+    core.connected()
+    core.feed(b":s 001 alice :Welcome\r\n")
+    joins = core.talk.joins
+    joins.typed["#[a]"], joins.refused["#[a]"] = "word", 5.0
+    joins.retried.add("#[a]")
+    tables = (joins.unanswered, joins.typed, joins.refused)
+    before = [table["#[a]"] for table in tables]
+    core.feed(b":s 005 alice CASEMAPPING=rfc1459 :are supported\r\n")
+    assert [dict(table) for table in tables] == [{"#{a}": value} for value in before]
+    assert joins.retried == {"#{a}"} and joins.waits("#{A]")
+
+
+@pytest.mark.parametrize("lines", [1, 3])
+def test_as_many_lines_are_sent_at_once_as_a_server_takes_and_then_one_at_its_pace(lines):
+    alice = Elsewhere("CHANTYPES=#")
+    alice.sent(60)
+    alice.types(*(f"/raw TIME {n}" for n in range(chat.PACE_BURST + lines)))
+    assert len(alice.sent()) == chat.PACE_BURST
+    alice.views += alice.core.tick()
+    seconds = 0
+    while not (found := alice.sent(1)):
+        seconds += 1
+    assert found == [f"TIME {chat.PACE_BURST}"] and seconds == 1 / chat.PACE_RATE - 1
+
+
+def test_ignored_users_are_listed_after_each_change():
+    alice = Elsewhere()
+    alice.types("/ignore bob", "/ignore carol")
+    alice.views.clear()
+    alice.types("/unignore BOB")
+    assert [view.text for view in alice.views if view.text] == ["ignored: carol"]
+    alice.views.clear()
+    alice.types("/unignore carol")
+    assert [view.text for view in alice.views if view.text] == ["ignored: no user"]
+
+
+FIRST_ANSWERS = [  # how a client logs in, and whether its first answer waits for the server's word
+    (chat.login_plain("alice", "word"), b"alice\0alice\0word"),
+    (chat.login_external(), b""),
+]
+
+
+@pytest.mark.parametrize("mechanism, answer", FIRST_ANSWERS)
+def test_a_mechanism_says_nothing_before_the_server_asks(mechanism, answer):
+    assert next(mechanism) == b"" and mechanism.send(b"") == answer
+
+
+def test_scram_says_nothing_before_the_server_asks_and_after_it_has_proved_itself():
+    verifier = chat.make_verifier("word", rounds=min(chat.SCRAM_ROUNDS))
+    client = chat.login_scram("a=b,c", "word")
+    assert next(client) == b""
+    assert client.send(b"").startswith(b"n,,n=a=3Db=2Cc,r=")
+    with pytest.raises(chat.Refused):
+        client.send(b"r=other,s=,i=4096")
+    assert verifier
 
 
 # ======================================================================================
