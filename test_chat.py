@@ -34127,3 +34127,18 @@ def test_the_title_page_names_every_section():
     title, _, _ = source.partition('"""\n\nfrom')
     for banner in re.findall(r"# =+\n# ([A-Z ]+)\n# =+", source):
         assert f"\n    {banner}" in title, banner
+
+
+def test_every_refusal_has_a_code_and_says_why():
+    tree, *_ = nodes_of(HERE / "chat.py")
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    for name in ("Refused", "Unusable"):
+        found = [call.args for call in calls if getattr(call.func, "id", "") == name]
+        literals = [
+            [arg.value if isinstance(arg, ast.Constant) else None for arg in args] for args in found
+        ]
+        texts = [texts[1:2] if name == "Refused" else texts[:1] for texts in literals]
+        assert all(re.search("[a-z]", text) for (text,) in texts if text is not None)
+        codes = [first for first, *_ in literals] if name == "Refused" else []
+        assert all(re.fullmatch("[A-Z][A-Z_8]+", code) for code in codes if code is not None)
+        assert len(found) > 30
