@@ -29032,6 +29032,149 @@ def test_channels_to_be_joined_may_be_given_one_by_one(monkeypatch):
     assert joined == [("#a", "#b", "#c"), ()]
 
 
+@pytest.mark.parametrize("keys, seconds, key", [
+    (b"\x1b", chat.ESCAPE_SECONDS, b""),
+    (b"\x1b[200~begun", chat.PASTE_SECONDS, b"begun"),
+    (b"x", None, b"x"),
+])  # fmt: skip
+def test_bytes_that_may_go_on_wait_for_more_and_so_long_and_no_longer(at_keys, keys, seconds, key):
+    waited = []
+    later, at_keys.loop.call_later = at_keys.loop.call_later, lambda seconds, then: (
+        waited.append(seconds) or later(seconds, then)
+    )
+    at_keys.take(keys)
+    assert waited == ([seconds] if seconds else [])
+    if seconds:
+        at_keys.escape.callback()
+        assert not at_keys.decoder.rest and not at_keys.decoder.is_long
+    assert at_keys.editor.text == key.decode()
+    before = at_keys.escape
+    at_keys.take(b"y")
+    assert before is None or before.callback is None
+
+
+def test_the_end_of_the_keys_ends_the_client(at_keys):
+    ended = []
+    at_keys.over = ended.append
+    at_keys.take(b"")
+    assert ended == [""]
+
+
+TROUBLES = [  # of the connection: a certificate in doubt, a new attempt in 4.2 s, the phase; words
+    (True, None, "waiting", "/trust or /quit"),
+    (False, 4.2, "waiting", "reconnecting in 5 s"),
+    (False, -1.0, "waiting", "reconnecting in 0 s"),
+    (False, None, "waiting", "not connected: /reconnect or /quit"),
+    (False, None, "open", ""),
+]
+
+
+@pytest.mark.parametrize("doubted, again, phase, words", TROUBLES)
+def test_the_status_says_what_is_wrong_with_the_connection(at_keys, doubted, again, phase, words):
+    link = at_keys.link
+    link.certificate.doubted = "ab" if doubted else ""
+    link.again = None if again is None else chat.Timer(at_keys.loop.now + again, chat.do_nothing)
+    link.phase = chat.WAITING if phase == "waiting" else chat.RESOLVING
+    assert at_keys.trouble() == words
+    if "/quit" in words:
+        at_keys.seats.append(at_keys.seat)
+        assert at_keys.trouble() == words.replace("/quit", "/disconnect")
+        at_keys.seats.pop()
+
+
+def test_a_client_that_is_not_let_in_yet_is_connecting(at_keys):
+    at_keys.link.phase = chat.RESOLVING
+    at_keys.show(at_keys.core.disconnected())
+    assert at_keys.trouble() == "connecting" and not at_keys.was_ready
+
+
+TYPED_AT_THE_KEYS = [  # what is typed, and the note
+    ("/disconnect", "this is the only server; /quit leaves"),
+    ("/connect", "connected to: here:6667; /connect URL adds one"),
+    ("/go", "1 #den, 2 #tea"),
+]
+
+
+@pytest.mark.parametrize("typed, note", TYPED_AT_THE_KEYS)
+def test_a_command_of_the_terminal_is_answered_by_a_note(at_keys, typed, note):
+    at_keys.take(typed.encode() + b"\r")
+    assert notes_of(at_keys)[-1] == note
+    assert len(at_keys.seats) == 1 and at_keys.editor.text == ""
+
+
+def test_unread_conversations_are_visited_those_with_a_mention_first(at_keys):
+    hears(at_keys, ":bob!u@h PRIVMSG #den :hello", ":bob!u@h PRIVMSG alice :psst")
+    visited = []
+    for _ in range(3):
+        at_keys.go_unread()
+        visited.append(at_keys.core.room.name)
+    assert visited == ["bob", "#den", "#den"]
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_all_conversations_are_visited_in_turn(at_keys, step):
+    hears(at_keys, ":bob!u@h PRIVMSG alice :psst")
+    order = [room.name for _, room in at_keys.places()]
+    here = order.index("#tea")
+    for n in range(1, len(order) + 2):
+        at_keys.go_next(step)
+        assert at_keys.core.room.name == order[(here + n * step) % len(order)]
+
+
+def test_why_the_connection_broke_is_noted_once_for_each_break(at_keys):
+    def breaks(again):
+        at_keys.link.again = chat.Timer(again, chat.do_nothing)
+        at_keys.show([chat.ViewEvent("status", "here:6667: refused")])
+
+    for count in (1, 2):
+        for again in (5.0, 9.0):
+            breaks(again)
+        assert notes_of(at_keys).count("here:6667: refused") == count
+        at_keys.link.again = None
+        at_keys.show(at_keys.core.disconnected())
+        hears(at_keys, "001 alice :Welcome", "422 alice :x")
+        assert notes_of(at_keys).count("connected to here:6667") == count
+
+
+def test_a_server_that_is_looked_at_tells_its_next_trouble(at_keys):
+    at_keys.connect("irc://there")
+    at_keys.told_why = True
+    at_keys.look_at(at_keys.seats[0])
+    assert (at_keys.told_why, at_keys.was_ready) == (False, True)
+    at_keys.look_at(at_keys.seats[1])
+    assert (at_keys.told_why, at_keys.was_ready) == (False, False)
+
+
+LINES_OF_A_FILTER = [  # a view, and the lines that it prints
+    (dict(kind="message", text="hi", name="bob", where="#lobby"), ["bob: hi"]),
+    (dict(kind="message", text="a\nb", name="bob", where="#a"), ["[#a] bob: a", "[#a] bob: b"]),
+    (dict(kind="message", text="hi", name="bob", where="bob"), ["(private) bob: hi"]),
+    (dict(kind="message", text="hi", name="me", where="#a", mine=True), []),
+    (dict(kind="message", text="hi", name="me", where="#a", mine=True, past=True), ["[#a] me: hi"]),
+    (dict(kind="found", text="hi", name="me", where="#a", mine=True), ["[#a] me: hi"]),
+    (dict(kind="notice", text="a\nb", name="bob", where="#a"), ["[#a] -bob- a", "[#a] -bob- b"]),
+    (dict(kind="notice", text="hi", name="bob", where="#lobby"), ["-bob- hi"]),
+    (dict(kind="notice", text="hi", name="bob", where=""), ["-bob- hi"]),
+    (dict(kind="notice", text="hi", name="me", where="#a", mine=True), []),
+    (dict(kind="join", name="bob", address="h:1", where="#a"), ["[#a] bob (h:1) joined the chat!"]),
+    (dict(kind="part", name="bob", address="h:1", where="#lobby"), ["bob (h:1) left the chat!"]),
+    (dict(kind="quit", name="bob", address="h:1", where=""), ["[] bob (h:1) left the chat!"]),
+    (dict(kind="topic", text="bob set it", where="#a"), ["* bob set it"]),
+    (dict(kind="server text", text="a\nb"), ["* a", "* b"]),
+    (dict(kind="page", text="a\nb"), ["* a", "* b"]),
+    (dict(kind="people", text="bob, carol", where="#a"), ["* bob, carol"]),
+    (dict(kind="people", text="", where="#a"), []),
+    (dict(kind="room", text="x", where="#a"), []),
+    (dict(kind="message", text="x", line="as \x01it\x01 came", where="#a"), ["as it came"]),
+    (dict(kind="message", text="\x01x\x01", name="bob", where="#lobby"), ["bob: x"]),
+]
+
+
+@pytest.mark.parametrize("view, lines", LINES_OF_A_FILTER)
+def test_a_pipe_prints_each_view_as_the_client_of_the_workshop(view, lines):
+    assert chat.filter_lines(chat.ViewEvent(**view)) == lines
+
+
 # ======================================================================================
 # THE WINDOW
 # ======================================================================================
