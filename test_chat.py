@@ -24,6 +24,7 @@ are those of chat.py, in its order. Helpers that many tests use:
 
 from __future__ import annotations
 
+import argparse
 import ast
 import atexit
 import base64
@@ -6449,7 +6450,9 @@ def test_an_old_part_of_the_index_without_messages_is_removed(monkeypatch):
     index_all(house.store)
     after = house.store.search_index.db.execute(parts).fetchall()
     assert after == before[1:]
-    assert spoken(ask(house, "alice", "SEARCH in=#a;text=word")) == [f"word {n}" for n in range(3, 7)]
+    assert spoken(ask(house, "alice", "SEARCH in=#a;text=word")) == [
+        f"word {n}" for n in range(3, 7)
+    ]
 
 
 # ======================================================================================
@@ -6882,7 +6885,14 @@ def test_a_dialogue_introduces_itself_once():
 
 
 NOT_OF_NATS = [
-    *(b"HELLO\r\n", b"MSG a\r\n", b"MSG a 1\r\nx\r\n", b"MSG a 1 x\r\n", b"MSG a 1 -1\r\n", b"MSG\r\n"),
+    *(
+        b"HELLO\r\n",
+        b"MSG a\r\n",
+        b"MSG a 1\r\nx\r\n",
+        b"MSG a 1 x\r\n",
+        b"MSG a 1 -1\r\n",
+        b"MSG\r\n",
+    ),
     *(b"HMSG a 1 5\r\n12345\r\n", b"HMSG a 1 x 5\r\n12345\r\n", b"INFO {\r\n", b"INFO 5\r\n"),
     b'INFO {"max_payload": []}\r\n',
 ]
@@ -12751,11 +12761,15 @@ ANSWERS_TO_ALICE = [  # what alice sends, and what the last line is that she rec
 def test_the_last_word_on_what_is_sent_is_what_irc_says(monkeypatch, lines, answer):
     monkeypatch.setattr(chat, "MESSAGE_LINES", 3)
     monkeypatch.setattr(chat, "LINE_BYTES", 20)
-    told = [re.sub("^(@[^ ]* )?:[^ ]* ", "", line) for line in ask(member_of_all(), "alice", *lines)]
+    told = [
+        re.sub("^(@[^ ]* )?:[^ ]* ", "", line) for line in ask(member_of_all(), "alice", *lines)
+    ]
     assert told[-1] == answer
 
 
-@pytest.mark.parametrize("mask, reason", [("x!*@h :spam and eggs", "spam and eggs"), ("x!*@h 0 spam", "spam")])
+@pytest.mark.parametrize(
+    "mask, reason", [("x!*@h :spam and eggs", "spam and eggs"), ("x!*@h 0 spam", "spam")]
+)
 def test_a_ban_without_minutes_may_have_a_reason_of_several_words(mask, reason):
     house = member_of_all()
     ask(house, "alice", f"KLINE {mask}")
@@ -12803,7 +12817,9 @@ def test_history_that_was_asked_for_before_a_kick_is_not_told_after_it():
 
 
 # Whether +k or the topic: who sets what is there already says nothing.
-@pytest.mark.parametrize("line", ["MODE #a +k word", "MODE #a +l 5", "MODE #a +b x!*@*", "MODE #a +m"])
+@pytest.mark.parametrize(
+    "line", ["MODE #a +k word", "MODE #a +l 5", "MODE #a +b x!*@*", "MODE #a +m"]
+)
 def test_a_mode_that_is_set_already_is_not_told_again(line):
     house = member_of_all()
     ask(house, "bob", "MODE #a")
@@ -22932,7 +22948,9 @@ SHOWN_OF_A_LINE = """
 def test_what_a_server_tells_is_shown_where_it_belongs_with_all_its_words(row):
     line, shown = row.strip().removesuffix("->").split(" -> ") if "-> " in row else (row, "")
     alice = with_bob().hears(line.strip().removesuffix(" ->"))
-    assert [f"{view.where}: {view.text}" for view in alice.views if view.text] == [shown] * bool(shown)
+    assert [f"{view.where}: {view.text}" for view in alice.views if view.text] == [shown] * bool(
+        shown
+    )
 
 
 CHANGED_BY_A_LINE = {  # lines before, the line, and all that it changes in a conversation
@@ -22942,7 +22960,9 @@ CHANGED_BY_A_LINE = {  # lines before, the line, and all that it changes in a co
     (":bob!u@h TOPIC #a :old", ":bob!u@h TOPIC #a :"): {"#a topic": ""},
     ("", ":bob!u@h KICK #a carol :out"): {"#a people": {"alice": "", "bob": "@"}},
     (":bob!u@h MODE #a +k word", ":bob!u@h KICK #a alice :out"): {
-        **{"#a people": {}, "#a inside": False, "#a wanted": False},
+        "#a people": {},
+        "#a inside": False,
+        "#a wanted": False,
     },
     ("", ":bob!u@h NICK rob"): {"#a people": {"alice": "", "carol": "+", "rob": "@"}},
     ("", ":bob!u@h QUIT"): {"#a people": {"alice": "", "carol": "+"}, "bob gone": True},
@@ -22967,10 +22987,10 @@ def test_what_a_server_tells_changes_that_in_a_conversation_and_nothing_else(bef
     alice = with_bob(*filter(None, [before]))
 
     def state():
-        rooms = [alice.core.rooms[name] for name in ("#lobby", "#a", "bob") if name in alice.core.rooms]
-        return {
-            f"{room.name} {name}": getattr(room, name) for room in rooms for name in OF_A_ROOM
-        }
+        rooms = [
+            alice.core.rooms[name] for name in ("#lobby", "#a", "bob") if name in alice.core.rooms
+        ]
+        return {f"{room.name} {name}": getattr(room, name) for room in rooms for name in OF_A_ROOM}
 
     known = {key: dict(one) if isinstance(one, dict) else one for key, one in state().items()}
     alice.hears(line)
@@ -26202,6 +26222,172 @@ def test_an_address_that_used_much_of_its_budget_is_served_while_no_other_waits(
     reader.until("carol: hello")
 
 
+def test_of_too_many_addresses_those_without_a_connection_go_the_fullest_budgets_first(monkeypatch):
+    monkeypatch.setattr(chat, "ADDRESSES_KEPT", 3)
+    addresses = chat.Addresses(FakeLoop(0.0), (1.0, 1.0))
+    for name, spent in (("a", 1), ("b", 3), ("c", 2), ("d", 0)):
+        addresses.enter(name).budget.tokens -= spent
+        if name == "c":
+            for used in ("b", "c"):
+                addresses.leave(addresses[used], False)
+    assert list(addresses) == ["a", "b", "d"]
+    addresses.leave(addresses["d"], False)
+    assert list(addresses) == ["a", "b"]
+
+
+@pytest.mark.parametrize("flood", [None, (5.0, 2.0)])
+def test_an_address_has_the_budget_of_several_connections(flood):
+    address = chat.Addresses(FakeLoop(0.0), flood).enter("a")
+    assert address.used(0.0) == 0.0 and address.peers == 1
+    if flood is None:
+        assert address.budget is None
+    else:
+        assert address.budget.burst == 5.0 * chat.ADDRESS_SHARES
+        assert address.budget.rate == 2.0 * chat.ADDRESS_SHARES
+
+
+TLS_OPTIONS = [{"tls_key": "k"}, {"sts": 5}, {"tls_client_ca": "c"}]
+
+
+@pytest.mark.parametrize("options", TLS_OPTIONS)
+def test_an_option_of_tls_needs_a_certificate(options):
+    with pytest.raises(chat.Unusable, match="of no use without --tls-cert"):
+        chat.server_tls_context(chat.ServerOptions(listen=(), **options))
+    assert chat.server_tls_context(chat.ServerOptions(listen=())) is None
+
+
+@pytest.mark.parametrize(
+    "data, words", [(b"", "is empty"), (b"\n", "is empty"), (b"\xff\n", "is not UTF-8")]
+)
+def test_a_file_with_a_password_has_one(tmp_path, data, words):
+    (tmp_path / "word").write_bytes(data)
+    with pytest.raises(chat.Unusable, match=words):
+        chat.read_secret(tmp_path / "word")
+
+
+def test_a_code_is_mailed_by_a_command_that_works():
+    for command, words in (("", "cannot send mail"), ("false", "could not be sent")):
+        options = chat.ServerOptions(listen=(), sendmail=command)
+        with pytest.raises(chat.Unusable, match=words):
+            chat.mail_code(options, "a@b.example", "alice", "123456")
+
+
+URLS = [  # a text, and the host, port, TLS and path of the URL; None if it is none
+    ("/files/1", ("base", 1, True, "/files/1")),
+    ("http://h/x", ("h", 80, False, "/x")),
+    ("HTTPS://h", ("h", 443, True, "/")),
+    ("https://h:8/x?y", ("h", 8, True, "/x?y")),
+    ("http://[::1]:8/x", ("::1", 8, False, "/x")),
+    ("ftp://h/x", None),
+    ("http:///x", None),
+    ("http://h/a b", None),
+    ("files", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize("text, found", URLS)
+def test_a_url_is_one_of_http_or_a_path_on_the_same_server(text, found):
+    base = chat.Url(chat.Target("base", 1, True), "/")
+    if found is None:
+        with pytest.raises(chat.Unusable) as error:
+            chat.parse_url(text, base)
+        assert str(error.value) == f"{text or 'nothing'} is no address of a file"
+    else:
+        server, path = chat.parse_url(text, base)
+        assert (server.host, server.port, server.tls, path) == found
+
+
+SIZES = [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (1536, "1.5 KB"), (10_240, "10 KB"),
+         (1 << 20, "1 MB"), (1 << 30, "1 GB"), (1500 << 30, "1500 GB")]  # fmt: skip
+
+
+@pytest.mark.parametrize("size, text", SIZES)
+def test_a_size_is_shown_with_two_digits_and_a_unit(size, text):
+    assert chat.size_text(size) == text
+
+
+LOGINS_OF_REQUESTS = [  # the token, and whether there is a log-in; the header
+    ("t0", True, "Bearer t0"),
+    ("t0", False, "Bearer t0"),
+    ("", True, f"Basic {base64.b64encode(b'alice:a word').decode()}"),
+    ("", False, None),
+]
+
+
+@pytest.mark.parametrize("token, login, header", LOGINS_OF_REQUESTS)
+def test_a_request_for_a_file_has_a_token_or_else_the_log_in(token, login, header):
+    me = types.SimpleNamespace(login=chat.Login("alice", "a word") if login else None)
+    transfers = types.SimpleNamespace(core=types.SimpleNamespace(me=me))
+    headers = chat.Transfers._headers(transfers, token, Upload_Offset=5)
+    assert headers.pop("Authorization", None) == header
+    assert headers == {"Tus-Resumable": "1.0.0", "Upload-Offset": "5"}
+
+
+class FakeAttempt:
+    """An attempt to connect, whose end the test decides."""
+
+    made = []
+
+    def __init__(self, loop, family, address, then):
+        if address == "off":
+            raise OSError(errno.EAFNOSUPPORT, "not supported")
+        self.address, self.then, self.sock = address, then, f"socket to {address}"
+        self.cancelled = False
+        self.made.append(self)
+
+    def cancel(self):
+        self.cancelled = True
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    monkeypatch.setattr(chat, "Connecting", FakeAttempt)
+    monkeypatch.setattr(FakeAttempt, "made", [])
+    return FakeAttempt.made
+
+
+def raced(*addresses):
+    """Return the outcomes of a race, and its loop."""
+    found, loop = [], FakeLoop(0.0)
+    race = chat.HappyEyeballs(loop, list(addresses), lambda *one: found.append(one))
+    return race, loop, found
+
+
+def test_the_addresses_of_both_families_are_tried_in_turn_each_a_moment_later(attempts):
+    _, loop, found = raced((6, "a"), (6, "b"), (4, "c"), (4, "d"))
+    for count in (1, 2, 3, 4):
+        assert [one.address for one in attempts] == list("acbd")[:count]
+        loop.now += chat.NEXT_ADDRESS_SECONDS
+        loop.run_due()
+    assert found == [] and len(attempts) == 4
+    attempts[2].then(attempts[2], "")
+    assert found == [("socket to b", "")]
+    assert [one.cancelled for one in attempts] == [True, True, False, True]
+
+
+def test_the_next_address_is_tried_at_once_when_one_fails_and_the_last_reason_is_told(attempts):
+    _, loop, found = raced((6, "a"), (4, "c"))
+    attempts[0].then(attempts[0], "refused")
+    assert [one.address for one in attempts] == ["a", "c"] and found == []
+    attempts[1].then(attempts[1], "no route")
+    assert found == [(None, "no route")]
+
+
+def test_an_address_of_a_family_that_is_switched_off_is_passed_over(attempts):
+    assert raced((6, "off"), (4, "c"))[2] == [] and attempts[0].address == "c"
+    assert raced((6, "off"))[2] == [(None, "not supported")]
+    assert raced()[2] == [(None, "no address")]
+
+
+def test_a_race_that_is_cancelled_ends_all_attempts(attempts):
+    race, loop, found = raced((6, "a"), (4, "c"))
+    race.cancel()
+    loop.now += chat.NEXT_ADDRESS_SECONDS
+    loop.run_due()
+    assert [(one.address, one.cancelled) for one in attempts] == [("a", True)] and found == []
+
+
 # ======================================================================================
 # TERMINAL
 # ======================================================================================
@@ -29039,8 +29225,9 @@ def test_channels_to_be_joined_may_be_given_one_by_one(monkeypatch):
 ])  # fmt: skip
 def test_bytes_that_may_go_on_wait_for_more_and_so_long_and_no_longer(at_keys, keys, seconds, key):
     waited = []
-    later, at_keys.loop.call_later = at_keys.loop.call_later, lambda seconds, then: (
-        waited.append(seconds) or later(seconds, then)
+    later, at_keys.loop.call_later = (
+        at_keys.loop.call_later,
+        lambda seconds, then: waited.append(seconds) or later(seconds, then),
     )
     at_keys.take(keys)
     assert waited == ([seconds] if seconds else [])
@@ -29146,33 +29333,54 @@ def test_a_server_that_is_looked_at_tells_its_next_trouble(at_keys):
 
 
 LINES_OF_A_FILTER = [  # a view, and the lines that it prints
-    (dict(kind="message", text="hi", name="bob", where="#lobby"), ["bob: hi"]),
-    (dict(kind="message", text="a\nb", name="bob", where="#a"), ["[#a] bob: a", "[#a] bob: b"]),
-    (dict(kind="message", text="hi", name="bob", where="bob"), ["(private) bob: hi"]),
-    (dict(kind="message", text="hi", name="me", where="#a", mine=True), []),
-    (dict(kind="message", text="hi", name="me", where="#a", mine=True, past=True), ["[#a] me: hi"]),
-    (dict(kind="found", text="hi", name="me", where="#a", mine=True), ["[#a] me: hi"]),
-    (dict(kind="notice", text="a\nb", name="bob", where="#a"), ["[#a] -bob- a", "[#a] -bob- b"]),
-    (dict(kind="notice", text="hi", name="bob", where="#lobby"), ["-bob- hi"]),
-    (dict(kind="notice", text="hi", name="bob", where=""), ["-bob- hi"]),
-    (dict(kind="notice", text="hi", name="me", where="#a", mine=True), []),
-    (dict(kind="join", name="bob", address="h:1", where="#a"), ["[#a] bob (h:1) joined the chat!"]),
-    (dict(kind="part", name="bob", address="h:1", where="#lobby"), ["bob (h:1) left the chat!"]),
-    (dict(kind="quit", name="bob", address="h:1", where=""), ["[] bob (h:1) left the chat!"]),
-    (dict(kind="topic", text="bob set it", where="#a"), ["* bob set it"]),
-    (dict(kind="server text", text="a\nb"), ["* a", "* b"]),
-    (dict(kind="page", text="a\nb"), ["* a", "* b"]),
-    (dict(kind="people", text="bob, carol", where="#a"), ["* bob, carol"]),
-    (dict(kind="people", text="", where="#a"), []),
-    (dict(kind="room", text="x", where="#a"), []),
-    (dict(kind="message", text="x", line="as \x01it\x01 came", where="#a"), ["as it came"]),
-    (dict(kind="message", text="\x01x\x01", name="bob", where="#lobby"), ["bob: x"]),
+    (chat.ViewEvent(kind="message", text="hi", name="bob", where="#lobby"), ["bob: hi"]),
+    (
+        chat.ViewEvent(kind="message", text="a\nb", name="bob", where="#a"),
+        ["[#a] bob: a", "[#a] bob: b"],
+    ),
+    (chat.ViewEvent(kind="message", text="hi", name="bob", where="bob"), ["(private) bob: hi"]),
+    (chat.ViewEvent(kind="message", text="hi", name="me", where="#a", mine=True), []),
+    (
+        chat.ViewEvent(kind="message", text="hi", name="me", where="#a", mine=True, past=True),
+        ["[#a] me: hi"],
+    ),
+    (chat.ViewEvent(kind="found", text="hi", name="me", where="#a", mine=True), ["[#a] me: hi"]),
+    (
+        chat.ViewEvent(kind="notice", text="a\nb", name="bob", where="#a"),
+        ["[#a] -bob- a", "[#a] -bob- b"],
+    ),
+    (chat.ViewEvent(kind="notice", text="hi", name="bob", where="#lobby"), ["-bob- hi"]),
+    (chat.ViewEvent(kind="notice", text="hi", name="bob", where=""), ["-bob- hi"]),
+    (chat.ViewEvent(kind="notice", text="hi", name="me", where="#a", mine=True), []),
+    (
+        chat.ViewEvent(kind="join", name="bob", address="h:1", where="#a"),
+        ["[#a] bob (h:1) joined the chat!"],
+    ),
+    (
+        chat.ViewEvent(kind="part", name="bob", address="h:1", where="#lobby"),
+        ["bob (h:1) left the chat!"],
+    ),
+    (
+        chat.ViewEvent(kind="quit", name="bob", address="h:1", where=""),
+        ["[] bob (h:1) left the chat!"],
+    ),
+    (chat.ViewEvent(kind="topic", text="bob set it", where="#a"), ["* bob set it"]),
+    (chat.ViewEvent(kind="server text", text="a\nb"), ["* a", "* b"]),
+    (chat.ViewEvent(kind="page", text="a\nb"), ["* a", "* b"]),
+    (chat.ViewEvent(kind="people", text="bob, carol", where="#a"), ["* bob, carol"]),
+    (chat.ViewEvent(kind="people", text="", where="#a"), []),
+    (chat.ViewEvent(kind="room", text="x", where="#a"), []),
+    (
+        chat.ViewEvent(kind="message", text="x", line="as \x01it\x01 came", where="#a"),
+        ["as it came"],
+    ),
+    (chat.ViewEvent(kind="message", text="\x01x\x01", name="bob", where="#lobby"), ["bob: x"]),
 ]
 
 
 @pytest.mark.parametrize("view, lines", LINES_OF_A_FILTER)
 def test_a_pipe_prints_each_view_as_the_client_of_the_workshop(view, lines):
-    assert chat.filter_lines(chat.ViewEvent(**view)) == lines
+    assert chat.filter_lines(view) == lines
 
 
 # ======================================================================================
@@ -34285,3 +34493,141 @@ def test_every_refusal_has_a_code_and_says_why():
         codes = [first for first, *_ in literals] if name == "Refused" else []
         assert all(re.fullmatch("[A-Z][A-Z_8]+", code) for code in codes if code is not None)
         assert len(found) > 30
+
+
+OPTIONS_OF_TEXT = [  # what reads an option, its text, and the value; None if it is refused
+    (chat.flood_limits, "5,2", (5.0, 2.0)),
+    (chat.flood_limits, "1,0.5", (1.0, 0.5)),
+    (chat.flood_limits, "0.9,1", None),
+    (chat.flood_limits, "5,0", None),
+    (chat.flood_limits, "inf,1", None),
+    (chat.flood_limits, "5,inf", None),
+    (chat.flood_limits, "5", None),
+    (chat.flood_limits, "5,2,1", None),
+    (chat.mail_command, "sendmail -t", "sendmail -t"),
+    (chat.mail_command, "", None),
+    (chat.mail_command, '"open', None),
+    (chat.operator_option, "boss:word:s", ("boss", "word:s")),
+    (chat.operator_option, "boss", None),
+    (chat.operator_option, ":word", None),
+    (chat.operator_option, "the boss:word", None),
+    (chat.byte_count, "1", 1),
+    (chat.byte_count, "500K", 500 * 2**10),
+    (chat.byte_count, "20m", 20 * 2**20),
+    (chat.byte_count, "4G", 4 * 2**30),
+    (chat.byte_count, "0", None),
+    (chat.byte_count, "0K", None),
+    (chat.byte_count, "-1", None),
+    (chat.byte_count, "1T", None),
+    (chat.web_origin, "HTTPS://H.example/", "https://h.example"),
+    (chat.web_origin, "http://h:81", "http://h:81"),
+    (chat.web_origin, "ftp://h", None),
+    (chat.web_origin, "https://", None),
+    (chat.web_origin, "h.example", None),
+    (chat.cluster_option, "nats://h", chat.NodeOptions("", (("h", 4222),), False, "", "", "chat")),
+    (
+        *(chat.cluster_option, "tls://me:p%40ss@a:1,b/log"),
+        chat.NodeOptions("", (("a", 1), ("b", 4222)), True, "me", "p@ss", "log"),
+    ),
+    (
+        chat.cluster_option,
+        "nats://h:65535/x",
+        chat.NodeOptions("", (("h", 65535),), False, "", "", "x"),
+    ),
+    (chat.cluster_option, "nats://h:65536", None),
+    (chat.cluster_option, "nats://", None),
+    (chat.cluster_option, "nats://a,", None),
+    (chat.cluster_option, "http://h", None),
+    (chat.cluster_option, "nats://h/two words", None),
+    (chat.cluster_option, "nats://h/" + "x" * 33, None),
+]
+
+
+@pytest.mark.parametrize("read, text, value", OPTIONS_OF_TEXT)
+def test_the_text_of_an_option_is_its_value_or_is_refused(read, text, value):
+    with pytest.raises(argparse.ArgumentTypeError) if value is None else contextlib.nullcontext():
+        assert read(text) == value
+
+
+def test_a_flood_limit_can_be_switched_off():
+    assert chat.flood_limits("off") is None
+
+
+NODES_ASKED_FOR = [  # --cluster, --node, --cluster-keep and --data; the node, or words of the error
+    (None, None, None, "d", None),
+    (None, "n1", None, "d", "without --cluster"),
+    (None, None, 5, "d", "without --cluster"),
+    ("nats://h", None, None, "d", "--node NAME"),
+    ("nats://h", "n1", None, None, "data folder"),
+    ("nats://h", "n1", None, "d", ("n1", chat.LOG_KEPT_DAYS)),
+    ("nats://h", "n1", 5, "d", ("n1", 5)),
+]
+
+
+@pytest.mark.parametrize("cluster, node, keep, data, found", NODES_ASKED_FOR)
+def test_a_node_has_a_cluster_a_name_and_a_folder(cluster, node, keep, data, found):
+    cluster = chat.cluster_option(cluster) if cluster else None
+    args = argparse.Namespace(cluster=cluster, node=node, cluster_keep=keep, data=data)
+    if isinstance(found, str):
+        with pytest.raises(chat.Unusable, match=found):
+            chat.node_options(args)
+    else:
+        options = chat.node_options(args)
+        assert (options and (options.node, options.keep_days)) == found
+        assert options is None or options[1:5] == cluster[1:5]
+
+
+FOLDERS = [  # system, variables, the folders for data and for settings, in the home folder /h
+    ("linux", {}, "/h/.local/share/chat.py", "/h/.config/chat.py"),
+    ("linux", {"XDG_DATA_HOME": "/d", "XDG_CONFIG_HOME": "/c"}, "/d/chat.py", "/c/chat.py"),
+    (
+        "linux",
+        {"XDG_DATA_HOME": "", "XDG_CONFIG_HOME": ""},
+        "/h/.local/share/chat.py",
+        "/h/.config/chat.py",
+    ),
+    ("darwin", {}, *["/h/Library/Application Support/chat.py"] * 2),
+]
+
+
+@pytest.mark.parametrize("system, variables, data, settings", FOLDERS)
+def test_data_and_settings_are_where_the_system_has_them(
+    monkeypatch, system, variables, data, settings
+):
+    monkeypatch.setattr(sys, "platform", system)
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/h", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert (str(chat.data_folder()), str(chat.config_folder())) == (data, settings)
+
+
+STARTED = [  # the address that a server listens on, and what its clients are started with
+    (
+        ("127.0.0.1", 7000),
+        "this machine only; --listen 0.0.0.0:7000 for the network",
+        "",
+        "127.0.0.1",
+    ),
+    (("127.0.0.1", 7001), "this machine only", " --server 127.0.0.1:7001", "127.0.0.1"),
+    (("0.0.0.0", 7000), "everybody who can reach this machine", " --server HOST:7000", "HOST"),
+    (("::", 7001), "everybody who can reach this machine", " --server HOST:7001", "HOST"),
+]
+
+
+@pytest.mark.parametrize("address, who, option, host", STARTED)
+@pytest.mark.parametrize("password", [None, "word"])
+def test_a_server_says_how_to_join_it(monkeypatch, address, who, option, host, password):
+    monkeypatch.setattr(chat, "web_addresses", lambda server: ["http://a/", "http://b/"])
+    server = types.SimpleNamespace(
+        listeners=[types.SimpleNamespace(address=address)],
+        store=types.SimpleNamespace(path=None),
+        options=types.SimpleNamespace(password=password),
+    )
+    told = chat.how_to_join(server)
+    assert who in told.splitlines()[0] and ("/pass" in told) is bool(password)
+    assert f"chat.py client NAME{option}\n" in told and f"gui_client.py NAME{option}\n" in told
+    assert f"nc {host} {address[1]}\n" in told and "history: memory only" in told
+    assert told.endswith("browser:  http://a/ or http://b/")
+    server.store.path = pathlib.Path("/data/chat.db")
+    assert "history: /data\n" in chat.how_to_join(server)
