@@ -29333,25 +29333,25 @@ def test_a_server_that_is_looked_at_tells_its_next_trouble(at_keys):
 
 
 LINES_OF_A_FILTER = [  # a view, and the lines that it prints
-    (chat.ViewEvent(kind="message", text="hi", name="bob", where="#lobby"), ["bob: hi"]),
+    (chat.ViewEvent("message", "hi", "bob", "#lobby"), ["bob: hi"]),
     (
         chat.ViewEvent(kind="message", text="a\nb", name="bob", where="#a"),
         ["[#a] bob: a", "[#a] bob: b"],
     ),
-    (chat.ViewEvent(kind="message", text="hi", name="bob", where="bob"), ["(private) bob: hi"]),
-    (chat.ViewEvent(kind="message", text="hi", name="me", where="#a", mine=True), []),
+    (chat.ViewEvent("message", "hi", "bob", "bob"), ["(private) bob: hi"]),
+    (chat.ViewEvent("message", "hi", "me", "#a", mine=True), []),
     (
         chat.ViewEvent(kind="message", text="hi", name="me", where="#a", mine=True, past=True),
         ["[#a] me: hi"],
     ),
-    (chat.ViewEvent(kind="found", text="hi", name="me", where="#a", mine=True), ["[#a] me: hi"]),
+    (chat.ViewEvent("found", "hi", "me", "#a", mine=True), ["[#a] me: hi"]),
     (
         chat.ViewEvent(kind="notice", text="a\nb", name="bob", where="#a"),
         ["[#a] -bob- a", "[#a] -bob- b"],
     ),
-    (chat.ViewEvent(kind="notice", text="hi", name="bob", where="#lobby"), ["-bob- hi"]),
-    (chat.ViewEvent(kind="notice", text="hi", name="bob", where=""), ["-bob- hi"]),
-    (chat.ViewEvent(kind="notice", text="hi", name="me", where="#a", mine=True), []),
+    (chat.ViewEvent("notice", "hi", "bob", "#lobby"), ["-bob- hi"]),
+    (chat.ViewEvent("notice", "hi", "bob"), ["-bob- hi"]),
+    (chat.ViewEvent("notice", "hi", "me", "#a", mine=True), []),
     (
         chat.ViewEvent(kind="join", name="bob", address="h:1", where="#a"),
         ["[#a] bob (h:1) joined the chat!"],
@@ -29364,17 +29364,17 @@ LINES_OF_A_FILTER = [  # a view, and the lines that it prints
         chat.ViewEvent(kind="quit", name="bob", address="h:1", where=""),
         ["[] bob (h:1) left the chat!"],
     ),
-    (chat.ViewEvent(kind="topic", text="bob set it", where="#a"), ["* bob set it"]),
-    (chat.ViewEvent(kind="server text", text="a\nb"), ["* a", "* b"]),
-    (chat.ViewEvent(kind="page", text="a\nb"), ["* a", "* b"]),
-    (chat.ViewEvent(kind="people", text="bob, carol", where="#a"), ["* bob, carol"]),
-    (chat.ViewEvent(kind="people", text="", where="#a"), []),
-    (chat.ViewEvent(kind="room", text="x", where="#a"), []),
+    (chat.ViewEvent("topic", "bob set it", "", "#a"), ["* bob set it"]),
+    (chat.ViewEvent("server text", "a\nb"), ["* a", "* b"]),
+    (chat.ViewEvent("page", "a\nb"), ["* a", "* b"]),
+    (chat.ViewEvent("people", "bob, carol", "", "#a"), ["* bob, carol"]),
+    (chat.ViewEvent("people", "", "", "#a"), []),
+    (chat.ViewEvent("room", "x", "", "#a"), []),
     (
         chat.ViewEvent(kind="message", text="x", line="as \x01it\x01 came", where="#a"),
         ["as it came"],
     ),
-    (chat.ViewEvent(kind="message", text="\x01x\x01", name="bob", where="#lobby"), ["bob: x"]),
+    (chat.ViewEvent("message", "\x01x\x01", "bob", "#lobby"), ["bob: x"]),
 ]
 
 
