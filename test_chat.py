@@ -5118,6 +5118,31 @@ def test_the_owner_of_a_name_gets_it_from_a_guest():
     assert house.guests["zoe"].user.name not in ("zoe", "bob")
 
 
+SMALL_LIMITS = {  # so that chance reaches them: what is dropped there is dropped in the store, too
+    **{"GUESTS_LINKED": 1, "MARKERS": 2, "ABSENT_MOST": 2, "DEVICES_A_USER": 1, "SERVER_BANS": 1},
+    **{"RANKS_STORED": 1, "CHANNELS_A_USER": 2, "MASKS_A_LIST": 1, "CHANNELS_FOUNDED": 1},
+    **{"METADATA_KEYS": 1, "FORMER_USERS": 2, "INVITATIONS": 1},
+}
+
+
+@pytest.mark.parametrize("run", some(range(8), 2))
+def test_what_is_dropped_at_a_limit_is_dropped_in_the_store(seeded, run, tmp_path, monkeypatch):
+    for name, most in SMALL_LIMITS.items():
+        monkeypatch.setattr(chat, name, most)
+    house = House(store=chat.Store(tmp_path / "chat.db"))
+    live_at_random(seeded, house, 400)
+    was = lasting(house.hub)
+    assert was["users"] and was["accounts"] and was["guests"] and was["markers"]
+    house.store.close()
+    monkeypatch.setattr(chat, "ABSENT_MOST", 1000)  # all are absent at the start
+    store = chat.Store(tmp_path / "chat.db")
+    hub = chat.load_hub(store, house.now, house.now)
+    assert lasting(hub) == was
+    identities = {guest for _, guests in was["guests"].items() for guest in guests}
+    assert {guest for guest, _ in store.identities()} == identities
+    store.close()
+
+
 # ======================================================================================
 # PASSWORDS
 # ======================================================================================
@@ -23182,6 +23207,93 @@ def test_scram_says_nothing_before_the_server_asks_and_after_it_has_proved_itsel
     with pytest.raises(chat.Refused):
         client.send(b"r=other,s=,i=4096")
     assert verifier
+
+
+def test_earlier_nicks_are_known_until_the_user_has_them_again():
+    alice = with_bob()
+    for new, known in (("al", ["alice"]), ("ally", ["alice", "al"]), ("alice", ["al", "ally"])):
+        alice.hears(f":{alice.core.name}!u@h NICK {new}")
+        assert list(alice.core.former_names) == known
+
+
+def test_messages_that_could_not_be_sent_are_told_when_their_channel_is_joined():
+    alice = with_bob()
+    alice.types("/join #b", "/msg #b one", "/msg #b two", "/msg #c three")
+    alice.hears("474 alice #b :Cannot join channel (+b)")
+    alice.views.clear()
+    alice.hears(":alice!u@h JOIN #b")
+    told = "2 messages could not be sent before; /retry sends, /cancel drops"
+    assert [view.text for view in alice.views if "could not be sent" in view.text] == [told]
+    alice.hears(":alice!u@h PART #b", ":alice!u@h JOIN #d")
+    assert [view.text for view in alice.views if "could not be sent" in view.text] == [told]
+
+
+@pytest.mark.parametrize("unread, called", [(0, 0), (2, 0), (0, 1), (2, 1)])
+def test_a_conversation_that_is_read_is_drawn_again_if_there_was_news(unread, called):
+    alice = with_bob()
+    room = alice.core.rooms["bob"]
+    room.unread, room.called = unread, called
+    alice.core.rooms.mark_read(room)
+    drawn = [view.where for view in alice.core.take_views() if view.kind == "room"]
+    assert drawn == ["bob"] * bool(unread or called) and (room.unread, room.called) == (0, 0)
+
+
+def test_a_join_that_is_sent_again_is_no_longer_refused():
+    alice = with_bob(":bob!u@h KICK #a alice")
+    joins = alice.core.talk.joins
+    alice.types("/join #a")
+    alice.hears("474 alice #a :Cannot join channel (+b)")
+    assert joins.refused.keys() == {"#a"} and not joins.waits("#a")
+    alice.types("/join #a")
+    assert not joins.refused and joins.waits("#a") and joins.typed == {"#a": ""}
+    alice.hears(":alice!u@h JOIN #a")
+    assert not (joins.refused or joins.typed or joins.waits("#a"))
+
+
+IN_BATCHES = [  # lines of "text" or "+text", which goes on; bytes and lines of a batch; the batches
+    (["aa", "bb", "cc"], 5, 9, [["aa", "bb"], ["cc"]]),
+    (["aa", "bb", "cc"], 4, 9, [["aa"], ["bb"], ["cc"]]),
+    (["aa", "bb", "cc"], 99, 2, [["aa", "bb"], ["cc"]]),
+    (["aa", "+bb", "cc"], 4, 9, [["aa", "+bb"], ["cc"]]),
+    (["aaa", "+bb", "+c", "dd"], 4, 9, [["aaa"], ["bb", "+c"], ["dd"]]),
+    (["aaa", "b", "c", "d"], 4, 9, [["aaa"], ["b", "c"], ["d"]]),
+    (["aaaaa", "b"], 3, 9, [["aaaaa"], ["b"]]),
+]
+
+
+@pytest.mark.parametrize("lines, size, count, batches", IN_BATCHES)
+def test_lines_are_put_into_batches_as_full_as_the_server_takes_them(lines, size, count, batches):
+    given = [chat.MessageLine(line.removeprefix("+"), line[0] == "+") for line in lines]
+    found = [
+        ["+" * line.continues + line.text for line in group]
+        for group in chat.in_batches(given, size, count)
+    ]
+    assert found == batches
+
+
+JOINED_WITH = [  # what is typed, and the words of the note
+    ("/join #a #b", "commas between several channels: /join #a,#b; /raw JOIN #a #b takes #b as a password"),
+    ("/join #a x y", "commas between several channels: /join #a,#b; /raw JOIN #a x takes x as a password"),
+]
+
+
+@pytest.mark.parametrize("typed, note", JOINED_WITH)
+def test_a_list_of_channels_has_commas(typed, note):
+    assert with_bob().types(typed).kinds("note") == [note]
+
+
+# REDACT and reactions in a page of history: the first words of one, and a line that lacks some.
+def test_a_redaction_in_a_page_of_history_is_done_and_half_of_one_is_left_out():
+    caps = "message-tags batch draft/chathistory server-time"
+    alice = Elsewhere("CHATHISTORY=50", "CHANTYPES=#", caps=caps)
+    alice.types("/join #a").hears(":alice!u@h JOIN #a")
+    alice.hears(
+        *("BATCH +h chathistory #a", "@batch=h;msgid=1 :bob!u@h PRIVMSG #a :one"),
+        *("@batch=h;msgid=2 :bob!u@h PRIVMSG #a :two", "@batch=h :bob!u@h REDACT #a 1"),
+        *("@batch=h :bob!u@h REDACT #a", "BATCH -h"),
+    )
+    texts = [view.text for view in alice.core.rooms["#a"].views if view.kind == "message"]
+    assert texts == ["two"]
 
 
 # ======================================================================================
