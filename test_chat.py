@@ -27752,6 +27752,50 @@ def test_a_row_does_not_end_at_a_no_break_space_and_a_link_stays_whole():
     assert any(link in row for row in chat.wrapped_rows(f"17:16 bob: 看 {link} 好", 40, 6))
 
 
+@pytest.mark.parametrize("reading", [False, True])
+def test_a_screen_that_is_up_to_date_is_not_written_again(reading):
+    desk = Desk(rows=8)
+    desk.hear(*(f"line {n}" for n in range(30)))
+    desk.paint()
+    if reading:
+        desk.display.reader.up(5)
+        desk.paint()
+        assert desk.written
+    for _ in range(2):
+        desk.paint()
+        assert desk.written == ""
+    desk.row = "x"
+    desk.paint()
+    assert desk.written != ""
+
+
+def test_scrolling_up_ends_at_the_first_row_and_one_step_further_tells_that():
+    desk = Desk(rows=8, rooms=("#lobby",))
+    desk.hear(*(f"line {n}" for n in range(12)))
+    desk.paint()
+    reader, pages = desk.display.reader, []
+    while not reader.at_top:
+        reader.up(1)
+        pages.append(reader.page())
+        assert len(pages) < 50 and reader.back
+    assert "line 0" in str(pages[-1]) and pages[-1] == pages[-2] != pages[-3]
+    reader.down(1)
+    assert not reader.at_top and reader.page() == pages[-3]
+
+
+@pytest.mark.parametrize("where, count, fetching, told", [
+    ("#lobby", "3", False, True), ("#lobby", "0", False, False), ("#rust", "3", True, False),
+])  # fmt: skip
+def test_older_messages_that_came_end_the_wait_for_them_in_their_conversation(
+    where, count, fetching, told
+):
+    desk = Desk()
+    came = []
+    desk.display.fetching, desk.display.reader.came_older = True, lambda: came.append(1)
+    desk.tell(chat.ViewEvent(chat.OLDER, count, where=where))
+    assert desk.display.fetching is fetching and bool(came) is told
+
+
 # ======================================================================================
 # CLI CLIENT
 # ======================================================================================
