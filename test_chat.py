@@ -5119,9 +5119,18 @@ def test_the_owner_of_a_name_gets_it_from_a_guest():
 
 
 SMALL_LIMITS = {  # so that chance reaches them: what is dropped there is dropped in the store, too
-    **{"GUESTS_LINKED": 1, "MARKERS": 2, "ABSENT_MOST": 2, "DEVICES_A_USER": 1, "SERVER_BANS": 1},
-    **{"RANKS_STORED": 1, "CHANNELS_A_USER": 2, "MASKS_A_LIST": 1, "CHANNELS_FOUNDED": 1},
-    **{"METADATA_KEYS": 1, "FORMER_USERS": 2, "INVITATIONS": 1},
+    "GUESTS_LINKED": 1,
+    "MARKERS": 2,
+    "ABSENT_MOST": 2,
+    "DEVICES_A_USER": 1,
+    "SERVER_BANS": 1,
+    "RANKS_STORED": 1,
+    "CHANNELS_A_USER": 2,
+    "MASKS_A_LIST": 1,
+    "CHANNELS_FOUNDED": 1,
+    "METADATA_KEYS": 1,
+    "FORMER_USERS": 2,
+    "INVITATIONS": 1,
 }
 
 
@@ -23272,8 +23281,14 @@ def test_lines_are_put_into_batches_as_full_as_the_server_takes_them(lines, size
 
 
 JOINED_WITH = [  # what is typed, and the words of the note
-    ("/join #a #b", "commas between several channels: /join #a,#b; /raw JOIN #a #b takes #b as a password"),
-    ("/join #a x y", "commas between several channels: /join #a,#b; /raw JOIN #a x takes x as a password"),
+    (
+        "/join #a #b",
+        "commas between several channels: /join #a,#b; /raw JOIN #a #b takes #b as a password",
+    ),
+    (
+        "/join #a x y",
+        "commas between several channels: /join #a,#b; /raw JOIN #a x takes x as a password",
+    ),
 ]
 
 
@@ -23294,6 +23309,104 @@ def test_a_redaction_in_a_page_of_history_is_done_and_half_of_one_is_left_out():
     )
     texts = [view.text for view in alice.core.rooms["#a"].views if view.kind == "message"]
     assert texts == ["two"]
+
+
+NEWS = [  # the room looked at?, a time after the one read, a page?, the message; unread and called
+    ("#lobby", 1, False, {}, 1, 0),
+    ("#lobby", 0, False, {}, 1, 0),
+    ("#lobby", -1, False, {}, 1, 0),
+    ("#lobby", 1, True, {}, 1, 0),
+    ("#lobby", 0, True, {}, 0, 0),
+    ("#lobby", -1, True, {}, 0, 0),
+    ("#lobby", 1, False, {"called": True}, 1, 1),
+    ("#lobby", 1, False, {"called": True, "mine": True}, 0, 0),
+    ("#lobby", 1, False, {"called": True, "past": True}, 0, 0),
+    ("#a", 1, False, {"called": True}, 0, 0),
+]
+
+
+@pytest.mark.parametrize("here, later, paged, more, unread, called", NEWS)
+@pytest.mark.parametrize("muted", [False, True])
+def test_a_message_is_news_where_the_user_does_not_see_it(
+    here, later, paged, more, unread, called, muted
+):
+    alice = with_bob().types(f"/go {here}")
+    room = alice.core.rooms["#a"]
+    room.read_time, room.muted = 5000, muted
+    view = chat.ViewEvent("message", "hi", "bob", "#a", 5000 + later, **more)
+    alice.core.incoming.deliver(room, view, paged)
+    assert (room.unread, room.called) == (unread, called if not muted else 0)
+    assert room.views[-1].text == "hi"
+
+
+HIDDEN = [  # a view, and whether it is hidden
+    (chat.ViewEvent("message", "hi", "bob", "#a", address="u@h"), False),
+    (chat.ViewEvent("notice", "hi", "bob", "#a", address="u@h"), False),
+    (chat.ViewEvent("message", "hi", "carol", "#a", address="u@h"), True),
+    (chat.ViewEvent("message", "hi", "dan", "#a", address="u@bad.example"), True),
+    (chat.ViewEvent("message", "hi", "bob", "#a", id="gone"), True),
+    (chat.ViewEvent("join", "", "bob", "#a"), True),
+    (chat.ViewEvent("message", "hi", "alice", "#a", mine=True), False),
+    (chat.ViewEvent("message", "hi", "alice", "#a", mine=True, id="gone"), True),
+    (chat.ViewEvent("message", "IDENTIFY word", "alice", "NickServ", mine=True), True),
+]
+
+
+@pytest.mark.parametrize("view, hidden", HIDDEN)
+def test_redacted_messages_passwords_and_ignored_users_are_hidden(view, hidden):
+    alice = with_bob().types("/ignore carol", "/ignore *!*@bad.example")
+    alice.core.incoming.redact("gone")
+    assert alice.core.incoming.hides(view) is hidden
+
+
+def test_what_is_typed_about_files_on_their_way_is_answered():
+    alice = with_bob()
+    assert alice.types("/transfers").kinds("note") == ["no file is on its way"]
+    alice.views.clear()
+    for id, name in (("1", "tea.txt"), ("2", "")):
+        one = chat.Transfer(id, True, "#a", f"/home/{name or 'plan.txt'}")
+        one.name = name
+        alice.core.transfers.keep(one)
+    first, second = list(alice.core.transfers)
+    alice.types("/transfers")
+    assert alice.kinds("note") == [f"1  {first.words()}; 2  {second.words()}"]
+    for typed, note in (
+        ("/transfers cancel", "usage: /transfers cancel 1"),
+        ("/transfers drop 1", "usage: /transfers cancel 1"),
+        ("/transfers cancel 2", "/home/plan.txt is dropped"),
+        ("/transfers cancel 1", "tea.txt is dropped"),
+    ):
+        alice.views.clear()
+        assert alice.types(typed).kinds("note") == [note]
+    assert list(alice.core.transfers) == []
+
+
+@pytest.mark.parametrize(
+    "emoji, sent", [("\U0001f44d", True), ("x" * 32, True), ("x" * 33, False), (" ", False)]
+)
+def test_a_reaction_has_some_characters_and_not_too_many(monkeypatch, emoji, sent):
+    monkeypatch.setattr(chat, "REACTION_CHARACTERS", 32)
+    alice = with_bob("@msgid=m1 :bob!u@h PRIVMSG #a :hi")
+    with contextlib.nullcontext() if sent else pytest.raises(chat.Refused, match="1 to 32"):
+        alice.core.reactions.send(alice.core.rooms["#a"], "m1", emoji)
+    alice.core.flush()
+    tags = f"@+draft/react={chat.escaped_tag(emoji)};+draft/reply=m1"
+    assert alice.sent() == ([f"{tags} TAGMSG #a"] if sent else [])
+
+
+# A text that has to be divided, and of which the server takes no part.
+def test_the_rest_of_a_text_that_cannot_be_sent_comes_back_with_its_lines(monkeypatch):
+    def check(where, piece, *more):
+        if piece == "two":
+            raise chat.Refused("BAD", "no such piece")
+
+    monkeypatch.setattr(chat, "message_pieces", lambda text: text.split("\n"))
+    monkeypatch.setattr(chat, "check_message", check)
+    alice = with_bob()
+    alice.core.outgoing.send("#a", "one\ntwo\nthree")
+    views = alice.core.take_views()
+    assert [view.text for view in views if view.kind == "back"] == ["two\nthree"]
+    assert [one.text for one in alice.core.outbox.waiting.values()] == ["one"]
 
 
 # ======================================================================================
