@@ -7849,6 +7849,70 @@ def test_an_act_of_the_log_is_done_or_refused_and_a_bug_is_reported(act, name, c
     assert bool(bugs) is (code == "INTERNAL_ERROR")
 
 
+ANSWERS_OF_THE_LOG = [  # the batch that is under way, the answer; what is noted, and done
+    (5, "", 8, [], "applied"),
+    (5, "", 9, [], ""),
+    (5, "no room", 0, ["the log takes nothing: no room"], "again"),
+    (6, "", 8, [], ""),
+    (6, "no room", 0, ["the log takes nothing: no room"], ""),
+    (None, "", 8, [], ""),
+]
+
+
+@pytest.mark.parametrize("under_way, error, sequence, notes, done", ANSWERS_OF_THE_LOG)
+def test_an_answer_of_the_log_is_about_the_batch_that_is_under_way(
+    under_way, error, sequence, notes, done
+):
+    noted, applied, appended = [], [], []
+    node = types.SimpleNamespace(
+        now=3.0, beat=0.0, retry_at=0.0, name="n1", epoch="e", trouble="",
+        options=types.SimpleNamespace(log="chat"),
+        hub=types.SimpleNamespace(sequence=7),
+        server=types.SimpleNamespace(note=noted.append),
+        log=types.SimpleNamespace(append=lambda *values: appended.append(values)),
+        sent=chat.SentBatch(5, b"data", [], 3.0), apply=applied.append,
+    )  # fmt: skip
+    chat.Cluster._append(node)
+    ((data, id, answered),) = appended
+    assert (data, id, node.beat) == (b"data", "chat n1 e 5", 3.0)
+    assert node.retry_at == 3.0 + chat.BATCH_ANSWER_SECONDS
+    node.now = 10.0
+    node.sent = node.sent._replace(number=under_way) if under_way else None
+    answered(error, sequence)
+    answered(error, sequence)
+    assert noted == notes and node.trouble == error
+    assert [entry[:3] for entry in applied] == [(8, 0, b"data")] * (2 * (done == "applied"))
+    assert (node.retry_at == 10.0 + chat.BATCH_RETRY_SECONDS) is (done == "again")
+    answered("", 0)
+    assert noted == notes + ["the log takes batches again"] * bool(error)
+
+
+def test_only_the_last_checksums_are_kept(monkeypatch):
+    monkeypatch.setattr(chat, "CHECKSUMS_KEPT", 3)
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    house.enter_irc("alice")
+    for n in range(6):
+        house.say("alice", f"JOIN #a{n}")
+        house.turn()
+    last = house.hub.sequence
+    assert list(house.cluster.checksums) == [last - 2, last - 1, last]
+
+
+def test_a_checksum_is_that_of_all_that_an_event_has():
+    source = chat.Source("alice", "127.0.0.1:1", "u", "acc")
+    event = chat.Event(5, 7, "message", source, chat.Audience("#a"), "hi", "bob", None, "+a=b")
+    changed = {
+        "id": 6, "time": 8, "kind": "notice", "text": "ho", "about": "dan", "tags": "+a=c",
+        "source": source._replace(mask="al!u@h"), "audience": chat.Audience("#b"),
+    }  # fmt: skip
+    others = [event._replace(**{name: value}) for name, value in changed.items()]
+    others += [event._replace(source=source._replace(account="other"))]
+    sums = {chat.checksum("x", [one], 5) for one in (event, *others)}
+    sums |= {chat.checksum("y", [event], 5), chat.checksum("x", [event], 6), "x"}
+    assert len(sums) == len(others) + 4
+    assert chat.checksum("x", [event], 5) == chat.checksum("x", [event], 5)
+
+
 # ======================================================================================
 # IRC DIALECT
 # ======================================================================================
@@ -23409,6 +23473,42 @@ def test_the_rest_of_a_text_that_cannot_be_sent_comes_back_with_its_lines(monkey
     assert [one.text for one in alice.core.outbox.waiting.values()] == ["one"]
 
 
+STORED_OR_NOT = [  # a view beside that of bob at 5000 with the id "m1", and whether it is stored
+    ({}, True),
+    ({"id": "m2"}, False),
+    ({"text": "other"}, True),  # the id decides
+    ({"id": ""}, True),
+    ({"id": "", "text": "other"}, False),
+    ({"id": "", "name": "carol"}, False),
+    ({"id": "", "time": 5001}, False),
+]
+
+
+@pytest.mark.parametrize("change, stored_too", STORED_OR_NOT)
+def test_a_message_is_known_to_the_store_by_its_id_or_else_by_all_it_has(change, stored_too):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    view = chat.ViewEvent("message", "hi", "bob", "#a", 5000, id="m1")
+    store.add("#a", view)
+    assert store.has("#a", view._replace(**change)) is stored_too
+    assert store.has("#b", view._replace(id="")) is False
+
+
+def test_a_setting_that_another_client_restores_is_the_usual_one_here_too(folder):
+    cores = []
+    for _ in range(2):
+        store = chat.ClientStore(chat.open_client_file(folder), "here", "alice", sole=False)
+        cores.append(chat.ClientCore("alice", True, chat.IRC, store=store))
+    one, other = cores
+    usual = other.setting("time")
+    for value in ("off", None):
+        one.store.set("time", value)
+        one.store.flush()
+        other.refresh()
+        assert other.setting("time") == (value or usual)
+    for core in cores:
+        core.close_store()
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
@@ -26611,6 +26711,80 @@ def test_a_race_that_is_cancelled_ends_all_attempts(attempts):
     loop.now += chat.NEXT_ADDRESS_SECONDS
     loop.run_due()
     assert [(one.address, one.cancelled) for one in attempts] == [("a", True)] and found == []
+
+
+CHARGES = """   # what an operator in #a with 10 others says: its work, and that of each further member
+    PRIVMSG #a :x              50  0
+    @+typing=active TAGMSG #a   2  0
+    NICK al                    50  0
+    AWAY :x                    58  0
+    SETNAME :x                 50  0
+    TOPIC #a :x                50  0
+    MODE #a +b x               53  0
+    KICK #a m1                 50  0
+    PART #a                    50  0
+    QUIT :x                    58  0
+    NAMES #a                   17  0
+    WHO #a                    124 10
+    JOIN #b                    67  0
+    INVITE m1 #a               58  0
+    RENAME #a #c              518 41
+    WHOIS m1                   49  0
+    KILL m1 :x                 71  0
+    METADATA #a SET k v        58  0
+    LIST                       25  0
+    PRIVMSG m1 :x              60  0
+    WALLOPS :x                 61  1
+    ISON m1 m2                  8  0
+"""
+
+
+def crowd(count):
+    """Return a House in whose #a an operator, alice, is with so many other users."""
+    house, names = House(), [f"m{n}" for n in range(count)]
+    house.enter_irc("alice", *names)
+    for name in ("alice", *names):
+        ask(house, name, "JOIN #a")
+    ask(house, "alice", "MODE #a +v m0", "OPER boss secret")
+    return house
+
+
+@pytest.mark.parametrize("row", CHARGES.strip().split("\n")[1:])
+def test_a_line_is_charged_for_the_work_that_it_is(row):
+    line, work, more = row.strip().rsplit(None, 2)
+    for count in (10, 12)[: 1 + (float(more) > 0)]:
+        house = crowd(count)
+        house.hub.take_work()
+        house.say("alice", line)
+        assert house.hub.take_work() == float(work) + (count - 10) * float(more)
+
+
+def test_an_upload_token_is_that_of_its_user_and_no_other_is_one():
+    house, grants = House(), chat.Grants()
+    house.enter_irc("alice", "bob")
+    tokens = {name: grants.make(house.hub.users[name], ticks=0) for name in ("alice", "bob")}
+    for name, token in tokens.items():
+        assert grants[chat.hashed_token(token)].user.name == name
+    assert chat.hashed_token("0" * 32) not in grants and len(grants) == 2
+    assert not set(tokens.values()) & grants.keys()
+
+
+def test_upload_tokens_end_with_their_time_their_user_and_their_number(monkeypatch):
+    monkeypatch.setattr(chat, "TOKENS_A_USER", 2)
+    house, grants = House(), chat.Grants()
+    house.enter_irc("alice", "bob")
+    alice, bob = (house.hub.users[name] for name in ("alice", "bob"))
+    first, second, third = (chat.hashed_token(grants.make(alice, ticks)) for ticks in (0, 1, 2))
+    assert list(grants) == [second, third]
+    end = chat.TOKEN_SECONDS * 1000
+    fourth = chat.hashed_token(grants.make(bob, end + 1))
+    assert list(grants) == [second, third, fourth]
+    fifth = chat.hashed_token(grants.make(bob, end + 2))
+    assert list(grants) == [third, fourth, fifth]
+    ask(house, "alice", "QUIT")
+    assert list(grants) == [third, fourth, fifth] and first
+    sixth = chat.hashed_token(grants.make(bob, end + 2))
+    assert list(grants) == [fifth, sixth]
 
 
 # ======================================================================================
