@@ -23509,6 +23509,49 @@ def test_a_setting_that_another_client_restores_is_the_usual_one_here_too(folder
         core.close_store()
 
 
+EVERY_CAPABILITY = """
+    message-tags server-time batch echo-message labeled-response draft/multiline draft/chathistory
+    draft/channel-rename multi-prefix draft/message-redaction standard-replies soju.im/search
+    chat.py/session sasl chghost no-implicit-names cap-notify
+"""
+FOR_SCREENS = "away-notify account-notify draft/read-marker"
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_a_client_asks_for_the_capabilities_that_it_can_use(interactive):
+    wanted = EVERY_CAPABILITY.split() + FOR_SCREENS.split() * interactive
+    core = chat.ClientCore("alice", interactive, chat.IRC)
+    core.connected()
+    core.take_output()
+    offered = f"{' '.join(EVERY_CAPABILITY.split())} {FOR_SCREENS} draft/extended-isupport"
+    core.feed(f":s CAP * LS :{offered}\r\n".encode())
+    asked, *_ = core.take_output().decode().splitlines()
+    assert asked.removeprefix("CAP REQ :").split() == wanted
+
+
+ERRORS_OF_JOINS = [  # the numeric of an error about a channel, and whether it can answer a JOIN
+    *((number, True) for number in ("403", "405", "471", "473", "474", "475", "476", "477", "489")),
+    *((number, False) for number in ("404", "442", "461", "482")),
+]
+
+
+@pytest.mark.parametrize("number, answers", ERRORS_OF_JOINS)
+def test_a_join_is_refused_by_the_errors_that_are_about_joins(number, answers):
+    alice = with_bob().types("/join #b")
+    assert alice.core.talk.joins.waits("#b")
+    alice.hears(f"{number} alice #b :no")
+    assert alice.core.talk.joins.waits("#b") is not answers
+
+
+def test_the_help_of_the_client_is_in_two_columns():
+    (page,) = with_bob().types("/help talk").kinds("page")
+    rows = page.split("\n")
+    assert len(rows) == len(chat.HELP_TOPICS["talk"])
+    commands = [chat.client_command[verb] for verb in chat.HELP_TOPICS["talk"]]
+    width = max(len(command.syntax) for command in commands)
+    assert rows == [f"{one.syntax.ljust(width)}  {one.summary}" for one in commands]
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
@@ -26713,7 +26756,7 @@ def test_a_race_that_is_cancelled_ends_all_attempts(attempts):
     assert [(one.address, one.cancelled) for one in attempts] == [("a", True)] and found == []
 
 
-CHARGES = """   # what an operator in #a with 10 others says: its work, and that of each further member
+CHARGES = """   # what an operator in #a with 10 others says: its work, and for each more
     PRIVMSG #a :x              50  0
     @+typing=active TAGMSG #a   2  0
     NICK al                    50  0
@@ -26739,7 +26782,7 @@ CHARGES = """   # what an operator in #a with 10 others says: its work, and that
 """
 
 
-def crowd(count):
+def house_with_others(count):
     """Return a House in whose #a an operator, alice, is with so many other users."""
     house, names = House(), [f"m{n}" for n in range(count)]
     house.enter_irc("alice", *names)
@@ -26753,7 +26796,7 @@ def crowd(count):
 def test_a_line_is_charged_for_the_work_that_it_is(row):
     line, work, more = row.strip().rsplit(None, 2)
     for count in (10, 12)[: 1 + (float(more) > 0)]:
-        house = crowd(count)
+        house = house_with_others(count)
         house.hub.take_work()
         house.say("alice", line)
         assert house.hub.take_work() == float(work) + (count - 10) * float(more)
@@ -26785,6 +26828,59 @@ def test_upload_tokens_end_with_their_time_their_user_and_their_number(monkeypat
     assert list(grants) == [third, fourth, fifth] and first
     sixth = chat.hashed_token(grants.make(bob, end + 2))
     assert list(grants) == [fifth, sixth]
+
+
+def test_the_first_bytes_of_a_handshake_are_answered_at_once_also_when_it_is_refused():
+    told, dirty = [], []
+    conn = types.SimpleNamespace(
+        loop=types.SimpleNamespace(dirty=types.SimpleNamespace(add=dirty.append)), state=chat.OPEN, received=told.append,
+        flush=lambda: told.append("flushed"), _end=lambda: told.append("ended"),
+    )  # fmt: skip
+
+    def secured():
+        told.append("secured")
+        conn.state = chat.CLOSED
+
+    class Tls:
+        ready = ended = False
+
+        def feed(self, data):
+            self.ready = self.ended = True
+            return data
+
+    conn.secured, conn.tls = secured, Tls()
+    chat.Connection.arrived(conn, b"x")
+    assert told == ["flushed", "secured"] and dirty == [conn]
+    conn.state = chat.OPEN
+    chat.Connection.arrived(conn, b"y")
+    assert told[2:] == [b"y", "ended"]
+
+
+def test_a_node_that_loses_nats_dials_again_a_moment_later():
+    loop = FakeLoop(5.0)
+    link = types.SimpleNamespace(loop=loop, reason="", target="here", dial=chat.do_nothing)
+    for reason in ("refused", "refused", "no route"):
+        chat.NatsLink.again(link, reason)
+        assert link.reason == reason
+    assert [timer.when for timer in loop.timers] == [5.0 + chat.NATS_RETRY_SECONDS] * 3
+    assert all(timer.callback is link.dial for timer in loop.timers)
+
+
+@pytest.mark.parametrize("leads, left", [(True, {"#b"}), (False, set())])
+def test_one_node_prunes_for_all_and_the_others_forget_what_they_would_prune(leads, left):
+    asked, server = [], types.SimpleNamespace(store=chat.Store(None))
+    server.cluster = types.SimpleNamespace(leads=leads, ask=lambda *act: asked.append(act))
+    retention = server.store.retention
+    retention.excess |= {"#b"} | ({"#a"} if leads else set())
+
+    def excess_of(key):
+        retention.excess.discard(key)
+        return key, 1, 2
+
+    retention.excess_of = excess_of
+    chat.Server._prune_by_act(server)
+    assert len(asked) == leads and len(retention.excess) == len(left)
+    assert not leads or asked[0][:2] == (None, "prune_history")
 
 
 # ======================================================================================
@@ -28081,6 +28177,21 @@ def test_older_messages_that_came_end_the_wait_for_them_in_their_conversation(
     desk.display.fetching, desk.display.reader.came_older = True, lambda: came.append(1)
     desk.tell(chat.ViewEvent(chat.OLDER, count, where=where))
     assert desk.display.fetching is fetching and bool(came) is told
+
+
+def test_a_screen_that_is_left_shows_the_messages_and_nothing_else():
+    desk = Desk(rows=8)
+    desk.hear(*(f"line {n}" for n in range(30)))
+    desk.paint()
+    desk.display.reader.up(5)
+    desk.row = "typed"
+    desk.paint()
+    assert "typed" in str(desk.screen.lines)
+    desk.hear("while reading")
+    desk.screen.draw(desk.display.leave())
+    shown = str(desk.screen.lines)
+    assert "while reading" in shown and "typed" not in shown
+    assert not desk.display.reader.back and not desk.display.paged
 
 
 # ======================================================================================
@@ -35074,3 +35185,8 @@ def test_a_server_says_how_to_join_it(monkeypatch, address, who, option, host, p
     assert told.endswith("browser:  http://a/ or http://b/")
     server.store.path = pathlib.Path("/data/chat.db")
     assert "history: /data\n" in chat.how_to_join(server)
+
+
+def test_chat_py_alone_says_how_to_begin(capsys):
+    assert chat.main([]) == 0
+    assert capsys.readouterr().out == chat.FIRST_HELP
