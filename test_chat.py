@@ -26833,9 +26833,12 @@ def test_upload_tokens_end_with_their_time_their_user_and_their_number(monkeypat
 def test_the_first_bytes_of_a_handshake_are_answered_at_once_also_when_it_is_refused():
     told, dirty = [], []
     conn = types.SimpleNamespace(
-        loop=types.SimpleNamespace(dirty=types.SimpleNamespace(add=dirty.append)), state=chat.OPEN, received=told.append,
-        flush=lambda: told.append("flushed"), _end=lambda: told.append("ended"),
-    )  # fmt: skip
+        loop=types.SimpleNamespace(dirty=types.SimpleNamespace(add=dirty.append)),
+        state=chat.OPEN,
+        received=told.append,
+        flush=lambda: told.append("flushed"),
+        _end=lambda: told.append("ended"),
+    )
 
     def secured():
         told.append("secured")
