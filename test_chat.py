@@ -23552,6 +23552,38 @@ def test_the_help_of_the_client_is_in_two_columns():
     assert rows == [f"{one.syntax.ljust(width)}  {one.summary}" for one in commands]
 
 
+def test_stored_messages_that_are_loaded_again_are_drawn():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    core = chat.ClientCore("alice", True, chat.IRC, store=store)
+    room = core.rooms.open("#a")
+    store.add("#a", chat.ViewEvent("message", "hi", "bob", "#a", 5000, id="m1"))
+    core.take_views()
+    core.stored.load_again(room)
+    assert [(view.kind, view.where) for view in core.take_views()] == [(chat.RESET, "#a")]
+    assert [view.text for view in room.views] == ["hi"]
+
+
+@pytest.mark.parametrize("sole", [True, False])
+@pytest.mark.parametrize("id", ["m1", ""])
+def test_a_message_without_an_id_is_stored_by_the_sole_client_of_a_database(sole, id):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice", sole=sole)
+    view = chat.ViewEvent("message", "hi", "bob", "#a", 5000, id=id)
+    store.add("#a", view)
+    assert store.has("#a", view) is bool(id or sole)
+    found = store.message("m1")
+    assert (found and found.text) == ("hi" if id else None)
+
+
+@pytest.mark.parametrize(
+    "reply, words", [("m1", "bob: hi"), ("m9", "an earlier message"), ("", "")]
+)
+def test_an_answer_tells_to_what_it_is_one(reply, words):
+    alice = with_bob("@msgid=m1 :bob!u@h PRIVMSG #a :hi")
+    view = chat.ViewEvent("message", "yes", "carol", "#a", 5000, reply=reply)
+    assert alice.core.stored.answered_words(view) == words
+    assert alice.core.stored.answered_words(view._replace(where="#gone")) == ""
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
@@ -26884,6 +26916,29 @@ def test_one_node_prunes_for_all_and_the_others_forget_what_they_would_prune(lea
     chat.Server._prune_by_act(server)
     assert len(asked) == leads and len(retention.excess) == len(left)
     assert not leads or asked[0][:2] == (None, "prune_history")
+
+
+class Leaver:
+    """A peer of the server, of which only the tables matter."""
+
+    home, web, chats = "its address", True, False
+
+    def __init__(self):
+        self.ended = []
+        self.session = types.SimpleNamespace(ended=lambda: self.ended.append(self))
+
+
+def test_a_connection_that_is_gone_is_in_no_table_of_the_server():
+    house, peer, left = House(), Leaver(), []
+    house.addresses.leave = lambda *values: left.append(values)
+    tables = (house.beat.acting, house.beat.handshakes)
+    house.peers.add(peer)
+    for table in tables:
+        table[peer] = None
+    for _ in range(2):
+        house.forget(peer)
+        assert peer not in house.peers and not any(peer in table for table in tables)
+        assert left == [("its address", True, False)] and peer.ended == [peer]
 
 
 # ======================================================================================
