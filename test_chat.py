@@ -29995,6 +29995,94 @@ def test_a_pipe_prints_each_view_as_the_client_of_the_workshop(view, lines):
     assert chat.filter_lines(view) == lines
 
 
+class Pipe:
+    """Standard input for a Filter, which notes whether it is read."""
+
+    def __init__(self, loop, fd, take):
+        self.paused = False
+
+    def pause(self):
+        self.paused = True
+
+    def resume(self):
+        self.paused = False
+
+
+@pytest.fixture
+def piping(monkeypatch):
+    """Return a function that makes a client between pipes, on an IRC server, in #tea."""
+    made = []
+    monkeypatch.setattr(chat, "Input", Pipe)
+
+    def make(**options):
+        target = chat.parse_target("irc://here")
+        client = chat.Filter(chat.ClientOptions("alice", target, join=("#tea",), **options))
+        made.append(client)
+        client.show(client.core.connected())
+        client.show(client.core.feed(b":s 001 alice :Welcome\r\n:alice!u@h JOIN #tea\r\n"))
+        return client
+
+    yield make
+    for client in made:
+        client.close()
+        client.loop.close()
+
+
+PIPED = [  # what comes from standard input, with commands or not; what is said, and whether it ends
+    (b"one\ntwo\n", False, ["one", "two"], False),
+    (b"half", False, [], False),
+    (b"/quit\nlater\n", False, ["/quit", "later"], False),
+    (b"one\n/quit so long\nlater\n", True, ["one"], True),
+    (b"\n", False, [""], False),
+]
+
+
+@pytest.mark.parametrize("data, commands, said, ends", PIPED)
+def test_each_line_of_a_pipe_is_said_and_commands_only_if_they_are_wanted(
+    piping, data, commands, said, ends
+):
+    client = piping(commands=commands)
+    client.take(data)
+    assert [one.text for one in client.core.outbox.waiting.values()] == said
+    assert (client.link.reason == "so long") is ends and client.input_over is ends
+    assert client.link.leaving is ends
+
+
+def test_the_end_of_a_pipe_ends_its_last_line_and_the_client(piping):
+    client = piping()
+    client.take(b"one\nhalf")
+    assert not client.link.leaving
+    client.take(b"")
+    assert [one.text for one in client.core.outbox.waiting.values()] == ["one", "half"]
+    assert client.input_over and client.link.leaving and client.input.paused
+
+
+def test_a_line_that_is_too_long_for_a_pipe_fails_and_the_others_are_said(piping):
+    client = piping()
+    client.take(b"x" * (chat.LINE_BYTES + 1) + b"\nnext\n")
+    assert [one.text for one in client.core.outbox.waiting.values()] == ["next"]
+    assert client.failure == f"a line has at most {chat.LINE_BYTES:,} bytes: it was not sent"
+
+
+def test_what_a_pipe_shows_goes_to_standard_output_and_troubles_to_the_other(
+    piping, monkeypatch, capsys
+):
+    written, client = [], piping()
+    monkeypatch.setattr(chat, "write_all", lambda fd, data: written.append((fd, data)))
+    view = chat.ViewEvent
+    client.was_up = False
+    client.show([view("status", "trying"), view("up", "connected"), view("up", "again")])
+    client.show([view("message", "hi", "bob", "#tea"), view("note", "careful")])
+    client.show([view("failed", "not sent"), view("status", "broken"), view("back", "text")])
+    assert [(fd, data.decode()) for fd, data in written] == [
+        *((1, "connected\n"), (1, "> [#tea] bob: hi\n"), (1, "")),
+    ]
+    assert capsys.readouterr().err == "".join(
+        f"chat.py: {text}\n" for text in ("careful", "not sent", "broken")
+    )
+    assert client.refused == 1 and client.was_up
+
+
 # ======================================================================================
 # THE WINDOW
 # ======================================================================================
