@@ -1000,6 +1000,18 @@ def test_control_characters_but_tab_and_newline_are_dropped_for_terminals():
     assert chat.escaped("a\x1b[31m\n") == r"a\x1b[31m\n"
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 30, 99])
+def test_the_rest_of_a_line_that_is_too_long_is_skipped_in_pieces_of_any_size(size):
+    buffer, lines = chat.LineBuffer(5), []
+    data = b"one\n" + b"x" * 60 + b"\ntwo\n" + b"y" * 8 + b"\nthree\n"
+    for start in range(0, len(data), size):
+        buffer.feed(data[start : start + size])
+        while (line := buffer.take()) is not None:
+            lines.append(line)
+        assert len(buffer.buffer) - buffer.start <= 7 + size
+    assert lines == [b"one", chat.TOO_LONG, b"two", chat.TOO_LONG, b"three"]
+
+
 # ======================================================================================
 # BUFFERS
 # ======================================================================================
@@ -26941,6 +26953,17 @@ def test_a_connection_that_is_gone_is_in_no_table_of_the_server():
         assert left == [("its address", True, False)] and peer.ended == [peer]
 
 
+def test_what_a_dialogue_with_nats_has_to_say_is_written_once():
+    told, link = [], types.SimpleNamespace(dialogue=chat.NatsDialogue("n1"), conn=None)
+    link.dialogue.publish("a", b"x")
+    chat.NatsLink.flush(link)
+    assert link.dialogue.out
+    link.conn = types.SimpleNamespace(write=told.append, flush=lambda: told.append("flushed"))
+    for _ in range(2):
+        chat.NatsLink.flush(link)
+        assert told == [b"PUB a 1\r\nx\r\n", "flushed"]
+
+
 # ======================================================================================
 # TERMINAL
 # ======================================================================================
@@ -30081,6 +30104,20 @@ def test_what_a_pipe_shows_goes_to_standard_output_and_troubles_to_the_other(
         f"chat.py: {text}\n" for text in ("careful", "not sent", "broken")
     )
     assert client.refused == 1 and client.was_up
+
+
+def test_a_server_that_is_looked_at_is_read(at_keys):
+    at_keys.connect("irc://there")
+    hears(at_keys, "001 alice :Welcome", ":alice!u@h JOIN #far")
+    first, second = at_keys.seats
+    at_keys.core.rooms.go(at_keys.core.rooms["#far"])
+    at_keys.look_at(first)
+    assert (first.core.looked_at, second.core.looked_at) == (True, False)
+    second.core.feed(b":bob!u@h PRIVMSG #far :hi\r\n")
+    assert second.core.rooms["#far"].unread == 1
+    at_keys.look_at(second)
+    assert (first.core.looked_at, second.core.looked_at) == (False, True)
+    assert second.core.rooms["#far"].unread == 0
 
 
 # ======================================================================================
