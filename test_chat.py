@@ -23342,6 +23342,7 @@ IN_BATCHES = [  # lines of "text" or "+text", which goes on; bytes and lines of 
     (["aa", "+bb", "cc"], 4, 9, [["aa", "+bb"], ["cc"]]),
     (["aaa", "+bb", "+c", "dd"], 4, 9, [["aaa"], ["bb", "+c"], ["dd"]]),
     (["aaa", "b", "c", "d"], 4, 9, [["aaa"], ["b", "c"], ["d"]]),
+    (["aaa", "b", "c", "d"], 3, 9, [["aaa"], ["b", "c"], ["d"]]),
     (["aaaaa", "b"], 3, 9, [["aaaaa"], ["b"]]),
 ]
 
