@@ -23597,6 +23597,78 @@ def test_an_answer_tells_to_what_it_is_one(reply, words):
     assert alice.core.stored.answered_words(view._replace(where="#gone")) == ""
 
 
+OF_A_CONNECTION = {  # what a client core notes over a connection, and what it is at the next one
+    "refusal": ("banned", ""),
+    "cause": (chat.FATAL, chat.TEMPORARY),
+    "redial": (True, False),
+    "acknowledged": (True, False),
+    "dismissed": (True, False),
+    "output": (["left over"], ["CAP LS 302", "NICK alice", "USER alice 0 * :alice"]),
+    "began": (5, 5),
+    "kind_confirmed": (True, True),
+    "failures": (2, 2),
+    "refusals": (3, 3),
+    "progress": (4, 4),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_CONNECTION)
+def test_what_belongs_to_a_connection_is_forgotten_at_the_next_one(name):
+    core = chat.ClientCore("alice", True, chat.IRC)
+    noted, left = OF_A_CONNECTION[name]
+    if name == "output":
+        core.output += noted
+    else:
+        setattr(core, name, noted)
+    core.connected()
+    assert list(core.output) == left if name == "output" else getattr(core, name) == left
+
+
+def test_what_conversations_had_of_a_connection_is_forgotten_at_its_end():
+    alice = with_bob(":bob!u@h TAGMSG #a")
+    room = alice.core.rooms["#a"]
+    room.asked_people, room.typing["bob"], room.held = True, 99.0, None
+    alice.core.people.asked.add("#a")
+    alice.core.disconnected()
+    assert (room.held, room.inside, room.asked_people, room.typing) == ([], False, False, {})
+    assert not alice.core.people.asked and alice.core.talk is None and not alice.core.listening
+    assert room.wanted and room.people == {"alice": "", "bob": "@", "carol": "+"}
+
+
+USUAL_OF_A_CORE = {  # what a client core is at first, where no screen has set it
+    "told_trouble": "",
+    "version": 0,
+    "looked_at": True,
+    "stays_when_left": True,
+    "reads_at_once": True,
+    "tls": False,
+    "secure": False,
+    "listening": False,
+    "refusal": "",
+    "dismissed": False,
+    "redial": False,
+    "kind_forced": False,
+    "odd_line": "",
+    "sts": None,
+    "quitting": False,
+    "wants_connection": False,
+    "failures": 0,
+    "refusals": 0,
+    "progress": 0,
+    "acknowledged": False,
+    "began": 0,
+    "at_once": None,
+    "results": None,
+}
+
+
+@pytest.mark.parametrize("name", USUAL_OF_A_CORE)
+def test_a_client_core_begins_with_the_usual_values(name):
+    core = chat.ClientCore("alice", True, chat.IRC)
+    assert getattr(core, name) == USUAL_OF_A_CORE[name]
+    assert not core.is_writing()
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
