@@ -5010,7 +5010,7 @@ def test_a_message_of_another_user_is_redacted_by_half_operators_and_operators(w
 
 WRONG_NOW = [  # an act, its values, the refusal: they were right when the line was checked
     ("log_in", ("alice", "of before", False), "SASL_FAILED"),
-    ("log_in", ("nobody", "of before", False), "SASL_FAILED"),
+    ("log_in", ("zoe", "of before", False), "SASL_FAILED"),
     ("change_password", ("alice", "of before", tuple(BOSS)), "SASL_FAILED"),
     ("change_password", ("zoe", "of before", tuple(BOSS)), "SASL_FAILED"),
     ("drop_account", ("alice", "of before"), "SASL_FAILED"),
@@ -12868,7 +12868,7 @@ ANSWERS_TO_ALICE = [  # what alice sends, and what the last line is that she rec
 
 
 @pytest.mark.parametrize("lines, answer", ANSWERS_TO_ALICE)
-def test_the_last_word_on_what_is_sent_is_what_irc_says(monkeypatch, lines, answer):
+def test_the_last_answer_to_a_line_is_that_of_irc(monkeypatch, lines, answer):
     monkeypatch.setattr(chat, "MESSAGE_LINES", 3)
     monkeypatch.setattr(chat, "LINE_BYTES", 20)
     told = [
@@ -12926,7 +12926,7 @@ def test_history_that_was_asked_for_before_a_kick_is_not_told_after_it():
     assert refused(lines, "INVALID_TARGET") and spoken(lines) == []
 
 
-# Whether +k or the topic: who sets what is there already says nothing.
+# A mode that was set before is neither answered nor told to the others.
 @pytest.mark.parametrize(
     "line", ["MODE #a +k word", "MODE #a +l 5", "MODE #a +b x!*@*", "MODE #a +m"]
 )
@@ -23108,7 +23108,7 @@ def test_what_a_server_tells_changes_that_in_a_conversation_and_nothing_else(bef
     assert changed == CHANGED_BY_A_LINE[before, line]
 
 
-SHOWN_IN_VAIN = [  # what is typed, and the beginning of the note that it is not done
+REFUSED_COMMANDS = [  # what is typed, and the beginning of the note that it is not done
     ("/help nosuch", "no help about nosuch; commands: /help; topics: files, talk, "),
     ("/go 9", "9 is no number of a conversation: 1 to 3"),
     ("/go nosuch", "nosuch is not open; /query nosuch opens it"),
@@ -23125,7 +23125,7 @@ SHOWN_IN_VAIN = [  # what is typed, and the beginning of the note that it is not
 ]
 
 
-@pytest.mark.parametrize("text, note", SHOWN_IN_VAIN)
+@pytest.mark.parametrize("text, note", REFUSED_COMMANDS)
 def test_a_command_that_cannot_be_done_is_given_back_with_the_reason(text, note):
     alice = with_bob().types(text)
     assert [(view.kind, view.text[: len(note)]) for view in alice.views] == [
