@@ -13413,6 +13413,7 @@ def in_batches(lines: list[MessageLine], size: int, count: int) -> Iterator[list
         if group and (used + length > size or len(group) == count):
             yield group
             group, used, line = [], 0, MessageLine(line.text)
+            length = len(line.text.encode())
         group.append(line)
         used += length
     yield group

@@ -24,6 +24,7 @@ are those of chat.py, in its order. Helpers that many tests use:
 
 from __future__ import annotations
 
+import argparse
 import ast
 import atexit
 import base64
@@ -1023,6 +1024,18 @@ def test_control_characters_but_tab_and_newline_are_dropped_for_terminals():
         chr(n) for n in (*range(32), *range(127, 160)) if n not in (9, 10)
     }
     assert chat.escaped("a\x1b[31m\n") == r"a\x1b[31m\n"
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 30, 99])
+def test_the_rest_of_a_line_that_is_too_long_is_skipped_in_pieces_of_any_size(size):
+    buffer, lines = chat.LineBuffer(5), []
+    data = b"one\n" + b"x" * 60 + b"\ntwo\n" + b"y" * 8 + b"\nthree\n"
+    for start in range(0, len(data), size):
+        buffer.feed(data[start : start + size])
+        while (line := buffer.take()) is not None:
+            lines.append(line)
+        assert len(buffer.buffer) - buffer.start <= 7 + size
+    assert lines == [b"one", chat.TOO_LONG, b"two", chat.TOO_LONG, b"three"]
 
 
 # ======================================================================================
@@ -4971,6 +4984,212 @@ def test_what_could_not_be_kept_is_not_said_to_be(folder):
     house.store.close()
 
 
+RANKED = ["", *reversed(chat.RANKS)]
+
+
+@pytest.mark.parametrize("mine", RANKED)
+def test_a_member_with_a_rank_kicks_those_with_no_higher_one(mine):
+    house = House()
+    house.enter_irc("alice", "bob", "carol")
+    ask(house, "alice", "JOIN #a")
+    for theirs in RANKED:
+        for name in ("bob", "carol"):
+            ask(house, name, "JOIN #a")
+        members = house.hub.channels["#a"].members
+        for name, ranks in (("bob", mine), ("carol", theirs)):
+            members[house.hub.users[name]].ranks = ranks
+        lines = ask(house, "bob", "KICK #a carol")
+        may = mine not in ("", "v") and RANKED.index(theirs) <= RANKED.index(mine)
+        kicked = may and (mine, theirs) != ("h", "h")
+        assert refused(lines, "482") is not kicked, theirs
+        assert (len(members) == 2) is kicked
+
+
+MAY_REDACT = {  # who asks for it, and whether the message of carol in #a goes
+    "v": False,
+    "h": True,
+    "operator": True,
+    "operator outside": False,
+    "outside": False,
+    "later founding": False,
+}
+
+
+@pytest.mark.parametrize("who, may", MAY_REDACT.items())
+def test_a_message_of_another_user_is_redacted_by_half_operators_and_operators(who, may):
+    house = House()
+    come(house, "alice", "bob", "carol")
+    for name in ("alice", "carol", *["bob"] * ("outside" not in who)):
+        ask(house, name, "JOIN #a")
+    id, _ = send(house, "carol", "#a", "hello")
+    if who in chat.RANKS:
+        ask(house, "alice", f"MODE #a +{who} bob")
+    elif "operator" in who:
+        ask(house, "bob", "OPER boss secret")
+    elif who == "later founding":
+        house.hub.channels["#a"].founding += 1
+        ask(house, "alice", "MODE #a +o bob")
+    lines = ask(house, "bob", f"REDACT #a {id}")
+    assert refused(lines, "REDACT_FORBIDDEN", "UNKNOWN_MSGID", "INVALID_TARGET") is not may
+    assert ("hello" in texts(house.store, "#a")) is not may
+
+
+WRONG_NOW = [  # an act, its values, the refusal: they were right when the line was checked
+    ("log_in", ("alice", "of before", False), "SASL_FAILED"),
+    ("log_in", ("zoe", "of before", False), "SASL_FAILED"),
+    ("change_password", ("alice", "of before", tuple(BOSS)), "SASL_FAILED"),
+    ("change_password", ("zoe", "of before", tuple(BOSS)), "SASL_FAILED"),
+    ("drop_account", ("alice", "of before"), "SASL_FAILED"),
+    ("drop_account", ("zoe", "of before"), "SASL_FAILED"),
+    ("verify_account", ("alice", tuple(BOSS), ""), "INVALID_CODE"),
+    ("set_metadata", ("alice", "another", "x"), "LIMIT_REACHED"),
+    ("set_metadata", ("#a", "another", "x"), "LIMIT_REACHED"),
+    ("ban_from_server", (f"{'x' * chat.MASK_BYTES}@h", 0, "x"), "BAD_MASK"),
+    ("ban_from_server", ("two words", 0, "x"), "BAD_MASK"),
+]
+
+
+@pytest.mark.parametrize("name, values, code", WRONG_NOW)
+def test_an_act_refuses_what_is_no_longer_right(monkeypatch, name, values, code):
+    monkeypatch.setattr(chat, "METADATA_KEYS", 1)
+    house = House()
+    account(house, "alice")
+    device(house, "alice", "alice")
+    ask(house, "alice", "OPER boss secret", "JOIN #a", "METADATA * SET k x", "METADATA #a SET k x")
+    before = picture_of(house.hub)
+    with pytest.raises(chat.Refused) as refusal:
+        house.hub.perform(name, house.guests["alice"].id, *values)
+    assert refusal.value.code == code
+    assert not house.hub.turn.records and picture_of(house.hub) == before
+
+
+@pytest.mark.parametrize("target", ["alice", "#a"])
+def test_of_as_much_metadata_as_there_may_be_each_value_can_be_changed(monkeypatch, target):
+    monkeypatch.setattr(chat, "METADATA_KEYS", 1)
+    house = House()
+    house.enter_irc("alice")
+    ask(house, "alice", "JOIN #a")
+    owner = house.hub.users["alice"] if target == "alice" else house.hub.channels["#a"]
+    for value in ("one", "two", ""):
+        house.hub.perform("set_metadata", house.guests["alice"].id, target, "k", value)
+        assert owner.metadata == ({"k": value} if value else {})
+
+
+NOTHING_TO_DO = [  # an act on what is no longer there, and its values
+    ("remove_file", ("0" * 32,)),
+    ("resize_file", ("0" * 32, 5)),
+    ("finish_file", ("0" * 32, "sha", 1, "text/plain", 0, 0)),
+    ("grace_period_over", ("~gone", 0)),
+    ("found_cluster", ("other", "ab", "name", 1, 1, "")),
+]
+
+
+@pytest.mark.parametrize("name, values", NOTHING_TO_DO)
+def test_an_act_on_what_has_gone_changes_nothing(name, values):
+    house = House()
+    house.enter_irc("alice")
+    house.hub.cluster = "one"
+    before = picture_of(house.hub)
+    house.hub.perform(name, house.guests["alice"].id, *values)
+    assert not house.hub.turn.records and not house.hub.turn.events
+    assert house.hub.files == {} and house.hub.files.unwanted == []
+    assert picture_of(house.hub) == before and house.hub.cluster == "one"
+
+
+def test_bans_whose_time_is_over_go_with_the_next_ban():
+    house = House()
+    house.enter_irc("boss")
+    ask(house, "boss", "OPER boss secret", "KLINE 1 x@10.0.0.1 :x", "KLINE 2 x@10.0.0.2 :x")
+    house.hub.begin(house.now + 60)
+    act = ("ban_from_server", house.guests["boss"].id, "x@10.0.0.3", 0, "x")
+    house.hub.perform(*act)
+    assert list(house.hub.bans) == ["x@10.0.0.2", "x@10.0.0.3"]
+
+
+# A quit of one of several devices: its secret is worth nothing, those of the others still are.
+def test_a_device_that_quits_cannot_resume_the_user():
+    house = House()
+    account(house, "alice")
+    for label, secret in (("one", SECRET), ("two", SECRET[::-1])):
+        come_again(house, label, "alice", secret, account="alice")
+    user = house.hub.users["alice"]
+    assert len(user.tokens) == 2
+    ask(house, "one", "QUIT")
+    assert list(user.tokens) == [house.guests["two"].token] == list(house.hub.users_by_token)
+    rows = dict(house.store.rows("stays"))
+    assert rows[user.resume_id] == chat.to_json(user.state())
+
+
+def test_a_guest_who_comes_back_logged_in_has_the_account():
+    house = House()
+    account(house, "zoe")
+    come_again(house, "alice", "alice")
+    house.guests["alice"].conn.close()
+    house.turn()
+    come_again(house, "again", "alice", account="zoe")
+    assert [(user.name, user.account) for user in house.hub.users.values()] == [("alice", "zoe")]
+
+
+# METADATA before registration: as much of it as there is room for.
+def test_a_device_that_joins_its_user_brings_metadata_up_to_the_limit(monkeypatch):
+    monkeypatch.setattr(chat, "METADATA_KEYS", 2)
+    house = House()
+    come_again(house, "one", "alice")
+    ask(house, "one", "METADATA * SET a 1")
+    house.connect_irc("two")
+    sets = [f"METADATA * SET {key} 2" for key in "bac"][:2]
+    house.say("two", ECHOES, "CAP REQ :draft/metadata-2", f"SESSION {SECRET}", *sets)
+    house.guests["two"].metadata["c"] = "2"
+    house.say("two", "NICK alice", "USER u 0 * :R", "CAP END")
+    house.turn()
+    assert house.hub.users["alice"].metadata == {"a": "2", "b": "2"}
+
+
+# /login takes the account's name from a guest, who gets another one.
+def test_the_owner_of_a_name_gets_it_from_a_guest():
+    house = House()
+    come(house, "zoe")
+    house.enter("bob")
+    make_account(house, "zoe")
+    ask(house, "bob", "/login zoe secret")
+    assert house.guests["bob"].user.name == "zoe"
+    assert house.guests["zoe"].user.name not in ("zoe", "bob")
+
+
+SMALL_LIMITS = {  # so that chance reaches them: what is dropped there is dropped in the store, too
+    "GUESTS_LINKED": 1,
+    "MARKERS": 2,
+    "ABSENT_MOST": 2,
+    "DEVICES_A_USER": 1,
+    "SERVER_BANS": 1,
+    "RANKS_STORED": 1,
+    "CHANNELS_A_USER": 2,
+    "MASKS_A_LIST": 1,
+    "CHANNELS_FOUNDED": 1,
+    "METADATA_KEYS": 1,
+    "FORMER_USERS": 2,
+    "INVITATIONS": 1,
+}
+
+
+@pytest.mark.parametrize("run", some(range(8), 2))
+def test_what_is_dropped_at_a_limit_is_dropped_in_the_store(seeded, run, tmp_path, monkeypatch):
+    for name, most in SMALL_LIMITS.items():
+        monkeypatch.setattr(chat, name, most)
+    house = House(store=chat.Store(tmp_path / "chat.db"))
+    live_at_random(seeded, house, 400)
+    was = lasting(house.hub)
+    assert was["users"] and was["accounts"] and was["guests"] and was["markers"]
+    house.store.close()
+    monkeypatch.setattr(chat, "ABSENT_MOST", 1000)  # all are absent at the start
+    store = chat.Store(tmp_path / "chat.db")
+    hub = chat.load_hub(store, house.now, house.now)
+    assert lasting(hub) == was
+    identities = {guest for _, guests in was["guests"].items() for guest in guests}
+    assert {guest for guest, _ in store.identities()} == identities
+    store.close()
+
+
 # ======================================================================================
 # PASSWORDS
 # ======================================================================================
@@ -6148,6 +6367,166 @@ def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
     store.close()
 
 
+WITHOUT_A_DATABASE = [  # what an act asks the store, and the answer when the database fails
+    (lambda store: store.author_of("#a", 1), None),
+    (lambda store: store.guest_conversations("=a", "bob"), []),
+    (lambda store: store.foundings("#a"), {0}),
+    (lambda store: store.dedup.find(["=a"], "id"), None),
+    (lambda store: store.retention.prune(idle=True, now=1), False),
+]
+
+
+@pytest.mark.parametrize("ask_it, answer", WITHOUT_A_DATABASE)
+def test_a_database_that_fails_answers_as_if_it_had_nothing(ask_it, answer):
+    store = chat.Store(None)
+    store.retention.excess.add("#a")
+    store.db.close()
+    assert ask_it(store) == answer
+
+
+def test_rows_that_could_not_be_counted_are_counted_later():
+    store = chat.Store(None)
+    store.retention.fresh.update({1: 5})
+    real, store.retention.db = store.retention.db, sqlite3.connect(":memory:")
+    store.path = pathlib.Path("somewhere")
+    store.retention.count()
+    assert store.retention.fresh == {1: 5}
+    store.retention.db = real
+    store.retention.count()
+    assert not store.retention.fresh
+
+
+def test_as_many_lost_dedup_keys_are_known_as_targets_are_cached(monkeypatch):
+    monkeypatch.setattr(chat, "TARGETS_CACHED", 2)
+    dedup = chat.Store(None).dedup
+    for n in range(3):
+        dedup.lose([("=a", str(n))], ticks=n)
+    assert [dedup.lost(["=b", "=a"], str(n), ticks=3) for n in range(3)] == [False, True, True]
+    end = 2 + chat.NOT_STORED_MS
+    assert [dedup.lost(["=a"], "2", ticks) for ticks in (end - 1, end)] == [True, False]
+
+
+@pytest.mark.parametrize("known, kept", [(1, 1), (2, 2), (3, 2), (5, 2)])
+def test_in_memory_only_the_newest_dedup_keys_are_known(monkeypatch, known, kept):
+    monkeypatch.setattr(chat, "DEDUP_IN_MEMORY", 2)
+    store = chat.Store(None)
+    for n in range(known):
+        store.db.execute("INSERT INTO dedup VALUES ('=a', ?, ?, 1, 1)", [f"id{n}", n])
+    store.retention.count()
+    left = [row[0] for row in store.db.execute("SELECT own_id FROM dedup ORDER BY event")]
+    assert left == [f"id{n}" for n in range(known)][-kept:]
+
+
+def test_a_count_of_rows_that_was_wrong_is_set_right():
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", "PRIVMSG #a :one")
+    db, retention = house.store.db, house.store.retention
+    db.execute("UPDATE targets SET events = 100")
+    db.execute("DELETE FROM events")
+    retention.keep = 1
+    retention.excess.add("#a")
+    turns = 0
+    while retention.prune(idle=True, now=1):
+        turns += 1
+        assert turns < 10
+    assert db.execute("SELECT events FROM targets WHERE key = '#a'").fetchall() == [(0,)]
+
+
+def test_ids_are_reserved_before_they_are_used(folder, monkeypatch):
+    monkeypatch.setattr(chat, "ID_BLOCK", 20)
+    house = stored(folder)
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    for n in range(60):
+        ask(house, "alice", f"PRIVMSG #a :{n}")
+        assert house.hub.last_id < house.store.reserved
+        ((end,),) = house.store.db.execute("SELECT max(reserved) FROM starts").fetchall()
+        assert end == house.store.reserved
+    house.store.close()
+
+
+def test_the_index_of_an_earlier_version_is_removed_from_a_database():
+    with contextlib.closing(chat.connect(None, "rwc")) as db:
+        MIGRATE(db)
+        for name in ("search_1", "search_1x", "searching"):
+            db.execute(f"CREATE TABLE {name} (x)")
+        db.execute(f"PRAGMA user_version = {len(chat.MIGRATIONS)}")
+        MIGRATE(db)
+        names = "SELECT name FROM sqlite_master WHERE name LIKE 'search%' ORDER BY name"
+        assert len(db.execute(names).fetchall()) == 3
+    with contextlib.closing(chat.connect(None, "rwc")) as db:
+        for name in ("search_1", "search_1x", "searching"):
+            db.execute(f"CREATE TABLE {name} (x)")
+        MIGRATE(db)
+        assert db.execute(names).fetchall() == [("search_1x",), ("searching",)]
+
+
+def test_a_database_is_no_symbolic_link(folder):
+    (folder / "chat.db").symlink_to(folder / "other.db")
+    with pytest.raises(chat.Unusable, match="is a symbolic link"):
+        chat.Store(folder / "chat.db")
+    assert not (folder / "other.db").exists()
+
+
+BETWEEN_BOTH_KINDS = [  # the two bounds: the id of a message, or a time; what is between them
+    ("a", 500, "c d"),
+    (500, "a", "c d"),
+    ("c", 0, "a"),
+    (0, "c", "a"),
+    ("c", 500, "d"),
+]
+
+
+@pytest.mark.parametrize("one, other, found", BETWEEN_BOTH_KINDS)
+def test_history_between_an_id_and_a_time_is_that_between_their_moments(one, other, found):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    start, ids = house.now, {text: send(house, "alice", "#a", text)[0] for text in "acd"}
+    bounds = (
+        f"msgid={ids[one]}" if one in ids else f"timestamp={iso(start - 1 + one)}"
+        for one in (one, other)
+    )
+    assert history(house, "alice", "#a", f"BETWEEN {{}} {' '.join(bounds)} 10") == found.split()
+
+
+def without_fts5(monkeypatch):
+    def fails(*_):
+        raise sqlite3.OperationalError("no such module: fts5")
+
+    monkeypatch.setattr(chat.SearchIndex, "_open_once", fails)
+
+
+def test_without_fts5_nothing_is_found_and_all_else_works(monkeypatch):
+    without_fts5(monkeypatch)
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", "PRIVMSG #a :hello")
+    assert house.store.search_index.db is None
+    assert house.store.search_index.search([chat.Scope(("#a",))], "hello", chat.Span, 5) == []
+    assert history(house, "alice", "#a") == ["hello"]
+    house.store.close()
+
+
+def test_an_old_part_of_the_index_without_messages_is_removed(monkeypatch):
+    monkeypatch.setattr(chat, "PART_ROWS", 3)
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    ids = [send(house, "alice", "#a", f"word {n}")[0] for n in range(7)]
+    parts = "SELECT part, messages FROM parts ORDER BY part"
+    before = house.store.search_index.db.execute(parts).fetchall()
+    for id in ids[:3]:
+        ask(house, "alice", f"REDACT #a {id}")
+    index_all(house.store)
+    after = house.store.search_index.db.execute(parts).fetchall()
+    assert after == before[1:]
+    assert spoken(ask(house, "alice", "SEARCH in=#a;text=word")) == [
+        f"word {n}" for n in range(3, 7)
+    ]
+
+
 # ======================================================================================
 # NATS
 # ======================================================================================
@@ -6553,6 +6932,123 @@ def test_trouble_with_the_log_ends_the_connection_or_a_node_that_can_never_work(
     link.conn = types.SimpleNamespace(drop=lambda why: ended.append(("connection", why)))
     chat.NatsLink.attempt(link, work)
     assert ended == ([(ends, str(error))] if ends else [])
+
+
+CONTROL_LINES = [  # what a server of NATS sends, and what is sent for it
+    (b"PING\r\n", [b"PONG\r\n"]),
+    (b"+OK\r\n", []),
+    (b"+OK\r\nPING\r\nPING\r\n", [b"PONG\r\n"] * 2),
+    (b'INFO {"max_payload": 2000000, "tls_required": true}\r\n', []),
+]
+
+
+@pytest.mark.parametrize("data, sent", CONTROL_LINES)
+def test_a_line_of_nats_that_is_no_message_is_answered(data, sent):
+    dialogue = chat.NatsDialogue("n1")
+    assert dialogue.feed(data) == [] and dialogue.out == sent
+    assert dialogue.wants_tls is (b"tls" in data)
+
+
+def test_a_dialogue_introduces_itself_once():
+    dialogue = chat.NatsDialogue("n1")
+    for count in (1, 1):
+        dialogue.feed(b'INFO {"max_payload": 2000000}\r\n')
+        assert b"".join(dialogue.out).count(b"CONNECT ") == count
+
+
+NOT_OF_NATS = [
+    *(
+        b"HELLO\r\n",
+        b"MSG a\r\n",
+        b"MSG a 1\r\nx\r\n",
+        b"MSG a 1 x\r\n",
+        b"MSG a 1 -1\r\n",
+        b"MSG\r\n",
+    ),
+    *(b"HMSG a 1 5\r\n12345\r\n", b"HMSG a 1 x 5\r\n12345\r\n", b"INFO {\r\n", b"INFO 5\r\n"),
+    b'INFO {"max_payload": []}\r\n',
+]
+
+
+@pytest.mark.parametrize("data", NOT_OF_NATS)
+def test_what_no_server_of_nats_sends_ends_the_dialogue(data):
+    with pytest.raises(chat.NatsFailed, match=re.escape(chat.NOT_NATS)):
+        chat.NatsDialogue("n1").feed(data)
+
+
+def log_that_reads():
+    """Return a log of a node that has applied nothing, its dialogue and its last request."""
+    dialogue = chat.NatsDialogue("n1")
+    log = chat.NatsLog(dialogue, "chat", 2, 0)
+    log._consume()
+    last_request(dialogue)(answer_of(b"{}"))
+    dialogue.out.clear()
+    return log, dialogue
+
+
+def answer_of(data, status="", **headers):
+    return chat.NatsMessage("x", "", "", status, headers, data)
+
+
+def last_request(dialogue):
+    """Return what takes the answer to the last request."""
+    return dialogue.requests.pop([*dialogue.requests][-1])
+
+
+ANSWERS_OF_JETSTREAM = [  # status and data of an answer, and the reason why nothing is appended
+    ("", b'{"seq": 7}', "", 7),
+    ("", b'{"error": {"description": "no room"}}', "no room", 0),
+    ("503", b"", "JetStream does not answer", 0),
+    ("", b"no", "JetStream gives an answer that is no JSON", 0),
+    ("", b"[]", "JetStream gives an answer that is no JSON", 0),
+    ("", b'{"seq": []}', "JetStream gives an answer that is no JSON", 0),
+]
+
+
+@pytest.mark.parametrize("status, data, why, sequence", ANSWERS_OF_JETSTREAM)
+def test_an_entry_is_appended_or_the_reason_is_told(status, data, why, sequence):
+    (log, dialogue), told = log_that_reads(), []
+    log.append(b"entry", "id", lambda *answer: told.append(answer))
+    last_request(dialogue)(answer_of(data, status))
+    assert told == [(why, sequence)]
+
+
+@pytest.mark.parametrize("data", [b"no", b"5", b""])
+def test_an_answer_to_a_request_that_is_no_json_fails(data):
+    log, dialogue = log_that_reads()
+    log.open(1.0)
+    with pytest.raises(chat.NatsFailed, match="no JSON"):
+        last_request(dialogue)(answer_of(data))
+
+
+CONTROLS = [  # reply and headers of a message of control, and the first words that are sent for it
+    ("fc.1", {}, "PUB fc.1 0\r\n"),
+    ("", {"Nats-Consumer-Stalled": "fc.2"}, "PUB fc.2 0\r\n"),
+    ("fc.1", {"Nats-Consumer-Stalled": "fc.2"}, "PUB fc.1 0\r\n"),
+    ("", {}, ""),
+    ("", {"Nats-Last-Consumer": "0"}, ""),
+    ("", {"Nats-Last-Consumer": "1"}, "UNSUB "),
+    ("", {"Nats-Last-Consumer": "x"}, ""),
+]
+
+
+@pytest.mark.parametrize("reply, headers, first", CONTROLS)
+def test_flow_control_is_answered_and_a_gap_makes_the_node_read_again(reply, headers, first):
+    log, dialogue = log_that_reads()
+    log.now = 5.0
+    message = chat.NatsMessage("x", log.subscription, reply, "100", headers, b"")
+    assert log.take(message) is None and log.heard == 5.0
+    sent = b"".join(dialogue.out).decode()
+    assert sent.startswith(first) and bool(sent) is bool(first)
+    assert ("CONSUMER.CREATE" in sent) is (first == "UNSUB ")
+
+
+def test_an_entry_for_an_earlier_consumer_is_left_out():
+    log, dialogue = log_that_reads()
+    log.now = 5.0
+    message = chat.NatsMessage("chat.log", "none of ours", "$JS.ACK.chat.n1.1.1.1.1.0", "", {}, b"")
+    assert log.take(message) is None and (log.heard, dialogue.out) == (0.0, [])
+    assert log.take(message._replace(subscription=log.subscription)).sequence == 1
 
 
 # ======================================================================================
@@ -7355,6 +7851,104 @@ def test_a_client_that_goes_while_its_acts_are_under_way_leaves_nothing_behind(f
     for house in nodes.values():
         assert not house.hub.users and not house.hub.watchers
         assert not [session for session in house.hub.sessions.values() if session.id]
+
+
+@pytest.mark.parametrize("run", some(range(4)))
+def test_a_snapshot_has_all_of_a_hub(seeded, run):
+    house = House()
+    live_at_random(seeded, house, 300)
+    house.enter_irc("boss")
+    ask(house, "boss", "JOIN #z", "MODE #z +b x!*@*", "MODE #z +k key")
+    copy = chat.Hub(0, house.hub.ids, house.hub.name)
+    chat.load_snapshot(chat.save_hub(house.hub), copy)
+    assert picture_of(copy) == picture_of(house.hub)
+    for name in chat.SAVED:
+        assert picture(getattr(copy, name)) == picture(getattr(house.hub, name)), name
+    assert copy.channels["#z"].lists["b"] and copy.channels["#z"].password.fits("key")
+
+
+ACTS_OF_THE_LOG = [  # an act of a session that is there, or of another, and how it is refused
+    ([1, "join", "#a", ""], "alice", None),
+    ([1, "join", "#a", ""], "", "NOT_NAMED"),
+    ([2, "join", "#a", ""], "alice", "NOT_NAMED"),
+    ([1, "nosuch"], "alice", "INTERNAL_ERROR"),
+    ([1, "join"], "alice", "INTERNAL_ERROR"),
+]
+
+
+@pytest.mark.parametrize("act, name, code", ACTS_OF_THE_LOG)
+def test_an_act_of_the_log_is_done_or_refused_and_a_bug_is_reported(act, name, code):
+    hub, bugs = chat.Hub(), []
+    hub.store = chat.Store(None)
+    if name:
+        hub.perform("enter", 1, name, "u", "U", "127.0.0.1:1", "", "", "", True, 0, (), "")
+    result = chat.perform_act(hub, act, lambda: bugs.append(act))
+    assert getattr(result, "code", None) == code
+    assert bool(bugs) is (code == "INTERNAL_ERROR")
+
+
+ANSWERS_OF_THE_LOG = [  # the batch that is under way, the answer; what is noted, and done
+    (5, "", 8, [], "applied"),
+    (5, "", 9, [], ""),
+    (5, "no room", 0, ["the log takes nothing: no room"], "again"),
+    (6, "", 8, [], ""),
+    (6, "no room", 0, ["the log takes nothing: no room"], ""),
+    (None, "", 8, [], ""),
+]
+
+
+@pytest.mark.parametrize("under_way, error, sequence, notes, done", ANSWERS_OF_THE_LOG)
+def test_an_answer_of_the_log_is_about_the_batch_that_is_under_way(
+    under_way, error, sequence, notes, done
+):
+    noted, applied, appended = [], [], []
+    node = types.SimpleNamespace(
+        now=3.0, beat=0.0, retry_at=0.0, name="n1", epoch="e", trouble="",
+        options=types.SimpleNamespace(log="chat"),
+        hub=types.SimpleNamespace(sequence=7),
+        server=types.SimpleNamespace(note=noted.append),
+        log=types.SimpleNamespace(append=lambda *values: appended.append(values)),
+        sent=chat.SentBatch(5, b"data", [], 3.0), apply=applied.append,
+    )  # fmt: skip
+    chat.Cluster._append(node)
+    ((data, id, answered),) = appended
+    assert (data, id, node.beat) == (b"data", "chat n1 e 5", 3.0)
+    assert node.retry_at == 3.0 + chat.BATCH_ANSWER_SECONDS
+    node.now = 10.0
+    node.sent = node.sent._replace(number=under_way) if under_way else None
+    answered(error, sequence)
+    answered(error, sequence)
+    assert noted == notes and node.trouble == error
+    assert [entry[:3] for entry in applied] == [(8, 0, b"data")] * (2 * (done == "applied"))
+    assert (node.retry_at == 10.0 + chat.BATCH_RETRY_SECONDS) is (done == "again")
+    answered("", 0)
+    assert noted == notes + ["the log takes batches again"] * bool(error)
+
+
+def test_only_the_last_checksums_are_kept(monkeypatch):
+    monkeypatch.setattr(chat, "CHECKSUMS_KEPT", 3)
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    house.enter_irc("alice")
+    for n in range(6):
+        house.say("alice", f"JOIN #a{n}")
+        house.turn()
+    last = house.hub.sequence
+    assert list(house.cluster.checksums) == [last - 2, last - 1, last]
+
+
+def test_a_checksum_is_that_of_all_that_an_event_has():
+    source = chat.Source("alice", "127.0.0.1:1", "u", "acc")
+    event = chat.Event(5, 7, "message", source, chat.Audience("#a"), "hi", "bob", None, "+a=b")
+    changed = {
+        "id": 6, "time": 8, "kind": "notice", "text": "ho", "about": "dan", "tags": "+a=c",
+        "source": source._replace(mask="al!u@h"), "audience": chat.Audience("#b"),
+    }  # fmt: skip
+    others = [event._replace(**{name: value}) for name, value in changed.items()]
+    others += [event._replace(source=source._replace(account="other"))]
+    sums = {chat.checksum("x", [one], 5) for one in (event, *others)}
+    sums |= {chat.checksum("y", [event], 5), chat.checksum("x", [event], 6), "x"}
+    assert len(sums) == len(others) + 4
+    assert chat.checksum("x", [event], 5) == chat.checksum("x", [event], 5)
 
 
 # ======================================================================================
@@ -12266,6 +12860,110 @@ CLASSIC = {  # capabilities that were there before version 302, or are ratified 
 }
 
 
+def member_of_all():
+    """Return a House with alice in #a, an operator of the server, who may send batches."""
+    house = House()
+    come(house, "alice", "bob", caps=f"{CAPS} batch standard-replies draft/metadata-2 sasl")
+    ask(house, "alice", "JOIN #a", "OPER boss secret")
+    ask(house, "bob", "JOIN #a,#s", "MODE #s +s", "AWAY :at lunch")
+    for name in house.guests:
+        house.heard(name)
+    return house
+
+
+ANSWERS_TO_ALICE = [  # what alice sends, and what the last line is that she receives
+    (["BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :", "BATCH -1"],
+     "FAIL BATCH MULTILINE_INVALID :no text to send"),
+    (["BATCH +1 draft/multiline #a", *["@batch=1 PRIVMSG #a :x"] * 4],
+     "FAIL BATCH MULTILINE_MAX_LINES 3 :the message has too many lines and was not delivered"),
+    (["BATCH +1 draft/multiline #a", f"@batch=1 PRIVMSG #a :{'x' * 21}"],
+     "FAIL BATCH MULTILINE_MAX_BYTES 20 :the message is too long and was not delivered"),
+    (["WALLOPS :"], "412 alice :No text to send"),
+    (["INVITE bob #a"], "443 alice bob #a :is already on channel"),
+    (["TOPIC #s"], "442 alice #s :You're not on that channel"),
+    (["INVITE bob"], "461 alice INVITE :Not enough parameters; usage: INVITE <nickname> <channel>"),
+    (["JOIN #b", "INVITE bob #b"], "301 alice bob :at lunch"),
+    (["KLINE x!*@10.0.0.9 :spam and eggs"],
+     "NOTICE alice :K-line added: x!*@10.0.0.9; 0 users disconnected"),
+    (["KLINE 5 x!*@10.0.0.9 :spam"],
+     "NOTICE alice :K-line added: x!*@10.0.0.9; 0 users disconnected"),
+    (["KLINE x!*@10.0.0.9 soon"],
+     "FAIL KLINE INVALID_PARAMS soon :a time is 1 to 5256000 minutes, or 0: for ever"),
+    (["MONITOR x"], "461 alice MONITOR :Not enough parameters; MONITOR takes +, -, C, L or S"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lines, answer", ANSWERS_TO_ALICE)
+def test_the_last_answer_to_a_line_is_that_of_irc(monkeypatch, lines, answer):
+    monkeypatch.setattr(chat, "MESSAGE_LINES", 3)
+    monkeypatch.setattr(chat, "LINE_BYTES", 20)
+    told = [
+        re.sub("^(@[^ ]* )?:[^ ]* ", "", line) for line in ask(member_of_all(), "alice", *lines)
+    ]
+    assert told[-1] == answer
+
+
+@pytest.mark.parametrize(
+    "mask, reason", [("x!*@h :spam and eggs", "spam and eggs"), ("x!*@h 0 spam", "spam")]
+)
+def test_a_ban_without_minutes_may_have_a_reason_of_several_words(mask, reason):
+    house = member_of_all()
+    ask(house, "alice", f"KLINE {mask}")
+    (ban,) = house.hub.bans.values()
+    assert (ban.until, ban.reason) == (0, reason)
+
+
+def test_metadata_before_registration_can_be_changed_and_removed():
+    house = House()
+    session = house.connect_irc("alice")
+    house.say("alice", "CAP REQ :draft/metadata-2")
+    for lines, left in (
+        (["METADATA * SET a 1", "METADATA * SET b 2"], {"a": "1", "b": "2"}),
+        (["METADATA * SET a :"], {"b": "2"}),
+        (["METADATA * SET a :"], {"b": "2"}),
+        (["METADATA * CLEAR"], {}),
+    ):
+        ask(house, "alice", *lines)
+        assert session.metadata == left
+
+
+def test_cap_end_in_the_middle_of_a_log_in_gives_it_up():
+    house = House()
+    account(house, "alice")
+    house.connect_irc("carol")
+    house.say("carol", "CAP REQ :sasl", "NICK carol", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+    lines = ask(house, "carol", "CAP END")
+    assert refused(lines, "906") and refused(lines, "001")
+    assert house.guests["carol"].exchange is None
+    sasl(house, "carol", "alice")
+    assert is_logged_in(house, "carol", "alice")
+
+
+# The answer comes from a helper, later than the line that ends the right to have it.
+def test_history_that_was_asked_for_before_a_kick_is_not_told_after_it():
+    house = member_of_all()
+    ask(house, "bob", "MODE #s +i", "PRIVMSG #s :secret")
+    ask(house, "bob", "INVITE alice #s")
+    ask(house, "alice", "JOIN #s")
+    house.say("alice", "CHATHISTORY LATEST #s * 5")
+    house.say("bob", "KICK #s alice")
+    house.turn()
+    lines = house.heard("alice")
+    assert refused(lines, "INVALID_TARGET") and spoken(lines) == []
+
+
+# A mode that was set before is neither answered nor told to the others.
+@pytest.mark.parametrize(
+    "line", ["MODE #a +k word", "MODE #a +l 5", "MODE #a +b x!*@*", "MODE #a +m"]
+)
+def test_a_mode_that_is_set_already_is_not_told_again(line):
+    house = member_of_all()
+    ask(house, "bob", "MODE #a")
+    first, again = (ask(house, "alice", line), house.heard("bob")), ask(house, "alice", line)
+    assert first[0] and first[1]
+    assert again == [] and house.heard("bob") == []
+
+
 # ======================================================================================
 # LINE DIALECT
 # ======================================================================================
@@ -14430,6 +15128,118 @@ def test_a_proxy_has_as_many_connections_as_it_needs_and_its_clients_have_not():
     assert limits.becomes_chat(client) == ""
     assert limits.becomes_chat(client).startswith("too many connections from 192.0.2.7")
     limits.close()
+
+
+SIZES_OF_TEXTS = [  # bytes before a letter of two bytes, whether the second one is there, the type
+    (chat.TEXT_HEAD_BYTES - 1, True, "text/plain"),
+    (chat.TEXT_HEAD_BYTES - 1, False, "application/octet-stream"),
+    (chat.TEXT_HEAD_BYTES - 2, True, "text/plain"),
+    (chat.TEXT_HEAD_BYTES, True, "text/plain"),
+    (5, True, "text/plain"),
+    (5, False, "application/octet-stream"),
+]
+
+
+@pytest.mark.parametrize("size, whole, kind", SIZES_OF_TEXTS)
+def test_a_letter_may_be_cut_where_the_head_of_a_text_ends_and_nowhere_else(
+    tmp_path, size, whole, kind
+):
+    folder = chat.FileFolder(tmp_path / "files")
+    file = folder.begin("0" * 32)
+    folder.append(file, b"x" * size + "\u00e9".encode()[: 1 + whole])
+    assert folder.finish(file, "a.txt")[1:3] == (size + 1 + whole, kind)
+
+
+def opened_in(path):
+    """Return what this process has open in a folder."""
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    opened = [os.readlink(link) for link in links if os.path.lexists(link)]
+    return [name for name in opened if name.startswith(str(path))]
+
+
+WITH_A_FILE = {  # what a helper does with the folder and a file that is being written
+    "finished": lambda folder, file: folder.finish(file, "a.txt"),
+    "finished without its content": lambda folder, file: (
+        folder.remove([file.path.name]), folder.finish(file, "a.txt")),
+    "reopened": lambda folder, file: folder.reopen("0" * 32)[0].close(),
+    "read": lambda folder, file: folder.open(folder.finish(file, "a.txt")[0]).close(),
+    "closed twice": lambda folder, file: (file.close(), file.close()),
+}  # fmt: skip
+
+
+@ON_LINUX
+@pytest.mark.parametrize("work", WITH_A_FILE)
+def test_no_file_and_no_folder_stays_open(tmp_path, work):
+    folder = chat.FileFolder(tmp_path / "files")
+    file = folder.begin("0" * 32)
+    folder.append(file, b"hello")
+    with contextlib.suppress(chat.Refused):
+        WITH_A_FILE[work](folder, file)
+    assert opened_in(tmp_path) == [] and file.fd == -1
+
+
+@ON_LINUX
+@pytest.mark.parametrize("resumable", [False, True])
+def test_an_upload_whose_connection_breaks_leaves_no_file_open(files, tmp_path, resumable):
+    browser = Browser(files, "cut")
+    more = f"\nTus-Resumable: 1.0.0\nUpload-Length: 10\n{PIECE}" if resumable else ""
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}{more}\nContent-Length: 10\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode() + b"hello")
+    session = browser.conn.session
+    handle = session.upload.handle
+    assert opened_in(tmp_path)
+    session.ended()
+    files.turn()
+    assert handle.fd == -1 and opened_in(tmp_path) == []
+    assert session.upload is None and not files.site.uploading
+    assert bool(files.hub.files) is resumable
+
+
+OWN_ORIGINS = [  # the origin of a page, the Host of its request, whether it may join
+    ("http://h.example", "h.example", True),
+    ("http://h.example", "h.example:80", True),
+    ("http://h.example:80", "h.example", True),
+    ("https://h.example", "h.example", True),
+    ("https://h.example", "h.example:443", True),
+    ("https://h.example:443", "h.example", True),
+    ("https://h.example", "h.example:80", False),
+    ("http://h.example", "h.example:443", False),
+    ("http://h.example:81", "h.example", False),
+    ("ftp://h.example", "h.example", False),
+]
+
+
+@pytest.mark.parametrize("origin, own, allowed", OWN_ORIGINS)
+def test_a_page_of_this_server_may_join_whether_or_not_the_usual_port_is_written(
+    origin, own, allowed
+):
+    assert chat.origin_allowed(chat.WebOptions(), origin, own) is allowed
+
+
+ANSWERS_WITH_TYPES = [  # the body and headers of an answer; the types, and the lines of the body
+    ("x", [], [chat.TEXT_TYPE], "x\n"),
+    ("x\n", [], [chat.TEXT_TYPE], "x\n"),
+    ("x", ["Allow: GET"], [chat.TEXT_TYPE], "x\n"),
+    ("x", ["Content-Type: text/html"], ["Content-Type: text/html"], "x"),
+    ("", [], [], ""),
+]
+
+
+@pytest.mark.parametrize("body, headers, kinds, sent", ANSWERS_WITH_TYPES)
+def test_an_answer_has_one_type_if_it_has_a_body(body, headers, kinds, sent):
+    heads, data = [], []
+    session = session_that_notes(heads, data)
+    chat.WebSession.respond(session, 200, body, *headers)
+    ((status, *told),) = heads
+    assert status == 200 and [line for line in told if line.startswith("Content-Type")] == kinds
+    assert f"Content-Length: {len(sent)}" in told and b"".join(data) == sent.encode()
+
+
+def session_that_notes(heads, data):
+    return types.SimpleNamespace(
+        request=None, send_head=lambda *head: heads.append(head), send=data.append,
+        end_answer=chat.do_nothing,
+    )  # fmt: skip
 
 
 # ======================================================================================
@@ -17629,6 +18439,12 @@ COMMANDS_SENT = """
 /who #lobby                 WHO #lobby
 /whois bob                  WHOIS bob
 /list                       LIST
+/list *tea*                 LIST *tea*
+/who                        WHO #lobby
+/who bob                    WHO bob
+/whois irc.example bob      WHOIS irc.example bob
+/oper boss word             OPER boss word
+/devoice bob carol          MODE #lobby -vv bob carol
 /away for tea               AWAY :for tea
 /back                       AWAY
 /invite bob                 INVITE bob #lobby
@@ -22193,6 +23009,712 @@ def test_each_message_on_a_foreign_server_with_history_is_shown_once_in_order(na
         assert not faults, "\n".join((f"CHAT_SEED={SEED}, life {n}", *abroad.log, *faults))
 
 
+def with_bob(*lines):
+    """Return alice, in #a with bob and carol, who has also heard from bob in private."""
+    alice = Elsewhere("CHANTYPES=#", "PREFIX=(ov)@+", "MONITOR=9", caps="message-tags echo-message")
+    alice.types("/join #a").hears(":alice!u@h JOIN #a", "353 alice = #a :alice @bob +carol")
+    alice.hears("366 alice #a :End", ":bob!u@h PRIVMSG alice :psst", *lines)
+    alice.types("/go #a").sent()
+    alice.views.clear()
+    return alice
+
+
+SHOWN_OF_A_LINE = """
+    301 alice bob :at lunch -> bob: bob is away: at lunch
+    311 alice bob ~u h.example * :Bob B -> : bob is ~u@h.example: Bob B
+    312 alice bob irc.example :the server -> : bob uses irc.example
+    313 alice bob :is an operator -> : bob is an operator
+    317 alice bob 12 1700000000 :idle -> : bob has said nothing for 12 s
+    319 alice bob :@#a #b -> : bob is in @#a #b
+    330 alice bob bobby :is logged in as -> : bob is logged in as bobby
+    338 alice bob 192.0.2.7 :from -> : bob comes from 192.0.2.7
+    671 alice bob :uses TLS -> : bob uses TLS
+    367 alice #a x!*@* bob!u@h 1700000000 -> #a: banned: x!*@* by bob on 2023-11-14 22:13 UTC
+    367 alice #a x!*@* bob -> #a: banned: x!*@* by bob
+    348 alice #a x!*@* bob!u@h 17 -> #a: excepted: x!*@* by bob
+    346 alice #a x!*@* -> #a: invited: x!*@*
+    322 alice #b 5 :about b -> : #b  5  about b
+    322 alice #b 5 -> : #b  5
+    341 alice bob #a -> #a: bob is invited to #a
+    341 alice #a bob -> #a: bob is invited to #a
+    332 alice #a :news -> #a: the topic of #a: news
+    331 alice #a :No topic -> #a: #a has no topic
+    332 alice #other :news -> : the topic of #other: news
+    305 alice :you are back -> : you are back
+    306 alice :you are away -> : you are away
+    731 alice :bob!u@h -> bob: bob is not here
+    731 alice :carol ->
+    734 alice 100 x,y :Monitor list is full -> : 100 x,y Monitor list is full
+    263 alice LIST :try again -> : LIST try again
+    416 alice WHO :too many -> : WHO: too many
+    303 alice :bob ->
+    396 alice h.example :is your host ->
+    421 alice FOO :Unknown command -> : FOO: Unknown command
+    432 alice x! :bad nick -> : x!: bad nick
+    433 alice x :in use -> : x: in use
+    437 alice #a :unavailable -> #a: #a: unavailable
+    442 alice #a :not on channel -> #a: #a: not on channel
+    404 alice #a :cannot send -> #a: #a: cannot send
+    401 alice bob :no such nick -> bob: bob: no such nick
+    464 alice :wrong password -> : wrong password
+    465 alice :banned -> : banned
+    900 alice alice!u@h acc :you are logged in -> : you are logged in
+    903 alice :done -> : done
+    904 alice :failed -> : failed
+    907 alice :already -> : already
+    REGISTER SUCCESS alice :done -> : done
+    VERIFY SUCCESS alice :done -> : done
+    NOTE * CODE :a note -> : a note
+    WARN JOIN CODE #a :a warning -> : a warning
+    NOTE SESSION RESUMED :you have your place again ->
+    FAIL NICK BAD x :not so -> : not so
+    FAIL TOPIC BAD #a :not so -> #a: not so
+    NOTICE alice :hello -> : hello
+    NOTICE #a :hello -> #a: hello
+    PRIVMSG alice :hello -> : hello
+    :NickServ!n@s NOTICE alice :hello -> : NickServ: hello
+    :bob!u@h TOPIC #a :news -> #a: bob set the topic of #a: news
+    :bob!u@h TOPIC #a : -> #a: bob removed the topic of #a
+    :bob!u@h TOPIC #x :news ->
+    :bob!u@h RENAME #a #b :x -> #b: bob renamed #a to #b
+    :bob!u@h RENAME #x #y :x ->
+    :bob!u@h KICK #a carol :out -> #a: bob kicked carol from #a: out
+    :bob!u@h KICK #a carol -> #a: bob kicked carol from #a
+    :bob!u@h KICK #a alice :go -> #a: bob kicked alice from #a: go
+    :bob!u@h KICK #x alice :go ->
+    :bob!u@h NICK rob -> #a: bob is now called rob
+    :bob!u@h QUIT -> bob: bob has left
+    :carol!u@h QUIT :bye -> #a: bye
+    :carol!u@h PART #a :bye -> #a: bye
+    :carol!u@h PART #x :bye ->
+    :bob!u@h INVITE alice #z -> : bob invites you to #z; /join #z
+    :bob!u@h REDACT #a 123 -> #a: bob took back a message
+    :bob!u@h REDACT alice 123 -> bob: bob took back a message
+    :bob!u@h REDACT #x 123 ->
+    :bob!u@h AWAY :lunch -> bob: bob is away: lunch
+    :bob!u@h AWAY -> bob: bob is back
+    :dora!u@h AWAY :lunch ->
+    :bob!u@h MODE #a +o carol -> #a: bob set +o carol in #a
+    :bob!u@h MODE #x +k word ->
+    :alice!u@h NICK al -> : you are al
+"""
+
+
+@pytest.mark.parametrize("row", SHOWN_OF_A_LINE.strip().split("\n"))
+def test_what_a_server_tells_is_shown_where_it_belongs_with_all_its_words(row):
+    line, shown = row.strip().removesuffix("->").split(" -> ") if "-> " in row else (row, "")
+    alice = with_bob().hears(line.strip().removesuffix(" ->"))
+    assert [f"{view.where}: {view.text}" for view in alice.views if view.text] == [shown] * bool(
+        shown
+    )
+
+
+CHANGED_BY_A_LINE = {  # lines before, the line, and all that it changes in a conversation
+    ("", "332 alice #a :news"): {"#a topic": "news"},
+    (":bob!u@h TOPIC #a :old", "331 alice #a :No topic"): {"#a topic": ""},
+    (":bob!u@h TOPIC #a :old", ":bob!u@h TOPIC #a :news"): {"#a topic": "news"},
+    (":bob!u@h TOPIC #a :old", ":bob!u@h TOPIC #a :"): {"#a topic": ""},
+    ("", ":bob!u@h KICK #a carol :out"): {"#a people": {"alice": "", "bob": "@"}},
+    (":bob!u@h MODE #a +k word", ":bob!u@h KICK #a alice :out"): {
+        "#a people": {},
+        "#a inside": False,
+        "#a wanted": False,
+    },
+    ("", ":bob!u@h NICK rob"): {"#a people": {"alice": "", "carol": "+", "rob": "@"}},
+    ("", ":bob!u@h QUIT"): {"#a people": {"alice": "", "carol": "+"}, "bob gone": True},
+    ("", ":carol!u@h PART #a"): {"#a people": {"alice": "", "bob": "@"}},
+    ("", ":dora!u@h JOIN #a"): {
+        "#a people": {"alice": "", "bob": "@", "carol": "+", "dora": ""},
+    },
+    ("", ":bob!u@h MODE #a +o carol"): {"#a people": {"alice": "", "bob": "@", "carol": "@+"}},
+    ("", ":bob!u@h MODE #a -o bob"): {"#a people": {"alice": "", "bob": "", "carol": "+"}},
+    ("", ":bob!u@h MODE #a +k word"): {"#a password": "word"},
+    (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a -k word"): {"#a password": ""},
+    (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a -k *"): {},
+    ("731 alice :bob", "730 alice :bob!u@h"): {"bob gone": False},
+    ("", "731 alice :bob"): {"bob gone": True},
+    ("", "MARKREAD #a timestamp=2025-01-01T00:00:00.000Z"): {"#a read_time": 1735689600000},
+}
+OF_A_ROOM = ("topic", "people", "inside", "wanted", "entered", "gone", "password", "read_time")
+
+
+@pytest.mark.parametrize("before, line", CHANGED_BY_A_LINE)
+def test_what_a_server_tells_changes_that_in_a_conversation_and_nothing_else(before, line):
+    alice = with_bob(*filter(None, [before]))
+
+    def state():
+        rooms = [
+            alice.core.rooms[name] for name in ("#lobby", "#a", "bob") if name in alice.core.rooms
+        ]
+        return {f"{room.name} {name}": getattr(room, name) for room in rooms for name in OF_A_ROOM}
+
+    known = {key: dict(one) if isinstance(one, dict) else one for key, one in state().items()}
+    alice.hears(line)
+    changed = {key: one for key, one in state().items() if one != known.get(key, one)}
+    assert changed == CHANGED_BY_A_LINE[before, line]
+
+
+REFUSED_COMMANDS = [  # what is typed, and the beginning of the note that it is not done
+    ("/help nosuch", "no help about nosuch; commands: /help; topics: files, talk, "),
+    ("/go 9", "9 is no number of a conversation: 1 to 3"),
+    ("/go nosuch", "nosuch is not open; /query nosuch opens it"),
+    ("/unignore x", "x is not ignored; /ignore lists the ignored users"),
+    ("/register", "this server registers no accounts in this way"),
+    ("/connect x", "only the terminal client talks to several servers"),
+    ("/disconnect", "only the terminal client talks to several servers; /quit leaves"),
+    ("/retry", "there is nothing that could not be sent"),
+    ("/reply", "usage: /reply [-N] TEXT"),
+    ("/react", "usage: /react [-N] EMOJI"),
+    ("/send x", "only clients with a screen send files"),
+    ("/save 1", "there are no files here"),
+    ("/redact", "this server takes no redact"),
+]
+
+
+@pytest.mark.parametrize("text, note", REFUSED_COMMANDS)
+def test_a_command_that_cannot_be_done_is_given_back_with_the_reason(text, note):
+    alice = with_bob().types(text)
+    assert [(view.kind, view.text[: len(note)]) for view in alice.views] == [
+        ("back", text),
+        ("note", note),
+    ]
+    assert alice.sent() == []
+
+
+@pytest.mark.parametrize("text", ["/ban x", "/names", "/op x", "/invite bob"])
+def test_a_command_for_a_channel_says_so_in_a_private_conversation(text):
+    alice = with_bob().types("/go bob")
+    alice.views.clear()
+    alice.types(text)
+    assert alice.kinds("note") == ["bob is no channel"] and alice.sent() == []
+
+
+@pytest.mark.parametrize("number, where", [("1", "#lobby"), ("2", "#a"), ("3", "bob"), ("a", "#a")])
+def test_conversations_have_the_numbers_in_which_they_were_opened(number, where):
+    alice = with_bob().types("/go #lobby", f"/go {number}")
+    assert alice.core.room.name == where
+
+
+SENT_FOR_A_LINE = [  # a line of the server, and the lines that are sent for it
+    ("CAP * NAK :batch labeled-response", ["CAP REQ batch", "CAP REQ labeled-response"]),
+    ("CAP * NAK :batch", []),
+    ("CAP * NEW :batch nosuch", ["CAP REQ batch"]),
+    (":bob!u@h MODE #a -o bob", ["NAMES #a"]),
+    (":bob!u@h MODE #a +o bob", []),
+    (":bob!u@h NICK rob", ["MONITOR - bob", "MONITOR + rob"]),
+    ("PING x", ["PONG x"]),
+]
+
+
+@pytest.mark.parametrize("line, sent", SENT_FOR_A_LINE)
+def test_a_line_of_the_server_is_answered(line, sent):
+    assert with_bob().hears(line).sent() == sent
+
+
+@pytest.mark.parametrize("subcommand, words", [("ACK", "-echo-message"), ("DEL", "echo-message")])
+def test_a_capability_that_the_server_takes_back_is_not_relied_on(subcommand, words):
+    alice = with_bob()
+    assert "echo-message" in alice.core.server.enabled
+    alice.hears(f"CAP * {subcommand} :{words}")
+    assert alice.core.server.enabled == {"message-tags"}
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_after_a_break_the_user_is_away_again_unless_the_server_said_otherwise(back):
+    alice = with_bob().types("/away lunch").hears("306 alice :away")
+    if back:
+        alice.hears("305 alice :back")
+    alice.views += alice.core.disconnected()
+    alice.views += alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd-1 a b", "422 alice :No MOTD")
+    assert ("AWAY lunch" in alice.sent()) is not back
+
+
+ENDS_OF_A_CONNECTION = [  # a line of the server, the reason that is kept, and what it means
+    ("FAIL SESSION ACCOUNT_REQUIRED :log in first", "log in first", "TEMPORARY"),
+    ("FAIL SESSION REPLACED :x", "another client of yours has taken this place", "FATAL"),
+    (":alice!u@h QUIT :x", "the server says that we have quit", "TEMPORARY"),
+    ("ERROR :Closing link", "Closing link", "TEMPORARY"),
+    ("ERROR :you are banned", "you are banned", "NEEDS_USER"),
+]
+
+
+@pytest.mark.parametrize("line, reason, cause", ENDS_OF_A_CONNECTION)
+def test_what_ends_a_connection_is_kept_with_what_it_means(line, reason, cause):
+    core = with_bob().hears(line).core
+    assert (core.refusal, core.cause) == (reason, getattr(chat, cause))
+
+
+def test_a_client_without_a_channel_joins_that_of_all_users_on_a_chat_py():
+    alice = Elsewhere(join=())
+    alice.core.rooms.clear()
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x chat.py-1 a b")
+    assert "JOIN #lobby" in alice.sent() and alice.core.room.name == "#lobby"
+
+
+@pytest.mark.parametrize(
+    "given, mask",
+    [
+        ("bob", "bob!*@*"),
+        ("u@h.example", "*!u@h.example"),
+        ("h.example", "*!*@h.example"),
+        ("user/bob", "*!*@user/bob"),
+        ("a!b@c", "a!b@c"),
+    ],
+)
+def test_a_part_of_a_mask_stands_for_all_that_have_it(given, mask):
+    assert chat.source_mask(given) == mask
+
+
+# Another user may take a name while messages for its former owner wait.
+def test_messages_for_a_name_wait_for_the_user_when_its_owner_takes_that_of_another_conversation():
+    alice = with_bob(":carol!u@h PRIVMSG alice :hi")
+    alice.types("/msg bob one").sent()
+    for n in range(50):
+        alice.types(f"/msg bob {n}")
+    alice.hears(":bob!u@h NICK carol")
+    failed = [view.text for view in alice.views if view.kind == "failed"]
+    assert failed and all("bob is now called carol" in text for text in failed)
+    assert alice.core.outbox.parked.keys() < alice.core.outbox.waiting.keys()
+
+
+# Until 005 names are compared as in ASCII.
+def test_joins_that_were_sent_before_the_rule_for_names_was_told_are_found_under_it():
+    core = chat.ClientCore("alice", True, chat.IRC, join=["#[A]"])
+    core.connected()
+    core.feed(b":s 001 alice :Welcome\r\n")
+    joins = core.talk.joins
+    joins.typed["#[a]"], joins.refused["#[a]"] = "word", 5.0
+    joins.retried.add("#[a]")
+    tables = (joins.unanswered, joins.typed, joins.refused)
+    before = [table["#[a]"] for table in tables]
+    core.feed(b":s 005 alice CASEMAPPING=rfc1459 :are supported\r\n")
+    assert [dict(table) for table in tables] == [{"#{a}": value} for value in before]
+    assert joins.retried == {"#{a}"} and joins.waits("#{A]")
+
+
+@pytest.mark.parametrize("lines", [1, 3])
+def test_as_many_lines_are_sent_at_once_as_a_server_takes_and_then_one_at_its_pace(lines):
+    alice = Elsewhere("CHANTYPES=#")
+    alice.sent(60)
+    alice.types(*(f"/raw TIME {n}" for n in range(chat.PACE_BURST + lines)))
+    assert len(alice.sent()) == chat.PACE_BURST
+    alice.views += alice.core.tick()
+    seconds = 0
+    while not (found := alice.sent(1)):
+        seconds += 1
+    assert found == [f"TIME {chat.PACE_BURST}"] and seconds == 1 / chat.PACE_RATE - 1
+
+
+def test_ignored_users_are_listed_after_each_change():
+    alice = Elsewhere()
+    alice.types("/ignore bob", "/ignore carol")
+    alice.views.clear()
+    alice.types("/unignore BOB")
+    assert [view.text for view in alice.views if view.text] == ["ignored: carol"]
+    alice.views.clear()
+    alice.types("/unignore carol")
+    assert [view.text for view in alice.views if view.text] == ["ignored: no user"]
+
+
+FIRST_ANSWERS = [  # how a client logs in, and whether its first answer waits for the server's word
+    (chat.login_plain("alice", "word"), b"alice\0alice\0word"),
+    (chat.login_external(), b""),
+]
+
+
+@pytest.mark.parametrize("mechanism, answer", FIRST_ANSWERS)
+def test_a_mechanism_says_nothing_before_the_server_asks(mechanism, answer):
+    assert next(mechanism) == b"" and mechanism.send(b"") == answer
+
+
+def test_scram_says_nothing_before_the_server_asks_and_after_it_has_proved_itself():
+    verifier = chat.make_verifier("word", rounds=min(chat.SCRAM_ROUNDS))
+    client = chat.login_scram("a=b,c", "word")
+    assert next(client) == b""
+    assert client.send(b"").startswith(b"n,,n=a=3Db=2Cc,r=")
+    with pytest.raises(chat.Refused):
+        client.send(b"r=other,s=,i=4096")
+    assert verifier
+
+
+def test_earlier_nicks_are_known_until_the_user_has_them_again():
+    alice = with_bob()
+    for new, known in (("al", ["alice"]), ("ally", ["alice", "al"]), ("alice", ["al", "ally"])):
+        alice.hears(f":{alice.core.name}!u@h NICK {new}")
+        assert list(alice.core.former_names) == known
+
+
+def test_messages_that_could_not_be_sent_are_told_when_their_channel_is_joined():
+    alice = with_bob()
+    alice.types("/join #b", "/msg #b one", "/msg #b two", "/msg #c three")
+    alice.hears("474 alice #b :Cannot join channel (+b)")
+    alice.views.clear()
+    alice.hears(":alice!u@h JOIN #b")
+    told = "2 messages could not be sent before; /retry sends, /cancel drops"
+    assert [view.text for view in alice.views if "could not be sent" in view.text] == [told]
+    alice.hears(":alice!u@h PART #b", ":alice!u@h JOIN #d")
+    assert [view.text for view in alice.views if "could not be sent" in view.text] == [told]
+
+
+@pytest.mark.parametrize("unread, called", [(0, 0), (2, 0), (0, 1), (2, 1)])
+def test_a_conversation_that_is_read_is_drawn_again_if_there_was_news(unread, called):
+    alice = with_bob()
+    room = alice.core.rooms["bob"]
+    room.unread, room.called = unread, called
+    alice.core.rooms.mark_read(room)
+    drawn = [view.where for view in alice.core.take_views() if view.kind == "room"]
+    assert drawn == ["bob"] * bool(unread or called) and (room.unread, room.called) == (0, 0)
+
+
+def test_a_join_that_is_sent_again_is_no_longer_refused():
+    alice = with_bob(":bob!u@h KICK #a alice")
+    joins = alice.core.talk.joins
+    alice.types("/join #a")
+    alice.hears("474 alice #a :Cannot join channel (+b)")
+    assert joins.refused.keys() == {"#a"} and not joins.waits("#a")
+    alice.types("/join #a")
+    assert not joins.refused and joins.waits("#a") and joins.typed == {"#a": ""}
+    alice.hears(":alice!u@h JOIN #a")
+    assert not (joins.refused or joins.typed or joins.waits("#a"))
+
+
+IN_BATCHES = [  # lines of "text" or "+text", which goes on; bytes and lines of a batch; the batches
+    (["aa", "bb", "cc"], 5, 9, [["aa", "bb"], ["cc"]]),
+    (["aa", "bb", "cc"], 4, 9, [["aa"], ["bb"], ["cc"]]),
+    (["aa", "bb", "cc"], 99, 2, [["aa", "bb"], ["cc"]]),
+    (["aa", "+bb", "cc"], 4, 9, [["aa", "+bb"], ["cc"]]),
+    (["aaa", "+bb", "+c", "dd"], 4, 9, [["aaa"], ["bb", "+c"], ["dd"]]),
+    (["aaa", "b", "c", "d"], 4, 9, [["aaa"], ["b", "c"], ["d"]]),
+    (["aaa", "b", "c", "d"], 3, 9, [["aaa"], ["b", "c"], ["d"]]),
+    (["aaaaa", "b"], 3, 9, [["aaaaa"], ["b"]]),
+]
+
+
+@pytest.mark.parametrize("lines, size, count, batches", IN_BATCHES)
+def test_lines_are_put_into_batches_as_full_as_the_server_takes_them(lines, size, count, batches):
+    given = [chat.MessageLine(line.removeprefix("+"), line[0] == "+") for line in lines]
+    found = [
+        ["+" * line.continues + line.text for line in group]
+        for group in chat.in_batches(given, size, count)
+    ]
+    assert found == batches
+
+
+JOINED_WITH = [  # what is typed, and the words of the note
+    (
+        "/join #a #b",
+        "commas between several channels: /join #a,#b; /raw JOIN #a #b takes #b as a password",
+    ),
+    (
+        "/join #a x y",
+        "commas between several channels: /join #a,#b; /raw JOIN #a x takes x as a password",
+    ),
+]
+
+
+@pytest.mark.parametrize("typed, note", JOINED_WITH)
+def test_a_list_of_channels_has_commas(typed, note):
+    assert with_bob().types(typed).kinds("note") == [note]
+
+
+# REDACT and reactions in a page of history: the first words of one, and a line that lacks some.
+def test_a_redaction_in_a_page_of_history_is_done_and_half_of_one_is_left_out():
+    caps = "message-tags batch draft/chathistory server-time"
+    alice = Elsewhere("CHATHISTORY=50", "CHANTYPES=#", caps=caps)
+    alice.types("/join #a").hears(":alice!u@h JOIN #a")
+    alice.hears(
+        *("BATCH +h chathistory #a", "@batch=h;msgid=1 :bob!u@h PRIVMSG #a :one"),
+        *("@batch=h;msgid=2 :bob!u@h PRIVMSG #a :two", "@batch=h :bob!u@h REDACT #a 1"),
+        *("@batch=h :bob!u@h REDACT #a", "BATCH -h"),
+    )
+    texts = [view.text for view in alice.core.rooms["#a"].views if view.kind == "message"]
+    assert texts == ["two"]
+
+
+NEWS = [  # the room looked at?, a time after the one read, a page?, the message; unread and called
+    ("#lobby", 1, False, {}, 1, 0),
+    ("#lobby", 0, False, {}, 1, 0),
+    ("#lobby", -1, False, {}, 1, 0),
+    ("#lobby", 1, True, {}, 1, 0),
+    ("#lobby", 0, True, {}, 0, 0),
+    ("#lobby", -1, True, {}, 0, 0),
+    ("#lobby", 1, False, {"called": True}, 1, 1),
+    ("#lobby", 1, False, {"called": True, "mine": True}, 0, 0),
+    ("#lobby", 1, False, {"called": True, "past": True}, 0, 0),
+    ("#a", 1, False, {"called": True}, 0, 0),
+]
+
+
+@pytest.mark.parametrize("here, later, paged, more, unread, called", NEWS)
+@pytest.mark.parametrize("muted", [False, True])
+def test_a_message_is_news_where_the_user_does_not_see_it(
+    here, later, paged, more, unread, called, muted
+):
+    alice = with_bob().types(f"/go {here}")
+    room = alice.core.rooms["#a"]
+    room.read_time, room.muted = 5000, muted
+    view = chat.ViewEvent("message", "hi", "bob", "#a", 5000 + later, **more)
+    alice.core.incoming.deliver(room, view, paged)
+    assert (room.unread, room.called) == (unread, called if not muted else 0)
+    assert room.views[-1].text == "hi"
+
+
+HIDDEN = [  # a view, and whether it is hidden
+    (chat.ViewEvent("message", "hi", "bob", "#a", address="u@h"), False),
+    (chat.ViewEvent("notice", "hi", "bob", "#a", address="u@h"), False),
+    (chat.ViewEvent("message", "hi", "carol", "#a", address="u@h"), True),
+    (chat.ViewEvent("message", "hi", "dan", "#a", address="u@bad.example"), True),
+    (chat.ViewEvent("message", "hi", "bob", "#a", id="gone"), True),
+    (chat.ViewEvent("join", "", "bob", "#a"), True),
+    (chat.ViewEvent("message", "hi", "alice", "#a", mine=True), False),
+    (chat.ViewEvent("message", "hi", "alice", "#a", mine=True, id="gone"), True),
+    (chat.ViewEvent("message", "IDENTIFY word", "alice", "NickServ", mine=True), True),
+]
+
+
+@pytest.mark.parametrize("view, hidden", HIDDEN)
+def test_redacted_messages_passwords_and_ignored_users_are_hidden(view, hidden):
+    alice = with_bob().types("/ignore carol", "/ignore *!*@bad.example")
+    alice.core.incoming.redact("gone")
+    assert alice.core.incoming.hides(view) is hidden
+
+
+def test_what_is_typed_about_files_on_their_way_is_answered():
+    alice = with_bob()
+    assert alice.types("/transfers").kinds("note") == ["no file is on its way"]
+    alice.views.clear()
+    for id, name in (("1", "tea.txt"), ("2", "")):
+        one = chat.Transfer(id, True, "#a", f"/home/{name or 'plan.txt'}")
+        one.name = name
+        alice.core.transfers.keep(one)
+    first, second = list(alice.core.transfers)
+    alice.types("/transfers")
+    assert alice.kinds("note") == [f"1  {first.words()}; 2  {second.words()}"]
+    for typed, note in (
+        ("/transfers cancel", "usage: /transfers cancel 1"),
+        ("/transfers drop 1", "usage: /transfers cancel 1"),
+        ("/transfers cancel 2", "/home/plan.txt is dropped"),
+        ("/transfers cancel 1", "tea.txt is dropped"),
+    ):
+        alice.views.clear()
+        assert alice.types(typed).kinds("note") == [note]
+    assert list(alice.core.transfers) == []
+
+
+@pytest.mark.parametrize(
+    "emoji, sent", [("\U0001f44d", True), ("x" * 32, True), ("x" * 33, False), (" ", False)]
+)
+def test_a_reaction_has_some_characters_and_not_too_many(monkeypatch, emoji, sent):
+    monkeypatch.setattr(chat, "REACTION_CHARACTERS", 32)
+    alice = with_bob("@msgid=m1 :bob!u@h PRIVMSG #a :hi")
+    with contextlib.nullcontext() if sent else pytest.raises(chat.Refused, match="1 to 32"):
+        alice.core.reactions.send(alice.core.rooms["#a"], "m1", emoji)
+    alice.core.flush()
+    tags = f"@+draft/react={chat.escaped_tag(emoji)};+draft/reply=m1"
+    assert alice.sent() == ([f"{tags} TAGMSG #a"] if sent else [])
+
+
+# A text that has to be divided, and of which the server takes no part.
+def test_the_rest_of_a_text_that_cannot_be_sent_comes_back_with_its_lines(monkeypatch):
+    def check(where, piece, *more):
+        if piece == "two":
+            raise chat.Refused("BAD", "no such piece")
+
+    monkeypatch.setattr(chat, "message_pieces", lambda text: text.split("\n"))
+    monkeypatch.setattr(chat, "check_message", check)
+    alice = with_bob()
+    alice.core.outgoing.send("#a", "one\ntwo\nthree")
+    views = alice.core.take_views()
+    assert [view.text for view in views if view.kind == "back"] == ["two\nthree"]
+    assert [one.text for one in alice.core.outbox.waiting.values()] == ["one"]
+
+
+STORED_OR_NOT = [  # a view beside that of bob at 5000 with the id "m1", and whether it is stored
+    ({}, True),
+    ({"id": "m2"}, False),
+    ({"text": "other"}, True),  # the id decides
+    ({"id": ""}, True),
+    ({"id": "", "text": "other"}, False),
+    ({"id": "", "name": "carol"}, False),
+    ({"id": "", "time": 5001}, False),
+]
+
+
+@pytest.mark.parametrize("change, stored_too", STORED_OR_NOT)
+def test_a_message_is_known_to_the_store_by_its_id_or_else_by_all_it_has(change, stored_too):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    view = chat.ViewEvent("message", "hi", "bob", "#a", 5000, id="m1")
+    store.add("#a", view)
+    assert store.has("#a", view._replace(**change)) is stored_too
+    assert store.has("#b", view._replace(id="")) is False
+
+
+def test_a_setting_that_another_client_restores_is_the_usual_one_here_too(folder):
+    cores = []
+    for _ in range(2):
+        store = chat.ClientStore(chat.open_client_file(folder), "here", "alice", sole=False)
+        cores.append(chat.ClientCore("alice", True, chat.IRC, store=store))
+    one, other = cores
+    usual = other.setting("time")
+    for value in ("off", None):
+        one.store.set("time", value)
+        one.store.flush()
+        other.refresh()
+        assert other.setting("time") == (value or usual)
+    for core in cores:
+        core.close_store()
+
+
+EVERY_CAPABILITY = """
+    message-tags server-time batch echo-message labeled-response draft/multiline draft/chathistory
+    draft/channel-rename multi-prefix draft/message-redaction standard-replies soju.im/search
+    chat.py/session sasl chghost no-implicit-names cap-notify
+"""
+FOR_SCREENS = "away-notify account-notify draft/read-marker"
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_a_client_asks_for_the_capabilities_that_it_can_use(interactive):
+    wanted = EVERY_CAPABILITY.split() + FOR_SCREENS.split() * interactive
+    core = chat.ClientCore("alice", interactive, chat.IRC)
+    core.connected()
+    core.take_output()
+    offered = f"{' '.join(EVERY_CAPABILITY.split())} {FOR_SCREENS} draft/extended-isupport"
+    core.feed(f":s CAP * LS :{offered}\r\n".encode())
+    asked, *_ = core.take_output().decode().splitlines()
+    assert asked.removeprefix("CAP REQ :").split() == wanted
+
+
+ERRORS_OF_JOINS = [  # the numeric of an error about a channel, and whether it can answer a JOIN
+    *((number, True) for number in ("403", "405", "471", "473", "474", "475", "476", "477", "489")),
+    *((number, False) for number in ("404", "442", "461", "482")),
+]
+
+
+@pytest.mark.parametrize("number, answers", ERRORS_OF_JOINS)
+def test_a_join_is_refused_by_the_errors_that_are_about_joins(number, answers):
+    alice = with_bob().types("/join #b")
+    assert alice.core.talk.joins.waits("#b")
+    alice.hears(f"{number} alice #b :no")
+    assert alice.core.talk.joins.waits("#b") is not answers
+
+
+def test_the_help_of_the_client_is_in_two_columns():
+    (page,) = with_bob().types("/help talk").kinds("page")
+    rows = page.split("\n")
+    assert len(rows) == len(chat.HELP_TOPICS["talk"])
+    commands = [chat.client_command[verb] for verb in chat.HELP_TOPICS["talk"]]
+    width = max(len(command.syntax) for command in commands)
+    assert rows == [f"{one.syntax.ljust(width)}  {one.summary}" for one in commands]
+
+
+def test_stored_messages_that_are_loaded_again_are_drawn():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    core = chat.ClientCore("alice", True, chat.IRC, store=store)
+    room = core.rooms.open("#a")
+    store.add("#a", chat.ViewEvent("message", "hi", "bob", "#a", 5000, id="m1"))
+    core.take_views()
+    core.stored.load_again(room)
+    assert [(view.kind, view.where) for view in core.take_views()] == [(chat.RESET, "#a")]
+    assert [view.text for view in room.views] == ["hi"]
+
+
+@pytest.mark.parametrize("sole", [True, False])
+@pytest.mark.parametrize("id", ["m1", ""])
+def test_a_message_without_an_id_is_stored_by_the_sole_client_of_a_database(sole, id):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice", sole=sole)
+    view = chat.ViewEvent("message", "hi", "bob", "#a", 5000, id=id)
+    store.add("#a", view)
+    assert store.has("#a", view) is bool(id or sole)
+    found = store.message("m1")
+    assert (found and found.text) == ("hi" if id else None)
+
+
+@pytest.mark.parametrize(
+    "reply, words", [("m1", "bob: hi"), ("m9", "an earlier message"), ("", "")]
+)
+def test_an_answer_tells_to_what_it_is_one(reply, words):
+    alice = with_bob("@msgid=m1 :bob!u@h PRIVMSG #a :hi")
+    view = chat.ViewEvent("message", "yes", "carol", "#a", 5000, reply=reply)
+    assert alice.core.stored.answered_words(view) == words
+    assert alice.core.stored.answered_words(view._replace(where="#gone")) == ""
+
+
+OF_A_CONNECTION = {  # what a client core notes over a connection, and what it is at the next one
+    "refusal": ("banned", ""),
+    "cause": (chat.FATAL, chat.TEMPORARY),
+    "redial": (True, False),
+    "acknowledged": (True, False),
+    "dismissed": (True, False),
+    "output": (["left over"], ["CAP LS 302", "NICK alice", "USER alice 0 * :alice"]),
+    "began": (5, 5),
+    "kind_confirmed": (True, True),
+    "failures": (2, 2),
+    "refusals": (3, 3),
+    "progress": (4, 4),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_CONNECTION)
+def test_what_belongs_to_a_connection_is_forgotten_at_the_next_one(name):
+    core = chat.ClientCore("alice", True, chat.IRC)
+    noted, left = OF_A_CONNECTION[name]
+    if name == "output":
+        core.output += noted
+    else:
+        setattr(core, name, noted)
+    core.connected()
+    assert list(core.output) == left if name == "output" else getattr(core, name) == left
+
+
+def test_what_conversations_had_of_a_connection_is_forgotten_at_its_end():
+    alice = with_bob(":bob!u@h TAGMSG #a")
+    room = alice.core.rooms["#a"]
+    room.asked_people, room.typing["bob"], room.held = True, 99.0, None
+    alice.core.people.asked.add("#a")
+    alice.core.disconnected()
+    assert (room.held, room.inside, room.asked_people, room.typing) == ([], False, False, {})
+    assert not alice.core.people.asked and alice.core.talk is None and not alice.core.listening
+    assert room.wanted and room.people == {"alice": "", "bob": "@", "carol": "+"}
+
+
+USUAL_OF_A_CORE = {  # what a client core is at first, where no screen has set it
+    "told_trouble": "",
+    "version": 0,
+    "looked_at": True,
+    "stays_when_left": True,
+    "reads_at_once": True,
+    "tls": False,
+    "secure": False,
+    "listening": False,
+    "refusal": "",
+    "dismissed": False,
+    "redial": False,
+    "kind_forced": False,
+    "odd_line": "",
+    "sts": None,
+    "quitting": False,
+    "wants_connection": False,
+    "failures": 0,
+    "refusals": 0,
+    "progress": 0,
+    "acknowledged": False,
+    "began": 0,
+    "at_once": None,
+    "results": None,
+}
+
+
+@pytest.mark.parametrize("name", USUAL_OF_A_CORE)
+def test_a_client_core_begins_with_the_usual_values(name):
+    core = chat.ClientCore("alice", True, chat.IRC)
+    assert getattr(core, name) == USUAL_OF_A_CORE[name]
+    assert not core.is_writing()
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
@@ -25231,6 +26753,336 @@ def test_an_address_that_used_much_of_its_budget_is_served_while_no_other_waits(
     reader.until("carol: hello")
 
 
+def test_of_too_many_addresses_those_without_a_connection_go_the_fullest_budgets_first(monkeypatch):
+    monkeypatch.setattr(chat, "ADDRESSES_KEPT", 3)
+    addresses = chat.Addresses(FakeLoop(0.0), (1.0, 1.0))
+    for name, spent in (("a", 1), ("b", 3), ("c", 2), ("d", 0)):
+        addresses.enter(name).budget.tokens -= spent
+        if name == "c":
+            for used in ("b", "c"):
+                addresses.leave(addresses[used], False)
+    assert list(addresses) == ["a", "b", "d"]
+    addresses.leave(addresses["d"], False)
+    assert list(addresses) == ["a", "b"]
+
+
+@pytest.mark.parametrize("flood", [None, (5.0, 2.0)])
+def test_an_address_has_the_budget_of_several_connections(flood):
+    address = chat.Addresses(FakeLoop(0.0), flood).enter("a")
+    assert address.used(0.0) == 0.0 and address.peers == 1
+    if flood is None:
+        assert address.budget is None
+    else:
+        assert address.budget.burst == 5.0 * chat.ADDRESS_SHARES
+        assert address.budget.rate == 2.0 * chat.ADDRESS_SHARES
+
+
+TLS_OPTIONS = [{"tls_key": "k"}, {"sts": 5}, {"tls_client_ca": "c"}]
+
+
+@pytest.mark.parametrize("options", TLS_OPTIONS)
+def test_an_option_of_tls_needs_a_certificate(options):
+    with pytest.raises(chat.Unusable, match="of no use without --tls-cert"):
+        chat.server_tls_context(chat.ServerOptions(listen=(), **options))
+    assert chat.server_tls_context(chat.ServerOptions(listen=())) is None
+
+
+@pytest.mark.parametrize(
+    "data, words", [(b"", "is empty"), (b"\n", "is empty"), (b"\xff\n", "is not UTF-8")]
+)
+def test_a_file_with_a_password_has_one(tmp_path, data, words):
+    (tmp_path / "word").write_bytes(data)
+    with pytest.raises(chat.Unusable, match=words):
+        chat.read_secret(tmp_path / "word")
+
+
+def test_a_code_is_mailed_by_a_command_that_works():
+    for command, words in (("", "cannot send mail"), ("false", "could not be sent")):
+        options = chat.ServerOptions(listen=(), sendmail=command)
+        with pytest.raises(chat.Unusable, match=words):
+            chat.mail_code(options, "a@b.example", "alice", "123456")
+
+
+URLS = [  # a text, and the host, port, TLS and path of the URL; None if it is none
+    ("/files/1", ("base", 1, True, "/files/1")),
+    ("http://h/x", ("h", 80, False, "/x")),
+    ("HTTPS://h", ("h", 443, True, "/")),
+    ("https://h:8/x?y", ("h", 8, True, "/x?y")),
+    ("http://[::1]:8/x", ("::1", 8, False, "/x")),
+    ("ftp://h/x", None),
+    ("http:///x", None),
+    ("http://h/a b", None),
+    ("files", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize("text, found", URLS)
+def test_a_url_is_one_of_http_or_a_path_on_the_same_server(text, found):
+    base = chat.Url(chat.Target("base", 1, True), "/")
+    if found is None:
+        with pytest.raises(chat.Unusable) as error:
+            chat.parse_url(text, base)
+        assert str(error.value) == f"{text or 'nothing'} is no address of a file"
+    else:
+        server, path = chat.parse_url(text, base)
+        assert (server.host, server.port, server.tls, path) == found
+
+
+SIZES = [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (1536, "1.5 KB"), (10_240, "10 KB"),
+         (1 << 20, "1 MB"), (1 << 30, "1 GB"), (1500 << 30, "1500 GB")]  # fmt: skip
+
+
+@pytest.mark.parametrize("size, text", SIZES)
+def test_a_size_is_shown_with_two_digits_and_a_unit(size, text):
+    assert chat.size_text(size) == text
+
+
+LOGINS_OF_REQUESTS = [  # the token, and whether there is a log-in; the header
+    ("t0", True, "Bearer t0"),
+    ("t0", False, "Bearer t0"),
+    ("", True, f"Basic {base64.b64encode(b'alice:a word').decode()}"),
+    ("", False, None),
+]
+
+
+@pytest.mark.parametrize("token, login, header", LOGINS_OF_REQUESTS)
+def test_a_request_for_a_file_has_a_token_or_else_the_log_in(token, login, header):
+    me = types.SimpleNamespace(login=chat.Login("alice", "a word") if login else None)
+    transfers = types.SimpleNamespace(core=types.SimpleNamespace(me=me))
+    headers = chat.Transfers._headers(transfers, token, Upload_Offset=5)
+    assert headers.pop("Authorization", None) == header
+    assert headers == {"Tus-Resumable": "1.0.0", "Upload-Offset": "5"}
+
+
+class FakeAttempt:
+    """An attempt to connect, whose end the test decides."""
+
+    made = []
+
+    def __init__(self, loop, family, address, then):
+        if address == "off":
+            raise OSError(errno.EAFNOSUPPORT, "not supported")
+        self.address, self.then, self.sock = address, then, f"socket to {address}"
+        self.cancelled = False
+        self.made.append(self)
+
+    def cancel(self):
+        self.cancelled = True
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    monkeypatch.setattr(chat, "Connecting", FakeAttempt)
+    monkeypatch.setattr(FakeAttempt, "made", [])
+    return FakeAttempt.made
+
+
+def raced(*addresses):
+    """Return the outcomes of a race, and its loop."""
+    found, loop = [], FakeLoop(0.0)
+    race = chat.HappyEyeballs(loop, list(addresses), lambda *one: found.append(one))
+    return race, loop, found
+
+
+def test_the_addresses_of_both_families_are_tried_in_turn_each_a_moment_later(attempts):
+    _, loop, found = raced((6, "a"), (6, "b"), (4, "c"), (4, "d"))
+    for count in (1, 2, 3, 4):
+        assert [one.address for one in attempts] == list("acbd")[:count]
+        loop.now += chat.NEXT_ADDRESS_SECONDS
+        loop.run_due()
+    assert found == [] and len(attempts) == 4
+    attempts[2].then(attempts[2], "")
+    assert found == [("socket to b", "")]
+    assert [one.cancelled for one in attempts] == [True, True, False, True]
+
+
+def test_the_next_address_is_tried_at_once_when_one_fails_and_the_last_reason_is_told(attempts):
+    _, loop, found = raced((6, "a"), (4, "c"))
+    attempts[0].then(attempts[0], "refused")
+    assert [one.address for one in attempts] == ["a", "c"] and found == []
+    attempts[1].then(attempts[1], "no route")
+    assert found == [(None, "no route")]
+
+
+def test_an_address_of_a_family_that_is_switched_off_is_passed_over(attempts):
+    assert raced((6, "off"), (4, "c"))[2] == [] and attempts[0].address == "c"
+    assert raced((6, "off"))[2] == [(None, "not supported")]
+    assert raced()[2] == [(None, "no address")]
+
+
+def test_a_race_that_is_cancelled_ends_all_attempts(attempts):
+    race, loop, found = raced((6, "a"), (4, "c"))
+    race.cancel()
+    loop.now += chat.NEXT_ADDRESS_SECONDS
+    loop.run_due()
+    assert [(one.address, one.cancelled) for one in attempts] == [("a", True)] and found == []
+
+
+CHARGES = """   # what an operator in #a with 10 others says: its work, and for each more
+    PRIVMSG #a :x              50  0
+    @+typing=active TAGMSG #a   2  0
+    NICK al                    50  0
+    AWAY :x                    58  0
+    SETNAME :x                 50  0
+    TOPIC #a :x                50  0
+    MODE #a +b x               53  0
+    KICK #a m1                 50  0
+    PART #a                    50  0
+    QUIT :x                    58  0
+    NAMES #a                   17  0
+    WHO #a                    124 10
+    JOIN #b                    67  0
+    INVITE m1 #a               58  0
+    RENAME #a #c              518 41
+    WHOIS m1                   49  0
+    KILL m1 :x                 71  0
+    METADATA #a SET k v        58  0
+    LIST                       25  0
+    PRIVMSG m1 :x              60  0
+    WALLOPS :x                 61  1
+    ISON m1 m2                  8  0
+"""
+
+
+def house_with_others(count):
+    """Return a House in whose #a an operator, alice, is with so many other users."""
+    house, names = House(), [f"m{n}" for n in range(count)]
+    house.enter_irc("alice", *names)
+    for name in ("alice", *names):
+        ask(house, name, "JOIN #a")
+    ask(house, "alice", "MODE #a +v m0", "OPER boss secret")
+    return house
+
+
+@pytest.mark.parametrize("row", CHARGES.strip().split("\n")[1:])
+def test_a_line_is_charged_for_the_work_that_it_is(row):
+    line, work, more = row.strip().rsplit(None, 2)
+    for count in (10, 12)[: 1 + (float(more) > 0)]:
+        house = house_with_others(count)
+        house.hub.take_work()
+        house.say("alice", line)
+        assert house.hub.take_work() == float(work) + (count - 10) * float(more)
+
+
+def test_an_upload_token_is_that_of_its_user_and_no_other_is_one():
+    house, grants = House(), chat.Grants()
+    house.enter_irc("alice", "bob")
+    tokens = {name: grants.make(house.hub.users[name], ticks=0) for name in ("alice", "bob")}
+    for name, token in tokens.items():
+        assert grants[chat.hashed_token(token)].user.name == name
+    assert chat.hashed_token("0" * 32) not in grants and len(grants) == 2
+    assert not set(tokens.values()) & grants.keys()
+
+
+def test_upload_tokens_end_with_their_time_their_user_and_their_number(monkeypatch):
+    monkeypatch.setattr(chat, "TOKENS_A_USER", 2)
+    house, grants = House(), chat.Grants()
+    house.enter_irc("alice", "bob")
+    alice, bob = (house.hub.users[name] for name in ("alice", "bob"))
+    first, second, third = (chat.hashed_token(grants.make(alice, ticks)) for ticks in (0, 1, 2))
+    assert list(grants) == [second, third]
+    end = chat.TOKEN_SECONDS * 1000
+    fourth = chat.hashed_token(grants.make(bob, end + 1))
+    assert list(grants) == [second, third, fourth]
+    fifth = chat.hashed_token(grants.make(bob, end + 2))
+    assert list(grants) == [third, fourth, fifth]
+    ask(house, "alice", "QUIT")
+    assert list(grants) == [third, fourth, fifth] and first
+    sixth = chat.hashed_token(grants.make(bob, end + 2))
+    assert list(grants) == [fifth, sixth]
+
+
+def test_the_first_bytes_of_a_handshake_are_answered_at_once_also_when_it_is_refused():
+    told, dirty = [], []
+    conn = types.SimpleNamespace(
+        loop=types.SimpleNamespace(dirty=types.SimpleNamespace(add=dirty.append)),
+        state=chat.OPEN,
+        received=told.append,
+        flush=lambda: told.append("flushed"),
+        _end=lambda: told.append("ended"),
+    )
+
+    def secured():
+        told.append("secured")
+        conn.state = chat.CLOSED
+
+    class Tls:
+        ready = ended = False
+
+        def feed(self, data):
+            self.ready = self.ended = True
+            return data
+
+    conn.secured, conn.tls = secured, Tls()
+    chat.Connection.arrived(conn, b"x")
+    assert told == ["flushed", "secured"] and dirty == [conn]
+    conn.state = chat.OPEN
+    chat.Connection.arrived(conn, b"y")
+    assert told[2:] == [b"y", "ended"]
+
+
+def test_a_node_that_loses_nats_dials_again_a_moment_later():
+    loop = FakeLoop(5.0)
+    link = types.SimpleNamespace(loop=loop, reason="", target="here", dial=chat.do_nothing)
+    for reason in ("refused", "refused", "no route"):
+        chat.NatsLink.again(link, reason)
+        assert link.reason == reason
+    assert [timer.when for timer in loop.timers] == [5.0 + chat.NATS_RETRY_SECONDS] * 3
+    assert all(timer.callback is link.dial for timer in loop.timers)
+
+
+@pytest.mark.parametrize("leads, left", [(True, {"#b"}), (False, set())])
+def test_one_node_prunes_for_all_and_the_others_forget_what_they_would_prune(leads, left):
+    asked, server = [], types.SimpleNamespace(store=chat.Store(None))
+    server.cluster = types.SimpleNamespace(leads=leads, ask=lambda *act: asked.append(act))
+    retention = server.store.retention
+    retention.excess |= {"#b"} | ({"#a"} if leads else set())
+
+    def excess_of(key):
+        retention.excess.discard(key)
+        return key, 1, 2
+
+    retention.excess_of = excess_of
+    chat.Server._prune_by_act(server)
+    assert len(asked) == leads and len(retention.excess) == len(left)
+    assert not leads or asked[0][:2] == (None, "prune_history")
+
+
+class Leaver:
+    """A peer of the server, of which only the tables matter."""
+
+    home, web, chats = "its address", True, False
+
+    def __init__(self):
+        self.ended = []
+        self.session = types.SimpleNamespace(ended=lambda: self.ended.append(self))
+
+
+def test_a_connection_that_is_gone_is_in_no_table_of_the_server():
+    house, peer, left = House(), Leaver(), []
+    house.addresses.leave = lambda *values: left.append(values)
+    tables = (house.beat.acting, house.beat.handshakes)
+    house.peers.add(peer)
+    for table in tables:
+        table[peer] = None
+    for _ in range(2):
+        house.forget(peer)
+        assert peer not in house.peers and not any(peer in table for table in tables)
+        assert left == [("its address", True, False)] and peer.ended == [peer]
+
+
+def test_what_a_dialogue_with_nats_has_to_say_is_written_once():
+    told, link = [], types.SimpleNamespace(dialogue=chat.NatsDialogue("n1"), conn=None)
+    link.dialogue.publish("a", b"x")
+    chat.NatsLink.flush(link)
+    assert link.dialogue.out
+    link.conn = types.SimpleNamespace(write=told.append, flush=lambda: told.append("flushed"))
+    for _ in range(2):
+        chat.NatsLink.flush(link)
+        assert told == [b"PUB a 1\r\nx\r\n", "flushed"]
+
+
 # ======================================================================================
 # TERMINAL
 # ======================================================================================
@@ -26481,6 +28333,65 @@ def test_a_row_does_not_end_at_a_no_break_space_and_a_link_stays_whole():
     assert len(rows) > 1 and not any(row.strip().startswith("!") for row in rows)
     link = "https://example.org/汉字汉字汉字汉字汉字汉字汉字汉字汉字汉字汉字"
     assert any(link in row for row in chat.wrapped_rows(f"17:16 bob: 看 {link} 好", 40, 6))
+
+
+@pytest.mark.parametrize("reading", [False, True])
+def test_a_screen_that_is_up_to_date_is_not_written_again(reading):
+    desk = Desk(rows=8)
+    desk.hear(*(f"line {n}" for n in range(30)))
+    desk.paint()
+    if reading:
+        desk.display.reader.up(5)
+        desk.paint()
+        assert desk.written
+    for _ in range(2):
+        desk.paint()
+        assert desk.written == ""
+    desk.row = "x"
+    desk.paint()
+    assert desk.written != ""
+
+
+def test_scrolling_up_ends_at_the_first_row_and_one_step_further_tells_that():
+    desk = Desk(rows=8, rooms=("#lobby",))
+    desk.hear(*(f"line {n}" for n in range(12)))
+    desk.paint()
+    reader, pages = desk.display.reader, []
+    while not reader.at_top:
+        reader.up(1)
+        pages.append(reader.page())
+        assert len(pages) < 50 and reader.back
+    assert "line 0" in str(pages[-1]) and pages[-1] == pages[-2] != pages[-3]
+    reader.down(1)
+    assert not reader.at_top and reader.page() == pages[-3]
+
+
+@pytest.mark.parametrize("where, count, fetching, told", [
+    ("#lobby", "3", False, True), ("#lobby", "0", False, False), ("#rust", "3", True, False),
+])  # fmt: skip
+def test_older_messages_that_came_end_the_wait_for_them_in_their_conversation(
+    where, count, fetching, told
+):
+    desk = Desk()
+    came = []
+    desk.display.fetching, desk.display.reader.came_older = True, lambda: came.append(1)
+    desk.tell(chat.ViewEvent(chat.OLDER, count, where=where))
+    assert desk.display.fetching is fetching and bool(came) is told
+
+
+def test_a_screen_that_is_left_shows_the_messages_and_nothing_else():
+    desk = Desk(rows=8)
+    desk.hear(*(f"line {n}" for n in range(30)))
+    desk.paint()
+    desk.display.reader.up(5)
+    desk.row = "typed"
+    desk.paint()
+    assert "typed" in str(desk.screen.lines)
+    desk.hear("while reading")
+    desk.screen.draw(desk.display.leave())
+    shown = str(desk.screen.lines)
+    assert "while reading" in shown and "typed" not in shown
+    assert not desk.display.reader.back and not desk.display.paged
 
 
 # ======================================================================================
@@ -28069,6 +29980,273 @@ def test_channels_to_be_joined_may_be_given_one_by_one(monkeypatch):
     for args in (words.split(), ["client", "alice", "--no-state"]):
         chat.run_client(chat.command_line().parse_args(args))
     assert joined == [("#a", "#b", "#c"), ()]
+
+
+@pytest.mark.parametrize("keys, seconds, key", [
+    (b"\x1b", chat.ESCAPE_SECONDS, b""),
+    (b"\x1b[200~begun", chat.PASTE_SECONDS, b"begun"),
+    (b"x", None, b"x"),
+])  # fmt: skip
+def test_bytes_that_may_go_on_wait_for_more_and_so_long_and_no_longer(at_keys, keys, seconds, key):
+    waited = []
+    later, at_keys.loop.call_later = (
+        at_keys.loop.call_later,
+        lambda seconds, then: waited.append(seconds) or later(seconds, then),
+    )
+    at_keys.take(keys)
+    assert waited == ([seconds] if seconds else [])
+    if seconds:
+        at_keys.escape.callback()
+        assert not at_keys.decoder.rest and not at_keys.decoder.is_long
+    assert at_keys.editor.text == key.decode()
+    before = at_keys.escape
+    at_keys.take(b"y")
+    assert before is None or before.callback is None
+
+
+def test_the_end_of_the_keys_ends_the_client(at_keys):
+    ended = []
+    at_keys.over = ended.append
+    at_keys.take(b"")
+    assert ended == [""]
+
+
+TROUBLES = [  # of the connection: a certificate in doubt, a new attempt in 4.2 s, the phase; words
+    (True, None, "waiting", "/trust or /quit"),
+    (False, 4.2, "waiting", "reconnecting in 5 s"),
+    (False, -1.0, "waiting", "reconnecting in 0 s"),
+    (False, None, "waiting", "not connected: /reconnect or /quit"),
+    (False, None, "open", ""),
+]
+
+
+@pytest.mark.parametrize("doubted, again, phase, words", TROUBLES)
+def test_the_status_says_what_is_wrong_with_the_connection(at_keys, doubted, again, phase, words):
+    link = at_keys.link
+    link.certificate.doubted = "ab" if doubted else ""
+    link.again = None if again is None else chat.Timer(at_keys.loop.now + again, chat.do_nothing)
+    link.phase = chat.WAITING if phase == "waiting" else chat.RESOLVING
+    assert at_keys.trouble() == words
+    if "/quit" in words:
+        at_keys.seats.append(at_keys.seat)
+        assert at_keys.trouble() == words.replace("/quit", "/disconnect")
+        at_keys.seats.pop()
+
+
+def test_a_client_that_is_not_let_in_yet_is_connecting(at_keys):
+    at_keys.link.phase = chat.RESOLVING
+    at_keys.show(at_keys.core.disconnected())
+    assert at_keys.trouble() == "connecting" and not at_keys.was_ready
+
+
+TYPED_AT_THE_KEYS = [  # what is typed, and the note
+    ("/disconnect", "this is the only server; /quit leaves"),
+    ("/connect", "connected to: here:6667; /connect URL adds one"),
+    ("/go", "1 #den, 2 #tea"),
+]
+
+
+@pytest.mark.parametrize("typed, note", TYPED_AT_THE_KEYS)
+def test_a_command_of_the_terminal_is_answered_by_a_note(at_keys, typed, note):
+    at_keys.take(typed.encode() + b"\r")
+    assert notes_of(at_keys)[-1] == note
+    assert len(at_keys.seats) == 1 and at_keys.editor.text == ""
+
+
+def test_unread_conversations_are_visited_those_with_a_mention_first(at_keys):
+    hears(at_keys, ":bob!u@h PRIVMSG #den :hello", ":bob!u@h PRIVMSG alice :psst")
+    visited = []
+    for _ in range(3):
+        at_keys.go_unread()
+        visited.append(at_keys.core.room.name)
+    assert visited == ["bob", "#den", "#den"]
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_all_conversations_are_visited_in_turn(at_keys, step):
+    hears(at_keys, ":bob!u@h PRIVMSG alice :psst")
+    order = [room.name for _, room in at_keys.places()]
+    here = order.index("#tea")
+    for n in range(1, len(order) + 2):
+        at_keys.go_next(step)
+        assert at_keys.core.room.name == order[(here + n * step) % len(order)]
+
+
+def test_why_the_connection_broke_is_noted_once_for_each_break(at_keys):
+    def breaks(again):
+        at_keys.link.again = chat.Timer(again, chat.do_nothing)
+        at_keys.show([chat.ViewEvent("status", "here:6667: refused")])
+
+    for count in (1, 2):
+        for again in (5.0, 9.0):
+            breaks(again)
+        assert notes_of(at_keys).count("here:6667: refused") == count
+        at_keys.link.again = None
+        at_keys.show(at_keys.core.disconnected())
+        hears(at_keys, "001 alice :Welcome", "422 alice :x")
+        assert notes_of(at_keys).count("connected to here:6667") == count
+
+
+def test_a_server_that_is_looked_at_tells_its_next_trouble(at_keys):
+    at_keys.connect("irc://there")
+    at_keys.told_why = True
+    at_keys.look_at(at_keys.seats[0])
+    assert (at_keys.told_why, at_keys.was_ready) == (False, True)
+    at_keys.look_at(at_keys.seats[1])
+    assert (at_keys.told_why, at_keys.was_ready) == (False, False)
+
+
+LINES_OF_A_FILTER = [  # a view, and the lines that it prints
+    (chat.ViewEvent("message", "hi", "bob", "#lobby"), ["bob: hi"]),
+    (
+        chat.ViewEvent(kind="message", text="a\nb", name="bob", where="#a"),
+        ["[#a] bob: a", "[#a] bob: b"],
+    ),
+    (chat.ViewEvent("message", "hi", "bob", "bob"), ["(private) bob: hi"]),
+    (chat.ViewEvent("message", "hi", "me", "#a", mine=True), []),
+    (
+        chat.ViewEvent(kind="message", text="hi", name="me", where="#a", mine=True, past=True),
+        ["[#a] me: hi"],
+    ),
+    (chat.ViewEvent("found", "hi", "me", "#a", mine=True), ["[#a] me: hi"]),
+    (
+        chat.ViewEvent(kind="notice", text="a\nb", name="bob", where="#a"),
+        ["[#a] -bob- a", "[#a] -bob- b"],
+    ),
+    (chat.ViewEvent("notice", "hi", "bob", "#lobby"), ["-bob- hi"]),
+    (chat.ViewEvent("notice", "hi", "bob"), ["-bob- hi"]),
+    (chat.ViewEvent("notice", "hi", "me", "#a", mine=True), []),
+    (
+        chat.ViewEvent(kind="join", name="bob", address="h:1", where="#a"),
+        ["[#a] bob (h:1) joined the chat!"],
+    ),
+    (
+        chat.ViewEvent(kind="part", name="bob", address="h:1", where="#lobby"),
+        ["bob (h:1) left the chat!"],
+    ),
+    (
+        chat.ViewEvent(kind="quit", name="bob", address="h:1", where=""),
+        ["[] bob (h:1) left the chat!"],
+    ),
+    (chat.ViewEvent("topic", "bob set it", "", "#a"), ["* bob set it"]),
+    (chat.ViewEvent("server text", "a\nb"), ["* a", "* b"]),
+    (chat.ViewEvent("page", "a\nb"), ["* a", "* b"]),
+    (chat.ViewEvent("people", "bob, carol", "", "#a"), ["* bob, carol"]),
+    (chat.ViewEvent("people", "", "", "#a"), []),
+    (chat.ViewEvent("room", "x", "", "#a"), []),
+    (
+        chat.ViewEvent(kind="message", text="x", line="as \x01it\x01 came", where="#a"),
+        ["as it came"],
+    ),
+    (chat.ViewEvent("message", "\x01x\x01", "bob", "#lobby"), ["bob: x"]),
+]
+
+
+@pytest.mark.parametrize("view, lines", LINES_OF_A_FILTER)
+def test_a_pipe_prints_each_view_as_the_client_of_the_workshop(view, lines):
+    assert chat.filter_lines(view) == lines
+
+
+class Pipe:
+    """Standard input for a Filter, which notes whether it is read."""
+
+    def __init__(self, loop, fd, take):
+        self.paused = False
+
+    def pause(self):
+        self.paused = True
+
+    def resume(self):
+        self.paused = False
+
+
+@pytest.fixture
+def piping(monkeypatch):
+    """Return a function that makes a client between pipes, on an IRC server, in #tea."""
+    made = []
+    monkeypatch.setattr(chat, "Input", Pipe)
+
+    def make(**options):
+        target = chat.parse_target("irc://here")
+        client = chat.Filter(chat.ClientOptions("alice", target, join=("#tea",), **options))
+        made.append(client)
+        client.show(client.core.connected())
+        client.show(client.core.feed(b":s 001 alice :Welcome\r\n:alice!u@h JOIN #tea\r\n"))
+        return client
+
+    yield make
+    for client in made:
+        client.close()
+        client.loop.close()
+
+
+PIPED = [  # what comes from standard input, with commands or not; what is said, and whether it ends
+    (b"one\ntwo\n", False, ["one", "two"], False),
+    (b"half", False, [], False),
+    (b"/quit\nlater\n", False, ["/quit", "later"], False),
+    (b"one\n/quit so long\nlater\n", True, ["one"], True),
+    (b"\n", False, [""], False),
+]
+
+
+@pytest.mark.parametrize("data, commands, said, ends", PIPED)
+def test_each_line_of_a_pipe_is_said_and_commands_only_if_they_are_wanted(
+    piping, data, commands, said, ends
+):
+    client = piping(commands=commands)
+    client.take(data)
+    assert [one.text for one in client.core.outbox.waiting.values()] == said
+    assert (client.link.reason == "so long") is ends and client.input_over is ends
+    assert client.link.leaving is ends
+
+
+def test_the_end_of_a_pipe_ends_its_last_line_and_the_client(piping):
+    client = piping()
+    client.take(b"one\nhalf")
+    assert not client.link.leaving
+    client.take(b"")
+    assert [one.text for one in client.core.outbox.waiting.values()] == ["one", "half"]
+    assert client.input_over and client.link.leaving and client.input.paused
+
+
+def test_a_line_that_is_too_long_for_a_pipe_fails_and_the_others_are_said(piping):
+    client = piping()
+    client.take(b"x" * (chat.LINE_BYTES + 1) + b"\nnext\n")
+    assert [one.text for one in client.core.outbox.waiting.values()] == ["next"]
+    assert client.failure == f"a line has at most {chat.LINE_BYTES:,} bytes: it was not sent"
+
+
+def test_what_a_pipe_shows_goes_to_standard_output_and_troubles_to_the_other(
+    piping, monkeypatch, capsys
+):
+    written, client = [], piping()
+    monkeypatch.setattr(chat, "write_all", lambda fd, data: written.append((fd, data)))
+    view = chat.ViewEvent
+    client.was_up = False
+    client.show([view("status", "trying"), view("up", "connected"), view("up", "again")])
+    client.show([view("message", "hi", "bob", "#tea"), view("note", "careful")])
+    client.show([view("failed", "not sent"), view("status", "broken"), view("back", "text")])
+    assert [(fd, data.decode()) for fd, data in written] == [
+        *((1, "connected\n"), (1, "> [#tea] bob: hi\n"), (1, "")),
+    ]
+    assert capsys.readouterr().err == "".join(
+        f"chat.py: {text}\n" for text in ("careful", "not sent", "broken")
+    )
+    assert client.refused == 1 and client.was_up
+
+
+def test_a_server_that_is_looked_at_is_read(at_keys):
+    at_keys.connect("irc://there")
+    hears(at_keys, "001 alice :Welcome", ":alice!u@h JOIN #far")
+    first, second = at_keys.seats
+    at_keys.core.rooms.go(at_keys.core.rooms["#far"])
+    at_keys.look_at(first)
+    assert (first.core.looked_at, second.core.looked_at) == (True, False)
+    second.core.feed(b":bob!u@h PRIVMSG #far :hi\r\n")
+    assert second.core.rooms["#far"].unread == 1
+    at_keys.look_at(second)
+    assert (first.core.looked_at, second.core.looked_at) == (False, True)
+    assert second.core.rooms["#far"].unread == 0
 
 
 # ======================================================================================
@@ -33211,3 +35389,161 @@ def test_the_title_page_names_every_section():
     title, _, _ = source.partition('"""\n\nfrom')
     for banner in re.findall(r"# =+\n# ([A-Z ]+)\n# =+", source):
         assert f"\n    {banner}" in title, banner
+
+
+def test_every_refusal_has_a_code_and_says_why():
+    tree, *_ = nodes_of(HERE / "chat.py")
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    for name in ("Refused", "Unusable"):
+        found = [call.args for call in calls if getattr(call.func, "id", "") == name]
+        literals = [
+            [arg.value if isinstance(arg, ast.Constant) else None for arg in args] for args in found
+        ]
+        texts = [texts[1:2] if name == "Refused" else texts[:1] for texts in literals]
+        assert all(re.search("[a-z]", text) for (text,) in texts if text is not None)
+        codes = [first for first, *_ in literals] if name == "Refused" else []
+        assert all(re.fullmatch("[A-Z][A-Z_8]+", code) for code in codes if code is not None)
+        assert len(found) > 30
+
+
+OPTIONS_OF_TEXT = [  # what reads an option, its text, and the value; None if it is refused
+    (chat.flood_limits, "5,2", (5.0, 2.0)),
+    (chat.flood_limits, "1,0.5", (1.0, 0.5)),
+    (chat.flood_limits, "0.9,1", None),
+    (chat.flood_limits, "5,0", None),
+    (chat.flood_limits, "inf,1", None),
+    (chat.flood_limits, "5,inf", None),
+    (chat.flood_limits, "5", None),
+    (chat.flood_limits, "5,2,1", None),
+    (chat.mail_command, "sendmail -t", "sendmail -t"),
+    (chat.mail_command, "", None),
+    (chat.mail_command, '"open', None),
+    (chat.operator_option, "boss:word:s", ("boss", "word:s")),
+    (chat.operator_option, "boss", None),
+    (chat.operator_option, ":word", None),
+    (chat.operator_option, "the boss:word", None),
+    (chat.byte_count, "1", 1),
+    (chat.byte_count, "500K", 500 * 2**10),
+    (chat.byte_count, "20m", 20 * 2**20),
+    (chat.byte_count, "4G", 4 * 2**30),
+    (chat.byte_count, "0", None),
+    (chat.byte_count, "0K", None),
+    (chat.byte_count, "-1", None),
+    (chat.byte_count, "1T", None),
+    (chat.web_origin, "HTTPS://H.example/", "https://h.example"),
+    (chat.web_origin, "http://h:81", "http://h:81"),
+    (chat.web_origin, "ftp://h", None),
+    (chat.web_origin, "https://", None),
+    (chat.web_origin, "h.example", None),
+    (chat.cluster_option, "nats://h", chat.NodeOptions("", (("h", 4222),), False, "", "", "chat")),
+    (
+        *(chat.cluster_option, "tls://me:p%40ss@a:1,b/log"),
+        chat.NodeOptions("", (("a", 1), ("b", 4222)), True, "me", "p@ss", "log"),
+    ),
+    (
+        chat.cluster_option,
+        "nats://h:65535/x",
+        chat.NodeOptions("", (("h", 65535),), False, "", "", "x"),
+    ),
+    (chat.cluster_option, "nats://h:65536", None),
+    (chat.cluster_option, "nats://", None),
+    (chat.cluster_option, "nats://a,", None),
+    (chat.cluster_option, "http://h", None),
+    (chat.cluster_option, "nats://h/two words", None),
+    (chat.cluster_option, "nats://h/" + "x" * 33, None),
+]
+
+
+@pytest.mark.parametrize("read, text, value", OPTIONS_OF_TEXT)
+def test_the_text_of_an_option_is_its_value_or_is_refused(read, text, value):
+    with pytest.raises(argparse.ArgumentTypeError) if value is None else contextlib.nullcontext():
+        assert read(text) == value
+
+
+def test_a_flood_limit_can_be_switched_off():
+    assert chat.flood_limits("off") is None
+
+
+NODES_ASKED_FOR = [  # --cluster, --node, --cluster-keep and --data; the node, or words of the error
+    (None, None, None, "d", None),
+    (None, "n1", None, "d", "without --cluster"),
+    (None, None, 5, "d", "without --cluster"),
+    ("nats://h", None, None, "d", "--node NAME"),
+    ("nats://h", "n1", None, None, "data folder"),
+    ("nats://h", "n1", None, "d", ("n1", chat.LOG_KEPT_DAYS)),
+    ("nats://h", "n1", 5, "d", ("n1", 5)),
+]
+
+
+@pytest.mark.parametrize("cluster, node, keep, data, found", NODES_ASKED_FOR)
+def test_a_node_has_a_cluster_a_name_and_a_folder(cluster, node, keep, data, found):
+    cluster = chat.cluster_option(cluster) if cluster else None
+    args = argparse.Namespace(cluster=cluster, node=node, cluster_keep=keep, data=data)
+    if isinstance(found, str):
+        with pytest.raises(chat.Unusable, match=found):
+            chat.node_options(args)
+    else:
+        options = chat.node_options(args)
+        assert (options and (options.node, options.keep_days)) == found
+        assert options is None or options[1:5] == cluster[1:5]
+
+
+FOLDERS = [  # system, variables, the folders for data and for settings, in the home folder /h
+    ("linux", {}, "/h/.local/share/chat.py", "/h/.config/chat.py"),
+    ("linux", {"XDG_DATA_HOME": "/d", "XDG_CONFIG_HOME": "/c"}, "/d/chat.py", "/c/chat.py"),
+    (
+        "linux",
+        {"XDG_DATA_HOME": "", "XDG_CONFIG_HOME": ""},
+        "/h/.local/share/chat.py",
+        "/h/.config/chat.py",
+    ),
+    ("darwin", {}, *["/h/Library/Application Support/chat.py"] * 2),
+]
+
+
+@pytest.mark.parametrize("system, variables, data, settings", FOLDERS)
+def test_data_and_settings_are_where_the_system_has_them(
+    monkeypatch, system, variables, data, settings
+):
+    monkeypatch.setattr(sys, "platform", system)
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/h", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert (str(chat.data_folder()), str(chat.config_folder())) == (data, settings)
+
+
+STARTED = [  # the address that a server listens on, and what its clients are started with
+    (
+        ("127.0.0.1", 7000),
+        "this machine only; --listen 0.0.0.0:7000 for the network",
+        "",
+        "127.0.0.1",
+    ),
+    (("127.0.0.1", 7001), "this machine only", " --server 127.0.0.1:7001", "127.0.0.1"),
+    (("0.0.0.0", 7000), "everybody who can reach this machine", " --server HOST:7000", "HOST"),
+    (("::", 7001), "everybody who can reach this machine", " --server HOST:7001", "HOST"),
+]
+
+
+@pytest.mark.parametrize("address, who, option, host", STARTED)
+@pytest.mark.parametrize("password", [None, "word"])
+def test_a_server_says_how_to_join_it(monkeypatch, address, who, option, host, password):
+    monkeypatch.setattr(chat, "web_addresses", lambda server: ["http://a/", "http://b/"])
+    server = types.SimpleNamespace(
+        listeners=[types.SimpleNamespace(address=address)],
+        store=types.SimpleNamespace(path=None),
+        options=types.SimpleNamespace(password=password),
+    )
+    told = chat.how_to_join(server)
+    assert who in told.splitlines()[0] and ("/pass" in told) is bool(password)
+    assert f"chat.py client NAME{option}\n" in told and f"gui_client.py NAME{option}\n" in told
+    assert f"nc {host} {address[1]}\n" in told and "history: memory only" in told
+    assert told.endswith("browser:  http://a/ or http://b/")
+    server.store.path = pathlib.Path("/data/chat.db")
+    assert "history: /data\n" in chat.how_to_join(server)
+
+
+def test_chat_py_alone_says_how_to_begin(capsys):
+    assert chat.main([]) == 0
+    assert capsys.readouterr().out == chat.FIRST_HELP
