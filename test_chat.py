@@ -30126,7 +30126,7 @@ LINES_OF_A_FILTER = [  # a view, and the lines that it prints
     ),
     (
         chat.ViewEvent(kind="quit", name="bob", address="h:1", where=""),
-        ["[] bob (h:1) left the chat!"],
+        ["bob (h:1) left the chat!"],
     ),
     (chat.ViewEvent("topic", "bob set it", "", "#a"), ["* bob set it"]),
     (chat.ViewEvent("server text", "a\nb"), ["* a", "* b"]),
