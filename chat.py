@@ -26321,9 +26321,9 @@ const lastOf = (list) => list[list.length - 1];
 
 function room(name) {
   const key = fold(name);
-  return state.rooms[key] ??= { key, name, topic: '', joined: false, messages: [], ids: {},
-    members: {}, marker: '', whole: false, behind: true, upTo: '', walked: 0, typing: {},
-    unread: 0, called: false };
+  return state.rooms[key] ??= { key, name, topic: '', joined: false, messages: [], members: {},
+    marker: '', whole: false, behind: true, upTo: '', walked: 0, typing: {}, unread: 0,
+    called: false };
 }
 
 function calls({ text, nick }) { // whether a message has this user's name in it, as a word
@@ -26357,10 +26357,12 @@ const serial = (id) => parseInt(id.slice(0, -4), 16) || 0;
 const before = (a, b) => (a.id.slice(-4) === b.id.slice(-4) ? serial(a.id) < serial(b.id)
   : a.time < b.time);
 
-// The index at which a message is inserted: in front of the later ones
-function placeOf(to, message) {
-  let place = to.messages.length;
-  for (let i = place - 1; message.id && i >= 0; i--) {
+const find = (to, id) => to.messages.find((message) => message.id === id);
+
+// The index at which a message is inserted: in front of those before `end` that are later
+function placeOf(to, message, end) {
+  let place = end;
+  for (let i = end - 1; message.id && i >= 0; i--) {
     const other = to.messages[i];
     if (other.id && before(other, message)) break;
     if (other.id) place = i;
@@ -26368,15 +26370,21 @@ function placeOf(to, message) {
   return place;
 }
 
-// Add the messages that a room does not have yet; those with one place are inserted together
+// Add the messages that a room does not have yet, the newest first: then one walk over the room
+// finds all their places. Those with one place are inserted together
 function add(to, messages) {
-  const places = new Map();
-  for (const message of messages.filter(({ id }) => !id || !to.ids[id])) {
-    const place = placeOf(to, message);
-    places.set(place, [...places.get(place) ?? [], message]);
-    to.ids[message.id] = 1;
+  const known = new Set(to.messages.map(({ id }) => id));
+  let end = to.messages.length, together = [];
+  for (const message of messages.filter(({ id }) => !id || !known.has(id)).reverse()) {
+    const place = placeOf(to, message, end);
+    if (place < end) {
+      insert(to, end, together);
+      together = [];
+    }
+    together.unshift(message);
+    end = place;
   }
-  [...places].sort(([a], [b]) => b - a).forEach(([place, list]) => insert(to, place, list));
+  insert(to, end, together);
 }
 
 function insert(to, index, messages) {
@@ -26390,7 +26398,6 @@ function insert(to, index, messages) {
 const tell = (to, text) => insert(to, to.messages.length,
   [{ id: '', info: true, time: now(), nick: '', text, reactions: [] }]);
 const note = (text) => tell(shown(), text);
-const find = (to, id) => to.messages.find((message) => message.id === id);
 
 const without = (own) => state.outbox.filter((row) => row.own !== own);
 
@@ -26659,7 +26666,6 @@ function turnPage({ key, how }, messages, ended) {
 // Drop what is older than a message: it is read again by scrolling up, with what is missing there
 function forget(to, first) {
   to.messages = to.messages.filter((one) => one.id && !(first && before(one, first)));
-  to.ids = Object.fromEntries(to.messages.map(({ id }) => [id, 1]));
   if (to === shown()) drawLog();
 }
 
@@ -27852,7 +27858,6 @@ async function start() {
     const to = Object.assign(room(kept.name), kept);
     to.behind = false;
     miss(to);
-    to.messages.forEach(({ id }) => { to.ids[id] = 1; });
     count(to);
   }
   room('#lobby');
