@@ -26322,8 +26322,7 @@ const lastOf = (list) => list[list.length - 1];
 function room(name) {
   const key = fold(name);
   return state.rooms[key] ??= { key, name, topic: '', joined: false, messages: [], members: {},
-    marker: '', whole: false, behind: true, upTo: '', walked: 0, typing: {}, unread: 0,
-    called: false };
+    marker: '', whole: false, behind: true, upTo: '', walked: 0, typing: {} };
 }
 
 function calls({ text, nick }) { // whether a message has this user's name in it, as a word
@@ -26391,7 +26390,7 @@ function insert(to, index, messages) {
   to.messages.splice(index, 0, ...messages);
   messages.forEach(({ own, nick }) => own && isMe(nick) && arrived(own, to));
   inserted(to, index, messages);
-  count(to);
+  refresh();
   remember(to);
 }
 
@@ -26403,25 +26402,21 @@ const without = (own) => state.outbox.filter((row) => row.own !== own);
 
 function arrived(own, to) {
   if (to) dropDraft(to.key, own);
-  const before = state.outbox.length;
-  state.outbox = without(own);
-  if (state.outbox.length === before) return;
+  if (!state.outbox.some((row) => row.own === own)) return;
   leader?.arrived(own);
-  refresh();
+  ITEMS.dropped(own);
 }
 
-// Count what is unread behind the marker, up to 100, and note whether it calls this user
-function count(to) {
+// What is unread behind the marker, up to 100 messages
+function unreadIn({ messages, marker }) {
   const unread = [];
-  for (let i = to.messages.length - 1; i >= 0 && unread.length < 100; i--) {
-    const message = to.messages[i];
+  for (let i = messages.length - 1; i >= 0 && unread.length < 100; i--) {
+    const message = messages[i];
     if (message.info) continue; // its time is of this device
-    if (message.time <= to.marker || isMe(message.nick)) break;
+    if (message.time <= marker || isMe(message.nick)) break;
     unread.push(message);
   }
-  to.unread = unread.length;
-  to.called = unread.some(({ called }) => called || !isChannel(to.name));
-  refresh();
+  return unread;
 }
 
 function react(to, id, nick, emoji, on) {
@@ -26545,7 +26540,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
       to.told = to.marker; // once: a server that takes less answers with less
       respond(`MARKREAD ${name} timestamp=${to.marker}`);
     }
-    count(to);
+    refresh();
   },
   BATCH(nick, [reference, kind, target], line) {
     const key = reference.slice(1);
@@ -26611,7 +26606,7 @@ function refused(nick, params, { verb, tags }) {
   if (params[1] === 'NOT_KEPT') { // delivered, but not stored: to send it again would double it
     arrived(params[params.length - 2]);
     note(why);
-  } else if (row) leader?.fail(row.own, why);
+  } else if (row) leader && setFailed(row.own, why);
   else if (asked?.how === 'after') request('latest', asked.key, `LATEST ${asked.name} * ${PAGE}`);
   else if (asked) noPage(asked, why);
   else if (!QUIET.test(verb) && params[0] !== 'SESSION' && tags.label !== 'typing') note(why);
@@ -26698,15 +26693,17 @@ async function say(target, text, { action = false, reply = '', own = newId() } =
     target, text: part, action, reply: n ? '' : reply, failed: '' })));
 }
 
-const blobs = {}; // files that this browser does not keep, by `own`: they end with the tabs
+const blobs = {}; // files by `own`: this browser may not keep them. They end with the tabs
 const shared = ({ blob, ...row }) => row;
 
-// Rows are on disk before any tab knows them. Private windows keep rows, but may keep no files
+// Private windows keep rows, but may keep no files
+const keep = (...rows) => store('outbox', 'put', ...rows)
+  .catch(() => store('outbox', 'put', ...rows.map(shared)));
+
+// Rows are on disk before any tab knows them
 async function accept(...rows) {
-  const kept = indexed && rows.some(({ blob }) => blob)
-    && await store('outbox', 'put', ...rows).then(() => true, () => false);
-  if (!kept) await store('outbox', 'put', ...rows.map(shared));
-  rows.forEach((row) => publish({ row: kept ? shared(row) : row }));
+  await keep(...rows);
+  rows.forEach((row) => publish({ row }));
 }
 
 async function cancel({ own }) {
@@ -26724,9 +26721,11 @@ async function storedRow(own) {
 
 const finalError = (text) => Object.assign(new Error(text), { final: true });
 
-async function retry({ own }) {
+// A row is refused, or tried again: then without a reason
+async function setFailed(own, failed) {
   const row = await storedRow(own);
-  if (row) await accept({ ...row, failed: '' });
+  leader?.inFlight.delete(own);
+  if (row) await accept({ ...row, failed });
 }
 
 // ---- Uploads (tus 1.0)
@@ -26744,8 +26743,8 @@ class Uploader {
       try {
         await this.upload(await storedRow(row.own) ?? row);
       } catch (error) {
-        if (error.final) await leader?.fail(row.own, error.message);
-        else await new Promise((done) => { this.wake = done; setTimeout(done, 2000); });
+        if (!error.final) await new Promise((done) => { this.wake = done; setTimeout(done, 2000); });
+        else if (leader) await setFailed(row.own, error.message);
       }
     }
     this.running = false;
@@ -26799,7 +26798,7 @@ class Uploader {
     const response = await this.call('POST', '/files', { 'Upload-Length': row.size,
       'Upload-Metadata': `filename ${toBase64(bytesOf(row.name))}` });
     row.link = response.headers.get('Location');
-    await store('outbox', 'put', blobs[row.own] ? shared(row) : row);
+    await keep(row);
     return 0;
   }
 }
@@ -26925,15 +26924,7 @@ class Leader {
   arrived(own) {
     this.wait = SHORTEST;
     this.window = Math.min(64, this.window * 2);
-    this.inFlight.delete(own);
     store('outbox', 'delete', own);
-    this.pump();
-  }
-
-  async fail(own, failed) {
-    const row = await storedRow(own);
-    this.inFlight.delete(own);
-    if (row) await accept({ ...row, failed });
   }
 
   closed() {
@@ -27147,14 +27138,15 @@ channel.onmessage = ({ data: { item, name, values, hello, known, led, snapshot, 
   drawLog();
 };
 
+const loadOutbox = async () => (await stored('outbox')).forEach((row) => ITEMS.row(shared(row)));
+
 async function lead() {
   if (leader) return;
   attached = true;
   leader = new Leader();
   channel.postMessage({ led: true });
   leader.connect();
-  const rows = await stored('outbox'); // also of tabs that ended
-  rows.forEach((row) => ITEMS.row(shared(row)));
+  await loadOutbox(); // also of tabs that ended
 }
 
 function follow() {
@@ -27368,7 +27360,7 @@ function markRead() {
   const to = shown(), last = lastOf(to.messages.filter(({ id }) => id));
   if (document.hidden || !stuck || !last || last.time <= to.marker) return;
   to.marker = last.time;
-  count(to);
+  refresh();
   if (!isMe(last.nick)) act('send', `MARKREAD ${to.name} timestamp=${last.time}`);
 }
 
@@ -27399,32 +27391,38 @@ function fill(parent, facts, make) {
 
 function draw() {
   drawing = false;
-  const to = shown(), unread = allRooms().reduce((sum, one) => sum + one.unread, 0);
+  const to = shown(), list = allRooms().map(factsOf);
+  const unread = list.reduce((sum, one) => sum + one.unread, 0);
   document.title = `${unread ? `(${unread}) ` : ''}${to.name}`;
   $('name').textContent = to.name;
-  $('newest').textContent = `\u2193 ${to.unread || ''}`;
+  $('newest').textContent = `\u2193 ${list.find(({ now }) => now).unread || ''}`;
   const members = Object.values(to.members);
   $('people').hidden = !isChannel(to.name);
   const known = isChannel(to.name) ? counted(members.length, 'member') : '';
   $('topic').textContent = to.topic || known;
-  const called = allRooms().some((one) => one.called) ? 'called' : '';
   $('menu').setAttribute('aria-label', `Conversations, ${unread} unread`);
-  Object.assign($('menu').lastElementChild, { textContent: Math.min(unread, 99), hidden: !unread,
-    className: `badge ${called}` });
-  drawRooms();
+  const sum = { unread: Math.min(unread, 99), called: list.some(({ called }) => called) };
+  fill($('menu').lastElementChild, sum, () => [badgeOf(sum)]);
+  drawRooms(list);
   fill($('people'), members, () => peopleOf(members));
   drawWaiting(state.outbox.filter(({ target }) => fold(target) === here));
   drawPhase();
 }
 
-function drawRooms() {
-  const list = allRooms().map(({ key, name, joined: inside, unread, called }) =>
-    ({ key, name, away: isChannel(name) && !inside, unread, called, now: key === shown().key }))
-    .sort((a, b) => isChannel(b.name) - isChannel(a.name) || a.key.localeCompare(b.key));
-  const badge = ({ unread, called }) => unread && el('span', { ariaLabel: `${unread} unread`,
-    className: `badge ${called ? 'called' : ''}` }, unread);
+// What the list of rooms says about one
+function factsOf(to) {
+  const { key, name, joined: inside } = to, unread = unreadIn(to);
+  return { key, name, away: isChannel(name) && !inside, now: to === shown(), unread: unread.length,
+    called: unread.some(({ called }) => called || !isChannel(name)) };
+}
+
+const badgeOf = ({ unread, called }) => el('span', { className: `badge ${called ? 'called' : ''}`,
+  hidden: !unread, ariaLabel: `${unread} unread` }, unread);
+
+function drawRooms(list) {
+  list.sort((a, b) => isChannel(b.name) - isChannel(a.name) || a.key.localeCompare(b.key));
   fill($('rooms'), list, () => [...list.map((to) => button(
-    [el('span', {}, to.name), badge(to)], () => openRoom(to.name),
+    [el('span', {}, to.name), badgeOf(to)], () => openRoom(to.name),
     { ariaCurrent: String(to.now), className: to.away ? 'dim' : '' })),
   button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
 }
@@ -27445,7 +27443,8 @@ function drawWaiting(list) {
     const ariaLive = row.failed ? 'polite' : 'off'; // its echo is read out
     return el('article', { className: 'row mine', ariaLive }, withLinks(row.text ?? row.name), bar,
       el('span', { className: row.failed ? 'failed' : 'dim' }, why),
-      row.failed && button('Retry', () => retry(row)), button('Cancel', () => cancel(row)));
+      row.failed && button('Retry', () => setFailed(row.own, '')),
+      button('Cancel', () => cancel(row)));
   })));
 }
 
@@ -27858,10 +27857,9 @@ async function start() {
     const to = Object.assign(room(kept.name), kept);
     to.behind = false;
     miss(to);
-    count(to);
   }
   room('#lobby');
-  state.outbox = (await stored('outbox')).map(shared).sort((a, b) => a.n - b.n);
+  await loadOutbox();
   drawLog();
   restoreDraft();
   if (!state.me) nameSheet();

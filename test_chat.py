@@ -31945,7 +31945,7 @@ def test_a_message_elsewhere_leaves_the_focus_and_the_count_alone(running, brows
         "document.querySelector('#rooms button').focus(); Date.prototype.toISOString = () => '1999'"
     )
     ben.send("PRIVMSG #lobby :hello anna\r\n")
-    tab.until("room('#lobby').unread === 1")
+    tab.until("unreadIn(room('#lobby')).length === 1")
     ben.send("PART #lobby\r\nJOIN #lobby\r\nPING x\r\n")
     ben.until("PONG")
     tab.until("room('#lobby').messages.length >= 3")
@@ -32156,7 +32156,7 @@ def test_a_screen_reader_reads_out_what_is_said_and_neither_history_nor_a_wait(r
     rows = "[...document.querySelectorAll('#log .row:not(.info)')]"
     heard = f"{rows}.filter(row => !row.closest('[aria-live=off]')).map(row => row.innerText)"
     assert [text.split()[-1] for text in tab.js(heard)] == ["new"]
-    tab.js("leader.fail(state.outbox[0].own, 'too long')")
+    tab.js("setFailed(state.outbox[0].own, 'too long')")
     tab.until(f"{heard}.some(text => text.includes('too long'))")
     assert tab.js("$('phase').textContent") == "No connection; trying again"  # no count of seconds
 
@@ -32197,7 +32197,7 @@ def test_what_was_read_without_a_connection_is_read_on_other_devices_later(runni
     tab = browse(server.address).enter("anna")
     tab.js("openRoom('ben')")
     server.guest("bob").send("hello\n")
-    tab.until("room('#lobby').unread === 1")
+    tab.until("unreadIn(room('#lobby')).length === 1")
     tab.js("globalThis.usual = leader.connect; leader.connect = () => null; leader.closed()")
     tab.js("openRoom('#lobby')")
     tab.js("leader.connect = usual; leader.connect()")
