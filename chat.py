@@ -26547,6 +26547,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
     if (reference[0] === '+') state.batches[key] = { kind, target, line, lines: [] };
     else if (state.batches[key]) endBatch(key, state.batches[key]);
   },
+  '001': (nick, [name]) => ITEMS.me(name),
   332: (nick, [, name, topic]) => { room(name).topic = topic; refresh(); },
   353(nick, [, , name, names]) {
     for (const [, rank, nick] of names.matchAll(/([~&@%+]?)[~&@%+]*(\S+)/g)) {
@@ -26825,10 +26826,10 @@ class Leader {
     this.scram?.terminate(); // it belongs to the last connection
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
-    const socket = this.socket = new WebSocket(url, 'text.ircv3.net');
-    socket.onopen = () => this.register();
-    socket.onmessage = ({ data }) => this.socket === socket && this.receive(data);
-    socket.onclose = () => this.socket === socket && this.closed();
+    this.socket = new WebSocket(url, 'text.ircv3.net');
+    this.socket.onopen = () => this.register();
+    this.socket.onmessage = ({ data }) => this.receive(data);
+    this.socket.onclose = () => this.closed();
     this.watch(OPENING);
     publish({ phase: 'connecting' });
   }
@@ -27074,12 +27075,12 @@ const ITEMS = {
     room(name);
     catchUp();
   },
-  closed(key) {
+  closed(name) {
+    const key = fold(name);
     delete state.rooms[key];
     if (key === here) openRoom('#lobby');
-    if (!leader) return;
-    store('rooms', 'delete', key);
-    set('joined', joined().filter((name) => fold(name) !== key));
+    keepJoined(name, false);
+    if (leader) store('rooms', 'delete', key);
   },
   line: dispatch,
   note,
@@ -27121,7 +27122,6 @@ function connectionLost() {
 
 function apply(item) {
   const [name] = Object.keys(item);
-  if (item.line?.verb === '001') ITEMS.me(item.line.params[0]);
   ITEMS[name](item[name], item);
 }
 
@@ -27766,7 +27766,7 @@ function roomSheet() {
   const to = shown(), members = Object.values(to.members);
   const list = el('div', { className: 'list' }, ...peopleOf(members));
   const inside = to.joined || (isChannel(to.name) && state.phase !== 'online');
-  const leave = () => (inside ? ask(`PART ${to.name}`) : publish({ closed: to.key }));
+  const leave = () => (inside ? ask(`PART ${to.name}`) : publish({ closed: to.name }));
   openSheet(to.name, [to.topic && dim(to.topic), list],
     [choice(inside ? 'Leave' : 'Remove from the list', leave)]);
 }
