@@ -26607,19 +26607,19 @@ function refused(nick, params, { verb, tags }) {
   if (params[1] === 'NOT_KEPT') { // delivered, but not stored: to send it again would double it
     arrived(params[params.length - 2]);
     note(why);
-  } else if (row) leader && setFailed(row.own, why);
-  else if (asked?.how === 'after') request('latest', asked.key, `LATEST ${asked.name} * ${PAGE}`);
+  } else if (row) leader?.setFailed(row.own, why);
   else if (asked) noPage(asked, why);
   else if (!QUIET.test(verb) && params[0] !== 'SESSION' && tags.label !== 'typing') note(why);
 }
 
 // ---- The past (draft/chathistory)
 
-function request(how, key, command) {
+// `how` is the subcommand of CHATHISTORY, or SEARCH
+function request(how, key, rest) {
   if (!leader) return;
   const label = newId();
   publish({ asked: { label, how, key, name: state.rooms[key]?.name } });
-  leader.send(`@label=${label} ${how === 'found' ? '' : 'CHATHISTORY '}${command}`);
+  leader.send(`@label=${label} ${how === 'SEARCH' ? '' : 'CHATHISTORY '}${how} ${rest}`);
 }
 
 const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.includes(how));
@@ -26627,17 +26627,17 @@ const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.i
 // Ask for what came while this browser was away: one room after the other, the one on the screen
 // first. What is said meanwhile stands below the gap
 function catchUp() {
-  if (!leader?.registered || waiting().length || isAsked('after', 'latest', 'targets')) return;
+  if (!leader?.registered || waiting().length || isAsked('AFTER', 'LATEST', 'TARGETS')) return;
   if (!leader.knowsTargets) {
     const newest = setting('newest');
     const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
     leader.knowsTargets = true;
-    return request('targets', '', `TARGETS ${from} timestamp=2199-01-01T00:00:00.000Z 100`);
+    return request('TARGETS', '', `${from} timestamp=2199-01-01T00:00:00.000Z 100`);
   }
   const behind = allRooms().filter((to) => to.behind && (to.joined || !isChannel(to.name)));
-  const { key, name, upTo } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
-  if (upTo) request('after', key, `AFTER ${name} msgid=${upTo} ${state.page}`);
-  else if (key) request('latest', key, `LATEST ${name} * ${state.page}`);
+  const { key, name, upTo, walked } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
+  if (upTo && walked < WALKED) request('AFTER', key, `${name} msgid=${upTo} ${state.page}`);
+  else if (key) request('LATEST', key, `${name} * ${state.page}`);
 }
 
 function turnPage({ key, how }, messages, ended) {
@@ -26645,18 +26645,16 @@ function turnPage({ key, how }, messages, ended) {
   if (!to) return;
   state.page = Math.min(PAGE, state.page * 2);
   if (leader) leader.wait = SHORTEST; // that was progress
-  if (how === 'around') return showContext(messages);
-  if (how !== 'after') to.whole = ended;
-  if (how === 'latest') forget(to, messages[0]);
+  if (how === 'AROUND') return showContext(messages);
+  if (how !== 'AFTER') to.whole = ended;
+  if (how === 'LATEST') forget(to, messages[0]);
   add(to, messages);
-  if (how === 'before') return;
+  if (how === 'BEFORE') return;
   to.upTo = lastOf(messages)?.id ?? to.upTo;
   to.walked += messages.length;
-  to.behind = how === 'after' && !ended && messages.length > 0;
+  to.behind = how === 'AFTER' && !ended && messages.length > 0;
   remember(to);
-  const far = to.behind && to.walked >= WALKED;
-  if (far) request('latest', key, `LATEST ${to.name} * ${PAGE}`);
-  else catchUp();
+  catchUp();
 }
 
 // Drop what is older than a message: it is read again by scrolling up, with what is missing there
@@ -26666,11 +26664,12 @@ function forget(to, first) {
 }
 
 function noPage({ key, how }, why) {
-  if (how === 'found') return showFound([], { why });
-  const to = state.rooms[key];
-  if (how === 'before') to.whole = true;
-  if (how === 'latest') to.behind = false;
-  if (how === 'targets' && leader && setting('newest')) { // a server that has lost its data
+  if (how === 'SEARCH') return showFound([], { why });
+  const to = state.rooms[key] ?? {};
+  if (how === 'AFTER') to.walked = WALKED; // it has lost that message: the newest instead
+  if (how === 'BEFORE') to.whole = true;
+  if (how === 'LATEST') to.behind = false;
+  if (how === 'TARGETS' && leader && setting('newest')) { // a server that has lost its data
     set('newest', '');
     leader.knowsTargets = false;
   }
@@ -26679,8 +26678,8 @@ function noPage({ key, how }, why) {
 
 function askOlder(to) {
   const first = to.messages.find(({ id }) => id);
-  if (to.whole || !first || state.phase !== 'online' || isAsked('before') || to.behind) return;
-  act('request', 'before', to.key, `BEFORE ${to.name} msgid=${first.id} ${state.page}`);
+  if (to.whole || !first || state.phase !== 'online' || isAsked('BEFORE') || to.behind) return;
+  act('request', 'BEFORE', to.key, `${to.name} msgid=${first.id} ${state.page}`);
 }
 
 // ---- Outbox: a message is in it until its echo is here. Under one id the server says it once.
@@ -26722,13 +26721,6 @@ async function storedRow(own) {
 
 const finalError = (text) => Object.assign(new Error(text), { final: true });
 
-// A row is refused, or tried again: then without a reason
-async function setFailed(own, failed) {
-  const row = await storedRow(own);
-  leader?.inFlight.delete(own);
-  if (row) await accept({ ...row, failed });
-}
-
 // ---- Uploads (tus 1.0)
 
 const CHUNK = 256 * 1024; // bytes of a request
@@ -26744,8 +26736,8 @@ class Uploader {
       try {
         await this.upload(await storedRow(row.own) ?? row);
       } catch (error) {
-        if (!error.final) await new Promise((done) => { this.wake = done; setTimeout(done, 2000); });
-        else if (leader) await setFailed(row.own, error.message);
+        if (error.final) await leader?.setFailed(row.own, error.message);
+        else await new Promise((done) => { this.wake = done; setTimeout(done, 2000); });
       }
     }
     this.running = false;
@@ -26926,6 +26918,12 @@ class Leader {
     this.wait = SHORTEST;
     this.window = Math.min(64, this.window * 2);
     store('outbox', 'delete', own);
+  }
+
+  async setFailed(own, failed) { // why a row was refused; '' tries it again
+    const row = await storedRow(own);
+    this.inFlight.delete(own);
+    if (row) await accept({ ...row, failed });
   }
 
   closed() {
@@ -27115,7 +27113,7 @@ const ITEMS = {
 };
 
 function connectionLost() {
-  if (isAsked('after', 'latest', 'before')) state.page = Math.max(1, state.page >> 2);
+  if (isAsked('AFTER', 'LATEST', 'BEFORE')) state.page = Math.max(1, state.page >> 2);
   Object.assign(state, { asked: {}, batches: {} });
   allRooms().forEach(miss);
 }
@@ -27443,7 +27441,7 @@ function drawWaiting(list) {
     const ariaLive = row.failed ? 'polite' : 'off'; // its echo is read out
     return el('article', { className: 'row mine', ariaLive }, withLinks(row.text ?? row.name), bar,
       el('span', { className: row.failed ? 'failed' : 'dim' }, why),
-      row.failed && button('Retry', () => setFailed(row.own, '')),
+      row.failed && button('Retry', () => act('setFailed', row.own, '')),
       button('Cancel', () => cancel(row)));
   })));
 }
@@ -27773,15 +27771,15 @@ function roomSheet() {
 
 function searchSheet(words = '') {
   const { key, name } = shown();
-  const search = (text) => text && act('request', 'found', key,
-    `SEARCH in=${escapeTag(name)};text=${escapeTag(text)};limit=50`);
+  const search = (text) => text && act('request', 'SEARCH', key,
+    `in=${escapeTag(name)};text=${escapeTag(text)};limit=50`);
   form(`Search in ${name}`, [['Words', { value: words }]], 'Search', search,
     [el('div', { id: 'found', className: 'list' })], 'search');
 }
 
 function showFound(messages, { key, name, why }) {
   const list = messages.map(({ time, nick, text, id }) => button(`${dayOf(time)} ${nick}: ${text}`,
-    () => act('request', 'around', key, `AROUND ${name} msgid=${id} 30`)));
+    () => act('request', 'AROUND', key, `${name} msgid=${id} 30`)));
   $('found')?.replaceChildren(dim(why ?? counted(list.length, 'message')), ...list);
 }
 

@@ -31661,6 +31661,22 @@ def test_older_messages_come_by_scrolling_and_unread_ones_are_counted(running, b
     tab.until("document.querySelector('#menu .badge').hidden")
 
 
+def test_older_messages_find_their_places_in_one_walk_over_the_room(running, browse):
+    tab = browse(with_page(running).address)
+    tab.js("""(() => {
+      self.reads = 0;
+      const message = (_, n) => ({ nick: 'bob', text: `${n}`, time: now(), reactions: [],
+        get id() { reads++; return `${(4096 + n).toString(16)}abcd`; } });
+      const all = Array.from({ length: 1000 }, message);
+      add(room('#big'), all.slice(100));
+      reads = 0;
+      add(room('#big'), all.slice(0, 100));
+      self.needed = reads;
+    })()""")
+    assert tab.js("needed") < 10_000
+    assert tab.js("room('#big').messages.map(({ text }) => +text)") == list(range(1000))
+
+
 def test_page_netcat_terminal_and_window_talk_and_see_one_picture(
     running, browse, terminal, window, tmp_path
 ):
@@ -32156,7 +32172,7 @@ def test_a_screen_reader_reads_out_what_is_said_and_neither_history_nor_a_wait(r
     rows = "[...document.querySelectorAll('#log .row:not(.info)')]"
     heard = f"{rows}.filter(row => !row.closest('[aria-live=off]')).map(row => row.innerText)"
     assert [text.split()[-1] for text in tab.js(heard)] == ["new"]
-    tab.js("setFailed(state.outbox[0].own, 'too long')")
+    tab.js("leader.setFailed(state.outbox[0].own, 'too long')")
     tab.until(f"{heard}.some(text => text.includes('too long'))")
     assert tab.js("$('phase').textContent") == "No connection; trying again"  # no count of seconds
 
