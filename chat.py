@@ -26138,6 +26138,8 @@ dialog img { max-height: 40vh; }
       <textarea id="text" rows="1" placeholder="Message" aria-label="Message"></textarea>
       <button class="main" id="send" aria-label="Send">&#10148;</button>
     </form>
+    <input type="file" id="file" multiple hidden>
+    <input type="file" id="photo" accept="image/*" capture="environment" multiple hidden>
   </section>
   <aside id="people" class="list" aria-label="Members"></aside>
 </main>
@@ -26277,14 +26279,14 @@ const settled = (request) => new Promise((done, failed) => {
 });
 
 async function openDatabase() {
-  const request = indexedDB.open('chat', 1);
-  request.onupgradeneeded = () => Object.entries(KEYS).forEach(([name, keyPath]) =>
-    request.result.createObjectStore(name, { keyPath }));
-  indexed = await settled(request);
-  indexed.onclose = () => { // by the user or the system
-    indexed = null;
-    openDatabase().catch(() => null);
-  };
+  indexed = null;
+  try {
+    const request = indexedDB.open('chat', 1);
+    request.onupgradeneeded = () => Object.entries(KEYS).forEach(([name, keyPath]) =>
+      request.result.createObjectStore(name, { keyPath }));
+    indexed = await settled(request);
+    indexed.onclose = openDatabase; // closed by the user or the system
+  } catch { /* there is none, as in some private windows */ }
 }
 
 // Change a table; the promise ends when that is on disk
@@ -26314,6 +26316,7 @@ const WALKED = 1000; // missed messages that are fetched in order; of more, only
 const state = { me: '', account: '', rooms: {}, outbox: [], batches: {},
   asked: {}, page: PAGE, phase: 'closed', why: '' };
 
+const online = () => state.phase === 'online';
 const isMe = (nick) => fold(nick) === fold(state.me);
 const partner = (target, nick) => (isChannel(target) || isMe(nick) ? target : nick);
 const allRooms = () => Object.values(state.rooms);
@@ -26627,7 +26630,7 @@ const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.i
 // Ask for what came while this browser was away: one room after the other, the one on the screen
 // first. What is said meanwhile stands below the gap
 function catchUp() {
-  if (!leader?.registered || waiting().length || isAsked('AFTER', 'LATEST', 'TARGETS')) return;
+  if (!leader || !online() || waiting().length || isAsked('AFTER', 'LATEST', 'TARGETS')) return;
   if (!leader.knowsTargets) {
     const newest = setting('newest');
     const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
@@ -26678,7 +26681,7 @@ function noPage({ key, how }, why) {
 
 function askOlder(to) {
   const first = to.messages.find(({ id }) => id);
-  if (to.whole || !first || state.phase !== 'online' || isAsked('BEFORE') || to.behind) return;
+  if (to.whole || !first || !online() || isAsked('BEFORE') || to.behind) return;
   act('request', 'BEFORE', to.key, `${to.name} msgid=${first.id} ${state.page}`);
 }
 
@@ -26759,7 +26762,7 @@ class Uploader {
   }
 
   newToken() {
-    if (!leader?.registered) throw new Error('no connection'); // welcome() wakes
+    if (!online()) throw new Error('no connection'); // welcome() wakes
     leader.send('TOKEN GENERATE FILEHOST');
     return new Promise((done, lost) => { this.asking = { done, lost }; });
   }
@@ -26812,7 +26815,6 @@ class Leader {
   uploader = new Uploader();
 
   connect() {
-    clearTimeout(this.timer);
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
     if (!setting('secret')) set('secret', randomHex(16));
     this.scram?.terminate(); // it belongs to the last connection
@@ -26849,13 +26851,13 @@ class Leader {
   watch(ms) {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => {
-      if (this.pinged || !this.registered) this.closed();
+      if (this.pinged || !online()) this.closed();
       else this.probe(LIMIT);
     }, ms);
   }
 
   probe(ms = 4000) { // also when the network may have changed, or the page was asleep
-    if (!this.registered) return this.hurry();
+    if (!online()) return this.hurry();
     this.pinged = true;
     this.send('PING :alive');
     return this.watch(ms);
@@ -26869,7 +26871,7 @@ class Leader {
   receive(data) {
     const line = parseLine(data), { verb, params } = line;
     this.pinged = false;
-    if (this.registered) this.watch(SILENCE);
+    if (online()) this.watch(SILENCE);
     else this.registering(line, lastOf(params));
     if (this.scram) this.proving(line);
     if (verb === '465' || verb === 'ERROR') this.error ||= lastOf(params);
@@ -26894,7 +26896,7 @@ class Leader {
   }
 
   welcome() {
-    Object.assign(this, { registered: true, since: Date.now() });
+    this.since = Date.now();
     set('welcomed', true);
     this.watch(SILENCE);
     publish({ phase: 'online' });
@@ -26905,7 +26907,7 @@ class Leader {
 
   // Send what waits, in order; after a break one at a time, until that works. History comes after
   pump() {
-    if (!this.registered) return;
+    if (!online()) return;
     for (const row of waiting()) {
       if (this.inFlight.size >= this.window) break;
       if (!this.inFlight.has(row.own)) linesOf(row).forEach((line) => this.send(line));
@@ -26931,10 +26933,10 @@ class Leader {
     if (socket) Object.assign(socket, { onclose: null, onmessage: null, onopen: null }).close();
     this.socket = null;
     clearTimeout(this.timer);
-    if (this.registered && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
+    if (online() && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
     if (this.inFlight.size) this.window = 1;
     this.inFlight.clear();
-    this.registered = this.pinged = false;
+    this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
     this.uploader.end?.abort(); // its connection may be as dead
     if (leader !== this || state.phase === 'ended') return;
@@ -26999,9 +27001,9 @@ class Leader {
     Object.assign(this, { scram: null, login: null });
     set('login', verb === '903' ? scram.login : null);
     if (verb === '904') this.error = `Not logged in: ${lastOf(params)}`;
-    if (this.registered && this.error) publish({ note: this.error });
+    if (online() && this.error) publish({ note: this.error });
     else if (this.error) this.stop(this.error);
-    else if (!this.registered) this.send('CAP END');
+    else if (!online()) this.send('CAP END');
   }
 }
 
@@ -27024,7 +27026,7 @@ function remember(to) {
 async function keepRooms() {
   keeping = 0;
   let newest = '';
-  if (state.phase === 'online' && !allRooms().some((to) => to.joined && to.behind)) {
+  if (online() && !allRooms().some((to) => to.joined && to.behind)) {
     const last = allRooms().flatMap(({ messages }) => messages.slice(-20).filter(({ id }) => id));
     newest = last.length ? last.reduce((a, b) => (before(a, b) ? b : a)).id : '';
   }
@@ -27064,7 +27066,7 @@ function act(name, ...values) { // have the leader do something
 }
 
 // Send a line that the user wants to be sent. None waits for a connection
-const ask = (line) => (state.phase === 'online' ? act('send', line)
+const ask = (line) => (online() ? act('send', line)
   : note('Not done: there is no connection'));
 const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
@@ -27233,6 +27235,19 @@ function reactionsOf(message) {
   }));
 }
 
+const above = (row) =>
+  row.previousElementSibling ?? row.parentElement.previousElementSibling?.lastElementChild;
+
+// Show the day if it is not that of the row above, and the name if it is not the same
+function decorate(row) {
+  const { nick, time, info, reply: id } = row.message, last = above(row)?.message;
+  const day = !last || dayOf(last.time) !== dayOf(time);
+  if (day) row.dataset.day = dayOf(time);
+  row.classList.toggle('day', day);
+  row.classList.toggle('same', !day && !info && !last.info && !id && last.nick === nick
+    && Date.parse(time) - Date.parse(last.time) < 300000);
+}
+
 const rows = new WeakMap(); // message -> its row
 
 function fillRow(row) {
@@ -27243,21 +27258,7 @@ function fillRow(row) {
     message.called && 'called'].filter(Boolean).join(' ');
   row.replaceChildren(...[!info && headOf(message), id && quoteOf(id), body, reactionsOf(message)]
     .filter(Boolean));
-}
-
-const above = (row) =>
-  row.previousElementSibling ?? row.parentElement.previousElementSibling?.lastElementChild;
-
-// Show the day if it is not that of the row above, and the name if it is not the same
-function decorate(row) {
-  if (!row?.message) return;
-  const { nick, time, info, reply: id } = row.message, last = above(row)?.message;
-  const day = !last || dayOf(last.time) !== dayOf(time);
-  const soon = last && Date.parse(time) - Date.parse(last.time) < 300000;
-  if (day) row.dataset.day = dayOf(time);
-  row.classList.toggle('day', day);
-  const same = !day && !info && !last.info && last.nick === nick && soon && !id;
-  row.classList.toggle('same', Boolean(same));
+  decorate(row);
 }
 
 // The element in front of which new rows are put that come before the row `next`
@@ -27285,9 +27286,8 @@ function drawRows(messages, next) {
     rows.set(message, row);
     block.append(row);
     fillRow(row);
-    decorate(row);
   }
-  decorate(next);
+  if (next) decorate(next);
   afterFrame(measureBlocks);
 }
 
@@ -27326,7 +27326,7 @@ function inserted(to, index, messages) {
 
 function changed(message) {
   const row = rows.get(message);
-  if (row?.isConnected) keepPlace(() => { fillRow(row); decorate(row); });
+  if (row?.isConnected) keepPlace(() => fillRow(row));
 }
 
 function drawLog() {
@@ -27593,17 +27593,13 @@ function enter(name, password = '') {
 
 const SHRUNK = 1600; // pixels of the longer side
 
-function choose(properties) {
-  const input = el('input',
-    { type: 'file', id: 'file', hidden: true, multiple: true, ...properties });
-  $('file')?.remove();
-  document.body.append(input); // some browsers forget an input that is in no document
-  input.onchange = () => offer(...input.files);
-  input.click();
+for (const [opener, input] of [[$('attach'), $('file')], [$('camera'), $('photo')]]) {
+  opener.onclick = () => input.click();
+  input.onchange = () => {
+    offer(...input.files);
+    input.value = ''; // the same file may be chosen again
+  };
 }
-
-$('attach').onclick = () => choose({});
-$('camera').onclick = () => choose({ accept: 'image/*', capture: 'environment' });
 field.onpaste = ({ clipboardData: { files } }) => offer(...files);
 document.ondragover = document.ondrop = (event) => {
   const { type, target, dataTransfer: { types, files } } = event;
@@ -27627,7 +27623,11 @@ async function shrunk(file) {
 
 // Ask before files are sent, one after the other
 async function offer(file, ...others) {
-  if (!file?.size) return file && note(`${file.name} is empty`);
+  if (!file) return;
+  if (!file.size) {
+    note(`${file.name} is empty`);
+    return offer(...others);
+  }
   const target = shown().name, { name, size, type } = file;
   const small = isPicture(type) && type !== 'image/gif' && await shrunk(file).catch(() => null);
   const smaller = el('input', { type: 'checkbox', checked: true });
@@ -27763,7 +27763,7 @@ function joinSheet() {
 function roomSheet() {
   const to = shown(), members = Object.values(to.members);
   const list = el('div', { className: 'list' }, ...peopleOf(members));
-  const inside = to.joined || (isChannel(to.name) && state.phase !== 'online');
+  const inside = to.joined || (isChannel(to.name) && !online());
   const leave = () => (inside ? ask(`PART ${to.name}`) : publish({ closed: to.name }));
   openSheet(to.name, [to.topic && dim(to.topic), list],
     [choice(inside ? 'Leave' : 'Remove from the list', leave)]);
@@ -27793,7 +27793,7 @@ function settingsSheet() {
   openSheet(state.me, [dim(state.account ? `Logged in as ${state.account}` : 'Not logged in'),
     !self.isSecureContext && dim('Over plain http, others on this network can read along, and '
       + 'the page can neither be installed nor opened without network.'), otherWays()],
-  [button('Name', () => (state.phase !== 'online' ? nameSheet()
+  [button('Name', () => (!online() ? nameSheet()
     : form('Your name', [nameField()], 'Change', (name) => ask(`NICK ${name}`)))),
     ...state.account ? [choice('Log out', () => act('logOut'))]
       : [button('Log in', logInSheet), button('Register', signUpSheet)]]);
@@ -27850,7 +27850,7 @@ async function start() {
   listen();
   state.me = setting('name') ?? '';
   here = fold(setting('here') ?? '#lobby');
-  await openDatabase().catch(() => null); // as in some private windows
+  await openDatabase();
   for (const kept of await stored('rooms')) {
     const to = Object.assign(room(kept.name), kept);
     to.behind = false;

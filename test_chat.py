@@ -31767,6 +31767,9 @@ def test_an_empty_file_is_refused_and_nothing_waits_for_it(running, browse, tmp_
     tab.wait_for("empty.txt is empty")
     tab.say("after it")
     tab.wait_for("after it")
+    tab.js("offer(new File([], 'none.txt'), new File(['x'], 'tea.txt')); null")
+    tab.wait_for("none.txt is empty")
+    tab.until("$('sheet').open && $('sheet').innerText.includes('tea.txt')")
 
 
 def test_a_message_whose_echo_was_lost_arrives_once_also_under_another_name(running, browse):
@@ -32185,6 +32188,19 @@ def test_a_tab_that_is_shown_has_the_leader_try_its_connection(running, browse):
     first.js("leader.probe = () => { globalThis.tried = true; }; null")
     second.js("dispatchEvent(new Event('visibilitychange')); null")
     first.until("globalThis.tried", patience=5)  # it does so itself after 30 s
+
+
+def test_an_attempt_to_connect_that_is_hurried_still_ends(running, browse):
+    """As by the browser saying `online` while a server takes connections and does not answer."""
+    hasty = HASTY.replace("10", "200")
+    tab = browse(with_page(running).address, before=hasty).enter("anna")
+    tab.js("self.attempts = 0; self.WebSocket = class { close() {} send() {} }; null")
+    tab.js("globalThis.usual = leader.connect; null")
+    tab.js("leader.connect = () => { attempts += !leader.socket; usual.call(leader); }; null")
+    tab.js("leader.closed()")
+    tab.until("leader.socket")
+    tab.js("leader.probe()")
+    tab.until("attempts > 1", patience=5)
 
 
 def test_a_tab_that_comes_back_from_the_cache_of_pages_has_what_it_missed(running, browse):
