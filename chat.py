@@ -26679,12 +26679,6 @@ function noPage({ key, how }, why) {
   catchUp();
 }
 
-function askOlder(to) {
-  const first = to.messages.find(({ id }) => id);
-  if (to.whole || !first || !online() || isAsked('BEFORE') || to.behind) return;
-  act('request', 'BEFORE', to.key, `${to.name} msgid=${first.id} ${state.page}`);
-}
-
 // ---- Outbox: a message is in it until its echo is here. Under one id the server says it once.
 // A row with a blob is a file: when it is uploaded, the row becomes the message with its link
 
@@ -26886,12 +26880,10 @@ class Leader {
   registering({ verb, params }, text) {
     if (params[1] === 'NAK') this.stop('This page is older than the server: reload it');
     if (verb === '464') this.stop('This server has a password');
-    if (/^43[237]$/.test(verb)) this.takeOther(text);
     if (params[1] === 'ACCOUNT_REQUIRED') set('secret', null);
-  }
-
-  takeOther(why) { // a name is not free: ask; or, after a break, take one with a number
-    if (!setting('welcomed') || ++this.others > 20) this.stop(why);
+    if (!/^43[237]$/.test(verb)) return;
+    // The name is not free: ask; or, after a break, take one with a number
+    if (!setting('welcomed') || ++this.others > 20) this.stop(text);
     else this.send(`NICK ${state.me.slice(0, 28)}${this.others + 1}`);
   }
 
@@ -27107,18 +27099,16 @@ const ITEMS = {
   phase(phase, { why = '' }) {
     Object.assign(state, { phase, why });
     if (phase === 'connecting') state.account = '';
-    if (phase !== 'online') connectionLost(); // also of a tab that led before
-    if (phase === 'online' && $('sheet').dataset.kind === 'name') closeSheet();
+    if (!online()) { // also in a tab that led before
+      if (isAsked('AFTER', 'LATEST', 'BEFORE')) state.page = Math.max(1, state.page >> 2);
+      Object.assign(state, { asked: {}, batches: {} });
+      allRooms().forEach(miss);
+    }
+    if (online() && $('sheet').dataset.kind === 'name') closeSheet();
     if (phase === 'ended') nameSheet();
     refresh();
   },
 };
-
-function connectionLost() {
-  if (isAsked('AFTER', 'LATEST', 'BEFORE')) state.page = Math.max(1, state.page >> 2);
-  Object.assign(state, { asked: {}, batches: {} });
-  allRooms().forEach(miss);
-}
 
 function apply(item) {
   const [name] = Object.keys(item);
@@ -27316,11 +27306,8 @@ function keepPlace(change) {
 
 function inserted(to, index, messages) {
   if (to !== shown() || !messages.length) return;
-  if (index < drawnFrom) {
-    drawnFrom += messages.length;
-    return;
-  }
-  keepPlace(() => drawRows(messages, rows.get(to.messages[index + messages.length])));
+  if (index < drawnFrom) drawnFrom += messages.length;
+  else keepPlace(() => drawRows(messages, rows.get(to.messages[index + messages.length])));
   markRead();
 }
 
@@ -27339,10 +27326,13 @@ function drawLog() {
 }
 
 function drawOlder() {
-  const to = shown(), end = drawnFrom;
-  if (!end) return askOlder(to);
-  drawnFrom = Math.max(0, end - ROWS);
-  return keepPlace(() => drawRows(to.messages.slice(drawnFrom, end), rows.get(to.messages[end])));
+  const to = shown(), end = drawnFrom, first = to.messages.find(({ id }) => id);
+  if (end) {
+    drawnFrom = Math.max(0, end - ROWS);
+    keepPlace(() => drawRows(to.messages.slice(drawnFrom, end), rows.get(to.messages[end])));
+  } else if (first && online() && !to.whole && !to.behind && !isAsked('BEFORE')) {
+    act('request', 'BEFORE', to.key, `${to.name} msgid=${first.id} ${state.page}`);
+  }
 }
 
 log.onscroll = () => {
@@ -27460,7 +27450,6 @@ function drawPhase() {
 
 function openRoom(name) {
   const to = room(name);
-  keepDraft();
   here = to.key;
   set('here', to.name);
   $('rooms').classList.remove('open');
@@ -27556,6 +27545,7 @@ function complete() {
   const known = [...Object.values(shown().members), ...allRooms()];
   const found = known.find(({ name }) => stem && fold(name).startsWith(stem) && !isMe(name));
   if (found) field.value = head + found.name + (head || isChannel(found.name) ? ' ' : ': ');
+  if (found) keepDraft();
   return Boolean(found);
 }
 
@@ -27812,49 +27802,41 @@ function signUpSheet() {
 
 // ---- Start
 
-function listen() {
-  $('where').onclick = roomSheet;
-  $('find').onclick = () => searchSheet();
-  $('menu').onclick = () => $('rooms').classList.toggle('open');
-  log.addEventListener('pointerdown', () => $('rooms').classList.remove('open'));
-  new ResizeObserver(() => keepPlace()).observe(log);
-  addEventListener('keydown', (event) => {
-    if (event.key === 'Escape' && !$('sheet').showModal) closeSheet(); // browsers before 2022
-    if (event.key !== 'k' || !event.ctrlKey) return;
-    event.preventDefault();
-    joinSheet();
-  });
-  addEventListener('online', () => act('probe'));
-  addEventListener('pagehide', () => {
-    keepDraft();
-    attached = Boolean(leader); // a page that is shown again has missed what the leader published
-    if (leader) keepRooms();
-    if (leader && !navigator.locks) set('lease', null);
-  });
-  addEventListener('visibilitychange', () => {
-    if (document.hidden) return leader && keepRooms();
-    markRead();
-    act('probe');
-    return callLeader();
-  });
-  setInterval(drawPhase, 1000);
-  if (!navigator.locks) setInterval(elect, 2000);
-  self.visualViewport?.addEventListener('resize', () => { // the keyboard of a phone
-    const { style, clientHeight } = document.documentElement;
-    const covered = clientHeight - visualViewport.height * visualViewport.scale;
-    style.setProperty('--keyboard', `${Math.max(0, covered)}px`);
-  });
-}
+$('where').onclick = roomSheet;
+$('find').onclick = () => searchSheet();
+$('menu').onclick = () => $('rooms').classList.toggle('open');
+log.onpointerdown = () => $('rooms').classList.remove('open');
+new ResizeObserver(() => keepPlace()).observe(log);
+visualViewport.onresize = () => { // the keyboard of a phone
+  const { style, clientHeight } = document.documentElement;
+  const covered = clientHeight - visualViewport.height * visualViewport.scale;
+  style.setProperty('--keyboard', `${Math.max(0, covered)}px`);
+};
+document.onkeydown = (event) => {
+  if (event.key === 'Escape' && !$('sheet').showModal) closeSheet(); // browsers before 2022
+  if (event.key !== 'k' || !event.ctrlKey) return;
+  event.preventDefault();
+  joinSheet();
+};
+self.ononline = () => act('probe');
+self.onpagehide = () => {
+  attached = Boolean(leader); // a page that is shown again has missed what the leader published
+  if (leader) keepRooms();
+  if (leader && !navigator.locks) set('lease', null);
+};
+addEventListener('visibilitychange', () => {
+  if (document.hidden) return leader && keepRooms();
+  markRead();
+  act('probe');
+  return callLeader();
+});
 
 async function start() {
-  listen();
   state.me = setting('name') ?? '';
   here = fold(setting('here') ?? '#lobby');
   await openDatabase();
   for (const kept of await stored('rooms')) {
-    const to = Object.assign(room(kept.name), kept);
-    to.behind = false;
-    miss(to);
+    miss(Object.assign(room(kept.name), kept, { behind: false }));
   }
   room('#lobby');
   await loadOutbox();
@@ -27864,6 +27846,8 @@ async function start() {
   elect();
   callLeader();
   navigator.serviceWorker?.register('/sw.js').catch(() => null);
+  setInterval(drawPhase, 1000);
+  if (!navigator.locks) setInterval(elect, 2000);
 }
 // The empty page is painted first: what a browser keeps takes its time
 afterFrame(start);

@@ -32252,6 +32252,26 @@ def test_a_channel_is_not_left_without_a_connection_and_a_removed_one_not_joined
     tab.until("setting('joined').join() === '#lobby' && allRooms().length === 1")
 
 
+LEFT_EARLY = """
+const { open } = IDBFactory.prototype;
+IDBFactory.prototype.open = function (...values) {
+  dispatchEvent(new Event('pagehide'));
+  return open.apply(this, values);
+};
+"""  # a page that is left while it opens its database
+
+
+def test_a_draft_and_a_completed_name_outlive_a_page_that_is_left_as_it_starts(running, browse):
+    tab = browse(with_page(running).address, width=1200).enter("anna")
+    tab.js("field.focus()")
+    tab.ask("Input.insertText", text="tea in #lob")
+    tab.key("Tab", 9)
+    assert tab.js("field.value") == "tea in #lobby "
+    tab.ask("Page.addScriptToEvaluateOnNewDocument", source=LEFT_EARLY)
+    tab.go(tab.url)
+    tab.until("field.value === 'tea in #lobby '")
+
+
 def test_a_text_that_is_dropped_on_the_composer_is_in_it(running, browse):
     tab = browse(with_page(running).address, width=1200).enter("anna")
     x, y = tab.js("(b => [b.x + 20, b.y + 20])(field.getBoundingClientRect())")
