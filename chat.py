@@ -26321,6 +26321,7 @@ const isMe = (nick) => fold(nick) === fold(state.me);
 const partner = (target, nick) => (isChannel(target) || isMe(nick) ? target : nick);
 const allRooms = () => Object.values(state.rooms);
 const lastOf = (list) => list[list.length - 1];
+const lastSaid = ({ messages }) => lastOf(messages.filter(({ id }) => id));
 
 function room(name) {
   const key = fold(name);
@@ -26442,9 +26443,8 @@ function happened(nick, [target, text], { verb, tags }) {
     to.messages.filter(({ reply: original }) => original === text).forEach(changed); // quotes
     remember(to);
   }
-  for (const [name, on] of [['+draft/react', true], ['+draft/unreact', false]]) {
-    if (tags[name] && id) react(to, id, nick, tags[name], on);
-  }
+  const emoji = tags['+draft/react'] ?? tags['+draft/unreact'];
+  if (emoji && id) react(to, id, nick, emoji, '+draft/react' in tags);
   if (tags['+typing'] && !isMe(nick)) {
     to.typing[fold(nick)] = [nick, tags['+typing'] === 'active' ? Date.now() + 6000 : 0];
     refresh();
@@ -26470,8 +26470,7 @@ const because = (reason) => (reason ? `: ${reason}` : '');
 function miss(to) {
   to.joined = false;
   if (to.behind) return;
-  const last = lastOf(to.messages.filter(({ id }) => id));
-  Object.assign(to, { behind: true, upTo: last?.id ?? '', walked: 0 });
+  Object.assign(to, { behind: true, upTo: lastSaid(to)?.id ?? '', walked: 0 });
 }
 
 function member(to, name, change) {
@@ -27011,27 +27010,30 @@ function keepJoined(name, on) {
 let keeping = 0;
 
 function remember(to) {
-  to.fresh = (to.fresh ?? 0) + 1;
+  to.fresh = true;
   if (leader) keeping ||= setTimeout(keepRooms, 1000);
+}
+
+function storedForm({ key, name, topic, marker, messages, behind, upTo }) {
+  const end = behind ? messages.findIndex(({ id }) => id && id === upTo) + 1 : messages.length;
+  const said = messages.slice(0, end).filter(({ id }) => id);
+  return { key, name, topic, marker, messages: said.slice(-KEPT) };
 }
 
 async function keepRooms() {
   keeping = 0;
-  let newest = '';
-  if (online() && !allRooms().some((to) => to.joined && to.behind)) {
-    const last = allRooms().flatMap(({ messages }) => messages.slice(-20).filter(({ id }) => id));
-    newest = last.length ? last.reduce((a, b) => (before(a, b) ? b : a)).id : '';
+  const complete = online() && !allRooms().some((to) => to.joined && to.behind);
+  const [newest] = allRooms().map(lastSaid).filter(Boolean)
+    .sort((a, b) => (before(a, b) ? 1 : -1));
+  const fresh = allRooms().filter((to) => to.fresh);
+  fresh.forEach((to) => { to.fresh = false; });
+  try {
+    await store('rooms', 'put', ...fresh.map(storedForm));
+    // Only now: or a new talk would be known neither here nor by TARGETS
+    if (complete && newest) set('newest', newest.id);
+  } catch {
+    fresh.forEach((to) => { to.fresh = true; });
   }
-  const puts = [];
-  for (const to of allRooms().filter(({ fresh }) => fresh)) {
-    const { key, name, topic, marker, messages, behind, upTo, fresh } = to;
-    const end = behind ? messages.findIndex(({ id }) => id && id === upTo) + 1 : messages.length;
-    const whole = messages.slice(0, end).filter(({ id }) => id);
-    const put = store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
-    puts.push(put.then(() => { if (to.fresh === fresh) to.fresh = 0; }));
-  }
-  await Promise.all(puts); // or a new talk would be known neither here nor by TARGETS
-  if (newest) set('newest', newest);
 }
 
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
@@ -27284,8 +27286,7 @@ function drawRows(messages, next) {
 // The browser draws only the blocks that are in sight, once their height is known: a guessed height
 // would move what the reader looks at
 function measureBlocks() {
-  const blocks = [...log.querySelectorAll('.block:not(.known)')];
-  const full = blocks.filter((block) => block.nextElementSibling !== $('waiting'));
+  const full = [...log.querySelectorAll('.block:not(.known, :nth-last-child(2))')];
   const heights = full.map((block) => block.offsetHeight);
   full.forEach((block, n) => {
     block.style.setProperty('contain-intrinsic-size', `1px ${heights[n]}px`);
@@ -27345,7 +27346,7 @@ log.onwheel = log.ontouchmove = log.onscroll; // at the top, nothing scrolls any
 $('newest').onclick = () => { stuck = true; keepPlace(); };
 
 function markRead() {
-  const to = shown(), last = lastOf(to.messages.filter(({ id }) => id));
+  const to = shown(), last = lastSaid(to);
   if (document.hidden || !stuck || !last || last.time <= to.marker) return;
   to.marker = last.time;
   refresh();
@@ -27386,8 +27387,7 @@ function draw() {
   $('newest').textContent = `\u2193 ${list.find(({ now }) => now).unread || ''}`;
   const members = Object.values(to.members);
   $('people').hidden = !isChannel(to.name);
-  const known = isChannel(to.name) ? counted(members.length, 'member') : '';
-  $('topic').textContent = to.topic || known;
+  $('topic').textContent = to.topic || (isChannel(to.name) ? counted(members.length, 'member') : '');
   $('menu').setAttribute('aria-label', `Conversations, ${unread} unread`);
   const sum = { unread: Math.min(unread, 99), called: list.some(({ called }) => called) };
   fill($('menu').lastElementChild, sum, () => [badgeOf(sum)]);
