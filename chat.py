@@ -26163,6 +26163,7 @@ function el(tag, properties, ...children) {
 const button = (content, onclick, more) =>
   el('button', { type: 'button', onclick, ...more }, content);
 const dim = (text) => el('p', { className: 'dim' }, text);
+const div = (className, ...children) => el('div', { className }, ...children);
 const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(count)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
 const newId = () => `${Date.now().toString(16)}-${randomHex(8)}`;
@@ -26452,13 +26453,12 @@ function happened(nick, [target, text], { verb, tags }) {
 }
 
 function heard(nick, [, text], line) {
-  if (!line.source.includes('!')) return note(text); // from the server
-  if (/^\x01(?!ACTION )/.test(text)) return null;
+  if (!line.source.includes('!')) note(text); // from the server
+  if (!line.source.includes('!') || /^\x01(?!ACTION )/.test(text)) return;
   const message = messageOf(line), to = room(partner(message.target, nick));
   delete to.typing[fold(nick)];
   add(to, [message]);
   if (line.tags.label) arrived(line.tags.label, to); // also a repeat, or said under another name
-  return null;
 }
 
 // ---- Lines of the server
@@ -26707,7 +26707,7 @@ async function cancel({ own }) {
   await store('outbox', 'delete', own);
   publish({ dropped: own });
   if (row?.size && row.link) // or what has come of it counts against the user's room for a day
-    leader?.uploader.call('DELETE', new URL(row.link).pathname).catch(() => {});
+    leader?.uploader.call('DELETE', row.link).catch(() => {});
 }
 
 async function storedRow(own) {
@@ -26745,7 +26745,8 @@ class Uploader {
       this.patience = Math.min(2 * this.patience, 60000); // if the line is only slow
       end.abort();
     }, body ? 60000 : this.patience);
-    const response = await fetch(url, { method, body, signal: end.signal,
+    const path = new URL(url, location).pathname; // a link may have another name of this host
+    const response = await fetch(path, { method, body, signal: end.signal,
       headers: { 'Tus-Resumable': '1.0.0', Authorization, ...headers } })
       .finally(() => clearTimeout(timer));
     if (response.status === 401) this.token = null;
@@ -26763,19 +26764,18 @@ class Uploader {
   async upload(row) {
     if (!(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
     let at = NaN; // in the file, as the server has it
-    if (row.link) at = offsetIn(await this.call('HEAD', new URL(row.link).pathname));
+    if (row.link) at = offsetIn(await this.call('HEAD', row.link));
     if (!(at >= 0)) at = await this.create(row);
-    const path = new URL(row.link).pathname;
     const wanted = () => state.outbox.some(({ own }) => own === row.own);
     while (at < row.size && wanted()) {
-      const response = await this.call('PATCH', path, { 'Upload-Offset': at,
+      const response = await this.call('PATCH', row.link, { 'Upload-Offset': at,
         'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK));
       at = offsetIn(response);
       if (wanted()) publish({ row: { ...shared(row), sent: at } });
     }
     if (!wanted()) { // cancelled, maybe while its link was being stored
       await store('outbox', 'delete', row.own);
-      return this.call('DELETE', path);
+      return this.call('DELETE', row.link);
     }
     if (!(at >= row.size)) throw new Error('the server has lost the upload');
     const what = row.type.startsWith('image/') ? 'picture' : row.type || 'file';
@@ -27106,7 +27106,7 @@ const ITEMS = {
       Object.assign(state, { asked: {}, batches: {} });
       allRooms().forEach(miss);
     }
-    if (online() && $('sheet').dataset.kind === 'name') closeSheet();
+    if (online() && sheet.dataset.kind === 'name') closeSheet();
     if (phase === 'ended') nameSheet();
     refresh();
   },
@@ -27220,7 +27220,7 @@ function fileView({ file: { path, type, size, width, height }, text }) {
 
 function reactionsOf(message) {
   const used = new Set(message.reactions.map(([emoji]) => emoji));
-  return used.size > 0 && el('div', { className: 'reactions' }, ...Array.from(used, (emoji) => {
+  return used.size > 0 && div('reactions', ...Array.from(used, (emoji) => {
     const nicks = message.reactions.filter(([one]) => one === emoji).map(([, nick]) => nick);
     return button(`${emoji} ${nicks.length}`, () => toggle(message, emoji),
       { ariaPressed: String(nicks.some(isMe)), ariaLabel: `${emoji} ${nicks.join(', ')}` });
@@ -27258,7 +27258,7 @@ function blockBefore(next) {
   if (!next) return $('waiting');
   const block = next.parentElement;
   if (next === block.firstElementChild) return block;
-  const rest = el('div', { className: 'block' });
+  const rest = div('block');
   while (next.nextElementSibling) rest.append(next.nextElementSibling);
   rest.prepend(next);
   block.after(rest);
@@ -27270,7 +27270,7 @@ function drawRows(messages, next) {
   let block = next ? null : place.previousElementSibling;
   for (const message of messages) {
     if (!block || block.childElementCount >= ROWS) {
-      block = el('div', { className: 'block' });
+      block = div('block');
       place.before(block);
     }
     const row = el('article', { tabIndex: -1, message });
@@ -27318,18 +27318,17 @@ function changed(message) {
 }
 
 function drawLog() {
-  const to = shown();
   log.querySelectorAll('.block').forEach((block) => block.remove());
-  drawnFrom = Math.max(0, to.messages.length - PAGE);
+  drawnFrom = shown().messages.length;
   stuck = true;
-  keepPlace(() => drawRows(to.messages.slice(drawnFrom), null));
+  drawOlder(PAGE);
   refresh();
 }
 
-function drawOlder() {
+function drawOlder(count = ROWS) {
   const to = shown(), end = drawnFrom, first = to.messages.find(({ id }) => id);
   if (end) {
-    drawnFrom = Math.max(0, end - ROWS);
+    drawnFrom = Math.max(0, end - count);
     keepPlace(() => drawRows(to.messages.slice(drawnFrom, end), rows.get(to.messages[end])));
   } else if (first && online() && !to.whole && !to.behind && !isAsked('BEFORE')) {
     act('request', 'BEFORE', to.key, `${to.name} msgid=${first.id} ${state.page}`);
@@ -27443,12 +27442,13 @@ function drawPhase() {
   const whole = text && count ? `${text}; ${counted(count, 'message')} waiting` : text;
   if ($('phase').textContent !== whole) $('phase').textContent = whole;
   $('phase').hidden = !whole;
-  const typing = Object.values(shown().typing).filter(([, until]) => until > Date.now());
-  const names = typing.slice(0, 3).map(([nick]) => nick).join(', ');
+  const names = Object.values(shown().typing).filter(([, until]) => until > Date.now())
+    .slice(0, 3).map(([nick]) => nick).join(', ');
   $('typing').textContent = names && `${names} typing`;
 }
 
 function openRoom(name) {
+  if (!name) throw new Error('no name was given');
   const to = room(name);
   here = to.key;
   set('here', to.name);
@@ -27552,7 +27552,7 @@ function complete() {
 const COMMANDS = new Map(Object.entries({ // name -> what it does
   me: (text, to, own) => say(to.name, text, { action: true, own }),
   msg: (text) => {
-    const [, name, said] = /^(\S+)\s*(.*)$/s.exec(text);
+    const [, name, said] = /^(\S*)\s*(.*)$/s.exec(text);
     openRoom(name);
     return said && say(name, said);
   },
@@ -27656,7 +27656,7 @@ function messageSheet(message) {
     closeSheet();
     toggle(message, other.value.trim());
   };
-  openSheet(`${nick}: ${text.slice(0, 80)}`, [el('div', { className: 'buttons' },
+  openSheet(`${nick}: ${text.slice(0, 80)}`, [div('buttons',
     ...EMOJI.map((emoji) => choice(emoji, () => toggle(message, emoji))), other)],
   [choice('Reply', () => setReplyTo(message)),
     isMe(nick) ? choice('Take back', () => ask(`REDACT ${to} ${id}`))
@@ -27690,10 +27690,11 @@ log.onkeydown = (event) => {
 
 // ---- Sheets
 
+const sheet = $('sheet');
+
 function openSheet(title, parts, buttons = [], kind = '') {
-  const sheet = $('sheet');
   sheet.replaceChildren(el('h2', { id: 'title' }, title), ...parts.filter(Boolean),
-    el('div', { className: 'buttons' }, ...buttons, button('Close', closeSheet)));
+    div('buttons', ...buttons, button('Close', closeSheet)));
   sheet.dataset.kind = kind;
   if (sheet.open) return;
   if (sheet.showModal) sheet.showModal();
@@ -27701,19 +27702,18 @@ function openSheet(title, parts, buttons = [], kind = '') {
 }
 
 function closeSheet() {
-  if ($('sheet').close) $('sheet').close();
-  else $('sheet').removeAttribute('open');
+  if (sheet.close) sheet.close();
+  else sheet.removeAttribute('open');
 }
 
-$('sheet').onclick = ({ target }) => { if (target === $('sheet')) closeSheet(); };
+sheet.onclick = ({ target }) => { if (target === sheet) closeSheet(); };
 
 // A sheet with fields ([label, properties of the input]) and a button
 function form(title, fields, text, action, more = [], kind = '') {
   const inputs = fields.map(([, properties]) =>
     el('input', { autocomplete: 'off', autocapitalize: 'off', ...properties }));
-  const made = el('form', {},
-    ...inputs.map((input, n) => el('label', {}, fields[n][0], input)),
-    el('div', { className: 'buttons' }, el('button', { className: 'main' }, text)));
+  const made = el('form', {}, ...inputs.map((input, n) => el('label', {}, fields[n][0], input)),
+    div('buttons', el('button', { className: 'main' }, text)));
   made.onsubmit = (event) => {
     event.preventDefault();
     if (kind !== 'search') closeSheet();
@@ -27751,8 +27751,7 @@ function joinSheet() {
 }
 
 function roomSheet() {
-  const to = shown(), members = Object.values(to.members);
-  const list = el('div', { className: 'list' }, ...peopleOf(members));
+  const to = shown(), list = div('list', ...peopleOf(Object.values(to.members)));
   const inside = to.joined || (isChannel(to.name) && !online());
   const leave = () => (inside ? ask(`PART ${to.name}`) : publish({ closed: to.name }));
   openSheet(to.name, [to.topic && dim(to.topic), list],
@@ -27813,7 +27812,7 @@ visualViewport.onresize = () => { // the keyboard of a phone
   style.setProperty('--keyboard', `${Math.max(0, covered)}px`);
 };
 document.onkeydown = (event) => {
-  if (event.key === 'Escape' && !$('sheet').showModal) closeSheet(); // browsers before 2022
+  if (event.key === 'Escape' && !sheet.showModal) closeSheet(); // browsers before 2022
   if (event.key !== 'k' || !event.ctrlKey) return;
   event.preventDefault();
   joinSheet();
@@ -28025,7 +28024,6 @@ fill="#1558b0"/><path d="M12 16h40v26H30L20 52V42h-8z" fill="#fff"/></svg>
 
 PAGE_MANIFEST = {
     "name": "Chat",
-    "short_name": "Chat",
     "start_url": "/",
     "display": "standalone",
     "background_color": "#14171b",

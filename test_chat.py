@@ -31759,6 +31759,15 @@ def test_the_page_works_over_tls_where_it_can_be_installed(running, browse, cert
     assert "plain http" not in tab.text()
 
 
+def test_a_conversation_without_a_name_is_not_opened(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    for text in ("/join", "/msg"):
+        tab.js(f"field.value = '{text}'; $('send').click()")
+        tab.wait_for("Not accepted: no name was given")
+        tab.js("lastOf(shown().messages).text = ''; drawLog()")
+    assert tab.js("Object.keys(state.rooms)") == ["=#lobby"]
+
+
 def test_an_empty_file_is_refused_and_nothing_waits_for_it(running, browse, tmp_path):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
