@@ -26078,8 +26078,7 @@ header button { background: none; }
 .same > div:first-child { display: none; }
 .mine { background: var(--mine); }
 .called { background: var(--called); }
-.day::before { content: attr(data-day); display: block; margin: .8rem 0 .4rem;
-  text-align: center; }
+.day::before { content: attr(data-day); display: block; margin: .8rem 0 .4rem; text-align: center; }
 .row b { color: hsl(var(--hue), 65%, var(--light)); unicode-bidi: isolate; }
 .text { margin: 0; white-space: pre-wrap; unicode-bidi: plaintext; overflow: hidden; }
 .info .text { color: var(--dim); }
@@ -26100,8 +26099,7 @@ progress { width: 100%; }
   font-size: .8rem; }
 .badge.called { background: var(--bad); }
 #rooms, #people { width: 15rem; padding: .4rem; overflow: auto; }
-.list button { display: flex; width: 100%; margin: 1px 0; align-items: center;
-  text-align: start; }
+.list button { display: flex; width: 100%; margin: 1px 0; align-items: center; text-align: start; }
 .list span:first-child { flex: 1; min-width: 0; unicode-bidi: isolate; }
 [aria-current=true] { background: var(--mine); font-weight: 600; }
 dialog { width: min(34rem, 100%); max-height: calc(90% - var(--keyboard)); overflow: auto;
@@ -26395,7 +26393,6 @@ function insert(to, index, messages) {
   to.messages.splice(index, 0, ...messages);
   messages.forEach(({ own, nick }) => own && isMe(nick) && arrived(own, to));
   inserted(to, index, messages);
-  refresh();
   remember(to);
 }
 
@@ -26448,7 +26445,6 @@ function happened(nick, [target, text], { verb, tags }) {
   if (emoji && id) react(to, id, nick, emoji, '+draft/react' in tags);
   if (tags['+typing'] && !isMe(nick)) {
     to.typing[fold(nick)] = [nick, tags['+typing'] === 'active' ? Date.now() + 6000 : 0];
-    refresh();
   }
 }
 
@@ -26477,7 +26473,6 @@ function member(to, name, change) {
   const key = fold(name);
   if (change) to.members[key] = { name, rank: '', away: false, ...to.members[key], ...change };
   else delete to.members[key];
-  refresh();
 }
 
 const roomsWith = (nick) => allRooms().filter((to) => to.members[fold(nick)]);
@@ -26503,13 +26498,11 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
       Object.assign(to, { joined: true, members: {}, named: false });
       keepJoined(name, true);
       if (to === shown()) ask(`NAMES ${name}`);
-      catchUp();
     } else news(to, `${nick} joined`);
     member(to, nick, {});
   },
   PART: (nick, [name, why]) => left(room(name), nick, `${nick} left${because(why)}`),
-  KICK: (nick, [name, who, why]) =>
-    left(room(name), who, `${nick} removed ${who}${because(why)}`),
+  KICK: (nick, [name, who, why]) => left(room(name), who, `${nick} removed ${who}${because(why)}`),
   QUIT: (nick, [why]) =>
     roomsWith(nick).forEach((to) => left(to, nick, `${nick} left${because(why)}`)),
   NICK(nick, [name]) {
@@ -26542,7 +26535,6 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
       to.told = to.marker; // once: a server that takes less answers with less
       respond(`MARKREAD ${name} timestamp=${to.marker}`);
     }
-    refresh();
   },
   BATCH(nick, [reference, kind, target], line) {
     const key = reference.slice(1);
@@ -26550,14 +26542,14 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
     else if (state.batches[key]) endBatch(key, state.batches[key]);
   },
   '001': (nick, [name]) => ITEMS.me(name),
-  332: (nick, [, name, topic]) => { room(name).topic = topic; refresh(); },
+  332: (nick, [, name, topic]) => { room(name).topic = topic; },
   353(nick, [, , name, names]) {
     for (const [, rank, nick] of names.matchAll(/([~&@%+]?)[~&@%+]*(\S+)/g)) {
       member(room(name), nick, { rank });
     }
   },
   366: (nick, [, name]) => { room(name).named = true; },
-  900: (nick, [, , account]) => { state.account = account; refresh(); },
+  900: (nick, [, , account]) => { state.account = account; },
   REGISTER(nick, [result, account, text]) {
     note(text);
     if (result === 'SUCCESS' && leader?.login) leader.prove({ ...leader.login, account });
@@ -26590,8 +26582,7 @@ function endBatch(key, { kind, target, line, lines }) {
     .filter(({ text }) => !text.startsWith('\x01'));
   if (kind === 'soju.im/search') return showFound(said, asked);
   if (kind === 'draft/chathistory-targets') {
-    lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
-    return catchUp();
+    return lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
   }
   if (kind !== 'chathistory') {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
@@ -26629,7 +26620,7 @@ const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.i
 // Ask for what came while this browser was away: one room after the other, the one on the screen
 // first. What is said meanwhile stands below the gap
 function catchUp() {
-  if (!leader || !online() || waiting().length || isAsked('AFTER', 'LATEST', 'TARGETS')) return;
+  if (waiting().length || isAsked('AFTER', 'LATEST', 'TARGETS')) return;
   if (!leader.knowsTargets) {
     const newest = setting('newest');
     const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
@@ -26656,7 +26647,6 @@ function turnPage({ key, how }, messages, ended) {
   to.walked += messages.length;
   to.behind = how === 'AFTER' && !ended && messages.length > 0;
   remember(to);
-  catchUp();
 }
 
 // Drop what is older than a message: it is read again by scrolling up, with what is missing there
@@ -26666,7 +26656,7 @@ function forget(to, first) {
 }
 
 function noPage({ key, how }, why) {
-  if (how === 'SEARCH') return showFound([], { why });
+  if (how === 'SEARCH') showFound([], { why });
   const to = state.rooms[key] ?? {};
   if (how === 'AFTER') to.walked = WALKED; // it has lost that message: the newest instead
   if (how === 'BEFORE') to.whole = true;
@@ -26675,7 +26665,6 @@ function noPage({ key, how }, why) {
     set('newest', '');
     leader.knowsTargets = false;
   }
-  catchUp();
 }
 
 // ---- Outbox: a message is in it until its echo is here. Under one id the server says it once.
@@ -26890,14 +26879,15 @@ class Leader {
     this.since = Date.now();
     set('welcomed', true);
     this.watch(SILENCE);
-    publish({ phase: 'online' });
     joined().forEach((name) => this.send(`JOIN ${name}`));
-    this.pump();
+    publish({ phase: 'online' });
     this.uploader.wake?.();
   }
 
-  // Send what waits, in order; after a break one at a time, until that works. History comes after
+  // Do what can be done now; after each item. What waits is sent in order, after a break one at a
+  // time, until that works. History comes after
   pump() {
+    this.uploader.run();
     if (!online()) return;
     for (const row of waiting()) {
       if (this.inFlight.size >= this.window) break;
@@ -27060,15 +27050,11 @@ function act(name, ...values) { // have the leader do something
 }
 
 // Send a line that the user wants to be sent. None waits for a connection
-const ask = (line) => (online() ? act('send', line)
-  : note('Not done: there is no connection'));
+const ask = (line) => (online() ? act('send', line) : note('Not done: there is no connection'));
 const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
-  opened(name) { // the leader reads its past
-    room(name);
-    catchUp();
-  },
+  opened: room, // the leader reads its past
   closed(name) {
     const key = fold(name);
     delete state.rooms[key];
@@ -27087,16 +27073,11 @@ const ITEMS = {
     if (blob) blobs[row.own] = blob;
     state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
     room(row.target);
-    refresh();
-    leader?.pump();
-    leader?.uploader.run();
   },
   dropped(own) {
     delete blobs[own];
     state.outbox = without(own);
     leader?.inFlight.delete(own);
-    leader?.pump();
-    refresh();
   },
   phase(phase, { why = '' }) {
     Object.assign(state, { phase, why });
@@ -27108,13 +27089,14 @@ const ITEMS = {
     }
     if (online() && sheet.dataset.kind === 'name') closeSheet();
     if (phase === 'ended') nameSheet();
-    refresh();
   },
 };
 
 function apply(item) {
   const [name] = Object.keys(item);
   ITEMS[name](item[name], item);
+  leader?.pump();
+  refresh();
 }
 
 channel.onmessage = ({ data: { item, name, values, hello, known, led, snapshot, to } }) => {
@@ -27130,7 +27112,8 @@ channel.onmessage = ({ data: { item, name, values, hello, known, led, snapshot, 
   drawLog();
 };
 
-const loadOutbox = async () => (await stored('outbox')).forEach((row) => ITEMS.row(shared(row)));
+const loadOutbox = async () =>
+  (await stored('outbox')).forEach((row) => apply({ row: shared(row) }));
 
 async function lead() {
   if (leader) return;
@@ -27309,7 +27292,6 @@ function inserted(to, index, messages) {
   if (to !== shown() || !messages.length) return;
   if (index < drawnFrom) drawnFrom += messages.length;
   else keepPlace(() => drawRows(messages, rows.get(to.messages[index + messages.length])));
-  markRead();
 }
 
 function changed(message) {
@@ -27339,7 +27321,7 @@ log.onscroll = () => {
   stuck = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
   $('newest').hidden = stuck;
   if (log.scrollTop < 1500) drawOlder();
-  if (stuck) markRead();
+  if (stuck) refresh();
 };
 log.onwheel = log.ontouchmove = log.onscroll; // at the top, nothing scrolls any more
 $('newest').onclick = () => { stuck = true; keepPlace(); };
@@ -27348,7 +27330,6 @@ function markRead() {
   const to = shown(), last = lastSaid(to);
   if (document.hidden || !stuck || !last || last.time <= to.marker) return;
   to.marker = last.time;
-  refresh();
   if (!isMe(last.nick)) act('send', `MARKREAD ${to.name} timestamp=${last.time}`);
 }
 
@@ -27379,6 +27360,7 @@ function fill(parent, facts, make) {
 
 function draw() {
   drawing = false;
+  markRead();
   const to = shown(), list = allRooms().map(factsOf);
   const unread = list.reduce((sum, one) => sum + one.unread, 0);
   document.title = `${unread ? `(${unread}) ` : ''}${to.name}`;
@@ -27386,7 +27368,8 @@ function draw() {
   $('newest').textContent = `\u2193 ${list.find(({ now }) => now).unread || ''}`;
   const members = Object.values(to.members);
   $('people').hidden = !isChannel(to.name);
-  $('topic').textContent = to.topic || (isChannel(to.name) ? counted(members.length, 'member') : '');
+  $('topic').textContent = to.topic
+    || (isChannel(to.name) ? counted(members.length, 'member') : '');
   $('menu').setAttribute('aria-label', `Conversations, ${unread} unread`);
   const sum = { unread: Math.min(unread, 99), called: list.some(({ called }) => called) };
   fill($('menu').lastElementChild, sum, () => [badgeOf(sum)]);
@@ -27457,7 +27440,6 @@ function openRoom(name) {
   if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
   restoreDraft();
-  markRead();
   publish({ opened: name });
 }
 
@@ -27512,10 +27494,9 @@ $('composer').onsubmit = async (event) => {
   event.preventDefault();
   const text = field.value, to = shown(), own = setting(`draft.${here}`)?.own;
   if (!text.trim()) return;
-  const reply = replyTo?.id;
   try {
     if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
-    else await say(to.name, text.replace(/^\/\//, '/'), { reply, own });
+    else await say(to.name, text.replace(/^\/\//, '/'), { reply: replyTo?.id, own });
   } catch (error) {
     note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
     return;
@@ -27825,7 +27806,7 @@ self.onpagehide = () => {
 };
 addEventListener('visibilitychange', () => {
   if (document.hidden) return leader && keepRooms();
-  markRead();
+  refresh();
   act('probe');
   return callLeader();
 });

@@ -31761,10 +31761,11 @@ def test_the_page_works_over_tls_where_it_can_be_installed(running, browse, cert
 
 def test_a_conversation_without_a_name_is_not_opened(running, browse):
     tab = browse(with_page(running).address).enter("anna")
-    for text in ("/join", "/msg"):
+    tab.until("!room('#lobby').behind")
+    for said, text in enumerate(("/join", "/msg")):
         tab.js(f"field.value = '{text}'; $('send').click()")
-        tab.wait_for("Not accepted: no name was given")
-        tab.js("lastOf(shown().messages).text = ''; drawLog()")
+        refused = "shown().messages.filter(({ text }) => /no name was given/.test(text))"
+        tab.until(f"{refused}.length === {said + 1}")
     assert tab.js("Object.keys(state.rooms)") == ["=#lobby"]
 
 
