@@ -26607,31 +26607,7 @@ function refused(nick, params, { verb, tags }) {
 
 // ---- The past (draft/chathistory)
 
-// `how` is the subcommand of CHATHISTORY, or SEARCH
-function request(how, key, rest) {
-  if (!leader) return;
-  const label = newId();
-  publish({ asked: { label, how, key, name: state.rooms[key]?.name } });
-  leader.send(`@label=${label} ${how === 'SEARCH' ? '' : 'CHATHISTORY '}${how} ${rest}`);
-}
-
 const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.includes(how));
-
-// Ask for what came while this browser was away: one room after the other, the one on the screen
-// first. What is said meanwhile stands below the gap
-function catchUp() {
-  if (waiting().length || isAsked('AFTER', 'LATEST', 'TARGETS')) return;
-  if (!leader.knowsTargets) {
-    const newest = setting('newest');
-    const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
-    leader.knowsTargets = true;
-    return request('TARGETS', '', `${from} timestamp=2199-01-01T00:00:00.000Z 100`);
-  }
-  const behind = allRooms().filter((to) => to.behind && (to.joined || !isChannel(to.name)));
-  const { key, name, upTo, walked } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
-  if (upTo && walked < WALKED) request('AFTER', key, `${name} msgid=${upTo} ${state.page}`);
-  else if (key) request('LATEST', key, `${name} * ${state.page}`);
-}
 
 function turnPage({ key, how }, messages, ended) {
   const to = state.rooms[key];
@@ -26827,7 +26803,12 @@ class Leader {
     if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(line);
   }
 
-  request = request;
+  // `how` is the subcommand of CHATHISTORY, or SEARCH
+  request(how, key, rest) {
+    const label = newId();
+    publish({ asked: { label, how, key, name: state.rooms[key]?.name } });
+    this.send(`@label=${label} ${how === 'SEARCH' ? '' : 'CHATHISTORY '}${how} ${rest}`);
+  }
 
   // A silent connection gets a PING (scripts see none of WebSocket); still silent, it has ended
   watch(ms) {
@@ -26894,7 +26875,22 @@ class Leader {
       if (!this.inFlight.has(row.own)) linesOf(row).forEach((line) => this.send(line));
       this.inFlight.add(row.own);
     }
-    catchUp();
+    if (!waiting().length && !isAsked('AFTER', 'LATEST', 'TARGETS')) this.catchUp();
+  }
+
+  // Ask for what came while this browser was away: one room after the other, the one on the screen
+  // first. What is said meanwhile stands below the gap
+  catchUp() {
+    const behind = allRooms().filter((to) => to.behind && (to.joined || !isChannel(to.name)));
+    const { key, name, upTo, walked } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
+    const newest = setting('newest');
+    if (!this.knowsTargets) {
+      const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
+      this.knowsTargets = true;
+      this.request('TARGETS', '', `${from} timestamp=2199-01-01T00:00:00.000Z 100`);
+    } else if (upTo && walked < WALKED) {
+      this.request('AFTER', key, `${name} msgid=${upTo} ${state.page}`);
+    } else if (key) this.request('LATEST', key, `${name} * ${state.page}`);
   }
 
   arrived(own) {
@@ -27039,8 +27035,8 @@ let attached = false; // the model is that of the leader
 let answered = 0; // when the leader last answered
 
 function publish(item) { // to all tabs, this one included
+  channel.postMessage({ item }); // first: what follows from it may be published, too
   apply(item);
-  channel.postMessage({ item });
 }
 
 function act(name, ...values) { // have the leader do something
@@ -27241,9 +27237,7 @@ function blockBefore(next) {
   if (!next) return $('waiting');
   const block = next.parentElement;
   if (next === block.firstElementChild) return block;
-  const rest = div('block');
-  while (next.nextElementSibling) rest.append(next.nextElementSibling);
-  rest.prepend(next);
+  const all = [...block.children], rest = div('block', ...all.slice(all.indexOf(next)));
   block.after(rest);
   return rest;
 }
@@ -27524,10 +27518,11 @@ field.onkeydown = (event) => {
 function complete() {
   const head = field.value.replace(/\S*$/, ''), stem = fold(field.value.slice(head.length));
   const known = [...Object.values(shown().members), ...allRooms()];
-  const found = known.find(({ name }) => stem && fold(name).startsWith(stem) && !isMe(name));
-  if (found) field.value = head + found.name + (head || isChannel(found.name) ? ' ' : ': ');
-  if (found) keepDraft();
-  return Boolean(found);
+  const found = known.find(({ name }) => fold(name).startsWith(stem) && !isMe(name));
+  if (!found || head === field.value) return false;
+  field.value = head + found.name + (head || isChannel(found.name) ? ' ' : ': ');
+  keepDraft();
+  return true;
 }
 
 const COMMANDS = new Map(Object.entries({ // name -> what it does
@@ -27992,9 +27987,8 @@ async function part(request) {
 }
 
 self.addEventListener('fetch', (event) => {
-  const { pathname, origin } = new URL(event.request.url);
-  const ours = origin === self.location.origin && PARTS.includes(pathname);
-  if (ours && event.request.method === 'GET') event.respondWith(part(event.request));
+  const { method, url } = event.request, { pathname } = new URL(url);
+  if (method === 'GET' && PARTS.includes(pathname)) event.respondWith(part(event.request));
 });
 """
 

@@ -32150,6 +32150,14 @@ def test_return_that_ends_a_composition_sends_nothing(running, browse):
         assert tab.js(f"field.value = 'tea'; field.dispatchEvent({event})") != sent
 
 
+def test_tab_completes_a_name_and_leaves_a_composer_that_has_none(running, browse):
+    tab = browse(with_page(running).address, width=1200).enter("anna")
+    event = "new KeyboardEvent('keydown', { key: 'Tab', cancelable: true })"
+    for text, completed in (("", ""), ("see ", "see "), ("see #L", "see #lobby ")):
+        leaves = tab.js(f"field.value = '{text}'; field.dispatchEvent({event})")
+        assert (leaves, tab.js("field.value")) == (text == completed, completed)
+
+
 FULL = "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); };"
 
 
