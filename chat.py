@@ -26315,7 +26315,7 @@ const WALKED = 1000; // missed messages that are fetched in order; of more, only
 const state = { me: '', account: '', rooms: {}, outbox: [], batches: {},
   asked: {}, page: PAGE, phase: 'closed', why: '' };
 
-const online = () => state.phase === 'online';
+const isOnline = () => state.phase === 'online';
 const isMe = (nick) => fold(nick) === fold(state.me);
 const partner = (target, nick) => (isChannel(target) || isMe(nick) ? target : nick);
 const allRooms = () => Object.values(state.rooms);
@@ -26721,7 +26721,7 @@ class Uploader {
   }
 
   newToken() {
-    if (!online()) throw new Error('no connection'); // welcome() wakes
+    if (!isOnline()) throw new Error('no connection'); // welcome() wakes
     leader.send('TOKEN GENERATE FILEHOST');
     return new Promise((done, lost) => { this.asking = { done, lost }; });
   }
@@ -26814,13 +26814,13 @@ class Leader {
   watch(ms) {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => {
-      if (this.pinged || !online()) this.closed();
+      if (this.pinged || !isOnline()) this.closed();
       else this.probe(LIMIT);
     }, ms);
   }
 
   probe(ms = 4000) { // also when the network may have changed, or the page was asleep
-    if (!online()) return this.hurry();
+    if (!isOnline()) return this.hurry();
     this.pinged = true;
     this.send('PING :alive');
     return this.watch(ms);
@@ -26834,7 +26834,7 @@ class Leader {
   receive(data) {
     const line = parseLine(data), { verb, params } = line;
     this.pinged = false;
-    if (online()) this.watch(SILENCE);
+    if (isOnline()) this.watch(SILENCE);
     else this.registering(line, lastOf(params));
     if (this.scram) this.proving(line);
     if (verb === '465' || verb === 'ERROR') this.error ||= lastOf(params);
@@ -26869,7 +26869,7 @@ class Leader {
   // time, until that works. History comes after
   pump() {
     this.uploader.run();
-    if (!online()) return;
+    if (!isOnline()) return;
     for (const row of waiting()) {
       if (this.inFlight.size >= this.window) break;
       if (!this.inFlight.has(row.own)) linesOf(row).forEach((line) => this.send(line));
@@ -26910,7 +26910,7 @@ class Leader {
     if (socket) Object.assign(socket, { onclose: null, onmessage: null, onopen: null }).close();
     this.socket = null;
     clearTimeout(this.timer);
-    if (online() && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
+    if (isOnline() && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
     if (this.inFlight.size) this.window = 1;
     this.inFlight.clear();
     this.pinged = false;
@@ -26978,9 +26978,9 @@ class Leader {
     Object.assign(this, { scram: null, login: null });
     set('login', verb === '903' ? scram.login : null);
     if (verb === '904') this.error = `Not logged in: ${lastOf(params)}`;
-    if (online() && this.error) publish({ note: this.error });
+    if (isOnline() && this.error) publish({ note: this.error });
     else if (this.error) this.stop(this.error);
-    else if (!online()) this.send('CAP END');
+    else if (!isOnline()) this.send('CAP END');
   }
 }
 
@@ -27008,7 +27008,7 @@ function storedForm({ key, name, topic, marker, messages, behind, upTo }) {
 
 async function keepRooms() {
   keeping = 0;
-  const complete = online() && !allRooms().some((to) => to.joined && to.behind);
+  const complete = isOnline() && !allRooms().some((to) => to.joined && to.behind);
   const [newest] = allRooms().map(lastSaid).filter(Boolean)
     .sort((a, b) => (before(a, b) ? 1 : -1));
   const fresh = allRooms().filter((to) => to.fresh);
@@ -27046,7 +27046,7 @@ function act(name, ...values) { // have the leader do something
 }
 
 // Send a line that the user wants to be sent. None waits for a connection
-const ask = (line) => (online() ? act('send', line) : note('Not done: there is no connection'));
+const ask = (line) => (isOnline() ? act('send', line) : note('Not done: there is no connection'));
 const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
@@ -27078,12 +27078,12 @@ const ITEMS = {
   phase(phase, { why = '' }) {
     Object.assign(state, { phase, why });
     if (phase === 'connecting') state.account = '';
-    if (!online()) { // also in a tab that led before
+    if (!isOnline()) { // also in a tab that led before
       if (isAsked('AFTER', 'LATEST', 'BEFORE')) state.page = Math.max(1, state.page >> 2);
       Object.assign(state, { asked: {}, batches: {} });
       allRooms().forEach(miss);
     }
-    if (online() && sheet.dataset.kind === 'name') closeSheet();
+    if (isOnline() && sheet.dataset.kind === 'name') closeSheet();
     if (phase === 'ended') nameSheet();
   },
 };
@@ -27306,7 +27306,7 @@ function drawOlder(count = ROWS) {
   if (end) {
     drawnFrom = Math.max(0, end - count);
     keepPlace(() => drawRows(to.messages.slice(drawnFrom, end), rows.get(to.messages[end])));
-  } else if (first && online() && !to.whole && !to.behind && !isAsked('BEFORE')) {
+  } else if (first && isOnline() && !to.whole && !to.behind && !isAsked('BEFORE')) {
     act('request', 'BEFORE', to.key, `${to.name} msgid=${first.id} ${state.page}`);
   }
 }
@@ -27728,7 +27728,7 @@ function joinSheet() {
 
 function roomSheet() {
   const to = shown(), list = div('list', ...peopleOf(Object.values(to.members)));
-  const inside = to.joined || (isChannel(to.name) && !online());
+  const inside = to.joined || (isChannel(to.name) && !isOnline());
   const leave = () => (inside ? ask(`PART ${to.name}`) : publish({ closed: to.name }));
   openSheet(to.name, [to.topic && dim(to.topic), list],
     [choice(inside ? 'Leave' : 'Remove from the list', leave)]);
@@ -27758,7 +27758,7 @@ function settingsSheet() {
   openSheet(state.me, [dim(state.account ? `Logged in as ${state.account}` : 'Not logged in'),
     !self.isSecureContext && dim('Over plain http, others on this network can read along, and '
       + 'the page can neither be installed nor opened without network.'), otherWays()],
-  [button('Name', () => (!online() ? nameSheet()
+  [button('Name', () => (!isOnline() ? nameSheet()
     : form('Your name', [nameField()], 'Change', (name) => ask(`NICK ${name}`)))),
     ...state.account ? [choice('Log out', () => act('logOut'))]
       : [button('Log in', logInSheet), button('Register', signUpSheet)]]);
