@@ -27425,7 +27425,7 @@ function drawPhase() {
 }
 
 function openRoom(name) {
-  if (!name) throw new Error('no name was given');
+  if (!name) return note('No name was given');
   const to = room(name);
   here = to.key;
   set('here', to.name);
@@ -27434,7 +27434,7 @@ function openRoom(name) {
   if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
   restoreDraft();
-  publish({ opened: name });
+  return publish({ opened: name });
 }
 
 // ---- The composer

@@ -31763,9 +31763,11 @@ def test_a_conversation_without_a_name_is_not_opened(running, browse):
     tab = browse(with_page(running).address).enter("anna")
     tab.until("!room('#lobby').behind")
     for said, text in enumerate(("/join", "/msg")):
-        tab.js(f"field.value = '{text}'; $('send').click()")
-        refused = "shown().messages.filter(({ text }) => /no name was given/.test(text))"
-        tab.until(f"{refused}.length === {said + 1}")
+        tab.say(text)
+        tab.until(f"shown().messages.filter((one) => /No name/.test(one.text)).length > {said}")
+    tab.js("joinSheet()")
+    tab.fill("  ")
+    tab.until("shown().messages.filter((one) => /No name/.test(one.text)).length > 2")
     assert tab.js("Object.keys(state.rooms)") == ["=#lobby"]
 
 
