@@ -26449,8 +26449,8 @@ function happened(nick, [target, text], { verb, tags }) {
 }
 
 function heard(nick, [, text], line) {
-  if (!line.source.includes('!')) note(text); // from the server
-  if (!line.source.includes('!') || /^\x01(?!ACTION )/.test(text)) return;
+  if (!line.source.includes('!')) return note(text); // from the server
+  if (/^\x01(?!ACTION )/.test(text)) return;
   const message = messageOf(line), to = room(partner(message.target, nick));
   delete to.typing[fold(nick)];
   add(to, [message]);
@@ -27434,7 +27434,7 @@ function openRoom(name) {
   if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
   restoreDraft();
-  return publish({ opened: name });
+  publish({ opened: name });
 }
 
 // ---- The composer
