@@ -25928,8 +25928,7 @@ header button { background: none; }
 .same > div:first-child { display: none; }
 .mine { background: var(--mine); }
 .called { background: var(--called); }
-.day::before { content: attr(data-day); display: block; margin: .8rem 0 .4rem;
-  text-align: center; }
+.day::before { content: attr(data-day); display: block; margin: .8rem 0 .4rem; text-align: center; }
 .row b { color: hsl(var(--hue), 65%, var(--light)); unicode-bidi: isolate; }
 .text { margin: 0; white-space: pre-wrap; unicode-bidi: plaintext; overflow: hidden; }
 .info .text { color: var(--dim); }
@@ -25950,8 +25949,7 @@ progress { width: 100%; }
   font-size: .8rem; }
 .badge.called { background: var(--bad); }
 #rooms, #people { width: 15rem; padding: .4rem; overflow: auto; }
-.list button { display: flex; width: 100%; margin: 1px 0; align-items: center;
-  text-align: start; }
+.list button { display: flex; width: 100%; margin: 1px 0; align-items: center; text-align: start; }
 .list span:first-child { flex: 1; min-width: 0; unicode-bidi: isolate; }
 [aria-current=true] { background: var(--mine); font-weight: 600; }
 dialog { width: min(34rem, 100%); max-height: calc(90% - var(--keyboard)); overflow: auto;
@@ -25988,6 +25986,8 @@ dialog img { max-height: 40vh; }
       <textarea id="text" rows="1" placeholder="Message" aria-label="Message"></textarea>
       <button class="main" id="send" aria-label="Send">&#10148;</button>
     </form>
+    <input type="file" id="file" multiple hidden>
+    <input type="file" id="photo" accept="image/*" capture="environment" multiple hidden>
   </section>
   <aside id="people" class="list" aria-label="Members"></aside>
 </main>
@@ -26011,6 +26011,7 @@ function el(tag, properties, ...children) {
 const button = (content, onclick, more) =>
   el('button', { type: 'button', onclick, ...more }, content);
 const dim = (text) => el('p', { className: 'dim' }, text);
+const div = (className, ...children) => el('div', { className }, ...children);
 const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(count)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
 const newId = () => `${Date.now().toString(16)}-${randomHex(8)}`;
@@ -26127,14 +26128,14 @@ const settled = (request) => new Promise((done, failed) => {
 });
 
 async function openDatabase() {
-  const request = indexedDB.open('chat', 1);
-  request.onupgradeneeded = () => Object.entries(KEYS).forEach(([name, keyPath]) =>
-    request.result.createObjectStore(name, { keyPath }));
-  indexed = await settled(request);
-  indexed.onclose = () => { // by the user or the system
-    indexed = null;
-    openDatabase().catch(() => null);
-  };
+  indexed = null;
+  try {
+    const request = indexedDB.open('chat', 1);
+    request.onupgradeneeded = () => Object.entries(KEYS).forEach(([name, keyPath]) =>
+      request.result.createObjectStore(name, { keyPath }));
+    indexed = await settled(request);
+    indexed.onclose = openDatabase; // closed by the user or the system
+  } catch { /* there is none, as in some private windows */ }
 }
 
 // Change a table; the promise ends when that is on disk
@@ -26164,16 +26165,17 @@ const WALKED = 1000; // missed messages that are fetched in order; of more, only
 const state = { me: '', account: '', rooms: {}, outbox: [], batches: {},
   asked: {}, page: PAGE, phase: 'closed', why: '' };
 
+const isOnline = () => state.phase === 'online';
 const isMe = (nick) => fold(nick) === fold(state.me);
 const partner = (target, nick) => (isChannel(target) || isMe(nick) ? target : nick);
 const allRooms = () => Object.values(state.rooms);
 const lastOf = (list) => list[list.length - 1];
+const lastSaid = ({ messages }) => lastOf(messages.filter(({ id }) => id));
 
 function room(name) {
   const key = fold(name);
-  return state.rooms[key] ??= { key, name, topic: '', joined: false, messages: [], ids: {},
-    members: {}, marker: '', whole: false, behind: true, upTo: '', walked: 0, typing: {},
-    unread: 0, called: false };
+  return state.rooms[key] ??= { key, name, topic: '', joined: false, messages: [], members: {},
+    marker: '', whole: false, behind: true, upTo: '', walked: 0, typing: {} };
 }
 
 function calls({ text, nick }) { // whether a message has this user's name in it, as a word
@@ -26207,10 +26209,12 @@ const serial = (id) => parseInt(id.slice(0, -4), 16) || 0;
 const before = (a, b) => (a.id.slice(-4) === b.id.slice(-4) ? serial(a.id) < serial(b.id)
   : a.time < b.time);
 
-// The index at which a message is inserted: in front of the later ones
-function placeOf(to, message) {
-  let place = to.messages.length;
-  for (let i = place - 1; message.id && i >= 0; i--) {
+const find = (to, id) => to.messages.find((message) => message.id === id);
+
+// The index at which a message is inserted: in front of those before `end` that are later
+function placeOf(to, message, end) {
+  let place = end;
+  for (let i = end - 1; message.id && i >= 0; i--) {
     const other = to.messages[i];
     if (other.id && before(other, message)) break;
     if (other.id) place = i;
@@ -26218,53 +26222,53 @@ function placeOf(to, message) {
   return place;
 }
 
-// Add the messages that a room does not have yet; those with one place are inserted together
+// Add the messages that a room does not have yet, the newest first: then one walk over the room
+// finds all their places. Those with one place are inserted together
 function add(to, messages) {
-  const places = new Map();
-  for (const message of messages.filter(({ id }) => !id || !to.ids[id])) {
-    const place = placeOf(to, message);
-    places.set(place, [...places.get(place) ?? [], message]);
-    to.ids[message.id] = 1;
+  const known = new Set(to.messages.map(({ id }) => id));
+  let end = to.messages.length, together = [];
+  for (const message of messages.filter(({ id }) => !id || !known.has(id)).reverse()) {
+    const place = placeOf(to, message, end);
+    if (place < end) {
+      insert(to, end, together);
+      together = [];
+    }
+    together.unshift(message);
+    end = place;
   }
-  [...places].sort(([a], [b]) => b - a).forEach(([place, list]) => insert(to, place, list));
+  insert(to, end, together);
 }
 
 function insert(to, index, messages) {
   to.messages.splice(index, 0, ...messages);
   messages.forEach(({ own, nick }) => own && isMe(nick) && arrived(own, to));
   inserted(to, index, messages);
-  count(to);
   remember(to);
 }
 
 const tell = (to, text) => insert(to, to.messages.length,
   [{ id: '', info: true, time: now(), nick: '', text, reactions: [] }]);
 const note = (text) => tell(shown(), text);
-const find = (to, id) => to.messages.find((message) => message.id === id);
 
 const without = (own) => state.outbox.filter((row) => row.own !== own);
 
 function arrived(own, to) {
   if (to) dropDraft(to.key, own);
-  const before = state.outbox.length;
-  state.outbox = without(own);
-  if (state.outbox.length === before) return;
+  if (!state.outbox.some((row) => row.own === own)) return;
   leader?.arrived(own);
-  refresh();
+  ITEMS.dropped(own);
 }
 
-// Count what is unread behind the marker, up to 100, and note whether it calls this user
-function count(to) {
+// What is unread behind the marker, up to 100 messages
+function unreadIn({ messages, marker }) {
   const unread = [];
-  for (let i = to.messages.length - 1; i >= 0 && unread.length < 100; i--) {
-    const message = to.messages[i];
+  for (let i = messages.length - 1; i >= 0 && unread.length < 100; i--) {
+    const message = messages[i];
     if (message.info) continue; // its time is of this device
-    if (message.time <= to.marker || isMe(message.nick)) break;
+    if (message.time <= marker || isMe(message.nick)) break;
     unread.push(message);
   }
-  to.unread = unread.length;
-  to.called = unread.some(({ called }) => called || !isChannel(to.name));
-  refresh();
+  return unread;
 }
 
 function react(to, id, nick, emoji, on) {
@@ -26287,23 +26291,20 @@ function happened(nick, [target, text], { verb, tags }) {
     to.messages.filter(({ reply: original }) => original === text).forEach(changed); // quotes
     remember(to);
   }
-  for (const [name, on] of [['+draft/react', true], ['+draft/unreact', false]]) {
-    if (tags[name] && id) react(to, id, nick, tags[name], on);
-  }
+  const emoji = tags['+draft/react'] ?? tags['+draft/unreact'];
+  if (emoji && id) react(to, id, nick, emoji, '+draft/react' in tags);
   if (tags['+typing'] && !isMe(nick)) {
     to.typing[fold(nick)] = [nick, tags['+typing'] === 'active' ? Date.now() + 6000 : 0];
-    refresh();
   }
 }
 
 function heard(nick, [, text], line) {
   if (!line.source.includes('!')) return note(text); // from the server
-  if (/^\x01(?!ACTION )/.test(text)) return null;
+  if (/^\x01(?!ACTION )/.test(text)) return;
   const message = messageOf(line), to = room(partner(message.target, nick));
   delete to.typing[fold(nick)];
   add(to, [message]);
   if (line.tags.label) arrived(line.tags.label, to); // also a repeat, or said under another name
-  return null;
 }
 
 // ---- Lines of the server
@@ -26315,15 +26316,13 @@ const because = (reason) => (reason ? `: ${reason}` : '');
 function miss(to) {
   to.joined = false;
   if (to.behind) return;
-  const last = lastOf(to.messages.filter(({ id }) => id));
-  Object.assign(to, { behind: true, upTo: last?.id ?? '', walked: 0 });
+  Object.assign(to, { behind: true, upTo: lastSaid(to)?.id ?? '', walked: 0 });
 }
 
 function member(to, name, change) {
   const key = fold(name);
   if (change) to.members[key] = { name, rank: '', away: false, ...to.members[key], ...change };
   else delete to.members[key];
-  refresh();
 }
 
 const roomsWith = (nick) => allRooms().filter((to) => to.members[fold(nick)]);
@@ -26349,13 +26348,11 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
       Object.assign(to, { joined: true, members: {}, named: false });
       keepJoined(name, true);
       if (to === shown()) ask(`NAMES ${name}`);
-      catchUp();
     } else news(to, `${nick} joined`);
     member(to, nick, {});
   },
   PART: (nick, [name, why]) => left(room(name), nick, `${nick} left${because(why)}`),
-  KICK: (nick, [name, who, why]) =>
-    left(room(name), who, `${nick} removed ${who}${because(why)}`),
+  KICK: (nick, [name, who, why]) => left(room(name), who, `${nick} removed ${who}${because(why)}`),
   QUIT: (nick, [why]) =>
     roomsWith(nick).forEach((to) => left(to, nick, `${nick} left${because(why)}`)),
   NICK(nick, [name]) {
@@ -26388,21 +26385,21 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
       to.told = to.marker; // once: a server that takes less answers with less
       respond(`MARKREAD ${name} timestamp=${to.marker}`);
     }
-    count(to);
   },
   BATCH(nick, [reference, kind, target], line) {
     const key = reference.slice(1);
     if (reference[0] === '+') state.batches[key] = { kind, target, line, lines: [] };
     else if (state.batches[key]) endBatch(key, state.batches[key]);
   },
-  332: (nick, [, name, topic]) => { room(name).topic = topic; refresh(); },
+  '001': (nick, [name]) => ITEMS.me(name),
+  332: (nick, [, name, topic]) => { room(name).topic = topic; },
   353(nick, [, , name, names]) {
     for (const [, rank, nick] of names.matchAll(/([~&@%+]?)[~&@%+]*(\S+)/g)) {
       member(room(name), nick, { rank });
     }
   },
   366: (nick, [, name]) => { room(name).named = true; },
-  900: (nick, [, , account]) => { state.account = account; refresh(); },
+  900: (nick, [, , account]) => { state.account = account; },
   REGISTER(nick, [result, account, text]) {
     note(text);
     if (result === 'SUCCESS' && leader?.login) leader.prove({ ...leader.login, account });
@@ -26435,8 +26432,7 @@ function endBatch(key, { kind, target, line, lines }) {
     .filter(({ text }) => !text.startsWith('\x01'));
   if (kind === 'soju.im/search') return showFound(said, asked);
   if (kind === 'draft/chathistory-targets') {
-    lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
-    return catchUp();
+    return lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
   }
   if (kind !== 'chathistory') {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
@@ -26454,81 +26450,47 @@ function refused(nick, params, { verb, tags }) {
   if (params[1] === 'NOT_KEPT') { // delivered, but not stored: to send it again would double it
     arrived(params[params.length - 2]);
     note(why);
-  } else if (row) leader?.fail(row.own, why);
-  else if (asked?.how === 'after') request('latest', asked.key, `LATEST ${asked.name} * ${PAGE}`);
+  } else if (row) leader?.setFailed(row.own, why);
   else if (asked) noPage(asked, why);
   else if (!QUIET.test(verb) && params[0] !== 'SESSION' && tags.label !== 'typing') note(why);
 }
 
 // ---- The past (draft/chathistory)
 
-function request(how, key, command) {
-  if (!leader) return;
-  const label = newId();
-  publish({ asked: { label, how, key, name: state.rooms[key]?.name } });
-  leader.send(`@label=${label} ${how === 'found' ? '' : 'CHATHISTORY '}${command}`);
-}
-
 const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.includes(how));
-
-// Ask for what came while this browser was away: one room after the other, the one on the screen
-// first. What is said meanwhile stands below the gap
-function catchUp() {
-  if (!leader?.registered || waiting().length || isAsked('after', 'latest', 'targets')) return;
-  if (!leader.knowsTargets) {
-    const newest = setting('newest');
-    const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
-    leader.knowsTargets = true;
-    return request('targets', '', `TARGETS ${from} timestamp=2199-01-01T00:00:00.000Z 100`);
-  }
-  const behind = allRooms().filter((to) => to.behind && (to.joined || !isChannel(to.name)));
-  const { key, name, upTo } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
-  if (upTo) request('after', key, `AFTER ${name} msgid=${upTo} ${state.page}`);
-  else if (key) request('latest', key, `LATEST ${name} * ${state.page}`);
-}
 
 function turnPage({ key, how }, messages, ended) {
   const to = state.rooms[key];
   if (!to) return;
   state.page = Math.min(PAGE, state.page * 2);
   if (leader) leader.wait = SHORTEST; // that was progress
-  if (how === 'around') return showContext(messages);
-  if (how !== 'after') to.whole = ended;
-  if (how === 'latest') forget(to, messages[0]);
+  if (how === 'AROUND') return showContext(messages);
+  if (how !== 'AFTER') to.whole = ended;
+  if (how === 'LATEST') forget(to, messages[0]);
   add(to, messages);
-  if (how === 'before') return;
+  if (how === 'BEFORE') return;
   to.upTo = lastOf(messages)?.id ?? to.upTo;
   to.walked += messages.length;
-  to.behind = how === 'after' && !ended && messages.length > 0;
+  to.behind = how === 'AFTER' && !ended && messages.length > 0;
   remember(to);
-  const far = to.behind && to.walked >= WALKED;
-  if (far) request('latest', key, `LATEST ${to.name} * ${PAGE}`);
-  else catchUp();
 }
 
 // Drop what is older than a message: it is read again by scrolling up, with what is missing there
 function forget(to, first) {
   to.messages = to.messages.filter((one) => one.id && !(first && before(one, first)));
-  to.ids = Object.fromEntries(to.messages.map(({ id }) => [id, 1]));
   if (to === shown()) drawLog();
 }
 
 function noPage({ key, how }, why) {
-  if (how === 'found') return showFound([], { why });
-  const to = state.rooms[key];
-  if (how === 'before') to.whole = true;
-  if (how === 'latest') to.behind = false;
-  if (how === 'targets' && leader && setting('newest')) { // a server that has lost its data
+  if (how === 'SEARCH') showFound([], { why });
+  const to = state.rooms[key] ?? {};
+  if (how === 'AFTER') to.walked = WALKED; // it has lost that message: the newest instead
+  if (how === 'BEFORE') to.whole = true;
+  if (how === 'LATEST') to.behind = false;
+  if (how === 'TARGETS' && leader && setting('newest')) { // a server that has lost its data
     set('newest', '');
     leader.knowsTargets = false;
   }
-  catchUp();
-}
-
-function askOlder(to) {
-  const first = to.messages.find(({ id }) => id);
-  if (to.whole || !first || state.phase !== 'online' || isAsked('before') || to.behind) return;
-  act('request', 'before', to.key, `BEFORE ${to.name} msgid=${first.id} ${state.page}`);
 }
 
 // ---- Outbox: a message is in it until its echo is here. Under one id the server says it once.
@@ -26542,15 +26504,17 @@ async function say(target, text, { action = false, reply = '', own = newId() } =
     target, text: part, action, reply: n ? '' : reply, failed: '' })));
 }
 
-const blobs = {}; // files that this browser does not keep, by `own`: they end with the tabs
+const blobs = {}; // files by `own`: this browser may not keep them. They end with the tabs
 const shared = ({ blob, ...row }) => row;
 
-// Rows are on disk before any tab knows them. Private windows keep rows, but may keep no files
+// Private windows keep rows, but may keep no files
+const keep = (...rows) => store('outbox', 'put', ...rows)
+  .catch(() => store('outbox', 'put', ...rows.map(shared)));
+
+// Rows are on disk before any tab knows them
 async function accept(...rows) {
-  const kept = indexed && rows.some(({ blob }) => blob)
-    && await store('outbox', 'put', ...rows).then(() => true, () => false);
-  if (!kept) await store('outbox', 'put', ...rows.map(shared));
-  rows.forEach((row) => publish({ row: kept ? shared(row) : row }));
+  await keep(...rows);
+  rows.forEach((row) => publish({ row }));
 }
 
 async function cancel({ own }) {
@@ -26558,7 +26522,7 @@ async function cancel({ own }) {
   await store('outbox', 'delete', own);
   publish({ dropped: own });
   if (row?.size && row.link) // or what has come of it counts against the user's room for a day
-    leader?.uploader.call('DELETE', new URL(row.link).pathname).catch(() => {});
+    leader?.uploader.call('DELETE', row.link).catch(() => {});
 }
 
 async function storedRow(own) {
@@ -26567,11 +26531,6 @@ async function storedRow(own) {
 }
 
 const finalError = (text) => Object.assign(new Error(text), { final: true });
-
-async function retry({ own }) {
-  const row = await storedRow(own);
-  if (row) await accept({ ...row, failed: '' });
-}
 
 // ---- Uploads (tus 1.0)
 
@@ -26588,7 +26547,7 @@ class Uploader {
       try {
         await this.upload(await storedRow(row.own) ?? row);
       } catch (error) {
-        if (error.final) await leader?.fail(row.own, error.message);
+        if (error.final) await leader?.setFailed(row.own, error.message);
         else await new Promise((done) => { this.wake = done; setTimeout(done, 2000); });
       }
     }
@@ -26601,7 +26560,8 @@ class Uploader {
       this.patience = Math.min(2 * this.patience, 60000); // if the line is only slow
       end.abort();
     }, body ? 60000 : this.patience);
-    const response = await fetch(url, { method, body, signal: end.signal,
+    const path = new URL(url, location).pathname; // a link may have another name of this host
+    const response = await fetch(path, { method, body, signal: end.signal,
       headers: { 'Tus-Resumable': '1.0.0', Authorization, ...headers } })
       .finally(() => clearTimeout(timer));
     if (response.status === 401) this.token = null;
@@ -26611,7 +26571,7 @@ class Uploader {
   }
 
   newToken() {
-    if (!leader?.registered) throw new Error('no connection'); // welcome() wakes
+    if (!isOnline()) throw new Error('no connection'); // welcome() wakes
     leader.send('TOKEN GENERATE FILEHOST');
     return new Promise((done, lost) => { this.asking = { done, lost }; });
   }
@@ -26619,19 +26579,18 @@ class Uploader {
   async upload(row) {
     if (!(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
     let at = NaN; // in the file, as the server has it
-    if (row.link) at = offsetIn(await this.call('HEAD', new URL(row.link).pathname));
+    if (row.link) at = offsetIn(await this.call('HEAD', row.link));
     if (!(at >= 0)) at = await this.create(row);
-    const path = new URL(row.link).pathname;
     const wanted = () => state.outbox.some(({ own }) => own === row.own);
     while (at < row.size && wanted()) {
-      const response = await this.call('PATCH', path, { 'Upload-Offset': at,
+      const response = await this.call('PATCH', row.link, { 'Upload-Offset': at,
         'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK));
       at = offsetIn(response);
       if (wanted()) publish({ row: { ...shared(row), sent: at } });
     }
     if (!wanted()) { // cancelled, maybe while its link was being stored
       await store('outbox', 'delete', row.own);
-      return this.call('DELETE', path);
+      return this.call('DELETE', row.link);
     }
     if (!(at >= row.size)) throw new Error('the server has lost the upload');
     const what = row.type.startsWith('image/') ? 'picture' : row.type || 'file';
@@ -26643,7 +26602,7 @@ class Uploader {
     const response = await this.call('POST', '/files', { 'Upload-Length': row.size,
       'Upload-Metadata': `filename ${toBase64(bytesOf(row.name))}` });
     row.link = response.headers.get('Location');
-    await store('outbox', 'put', blobs[row.own] ? shared(row) : row);
+    await keep(row);
     return 0;
   }
 }
@@ -26664,16 +26623,15 @@ class Leader {
   uploader = new Uploader();
 
   connect() {
-    clearTimeout(this.timer);
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
     if (!setting('secret')) set('secret', randomHex(16));
     this.scram?.terminate(); // it belongs to the last connection
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
-    const socket = this.socket = new WebSocket(url, 'text.ircv3.net');
-    socket.onopen = () => this.register();
-    socket.onmessage = ({ data }) => this.socket === socket && this.receive(data);
-    socket.onclose = () => this.socket === socket && this.closed();
+    this.socket = new WebSocket(url, 'text.ircv3.net');
+    this.socket.onopen = () => this.register();
+    this.socket.onmessage = ({ data }) => this.receive(data);
+    this.socket.onclose = () => this.closed();
     this.watch(OPENING);
     publish({ phase: 'connecting' });
   }
@@ -26695,19 +26653,24 @@ class Leader {
     if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(line);
   }
 
-  request = request;
+  // `how` is the subcommand of CHATHISTORY, or SEARCH
+  request(how, key, rest) {
+    const label = newId();
+    publish({ asked: { label, how, key, name: state.rooms[key]?.name } });
+    this.send(`@label=${label} ${how === 'SEARCH' ? '' : 'CHATHISTORY '}${how} ${rest}`);
+  }
 
   // A silent connection gets a PING (scripts see none of WebSocket); still silent, it has ended
   watch(ms) {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => {
-      if (this.pinged || !this.registered) this.closed();
+      if (this.pinged || !isOnline()) this.closed();
       else this.probe(LIMIT);
     }, ms);
   }
 
   probe(ms = 4000) { // also when the network may have changed, or the page was asleep
-    if (!this.registered) return this.hurry();
+    if (!isOnline()) return this.hurry();
     this.pinged = true;
     this.send('PING :alive');
     return this.watch(ms);
@@ -26721,7 +26684,7 @@ class Leader {
   receive(data) {
     const line = parseLine(data), { verb, params } = line;
     this.pinged = false;
-    if (this.registered) this.watch(SILENCE);
+    if (isOnline()) this.watch(SILENCE);
     else this.registering(line, lastOf(params));
     if (this.scram) this.proving(line);
     if (verb === '465' || verb === 'ERROR') this.error ||= lastOf(params);
@@ -26736,45 +26699,57 @@ class Leader {
   registering({ verb, params }, text) {
     if (params[1] === 'NAK') this.stop('This page is older than the server: reload it');
     if (verb === '464') this.stop('This server has a password');
-    if (/^43[237]$/.test(verb)) this.takeOther(text);
     if (params[1] === 'ACCOUNT_REQUIRED') set('secret', null);
-  }
-
-  takeOther(why) { // a name is not free: ask; or, after a break, take one with a number
-    if (!setting('welcomed') || ++this.others > 20) this.stop(why);
+    if (!/^43[237]$/.test(verb)) return;
+    // The name is not free: ask; or, after a break, take one with a number
+    if (!setting('welcomed') || ++this.others > 20) this.stop(text);
     else this.send(`NICK ${state.me.slice(0, 28)}${this.others + 1}`);
   }
 
   welcome() {
-    Object.assign(this, { registered: true, since: Date.now() });
+    this.since = Date.now();
     set('welcomed', true);
     this.watch(SILENCE);
-    publish({ phase: 'online' });
     joined().forEach((name) => this.send(`JOIN ${name}`));
-    this.pump();
+    publish({ phase: 'online' });
     this.uploader.wake?.();
   }
 
-  // Send what waits, in order; after a break one at a time, until that works. History comes after
+  // Do what can be done now; after each item. What waits is sent in order, after a break one at a
+  // time, until that works. History comes after
   pump() {
-    if (!this.registered) return;
+    this.uploader.run();
+    if (!isOnline()) return;
     for (const row of waiting()) {
       if (this.inFlight.size >= this.window) break;
       if (!this.inFlight.has(row.own)) linesOf(row).forEach((line) => this.send(line));
       this.inFlight.add(row.own);
     }
-    catchUp();
+    if (!waiting().length && !isAsked('AFTER', 'LATEST', 'TARGETS')) this.catchUp();
+  }
+
+  // Ask for what came while this browser was away: one room after the other, the one on the screen
+  // first. What is said meanwhile stands below the gap
+  catchUp() {
+    const behind = allRooms().filter((to) => to.behind && (to.joined || !isChannel(to.name)));
+    const { key, name, upTo, walked } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
+    const newest = setting('newest');
+    if (!this.knowsTargets) {
+      const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
+      this.knowsTargets = true;
+      this.request('TARGETS', '', `${from} timestamp=2199-01-01T00:00:00.000Z 100`);
+    } else if (upTo && walked < WALKED) {
+      this.request('AFTER', key, `${name} msgid=${upTo} ${state.page}`);
+    } else if (key) this.request('LATEST', key, `${name} * ${state.page}`);
   }
 
   arrived(own) {
     this.wait = SHORTEST;
     this.window = Math.min(64, this.window * 2);
-    this.inFlight.delete(own);
     store('outbox', 'delete', own);
-    this.pump();
   }
 
-  async fail(own, failed) {
+  async setFailed(own, failed) { // why a row was refused; '' tries it again
     const row = await storedRow(own);
     this.inFlight.delete(own);
     if (row) await accept({ ...row, failed });
@@ -26785,10 +26760,10 @@ class Leader {
     if (socket) Object.assign(socket, { onclose: null, onmessage: null, onopen: null }).close();
     this.socket = null;
     clearTimeout(this.timer);
-    if (this.registered && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
+    if (isOnline() && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
     if (this.inFlight.size) this.window = 1;
     this.inFlight.clear();
-    this.registered = this.pinged = false;
+    this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
     this.uploader.end?.abort(); // its connection may be as dead
     if (leader !== this || state.phase === 'ended') return;
@@ -26853,9 +26828,9 @@ class Leader {
     Object.assign(this, { scram: null, login: null });
     set('login', verb === '903' ? scram.login : null);
     if (verb === '904') this.error = `Not logged in: ${lastOf(params)}`;
-    if (this.registered && this.error) publish({ note: this.error });
+    if (isOnline() && this.error) publish({ note: this.error });
     else if (this.error) this.stop(this.error);
-    else if (!this.registered) this.send('CAP END');
+    else if (!isOnline()) this.send('CAP END');
   }
 }
 
@@ -26871,27 +26846,30 @@ function keepJoined(name, on) {
 let keeping = 0;
 
 function remember(to) {
-  to.fresh = (to.fresh ?? 0) + 1;
+  to.fresh = true;
   if (leader) keeping ||= setTimeout(keepRooms, 1000);
+}
+
+function storedForm({ key, name, topic, marker, messages, behind, upTo }) {
+  const end = behind ? messages.findIndex(({ id }) => id && id === upTo) + 1 : messages.length;
+  const said = messages.slice(0, end).filter(({ id }) => id);
+  return { key, name, topic, marker, messages: said.slice(-KEPT) };
 }
 
 async function keepRooms() {
   keeping = 0;
-  let newest = '';
-  if (state.phase === 'online' && !allRooms().some((to) => to.joined && to.behind)) {
-    const last = allRooms().flatMap(({ messages }) => messages.slice(-20).filter(({ id }) => id));
-    newest = last.length ? last.reduce((a, b) => (before(a, b) ? b : a)).id : '';
+  const complete = isOnline() && !allRooms().some((to) => to.joined && to.behind);
+  const [newest] = allRooms().map(lastSaid).filter(Boolean)
+    .sort((a, b) => (before(a, b) ? 1 : -1));
+  const fresh = allRooms().filter((to) => to.fresh);
+  fresh.forEach((to) => { to.fresh = false; });
+  try {
+    await store('rooms', 'put', ...fresh.map(storedForm));
+    // Only now: or a new talk would be known neither here nor by TARGETS
+    if (complete && newest) set('newest', newest.id);
+  } catch {
+    fresh.forEach((to) => { to.fresh = true; });
   }
-  const puts = [];
-  for (const to of allRooms().filter(({ fresh }) => fresh)) {
-    const { key, name, topic, marker, messages, behind, upTo, fresh } = to;
-    const end = behind ? messages.findIndex(({ id }) => id && id === upTo) + 1 : messages.length;
-    const whole = messages.slice(0, end).filter(({ id }) => id);
-    const put = store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
-    puts.push(put.then(() => { if (to.fresh === fresh) to.fresh = 0; }));
-  }
-  await Promise.all(puts); // or a new talk would be known neither here nor by TARGETS
-  if (newest) set('newest', newest);
 }
 
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
@@ -26907,8 +26885,8 @@ let attached = false; // the model is that of the leader
 let answered = 0; // when the leader last answered
 
 function publish(item) { // to all tabs, this one included
+  channel.postMessage({ item }); // first: what follows from it may be published, too
   apply(item);
-  channel.postMessage({ item });
 }
 
 function act(name, ...values) { // have the leader do something
@@ -26918,21 +26896,17 @@ function act(name, ...values) { // have the leader do something
 }
 
 // Send a line that the user wants to be sent. None waits for a connection
-const ask = (line) => (state.phase === 'online' ? act('send', line)
-  : note('Not done: there is no connection'));
+const ask = (line) => (isOnline() ? act('send', line) : note('Not done: there is no connection'));
 const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
-  opened(name) { // the leader reads its past
-    room(name);
-    catchUp();
-  },
-  closed(key) {
+  opened: room, // the leader reads its past
+  closed(name) {
+    const key = fold(name);
     delete state.rooms[key];
     if (key === here) openRoom('#lobby');
-    if (!leader) return;
-    store('rooms', 'delete', key);
-    set('joined', joined().filter((name) => fold(name) !== key));
+    keepJoined(name, false);
+    if (leader) store('rooms', 'delete', key);
   },
   line: dispatch,
   note,
@@ -26945,37 +26919,30 @@ const ITEMS = {
     if (blob) blobs[row.own] = blob;
     state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
     room(row.target);
-    refresh();
-    leader?.pump();
-    leader?.uploader.run();
   },
   dropped(own) {
     delete blobs[own];
     state.outbox = without(own);
     leader?.inFlight.delete(own);
-    leader?.pump();
-    refresh();
   },
   phase(phase, { why = '' }) {
     Object.assign(state, { phase, why });
     if (phase === 'connecting') state.account = '';
-    if (phase !== 'online') connectionLost(); // also of a tab that led before
-    if (phase === 'online' && $('sheet').dataset.kind === 'name') closeSheet();
+    if (!isOnline()) { // also in a tab that led before
+      if (isAsked('AFTER', 'LATEST', 'BEFORE')) state.page = Math.max(1, state.page >> 2);
+      Object.assign(state, { asked: {}, batches: {} });
+      allRooms().forEach(miss);
+    }
+    if (isOnline() && sheet.dataset.kind === 'name') closeSheet();
     if (phase === 'ended') nameSheet();
-    refresh();
   },
 };
 
-function connectionLost() {
-  if (isAsked('after', 'latest', 'before')) state.page = Math.max(1, state.page >> 2);
-  Object.assign(state, { asked: {}, batches: {} });
-  allRooms().forEach(miss);
-}
-
 function apply(item) {
   const [name] = Object.keys(item);
-  if (item.line?.verb === '001') ITEMS.me(item.line.params[0]);
   ITEMS[name](item[name], item);
+  leader?.pump();
+  refresh();
 }
 
 channel.onmessage = ({ data: { item, name, values, hello, known, led, snapshot, to } }) => {
@@ -26991,14 +26958,16 @@ channel.onmessage = ({ data: { item, name, values, hello, known, led, snapshot, 
   drawLog();
 };
 
+const loadOutbox = async () =>
+  (await stored('outbox')).forEach((row) => apply({ row: shared(row) }));
+
 async function lead() {
   if (leader) return;
   attached = true;
   leader = new Leader();
   channel.postMessage({ led: true });
   leader.connect();
-  const rows = await stored('outbox'); // also of tabs that ended
-  rows.forEach((row) => ITEMS.row(shared(row)));
+  await loadOutbox(); // also of tabs that ended
 }
 
 function follow() {
@@ -27080,11 +27049,24 @@ function fileView({ file: { path, type, size, width, height }, text }) {
 
 function reactionsOf(message) {
   const used = new Set(message.reactions.map(([emoji]) => emoji));
-  return used.size > 0 && el('div', { className: 'reactions' }, ...Array.from(used, (emoji) => {
+  return used.size > 0 && div('reactions', ...Array.from(used, (emoji) => {
     const nicks = message.reactions.filter(([one]) => one === emoji).map(([, nick]) => nick);
     return button(`${emoji} ${nicks.length}`, () => toggle(message, emoji),
       { ariaPressed: String(nicks.some(isMe)), ariaLabel: `${emoji} ${nicks.join(', ')}` });
   }));
+}
+
+const above = (row) =>
+  row.previousElementSibling ?? row.parentElement.previousElementSibling?.lastElementChild;
+
+// Show the day if it is not that of the row above, and the name if it is not the same
+function decorate(row) {
+  const { nick, time, info, reply: id } = row.message, last = above(row)?.message;
+  const day = !last || dayOf(last.time) !== dayOf(time);
+  if (day) row.dataset.day = dayOf(time);
+  row.classList.toggle('day', day);
+  row.classList.toggle('same', !day && !info && !last.info && !id && last.nick === nick
+    && Date.parse(time) - Date.parse(last.time) < 300000);
 }
 
 const rows = new WeakMap(); // message -> its row
@@ -27097,21 +27079,7 @@ function fillRow(row) {
     message.called && 'called'].filter(Boolean).join(' ');
   row.replaceChildren(...[!info && headOf(message), id && quoteOf(id), body, reactionsOf(message)]
     .filter(Boolean));
-}
-
-const above = (row) =>
-  row.previousElementSibling ?? row.parentElement.previousElementSibling?.lastElementChild;
-
-// Show the day if it is not that of the row above, and the name if it is not the same
-function decorate(row) {
-  if (!row?.message) return;
-  const { nick, time, info, reply: id } = row.message, last = above(row)?.message;
-  const day = !last || dayOf(last.time) !== dayOf(time);
-  const soon = last && Date.parse(time) - Date.parse(last.time) < 300000;
-  if (day) row.dataset.day = dayOf(time);
-  row.classList.toggle('day', day);
-  const same = !day && !info && !last.info && last.nick === nick && soon && !id;
-  row.classList.toggle('same', Boolean(same));
+  decorate(row);
 }
 
 // The element in front of which new rows are put that come before the row `next`
@@ -27119,9 +27087,7 @@ function blockBefore(next) {
   if (!next) return $('waiting');
   const block = next.parentElement;
   if (next === block.firstElementChild) return block;
-  const rest = el('div', { className: 'block' });
-  while (next.nextElementSibling) rest.append(next.nextElementSibling);
-  rest.prepend(next);
+  const all = [...block.children], rest = div('block', ...all.slice(all.indexOf(next)));
   block.after(rest);
   return rest;
 }
@@ -27131,7 +27097,7 @@ function drawRows(messages, next) {
   let block = next ? null : place.previousElementSibling;
   for (const message of messages) {
     if (!block || block.childElementCount >= ROWS) {
-      block = el('div', { className: 'block' });
+      block = div('block');
       place.before(block);
     }
     const row = el('article', { tabIndex: -1, message });
@@ -27139,17 +27105,15 @@ function drawRows(messages, next) {
     rows.set(message, row);
     block.append(row);
     fillRow(row);
-    decorate(row);
   }
-  decorate(next);
+  if (next) decorate(next);
   afterFrame(measureBlocks);
 }
 
 // The browser draws only the blocks that are in sight, once their height is known: a guessed height
 // would move what the reader looks at
 function measureBlocks() {
-  const blocks = [...log.querySelectorAll('.block:not(.known)')];
-  const full = blocks.filter((block) => block.nextElementSibling !== $('waiting'));
+  const full = [...log.querySelectorAll('.block:not(.known, :nth-last-child(2))')];
   const heights = full.map((block) => block.offsetHeight);
   full.forEach((block, n) => {
     block.style.setProperty('contain-intrinsic-size', `1px ${heights[n]}px`);
@@ -27170,49 +27134,46 @@ function keepPlace(change) {
 
 function inserted(to, index, messages) {
   if (to !== shown() || !messages.length) return;
-  if (index < drawnFrom) {
-    drawnFrom += messages.length;
-    return;
-  }
-  keepPlace(() => drawRows(messages, rows.get(to.messages[index + messages.length])));
-  markRead();
+  if (index < drawnFrom) drawnFrom += messages.length;
+  else keepPlace(() => drawRows(messages, rows.get(to.messages[index + messages.length])));
 }
 
 function changed(message) {
   const row = rows.get(message);
-  if (row?.isConnected) keepPlace(() => { fillRow(row); decorate(row); });
+  if (row?.isConnected) keepPlace(() => fillRow(row));
 }
 
 function drawLog() {
-  const to = shown();
   log.querySelectorAll('.block').forEach((block) => block.remove());
-  drawnFrom = Math.max(0, to.messages.length - PAGE);
+  drawnFrom = shown().messages.length;
   stuck = true;
-  keepPlace(() => drawRows(to.messages.slice(drawnFrom), null));
+  drawOlder(PAGE);
   refresh();
 }
 
-function drawOlder() {
-  const to = shown(), end = drawnFrom;
-  if (!end) return askOlder(to);
-  drawnFrom = Math.max(0, end - ROWS);
-  return keepPlace(() => drawRows(to.messages.slice(drawnFrom, end), rows.get(to.messages[end])));
+function drawOlder(count = ROWS) {
+  const to = shown(), end = drawnFrom, first = to.messages.find(({ id }) => id);
+  if (end) {
+    drawnFrom = Math.max(0, end - count);
+    keepPlace(() => drawRows(to.messages.slice(drawnFrom, end), rows.get(to.messages[end])));
+  } else if (first && isOnline() && !to.whole && !to.behind && !isAsked('BEFORE')) {
+    act('request', 'BEFORE', to.key, `${to.name} msgid=${first.id} ${state.page}`);
+  }
 }
 
 log.onscroll = () => {
   stuck = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
   $('newest').hidden = stuck;
   if (log.scrollTop < 1500) drawOlder();
-  if (stuck) markRead();
+  if (stuck) refresh();
 };
 log.onwheel = log.ontouchmove = log.onscroll; // at the top, nothing scrolls any more
 $('newest').onclick = () => { stuck = true; keepPlace(); };
 
 function markRead() {
-  const to = shown(), last = lastOf(to.messages.filter(({ id }) => id));
+  const to = shown(), last = lastSaid(to);
   if (document.hidden || !stuck || !last || last.time <= to.marker) return;
   to.marker = last.time;
-  count(to);
   if (!isMe(last.nick)) act('send', `MARKREAD ${to.name} timestamp=${last.time}`);
 }
 
@@ -27243,32 +27204,39 @@ function fill(parent, facts, make) {
 
 function draw() {
   drawing = false;
-  const to = shown(), unread = allRooms().reduce((sum, one) => sum + one.unread, 0);
+  markRead();
+  const to = shown(), list = allRooms().map(factsOf);
+  const unread = list.reduce((sum, one) => sum + one.unread, 0);
   document.title = `${unread ? `(${unread}) ` : ''}${to.name}`;
   $('name').textContent = to.name;
-  $('newest').textContent = `\u2193 ${to.unread || ''}`;
+  $('newest').textContent = `\u2193 ${list.find(({ now }) => now).unread || ''}`;
   const members = Object.values(to.members);
   $('people').hidden = !isChannel(to.name);
-  const known = isChannel(to.name) ? counted(members.length, 'member') : '';
-  $('topic').textContent = to.topic || known;
-  const called = allRooms().some((one) => one.called) ? 'called' : '';
+  $('topic').textContent = to.topic
+    || (isChannel(to.name) ? counted(members.length, 'member') : '');
   $('menu').setAttribute('aria-label', `Conversations, ${unread} unread`);
-  Object.assign($('menu').lastElementChild, { textContent: Math.min(unread, 99), hidden: !unread,
-    className: `badge ${called}` });
-  drawRooms();
+  const sum = { unread: Math.min(unread, 99), called: list.some(({ called }) => called) };
+  fill($('menu').lastElementChild, sum, () => [badgeOf(sum)]);
+  drawRooms(list);
   fill($('people'), members, () => peopleOf(members));
   drawWaiting(state.outbox.filter(({ target }) => fold(target) === here));
   drawPhase();
 }
 
-function drawRooms() {
-  const list = allRooms().map(({ key, name, joined: inside, unread, called }) =>
-    ({ key, name, away: isChannel(name) && !inside, unread, called, now: key === shown().key }))
-    .sort((a, b) => isChannel(b.name) - isChannel(a.name) || a.key.localeCompare(b.key));
-  const badge = ({ unread, called }) => unread && el('span', { ariaLabel: `${unread} unread`,
-    className: `badge ${called ? 'called' : ''}` }, unread);
+// What the list of rooms says about one
+function factsOf(to) {
+  const { key, name, joined: inside } = to, unread = unreadIn(to);
+  return { key, name, away: isChannel(name) && !inside, now: to === shown(), unread: unread.length,
+    called: unread.some(({ called }) => called || !isChannel(name)) };
+}
+
+const badgeOf = ({ unread, called }) => el('span', { className: `badge ${called ? 'called' : ''}`,
+  hidden: !unread, ariaLabel: `${unread} unread` }, unread);
+
+function drawRooms(list) {
+  list.sort((a, b) => isChannel(b.name) - isChannel(a.name) || a.key.localeCompare(b.key));
   fill($('rooms'), list, () => [...list.map((to) => button(
-    [el('span', {}, to.name), badge(to)], () => openRoom(to.name),
+    [el('span', {}, to.name), badgeOf(to)], () => openRoom(to.name),
     { ariaCurrent: String(to.now), className: to.away ? 'dim' : '' })),
   button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
 }
@@ -27289,7 +27257,8 @@ function drawWaiting(list) {
     const ariaLive = row.failed ? 'polite' : 'off'; // its echo is read out
     return el('article', { className: 'row mine', ariaLive }, withLinks(row.text ?? row.name), bar,
       el('span', { className: row.failed ? 'failed' : 'dim' }, why),
-      row.failed && button('Retry', () => retry(row)), button('Cancel', () => cancel(row)));
+      row.failed && button('Retry', () => act('setFailed', row.own, '')),
+      button('Cancel', () => cancel(row)));
   })));
 }
 
@@ -27300,14 +27269,14 @@ function drawPhase() {
   const whole = text && count ? `${text}; ${counted(count, 'message')} waiting` : text;
   if ($('phase').textContent !== whole) $('phase').textContent = whole;
   $('phase').hidden = !whole;
-  const typing = Object.values(shown().typing).filter(([, until]) => until > Date.now());
-  const names = typing.slice(0, 3).map(([nick]) => nick).join(', ');
+  const names = Object.values(shown().typing).filter(([, until]) => until > Date.now())
+    .slice(0, 3).map(([nick]) => nick).join(', ');
   $('typing').textContent = names && `${names} typing`;
 }
 
 function openRoom(name) {
+  if (!name) return note('No name was given');
   const to = room(name);
-  keepDraft();
   here = to.key;
   set('here', to.name);
   $('rooms').classList.remove('open');
@@ -27315,7 +27284,6 @@ function openRoom(name) {
   if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
   restoreDraft();
-  markRead();
   publish({ opened: name });
 }
 
@@ -27370,10 +27338,9 @@ $('composer').onsubmit = async (event) => {
   event.preventDefault();
   const text = field.value, to = shown(), own = setting(`draft.${here}`)?.own;
   if (!text.trim()) return;
-  const reply = replyTo?.id;
   try {
     if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
-    else await say(to.name, text.replace(/^\/\//, '/'), { reply, own });
+    else await say(to.name, text.replace(/^\/\//, '/'), { reply: replyTo?.id, own });
   } catch (error) {
     note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
     return;
@@ -27401,15 +27368,17 @@ field.onkeydown = (event) => {
 function complete() {
   const head = field.value.replace(/\S*$/, ''), stem = fold(field.value.slice(head.length));
   const known = [...Object.values(shown().members), ...allRooms()];
-  const found = known.find(({ name }) => stem && fold(name).startsWith(stem) && !isMe(name));
-  if (found) field.value = head + found.name + (head || isChannel(found.name) ? ' ' : ': ');
-  return Boolean(found);
+  const found = known.find(({ name }) => fold(name).startsWith(stem) && !isMe(name));
+  if (!found || head === field.value) return false;
+  field.value = head + found.name + (head || isChannel(found.name) ? ' ' : ': ');
+  keepDraft();
+  return true;
 }
 
 const COMMANDS = new Map(Object.entries({ // name -> what it does
   me: (text, to, own) => say(to.name, text, { action: true, own }),
   msg: (text) => {
-    const [, name, said] = /^(\S+)\s*(.*)$/s.exec(text);
+    const [, name, said] = /^(\S*)\s*(.*)$/s.exec(text);
     openRoom(name);
     return said && say(name, said);
   },
@@ -27440,17 +27409,13 @@ function enter(name, password = '') {
 
 const SHRUNK = 1600; // pixels of the longer side
 
-function choose(properties) {
-  const input = el('input',
-    { type: 'file', id: 'file', hidden: true, multiple: true, ...properties });
-  $('file')?.remove();
-  document.body.append(input); // some browsers forget an input that is in no document
-  input.onchange = () => offer(...input.files);
-  input.click();
+for (const [opener, input] of [[$('attach'), $('file')], [$('camera'), $('photo')]]) {
+  opener.onclick = () => input.click();
+  input.onchange = () => {
+    offer(...input.files);
+    input.value = ''; // the same file may be chosen again
+  };
 }
-
-$('attach').onclick = () => choose({});
-$('camera').onclick = () => choose({ accept: 'image/*', capture: 'environment' });
 field.onpaste = ({ clipboardData: { files } }) => offer(...files);
 document.ondragover = document.ondrop = (event) => {
   const { type, target, dataTransfer: { types, files } } = event;
@@ -27474,7 +27439,11 @@ async function shrunk(file) {
 
 // Ask before files are sent, one after the other
 async function offer(file, ...others) {
-  if (!file?.size) return file && note(`${file.name} is empty`);
+  if (!file) return;
+  if (!file.size) {
+    note(`${file.name} is empty`);
+    return offer(...others);
+  }
   const target = shown().name, { name, size, type } = file;
   const small = isPicture(type) && type !== 'image/gif' && await shrunk(file).catch(() => null);
   const smaller = el('input', { type: 'checkbox', checked: true });
@@ -27513,7 +27482,7 @@ function messageSheet(message) {
     closeSheet();
     toggle(message, other.value.trim());
   };
-  openSheet(`${nick}: ${text.slice(0, 80)}`, [el('div', { className: 'buttons' },
+  openSheet(`${nick}: ${text.slice(0, 80)}`, [div('buttons',
     ...EMOJI.map((emoji) => choice(emoji, () => toggle(message, emoji))), other)],
   [choice('Reply', () => setReplyTo(message)),
     isMe(nick) ? choice('Take back', () => ask(`REDACT ${to} ${id}`))
@@ -27547,10 +27516,11 @@ log.onkeydown = (event) => {
 
 // ---- Sheets
 
+const sheet = $('sheet');
+
 function openSheet(title, parts, buttons = [], kind = '') {
-  const sheet = $('sheet');
   sheet.replaceChildren(el('h2', { id: 'title' }, title), ...parts.filter(Boolean),
-    el('div', { className: 'buttons' }, ...buttons, button('Close', closeSheet)));
+    div('buttons', ...buttons, button('Close', closeSheet)));
   sheet.dataset.kind = kind;
   if (sheet.open) return;
   if (sheet.showModal) sheet.showModal();
@@ -27558,19 +27528,18 @@ function openSheet(title, parts, buttons = [], kind = '') {
 }
 
 function closeSheet() {
-  if ($('sheet').close) $('sheet').close();
-  else $('sheet').removeAttribute('open');
+  if (sheet.close) sheet.close();
+  else sheet.removeAttribute('open');
 }
 
-$('sheet').onclick = ({ target }) => { if (target === $('sheet')) closeSheet(); };
+sheet.onclick = ({ target }) => { if (target === sheet) closeSheet(); };
 
 // A sheet with fields ([label, properties of the input]) and a button
 function form(title, fields, text, action, more = [], kind = '') {
   const inputs = fields.map(([, properties]) =>
     el('input', { autocomplete: 'off', autocapitalize: 'off', ...properties }));
-  const made = el('form', {},
-    ...inputs.map((input, n) => el('label', {}, fields[n][0], input)),
-    el('div', { className: 'buttons' }, el('button', { className: 'main' }, text)));
+  const made = el('form', {}, ...inputs.map((input, n) => el('label', {}, fields[n][0], input)),
+    div('buttons', el('button', { className: 'main' }, text)));
   made.onsubmit = (event) => {
     event.preventDefault();
     if (kind !== 'search') closeSheet();
@@ -27608,25 +27577,24 @@ function joinSheet() {
 }
 
 function roomSheet() {
-  const to = shown(), members = Object.values(to.members);
-  const list = el('div', { className: 'list' }, ...peopleOf(members));
-  const inside = to.joined || (isChannel(to.name) && state.phase !== 'online');
-  const leave = () => (inside ? ask(`PART ${to.name}`) : publish({ closed: to.key }));
+  const to = shown(), list = div('list', ...peopleOf(Object.values(to.members)));
+  const inside = to.joined || (isChannel(to.name) && !isOnline());
+  const leave = () => (inside ? ask(`PART ${to.name}`) : publish({ closed: to.name }));
   openSheet(to.name, [to.topic && dim(to.topic), list],
     [choice(inside ? 'Leave' : 'Remove from the list', leave)]);
 }
 
 function searchSheet(words = '') {
   const { key, name } = shown();
-  const search = (text) => text && act('request', 'found', key,
-    `SEARCH in=${escapeTag(name)};text=${escapeTag(text)};limit=50`);
+  const search = (text) => text && act('request', 'SEARCH', key,
+    `in=${escapeTag(name)};text=${escapeTag(text)};limit=50`);
   form(`Search in ${name}`, [['Words', { value: words }]], 'Search', search,
     [el('div', { id: 'found', className: 'list' })], 'search');
 }
 
 function showFound(messages, { key, name, why }) {
   const list = messages.map(({ time, nick, text, id }) => button(`${dayOf(time)} ${nick}: ${text}`,
-    () => act('request', 'around', key, `AROUND ${name} msgid=${id} 30`)));
+    () => act('request', 'AROUND', key, `${name} msgid=${id} 30`)));
   $('found')?.replaceChildren(dim(why ?? counted(list.length, 'message')), ...list);
 }
 
@@ -27640,7 +27608,7 @@ function settingsSheet() {
   openSheet(state.me, [dim(state.account ? `Logged in as ${state.account}` : 'Not logged in'),
     !self.isSecureContext && dim('Over plain http, others on this network can read along, and '
       + 'the page can neither be installed nor opened without network.'), otherWays()],
-  [button('Name', () => (state.phase !== 'online' ? nameSheet()
+  [button('Name', () => (!isOnline() ? nameSheet()
     : form('Your name', [nameField()], 'Change', (name) => ask(`NICK ${name}`)))),
     ...state.account ? [choice('Log out', () => act('logOut'))]
       : [button('Log in', logInSheet), button('Register', signUpSheet)]]);
@@ -27659,60 +27627,52 @@ function signUpSheet() {
 
 // ---- Start
 
-function listen() {
-  $('where').onclick = roomSheet;
-  $('find').onclick = () => searchSheet();
-  $('menu').onclick = () => $('rooms').classList.toggle('open');
-  log.addEventListener('pointerdown', () => $('rooms').classList.remove('open'));
-  new ResizeObserver(() => keepPlace()).observe(log);
-  addEventListener('keydown', (event) => {
-    if (event.key === 'Escape' && !$('sheet').showModal) closeSheet(); // browsers before 2022
-    if (event.key !== 'k' || !event.ctrlKey) return;
-    event.preventDefault();
-    joinSheet();
-  });
-  addEventListener('online', () => act('probe'));
-  addEventListener('pagehide', () => {
-    keepDraft();
-    attached = Boolean(leader); // a page that is shown again has missed what the leader published
-    if (leader) keepRooms();
-    if (leader && !navigator.locks) set('lease', null);
-  });
-  addEventListener('visibilitychange', () => {
-    if (document.hidden) return leader && keepRooms();
-    markRead();
-    act('probe');
-    return callLeader();
-  });
-  setInterval(drawPhase, 1000);
-  if (!navigator.locks) setInterval(elect, 2000);
-  self.visualViewport?.addEventListener('resize', () => { // the keyboard of a phone
-    const { style, clientHeight } = document.documentElement;
-    const covered = clientHeight - visualViewport.height * visualViewport.scale;
-    style.setProperty('--keyboard', `${Math.max(0, covered)}px`);
-  });
-}
+$('where').onclick = roomSheet;
+$('find').onclick = () => searchSheet();
+$('menu').onclick = () => $('rooms').classList.toggle('open');
+log.onpointerdown = () => $('rooms').classList.remove('open');
+new ResizeObserver(() => keepPlace()).observe(log);
+visualViewport.onresize = () => { // the keyboard of a phone
+  const { style, clientHeight } = document.documentElement;
+  const covered = clientHeight - visualViewport.height * visualViewport.scale;
+  style.setProperty('--keyboard', `${Math.max(0, covered)}px`);
+};
+document.onkeydown = (event) => {
+  if (event.key === 'Escape' && !sheet.showModal) closeSheet(); // browsers before 2022
+  if (event.key !== 'k' || !event.ctrlKey) return;
+  event.preventDefault();
+  joinSheet();
+};
+self.ononline = () => act('probe');
+self.onpagehide = () => {
+  attached = Boolean(leader); // a page that is shown again has missed what the leader published
+  if (leader) keepRooms();
+  if (leader && !navigator.locks) set('lease', null);
+};
+addEventListener('visibilitychange', () => {
+  if (document.hidden) return leader && keepRooms();
+  refresh();
+  act('probe');
+  return callLeader();
+});
 
 async function start() {
-  listen();
   state.me = setting('name') ?? '';
   here = fold(setting('here') ?? '#lobby');
-  await openDatabase().catch(() => null); // as in some private windows
+  await openDatabase();
   for (const kept of await stored('rooms')) {
-    const to = Object.assign(room(kept.name), kept);
-    to.behind = false;
-    miss(to);
-    to.messages.forEach(({ id }) => { to.ids[id] = 1; });
-    count(to);
+    miss(Object.assign(room(kept.name), kept, { behind: false }));
   }
   room('#lobby');
-  state.outbox = (await stored('outbox')).map(shared).sort((a, b) => a.n - b.n);
+  await loadOutbox();
   drawLog();
   restoreDraft();
   if (!state.me) nameSheet();
   elect();
   callLeader();
   navigator.serviceWorker?.register('/sw.js').catch(() => null);
+  setInterval(drawPhase, 1000);
+  if (!navigator.locks) setInterval(elect, 2000);
 }
 // The empty page is painted first: what a browser keeps takes its time
 afterFrame(start);
@@ -27877,9 +27837,8 @@ async function part(request) {
 }
 
 self.addEventListener('fetch', (event) => {
-  const { pathname, origin } = new URL(event.request.url);
-  const ours = origin === self.location.origin && PARTS.includes(pathname);
-  if (ours && event.request.method === 'GET') event.respondWith(part(event.request));
+  const { method, url } = event.request, { pathname } = new URL(url);
+  if (method === 'GET' && PARTS.includes(pathname)) event.respondWith(part(event.request));
 });
 """
 
@@ -27890,7 +27849,6 @@ fill="#1558b0"/><path d="M12 16h40v26H30L20 52V42h-8z" fill="#fff"/></svg>
 
 PAGE_MANIFEST = {
     "name": "Chat",
-    "short_name": "Chat",
     "start_url": "/",
     "display": "standalone",
     "background_color": "#14171b",

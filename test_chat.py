@@ -33937,6 +33937,22 @@ def test_older_messages_come_by_scrolling_and_unread_ones_are_counted(running, b
     tab.until("document.querySelector('#menu .badge').hidden")
 
 
+def test_older_messages_find_their_places_in_one_walk_over_the_room(running, browse):
+    tab = browse(with_page(running).address)
+    tab.js("""(() => {
+      self.reads = 0;
+      const message = (_, n) => ({ nick: 'bob', text: `${n}`, time: now(), reactions: [],
+        get id() { reads++; return `${(4096 + n).toString(16)}abcd`; } });
+      const all = Array.from({ length: 1000 }, message);
+      add(room('#big'), all.slice(100));
+      reads = 0;
+      add(room('#big'), all.slice(0, 100));
+      self.needed = reads;
+    })()""")
+    assert tab.js("needed") < 10_000
+    assert tab.js("room('#big').messages.map(({ text }) => +text)") == list(range(1000))
+
+
 def test_page_netcat_terminal_and_window_talk_and_see_one_picture(
     running, browse, terminal, window, tmp_path
 ):
@@ -34019,6 +34035,18 @@ def test_the_page_works_over_tls_where_it_can_be_installed(running, browse, cert
     assert "plain http" not in tab.text()
 
 
+def test_a_conversation_without_a_name_is_not_opened(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.until("!room('#lobby').behind")
+    for said, text in enumerate(("/join", "/msg")):
+        tab.say(text)
+        tab.until(f"shown().messages.filter((one) => /No name/.test(one.text)).length > {said}")
+    tab.js("joinSheet()")
+    tab.fill("  ")
+    tab.until("shown().messages.filter((one) => /No name/.test(one.text)).length > 2")
+    assert tab.js("Object.keys(state.rooms)") == ["=#lobby"]
+
+
 def test_an_empty_file_is_refused_and_nothing_waits_for_it(running, browse, tmp_path):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
@@ -34028,6 +34056,9 @@ def test_an_empty_file_is_refused_and_nothing_waits_for_it(running, browse, tmp_
     tab.wait_for("empty.txt is empty")
     tab.say("after it")
     tab.wait_for("after it")
+    tab.js("offer(new File([], 'none.txt'), new File(['x'], 'tea.txt')); null")
+    tab.wait_for("none.txt is empty")
+    tab.until("$('sheet').open && $('sheet').innerText.includes('tea.txt')")
 
 
 def test_a_message_whose_echo_was_lost_arrives_once_also_under_another_name(running, browse):
@@ -34223,7 +34254,7 @@ def test_a_message_elsewhere_leaves_the_focus_and_the_count_alone(running, brows
         "document.querySelector('#rooms button').focus(); Date.prototype.toISOString = () => '1999'"
     )
     ben.send("PRIVMSG #lobby :hello anna\r\n")
-    tab.until("room('#lobby').unread === 1")
+    tab.until("unreadIn(room('#lobby')).length === 1")
     ben.send("PART #lobby\r\nJOIN #lobby\r\nPING x\r\n")
     ben.until("PONG")
     tab.until("room('#lobby').messages.length >= 3")
@@ -34399,6 +34430,14 @@ def test_return_that_ends_a_composition_sends_nothing(running, browse):
         assert tab.js(f"field.value = 'tea'; field.dispatchEvent({event})") != sent
 
 
+def test_tab_completes_a_name_and_leaves_a_composer_that_has_none(running, browse):
+    tab = browse(with_page(running).address, width=1200).enter("anna")
+    event = "new KeyboardEvent('keydown', { key: 'Tab', cancelable: true })"
+    for text, completed in (("", ""), ("see ", "see "), ("see #L", "see #lobby ")):
+        leaves = tab.js(f"field.value = '{text}'; field.dispatchEvent({event})")
+        assert (leaves, tab.js("field.value")) == (text == completed, completed)
+
+
 FULL = "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); };"
 
 
@@ -34434,7 +34473,7 @@ def test_a_screen_reader_reads_out_what_is_said_and_neither_history_nor_a_wait(r
     rows = "[...document.querySelectorAll('#log .row:not(.info)')]"
     heard = f"{rows}.filter(row => !row.closest('[aria-live=off]')).map(row => row.innerText)"
     assert [text.split()[-1] for text in tab.js(heard)] == ["new"]
-    tab.js("leader.fail(state.outbox[0].own, 'too long')")
+    tab.js("leader.setFailed(state.outbox[0].own, 'too long')")
     tab.until(f"{heard}.some(text => text.includes('too long'))")
     assert tab.js("$('phase').textContent") == "No connection; trying again"  # no count of seconds
 
@@ -34447,6 +34486,19 @@ def test_a_tab_that_is_shown_has_the_leader_try_its_connection(running, browse):
     first.js("leader.probe = () => { globalThis.tried = true; }; null")
     second.js("dispatchEvent(new Event('visibilitychange')); null")
     first.until("globalThis.tried", patience=5)  # it does so itself after 30 s
+
+
+def test_an_attempt_to_connect_that_is_hurried_still_ends(running, browse):
+    """As by the browser saying `online` while a server takes connections and does not answer."""
+    hasty = HASTY.replace("10", "200")
+    tab = browse(with_page(running).address, before=hasty).enter("anna")
+    tab.js("self.attempts = 0; self.WebSocket = class { close() {} send() {} }; null")
+    tab.js("globalThis.usual = leader.connect; null")
+    tab.js("leader.connect = () => { attempts += !leader.socket; usual.call(leader); }; null")
+    tab.js("leader.closed()")
+    tab.until("leader.socket")
+    tab.js("leader.probe()")
+    tab.until("attempts > 1", patience=5)
 
 
 def test_a_tab_that_comes_back_from_the_cache_of_pages_has_what_it_missed(running, browse):
@@ -34475,7 +34527,7 @@ def test_what_was_read_without_a_connection_is_read_on_other_devices_later(runni
     tab = browse(server.address).enter("anna")
     tab.js("openRoom('ben')")
     server.guest("bob").send("hello\n")
-    tab.until("room('#lobby').unread === 1")
+    tab.until("unreadIn(room('#lobby')).length === 1")
     tab.js("globalThis.usual = leader.connect; leader.connect = () => null; leader.closed()")
     tab.js("openRoom('#lobby')")
     tab.js("leader.connect = usual; leader.connect()")
@@ -34496,6 +34548,26 @@ def test_a_channel_is_not_left_without_a_connection_and_a_removed_one_not_joined
     tab.js("roomSheet()")
     tab.press("Remove from the list")
     tab.until("setting('joined').join() === '#lobby' && allRooms().length === 1")
+
+
+LEFT_EARLY = """
+const { open } = IDBFactory.prototype;
+IDBFactory.prototype.open = function (...values) {
+  dispatchEvent(new Event('pagehide'));
+  return open.apply(this, values);
+};
+"""  # a page that is left while it opens its database
+
+
+def test_a_draft_and_a_completed_name_outlive_a_page_that_is_left_as_it_starts(running, browse):
+    tab = browse(with_page(running).address, width=1200).enter("anna")
+    tab.js("field.focus()")
+    tab.ask("Input.insertText", text="tea in #lob")
+    tab.key("Tab", 9)
+    assert tab.js("field.value") == "tea in #lobby "
+    tab.ask("Page.addScriptToEvaluateOnNewDocument", source=LEFT_EARLY)
+    tab.go(tab.url)
+    tab.until("field.value === 'tea in #lobby '")
 
 
 def test_a_text_that_is_dropped_on_the_composer_is_in_it(running, browse):
