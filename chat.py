@@ -6601,16 +6601,18 @@ class NatsMessage(NamedTuple):
     subject: str  # to which it was published; a consumer delivers it elsewhere
     subscription: str  # which brings it
     reply: str  # where an answer goes; "" for none
-    status: str  # 100 with news of a consumer, 503 if no service answers; "" for a message
-    headers: dict[str, str]
+    head: str  # NATS/1.0, status and headers; "" for none. Few readers want to know them
     data: bytes
 
+    @property
+    def status(self) -> str:
+        """100 with news of a consumer, 503 if no service answers; "" for a message."""
+        return self.head.partition("\r\n")[0].removeprefix("NATS/1.0").strip()
 
-def nats_headers(data: bytes) -> tuple[str, dict[str, str]]:
-    """Return the status and the headers of a message that has some."""
-    first, *lines = data.decode(errors="replace").split("\r\n")
-    pairs = (line.partition(":") for line in lines if ":" in line)
-    return first.removeprefix("NATS/1.0").strip(), {key: text.strip() for key, _, text in pairs}
+    @property
+    def headers(self) -> dict[str, str]:
+        pairs = (line.partition(":") for line in self.head.split("\r\n")[1:] if ":" in line)
+        return {key: text.strip() for key, _, text in pairs}
 
 
 class NatsDialogue:
@@ -6700,12 +6702,9 @@ class NatsDialogue:
         if len(words) < least:
             raise NatsFailed(NOT_NATS)
         reply = words[2] if len(words) > least else ""
-        status, headers = "", {}
-        if verb == "HMSG":
-            size = self._number(words, -2)
-            status, headers = nats_headers(data[:size])
-            data = data[size:]
-        message = NatsMessage(words[0], words[1], reply, status, headers, data)
+        size = self._number(words, -2) if verb == "HMSG" else 0
+        head = data[:size].decode(errors="replace")
+        message = NatsMessage(words[0], words[1], reply, head, data[size:])
         then = self.requests.pop(message.subject, None)
         if then is None:
             return [message]
@@ -7008,6 +7007,9 @@ def unwrapped_bytes(value: dict[str, str]) -> bytes:
     return bytes.fromhex(value["bytes"])
 
 
+JSON_DECODER = json.JSONDecoder(object_hook=unwrapped_bytes)
+
+
 def as_tuples(value: Any) -> Any:
     """Return a value of JSON with tuples in place of lists, as acts take them."""
     return tuple(map(as_tuples, value)) if value.__class__ is list else value
@@ -7029,7 +7031,7 @@ class ActBatch(NamedTuple):
     def decode(cls, data: bytes) -> "ActBatch":
         """Return the batch in an entry of the log. Raises ValueError."""
         try:
-            batch = cls(*json.loads(data, object_hook=unwrapped_bytes))
+            batch = cls(*JSON_DECODER.decode(data.decode()))
             if not all(0 <= n < 2**53 for n in batch if n.__class__ is int):
                 raise ValueError("an entry with a number that is none of ours")
             if tuple(map(type, batch)) != (int, str, str, int, int, int, str, list):

@@ -6536,7 +6536,7 @@ def test_an_old_part_of_the_index_without_messages_is_removed(monkeypatch):
 @pytest.mark.parametrize("end", ["", ".Xy9"])  # newer servers add a random word to the longer form
 def test_an_entry_has_the_numbers_that_its_delivery_has(where, end):
     reply = f"$JS.ACK.{where}chat.n1.1.70.7.1700000000123000000.5{end * bool(where)}"
-    message = chat.NatsMessage("chat.log", "1", reply, "", {}, b"data")
+    message = chat.NatsMessage("chat.log", "1", reply, "", b"data")
     assert chat.log_entry(message) == ((70, 1_700_000_000_123, b"data", 5), 7)
     for broken in ("", "$JS.ACK.chat", reply.replace("70", "x")):
         with pytest.raises(chat.NatsFailed):
@@ -6633,7 +6633,7 @@ class FakeNatsClient:
             reply, id = (words[1] if len(words) > 2 + (verb == "HPUB") else ""), ""
             if verb == "HPUB":
                 head, data = data[: int(words[-2])], data[int(words[-2]) :]
-                id = chat.nats_headers(head)[1]["Nats-Msg-Id"]
+                id = chat.NatsMessage("", "", "", head.decode(), b"").headers["Nats-Msg-Id"]
             self.published(words[0], reply, id, data)
 
     def published(self, subject, reply, id, data):
@@ -6986,8 +6986,12 @@ def log_that_reads():
     return log, dialogue
 
 
+def nats_head(status, headers):
+    return "\r\n".join([f"NATS/1.0 {status}", *map(": ".join, headers.items()), "", ""])
+
+
 def answer_of(data, status="", **headers):
-    return chat.NatsMessage("x", "", "", status, headers, data)
+    return chat.NatsMessage("x", "", "", nats_head(status, headers), data)
 
 
 def last_request(dialogue):
@@ -7036,7 +7040,8 @@ CONTROLS = [  # reply and headers of a message of control, and the first words t
 def test_flow_control_is_answered_and_a_gap_makes_the_node_read_again(reply, headers, first):
     log, dialogue = log_that_reads()
     log.now = 5.0
-    message = chat.NatsMessage("x", log.subscription, reply, "100", headers, b"")
+    head = nats_head("100 Idle Heartbeat", headers)
+    message = chat.NatsMessage("x", log.subscription, reply, head, b"")
     assert log.take(message) is None and log.heard == 5.0
     sent = b"".join(dialogue.out).decode()
     assert sent.startswith(first) and bool(sent) is bool(first)
@@ -7046,7 +7051,7 @@ def test_flow_control_is_answered_and_a_gap_makes_the_node_read_again(reply, hea
 def test_an_entry_for_an_earlier_consumer_is_left_out():
     log, dialogue = log_that_reads()
     log.now = 5.0
-    message = chat.NatsMessage("chat.log", "none of ours", "$JS.ACK.chat.n1.1.1.1.1.0", "", {}, b"")
+    message = chat.NatsMessage("chat.log", "none of ours", "$JS.ACK.chat.n1.1.1.1.1.0", "", b"")
     assert log.take(message) is None and (log.heard, dialogue.out) == (0.0, [])
     assert log.take(message._replace(subscription=log.subscription)).sequence == 1
 
