@@ -26468,8 +26468,9 @@ function turnPage({ key, how }, messages, ended) {
   if (leader) leader.wait = SHORTEST; // that was progress
   if (how === 'AROUND') return showContext(messages);
   if (how !== 'AFTER') to.whole = ended;
-  if (how === 'LATEST') forget(to, messages[0]);
+  const notes = how === 'LATEST' ? forget(to, messages) : [];
   add(to, messages);
+  insert(to, to.messages.length, notes);
   if (how === 'BEFORE') return;
   to.upTo = lastOf(messages)?.id ?? to.upTo;
   to.walked += messages.length;
@@ -26477,10 +26478,14 @@ function turnPage({ key, how }, messages, ended) {
   remember(to);
 }
 
-// Drop what is older than a message: it is read again by scrolling up, with what is missing there
-function forget(to, first) {
+// Take out what is older than the newest page: it is read again by scrolling up, with what is
+// missing there. Return the notes that are newer than it: they stay behind it
+function forget(to, page) {
+  const [first] = page, { time } = lastOf(page) ?? { time: '' };
+  const notes = to.messages.filter((one) => !one.id && one.time > time);
   to.messages = to.messages.filter((one) => one.id && !(first && before(one, first)));
   if (to === shown()) drawLog();
+  return notes;
 }
 
 function noPage({ key, how }, why) {

@@ -34055,7 +34055,6 @@ def test_a_conversation_without_a_name_is_not_opened(running, browse):
 def test_an_empty_file_is_refused_and_nothing_waits_for_it(running, browse, tmp_path):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
-    tab.until("!room('#lobby').behind")  # the first page of the past takes the place of notes
     (tmp_path / "empty.txt").write_bytes(b"")
     tab.choose(tmp_path / "empty.txt")
     tab.wait_for("empty.txt is empty")
@@ -34064,6 +34063,25 @@ def test_an_empty_file_is_refused_and_nothing_waits_for_it(running, browse, tmp_
     tab.js("offer(new File([], 'none.txt'), new File(['x'], 'tea.txt')); null")
     tab.wait_for("none.txt is empty")
     tab.until("$('sheet').open && $('sheet').innerText.includes('tea.txt')")
+
+
+def test_a_note_stays_behind_the_newest_page_that_comes_after_it(running, browse):
+    server = with_page(running)
+    witness = Witness(server.address)
+    witness.send("".join(f"PRIVMSG #lobby :message {n}\r\n" for n in range(3)) + "PING x\r\n")
+    witness.until("PONG")
+    tab = browse(server.address)
+    for seconds, text in ((-3600, "an old note"), (3600, "a new note")):
+        time_of = f"new Date(Date.now() + {seconds * 1000}).toISOString()"
+        tab.js(f"note('{text}'); Object.assign(lastOf(shown().messages), {{ time: {time_of} }})")
+    tab.enter("anna")
+    tab.until("!room('#lobby').behind")
+    tab.wait_for("message 0", "a new note")
+    texts = tab.js("room('#lobby').messages.map(({ text }) => text)")
+    assert texts[-4:] == ["message 0", "message 1", "message 2", "a new note"]
+    assert "an old note" not in texts
+    shown = tab.js("$('log').innerText")
+    assert shown.index("message 2") < shown.index("a new note") and "an old note" not in shown
 
 
 def test_a_message_whose_echo_was_lost_arrives_once_also_under_another_name(running, browse):
