@@ -33389,6 +33389,7 @@ class Tab:
         mine = [e for e in self.browser.events if e.get("sessionId") == self.session]
         found = [json.dumps(e["params"]) for e in mine if e["method"] in kinds]
         expected = ("ERR_", "status of", "WebSocket connection", '"level": "verbose"')
+        expected += ("fetching the script",)  # of the service worker, as its server ends
         return [text for text in found if not any(word in text for word in expected)]
 
     def requests(self):
