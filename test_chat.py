@@ -5179,7 +5179,7 @@ def test_what_is_dropped_at_a_limit_is_dropped_in_the_store(seeded, run, tmp_pat
     house = House(store=chat.Store(tmp_path / "chat.db"))
     live_at_random(seeded, house, 400)
     was = lasting(house.hub)
-    assert was["users"] and was["accounts"] and was["guests"] and was["markers"]
+    assert was["users"] and was["channels"] and was["accounts"] and was["guests"]
     house.store.close()
     monkeypatch.setattr(chat, "ABSENT_MOST", 1000)  # all are absent at the start
     store = chat.Store(tmp_path / "chat.db")
