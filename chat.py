@@ -5313,7 +5313,7 @@ NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest 
 SPOKEN_KINDS = ", ".join(map("'{}'".format, SPOKEN))
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 BOT_TAG = "bot"  # before the tags of an event whose source is a bot
-EVENTS_AT_ONCE = 32  # in one statement
+EVENTS_AT_ONCE = 32  # in one statement; sqlite3 keeps 128 statements, and this is one a length
 SHARED = operator.itemgetter(
     *map(Event._fields.index, ("kind", "source", "audience", "about", "tags"))
 )
