@@ -26903,7 +26903,8 @@ function act(name, ...values) { // have the leader do something
 }
 
 // Send a line that the user wants to be sent. None waits for a connection
-const ask = (line) => (isOnline() ? act('send', line) : note('Not done: there is no connection'));
+const NO_CONNECTION = 'Not done: there is no connection';
+const ask = (line) => (isOnline() ? act('send', line) : note(NO_CONNECTION));
 const respond = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
@@ -27593,15 +27594,20 @@ function roomSheet() {
 
 function searchSheet(words = '') {
   const { key, name } = shown();
-  const search = (text) => text && act('request', 'SEARCH', key,
+  const search = (text) => text && askToFind('SEARCH', key,
     `in=${escapeTag(name)};text=${escapeTag(text)};limit=50`);
   form(`Search in ${name}`, [['Words', { value: words }]], 'Search', search,
     [el('div', { id: 'found', className: 'list' })], 'search');
 }
 
+function askToFind(how, key, rest) {
+  if (isOnline()) act('request', how, key, rest);
+  else showFound([], { why: NO_CONNECTION });
+}
+
 function showFound(messages, { key, name, why }) {
   const list = messages.map(({ time, nick, text, id }) => button(`${dayOf(time)} ${nick}: ${text}`,
-    () => act('request', 'AROUND', key, `${name} msgid=${id} 30`)));
+    () => askToFind('AROUND', key, `${name} msgid=${id} 30`)));
   $('found')?.replaceChildren(dim(why ?? counted(list.length, 'message')), ...list);
 }
 

@@ -34544,6 +34544,9 @@ def test_what_is_wanted_without_a_connection_is_not_dropped_silently(running, br
     tab.say("this waits", "/topic tea")
     tab.wait_for("Not done: there is no connection")
     assert tab.text().count("Not done") == 1
+    tab.js("searchSheet('tea')")
+    tab.js("document.querySelector('#sheet form button').click()")
+    tab.until("document.querySelector('#found').textContent.includes('there is no connection')")
 
 
 def test_what_was_read_without_a_connection_is_read_on_other_devices_later(running, browse):
