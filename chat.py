@@ -2626,7 +2626,7 @@ class LocalSession(Session):
         if self.site.cluster:
             return self.site.cluster.ask(self, name, values, then, otherwise)
         try:
-            result = self.site.hub.perform(name, self.id, *values)
+            result = self.site.hub.perform_as(self, name, values)
         except Refused as refusal:
             return (otherwise or self.refuse)(refusal)
         if then and not self.over:  # a K-line, for example, ends the session that logs in
@@ -3389,12 +3389,16 @@ class Hub:
 
     def perform(self, name: str, actor: int, *values: Any) -> Any:
         """Do an act as session `actor` (0: the server). After Refused, nothing has changed."""
-        if self.journal is not None:
-            self.journal.append((self.now, self.ticks, name, actor, values))
-        self.work += WORK_OF_AN_ACT
         who = self.sessions.get(actor)
         if who is None:
             who = self.sessions[actor] = Session(actor)
+        return self.perform_as(who, name, values)
+
+    def perform_as(self, who: Session, name: str, values: tuple) -> Any:
+        """Do an act as a session that is at hand: see perform()."""
+        if self.journal is not None:
+            self.journal.append((self.now, self.ticks, name, who.id, values))
+        self.work += WORK_OF_AN_ACT
         self.turn.actor = who
         return ACTS[name](self, who, *values)
 
@@ -4644,7 +4648,7 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
         hub.find_channel(name[1:]).check_can_send(user, text)
         hub.work += WORK_OF_A_RECEIVER * len(audience.users)
     user.traces = True
-    if text and not text.startswith("\x01"):  # tags and answers of programs are no activity
+    if text and text[0] != "\x01":  # tags and answers of programs are no activity
         user.spoke = hub.ticks
     source = user.source._replace(operator=True) if who.operator else user.source
     file = hub.files.linked(text) if "/files/" in text else None
@@ -21212,7 +21216,7 @@ class ActBeat:
                 return  # more was answered than is likely to be read: the next lines can wait
             if time.perf_counter() > end or (turn.in_several and turn.is_full):
                 return
-            if session and session.has_more:
+            if session and (session.unfinished or session.postponed):  # .has_more would be a call
                 session.go_on()
                 self._charge(peer, replied)
             elif not self.act_on_a_line(peer):
