@@ -26252,9 +26252,9 @@ function insert(to, index, messages) {
   remember(to);
 }
 
-const tell = (to, text) => insert(to, to.messages.length,
-  [{ id: '', info: true, time: now(), nick: '', text, reactions: [] }]);
-const note = (text) => tell(shown(), text);
+const tell = (to, text, ours = false) => insert(to, to.messages.length,
+  [{ id: '', info: true, ours, time: now(), nick: '', text, reactions: [] }]);
+const note = (text) => tell(shown(), text, true);
 
 const without = (own) => state.outbox.filter((row) => row.own !== own);
 
@@ -26483,10 +26483,10 @@ function turnPage({ key, how }, messages, ended) {
 }
 
 // Take out what is older than the newest page: it is read again by scrolling up, with what is
-// missing there. Return the notes that are newer than it: they stay behind it
+// missing there. Return this page's own notes that are newer than it: they stay behind it
 function forget(to, page) {
   const [first] = page, { time } = lastOf(page) ?? { time: '' };
-  const notes = to.messages.filter((one) => !one.id && one.time > time);
+  const notes = to.messages.filter((one) => one.ours && one.time > time);
   to.messages = to.messages.filter((one) => one.id && !(first && before(one, first)));
   if (to === shown()) drawLog();
   return notes;
