@@ -6384,6 +6384,19 @@ def test_a_database_that_fails_answers_as_if_it_had_nothing(ask_it, answer):
     assert ask_it(store) == answer
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_renamed_channel_has_its_history_whether_its_row_is_cached_or_not(cached):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", "PRIVMSG #a :one")
+    if not cached:
+        house.store.targets.clear()
+    ask(house, "alice", "RENAME #a #b", "PRIVMSG #b :two")
+    assert texts(house.store, "#b")[-2:] == ["one", "two"] and texts(house.store, "#a") == []
+    ask(house, "alice", "PRIVMSG #b :three")
+    assert texts(house.store, "#b")[-1] == "three"
+
+
 def test_rows_that_could_not_be_counted_are_counted_later():
     store = chat.Store(None)
     store.retention.fresh.update({1: 5})
