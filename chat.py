@@ -3385,7 +3385,7 @@ class Hub:
                 self.turn.record("user_gone", one.resume_id)
         self.turn.changed.clear()
 
-    # All changes come in by perform(), and all that others see goes out by emit()
+    # All changes come in by perform_as(), and all that others see goes out by emit()
 
     def perform(self, name: str, actor: int, *values: Any) -> Any:
         """Do an act as session `actor` (0: the server). After Refused, nothing has changed."""
@@ -13880,9 +13880,9 @@ class Acknowledgements:
             first = {*itertools.takewhile(lambda line: line.target, self.sent)}
             lines = [line for line in lines if line in first] or lines
         line = quoted or next(iter(lines), None)
-        while line in self.sent:
-            self.sent.popleft()
         if line:
+            while self.sent.popleft() is not line:
+                pass
             self.expect_no_echo(line)
         return line, lines, passed > 0
 
