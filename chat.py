@@ -20887,11 +20887,13 @@ class OpenFile:
         "append": os.O_RDWR | os.O_APPEND,
         "read": os.O_RDONLY,
     }
+    # Unix: follow no link. Windows: do not translate newlines
+    EXTRA_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
     def __init__(self, path: pathlib.Path, mode: str):
         self.path, self.fd = path, -1
         self.lock = threading.Lock()  # a connection may end while a job reads or writes
-        self.fd = os.open(path, self.FLAGS[mode] | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        self.fd = os.open(path, self.FLAGS[mode] | self.EXTRA_FLAGS, 0o600)
         self.hash = hashlib.sha256() if mode == "create" else None
 
     def write(self, data: bytes) -> None:
@@ -20916,8 +20918,9 @@ class OpenFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def read(self, at: int, size: int) -> bytes:
-        with self.lock:
-            return os.pread(self.fd, size, at)
+        with self.lock:  # nothing else moves the position: Windows has no pread()
+            os.lseek(self.fd, at, os.SEEK_SET)
+            return os.read(self.fd, size)
 
     def close(self) -> None:
         with self.lock:
@@ -20983,14 +20986,15 @@ class FileFolder:
         with contextlib.closing(file):
             os.fsync(file.fd)
             size, sha = os.fstat(file.fd).st_size, file.digest()
-            head = os.pread(file.fd, PICTURE_HEAD_BYTES, 0)
+            head = file.read(0, PICTURE_HEAD_BYTES)
             kind = content_type(head[:TEXT_HEAD_BYTES], name, size <= TEXT_HEAD_BYTES)
-            file.path.replace(self.path / sha)
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        file.path.replace(self.path / sha)  # Windows renames no open file
+        if os.name == "posix":  # Windows opens no folder
+            folder = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         return sha, size, kind, *picture_size(kind, head)
 
     def open(self, sha: str) -> OpenFile:

@@ -35432,6 +35432,35 @@ def test_docstrings_and_texts_name_things_and_do_not_describe_them_in_riddles(pa
     assert found == []
 
 
+# Of os, signal and socket: names that Python's documentation has with "Availability: Unix" or Linux
+NOT_ON_WINDOWS = re.compile(
+    "chown|chroot|fchdir|fchmod|fchown|fdatasync|fork|forkpty|fpathconf|getegid|geteuid"
+    "|getgid|getgroups|getpgid|getpgrp|getpriority|getuid|killpg|lchown|lockf|mkfifo|mknod"
+    "|nice|openpty|pathconf|posix_fadvise|posix_fallocate|posix_spawn|pread|preadv|pwrite"
+    "|pwritev|readv|register_at_fork|sendfile|setgid|setpgid|setpriority|setsid|setuid"
+    "|statvfs|sync|sysconf|uname|wait|wait3|wait4|writev|O_CLOEXEC|O_DIRECTORY|O_NOCTTY"
+    "|O_NOFOLLOW|O_NONBLOCK|O_SYNC|SIGALRM|SIGCHLD|SIGCONT|SIGHUP|SIGKILL|SIGPIPE|SIGQUIT"
+    "|SIGSTOP|SIGTSTP|SIGUSR1|SIGUSR2|SIGWINCH|alarm|pause|pthread_kill|pthread_sigmask"
+    "|setitimer|sigwait|AF_UNIX|SO_REUSEPORT|TCP_NOTSENT_LOWAT|TCP_USER_TIMEOUT|recvmsg"
+    "|sendmsg"
+)
+GUARDED = {("suspend", "SIGTSTP"), ("__init__", "TCP_NOTSENT_LOWAT")}  # in functions that can
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_server_and_window_call_nothing_that_windows_lacks(path):
+    calls = [
+        (function.name, node.attr)
+        for function in nodes_of(path)
+        if isinstance(function, FUNCTIONS)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute)
+        and getattr(node.value, "id", "") in ("os", "signal", "socket")
+    ]
+    lacking = {call for call in calls if NOT_ON_WINDOWS.fullmatch(call[1])}
+    assert len(calls) > 10 and lacking <= GUARDED
+
+
 def test_above_the_waterline_there_is_no_operating_system():
     source = (HERE / "chat.py").read_text()
     waterline = source[: source.index("THE WATERLINE")].count("\n")
