@@ -671,7 +671,7 @@ def linked(text: str, *tags: str) -> list:
 def clock_text(moment: datetime.datetime, style: str) -> str:
     """Return a time in the user's format; in the default format if that is unusable."""
     try:
-        return " ".join(moment.strftime(style).split())[:CLOCK_SHOWN] or "\u2013"
+        return " ".join(moment.strftime(chat.harmless(style)).split())[:CLOCK_SHOWN] or "\u2013"
     except ValueError:
         return f"{moment:%H:%M}"
 
