@@ -1036,10 +1036,18 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 10 else None
 
 
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+
+def utc_time(seconds: float) -> datetime.datetime:
+    """Return a time in UTC, also one after 2038 where the system's times have 32 bits. Raises
+    OverflowError if no calendar has it."""
+    return EPOCH + datetime.timedelta(seconds=seconds)
+
+
 def time_text(milliseconds: int) -> str:
     """Return a time as 2026-11-22 08:30:05Z. UTC: a server knows no user's time zone."""
-    moment = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC)
-    return moment.strftime("%Y-%m-%d %H:%M:%SZ")
+    return f"{utc_time(milliseconds / 1000):%Y-%m-%d %H:%M:%SZ}"
 
 
 def counted(number: int, noun: str) -> str:
@@ -7883,7 +7891,7 @@ def as_param(text: str) -> str:
 
 @functools.lru_cache(100)  # seconds; one is asked for with every message of it
 def second_text(seconds: int) -> str:
-    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%dT%H:%M:%S}"
+    return f"{utc_time(seconds):%Y-%m-%dT%H:%M:%S}"
 
 
 def tag_time(milliseconds: int) -> str:
@@ -11227,7 +11235,7 @@ class HttpReader:
 def http_date(when: float) -> str:
     """Return a time (seconds since 1970) as in HTTP headers (RFC 9110 section 5.6.7). The names are
     English: nothing here calls setlocale()."""
-    return f"{datetime.datetime.fromtimestamp(when, datetime.UTC):%a, %d %b %Y %H:%M:%S} GMT"
+    return f"{utc_time(when):%a, %d %b %Y %H:%M:%S} GMT"
 
 
 SAFE_HEADERS = (  # of all answers
@@ -16070,7 +16078,7 @@ def mask_listed(talk: IrcTalk, heard: ServerLine) -> None:
     _, where, mask, *more = heard.params
     setter = f" by {more[0].partition('!')[0]}" if more else ""
     seconds = int(more[1]) if len(more) > 1 and re.fullmatch(r"\d{9,11}", more[1]) else 0
-    date = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    date = utc_time(seconds)
     when = f" on {date:%Y-%m-%d %H:%M} UTC" if seconds else ""
     kind = {"367": "banned", "348": "excepted", "346": "invited"}[heard.verb]
     talk.core.server_text(f"{kind}: {mask}{setter}{when}", where)

@@ -35472,6 +35472,19 @@ def test_server_and_window_call_nothing_that_windows_lacks(path):
     assert len(calls) > 10 and lacking <= GUARDED
 
 
+def test_only_local_times_are_left_to_the_system_whose_times_may_end_in_2038():
+    calls = {
+        function.name
+        for path in FILES
+        for function in nodes_of(path)
+        if isinstance(function, FUNCTIONS)
+        for node in ast.walk(function)
+        if getattr(node, "attr", "") in ("fromtimestamp", "gmtime", "localtime", "mktime", "ctime")
+    }
+    assert calls == {"moment_of"}
+    assert chat.time_text(chat.LAST_MOMENT) == "9999-12-31 23:59:59Z"
+
+
 def test_above_the_waterline_there_is_no_operating_system():
     source = (HERE / "chat.py").read_text()
     waterline = source[: source.index("THE WATERLINE")].count("\n")
