@@ -134,6 +134,10 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
+match sys.version_info:  # A SyntaxError here? chat.py needs Python 3.11 or newer
+    case [3, 10, *_]:
+        sys.exit("chat.py needs Python 3.11 or newer; this is Python 3.10")
+
 # ======================================================================================
 # LIMITS
 # ======================================================================================

@@ -2391,7 +2391,7 @@ class Model:
 
     def take(self, event: Servers | Rooms | Looked | Settings) -> None:
         """Take what the engine tells; the widgets are told by the window."""
-        match event:
+        match event:  # A SyntaxError here? This program needs Python 3.11 or newer
             case Servers():
                 self.servers = event.servers
             case Rooms():

@@ -35472,6 +35472,17 @@ def test_server_and_window_call_nothing_that_windows_lacks(path):
     assert len(calls) > 10 and lacking <= GUARDED
 
 
+def test_an_older_python_shows_a_line_that_names_the_one_that_is_needed():
+    for path in FILES:  # what Python 3.9 does not know is in that line first
+        first = min(n.lineno for n in nodes_of(path) if isinstance(n, (ast.Match, ast.TryStar)))
+        assert "needs Python 3.11" in path.read_text().splitlines()[first - 1]
+    check = next(one for one in nodes_of(HERE / "chat.py")[0].body if isinstance(one, ast.Match))
+    code = compile(ast.Module([check], []), "chat.py", "exec")
+    for version, ends in (((3, 10, 2), True), ((3, 11, 0), False), ((4, 10, 0), False)):
+        with pytest.raises(SystemExit) if ends else contextlib.nullcontext():
+            exec(code, {"sys": types.SimpleNamespace(version_info=version, exit=sys.exit)})
+
+
 def test_only_local_times_are_left_to_the_system_whose_times_may_end_in_2038():
     calls = {
         function.name
