@@ -19820,6 +19820,10 @@ def broadcast(data: bytes, owners: Iterable[Any]) -> None:
             conn.cut_short(data, sent, trouble)
 
 
+# Seconds that the loop waits at once: on Windows, Ctrl-C does not interrupt select()
+LONGEST_WAIT = 1.0 if os.name == "nt" else None
+
+
 class Loop:
     """A selector, timers, and the callbacks from other threads."""
 
@@ -19842,7 +19846,7 @@ class Loop:
     def run(self) -> None:
         self.running = True
         while self.running:
-            self.run_once()
+            self.run_once(LONGEST_WAIT)
 
     def stop(self) -> None:
         self.running = False
