@@ -25008,7 +25008,7 @@ class ManyServers(Client):
         raise NotImplementedError
 
     def seats_changed(self) -> None:
-        """React to a server that was added, removed, or is looked at now."""
+        """React to a server that was removed, or is looked at now, as each added one is."""
 
     def is_writing(self, seat: Seat) -> bool:
         """Return whether a text for the current conversation of a server is begun, so that the
@@ -25026,7 +25026,6 @@ class ManyServers(Client):
         seat.core.settings = self.core.settings  # one set for all servers
         seat.core.is_writing = functools.partial(self.is_writing, seat)
         seat.screen = self.screen_for(seat)
-        self.seats_changed()
         return seat
 
     def open_others(self) -> None:

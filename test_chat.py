@@ -7330,6 +7330,18 @@ def test_a_node_that_cannot_reach_the_log_holds_its_clients_and_then_drops_them(
     assert_nodes_agree(nodes)
 
 
+def test_a_node_that_begins_again_after_a_pause_lets_clients_come_at_once(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one, two = nodes.values()
+    two.link.drop("broken")
+    nodes.turns(40)
+    assert two.paused and list(one.hub.nodes) == ["n1"]
+    two.link.join(nodes.nats)
+    while two.link.moves:  # no second passes
+        two.end_turn()
+    assert two.cluster.serving and not two.paused
+
+
 @pytest.mark.parametrize("jump", [3600, -3600])
 def test_a_jump_of_the_clock_of_nats_declares_no_living_node_gone(folder, jump):
     nodes, moved = Nodes(folder, "n1", "n2", "n3"), [0]
@@ -11311,6 +11323,16 @@ def test_a_page_of_targets_does_not_end_between_equal_times(limit, count):
     assert sorted(name for name, _ in found)[:3] == ["#a", "#b", "#c"]
 
 
+def test_a_list_of_conversations_is_charged_for_all_that_were_looked_at(monkeypatch):
+    house, charged = irc_house("", alice=HISTORY), []
+    monkeypatch.setattr(FakeConn, "charge", lambda _, work: charged.append(work))
+    for n in range(2):
+        asked(house, "alice", f"JOIN #{n}", f"PRIVMSG #{n} :hello")
+        (end,) = asked(house, "alice", f"CHATHISTORY TARGETS {EARLY} {EARLY} 10")[1:]
+        assert end.verb == "BATCH"  # none of them is that old
+    assert charged[1] - charged[0] == chat.WORK_OF_THE_PAST
+
+
 # Paging by the last time that was told reaches each target once, whatever the limit
 @pytest.mark.parametrize("limit", [1, 2, 3, 5])
 def test_pages_of_targets_by_time_reach_each_one_once(limit):
@@ -14513,6 +14535,20 @@ def test_a_message_with_a_link_tells_what_it_leads_to_and_takes_the_file_with_it
     assert got(files, path)[0] == 200  # another message of hers still carries it
     says(files, "alice", f"REDACT bob {second}")
     assert got(files, path)[0] == 404 and on_disk(files) == []
+
+
+@pytest.mark.parametrize("said, kept", [(1, False), (2, False), (3, True), (4, True)])
+def test_only_the_first_messages_with_a_link_to_a_file_are_noted(files, monkeypatch, said, kept):
+    monkeypatch.setattr(chat, "FILE_MESSAGES", 3)
+    path = path_of(posted(files))
+    says(files, "alice", *(f"PRIVMSG #lobby :{path}" for _ in range(said)))
+    (file,) = files.hub.files.values()
+    noted = list(file.messages)
+    assert len(noted) == min(said, 3) and list(files.hub.files.by_message) == noted
+    says(files, "alice", "CAP REQ :message-tags draft/message-redaction")
+    ids = [files.hub.ids.text(id) for id in noted[:2]]
+    says(files, "alice", *(f"REDACT #lobby {id}" for id in ids))
+    assert (got(files, path)[0] == 200) == kept == bool(on_disk(files))
 
 
 def test_files_end_with_their_time(files):
@@ -23326,6 +23362,55 @@ def test_as_many_lines_are_sent_at_once_as_a_server_takes_and_then_one_at_its_pa
     assert found == [f"TIME {chat.PACE_BURST}"] and seconds == 1 / chat.PACE_RATE - 1
 
 
+OWN_TAGS = {  # capabilities of the server, and the tags of ours that each line of a message has
+    "": [],
+    "message-tags": [chat.OWN_ID],
+    "message-tags labeled-response batch": [chat.OWN_ID, "label"],
+}
+
+
+@pytest.mark.parametrize("caps, own", OWN_TAGS.items())
+@pytest.mark.parametrize("after", ["", "\nthree"])
+def test_each_line_of_a_message_has_its_own_id_even_if_it_is_cut_late(caps, own, after):
+    alice = Elsewhere("CHANTYPES=#", caps=f"{caps} echo-message".strip())
+    alice.types(*["/raw TIME"] * (chat.PACE_BURST - 1))
+    text = f"one\n{'x' * 250}{'y' * 200}{after}"
+    alice.core.typed(text, reply="m1")
+    (id,) = alice.core.outbox.waiting
+    sent = alice.sent()[-1:]  # the other lines wait ...
+    alice.hears(f":alice!u@h CHGHOST u {'h' * 150}")  # ... and have less room
+    sent += [line for line in alice.sent(30) if "PRIVMSG" in line]
+    *cut, last = map(chat.parse_message, sent)
+    assert [line.params[1][0] for line in (*cut, last)] == [*"oxy", *after[1:2]]
+    for line in cut:
+        end = text.rindex(line.params[1]) + len(line.params[1])
+        assert line.tags == dict.fromkeys(own, f"{id}.{end}")
+    answer = {chat.REPLY: "m1"} if own else {}
+    assert last.tags == {**dict.fromkeys(own, id), **answer} and text.endswith(last.params[1])
+
+
+@pytest.mark.parametrize("tokens, begun", [(0.0, False), (0.9, False), (1.0, True), (3.0, True)])
+def test_the_time_of_an_unsent_join_begins_when_only_a_message_is_before_it(tokens, begun):
+    alice = Elsewhere("CHANTYPES=#")
+    alice.core.talk.joins.note_sent("#b")  # as one behind a message that waits for it
+    alice.core.talk.budget.tokens = tokens
+    alice.core.talk.pump()
+    alice.sent(chat.JOIN_SECONDS + 1 if begun else 0)
+    assert alice.core.talk.joins.waits("#b") is not begun
+
+
+def test_a_join_that_is_sent_late_for_want_of_pace_has_its_whole_time_from_then_on():
+    alice, lines = Elsewhere("CHANTYPES=#"), int(chat.JOIN_SECONDS * chat.PACE_RATE) + 9
+    alice.types(*(f"/raw TIME {n}" for n in range(lines)), "/join #b")
+    while "JOIN #b" not in alice.sent(1):
+        assert alice.core.talk.joins.waits("#b")
+    assert alice.now > chat.JOIN_SECONDS
+    alice.sent(chat.JOIN_SECONDS)
+    assert alice.core.talk.joins.waits("#b")
+    alice.sent(1)
+    assert not alice.core.talk.joins.waits("#b")
+
+
 def test_ignored_users_are_listed_after_each_change():
     alice = Elsewhere()
     alice.types("/ignore bob", "/ignore carol")
@@ -24151,6 +24236,33 @@ class Running:
         assert not self.thread.is_alive()
         self.server.close()
         self.loop.close()
+
+
+SETTINGS_OF_TCP = [  # an option of an accepted socket, its level, the constant that it has
+    ("SO_KEEPALIVE", "SOL_SOCKET", None),
+    ("TCP_NODELAY", "IPPROTO_TCP", None),
+    ("TCP_KEEPIDLE", "IPPROTO_TCP", "KEEPALIVE_SECONDS"),
+    ("TCP_KEEPINTVL", "IPPROTO_TCP", "KEEPALIVE_EVERY"),
+    ("TCP_KEEPCNT", "IPPROTO_TCP", "KEEPALIVE_PROBES"),
+]
+
+
+@pytest.mark.parametrize("option, level, name", SETTINGS_OF_TCP)
+@pytest.mark.parametrize("value", [11, 12])
+def test_the_system_looks_whether_a_silent_client_is_there(monkeypatch, option, level, name, value):
+    if name:
+        monkeypatch.setattr(chat, name, value)
+    listener = chat.Listener(None, "127.0.0.1", 0)
+    with listener.sock:
+        listener.sock.listen()
+        with socket.create_connection(listener.address), listener.sock.accept()[0] as sock:
+            found = sock.getsockopt(getattr(socket, level), getattr(socket, option))
+    assert found == (value if name else 1)
+
+
+def test_a_client_that_is_gone_is_found_as_soon_by_tcp_as_by_ping():
+    by_tcp = chat.KEEPALIVE_SECONDS + chat.KEEPALIVE_PROBES * chat.KEEPALIVE_EVERY
+    assert by_tcp == chat.PING_SECONDS + chat.PONG_SECONDS
 
 
 class CheckedFile:
