@@ -27095,6 +27095,178 @@ def test_a_line_is_charged_for_the_work_that_it_is(row):
         assert house.hub.take_work() == float(work) + (count - 10) * float(more)
 
 
+def more_users(house, count, *lines, caps=""):
+    names = [f"x{n}" for n in range(count)]
+    house.enter_irc(*names)
+    for name in names:
+        ask(house, name, *([f"CAP REQ :{caps}"] if caps else []), *lines)
+    return names
+
+
+def more_of(house, thing, count):
+    """Make so many more of what lines may have to look through."""
+    each, hub = range(count), house.hub
+    if thing == "user":
+        more_users(house, count)
+    elif thing == "member":
+        more_users(house, count, "JOIN #a")
+    elif thing == "operator":
+        names = more_users(house, count, "JOIN #a")
+        ask(house, "alice", *(f"MODE #a +o {name}" for name in names))
+    elif thing == "subscriber":
+        more_users(house, count, "JOIN #a", "METADATA * SUB k", caps="draft/metadata-2 batch")
+    elif thing == "invited user":
+        more = more_users(house, count)
+        ask(house, "alice", *(f"INVITE {name} #a" for name in more))
+    elif thing == "server ban":
+        ask(house, "alice", *(f"KLINE b{n}!*@* 9 x" for n in each))
+    elif thing == "ban":
+        ask(house, "alice", "MODE #a -t", *(f"MODE #a +b b{n}!*@*" for n in each))
+    elif thing == "channel":
+        ask(house, "alice", *(f"JOIN #c{n}" for n in each))
+    elif thing == "common channel":
+        for name in ("alice", "m1"):
+            ask(house, name, *(f"JOIN #c{n}" for n in each))
+    elif thing == "4 events":
+        house.say("alice", *["PRIVMSG #a :x"] * 4 * count)
+    elif thing == "8 certificates":
+        hub.accounts.certificates.update((str(n), "x") for n in range(8 * count))
+    elif thing == "3 grants":
+        grant = chat.Grant(hub.users["alice"], hub.ticks + 1)
+        house.site.grants.update((str(n), grant) for n in range(3 * count))
+    elif thing == "4 markers":
+        hub.markers.update((f"={n}", {"#c": chat.Marker(1, 1)}) for n in range(4 * count))
+    elif thing == "2 files":
+        given = ("a", "t", 1, "~x", "10.0.0.9", 0)
+        hub.files.update((str(n), chat.StoredFile(str(n), *given)) for n in range(2 * count))
+    elif thing == "former guest":
+        for n in each:
+            hub.link_guest(f"~{n}", hub.users["alice"].identity)
+
+
+CHARGED_FOR_EACH = """
+    server ban: m1 NICK al               1
+    ban: m1 NICK al                      1
+    ban: m1 PART #a                      1
+    ban: m1 QUIT :x                      1
+    ban: m1 TOPIC #a :x                  1
+    ban: m1 PRIVMSG #a :x                1
+    ban: alice INVITE out #a             1
+    ban: out JOIN #a                     1
+    member: alice INVITE out #a          1
+    member: out NAMES #a                 1
+    member: alice RENAME #a #c          41
+    member: alice PRIVMSG @#a :x         1
+    operator: alice PRIVMSG @#a :x       6
+    member: out JOIN #a                  1
+    member: netcat /names                1
+    member: netcat /ban x                1
+    common channel: m1 NICK al          10
+    common channel: m1 AWAY :x          10
+    common channel: m1 QUIT :x          10
+    common channel: m1 WHOIS alice       1
+    user: alice WALLOPS :x               1
+    user: alice KLINE z!*@* 9 x          1
+    user: alice WHO *                   12
+    user: alice MAP                      2
+    channel: alice LIST                  9
+    channel: alice LIST >0,>0           10
+    channel: netcat /list                9
+    subscriber: m1 METADATA * SET k v   14
+    subscriber: out METADATA #a SYNC     1
+    subscriber: out JOIN #a             15
+    invited user: alice MODE #a +i       1
+    invited user: alice MODE #a +b q     1
+    4 events: m1 CAP REQ :echo-message   1
+    8 certificates: alice NS CERT LIST   1
+    3 grants: alice TOKEN GENERATE FILEHOST 1
+    4 markers: alice RENAME #a #c        1
+    former guest: m1 REDACT alice x      5
+"""
+
+
+@pytest.mark.parametrize("row", CHARGED_FOR_EACH.strip().split("\n"))
+def test_a_line_is_charged_for_each_thing_that_it_looks_at(row):
+    said, each = row.strip().rsplit(None, 1)
+    thing, _, said = said.partition(": ")
+    who, _, line = said.partition(" ")
+    work = []
+    for count in (2, 5):
+        house = house_with_others(2)
+        house.site.folder = object()
+        house.enter("netcat")
+        house.enter_irc("out")
+        ask(
+            house,
+            "out",
+            "CAP REQ :draft/metadata-2 batch",
+            "METADATA * SET k v",
+            "METADATA * SUB z",
+        )
+        ask(house, "netcat", "/join #a")
+        ask(house, "alice", "MODE #a +o netcat")
+        more_of(house, thing, count)
+        house.hub.take_work()
+        house.say(who, line)
+        work.append(house.hub.take_work())
+    assert work[1] - work[0] == 3 * float(each)
+
+
+CHARGED_ACTS = [  # an act, its values, what it looks through
+    ("begin_file", ("f" * 32, "a.txt", "text/plain", 5, "~1", "127.0.0.1", "n1"), "2 files"),
+    ("resize_file", ("f" * 32, 5), "2 files"),
+    ("drop_account", ("bob", "REVISION"), "user"),
+    ("drop_account", ("bob", "REVISION"), "channel"),
+    ("drop_account", ("bob", "REVISION"), "former guest"),
+]
+
+
+@pytest.mark.parametrize("name, values, thing", CHARGED_ACTS)
+def test_an_act_is_charged_for_each_thing_that_it_looks_at(name, values, thing):
+    work = []
+    for count in (2, 5):
+        house = house_with_others(0)
+        account(house, "bob")
+        more_of(house, thing, count)
+        given = [house.hub.accounts["bob"].revision if one == "REVISION" else one for one in values]
+        house.hub.take_work()
+        house.guests["alice"].act(name, *given)
+        work.append(house.hub.take_work())
+    assert work[1] - work[0] == 3
+
+
+LONGER_LINES = [  # a line, a longer one, the work for what it has more of
+    ("PING x", "@+a=1;+b=2 PING x", 4),
+    ("MONITOR + u,v", "MONITOR + u,v,w,x,y", 6),
+    ("LIST >0", "LIST >0,>0,>0", 20),  # 2 of them for the channel
+]
+
+
+@pytest.mark.parametrize("short, long, more", LONGER_LINES)
+def test_a_line_is_charged_for_each_of_its_parts(short, long, more):
+    work = []
+    for line in (short, long):
+        house = house_with_others(0)
+        ask(house, "alice", "CAP REQ :message-tags")
+        house.hub.take_work()
+        house.say("alice", line)
+        work.append(house.hub.take_work())
+    assert work[1] - work[0] == more
+
+
+def test_a_request_is_charged_for_the_letters_of_its_head():
+    work = []
+    for letters in (10, 110):
+        house = House()
+        browser = Browser(house)
+        head = f"GET / HTTP/1.1\r\nHost: x\r\nX: {'x' * letters}\r\n\r\n"
+        browser.conn.reader.feed(head.encode())
+        house.hub.take_work()
+        browser.conn.session.receive(browser.conn.reader.take())
+        work.append(house.hub.take_work())
+    assert work[1] - work[0] == pytest.approx(100 * chat.WORK_OF_A_HEAD_BYTE)
+
+
 def test_an_upload_token_is_that_of_its_user_and_no_other_is_one():
     house, grants = House(), chat.Grants()
     house.enter_irc("alice", "bob")
