@@ -308,6 +308,7 @@ IRC_LINE = re.compile(
 )
 IRC_SOURCE = re.compile(r"[^ !@]+![^ !@]+@[^ @]+|[A-Za-z0-9][A-Za-z0-9._/-]*")
 WITHOUT_SOURCE = ("PING", "ERROR", "AUTHENTICATE", "BATCH")
+STANDARD_REPLIES, CODE = ("FAIL", "WARN", "NOTE"), re.compile("[A-Z]+(?:_[A-Z0-9]+)*")
 LEAST_PARAMS = {"PRIVMSG": 2, "NOTICE": 2, "TAGMSG": 1, "QUIT": 1, "JOIN": 1, "PART": 1, "NICK": 1}
 LINE_FORM = re.compile(
     r"\* .*|(?:\[#[^\]]+\] |\(private\) )?"
@@ -341,6 +342,7 @@ def check_line(line):
     before, _, _ = params.partition(" :")
     count = len(before.split()) + (" :" in params)
     assert count >= LEAST_PARAMS.get(verb, 0), line
+    assert verb not in STANDARD_REPLIES or CODE.fullmatch(before.split()[1]), line
     tags = line.partition(" ")[0] if line[0] == "@" else ""
     assert len(line.removeprefix(tags).encode()) <= chat.IRC_BYTES, line
     assert len(tags.encode()) <= 8191, line
@@ -24819,6 +24821,46 @@ def test_a_full_house_says_so(running):
     assert server.guest().rest() == b"* this server is full: 1 clients; try again later\n"
 
 
+class Closing(chat.Connection):
+    """A connection of which a test says how it is closed."""
+
+    waits_for_reader = reads_to_end = False
+
+
+CLOSINGS = [  # what is true of a connection; whether it may linger from close() on, and after that
+    ((), True, True),
+    (("reads_to_end",), False, False),  # it ends when the other side does
+    (("waits_for_reader",), False, True),  # its time begins when all is sent
+]
+
+
+@pytest.mark.parametrize("traits, closing, hung_up", CLOSINGS)
+def test_a_closed_connection_has_some_seconds_from_the_right_moment_on(
+    loop, traits, closing, hung_up
+):
+    near, far = socket.socketpair()
+    conn = Closing(loop, near)
+    for trait in traits:
+        setattr(conn, trait, True)
+    conn.write(b"the last words")
+    conn.close()
+    assert (conn in loop.linger.waiting, conn.state) == (closing, chat.CLOSING)
+    loop.run_once(0)
+    assert (conn in loop.linger.waiting, conn.state) == (hung_up, chat.LINGERING)
+    assert far.recv(100) == b"the last words"
+    conn.drop("")
+    assert conn not in loop.linger.waiting
+    far.close()
+
+
+@pytest.mark.parametrize("first", ["", "\n", "\r\n", "\n\n"])
+def test_a_client_that_has_said_nothing_yet_is_greeted(running, monkeypatch, first):
+    monkeypatch.setattr(chat, "GREETING_SECONDS", 0.02)
+    guest = running().guest()
+    guest.send(first)
+    assert guest.sock.recv(len(chat.GREETING), socket.MSG_WAITALL) == chat.GREETING
+
+
 @pytest.mark.parametrize("lingering", [0, chat.SPARE_DESCRIPTORS])
 def test_why_a_client_is_turned_away_reaches_also_one_that_spoke_first(loop, lingering):
     """Else its own first lines would make a reset of the end. Not for those of a flood."""
@@ -25267,6 +25309,34 @@ def test_looking_through_a_table_of_the_server_is_charged(line):
     house.hub.take_work()
     house.say("root", line)
     assert house.hub.take_work() > 300
+
+
+BAN_MASKS = [  # the address of a user, and what /ban by name bans
+    ("127.0.0.1", "bob!*@*"),  # which all users on this machine have
+    ("127.9.9.9", "bob!*@*"),
+    ("::1", "bob!*@*"),
+    ("10.0.0.2", "*!*@10.0.0.2"),
+    ("2001:db8::1", "*!*@2001:db8::1"),
+    ("1127.0.0.1", "*!*@1127.0.0.1"),
+]
+
+
+@pytest.mark.parametrize("host, mask", BAN_MASKS)
+def test_a_ban_by_name_bans_the_address_unless_others_have_it_too(host, mask):
+    house = House()
+    for name, address in (("alice", "127.0.0.1"), ("bob", host)):
+        house.connect(name, host=address).receive(name.encode())
+        house.turn()
+        ask(house, name, "/join #a")
+    ask(house, "alice", "/ban bob")
+    assert list(house.hub.channels["#a"].lists["b"]) == [mask]
+
+
+def test_what_nickserv_answers_is_not_the_answer_to_what_stands_beside_it():
+    house = irc_house("", alice="")
+    lines = asked(house, "alice", "PRIVMSG none,NickServ,nosuch :CERT NO")
+    assert [line.verb for line in lines] == ["401", "NOTICE", "401"]
+    assert lines[-1].params[1] == "nosuch"
 
 
 @pytest.mark.parametrize("minutes", ["-1", "99999999999999999999999"])
@@ -28782,6 +28852,42 @@ READING_BACK = [  # a key, and the first row that is seen after it
 ]
 
 
+SAID_WITH = [  # parts of a message beside its text, and its rows
+    ({}, ["08:30 bob: I have"]),
+    ({"reply": "m1"}, ["      answers carol: tea?", "08:30 bob: I have"]),
+    ({"reply": "m9"}, ["      answers an earlier message", "08:30 bob: I have"]),
+    (
+        {"file": f"/files/{'a' * 32},image/png,2048,640,480"},
+        ["08:30 bob: I have", "           [picture, 2 KB, 640\u00d7480; /save stores it]"],
+    ),
+]
+
+
+@pytest.mark.parametrize("parts, rows", SAID_WITH)
+def test_a_message_is_shown_with_what_it_answers_and_with_its_file(parts, rows):
+    desk = Desk(columns=60)
+    asked = at(**CLOCK, text="tea?", name="carol", where="#lobby", id="m1")
+    desk.core.incoming.deliver(desk.core.rooms["#lobby"], asked)
+    desk.hear("I have", **parts)
+    assert desk.paint()[2:-2] == rows
+
+
+CONTINUED_ROWS = [  # a text, and which of its rows go on with a word of the row above
+    ("short", [False]),
+    ("one\ntwo", [False, False]),
+    ("word " * 14, [False, False, False]),
+    ("x" * 45, [False, False, True]),
+    (f"http://{'x' * 70}", [False, False, True, True]),
+]
+
+
+@pytest.mark.parametrize("text, continued", CONTINUED_ROWS)
+def test_a_row_that_goes_on_with_a_word_of_the_row_above_continues_it(text, continued):
+    desk = Desk(columns=40)
+    desk.hear("first", text)
+    assert [goes_on for _, goes_on in desk.display.reader.rows(2)] == continued
+
+
 def test_keys_move_through_what_was_said_by_rows_and_by_pages():
     typist = Typist()
     typist.desk.hear(*(str(n) for n in range(200)))
@@ -29457,6 +29563,21 @@ def test_what_waits_when_a_client_is_killed_is_said_by_the_next_one(running, fol
 
 
 # Files, sent and saved
+
+
+@pytest.mark.parametrize("method, bodiless", [("HEAD", True), ("GET", False), ("PATCH", False)])
+def test_the_answer_to_head_has_no_body_whatever_length_it_tells(loop, method, bodiless):
+    near, far = socket.socketpair()
+    done = []
+    url = chat.Url(chat.parse_target("here:80"), "/files/x")
+    request = chat.CallRequest(method, url, {}, lambda *result: done.append(result))
+    call = chat.WebCall(types.SimpleNamespace(loop=loop), near, None, request, chat.Trust())
+    call.received(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+    assert bool(done) is bodiless
+    if not bodiless:
+        call.received(b"hi")
+    assert [(response.status, body) for response, body in done] == [(200, "" if bodiless else "hi")]
+    far.close()
 
 
 SIZES = [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (1536, "1.5 KB"), (2_000_000, "1.9 MB")]
@@ -30361,6 +30482,7 @@ def test_unread_conversations_are_visited_those_with_a_mention_first(at_keys):
     for _ in range(3):
         at_keys.go_unread()
         visited.append(at_keys.core.room.name)
+        assert at_keys.display.room is at_keys.core.room
     assert visited == ["bob", "#den", "#den"]
 
 
@@ -30372,6 +30494,7 @@ def test_all_conversations_are_visited_in_turn(at_keys, step):
     for n in range(1, len(order) + 2):
         at_keys.go_next(step)
         assert at_keys.core.room.name == order[(here + n * step) % len(order)]
+        assert at_keys.display.room is at_keys.core.room
 
 
 def test_why_the_connection_broke_is_noted_once_for_each_break(at_keys):
@@ -35602,6 +35725,16 @@ def test_the_readme_is_short_where_newcomers_read_and_names_all_that_there_is():
             assert flag in text or flag == "--help", flag
     for verb in chat.client_command:
         assert f"`/{verb}" in reference, verb
+
+
+def test_a_server_has_the_options_that_are_not_given_as_they_are_by_default():
+    given, usual = chat.command_line().parse_args(["server"]), chat.ServerOptions()
+    assert given.data == chat.data_folder() and given.files == "on"
+    others = set(usual._fields) - {"data", "files", "web", "listen"}
+    given.oper = tuple(given.oper)
+    assert {name: getattr(given, name) for name in others} == {
+        name: getattr(usual, name) for name in others
+    }
 
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
