@@ -9129,7 +9129,6 @@ def ask_service(session: IrcSession, text: str) -> None:
         service_command.run(session, verb.lower(), rest)
     except Refused as refusal:
         session.service_says(str(refusal))
-    session.from_service = session.deferred
 
 
 @irc_command("NS", 1, 15)
