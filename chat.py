@@ -9141,7 +9141,6 @@ def ask_service(session: IrcSession, text: str) -> None:
         service_command.run(session, verb.lower(), rest)
     except Refused as refusal:
         session.service_says(str(refusal))
-    session.from_service = session.deferred
 
 
 @irc_command("NS", 1, 15)
@@ -25028,7 +25027,7 @@ class ManyServers(Client):
         raise NotImplementedError
 
     def seats_changed(self) -> None:
-        """React to a server that was added, removed, or is looked at now."""
+        """React to a server that was removed, or is looked at now, as each added one is."""
 
     def is_writing(self, seat: Seat) -> bool:
         """Return whether a text for the current conversation of a server is begun, so that the
@@ -25046,7 +25045,6 @@ class ManyServers(Client):
         seat.core.settings = self.core.settings  # one set for all servers
         seat.core.is_writing = functools.partial(self.is_writing, seat)
         seat.screen = self.screen_for(seat)
-        self.seats_changed()
         return seat
 
     def open_others(self) -> None:

@@ -322,6 +322,7 @@ IRC_LINE = re.compile(
 )
 IRC_SOURCE = re.compile(r"[^ !@]+![^ !@]+@[^ @]+|[A-Za-z0-9][A-Za-z0-9._/-]*")
 WITHOUT_SOURCE = ("PING", "ERROR", "AUTHENTICATE", "BATCH")
+STANDARD_REPLIES, CODE = ("FAIL", "WARN", "NOTE"), re.compile("[A-Z]+(?:_[A-Z0-9]+)*")
 LEAST_PARAMS = {"PRIVMSG": 2, "NOTICE": 2, "TAGMSG": 1, "QUIT": 1, "JOIN": 1, "PART": 1, "NICK": 1}
 LINE_FORM = re.compile(
     r"\* .*|(?:\[#[^\]]+\] |\(private\) )?"
@@ -355,6 +356,7 @@ def check_line(line):
     before, _, _ = params.partition(" :")
     count = len(before.split()) + (" :" in params)
     assert count >= LEAST_PARAMS.get(verb, 0), line
+    assert verb not in STANDARD_REPLIES or CODE.fullmatch(before.split()[1]), line
     tags = line.partition(" ")[0] if line[0] == "@" else ""
     assert len(line.removeprefix(tags).encode()) <= chat.IRC_BYTES, line
     assert len(tags.encode()) <= 8191, line
@@ -7344,6 +7346,18 @@ def test_a_node_that_cannot_reach_the_log_holds_its_clients_and_then_drops_them(
     assert_nodes_agree(nodes)
 
 
+def test_a_node_that_begins_again_after_a_pause_lets_clients_come_at_once(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one, two = nodes.values()
+    two.link.drop("broken")
+    nodes.turns(40)
+    assert two.paused and list(one.hub.nodes) == ["n1"]
+    two.link.join(nodes.nats)
+    while two.link.moves:  # no second passes
+        two.end_turn()
+    assert two.cluster.serving and not two.paused
+
+
 @pytest.mark.parametrize("jump", [3600, -3600])
 def test_a_jump_of_the_clock_of_nats_declares_no_living_node_gone(folder, jump):
     nodes, moved = Nodes(folder, "n1", "n2", "n3"), [0]
@@ -9891,6 +9905,8 @@ bob< :alice BATCH -ID
 carol< @msgid=ID;+x=y :alice PRIVMSG #m :hello
 carol< @+x=y :alice PRIVMSG #m :to all
 carol< @+x=y :alice PRIVMSG #m :of you
+alice> @batch=1 PRIVMSG #m :wrong
+alice< FAIL BATCH MULTILINE_INVALID :there is no such batch
 alice> BATCH +2 draft/multiline #m
 alice> @batch=1 PRIVMSG #m :wrong
 alice< FAIL BATCH MULTILINE_INVALID :this line belongs to another message
@@ -11323,6 +11339,16 @@ def test_a_page_of_targets_does_not_end_between_equal_times(limit, count):
     assert len({when for _, when in found[:3]}) == 1  # else this tests nothing
     assert len(found) == count
     assert sorted(name for name, _ in found)[:3] == ["#a", "#b", "#c"]
+
+
+def test_a_list_of_conversations_is_charged_for_all_that_were_looked_at(monkeypatch):
+    house, charged = irc_house("", alice=HISTORY), []
+    monkeypatch.setattr(FakeConn, "charge", lambda _, work: charged.append(work))
+    for n in range(2):
+        asked(house, "alice", f"JOIN #{n}", f"PRIVMSG #{n} :hello")
+        (end,) = asked(house, "alice", f"CHATHISTORY TARGETS {EARLY} {EARLY} 10")[1:]
+        assert end.verb == "BATCH"  # none of them is that old
+    assert charged[1] - charged[0] == chat.WORK_OF_THE_PAST
 
 
 # Paging by the last time that was told reaches each target once, whatever the limit
@@ -14527,6 +14553,20 @@ def test_a_message_with_a_link_tells_what_it_leads_to_and_takes_the_file_with_it
     assert got(files, path)[0] == 200  # another message of hers still carries it
     says(files, "alice", f"REDACT bob {second}")
     assert got(files, path)[0] == 404 and on_disk(files) == []
+
+
+@pytest.mark.parametrize("said, kept", [(1, False), (2, False), (3, True), (4, True)])
+def test_only_the_first_messages_with_a_link_to_a_file_are_noted(files, monkeypatch, said, kept):
+    monkeypatch.setattr(chat, "FILE_MESSAGES", 3)
+    path = path_of(posted(files))
+    says(files, "alice", *(f"PRIVMSG #lobby :{path}" for _ in range(said)))
+    (file,) = files.hub.files.values()
+    noted = list(file.messages)
+    assert len(noted) == min(said, 3) and list(files.hub.files.by_message) == noted
+    says(files, "alice", "CAP REQ :message-tags draft/message-redaction")
+    ids = [files.hub.ids.text(id) for id in noted[:2]]
+    says(files, "alice", *(f"REDACT #lobby {id}" for id in ids))
+    assert (got(files, path)[0] == 200) == kept == bool(on_disk(files))
 
 
 def test_files_end_with_their_time(files):
@@ -23340,6 +23380,55 @@ def test_as_many_lines_are_sent_at_once_as_a_server_takes_and_then_one_at_its_pa
     assert found == [f"TIME {chat.PACE_BURST}"] and seconds == 1 / chat.PACE_RATE - 1
 
 
+OWN_TAGS = {  # capabilities of the server, and the tags of ours that each line of a message has
+    "": [],
+    "message-tags": [chat.OWN_ID],
+    "message-tags labeled-response batch": [chat.OWN_ID, "label"],
+}
+
+
+@pytest.mark.parametrize("caps, own", OWN_TAGS.items())
+@pytest.mark.parametrize("after", ["", "\nthree"])
+def test_each_line_of_a_message_has_its_own_id_even_if_it_is_cut_late(caps, own, after):
+    alice = Elsewhere("CHANTYPES=#", caps=f"{caps} echo-message".strip())
+    alice.types(*["/raw TIME"] * (chat.PACE_BURST - 1))
+    text = f"one\n{'x' * 250}{'y' * 200}{after}"
+    alice.core.typed(text, reply="m1")
+    (id,) = alice.core.outbox.waiting
+    sent = alice.sent()[-1:]  # the other lines wait ...
+    alice.hears(f":alice!u@h CHGHOST u {'h' * 150}")  # ... and have less room
+    sent += [line for line in alice.sent(30) if "PRIVMSG" in line]
+    *cut, last = map(chat.parse_message, sent)
+    assert [line.params[1][0] for line in (*cut, last)] == [*"oxy", *after[1:2]]
+    for line in cut:
+        end = text.rindex(line.params[1]) + len(line.params[1])
+        assert line.tags == dict.fromkeys(own, f"{id}.{end}")
+    answer = {chat.REPLY: "m1"} if own else {}
+    assert last.tags == {**dict.fromkeys(own, id), **answer} and text.endswith(last.params[1])
+
+
+@pytest.mark.parametrize("tokens, begun", [(0.0, False), (0.9, False), (1.0, True), (3.0, True)])
+def test_the_time_of_an_unsent_join_begins_when_only_a_message_is_before_it(tokens, begun):
+    alice = Elsewhere("CHANTYPES=#")
+    alice.core.talk.joins.note_sent("#b")  # as one behind a message that waits for it
+    alice.core.talk.budget.tokens = tokens
+    alice.core.talk.pump()
+    alice.sent(chat.JOIN_SECONDS + 1 if begun else 0)
+    assert alice.core.talk.joins.waits("#b") is not begun
+
+
+def test_a_join_that_is_sent_late_for_want_of_pace_has_its_whole_time_from_then_on():
+    alice, lines = Elsewhere("CHANTYPES=#"), int(chat.JOIN_SECONDS * chat.PACE_RATE) + 9
+    alice.types(*(f"/raw TIME {n}" for n in range(lines)), "/join #b")
+    while "JOIN #b" not in alice.sent(1):
+        assert alice.core.talk.joins.waits("#b")
+    assert alice.now > chat.JOIN_SECONDS
+    alice.sent(chat.JOIN_SECONDS)
+    assert alice.core.talk.joins.waits("#b")
+    alice.sent(1)
+    assert not alice.core.talk.joins.waits("#b")
+
+
 def test_ignored_users_are_listed_after_each_change():
     alice = Elsewhere()
     alice.types("/ignore bob", "/ignore carol")
@@ -24167,6 +24256,33 @@ class Running:
         self.loop.close()
 
 
+SETTINGS_OF_TCP = [  # an option of an accepted socket, its level, the constant that it has
+    ("SO_KEEPALIVE", "SOL_SOCKET", None),
+    ("TCP_NODELAY", "IPPROTO_TCP", None),
+    ("TCP_KEEPIDLE", "IPPROTO_TCP", "KEEPALIVE_SECONDS"),
+    ("TCP_KEEPINTVL", "IPPROTO_TCP", "KEEPALIVE_EVERY"),
+    ("TCP_KEEPCNT", "IPPROTO_TCP", "KEEPALIVE_PROBES"),
+]
+
+
+@pytest.mark.parametrize("option, level, name", SETTINGS_OF_TCP)
+@pytest.mark.parametrize("value", [11, 12])
+def test_the_system_looks_whether_a_silent_client_is_there(monkeypatch, option, level, name, value):
+    if name:
+        monkeypatch.setattr(chat, name, value)
+    listener = chat.Listener(None, "127.0.0.1", 0)
+    with listener.sock:
+        listener.sock.listen()
+        with socket.create_connection(listener.address), listener.sock.accept()[0] as sock:
+            found = sock.getsockopt(getattr(socket, level), getattr(socket, option))
+    assert found == (value if name else 1)
+
+
+def test_a_client_that_is_gone_is_found_as_soon_by_tcp_as_by_ping():
+    by_tcp = chat.KEEPALIVE_SECONDS + chat.KEEPALIVE_PROBES * chat.KEEPALIVE_EVERY
+    assert by_tcp == chat.PING_SECONDS + chat.PONG_SECONDS
+
+
 class CheckedFile:
     """A file of what a server sends, in which every line is looked at."""
 
@@ -24721,6 +24837,46 @@ def test_a_full_house_says_so(running):
     assert server.guest().rest() == b"* this server is full: 1 clients; try again later\n"
 
 
+class Closing(chat.Connection):
+    """A connection of which a test says how it is closed."""
+
+    waits_for_reader = reads_to_end = False
+
+
+CLOSINGS = [  # what is true of a connection; whether it may linger from close() on, and after that
+    ((), True, True),
+    (("reads_to_end",), False, False),  # it ends when the other side does
+    (("waits_for_reader",), False, True),  # its time begins when all is sent
+]
+
+
+@pytest.mark.parametrize("traits, closing, hung_up", CLOSINGS)
+def test_a_closed_connection_has_some_seconds_from_the_right_moment_on(
+    loop, traits, closing, hung_up
+):
+    near, far = socket.socketpair()
+    conn = Closing(loop, near)
+    for trait in traits:
+        setattr(conn, trait, True)
+    conn.write(b"the last words")
+    conn.close()
+    assert (conn in loop.linger.waiting, conn.state) == (closing, chat.CLOSING)
+    loop.run_once(0)
+    assert (conn in loop.linger.waiting, conn.state) == (hung_up, chat.LINGERING)
+    assert far.recv(100) == b"the last words"
+    conn.drop("")
+    assert conn not in loop.linger.waiting
+    far.close()
+
+
+@pytest.mark.parametrize("first", ["", "\n", "\r\n", "\n\n"])
+def test_a_client_that_has_said_nothing_yet_is_greeted(running, monkeypatch, first):
+    monkeypatch.setattr(chat, "GREETING_SECONDS", 0.02)
+    guest = running().guest()
+    guest.send(first)
+    assert guest.sock.recv(len(chat.GREETING), socket.MSG_WAITALL) == chat.GREETING
+
+
 @pytest.mark.parametrize("lingering", [0, chat.SPARE_DESCRIPTORS])
 def test_why_a_client_is_turned_away_reaches_also_one_that_spoke_first(loop, lingering):
     """Else its own first lines would make a reset of the end. Not for those of a flood."""
@@ -25169,6 +25325,34 @@ def test_looking_through_a_table_of_the_server_is_charged(line):
     house.hub.take_work()
     house.say("root", line)
     assert house.hub.take_work() > 300
+
+
+BAN_MASKS = [  # the address of a user, and what /ban by name bans
+    ("127.0.0.1", "bob!*@*"),  # which all users on this machine have
+    ("127.9.9.9", "bob!*@*"),
+    ("::1", "bob!*@*"),
+    ("10.0.0.2", "*!*@10.0.0.2"),
+    ("2001:db8::1", "*!*@2001:db8::1"),
+    ("1127.0.0.1", "*!*@1127.0.0.1"),
+]
+
+
+@pytest.mark.parametrize("host, mask", BAN_MASKS)
+def test_a_ban_by_name_bans_the_address_unless_others_have_it_too(host, mask):
+    house = House()
+    for name, address in (("alice", "127.0.0.1"), ("bob", host)):
+        house.connect(name, host=address).receive(name.encode())
+        house.turn()
+        ask(house, name, "/join #a")
+    ask(house, "alice", "/ban bob")
+    assert list(house.hub.channels["#a"].lists["b"]) == [mask]
+
+
+def test_what_nickserv_answers_is_not_the_answer_to_what_stands_beside_it():
+    house = irc_house("", alice="")
+    lines = asked(house, "alice", "PRIVMSG none,NickServ,nosuch :CERT NO")
+    assert [line.verb for line in lines] == ["401", "NOTICE", "401"]
+    assert lines[-1].params[1] == "nosuch"
 
 
 @pytest.mark.parametrize("minutes", ["-1", "99999999999999999999999"])
@@ -26997,6 +27181,178 @@ def test_a_line_is_charged_for_the_work_that_it_is(row):
         assert house.hub.take_work() == float(work) + (count - 10) * float(more)
 
 
+def more_users(house, count, *lines, caps=""):
+    names = [f"x{n}" for n in range(count)]
+    house.enter_irc(*names)
+    for name in names:
+        ask(house, name, *([f"CAP REQ :{caps}"] if caps else []), *lines)
+    return names
+
+
+def more_of(house, thing, count):
+    """Make so many more of what lines may have to look through."""
+    each, hub = range(count), house.hub
+    if thing == "user":
+        more_users(house, count)
+    elif thing == "member":
+        more_users(house, count, "JOIN #a")
+    elif thing == "operator":
+        names = more_users(house, count, "JOIN #a")
+        ask(house, "alice", *(f"MODE #a +o {name}" for name in names))
+    elif thing == "subscriber":
+        more_users(house, count, "JOIN #a", "METADATA * SUB k", caps="draft/metadata-2 batch")
+    elif thing == "invited user":
+        more = more_users(house, count)
+        ask(house, "alice", *(f"INVITE {name} #a" for name in more))
+    elif thing == "server ban":
+        ask(house, "alice", *(f"KLINE b{n}!*@* 9 x" for n in each))
+    elif thing == "ban":
+        ask(house, "alice", "MODE #a -t", *(f"MODE #a +b b{n}!*@*" for n in each))
+    elif thing == "channel":
+        ask(house, "alice", *(f"JOIN #c{n}" for n in each))
+    elif thing == "common channel":
+        for name in ("alice", "m1"):
+            ask(house, name, *(f"JOIN #c{n}" for n in each))
+    elif thing == "4 events":
+        house.say("alice", *["PRIVMSG #a :x"] * 4 * count)
+    elif thing == "8 certificates":
+        hub.accounts.certificates.update((str(n), "x") for n in range(8 * count))
+    elif thing == "3 grants":
+        grant = chat.Grant(hub.users["alice"], hub.ticks + 1)
+        house.site.grants.update((str(n), grant) for n in range(3 * count))
+    elif thing == "4 markers":
+        hub.markers.update((f"={n}", {"#c": chat.Marker(1, 1)}) for n in range(4 * count))
+    elif thing == "2 files":
+        given = ("a", "t", 1, "~x", "10.0.0.9", 0)
+        hub.files.update((str(n), chat.StoredFile(str(n), *given)) for n in range(2 * count))
+    elif thing == "former guest":
+        for n in each:
+            hub.link_guest(f"~{n}", hub.users["alice"].identity)
+
+
+CHARGED_FOR_EACH = """
+    server ban: m1 NICK al               1
+    ban: m1 NICK al                      1
+    ban: m1 PART #a                      1
+    ban: m1 QUIT :x                      1
+    ban: m1 TOPIC #a :x                  1
+    ban: m1 PRIVMSG #a :x                1
+    ban: alice INVITE out #a             1
+    ban: out JOIN #a                     1
+    member: alice INVITE out #a          1
+    member: out NAMES #a                 1
+    member: alice RENAME #a #c          41
+    member: alice PRIVMSG @#a :x         1
+    operator: alice PRIVMSG @#a :x       6
+    member: out JOIN #a                  1
+    member: netcat /names                1
+    member: netcat /ban x                1
+    common channel: m1 NICK al          10
+    common channel: m1 AWAY :x          10
+    common channel: m1 QUIT :x          10
+    common channel: m1 WHOIS alice       1
+    user: alice WALLOPS :x               1
+    user: alice KLINE z!*@* 9 x          1
+    user: alice WHO *                   12
+    user: alice MAP                      2
+    channel: alice LIST                  9
+    channel: alice LIST >0,>0           10
+    channel: netcat /list                9
+    subscriber: m1 METADATA * SET k v   14
+    subscriber: out METADATA #a SYNC     1
+    subscriber: out JOIN #a             15
+    invited user: alice MODE #a +i       1
+    invited user: alice MODE #a +b q     1
+    4 events: m1 CAP REQ :echo-message   1
+    8 certificates: alice NS CERT LIST   1
+    3 grants: alice TOKEN GENERATE FILEHOST 1
+    4 markers: alice RENAME #a #c        1
+    former guest: m1 REDACT alice x      5
+"""
+
+
+@pytest.mark.parametrize("row", CHARGED_FOR_EACH.strip().split("\n"))
+def test_a_line_is_charged_for_each_thing_that_it_looks_at(row):
+    said, each = row.strip().rsplit(None, 1)
+    thing, _, said = said.partition(": ")
+    who, _, line = said.partition(" ")
+    work = []
+    for count in (2, 5):
+        house = house_with_others(2)
+        house.site.folder = object()
+        house.enter("netcat")
+        house.enter_irc("out")
+        ask(
+            house,
+            "out",
+            "CAP REQ :draft/metadata-2 batch",
+            "METADATA * SET k v",
+            "METADATA * SUB z",
+        )
+        ask(house, "netcat", "/join #a")
+        ask(house, "alice", "MODE #a +o netcat")
+        more_of(house, thing, count)
+        house.hub.take_work()
+        house.say(who, line)
+        work.append(house.hub.take_work())
+    assert work[1] - work[0] == 3 * float(each)
+
+
+CHARGED_ACTS = [  # an act, its values, what it looks through
+    ("begin_file", ("f" * 32, "a.txt", "text/plain", 5, "~1", "127.0.0.1", "n1"), "2 files"),
+    ("resize_file", ("f" * 32, 5), "2 files"),
+    ("drop_account", ("bob", "REVISION"), "user"),
+    ("drop_account", ("bob", "REVISION"), "channel"),
+    ("drop_account", ("bob", "REVISION"), "former guest"),
+]
+
+
+@pytest.mark.parametrize("name, values, thing", CHARGED_ACTS)
+def test_an_act_is_charged_for_each_thing_that_it_looks_at(name, values, thing):
+    work = []
+    for count in (2, 5):
+        house = house_with_others(0)
+        account(house, "bob")
+        more_of(house, thing, count)
+        given = [house.hub.accounts["bob"].revision if one == "REVISION" else one for one in values]
+        house.hub.take_work()
+        house.guests["alice"].act(name, *given)
+        work.append(house.hub.take_work())
+    assert work[1] - work[0] == 3
+
+
+LONGER_LINES = [  # a line, a longer one, the work for what it has more of
+    ("PING x", "@+a=1;+b=2 PING x", 4),
+    ("MONITOR + u,v", "MONITOR + u,v,w,x,y", 6),
+    ("LIST >0", "LIST >0,>0,>0", 20),  # 2 of them for the channel
+]
+
+
+@pytest.mark.parametrize("short, long, more", LONGER_LINES)
+def test_a_line_is_charged_for_each_of_its_parts(short, long, more):
+    work = []
+    for line in (short, long):
+        house = house_with_others(0)
+        ask(house, "alice", "CAP REQ :message-tags")
+        house.hub.take_work()
+        house.say("alice", line)
+        work.append(house.hub.take_work())
+    assert work[1] - work[0] == more
+
+
+def test_a_request_is_charged_for_the_letters_of_its_head():
+    work = []
+    for letters in (10, 110):
+        house = House()
+        browser = Browser(house)
+        head = f"GET / HTTP/1.1\r\nHost: x\r\nX: {'x' * letters}\r\n\r\n"
+        browser.conn.reader.feed(head.encode())
+        house.hub.take_work()
+        browser.conn.session.receive(browser.conn.reader.take())
+        work.append(house.hub.take_work())
+    assert work[1] - work[0] == pytest.approx(100 * chat.WORK_OF_A_HEAD_BYTE)
+
+
 def test_an_upload_token_is_that_of_its_user_and_no_other_is_one():
     house, grants = House(), chat.Grants()
     house.enter_irc("alice", "bob")
@@ -28512,6 +28868,42 @@ READING_BACK = [  # a key, and the first row that is seen after it
 ]
 
 
+SAID_WITH = [  # parts of a message beside its text, and its rows
+    ({}, ["08:30 bob: I have"]),
+    ({"reply": "m1"}, ["      answers carol: tea?", "08:30 bob: I have"]),
+    ({"reply": "m9"}, ["      answers an earlier message", "08:30 bob: I have"]),
+    (
+        {"file": f"/files/{'a' * 32},image/png,2048,640,480"},
+        ["08:30 bob: I have", "           [picture, 2 KB, 640\u00d7480; /save stores it]"],
+    ),
+]
+
+
+@pytest.mark.parametrize("parts, rows", SAID_WITH)
+def test_a_message_is_shown_with_what_it_answers_and_with_its_file(parts, rows):
+    desk = Desk(columns=60)
+    asked = at(**CLOCK, text="tea?", name="carol", where="#lobby", id="m1")
+    desk.core.incoming.deliver(desk.core.rooms["#lobby"], asked)
+    desk.hear("I have", **parts)
+    assert desk.paint()[2:-2] == rows
+
+
+CONTINUED_ROWS = [  # a text, and which of its rows go on with a word of the row above
+    ("short", [False]),
+    ("one\ntwo", [False, False]),
+    ("word " * 14, [False, False, False]),
+    ("x" * 45, [False, False, True]),
+    (f"http://{'x' * 70}", [False, False, True, True]),
+]
+
+
+@pytest.mark.parametrize("text, continued", CONTINUED_ROWS)
+def test_a_row_that_goes_on_with_a_word_of_the_row_above_continues_it(text, continued):
+    desk = Desk(columns=40)
+    desk.hear("first", text)
+    assert [goes_on for _, goes_on in desk.display.reader.rows(2)] == continued
+
+
 def test_keys_move_through_what_was_said_by_rows_and_by_pages():
     typist = Typist()
     typist.desk.hear(*(str(n) for n in range(200)))
@@ -29187,6 +29579,21 @@ def test_what_waits_when_a_client_is_killed_is_said_by_the_next_one(running, fol
 
 
 # Files, sent and saved
+
+
+@pytest.mark.parametrize("method, bodiless", [("HEAD", True), ("GET", False), ("PATCH", False)])
+def test_the_answer_to_head_has_no_body_whatever_length_it_tells(loop, method, bodiless):
+    near, far = socket.socketpair()
+    done = []
+    url = chat.Url(chat.parse_target("here:80"), "/files/x")
+    request = chat.CallRequest(method, url, {}, lambda *result: done.append(result))
+    call = chat.WebCall(types.SimpleNamespace(loop=loop), near, None, request, chat.Trust())
+    call.received(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+    assert bool(done) is bodiless
+    if not bodiless:
+        call.received(b"hi")
+    assert [(response.status, body) for response, body in done] == [(200, "" if bodiless else "hi")]
+    far.close()
 
 
 SIZES = [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (1536, "1.5 KB"), (2_000_000, "1.9 MB")]
@@ -30091,6 +30498,7 @@ def test_unread_conversations_are_visited_those_with_a_mention_first(at_keys):
     for _ in range(3):
         at_keys.go_unread()
         visited.append(at_keys.core.room.name)
+        assert at_keys.core.take_views() == []  # they are shown
     assert visited == ["bob", "#den", "#den"]
 
 
@@ -30102,6 +30510,7 @@ def test_all_conversations_are_visited_in_turn(at_keys, step):
     for n in range(1, len(order) + 2):
         at_keys.go_next(step)
         assert at_keys.core.room.name == order[(here + n * step) % len(order)]
+        assert at_keys.core.take_views() == []  # they are shown
 
 
 def test_why_the_connection_broke_is_noted_once_for_each_break(at_keys):
@@ -33259,10 +33668,12 @@ CHROMIUM_FLAGS = (
     *("--remote-debugging-pipe", "--no-first-run", "--disable-component-update"),
     *("--disable-background-networking", "--disable-background-timer-throttling"),
     *("--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows"),
-    "--ignore-certificate-errors",
+    *("--ignore-certificate-errors", "--no-startup-window"),
     # A tab has one process, in which its next page is shown
     "--disable-features=SpareRendererForSitePerProcess,ProactivelySwapBrowsingInstance,"
-    "BackForwardCache",
+    # In a window of tabs the browser's own pages need more time than ours
+    "BackForwardCache,PreloadTopChromeWebUI,"
+    "WebUIOmniboxAimPopup,WebUIOmniboxFullPopup,WebUIOmniboxPopup",
 )
 
 
@@ -35331,6 +35742,16 @@ def test_the_readme_is_short_where_newcomers_read_and_names_all_that_there_is():
         assert f"`/{verb}" in reference, verb
 
 
+def test_a_server_has_the_options_that_are_not_given_as_they_are_by_default():
+    given, usual = chat.command_line().parse_args(["server"]), chat.ServerOptions()
+    assert given.data == chat.data_folder() and given.files == "on"
+    others = set(usual._fields) - {"data", "files", "web", "listen"}
+    given.oper = tuple(given.oper)
+    assert {name: getattr(given, name) for name in others} == {
+        name: getattr(usual, name) for name in others
+    }
+
+
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 README_LIMITS = [  # words of the README, and the limits that are its numbers
     ("count as a line. A line has at most {:,} bytes.", chat.LINE_BYTES),
@@ -35403,6 +35824,8 @@ README_LIMITS = [  # words of the README, and the limits that are its numbers
         chat.PER_ADDRESS,
     ),
     ("a server on its own; {} days |", chat.LOG_KEPT_DAYS),
+    ("away longer than `--cluster-keep` ({} days):", chat.LOG_KEPT_DAYS),
+    ("as long as that message exists and {} days longer;", chat.DEDUP_MS // (DAY_SECONDS * 1000)),
     ("all connections of an address together {} times that.", chat.ADDRESS_SHARES),
     (
         "(more than {} MiB unsent, or {} KiB for {:g} seconds)",
