@@ -9696,8 +9696,9 @@ def last_page_tag(session: IrcSession, ended: bool) -> str:
 
 
 def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
-    """Tell the targets whose last message is between two marks, the oldest of these first. A page
-    does not end between two messages of the same time: the next page begins after that time."""
+    """Tell the targets whose last message is between two marks, in the order of time. The limit
+    counts from the first mark, which may be the later one. A page does not end between messages
+    of the same time: the next page begins after that time."""
     hub, user = session.site.hub, session.user
     first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))  # an id is first
     keys = [channel.key for channel in user.channels]
@@ -9712,10 +9713,10 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
             mine = hub.same_person(event.source.identity, user.identity)
             partner = event.about if mine else event.source.name
             matching.append((event.time, names.get(key) or partner))
-    matching.sort()
+    matching.sort(reverse=bounds != [first, last])
     page = matching[:count]
     page += itertools.takewhile(lambda one: one[0] == page[-1][0], matching[count:])
-    told = (f"CHATHISTORY TARGETS {name} {tag_time(when)}" for when, name in page)
+    told = (f"CHATHISTORY TARGETS {name} {tag_time(when)}" for when, name in sorted(page))
     ends = last_page_tag(session, len(page) == len(matching))
     in_batch(session, "draft/chathistory-targets", map(session.server_line, told), ends)
 

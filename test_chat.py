@@ -11326,6 +11326,20 @@ def test_pages_of_targets_by_time_reach_each_one_once(limit):
     assert sorted(found) == ["#a", "#b", "#c", "#d", "#late"]
 
 
+# As in BETWEEN, the limit counts from the first bound; the order is that of the times anyway
+@pytest.mark.parametrize(
+    "limit, forwards, backwards",
+    [(1, ["#a", "#b"], ["#late"]), (2, ["#a", "#b"], ["#a", "#b", "#late"])],
+)
+def test_targets_counts_its_limit_from_the_first_bound(limit, forwards, backwards):
+    house = equal_times(HISTORY, "#a", "#b")
+    for bounds, expected in ((f"{EARLY} {NOW}", forwards), (f"{NOW} {EARLY}", backwards)):
+        lines = asked(house, "alice", f"CHATHISTORY TARGETS {bounds} {limit}")
+        assert [line.params[1] for line in of(lines, "CHATHISTORY")] == expected
+        ends = "draft/chathistory-end" in of(lines, "BATCH")[0].tags
+        assert ends == (len(expected) == 3)
+
+
 # The first bound may be a msgid for clients with chat.py/session; for others it is refused
 def test_the_first_bound_of_targets_may_be_a_message_id_for_our_own_clients():
     house = irc_house("#a,#b", alice=f"{HISTORY} chat.py/session", bob="", carol=HISTORY)
