@@ -9977,7 +9977,7 @@ def who_values(
     """Return a user's fields for WHO, by letters of WHOX, in the order of its answers."""
     source, hub = user.source, session.site.hub
     return {
-        "t": as_param(token),
+        "t": as_param(token or "0"),
         "c": channel.name if channel else "*",
         "u": source.username,
         "i": source.host,

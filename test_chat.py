@@ -8821,7 +8821,7 @@ alice> WHO alice %tcuihsnfdlaor,42
 alice< 354 alice 42 #a ~u 127.0.0.1 127.0.0.1 chat.py alice H@ 0 5 0 n/a :Real Name
 alice< 315 alice alice :End of WHO
 alice> WHO #a %nt
-alice< 354 alice * alice
+alice< 354 alice 0 alice
 alice< 315 alice #a :End of WHO
 alice> WHO dora %na
 alice< 354 alice dora 0
