@@ -9387,6 +9387,10 @@ def within(channel: Channel, what: str, sign: str, number: str, now: int) -> boo
     return value < int(number) if sign == "<" else value > int(number)
 
 
+def is_condition(text: str) -> bool:
+    return LIST_BOUND.fullmatch(text) is not None or text.startswith(("#", "!"))
+
+
 def list_filter(conditions: str, now: int) -> Callable[[Channel], bool]:
     """Return a filter for LIST (ELIST): all conditions have to hold, and any one of the masks."""
     bounds = [b for c in conditions.split(",") if (b := LIST_BOUND.fullmatch(c))]
@@ -9415,6 +9419,8 @@ def in_slices(items: Iterable[Any]) -> Iterator[Any]:
 @irc_command("LIST", most=2)
 def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Iterator[None]:
     """LIST [<channel or condition>{,...}] -- the channels: >9, <9, C<5, T>5, *mask*, !*mask*"""
+    if any(map(is_condition, server.split(","))):  # LIST <channels> <conditions>
+        conditions, server = f"{conditions},{server}", ""
     check_server(session, server)
     hub, user = session.site.hub, session.user
     if conditions.count(",") >= LIST_TARGETS:

@@ -11285,6 +11285,32 @@ def test_a_client_without_message_tags_gets_no_mark_of_the_last_page():
     assert opening(asked(house, "alice", "CHATHISTORY LATEST #a * 5")).tags == {}
 
 
+# Channels and conditions may be two parameters; a second one that is neither names a server
+@pytest.mark.parametrize(
+    "params, expected",
+    [
+        ("#two >1", ["#two"]),
+        ("#one,#two <2", ["#one"]),
+        ("#one,#two >0,<2", ["#one"]),
+        ("#two >2", []),
+        ("*o* C<5", ["#one", "#two"]),
+        (">0 #one", ["#one"]),
+        ("*o* !#one", ["#two"]),
+        ("#two chat.py", ["#two"]),
+        ("#two elsewhere", None),
+    ],
+)
+def test_conditions_of_list_may_follow_the_channels_as_a_second_parameter(params, expected):
+    house = irc_house("#two", alice="", bob="")
+    asked(house, "alice", "JOIN #one", "JOIN #three")
+    lines = asked(house, "bob", f"LIST {params}")
+    if expected is None:
+        assert [line.verb for line in lines] == ["402"]
+    else:
+        assert sorted(line.params[1] for line in of(lines, "322")) == expected
+        assert lines[-1].verb == "323"
+
+
 def equal_times(capabilities, *rooms):
     """All rooms have their last message in the same millisecond, and #late a second later."""
     house = irc_house("", alice=capabilities, bob="")
