@@ -3846,6 +3846,8 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
     check_metadata_writable(who, owner, target, key)
     if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
         raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target, str(METADATA_KEYS))
+    if value == owner.metadata.get(key, ""):
+        return
     if value:
         owner.metadata[key] = value
     else:
@@ -8180,23 +8182,39 @@ def owner_name(owner: "User | Channel | IrcSession") -> str:
     return owner.name if isinstance(owner, (User, Channel)) else "*"
 
 
-def subscribed_metadata(session: "IrcSession", owners: Iterable) -> Iterator[tuple[str, str, str]]:
-    """Yield owner's name, key and value of all metadata that this session subscribed to."""
+def subscribed_metadata(
+    session: "IrcSession", owners: Iterable, keys: Collection[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield owner's name, key and value of all metadata with these keys."""
     for owner in owners:
         for key, value in list(owner.metadata.items()):
-            if key in session.subscribed:
+            if key in keys:
                 yield owner_name(owner), key, value
 
 
-def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
+def tell_values(
+    session: "IrcSession", target: str, owners: Collection, keys: Collection[str]
+) -> None:
     """Tell the values, or, of many, that the client may ask (draft/metadata, postponed sync)."""
-    others = (channel, *(user for user in channel.members if user is not session.user))
-    session.site.hub.work += len(others)
-    some = list(itertools.islice(subscribed_metadata(session, others), METADATA_AT_ONCE + 1))
+    session.site.hub.work += len(owners)
+    known = subscribed_metadata(session, owners, keys)
+    some = list(itertools.islice(known, METADATA_AT_ONCE + 1))
     if len(some) > METADATA_AT_ONCE:
-        return session.reply(ERR_METADATASYNCLATER, channel.name)
+        return session.reply(ERR_METADATASYNCLATER, target)
     for one in some:
         session.tell_value(*one)
+
+
+def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
+    others = (user for user in channel.members if user is not session.user)
+    tell_values(session, channel.name, [channel, *others], session.subscribed)
+
+
+def tell_metadata_of_people(session: "IrcSession", keys: Iterable[str]) -> None:
+    """Tell the metadata of the users with these names, as far as they are here."""
+    users = session.site.hub.users
+    people = [users[key] for key in keys if key in users] if session.subscribed else []
+    tell_values(session, "*ALL", people, session.subscribed)
 
 
 def tell_about_channel(session: "IrcSession", channel: Channel) -> None:
@@ -8379,6 +8397,7 @@ class IrcSession(LocalSession):
             self.tell_value(name, event.about, event.text)
         elif event.kind == CAME_ONLINE:
             self.reply(RPL_MONONLINE, source.mask)
+            tell_metadata_of_people(self, [fold(source.name)])
         elif event.kind == WENT_OFFLINE:
             self.reply(RPL_MONOFFLINE, source.name)
 
@@ -9556,19 +9575,24 @@ def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
     return owner
 
 
+def metadata_owners(session: IrcSession) -> Collection[Any]:
+    """Return all users and channels of whose metadata this session is told."""
+    people = (session.site.hub.users.get(key) for key in session.watched)
+    channels = list(session.user.channels)
+    members = itertools.chain(*(channel.members for channel in channels))
+    return dict.fromkeys([session.user, *channels, *members, *filter(None, people)])
+
+
 def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
     """Tell the values of a user, of a channel with its members, or of all (*ALL)."""
     if target == "*ALL" and session.user:
-        people = (session.site.hub.users.get(key) for key in session.watched)
-        channels = list(session.user.channels)
-        members = itertools.chain(*(channel.members for channel in channels))
-        owners = dict.fromkeys([session.user, *channels, *members, *filter(None, people)])
+        owners = metadata_owners(session)
     else:
         owner = metadata_owner(session, target)
         owners = [owner, *owner.members] if isinstance(owner, Channel) else [owner]
         target = owner_name(owner)
     session.site.hub.work += len(owners)
-    known = subscribed_metadata(session, owners)
+    known = subscribed_metadata(session, owners, session.subscribed)
     lines = (session.shaped_line(RPL_KEYVALUE, *one) for one in known)
     yield from batch_in_pieces(session, f"metadata {target}", lines)
 
@@ -9608,8 +9632,10 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
 
 @in_steps
 def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> Steps:
-    """Add or remove keys; the first one past the limit is refused, and the rest ignored."""
+    """Add or remove keys; the first one past the limit is refused, and the rest ignored. Tell the
+    values of the new keys."""
     done: list[str] = []
+    before = set(session.subscribed)
     for key in keys:
         known = key in session.subscribed
         if not METADATA_KEY.fullmatch(key):
@@ -9627,6 +9653,8 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
     if done:
         yield do(session.act, "follow", "subscribers", tuple(done), on)
         session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
+        if session.user and (new := session.subscribed.keys() - before):
+            tell_values(session, "*ALL", metadata_owners(session), new)
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
@@ -10130,7 +10158,12 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             added.append(name)
     if added:
         keys = tuple(map(fold, added))
-        session.act("follow", "watchers", keys, True, then=lambda _: tell_monitored(session, added))
+
+        def tell(_: None) -> None:
+            tell_monitored(session, added)
+            tell_metadata_of_people(session, keys)
+
+        session.act("follow", "watchers", keys, True, then=tell)
 
 
 def monitor_remove(session: IrcSession, names: list[str]) -> None:

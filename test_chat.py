@@ -9914,6 +9914,7 @@ alice< @batch=ID :chat.py 766 alice alice color :is not set
 alice< BATCH -ID
 bob> METADATA * SUB avatar color
 bob< 770 bob avatar color
+bob< 761 bob alice avatar * :https://example.org/a.png
 bob> METADATA * SUBS
 bob< 772 bob avatar
 bob< 772 bob color
@@ -12754,6 +12755,73 @@ def test_a_watched_user_s_metadata_is_told_without_a_common_channel(more):
     asked(house, "bob", "METADATA * SET color :red", "METADATA * SET other :x")
     told = [line.params[1:] for line in of(heard(house, "alice"), "761")]
     assert told == [["bob", "color", "*", "red"]]
+
+
+def house_with_metadata(watcher, **more):
+    """Values of bob, who is in #a, of #a, of carol and of alice, who is asking."""
+    house = irc_house("", alice=watcher, bob="", carol="", **more)
+    asked(house, "bob", "JOIN #a", "METADATA #a SET color :blue", "METADATA * SET color :red")
+    asked(house, "bob", "METADATA * SET url :x")
+    asked(house, "carol", "METADATA * SET color :green")
+    asked(house, "alice", "METADATA * SET color :grey")
+    return house
+
+
+def values_told(lines):
+    return [" ".join(line.params[1:3] + line.params[4:]) for line in of(lines, "761", "766")]
+
+
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        (["METADATA * SUB color"], "alice color grey"),
+        (["JOIN #a", "METADATA * SUB color"], "alice color grey|#a color blue|bob color red"),
+        (["JOIN #a", "METADATA * SUB url status"], "bob url x"),
+        (["JOIN #a", "METADATA * SUB url", "METADATA * SUB url"], "bob url x"),
+        (["MONITOR + carol", "METADATA * SUB color"], "alice color grey|carol color green"),
+        (["METADATA * SUB color url", "MONITOR + carol"], "alice color grey|carol color green"),
+        (["METADATA * SUB url", "MONITOR + carol,bob,carol"], "bob url x"),
+        (["MONITOR + carol,bob"], ""),
+        (["METADATA * SUB url", "METADATA * UNSUB url", "MONITOR + bob"], ""),
+    ],
+)
+def test_a_client_is_told_the_present_values_when_it_subscribes_or_monitors(lines, told):
+    house = house_with_metadata(METADATA)
+    assert "|".join(values_told(asked(house, "alice", *lines))) == told
+
+
+def test_of_many_values_a_subscriber_is_told_where_to_ask_for_them(monkeypatch):
+    monkeypatch.setattr(chat, "METADATA_AT_ONCE", 2)
+    house = house_with_metadata(METADATA)
+    told = asked(house, "alice", "JOIN #a", "METADATA * SUB color")
+    assert [line.params[1:3] for line in of(told, "774")] == [["*ALL", "0"]]
+    assert not values_told(told)
+    all_of_them = values_told(asked(house, "alice", "METADATA *ALL SYNC"))
+    assert sorted(all_of_them) == ["#a color blue", "alice color grey", "bob color red"]
+
+
+def test_a_monitored_user_who_comes_brings_metadata():
+    house = house_with_metadata(METADATA)
+    asked(house, "alice", "METADATA * SUB color", "MONITOR + dora,robert")
+    house.connect_irc("dora")
+    asked(house, "dora", f"CAP REQ :{METADATA}", "NICK dora", "METADATA * SET color :pink")
+    asked(house, "dora", "USER u 0 * :r", "CAP END")
+    asked(house, "bob", "NICK robert")
+    lines = heard(house, "alice")
+    assert [line.verb for line in lines] == ["730", "761", "730", "761"]
+    assert values_told(lines) == ["dora color pink", "robert color red"]
+
+
+@pytest.mark.parametrize("target", ["bob", "#a"])
+def test_subscribers_are_told_changes_of_metadata_only(target):
+    house = house_with_metadata(METADATA)
+    asked(house, "alice", "JOIN #a", "METADATA * SUB color status")
+    settings = ["color :black", "color :black", "status", "color", "color", "color :black"]
+    for setting in settings:
+        assert len(of(asked(house, "bob", f"METADATA {target} SET {setting}"), "761", "766")) == 1
+    changes = [f"{target} color {text}" for text in ("black", "is not set", "black")]
+    told = heard(house, "alice")
+    assert [" ".join(line.params[1:3] + line.params[-1:]) for line in told] == changes
 
 
 def visitor_at_a_limit():
