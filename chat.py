@@ -864,7 +864,8 @@ def is_word(text: str, limit: int) -> bool:
 def clean_name(wanted: str) -> str:
     """Return the nearest name that every dialect can carry, in NFKC; "" if nothing is left.
     Invisible characters (Unicode C*, Z*, Default_Ignorable_Code_Point) and those of NOT_IN_NAMES
-    become "_", and so does one of NOT_FIRST_IN_NAMES at the start."""
+    become "_", and so does one of NOT_FIRST_IN_NAMES at the start. No name is 0: to IRC that means
+    no account (WHOX), all channels (JOIN) and all users (WHO)."""
     name = wanted.strip()[: 4 * NAME_CHARACTERS]
     # NFKC would drop or replace some of those: then they would be in the name unseen
     name = "".join(c if is_solid(c) else "_" for c in name)
@@ -872,6 +873,7 @@ def clean_name(wanted: str) -> str:
     name = "".join(c if is_solid(c) and c not in NOT_IN_NAMES else "_" for c in name)
     if name[:1] in NOT_FIRST_IN_NAMES:
         name = "_" + name[1:]
+    name = "_0" if name == "0" else name
     return cut(name[:NAME_CHARACTERS], NAME_BYTES) if is_visible(name) else ""
 
 

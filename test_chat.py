@@ -961,6 +961,10 @@ NAMES = [
     ("(private)", "_private)"),
     ("\u0301", ""),
     ("\u3164", "_"),
+    ("0", "_0"),
+    ("\uff10", "_0"),  # full width
+    ("00", "00"),
+    ("0a", "0a"),
 ]
 
 
@@ -12755,6 +12759,17 @@ def test_a_watched_user_s_metadata_is_told_without_a_common_channel(more):
     asked(house, "bob", "METADATA * SET color :red", "METADATA * SET other :x")
     told = [line.params[1:] for line in of(heard(house, "alice"), "761")]
     assert told == [["bob", "color", "*", "red"]]
+
+
+# 0 stands for no account in WHOX
+@pytest.mark.parametrize("lines", [["NICK 0"], ["NICK 0", "REGISTER 0 * :secret-pw"]])
+def test_0_is_neither_a_nickname_nor_an_account(lines):
+    house = irc_house("#a", alice="")
+    told = asked(house, "alice", *lines)
+    assert told[0].verb == "432" and told[0].params[1] == "0"
+    assert all(line.verb in ("432", "FAIL") for line in told)
+    (who,) = of(asked(house, "alice", "WHO #a %na"), "354")
+    assert who.params[1:] == ["alice", "0"]
 
 
 def house_with_metadata(watcher, **more):
