@@ -8150,6 +8150,8 @@ def collect(session: "IrcSession", message: Message) -> None:
     session.message = message._replace(verb="BATCH")  # what a refusal is about
     collected = session.collected
     if collected is None:
+        if "labeled-response" in session.capabilities:
+            session.begin_answer(message.tags.get("label", ""))
         raise Refused("MULTILINE_INVALID", "there is no such batch")
     try:
         if not collected.failed:
@@ -9297,8 +9299,10 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
     if sign == "+":
         if not re.fullmatch("[A-Za-z0-9-]+", reference):
             raise Refused("INVALID_REFTAG", "a reference is made of letters and digits", reference)
-        if kind != "draft/multiline" or not target:
+        if kind != "draft/multiline":
             raise Refused("UNKNOWN_TYPE", "the type has to be draft/multiline", reference, kind)
+        if not target:
+            raise Refused("MULTILINE_INVALID", "a message needs a target")
         label = session.message.tags.get("label", "")
         if session.collected:
             raise Refused("MULTILINE_INVALID", "another batch is open; end it first", reference)

@@ -12761,6 +12761,25 @@ def test_a_watched_user_s_metadata_is_told_without_a_common_channel(more):
     assert told == [["bob", "color", "*", "red"]]
 
 
+@pytest.mark.parametrize(
+    "line, label, context",
+    [
+        ("@label=1 BATCH +a draft/multiline", "1", ["MULTILINE_INVALID"]),
+        ("@label=1 BATCH +a", "1", ["UNKNOWN_TYPE", "a", "*"]),
+        ("@label=1 BATCH +a foo #a", "1", ["UNKNOWN_TYPE", "a", "foo"]),
+        ("@label=1;batch=a PRIVMSG #a :x", "1", ["MULTILINE_INVALID"]),
+        ("@batch=a PRIVMSG #a :x", None, ["MULTILINE_INVALID"]),
+    ],
+)
+def test_a_batch_that_cannot_be_opened_or_is_not_open_is_refused_with_the_label(
+    line, label, context
+):
+    house = irc_house("#a", alice="batch draft/multiline labeled-response message-tags")
+    (told,) = asked(house, "alice", line)
+    assert told.verb == "FAIL" and told.params[:-1] == ["BATCH", *context]
+    assert told.tags.get("label") == label
+
+
 # 0 stands for no account in WHOX
 @pytest.mark.parametrize("lines", [["NICK 0"], ["NICK 0", "REGISTER 0 * :secret-pw"]])
 def test_0_is_neither_a_nickname_nor_an_account(lines):
