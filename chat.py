@@ -9155,6 +9155,7 @@ def ask_service(session: IrcSession, text: str) -> None:
     session.from_service = session.deferred
 
 
+@irc_command("NICKSERV", 1, 15, doc=f"NICKSERV <command> -- the same as PRIVMSG {SERVICE}")
 @irc_command("NS", 1, 15)
 def irc_ns(session: IrcSession, *words: str) -> None:
     """NS <command> -- the same as PRIVMSG NickServ"""
@@ -10086,6 +10087,26 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     yield RPL_WHOISIDLE, (hub.ticks - user.spoke) // 1000, user.since // 1000
 
 
+def source_here(session: IrcSession, name: str) -> Source | None:
+    """Return the source of a user who is here, or of the service for accounts, which always is."""
+    key = fold(name)
+    if key == SERVICE_KEY:
+        return source_of(SERVICE, f"{session.site.name}:0", SERVICE)
+    user = session.site.hub.users.get(key)
+    return user.source if user else None
+
+
+def tell_whois(session: IrcSession, name: str) -> None:
+    """Tell what is known of a user, or of the service for accounts. Raises Refused."""
+    if fold(name) == SERVICE_KEY:
+        site, text = session.site, f"accounts; /msg {SERVICE} HELP"
+        session.reply(RPL_WHOISUSER, SERVICE, SERVICE, site.name, text)
+        return session.reply(RPL_WHOISSERVER, SERVICE, site.name, site.network)
+    user = session.site.hub.find_user(name)
+    for shape, *values in whois_lines(session, user):
+        session.reply(shape, user.name, *values)
+
+
 @irc_command("WHOIS", most=2)
 def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
     """WHOIS [<server>] <nickname> -- all about a user"""
@@ -10095,9 +10116,7 @@ def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
         raise Refused("NO_NAME", "no nickname given")
     check_server(session, server)
     try:
-        user = session.site.hub.find_user(name)
-        for shape, *values in whois_lines(session, user):
-            session.reply(shape, user.name, *values)
+        tell_whois(session, name)
     except Refused as refusal:
         session.refuse(refusal)
     session.reply(RPL_ENDOFWHOIS, as_param(name))
@@ -10122,9 +10141,8 @@ def irc_whowas(session: IrcSession, name: str, count: str = "", server: str = ""
 @irc_command("ISON", 1, 15)
 def irc_ison(session: IrcSession, *names: str) -> None:
     """ISON <nickname>{ <nickname>} -- which of them are here"""
-    users = session.site.hub.users
-    here = [users[fold(n)].name for n in " ".join(names).split() if fold(n) in users]
-    session.reply_list(RPL_ISON, here or [""])
+    known = (source_here(session, name) for name in " ".join(names).split())
+    session.reply_list(RPL_ISON, [source.name for source in known if source] or [""])
 
 
 def userhost(user: User) -> str:
@@ -10140,10 +10158,10 @@ def irc_userhost(session: IrcSession, *names: str) -> None:
 
 
 def tell_monitored(session: IrcSession, names: list[str]) -> None:
-    users = session.site.hub.users
     session.site.hub.work += 2 * len(names)
-    online = [users[fold(name)].source.mask for name in names if fold(name) in users]
-    offline = [name for name in names if fold(name) not in users]
+    known = [(name, source_here(session, name)) for name in names]
+    online = [source.mask for _, source in known if source]
+    offline = [name for name, source in known if not source]
     session.reply_list(RPL_MONONLINE, online, between=",")
     session.reply_list(RPL_MONOFFLINE, offline, between=",")
 

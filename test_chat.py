@@ -9004,7 +9004,7 @@ alice< FAIL TOKEN UNKNOWN_COMMAND LOOK :there is no TOKEN LOOK
 === HELP: is made from the handlers
 alice> HELP
 alice< 704 alice * :HELP <command> tells more about one of these:
-alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON ISUPPORT JOIN KICK KILL KLINE LINKS LIST LUSERS MAP MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOKEN TOPIC TRACE UNKLINE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON ISUPPORT JOIN KICK KILL KLINE LINKS LIST LUSERS MAP MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NICKSERV NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOKEN TOPIC TRACE UNKLINE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
 alice< 706 alice * :End of help
 alice> HELP JOIN
 alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
@@ -10035,7 +10035,7 @@ alice> NS PASSWD wrong other
 alice< :NickServ!NickServ@chat.py NOTICE alice :name or password are wrong
 alice> NS PASSWD password secret2
 alice< :NickServ!NickServ@chat.py NOTICE alice :password changed
-alice> NS FOO
+alice> NICKSERV FOO
 alice< :NickServ!NickServ@chat.py NOTICE alice :there is no /msg NickServ foo; /msg NickServ help lists what there is
 alice> NS IDENTIFY
 alice< :NickServ!NickServ@chat.py NOTICE alice :usage: IDENTIFY [NAME] PASSWORD
@@ -12778,6 +12778,35 @@ def test_a_batch_that_cannot_be_opened_or_is_not_open_is_refused_with_the_label(
     (told,) = asked(house, "alice", line)
     assert told.verb == "FAIL" and told.params[:-1] == ["BATCH", *context]
     assert told.tags.get("label") == label
+
+
+# Clients look whether the service is there, and send what is typed after /nickserv as it is
+@pytest.mark.parametrize("verb", ["NICKSERV", "nickserv", "NS", "PRIVMSG NickServ"])
+def test_the_service_for_accounts_can_be_reached_by_each_of_its_names(verb):
+    house = irc_house("", alice="")
+    help_of = of(asked(house, "alice", "PRIVMSG NickServ :HELP"), "NOTICE")
+    assert of(asked(house, "alice", f"{verb} :HELP"), "NOTICE") == help_of != []
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        (
+            "WHOIS nickserv",
+            ["311 NickServ NickServ chat.py", "312 NickServ chat.py", "318 nickserv"],
+        ),
+        ("ISON absent nickserv alice", ["303"]),
+        ("MONITOR + absent,nickserv", ["730", "731"]),
+    ],
+)
+def test_the_service_for_accounts_is_shown_as_present(line, told):
+    house = irc_house("", alice="")
+    lines = asked(house, "alice", line)
+    shown = [" ".join((one.verb, *one.params[1:-1])).replace(" *", "") for one in lines]
+    assert shown == told
+    last = {one.verb: one.params[-1] for one in lines}
+    assert last.get("303", "NickServ alice") == "NickServ alice"
+    assert last.get("730", "NickServ!NickServ@chat.py") == "NickServ!NickServ@chat.py"
 
 
 # 0 stands for no account in WHOX
