@@ -2352,9 +2352,11 @@ class Channel:
     def mask_count(self) -> int:
         return sum(map(len, self.lists.values()))
 
-    def visible_to(self, user: User) -> bool:
-        """Return whether LIST shows this channel to a user; never if it has no members."""
-        return bool(self.members) and "s" not in self.flags or user in self.members
+    def visible_to(self, who: Session) -> bool:
+        """Return whether LIST shows this channel to a session; never if it has no members. Server
+        operators see secret channels, too: they have the rights of an operator in all."""
+        open_to_all = "s" not in self.flags or who.operator
+        return bool(self.members) and open_to_all or who.user in self.members
 
     def uninvite(self, user: User) -> None:
         """End a user's invitation to this channel, if there is one."""
@@ -9381,7 +9383,7 @@ def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
     if topic is not None:
         return session.act("set_topic", name, cut(topic, TOPIC_BYTES))
     channel = session.site.hub.find_channel(name)
-    if not channel.visible_to(session.user):
+    if not channel.visible_to(session):
         channel.member(session.user)
     if not channel.topic:
         return session.reply(RPL_NOTOPIC, channel.name)
@@ -9393,7 +9395,7 @@ def irc_names(session: IrcSession, names: str = "") -> Iterator[None]:
     """NAMES [<channel>{,<channel>}] -- list the members of channels"""
     for key in dict.fromkeys(map(fold, names.split(","))):
         channel = session.site.hub.channels.get(key)
-        if channel and channel.visible_to(session.user):
+        if channel and channel.visible_to(session):
             tell_names_irc(session, channel)
             yield
     session.reply(RPL_ENDOFNAMES, as_param(names))
@@ -9459,7 +9461,7 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
             yield
             continue
         hub.work += 1 + conditions.count(",")
-        if channel.members and wanted(channel) and channel.visible_to(user):
+        if channel.members and wanted(channel) and channel.visible_to(session):
             session.reply(RPL_LIST, channel.name, len(channel.members), channel.topic)
             yield
     session.reply(RPL_LISTEND)
@@ -9535,7 +9537,7 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
     if not name.startswith("#"):
         return user_mode(session, name, letters)
     channel = session.site.hub.find_channel(name)
-    if not channel.visible_to(session.user):
+    if not channel.visible_to(session):
         channel.require_inside(session)
     if not letters:
         session.reply(RPL_CHANNELMODEIS, channel.name, channel.modes_text(session))
@@ -9569,7 +9571,8 @@ def metadata_owner(session: IrcSession, target: str) -> Any:
     known = hub.channels if target.startswith("#") else hub.users
     owner = known.get(fold(target)) if session.user else None
     closed = isinstance(owner, Channel) and (owner.password or owner.flags & set("is"))
-    if owner is None or (closed and session.user not in owner.members):
+    outside = closed and session.user not in owner.members
+    if owner is None or (outside and not session.operator):
         raise Refused("INVALID_TARGET", "no such channel or user that you may see", target)
     return owner
 
@@ -9998,7 +10001,7 @@ def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel 
     hub.work += mask_work(mask)
     pattern = mask_pattern("*" if mask == "0" else mask)
     if mask.startswith("#"):
-        known = channel.members if channel and channel.visible_to(me) else ()
+        known = channel.members if channel and channel.visible_to(session) else ()
     else:
         known = [exact] if exact else hub.users.values()
     for user in in_slices(list(known)):
@@ -10062,7 +10065,7 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     yield RPL_WHOISUSER, source.username, source.host, user.realname
     hub.work += len(user.channels)
     shown, multi = can_see(me, user), "multi-prefix" in session.capabilities
-    seen = (c for c in user.channels if c.visible_to(me) and (c in me.channels or shown))
+    seen = (c for c in user.channels if c.visible_to(session) and (c in me.channels or shown))
     symbols = ((c, c.members[user].symbols) for c in seen)
     names = [(ranks if multi else ranks[:1]) + channel.name for channel, ranks in symbols]
     session.reply_list(RPL_WHOISCHANNELS, names, user.name)
@@ -10788,7 +10791,7 @@ def line_part(session: LineSession, name: str = "", reason: str = "") -> Steps:
 def line_names(session: LineSession, name: str = "") -> None:
     """/names [#CHANNEL] -- list its members; @ marks operators"""
     channel = named_channel(session, name)
-    if not channel.visible_to(session.user):
+    if not channel.visible_to(session):
         channel.member(session.user)
     tell_names(session, channel)
 
@@ -10802,7 +10805,7 @@ def line_list(session: LineSession) -> Iterator[None]:
             continue
         session.site.hub.work += 1
         topic = f": {plain_text(channel.topic)}" if channel.topic else ""
-        if channel.members and channel.visible_to(session.user):
+        if channel.members and channel.visible_to(session):
             session.tell(f"{channel.name} ({len(channel.members)}){topic}")
             yield
 

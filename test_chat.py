@@ -12809,6 +12809,32 @@ def test_the_service_for_accounts_is_shown_as_present(line, told):
     assert last.get("730", "NickServ!NickServ@chat.py") == "NickServ!NickServ@chat.py"
 
 
+# README: they have the rights of an operator in every channel
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("LIST", "322 #s"),
+        ("LIST #s", "322 #s"),
+        ("NAMES #s", "353 @ #s"),
+        ("WHO #s", "352 #s"),
+        ("WHOIS alice", "319 alice"),
+        ("TOPIC #s", "332 #s"),
+        ("MODE #s", "324 #s"),
+        ("METADATA #s GET color", "766 #s"),
+    ],
+)
+def test_a_server_operator_sees_secret_channels_and_others_do_not(line, told):
+    house = irc_house("", alice="", oper="", bob="")
+    asked(house, "alice", "JOIN #s", "MODE #s +s", "TOPIC #s :tea")
+    asked(house, "oper", "OPER boss secret")
+    for who, expected in (("oper", True), ("bob", False)):
+        lines = [" ".join((one.verb, *one.params[1:])) for one in asked(house, who, line)]
+        assert any(one.startswith(told) and "#s" in one for one in lines) == expected
+    asked(house, "oper", "MODE oper -o")
+    listed = [one.params[1] for one in of(asked(house, "oper", "LIST"), "322")]
+    assert "#s" not in listed
+
+
 # 0 stands for no account in WHOX
 @pytest.mark.parametrize("lines", [["NICK 0"], ["NICK 0", "REGISTER 0 * :secret-pw"]])
 def test_0_is_neither_a_nickname_nor_an_account(lines):
