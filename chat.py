@@ -8771,12 +8771,14 @@ def check_server(session: IrcSession, name: str) -> None:
 
 def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) -> Iterator[None]:
     """Call act() once for every name of a list; a refusal for one name does not stop the others."""
-    for name in {fold(name): name for name in names.split(",") if name}.values() or [""]:
+    given = {fold(name): name for name in names.split(",") if name}.values()
+    for number, name in enumerate(given or [""]):
+        if number:
+            yield
         try:
             act(name)
         except Refused as refusal:
             session.refuse(refusal)
-        yield
 
 
 # Registration
@@ -9357,9 +9359,10 @@ def irc_setname(session: IrcSession, realname: str) -> None:
 def irc_join(session: IrcSession, names: str, keys: str = "") -> Iterator[None]:
     """JOIN <channel>{,<channel>} [<key>{,<key>}] -- enter channels; JOIN 0 leaves all"""
     if names == "0":
-        for channel in list(session.user.channels):
+        for number, channel in enumerate(list(session.user.channels)):
+            if number:
+                yield
             session.act("part", channel.name, "")
-            yield
         return
     passwords = dict(zip(names.split(","), keys.split(","), strict=False))
 
@@ -9492,9 +9495,10 @@ def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") ->
         channels *= len(people)
     if len(channels) != len(people):
         raise Refused("NEED_MORE_PARAMS", "one channel, or as many as people", "KICK")
-    for where, name in zip(channels, people, strict=True):
+    for number, (where, name) in enumerate(zip(channels, people, strict=True)):
+        if number:
+            yield
         session.act("kick", where, name, reason)
-        yield
 
 
 def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:

@@ -12809,6 +12809,30 @@ def test_the_service_for_accounts_is_shown_as_present(line, told):
     assert last.get("730", "NickServ!NickServ@chat.py") == "NickServ!NickServ@chat.py"
 
 
+# A batch is for answers of several lines, also where a command takes several targets
+@pytest.mark.parametrize(
+    "line, verbs",
+    [
+        ("KICK #a bob :why", ["KICK"]),
+        ("KICK #a absent", ["401"]),
+        ("KICK #a bob,absent", ["BATCH", "KICK", "401", "BATCH"]),
+        ("PART #a :why", ["PART"]),
+        ("PART #none", ["403"]),
+        ("PART #a,#b", ["BATCH", "PART", "PART", "BATCH"]),
+        ("JOIN bad", ["476"]),
+        ("JOIN #a", ["ACK"]),
+        ("JOIN #a,bad", ["476"]),
+        ("JOIN 0", ["BATCH", "PART", "PART", "BATCH"]),
+        ("PRIVMSG absent,#none :x", ["BATCH", "401", "403", "BATCH"]),
+    ],
+)
+def test_an_answer_of_one_line_has_its_label_on_that_line(line, verbs):
+    house = irc_house("#a,#b", alice="labeled-response batch", bob="")
+    told = asked(house, "alice", f"@label=7 {line}")
+    assert [one.verb for one in told] == verbs
+    assert [one.tags.get("label") for one in told] == ["7", *[None] * (len(told) - 1)]
+
+
 # README: they have the rights of an operator in every channel
 @pytest.mark.parametrize(
     "line, told",
