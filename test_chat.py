@@ -13119,7 +13119,7 @@ ANSWERS_TO_ALICE = [  # what alice sends, and what the last line is that she rec
      "FAIL BATCH MULTILINE_MAX_BYTES 20 :the message is too long and was not delivered"),
     (["WALLOPS :"], "412 alice :No text to send"),
     (["INVITE bob #a"], "443 alice bob #a :is already on channel"),
-    (["TOPIC #s"], "442 alice #s :You're not on that channel"),
+    (["MODE alice -o", "TOPIC #s"], "442 alice #s :You're not on that channel"),
     (["INVITE bob"], "461 alice INVITE :Not enough parameters; usage: INVITE <nickname> <channel>"),
     (["JOIN #b", "INVITE bob #b"], "301 alice bob :at lunch"),
     (["KLINE x!*@10.0.0.9 :spam and eggs"],
