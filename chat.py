@@ -9453,7 +9453,7 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
     if any(map(is_condition, server.split(","))):  # LIST <channels> <conditions>
         conditions, server = f"{conditions},{server}", ""
     check_server(session, server)
-    hub, user = session.site.hub, session.user
+    hub = session.site.hub
     if conditions.count(",") >= LIST_TARGETS:
         raise Refused("TOO_MANY_TARGETS", f"{LIST_TARGETS} conditions at most", conditions)
     hub.work += mask_work(conditions)
