@@ -1901,6 +1901,11 @@ class User:
         return self.source.account
 
     @property
+    def away_text(self) -> str:
+        """The reason as a person reads it; * is that of programs (draft/pre-away)."""
+        return "no reason given" if self.away == "*" else self.away
+
+    @property
     def is_operator(self) -> bool:
         """True if a session of this user operates the server."""
         return any(session.operator for session in self.live)
@@ -9209,6 +9214,11 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
         session.send(line)
 
 
+def away_reason(session: IrcSession, user: User) -> str:
+    """Return why a user is away: for people in words, * for programs with draft/pre-away."""
+    return user.away if "draft/pre-away" in session.capabilities else user.away_text
+
+
 def send_message(
     session: IrcSession, name: str, text: str, kind: str, tags: str, own_id: str
 ) -> None:
@@ -9221,7 +9231,7 @@ def send_message(
         if result.repeat is not None:
             tell_repeat(session, name, own_id)
         elif result.away:
-            session.reply(RPL_AWAY, result.away.name, result.away.away)
+            session.reply(RPL_AWAY, result.away.name, away_reason(session, result.away))
 
     # A refusal is no answer to a notice (RFC 2812 section 3.3.2)
     otherwise = do_nothing if kind == NOTICE else None
@@ -9484,7 +9494,7 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> Steps:
     user, channel = yield do(session.act, "invite", name, where)
     session.reply(RPL_INVITING, user.name, channel.name)
     if user.away:
-        session.reply(RPL_AWAY, user.name, user.away)
+        session.reply(RPL_AWAY, user.name, away_reason(session, user))
 
 
 @irc_command("KICK", 2, 3)
@@ -10079,7 +10089,7 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
         yield RPL_WHOISKEYVALUE, key, value
     yield RPL_WHOISSERVER, session.site.name, session.site.network
     if user.away:
-        yield RPL_AWAY, user.away
+        yield RPL_AWAY, away_reason(session, user)
     if user.is_operator:
         yield (RPL_WHOISOPERATOR,)
     if "B" in user.modes:
@@ -10767,7 +10777,7 @@ def line_tell(session: LineSession, name: str, text: str) -> Steps:
     sent = yield do(session.act, "say", name, text, MESSAGE, "", "")
     session.tell(f"told {name}: {text}")
     if sent.away:
-        session.tell(f"{sent.away.name} is away: {sent.away.away}")
+        session.tell(f"{sent.away.name} is away: {sent.away.away_text}")
 
 
 @line_command("join", 1, 2)

@@ -12638,6 +12638,20 @@ def test_a_connection_without_its_user_says_nothing_about_the_user_beside_others
     assert house.hub.users["alice"].away == away
 
 
+# Programs that know draft/pre-away say themselves what * means
+@pytest.mark.parametrize("caps, reason", [("", "no reason given"), ("draft/pre-away", "*")])
+@pytest.mark.parametrize("line", ["PRIVMSG bob :hi", "WHOIS bob", "INVITE bob #b"])
+def test_an_unknown_reason_to_be_away_is_told_in_words(line, caps, reason):
+    house = irc_house("#a", alice=caps, bob="")
+    asked(house, "bob", "AWAY *")
+    asked(house, "alice", "JOIN #b")
+    (told,) = of(asked(house, "alice", line), "301")
+    assert told.params == ["alice", "bob", reason]
+    asked(house, "bob", "AWAY :at * lunch")
+    (told,) = of(asked(house, "alice", line), "301")
+    assert told.params[-1] == "at * lunch"
+
+
 def test_a_user_whose_other_connection_was_without_its_user_is_here_again():
     house = House()
     account(house, "alice")
