@@ -7967,7 +7967,7 @@ class IrcFormat:
     def parts(self, event: Event, where: str, tags: str) -> Iterator[bytes]:
         """Yield the lines of one message; only the first line has the message's id."""
         lines = [line for line, _ in spoken_lines(event, where)]
-        if self.multiline and len(lines) > 1:
+        if self.multiline and (len(lines) > 1 or "\n" in event.text):  # a blank line is one, too
             yield from self.multiline_batch(event, where, tags)
             return
         for line in lines:

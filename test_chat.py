@@ -12847,6 +12847,22 @@ def test_an_answer_of_one_line_has_its_label_on_that_line(line, verbs):
     assert [one.tags.get("label") for one in told] == ["7", *[None] * (len(told) - 1)]
 
 
+# Blank lines are for clients with draft/multiline only, but those get all of them
+@pytest.mark.parametrize(
+    "texts", [["", "x"], ["x", ""], ["", "", "x", ""], ["x", "", "y"], ["", "x", "y"]]
+)
+def test_blank_lines_before_and_behind_a_text_reach_clients_that_know_them(texts):
+    caps = "batch draft/multiline echo-message"
+    house = irc_house("#a", alice=caps, bob=caps, carol="")
+    lines = [f"@batch=1 PRIVMSG #a :{text}" for text in texts]
+    echo = asked(house, "alice", "BATCH +1 draft/multiline #a", *lines, "BATCH -1")
+    for told in (echo, heard(house, "bob")):
+        assert [line.verb for line in told] == ["BATCH", *["PRIVMSG"] * len(texts), "BATCH"]
+        assert [line.params[1] for line in told[1:-1]] == texts
+    shown = [line.params[1] for line in heard(house, "carol")]
+    assert shown == [text for text in texts if text]
+
+
 # README: they have the rights of an operator in every channel
 @pytest.mark.parametrize(
     "line, told",
