@@ -868,7 +868,8 @@ def is_word(text: str, limit: int) -> bool:
 def clean_name(wanted: str) -> str:
     """Return the nearest name that every dialect can carry, in NFKC; "" if nothing is left.
     Invisible characters (Unicode C*, Z*, Default_Ignorable_Code_Point) and those of NOT_IN_NAMES
-    become "_", and so does one of NOT_FIRST_IN_NAMES at the start."""
+    become "_", and so does one of NOT_FIRST_IN_NAMES at the start. No name is 0: to IRC that means
+    no account (WHOX), all channels (JOIN) and all users (WHO)."""
     name = wanted.strip()[: 4 * NAME_CHARACTERS]
     # NFKC would drop or replace some of those: then they would be in the name unseen
     name = "".join(c if is_solid(c) else "_" for c in name)
@@ -876,6 +877,7 @@ def clean_name(wanted: str) -> str:
     name = "".join(c if is_solid(c) and c not in NOT_IN_NAMES else "_" for c in name)
     if name[:1] in NOT_FIRST_IN_NAMES:
         name = "_" + name[1:]
+    name = "_0" if name == "0" else name
     return cut(name[:NAME_CHARACTERS], NAME_BYTES) if is_visible(name) else ""
 
 
@@ -1911,6 +1913,11 @@ class User:
         return self.source.account
 
     @property
+    def away_text(self) -> str:
+        """The reason as a person reads it; * is that of programs (draft/pre-away)."""
+        return "no reason given" if self.away == "*" else self.away
+
+    @property
     def is_operator(self) -> bool:
         """True if a session of this user operates the server."""
         return any(session.operator for session in self.live)
@@ -2362,9 +2369,11 @@ class Channel:
     def mask_count(self) -> int:
         return sum(map(len, self.lists.values()))
 
-    def visible_to(self, user: User) -> bool:
-        """Return whether LIST shows this channel to a user; never if it has no members."""
-        return bool(self.members) and "s" not in self.flags or user in self.members
+    def visible_to(self, who: Session) -> bool:
+        """Return whether LIST shows this channel to a session; never if it has no members. Server
+        operators see secret channels, too: they have the rights of an operator in all."""
+        open_to_all = "s" not in self.flags or who.operator
+        return bool(self.members) and open_to_all or who.user in self.members
 
     def uninvite(self, user: User) -> None:
         """End a user's invitation to this channel, if there is one."""
@@ -3858,6 +3867,8 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
     check_metadata_writable(who, owner, target, key)
     if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
         raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target, str(METADATA_KEYS))
+    if value == owner.metadata.get(key, ""):
+        return
     if value:
         owner.metadata[key] = value
     else:
@@ -7968,7 +7979,7 @@ class IrcFormat:
     def parts(self, event: Event, where: str, tags: str) -> Iterator[bytes]:
         """Yield the lines of one message; only the first line has the message's id."""
         lines = [line for line, _ in spoken_lines(event, where)]
-        if self.multiline and len(lines) > 1:
+        if self.multiline and (len(lines) > 1 or "\n" in event.text):  # a blank line is one, too
             yield from self.multiline_batch(event, where, tags)
             return
         for line in lines:
@@ -8158,6 +8169,8 @@ def collect(session: "IrcSession", message: Message) -> None:
     session.message = message._replace(verb="BATCH")  # what a refusal is about
     collected = session.collected
     if collected is None:
+        if "labeled-response" in session.capabilities:
+            session.begin_answer(message.tags.get("label", ""))
         raise Refused("MULTILINE_INVALID", "there is no such batch")
     try:
         if not collected.failed:
@@ -8192,23 +8205,39 @@ def owner_name(owner: "User | Channel | IrcSession") -> str:
     return owner.name if isinstance(owner, (User, Channel)) else "*"
 
 
-def subscribed_metadata(session: "IrcSession", owners: Iterable) -> Iterator[tuple[str, str, str]]:
-    """Yield owner's name, key and value of all metadata that this session subscribed to."""
+def subscribed_metadata(
+    session: "IrcSession", owners: Iterable, keys: Collection[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield owner's name, key and value of all metadata with these keys."""
     for owner in owners:
         for key, value in list(owner.metadata.items()):
-            if key in session.subscribed:
+            if key in keys:
                 yield owner_name(owner), key, value
 
 
-def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
+def tell_values(
+    session: "IrcSession", target: str, owners: Collection, keys: Collection[str]
+) -> None:
     """Tell the values, or, of many, that the client may ask (draft/metadata, postponed sync)."""
-    others = (channel, *(user for user in channel.members if user is not session.user))
-    session.site.hub.work += len(others)
-    some = list(itertools.islice(subscribed_metadata(session, others), METADATA_AT_ONCE + 1))
+    session.site.hub.work += len(owners)
+    known = subscribed_metadata(session, owners, keys)
+    some = list(itertools.islice(known, METADATA_AT_ONCE + 1))
     if len(some) > METADATA_AT_ONCE:
-        return session.reply(ERR_METADATASYNCLATER, channel.name)
+        return session.reply(ERR_METADATASYNCLATER, target)
     for one in some:
         session.tell_value(*one)
+
+
+def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
+    others = (user for user in channel.members if user is not session.user)
+    tell_values(session, channel.name, [channel, *others], session.subscribed)
+
+
+def tell_metadata_of_people(session: "IrcSession", keys: Iterable[str]) -> None:
+    """Tell the metadata of the users with these names, as far as they are here."""
+    users = session.site.hub.users
+    people = [users[key] for key in keys if key in users] if session.subscribed else []
+    tell_values(session, "*ALL", people, session.subscribed)
 
 
 def tell_about_channel(session: "IrcSession", channel: Channel) -> None:
@@ -8391,6 +8420,7 @@ class IrcSession(LocalSession):
             self.tell_value(name, event.about, event.text)
         elif event.kind == CAME_ONLINE:
             self.reply(RPL_MONONLINE, source.mask)
+            tell_metadata_of_people(self, [fold(source.name)])
         elif event.kind == WENT_OFFLINE:
             self.reply(RPL_MONOFFLINE, source.name)
 
@@ -8758,12 +8788,14 @@ def check_server(session: IrcSession, name: str) -> None:
 
 def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) -> Iterator[None]:
     """Call act() once for every name of a list; a refusal for one name does not stop the others."""
-    for name in {fold(name): name for name in names.split(",") if name}.values() or [""]:
+    given = {fold(name): name for name in names.split(",") if name}.values()
+    for number, name in enumerate(given or [""]):
+        if number:
+            yield
         try:
             act(name)
         except Refused as refusal:
             session.refuse(refusal)
-        yield
 
 
 # Registration
@@ -9143,6 +9175,7 @@ def ask_service(session: IrcSession, text: str) -> None:
         session.service_says(str(refusal))
 
 
+@irc_command("NICKSERV", 1, 15, doc=f"NICKSERV <command> -- the same as PRIVMSG {SERVICE}")
 @irc_command("NS", 1, 15)
 def irc_ns(session: IrcSession, *words: str) -> None:
     """NS <command> -- the same as PRIVMSG NickServ"""
@@ -9192,6 +9225,11 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
         session.send(line)
 
 
+def away_reason(session: IrcSession, user: User) -> str:
+    """Return why a user is away: for people in words, * for programs with draft/pre-away."""
+    return user.away if "draft/pre-away" in session.capabilities else user.away_text
+
+
 def send_message(
     session: IrcSession, name: str, text: str, kind: str, tags: str, own_id: str
 ) -> None:
@@ -9204,7 +9242,7 @@ def send_message(
         if result.repeat is not None:
             tell_repeat(session, name, own_id)
         elif result.away:
-            session.reply(RPL_AWAY, result.away.name, result.away.away)
+            session.reply(RPL_AWAY, result.away.name, away_reason(session, result.away))
 
     # A refusal is no answer to a notice (RFC 2812 section 3.3.2)
     otherwise = do_nothing if kind == NOTICE else None
@@ -9287,8 +9325,10 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
     if sign == "+":
         if not re.fullmatch("[A-Za-z0-9-]+", reference):
             raise Refused("INVALID_REFTAG", "a reference is made of letters and digits", reference)
-        if kind != "draft/multiline" or not target:
+        if kind != "draft/multiline":
             raise Refused("UNKNOWN_TYPE", "the type has to be draft/multiline", reference, kind)
+        if not target:
+            raise Refused("MULTILINE_INVALID", "a message needs a target")
         label = session.message.tags.get("label", "")
         if session.collected:
             raise Refused("MULTILINE_INVALID", "another batch is open; end it first", reference)
@@ -9340,9 +9380,10 @@ def irc_setname(session: IrcSession, realname: str) -> None:
 def irc_join(session: IrcSession, names: str, keys: str = "") -> Iterator[None]:
     """JOIN <channel>{,<channel>} [<key>{,<key>}] -- enter channels; JOIN 0 leaves all"""
     if names == "0":
-        for channel in list(session.user.channels):
+        for number, channel in enumerate(list(session.user.channels)):
+            if number:
+                yield
             session.act("part", channel.name, "")
-            yield
         return
     passwords = dict(zip(names.split(","), keys.split(","), strict=False))
 
@@ -9366,7 +9407,7 @@ def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
     if topic is not None:
         return session.act("set_topic", name, cut(topic, TOPIC_BYTES))
     channel = session.site.hub.find_channel(name)
-    if not channel.visible_to(session.user):
+    if not channel.visible_to(session):
         channel.member(session.user)
     if not channel.topic:
         return session.reply(RPL_NOTOPIC, channel.name)
@@ -9378,7 +9419,7 @@ def irc_names(session: IrcSession, names: str = "") -> Iterator[None]:
     """NAMES [<channel>{,<channel>}] -- list the members of channels"""
     for key in dict.fromkeys(map(fold, names.split(","))):
         channel = session.site.hub.channels.get(key)
-        if channel and channel.visible_to(session.user):
+        if channel and channel.visible_to(session):
             tell_names_irc(session, channel)
             yield
     session.reply(RPL_ENDOFNAMES, as_param(names))
@@ -9396,6 +9437,10 @@ def within(channel: Channel, what: str, sign: str, number: str, now: int) -> boo
     else:
         value = (now - (channel.created if what == "C" else channel.topic_time)) / 60_000
     return value < int(number) if sign == "<" else value > int(number)
+
+
+def is_condition(text: str) -> bool:
+    return LIST_BOUND.fullmatch(text) is not None or text.startswith(("#", "!"))
 
 
 def list_filter(conditions: str, now: int) -> Callable[[Channel], bool]:
@@ -9426,8 +9471,10 @@ def in_slices(items: Iterable[Any]) -> Iterator[Any]:
 @irc_command("LIST", most=2)
 def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Iterator[None]:
     """LIST [<channel or condition>{,...}] -- the channels: >9, <9, C<5, T>5, *mask*, !*mask*"""
+    if any(map(is_condition, server.split(","))):  # LIST <channels> <conditions>
+        conditions, server = f"{conditions},{server}", ""
     check_server(session, server)
-    hub, user = session.site.hub, session.user
+    hub = session.site.hub
     if conditions.count(",") >= LIST_TARGETS:
         raise Refused("TOO_MANY_TARGETS", f"{LIST_TARGETS} conditions at most", conditions)
     hub.work += mask_work(conditions)
@@ -9438,7 +9485,7 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
             yield
             continue
         hub.work += 1 + conditions.count(",")
-        if channel.members and wanted(channel) and channel.visible_to(user):
+        if channel.members and wanted(channel) and channel.visible_to(session):
             session.reply(RPL_LIST, channel.name, len(channel.members), channel.topic)
             yield
     session.reply(RPL_LISTEND)
@@ -9458,7 +9505,7 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> Steps:
     user, channel = yield do(session.act, "invite", name, where)
     session.reply(RPL_INVITING, user.name, channel.name)
     if user.away:
-        session.reply(RPL_AWAY, user.name, user.away)
+        session.reply(RPL_AWAY, user.name, away_reason(session, user))
 
 
 @irc_command("KICK", 2, 3)
@@ -9469,9 +9516,10 @@ def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") ->
         channels *= len(people)
     if len(channels) != len(people):
         raise Refused("NEED_MORE_PARAMS", "one channel, or as many as people", "KICK")
-    for where, name in zip(channels, people, strict=True):
+    for number, (where, name) in enumerate(zip(channels, people, strict=True)):
+        if number:
+            yield
         session.act("kick", where, name, reason)
-        yield
 
 
 def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
@@ -9514,7 +9562,7 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
     if not name.startswith("#"):
         return user_mode(session, name, letters)
     channel = session.site.hub.find_channel(name)
-    if not channel.visible_to(session.user):
+    if not channel.visible_to(session):
         channel.require_inside(session)
     if not letters:
         session.reply(RPL_CHANNELMODEIS, channel.name, channel.modes_text(session))
@@ -9548,7 +9596,8 @@ def metadata_owner(session: IrcSession, target: str) -> Any:
     known = hub.channels if target.startswith("#") else hub.users
     owner = known.get(fold(target)) if session.user else None
     closed = isinstance(owner, Channel) and (owner.password or owner.flags & set("is"))
-    if owner is None or (closed and session.user not in owner.members):
+    outside = closed and session.user not in owner.members
+    if owner is None or (outside and not session.operator):
         raise Refused("INVALID_TARGET", "no such channel or user that you may see", target)
     return owner
 
@@ -9561,19 +9610,24 @@ def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
     return owner
 
 
+def metadata_owners(session: IrcSession) -> Collection[Any]:
+    """Return all users and channels of whose metadata this session is told."""
+    people = (session.site.hub.users.get(key) for key in session.watched)
+    channels = list(session.user.channels)
+    members = itertools.chain(*(channel.members for channel in channels))
+    return dict.fromkeys([session.user, *channels, *members, *filter(None, people)])
+
+
 def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
     """Tell the values of a user, of a channel with its members, or of all (*ALL)."""
     if target == "*ALL" and session.user:
-        people = (session.site.hub.users.get(key) for key in session.watched)
-        channels = list(session.user.channels)
-        members = itertools.chain(*(channel.members for channel in channels))
-        owners = dict.fromkeys([session.user, *channels, *members, *filter(None, people)])
+        owners = metadata_owners(session)
     else:
         owner = metadata_owner(session, target)
         owners = [owner, *owner.members] if isinstance(owner, Channel) else [owner]
         target = owner_name(owner)
     session.site.hub.work += len(owners)
-    known = subscribed_metadata(session, owners)
+    known = subscribed_metadata(session, owners, session.subscribed)
     lines = (session.shaped_line(RPL_KEYVALUE, *one) for one in known)
     yield from batch_in_pieces(session, f"metadata {target}", lines)
 
@@ -9613,8 +9667,10 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
 
 @in_steps
 def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> Steps:
-    """Add or remove keys; the first one past the limit is refused, and the rest ignored."""
+    """Add or remove keys; the first one past the limit is refused, and the rest ignored. Tell the
+    values of the new keys."""
     done: list[str] = []
+    before = set(session.subscribed)
     for key in keys:
         known = key in session.subscribed
         if not METADATA_KEY.fullmatch(key):
@@ -9632,6 +9688,8 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
     if done:
         yield do(session.act, "follow", "subscribers", tuple(done), on)
         session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
+        if session.user and (new := session.subscribed.keys() - before):
+            tell_values(session, "*ALL", metadata_owners(session), new)
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
@@ -9707,8 +9765,9 @@ def last_page_tag(session: IrcSession, ended: bool) -> str:
 
 
 def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
-    """Tell the targets whose last message is between two marks, the oldest of these first. A page
-    does not end between two messages of the same time: the next page begins after that time."""
+    """Tell the targets whose last message is between two marks, in the order of time. The limit
+    counts from the first mark, which may be the later one. A page does not end between messages
+    of the same time: the next page begins after that time."""
     hub, user = session.site.hub, session.user
     first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))  # an id is first
     keys = [channel.key for channel in user.channels]
@@ -9723,10 +9782,10 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
             mine = hub.same_person(event.source.identity, user.identity)
             partner = event.about if mine else event.source.name
             matching.append((event.time, names.get(key) or partner))
-    matching.sort()
+    matching.sort(reverse=bounds != [first, last])
     page = matching[:count]
     page += itertools.takewhile(lambda one: one[0] == page[-1][0], matching[count:])
-    told = (f"CHATHISTORY TARGETS {name} {tag_time(when)}" for when, name in page)
+    told = (f"CHATHISTORY TARGETS {name} {tag_time(when)}" for when, name in sorted(page))
     ends = last_page_tag(session, len(page) == len(matching))
     in_batch(session, "draft/chathistory-targets", map(session.server_line, told), ends)
 
@@ -9967,7 +10026,7 @@ def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel 
     hub.work += mask_work(mask)
     pattern = mask_pattern("*" if mask == "0" else mask)
     if mask.startswith("#"):
-        known = channel.members if channel and channel.visible_to(me) else ()
+        known = channel.members if channel and channel.visible_to(session) else ()
     else:
         known = [exact] if exact else hub.users.values()
     for user in in_slices(list(known)):
@@ -9987,7 +10046,7 @@ def who_values(
     """Return a user's fields for WHO, by letters of WHOX, in the order of its answers."""
     source, hub = user.source, session.site.hub
     return {
-        "t": as_param(token),
+        "t": as_param(token or "0"),
         "c": channel.name if channel else "*",
         "u": source.username,
         "i": source.host,
@@ -10031,7 +10090,7 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     yield RPL_WHOISUSER, source.username, source.host, user.realname
     hub.work += len(user.channels)
     shown, multi = can_see(me, user), "multi-prefix" in session.capabilities
-    seen = (c for c in user.channels if c.visible_to(me) and (c in me.channels or shown))
+    seen = (c for c in user.channels if c.visible_to(session) and (c in me.channels or shown))
     symbols = ((c, c.members[user].symbols) for c in seen)
     names = [(ranks if multi else ranks[:1]) + channel.name for channel, ranks in symbols]
     session.reply_list(RPL_WHOISCHANNELS, names, user.name)
@@ -10041,7 +10100,7 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
         yield RPL_WHOISKEYVALUE, key, value
     yield RPL_WHOISSERVER, session.site.name, session.site.network
     if user.away:
-        yield RPL_AWAY, user.away
+        yield RPL_AWAY, away_reason(session, user)
     if user.is_operator:
         yield (RPL_WHOISOPERATOR,)
     if "B" in user.modes:
@@ -10056,6 +10115,26 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     yield RPL_WHOISIDLE, (hub.ticks - user.spoke) // 1000, user.since // 1000
 
 
+def source_here(session: IrcSession, name: str) -> Source | None:
+    """Return the source of a user who is here, or of the service for accounts, which always is."""
+    key = fold(name)
+    if key == SERVICE_KEY:
+        return source_of(SERVICE, f"{session.site.name}:0", SERVICE)
+    user = session.site.hub.users.get(key)
+    return user.source if user else None
+
+
+def tell_whois(session: IrcSession, name: str) -> None:
+    """Tell what is known of a user, or of the service for accounts. Raises Refused."""
+    if fold(name) == SERVICE_KEY:
+        site, text = session.site, f"accounts; /msg {SERVICE} HELP"
+        session.reply(RPL_WHOISUSER, SERVICE, SERVICE, site.name, text)
+        return session.reply(RPL_WHOISSERVER, SERVICE, site.name, site.network)
+    user = session.site.hub.find_user(name)
+    for shape, *values in whois_lines(session, user):
+        session.reply(shape, user.name, *values)
+
+
 @irc_command("WHOIS", most=2)
 def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
     """WHOIS [<server>] <nickname> -- all about a user"""
@@ -10065,9 +10144,7 @@ def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
         raise Refused("NO_NAME", "no nickname given")
     check_server(session, server)
     try:
-        user = session.site.hub.find_user(name)
-        for shape, *values in whois_lines(session, user):
-            session.reply(shape, user.name, *values)
+        tell_whois(session, name)
     except Refused as refusal:
         session.refuse(refusal)
     session.reply(RPL_ENDOFWHOIS, as_param(name))
@@ -10092,9 +10169,8 @@ def irc_whowas(session: IrcSession, name: str, count: str = "", server: str = ""
 @irc_command("ISON", 1, 15)
 def irc_ison(session: IrcSession, *names: str) -> None:
     """ISON <nickname>{ <nickname>} -- which of them are here"""
-    users = session.site.hub.users
-    here = [users[fold(n)].name for n in " ".join(names).split() if fold(n) in users]
-    session.reply_list(RPL_ISON, here or [""])
+    known = (source_here(session, name) for name in " ".join(names).split())
+    session.reply_list(RPL_ISON, [source.name for source in known if source] or [""])
 
 
 def userhost(user: User) -> str:
@@ -10110,10 +10186,10 @@ def irc_userhost(session: IrcSession, *names: str) -> None:
 
 
 def tell_monitored(session: IrcSession, names: list[str]) -> None:
-    users = session.site.hub.users
     session.site.hub.work += 2 * len(names)
-    online = [users[fold(name)].source.mask for name in names if fold(name) in users]
-    offline = [name for name in names if fold(name) not in users]
+    known = [(name, source_here(session, name)) for name in names]
+    online = [source.mask for _, source in known if source]
+    offline = [name for name, source in known if not source]
     session.reply_list(RPL_MONONLINE, online, between=",")
     session.reply_list(RPL_MONOFFLINE, offline, between=",")
 
@@ -10134,7 +10210,12 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             added.append(name)
     if added:
         keys = tuple(map(fold, added))
-        session.act("follow", "watchers", keys, True, then=lambda _: tell_monitored(session, added))
+
+        def tell(_: None) -> None:
+            tell_monitored(session, added)
+            tell_metadata_of_people(session, keys)
+
+        session.act("follow", "watchers", keys, True, then=tell)
 
 
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
@@ -10707,7 +10788,7 @@ def line_tell(session: LineSession, name: str, text: str) -> Steps:
     sent = yield do(session.act, "say", name, text, MESSAGE, "", "")
     session.tell(f"told {name}: {text}")
     if sent.away:
-        session.tell(f"{sent.away.name} is away: {sent.away.away}")
+        session.tell(f"{sent.away.name} is away: {sent.away.away_text}")
 
 
 @line_command("join", 1, 2)
@@ -10735,7 +10816,7 @@ def line_part(session: LineSession, name: str = "", reason: str = "") -> Steps:
 def line_names(session: LineSession, name: str = "") -> None:
     """/names [#CHANNEL] -- list its members; @ marks operators"""
     channel = named_channel(session, name)
-    if not channel.visible_to(session.user):
+    if not channel.visible_to(session):
         channel.member(session.user)
     tell_names(session, channel)
 
@@ -10749,7 +10830,7 @@ def line_list(session: LineSession) -> Iterator[None]:
             continue
         session.site.hub.work += 1
         topic = f": {plain_text(channel.topic)}" if channel.topic else ""
-        if channel.members and channel.visible_to(session.user):
+        if channel.members and channel.visible_to(session):
             session.tell(f"{channel.name} ({len(channel.members)}){topic}")
             yield
 

@@ -977,6 +977,10 @@ NAMES = [
     ("(private)", "_private)"),
     ("\u0301", ""),
     ("\u3164", "_"),
+    ("0", "_0"),
+    ("\uff10", "_0"),  # full width
+    ("00", "00"),
+    ("0a", "0a"),
 ]
 
 
@@ -8849,7 +8853,7 @@ alice> WHO alice %tcuihsnfdlaor,42
 alice< 354 alice 42 #a ~u 127.0.0.1 127.0.0.1 chat.py alice H@ 0 5 0 n/a :Real Name
 alice< 315 alice alice :End of WHO
 alice> WHO #a %nt
-alice< 354 alice * alice
+alice< 354 alice 0 alice
 alice< 315 alice #a :End of WHO
 alice> WHO dora %na
 alice< 354 alice dora 0
@@ -9028,7 +9032,7 @@ alice< FAIL TOKEN UNKNOWN_COMMAND LOOK :there is no TOKEN LOOK
 === HELP: is made from the handlers
 alice> HELP
 alice< 704 alice * :HELP <command> tells more about one of these:
-alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON ISUPPORT JOIN KICK KILL KLINE LINKS LIST LUSERS MAP MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOKEN TOPIC TRACE UNKLINE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON ISUPPORT JOIN KICK KILL KLINE LINKS LIST LUSERS MAP MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NICKSERV NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOKEN TOPIC TRACE UNKLINE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
 alice< 706 alice * :End of help
 alice> HELP JOIN
 alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
@@ -9944,6 +9948,7 @@ alice< @batch=ID :chat.py 766 alice alice color :is not set
 alice< BATCH -ID
 bob> METADATA * SUB avatar color
 bob< 770 bob avatar color
+bob< 761 bob alice avatar * :https://example.org/a.png
 bob> METADATA * SUBS
 bob< 772 bob avatar
 bob< 772 bob color
@@ -10060,7 +10065,7 @@ alice> NS PASSWD wrong other
 alice< :NickServ!NickServ@chat.py NOTICE alice :name or password are wrong
 alice> NS PASSWD password secret2
 alice< :NickServ!NickServ@chat.py NOTICE alice :password changed
-alice> NS FOO
+alice> NICKSERV FOO
 alice< :NickServ!NickServ@chat.py NOTICE alice :there is no /msg NickServ foo; /msg NickServ help lists what there is
 alice> NS IDENTIFY
 alice< :NickServ!NickServ@chat.py NOTICE alice :usage: IDENTIFY [NAME] PASSWORD
@@ -11315,6 +11320,32 @@ def test_a_client_without_message_tags_gets_no_mark_of_the_last_page():
     assert opening(asked(house, "alice", "CHATHISTORY LATEST #a * 5")).tags == {}
 
 
+# Channels and conditions may be two parameters; a second one that is neither names a server
+@pytest.mark.parametrize(
+    "params, expected",
+    [
+        ("#two >1", ["#two"]),
+        ("#one,#two <2", ["#one"]),
+        ("#one,#two >0,<2", ["#one"]),
+        ("#two >2", []),
+        ("*o* C<5", ["#one", "#two"]),
+        (">0 #one", ["#one"]),
+        ("*o* !#one", ["#two"]),
+        ("#two chat.py", ["#two"]),
+        ("#two elsewhere", None),
+    ],
+)
+def test_conditions_of_list_may_follow_the_channels_as_a_second_parameter(params, expected):
+    house = irc_house("#two", alice="", bob="")
+    asked(house, "alice", "JOIN #one", "JOIN #three")
+    lines = asked(house, "bob", f"LIST {params}")
+    if expected is None:
+        assert [line.verb for line in lines] == ["402"]
+    else:
+        assert sorted(line.params[1] for line in of(lines, "322")) == expected
+        assert lines[-1].verb == "323"
+
+
 def equal_times(capabilities, *rooms):
     """All rooms have their last message in the same millisecond, and #late a second later."""
     house = irc_house("", alice=capabilities, bob="")
@@ -11364,6 +11395,20 @@ def test_pages_of_targets_by_time_reach_each_one_once(limit):
         found += [name for name, _ in page]
         after = f"timestamp={page[-1][1].removeprefix('timestamp=')}"
     assert sorted(found) == ["#a", "#b", "#c", "#d", "#late"]
+
+
+# As in BETWEEN, the limit counts from the first bound; the order is that of the times anyway
+@pytest.mark.parametrize(
+    "limit, forwards, backwards",
+    [(1, ["#a", "#b"], ["#late"]), (2, ["#a", "#b"], ["#a", "#b", "#late"])],
+)
+def test_targets_counts_its_limit_from_the_first_bound(limit, forwards, backwards):
+    house = equal_times(HISTORY, "#a", "#b")
+    for bounds, expected in ((f"{EARLY} {NOW}", forwards), (f"{NOW} {EARLY}", backwards)):
+        lines = asked(house, "alice", f"CHATHISTORY TARGETS {bounds} {limit}")
+        assert [line.params[1] for line in of(lines, "CHATHISTORY")] == expected
+        ends = "draft/chathistory-end" in of(lines, "BATCH")[0].tags
+        assert ends == (len(expected) == 3)
 
 
 # The first bound may be a msgid for clients with chat.py/session; for others it is refused
@@ -12633,6 +12678,20 @@ def test_a_connection_without_its_user_says_nothing_about_the_user_beside_others
     assert house.hub.users["alice"].away == away
 
 
+# Programs that know draft/pre-away say themselves what * means
+@pytest.mark.parametrize("caps, reason", [("", "no reason given"), ("draft/pre-away", "*")])
+@pytest.mark.parametrize("line", ["PRIVMSG bob :hi", "WHOIS bob", "INVITE bob #b"])
+def test_an_unknown_reason_to_be_away_is_told_in_words(line, caps, reason):
+    house = irc_house("#a", alice=caps, bob="")
+    asked(house, "bob", "AWAY *")
+    asked(house, "alice", "JOIN #b")
+    (told,) = of(asked(house, "alice", line), "301")
+    assert told.params == ["alice", "bob", reason]
+    asked(house, "bob", "AWAY :at * lunch")
+    (told,) = of(asked(house, "alice", line), "301")
+    assert told.params[-1] == "at * lunch"
+
+
 def test_a_user_whose_other_connection_was_without_its_user_is_here_again():
     house = House()
     account(house, "alice")
@@ -12754,6 +12813,198 @@ def test_a_watched_user_s_metadata_is_told_without_a_common_channel(more):
     asked(house, "bob", "METADATA * SET color :red", "METADATA * SET other :x")
     told = [line.params[1:] for line in of(heard(house, "alice"), "761")]
     assert told == [["bob", "color", "*", "red"]]
+
+
+@pytest.mark.parametrize(
+    "line, label, context",
+    [
+        ("@label=1 BATCH +a draft/multiline", "1", ["MULTILINE_INVALID"]),
+        ("@label=1 BATCH +a", "1", ["UNKNOWN_TYPE", "a", "*"]),
+        ("@label=1 BATCH +a foo #a", "1", ["UNKNOWN_TYPE", "a", "foo"]),
+        ("@label=1;batch=a PRIVMSG #a :x", "1", ["MULTILINE_INVALID"]),
+        ("@batch=a PRIVMSG #a :x", None, ["MULTILINE_INVALID"]),
+    ],
+)
+def test_a_batch_that_cannot_be_opened_or_is_not_open_is_refused_with_the_label(
+    line, label, context
+):
+    house = irc_house("#a", alice="batch draft/multiline labeled-response message-tags")
+    (told,) = asked(house, "alice", line)
+    assert told.verb == "FAIL" and told.params[:-1] == ["BATCH", *context]
+    assert told.tags.get("label") == label
+
+
+# Clients look whether the service is there, and send what is typed after /nickserv as it is
+@pytest.mark.parametrize("verb", ["NICKSERV", "nickserv", "NS", "PRIVMSG NickServ"])
+def test_the_service_for_accounts_can_be_reached_by_each_of_its_names(verb):
+    house = irc_house("", alice="")
+    help_of = of(asked(house, "alice", "PRIVMSG NickServ :HELP"), "NOTICE")
+    assert of(asked(house, "alice", f"{verb} :HELP"), "NOTICE") == help_of != []
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        (
+            "WHOIS nickserv",
+            ["311 NickServ NickServ chat.py", "312 NickServ chat.py", "318 nickserv"],
+        ),
+        ("ISON absent nickserv alice", ["303"]),
+        ("MONITOR + absent,nickserv", ["730", "731"]),
+    ],
+)
+def test_the_service_for_accounts_is_shown_as_present(line, told):
+    house = irc_house("", alice="")
+    lines = asked(house, "alice", line)
+    shown = [" ".join((one.verb, *one.params[1:-1])).replace(" *", "") for one in lines]
+    assert shown == told
+    last = {one.verb: one.params[-1] for one in lines}
+    assert last.get("303", "NickServ alice") == "NickServ alice"
+    assert last.get("730", "NickServ!NickServ@chat.py") == "NickServ!NickServ@chat.py"
+
+
+# A batch is for answers of several lines, also where a command takes several targets
+@pytest.mark.parametrize(
+    "line, verbs",
+    [
+        ("KICK #a bob :why", ["KICK"]),
+        ("KICK #a absent", ["401"]),
+        ("KICK #a bob,absent", ["BATCH", "KICK", "401", "BATCH"]),
+        ("PART #a :why", ["PART"]),
+        ("PART #none", ["403"]),
+        ("PART #a,#b", ["BATCH", "PART", "PART", "BATCH"]),
+        ("JOIN bad", ["476"]),
+        ("JOIN #a", ["ACK"]),
+        ("JOIN #a,bad", ["476"]),
+        ("JOIN 0", ["BATCH", "PART", "PART", "BATCH"]),
+        ("PRIVMSG absent,#none :x", ["BATCH", "401", "403", "BATCH"]),
+    ],
+)
+def test_an_answer_of_one_line_has_its_label_on_that_line(line, verbs):
+    house = irc_house("#a,#b", alice="labeled-response batch", bob="")
+    told = asked(house, "alice", f"@label=7 {line}")
+    assert [one.verb for one in told] == verbs
+    assert [one.tags.get("label") for one in told] == ["7", *[None] * (len(told) - 1)]
+
+
+# Blank lines are for clients with draft/multiline only, but those get all of them
+@pytest.mark.parametrize(
+    "texts", [["", "x"], ["x", ""], ["", "", "x", ""], ["x", "", "y"], ["", "x", "y"]]
+)
+def test_blank_lines_before_and_behind_a_text_reach_clients_that_know_them(texts):
+    caps = "batch draft/multiline echo-message"
+    house = irc_house("#a", alice=caps, bob=caps, carol="")
+    lines = [f"@batch=1 PRIVMSG #a :{text}" for text in texts]
+    echo = asked(house, "alice", "BATCH +1 draft/multiline #a", *lines, "BATCH -1")
+    for told in (echo, heard(house, "bob")):
+        assert [line.verb for line in told] == ["BATCH", *["PRIVMSG"] * len(texts), "BATCH"]
+        assert [line.params[1] for line in told[1:-1]] == texts
+    shown = [line.params[1] for line in heard(house, "carol")]
+    assert shown == [text for text in texts if text]
+
+
+# README: they have the rights of an operator in every channel
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("LIST", "322 #s"),
+        ("LIST #s", "322 #s"),
+        ("NAMES #s", "353 @ #s"),
+        ("WHO #s", "352 #s"),
+        ("WHOIS alice", "319 alice"),
+        ("TOPIC #s", "332 #s"),
+        ("MODE #s", "324 #s"),
+        ("METADATA #s GET color", "766 #s"),
+    ],
+)
+def test_a_server_operator_sees_secret_channels_and_others_do_not(line, told):
+    house = irc_house("", alice="", oper="", bob="")
+    asked(house, "alice", "JOIN #s", "MODE #s +s", "TOPIC #s :tea")
+    asked(house, "oper", "OPER boss secret")
+    for who, expected in (("oper", True), ("bob", False)):
+        lines = [" ".join((one.verb, *one.params[1:])) for one in asked(house, who, line)]
+        assert any(one.startswith(told) and "#s" in one for one in lines) == expected
+    asked(house, "oper", "MODE oper -o")
+    listed = [one.params[1] for one in of(asked(house, "oper", "LIST"), "322")]
+    assert "#s" not in listed
+
+
+# 0 stands for no account in WHOX
+@pytest.mark.parametrize("lines", [["NICK 0"], ["NICK 0", "REGISTER 0 * :secret-pw"]])
+def test_0_is_neither_a_nickname_nor_an_account(lines):
+    house = irc_house("#a", alice="")
+    told = asked(house, "alice", *lines)
+    assert told[0].verb == "432" and told[0].params[1] == "0"
+    assert all(line.verb in ("432", "FAIL") for line in told)
+    (who,) = of(asked(house, "alice", "WHO #a %na"), "354")
+    assert who.params[1:] == ["alice", "0"]
+
+
+def house_with_metadata(watcher, **more):
+    """Values of bob, who is in #a, of #a, of carol and of alice, who is asking."""
+    house = irc_house("", alice=watcher, bob="", carol="", **more)
+    asked(house, "bob", "JOIN #a", "METADATA #a SET color :blue", "METADATA * SET color :red")
+    asked(house, "bob", "METADATA * SET url :x")
+    asked(house, "carol", "METADATA * SET color :green")
+    asked(house, "alice", "METADATA * SET color :grey")
+    return house
+
+
+def values_told(lines):
+    return [" ".join(line.params[1:3] + line.params[4:]) for line in of(lines, "761", "766")]
+
+
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        (["METADATA * SUB color"], "alice color grey"),
+        (["JOIN #a", "METADATA * SUB color"], "alice color grey|#a color blue|bob color red"),
+        (["JOIN #a", "METADATA * SUB url status"], "bob url x"),
+        (["JOIN #a", "METADATA * SUB url", "METADATA * SUB url"], "bob url x"),
+        (["MONITOR + carol", "METADATA * SUB color"], "alice color grey|carol color green"),
+        (["METADATA * SUB color url", "MONITOR + carol"], "alice color grey|carol color green"),
+        (["METADATA * SUB url", "MONITOR + carol,bob,carol"], "bob url x"),
+        (["MONITOR + carol,bob"], ""),
+        (["METADATA * SUB url", "METADATA * UNSUB url", "MONITOR + bob"], ""),
+    ],
+)
+def test_a_client_is_told_the_present_values_when_it_subscribes_or_monitors(lines, told):
+    house = house_with_metadata(METADATA)
+    assert "|".join(values_told(asked(house, "alice", *lines))) == told
+
+
+def test_of_many_values_a_subscriber_is_told_where_to_ask_for_them(monkeypatch):
+    monkeypatch.setattr(chat, "METADATA_AT_ONCE", 2)
+    house = house_with_metadata(METADATA)
+    told = asked(house, "alice", "JOIN #a", "METADATA * SUB color")
+    assert [line.params[1:3] for line in of(told, "774")] == [["*ALL", "0"]]
+    assert not values_told(told)
+    all_of_them = values_told(asked(house, "alice", "METADATA *ALL SYNC"))
+    assert sorted(all_of_them) == ["#a color blue", "alice color grey", "bob color red"]
+
+
+def test_a_monitored_user_who_comes_brings_metadata():
+    house = house_with_metadata(METADATA)
+    asked(house, "alice", "METADATA * SUB color", "MONITOR + dora,robert")
+    house.connect_irc("dora")
+    asked(house, "dora", f"CAP REQ :{METADATA}", "NICK dora", "METADATA * SET color :pink")
+    asked(house, "dora", "USER u 0 * :r", "CAP END")
+    asked(house, "bob", "NICK robert")
+    lines = heard(house, "alice")
+    assert [line.verb for line in lines] == ["730", "761", "730", "761"]
+    assert values_told(lines) == ["dora color pink", "robert color red"]
+
+
+@pytest.mark.parametrize("target", ["bob", "#a"])
+def test_subscribers_are_told_changes_of_metadata_only(target):
+    house = house_with_metadata(METADATA)
+    asked(house, "alice", "JOIN #a", "METADATA * SUB color status")
+    settings = ["color :black", "color :black", "status", "color", "color", "color :black"]
+    for setting in settings:
+        assert len(of(asked(house, "bob", f"METADATA {target} SET {setting}"), "761", "766")) == 1
+    changes = [f"{target} color {text}" for text in ("black", "is not set", "black")]
+    told = heard(house, "alice")
+    assert [" ".join(line.params[1:3] + line.params[-1:]) for line in told] == changes
 
 
 def visitor_at_a_limit():
@@ -12938,7 +13189,7 @@ ANSWERS_TO_ALICE = [  # what alice sends, and what the last line is that she rec
      "FAIL BATCH MULTILINE_MAX_BYTES 20 :the message is too long and was not delivered"),
     (["WALLOPS :"], "412 alice :No text to send"),
     (["INVITE bob #a"], "443 alice bob #a :is already on channel"),
-    (["TOPIC #s"], "442 alice #s :You're not on that channel"),
+    (["MODE alice -o", "TOPIC #s"], "442 alice #s :You're not on that channel"),
     (["INVITE bob"], "461 alice INVITE :Not enough parameters; usage: INVITE <nickname> <channel>"),
     (["JOIN #b", "INVITE bob #b"], "301 alice bob :at lunch"),
     (["KLINE x!*@10.0.0.9 :spam and eggs"],
