@@ -27305,23 +27305,28 @@ const field = $('text');
 const touch = matchMedia('(pointer: coarse)').matches;
 let typed = 0; // when the others were last told that this user types
 
-// A draft has the id under which it will be sent, so that a reload cannot send it twice
+// A draft has the id under which it will be sent, so that a reload cannot send it twice. Another
+// text has another id: the tabs keep their drafts in one place
+let draft = null;
+
 function keepDraft() {
-  const own = setting(`draft.${here}`)?.own ?? newId();
-  set(`draft.${here}`, field.value ? { text: field.value, own } : null);
+  draft = field.value ? { text: field.value, own: newId() } : null;
+  set(`draft.${here}`, draft);
 }
 
 function restoreDraft() {
   state.outbox.forEach(({ own }) => dropDraft(here, own));
-  field.value = setting(`draft.${here}`)?.text ?? '';
+  draft = setting(`draft.${here}`);
+  field.value = draft?.text ?? '';
   grow();
 }
 
-function dropDraft(key, sent) { // of a message that was accepted just before the page was closed
-  const { own, text } = setting(`draft.${key}`) ?? {};
-  if (own !== sent) return;
-  set(`draft.${key}`, null);
-  if (key === here && field.value === text) field.value = '';
+function dropDraft(key, sent, text = draft?.text) { // of a message that was accepted
+  if (setting(`draft.${key}`)?.own === sent) set(`draft.${key}`, null);
+  if (key !== here || draft?.own !== sent || field.value !== text) return;
+  draft = null;
+  field.value = '';
+  grow();
 }
 
 function grow() {
@@ -27348,7 +27353,7 @@ $('reply').lastElementChild.onclick = () => setReplyTo(null);
 
 $('composer').onsubmit = async (event) => {
   event.preventDefault();
-  const text = field.value, to = shown(), own = setting(`draft.${here}`)?.own;
+  const text = field.value, to = shown(), { own } = draft ?? {};
   if (!text.trim()) return;
   try {
     if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
@@ -27357,11 +27362,9 @@ $('composer').onsubmit = async (event) => {
     note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
     return;
   }
-  set(`draft.${to.key}`, null);
-  if (to === shown() && field.value === text) field.value = '';
+  dropDraft(to.key, own, text);
   setReplyTo(null);
   stuck = true;
-  grow();
   keepPlace();
 };
 

@@ -33720,6 +33720,25 @@ def test_two_tabs_share_one_connection_and_one_outbox(running, browse):
     assert others == [line for line in others if " JOIN " in line], "no user saw the change"
 
 
+def test_what_is_typed_in_two_tabs_at_a_time_is_two_messages(running, browse):
+    """Under one id there is one message, and the tabs keep their drafts in one place."""
+    server = with_page(running)
+    witness = Witness(server.address)
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    first.js("field.focus(); self.usual = store; self.later = new Promise((go) => self.go = go); 0")
+    first.ask("Input.insertText", text="of the first")
+    first.js("store = async (...values) => { await later; return usual(...values); }; 0")
+    first.js("$('send').click()")  # it is accepted while the second one is typed
+    second.say("of the second")
+    first.js("go()")
+    for tab in (first, second):
+        tab.wait_for("of the first", "of the second")
+        tab.until("!state.outbox.length && !field.value")
+    assert sorted(witness.heard("of the first")[0]) == ["of the first", "of the second"]
+
+
 def test_of_two_tabs_on_plain_http_one_has_the_connection(running, browse):
     """There are no Web Locks: the browser takes an address as insecure if it is not loopback, so
     the test takes them away."""
