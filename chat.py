@@ -25888,7 +25888,7 @@ def bench_table(result: dict[str, Any]) -> str:
 PAGE_TEXT = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Chat</title>
 <link rel="manifest" href="/manifest.webmanifest">
 <link rel="icon" href="/icon.svg" type="image/svg+xml">
@@ -25948,8 +25948,8 @@ progress { width: 100%; }
 #newest { align-self: center; margin-top: -3rem; z-index: 1; }
 #reply { display: flex; align-items: center; margin: 0 .9rem; }
 #reply span { flex: 1; }
-#composer { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .2rem; padding: .3rem .3rem
-  max(.3rem, env(safe-area-inset-bottom)); border-top: 1px solid var(--line); }
+#composer { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .2rem; padding: .3rem;
+  border-top: 1px solid var(--line); }
 #text { flex: 1 7rem; min-width: 0; resize: none; max-height: 40vh; }
 .badge { padding: 0 .4rem; border-radius: 1rem; background: var(--dim); color: var(--back);
   font-size: .8rem; }
@@ -26886,10 +26886,13 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-let channel = { postMessage() {} };
+let channel = { postMessage: (data) => set('channel', [newId(), data]) };
 try {
   channel = new BroadcastChannel('chat');
-} catch { /* where a browser keeps nothing of this page, it may refuse this, too */ }
+} catch { // Safari before 15.4 has none; where a browser keeps nothing of a page, it may refuse it
+  self.onstorage = ({ key, newValue }) => key === 'chat.channel' && newValue
+    && channel.onmessage({ data: JSON.parse(newValue)[1] });
+}
 
 let leader = null;
 let attached = false; // the model is that of the leader
@@ -26928,7 +26931,7 @@ const ITEMS = {
   },
   asked: (asked) => { state.asked[asked.label] = asked; },
   row({ blob, ...row }) {
-    if (blob) blobs[row.own] = blob;
+    if (blob instanceof Blob) blobs[row.own] = blob;
     state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
     room(row.target);
   },
@@ -26995,8 +26998,7 @@ function follow() {
 function callLeader() {
   const now = Date.now(), heard = () => leader || answered >= now;
   channel.postMessage({ hello: tab, known: attached });
-  setTimeout(() => heard() || (document.hidden ? callLeader() : elect(!!self.BroadcastChannel)),
-    3000);
+  setTimeout(() => heard() || (document.hidden ? callLeader() : elect(true)), 3000);
 }
 
 // A Web Lock makes the leader. On plain http there is none: a lease in localStorage does then. A
@@ -27439,17 +27441,24 @@ document.ondragover = document.ondrop = (event) => {
   if (type === 'drop') offer(...files);
 };
 
-async function shrunk(file) {
-  const bitmap = await createImageBitmap(file);
-  const scale = Math.min(1, SHRUNK / Math.max(bitmap.width, bitmap.height));
-  const [width, height] = [bitmap.width * scale, bitmap.height * scale];
+// A picture, the right way up. (createImageBitmap of Firefox refuses those of cameras.)
+async function pictureOf(file) {
+  const picture = el('img', { src: URL.createObjectURL(file), alt: '' });
+  await picture.decode().finally(() => URL.revokeObjectURL(picture.src));
+  return picture;
+}
+
+async function shrunk(picture, size) {
+  const { naturalWidth, naturalHeight } = picture;
+  const scale = Math.min(1, SHRUNK / Math.max(naturalWidth, naturalHeight));
+  const [width, height] = [naturalWidth * scale, naturalHeight * scale];
   const canvas = el('canvas', { width, height });
   const context = canvas.getContext('2d');
   context.fillStyle = '#fff'; // a JPEG has no transparency
   context.fillRect(0, 0, width, height);
-  context.drawImage(bitmap, 0, 0, width, height);
+  context.drawImage(picture, 0, 0, width, height);
   const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
-  return blob && blob.size < file.size ? blob : null;
+  return blob?.size < size && blob;
 }
 
 // Ask before files are sent, one after the other
@@ -27460,7 +27469,8 @@ async function offer(file, ...others) {
     return offer(...others);
   }
   const target = shown().name, { name, size, type } = file;
-  const small = isPicture(type) && type !== 'image/gif' && await shrunk(file).catch(() => null);
+  const picture = /^image\//.test(type) && await pictureOf(file).catch(() => null);
+  const small = picture && type !== 'image/gif' && await shrunk(picture, size).catch(() => null);
   const smaller = el('input', { type: 'checkbox', checked: true });
   const send = () => {
     const taken = small && smaller.checked, blob = taken ? small : file;
@@ -27471,8 +27481,7 @@ async function offer(file, ...others) {
     offer(...others);
   };
   openSheet(`Send to ${target}`, [
-    isPicture(type) && el('img', { src: URL.createObjectURL(small || file), alt: '' }),
-    dim(`${name}, ${sizeText(size)}`),
+    picture, dim(`${name}, ${sizeText(size)}`),
     small && el('label', {}, smaller, ` smaller: ${sizeText(small.size)}`)],
   [button('Send', send, { className: 'main' })]);
 }
@@ -27652,10 +27661,10 @@ $('find').onclick = () => searchSheet();
 $('menu').onclick = () => $('rooms').classList.toggle('open');
 log.onpointerdown = () => $('rooms').classList.remove('open');
 new ResizeObserver(() => keepPlace()).observe(log);
-visualViewport.onresize = () => { // the keyboard of a phone
-  const { style, clientHeight } = document.documentElement;
-  const covered = clientHeight - visualViewport.height * visualViewport.scale;
-  style.setProperty('--keyboard', `${Math.max(0, covered)}px`);
+visualViewport.onresize = visualViewport.onscroll = () => { // the keyboard of a phone
+  const { style, clientHeight } = document.documentElement, { height, scale } = visualViewport;
+  style.setProperty('--keyboard', `${Math.max(0, clientHeight - height * scale)}px`);
+  if (scale < 1.01) scrollTo(0, 0); // Safari moves the page up, too
 };
 document.onkeydown = (event) => {
   if (event.key === 'Escape' && !sheet.showModal) closeSheet(); // browsers before 2022
@@ -27891,7 +27900,8 @@ def served(text: str) -> str:
 
 def page_policy(page: str) -> str:
     """Return the content policy of the page: its own script and style, and no other host. ws:// is
-    named because 'self' has no WebSocket in older browsers."""
+    named because 'self' has no WebSocket in older browsers, child-src for Safari before 15.5, which
+    knows no worker-src."""
 
     def only(tag: str) -> str:
         part = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
@@ -27900,7 +27910,8 @@ def page_policy(page: str) -> str:
     return (
         f"default-src 'none'; script-src {only('script')}; style-src {only('style')}; "
         "img-src 'self' blob:; connect-src 'self' ws://{host} wss://{host}; manifest-src 'self'; "
-        "worker-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "worker-src 'self'; child-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     )
 
 
