@@ -34492,8 +34492,8 @@ def test_a_picture_of_a_camera_is_shrunk_the_right_way_up(running, browse):
       const canvas = el('canvas', {{ width: 2000, height: 1000 }}), drawn = canvas.getContext('2d');
       drawn.fillRect(0, 0, 1000, 1000);
       const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg'));
-      const [start, rest] = [blob.slice(0, 2), blob.slice(2)];
-      const file = new File([start, new Uint8Array({CAMERA}), rest], 'a.jpg', {{ type: blob.type }});
+      const parts = [blob.slice(0, 2), new Uint8Array({CAMERA}), blob.slice(2)];
+      const file = new File(parts, 'a.jpg', {{ type: blob.type }});
       const image = await pictureOf(await shrunk(await pictureOf(file), file.size));
       return [image.naturalWidth, image.naturalHeight];
     }})()""")
