@@ -25902,7 +25902,7 @@ PAGE_TEXT = r"""<!doctype html>
     --light: 72%; } }
 * { box-sizing: border-box; }
 [hidden], dialog:not([open]) { display: none !important; }
-html, body { height: 100%; margin: 0; overflow: hidden; }
+html, body { height: 100%; margin: 0; overflow: hidden; -webkit-text-size-adjust: 100%; }
 body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var(--text);
   overflow-wrap: break-word; overflow-wrap: anywhere; }
 button, input, textarea { font: inherit; color: inherit; }
@@ -26948,7 +26948,6 @@ const ITEMS = {
       Object.assign(state, { asked: {}, batches: {} });
       allRooms().forEach(miss);
     }
-    if (isOnline() && sheet.dataset.kind === 'name') closeSheet();
     if (phase === 'ended') nameSheet();
   },
 };
@@ -27283,6 +27282,7 @@ function drawPhase() {
   const whole = text && count ? `${text}; ${counted(count, 'message')} waiting` : text;
   if ($('phase').textContent !== whole) $('phase').textContent = whole;
   $('phase').hidden = !whole;
+  if (isOnline() && sheet.dataset.kind === 'name') closeSheet();
   const names = Object.values(shown().typing).filter(([, until]) => until > Date.now())
     .slice(0, 3).map(([nick]) => nick).join(', ');
   $('typing').textContent = names && `${names} typing`;
@@ -27369,6 +27369,8 @@ $('composer').onsubmit = async (event) => {
   stuck = true;
   keepPlace();
 };
+
+$('send').onmousedown = (event) => event.preventDefault(); // the focus stays, and the keyboard, too
 
 field.onkeydown = (event) => {
   const { key, shiftKey } = event;

@@ -34371,6 +34371,13 @@ def test_the_page_talks_also_where_a_browser_refuses_what_it_would_like(running,
     tab.until("!state.outbox.length")
 
 
+def test_a_tab_that_keeps_no_name_has_that_of_the_other_tab(running, browse):
+    server = with_page(running)
+    browse(server.address).enter("anna")
+    tab = browse(server.address, before="Storage.prototype.getItem = () => null")
+    tab.until("attached && state.me === 'anna' && !$('sheet').open")
+
+
 def test_a_sheet_is_closed_by_escape_and_out_of_sight_where_dialogs_are_unknown(running, browse):
     tab = browse(with_page(running).address, before=NO_DIALOG, width=1200).enter("anna")
     tab.until("getComputedStyle($('sheet')).display === 'none'")
@@ -34538,6 +34545,15 @@ def test_the_keyboard_of_a_phone_covers_nothing_that_is_used(running, browse):
     for part in ("composer", "rooms", "sheet"):
         top, bottom = tab.js(f"(b => [b.top, b.bottom])($('{part}').getBoundingClientRect())")
         assert 0 <= top < bottom <= 300, part
+
+
+def test_a_tap_that_sends_leaves_the_keyboard_of_a_phone_open(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("field.focus()")
+    tab.ask("Input.insertText", text="tapped")
+    tab.tap("#send")
+    tab.wait_for("tapped")
+    assert tab.js("document.activeElement.id") == "text"
 
 
 def test_a_screen_reader_reads_out_what_is_said_and_neither_history_nor_a_wait(running, browse):
