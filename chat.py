@@ -25987,7 +25987,7 @@ def bench_table(result: dict[str, Any]) -> str:
 PAGE_TEXT = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Chat</title>
 <link rel="manifest" href="/manifest.webmanifest">
 <link rel="icon" href="/icon.svg" type="image/svg+xml">
@@ -26001,7 +26001,7 @@ PAGE_TEXT = r"""<!doctype html>
     --light: 72%; } }
 * { box-sizing: border-box; }
 [hidden], dialog:not([open]) { display: none !important; }
-html, body { height: 100%; margin: 0; overflow: hidden; }
+html, body { height: 100%; margin: 0; overflow: hidden; -webkit-text-size-adjust: 100%; }
 body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var(--text);
   overflow-wrap: break-word; overflow-wrap: anywhere; }
 button, input, textarea { font: inherit; color: inherit; }
@@ -26047,8 +26047,8 @@ progress { width: 100%; }
 #newest { align-self: center; margin-top: -3rem; z-index: 1; }
 #reply { display: flex; align-items: center; margin: 0 .9rem; }
 #reply span { flex: 1; }
-#composer { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .2rem; padding: .3rem .3rem
-  max(.3rem, env(safe-area-inset-bottom)); border-top: 1px solid var(--line); }
+#composer { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .2rem; padding: .3rem;
+  border-top: 1px solid var(--line); }
 #text { flex: 1 7rem; min-width: 0; resize: none; max-height: 40vh; }
 .badge { padding: 0 .4rem; border-radius: 1rem; background: var(--dim); color: var(--back);
   font-size: .8rem; }
@@ -26985,10 +26985,13 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-let channel = { postMessage() {} };
+let channel = { postMessage: (data) => set('channel', [newId(), data]) };
 try {
   channel = new BroadcastChannel('chat');
-} catch { /* where a browser keeps nothing of this page, it may refuse this, too */ }
+} catch { // Safari before 15.4 has none; where a browser keeps nothing of a page, it may refuse it
+  self.onstorage = ({ key, newValue }) => key === 'chat.channel' && newValue
+    && channel.onmessage({ data: JSON.parse(newValue)[1] });
+}
 
 let leader = null;
 let attached = false; // the model is that of the leader
@@ -27027,7 +27030,7 @@ const ITEMS = {
   },
   asked: (asked) => { state.asked[asked.label] = asked; },
   row({ blob, ...row }) {
-    if (blob) blobs[row.own] = blob;
+    if (blob instanceof Blob) blobs[row.own] = blob;
     state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
     room(row.target);
   },
@@ -27044,7 +27047,6 @@ const ITEMS = {
       Object.assign(state, { asked: {}, batches: {} });
       allRooms().forEach(miss);
     }
-    if (isOnline() && sheet.dataset.kind === 'name') closeSheet();
     if (phase === 'ended') nameSheet();
   },
 };
@@ -27094,8 +27096,7 @@ function follow() {
 function callLeader() {
   const now = Date.now(), heard = () => leader || answered >= now;
   channel.postMessage({ hello: tab, known: attached });
-  setTimeout(() => heard() || (document.hidden ? callLeader() : elect(!!self.BroadcastChannel)),
-    3000);
+  setTimeout(() => heard() || (document.hidden ? callLeader() : elect(true)), 3000);
 }
 
 // A Web Lock makes the leader. On plain http there is none: a lease in localStorage does then. A
@@ -27380,6 +27381,7 @@ function drawPhase() {
   const whole = text && count ? `${text}; ${counted(count, 'message')} waiting` : text;
   if ($('phase').textContent !== whole) $('phase').textContent = whole;
   $('phase').hidden = !whole;
+  if (isOnline() && sheet.dataset.kind === 'name') closeSheet();
   const names = Object.values(shown().typing).filter(([, until]) => until > Date.now())
     .slice(0, 3).map(([nick]) => nick).join(', ');
   $('typing').textContent = names && `${names} typing`;
@@ -27404,23 +27406,28 @@ const field = $('text');
 const touch = matchMedia('(pointer: coarse)').matches;
 let typed = 0; // when the others were last told that this user types
 
-// A draft has the id under which it will be sent, so that a reload cannot send it twice
+// A draft has the id under which it will be sent, so that a reload cannot send it twice. Another
+// text has another id: the tabs keep their drafts in one place
+let draft = null;
+
 function keepDraft() {
-  const own = setting(`draft.${here}`)?.own ?? newId();
-  set(`draft.${here}`, field.value ? { text: field.value, own } : null);
+  draft = field.value ? { text: field.value, own: newId() } : null;
+  set(`draft.${here}`, draft);
 }
 
 function restoreDraft() {
   state.outbox.forEach(({ own }) => dropDraft(here, own));
-  field.value = setting(`draft.${here}`)?.text ?? '';
+  draft = setting(`draft.${here}`);
+  field.value = draft?.text ?? '';
   grow();
 }
 
-function dropDraft(key, sent) { // of a message that was accepted just before the page was closed
-  const { own, text } = setting(`draft.${key}`) ?? {};
-  if (own !== sent) return;
-  set(`draft.${key}`, null);
-  if (key === here && field.value === text) field.value = '';
+function dropDraft(key, sent, text = draft?.text) { // of a message that was accepted
+  if (setting(`draft.${key}`)?.own === sent) set(`draft.${key}`, null);
+  if (key !== here || draft?.own !== sent || field.value !== text) return;
+  draft = null;
+  field.value = '';
+  grow();
 }
 
 function grow() {
@@ -27447,7 +27454,7 @@ $('reply').lastElementChild.onclick = () => setReplyTo(null);
 
 $('composer').onsubmit = async (event) => {
   event.preventDefault();
-  const text = field.value, to = shown(), own = setting(`draft.${here}`)?.own;
+  const text = field.value, to = shown(), { own } = draft ?? {};
   if (!text.trim()) return;
   try {
     if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
@@ -27456,13 +27463,13 @@ $('composer').onsubmit = async (event) => {
     note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
     return;
   }
-  set(`draft.${to.key}`, null);
-  if (to === shown() && field.value === text) field.value = '';
+  dropDraft(to.key, own, text);
   setReplyTo(null);
   stuck = true;
-  grow();
   keepPlace();
 };
+
+$('send').onmousedown = (event) => event.preventDefault(); // the focus stays, and the keyboard, too
 
 field.onkeydown = (event) => {
   const { key, shiftKey } = event;
@@ -27535,17 +27542,24 @@ document.ondragover = document.ondrop = (event) => {
   if (type === 'drop') offer(...files);
 };
 
-async function shrunk(file) {
-  const bitmap = await createImageBitmap(file);
-  const scale = Math.min(1, SHRUNK / Math.max(bitmap.width, bitmap.height));
-  const [width, height] = [bitmap.width * scale, bitmap.height * scale];
+// A picture, the right way up. (createImageBitmap of Firefox refuses those of cameras.)
+async function pictureOf(file) {
+  const picture = el('img', { src: URL.createObjectURL(file), alt: '' });
+  await picture.decode().finally(() => URL.revokeObjectURL(picture.src));
+  return picture;
+}
+
+async function shrunk(picture, size) {
+  const { naturalWidth, naturalHeight } = picture;
+  const scale = Math.min(1, SHRUNK / Math.max(naturalWidth, naturalHeight));
+  const [width, height] = [naturalWidth * scale, naturalHeight * scale];
   const canvas = el('canvas', { width, height });
   const context = canvas.getContext('2d');
   context.fillStyle = '#fff'; // a JPEG has no transparency
   context.fillRect(0, 0, width, height);
-  context.drawImage(bitmap, 0, 0, width, height);
+  context.drawImage(picture, 0, 0, width, height);
   const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
-  return blob && blob.size < file.size ? blob : null;
+  return blob?.size < size && blob;
 }
 
 // Ask before files are sent, one after the other
@@ -27556,7 +27570,8 @@ async function offer(file, ...others) {
     return offer(...others);
   }
   const target = shown().name, { name, size, type } = file;
-  const small = isPicture(type) && type !== 'image/gif' && await shrunk(file).catch(() => null);
+  const picture = /^image\//.test(type) && await pictureOf(file).catch(() => null);
+  const small = picture && type !== 'image/gif' && await shrunk(picture, size).catch(() => null);
   const smaller = el('input', { type: 'checkbox', checked: true });
   const send = () => {
     const taken = small && smaller.checked, blob = taken ? small : file;
@@ -27567,8 +27582,7 @@ async function offer(file, ...others) {
     offer(...others);
   };
   openSheet(`Send to ${target}`, [
-    isPicture(type) && el('img', { src: URL.createObjectURL(small || file), alt: '' }),
-    dim(`${name}, ${sizeText(size)}`),
+    picture, dim(`${name}, ${sizeText(size)}`),
     small && el('label', {}, smaller, ` smaller: ${sizeText(small.size)}`)],
   [button('Send', send, { className: 'main' })]);
 }
@@ -27748,10 +27762,10 @@ $('find').onclick = () => searchSheet();
 $('menu').onclick = () => $('rooms').classList.toggle('open');
 log.onpointerdown = () => $('rooms').classList.remove('open');
 new ResizeObserver(() => keepPlace()).observe(log);
-visualViewport.onresize = () => { // the keyboard of a phone
-  const { style, clientHeight } = document.documentElement;
-  const covered = clientHeight - visualViewport.height * visualViewport.scale;
-  style.setProperty('--keyboard', `${Math.max(0, covered)}px`);
+visualViewport.onresize = visualViewport.onscroll = () => { // the keyboard of a phone
+  const { style, clientHeight } = document.documentElement, { height, scale } = visualViewport;
+  style.setProperty('--keyboard', `${Math.max(0, clientHeight - height * scale)}px`);
+  if (scale < 1.01) scrollTo(0, 0); // Safari moves the page up, too
 };
 document.onkeydown = (event) => {
   if (event.key === 'Escape' && !sheet.showModal) closeSheet(); // browsers before 2022
@@ -27987,7 +28001,8 @@ def served(text: str) -> str:
 
 def page_policy(page: str) -> str:
     """Return the content policy of the page: its own script and style, and no other host. ws:// is
-    named because 'self' has no WebSocket in older browsers."""
+    named because 'self' has no WebSocket in older browsers, child-src for Safari before 15.5, which
+    knows no worker-src."""
 
     def only(tag: str) -> str:
         part = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
@@ -27996,7 +28011,8 @@ def page_policy(page: str) -> str:
     return (
         f"default-src 'none'; script-src {only('script')}; style-src {only('style')}; "
         "img-src 'self' blob:; connect-src 'self' ws://{host} wss://{host}; manifest-src 'self'; "
-        "worker-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "worker-src 'self'; child-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     )
 
 
