@@ -9144,6 +9144,7 @@ def ask_service(session: IrcSession, text: str) -> None:
     session.from_service = session.deferred
 
 
+@irc_command("NICKSERV", 1, 15, "NICKSERV <command> -- the same as PRIVMSG NickServ")
 @irc_command("NS", 1, 15)
 def irc_ns(session: IrcSession, *words: str) -> None:
     """NS <command> -- the same as PRIVMSG NickServ"""

@@ -2115,7 +2115,7 @@ def test_a_word_too_many_for_nickserv_breaks_nothing(line):
 
 
 @pytest.mark.parametrize("before", ["", "@a=b ", ":alice ", "@a=b :alice ", "@a=b  :alice  "])
-@pytest.mark.parametrize("verb", ["NS", "ns", "PRIVMSG NickServ"])
+@pytest.mark.parametrize("verb", ["NS", "ns", "NICKSERV", "PRIVMSG NickServ"])
 def test_tags_and_a_source_before_a_command_to_nickserv_are_no_part_of_it(before, verb):
     house = House()
     account(house, "zoe", password="two  words")
@@ -9014,7 +9014,7 @@ alice< FAIL TOKEN UNKNOWN_COMMAND LOOK :there is no TOKEN LOOK
 === HELP: is made from the handlers
 alice> HELP
 alice< 704 alice * :HELP <command> tells more about one of these:
-alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON ISUPPORT JOIN KICK KILL KLINE LINKS LIST LUSERS MAP MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOKEN TOPIC TRACE UNKLINE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON ISUPPORT JOIN KICK KILL KLINE LINKS LIST LUSERS MAP MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NICKSERV NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOKEN TOPIC TRACE UNKLINE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
 alice< 706 alice * :End of help
 alice> HELP JOIN
 alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
@@ -10044,7 +10044,7 @@ alice> NS PASSWD wrong other
 alice< :NickServ!NickServ@chat.py NOTICE alice :name or password are wrong
 alice> NS PASSWD password secret2
 alice< :NickServ!NickServ@chat.py NOTICE alice :password changed
-alice> NS FOO
+alice> NICKSERV FOO
 alice< :NickServ!NickServ@chat.py NOTICE alice :there is no /msg NickServ foo; /msg NickServ help lists what there is
 alice> NS IDENTIFY
 alice< :NickServ!NickServ@chat.py NOTICE alice :usage: IDENTIFY [NAME] PASSWORD
