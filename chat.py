@@ -15478,8 +15478,12 @@ def tell_own_name(talk: IrcTalk) -> None:
     core, login = talk.core, talk.core.me.login
     differs = core.name != core.wanted_name
     if core.interactive or differs:
-        why = "is taken" if talk.nick.regain else "is no nick that this server takes"
-        why = f" ({core.wanted_name} {why})" if differs and not talk.resumed else ""
+        why = f"{core.wanted_name} is no nick that this server takes"
+        if talk.nick.regain:
+            why = f"{core.wanted_name} is taken"
+        elif talk.nick.tries == 1:  # as a bouncer does
+            why = f"this server chose it instead of {core.wanted_name}"
+        why = f" ({why})" if differs and not talk.resumed else ""
         core.server_text(f"you are {core.name}{why}")
     if login and not (talk.sasl.mechanism or talk.sasl.explained):
         offered = talk.server.offered.get("sasl")

@@ -17442,6 +17442,13 @@ def test_a_nick_that_is_too_long_is_cut_to_what_servers_take_and_the_user_is_tol
     assert not core.talk.nick.regain
 
 
+def test_a_nick_that_a_bouncer_chose_is_told_as_such():
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.connected()
+    views = core.feed(b":bouncer 001 alicia :Welcome\r\n")
+    assert views[0].text == "you are alicia (this server chose it instead of alice)"
+
+
 def test_the_name_of_a_resumed_session_is_told_without_a_reason():
     core = chat.ClientCore("alice", kind=chat.CHAT)
     core.connected()
