@@ -11578,6 +11578,10 @@ def with_method(request: Request) -> Request:
     return request._replace(method=meant) if known and is_tus(request) else request
 
 
+def asks_for_websocket(request: Request) -> bool:
+    return "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection")
+
+
 class RequestSender(NamedTuple):
     """The client that sent a request, perhaps through a proxy."""
 
@@ -11644,6 +11648,8 @@ class WebSession(LocalSession):
             return self.respond(204, "", allow_header(every))
         path = request.path
         methods = WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
+        if not methods and asks_for_websocket(request):
+            methods = WEB_ROUTES["/*"]
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
         if handler:
             return handler(self, request)
@@ -11783,10 +11789,10 @@ def web_document(session: WebSession, request: Request) -> None:
     return session.respond(200, document.forms[how], *headers)
 
 
-@on_request("GET", "/", "/irc")
+@on_request("GET", "/", "/irc", "/*")
 def web_root(session: WebSession, request: Request) -> None:
-    """GET / -- the page that chats; or a WebSocket that speaks IRC, also at /irc"""
-    if "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection"):
+    """GET / -- the page that chats; or a WebSocket that speaks IRC, at any path without a page"""
+    if asks_for_websocket(request):
         return open_websocket(session, request)
     if request.path == "/irc":
         return session.respond(426, "this is a WebSocket that speaks IRC", *WEBSOCKET_OFFER)

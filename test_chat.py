@@ -13763,6 +13763,13 @@ def test_a_handshake_is_answered_as_the_rfc_has_it():
     assert headers["sec-websocket-protocol"] == "binary.ircv3.net"
 
 
+@pytest.mark.parametrize("path", ["/", "/socket", "/webirc/websocket/", "/a/b?c=d", "/*"])
+def test_a_websocket_opens_at_any_path_without_a_page(path):
+    assert Browser(House()).asks(HANDSHAKE.replace("/irc", path))[0] == 101
+    if path != "/":
+        assert Browser(House()).asks(f"GET {path} HTTP/1.1\nHost: localhost:7000")[0] == 404
+
+
 BAD_HANDSHAKES = [  # what is changed, and the status
     ("Sec-WebSocket-Version: 13", "Sec-WebSocket-Version: 8", 426),
     ("Sec-WebSocket-Version: 13", "X: y", 426),
@@ -13771,7 +13778,8 @@ BAD_HANDSHAKES = [  # what is changed, and the status
     ("HTTP/1.1", "HTTP/1.0", 400),
     ("GET", "HEAD", 400),
     ("Connection: keep-alive, Upgrade\n", "", 426),
-    ("/irc", "/other", 404),
+    ("/irc", "/health", 200),
+    ("/irc", "/files/other", 404),
     ("Host: localhost:7000", "Host: localhost:7000\nContent-Length: 3", 400),
     ("Host: localhost:7000", "Host: localhost:7000\nOrigin: null", 403),
     ("Host: localhost:7000", "Host: localhost:7000\nOrigin: http://evil.example", 403),
