@@ -8584,7 +8584,7 @@ def isupport(site: SessionContext) -> list[str]:
         MAXLIST={lists} MODES={MODES_WITH_VALUE} MONITOR={WATCHED} NAMELEN={REALNAME_BYTES}
         NETWORK={site.network} NICKLEN={NAME_CHARACTERS} PREFIX=({RANKS}){symbols} SAFELIST
         SAFERATE STATUSMSG={symbols} TARGMAX={targets},{spoken} TOPICLEN={TOPIC_BYTES}
-        USERLEN={USERNAME_BYTES} UTF8ONLY WHOX {flood}""".split()
+        USERLEN={USERNAME_BYTES} UTF8ONLY WHOX soju.im/SAFERATE {flood}""".split()
 
 
 def web_tokens(session: IrcSession) -> list[str]:
@@ -15541,6 +15541,9 @@ def version_told(talk: IrcTalk, heard: ServerLine) -> None:
         talk.core.rooms.go(room)
 
 
+SAFE_RATES = {"SAFERATE", "soju.im/SAFERATE"}  # a fast client waits, and is not disconnected
+
+
 @from_server("005", least=2)
 def support_told(talk: IrcTalk, heard: ServerLine) -> None:
     isupport = talk.server.isupport
@@ -15557,7 +15560,7 @@ def support_told(talk: IrcTalk, heard: ServerLine) -> None:
     pace = [positive_number(number) for number in isupport.get("chat.py/FLOOD", "").split(",")]
     if len(pace) == 2 and all(pace):
         talk.budget = Budget(*pace, talk.core.ticks())
-    elif talk.server.ours:  # and announces no rate limit
+    elif talk.server.ours or isupport.keys() & SAFE_RATES:  # and announces no rate limit
         talk.budget = Budget(*NO_PACE, talk.core.ticks())
 
 

@@ -12458,7 +12458,7 @@ ANNOUNCED = """
     AWAYLEN=200 CHANLIMIT=#:50 CHANNELLEN=64 CHATHISTORY=500 HOSTLEN=46 KEYLEN=32 KICKLEN=200
     MAXLIST=b:60,e:60,I:60 MODES=13 MONITOR=100 NAMELEN=128 NICKLEN=32 SAFERATE= TOPICLEN=300
     TARGMAX=JOIN:,KICK:,LIST:10,MONITOR:100,NAMES:,PART:,WHOIS:1,PRIVMSG:20,NOTICE:20,TAGMSG:20
-    USERLEN=20 chat.py/FLOOD=1000,100
+    USERLEN=20 chat.py/FLOOD=1000,100 soju.im/SAFERATE=
 """
 
 
@@ -23353,6 +23353,15 @@ def test_as_many_lines_are_sent_at_once_as_a_server_takes_and_then_one_at_its_pa
     while not (found := alice.sent(1)):
         seconds += 1
     assert found == [f"TIME {chat.PACE_BURST}"] and seconds == 1 / chat.PACE_RATE - 1
+
+
+@pytest.mark.parametrize("token", ["SAFERATE", "soju.im/SAFERATE"])
+def test_a_server_that_disconnects_no_fast_client_gets_all_lines_at_once(token):
+    alice = Elsewhere(f"CHANTYPES=# {token}")
+    alice.sent(60)
+    lines = [f"TIME {n}" for n in range(3 * chat.PACE_BURST)]
+    alice.types(*(f"/raw {line}" for line in lines))
+    assert alice.sent() == lines
 
 
 def test_ignored_users_are_listed_after_each_change():
