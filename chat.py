@@ -3727,20 +3727,6 @@ def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) ->
         tell_watchers(hub, user.key, CAME_ONLINE, user.source)
 
 
-@act
-def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, seed: int) -> str:
-    """Rename the session's user: exactly so, or to the nearest free name. Return the new name."""
-    user = who.user
-    if exact:
-        check_name(hub, wanted, user)
-    name = wanted if exact else free_name(hub, wanted, user, seed=seed)
-    if fold(name) != user.key:
-        check_no_ban_evasion(hub, user)
-        check_name_not_banned(hub, who, name)
-    take_name(hub, user, name, who)
-    return name
-
-
 # Coming and going
 
 
@@ -4078,6 +4064,24 @@ def grace_period_over(hub: Hub, who: Session, resume_id: str, since: int) -> Non
     user = hub.users_by_id.get(resume_id)
     if user and not user.live and hub.absent.get(user) == since:
         remove_user(hub, user, "Connection lost")
+
+
+@act
+def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, seed: int) -> str:
+    """Rename the session's user: exactly so, or to the nearest free name. Return the new name. A
+    nick that only a broken connection of the same account keeps is free for that account."""
+    user, holder = who.user, hub.users.get(fold(wanted))
+    left = holder if exact and holder in hub.absent and holder is not user else None
+    if exact:
+        check_name(hub, wanted, user, user.account if left else "")
+    name = wanted if exact else free_name(hub, wanted, user, seed=seed)
+    if fold(name) != user.key:
+        check_no_ban_evasion(hub, user)
+        check_name_not_banned(hub, who, name)
+    if left:
+        remove_user(hub, left, "Connection lost")
+    take_name(hub, user, name, who)
+    return name
 
 
 def killed_text(by: Source, reason: str) -> str:

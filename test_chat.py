@@ -2067,6 +2067,25 @@ def test_a_name_that_another_device_has_is_taken():
     assert house.hub.users == {}
 
 
+@pytest.mark.parametrize("password, back", [("password", True), ("wrong", False), ("", False)])
+def test_a_nick_that_a_lost_connection_keeps_is_free_for_its_owner_who_identifies(password, back):
+    house = irc_house("#a", bob="")
+    account(house, "alice")
+    device(house, "before", "alice")
+    house.say("before", "JOIN #a")
+    house.turn()
+    house.leave("before")
+    house.enter_irc("alice_")
+    if password:
+        ask(house, "alice_", f"NS IDENTIFY alice {password}")
+    house.heard("bob")
+    lines = ask(house, "alice_", "NICK alice", "JOIN #a")
+    assert refused(lines, "433") != back
+    assert (":alice!~u@127.0.0.1 QUIT :Connection lost" in str(house.heard("bob"))) == back
+    assert (house.guests["alice_"].user.name == "alice") == back
+    assert len(house.hub.absent) == 1 - back
+
+
 def test_the_owner_of_a_name_gets_it_back_from_any_user():
     house = House()
     house.enter_irc("alice", "bob")
