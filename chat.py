@@ -3736,20 +3736,6 @@ def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) ->
         tell_watchers(hub, user.key, CAME_ONLINE, user.source)
 
 
-@act
-def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, seed: int) -> str:
-    """Rename the session's user: exactly so, or to the nearest free name. Return the new name."""
-    user = who.user
-    if exact:
-        check_name(hub, wanted, user)
-    name = wanted if exact else free_name(hub, wanted, user, seed=seed)
-    if fold(name) != user.key:
-        check_no_ban_evasion(hub, user)
-        check_name_not_banned(hub, who, name)
-    take_name(hub, user, name, who)
-    return name
-
-
 # Coming and going
 
 
@@ -4089,6 +4075,24 @@ def grace_period_over(hub: Hub, who: Session, resume_id: str, since: int) -> Non
     user = hub.users_by_id.get(resume_id)
     if user and not user.live and hub.absent.get(user) == since:
         remove_user(hub, user, "Connection lost")
+
+
+@act
+def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, seed: int) -> str:
+    """Rename the session's user: exactly so, or to the nearest free name. Return the new name. A
+    nick that only a broken connection of the same account keeps is free for that account."""
+    user, holder = who.user, hub.users.get(fold(wanted))
+    left = holder if exact and holder in hub.absent and holder is not user else None
+    if exact:
+        check_name(hub, wanted, user, user.account if left else "")
+    name = wanted if exact else free_name(hub, wanted, user, seed=seed)
+    if fold(name) != user.key:
+        check_no_ban_evasion(hub, user)
+        check_name_not_banned(hub, who, name)
+    if left:
+        remove_user(hub, left, "Connection lost")
+    take_name(hub, user, name, who)
+    return name
 
 
 def killed_text(by: Source, reason: str) -> str:
@@ -8614,7 +8618,7 @@ def isupport(site: SessionContext) -> list[str]:
         MAXLIST={lists} MODES={MODES_WITH_VALUE} MONITOR={WATCHED} NAMELEN={REALNAME_BYTES}
         NETWORK={site.network} NICKLEN={NAME_CHARACTERS} PREFIX=({RANKS}){symbols} SAFELIST
         SAFERATE STATUSMSG={symbols} TARGMAX={targets},{spoken} TOPICLEN={TOPIC_BYTES}
-        USERLEN={USERNAME_BYTES} UTF8ONLY WHOX {flood}""".split()
+        USERLEN={USERNAME_BYTES} UTF8ONLY WHOX soju.im/SAFERATE {flood}""".split()
 
 
 def web_tokens(session: IrcSession) -> list[str]:
@@ -9175,7 +9179,7 @@ def ask_service(session: IrcSession, text: str) -> None:
         session.service_says(str(refusal))
 
 
-@irc_command("NICKSERV", 1, 15, doc=f"NICKSERV <command> -- the same as PRIVMSG {SERVICE}")
+@irc_command("NICKSERV", 1, 15, "NICKSERV <command> -- the same as PRIVMSG NickServ")
 @irc_command("NS", 1, 15)
 def irc_ns(session: IrcSession, *words: str) -> None:
     """NS <command> -- the same as PRIVMSG NickServ"""
@@ -11657,6 +11661,10 @@ def with_method(request: Request) -> Request:
     return request._replace(method=meant) if known and is_tus(request) else request
 
 
+def asks_for_websocket(request: Request) -> bool:
+    return "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection")
+
+
 class RequestSender(NamedTuple):
     """The client that sent a request, perhaps through a proxy."""
 
@@ -11723,6 +11731,8 @@ class WebSession(LocalSession):
             return self.respond(204, "", allow_header(every))
         path = request.path
         methods = WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
+        if not methods and asks_for_websocket(request):
+            methods = WEB_ROUTES["/*"]
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
         if handler:
             return handler(self, request)
@@ -11862,10 +11872,10 @@ def web_document(session: WebSession, request: Request) -> None:
     return session.respond(200, document.forms[how], *headers)
 
 
-@on_request("GET", "/", "/irc")
+@on_request("GET", "/", "/irc", "/*")
 def web_root(session: WebSession, request: Request) -> None:
-    """GET / -- the page that chats; or a WebSocket that speaks IRC, also at /irc"""
-    if "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection"):
+    """GET / -- the page that chats; or a WebSocket that speaks IRC, at any path without a page"""
+    if asks_for_websocket(request):
         return open_websocket(session, request)
     if request.path == "/irc":
         return session.respond(426, "this is a WebSocket that speaks IRC", *WEBSOCKET_OFFER)
@@ -15557,8 +15567,12 @@ def tell_own_name(talk: IrcTalk) -> None:
     core, login = talk.core, talk.core.me.login
     differs = core.name != core.wanted_name
     if core.interactive or differs:
-        why = "is taken" if talk.nick.regain else "is no nick that this server takes"
-        why = f" ({core.wanted_name} {why})" if differs and not talk.resumed else ""
+        why = f"{core.wanted_name} is no nick that this server takes"
+        if talk.nick.regain:
+            why = f"{core.wanted_name} is taken"
+        elif talk.nick.tries == 1:  # as a bouncer does
+            why = f"this server chose it instead of {core.wanted_name}"
+        why = f" ({why})" if differs and not talk.resumed else ""
         core.server_text(f"you are {core.name}{why}")
     if login and not (talk.sasl.mechanism or talk.sasl.explained):
         offered = talk.server.offered.get("sasl")
@@ -15610,6 +15624,9 @@ def version_told(talk: IrcTalk, heard: ServerLine) -> None:
         talk.core.rooms.go(room)
 
 
+SAFE_RATES = {"SAFERATE", "soju.im/SAFERATE"}  # a fast client waits, and is not disconnected
+
+
 @from_server("005", least=2)
 def support_told(talk: IrcTalk, heard: ServerLine) -> None:
     isupport = talk.server.isupport
@@ -15626,7 +15643,7 @@ def support_told(talk: IrcTalk, heard: ServerLine) -> None:
     pace = [positive_number(number) for number in isupport.get("chat.py/FLOOD", "").split(",")]
     if len(pace) == 2 and all(pace):
         talk.budget = Budget(*pace, talk.core.ticks())
-    elif talk.server.ours:  # and announces no rate limit
+    elif talk.server.ours or isupport.keys() & SAFE_RATES:  # and announces no rate limit
         talk.budget = Budget(*NO_PACE, talk.core.ticks())
 
 

@@ -2073,6 +2073,25 @@ def test_a_name_that_another_device_has_is_taken():
     assert house.hub.users == {}
 
 
+@pytest.mark.parametrize("password, back", [("password", True), ("wrong", False), ("", False)])
+def test_a_nick_that_a_lost_connection_keeps_is_free_for_its_owner_who_identifies(password, back):
+    house = irc_house("#a", bob="")
+    account(house, "alice")
+    device(house, "before", "alice")
+    house.say("before", "JOIN #a")
+    house.turn()
+    house.leave("before")
+    house.enter_irc("alice_")
+    if password:
+        ask(house, "alice_", f"NS IDENTIFY alice {password}")
+    house.heard("bob")
+    lines = ask(house, "alice_", "NICK alice", "JOIN #a")
+    assert refused(lines, "433") != back
+    assert (":alice!~u@127.0.0.1 QUIT :Connection lost" in str(house.heard("bob"))) == back
+    assert (house.guests["alice_"].user.name == "alice") == back
+    assert len(house.hub.absent) == 1 - back
+
+
 def test_the_owner_of_a_name_gets_it_back_from_any_user():
     house = House()
     house.enter_irc("alice", "bob")
@@ -2121,7 +2140,7 @@ def test_a_word_too_many_for_nickserv_breaks_nothing(line):
 
 
 @pytest.mark.parametrize("before", ["", "@a=b ", ":alice ", "@a=b :alice ", "@a=b  :alice  "])
-@pytest.mark.parametrize("verb", ["NS", "ns", "PRIVMSG NickServ"])
+@pytest.mark.parametrize("verb", ["NS", "ns", "NICKSERV", "PRIVMSG NickServ"])
 def test_tags_and_a_source_before_a_command_to_nickserv_are_no_part_of_it(before, verb):
     house = House()
     account(house, "zoe", password="two  words")
@@ -12529,7 +12548,7 @@ ANNOUNCED = """
     AWAYLEN=200 CHANLIMIT=#:50 CHANNELLEN=64 CHATHISTORY=500 HOSTLEN=46 KEYLEN=32 KICKLEN=200
     MAXLIST=b:60,e:60,I:60 MODES=13 MONITOR=100 NAMELEN=128 NICKLEN=32 SAFERATE= TOPICLEN=300
     TARGMAX=JOIN:,KICK:,LIST:10,MONITOR:100,NAMES:,PART:,WHOIS:1,PRIVMSG:20,NOTICE:20,TAGMSG:20
-    USERLEN=20 chat.py/FLOOD=1000,100
+    USERLEN=20 chat.py/FLOOD=1000,100 soju.im/SAFERATE=
 """
 
 
@@ -14040,6 +14059,13 @@ def test_a_handshake_is_answered_as_the_rfc_has_it():
     assert headers["sec-websocket-protocol"] == "binary.ircv3.net"
 
 
+@pytest.mark.parametrize("path", ["/", "/socket", "/webirc/websocket/", "/a/b?c=d", "/*"])
+def test_a_websocket_opens_at_any_path_without_a_page(path):
+    assert Browser(House()).asks(HANDSHAKE.replace("/irc", path))[0] == 101
+    if path != "/":
+        assert Browser(House()).asks(f"GET {path} HTTP/1.1\nHost: localhost:7000")[0] == 404
+
+
 BAD_HANDSHAKES = [  # what is changed, and the status
     ("Sec-WebSocket-Version: 13", "Sec-WebSocket-Version: 8", 426),
     ("Sec-WebSocket-Version: 13", "X: y", 426),
@@ -14048,7 +14074,8 @@ BAD_HANDSHAKES = [  # what is changed, and the status
     ("HTTP/1.1", "HTTP/1.0", 400),
     ("GET", "HEAD", 400),
     ("Connection: keep-alive, Upgrade\n", "", 426),
-    ("/irc", "/other", 404),
+    ("/irc", "/health", 200),
+    ("/irc", "/files/other", 404),
     ("Host: localhost:7000", "Host: localhost:7000\nContent-Length: 3", 400),
     ("Host: localhost:7000", "Host: localhost:7000\nOrigin: null", 403),
     ("Host: localhost:7000", "Host: localhost:7000\nOrigin: http://evil.example", 403),
@@ -17731,6 +17758,13 @@ def test_a_nick_that_is_too_long_is_cut_to_what_servers_take_and_the_user_is_tol
     views = core.feed(b":x 001 aaaaaaaaaaaaaaa :Welcome\r\n")
     assert "is no nick that this server takes" in views[0].text
     assert not core.talk.nick.regain
+
+
+def test_a_nick_that_a_bouncer_chose_is_told_as_such():
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.connected()
+    views = core.feed(b":bouncer 001 alicia :Welcome\r\n")
+    assert views[0].text == "you are alicia (this server chose it instead of alice)"
 
 
 def test_the_name_of_a_resumed_session_is_told_without_a_reason():
@@ -23678,6 +23712,15 @@ def test_a_join_that_is_sent_late_for_want_of_pace_has_its_whole_time_from_then_
     assert alice.core.talk.joins.waits("#b")
     alice.sent(1)
     assert not alice.core.talk.joins.waits("#b")
+
+
+@pytest.mark.parametrize("token", ["SAFERATE", "soju.im/SAFERATE"])
+def test_a_server_that_disconnects_no_fast_client_gets_all_lines_at_once(token):
+    alice = Elsewhere(f"CHANTYPES=# {token}")
+    alice.sent(60)
+    lines = [f"TIME {n}" for n in range(3 * chat.PACE_BURST)]
+    alice.types(*(f"/raw {line}" for line in lines))
+    assert alice.sent() == lines
 
 
 def test_ignored_users_are_listed_after_each_change():
