@@ -26638,11 +26638,11 @@ class Leader {
     if (!setting('secret')) set('secret', randomHex(16));
     this.scram?.terminate(); // it belongs to the last connection
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
-    const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
-    this.socket = new WebSocket(url, 'text.ircv3.net');
-    this.socket.onopen = () => this.register();
-    this.socket.onmessage = ({ data }) => this.receive(data);
-    this.socket.onclose = () => this.closed();
+    const url = `${location.origin.replace('http', 'ws')}/irc`;
+    this.socket = Object.assign(new WebSocket(url, 'text.ircv3.net'), {
+      onopen: () => this.register(),
+      onmessage: ({ data }) => this.receive(data),
+      onclose: () => this.closed() });
     this.watch(OPENING);
     publish({ phase: 'connecting' });
   }
@@ -26886,12 +26886,14 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-let channel = { postMessage: (data) => set('channel', [newId(), data]) };
+let channel = { postMessage: (data) => [data, null].forEach((one) => set('channel', one)) };
 try {
   channel = new BroadcastChannel('chat');
 } catch { // Safari before 15.4 has none; where a browser keeps nothing of a page, it may refuse it
-  self.onstorage = ({ key, newValue }) => key === 'chat.channel' && newValue
-    && channel.onmessage({ data: JSON.parse(newValue)[1] });
+  self.onstorage = ({ key, newValue }) => {
+    const data = key === 'chat.channel' && JSON.parse(newValue);
+    if (data) channel.onmessage({ data });
+  };
 }
 
 let leader = null;
@@ -27450,17 +27452,15 @@ async function pictureOf(file) {
   return picture;
 }
 
-async function shrunk(picture, size) {
-  const { naturalWidth, naturalHeight } = picture;
-  const scale = Math.min(1, SHRUNK / Math.max(naturalWidth, naturalHeight));
-  const [width, height] = [naturalWidth * scale, naturalHeight * scale];
-  const canvas = el('canvas', { width, height });
-  const context = canvas.getContext('2d');
+async function shrunk(picture, bytes) {
+  const scale = Math.min(1, SHRUNK / Math.max(picture.naturalWidth, picture.naturalHeight));
+  const [width, height] = [picture.naturalWidth * scale, picture.naturalHeight * scale];
+  const canvas = el('canvas', { width, height }), context = canvas.getContext('2d');
   context.fillStyle = '#fff'; // a JPEG has no transparency
   context.fillRect(0, 0, width, height);
   context.drawImage(picture, 0, 0, width, height);
   const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
-  return blob?.size < size && blob;
+  return blob?.size < bytes && blob;
 }
 
 // Ask before files are sent, one after the other

@@ -33761,6 +33761,7 @@ def test_of_two_tabs_without_web_locks_one_has_the_connection(running, browse, b
     second.say("alone")
     second.wait_for("alone")
     assert second.rows() == ["through the first", "of the first", "alone"]
+    assert second.js("setting('channel')") is None
 
 
 def test_a_tab_takes_the_place_of_a_leader_that_does_not_answer(running, browse):
