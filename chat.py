@@ -26630,8 +26630,8 @@ const OPENING = 20000, SILENCE = 30000, LIMIT = 10000;
 class Leader {
   wait = SHORTEST;
   window = 8; // messages that may be under way
-  inFlight = new Set();
-  uploader = new Uploader();
+  inFlight = new Set; // with parentheses, a field of Safari 15 may lose its names
+  uploader = new Uploader;
 
   connect() {
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;

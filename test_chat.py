@@ -33532,6 +33532,12 @@ def test_the_page_is_small_and_allows_nothing_but_its_own_script_and_server():
     assert not re.findall(rb"\son\w+=|innerHTML|document\.write|eval\(|https?://(?!\?)[a-z]", body)
 
 
+def test_no_field_of_a_class_has_parentheses():
+    """They lead to a ReferenceError in Safari 15 (https://webkit.org/b/236843)."""
+    fields = re.findall(r"class \w+ \{\n((?:  \w+ = .*\n)+)", chat.PAGE_TEXT)
+    assert len(fields) == 2 and "(" not in re.sub("//.*", "", "".join(fields))
+
+
 @pytest.mark.parametrize(
     "accepted, how",
     [
