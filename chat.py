@@ -27315,19 +27315,20 @@ let draft = null;
 
 function keepDraft() {
   draft = field.value ? { text: field.value, own: newId() } : null;
-  set(`draft.${here}`, draft);
+  set(`draft.${shown().key}`, draft);
 }
 
 function restoreDraft() {
-  state.outbox.forEach(({ own }) => dropDraft(here, own));
-  draft = setting(`draft.${here}`);
+  const { key } = shown();
+  state.outbox.forEach(({ own }) => dropDraft(key, own));
+  draft = setting(`draft.${key}`);
   field.value = draft?.text ?? '';
   grow();
 }
 
 function dropDraft(key, sent, text = draft?.text) { // of a message that was accepted
   if (setting(`draft.${key}`)?.own === sent) set(`draft.${key}`, null);
-  if (key !== here || draft?.own !== sent || field.value !== text) return;
+  if (key !== shown().key || draft?.own !== sent || field.value !== text) return;
   draft = null;
   field.value = '';
   grow();

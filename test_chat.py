@@ -34677,6 +34677,15 @@ def test_a_draft_and_a_completed_name_outlive_a_page_that_is_left_as_it_starts(r
     tab.until("field.value === 'tea in #lobby '")
 
 
+def test_what_is_said_after_the_conversation_of_before_is_gone_leaves_the_composer(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("set('here', '#gone')")
+    tab.go(tab.url)
+    tab.until("state.phase === 'online'")
+    tab.say("here")
+    tab.wait_for("here")
+
+
 def test_a_text_that_is_dropped_on_the_composer_is_in_it(running, browse):
     tab = browse(with_page(running).address, width=1200).enter("anna")
     x, y = tab.js("(b => [b.x + 20, b.y + 20])(field.getBoundingClientRect())")
