@@ -27892,12 +27892,13 @@ PAGE_MANIFEST = {
 def served(text: str) -> str:
     """Return a document without the parts that no browser needs: comments, indentation, line breaks
     where nothing depends on them, and blanks in the style and around operators of the script. (No
-    text in the script has an operator between blanks.)"""
+    text in the script has these operators between blanks.)"""
     text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
     before, tag, rest = text.partition("<style>")
     style, end, script = rest.partition("</style>")
     style = re.sub(r" ?([{};,]) ?\n?|(?<=:) ", r"\1", style)
-    script = re.sub(r" (=>|[!=]==|&&|\|\||\?\?|[-+]?=) ", r"\1", script)
+    operators = r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?={)"
+    script = re.sub(operators, r"\1", script)
     return before + tag + style + end + script
 
 
