@@ -25917,11 +25917,13 @@ input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
 [type=checkbox] { width: auto; }
 label { display: block; margin: .7rem 0 .2rem; }
 a { color: var(--accent); unicode-bidi: isolate; direction: ltr; }
-main { display: flex; height: calc(100% - var(--keyboard)); }
-#chat { flex: 1; min-width: 0; display: flex; flex-direction: column; }
-header { display: flex; border-bottom: 1px solid var(--line); }
+main, header, #reply, #composer, .list button, .buttons { display: flex; }
+main { height: calc(100% - var(--keyboard)); }
+#chat { display: flex; flex-direction: column; }
+header { border-bottom: 1px solid var(--line); }
 header button { background: none; }
-#where { flex: 1; min-width: 0; text-align: start; }
+#where, #chat, #reply span, .list span:first-child { flex: 1; min-width: 0; }
+#where, .list button { text-align: start; }
 #where > *, blockquote, #reply span { display: block; overflow: hidden; white-space: nowrap;
   text-overflow: ellipsis; }
 #topic, #typing, #reply, time, blockquote, .dim, .day::before { color: var(--dim);
@@ -25935,7 +25937,8 @@ header button { background: none; }
 .mine { background: var(--mine); }
 .called { background: var(--called); }
 .day::before { content: attr(data-day); display: block; margin: .8rem 0 .4rem; text-align: center; }
-.row b { color: hsl(var(--hue), 65%, var(--light)); unicode-bidi: isolate; }
+.row b, .list span:first-child { unicode-bidi: isolate; }
+.row b { color: hsl(var(--hue), 65%, var(--light)); }
 .text { margin: 0; white-space: pre-wrap; unicode-bidi: plaintext; overflow: hidden; }
 .info .text { color: var(--dim); }
 blockquote { margin: 0; padding-inline-start: .5rem; border-inline-start: 3px solid var(--line); }
@@ -25946,24 +25949,22 @@ img, .card { display: block; max-width: 100%; height: auto; }
 progress { width: 100%; }
 #typing { min-height: 1.2rem; margin: 0 .9rem; }
 #newest { align-self: center; margin-top: -3rem; z-index: 1; }
-#reply { display: flex; align-items: center; margin: 0 .9rem; }
-#reply span { flex: 1; }
-#composer { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .2rem; padding: .3rem;
+#reply { align-items: center; margin: 0 .9rem; }
+#composer { flex-wrap: wrap; align-items: flex-end; gap: .2rem; padding: .3rem;
   border-top: 1px solid var(--line); }
 #text { flex: 1 7rem; min-width: 0; resize: none; max-height: 40vh; }
 .badge { padding: 0 .4rem; border-radius: 1rem; background: var(--dim); color: var(--back);
   font-size: .8rem; }
 .badge.called { background: var(--bad); }
 #rooms, #people { width: 15rem; padding: .4rem; overflow: auto; }
-.list button { display: flex; width: 100%; margin: 1px 0; align-items: center; text-align: start; }
-.list span:first-child { flex: 1; min-width: 0; unicode-bidi: isolate; }
+.list button { width: 100%; margin: 1px 0; align-items: center; }
 [aria-current=true] { background: var(--mine); font-weight: 600; }
 dialog { width: min(34rem, 100%); max-height: calc(90% - var(--keyboard)); overflow: auto;
   z-index: 3; border-radius: 1rem; background: var(--back); color: var(--text);
   padding: 1rem 1rem 2rem; }
 dialog[open] { position: fixed; inset: auto 0 var(--keyboard); margin: auto auto 0; }
 h2 { margin: 0; font-size: 1.1rem; }
-.buttons { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
+.buttons { flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
 dialog img { max-height: 40vh; }
 @media (max-width: 1099px) { #people { display: none; } }
 @media (min-width: 720px) { #menu, #camera { display: none; }
@@ -26066,12 +26067,11 @@ const LINES = 190, BYTES = 16000; // of a message of several lines (draft/multil
 // Cut text into pieces of at most `room` bytes, between characters
 function pieces(text, room) {
   const found = [], bytes = new Uint8Array(room);
-  let rest = text;
   do {
-    const { read } = new TextEncoder().encodeInto(rest, bytes);
-    found.push(rest.slice(0, read));
-    rest = rest.slice(read);
-  } while (rest);
+    const { read } = new TextEncoder().encodeInto(text, bytes);
+    found.push(text.slice(0, read));
+    text = text.slice(read);
+  } while (text);
   return found;
 }
 
@@ -26265,16 +26265,11 @@ function arrived(own, to) {
   ITEMS.dropped(own);
 }
 
-// What is unread behind the marker, up to 100 messages
+// What is unread behind the marker, up to 100 messages; the time of a note is of this device
 function unreadIn({ messages, marker }) {
-  const unread = [];
-  for (let i = messages.length - 1; i >= 0 && unread.length < 100; i--) {
-    const message = messages[i];
-    if (message.info) continue; // its time is of this device
-    if (message.time <= marker || isMe(message.nick)) break;
-    unread.push(message);
-  }
-  return unread;
+  const said = messages.filter(({ info }) => !info).slice(-100).reverse();
+  const read = said.findIndex(({ time, nick }) => time <= marker || isMe(nick));
+  return read < 0 ? said : said.slice(0, read);
 }
 
 function react(to, id, nick, emoji, on) {
@@ -26291,8 +26286,7 @@ function happened(nick, [target, text], { verb, tags }) {
   const to = state.rooms[fold(partner(target, nick))], id = tags['+draft/reply'];
   if (!to) return; // typing alone opens no conversation
   if (verb === 'REDACT') {
-    const message = find(to, text);
-    const gone = { text: '', file: null, gone: true, reactions: [] };
+    const message = find(to, text), gone = { text: '', file: null, gone: true, reactions: [] };
     if (message) changed(Object.assign(message, gone));
     to.messages.filter(({ reply: original }) => original === text).forEach(changed); // quotes
     remember(to);
@@ -26681,15 +26675,13 @@ class Leader {
   }
 
   probe(ms = 4000) { // also when the network may have changed, or the page was asleep
-    if (!isOnline()) return this.hurry();
-    this.pinged = true;
-    this.send('PING :alive');
-    return this.watch(ms);
-  }
-
-  hurry() {
+    this.pinged = isOnline();
+    if (this.pinged) {
+      this.send('PING :alive');
+      return this.watch(ms);
+    }
     this.wait = SHORTEST;
-    this.connect();
+    return this.connect();
   }
 
   receive(data) {
@@ -26794,14 +26786,13 @@ class Leader {
     if (serverPassword) set('password', serverPassword);
     set('welcomed', false);
     publish({ phase: 'closed' });
-    this.hurry();
+    this.probe();
   }
 
   // Log in: before the end of registration, or later
 
   logIn(account, password) {
-    this.login = { account, password };
-    this.prove(this.login);
+    this.prove(this.login = { account, password });
   }
 
   logOut() {
@@ -27364,8 +27355,7 @@ $('composer').onsubmit = async (event) => {
     if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
     else await say(to.name, text.replace(/^\/\//, '/'), { reply: replyTo?.id, own });
   } catch (error) {
-    note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
-    return;
+    return note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
   }
   dropDraft(to.key, own, text);
   setReplyTo(null);
@@ -27378,8 +27368,7 @@ $('send').onmousedown = (event) => event.preventDefault(); // the focus stays, a
 field.onkeydown = (event) => {
   const { key, shiftKey } = event;
   const isComposing = event.isComposing || event.keyCode === 229; // so Safari ends a composition
-  const send = key === 'Enter' && !shiftKey && !touch;
-  const up = key === 'ArrowUp' && !field.value;
+  const send = key === 'Enter' && !shiftKey && !touch, up = key === 'ArrowUp' && !field.value;
   if (isComposing || !(send || up || key === 'Tab' && !shiftKey && complete())) return;
   event.preventDefault();
   if (send) $('send').click();
@@ -27466,11 +27455,8 @@ async function shrunk(picture, bytes) {
 
 // Ask before files are sent, one after the other
 async function offer(file, ...others) {
-  if (!file) return;
-  if (!file.size) {
-    note(`${file.name} is empty`);
-    return offer(...others);
-  }
+  if (file && !file.size) note(`${file.name} is empty`);
+  if (!file?.size) return file && offer(...others);
   const target = shown().name, { name, size, type } = file;
   const picture = /^image\//.test(type) && await pictureOf(file).catch(() => null);
   const small = picture && type !== 'image/gif' && await shrunk(picture, size).catch(() => null);
@@ -27493,8 +27479,7 @@ async function offer(file, ...others) {
 
 function toggle({ id, reactions }, emoji) {
   if (!emoji) return;
-  const mine = reactions.some(([one, nick]) => one === emoji && isMe(nick));
-  const tag = mine ? 'unreact' : 'react';
+  const tag = reactions.some(([one, nick]) => one === emoji && isMe(nick)) ? 'unreact' : 'react';
   ask(`@+draft/${tag}=${escapeTag(emoji)};+draft/reply=${id} TAGMSG ${shown().name}`);
 }
 
@@ -27692,9 +27677,8 @@ async function start() {
   state.me = setting('name') ?? '';
   here = fold(setting('here') ?? '#lobby');
   await openDatabase();
-  for (const kept of await stored('rooms')) {
-    miss(Object.assign(room(kept.name), kept, { behind: false }));
-  }
+  (await stored('rooms')).forEach((kept) =>
+    miss(Object.assign(room(kept.name), kept, { behind: false })));
   room('#lobby');
   await loadOutbox();
   drawLog();
