@@ -25980,7 +25980,7 @@ dialog img { max-height: 40vh; }
   <section id="chat">
     <header><button id="where" title="About this conversation"><b id="name"></b>
       <span id="topic"></span></button>
-      <button id="find" aria-label="Search">&#x2315;</button></header>
+      <button id="find" aria-label="Search">&#x1f50d;&#xfe0e;</button></header>
     <p id="phase" role="status" hidden></p>
     <div id="log" role="log" tabindex="0" aria-label="Messages"><div id="waiting"></div></div>
     <button id="newest" class="main" aria-label="Newest" hidden></button>
