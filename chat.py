@@ -27555,7 +27555,7 @@ function form(title, fields, text, action, more = [], kind = '') {
   made.onsubmit = (event) => {
     event.preventDefault();
     if (kind !== 'search') closeSheet();
-    action(...inputs.map(({ value }) => value.trim()));
+    action(...inputs.map(({ type, value }) => (type === 'password' ? value : value.trim())));
   };
   openSheet(title, [made, ...more], [], kind);
   inputs[0].focus();

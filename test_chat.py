@@ -34332,6 +34332,13 @@ def test_a_message_elsewhere_leaves_the_focus_and_the_count_alone(running, brows
     assert tab.js("document.activeElement.closest('#rooms') !== null")
 
 
+def test_a_password_is_taken_as_it_was_typed_and_a_name_without_blanks(running, browse):
+    tab = browse(with_page(running).address)
+    tab.js("form('', [['', {}], ['', SECRET]], '', (...words) => { self.words = words; })")
+    tab.fill(" anna ", " tea ")
+    assert tab.js("words") == ["anna", " tea "]
+
+
 def test_a_server_with_a_password_is_entered_with_it(running, browse):
     server = with_page(running, password="sesame")
     tab = browse(server.address)
