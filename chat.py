@@ -26033,11 +26033,13 @@ input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
 [type=checkbox] { width: auto; }
 label { display: block; margin: .7rem 0 .2rem; }
 a { color: var(--accent); unicode-bidi: isolate; direction: ltr; }
-main { display: flex; height: calc(100% - var(--keyboard)); }
-#chat { flex: 1; min-width: 0; display: flex; flex-direction: column; }
-header { display: flex; border-bottom: 1px solid var(--line); }
+main, header, #reply, #composer, .list button, .buttons { display: flex; }
+main { height: calc(100% - var(--keyboard)); }
+#chat { display: flex; flex-direction: column; }
+header { border-bottom: 1px solid var(--line); }
 header button { background: none; }
-#where { flex: 1; min-width: 0; text-align: start; }
+#where, #chat, #reply span, .list span:first-child { flex: 1; min-width: 0; }
+#where, .list button { text-align: start; }
 #where > *, blockquote, #reply span { display: block; overflow: hidden; white-space: nowrap;
   text-overflow: ellipsis; }
 #topic, #typing, #reply, time, blockquote, .dim, .day::before { color: var(--dim);
@@ -26051,7 +26053,8 @@ header button { background: none; }
 .mine { background: var(--mine); }
 .called { background: var(--called); }
 .day::before { content: attr(data-day); display: block; margin: .8rem 0 .4rem; text-align: center; }
-.row b { color: hsl(var(--hue), 65%, var(--light)); unicode-bidi: isolate; }
+.row b, .list span:first-child { unicode-bidi: isolate; }
+.row b { color: hsl(var(--hue), 65%, var(--light)); }
 .text { margin: 0; white-space: pre-wrap; unicode-bidi: plaintext; overflow: hidden; }
 .info .text { color: var(--dim); }
 blockquote { margin: 0; padding-inline-start: .5rem; border-inline-start: 3px solid var(--line); }
@@ -26062,24 +26065,22 @@ img, .card { display: block; max-width: 100%; height: auto; }
 progress { width: 100%; }
 #typing { min-height: 1.2rem; margin: 0 .9rem; }
 #newest { align-self: center; margin-top: -3rem; z-index: 1; }
-#reply { display: flex; align-items: center; margin: 0 .9rem; }
-#reply span { flex: 1; }
-#composer { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .2rem; padding: .3rem;
+#reply { align-items: center; margin: 0 .9rem; }
+#composer { flex-wrap: wrap; align-items: flex-end; gap: .2rem; padding: .3rem;
   border-top: 1px solid var(--line); }
 #text { flex: 1 7rem; min-width: 0; resize: none; max-height: 40vh; }
 .badge { padding: 0 .4rem; border-radius: 1rem; background: var(--dim); color: var(--back);
   font-size: .8rem; }
 .badge.called { background: var(--bad); }
 #rooms, #people { width: 15rem; padding: .4rem; overflow: auto; }
-.list button { display: flex; width: 100%; margin: 1px 0; align-items: center; text-align: start; }
-.list span:first-child { flex: 1; min-width: 0; unicode-bidi: isolate; }
+.list button { width: 100%; margin: 1px 0; align-items: center; }
 [aria-current=true] { background: var(--mine); font-weight: 600; }
 dialog { width: min(34rem, 100%); max-height: calc(90% - var(--keyboard)); overflow: auto;
   z-index: 3; border-radius: 1rem; background: var(--back); color: var(--text);
   padding: 1rem 1rem 2rem; }
 dialog[open] { position: fixed; inset: auto 0 var(--keyboard); margin: auto auto 0; }
 h2 { margin: 0; font-size: 1.1rem; }
-.buttons { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
+.buttons { flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
 dialog img { max-height: 40vh; }
 @media (max-width: 1099px) { #people { display: none; } }
 @media (min-width: 720px) { #menu, #camera { display: none; }
@@ -26095,7 +26096,7 @@ dialog img { max-height: 40vh; }
   <section id="chat">
     <header><button id="where" title="About this conversation"><b id="name"></b>
       <span id="topic"></span></button>
-      <button id="find" aria-label="Search">&#x2315;</button></header>
+      <button id="find" aria-label="Search">&#x1f50d;&#xfe0e;</button></header>
     <p id="phase" role="status" hidden></p>
     <div id="log" role="log" tabindex="0" aria-label="Messages"><div id="waiting"></div></div>
     <button id="newest" class="main" aria-label="Newest" hidden></button>
@@ -26182,12 +26183,11 @@ const LINES = 190, BYTES = 16000; // of a message of several lines (draft/multil
 // Cut text into pieces of at most `room` bytes, between characters
 function pieces(text, room) {
   const found = [], bytes = new Uint8Array(room);
-  let rest = text;
   do {
-    const { read } = new TextEncoder().encodeInto(rest, bytes);
-    found.push(rest.slice(0, read));
-    rest = rest.slice(read);
-  } while (rest);
+    const { read } = new TextEncoder().encodeInto(text, bytes);
+    found.push(text.slice(0, read));
+    text = text.slice(read);
+  } while (text);
   return found;
 }
 
@@ -26381,16 +26381,11 @@ function arrived(own, to) {
   ITEMS.dropped(own);
 }
 
-// What is unread behind the marker, up to 100 messages
+// What is unread behind the marker, up to 100 messages; the time of a note is of this device
 function unreadIn({ messages, marker }) {
-  const unread = [];
-  for (let i = messages.length - 1; i >= 0 && unread.length < 100; i--) {
-    const message = messages[i];
-    if (message.info) continue; // its time is of this device
-    if (message.time <= marker || isMe(message.nick)) break;
-    unread.push(message);
-  }
-  return unread;
+  const said = messages.filter(({ info }) => !info).slice(-100).reverse();
+  const read = said.findIndex(({ time, nick }) => time <= marker || isMe(nick));
+  return read < 0 ? said : said.slice(0, read);
 }
 
 function react(to, id, nick, emoji, on) {
@@ -26407,8 +26402,7 @@ function happened(nick, [target, text], { verb, tags }) {
   const to = state.rooms[fold(partner(target, nick))], id = tags['+draft/reply'];
   if (!to) return; // typing alone opens no conversation
   if (verb === 'REDACT') {
-    const message = find(to, text);
-    const gone = { text: '', file: null, gone: true, reactions: [] };
+    const message = find(to, text), gone = { text: '', file: null, gone: true, reactions: [] };
     if (message) changed(Object.assign(message, gone));
     to.messages.filter(({ reply: original }) => original === text).forEach(changed); // quotes
     remember(to);
@@ -26746,19 +26740,19 @@ const OPENING = 20000, SILENCE = 30000, LIMIT = 10000;
 class Leader {
   wait = SHORTEST;
   window = 8; // messages that may be under way
-  inFlight = new Set();
-  uploader = new Uploader();
+  inFlight = new Set; // with parentheses, a field of Safari 15 may lose its names
+  uploader = new Uploader;
 
   connect() {
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
     if (!setting('secret')) set('secret', randomHex(16));
     this.scram?.terminate(); // it belongs to the last connection
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
-    const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
-    this.socket = new WebSocket(url, 'text.ircv3.net');
-    this.socket.onopen = () => this.register();
-    this.socket.onmessage = ({ data }) => this.receive(data);
-    this.socket.onclose = () => this.closed();
+    const url = `${location.origin.replace('http', 'ws')}/irc`;
+    this.socket = Object.assign(new WebSocket(url, 'text.ircv3.net'), {
+      onopen: () => this.register(),
+      onmessage: ({ data }) => this.receive(data),
+      onclose: () => this.closed() });
     this.watch(OPENING);
     publish({ phase: 'connecting' });
   }
@@ -26797,15 +26791,13 @@ class Leader {
   }
 
   probe(ms = 4000) { // also when the network may have changed, or the page was asleep
-    if (!isOnline()) return this.hurry();
-    this.pinged = true;
-    this.send('PING :alive');
-    return this.watch(ms);
-  }
-
-  hurry() {
+    this.pinged = isOnline();
+    if (this.pinged) {
+      this.send('PING :alive');
+      return this.watch(ms);
+    }
     this.wait = SHORTEST;
-    this.connect();
+    return this.connect();
   }
 
   receive(data) {
@@ -26910,14 +26902,13 @@ class Leader {
     if (serverPassword) set('password', serverPassword);
     set('welcomed', false);
     publish({ phase: 'closed' });
-    this.hurry();
+    this.probe();
   }
 
   // Log in: before the end of registration, or later
 
   logIn(account, password) {
-    this.login = { account, password };
-    this.prove(this.login);
+    this.prove(this.login = { account, password });
   }
 
   logOut() {
@@ -27002,12 +26993,14 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-let channel = { postMessage: (data) => set('channel', [newId(), data]) };
+let channel = { postMessage: (data) => [data, null].forEach((one) => set('channel', one)) };
 try {
   channel = new BroadcastChannel('chat');
 } catch { // Safari before 15.4 has none; where a browser keeps nothing of a page, it may refuse it
-  self.onstorage = ({ key, newValue }) => key === 'chat.channel' && newValue
-    && channel.onmessage({ data: JSON.parse(newValue)[1] });
+  self.onstorage = ({ key, newValue }) => {
+    const data = key === 'chat.channel' && JSON.parse(newValue);
+    if (data) channel.onmessage({ data });
+  };
 }
 
 let leader = null;
@@ -27429,19 +27422,20 @@ let draft = null;
 
 function keepDraft() {
   draft = field.value ? { text: field.value, own: newId() } : null;
-  set(`draft.${here}`, draft);
+  set(`draft.${shown().key}`, draft);
 }
 
 function restoreDraft() {
-  state.outbox.forEach(({ own }) => dropDraft(here, own));
-  draft = setting(`draft.${here}`);
+  const { key } = shown();
+  state.outbox.forEach(({ own }) => dropDraft(key, own));
+  draft = setting(`draft.${key}`);
   field.value = draft?.text ?? '';
   grow();
 }
 
 function dropDraft(key, sent, text = draft?.text) { // of a message that was accepted
   if (setting(`draft.${key}`)?.own === sent) set(`draft.${key}`, null);
-  if (key !== here || draft?.own !== sent || field.value !== text) return;
+  if (key !== shown().key || draft?.own !== sent || field.value !== text) return;
   draft = null;
   field.value = '';
   grow();
@@ -27477,8 +27471,7 @@ $('composer').onsubmit = async (event) => {
     if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
     else await say(to.name, text.replace(/^\/\//, '/'), { reply: replyTo?.id, own });
   } catch (error) {
-    note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
-    return;
+    return note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
   }
   dropDraft(to.key, own, text);
   setReplyTo(null);
@@ -27491,8 +27484,7 @@ $('send').onmousedown = (event) => event.preventDefault(); // the focus stays, a
 field.onkeydown = (event) => {
   const { key, shiftKey } = event;
   const isComposing = event.isComposing || event.keyCode === 229; // so Safari ends a composition
-  const send = key === 'Enter' && !shiftKey && !touch;
-  const up = key === 'ArrowUp' && !field.value;
+  const send = key === 'Enter' && !shiftKey && !touch, up = key === 'ArrowUp' && !field.value;
   if (isComposing || !(send || up || key === 'Tab' && !shiftKey && complete())) return;
   event.preventDefault();
   if (send) $('send').click();
@@ -27566,26 +27558,21 @@ async function pictureOf(file) {
   return picture;
 }
 
-async function shrunk(picture, size) {
-  const { naturalWidth, naturalHeight } = picture;
-  const scale = Math.min(1, SHRUNK / Math.max(naturalWidth, naturalHeight));
-  const [width, height] = [naturalWidth * scale, naturalHeight * scale];
-  const canvas = el('canvas', { width, height });
-  const context = canvas.getContext('2d');
+async function shrunk(picture, bytes) {
+  const scale = Math.min(1, SHRUNK / Math.max(picture.naturalWidth, picture.naturalHeight));
+  const [width, height] = [picture.naturalWidth * scale, picture.naturalHeight * scale];
+  const canvas = el('canvas', { width, height }), context = canvas.getContext('2d');
   context.fillStyle = '#fff'; // a JPEG has no transparency
   context.fillRect(0, 0, width, height);
   context.drawImage(picture, 0, 0, width, height);
   const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
-  return blob?.size < size && blob;
+  return blob?.size < bytes && blob;
 }
 
 // Ask before files are sent, one after the other
 async function offer(file, ...others) {
-  if (!file) return;
-  if (!file.size) {
-    note(`${file.name} is empty`);
-    return offer(...others);
-  }
+  if (file && !file.size) note(`${file.name} is empty`);
+  if (!file?.size) return file && offer(...others);
   const target = shown().name, { name, size, type } = file;
   const picture = /^image\//.test(type) && await pictureOf(file).catch(() => null);
   const small = picture && type !== 'image/gif' && await shrunk(picture, size).catch(() => null);
@@ -27608,8 +27595,7 @@ async function offer(file, ...others) {
 
 function toggle({ id, reactions }, emoji) {
   if (!emoji) return;
-  const mine = reactions.some(([one, nick]) => one === emoji && isMe(nick));
-  const tag = mine ? 'unreact' : 'react';
+  const tag = reactions.some(([one, nick]) => one === emoji && isMe(nick)) ? 'unreact' : 'react';
   ask(`@+draft/${tag}=${escapeTag(emoji)};+draft/reply=${id} TAGMSG ${shown().name}`);
 }
 
@@ -27685,7 +27671,7 @@ function form(title, fields, text, action, more = [], kind = '') {
   made.onsubmit = (event) => {
     event.preventDefault();
     if (kind !== 'search') closeSheet();
-    action(...inputs.map(({ value }) => value.trim()));
+    action(...inputs.map(({ type, value }) => (type === 'password' ? value : value.trim())));
   };
   openSheet(title, [made, ...more], [], kind);
   inputs[0].focus();
@@ -27807,9 +27793,8 @@ async function start() {
   state.me = setting('name') ?? '';
   here = fold(setting('here') ?? '#lobby');
   await openDatabase();
-  for (const kept of await stored('rooms')) {
-    miss(Object.assign(room(kept.name), kept, { behind: false }));
-  }
+  (await stored('rooms')).forEach((kept) =>
+    miss(Object.assign(room(kept.name), kept, { behind: false })));
   room('#lobby');
   await loadOutbox();
   drawLog();
@@ -28007,12 +27992,13 @@ PAGE_MANIFEST = {
 def served(text: str) -> str:
     """Return a document without the parts that no browser needs: comments, indentation, line breaks
     where nothing depends on them, and blanks in the style and around operators of the script. (No
-    text in the script has an operator between blanks.)"""
+    text in the script has these operators between blanks.)"""
     text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
     before, tag, rest = text.partition("<style>")
     style, end, script = rest.partition("</style>")
     style = re.sub(r" ?([{};,]) ?\n?|(?<=:) ", r"\1", style)
-    script = re.sub(r" (=>|[!=]==|&&|\|\||\?\?|[-+]?=) ", r"\1", script)
+    operators = r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?={)"
+    script = re.sub(operators, r"\1", script)
     return before + tag + style + end + script
 
 

@@ -34386,6 +34386,12 @@ def test_the_page_is_small_and_allows_nothing_but_its_own_script_and_server():
     assert not re.findall(rb"\son\w+=|innerHTML|document\.write|eval\(|https?://(?!\?)[a-z]", body)
 
 
+def test_no_field_of_a_class_has_parentheses():
+    """They lead to a ReferenceError in Safari 15 (https://webkit.org/b/236843)."""
+    fields = re.findall(r"class \w+ \{\n((?:  \w+ = .*\n)+)", chat.PAGE_TEXT)
+    assert len(fields) == 2 and "(" not in re.sub("//.*", "", "".join(fields))
+
+
 @pytest.mark.parametrize(
     "accepted, how",
     [
@@ -34615,6 +34621,7 @@ def test_of_two_tabs_without_web_locks_one_has_the_connection(running, browse, b
     second.say("alone")
     second.wait_for("alone")
     assert second.rows() == ["through the first", "of the first", "alone"]
+    assert second.js("setting('channel')") is None
 
 
 def test_a_tab_takes_the_place_of_a_leader_that_does_not_answer(running, browse):
@@ -35179,6 +35186,13 @@ def test_a_message_elsewhere_leaves_the_focus_and_the_count_alone(running, brows
     assert tab.js("document.activeElement.closest('#rooms') !== null")
 
 
+def test_a_password_is_taken_as_it_was_typed_and_a_name_without_blanks(running, browse):
+    tab = browse(with_page(running).address)
+    tab.js("form('', [['', {}], ['', SECRET]], '', (...words) => { self.words = words; })")
+    tab.fill(" anna ", " tea ")
+    assert tab.js("words") == ["anna", " tea "]
+
+
 def test_a_server_with_a_password_is_entered_with_it(running, browse):
     server = with_page(running, password="sesame")
     tab = browse(server.address)
@@ -35522,6 +35536,15 @@ def test_a_draft_and_a_completed_name_outlive_a_page_that_is_left_as_it_starts(r
     tab.ask("Page.addScriptToEvaluateOnNewDocument", source=LEFT_EARLY)
     tab.go(tab.url)
     tab.until("field.value === 'tea in #lobby '")
+
+
+def test_what_is_said_after_the_conversation_of_before_is_gone_leaves_the_composer(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("set('here', '#gone')")
+    tab.go(tab.url)
+    tab.until("state.phase === 'online'")
+    tab.say("here")
+    tab.wait_for("here")
 
 
 def test_a_text_that_is_dropped_on_the_composer_is_in_it(running, browse):
