@@ -9616,9 +9616,10 @@ def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
 
 def metadata_owners(session: IrcSession) -> Collection[Any]:
     """Return all users and channels of whose metadata this session is told."""
-    people = (session.site.hub.users.get(key) for key in session.watched)
-    channels = list(session.user.channels)
-    members = itertools.chain(*(channel.members for channel in channels))
+    hub, channels = session.site.hub, list(session.user.channels)
+    people = (hub.users.get(key) for key in session.watched)
+    members = list(itertools.chain(*(channel.members for channel in channels)))
+    hub.work += len(members)
     return dict.fromkeys([session.user, *channels, *members, *filter(None, people)])
 
 

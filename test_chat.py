@@ -27630,6 +27630,7 @@ CHARGED_FOR_EACH = """
     common channel: m1 AWAY :x          10
     common channel: m1 QUIT :x          10
     common channel: m1 WHOIS alice       1
+    common channel: m1 METADATA *ALL SYNC 3
     user: alice WALLOPS :x               1
     user: alice KLINE z!*@* 9 x          1
     user: alice WHO *                   12
