@@ -10713,6 +10713,53 @@ def test_a_wrong_or_missing_server_password_is_an_error_and_the_end():
     assert " 001 y " in house.heard("y")[0]
 
 
+PASSES = [  # lines before NICK alice; the nick after that, the account, and whether a log-in failed
+    (["PASS alice:password"], "alice", "alice", False),
+    (["PASS :ALICE:password"], "alice", "alice", False),
+    (["PASS alice:wrong"], "alice2", "", True),
+    (["PASS eve:password"], "alice2", "", True),
+    (["PASS alice"], "alice2", "", False),
+    (["PASS :alice:"], "alice2", "", False),
+    (["PASS alice:password", "PASS other"], "alice2", "", False),
+    (["PASS alice:password", "CAP LS 302", "CAP END"], "alice", "alice", False),
+    (["PASS bob:password"], "alice2", "bob", False),
+]
+
+
+@pytest.mark.parametrize(("before", "nick", "name", "failed"), PASSES)
+def test_account_and_password_in_pass_log_in_where_the_server_has_no_password(
+    before, nick, name, failed
+):
+    house = House()
+    account(house, "alice", "bob")
+    house.connect_irc("phone")
+    lines = ask(house, "phone", *before, "NICK alice", "USER u 0 * :r")
+    user = house.guests["phone"].user
+    assert (user.name, user.account) == (nick, name)
+    assert refused(lines, "900") == bool(name)
+    assert any("PASS did not log you in" in line for line in lines) == failed
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_user_who_logs_in_by_pass_shares_the_nick_of_the_account(online):
+    house = House()
+    account(house, "alice")
+    device(house, "there", "alice")
+    if not online:
+        house.leave("there")
+        house.turn()
+    house.connect_irc("phone")
+    assert refused(ask(house, "phone", "PASS alice:password", "NICK alice", "USER u 0 * :r"), "001")
+    assert house.guests["phone"].user.name == "alice" and len(house.hub.users) == 1
+
+
+def test_pass_is_no_log_in_where_the_server_has_a_password():
+    house = House(password="alice:password")
+    house.connect_irc("phone")
+    lines = ask(house, "phone", "PASS alice:password", "NICK alice", "USER u 0 * :r")
+    assert refused(lines, "001") and "PASS did not" not in str(lines)
+
+
 def answer_with(label, lines):
     """Return the one line with that label, or the batch that begins with it: the
     lines, and a list for each batch among them. What is in no batch is not in it."""
