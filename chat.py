@@ -8247,7 +8247,16 @@ class IrcSession(LocalSession):
 
     __slots__ = (
         *("account", "acks", "asked", "away", "batch", "capabilities", "claimed", "collected"),
-        *("exchange", "from_service", "labelled", "message", "metadata", "negotiating", "own_tags"),
+        *(
+            "denied",
+            "exchange",
+            "from_service",
+            "labelled",
+            "message",
+            "metadata",
+            "negotiating",
+            "own_tags",
+        ),
         *("passed", "proof", "raw", "realname", "subscribed", "username", "wanted"),
         *("watched", "wire", "wires_before", "withheld"),
     )
@@ -8258,6 +8267,7 @@ class IrcSession(LocalSession):
         self.wanted = self.asked = ""  # the nick, until there is a user; also one refused
         self.username = self.realname = ""
         self.passed = site.password is None  # the server's password was right
+        self.denied = ""  # the nick that it asked for at registration, of another's account
         self.claimed: tuple[str, str] | None = None  # account and password of PASS, not checked yet
         self.negotiating = False  # capabilities; registration waits for CAP END
         self.watched: dict[str, str] = {}  # nicks by key, see MONITOR
@@ -8770,6 +8780,7 @@ def complete_registration(session: IrcSession) -> Steps:
     if failure:
         session.notice(f"PASS did not log you in: {failure}")
     if session.site.hub.accounts.is_foreign(wanted, session.user.account):
+        session.denied = wanted
         session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
     for channel in session.user.channels if attached else ():
         session.tell_joined(channel.name)
@@ -8816,6 +8827,7 @@ def irc_nick(session: IrcSession, wanted: str = "") -> None:
     if not wanted:
         raise Refused("NO_NAME", "no nickname given")
     if session.user:
+        session.denied = ""
         return session.act("rename_user", wanted, True, 0)
     hub, fits = session.site.hub, clean_name(wanted) == wanted
     if fits:
@@ -9123,8 +9135,11 @@ def service_verify(session: IrcSession, code: str) -> None:
 @in_steps
 def service_identify(session: IrcSession, *words: str) -> Steps:
     """IDENTIFY [NAME] PASSWORD -- log in"""
-    name, password = words if len(words) == 2 else (session.nick, *words)
-    return identify(session, name, password, False)
+    denied = session.denied
+    name, password = words if len(words) == 2 else (denied or session.nick, *words)
+    yield from identify(session, name, password, False)
+    if denied and fold(name) == fold(denied):
+        yield do(session.act, "rename_user", denied, True, 0, otherwise=do_nothing)
 
 
 service_command("passwd", 2, exact=True, doc="PASSWD OLD NEW -- another password")(

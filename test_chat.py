@@ -2067,6 +2067,39 @@ def test_a_name_that_another_device_has_is_taken():
     assert house.hub.users == {}
 
 
+@pytest.mark.parametrize(
+    ("before", "said", "nick", "name"),
+    [
+        ([], "IDENTIFY password", "alice", "alice"),
+        ([], "IDENTIFY alice password", "alice", "alice"),
+        ([], "IDENTIFY wrong", "alice2", ""),
+        ([], "IDENTIFY bob password", "alice2", "bob"),
+        (["NICK carol"], "IDENTIFY alice password", "carol", "alice"),
+        (["NICK carol"], "IDENTIFY password", "carol", ""),
+    ],
+)
+def test_who_identifies_for_the_nick_asked_for_at_registration_gets_it(before, said, nick, name):
+    house = House()
+    account(house, "alice", "bob")
+    house.connect_irc("phone")
+    ask(house, "phone", "NICK alice", "USER u 0 * :r")
+    lines = ask(house, "phone", *before, f"PRIVMSG NickServ :{said}")
+    user = house.guests["phone"].user
+    assert (user.name, user.account) == (nick, name)
+    assert any(" NICK :alice" in line for line in lines) == (nick == "alice")
+
+
+def test_who_identifies_while_another_device_has_the_nick_keeps_the_other_one():
+    house = House()
+    account(house, "alice")
+    house.connect_irc("phone")
+    ask(house, "phone", "NICK alice", "USER u 0 * :r")
+    device(house, "there", "alice")
+    lines = ask(house, "phone", "NS IDENTIFY password")
+    assert house.guests["phone"].user.name == "alice2" and not refused(lines, "433")
+    assert house.guests["phone"].user.account == "alice"
+
+
 @pytest.mark.parametrize("password, back", [("password", True), ("wrong", False), ("", False)])
 def test_a_nick_that_a_lost_connection_keeps_is_free_for_its_owner_who_identifies(password, back):
     house = irc_house("#a", bob="")
