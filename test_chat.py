@@ -28106,7 +28106,7 @@ def test_ctrl_c_forgets_the_line_before_it_leaves(running, terminal):
 
 def test_a_client_comes_back_when_its_server_does(terminal, folder):
     with serving("--data", folder) as (process, address):
-        alice = terminal(address, "alice", limits={"BACKOFF_FIRST": 0.1})
+        alice = terminal(address, "alice", limits={"BACKOFF_FIRST": 0.1, "BACKOFF_MOST": 0.5})
         assert alice.sees("you are alice") and alice.sees("alice> ")
         process.send_signal(signal.SIGTERM)
         assert alice.sees("the server is going down") and alice.sees("trying again in")
