@@ -8275,8 +8275,17 @@ class IrcSession(LocalSession):
     """A session that speaks IRC."""
 
     __slots__ = (
-        *("account", "acks", "asked", "away", "batch", "capabilities", "collected", "exchange"),
-        *("from_service", "labelled", "message", "metadata", "negotiating", "own_tags"),
+        *("account", "acks", "asked", "away", "batch", "capabilities", "claimed", "collected"),
+        *(
+            "denied",
+            "exchange",
+            "from_service",
+            "labelled",
+            "message",
+            "metadata",
+            "negotiating",
+            "own_tags",
+        ),
         *("passed", "proof", "raw", "realname", "subscribed", "username", "wanted"),
         *("watched", "wire", "wires_before", "withheld"),
     )
@@ -8287,6 +8296,8 @@ class IrcSession(LocalSession):
         self.wanted = self.asked = ""  # the nick, until there is a user; also one refused
         self.username = self.realname = ""
         self.passed = site.password is None  # the server's password was right
+        self.denied = ""  # the nick that it asked for at registration, of another's account
+        self.claimed: tuple[str, str] | None = None  # account and password of PASS, not checked yet
         self.negotiating = False  # capabilities; registration waits for CAP END
         self.watched: dict[str, str] = {}  # nicks by key, see MONITOR
         self.raw = b""  # the line that is being acted on ...
@@ -8742,6 +8753,28 @@ def abort_sasl(session: IrcSession) -> None:
     session.reply(ERR_SASLABORTED)
 
 
+def tell_account(session: IrcSession, before: int | None = None) -> None:
+    """Tell a client which account it is logged in to, before the events after `before`."""
+    user, account = session.user, session.account
+    source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
+    told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
+    session.send(session.timed(told), before)
+
+
+def log_in_by_pass(session: IrcSession) -> Steps:
+    """Log in with the account and password of PASS, for clients that know neither SASL nor
+    NickServ. Return why that failed, or ""."""
+    claimed, session.claimed = session.claimed, None
+    if claimed is None or session.account:
+        return ""
+    try:
+        session.account, session.proof = yield from prove(session, *claimed)
+    except Refused as refusal:
+        return str(refusal)
+    tell_account(session)
+    return ""
+
+
 @in_steps
 def complete_registration(session: IrcSession) -> Steps:
     """Register the user, once the client has sent NICK and USER and ended the negotiation."""
@@ -8752,6 +8785,7 @@ def complete_registration(session: IrcSession) -> Steps:
         return session.end("wrong password")
     if session.exchange:  # CAP END in the middle of it gives it up
         abort_sasl(session)
+    failure = yield from log_in_by_pass(session)
     wanted, session.wanted = session.wanted, ""  # another user may have taken it meanwhile
     _, account = user_of_token(session.site.hub, session.token, session.account)
     if account:
@@ -8773,7 +8807,10 @@ def complete_registration(session: IrcSession) -> Steps:
         session.line("NOTE SESSION RESUMED :you have your place again")
     session.conn.named()
     welcome(session)
+    if failure:
+        session.notice(f"PASS did not log you in: {failure}")
     if session.site.hub.accounts.is_foreign(wanted, session.user.account):
+        session.denied = wanted
         session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
     for channel in session.user.channels if attached else ():
         session.tell_joined(channel.name)
@@ -8807,10 +8844,13 @@ def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) 
 
 @irc_command("PASS", 1, 1, nameless=True, exact=True)
 def irc_pass(session: IrcSession, password: str) -> None:
-    """PASS <password> -- the server's password, before the name"""
+    """PASS <password> -- the server's password, before the name; without one, ACCOUNT:PASSWORD"""
     if session.user:
         raise Refused("ALREADY_NAMED", "you are in already")
     session.passed = check_server_password(session, password)
+    account, _, secret = password.partition(":")
+    claims = session.site.password is None and account and secret
+    session.claimed = (account, secret) if claims else None
 
 
 @irc_command("NICK", most=1, nameless=True)
@@ -8819,11 +8859,13 @@ def irc_nick(session: IrcSession, wanted: str = "") -> None:
     if not wanted:
         raise Refused("NO_NAME", "no nickname given")
     if session.user:
+        session.denied = ""
         return session.act("rename_user", wanted, True, 0)
     hub, fits = session.site.hub, clean_name(wanted) == wanted
     if fits:
         session.asked = wanted
-    if not (session.negotiating and fits):  # else it may be the user's own; proof is to come
+    to_prove = session.negotiating or session.claimed
+    if not (to_prove and fits):  # else it may be the user's own; proof is to come
         check_name(hub, wanted, None, session.account)
     session.wanted = wanted
     complete_registration(session)
@@ -8950,13 +8992,11 @@ def tell_logged_in(
 ) -> Steps:
     """Log the client in to an account, and tell it; without a user the log-in is part of its
     registration. Call otherwise() with a refusal."""
-    user, session.account, session.proof = session.user, account, proof
-    source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
+    session.account, session.proof = account, proof
     before = session.site.hub.last_id
-    if user:
+    if session.user:
         before = yield do(session.act, "log_in", account, proof, False, otherwise=otherwise)
-    told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
-    session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
+    tell_account(session, before)  # clients wait for it, and then for ACCOUNT
 
 
 @in_steps
@@ -9127,8 +9167,11 @@ def service_verify(session: IrcSession, code: str) -> None:
 @in_steps
 def service_identify(session: IrcSession, *words: str) -> Steps:
     """IDENTIFY [NAME] PASSWORD -- log in"""
-    name, password = words if len(words) == 2 else (session.nick, *words)
-    return identify(session, name, password, False)
+    denied = session.denied
+    name, password = words if len(words) == 2 else (denied or session.nick, *words)
+    yield from identify(session, name, password, False)
+    if denied and fold(name) == fold(denied):
+        yield do(session.act, "rename_user", denied, True, 0, otherwise=do_nothing)
 
 
 service_command("passwd", 2, exact=True, doc="PASSWD OLD NEW -- another password")(

@@ -2073,6 +2073,39 @@ def test_a_name_that_another_device_has_is_taken():
     assert house.hub.users == {}
 
 
+@pytest.mark.parametrize(
+    ("before", "said", "nick", "name"),
+    [
+        ([], "IDENTIFY password", "alice", "alice"),
+        ([], "IDENTIFY alice password", "alice", "alice"),
+        ([], "IDENTIFY wrong", "alice2", ""),
+        ([], "IDENTIFY bob password", "alice2", "bob"),
+        (["NICK carol"], "IDENTIFY alice password", "carol", "alice"),
+        (["NICK carol"], "IDENTIFY password", "carol", ""),
+    ],
+)
+def test_who_identifies_for_the_nick_asked_for_at_registration_gets_it(before, said, nick, name):
+    house = House()
+    account(house, "alice", "bob")
+    house.connect_irc("phone")
+    ask(house, "phone", "NICK alice", "USER u 0 * :r")
+    lines = ask(house, "phone", *before, f"PRIVMSG NickServ :{said}")
+    user = house.guests["phone"].user
+    assert (user.name, user.account) == (nick, name)
+    assert any(" NICK :alice" in line for line in lines) == (nick == "alice")
+
+
+def test_who_identifies_while_another_device_has_the_nick_keeps_the_other_one():
+    house = House()
+    account(house, "alice")
+    house.connect_irc("phone")
+    ask(house, "phone", "NICK alice", "USER u 0 * :r")
+    device(house, "there", "alice")
+    lines = ask(house, "phone", "NS IDENTIFY password")
+    assert house.guests["phone"].user.name == "alice2" and not refused(lines, "433")
+    assert house.guests["phone"].user.account == "alice"
+
+
 @pytest.mark.parametrize("password, back", [("password", True), ("wrong", False), ("", False)])
 def test_a_nick_that_a_lost_connection_keeps_is_free_for_its_owner_who_identifies(password, back):
     house = irc_house("#a", bob="")
@@ -10754,6 +10787,53 @@ def test_a_wrong_or_missing_server_password_is_an_error_and_the_end():
     house.say("y", "PASS :open sesame", "NICK y", "USER y 0 * :y")
     house.turn()
     assert " 001 y " in house.heard("y")[0]
+
+
+PASSES = [  # lines before NICK alice; the nick after that, the account, and whether a log-in failed
+    (["PASS alice:password"], "alice", "alice", False),
+    (["PASS :ALICE:password"], "alice", "alice", False),
+    (["PASS alice:wrong"], "alice2", "", True),
+    (["PASS eve:password"], "alice2", "", True),
+    (["PASS alice"], "alice2", "", False),
+    (["PASS :alice:"], "alice2", "", False),
+    (["PASS alice:password", "PASS other"], "alice2", "", False),
+    (["PASS alice:password", "CAP LS 302", "CAP END"], "alice", "alice", False),
+    (["PASS bob:password"], "alice2", "bob", False),
+]
+
+
+@pytest.mark.parametrize(("before", "nick", "name", "failed"), PASSES)
+def test_account_and_password_in_pass_log_in_where_the_server_has_no_password(
+    before, nick, name, failed
+):
+    house = House()
+    account(house, "alice", "bob")
+    house.connect_irc("phone")
+    lines = ask(house, "phone", *before, "NICK alice", "USER u 0 * :r")
+    user = house.guests["phone"].user
+    assert (user.name, user.account) == (nick, name)
+    assert refused(lines, "900") == bool(name)
+    assert any("PASS did not log you in" in line for line in lines) == failed
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_user_who_logs_in_by_pass_shares_the_nick_of_the_account(online):
+    house = House()
+    account(house, "alice")
+    device(house, "there", "alice")
+    if not online:
+        house.leave("there")
+        house.turn()
+    house.connect_irc("phone")
+    assert refused(ask(house, "phone", "PASS alice:password", "NICK alice", "USER u 0 * :r"), "001")
+    assert house.guests["phone"].user.name == "alice" and len(house.hub.users) == 1
+
+
+def test_pass_is_no_log_in_where_the_server_has_a_password():
+    house = House(password="alice:password")
+    house.connect_irc("phone")
+    lines = ask(house, "phone", "PASS alice:password", "NICK alice", "USER u 0 * :r")
+    assert refused(lines, "001") and "PASS did not" not in str(lines)
 
 
 def answer_with(label, lines):
@@ -28738,7 +28818,7 @@ def test_ctrl_c_forgets_the_line_before_it_leaves(running, terminal):
 
 def test_a_client_comes_back_when_its_server_does(terminal, folder):
     with serving("--data", folder) as (process, address):
-        alice = terminal(address, "alice", limits={"BACKOFF_FIRST": 0.1})
+        alice = terminal(address, "alice", limits={"BACKOFF_FIRST": 0.1, "BACKOFF_MOST": 0.5})
         assert alice.sees("you are alice") and alice.sees("alice> ")
         process.send_signal(signal.SIGTERM)
         assert alice.sees("the server is going down") and alice.sees("trying again in")
