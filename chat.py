@@ -8276,17 +8276,8 @@ class IrcSession(LocalSession):
 
     __slots__ = (
         *("account", "acks", "asked", "away", "batch", "capabilities", "claimed", "collected"),
-        *(
-            "denied",
-            "exchange",
-            "from_service",
-            "labelled",
-            "message",
-            "metadata",
-            "negotiating",
-            "own_tags",
-        ),
-        *("passed", "proof", "raw", "realname", "subscribed", "username", "wanted"),
+        *("denied", "exchange", "from_service", "labelled", "message", "metadata", "negotiating"),
+        *("own_tags", "passed", "proof", "raw", "realname", "subscribed", "username", "wanted"),
         *("watched", "wire", "wires_before", "withheld"),
     )
     probed = True
