@@ -33657,10 +33657,12 @@ CHROMIUM_FLAGS = (
     *("--remote-debugging-pipe", "--no-first-run", "--disable-component-update"),
     *("--disable-background-networking", "--disable-background-timer-throttling"),
     *("--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows"),
-    "--ignore-certificate-errors",
+    *("--ignore-certificate-errors", "--no-startup-window"),
     # A tab has one process, in which its next page is shown
     "--disable-features=SpareRendererForSitePerProcess,ProactivelySwapBrowsingInstance,"
-    "BackForwardCache",
+    # In a window of tabs the browser's own pages need more time than ours
+    "BackForwardCache,PreloadTopChromeWebUI,"
+    "WebUIOmniboxAimPopup,WebUIOmniboxFullPopup,WebUIOmniboxPopup",
 )
 
 
@@ -35703,17 +35705,6 @@ def deepest(node, depth=0):
             is_deeper = isinstance(child, BLOCKS) and not (is_elif and isinstance(child, ast.If))
             found = max(found, deepest(child, depth + is_deeper))
     return found
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_each_refusal_has_a_code_and_then_words(path):
-    calls = (node for node in nodes_of(path) if isinstance(node, ast.Call))
-    refusals = [call for call in calls if ast.unparse(call.func).endswith("Refused")]
-    for call in refusals:
-        code, words = (getattr(given, "value", None) for given in (*call.args, None, None)[:2])
-        assert not isinstance(code, str) or CODE.fullmatch(code), ast.unparse(call)
-        assert not isinstance(words, str) or not CODE.fullmatch(words), ast.unparse(call)
-    assert len(refusals) > 100 or path.name != "chat.py"
 
 
 README = pathlib.Path(chat.__file__).with_name("README.md")
