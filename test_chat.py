@@ -35813,6 +35813,8 @@ README_LIMITS = [  # words of the README, and the limits that are its numbers
         chat.PER_ADDRESS,
     ),
     ("a server on its own; {} days |", chat.LOG_KEPT_DAYS),
+    ("away longer than `--cluster-keep` ({} days):", chat.LOG_KEPT_DAYS),
+    ("as long as that message exists and {} days longer;", chat.DEDUP_MS // (DAY_SECONDS * 1000)),
     ("all connections of an address together {} times that.", chat.ADDRESS_SHARES),
     (
         "(more than {} MiB unsent, or {} KiB for {:g} seconds)",
