@@ -4942,6 +4942,26 @@ def test_receipts_are_forgotten_a_month_after_their_message(folder):
     house.store.close()
 
 
+def test_an_id_is_known_as_long_as_before_after_its_message_was_redacted(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    come(house, "alice")
+    house.say("alice", "JOIN #a", "@+chat.py/id=k PRIVMSG #a :hello")
+    house.turn()
+    house.now += chat.DEDUP_MS / 1000 + 9  # the message is there: so is its id
+    house.begin_turn()
+    (id,) = [line for line in ask(house, "alice", "CHATHISTORY LATEST #a * 1") if ":hello" in line]
+    redacted = house.hub.now
+    ask(house, "alice", f"REDACT #a {re.search('msgid=([^; ]+)', id)[1]}")
+    for past, known in ((chat.DEDUP_MS - 1, ["k"]), (chat.DEDUP_MS + 1, [])):
+        more = True
+        while more:
+            old, more = house.store.dedup.next_old(redacted + past)
+            house.store.dedup.forget(old)
+        rows = house.store.db.execute("SELECT own_id FROM dedup")
+        assert [own for (own,) in rows] == known
+    house.store.close()
+
+
 @pytest.mark.parametrize(
     "line, heard",
     (
@@ -6366,6 +6386,8 @@ def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
     again = 100.0 + chat.BACKLOG_SECONDS
     assert store.commit(house.hub.turn, again - 0.1) == chat.LOST
     assert store.commit(house.hub.turn, again) == chat.KEPT
+    rows = store.db.execute("SELECT key, founding, id FROM targets")
+    assert store.targets == {(key, founding): id for key, founding, id in rows} != {}
     store.close()
 
 
@@ -15077,6 +15099,29 @@ def test_a_handshake_is_answered_behind_the_request_before_it(running):
     assert [opcode for opcode, _ in frames_of(frames)] == [0x81, 0x88]
 
 
+@pytest.mark.parametrize("before", ["nothing", "a request", "a request in one piece with it"])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_websocket_has_none_of_the_time_limits_of_a_request(running, before, pieces):
+    server = running()
+    times, data = server.server.times, HANDSHAKE.replace("\n", "\r\n").encode() + b"\r\n\r\n"
+    request = b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" * (before != "nothing")
+    with socket.create_connection(server.address) as web:
+        if before == "a request":
+            web.sendall(request)
+            assert b" 404 " in web.recv(1000) and eventually(lambda: times.web_idle.waiting)
+        data = data if before == "a request" else request + data
+        if pieces == 2:
+            web.sendall(data[:-9])
+            assert eventually(lambda: times.web_heads.waiting)
+        web.sendall(data if pieces == 1 else data[-9:])
+        answer = b""
+        while b" 101 " not in answer:
+            answer += web.recv(1000)
+        (peer,) = server.server.peers
+        limits = {name for name, one in vars(times).items() if peer in getattr(one, "waiting", ())}
+    assert limits == {"unnamed"}
+
+
 CLOSING_FRAMES = {  # what a client sends last, with the code of the close that answers it
     "QUIT": (client_frame(1, b"QUIT"), 1000),
     "close": (client_frame(8, (1001).to_bytes(2, "big")), 1001),
@@ -16720,6 +16765,11 @@ def test_an_outbox_that_a_client_of_an_earlier_version_uses_is_left_to_it(folder
     path = journal_in(folder, {"secret": "ab" * 16}, say("1", "one"))
     fd = chat.locked(path)
     assert messages_of(outbox_in(folder)) == [] and path.exists()
+    os.close(free := os.dup(fd))
+    with pytest.raises(BlockingIOError):
+        chat.locked(path)
+    os.close(again := os.dup(fd))
+    assert again == free  # the file that could not be locked is closed
     os.close(fd)
     assert messages_of(outbox_in(folder)) == ["one"] and not path.exists()
 
@@ -19545,6 +19595,16 @@ def test_on_other_servers_words_wait_until_a_join_is_answered():
     assert b"PRIVMSG #a hello" in core.take_output()
 
 
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_message_waits_for_a_join_only_outside_its_channel(inside, asked):
+    talk = Elsewhere("CHANTYPES=#").core.talk
+    talk.core.rooms["#lobby"].inside = inside
+    talk.joins.unanswered.update({"#lobby": (1, 0.0)} if asked else {})
+    message = chat.Waiting("1", "#lobby", "hello", chat.MESSAGE)
+    assert talk.waits(message) == (asked and not inside)
+
+
 def test_a_batch_whose_end_is_lost_is_shown_after_a_while():
     alice = Elsewhere(caps="batch message-tags")
     alice.hears("BATCH +1 netsplit a b", "@batch=1 :bob!u@h PRIVMSG #lobby :hi")
@@ -20528,6 +20588,16 @@ def test_typing_is_told_now_and_then_and_ends_by_itself():
     alice.core.typing.tell(here, "active")
     alice.core.flush()
     assert alice.core.output == []
+
+
+@pytest.mark.parametrize("state, seconds", [("active", 6), ("paused", 30)])  # IRCv3 typing
+def test_a_user_who_types_is_shown_until_the_time_of_that_is_over(state, seconds):
+    alice = Elsewhere("CHANTYPES=#", caps="message-tags")
+    alice.hears(":bob!u@h JOIN #lobby", f"@+typing={state} :bob!u@h TAGMSG #lobby")
+    alice.sent(seconds)
+    assert list(alice.core.room.typing) == ["bob"]
+    alice.sent(1)
+    assert not alice.core.room.typing
 
 
 TYPISTS = [
@@ -21641,6 +21711,7 @@ def test_lines_wrap_between_words_and_long_words_stay_whole():
     assert " ".join(rows).split() == line.split()
     link = "https://example.org/" + "x" * 100
     assert any(link in row for row in chat.wrapped_rows(f"08:30 bob: see {link} now", 40, 6))
+    assert chat.wrapped_rows(f"bobby: {link}", 40, 6) == [f"bobby: {link}"]  # the indent's width
     coloured = chat.wrapped_rows(f"\x1b[31m{'red ' * 20}\x1b[0mend", 20, 2)
     assert all(row.count("\x1b[31m") == 1 for row in coloured[:-1])
     assert chat.wrapped_rows("aaaa bbbb cccc dd", 9, 2) == ["aaaa bbbb", "  cccc dd"]
@@ -27406,6 +27477,14 @@ def test_a_node_that_loses_nats_dials_again_a_moment_later():
     assert all(timer.callback is link.dial for timer in loop.timers)
 
 
+@pytest.mark.parametrize("step, given", [("found", [OSError("no route")]),
+                                         ("connected", [None, "no route"])])  # fmt: skip
+def test_a_node_that_does_not_reach_nats_tries_again(step, given):
+    told = []
+    getattr(chat.NatsLink, step)(types.SimpleNamespace(again=told.append), *given)
+    assert told == ["no route"]
+
+
 @pytest.mark.parametrize("leads, left", [(True, {"#b"}), (False, set())])
 def test_one_node_prunes_for_all_and_the_others_forget_what_they_would_prune(leads, left):
     asked, server = [], types.SimpleNamespace(store=chat.Store(None))
@@ -27956,6 +28035,17 @@ def test_what_is_said_scrolls_and_two_rows_stay_below_it():
     assert desk.screen.lines[-2:] == ["── #lobby connected ───────────────────", "alice> xxxxxx"]
     assert len([line for line in desk.screen.history if "───" in line]) == 0
     assert desk.paint() and desk.written == ""
+
+
+def test_a_conversation_that_is_cleared_is_no_longer_on_the_screen():
+    desk = Desk()
+    desk.hear("one", "two")
+    desk.paint()
+    desk.display.take(desk.core.typed("/clear"))
+    assert not any("one" in line or "two" in line for line in desk.paint())
+    desk.hear("three")
+    assert [line for line in desk.paint() if "bob: " in line] == ["08:30 bob: three"]
+    assert "08:30 bob: two" in desk.screen.history or desk.said == ["three"]
 
 
 def test_another_conversation_has_a_screen_of_its_own():
@@ -29579,6 +29669,21 @@ def test_the_answer_to_head_has_no_body_whatever_length_it_tells(loop, method, b
     if not bodiless:
         call.received(b"hi")
     assert [(response.status, body) for response, body in done] == [(200, "" if bodiless else "hi")]
+    far.close()
+
+
+@pytest.mark.parametrize("length, whole", [("", True), ("Content-Length: 9\r\n", False)])
+def test_an_answer_without_a_length_ends_with_the_connection(loop, length, whole):
+    near, far = socket.socketpair()
+    done = []
+    url = chat.Url(chat.parse_target("here:80"), "/files/x")
+    request = chat.CallRequest("GET", url, {}, lambda *result: done.append(result))
+    call = chat.WebCall(types.SimpleNamespace(loop=loop), near, None, request, chat.Trust())
+    call.received(f"HTTP/1.0 200 OK\r\n{length}\r\nhi".encode())
+    assert not done
+    call.ended()
+    ((response, text),) = done
+    assert (text == "hi") == (response is not None) == whole
     far.close()
 
 
