@@ -19595,6 +19595,18 @@ def test_on_other_servers_words_wait_until_a_join_is_answered():
     assert b"PRIVMSG #a hello" in core.take_output()
 
 
+def test_nothing_is_acknowledged_that_a_server_took_which_was_none():
+    talk = Elsewhere("CHANTYPES=#").core.talk
+    tables = [
+        *(talk.acks.commands, talk.acks.covered, talk.acks.echoes, talk.acks.overdue),
+        *(talk.acks.refusals, talk.acks.sent, talk.acks.strange, talk.acks.unconfirmed),
+    ]
+    for table in tables:
+        table.update(x=[]) if isinstance(table, dict) else table.append("x")
+    talk.wait_for_server("the bouncer has lost its server")
+    assert not any(tables)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_message_waits_for_a_join_only_outside_its_channel(inside, asked):
@@ -30510,6 +30522,25 @@ def test_channels_to_be_joined_may_be_given_one_by_one(monkeypatch):
     for args in (words.split(), ["client", "alice", "--no-state"]):
         chat.run_client(chat.command_line().parse_args(args))
     assert joined == [("#a", "#b", "#c"), ()]
+
+
+CLIENT_FOLDERS = [  # options of a client, and the folders of its data and of its settings
+    ("--no-state", None, None),
+    ("--no-state --data x", None, None),
+    ("--data x", pathlib.Path("x"), pathlib.Path("x")),
+    ("", chat.data_folder() / "client", chat.config_folder()),
+]
+
+
+@pytest.mark.parametrize("words, data, settings", CLIENT_FOLDERS)
+def test_a_client_keeps_its_state_in_the_folder_that_its_options_say(
+    monkeypatch, words, data, settings
+):
+    given, client = [], types.SimpleNamespace(run=lambda: "", close=lambda: None)
+    for kind in ("Filter", "TerminalClient"):
+        monkeypatch.setattr(chat, kind, lambda options: given.append(options) or client)
+    chat.run_client(chat.command_line().parse_args(["client", "alice", *words.split()]))
+    assert [(options.state, options.config) for options in given] == [(data, settings)]
 
 
 @pytest.mark.parametrize("keys, seconds, key", [
