@@ -19481,6 +19481,7 @@ def test_a_new_password_is_kept_on_disk_only_in_place_of_one_that_the_client_mad
     core, _ = client.dial(options)
     core.me.proposed = chat.Login("alice", "new")
     core.me.confirm_proposed()
+    assert (core.me.account, core.me.login.password) == ("alice", "new")
     assert (known.login(target, "alice") == chat.Login("alice", "new")) == kept
     core.outbox.rows.close()
     client.loop.close()
@@ -19593,6 +19594,21 @@ def test_on_other_servers_words_wait_until_a_join_is_answered():
     assert b"PRIVMSG" not in core.take_output()
     core.feed(b":alice!u@h JOIN #a\r\n")
     assert b"PRIVMSG #a hello" in core.take_output()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_message_arrives_in_the_conversation_where_it_was_said(known):
+    alice = Elsewhere("CHANTYPES=#")
+    alice.types("hello")
+    (id,) = alice.core.outbox.waiting
+    if not known:  # its acknowledgement came before
+        alice.core.outbox.arrived(id)
+    view = chat.ViewEvent(chat.MESSAGE, "hello", "alice", "elsewhere", mine=True, own_id=id)
+    for _ in range(2):
+        alice.core.outgoing.acknowledge(view)
+    arrived = [view.where for view in alice.core.take_views() if view.kind == chat.ARRIVED]
+    assert arrived == ["#lobby" if known else "elsewhere"]
+    assert alice.core.outbox.waiting == {}
 
 
 def test_nothing_is_acknowledged_that_a_server_took_which_was_none():
@@ -21714,6 +21730,26 @@ def test_earlier_lines_are_found_and_changes_undone():
     assert editor.text == ""
     editor.press(chat.Key("undo"))
     assert editor.text == "make tea"
+
+
+CLUSTERS = [  # what a reader takes for characters, one after the other
+    ["a", "b"],
+    ["e\u0301", "x"],
+    ["a", "\U0001f1e9\U0001f1ea", "b"],  # a flag is two letters
+    ["\U0001f1e9\U0001f1ea", "\U0001f1eb\U0001f1f7", "\U0001f1e9"],
+    ["\u00e4", "\U0001f1e9\U0001f1ea"],
+    ["\U0001f44d\U0001f3fd", "!"],  # a tone of skin
+    ["\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f468"],  # a family
+    ["1\ufe0f\u20e3", "2"],
+    ["\u1112\u1161\u11ab", "\u1100\u1173\u11af"],  # Hangul in letters
+    ["\u00e4", "\u1161"],
+    ["\n", "\u0301"],
+]
+
+
+@pytest.mark.parametrize("characters", CLUSTERS)
+def test_text_is_split_into_what_readers_take_for_characters(characters):
+    assert chat.clusters("".join(characters)) == characters
 
 
 def test_lines_wrap_between_words_and_long_words_stay_whole():
