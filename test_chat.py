@@ -12937,6 +12937,36 @@ def member_of_all():
     return house
 
 
+CLIENT_IDS = [  # the tag of a message, whether the client takes tags, its targets, and its id
+    ("abc", True, "#a", "abc"),
+    ("x" * chat.OWN_ID_BYTES, True, "bob", "x" * chat.OWN_ID_BYTES),
+    ("x" * (chat.OWN_ID_BYTES + 1), True, "#a", ""),
+    ("a b", True, "#a", ""),
+    ("", True, "#a", ""),
+    ("abc", False, "#a", ""),
+    ("abc", True, "#a,#b", ""),
+]
+
+
+@pytest.mark.parametrize("tag, tagged, targets, id", CLIENT_IDS)
+def test_a_message_has_the_id_of_its_client_if_that_is_one_word_for_one_target(
+    tag, tagged, targets, id
+):
+    wire = types.SimpleNamespace(format=types.SimpleNamespace(tagged=tagged))
+    message = chat.Message("PRIVMSG", [targets, "x"], {chat.OWN_ID: tag})
+    session = types.SimpleNamespace(message=message, wire=wire)
+    assert chat.client_id(session, targets) == id
+
+
+@pytest.mark.parametrize("caps, label", [("labeled-response", {"label": "L1"}), ("", {})])
+def test_the_refusal_of_a_message_of_several_lines_has_the_label_of_its_batch(caps, label):
+    house = irc_house("#a", alice=f"batch message-tags draft/multiline {caps}".strip())
+    opens = "@label=L1 BATCH +1 draft/multiline #a"
+    lines = asked(house, "alice", opens, "@batch=1 PRIVMSG bob :x", "@batch=1 PRIVMSG bob :y")
+    (refusal,) = of(lines, "FAIL")
+    assert {key: value for key, value in refusal.tags.items() if key == "label"} == label
+
+
 ANSWERS_TO_ALICE = [  # what alice sends, and what the last line is that she receives
     (["BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :", "BATCH -1"],
      "FAIL BATCH MULTILINE_INVALID :no text to send"),
@@ -19608,7 +19638,16 @@ def test_a_message_arrives_in_the_conversation_where_it_was_said(known):
         alice.core.outgoing.acknowledge(view)
     arrived = [view.where for view in alice.core.take_views() if view.kind == chat.ARRIVED]
     assert arrived == ["#lobby" if known else "elsewhere"]
-    assert alice.core.outbox.waiting == {}
+    assert (alice.core.outbox.waiting, alice.core.progress) == ({}, known)
+
+
+@pytest.mark.parametrize("began, since", [(5_000, 9_000), (9_000, 5_000)])
+def test_a_pipe_misses_nothing_from_the_last_moment_on_that_it_was_not_there(began, since):
+    alice = Elsewhere("CHANTYPES=#", interactive=False)
+    room, alice.core.began, alice.core.talk.since = alice.core.room, began, since
+    room.mark = ""
+    alice.hears(":alice!u@h JOIN #lobby")
+    assert room.mark == chat.mark_at(9_000)
 
 
 def test_nothing_is_acknowledged_that_a_server_took_which_was_none():
