@@ -20271,7 +20271,7 @@ def test_commands_of_a_pipe_wait_for_a_connection(folder):
     with serving("--data", folder / "srv") as (process, address):
         where = chat.address_text(*address)
         command = ("client", "bot", "--server", f"irc://{where}", "--commands", "--no-state")
-        with program(*command, limits={"BACKOFF_FIRST": 0.1}) as client:
+        with program(*command, limits={"BACKOFF_FIRST": 0.1, "BACKOFF_MOST": 0.4}) as client:
             assert client.stdout.readline().startswith(b"connected")
             process.kill()
             process.wait(PATIENCE)
@@ -28504,7 +28504,7 @@ def test_ctrl_c_forgets_the_line_before_it_leaves(running, terminal):
 
 def test_a_client_comes_back_when_its_server_does(terminal, folder):
     with serving("--data", folder) as (process, address):
-        alice = terminal(address, "alice", limits={"BACKOFF_FIRST": 0.1})
+        alice = terminal(address, "alice", limits={"BACKOFF_FIRST": 0.1, "BACKOFF_MOST": 0.4})
         assert alice.sees("you are alice") and alice.sees("alice> ")
         process.send_signal(signal.SIGTERM)
         assert alice.sees("the server is going down") and alice.sees("trying again in")
