@@ -15552,7 +15552,6 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         return talk.sasl.begin(name)  # the mechanism was refused, not the password
     core.note(why)
     if core.me.proposed and not talk.ready:  # the /register before the break was lost
-        core.me.login = None
         core.me.forget()
     elif core.me.account and not talk.ready:
         advice = "; /login PASSWORD gives another one" * core.interactive

@@ -13301,6 +13301,36 @@ def member_of_all():
     return house
 
 
+CLIENT_IDS = [  # the tag of a message, whether the client takes tags, its targets, and its id
+    ("abc", True, "#a", "abc"),
+    ("x" * chat.OWN_ID_BYTES, True, "bob", "x" * chat.OWN_ID_BYTES),
+    ("x" * (chat.OWN_ID_BYTES + 1), True, "#a", ""),
+    ("a b", True, "#a", ""),
+    ("", True, "#a", ""),
+    ("abc", False, "#a", ""),
+    ("abc", True, "#a,#b", ""),
+]
+
+
+@pytest.mark.parametrize("tag, tagged, targets, id", CLIENT_IDS)
+def test_a_message_has_the_id_of_its_client_if_that_is_one_word_for_one_target(
+    tag, tagged, targets, id
+):
+    wire = types.SimpleNamespace(format=types.SimpleNamespace(tagged=tagged))
+    message = chat.Message("PRIVMSG", [targets, "x"], {chat.OWN_ID: tag})
+    session = types.SimpleNamespace(message=message, wire=wire)
+    assert chat.client_id(session, targets) == id
+
+
+@pytest.mark.parametrize("caps, label", [("labeled-response", {"label": "L1"}), ("", {})])
+def test_the_refusal_of_a_message_of_several_lines_has_the_label_of_its_batch(caps, label):
+    house = irc_house("#a", alice=f"batch message-tags draft/multiline {caps}".strip())
+    opens = "@label=L1 BATCH +1 draft/multiline #a"
+    lines = asked(house, "alice", opens, "@batch=1 PRIVMSG bob :x", "@batch=1 PRIVMSG bob :y")
+    (refusal,) = of(lines, "FAIL")
+    assert {key: value for key, value in refusal.tags.items() if key == "label"} == label
+
+
 ANSWERS_TO_ALICE = [  # what alice sends, and what the last line is that she receives
     (["BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :", "BATCH -1"],
      "FAIL BATCH MULTILINE_INVALID :no text to send"),
@@ -19860,6 +19890,7 @@ def test_a_new_password_is_kept_on_disk_only_in_place_of_one_that_the_client_mad
     core, _ = client.dial(options)
     core.me.proposed = chat.Login("alice", "new")
     core.me.confirm_proposed()
+    assert (core.me.account, core.me.login.password) == ("alice", "new")
     assert (known.login(target, "alice") == chat.Login("alice", "new")) == kept
     core.outbox.rows.close()
     client.loop.close()
@@ -19972,6 +20003,30 @@ def test_on_other_servers_words_wait_until_a_join_is_answered():
     assert b"PRIVMSG" not in core.take_output()
     core.feed(b":alice!u@h JOIN #a\r\n")
     assert b"PRIVMSG #a hello" in core.take_output()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_message_arrives_in_the_conversation_where_it_was_said(known):
+    alice = Elsewhere("CHANTYPES=#")
+    alice.types("hello")
+    (id,) = alice.core.outbox.waiting
+    if not known:  # its acknowledgement came before
+        alice.core.outbox.arrived(id)
+    view = chat.ViewEvent(chat.MESSAGE, "hello", "alice", "elsewhere", mine=True, own_id=id)
+    for _ in range(2):
+        alice.core.outgoing.acknowledge(view)
+    arrived = [view.where for view in alice.core.take_views() if view.kind == chat.ARRIVED]
+    assert arrived == ["#lobby" if known else "elsewhere"]
+    assert (alice.core.outbox.waiting, alice.core.progress) == ({}, known)
+
+
+@pytest.mark.parametrize("began, since", [(5_000, 9_000), (9_000, 5_000)])
+def test_a_pipe_misses_nothing_from_the_last_moment_on_that_it_was_not_there(began, since):
+    alice = Elsewhere("CHANTYPES=#", interactive=False)
+    room, alice.core.began, alice.core.talk.since = alice.core.room, began, since
+    room.mark = ""
+    alice.hears(":alice!u@h JOIN #lobby")
+    assert room.mark == chat.mark_at(9_000)
 
 
 def test_nothing_is_acknowledged_that_a_server_took_which_was_none():
@@ -20595,7 +20650,7 @@ def test_commands_of_a_pipe_wait_for_a_connection(folder):
     with serving("--data", folder / "srv") as (process, address):
         where = chat.address_text(*address)
         command = ("client", "bot", "--server", f"irc://{where}", "--commands", "--no-state")
-        with program(*command, limits={"BACKOFF_FIRST": 0.1}) as client:
+        with program(*command, limits={"BACKOFF_FIRST": 0.1, "BACKOFF_MOST": 0.4}) as client:
             assert client.stdout.readline().startswith(b"connected")
             process.kill()
             process.wait(PATIENCE)
@@ -22093,6 +22148,26 @@ def test_earlier_lines_are_found_and_changes_undone():
     assert editor.text == ""
     editor.press(chat.Key("undo"))
     assert editor.text == "make tea"
+
+
+CLUSTERS = [  # what a reader takes for characters, one after the other
+    ["a", "b"],
+    ["e\u0301", "x"],
+    ["a", "\U0001f1e9\U0001f1ea", "b"],  # a flag is two letters
+    ["\U0001f1e9\U0001f1ea", "\U0001f1eb\U0001f1f7", "\U0001f1e9"],
+    ["\u00e4", "\U0001f1e9\U0001f1ea"],
+    ["\U0001f44d\U0001f3fd", "!"],  # a tone of skin
+    ["\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f468"],  # a family
+    ["1\ufe0f\u20e3", "2"],
+    ["\u1112\u1161\u11ab", "\u1100\u1173\u11af"],  # Hangul in letters
+    ["\u00e4", "\u1161"],
+    ["\n", "\u0301"],
+]
+
+
+@pytest.mark.parametrize("characters", CLUSTERS)
+def test_text_is_split_into_what_readers_take_for_characters(characters):
+    assert chat.clusters("".join(characters)) == characters
 
 
 def test_lines_wrap_between_words_and_long_words_stay_whole():
@@ -28818,7 +28893,7 @@ def test_ctrl_c_forgets_the_line_before_it_leaves(running, terminal):
 
 def test_a_client_comes_back_when_its_server_does(terminal, folder):
     with serving("--data", folder) as (process, address):
-        alice = terminal(address, "alice", limits={"BACKOFF_FIRST": 0.1, "BACKOFF_MOST": 0.5})
+        alice = terminal(address, "alice", limits={"BACKOFF_FIRST": 0.1, "BACKOFF_MOST": 0.4})
         assert alice.sees("you are alice") and alice.sees("alice> ")
         process.send_signal(signal.SIGTERM)
         assert alice.sees("the server is going down") and alice.sees("trying again in")
