@@ -34334,6 +34334,7 @@ def test_a_message_elsewhere_leaves_the_focus_and_the_count_alone(running, brows
 
 def test_a_password_is_taken_as_it_was_typed_and_a_name_without_blanks(running, browse):
     tab = browse(with_page(running).address)
+    tab.until("$('sheet').open")  # the page has started
     tab.js("form('', [['', {}], ['', SECRET]], '', (...words) => { self.words = words; })")
     tab.fill(" anna ", " tea ")
     assert tab.js("words") == ["anna", " tea "]
