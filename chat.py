@@ -25884,7 +25884,7 @@ def bench_table(result: dict[str, Any]) -> str:
 # document without anything from another host. It is the same kind of client as the others: a
 # message waits in its outbox under an id of its own until the echo is here, and what was missed is
 # asked for by the last id. Of several tabs, one has the connection. Chrome 88, Firefox 91 and
-# Safari 14.1 have what it needs; it does without what came later.
+# Safari 15 have what it needs; it does without what came later.
 
 PAGE_TEXT = r"""<!doctype html>
 <html lang="en">
