@@ -26157,6 +26157,7 @@ async function store(name, method, ...values) {
   }
   const change = indexed.transaction([name], 'readwrite', { durability: 'strict' });
   values.forEach((value) => change.objectStore(name)[method](value));
+  change.commit?.(); // now: left open by a page that is left, it holds up the next one in Safari
   return settled(change);
 }
 

@@ -34694,6 +34694,14 @@ def test_what_is_said_after_the_conversation_of_before_is_gone_leaves_the_compos
     tab.wait_for("here")
 
 
+def test_what_is_kept_as_a_page_is_left_is_committed_at_once(running, browse):
+    """Safari freezes such a page, and an open transaction with it: the next page waits for that."""
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("self.usual = IDBTransaction.prototype.commit; self.commits = 0")
+    tab.js("IDBTransaction.prototype.commit = function () { commits++; usual.call(this); }; 0")
+    assert tab.js("(store('outbox', 'delete', 'none'), commits)") == 1
+
+
 def test_a_text_that_is_dropped_on_the_composer_is_in_it(running, browse):
     tab = browse(with_page(running).address, width=1200).enter("anna")
     x, y = tab.js("(b => [b.x + 20, b.y + 20])(field.getBoundingClientRect())")
