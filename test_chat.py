@@ -35344,6 +35344,7 @@ def test_a_message_elsewhere_leaves_the_focus_and_the_count_alone(running, brows
 
 def test_a_password_is_taken_as_it_was_typed_and_a_name_without_blanks(running, browse):
     tab = browse(with_page(running).address)
+    tab.until("$('sheet').open")  # the page has started
     tab.js("form('', [['', {}], ['', SECRET]], '', (...words) => { self.words = words; })")
     tab.fill(" anna ", " tea ")
     assert tab.js("words") == ["anna", " tea "]
@@ -35701,6 +35702,14 @@ def test_what_is_said_after_the_conversation_of_before_is_gone_leaves_the_compos
     tab.until("state.phase === 'online'")
     tab.say("here")
     tab.wait_for("here")
+
+
+def test_what_is_kept_as_a_page_is_left_is_committed_at_once(running, browse):
+    """Safari freezes such a page, and an open transaction with it: the next page waits for that."""
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("self.usual = IDBTransaction.prototype.commit; self.commits = 0")
+    tab.js("IDBTransaction.prototype.commit = function () { commits++; usual.call(this); }; 0")
+    assert tab.js("(store('outbox', 'delete', 'none'), commits)") == 1
 
 
 def test_a_text_that_is_dropped_on_the_composer_is_in_it(running, browse):
