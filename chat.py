@@ -26554,7 +26554,8 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   900: (nick, [, , account]) => { state.account = account; },
   REGISTER(nick, [result, account, text]) {
     note(text);
-    if (result === 'SUCCESS' && leader?.login) leader.prove({ ...leader.login, account });
+    if (result !== 'SUCCESS') set('login', null);
+    else if (leader?.login) leader.prove({ ...leader.login, account });
   },
   NOTE: (nick, params) => params[0] !== 'SESSION' && note(lastOf(params)),
   FAIL: refused,
@@ -26599,6 +26600,7 @@ function refused(nick, params, { verb, tags }) {
   const why = lastOf(params), asked = state.asked[tags.label];
   const row = state.outbox.find(({ own }) => own === tags.label);
   delete state.asked[tags.label];
+  if (params[0] === 'REGISTER') set('login', null);
   if (params[1] === 'NOT_KEPT') { // delivered, but not stored: to send it again would double it
     arrived(params[params.length - 2]);
     note(why);
@@ -26948,25 +26950,26 @@ class Leader {
   }
 
   logOut() {
-    this.login = null;
+    this.scram?.terminate();
+    Object.assign(this, { scram: null, login: null });
     set('login', null);
     set('secret', null);
     this.send('QUIT');
   }
 
-  signUp(password) {
-    this.login = { account: state.me, password };
+  signUp(password) { // kept until there are keys: the server logs in at once
+    set('login', this.login = { account: state.me, password });
     this.send(`REGISTER * * :${password}`);
   }
 
   // By SCRAM, in a worker: a phone works on a password for a second or more. The keys that it makes
-  // are kept instead of the password
+  // are kept instead of the password, before they prove anything: a reload may come in between
   prove(login) {
     if (this.scram) return publish({ note: 'A log-in is under way: try again when it has ended' });
     this.error = '';
     const scram = this.scram = new Worker('/sw.js');
     scram.onmessage = ({ data: { answer, keys, error } }) => {
-      if (keys) scram.login = { account: login.account, keys };
+      if (keys) set('login', scram.login = { account: login.account, keys });
       if (error) this.error = `Not logged in: ${error}`;
       this.send(`AUTHENTICATE ${answer ?? '*'}`);
     };

@@ -35315,6 +35315,8 @@ def test_a_channel_lists_all_members_and_can_be_left_and_removed(running, browse
 def test_a_wrong_password_says_so_and_a_log_out_ends_the_log_in(running, browse):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
+    tab.js("act('signUp', 'x')")  # too short
+    tab.until("!setting('login')")
     tab.js("act('signUp', 'tea and cake')")
     tab.until("state.account === 'anna' && setting('login')?.keys")
     tab.js("act('logOut')")
@@ -35471,6 +35473,26 @@ def test_a_log_in_outlives_a_break_and_comes_one_after_the_other(running, browse
         tab.until("state.phase === 'online' && !state.account")
         tab.js(code)
     tab.until("state.account === 'anna'")
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_page_that_is_reloaded_during_its_first_log_in_keeps_its_name(running, browse, step):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js(f"""{{
+      const send = leader.send.bind(leader);
+      let steps = 0;
+      leader.send = (line) => {{
+        send(line);
+        if (/^AUTHENTICATE/.test(line) && ++steps === {step}) {{
+          leader.receive = () => 0;
+          location.reload();
+        }}
+      }};
+      act('signUp', 'tea and cake');
+    }}""")
+    tab.until("!leader?.send.toString().includes('steps') && state.phase === 'online'")
+    assert tab.js("state.me") == "anna"
+    tab.until("state.account === 'anna' && setting('login').keys && !setting('login').password")
 
 
 def test_a_message_that_is_sent_again_waits_no_more_when_it_has_arrived(running, browse):
