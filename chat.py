@@ -26266,7 +26266,8 @@ function setting(name) {
 
 function set(name, value) {
   try {
-    localStorage.setItem(`chat.${name}`, JSON.stringify(value));
+    if (value === null) localStorage.removeItem(`chat.${name}`);
+    else localStorage.setItem(`chat.${name}`, JSON.stringify(value));
     delete memory[name];
   } catch { // it is full, or refused
     memory[name] = value;
@@ -26298,12 +26299,8 @@ async function openDatabase() {
 // Change a table; the promise ends when that is on disk
 async function store(name, method, ...values) {
   if (!indexed) {
-    const rows = setting(name) ?? {};
-    for (const value of values) {
-      if (method === 'put') rows[value[KEYS[name]]] = value;
-      else delete rows[value];
-    }
-    return set(name, rows);
+    return values.forEach((value) => (method === 'put'
+      ? set(`${name}.${value[KEYS[name]]}`, value) : set(`${name}.${value}`, null)));
   }
   const change = indexed.transaction([name], 'readwrite', { durability: 'strict' });
   values.forEach((value) => change.objectStore(name)[method](value));
@@ -26311,8 +26308,16 @@ async function store(name, method, ...values) {
   return settled(change);
 }
 
-const stored = (name) => (indexed ? settled(indexed.transaction([name]).objectStore(name).getAll())
-  : Object.values(setting(name) ?? {}));
+// Without a database each row is a setting of its own: tabs write at once
+async function stored(name) {
+  if (indexed) return settled(indexed.transaction([name]).objectStore(name).getAll());
+  const names = Object.keys(memory);
+  try {
+    names.push(...Object.keys(localStorage).map((key) => key.replace('chat.', '')));
+  } catch { /* refused */ }
+  return [...new Set(names)].filter((one) => one.startsWith(`${name}.`)).map(setting)
+    .filter(Boolean);
+}
 
 // ---- The model: rooms and messages. Every tab has the same one, made from the same items
 

@@ -35424,6 +35424,25 @@ def test_a_file_is_sent_also_where_a_browser_keeps_no_files(running, browse, fol
     tab.until("!state.outbox.length")
 
 
+def test_tabs_without_a_database_lose_no_row_that_another_one_is_just_writing(running, browse):
+    tab = browse(with_page(running).address, before=NO_DATABASE).enter("anna")
+    names = tab.js("""(async () => {
+      const { getItem } = Storage.prototype, owns = async () =>
+        (await stored('outbox')).map(({ own }) => own).sort().join();
+      const found = [await owns()];
+      await store('outbox', 'put', { own: 'a' });
+      Storage.prototype.getItem = () => null; // a tab may see late what another one wrote
+      await store('outbox', 'put', { own: 'b' }, { own: 'c' });
+      await store('outbox', 'delete', 'c');
+      Object.assign(Storage.prototype, { getItem });
+      found.push(await owns());
+      await store('outbox', 'delete', 'a', 'b');
+      const left = Object.keys(localStorage).filter((key) => /outbox/.test(key));
+      return [...found, await owns(), left];
+    })()""")
+    assert names == ["", "a,b", "", []]
+
+
 def test_a_database_that_the_browser_closes_is_opened_again(running, browse):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
