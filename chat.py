@@ -1372,18 +1372,28 @@ def scram_fields(message: str) -> dict[str, str]:
     return dict(field.partition("=")[::2] for field in message.split(","))
 
 
+SASL_NAME = re.compile(r"(?:[^=,]|=2C|=3D)+")  # RFC 5802 section 7
+
+
+def sasl_name(text: str) -> str:
+    """Return a name as a SCRAM message has it, unescaped. Raises Refused if it is none."""
+    if not SASL_NAME.fullmatch(text):
+        raise wrong_login()
+    return text.replace("=2C", ",").replace("=3D", "=")
+
+
 def sasl_scram(find: Lookup) -> Mechanism:
     """SCRAM-SHA-256 without channel binding, as the server (RFC 5802 section 3, RFC 7677)."""
     try:
         first = (yield b"").decode()
         binding, authzid, bare = first.split(",", 2)
         fields = scram_fields(bare)
-        if "m" in fields:  # an extension that must be understood (RFC 5802 section 5.1)
+        # An "m" is an extension that must be understood (RFC 5802 section 5.1)
+        if binding not in ("n", "y") or "m" in fields or not fields["r"]:
             raise wrong_login()
-        authcid = fields["n"].replace("=2C", ",").replace("=3D", "=")
+        authcid = sasl_name(fields["n"])
         nonce = fields["r"] + secrets.token_urlsafe(18)
-        wanted = authzid.removeprefix("a=")
-        if binding not in ("n", "y") or (wanted and fold(wanted) != fold(authcid)):
+        if authzid and (authzid[:2] != "a=" or fold(sasl_name(authzid[2:])) != fold(authcid)):
             raise wrong_login()
         name, verifier = find(authcid)
         salt = base64.b64encode(verifier.salt).decode()
@@ -1395,7 +1405,9 @@ def sasl_scram(find: Lookup) -> Mechanism:
         if answered["r"] != nonce or base64.b64decode(answered["c"]) != header:
             raise wrong_login()
         signed = f"{bare},{challenge},{without_proof}".encode()
-        client_key = xor(base64.b64decode(proof), sha256_hmac(verifier.stored_key, signed))
+        client_key = xor(
+            base64.b64decode(proof, validate=True), sha256_hmac(verifier.stored_key, signed)
+        )
     except (KeyError, ValueError):  # not a message of SCRAM; UnicodeDecodeError is a ValueError
         raise wrong_login() from None
     if not hmac.compare_digest(hashlib.sha256(client_key).digest(), verifier.stored_key):

@@ -1347,7 +1347,12 @@ class ScramClient:
         ("alice", "sesame", "n,,", {}, "Alice"),
         ("alice", "sesame", "y,,", {}, "Alice"),
         ("alice", "sesame", "n,a=alice,", {}, "Alice"),
+        ("alice", "sesame", "n,a=al=2Cce,", {}, None),
         ("alice", "sesame", "n,a=bob,", {}, None),
+        ("alice", "sesame", "n,alice,", {}, None),  # without a=
+        ("alice", "sesame", "n,a=,", {}, None),
+        ("ali=ce", "sesame", "n,,", {}, None),  # an escape that is none
+        ("", "sesame", "n,,", {}, None),
         ("alice", "sesame", "p=tls-unique,,", {}, None),
         ("alice", "wrong", "n,,", {}, None),
         ("absent", "sesame", "n,,", {}, None),
@@ -1371,6 +1376,22 @@ def test_scram_proves_the_password_without_telling_it_and_the_server_proves_itse
         assert end.value == account
     except chat.Refused:
         assert account is None
+
+
+@pytest.mark.parametrize("bare", ["n=alice,r=", "n=,r=x", "n=al=ice,r=x", "n=alice=2,r=x", "r=x"])
+def test_a_name_or_a_nonce_that_scram_does_not_have_is_refused_at_once(bare):
+    mechanism = chat.sasl_scram(find_alice)
+    next(mechanism)
+    with pytest.raises(chat.Refused):
+        mechanism.send(f"n,,{bare}".encode())
+
+
+def test_nothing_follows_the_proof_of_scram():
+    client, mechanism = ScramClient("alice", "sesame", "n,,"), chat.sasl_scram(find_alice)
+    next(mechanism)
+    final = client.final(mechanism.send(client.first()))
+    with pytest.raises(chat.Refused):
+        mechanism.send(final + b",x=1")
 
 
 def test_junk_in_place_of_scram_is_refused(seeded):
