@@ -9113,8 +9113,9 @@ service_command = Commands(f"/msg {SERVICE} ")
 
 @service_command("help", most=1)
 def service_help(session: IrcSession, verb: str = "") -> None:
-    """HELP -- what can be said to NickServ"""
-    for command in service_command.values():
+    """HELP [COMMAND] -- what can be said to NickServ"""
+    asked = service_command.get(verb.lower())
+    for command in [asked] if asked else service_command.values():
         session.service_says(f"{command.syntax}: {command.summary}")
 
 
@@ -9155,9 +9156,11 @@ service_command("drop", 1, exact=True, doc="DROP PASSWORD -- give up your accoun
 @in_steps
 def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> Steps:
     """CERT ADD|LIST|REMOVE [FINGERPRINT] -- certificates that log in: add the one you show"""
-    shown = session.conn.fingerprint
+    shown, given = session.conn.fingerprint, fingerprint.lower().replace(":", "")
     session.site.hub.work += len(session.site.hub.accounts.certificates) // 8
     if how.upper() == "ADD":
+        if given not in ("", shown):  # it may be another user's
+            raise Refused("INVALID_PARAMS", "to add that certificate, connect with it: CERT ADD")
         account = yield do(session.act, "add_certificate", shown)
         session.service_says(f"{shown} logs in to {account} now (SASL EXTERNAL)")
     elif how.upper() == "LIST":
@@ -9165,8 +9168,8 @@ def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> Steps:
         known = session.site.hub.accounts.certificates_of(account)
         for one in (*known, f"{counted(len(known), 'certificate')} of {account}"):
             session.service_says(one)
-    elif how.upper() == "REMOVE":
-        removed = fingerprint.lower() or shown
+    elif how.upper() in ("REMOVE", "DEL"):  # DEL is what other services call it
+        removed = given or shown
         account = yield do(session.act, "remove_certificate", removed)
         session.service_says(f"{removed} does not log in to {account} any more")
     else:

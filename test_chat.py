@@ -10099,7 +10099,7 @@ alice< 301 alice erin :not here yet
 erin< :alice PRIVMSG erin :hello
 === NickServ: accounts for clients that know no better
 alice> PRIVMSG NickServ :HELP
-alice< :NickServ!NickServ@chat.py NOTICE alice :HELP: what can be said to NickServ
+alice< :NickServ!NickServ@chat.py NOTICE alice :HELP [COMMAND]: what can be said to NickServ
 alice< :NickServ!NickServ@chat.py NOTICE alice :REGISTER PASSWORD [EMAIL]: make your name an account
 alice< :NickServ!NickServ@chat.py NOTICE alice :VERIFY CODE: the code that was sent to your address
 alice< :NickServ!NickServ@chat.py NOTICE alice :IDENTIFY [NAME] PASSWORD: log in
@@ -25037,6 +25037,29 @@ def test_external_is_offered_to_a_client_that_shows_a_certificate(running, certi
         server.guest(context=showing("mallory")).line()
     alice = server.guest(context=showing(""))
     assert "001" in alice.enter_irc("alice")[0]  # and no other user noticed
+
+
+@pytest.mark.parametrize(
+    "words, answer, left",
+    [
+        ("DEL", "does not log in to", []),
+        ("del aa11", "does not log in to", []),
+        ("REMOVE AA:11", "does not log in to", []),
+        ("DEL bb22", "no certificate of yours", ["aa11"]),
+        ("ADD AA:11", "logs in to", ["aa11"]),
+        ("ADD bb22", "connect with it", ["aa11"]),
+        ("DROP", "CERT has", ["aa11"]),
+    ],
+)
+def test_cert_takes_the_words_and_fingerprints_of_other_services(words, answer, left):
+    house = House()
+    house.enter_irc("alice")
+    house.guests["alice"].conn.fingerprint = "aa11"
+    for line in ("REGISTER * * password", "NS CERT ADD", f"NS CERT {words}"):
+        house.say("alice", line)
+        house.turn()
+    assert answer in house.heard("alice")[-1]
+    assert house.hub.accounts.certificates_of("alice") == left
 
 
 def test_a_certificate_goes_with_its_account_and_is_of_no_other():
