@@ -9194,6 +9194,16 @@ def ask_service(session: IrcSession, text: str) -> None:
         session.service_says(str(refusal))
 
 
+@irc_command("SQUERY", 1, 2)
+def irc_squery(session: IrcSession, service: str, text: str = "") -> None:
+    """SQUERY <service> <text> -- the same as PRIVMSG to a service"""
+    if fold(service) != SERVICE_KEY:
+        raise Refused("NO_SUCH_SERVICE", f"there is {SERVICE} only", service)
+    if not text:
+        raise Refused("NO_TEXT", "no text to send")
+    ask_service(session, text)
+
+
 @irc_command("NICKSERV", 1, 15, "NICKSERV <command> -- the same as PRIVMSG NickServ")
 @irc_command("NS", 1, 15)
 def irc_ns(session: IrcSession, *words: str) -> None:
@@ -10404,7 +10414,6 @@ def refusing(syntax: str, does: str, code: str, text: str, least: int = 0, **nee
 
 
 ALONE = "this server stands alone"
-refusing("SQUERY <service> <text>", "ask a service", "NO_SUCH_SERVICE", "there are none", 1)
 refusing("SUMMON <user>", "call a user of this machine", "NO_SUMMON", "SUMMON has been disabled")
 refusing("USERS", "the users of this machine", "NO_USERS", "USERS has been disabled")
 refusing("SERVER <name>", "be another server", "ALREADY_NAMED", ALONE, nameless=True)
@@ -16444,7 +16453,8 @@ def first_words(core: "ClientCore", line: str) -> bool:
 
 SECRET_LINE = re.compile(  # the text after these words must not be logged
     r"(?i)^((?:@\S+ +)?(?::\S+ +)?(?:PASS|AUTHENTICATE|OPER \S+|SESSION|REGISTER \S+ \S+"
-    r"|(?:PRIVMSG|NOTICE) (?:\w+serv|\w+@\S+|[qx]) :?\w+|(?:NS|CS|NICKSERV|CHANSERV) :?\w+)) .*"
+    r"|(?:PRIVMSG|NOTICE|SQUERY) (?:\w+serv|\w+@\S+|[qx]) :?\w+"
+    r"|(?:NS|CS|NICKSERV|CHANSERV) :?\w+)) .*"
 )
 PASSWORD_WORDS = {  # words before a password, and the command of this client for that
     **dict.fromkeys(("login", "identify", "auth", "password"), "login"),
@@ -16454,7 +16464,7 @@ PASSWORD_WORDS = {  # words before a password, and the command of this client fo
     "pass": "pass",
 }
 MISSPELT = ("login", "identify", "auth", "password", "register")  # which are also found with slips
-SAYING_WORDS = ("msg", "m", "query", "tell", "privmsg", "notice", "quote", "raw")
+SAYING_WORDS = ("msg", "m", "query", "tell", "privmsg", "notice", "squery", "quote", "raw")
 SHORT_SERVICES = ("q", "x", "ns", "cs")  # of other networks, as nicks or as commands
 
 

@@ -9063,8 +9063,12 @@ alice> TRACE
 alice< 262 alice chat.py 0.3 :End of trace: this server stands alone
 alice> SERVLIST other.mask
 alice< 235 alice * * :There are no services
-alice> SQUERY NickServ :help
-alice< 408 alice NickServ :No such service; there are none
+alice> SQUERY other :help
+alice< 408 alice other :No such service; there is NickServ only
+alice> SQUERY nickserv :help drop
+alice< :NickServ!NickServ@chat.py NOTICE alice :DROP PASSWORD: give up your account
+alice> SQUERY NickServ
+alice< 412 alice :No text to send
 alice> SUMMON root
 alice< 445 alice :SUMMON has been disabled
 alice> USERS
