@@ -10180,13 +10180,10 @@ def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
     session.reply(RPL_ENDOFWHOIS, as_param(name))
 
 
-@irc_command("WHOWAS", 1, 3)
-def irc_whowas(session: IrcSession, name: str, count: str = "", server: str = "") -> None:
-    """WHOWAS <nickname> [<count>] -- who had a name before"""
-    check_server(session, server)
-    key, most = fold(name), whole_number(count)
-    former = reversed(session.site.hub.former)
-    found = [one for one in former if (one.key or fold(one.source.name)) == key]
+def tell_former_users(
+    session: IrcSession, name: str, found: list[FormerUser], most: int | None
+) -> None:
+    """Answer WHOWAS for one name: with the newest users of that name, `most` at most."""
     for one in found[: most or None]:
         source = one.source
         session.reply(RPL_WHOWASUSER, source.name, source.username, source.host, one.realname)
@@ -10194,6 +10191,17 @@ def irc_whowas(session: IrcSession, name: str, count: str = "", server: str = ""
     if not found:
         session.refuse(Refused("WAS_NO_SUCH_NAME", f"no user was called {name} lately", name))
     session.reply(RPL_ENDOFWHOWAS, as_param(name))
+
+
+@irc_command("WHOWAS", 1, 3)
+def irc_whowas(session: IrcSession, names: str, count: str = "", server: str = "") -> None:
+    """WHOWAS <nickname>{,<nickname>} [<count>] -- who had a name before"""
+    check_server(session, server)
+    known: dict[str, list[FormerUser]] = {}
+    for one in reversed(session.site.hub.former):
+        known.setdefault(one.key or fold(one.source.name), []).append(one)
+    for name in dict.fromkeys(filter(None, names.split(","))) or [names]:
+        tell_former_users(session, name, known.get(fold(name), []), whole_number(count))
 
 
 @irc_command("ISON", 1, 15)

@@ -8976,7 +8976,16 @@ alice> WHOWAS absent
 alice< 406 alice absent :There was no such nickname
 alice< 369 alice absent :End of WHOWAS
 alice> WHOWAS
-alice< 461 alice WHOWAS :Not enough parameters; usage: WHOWAS <nickname> [<count>]
+alice< 461 alice WHOWAS :Not enough parameters; usage: WHOWAS <nickname>{,<nickname>} [<count>]
+alice> WHOWAS absent,BOB,,bob 1
+alice< 406 alice absent :There was no such nickname
+alice< 369 alice absent :End of WHOWAS
+alice< 314 alice bob ~u 127.0.0.1 * :Real Name
+alice< 312 alice bob chat.py :WHEN
+alice< 369 alice BOB :End of WHOWAS
+alice< 314 alice bob ~u 127.0.0.1 * :Real Name
+alice< 312 alice bob chat.py :WHEN
+alice< 369 alice bob :End of WHOWAS
 === ISON
 alice> ISON bob absent DORA
 alice< 303 alice :bob dora
