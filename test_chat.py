@@ -15681,7 +15681,24 @@ def session_that_notes(heads, data):
     [
         (b"alice", "line"),
         (b"Nick", "line"),
-        (b"nick alice", "line"),
+        (b"nick", "line"),
+        (b"nick alice", "irc"),  # as users type it; see IRC_BY_HAND
+        (b"nick :alice ", "irc"),
+        (b"Nick Smith", "line"),
+        (b"nick james smith", "line"),
+        (b"user a 0 * :a b", "irc"),
+        (b"user of chat", "line"),
+        (b"cap ls 302", "irc"),
+        (b"cap ls", "irc"),
+        (b"cap lsx", "line"),
+        (b"cap", "line"),
+        (b"pass secret", "irc"),
+        (b"pass the salt", "line"),
+        (b"quit", "line"),
+        (b" NICK alice", "irc"),
+        (b":alice NICK alice", "irc"),
+        (b"@a=b :alice NICK alice", "irc"),
+        (b":alice hello", "line"),
         (b"NICKY", "line"),
         (b"QUITE", "line"),
         (b"", "line"),
@@ -15781,6 +15798,25 @@ def test_the_greeting_comes_late_and_tells_irc_users_that_it_is_not_for_them(run
     assert "IRC" in line.params[-1]
     guest.send(HELLO + b"PING end\r\n")
     assert of([parsed(line) for line in guest.until("PONG")], "001")
+
+
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        ("nick carol|user c 0 * :Carol", True),
+        ("user c 0 * :Carol|nick carol", True),
+        ("cap ls 302|nick carol|user c 0 * :Carol|cap end", True),
+        ("ping 1|nick carol|user c 0 * :Carol", True),
+        (" NICK carol|USER c 0 * :Carol", False),
+        (":x NICK carol|:x USER c 0 * :Carol", False),
+    ],
+)
+def test_irc_by_hand_is_irc_and_is_told_what_comes_next(running, lines, told):
+    guest = running().guest()
+    guest.send(lines.replace("|", "\r\n") + "\r\nPING end\r\n")
+    heard = [parsed(line) for line in guest.until(":end")]
+    assert of(heard, "001")[0].params[0] == "carol"
+    assert [line.params for line in of(heard, "NOTICE")] == [["*", chat.HAND_HINT]] * told
 
 
 # ======================================================================================
