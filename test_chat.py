@@ -2161,12 +2161,12 @@ def test_a_word_too_many_for_nickserv_breaks_nothing(line):
 
 
 @pytest.mark.parametrize("before", ["", "@a=b ", ":alice ", "@a=b :alice ", "@a=b  :alice  "])
-@pytest.mark.parametrize("verb", ["NS", "ns", "NICKSERV", "PRIVMSG NickServ"])
+@pytest.mark.parametrize("verb", ["NS", "ns", "NICKSERV", "PRIVMSG NickServ", "SQUERY NickServ"])
 def test_tags_and_a_source_before_a_command_to_nickserv_are_no_part_of_it(before, verb):
     house = House()
     account(house, "zoe", password="two  words")
     house.enter_irc("alice")
-    colon = ":" if verb.startswith("PRIV") else ""
+    colon = ":" if " " in verb else ""
     ask(house, "alice", f'{before}{verb} {colon}IDENTIFY zoe "two  words"')
     assert is_logged_in(house, "alice", "zoe")
 
@@ -12910,7 +12910,7 @@ def test_a_batch_that_cannot_be_opened_or_is_not_open_is_refused_with_the_label(
 
 
 # Clients look whether the service is there, and send what is typed after /nickserv as it is
-@pytest.mark.parametrize("verb", ["NICKSERV", "nickserv", "NS", "PRIVMSG NickServ"])
+@pytest.mark.parametrize("verb", ["NICKSERV", "NS", "PRIVMSG NickServ", "SQUERY nickserv"])
 def test_the_service_for_accounts_can_be_reached_by_each_of_its_names(verb):
     house = irc_house("", alice="")
     help_of = of(asked(house, "alice", "PRIVMSG NickServ :HELP"), "NOTICE")
