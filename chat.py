@@ -3918,10 +3918,12 @@ def tell_ranks(hub: Hub, channel: Channel, user: User, ranks: Iterable[str]) -> 
 def change_login(hub: Hub, who: Session, account: str) -> None:
     """Log a user in to an account. A guest's first account inherits what the guest has."""
     user, identity = who.user, hub.accounts.identity(account)
+    known = user.account == account
     inherit(hub, user, identity)
     user.set_login(account, identity)
     hub.turn.changed.add(user)
-    emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, origin=who)
+    if not known:
+        emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, origin=who)
     for channel in user.channels:
         member, ranks = channel.members[user], channel.ranks_by_account(user)
         if given := [rank for rank in ranks if member.set_rank(rank, True)]:

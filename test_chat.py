@@ -3234,6 +3234,24 @@ def test_a_log_in_to_an_account_with_a_k_line_is_told_by_the_end_only(said):
     assert "spam" in answer and "you are logged in" not in answer and "eve" not in house.hub.users
 
 
+# By whichever way; the log-in itself is answered as the first one was
+@pytest.mark.parametrize("way", ["sasl", "NS IDENTIFY {} password"])
+def test_another_log_in_to_the_same_account_is_told_to_no_other_user(way):
+    house = House()
+    account(house, "carol", "dora")
+    come(house, "alice", "bob", caps="account-notify sasl")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    for name, told in (("carol", True), ("carol", False), ("dora", True), ("dora", False)):
+        house.heard("alice")
+        if way == "sasl":
+            assert sasl(house, "bob", name)
+        else:
+            assert f"you are logged in as {name}" in str(ask(house, "bob", way.format(name)))
+        assert [line.split()[1:] for line in house.heard("alice")] == [["ACCOUNT", name]] * told
+        assert is_logged_in(house, "bob", name)
+
+
 # Other users of the channel, and a user who is exempt or elsewhere, change as they like.
 @pytest.mark.parametrize("why", ["not banned", "exempt", "not in the channel"])
 def test_a_nick_change_of_a_user_whom_no_ban_concerns_is_free(why):
