@@ -9053,6 +9053,9 @@ def irc_register(session: IrcSession, account: str, email: str, password: str) -
     """REGISTER <account or *> <email or *> <password> -- make your name an account"""
     check_admitted(session)
     nick = session.user.name if session.user else session.asked
+    if session.user is None and session.account:  # users are checked by the act
+        name = account_name(nick, account)
+        raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", name)
     name, proof = yield from register_nick(session, nick, account, email, password)
     if not proof:
         text = f"a code was sent to {email}: VERIFY with it"

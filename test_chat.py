@@ -12462,6 +12462,24 @@ def test_account_registration_tells_how_long_a_password_may_be(running, rules):
         assert of(lines, "REGISTER")
 
 
+# Whichever way it has logged in, and whatever nick it has asked for since
+@pytest.mark.parametrize("first", ["register", "sasl"])
+@pytest.mark.parametrize("nick, wanted", [("carol", "*"), ("carol", "carol"), ("dave", "dave")])
+def test_a_client_that_has_logged_in_before_001_registers_no_second_account(first, nick, wanted):
+    house = House(register=frozenset({"before-connect"}))
+    if first == "sasl":
+        account(house, "carol")
+    house.connect_irc("x")
+    house.say("x", "CAP LS 302", "NICK carol")
+    done = (
+        sasl(house, "x", "carol") if first == "sasl" else ask(house, "x", "REGISTER * * password")
+    )
+    assert done and house.guests["x"].account == "carol"
+    told = [parsed(line) for line in ask(house, "x", f"NICK {nick}", f"REGISTER {wanted} * other1")]
+    assert fails(told) == [("REGISTER", "ALREADY_AUTHENTICATED", [nick])]
+    assert [*house.hub.accounts] == ["carol"]
+
+
 # The parameters of FAIL REGISTER
 @pytest.mark.parametrize("account", ["*", "foo"])
 def test_register_without_a_nick_names_no_account(running, account):
