@@ -3585,9 +3585,11 @@ class Hub:
         return key
 
     @question
-    def guest_conversations(self, owner: str, name_key: str) -> list[str]:
-        """Return the keys of an identity's conversations with guests who had this name."""
-        keys = dict.fromkeys(self.store.guest_conversations(owner, name_key))
+    def guest_conversations(self, identity: str, name_key: str) -> list[str]:
+        """Return the keys of a user's conversations with guests who had this name."""
+        owners = self.identities(identity)
+        stored = (self.store.guest_conversations(owner, name_key) for owner in owners)
+        keys = dict.fromkeys(itertools.chain.from_iterable(stored))
         fresh: dict[str, Conversation] = {}  # of events that are still to be stored
         for event in self.turn.events:
             if isinstance(event.audience, Conversation) and event.kind not in EPHEMERAL:
@@ -3596,8 +3598,8 @@ class Hub:
             one, one_key, other, other_key = conversation.parties
             sides = ((one, other, other_key), (other, one, one_key))
             with_guest = any(
-                (identity, name) == (owner, name_key) and partner.startswith("~")
-                for identity, partner, name in sides
+                owner in owners and name == name_key and partner.startswith("~")
+                for owner, partner, name in sides
             )
             # The store knows a stored conversation, by the name that the guest had at first
             if with_guest and not self.store.foundings(key):
@@ -5550,10 +5552,11 @@ class Mark(NamedTuple):
 
 class Scope(NamedTuple):
     """The extent of a read: the key of a channel, or the keys of a private conversation. With
-    `owner`, also that user's conversations with guests whose nick was `other_key`."""
+    `owners`, the identities of a user, also that user's conversations with guests whose nick was
+    `other_key`."""
 
     keys: tuple[str, ...]
-    owner: str = ""
+    owners: tuple[str, ...] = ()
     other_key: str = ""
 
 
@@ -5563,7 +5566,7 @@ def scope_of(hub: Hub, user: User, audience: Audience) -> Scope:
         return Scope((audience.targets[0][0],))
     partner = audience.partner(user)
     keys = conversation_keys(hub, user.identity, partner.identity)
-    return Scope(tuple(keys), user.identity, partner.key)
+    return Scope(tuple(keys), hub.identities(user.identity), partner.key)
 
 
 # Condition of a target: a conversation of an identity with a guest of a name
@@ -5651,9 +5654,9 @@ class History:
         marks = ", ".join("?" * len(scope.keys))
         query = f"SELECT id, founding FROM targets WHERE key IN ({marks})"
         found = dict(db.execute(query, scope.keys).fetchall())
-        if scope.owner:
-            query = f"SELECT id, 0 FROM targets WHERE {WITH_A_GUEST}"
-            found |= dict(db.execute(query, [scope.owner, scope.other_key] * 2).fetchall())
+        query = f"SELECT id, 0 FROM targets WHERE {WITH_A_GUEST}"
+        for owner in scope.owners:
+            found |= dict(db.execute(query, [owner, scope.other_key] * 2).fetchall())
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
@@ -5669,7 +5672,7 @@ class History:
         with self.reading() as db:
             targets = self.targets_of(db, span.scope)
             # The foundings of one channel follow each other; conversations overlap
-            in_turn = len(span.scope.keys) == 1 and not span.by_time and not span.scope.owner
+            in_turn = len(span.scope.keys) == 1 and not span.by_time and not span.scope.owners
             for target, _ in targets if newest else reversed(targets):
                 rows += self._some(db.execute(query, [target, *values, count]))
                 if in_turn and len(rows) >= count:
@@ -9767,7 +9770,7 @@ def readable(session: IrcSession, name: str, about: str) -> Scope:
     if other := hub.users.get(fold(name)):
         return scope_of(hub, user, hub.conversation(user, other))
     keys = conversation_keys(hub, user.identity, hub.accounts.identity(name))
-    return Scope(tuple(keys), user.identity, fold(name))
+    return Scope(tuple(keys), hub.identities(user.identity), fold(name))
 
 
 def parse_time(text: str, *about: str) -> int:

@@ -3922,6 +3922,27 @@ def test_another_device_of_the_account_has_the_past_of_the_guest():
     assert can_redact(house, "phone", "#a", said["#a"][0])
 
 
+# The other one may be a guest who has left: only the nick is known then
+@pytest.mark.parametrize("after", ["renamed", "gone", "in one turn"])
+@pytest.mark.parametrize("way", ["REGISTER", "NS IDENTIFY"])
+def test_the_past_of_a_guest_with_a_guest_who_has_left_is_still_the_account_s(way, after):
+    house = House()
+    said = guest_with_a_past(house)
+    name, lines = WAYS_TO_LOG_IN[way]
+    ask(house, "alice", *lines)
+    mine, _ = send(house, "alice", "bob", "since then")
+    house.say("bob", "NICK rob" if after == "renamed" else "QUIT")
+    if after != "in one turn":
+        house.turn()
+    assert history(house, "alice", "bob") == ["in private", "answered", "since then"]
+    assert can_redact(house, "alice", "bob", said["bob"][0])
+    assert can_redact(house, "alice", "bob", mine)
+    assert history(house, "alice", "bob") == ["answered"]
+    come(house, "eve", "bob2")
+    ask(house, "bob2", "NICK bob")
+    assert history(house, "bob2", "alice") == history(house, "eve", "bob") == []
+
+
 # After a restart (bob has an account, so that the conversation has two who come back).
 @pytest.mark.parametrize("way", ["REGISTER", "NS IDENTIFY"])
 def test_the_past_of_a_guest_is_still_the_account_s_after_a_restart(folder, way):
