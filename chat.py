@@ -9813,13 +9813,18 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     found = yield do(session.read, newest, keys, hub.identities(user.identity))
     hub.work += WORK_OF_THE_PAST * len(found)
     names = {channel.key: channel.name for channel in user.channels}
-    matching = []
+    targets: dict[str, tuple[str, Event]] = {}  # guests of one nick are one target
     for key, event in found:
+        mine = hub.same_person(event.source.identity, user.identity)
+        name = names.get(key, "") if key else event.about if mine else event.source.name
+        other = targets.get(fold(name))
+        if name and (other is None or other[1].id < event.id):
+            targets[fold(name)] = name, event
+    matching = []
+    for name, event in targets.values():
         behind = event.id > first.id if first.id is not None else event.time > first.time
-        if behind and event.time < last.time and (not key or key in names):
-            mine = hub.same_person(event.source.identity, user.identity)
-            partner = event.about if mine else event.source.name
-            matching.append((event.time, names.get(key) or partner))
+        if behind and event.time < last.time:
+            matching.append((event.time, name))
     matching.sort(reverse=bounds != [first, last])
     page = matching[:count]
     page += itertools.takewhile(lambda one: one[0] == page[-1][0], matching[count:])

@@ -3604,6 +3604,38 @@ def test_a_page_of_targets_holds_all_that_have_the_time_of_its_last_one():
     assert pages == {1: {"#a"}, 2: {"#a", "#b", "#c"}, 3: {"#a", "#b", "#c"}}
 
 
+# CHATHISTORY reads all guests of a nick together; so it is one target, as of their last message
+def test_targets_lists_several_users_of_one_nick_once():
+    house = House()
+    account(house, "alice")
+    device(house, "alice", "alice")
+    times = []
+    for _ in range(3):
+        come(house, "bob")
+        send(house, "bob", "alice", "hi")
+        times.append(send(house, "alice", "bob", "hello")[1])
+        ask(house, "bob", "QUIT")
+    come(house, "carol")
+    send(house, "carol", "alice", "hi")
+
+    def targets(since):
+        query = f"CHATHISTORY TARGETS timestamp={since} timestamp={iso(house.now + YEAR)} 10"
+        return [x.split()[-2:] for x in ask(house, "alice", query) if " TARGETS " in x]
+
+    for since, count in ((iso(0), 2), (times[0], 2), (times[-1], 1)):
+        (carol, *bob) = targets(since)[::-1]
+        assert carol[0] == "carol" and bob == [["bob", times[-1]]] * (count - 1)
+
+
+# An unknown nick may be one of the past: an empty page. No user had one of the others.
+@pytest.mark.parametrize("name", ["*", "chat.py", "a,b", "@#a", "&a", "a!b@c", "$*", "a:b"])
+def test_history_of_a_name_that_no_user_can_have_is_refused(name):
+    house = House()
+    come(house, "alice", caps=f"{CAPS} batch draft/chathistory")
+    assert refused(ask(house, "alice", f"CHATHISTORY LATEST {name} * 10"), "INVALID_TARGET")
+    assert not refused(ask(house, "alice", "CHATHISTORY LATEST absent * 10"), "INVALID_TARGET")
+
+
 # The first bound of TARGETS may be an id, for clients with chat.py/session only.
 @pytest.mark.parametrize("capable", [True, False])
 def test_targets_since_an_id_are_for_clients_with_the_session_capability(capable):
