@@ -9769,6 +9769,8 @@ def readable(session: IrcSession, name: str, about: str) -> Scope:
         return scope_of(hub, user, channel.audience)
     if other := hub.users.get(fold(name)):
         return scope_of(hub, user, hub.conversation(user, other))
+    if name[:1] in NOT_FIRST_IN_NAMES or NOT_IN_NAMES & {*name}:
+        raise invalid_target(about, name)
     keys = conversation_keys(hub, user.identity, hub.accounts.identity(name))
     return Scope(tuple(keys), hub.identities(user.identity), fold(name))
 
