@@ -10215,8 +10215,11 @@ def irc_whowas(session: IrcSession, names: str, count: str = "", server: str = "
     known: dict[str, list[FormerUser]] = {}
     for one in reversed(session.site.hub.former):
         known.setdefault(one.key or fold(one.source.name), []).append(one)
-    for name in dict.fromkeys(filter(None, names.split(","))) or [names]:
-        tell_former_users(session, name, known.get(fold(name), []), whole_number(count))
+    asked: dict[str, str] = {}  # a name in two spellings is answered once
+    for name in filter(None, names.split(",")):
+        asked.setdefault(fold(name), name)
+    for key, name in (asked or {"": names}).items():
+        tell_former_users(session, name, known.get(key, []), whole_number(count))
 
 
 @irc_command("ISON", 1, 15)

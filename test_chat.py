@@ -9054,9 +9054,9 @@ alice< 369 alice absent :End of WHOWAS
 alice< 314 alice bob ~u 127.0.0.1 * :Real Name
 alice< 312 alice bob chat.py :WHEN
 alice< 369 alice BOB :End of WHOWAS
-alice< 314 alice bob ~u 127.0.0.1 * :Real Name
-alice< 312 alice bob chat.py :WHEN
-alice< 369 alice bob :End of WHOWAS
+alice> WHOWAS ,
+alice< 406 alice , :There was no such nickname
+alice< 369 alice , :End of WHOWAS
 === ISON
 alice> ISON bob absent DORA
 alice< 303 alice :bob dora
