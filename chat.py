@@ -1372,18 +1372,28 @@ def scram_fields(message: str) -> dict[str, str]:
     return dict(field.partition("=")[::2] for field in message.split(","))
 
 
+SASL_NAME = re.compile(r"(?:[^=,]|=2C|=3D)+")  # RFC 5802 section 7
+
+
+def sasl_name(text: str) -> str:
+    """Return a name as a SCRAM message has it, unescaped. Raises Refused if it is none."""
+    if not SASL_NAME.fullmatch(text):
+        raise wrong_login()
+    return text.replace("=2C", ",").replace("=3D", "=")
+
+
 def sasl_scram(find: Lookup) -> Mechanism:
     """SCRAM-SHA-256 without channel binding, as the server (RFC 5802 section 3, RFC 7677)."""
     try:
         first = (yield b"").decode()
         binding, authzid, bare = first.split(",", 2)
         fields = scram_fields(bare)
-        if "m" in fields:  # an extension that must be understood (RFC 5802 section 5.1)
+        # An "m" is an extension that must be understood (RFC 5802 section 5.1)
+        if binding not in ("n", "y") or "m" in fields or not fields["r"]:
             raise wrong_login()
-        authcid = fields["n"].replace("=2C", ",").replace("=3D", "=")
+        authcid = sasl_name(fields["n"])
         nonce = fields["r"] + secrets.token_urlsafe(18)
-        wanted = authzid.removeprefix("a=")
-        if binding not in ("n", "y") or (wanted and fold(wanted) != fold(authcid)):
+        if authzid and (authzid[:2] != "a=" or fold(sasl_name(authzid[2:])) != fold(authcid)):
             raise wrong_login()
         name, verifier = find(authcid)
         salt = base64.b64encode(verifier.salt).decode()
@@ -1395,7 +1405,9 @@ def sasl_scram(find: Lookup) -> Mechanism:
         if answered["r"] != nonce or base64.b64decode(answered["c"]) != header:
             raise wrong_login()
         signed = f"{bare},{challenge},{without_proof}".encode()
-        client_key = xor(base64.b64decode(proof), sha256_hmac(verifier.stored_key, signed))
+        client_key = xor(
+            base64.b64decode(proof, validate=True), sha256_hmac(verifier.stored_key, signed)
+        )
     except (KeyError, ValueError):  # not a message of SCRAM; UnicodeDecodeError is a ValueError
         raise wrong_login() from None
     if not hmac.compare_digest(hashlib.sha256(client_key).digest(), verifier.stored_key):
@@ -3573,9 +3585,11 @@ class Hub:
         return key
 
     @question
-    def guest_conversations(self, owner: str, name_key: str) -> list[str]:
-        """Return the keys of an identity's conversations with guests who had this name."""
-        keys = dict.fromkeys(self.store.guest_conversations(owner, name_key))
+    def guest_conversations(self, identity: str, name_key: str) -> list[str]:
+        """Return the keys of a user's conversations with guests who had this name."""
+        owners = self.identities(identity)
+        stored = (self.store.guest_conversations(owner, name_key) for owner in owners)
+        keys = dict.fromkeys(itertools.chain.from_iterable(stored))
         fresh: dict[str, Conversation] = {}  # of events that are still to be stored
         for event in self.turn.events:
             if isinstance(event.audience, Conversation) and event.kind not in EPHEMERAL:
@@ -3584,8 +3598,8 @@ class Hub:
             one, one_key, other, other_key = conversation.parties
             sides = ((one, other, other_key), (other, one, one_key))
             with_guest = any(
-                (identity, name) == (owner, name_key) and partner.startswith("~")
-                for identity, partner, name in sides
+                owner in owners and name == name_key and partner.startswith("~")
+                for owner, partner, name in sides
             )
             # The store knows a stored conversation, by the name that the guest had at first
             if with_guest and not self.store.foundings(key):
@@ -3906,10 +3920,12 @@ def tell_ranks(hub: Hub, channel: Channel, user: User, ranks: Iterable[str]) -> 
 def change_login(hub: Hub, who: Session, account: str) -> None:
     """Log a user in to an account. A guest's first account inherits what the guest has."""
     user, identity = who.user, hub.accounts.identity(account)
+    known = user.account == account
     inherit(hub, user, identity)
     user.set_login(account, identity)
     hub.turn.changed.add(user)
-    emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, origin=who)
+    if not known:
+        emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, origin=who)
     for channel in user.channels:
         member, ranks = channel.members[user], channel.ranks_by_account(user)
         if given := [rank for rank in ranks if member.set_rank(rank, True)]:
@@ -5536,10 +5552,11 @@ class Mark(NamedTuple):
 
 class Scope(NamedTuple):
     """The extent of a read: the key of a channel, or the keys of a private conversation. With
-    `owner`, also that user's conversations with guests whose nick was `other_key`."""
+    `owners`, the identities of a user, also that user's conversations with guests whose nick was
+    `other_key`."""
 
     keys: tuple[str, ...]
-    owner: str = ""
+    owners: tuple[str, ...] = ()
     other_key: str = ""
 
 
@@ -5549,7 +5566,7 @@ def scope_of(hub: Hub, user: User, audience: Audience) -> Scope:
         return Scope((audience.targets[0][0],))
     partner = audience.partner(user)
     keys = conversation_keys(hub, user.identity, partner.identity)
-    return Scope(tuple(keys), user.identity, partner.key)
+    return Scope(tuple(keys), hub.identities(user.identity), partner.key)
 
 
 # Condition of a target: a conversation of an identity with a guest of a name
@@ -5637,9 +5654,9 @@ class History:
         marks = ", ".join("?" * len(scope.keys))
         query = f"SELECT id, founding FROM targets WHERE key IN ({marks})"
         found = dict(db.execute(query, scope.keys).fetchall())
-        if scope.owner:
-            query = f"SELECT id, 0 FROM targets WHERE {WITH_A_GUEST}"
-            found |= dict(db.execute(query, [scope.owner, scope.other_key] * 2).fetchall())
+        query = f"SELECT id, 0 FROM targets WHERE {WITH_A_GUEST}"
+        for owner in scope.owners:
+            found |= dict(db.execute(query, [owner, scope.other_key] * 2).fetchall())
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
@@ -5655,7 +5672,7 @@ class History:
         with self.reading() as db:
             targets = self.targets_of(db, span.scope)
             # The foundings of one channel follow each other; conversations overlap
-            in_turn = len(span.scope.keys) == 1 and not span.by_time and not span.scope.owner
+            in_turn = len(span.scope.keys) == 1 and not span.by_time and not span.scope.owners
             for target, _ in targets if newest else reversed(targets):
                 rows += self._some(db.execute(query, [target, *values, count]))
                 if in_turn and len(rows) >= count:
@@ -9070,6 +9087,9 @@ def irc_register(session: IrcSession, account: str, email: str, password: str) -
     """REGISTER <account or *> <email or *> <password> -- make your name an account"""
     check_admitted(session)
     nick = session.user.name if session.user else session.asked
+    if session.user is None and session.account:  # users are checked by the act
+        name = account_name(nick, account)
+        raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", name)
     name, proof = yield from register_nick(session, nick, account, email, password)
     if not proof:
         text = f"a code was sent to {email}: VERIFY with it"
@@ -9132,8 +9152,9 @@ service_command = Commands(f"/msg {SERVICE} ")
 
 @service_command("help", most=1)
 def service_help(session: IrcSession, verb: str = "") -> None:
-    """HELP -- what can be said to NickServ"""
-    for command in service_command.values():
+    """HELP [COMMAND] -- what can be said to NickServ"""
+    asked = service_command.get(verb.lower())
+    for command in [asked] if asked else service_command.values():
         session.service_says(f"{command.syntax}: {command.summary}")
 
 
@@ -9177,9 +9198,11 @@ service_command("drop", 1, exact=True, doc="DROP PASSWORD -- give up your accoun
 @in_steps
 def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> Steps:
     """CERT ADD|LIST|REMOVE [FINGERPRINT] -- certificates that log in: add the one you show"""
-    shown = session.conn.fingerprint
+    shown, given = session.conn.fingerprint, fingerprint.lower().replace(":", "")
     session.site.hub.work += len(session.site.hub.accounts.certificates) // 8
     if how.upper() == "ADD":
+        if given not in ("", shown):  # it may be another user's
+            raise Refused("INVALID_PARAMS", "to add that certificate, connect with it: CERT ADD")
         account = yield do(session.act, "add_certificate", shown)
         session.service_says(f"{shown} logs in to {account} now (SASL EXTERNAL)")
     elif how.upper() == "LIST":
@@ -9187,8 +9210,8 @@ def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> Steps:
         known = session.site.hub.accounts.certificates_of(account)
         for one in (*known, f"{counted(len(known), 'certificate')} of {account}"):
             session.service_says(one)
-    elif how.upper() == "REMOVE":
-        removed = fingerprint.lower() or shown
+    elif how.upper() in ("REMOVE", "DEL"):  # DEL is what other services call it
+        removed = given or shown
         account = yield do(session.act, "remove_certificate", removed)
         session.service_says(f"{removed} does not log in to {account} any more")
     else:
@@ -9211,6 +9234,16 @@ def ask_service(session: IrcSession, text: str) -> None:
         service_command.run(session, verb.lower(), rest)
     except Refused as refusal:
         session.service_says(str(refusal))
+
+
+@irc_command("SQUERY", 1, 2)
+def irc_squery(session: IrcSession, service: str, text: str = "") -> None:
+    """SQUERY <service> <text> -- the same as PRIVMSG to a service"""
+    if fold(service) != SERVICE_KEY:
+        raise Refused("NO_SUCH_SERVICE", f"there is {SERVICE} only", service)
+    if not text:
+        raise Refused("NO_TEXT", "no text to send")
+    ask_service(session, text)
 
 
 @irc_command("NICKSERV", 1, 15, "NICKSERV <command> -- the same as PRIVMSG NickServ")
@@ -9770,8 +9803,10 @@ def readable(session: IrcSession, name: str, about: str) -> Scope:
         return scope_of(hub, user, channel.audience)
     if other := hub.users.get(fold(name)):
         return scope_of(hub, user, hub.conversation(user, other))
+    if name[:1] in NOT_FIRST_IN_NAMES or NOT_IN_NAMES & {*name}:
+        raise invalid_target(about, name)
     keys = conversation_keys(hub, user.identity, hub.accounts.identity(name))
-    return Scope(tuple(keys), user.identity, fold(name))
+    return Scope(tuple(keys), hub.identities(user.identity), fold(name))
 
 
 def parse_time(text: str, *about: str) -> int:
@@ -9814,13 +9849,18 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     found = yield do(session.read, newest, keys, hub.identities(user.identity))
     hub.work += WORK_OF_THE_PAST * len(found)
     names = {channel.key: channel.name for channel in user.channels}
-    matching = []
+    targets: dict[str, tuple[str, Event]] = {}  # guests of one nick are one target
     for key, event in found:
+        mine = hub.same_person(event.source.identity, user.identity)
+        name = names.get(key, "") if key else event.about if mine else event.source.name
+        other = targets.get(fold(name))
+        if name and (other is None or other[1].id < event.id):
+            targets[fold(name)] = name, event
+    matching = []
+    for name, event in targets.values():
         behind = event.id > first.id if first.id is not None else event.time > first.time
-        if behind and event.time < last.time and (not key or key in names):
-            mine = hub.same_person(event.source.identity, user.identity)
-            partner = event.about if mine else event.source.name
-            matching.append((event.time, names.get(key) or partner))
+        if behind and event.time < last.time:
+            matching.append((event.time, name))
     matching.sort(reverse=bounds != [first, last])
     page = matching[:count]
     page += itertools.takewhile(lambda one: one[0] == page[-1][0], matching[count:])
@@ -10189,13 +10229,10 @@ def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
     session.reply(RPL_ENDOFWHOIS, as_param(name))
 
 
-@irc_command("WHOWAS", 1, 3)
-def irc_whowas(session: IrcSession, name: str, count: str = "", server: str = "") -> None:
-    """WHOWAS <nickname> [<count>] -- who had a name before"""
-    check_server(session, server)
-    key, most = fold(name), whole_number(count)
-    former = reversed(session.site.hub.former)
-    found = [one for one in former if (one.key or fold(one.source.name)) == key]
+def tell_former_users(
+    session: IrcSession, name: str, found: list[FormerUser], most: int | None
+) -> None:
+    """Answer WHOWAS for one name: with the newest users of that name, `most` at most."""
     for one in found[: most or None]:
         source = one.source
         session.reply(RPL_WHOWASUSER, source.name, source.username, source.host, one.realname)
@@ -10203,6 +10240,20 @@ def irc_whowas(session: IrcSession, name: str, count: str = "", server: str = ""
     if not found:
         session.refuse(Refused("WAS_NO_SUCH_NAME", f"no user was called {name} lately", name))
     session.reply(RPL_ENDOFWHOWAS, as_param(name))
+
+
+@irc_command("WHOWAS", 1, 3)
+def irc_whowas(session: IrcSession, names: str, count: str = "", server: str = "") -> None:
+    """WHOWAS <nickname>{,<nickname>} [<count>] -- who had a name before"""
+    check_server(session, server)
+    known: dict[str, list[FormerUser]] = {}
+    for one in reversed(session.site.hub.former):
+        known.setdefault(one.key or fold(one.source.name), []).append(one)
+    asked: dict[str, str] = {}  # a name in two spellings is answered once
+    for name in filter(None, names.split(",")):
+        asked.setdefault(fold(name), name)
+    for key, name in (asked or {"": names}).items():
+        tell_former_users(session, name, known.get(key, []), whole_number(count))
 
 
 @irc_command("ISON", 1, 15)
@@ -10423,7 +10474,6 @@ def refusing(syntax: str, does: str, code: str, text: str, least: int = 0, **nee
 
 
 ALONE = "this server stands alone"
-refusing("SQUERY <service> <text>", "ask a service", "NO_SUCH_SERVICE", "there are none", 1)
 refusing("SUMMON <user>", "call a user of this machine", "NO_SUMMON", "SUMMON has been disabled")
 refusing("USERS", "the users of this machine", "NO_USERS", "USERS has been disabled")
 refusing("SERVER <name>", "be another server", "ALREADY_NAMED", ALONE, nameless=True)
@@ -12503,7 +12553,16 @@ def send_file(session: WebSession, request: Request) -> Steps:
 GREETING = (
     f":chat.py/{VERSION} NOTICE * :type a name and press return (IRC clients: ignore this)\r\n"
 ).encode()
-IRC_FIRST = re.compile(rb"(?:@\S* +)?(?:CAP|NICK|USER|PASS|AUTHENTICATE|PING|QUIT|WEBIRC)(?: |$)")
+IRC_FIRST = re.compile(
+    rb" *(?:@\S* +)?(?::\S+ +)?(?:CAP|NICK|USER|PASS|AUTHENTICATE|PING|QUIT|WEBIRC)(?: |$)"
+)
+# In small letters only with its parameters: users of netcat and small programs write so, and users
+# are called nick, or Nick Smith
+IRC_BY_HAND = re.compile(
+    rb" *(?:(?:nick|pass|ping|authenticate) +:?\S+|user(?: +\S+){3} +\S.*"
+    rb"|cap +(?:ls|list|req|end)(?: .*)?) *"
+)
+HAND_HINT = "this is IRC now: NICK <name>, and USER <name> 0 * :<your real name>"
 HTTP_FIRST = re.compile(  # also of requests that are none: no web page may speak in a chat
     rb"(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS|TRACE|CONNECT)[ \t].*|.* HTTP/[\d.]+[ \t]*",
     re.IGNORECASE,
@@ -12528,7 +12587,8 @@ NOT_HTTP_1 = (
 
 def dialect_of(first_line: bytes) -> str:
     """Return the dialect of a first line: "irc" (a BOM does no harm), "line", "http" or another."""
-    if IRC_FIRST.match(first_line.removeprefix(BOM)):
+    line = first_line.removeprefix(BOM)
+    if IRC_FIRST.match(line) or IRC_BY_HAND.fullmatch(line):
         return "irc"
     if HTTP_FIRST.fullmatch(first_line):
         version = HTTP_VERSION.search(first_line)
@@ -16462,7 +16522,8 @@ def first_words(core: "ClientCore", line: str) -> bool:
 
 SECRET_LINE = re.compile(  # the text after these words must not be logged
     r"(?i)^((?:@\S+ +)?(?::\S+ +)?(?:PASS|AUTHENTICATE|OPER \S+|SESSION|REGISTER \S+ \S+"
-    r"|(?:PRIVMSG|NOTICE) (?:\w+serv|\w+@\S+|[qx]) :?\w+|(?:NS|CS|NICKSERV|CHANSERV) :?\w+)) .*"
+    r"|(?:PRIVMSG|NOTICE|SQUERY) (?:\w+serv|\w+@\S+|[qx]) :?\w+"
+    r"|(?:NS|CS|NICKSERV|CHANSERV) :?\w+)) .*"
 )
 PASSWORD_WORDS = {  # words before a password, and the command of this client for that
     **dict.fromkeys(("login", "identify", "auth", "password"), "login"),
@@ -16472,7 +16533,7 @@ PASSWORD_WORDS = {  # words before a password, and the command of this client fo
     "pass": "pass",
 }
 MISSPELT = ("login", "identify", "auth", "password", "register")  # which are also found with slips
-SAYING_WORDS = ("msg", "m", "query", "tell", "privmsg", "notice", "quote", "raw")
+SAYING_WORDS = ("msg", "m", "query", "tell", "privmsg", "notice", "squery", "quote", "raw")
 SHORT_SERVICES = ("q", "x", "ns", "cs")  # of other networks, as nicks or as commands
 
 
@@ -21445,6 +21506,8 @@ class ActBeat:
             peer.close()
             return None
         peer.chats = True
+        if irc and IRC_BY_HAND.fullmatch(first_line):
+            session.notice(HAND_HINT)
         return session
 
     def act_on_the_last(self, peer: Peer) -> None:

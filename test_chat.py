@@ -1347,7 +1347,12 @@ class ScramClient:
         ("alice", "sesame", "n,,", {}, "Alice"),
         ("alice", "sesame", "y,,", {}, "Alice"),
         ("alice", "sesame", "n,a=alice,", {}, "Alice"),
+        ("alice", "sesame", "n,a=al=2Cce,", {}, None),
         ("alice", "sesame", "n,a=bob,", {}, None),
+        ("alice", "sesame", "n,alice,", {}, None),  # without a=
+        ("alice", "sesame", "n,a=,", {}, None),
+        ("ali=ce", "sesame", "n,,", {}, None),  # an escape that is none
+        ("", "sesame", "n,,", {}, None),
         ("alice", "sesame", "p=tls-unique,,", {}, None),
         ("alice", "wrong", "n,,", {}, None),
         ("absent", "sesame", "n,,", {}, None),
@@ -1371,6 +1376,22 @@ def test_scram_proves_the_password_without_telling_it_and_the_server_proves_itse
         assert end.value == account
     except chat.Refused:
         assert account is None
+
+
+@pytest.mark.parametrize("bare", ["n=alice,r=", "n=,r=x", "n=al=ice,r=x", "n=alice=2,r=x", "r=x"])
+def test_a_name_or_a_nonce_that_scram_does_not_have_is_refused_at_once(bare):
+    mechanism = chat.sasl_scram(find_alice)
+    next(mechanism)
+    with pytest.raises(chat.Refused):
+        mechanism.send(f"n,,{bare}".encode())
+
+
+def test_nothing_follows_the_proof_of_scram():
+    client, mechanism = ScramClient("alice", "sesame", "n,,"), chat.sasl_scram(find_alice)
+    next(mechanism)
+    final = client.final(mechanism.send(client.first()))
+    with pytest.raises(chat.Refused):
+        mechanism.send(final + b",x=1")
 
 
 def test_junk_in_place_of_scram_is_refused(seeded):
@@ -2173,12 +2194,12 @@ def test_a_word_too_many_for_nickserv_breaks_nothing(line):
 
 
 @pytest.mark.parametrize("before", ["", "@a=b ", ":alice ", "@a=b :alice ", "@a=b  :alice  "])
-@pytest.mark.parametrize("verb", ["NS", "ns", "NICKSERV", "PRIVMSG NickServ"])
+@pytest.mark.parametrize("verb", ["NS", "ns", "NICKSERV", "PRIVMSG NickServ", "SQUERY NickServ"])
 def test_tags_and_a_source_before_a_command_to_nickserv_are_no_part_of_it(before, verb):
     house = House()
     account(house, "zoe", password="two  words")
     house.enter_irc("alice")
-    colon = ":" if verb.startswith("PRIV") else ""
+    colon = ":" if " " in verb else ""
     ask(house, "alice", f'{before}{verb} {colon}IDENTIFY zoe "two  words"')
     assert is_logged_in(house, "alice", "zoe")
 
@@ -3246,6 +3267,24 @@ def test_a_log_in_to_an_account_with_a_k_line_is_told_by_the_end_only(said):
     assert "spam" in answer and "you are logged in" not in answer and "eve" not in house.hub.users
 
 
+# By whichever way; the log-in itself is answered as the first one was
+@pytest.mark.parametrize("way", ["sasl", "NS IDENTIFY {} password"])
+def test_another_log_in_to_the_same_account_is_told_to_no_other_user(way):
+    house = House()
+    account(house, "carol", "dora")
+    come(house, "alice", "bob", caps="account-notify sasl")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    for name, told in (("carol", True), ("carol", False), ("dora", True), ("dora", False)):
+        house.heard("alice")
+        if way == "sasl":
+            assert sasl(house, "bob", name)
+        else:
+            assert f"you are logged in as {name}" in str(ask(house, "bob", way.format(name)))
+        assert [line.split()[1:] for line in house.heard("alice")] == [["ACCOUNT", name]] * told
+        assert is_logged_in(house, "bob", name)
+
+
 # Other users of the channel, and a user who is exempt or elsewhere, change as they like.
 @pytest.mark.parametrize("why", ["not banned", "exempt", "not in the channel"])
 def test_a_nick_change_of_a_user_whom_no_ban_concerns_is_free(why):
@@ -3598,6 +3637,38 @@ def test_a_page_of_targets_holds_all_that_have_the_time_of_its_last_one():
     assert pages == {1: {"#a"}, 2: {"#a", "#b", "#c"}, 3: {"#a", "#b", "#c"}}
 
 
+# CHATHISTORY reads all guests of a nick together; so it is one target, as of their last message
+def test_targets_lists_several_users_of_one_nick_once():
+    house = House()
+    account(house, "alice")
+    device(house, "alice", "alice")
+    times = []
+    for _ in range(3):
+        come(house, "bob")
+        send(house, "bob", "alice", "hi")
+        times.append(send(house, "alice", "bob", "hello")[1])
+        ask(house, "bob", "QUIT")
+    come(house, "carol")
+    send(house, "carol", "alice", "hi")
+
+    def targets(since):
+        query = f"CHATHISTORY TARGETS timestamp={since} timestamp={iso(house.now + YEAR)} 10"
+        return [x.split()[-2:] for x in ask(house, "alice", query) if " TARGETS " in x]
+
+    for since, count in ((iso(0), 2), (times[0], 2), (times[-1], 1)):
+        (carol, *bob) = targets(since)[::-1]
+        assert carol[0] == "carol" and bob == [["bob", times[-1]]] * (count - 1)
+
+
+# An unknown nick may be one of the past: an empty page. No user had one of the others.
+@pytest.mark.parametrize("name", ["*", "chat.py", "a,b", "@#a", "&a", "a!b@c", "$*", "a:b"])
+def test_history_of_a_name_that_no_user_can_have_is_refused(name):
+    house = House()
+    come(house, "alice", caps=f"{CAPS} batch draft/chathistory")
+    assert refused(ask(house, "alice", f"CHATHISTORY LATEST {name} * 10"), "INVALID_TARGET")
+    assert not refused(ask(house, "alice", "CHATHISTORY LATEST absent * 10"), "INVALID_TARGET")
+
+
 # The first bound of TARGETS may be an id, for clients with chat.py/session only.
 @pytest.mark.parametrize("capable", [True, False])
 def test_targets_since_an_id_are_for_clients_with_the_session_capability(capable):
@@ -3914,6 +3985,27 @@ def test_another_device_of_the_account_has_the_past_of_the_guest():
     assert history(house, "phone", "bob") == ["in private", "answered"]
     assert marker(house, "phone", "bob") == said["bob"][1]
     assert can_redact(house, "phone", "#a", said["#a"][0])
+
+
+# The other one may be a guest who has left: only the nick is known then
+@pytest.mark.parametrize("after", ["renamed", "gone", "in one turn"])
+@pytest.mark.parametrize("way", ["REGISTER", "NS IDENTIFY"])
+def test_the_past_of_a_guest_with_a_guest_who_has_left_is_still_the_account_s(way, after):
+    house = House()
+    said = guest_with_a_past(house)
+    name, lines = WAYS_TO_LOG_IN[way]
+    ask(house, "alice", *lines)
+    mine, _ = send(house, "alice", "bob", "since then")
+    house.say("bob", "NICK rob" if after == "renamed" else "QUIT")
+    if after != "in one turn":
+        house.turn()
+    assert history(house, "alice", "bob") == ["in private", "answered", "since then"]
+    assert can_redact(house, "alice", "bob", said["bob"][0])
+    assert can_redact(house, "alice", "bob", mine)
+    assert history(house, "alice", "bob") == ["answered"]
+    come(house, "eve", "bob2")
+    ask(house, "bob2", "NICK bob")
+    assert history(house, "bob2", "alice") == history(house, "eve", "bob") == []
 
 
 # After a restart (bob has an account, so that the conversation has two who come back).
@@ -8988,7 +9080,16 @@ alice> WHOWAS absent
 alice< 406 alice absent :There was no such nickname
 alice< 369 alice absent :End of WHOWAS
 alice> WHOWAS
-alice< 461 alice WHOWAS :Not enough parameters; usage: WHOWAS <nickname> [<count>]
+alice< 461 alice WHOWAS :Not enough parameters; usage: WHOWAS <nickname>{,<nickname>} [<count>]
+alice> WHOWAS absent,BOB,,bob 1
+alice< 406 alice absent :There was no such nickname
+alice< 369 alice absent :End of WHOWAS
+alice< 314 alice bob ~u 127.0.0.1 * :Real Name
+alice< 312 alice bob chat.py :WHEN
+alice< 369 alice BOB :End of WHOWAS
+alice> WHOWAS ,
+alice< 406 alice , :There was no such nickname
+alice< 369 alice , :End of WHOWAS
 === ISON
 alice> ISON bob absent DORA
 alice< 303 alice :bob dora
@@ -9075,8 +9176,12 @@ alice> TRACE
 alice< 262 alice chat.py 0.3 :End of trace: this server stands alone
 alice> SERVLIST other.mask
 alice< 235 alice * * :There are no services
-alice> SQUERY NickServ :help
-alice< 408 alice NickServ :No such service; there are none
+alice> SQUERY other :help
+alice< 408 alice other :No such service; there is NickServ only
+alice> SQUERY nickserv :help drop
+alice< :NickServ!NickServ@chat.py NOTICE alice :DROP PASSWORD: give up your account
+alice> SQUERY NickServ
+alice< 412 alice :No text to send
 alice> SUMMON root
 alice< 445 alice :SUMMON has been disabled
 alice> USERS
@@ -10111,7 +10216,7 @@ alice< 301 alice erin :not here yet
 erin< :alice PRIVMSG erin :hello
 === NickServ: accounts for clients that know no better
 alice> PRIVMSG NickServ :HELP
-alice< :NickServ!NickServ@chat.py NOTICE alice :HELP: what can be said to NickServ
+alice< :NickServ!NickServ@chat.py NOTICE alice :HELP [COMMAND]: what can be said to NickServ
 alice< :NickServ!NickServ@chat.py NOTICE alice :REGISTER PASSWORD [EMAIL]: make your name an account
 alice< :NickServ!NickServ@chat.py NOTICE alice :VERIFY CODE: the code that was sent to your address
 alice< :NickServ!NickServ@chat.py NOTICE alice :IDENTIFY [NAME] PASSWORD: log in
@@ -12490,6 +12595,24 @@ def test_account_registration_tells_how_long_a_password_may_be(running, rules):
         assert of(lines, "REGISTER")
 
 
+# Whichever way it has logged in, and whatever nick it has asked for since
+@pytest.mark.parametrize("first", ["register", "sasl"])
+@pytest.mark.parametrize("nick, wanted", [("carol", "*"), ("carol", "carol"), ("dave", "dave")])
+def test_a_client_that_has_logged_in_before_001_registers_no_second_account(first, nick, wanted):
+    house = House(register=frozenset({"before-connect"}))
+    if first == "sasl":
+        account(house, "carol")
+    house.connect_irc("x")
+    house.say("x", "CAP LS 302", "NICK carol")
+    done = (
+        sasl(house, "x", "carol") if first == "sasl" else ask(house, "x", "REGISTER * * password")
+    )
+    assert done and house.guests["x"].account == "carol"
+    told = [parsed(line) for line in ask(house, "x", f"NICK {nick}", f"REGISTER {wanted} * other1")]
+    assert fails(told) == [("REGISTER", "ALREADY_AUTHENTICATED", [nick])]
+    assert [*house.hub.accounts] == ["carol"]
+
+
 # The parameters of FAIL REGISTER
 @pytest.mark.parametrize("account", ["*", "foo"])
 def test_register_without_a_nick_names_no_account(running, account):
@@ -12956,7 +13079,7 @@ def test_a_batch_that_cannot_be_opened_or_is_not_open_is_refused_with_the_label(
 
 
 # Clients look whether the service is there, and send what is typed after /nickserv as it is
-@pytest.mark.parametrize("verb", ["NICKSERV", "nickserv", "NS", "PRIVMSG NickServ"])
+@pytest.mark.parametrize("verb", ["NICKSERV", "NS", "PRIVMSG NickServ", "SQUERY nickserv"])
 def test_the_service_for_accounts_can_be_reached_by_each_of_its_names(verb):
     house = irc_house("", alice="")
     help_of = of(asked(house, "alice", "PRIVMSG NickServ :HELP"), "NOTICE")
@@ -15757,7 +15880,24 @@ def session_that_notes(heads, data):
     [
         (b"alice", "line"),
         (b"Nick", "line"),
-        (b"nick alice", "line"),
+        (b"nick", "line"),
+        (b"nick alice", "irc"),  # as users type it; see IRC_BY_HAND
+        (b"nick :alice ", "irc"),
+        (b"Nick Smith", "line"),
+        (b"nick james smith", "line"),
+        (b"user a 0 * :a b", "irc"),
+        (b"user of chat", "line"),
+        (b"cap ls 302", "irc"),
+        (b"cap ls", "irc"),
+        (b"cap lsx", "line"),
+        (b"cap", "line"),
+        (b"pass secret", "irc"),
+        (b"pass the salt", "line"),
+        (b"quit", "line"),
+        (b" NICK alice", "irc"),
+        (b":alice NICK alice", "irc"),
+        (b"@a=b :alice NICK alice", "irc"),
+        (b":alice hello", "line"),
         (b"NICKY", "line"),
         (b"QUITE", "line"),
         (b"", "line"),
@@ -15857,6 +15997,25 @@ def test_the_greeting_comes_late_and_tells_irc_users_that_it_is_not_for_them(run
     assert "IRC" in line.params[-1]
     guest.send(HELLO + b"PING end\r\n")
     assert of([parsed(line) for line in guest.until("PONG")], "001")
+
+
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        ("nick carol|user c 0 * :Carol", True),
+        ("user c 0 * :Carol|nick carol", True),
+        ("cap ls 302|nick carol|user c 0 * :Carol|cap end", True),
+        ("ping 1|nick carol|user c 0 * :Carol", True),
+        (" NICK carol|USER c 0 * :Carol", False),
+        (":x NICK carol|:x USER c 0 * :Carol", False),
+    ],
+)
+def test_irc_by_hand_is_irc_and_is_told_what_comes_next(running, lines, told):
+    guest = running().guest()
+    guest.send(lines.replace("|", "\r\n") + "\r\nPING end\r\n")
+    heard = [parsed(line) for line in guest.until(":end")]
+    assert of(heard, "001")[0].params[0] == "carol"
+    assert [line.params for line in of(heard, "NOTICE")] == [["*", chat.HAND_HINT]] * told
 
 
 # ======================================================================================
@@ -25171,6 +25330,29 @@ def test_external_is_offered_to_a_client_that_shows_a_certificate(running, certi
         server.guest(context=showing("mallory")).line()
     alice = server.guest(context=showing(""))
     assert "001" in alice.enter_irc("alice")[0]  # and no other user noticed
+
+
+@pytest.mark.parametrize(
+    "words, answer, left",
+    [
+        ("DEL", "does not log in to", []),
+        ("del aa11", "does not log in to", []),
+        ("REMOVE AA:11", "does not log in to", []),
+        ("DEL bb22", "no certificate of yours", ["aa11"]),
+        ("ADD AA:11", "logs in to", ["aa11"]),
+        ("ADD bb22", "connect with it", ["aa11"]),
+        ("DROP", "CERT has", ["aa11"]),
+    ],
+)
+def test_cert_takes_the_words_and_fingerprints_of_other_services(words, answer, left):
+    house = House()
+    house.enter_irc("alice")
+    house.guests["alice"].conn.fingerprint = "aa11"
+    for line in ("REGISTER * * password", "NS CERT ADD", f"NS CERT {words}"):
+        house.say("alice", line)
+        house.turn()
+    assert answer in house.heard("alice")[-1]
+    assert house.hub.accounts.certificates_of("alice") == left
 
 
 def test_a_certificate_goes_with_its_account_and_is_of_no_other():
