@@ -12556,13 +12556,6 @@ GREETING = (
 IRC_FIRST = re.compile(
     rb" *(?:@\S* +)?(?::\S+ +)?(?:CAP|NICK|USER|PASS|AUTHENTICATE|PING|QUIT|WEBIRC)(?: |$)"
 )
-# In small letters only with its parameters: users of netcat and small programs write so, and users
-# are called nick, or Nick Smith
-IRC_BY_HAND = re.compile(
-    rb" *(?:(?:nick|pass|ping|authenticate) +:?\S+|user(?: +\S+){3} +\S.*"
-    rb"|cap +(?:ls|list|req|end)(?: .*)?) *"
-)
-HAND_HINT = "this is IRC now: NICK <name>, and USER <name> 0 * :<your real name>"
 HTTP_FIRST = re.compile(  # also of requests that are none: no web page may speak in a chat
     rb"(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS|TRACE|CONNECT)[ \t].*|.* HTTP/[\d.]+[ \t]*",
     re.IGNORECASE,
@@ -12587,8 +12580,7 @@ NOT_HTTP_1 = (
 
 def dialect_of(first_line: bytes) -> str:
     """Return the dialect of a first line: "irc" (a BOM does no harm), "line", "http" or another."""
-    line = first_line.removeprefix(BOM)
-    if IRC_FIRST.match(line) or IRC_BY_HAND.fullmatch(line):
+    if IRC_FIRST.match(first_line.removeprefix(BOM)):
         return "irc"
     if HTTP_FIRST.fullmatch(first_line):
         version = HTTP_VERSION.search(first_line)
@@ -21506,8 +21498,6 @@ class ActBeat:
             peer.close()
             return None
         peer.chats = True
-        if irc and IRC_BY_HAND.fullmatch(first_line):
-            session.notice(HAND_HINT)
         return session
 
     def act_on_the_last(self, peer: Peer) -> None:
