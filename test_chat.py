@@ -5282,6 +5282,260 @@ def test_what_is_dropped_at_a_limit_is_dropped_in_the_store(seeded, run, tmp_pat
     store.close()
 
 
+VISITS = {  # what visitors with accounts do, one after the other, beside alice, who founded #x
+    "an invitation": ["alice INVITE {v} #x", "{v} JOIN #x", "{v} PART #x"],
+    "an operator": ["{v} OPER boss secret"],
+    "an operator no longer": ["{v} OPER boss secret", "{v} MODE {v} -o"],
+    "a rank taken away": ["{v} JOIN #x", "alice MODE #x +o {v}", "alice MODE #x -o {v}"],
+    "what is watched": ["{v} MONITOR + {v}x", "{v} METADATA * SUB a"],
+    "a marker that a renaming drops": [
+        "{v} MARKREAD #{v} timestamp=1970-01-02T00:00:00.000Z",
+        "alice RENAME #x #{v}",
+        "alice RENAME #{v} #x",
+    ],
+}
+
+
+@pytest.mark.parametrize("lines", VISITS.values(), ids=VISITS)
+def test_visits_add_up_to_nothing_in_the_tables_of_the_server(lines):
+    house, found = House(), []
+    account(house, "alice", "v0", "v1", "v2")
+    device(house, "alice", "alice")
+    ask(house, "alice", "JOIN #x")
+    for visitor in ("v0", "v1", "v2"):
+        device(house, visitor, visitor)
+        for line in lines:
+            who, _, rest = line.format(v=visitor).partition(" ")
+            assert not refused(ask(house, who, rest), "403", "442", "461", "421")
+        ask(house, visitor, "QUIT")
+        del house.guests[visitor]
+        house.idle(2)
+        house.asked_for.clear()
+        found.append(sizes(house.hub))
+    _, before, after = found
+    assert {path: n for path, n in after.items() if n > before.get(path, 0)} == {}
+
+
+@pytest.mark.parametrize("lines", [[], ["CAP LS 302"], ["METADATA * SUB a"], ["MONITOR + bob"]])
+def test_a_client_that_leaves_before_it_has_a_name_is_in_no_table_of_the_server(lines):
+    house = House()
+    before = len(house.hub.sessions)
+    house.connect_irc("alice")
+    house.say("alice", "CAP REQ :message-tags draft/metadata-2", *lines)
+    house.turn()
+    house.leave("alice")
+    house.turn()
+    assert len(house.hub.sessions) == before
+    assert not house.hub.watchers and not house.hub.subscribers
+
+
+def names_at_join(house, who, channel):
+    lines = ask(house, who, f"JOIN {channel}")
+    rows = [line.rpartition(" :")[2].split() for line in lines if f" 353 {who} " in line]
+    return set(itertools.chain(*rows))
+
+
+WITH_HOSTS = f"{CAPS} multi-prefix userhost-in-names"
+MEMBER_CHANGES = {  # what changes a member's name or ranks, once the names are cached
+    "a nick": (["guest NICK other"], ["other"]),
+    "a rank": (["alice MODE #x +v guest"], ["+guest"]),
+    "a rank taken away": (["alice MODE #x +v guest", "alice MODE #x -v guest"], ["guest"]),
+    "a login": (["guest NS IDENTIFY bob password"], ["@guest"]),
+    "a PART": (["guest PART #x"], []),
+    "a QUIT": (["guest QUIT"], []),
+}
+
+
+@pytest.mark.parametrize("lines, names", MEMBER_CHANGES.values(), ids=MEMBER_CHANGES)
+def test_a_client_that_joins_gets_the_names_as_they_are_now(lines, names):
+    house = House()
+    account(house, "alice", "bob")
+    for who in ("alice", "bob"):
+        device(house, who, who)
+        ask(house, who, "JOIN #x")
+    ask(house, "alice", "MODE #x +o bob")
+    ask(house, "bob", "QUIT")
+    del house.guests["bob"]
+    come(house, "guest", "before", "after")
+    ask(house, "guest", "JOIN #x")
+    assert names_at_join(house, "before", "#x") == {"@alice", "guest", "before"}
+    for line in lines:
+        who, _, rest = line.partition(" ")
+        ask(house, who, rest)
+    assert names_at_join(house, "after", "#x") == {"@alice", "before", "after", *names}
+
+
+def test_a_client_that_joins_gets_the_present_address_of_a_member_who_came_back():
+    house = House()
+    account(house, "alice")
+    device(house, "alice", "alice", host="192.0.2.1")
+    ask(house, "alice", "JOIN #x")
+    come(house, "before", "after", caps=WITH_HOSTS)
+    before = names_at_join(house, "before", "#x")
+    house.leave("alice")
+    house.turn()
+    device(house, "again", "alice", host="192.0.2.2")
+    assert house.guests["again"].user.name == "alice"
+    after = names_at_join(house, "after", "#x")
+    old, new = ({one for one in names if "alice!" in one} for names in (before, after))
+    assert old != new and new == {f"@{house.guests['again'].user.source.mask}"}
+
+
+def test_a_client_with_another_capability_gets_the_next_message_with_it():
+    house = House()
+    come(house, "alice", "bob", caps="message-tags")
+    for who in ("alice", "bob"):
+        ask(house, who, "JOIN #a")
+    stamped = []
+    for caps in ("", "server-time", "-server-time"):
+        house.say("alice", *[f"CAP REQ :{caps}"] * bool(caps))
+        house.turn()
+        house.heard("alice")
+        ask(house, "bob", "PRIVMSG #a :hello")
+        stamped.append("time=" in house.heard("alice")[-1])
+    assert stamped == [False, True, False]
+
+
+@pytest.mark.parametrize("line", ["PART #a", "KICK #a bob", "QUIT", "JOIN 0"])
+def test_a_client_that_left_a_channel_is_written_nothing_of_it(line):
+    house = House()
+    come(house, "bob", "alice")
+    for who in ("bob", "alice"):
+        ask(house, who, "JOIN #a", "PRIVMSG #a :hello")
+    house.say("bob", line)
+    house.say("alice", "PRIVMSG #a :in the turn of it")
+    house.turn()
+    assert house.guests["bob"].over or "#a" not in str(ask(house, "bob", "NAMES"))
+    house.heard("bob")
+    ask(house, "alice", "PRIVMSG #a :later")
+    assert house.heard("bob") == []
+
+
+def test_a_device_that_moves_to_another_user_hears_the_channels_of_that_user_only():
+    house = house_of("alice", "bob", "carol")
+    for who in ("alice", "bob"):
+        house.say(who, "/register password", f"/join #{who}")
+        house.turn()
+    house.connect("second")
+    house.say("second", "bob", "/login password")
+    house.turn()
+    for place in ("#alice", "#bob"):
+        house.say("carol", f"/join {place}", "before")
+        house.turn()
+    house.say("second", "/login alice password")
+    house.turn()
+    house.heard("second")
+    for place in ("#alice", "#bob"):
+        house.say("carol", f"/join {place}", f"in {place}")
+        house.turn()
+    assert house.heard("second") == ["[#alice] carol: in #alice"]
+
+
+def test_a_device_that_ends_is_written_nothing_while_another_stays():
+    house = House()
+    account(house, "alice")
+    for label in ("phone", "desk"):
+        device(house, label, "alice")
+    come(house, "bob")
+    for who in ("desk", "bob"):
+        ask(house, who, "JOIN #a", "PRIVMSG #a :hello")
+    house.leave("phone")
+    house.turn()
+    house.heard("phone")
+    ask(house, "bob", "PRIVMSG #a :later")
+    assert house.heard("phone") == [] and spoken(house.heard("desk"))[-1] == "later"
+
+
+def test_a_rank_that_a_founder_s_account_lent_ends_with_that_account():
+    house = House()
+    account(house, "alice", "bob")
+    for who in ("alice", "bob"):
+        device(house, who, who)
+        ask(house, who, "JOIN #x")
+    ask(house, "alice", "MODE #x +o bob")
+    ranks = []
+    for line in ("PING x", "NS DROP password"):
+        ask(house, "alice", line)
+        ask(house, "bob", "PART #x")
+        ranks.append("@bob" in names_at_join(house, "bob", "#x"))
+    assert ranks == [True, False]
+
+
+def test_a_client_with_the_secret_of_an_account_but_no_password_does_not_take_its_place():
+    house = House()
+    account(house, "alice")
+    secret = "5" * chat.SECRET_DIGITS
+    device(house, "alice", "alice")
+    house.leave("alice")
+    house.turn()
+    house.connect_irc("one")
+    house.say("one", f"CAP REQ :sasl {CAPS}", f"SESSION {secret}", "NICK alice", "USER u 0 * :r")
+    assert sasl(house, "one", "alice")
+    ask(house, "one", "CAP END")
+    user = house.guests["one"].user
+    assert user.name == "alice" and user.tokens
+    tokens = dict(house.hub.users_by_token)
+    come(house, "stranger", secret=secret)
+    assert house.hub.users_by_token == tokens and house.guests["stranger"].user is not user
+
+
+def test_after_too_long_a_line_of_a_login_another_login_may_begin():
+    house = House()
+    account(house, "alice")
+    come(house, "alice", caps=f"sasl {CAPS}")
+    told = ask(house, "alice", "AUTHENTICATE PLAIN", f"AUTHENTICATE {'A' * (chat.SASL_CHUNK + 1)}")
+    assert refused(told, "905")
+    assert sasl(house, "alice", "alice")
+
+
+def test_an_account_that_is_gone_is_looked_like_by_no_name():
+    house, name = House(), "\u0441\u043e\u0440"
+    account(house, name)
+    accounts = house.hub.accounts
+    assert accounts.looks_like("\u0441\u043ep")
+    accounts.load([])
+    assert not accounts.looks_like("\u0441\u043ep")
+
+
+def test_the_code_of_a_verified_account_is_forgotten():
+    house = House(register=frozenset(("email-required",)))
+    come(house, "alice")
+    ask(house, "alice", "REGISTER * alice@x.org password")
+    (code,) = [values[2] for values in house.asked_for if values[1] == "alice"]
+    assert house.hub.accounts.pending
+    ask(house, "alice", f"VERIFY alice {code}")
+    assert "alice" in house.hub.accounts and not house.hub.accounts.pending
+
+
+def test_a_channel_may_get_the_name_of_one_whose_closed_past_ends_in_that_turn():
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #x")
+    ask(house, "bob", "JOIN #y", "MODE #y +s", "PRIVMSG #y :secret")
+    assert refused(ask(house, "alice", "RENAME #x #y"), "CHANNEL_NAME_IN_USE")
+    house.say("bob", "PART #y")
+    told = ask(house, "alice", "RENAME #x #y")
+    assert not refused(told, "CHANNEL_NAME_IN_USE") and "RENAME #x #y" in str(told)
+
+
+def test_a_change_is_recorded_once_also_if_the_database_was_busy():
+    house = House()
+    come(house, "alice")
+    house.say("alice", "JOIN #x")
+    house.hub.record_changes()
+    count = len(house.hub.turn.records)
+    house.hub.record_changes()
+    assert count == len(house.hub.turn.records) > 0
+
+
+def test_what_was_changed_last_is_dropped_last_from_what_waits_for_the_disk(monkeypatch):
+    monkeypatch.setattr(chat, "BACKLOG_RECORDS", 2)
+    backlog = chat.Backlog()
+    for key in ("#a", "#b", "#a", "#c"):
+        backlog.add([chat.Record("channel", (key, "{}"), 0)], 0.0)
+    assert [record.values[0] for record in backlog.records.values()] == ["#a", "#c"]
+
+
 # ======================================================================================
 # PASSWORDS
 # ======================================================================================
@@ -24366,6 +24620,179 @@ def test_a_client_core_begins_with_the_usual_values(name):
     core = chat.ClientCore("alice", True, chat.IRC)
     assert getattr(core, name) == USUAL_OF_A_CORE[name]
     assert not core.is_writing()
+
+
+LISTED_ONCE = [  # what the user types, the answer, what is shown of it
+    ("/names", ["353 alice = #lobby :bob", "366 alice #lobby :End"], "bob"),
+    ("/names #x", ["353 alice = #x :bob", "366 alice #x :End"], "bob"),
+    ("/raw ISON bob", ["303 alice :bob"], "bob"),
+    ("/who #x", ["352 alice #x u h s bob H :0 real", "315 alice #x :End"], "real"),
+]
+
+
+@pytest.mark.parametrize("typed, answer, text", LISTED_ONCE)
+def test_an_answer_is_shown_once_and_not_again_when_a_bouncer_asks_for_it(typed, answer, text):
+    alice = Elsewhere()
+    for shown in (True, False):
+        alice.types(*[typed] * shown)
+        alice.views.clear()
+        alice.hears(*answer)
+        assert any(text in view.text for view in alice.views) == shown
+
+
+def test_the_members_that_the_client_asked_for_and_those_that_the_user_did_are_told_apart():
+    alice = Elsewhere("WHOX")
+    alice.core.people.ask(alice.core.room)
+    row, end = "352 alice #lobby u h s bob H :0 his real name", "315 alice #lobby :End"
+    for shown in (False, True):
+        alice.types(*["/who #lobby"] * shown)
+        alice.views.clear()
+        alice.hears(row, end)
+        assert any("his real name" in view.text for view in alice.views) == shown
+
+
+def joins_after_a_break(alice):
+    alice.views += alice.core.disconnected()
+    alice.now += 1
+    alice.views += alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd-1 a b", "422 alice :No MOTD")
+    return " ".join(line for line in alice.sent() if line.startswith("JOIN"))
+
+
+JOINED_LATER = [  # what happens to a /join #x before the connection breaks, whether it is repeated
+    ([], True),
+    ([":alice!u@h JOIN #x"], True),
+    ([":alice!u@h JOIN #x", ":alice!u@h PART #x"], False),
+    ([":alice!u@h JOIN #x", ":op!u@h KICK #x alice :out"], False),
+    (["403 alice #x :No such channel"], False),
+    (["476 alice #x :Bad channel mask"], False),
+]
+
+
+@pytest.mark.parametrize("lines, repeated", JOINED_LATER)
+def test_a_join_is_repeated_over_the_next_connection_unless_it_was_answered_otherwise(
+    lines, repeated
+):
+    alice = Elsewhere().types("/join #x").hears(*lines)
+    assert ("#x" in joins_after_a_break(alice)) == repeated
+
+
+def test_a_channel_that_was_closed_before_a_repeated_join_was_answered_is_not_joined_again():
+    alice = Elsewhere().types("/join #x")
+    assert "#x" in joins_after_a_break(alice)
+    alice.types("/close #x")
+    assert "#x" not in joins_after_a_break(alice)
+
+
+def test_a_refusal_that_the_user_knows_is_not_told_again_until_the_user_asks_again():
+    alice, told = Elsewhere().types("/join #c").hears(":alice!u@h JOIN #c"), []
+    full = "471 alice #c :Cannot join channel (+l)"
+    alice.hears(":op!u@h KICK #c alice :out")
+    for typed, seconds in (("/join #c", 0), ("", chat.REJOIN_SECONDS + 9), ("/join #c", 0)):
+        alice.types(*filter(None, [typed]))
+        assert "JOIN #c" in alice.sent(seconds)
+        alice.views.clear()
+        alice.hears(full)
+        told.append(any("+l" in view.text for view in alice.views))
+    assert told == [True, False, True]
+
+
+def test_a_refused_register_is_not_blamed_when_a_later_login_fails():
+    alice = Elsewhere(kind=chat.CHAT)
+    alice.types("/register password").hears("FAIL REGISTER WEAK_PASSWORD alice :too short")
+    assert alice.core.me.proposed is None and alice.core.me.login is None
+
+
+class Rows:
+    """The rows of an outbox, which a disk takes or not."""
+
+    trouble = ""
+
+    def __init__(self):
+        self.changes = {}
+
+    def flush(self):
+        self.changes.clear() if not self.trouble else None
+        return not self.trouble
+
+
+def refuse(box, id):
+    box.rows.trouble = "disk full"
+    with pytest.raises(chat.Unusable):
+        box.save(1.0)
+    assert [message.id for message in box.refused()] == [id]
+    assert not box.rows.changes and box.save(1.0)
+
+
+OUTBOX_STEPS = {
+    "save": lambda box, id: box.save(0.0),
+    "send": lambda box, id: box.send(box.waiting[id], 0.0),
+    "lose": lambda box, id: box.unconfirmed.update(one.id for one in box.connection_lost()),
+    "park": lambda box, id: box.park(id, "why"),
+    "arrive": lambda box, id: box.arrived(id),
+    "refuse": refuse,
+}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "arrive",
+        "save send arrive",
+        "save send lose arrive",
+        "save park arrive",
+        "save send park arrive",
+        "save send lose park arrive",
+        "refuse",
+        "park refuse",
+    ],
+)
+def test_a_message_that_left_the_outbox_is_in_none_of_its_tables(steps):
+    box = chat.Outbox(Rows())
+    before = sizes(box)
+    message = box.add(0.0, "#lobby", "hello", chat.MESSAGE)
+    for step in steps.split():
+        OUTBOX_STEPS[step](box, message.id)
+    box.rows.changes.clear()
+    assert sizes(box) == before
+
+
+def test_a_message_that_was_in_doubt_can_be_sent_once_the_user_says_so():
+    box = chat.Outbox(Rows())
+    message = box.add(0.0, "#lobby", "hello", chat.MESSAGE)
+    for step in ("save", "send", "lose"):
+        OUTBOX_STEPS[step](box, message.id)
+    assert box.next(lambda one: True) is None
+    box.park(message.id, "why")
+    box.retry(message.id)
+    assert box.next(lambda one: True).id == message.id
+
+
+@pytest.mark.parametrize("caps", ["echo-message message-tags", ""])
+def test_nothing_of_a_cancelled_paste_is_sent_later(caps):
+    alice = Elsewhere(caps=caps)
+    alice.types("\n".join(f"line {n}" for n in range(30)))
+    alice.sent(5)
+    alice.types("/cancel all")
+    assert not [line for line in alice.sent(90) if "PRIVMSG" in line]
+
+
+def test_a_channel_that_takes_the_name_of_one_that_was_left_has_its_own_messages_only():
+    alice = Elsewhere().hears(":alice!u@h JOIN #tea", ":bob!u@h PRIVMSG #tea :of the other")
+    alice.hears(":alice!u@h PART #tea", ":bob!u@h PRIVMSG #lobby :hi", ":op!u@h RENAME #lobby #tea :")
+    texts = [view.text for view in alice.core.rooms["#tea"].views]
+    assert "hi" in texts and "of the other" not in texts
+
+
+def test_a_conversation_that_is_closed_and_begun_again_is_kept_again():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store)
+    kept = []
+    for line in ("/query bob", "/close bob", "/query bob"):
+        alice.types(line)
+        store.flush()
+        kept.append("bob" in [room.name for room in store.rooms()])
+    assert kept == [True, False, True]
 
 
 # ======================================================================================
