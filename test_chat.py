@@ -13678,6 +13678,56 @@ def test_a_mode_that_is_set_already_is_not_told_again(line):
     assert again == [] and house.heard("bob") == []
 
 
+@pytest.mark.parametrize("number", [2, 99, 12345])
+def test_a_numbered_name_is_no_longer_than_names_may_be(number):
+    for letter in ("x", "\u00e9", "\U0001f600"):
+        name = chat.numbered_name(letter * 100, number)
+        assert name.endswith(str(number)) and len(name) <= chat.NAME_CHARACTERS
+        assert len(name.encode()) <= chat.NAME_BYTES
+
+
+ASKED_TOO_MUCH = [  # a line, the limit that it runs into, what is counted of the answer
+    ("CHATHISTORY LATEST #a * 1000", "HISTORY_LINES_MOST", " PRIVMSG #a "),
+    ("SEARCH in=#a;text=word;limit=1000", "HISTORY_LINES_MOST", " PRIVMSG #a "),
+    ("MODE #a +bbbbbbbb a b c d e f g h", "MODES_WITH_VALUE", "!*@*"),
+    ("MODE alice +ZYXVUTSR", "USER_MODES_AT_ONCE", " 501 "),
+    ("MODE #a +ZYXVUTSR", "MODES_AT_ONCE", " 472 "),
+]
+
+
+@pytest.mark.parametrize("line, limit, counted", ASKED_TOO_MUCH)
+def test_a_line_that_asks_for_too_much_gets_as_much_as_the_limit_says(
+    monkeypatch, line, limit, counted
+):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", *[f"PRIVMSG #a :word {n}" for n in range(8)])
+    monkeypatch.setattr(chat, limit, 3)
+    assert sum(one.count(counted) for one in ask(house, "alice", line)) in (1, 2, 3)
+
+
+def test_no_line_of_005_has_more_tokens_than_clients_take():
+    house = House()
+    house.connect_irc("alice")
+    told = [line for line in ask(house, "alice", "NICK alice", "USER u 0 * :r") if " 005 " in line]
+    assert len(told) > 1
+    assert all(len(line.partition(" :are")[0].split()) - 3 <= 13 for line in told)
+
+
+def test_a_newcomer_of_the_line_protocol_is_told_some_names_and_how_many_more(monkeypatch):
+    monkeypatch.setattr(chat, "NAMES_GREETED", 2)
+    house = house_of("ann", "bob", "cid", "dan")
+    house.connect("eve", greeted=True).receive(b"eve")
+    house.turn()
+    (told,) = [line for line in house.heard("eve") if "and 2 more" in line]
+    assert "ann" in told and "bob" in told and "cid" not in told
+
+
+@pytest.mark.parametrize("when", ["9999-12-31T23:59:59.999Z", "9999-12-31T23:59:59.9999Z"])
+def test_no_time_of_a_client_is_later_than_the_last_moment(when):
+    assert chat.parse_time(when) == chat.LAST_MOMENT
+
+
 # ======================================================================================
 # LINE DIALECT
 # ======================================================================================
@@ -24779,7 +24829,9 @@ def test_nothing_of_a_cancelled_paste_is_sent_later(caps):
 
 def test_a_channel_that_takes_the_name_of_one_that_was_left_has_its_own_messages_only():
     alice = Elsewhere().hears(":alice!u@h JOIN #tea", ":bob!u@h PRIVMSG #tea :of the other")
-    alice.hears(":alice!u@h PART #tea", ":bob!u@h PRIVMSG #lobby :hi", ":op!u@h RENAME #lobby #tea :")
+    alice.hears(
+        ":alice!u@h PART #tea", ":bob!u@h PRIVMSG #lobby :hi", ":op!u@h RENAME #lobby #tea :"
+    )
     texts = [view.text for view in alice.core.rooms["#tea"].views]
     assert "hi" in texts and "of the other" not in texts
 
@@ -24793,6 +24845,239 @@ def test_a_conversation_that_is_closed_and_begun_again_is_kept_again():
         store.flush()
         kept.append("bob" in [room.name for room in store.rooms()])
     assert kept == [True, False, True]
+
+
+def with_store(**options):
+    """Return a client on a server that is no chat.py, with a store in memory."""
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    return Elsewhere(store=store, **options)
+
+
+OWN_MESSAGES_END = {  # how a message that is shown as waiting ends
+    "it arrives": ["hello", "<:alice!u@h PRIVMSG #lobby :hello"],
+    "it is refused": ["hello", "<404 alice #lobby :Cannot send to channel"],
+    "it is cancelled": ["/msg #far hello", "/cancel all"],
+    "a paste is cancelled": ["\n".join(f"line {n}" for n in range(30)), "/cancel all"],
+    "it is said again after a break": ["hello", "break", "<:alice!u@h PRIVMSG #lobby :hello"],
+}
+
+
+@pytest.mark.parametrize("steps", OWN_MESSAGES_END.values(), ids=OWN_MESSAGES_END)
+def test_a_message_that_has_ended_is_not_taken_for_one_that_is_shown_as_waiting(steps):
+    alice = Elsewhere(caps="echo-message")
+    for step in steps:
+        if step == "break":
+            alice.views += alice.core.disconnected()
+            alice.connect(caps="echo-message")
+        elif step[0] == "<":
+            alice.hears(step[1:])
+        else:
+            alice.types(step)
+        alice.sent(3)
+    assert set(alice.core.outgoing.shown) <= set(alice.core.outbox.waiting)
+
+
+def test_what_a_server_of_the_line_protocol_was_sent_is_shown_as_waiting_no_longer():
+    outbox = chat.Outbox()
+    outbox.add(1.0, "#lobby", "hello", chat.MESSAGE)
+    core = chat.ClientCore("alice", kind=chat.PLAIN, outbox=outbox)
+    assert core.outgoing.shown
+    core.connected()
+    assert core.take_output() == b"alice\nhello\n" and not core.outgoing.shown
+
+
+def test_a_user_of_the_line_protocol_who_left_is_in_no_list():
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    for line in ("bob (1.2.3.4:5) joined the chat!", "bob (1.2.3.4:5) left the chat!"):
+        core.feed(f"{line}\n".encode())
+        assert ("bob" in core.rooms["#lobby"].people) == ("joined" in line)
+
+
+def test_lists_of_channels_that_the_client_does_not_know_are_not_collected():
+    alice = Elsewhere()
+    before = sizes(alice.core)
+    alice.hears(*[f"353 alice = #x{n} :bob carol" for n in range(20)])
+    assert sizes(alice.core) == before
+
+
+def test_a_server_cannot_open_channels_without_end(monkeypatch):
+    monkeypatch.setattr(chat, "ROOMS_KEPT", 3)
+    alice = Elsewhere().hears(*[f":alice!u@h JOIN #x{n}" for n in range(20)])
+    assert len(alice.core.rooms) <= 6
+
+
+READ_BACK = [(10, 5, 10), (10, 20, 20), (10, 10, 10)]
+
+
+@pytest.mark.parametrize("first, then, last", READ_BACK)
+def test_a_marker_of_another_device_never_goes_back(first, then, last):
+    room = chat.Room("#a", channel=True)
+    assert room.read(first)
+    assert room.read(then) == (then > first) and room.read_time == last
+
+
+CAME_BACK = [  # sent lines, what came back, whether the server alters words, the place of the line
+    (["\x02hi", "hi"], "hi", False, 1),
+    (["\x02hi", "other"], "hi", False, 0),
+    (["\x02hi", "x"], "hi", True, 0),
+    (["x" * 200, "other"], "x" * 150, False, 0),
+    (["x" * 200, "other"], "x" * 150, True, 0),
+    (["x" * 200 + "a", "x" * 200 + "b"], "x" * 150, True, None),
+    (["x" * 50, "other"], "x" * 30, False, None),
+    (["one"], "two", True, 0),
+    (["one"], "two", False, None),
+    (["a word that is bad", "quite other words"], "a word that is ***", True, 0),
+    (["ab", "cd"], "xy", True, None),
+]
+
+
+@pytest.mark.parametrize("lines, heard, alters, place", CAME_BACK)
+def test_the_line_that_an_echo_is_of(lines, heard, alters, place):
+    assert chat.place_of_echo(lines, heard, alters) == place
+
+
+MAYBE_PASSWORDS = [
+    ("login secret", "login"),
+    ("identify a b c d", "login"),
+    ("pass the salt to me please", "pass"),
+    ("register me too please now", "register"),
+    ("msg NickServ identify secret", "login"),
+    ("NickServ identify secret", "login"),
+    ("regster secret", "register"),
+    ("hello identify", ""),
+    ("login", ""),
+]
+
+
+@pytest.mark.parametrize("text, command", MAYBE_PASSWORDS)
+def test_a_text_that_may_hold_a_password(text, command):
+    assert chat.password_command(text) == command
+
+
+@pytest.mark.parametrize("text", [" /join #x", "quit", "login secret", "#x"])
+def test_a_text_in_doubt_is_sent_at_the_second_enter_and_asked_about_again_later(text):
+    alice, sent = Elsewhere("CHANTYPES=#"), []
+    for _ in range(4):
+        alice.types(text)
+        sent.append(bool(alice.said()))
+    assert sent == [False, True, False, True]
+
+
+@pytest.mark.parametrize("tags", ["+draft/react=:)", "+draft/react=:);+draft/reply=1", "+typing=x"])
+def test_tags_of_an_ignored_user_or_for_an_unknown_channel_are_not_shown(tags):
+    alice = with_store(caps="message-tags").hears("@msgid=1 :carol!u@h PRIVMSG #lobby :hello")
+    alice.types("/ignore bob")
+    alice.views.clear()
+    alice.hears(f"@{tags} :bob!u@h TAGMSG #lobby", f"@{tags} :carol!u@h TAGMSG #far")
+    assert alice.views == [] and not alice.core.room.typing
+    assert "#far" not in alice.core.rooms
+
+
+def test_a_message_that_waits_for_nothing_cannot_be_sent_again():
+    alice = Elsewhere().types("hello")
+    (sent,) = [line for line in alice.sent() if "PRIVMSG" in line]
+    alice.hears(f":alice!u@h {sent}")
+    for id in ("", "unknown", *alice.core.outbox.waiting):
+        alice.core.outgoing.retry(id)
+    assert not [line for line in alice.sent() if "PRIVMSG" in line]
+
+
+def test_without_history_on_the_server_none_is_asked_for():
+    alice = Elsewhere(caps="batch")
+    alice.hears(":bob!u@h PRIVMSG #lobby :hi")
+    assert not alice.core.talk.history.ask_page(alice.core.room, "older")
+    assert not [line for line in alice.sent(3) if "CHATHISTORY" in line]
+
+
+FOLDED_ROWS = [  # what comes three times, whether it shares a row
+    (":bob{n}!u@h JOIN #lobby", True),
+    (":op!u@h MODE #lobby +v bob{n}", True),
+    (":op!u@h MODE #lobby +v alice", False),
+    (":alice!u@h MODE #lobby +v bob{n}", False),
+]
+
+
+@pytest.mark.parametrize("line, folds", FOLDED_ROWS)
+@pytest.mark.parametrize("setting", ["on", "off"])
+def test_events_share_a_row_if_they_may(line, folds, setting):
+    alice = Elsewhere()
+    alice.types(f"/set fold {setting}")
+    rows = len(alice.core.room.views)
+    for n in range(3):
+        alice.hears(line.format(n=n))
+        alice.sent(1)
+    shared = folds and setting == "on"
+    assert (len(alice.core.room.views) - rows < 3) == shared
+
+
+@pytest.mark.parametrize("name, ours", [("HelpServ", True), ("HelpServ", False)])
+def test_a_name_like_that_of_a_service_is_one_elsewhere_only(name, ours):
+    alice = Elsewhere(kind=chat.CHAT if ours else chat.IRC)
+    assert alice.core.outgoing.is_service(name, "identify secret") != alice.core.server.ours
+
+
+def test_a_capability_that_the_server_no_longer_offers_is_not_asked_for():
+    alice = Elsewhere(caps="echo-message away-notify")
+    alice.hears("CAP alice DEL :away-notify")
+    server = alice.core.talk.server
+    assert "away-notify" not in server.offered and "away-notify" not in server.enabled
+
+
+@pytest.mark.parametrize("most", ["", "CHATHISTORY=7", "CHATHISTORY=0", "CHATHISTORY=1000000"])
+def test_no_page_is_larger_than_the_server_or_the_client_takes(most):
+    caps = "batch draft/chathistory message-tags server-time"
+    alice = Elsewhere(*filter(None, [most]), caps=caps)
+    alice.core.talk.history.ask_page(alice.core.room, "older")
+    pages = [line for line in alice.sent(9) if "CHATHISTORY" in line and "older" not in line]
+    assert pages and all(int(line.split()[-1]) <= chat.PAGE_LINES for line in pages)
+    asked = int(most.partition("=")[2] or 0) or chat.PAGE_LINES
+    assert int(pages[-1].split()[-1]) == min(asked, chat.PAGE_LINES)
+
+
+def test_a_list_of_members_in_many_lines_is_kept_up_to_a_number(monkeypatch):
+    monkeypatch.setattr(chat, "PEOPLE_LISTED", 5)
+    alice = Elsewhere()
+    for n in range(4):
+        alice.hears(f"353 alice = #lobby :a{n} b{n} c{n}")
+    alice.hears("366 alice #lobby :End")
+    assert len(alice.core.room.people) == 5
+
+
+@pytest.mark.parametrize("ahead, believed", [(-5000, -5000), (5000, 5000), (10**12, 3_600_000)])
+def test_a_time_far_ahead_of_the_client_s_clock_is_not_believed(ahead, believed):
+    core = chat.ClientCore("alice", clock=lambda: 1_700_000_000.0)
+    now = 1_700_000_000_000
+    assert core.believable(now + ahead) == now + believed
+    assert core.believable(0) == 0 and core.believable(None) is None
+
+
+def test_the_newest_marker_that_was_told_counts():
+    alice = Elsewhere()
+    for when, newest in ((10, 10), (5, 10), (20, 20)):
+        alice.core.rooms.take_marker(alice.core.room, when)
+        assert alice.core.room.told_time == newest
+
+
+def test_a_reaction_without_end_is_kept_in_part():
+    alice = with_store(caps="message-tags").hears("@msgid=1 :bob!u@h PRIVMSG #lobby :hello")
+    alice.hears(f"@+draft/react={'x' * 900};+draft/reply=1 :bob!u@h TAGMSG #lobby")
+    assert alice.core.reactions.of("1") == {"x" * chat.REACTION_CHARACTERS: ["bob"]}
+
+
+def test_a_redacted_message_leaves_no_count_below_nothing():
+    room = chat.Room("#a", channel=True)
+    room.unread, room.called = 1, 0
+    room.views.append(chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#a", 1, called=True, id="1"))
+    for _ in range(2):
+        room.forget_news("1")
+        assert (room.unread, room.called) == (0, 0)
+
+
+@pytest.mark.parametrize("length", ["LINELEN=100000000", "LINELEN=9000", "LINELEN=512"])
+def test_a_line_is_never_longer_than_the_client_can_hear(length):
+    alice = Elsewhere(length).types("x" * 20_000)
+    assert all(len(line.encode()) <= chat.LINE_BYTES for line in alice.sent(9))
 
 
 # ======================================================================================
@@ -27790,13 +28075,16 @@ def act_on_all(server):
         server.beat.act()
 
 
+UPGRADE = (
+    b"GET /irc HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==\r\n\r\n"
+)
+
+
 def upgraded(server, peer):
     """Return a peer that speaks WebSocket."""
     made = peer()
-    made.received(
-        b"GET /irc HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==\r\n\r\n"
-    )
+    made.received(UPGRADE)
     act_on_all(server)
     assert made.frame_writer
     return made
@@ -28439,6 +28727,195 @@ def test_what_a_dialogue_with_nats_has_to_say_is_written_once():
     for _ in range(2):
         chat.NatsLink.flush(link)
         assert told == [b"PUB a 1\r\nx\r\n", "flushed"]
+
+
+LIMITS_OF_TIME = ("silent", "unnamed", "slow", "probed", "web_heads", "web_idle")
+HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+BODY_BEGUN = b"POST /files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc"
+UNDER_LIMITS = [  # what comes, one after the other, and the time limits that hold after each
+    [(b"", "silent unnamed"), (b"NICK alice\r\n", "unnamed"), (b"USER u 0 * :r\r\n", "probed")],
+    [(b"bob\n", ""), (b"hello\n", "")],
+    [(HEAD, "web_heads"), (b"\r\n", "web_idle"), (HEAD, "web_heads"), (b"\r\n", "web_idle")],
+    [(HEAD[:9], "unnamed"), (HEAD[9:], "web_heads"), (b"\r\n" + HEAD, "web_heads")],
+    [(BODY_BEGUN, "web_idle"), (b"def", "web_idle")],
+    [(UPGRADE, "unnamed"), (b"NICK alice", "unnamed"), (b"USER u 0 * :r", "probed")],
+]
+
+
+@pytest.mark.parametrize("steps", UNDER_LIMITS)
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_a_connection_is_under_the_time_limits_of_what_it_does(steps, end):
+    def limits():
+        waits = {name: getattr(server.times, name).waiting for name in LIMITS_OF_TIME}
+        return {name for name in LIMITS_OF_TIME if one in waits[name]}
+
+    with beating() as (server, peer):
+        one = peer()
+        server.times.silent.add(one)
+        server.times.unnamed.add(one)
+        for data, expected in steps:
+            if data:
+                one.received(client_frame(1, data) if one.frame_writer else data)
+            act_on_all(server)
+            server.end_turn()
+            assert limits() == set(expected.split()), data
+            server.begin_turn()
+        one.close() if end == "close" else one.drop("it is over")
+        server.lost(one, "it is over")
+        assert limits() == set()
+
+
+def test_a_client_that_reads_again_is_no_longer_one_that_reads_too_slowly(monkeypatch):
+    monkeypatch.setattr(chat, "UNSENT_SLOW", 10)
+    with beating() as (server, peer):
+        one = peer(data=b"NICK alice\r\n")
+        for size, is_slow in ((50, True), (0, False)):
+            one.queue.clear()
+            one.queue.append(b"x" * size) if size else None
+            one.lagging()
+            assert (one in server.times.slow.waiting) == is_slow
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_lines_of_a_client_that_the_server_disconnects_are_not_acted_on(end):
+    with beating() as (server, peer):
+        one = peer(data=b"NICK alice\r\nUSER u 0 * :r\r\n")
+        act_on_all(server)
+        one.received(b"JOIN #a\r\nJOIN #b\r\n")
+        one.close() if end == "close" else one.drop("it is over")
+        act_on_all(server)
+        assert not {"#a", "#b"} & set(server.hub.channels) and not one.inbox.pending
+
+
+@pytest.mark.parametrize("parts", [["NICK x\r\n", "PING y\r\n"], ["NICK x\r\nPI", "NG y\r\n"]])
+def test_nothing_of_what_was_cleared_is_read_from_a_websocket(parts):
+    reader = chat.FrameReader(1000)
+    for part in parts:
+        reader.feed(client_frame(1, part.encode()))
+    reader.take()
+    reader.clear()
+    assert not reader.pending and reader.take() is None
+
+
+def test_a_queue_that_was_cleared_sends_only_what_comes_later():
+    queue = chat.SendQueue()
+    queue.append(b"before")
+    queue.advance(2)
+    queue.clear()
+    queue.append(b"after")
+    assert bytes(queue.head()) == b"after" and queue.size == 5
+
+
+def repeated(run, loop):
+    """Return whether this is to be done again later, and whether it would be once it was ended."""
+    loop.timers.clear()
+    run()
+    return run in [timer.callback for timer in loop.timers]
+
+
+def test_what_the_server_does_at_intervals_it_does_again():
+    house = House()
+    for run in (house.expire_files, house.committer.sweep):
+        assert repeated(run, house.loop) and repeated(run, house.loop)
+
+
+def test_a_link_looks_after_its_connection_until_it_has_ended():
+    link = Hanging(True, 60.0)
+    link.loop = FakeLoop(0.0)
+    assert repeated(link._watch, link.loop)
+    link._end("left")
+    assert not repeated(link._watch, link.loop)
+
+
+class Ticking(types.SimpleNamespace):
+    """What a function that runs at intervals needs to know, and its calls of other functions."""
+
+    def __init__(self, function, **names):
+        self.called = []
+        super().__init__(loop=FakeLoop(0.0), **names)
+        self.run = types.MethodType(function, self)
+        setattr(self, function.__name__, self.run)
+        self.run()
+
+    def calls(self, name):
+        return lambda *_: self.called.append(name)
+
+
+def core_that_waits_for_nothing():
+    return types.SimpleNamespace(outbox=types.SimpleNamespace(waiting={}))
+
+
+TICKING = [
+    lambda called: Ticking(chat.Transfers.watch, calls={}, wake=lambda: called.append("wake")),
+    lambda called: Ticking(chat.TerminalClient.tick, core=core_that_waits_for_nothing()),
+    lambda called: Ticking(
+        chat.NatsLink.tick,
+        cluster=types.SimpleNamespace(caught_up=True, tick=called.append),
+        give_up_silent=lambda: None,
+        attempt=lambda run: run(),
+        up=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("make, called", [*zip(TICKING, (["wake"], [], [0.0]), strict=True)])
+def test_what_clients_and_nodes_do_at_intervals_they_do_again(make, called):
+    found = []
+    ticking = make(found)
+    assert [timer.callback for timer in ticking.loop.timers] == [ticking.run]
+    assert found == called
+
+
+@pytest.mark.parametrize("end, timers", [("lost", 3), ("_end", 4)])
+def test_a_link_without_a_connection_waits_for_nothing_of_it(end, timers):
+    link = Hanging(True, 60.0)
+    link.phase = chat.ONLINE
+    waiting = [chat.Timer(1.0, list) for _ in range(4)]
+    link.timer, link.pace, link.dismissal, link.again = waiting
+    getattr(link, end)("it broke")
+    assert [timer.callback for timer in waiting[:timers]] == [None] * timers
+    assert end == "_end" or (link.pace is None and link.dismissal is None)
+
+
+def test_a_race_for_a_connection_that_is_called_off_tries_no_more_addresses():
+    race = chat.HappyEyeballs.__new__(chat.HappyEyeballs)
+    timer = race.timer = chat.Timer(1.0, list)
+    race.left, race.running, ended = ["another address"], [], []
+    race.running.append(types.SimpleNamespace(cancel=lambda: ended.append(True)))
+    race.cancel()
+    assert timer.callback is None and not race.left and ended
+
+
+@pytest.mark.parametrize("command", ["/reconnect", "hello"])
+def test_a_command_to_connect_is_obeyed_once(command):
+    link, asked = Hanging(True, 60.0), []
+    link.reconnect = lambda: asked.append(command)
+    for text in (command, "/names", "/names"):
+        link.typed(text)
+    assert len(asked) == (command == "/reconnect")
+
+
+def test_a_policy_of_tls_is_remembered_once():
+    link, kept = Hanging(True, 60.0), []
+    link.known = types.SimpleNamespace(remember=lambda *_, **values: kept.append(values["port"]))
+    link.target = chat.Target("127.0.0.1", 1)._replace(tls=True)
+    link.core.sts = (1, 1000)
+    link._keep_policy()
+    link._keep_policy()
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("way", ["come back", "wait for the user", "dial again"])
+def test_a_quit_is_for_one_connection_only(way):
+    link = Hanging(True, 60.0)
+    link.core.quitting = True
+    ways = {
+        "come back": lambda: link._come_back("it broke"),
+        "wait for the user": lambda: link._wait_for_user("it broke", "wait"),
+        "dial again": lambda: link._dial_again("it broke"),
+    }
+    ways[way]()
+    assert not link.core.quitting
 
 
 # ======================================================================================
