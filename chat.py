@@ -20429,7 +20429,6 @@ class Peer(Connection):
         self.inbox = HttpReader(first_line + b"\r\n" + self.inbox.rest())
         self.session = WebSession(server.site, self)
         server.times.unnamed.discard(self)
-        server.times.silent.discard(self)
         server.times.web_heads.add(self)
         with contextlib.suppress(OSError):  # what was sent and is not acknowledged is known then
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WEB_SEND_BUFFER)

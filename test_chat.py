@@ -24748,8 +24748,9 @@ def test_a_refusal_that_the_user_knows_is_not_told_again_until_the_user_asks_aga
 
 
 def test_a_refused_register_is_not_blamed_when_a_later_login_fails():
-    alice = Elsewhere(kind=chat.CHAT)
-    alice.types("/register password").hears("FAIL REGISTER WEAK_PASSWORD alice :too short")
+    alice = Elsewhere(caps="draft/account-registration").types("/register password")
+    assert alice.core.me.proposed
+    alice.hears("FAIL REGISTER WEAK_PASSWORD alice :too short")
     assert alice.core.me.proposed is None and alice.core.me.login is None
 
 
@@ -24770,7 +24771,7 @@ def refuse(box, id):
     box.rows.trouble = "disk full"
     with pytest.raises(chat.Unusable):
         box.save(1.0)
-    assert [message.id for message in box.refused()] == [id]
+    assert [message.id for message in box.refused()] == [id] and box.refused() == []
     assert not box.rows.changes and box.save(1.0)
 
 
@@ -24824,6 +24825,7 @@ def test_nothing_of_a_cancelled_paste_is_sent_later(caps):
     alice.types("\n".join(f"line {n}" for n in range(30)))
     alice.sent(5)
     alice.types("/cancel all")
+    assert not alice.core.talk.lines.unfinished
     assert not [line for line in alice.sent(90) if "PRIVMSG" in line]
 
 
@@ -24834,6 +24836,7 @@ def test_a_channel_that_takes_the_name_of_one_that_was_left_has_its_own_messages
     )
     texts = [view.text for view in alice.core.rooms["#tea"].views]
     assert "hi" in texts and "of the other" not in texts
+    assert not any("both conversations" in view.text for view in alice.views)
 
 
 def test_a_conversation_that_is_closed_and_begun_again_is_kept_again():
@@ -25011,10 +25014,10 @@ def test_events_share_a_row_if_they_may(line, folds, setting):
     assert (len(alice.core.room.views) - rows < 3) == shared
 
 
-@pytest.mark.parametrize("name, ours", [("HelpServ", True), ("HelpServ", False)])
-def test_a_name_like_that_of_a_service_is_one_elsewhere_only(name, ours):
-    alice = Elsewhere(kind=chat.CHAT if ours else chat.IRC)
-    assert alice.core.outgoing.is_service(name, "identify secret") != alice.core.server.ours
+def test_a_name_like_that_of_a_service_is_one_elsewhere_only():
+    here, elsewhere = Pair(house_of("bob"), "alice"), Elsewhere()
+    found = [one.core.outgoing.is_service("HelpServ", "identify x") for one in (here, elsewhere)]
+    assert found == [False, True]
 
 
 def test_a_capability_that_the_server_no_longer_offers_is_not_asked_for():
@@ -25078,6 +25081,41 @@ def test_a_redacted_message_leaves_no_count_below_nothing():
 def test_a_line_is_never_longer_than_the_client_can_hear(length):
     alice = Elsewhere(length).types("x" * 20_000)
     assert all(len(line.encode()) <= chat.LINE_BYTES for line in alice.sent(9))
+
+
+def test_a_topic_that_was_removed_meanwhile_is_gone_after_a_new_join():
+    alice = Elsewhere().hears("332 alice #lobby :tea")
+    assert alice.core.room.topic == "tea"
+    alice.hears(":op!u@h KICK #lobby alice :out", ":alice!u@h JOIN #lobby")
+    assert alice.core.room.topic == ""
+
+
+@pytest.mark.parametrize("typed, regained", [([], True), (["/nick carol"], False)])
+def test_a_nick_that_was_taken_is_asked_for_again_unless_the_user_chose_another(typed, regained):
+    core = Elsewhere()
+    core.views += core.core.disconnected()
+    core.core.connected()
+    core.hears("433 * alice :Nickname is already in use", "001 alice2 :x", "422 alice2 :No MOTD")
+    core.types(*typed)
+    core.hears(*[":alice2!u@h NICK carol"] * bool(typed))
+    core.sent()
+    again = [
+        line
+        for line in core.sent(900)
+        if line.split()[:2] in (["NICK", "alice"], ["ISON", "alice"])
+    ]
+    assert bool(again) == regained
+
+
+def test_a_change_of_an_outbox_is_written_once(tmp_path):
+    db = chat.open_client_database(":memory:")
+    db.execute(chat.NEW_OUTBOX, ("here", "alice", "secret"))
+    rows = chat.OutboxRows(db, 1, True, lambda: None)
+    box = chat.Outbox(rows)
+    box.add(0.0, "#lobby", "hello", chat.MESSAGE)
+    assert box.save(0.0)
+    before = db.total_changes
+    assert rows.flush() and db.total_changes == before and not rows.waiting
 
 
 # ======================================================================================
@@ -28916,6 +28954,242 @@ def test_a_quit_is_for_one_connection_only(way):
     }
     ways[way]()
     assert not link.core.quitting
+
+
+def is_read(peer):
+    return bool(peer.mask & chat.READ)
+
+
+def test_a_server_that_is_paused_reads_from_no_client_until_it_goes_on():
+    with beating() as (server, peer):
+        one = peer(data=b"NICK alice\r\nUSER u 0 * :r\r\n")
+        act_on_all(server)
+        assert is_read(one)
+        server.pause("wait")
+        assert not is_read(one)
+        server.resume()
+        assert is_read(one)
+
+
+def test_a_client_over_its_budget_is_read_again_once_there_is_some():
+    with beating() as (server, peer):
+        one = peer(data=b"NICK alice\r\nUSER u 0 * :r\r\n")
+        act_on_all(server)
+        one.budget.tokens = -1000.0
+        one.received(b"JOIN #a\r\n")
+        act_on_all(server)
+        assert "#a" not in server.hub.channels and not is_read(one)
+        one.budget.tokens = 100.0
+        one.resume_with_budget()
+        act_on_all(server)
+        assert "#a" in server.hub.channels and is_read(one)
+
+
+@pytest.mark.parametrize("own, shared, waits", [(9, 9, False), (-9, 9, True), (9, -9, True)])
+def test_a_line_waits_for_the_budgets_of_its_connection_and_of_its_address(own, shared, waits):
+    with beating() as (_, peer):
+        one = peer(data=b"NICK alice\r\n")
+        one.budget.tokens, one.home.budget.tokens = own, shared
+        assert (one.wait() > 0) == waits
+
+
+def test_another_connection_of_an_address_with_a_small_budget_begins_with_that():
+    with beating() as (_, peer):
+        peer(data=b"NICK alice\r\n").home.budget.tokens = 3.0
+        assert peer(data=b"NICK bob\r\n").budget.tokens <= 3.0
+
+
+@pytest.mark.parametrize("most, kept", [(9, {"a", "b", "c"}), (2, {"b", "c"}), (1, {"c"})])
+def test_only_the_fullest_budgets_of_too_many_addresses_are_forgotten(monkeypatch, most, kept):
+    addresses = chat.Addresses(FakeLoop(0.0), (10.0, 1.0))
+    for key, tokens in (("a", 9.0), ("b", 5.0), ("c", -5.0)):
+        address = addresses.enter(key)
+        address.budget.tokens = tokens
+        addresses.leave(address, web=False)
+    monkeypatch.setattr(chat, "ADDRESSES_KEPT", most)
+    addresses.sweep()
+    assert set(addresses) == kept
+
+
+def test_a_server_that_is_stopped_ends_though_clients_stay():
+    house = house_of("alice")
+    for _ in range(2):
+        chat.Server.stop(house)
+    timers = [timer for timer in house.loop.timers if timer.callback == house.loop.stop]
+    assert [timer.when - house.loop.now for timer in timers] == [chat.STOP_SECONDS]
+
+
+def test_a_server_that_fails_ends_with_its_first_reason():
+    house, ended = house_of("alice"), []
+    house.loop.stop = lambda: ended.append(True)
+    chat.Server.fail(house, "the disk is gone")
+    chat.Server.fail(house, "the network, too")
+    assert ended and house.failure == "the disk is gone"
+
+
+def test_a_turn_that_a_busy_database_did_not_take_is_tried_again_soon():
+    house = house_of("alice")
+    house.say("alice", "hello")
+    house.store.commit = lambda *_: chat.BUSY
+    house.loop.timers.clear()
+    assert not house.committer.commit() and house.hub.turn.events
+    assert [timer.when for timer in house.loop.timers] == [house.now + chat.BUSY_RETRY_SECONDS]
+    del house.store.commit
+    assert house.committer.commit()
+
+
+@pytest.mark.parametrize("line", ["NS REGISTER password a@b.org", "/register password a@b.org"])
+def test_a_name_is_no_account_before_the_code_that_was_sent_is_told(line):
+    house = House(register=frozenset(("email-required",)))
+    house.enter("alice") if line[0] == "/" else come(house, "alice")
+    (told,) = ask(house, "alice", line)
+    assert "a code was sent to a@b.org" in told and not house.hub.accounts
+
+
+def test_a_file_that_is_removed_is_known_by_none_of_its_messages(files):
+    path = path_of(posted(files))
+    says(files, "alice", f"/tell bob {path}", f"PRIVMSG #lobby :http://localhost:7000{path}")
+    assert files.hub.files and files.hub.files.by_message
+    (id,) = files.hub.files
+    files.hub.perform("remove_file", 0, id)
+    assert not files.hub.files and not files.hub.files.by_message
+
+
+REFUSED_LINES = ["MODE #a +o bob", "MODE #a +b x!*@*", "TOPIC #a :tea", "METADATA #a SET a :b"]
+
+
+@pytest.mark.parametrize("line", REFUSED_LINES)
+def test_a_command_that_is_refused_stores_nothing(line):
+    house = House()
+    come(house, "alice", "bob", caps=f"{CAPS} draft/metadata-2")
+    for who in ("alice", "bob"):
+        ask(house, who, "JOIN #a")
+    house.say("bob", line)
+    turn = house.hub.turn
+    assert not turn.changed and not turn.records and not turn.events
+    house.turn()
+    assert refused(house.heard("bob"), "482", "NOT_OPERATOR", "KEY_NO_PERMISSION")
+
+
+def test_a_key_ends_a_search_and_what_is_typed_then_is_text():
+    editor = chat.LineEditor()
+    editor.set("find this remark")
+    editor.press(chat.Key("enter"))
+    editor.press(chat.Key("search"))
+    editor.press(chat.Key("home"))
+    editor.press(chat.Key("text", "find"))
+    assert editor.text == "find"
+
+
+def test_a_refused_search_for_missed_conversations_is_not_told():
+    alice = Elsewhere(caps="batch draft/chathistory message-tags server-time")
+    alice.core.talk.history._ask_targets()
+    alice.views.clear()
+    alice.hears("FAIL CHATHISTORY INVALID_TARGET TARGETS :no such history")
+    assert not any("history of" in view.text for view in alice.views)
+
+
+def heard_by(peer):
+    return b"".join(map(bytes, peer.queue.chunks))
+
+
+def named(server, peer, number, name):
+    one = peer(number, f"NICK {name}\r\nUSER u 0 * :r\r\n".encode())
+    act_on_all(server)
+    server.end_turn()
+    server.begin_turn()
+    assert one.session.user
+    return one
+
+
+def test_users_stay_when_a_server_stops_and_no_other_user_is_told():
+    with beating() as (server, peer):
+        alice, bob = named(server, peer, 2, "alice"), named(server, peer, 3, "bob")
+        for one in (alice, bob):
+            one.received(b"JOIN #a\r\n")
+            act_on_all(server)
+        server.stop()
+        assert set(server.hub.users) == {"alice", "bob"}
+        assert not [event for event in server.hub.turn.events if event.kind == chat.QUIT]
+
+
+def test_lines_beyond_its_budget_are_dropped_when_a_connection_is_reset():
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        one.budget.tokens = -1000.0
+        one.received(b"JOIN #a\r\n")
+        one._finish("connection reset by peer")
+        server.lost(one, "connection reset by peer")
+        assert not one.inbox.pending and not [e for e in server.hub.turn.events if e.kind == "JOIN"]
+
+
+def test_the_last_lines_of_a_client_that_waited_for_an_answer_are_acted_on():
+    with beating() as (server, peer):
+        alice, bob = named(server, peer, 2, "alice"), named(server, peer, 3, "bob")
+        alice.held = True
+        alice.received(b"PRIVMSG bob :the last word\r\n")
+        server.lost(alice, "connection reset by peer")
+        said = [event.text for event in server.hub.turn.events if "last word" in event.text]
+        assert said and bob.session.user
+
+
+def test_a_websocket_beyond_the_limits_is_refused():
+    with beating() as (server, peer):
+        server.limits.becomes_chat = lambda home: "too many connections"
+        one = peer(data=UPGRADE)
+        act_on_all(server)
+        server.end_turn()
+        assert not one.frame_writer and not one.chats
+        server.begin_turn()
+
+
+def test_a_connection_that_is_closed_is_not_there_any_more():
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        assert one.still_there()
+        one._finish("connection reset by peer")
+        one.sock.close()
+        assert not one.still_there()
+
+
+def test_a_client_that_does_not_answer_a_ping_is_disconnected():
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        for seconds, asked, leaving in ((1, False, False), (100, True, False), (200, True, True)):
+            server.loop.now = one.heard + seconds
+            server.times.probe(one)
+            assert (one.asked > one.heard, one.leaving) == (asked, leaving)
+
+
+def test_a_turn_without_events_is_not_stored():
+    house, stored_turns = house_of("alice"), []
+    house.store.commit = lambda *_: stored_turns.append(True)
+    assert house.committer.commit() and not stored_turns
+
+
+@pytest.mark.parametrize("text", ["", "hello"])
+def test_what_the_disk_did_not_take_is_tried_once_more_when_the_server_ends(folder, text):
+    house = stored(folder)
+    house.enter("alice")
+    record = chat.Record("marker", ("~x", "#a", 1, 1), 0)
+    house.store.backlog.add([record], house.now)
+    house.say("alice", *[text] * bool(text))
+    assert house.committer.close() and not house.store.backlog.records
+    query = "SELECT count(*) FROM markers WHERE owner = '~x'"
+    assert house.store.db.execute(query).fetchone() == (1,)
+    said = house.store.db.execute("SELECT count(*) FROM events WHERE text = 'hello'").fetchone()
+    assert said == (len(text) // 5,)
+    house.store.close()
+
+
+def test_an_operator_who_steps_down_is_counted_no_longer():
+    house, counted = House(), []
+    come(house, "alice")
+    for line in ("PING x", "OPER boss secret", "MODE alice -o"):
+        ask(house, "alice", line)
+        lines = [one for one in ask(house, "alice", "LUSERS") if " 252 " in one]
+        counted += [int(one.split(" 252 ")[1].split()[1]) for one in lines] or [0]
+    assert counted == [0, 1, 0]
 
 
 # ======================================================================================
