@@ -29192,6 +29192,57 @@ def test_an_operator_who_steps_down_is_counted_no_longer():
     assert counted == [0, 1, 0]
 
 
+def test_waits_of_one_length_end_one_after_the_other_however_often_they_begin(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: loop.now)
+    loop, due = FakeLoop(0.0), []
+    delay = chat.Delay(loop, 10.0, due.append)
+    for item in ("a", "b", "c"):
+        delay.add(item)
+        loop.now += 11.0
+        loop.run_due()
+    assert due == ["a", "b", "c"] and not delay.waiting
+
+
+def test_a_link_that_connects_at_once_waits_for_no_timer_and_doubts_no_certificate():
+    link, started = Hanging(True, 60.0), []
+    link.start = lambda: started.append(True)
+    timer = link.timer = chat.Timer(9.0, list)
+    link.phase, link.certificate.doubted = chat.WAITING, "ab" * 32
+    link.reconnect()
+    assert started and timer.callback is None and link.certificate.doubted == ""
+
+
+def test_a_link_that_ends_ends_the_race_for_a_connection():
+    link, ended = Hanging(True, 60.0), []
+    link.race = types.SimpleNamespace(cancel=lambda: ended.append(True))
+    link._end("left")
+    assert ended
+
+
+def test_a_connection_that_was_made_in_time_is_not_given_up_later():
+    link = Hanging(True, 60.0)
+    timer = link.timer = chat.Timer(9.0, list)
+    tls = types.SimpleNamespace(fingerprint=lambda: "ab" * 32)
+    link.conn = types.SimpleNamespace(tls=tls, unsent=0, write=list, drop=list)
+    link._connected, link.certificate.judge = list, lambda *_: (chat.UNTRUSTED, "unknown")
+    link.secured()
+    assert timer.callback is None
+
+
+def test_a_line_that_waits_for_its_turn_is_sent_when_that_comes():
+    link, sent = Hanging(True, 60.0), []
+    link.loop, link.phase = FakeLoop(0.0), chat.ONLINE
+    link.conn = types.SimpleNamespace(unsent=0, write=sent.append, drop=list)
+    link.core.connected()
+    link.received(b":x 001 alice :Welcome\r\n:x 422 alice :No MOTD\r\n:alice!u@h JOIN #lobby\r\n")
+    link.typed("\n".join(f"line {n}" for n in range(30)))
+    for _ in range(200):
+        link.loop.now += 1.0
+        link.core.ticks = lambda: link.loop.now
+        link.loop.run_due()
+    assert b"line 29" in b"".join(sent)
+
+
 # ======================================================================================
 # TERMINAL
 # ======================================================================================
@@ -31495,6 +31546,7 @@ def test_an_upload_bears_wrong_answers_and_ends_or_waits(answers, asked, posted,
     files = InMemory(tmp_path, *answers)
     files.run(chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a.txt")))
     assert files.asked[: len(asked or ())] == (asked or []) and len(files.asked) <= 2 + len(answers)
+    assert files.calls.keys() <= {one.id for one in files.core.transfers}
     assert any("/files/1" in line for line in files.alice.sent(9)) == posted
 
 
@@ -31523,6 +31575,7 @@ def test_a_file_is_saved_as_it_is_or_not_at_all(answers, asked, saved, tmp_path)
     files = InMemory(tmp_path, *answers)
     files.run(chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"))
     assert files.asked == asked or asked is None
+    assert files.calls.keys() <= {one.id for one in files.core.transfers}
     there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert there == ({} if saved is None else {"a.txt": saved})
 
@@ -31595,7 +31648,22 @@ def test_an_upload_that_is_dropped_is_removed_as_soon_as_the_server_can_be_asked
     for _ in range(4):
         files.wake()
         files.loop.now += chat.BACKOFF_MOST
-    assert files.asked[2:] == ["DELETE", "DELETE"] and not files.dropped
+    assert files.asked[2:] == ["DELETE", "DELETE"] and not files.dropped and not files.calls
+
+
+@pytest.mark.parametrize("most, fetched", [(10, WHOLE[2]), (9, b"")])
+def test_a_picture_that_is_fetched_comes_whole_or_not_at_all(most, fetched, tmp_path):
+    files, got = InMemory(tmp_path, WHOLE), []
+    files.fetch("/files/1", most, lambda content, why: got.append((content, bool(why))))
+    assert got == [(fetched, not fetched)] and not files.calls
+
+
+def test_a_token_that_the_server_takes_no_more_is_not_used_again(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, (401, {}, b"old"))
+    files.core.transfers.upload_token = "old"
+    files.start(chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a.txt")))
+    assert files.asked == ["POST"] and files.core.transfers.upload_token == ""
 
 
 def test_a_transfer_that_fails_for_days_is_tried_again_all_the_same(tmp_path):
