@@ -1058,6 +1058,19 @@ def test_the_rest_of_a_line_that_is_too_long_is_skipped_in_pieces_of_any_size(si
     assert lines == [b"one", chat.TOO_LONG, b"two", chat.TOO_LONG, b"three"]
 
 
+def test_of_a_line_over_the_limit_only_the_beginning_is_kept():
+    for ends in (b"", b"\n"):
+        reader = chat.LineBuffer(100)
+        for _ in range(20):
+            reader.feed(b"x" * 90)
+            assert ends or len(reader.buffer) <= 102
+        reader = chat.LineBuffer(100)
+        reader.feed(b"x" * 1800 + ends)
+        assert reader.take() is chat.TOO_LONG
+        assert 0 < len(reader.begins) <= chat.BEGINNING_BYTES
+        assert not reader.pending
+
+
 # ======================================================================================
 # BUFFERS
 # ======================================================================================
@@ -4500,6 +4513,15 @@ def test_only_what_a_user_says_resets_the_idle_time(line, resets):
     assert idle(house, "alice") >= 499
     asked(house, "alice", line)
     assert (idle(house, "alice") < 100) == resets
+
+
+def test_a_user_s_tokens_are_valid_up_to_a_number_and_the_oldest_ends_then():
+    user = types.SimpleNamespace(sessions=["one"], identity="~alice")
+    grants, tokens = chat.Grants(), []
+    for count in range(1, chat.TOKENS_A_USER + 3):
+        tokens.append(grants.make(user, 0))
+        valid = [token for token in tokens if grants.owner(token, 0) == "~alice"]
+        assert valid == tokens[-min(count, chat.TOKENS_A_USER) :]
 
 
 # ======================================================================================
@@ -25118,6 +25140,46 @@ def test_a_change_of_an_outbox_is_written_once(tmp_path):
     assert rows.flush() and db.total_changes == before and not rows.waiting
 
 
+def test_a_client_watches_no_more_names_at_once_than_the_server_takes():
+    alice = Elsewhere("MONITOR=500")
+    alice.core.talk.watch([f"n{n}" for n in range(300)])
+    (line,) = [line for line in alice.sent(9) if line.startswith("MONITOR +")]
+    assert line.count(",") == chat.WATCHED - 1
+
+
+def test_pages_that_a_bad_connection_made_small_have_at_least_a_line():
+    alice = Elsewhere()
+    for _ in range(9):
+        alice.core.disconnected()
+        alice.connect()
+    assert alice.core.page_lines >= 1
+
+
+def test_after_a_conversation_was_closed_the_newest_other_one_is_looked_at():
+    alice = Elsewhere()
+    alice.types("/query bob", "/query carol", "/query dan")
+    alice.views.clear()
+    alice.types("/close dan")
+    assert [view.where for view in alice.views if view.kind == chat.PLACE] == ["carol"]
+
+
+def test_a_redaction_of_the_oldest_of_more_unread_messages_than_are_shown_is_counted():
+    room = chat.Room("#a", channel=True)
+    for n in range(3):
+        view = chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#a", n + 1, id=str(n))
+        room.views.append(view)
+    room.unread = 4
+    room.forget_news("0")
+    assert room.unread == 3
+
+
+def test_the_user_name_of_a_client_is_short_and_plain():
+    core = chat.ClientCore("Abcdefghijklmnopqrstuvw-1", kind=chat.IRC)
+    core.connected()
+    (line,) = [one for one in core.take_output().decode().splitlines() if one[:5] == "USER "]
+    assert line.split()[1] == "abcdefghijklmnopqrstuvw"[: chat.SHORT_NAME]
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
@@ -30563,6 +30625,16 @@ def test_a_screen_that_is_left_shows_the_messages_and_nothing_else():
     shown = str(desk.screen.lines)
     assert "while reading" in shown and "typed" not in shown
     assert not desk.display.reader.back and not desk.display.paged
+
+
+def test_a_letter_with_marks_without_end_is_cut():
+    text = "e" + "\u0301" * 1000
+    for cluster in (chat.first_cluster(text), chat.last_cluster(text)):
+        assert 0 < len(cluster) <= chat.CLUSTER_CHARACTERS
+
+
+def test_words_wider_than_the_screen_are_one_column():
+    assert chat.in_columns(["x" * 100, "y" * 100], 20)
 
 
 # ======================================================================================
