@@ -24853,9 +24853,9 @@ def test_nothing_of_a_cancelled_paste_is_sent_later(caps):
 
 def test_a_channel_that_takes_the_name_of_one_that_was_left_has_its_own_messages_only():
     alice = Elsewhere().hears(":alice!u@h JOIN #tea", ":bob!u@h PRIVMSG #tea :of the other")
-    alice.hears(
-        ":alice!u@h PART #tea", ":bob!u@h PRIVMSG #lobby :hi", ":op!u@h RENAME #lobby #tea :"
-    )
+    alice.hears(":op!u@h KICK #tea alice :out", ":bob!u@h PRIVMSG #lobby :hi")
+    assert "#tea" in alice.core.rooms
+    alice.hears(":op!u@h RENAME #lobby #tea :")
     texts = [view.text for view in alice.core.rooms["#tea"].views]
     assert "hi" in texts and "of the other" not in texts
     assert not any("both conversations" in view.text for view in alice.views)
@@ -25114,22 +25114,22 @@ def test_a_topic_that_was_removed_meanwhile_is_gone_after_a_new_join():
 
 @pytest.mark.parametrize("typed, regained", [([], True), (["/nick carol"], False)])
 def test_a_nick_that_was_taken_is_asked_for_again_unless_the_user_chose_another(typed, regained):
-    core = Elsewhere()
-    core.views += core.core.disconnected()
-    core.core.connected()
-    core.hears("433 * alice :Nickname is already in use", "001 alice2 :x", "422 alice2 :No MOTD")
-    core.types(*typed)
-    core.hears(*[":alice2!u@h NICK carol"] * bool(typed))
-    core.sent()
+    alice = Elsewhere()
+    alice.views += alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("433 * alice :Nickname is already in use", "001 alice2 :x", "422 alice2 :No MOTD")
+    alice.types(*typed)
+    alice.hears(*[":alice2!u@h NICK carol"] * bool(typed))
+    alice.sent()
     again = [
         line
-        for line in core.sent(900)
+        for line in alice.sent(900)
         if line.split()[:2] in (["NICK", "alice"], ["ISON", "alice"])
     ]
     assert bool(again) == regained
 
 
-def test_a_change_of_an_outbox_is_written_once(tmp_path):
+def test_a_change_of_an_outbox_is_written_once():
     db = chat.open_client_database(":memory:")
     db.execute(chat.NEW_OUTBOX, ("here", "alice", "secret"))
     rows = chat.OutboxRows(db, 1, True, lambda: None)
@@ -25138,6 +25138,9 @@ def test_a_change_of_an_outbox_is_written_once(tmp_path):
     assert box.save(0.0)
     before = db.total_changes
     assert rows.flush() and db.total_changes == before and not rows.waiting
+    db.execute("DROP TABLE outbox")
+    box.arrived(*box.waiting)
+    assert not rows.flush() and rows.changes and not rows.waiting
 
 
 def test_a_client_watches_no_more_names_at_once_than_the_server_takes():
@@ -25178,6 +25181,24 @@ def test_the_user_name_of_a_client_is_short_and_plain():
     core.connected()
     (line,) = [one for one in core.take_output().decode().splitlines() if one[:5] == "USER "]
     assert line.split()[1] == "abcdefghijklmnopqrstuvw"[: chat.SHORT_NAME]
+
+
+def test_an_event_that_comes_while_pages_are_awaited_is_shown_behind_them():
+    alice = Elsewhere()
+    room = alice.core.room
+    room.held = []
+    alice.hears(":bob!u@h JOIN #lobby")
+    assert not room.views and [view.name for view in room.held] == ["bob"]
+
+
+def test_a_list_of_capabilities_that_comes_twice_is_answered_once():
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.connected()
+    for _ in range(2):
+        core.feed(b":x CAP * LS :echo-message batch\r\n")
+    lines = core.take_output().decode().splitlines()
+    heads = [" ".join(line.split()[:2]) for line in lines]
+    assert heads.count("CAP REQ") == 1 and sum(line[:5] == "NICK " for line in lines) == 1
 
 
 # ======================================================================================
@@ -28907,7 +28928,7 @@ def test_a_queue_that_was_cleared_sends_only_what_comes_later():
 
 
 def repeated(run, loop):
-    """Return whether this is to be done again later, and whether it would be once it was ended."""
+    """Run a function; return whether it has a timer for its next run."""
     loop.timers.clear()
     run()
     return run in [timer.callback for timer in loop.timers]
@@ -29303,6 +29324,40 @@ def test_a_line_that_waits_for_its_turn_is_sent_when_that_comes():
         link.core.ticks = lambda: link.loop.now
         link.loop.run_due()
     assert b"line 29" in b"".join(sent)
+
+
+def test_a_connection_that_has_ended_has_nothing_to_send_and_is_not_watched():
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        one.write(b"x" * 100)
+        assert one in server.loop.dirty
+        one._finish("connection reset by peer")
+        assert not one.unsent and not one.queue.chunks and not one.mask
+        assert one not in server.loop.dirty and one not in server.loop.linger.waiting
+
+
+def test_without_a_limit_of_lines_none_waits():
+    with beating(flood=None) as (_, peer):
+        assert peer(data=b"NICK alice\r\n").wait() == 0.0
+
+
+def test_a_last_turn_that_the_disk_did_not_take_at_once_is_tried_again(folder):
+    house, failed = stored(folder), []
+    write = house.store._write
+
+    def write_at_the_second_attempt(*values):
+        if not failed:
+            failed.append(True)
+            raise sqlite3.OperationalError("disk full")
+        write(*values)
+
+    house.store._write = write_at_the_second_attempt
+    house.hub.turn.record("marker", "~x", "#a", 1, 1)
+    house.committer.close()
+    assert failed and not house.store.backlog.records
+    assert house.store.db.execute("SELECT owner FROM markers").fetchall() == [("~x",)]
+    del house.store._write
+    house.store.close()
 
 
 # ======================================================================================
