@@ -1091,7 +1091,7 @@ class SendQueue:
             return first
         sizes = itertools.accumulate(map(len, self.chunks))
         count = sum(1 for _ in itertools.takewhile(lambda size: size <= SEND_BYTES, sizes))
-        return b"".join(self.chunks[: max(count, 1)])
+        return b"".join(self.chunks[:count])
 
     def advance(self, sent: int) -> None:
         """Drop `sent` bytes from the head, after a send."""
@@ -1764,8 +1764,7 @@ class Grants(dict[str, Grant]):
         digest = hashed_token(token)
         one = self.get(digest)
         if one is None or one.until < ticks or not one.user.sessions:
-            self.pop(digest, None)
-            return ""
+            return ""  # make() removes it
         self[digest] = one._replace(until=ticks + TOKEN_SECONDS * 1000)
         return one.user.identity
 
@@ -3299,8 +3298,6 @@ class Markers(dict[str, dict[str, Marker]]):
             fits = mark.time > known.time
         if fits:
             marks[target] = mark
-        elif not marks:
-            del self[owner]
         return fits
 
 
@@ -4168,7 +4165,6 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
         channel.by_wire = None
     if not user.live:
         remove_user(hub, user, f"Logged in as {account}", who)
-    who.user = None
     attach(hub, who, holder, who.address)
     hub.turn.since.pop(who, None)  # this session gets all of the turn's events, too
     return before
@@ -16742,7 +16738,6 @@ class Rooms(dict[str, Room]):
         self.core.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
         self.current = room
         if self.core.reads_at_once:
-            room.unread = room.called = 0
             self.mark_read(room)
 
     def go_joined(self, room: Room) -> None:
@@ -20487,7 +20482,6 @@ class Peer(Connection):
         self.inbox = HttpReader(first_line + b"\r\n" + self.inbox.rest())
         self.session = WebSession(server.site, self)
         server.times.unnamed.discard(self)
-        server.times.silent.discard(self)
         server.times.web_heads.add(self)
         with contextlib.suppress(OSError):  # what was sent and is not acknowledged is known then
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WEB_SEND_BUFFER)
@@ -21912,12 +21906,12 @@ class Server:
         """Act on the input of a lost connection as far as its budget allows; drop the rest."""
         level = logging.INFO if reason.startswith(TLS_TROUBLE) else logging.DEBUG
         log.log(level, "%s: %s", peer.address, reason)
-        self.times.forget(peer)
         if peer.session and not peer.session.parting:
             peer.session.parting = reason
         peer.eof, peer.waits_for_budget = True, False
         if peer.inbox and not peer.leaving:
             self.beat.act_on_the_last(peer)
+        self.times.forget(peer)  # now, as acting on input begins waits, too
         self.forget(peer)
 
     def forget(self, peer: Peer) -> None:

@@ -1058,6 +1058,19 @@ def test_the_rest_of_a_line_that_is_too_long_is_skipped_in_pieces_of_any_size(si
     assert lines == [b"one", chat.TOO_LONG, b"two", chat.TOO_LONG, b"three"]
 
 
+def test_of_a_line_over_the_limit_only_the_beginning_is_kept():
+    for ends in (b"", b"\n"):
+        reader = chat.LineBuffer(100)
+        for _ in range(20):
+            reader.feed(b"x" * 90)
+            assert ends or len(reader.buffer) <= 102
+        reader = chat.LineBuffer(100)
+        reader.feed(b"x" * 1800 + ends)
+        assert reader.take() is chat.TOO_LONG
+        assert 0 < len(reader.begins) <= chat.BEGINNING_BYTES
+        assert not reader.pending
+
+
 # ======================================================================================
 # BUFFERS
 # ======================================================================================
@@ -4594,6 +4607,15 @@ def test_only_what_a_user_says_resets_the_idle_time(line, resets):
     assert (idle(house, "alice") < 100) == resets
 
 
+def test_a_user_s_tokens_are_valid_up_to_a_number_and_the_oldest_ends_then():
+    user = types.SimpleNamespace(sessions=["one"], identity="~alice")
+    grants, tokens = chat.Grants(), []
+    for count in range(1, chat.TOKENS_A_USER + 3):
+        tokens.append(grants.make(user, 0))
+        valid = [token for token in tokens if grants.owner(token, 0) == "~alice"]
+        assert valid == tokens[-min(count, chat.TOKENS_A_USER) :]
+
+
 # ======================================================================================
 # ACTS
 # ======================================================================================
@@ -5372,6 +5394,260 @@ def test_what_is_dropped_at_a_limit_is_dropped_in_the_store(seeded, run, tmp_pat
     identities = {guest for _, guests in was["guests"].items() for guest in guests}
     assert {guest for guest, _ in store.identities()} == identities
     store.close()
+
+
+VISITS = {  # what visitors with accounts do, one after the other, beside alice, who founded #x
+    "an invitation": ["alice INVITE {v} #x", "{v} JOIN #x", "{v} PART #x"],
+    "an operator": ["{v} OPER boss secret"],
+    "an operator no longer": ["{v} OPER boss secret", "{v} MODE {v} -o"],
+    "a rank taken away": ["{v} JOIN #x", "alice MODE #x +o {v}", "alice MODE #x -o {v}"],
+    "what is watched": ["{v} MONITOR + {v}x", "{v} METADATA * SUB a"],
+    "a marker that a renaming drops": [
+        "{v} MARKREAD #{v} timestamp=1970-01-02T00:00:00.000Z",
+        "alice RENAME #x #{v}",
+        "alice RENAME #{v} #x",
+    ],
+}
+
+
+@pytest.mark.parametrize("lines", VISITS.values(), ids=VISITS)
+def test_visits_add_up_to_nothing_in_the_tables_of_the_server(lines):
+    house, found = House(), []
+    account(house, "alice", "v0", "v1", "v2")
+    device(house, "alice", "alice")
+    ask(house, "alice", "JOIN #x")
+    for visitor in ("v0", "v1", "v2"):
+        device(house, visitor, visitor)
+        for line in lines:
+            who, _, rest = line.format(v=visitor).partition(" ")
+            assert not refused(ask(house, who, rest), "403", "442", "461", "421")
+        ask(house, visitor, "QUIT")
+        del house.guests[visitor]
+        house.idle(2)
+        house.asked_for.clear()
+        found.append(sizes(house.hub))
+    _, before, after = found
+    assert {path: n for path, n in after.items() if n > before.get(path, 0)} == {}
+
+
+@pytest.mark.parametrize("lines", [[], ["CAP LS 302"], ["METADATA * SUB a"], ["MONITOR + bob"]])
+def test_a_client_that_leaves_before_it_has_a_name_is_in_no_table_of_the_server(lines):
+    house = House()
+    before = len(house.hub.sessions)
+    house.connect_irc("alice")
+    house.say("alice", "CAP REQ :message-tags draft/metadata-2", *lines)
+    house.turn()
+    house.leave("alice")
+    house.turn()
+    assert len(house.hub.sessions) == before
+    assert not house.hub.watchers and not house.hub.subscribers
+
+
+def names_at_join(house, who, channel):
+    lines = ask(house, who, f"JOIN {channel}")
+    rows = [line.rpartition(" :")[2].split() for line in lines if f" 353 {who} " in line]
+    return set(itertools.chain(*rows))
+
+
+WITH_HOSTS = f"{CAPS} multi-prefix userhost-in-names"
+MEMBER_CHANGES = {  # what changes a member's name or ranks, once the names are cached
+    "a nick": (["guest NICK other"], ["other"]),
+    "a rank": (["alice MODE #x +v guest"], ["+guest"]),
+    "a rank taken away": (["alice MODE #x +v guest", "alice MODE #x -v guest"], ["guest"]),
+    "a login": (["guest NS IDENTIFY bob password"], ["@guest"]),
+    "a PART": (["guest PART #x"], []),
+    "a QUIT": (["guest QUIT"], []),
+}
+
+
+@pytest.mark.parametrize("lines, names", MEMBER_CHANGES.values(), ids=MEMBER_CHANGES)
+def test_a_client_that_joins_gets_the_names_as_they_are_now(lines, names):
+    house = House()
+    account(house, "alice", "bob")
+    for who in ("alice", "bob"):
+        device(house, who, who)
+        ask(house, who, "JOIN #x")
+    ask(house, "alice", "MODE #x +o bob")
+    ask(house, "bob", "QUIT")
+    del house.guests["bob"]
+    come(house, "guest", "before", "after")
+    ask(house, "guest", "JOIN #x")
+    assert names_at_join(house, "before", "#x") == {"@alice", "guest", "before"}
+    for line in lines:
+        who, _, rest = line.partition(" ")
+        ask(house, who, rest)
+    assert names_at_join(house, "after", "#x") == {"@alice", "before", "after", *names}
+
+
+def test_a_client_that_joins_gets_the_present_address_of_a_member_who_came_back():
+    house = House()
+    account(house, "alice")
+    device(house, "alice", "alice", host="192.0.2.1")
+    ask(house, "alice", "JOIN #x")
+    come(house, "before", "after", caps=WITH_HOSTS)
+    before = names_at_join(house, "before", "#x")
+    house.leave("alice")
+    house.turn()
+    device(house, "again", "alice", host="192.0.2.2")
+    assert house.guests["again"].user.name == "alice"
+    after = names_at_join(house, "after", "#x")
+    old, new = ({one for one in names if "alice!" in one} for names in (before, after))
+    assert old != new and new == {f"@{house.guests['again'].user.source.mask}"}
+
+
+def test_a_client_with_another_capability_gets_the_next_message_with_it():
+    house = House()
+    come(house, "alice", "bob", caps="message-tags")
+    for who in ("alice", "bob"):
+        ask(house, who, "JOIN #a")
+    stamped = []
+    for caps in ("", "server-time", "-server-time"):
+        house.say("alice", *[f"CAP REQ :{caps}"] * bool(caps))
+        house.turn()
+        house.heard("alice")
+        ask(house, "bob", "PRIVMSG #a :hello")
+        stamped.append("time=" in house.heard("alice")[-1])
+    assert stamped == [False, True, False]
+
+
+@pytest.mark.parametrize("line", ["PART #a", "KICK #a bob", "QUIT", "JOIN 0"])
+def test_a_client_that_left_a_channel_is_written_nothing_of_it(line):
+    house = House()
+    come(house, "bob", "alice")
+    for who in ("bob", "alice"):
+        ask(house, who, "JOIN #a", "PRIVMSG #a :hello")
+    house.say("bob", line)
+    house.say("alice", "PRIVMSG #a :in the turn of it")
+    house.turn()
+    assert house.guests["bob"].over or "#a" not in str(ask(house, "bob", "NAMES"))
+    house.heard("bob")
+    ask(house, "alice", "PRIVMSG #a :later")
+    assert house.heard("bob") == []
+
+
+def test_a_device_that_moves_to_another_user_hears_the_channels_of_that_user_only():
+    house = house_of("alice", "bob", "carol")
+    for who in ("alice", "bob"):
+        house.say(who, "/register password", f"/join #{who}")
+        house.turn()
+    house.connect("second")
+    house.say("second", "bob", "/login password")
+    house.turn()
+    for place in ("#alice", "#bob"):
+        house.say("carol", f"/join {place}", "before")
+        house.turn()
+    house.say("second", "/login alice password")
+    house.turn()
+    house.heard("second")
+    for place in ("#alice", "#bob"):
+        house.say("carol", f"/join {place}", f"in {place}")
+        house.turn()
+    assert house.heard("second") == ["[#alice] carol: in #alice"]
+
+
+def test_a_device_that_ends_is_written_nothing_while_another_stays():
+    house = House()
+    account(house, "alice")
+    for label in ("phone", "desk"):
+        device(house, label, "alice")
+    come(house, "bob")
+    for who in ("desk", "bob"):
+        ask(house, who, "JOIN #a", "PRIVMSG #a :hello")
+    house.leave("phone")
+    house.turn()
+    house.heard("phone")
+    ask(house, "bob", "PRIVMSG #a :later")
+    assert house.heard("phone") == [] and spoken(house.heard("desk"))[-1] == "later"
+
+
+def test_a_rank_that_a_founder_s_account_lent_ends_with_that_account():
+    house = House()
+    account(house, "alice", "bob")
+    for who in ("alice", "bob"):
+        device(house, who, who)
+        ask(house, who, "JOIN #x")
+    ask(house, "alice", "MODE #x +o bob")
+    ranks = []
+    for line in ("PING x", "NS DROP password"):
+        ask(house, "alice", line)
+        ask(house, "bob", "PART #x")
+        ranks.append("@bob" in names_at_join(house, "bob", "#x"))
+    assert ranks == [True, False]
+
+
+def test_a_client_with_the_secret_of_an_account_but_no_password_does_not_take_its_place():
+    house = House()
+    account(house, "alice")
+    secret = "5" * chat.SECRET_DIGITS
+    device(house, "alice", "alice")
+    house.leave("alice")
+    house.turn()
+    house.connect_irc("one")
+    house.say("one", f"CAP REQ :sasl {CAPS}", f"SESSION {secret}", "NICK alice", "USER u 0 * :r")
+    assert sasl(house, "one", "alice")
+    ask(house, "one", "CAP END")
+    user = house.guests["one"].user
+    assert user.name == "alice" and user.tokens
+    tokens = dict(house.hub.users_by_token)
+    come(house, "stranger", secret=secret)
+    assert house.hub.users_by_token == tokens and house.guests["stranger"].user is not user
+
+
+def test_after_too_long_a_line_of_a_login_another_login_may_begin():
+    house = House()
+    account(house, "alice")
+    come(house, "alice", caps=f"sasl {CAPS}")
+    told = ask(house, "alice", "AUTHENTICATE PLAIN", f"AUTHENTICATE {'A' * (chat.SASL_CHUNK + 1)}")
+    assert refused(told, "905")
+    assert sasl(house, "alice", "alice")
+
+
+def test_an_account_that_is_gone_is_looked_like_by_no_name():
+    house, name = House(), "\u0441\u043e\u0440"
+    account(house, name)
+    accounts = house.hub.accounts
+    assert accounts.looks_like("\u0441\u043ep")
+    accounts.load([])
+    assert not accounts.looks_like("\u0441\u043ep")
+
+
+def test_the_code_of_a_verified_account_is_forgotten():
+    house = House(register=frozenset(("email-required",)))
+    come(house, "alice")
+    ask(house, "alice", "REGISTER * alice@x.org password")
+    (code,) = [values[2] for values in house.asked_for if values[1] == "alice"]
+    assert house.hub.accounts.pending
+    ask(house, "alice", f"VERIFY alice {code}")
+    assert "alice" in house.hub.accounts and not house.hub.accounts.pending
+
+
+def test_a_channel_may_get_the_name_of_one_whose_closed_past_ends_in_that_turn():
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #x")
+    ask(house, "bob", "JOIN #y", "MODE #y +s", "PRIVMSG #y :secret")
+    assert refused(ask(house, "alice", "RENAME #x #y"), "CHANNEL_NAME_IN_USE")
+    house.say("bob", "PART #y")
+    told = ask(house, "alice", "RENAME #x #y")
+    assert not refused(told, "CHANNEL_NAME_IN_USE") and "RENAME #x #y" in str(told)
+
+
+def test_a_change_is_recorded_once_also_if_the_database_was_busy():
+    house = House()
+    come(house, "alice")
+    house.say("alice", "JOIN #x")
+    house.hub.record_changes()
+    count = len(house.hub.turn.records)
+    house.hub.record_changes()
+    assert count == len(house.hub.turn.records) > 0
+
+
+def test_what_was_changed_last_is_dropped_last_from_what_waits_for_the_disk(monkeypatch):
+    monkeypatch.setattr(chat, "BACKLOG_RECORDS", 2)
+    backlog = chat.Backlog()
+    for key in ("#a", "#b", "#a", "#c"):
+        backlog.add([chat.Record("channel", (key, "{}"), 0)], 0.0)
+    assert [record.values[0] for record in backlog.records.values()] == ["#a", "#c"]
 
 
 # ======================================================================================
@@ -13545,6 +13821,56 @@ def test_a_mode_that_is_set_already_is_not_told_again(line):
     first, again = (ask(house, "alice", line), house.heard("bob")), ask(house, "alice", line)
     assert first[0] and first[1]
     assert again == [] and house.heard("bob") == []
+
+
+@pytest.mark.parametrize("number", [2, 99, 12345])
+def test_a_numbered_name_is_no_longer_than_names_may_be(number):
+    for letter in ("x", "\u00e9", "\U0001f600"):
+        name = chat.numbered_name(letter * 100, number)
+        assert name.endswith(str(number)) and len(name) <= chat.NAME_CHARACTERS
+        assert len(name.encode()) <= chat.NAME_BYTES
+
+
+ASKED_TOO_MUCH = [  # a line, the limit that it runs into, what is counted of the answer
+    ("CHATHISTORY LATEST #a * 1000", "HISTORY_LINES_MOST", " PRIVMSG #a "),
+    ("SEARCH in=#a;text=word;limit=1000", "HISTORY_LINES_MOST", " PRIVMSG #a "),
+    ("MODE #a +bbbbbbbb a b c d e f g h", "MODES_WITH_VALUE", "!*@*"),
+    ("MODE alice +ZYXVUTSR", "USER_MODES_AT_ONCE", " 501 "),
+    ("MODE #a +ZYXVUTSR", "MODES_AT_ONCE", " 472 "),
+]
+
+
+@pytest.mark.parametrize("line, limit, counted", ASKED_TOO_MUCH)
+def test_a_line_that_asks_for_too_much_gets_as_much_as_the_limit_says(
+    monkeypatch, line, limit, counted
+):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", *[f"PRIVMSG #a :word {n}" for n in range(8)])
+    monkeypatch.setattr(chat, limit, 3)
+    assert sum(one.count(counted) for one in ask(house, "alice", line)) in (1, 2, 3)
+
+
+def test_no_line_of_005_has_more_tokens_than_clients_take():
+    house = House()
+    house.connect_irc("alice")
+    told = [line for line in ask(house, "alice", "NICK alice", "USER u 0 * :r") if " 005 " in line]
+    assert len(told) > 1
+    assert all(len(line.partition(" :are")[0].split()) - 3 <= 13 for line in told)
+
+
+def test_a_newcomer_of_the_line_protocol_is_told_some_names_and_how_many_more(monkeypatch):
+    monkeypatch.setattr(chat, "NAMES_GREETED", 2)
+    house = house_of("ann", "bob", "cid", "dan")
+    house.connect("eve", greeted=True).receive(b"eve")
+    house.turn()
+    (told,) = [line for line in house.heard("eve") if "and 2 more" in line]
+    assert "ann" in told and "bob" in told and "cid" not in told
+
+
+@pytest.mark.parametrize("when", ["9999-12-31T23:59:59.999Z", "9999-12-31T23:59:59.9999Z"])
+def test_no_time_of_a_client_is_later_than_the_last_moment(when):
+    assert chat.parse_time(when) == chat.LAST_MOMENT
 
 
 # ======================================================================================
@@ -24506,6 +24832,513 @@ def test_a_client_core_begins_with_the_usual_values(name):
     assert not core.is_writing()
 
 
+LISTED_ONCE = [  # what the user types, the answer, what is shown of it
+    ("/names", ["353 alice = #lobby :bob", "366 alice #lobby :End"], "bob"),
+    ("/names #x", ["353 alice = #x :bob", "366 alice #x :End"], "bob"),
+    ("/raw ISON bob", ["303 alice :bob"], "bob"),
+    ("/who #x", ["352 alice #x u h s bob H :0 real", "315 alice #x :End"], "real"),
+]
+
+
+@pytest.mark.parametrize("typed, answer, text", LISTED_ONCE)
+def test_an_answer_is_shown_once_and_not_again_when_a_bouncer_asks_for_it(typed, answer, text):
+    alice = Elsewhere()
+    for shown in (True, False):
+        alice.types(*[typed] * shown)
+        alice.views.clear()
+        alice.hears(*answer)
+        assert any(text in view.text for view in alice.views) == shown
+
+
+def test_the_members_that_the_client_asked_for_and_those_that_the_user_did_are_told_apart():
+    alice = Elsewhere("WHOX")
+    alice.core.people.ask(alice.core.room)
+    row, end = "352 alice #lobby u h s bob H :0 his real name", "315 alice #lobby :End"
+    for shown in (False, True):
+        alice.types(*["/who #lobby"] * shown)
+        alice.views.clear()
+        alice.hears(row, end)
+        assert any("his real name" in view.text for view in alice.views) == shown
+
+
+def joins_after_a_break(alice):
+    alice.views += alice.core.disconnected()
+    alice.now += 1
+    alice.views += alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd-1 a b", "422 alice :No MOTD")
+    return " ".join(line for line in alice.sent() if line.startswith("JOIN"))
+
+
+JOINED_LATER = [  # what happens to a /join #x before the connection breaks, whether it is repeated
+    ([], True),
+    ([":alice!u@h JOIN #x"], True),
+    ([":alice!u@h JOIN #x", ":alice!u@h PART #x"], False),
+    ([":alice!u@h JOIN #x", ":op!u@h KICK #x alice :out"], False),
+    (["403 alice #x :No such channel"], False),
+    (["476 alice #x :Bad channel mask"], False),
+]
+
+
+@pytest.mark.parametrize("lines, repeated", JOINED_LATER)
+def test_a_join_is_repeated_over_the_next_connection_unless_it_was_answered_otherwise(
+    lines, repeated
+):
+    alice = Elsewhere().types("/join #x").hears(*lines)
+    assert ("#x" in joins_after_a_break(alice)) == repeated
+
+
+def test_a_channel_that_was_closed_before_a_repeated_join_was_answered_is_not_joined_again():
+    alice = Elsewhere().types("/join #x")
+    assert "#x" in joins_after_a_break(alice)
+    alice.types("/close #x")
+    assert "#x" not in joins_after_a_break(alice)
+
+
+def test_a_refusal_that_the_user_knows_is_not_told_again_until_the_user_asks_again():
+    alice, told = Elsewhere().types("/join #c").hears(":alice!u@h JOIN #c"), []
+    full = "471 alice #c :Cannot join channel (+l)"
+    alice.hears(":op!u@h KICK #c alice :out")
+    for typed, seconds in (("/join #c", 0), ("", chat.REJOIN_SECONDS + 9), ("/join #c", 0)):
+        alice.types(*filter(None, [typed]))
+        assert "JOIN #c" in alice.sent(seconds)
+        alice.views.clear()
+        alice.hears(full)
+        told.append(any("+l" in view.text for view in alice.views))
+    assert told == [True, False, True]
+
+
+def test_a_refused_register_is_not_blamed_when_a_later_login_fails():
+    alice = Elsewhere(caps="draft/account-registration").types("/register password")
+    assert alice.core.me.proposed
+    alice.hears("FAIL REGISTER WEAK_PASSWORD alice :too short")
+    assert alice.core.me.proposed is None and alice.core.me.login is None
+
+
+class Rows:
+    """The rows of an outbox, which a disk takes or not."""
+
+    trouble = ""
+
+    def __init__(self):
+        self.changes = {}
+
+    def flush(self):
+        self.changes.clear() if not self.trouble else None
+        return not self.trouble
+
+
+def refuse(box, id):
+    box.rows.trouble = "disk full"
+    with pytest.raises(chat.Unusable):
+        box.save(1.0)
+    assert [message.id for message in box.refused()] == [id] and box.refused() == []
+    assert not box.rows.changes and box.save(1.0)
+
+
+OUTBOX_STEPS = {
+    "save": lambda box, id: box.save(0.0),
+    "send": lambda box, id: box.send(box.waiting[id], 0.0),
+    "lose": lambda box, id: box.unconfirmed.update(one.id for one in box.connection_lost()),
+    "park": lambda box, id: box.park(id, "why"),
+    "arrive": lambda box, id: box.arrived(id),
+    "refuse": refuse,
+}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "arrive",
+        "save send arrive",
+        "save send lose arrive",
+        "save park arrive",
+        "save send park arrive",
+        "save send lose park arrive",
+        "refuse",
+        "park refuse",
+    ],
+)
+def test_a_message_that_left_the_outbox_is_in_none_of_its_tables(steps):
+    box = chat.Outbox(Rows())
+    before = sizes(box)
+    message = box.add(0.0, "#lobby", "hello", chat.MESSAGE)
+    for step in steps.split():
+        OUTBOX_STEPS[step](box, message.id)
+    box.rows.changes.clear()
+    assert sizes(box) == before
+
+
+def test_a_message_that_was_in_doubt_can_be_sent_once_the_user_says_so():
+    box = chat.Outbox(Rows())
+    message = box.add(0.0, "#lobby", "hello", chat.MESSAGE)
+    for step in ("save", "send", "lose"):
+        OUTBOX_STEPS[step](box, message.id)
+    assert box.next(lambda one: True) is None
+    box.park(message.id, "why")
+    box.retry(message.id)
+    assert box.next(lambda one: True).id == message.id
+
+
+@pytest.mark.parametrize("caps", ["echo-message message-tags", ""])
+def test_nothing_of_a_cancelled_paste_is_sent_later(caps):
+    alice = Elsewhere(caps=caps)
+    alice.types("\n".join(f"line {n}" for n in range(30)))
+    alice.sent(5)
+    alice.types("/cancel all")
+    assert not alice.core.talk.lines.unfinished
+    assert not [line for line in alice.sent(90) if "PRIVMSG" in line]
+
+
+def test_a_channel_that_takes_the_name_of_one_that_was_left_has_its_own_messages_only():
+    alice = Elsewhere().hears(":alice!u@h JOIN #tea", ":bob!u@h PRIVMSG #tea :of the other")
+    alice.hears(":op!u@h KICK #tea alice :out", ":bob!u@h PRIVMSG #lobby :hi")
+    assert "#tea" in alice.core.rooms
+    alice.hears(":op!u@h RENAME #lobby #tea :")
+    texts = [view.text for view in alice.core.rooms["#tea"].views]
+    assert "hi" in texts and "of the other" not in texts
+    assert not any("both conversations" in view.text for view in alice.views)
+
+
+def test_a_conversation_that_is_closed_and_begun_again_is_kept_again():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store)
+    kept = []
+    for line in ("/query bob", "/close bob", "/query bob"):
+        alice.types(line)
+        store.flush()
+        kept.append("bob" in [room.name for room in store.rooms()])
+    assert kept == [True, False, True]
+
+
+def with_store(**options):
+    """Return a client on a server that is no chat.py, with a store in memory."""
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    return Elsewhere(store=store, **options)
+
+
+OWN_MESSAGES_END = {  # how a message that is shown as waiting ends
+    "it arrives": ["hello", "<:alice!u@h PRIVMSG #lobby :hello"],
+    "it is refused": ["hello", "<404 alice #lobby :Cannot send to channel"],
+    "it is cancelled": ["/msg #far hello", "/cancel all"],
+    "a paste is cancelled": ["\n".join(f"line {n}" for n in range(30)), "/cancel all"],
+    "it is said again after a break": ["hello", "break", "<:alice!u@h PRIVMSG #lobby :hello"],
+}
+
+
+@pytest.mark.parametrize("steps", OWN_MESSAGES_END.values(), ids=OWN_MESSAGES_END)
+def test_a_message_that_has_ended_is_not_taken_for_one_that_is_shown_as_waiting(steps):
+    alice = Elsewhere(caps="echo-message")
+    for step in steps:
+        if step == "break":
+            alice.views += alice.core.disconnected()
+            alice.connect(caps="echo-message")
+        elif step[0] == "<":
+            alice.hears(step[1:])
+        else:
+            alice.types(step)
+        alice.sent(3)
+    assert set(alice.core.outgoing.shown) <= set(alice.core.outbox.waiting)
+
+
+def test_what_a_server_of_the_line_protocol_was_sent_is_shown_as_waiting_no_longer():
+    outbox = chat.Outbox()
+    outbox.add(1.0, "#lobby", "hello", chat.MESSAGE)
+    core = chat.ClientCore("alice", kind=chat.PLAIN, outbox=outbox)
+    assert core.outgoing.shown
+    core.connected()
+    assert core.take_output() == b"alice\nhello\n" and not core.outgoing.shown
+
+
+def test_a_user_of_the_line_protocol_who_left_is_in_no_list():
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    for line in ("bob (1.2.3.4:5) joined the chat!", "bob (1.2.3.4:5) left the chat!"):
+        core.feed(f"{line}\n".encode())
+        assert ("bob" in core.rooms["#lobby"].people) == ("joined" in line)
+
+
+def test_lists_of_channels_that_the_client_does_not_know_are_not_collected():
+    alice = Elsewhere()
+    before = sizes(alice.core)
+    alice.hears(*[f"353 alice = #x{n} :bob carol" for n in range(20)])
+    assert sizes(alice.core) == before
+
+
+def test_a_server_cannot_open_channels_without_end(monkeypatch):
+    monkeypatch.setattr(chat, "ROOMS_KEPT", 3)
+    alice = Elsewhere().hears(*[f":alice!u@h JOIN #x{n}" for n in range(20)])
+    assert len(alice.core.rooms) <= 6
+
+
+READ_BACK = [(10, 5, 10), (10, 20, 20), (10, 10, 10)]
+
+
+@pytest.mark.parametrize("first, then, last", READ_BACK)
+def test_a_marker_of_another_device_never_goes_back(first, then, last):
+    room = chat.Room("#a", channel=True)
+    assert room.read(first)
+    assert room.read(then) == (then > first) and room.read_time == last
+
+
+CAME_BACK = [  # sent lines, what came back, whether the server alters words, the place of the line
+    (["\x02hi", "hi"], "hi", False, 1),
+    (["\x02hi", "other"], "hi", False, 0),
+    (["\x02hi", "x"], "hi", True, 0),
+    (["x" * 200, "other"], "x" * 150, False, 0),
+    (["x" * 200, "other"], "x" * 150, True, 0),
+    (["x" * 200 + "a", "x" * 200 + "b"], "x" * 150, True, None),
+    (["x" * 50, "other"], "x" * 30, False, None),
+    (["one"], "two", True, 0),
+    (["one"], "two", False, None),
+    (["a word that is bad", "quite other words"], "a word that is ***", True, 0),
+    (["ab", "cd"], "xy", True, None),
+]
+
+
+@pytest.mark.parametrize("lines, heard, alters, place", CAME_BACK)
+def test_the_line_that_an_echo_is_of(lines, heard, alters, place):
+    assert chat.place_of_echo(lines, heard, alters) == place
+
+
+MAYBE_PASSWORDS = [
+    ("login secret", "login"),
+    ("identify a b c d", "login"),
+    ("pass the salt to me please", "pass"),
+    ("register me too please now", "register"),
+    ("msg NickServ identify secret", "login"),
+    ("NickServ identify secret", "login"),
+    ("regster secret", "register"),
+    ("hello identify", ""),
+    ("login", ""),
+]
+
+
+@pytest.mark.parametrize("text, command", MAYBE_PASSWORDS)
+def test_a_text_that_may_hold_a_password(text, command):
+    assert chat.password_command(text) == command
+
+
+@pytest.mark.parametrize("text", [" /join #x", "quit", "login secret", "#x"])
+def test_a_text_in_doubt_is_sent_at_the_second_enter_and_asked_about_again_later(text):
+    alice, sent = Elsewhere("CHANTYPES=#"), []
+    for _ in range(4):
+        alice.types(text)
+        sent.append(bool(alice.said()))
+    assert sent == [False, True, False, True]
+
+
+@pytest.mark.parametrize("tags", ["+draft/react=:)", "+draft/react=:);+draft/reply=1", "+typing=x"])
+def test_tags_of_an_ignored_user_or_for_an_unknown_channel_are_not_shown(tags):
+    alice = with_store(caps="message-tags").hears("@msgid=1 :carol!u@h PRIVMSG #lobby :hello")
+    alice.types("/ignore bob")
+    alice.views.clear()
+    alice.hears(f"@{tags} :bob!u@h TAGMSG #lobby", f"@{tags} :carol!u@h TAGMSG #far")
+    assert alice.views == [] and not alice.core.room.typing
+    assert "#far" not in alice.core.rooms
+
+
+def test_a_message_that_waits_for_nothing_cannot_be_sent_again():
+    alice = Elsewhere().types("hello")
+    (sent,) = [line for line in alice.sent() if "PRIVMSG" in line]
+    alice.hears(f":alice!u@h {sent}")
+    for id in ("", "unknown", *alice.core.outbox.waiting):
+        alice.core.outgoing.retry(id)
+    assert not [line for line in alice.sent() if "PRIVMSG" in line]
+
+
+def test_without_history_on_the_server_none_is_asked_for():
+    alice = Elsewhere(caps="batch")
+    alice.hears(":bob!u@h PRIVMSG #lobby :hi")
+    assert not alice.core.talk.history.ask_page(alice.core.room, "older")
+    assert not [line for line in alice.sent(3) if "CHATHISTORY" in line]
+
+
+FOLDED_ROWS = [  # what comes three times, whether it shares a row
+    (":bob{n}!u@h JOIN #lobby", True),
+    (":op!u@h MODE #lobby +v bob{n}", True),
+    (":op!u@h MODE #lobby +v alice", False),
+    (":alice!u@h MODE #lobby +v bob{n}", False),
+]
+
+
+@pytest.mark.parametrize("line, folds", FOLDED_ROWS)
+@pytest.mark.parametrize("setting", ["on", "off"])
+def test_events_share_a_row_if_they_may(line, folds, setting):
+    alice = Elsewhere()
+    alice.types(f"/set fold {setting}")
+    rows = len(alice.core.room.views)
+    for n in range(3):
+        alice.hears(line.format(n=n))
+        alice.sent(1)
+    shared = folds and setting == "on"
+    assert (len(alice.core.room.views) - rows < 3) == shared
+
+
+def test_a_name_like_that_of_a_service_is_one_elsewhere_only():
+    here, elsewhere = Pair(house_of("bob"), "alice"), Elsewhere()
+    found = [one.core.outgoing.is_service("HelpServ", "identify x") for one in (here, elsewhere)]
+    assert found == [False, True]
+
+
+def test_a_capability_that_the_server_no_longer_offers_is_not_asked_for():
+    alice = Elsewhere(caps="echo-message away-notify")
+    alice.hears("CAP alice DEL :away-notify")
+    server = alice.core.talk.server
+    assert "away-notify" not in server.offered and "away-notify" not in server.enabled
+
+
+@pytest.mark.parametrize("most", ["", "CHATHISTORY=7", "CHATHISTORY=0", "CHATHISTORY=1000000"])
+def test_no_page_is_larger_than_the_server_or_the_client_takes(most):
+    caps = "batch draft/chathistory message-tags server-time"
+    alice = Elsewhere(*filter(None, [most]), caps=caps)
+    alice.core.talk.history.ask_page(alice.core.room, "older")
+    pages = [line for line in alice.sent(9) if "CHATHISTORY" in line and "older" not in line]
+    assert pages and all(int(line.split()[-1]) <= chat.PAGE_LINES for line in pages)
+    asked = int(most.partition("=")[2] or 0) or chat.PAGE_LINES
+    assert int(pages[-1].split()[-1]) == min(asked, chat.PAGE_LINES)
+
+
+def test_a_list_of_members_in_many_lines_is_kept_up_to_a_number(monkeypatch):
+    monkeypatch.setattr(chat, "PEOPLE_LISTED", 5)
+    alice = Elsewhere()
+    for n in range(4):
+        alice.hears(f"353 alice = #lobby :a{n} b{n} c{n}")
+    alice.hears("366 alice #lobby :End")
+    assert len(alice.core.room.people) == 5
+
+
+@pytest.mark.parametrize("ahead, believed", [(-5000, -5000), (5000, 5000), (10**12, 3_600_000)])
+def test_a_time_far_ahead_of_the_client_s_clock_is_not_believed(ahead, believed):
+    core = chat.ClientCore("alice", clock=lambda: 1_700_000_000.0)
+    now = 1_700_000_000_000
+    assert core.believable(now + ahead) == now + believed
+    assert core.believable(0) == 0 and core.believable(None) is None
+
+
+def test_the_newest_marker_that_was_told_counts():
+    alice = Elsewhere()
+    for when, newest in ((10, 10), (5, 10), (20, 20)):
+        alice.core.rooms.take_marker(alice.core.room, when)
+        assert alice.core.room.told_time == newest
+
+
+def test_a_reaction_without_end_is_kept_in_part():
+    alice = with_store(caps="message-tags").hears("@msgid=1 :bob!u@h PRIVMSG #lobby :hello")
+    alice.hears(f"@+draft/react={'x' * 900};+draft/reply=1 :bob!u@h TAGMSG #lobby")
+    assert alice.core.reactions.of("1") == {"x" * chat.REACTION_CHARACTERS: ["bob"]}
+
+
+def test_a_redacted_message_leaves_no_count_below_nothing():
+    room = chat.Room("#a", channel=True)
+    room.unread, room.called = 1, 0
+    room.views.append(chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#a", 1, called=True, id="1"))
+    for _ in range(2):
+        room.forget_news("1")
+        assert (room.unread, room.called) == (0, 0)
+
+
+@pytest.mark.parametrize("length", ["LINELEN=100000000", "LINELEN=9000", "LINELEN=512"])
+def test_a_line_is_never_longer_than_the_client_can_hear(length):
+    alice = Elsewhere(length).types("x" * 20_000)
+    assert all(len(line.encode()) <= chat.LINE_BYTES for line in alice.sent(9))
+
+
+def test_a_topic_that_was_removed_meanwhile_is_gone_after_a_new_join():
+    alice = Elsewhere().hears("332 alice #lobby :tea")
+    assert alice.core.room.topic == "tea"
+    alice.hears(":op!u@h KICK #lobby alice :out", ":alice!u@h JOIN #lobby")
+    assert alice.core.room.topic == ""
+
+
+@pytest.mark.parametrize("typed, regained", [([], True), (["/nick carol"], False)])
+def test_a_nick_that_was_taken_is_asked_for_again_unless_the_user_chose_another(typed, regained):
+    alice = Elsewhere()
+    alice.views += alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("433 * alice :Nickname is already in use", "001 alice2 :x", "422 alice2 :No MOTD")
+    alice.types(*typed)
+    alice.hears(*[":alice2!u@h NICK carol"] * bool(typed))
+    alice.sent()
+    again = [
+        line
+        for line in alice.sent(900)
+        if line.split()[:2] in (["NICK", "alice"], ["ISON", "alice"])
+    ]
+    assert bool(again) == regained
+
+
+def test_a_change_of_an_outbox_is_written_once():
+    db = chat.open_client_database(":memory:")
+    db.execute(chat.NEW_OUTBOX, ("here", "alice", "secret"))
+    rows = chat.OutboxRows(db, 1, True, lambda: None)
+    box = chat.Outbox(rows)
+    box.add(0.0, "#lobby", "hello", chat.MESSAGE)
+    assert box.save(0.0)
+    before = db.total_changes
+    assert rows.flush() and db.total_changes == before and not rows.waiting
+    db.execute("DROP TABLE outbox")
+    box.arrived(*box.waiting)
+    assert not rows.flush() and rows.changes and not rows.waiting
+
+
+def test_a_client_watches_no_more_names_at_once_than_the_server_takes():
+    alice = Elsewhere("MONITOR=500")
+    alice.core.talk.watch([f"n{n}" for n in range(300)])
+    (line,) = [line for line in alice.sent(9) if line.startswith("MONITOR +")]
+    assert line.count(",") == chat.WATCHED - 1
+
+
+def test_pages_that_a_bad_connection_made_small_have_at_least_a_line():
+    alice = Elsewhere()
+    for _ in range(9):
+        alice.core.disconnected()
+        alice.connect()
+    assert alice.core.page_lines >= 1
+
+
+def test_after_a_conversation_was_closed_the_newest_other_one_is_looked_at():
+    alice = Elsewhere()
+    alice.types("/query bob", "/query carol", "/query dan")
+    alice.views.clear()
+    alice.types("/close dan")
+    assert [view.where for view in alice.views if view.kind == chat.PLACE] == ["carol"]
+
+
+def test_a_redaction_of_the_oldest_of_more_unread_messages_than_are_shown_is_counted():
+    room = chat.Room("#a", channel=True)
+    for n in range(3):
+        view = chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#a", n + 1, id=str(n))
+        room.views.append(view)
+    room.unread = 4
+    room.forget_news("0")
+    assert room.unread == 3
+
+
+def test_the_user_name_of_a_client_is_short_and_plain():
+    core = chat.ClientCore("Abcdefghijklmnopqrstuvw-1", kind=chat.IRC)
+    core.connected()
+    (line,) = [one for one in core.take_output().decode().splitlines() if one[:5] == "USER "]
+    assert line.split()[1] == "abcdefghijklmnopqrstuvw"[: chat.SHORT_NAME]
+
+
+def test_an_event_that_comes_while_pages_are_awaited_is_shown_behind_them():
+    alice = Elsewhere()
+    room = alice.core.room
+    room.held = []
+    alice.hears(":bob!u@h JOIN #lobby")
+    assert not room.views and [view.name for view in room.held] == ["bob"]
+
+
+def test_a_list_of_capabilities_that_comes_twice_is_answered_once():
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.connected()
+    for _ in range(2):
+        core.feed(b":x CAP * LS :echo-message batch\r\n")
+    lines = core.take_output().decode().splitlines()
+    heads = [" ".join(line.split()[:2]) for line in lines]
+    assert heads.count("CAP REQ") == 1 and sum(line[:5] == "NICK " for line in lines) == 1
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
@@ -27524,13 +28357,16 @@ def act_on_all(server):
         server.beat.act()
 
 
+UPGRADE = (
+    b"GET /irc HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==\r\n\r\n"
+)
+
+
 def upgraded(server, peer):
     """Return a peer that speaks WebSocket."""
     made = peer()
-    made.received(
-        b"GET /irc HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==\r\n\r\n"
-    )
+    made.received(UPGRADE)
     act_on_all(server)
     assert made.frame_writer
     return made
@@ -28173,6 +29009,516 @@ def test_what_a_dialogue_with_nats_has_to_say_is_written_once():
     for _ in range(2):
         chat.NatsLink.flush(link)
         assert told == [b"PUB a 1\r\nx\r\n", "flushed"]
+
+
+LIMITS_OF_TIME = ("silent", "unnamed", "slow", "probed", "web_heads", "web_idle")
+HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+BODY_BEGUN = b"POST /files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc"
+UNDER_LIMITS = [  # what comes, one after the other, and the time limits that hold after each
+    [(b"", "silent unnamed"), (b"NICK alice\r\n", "unnamed"), (b"USER u 0 * :r\r\n", "probed")],
+    [(b"bob\n", ""), (b"hello\n", "")],
+    [(HEAD, "web_heads"), (b"\r\n", "web_idle"), (HEAD, "web_heads"), (b"\r\n", "web_idle")],
+    [(HEAD[:9], "unnamed"), (HEAD[9:], "web_heads"), (b"\r\n" + HEAD, "web_heads")],
+    [(BODY_BEGUN, "web_idle"), (b"def", "web_idle")],
+    [(UPGRADE, "unnamed"), (b"NICK alice", "unnamed"), (b"USER u 0 * :r", "probed")],
+]
+
+
+@pytest.mark.parametrize("steps", UNDER_LIMITS)
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_a_connection_is_under_the_time_limits_of_what_it_does(steps, end):
+    def limits():
+        waits = {name: getattr(server.times, name).waiting for name in LIMITS_OF_TIME}
+        return {name for name in LIMITS_OF_TIME if one in waits[name]}
+
+    with beating() as (server, peer):
+        one = peer()
+        server.times.silent.add(one)
+        server.times.unnamed.add(one)
+        for data, expected in steps:
+            if data:
+                one.received(client_frame(1, data) if one.frame_writer else data)
+            act_on_all(server)
+            server.end_turn()
+            assert limits() == set(expected.split()), data
+            server.begin_turn()
+        one.close() if end == "close" else one.drop("it is over")
+        server.lost(one, "it is over")
+        assert limits() == set()
+
+
+def test_a_client_that_reads_again_is_no_longer_one_that_reads_too_slowly(monkeypatch):
+    monkeypatch.setattr(chat, "UNSENT_SLOW", 10)
+    with beating() as (server, peer):
+        one = peer(data=b"NICK alice\r\n")
+        for size, is_slow in ((50, True), (0, False)):
+            one.queue.clear()
+            one.queue.append(b"x" * size) if size else None
+            one.lagging()
+            assert (one in server.times.slow.waiting) == is_slow
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_lines_of_a_client_that_the_server_disconnects_are_not_acted_on(end):
+    with beating() as (server, peer):
+        one = peer(data=b"NICK alice\r\nUSER u 0 * :r\r\n")
+        act_on_all(server)
+        one.received(b"JOIN #a\r\nJOIN #b\r\n")
+        one.close() if end == "close" else one.drop("it is over")
+        act_on_all(server)
+        assert not {"#a", "#b"} & set(server.hub.channels) and not one.inbox.pending
+
+
+@pytest.mark.parametrize("parts", [["NICK x\r\n", "PING y\r\n"], ["NICK x\r\nPI", "NG y\r\n"]])
+def test_nothing_of_what_was_cleared_is_read_from_a_websocket(parts):
+    reader = chat.FrameReader(1000)
+    for part in parts:
+        reader.feed(client_frame(1, part.encode()))
+    reader.take()
+    reader.clear()
+    assert not reader.pending and reader.take() is None
+
+
+def test_a_queue_that_was_cleared_sends_only_what_comes_later():
+    queue = chat.SendQueue()
+    queue.append(b"before")
+    queue.advance(2)
+    queue.clear()
+    queue.append(b"after")
+    assert bytes(queue.head()) == b"after" and queue.size == 5
+
+
+def repeated(run, loop):
+    """Run a function; return whether it has a timer for its next run."""
+    loop.timers.clear()
+    run()
+    return run in [timer.callback for timer in loop.timers]
+
+
+def test_what_the_server_does_at_intervals_it_does_again():
+    house = House()
+    for run in (house.expire_files, house.committer.sweep):
+        assert repeated(run, house.loop) and repeated(run, house.loop)
+
+
+def test_a_link_looks_after_its_connection_until_it_has_ended():
+    link = Hanging(True, 60.0)
+    link.loop = FakeLoop(0.0)
+    assert repeated(link._watch, link.loop)
+    link._end("left")
+    assert not repeated(link._watch, link.loop)
+
+
+class Ticking(types.SimpleNamespace):
+    """What a function that runs at intervals needs to know, and its calls of other functions."""
+
+    def __init__(self, function, **names):
+        self.called = []
+        super().__init__(loop=FakeLoop(0.0), **names)
+        self.run = types.MethodType(function, self)
+        setattr(self, function.__name__, self.run)
+        self.run()
+
+    def calls(self, name):
+        return lambda *_: self.called.append(name)
+
+
+def core_that_waits_for_nothing():
+    return types.SimpleNamespace(outbox=types.SimpleNamespace(waiting={}))
+
+
+TICKING = [
+    lambda called: Ticking(chat.Transfers.watch, calls={}, wake=lambda: called.append("wake")),
+    lambda called: Ticking(chat.TerminalClient.tick, core=core_that_waits_for_nothing()),
+    lambda called: Ticking(
+        chat.NatsLink.tick,
+        cluster=types.SimpleNamespace(caught_up=True, tick=called.append),
+        give_up_silent=lambda: None,
+        attempt=lambda run: run(),
+        up=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("make, called", [*zip(TICKING, (["wake"], [], [0.0]), strict=True)])
+def test_what_clients_and_nodes_do_at_intervals_they_do_again(make, called):
+    found = []
+    ticking = make(found)
+    assert [timer.callback for timer in ticking.loop.timers] == [ticking.run]
+    assert found == called
+
+
+@pytest.mark.parametrize("end, timers", [("lost", 3), ("_end", 4)])
+def test_a_link_without_a_connection_waits_for_nothing_of_it(end, timers):
+    link = Hanging(True, 60.0)
+    link.phase = chat.ONLINE
+    waiting = [chat.Timer(1.0, list) for _ in range(4)]
+    link.timer, link.pace, link.dismissal, link.again = waiting
+    getattr(link, end)("it broke")
+    assert [timer.callback for timer in waiting[:timers]] == [None] * timers
+    assert end == "_end" or (link.pace is None and link.dismissal is None)
+
+
+def test_a_race_for_a_connection_that_is_called_off_tries_no_more_addresses():
+    race = chat.HappyEyeballs.__new__(chat.HappyEyeballs)
+    timer = race.timer = chat.Timer(1.0, list)
+    race.left, race.running, ended = ["another address"], [], []
+    race.running.append(types.SimpleNamespace(cancel=lambda: ended.append(True)))
+    race.cancel()
+    assert timer.callback is None and not race.left and ended
+
+
+@pytest.mark.parametrize("command", ["/reconnect", "hello"])
+def test_a_command_to_connect_is_obeyed_once(command):
+    link, asked = Hanging(True, 60.0), []
+    link.reconnect = lambda: asked.append(command)
+    for text in (command, "/names", "/names"):
+        link.typed(text)
+    assert len(asked) == (command == "/reconnect")
+
+
+def test_a_policy_of_tls_is_remembered_once():
+    link, kept = Hanging(True, 60.0), []
+    link.known = types.SimpleNamespace(remember=lambda *_, **values: kept.append(values["port"]))
+    link.target = chat.Target("127.0.0.1", 1)._replace(tls=True)
+    link.core.sts = (1, 1000)
+    link._keep_policy()
+    link._keep_policy()
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("way", ["come back", "wait for the user", "dial again"])
+def test_a_quit_is_for_one_connection_only(way):
+    link = Hanging(True, 60.0)
+    link.core.quitting = True
+    ways = {
+        "come back": lambda: link._come_back("it broke"),
+        "wait for the user": lambda: link._wait_for_user("it broke", "wait"),
+        "dial again": lambda: link._dial_again("it broke"),
+    }
+    ways[way]()
+    assert not link.core.quitting
+
+
+def is_read(peer):
+    return bool(peer.mask & chat.READ)
+
+
+def test_a_server_that_is_paused_reads_from_no_client_until_it_goes_on():
+    with beating() as (server, peer):
+        one = peer(data=b"NICK alice\r\nUSER u 0 * :r\r\n")
+        act_on_all(server)
+        assert is_read(one)
+        server.pause("wait")
+        assert not is_read(one)
+        server.resume()
+        assert is_read(one)
+
+
+def test_a_client_over_its_budget_is_read_again_once_there_is_some():
+    with beating() as (server, peer):
+        one = peer(data=b"NICK alice\r\nUSER u 0 * :r\r\n")
+        act_on_all(server)
+        one.budget.tokens = -1000.0
+        one.received(b"JOIN #a\r\n")
+        act_on_all(server)
+        assert "#a" not in server.hub.channels and not is_read(one)
+        one.budget.tokens = 100.0
+        one.resume_with_budget()
+        act_on_all(server)
+        assert "#a" in server.hub.channels and is_read(one)
+
+
+@pytest.mark.parametrize("own, shared, waits", [(9, 9, False), (-9, 9, True), (9, -9, True)])
+def test_a_line_waits_for_the_budgets_of_its_connection_and_of_its_address(own, shared, waits):
+    with beating() as (_, peer):
+        one = peer(data=b"NICK alice\r\n")
+        one.budget.tokens, one.home.budget.tokens = own, shared
+        assert (one.wait() > 0) == waits
+
+
+def test_another_connection_of_an_address_with_a_small_budget_begins_with_that():
+    with beating() as (_, peer):
+        peer(data=b"NICK alice\r\n").home.budget.tokens = 3.0
+        assert peer(data=b"NICK bob\r\n").budget.tokens <= 3.0
+
+
+@pytest.mark.parametrize("most, kept", [(9, {"a", "b", "c"}), (2, {"b", "c"}), (1, {"c"})])
+def test_only_the_fullest_budgets_of_too_many_addresses_are_forgotten(monkeypatch, most, kept):
+    addresses = chat.Addresses(FakeLoop(0.0), (10.0, 1.0))
+    for key, tokens in (("a", 9.0), ("b", 5.0), ("c", -5.0)):
+        address = addresses.enter(key)
+        address.budget.tokens = tokens
+        addresses.leave(address, web=False)
+    monkeypatch.setattr(chat, "ADDRESSES_KEPT", most)
+    addresses.sweep()
+    assert set(addresses) == kept
+
+
+def test_a_server_that_is_stopped_ends_though_clients_stay():
+    house = house_of("alice")
+    for _ in range(2):
+        chat.Server.stop(house)
+    timers = [timer for timer in house.loop.timers if timer.callback == house.loop.stop]
+    assert [timer.when - house.loop.now for timer in timers] == [chat.STOP_SECONDS]
+
+
+def test_a_server_that_fails_ends_with_its_first_reason():
+    house, ended = house_of("alice"), []
+    house.loop.stop = lambda: ended.append(True)
+    chat.Server.fail(house, "the disk is gone")
+    chat.Server.fail(house, "the network, too")
+    assert ended and house.failure == "the disk is gone"
+
+
+def test_a_turn_that_a_busy_database_did_not_take_is_tried_again_soon():
+    house = house_of("alice")
+    house.say("alice", "hello")
+    house.store.commit = lambda *_: chat.BUSY
+    house.loop.timers.clear()
+    assert not house.committer.commit() and house.hub.turn.events
+    assert [timer.when for timer in house.loop.timers] == [house.now + chat.BUSY_RETRY_SECONDS]
+    del house.store.commit
+    assert house.committer.commit()
+
+
+@pytest.mark.parametrize("line", ["NS REGISTER password a@b.org", "/register password a@b.org"])
+def test_a_name_is_no_account_before_the_code_that_was_sent_is_told(line):
+    house = House(register=frozenset(("email-required",)))
+    house.enter("alice") if line[0] == "/" else come(house, "alice")
+    (told,) = ask(house, "alice", line)
+    assert "a code was sent to a@b.org" in told and not house.hub.accounts
+
+
+def test_a_file_that_is_removed_is_known_by_none_of_its_messages(files):
+    path = path_of(posted(files))
+    says(files, "alice", f"/tell bob {path}", f"PRIVMSG #lobby :http://localhost:7000{path}")
+    assert files.hub.files and files.hub.files.by_message
+    (id,) = files.hub.files
+    files.hub.perform("remove_file", 0, id)
+    assert not files.hub.files and not files.hub.files.by_message
+
+
+STORES_NOTHING = ["MODE #a +o bob", "MODE #a +b x!*@*", "TOPIC #a :tea", "METADATA #a SET a :b"]
+
+
+@pytest.mark.parametrize("line", STORES_NOTHING)
+def test_a_command_that_is_refused_stores_nothing(line):
+    house = House()
+    come(house, "alice", "bob", caps=f"{CAPS} draft/metadata-2")
+    for who in ("alice", "bob"):
+        ask(house, who, "JOIN #a")
+    house.say("bob", line)
+    turn = house.hub.turn
+    assert not turn.changed and not turn.records and not turn.events
+    house.turn()
+    assert refused(house.heard("bob"), "482", "NOT_OPERATOR", "KEY_NO_PERMISSION")
+
+
+def test_a_key_ends_a_search_and_what_is_typed_then_is_text():
+    editor = chat.LineEditor()
+    editor.set("find this remark")
+    editor.press(chat.Key("enter"))
+    editor.press(chat.Key("search"))
+    editor.press(chat.Key("home"))
+    editor.press(chat.Key("text", "find"))
+    assert editor.text == "find"
+
+
+def test_a_refused_search_for_missed_conversations_is_not_told():
+    alice = Elsewhere(caps="batch draft/chathistory message-tags server-time")
+    alice.core.talk.history._ask_targets()
+    alice.views.clear()
+    alice.hears("FAIL CHATHISTORY INVALID_TARGET TARGETS :no such history")
+    assert not any("history of" in view.text for view in alice.views)
+
+
+def heard_by(peer):
+    return b"".join(map(bytes, peer.queue.chunks))
+
+
+def named(server, peer, number, name):
+    one = peer(number, f"NICK {name}\r\nUSER u 0 * :r\r\n".encode())
+    act_on_all(server)
+    server.end_turn()
+    server.begin_turn()
+    assert one.session.user
+    return one
+
+
+def test_users_stay_when_a_server_stops_and_no_other_user_is_told():
+    with beating() as (server, peer):
+        alice, bob = named(server, peer, 2, "alice"), named(server, peer, 3, "bob")
+        for one in (alice, bob):
+            one.received(b"JOIN #a\r\n")
+            act_on_all(server)
+        server.stop()
+        assert set(server.hub.users) == {"alice", "bob"}
+        assert not [event for event in server.hub.turn.events if event.kind == chat.QUIT]
+
+
+def test_lines_beyond_its_budget_are_dropped_when_a_connection_is_reset():
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        one.budget.tokens = -1000.0
+        one.received(b"JOIN #a\r\n")
+        one._finish("connection reset by peer")
+        server.lost(one, "connection reset by peer")
+        assert not one.inbox.pending and not [e for e in server.hub.turn.events if e.kind == "JOIN"]
+
+
+def test_the_last_lines_of_a_client_that_waited_for_an_answer_are_acted_on():
+    with beating() as (server, peer):
+        alice, bob = named(server, peer, 2, "alice"), named(server, peer, 3, "bob")
+        alice.held = True
+        alice.received(b"PRIVMSG bob :the last word\r\n")
+        server.lost(alice, "connection reset by peer")
+        said = [event.text for event in server.hub.turn.events if "last word" in event.text]
+        assert said and bob.session.user
+
+
+def test_a_websocket_beyond_the_limits_is_refused():
+    with beating() as (server, peer):
+        server.limits.becomes_chat = lambda home: "too many connections"
+        one = peer(data=UPGRADE)
+        act_on_all(server)
+        server.end_turn()
+        assert not one.frame_writer and not one.chats
+        server.begin_turn()
+
+
+def test_a_connection_that_is_closed_is_not_there_any_more():
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        assert one.still_there()
+        one._finish("connection reset by peer")
+        one.sock.close()
+        assert not one.still_there()
+
+
+def test_a_client_that_does_not_answer_a_ping_is_disconnected():
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        for seconds, asked, leaving in ((1, False, False), (100, True, False), (200, True, True)):
+            server.loop.now = one.heard + seconds
+            server.times.probe(one)
+            assert (one.asked > one.heard, one.leaving) == (asked, leaving)
+
+
+def test_a_turn_without_events_is_not_stored():
+    house, stored_turns = house_of("alice"), []
+    house.store.commit = lambda *_: stored_turns.append(True)
+    assert house.committer.commit() and not stored_turns
+
+
+@pytest.mark.parametrize("text", ["", "hello"])
+def test_what_the_disk_did_not_take_is_tried_once_more_when_the_server_ends(folder, text):
+    house = stored(folder)
+    house.enter("alice")
+    record = chat.Record("marker", ("~x", "#a", 1, 1), 0)
+    house.store.backlog.add([record], house.now)
+    house.say("alice", *[text] * bool(text))
+    assert house.committer.close() and not house.store.backlog.records
+    query = "SELECT count(*) FROM markers WHERE owner = '~x'"
+    assert house.store.db.execute(query).fetchone() == (1,)
+    said = house.store.db.execute("SELECT count(*) FROM events WHERE text = 'hello'").fetchone()
+    assert said == (len(text) // 5,)
+    house.store.close()
+
+
+def test_an_operator_who_steps_down_is_counted_no_longer():
+    house, counted = House(), []
+    come(house, "alice")
+    for line in ("PING x", "OPER boss secret", "MODE alice -o"):
+        ask(house, "alice", line)
+        lines = [one for one in ask(house, "alice", "LUSERS") if " 252 " in one]
+        counted += [int(one.split(" 252 ")[1].split()[1]) for one in lines] or [0]
+    assert counted == [0, 1, 0]
+
+
+def test_waits_of_one_length_end_one_after_the_other_however_often_they_begin(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: loop.now)
+    loop, due = FakeLoop(0.0), []
+    delay = chat.Delay(loop, 10.0, due.append)
+    for item in ("a", "b", "c"):
+        delay.add(item)
+        loop.now += 11.0
+        loop.run_due()
+    assert due == ["a", "b", "c"] and not delay.waiting
+
+
+def test_a_link_that_connects_at_once_waits_for_no_timer_and_doubts_no_certificate():
+    link, started = Hanging(True, 60.0), []
+    link.start = lambda: started.append(True)
+    timer = link.timer = chat.Timer(9.0, list)
+    link.phase, link.certificate.doubted = chat.WAITING, "ab" * 32
+    link.reconnect()
+    assert started and timer.callback is None and link.certificate.doubted == ""
+
+
+def test_a_link_that_ends_ends_the_race_for_a_connection():
+    link, ended = Hanging(True, 60.0), []
+    link.race = types.SimpleNamespace(cancel=lambda: ended.append(True))
+    link._end("left")
+    assert ended
+
+
+def test_a_connection_that_was_made_in_time_is_not_given_up_later():
+    link = Hanging(True, 60.0)
+    timer = link.timer = chat.Timer(9.0, list)
+    tls = types.SimpleNamespace(fingerprint=lambda: "ab" * 32)
+    link.conn = types.SimpleNamespace(tls=tls, unsent=0, write=list, drop=list)
+    link._connected, link.certificate.judge = list, lambda *_: (chat.UNTRUSTED, "unknown")
+    link.secured()
+    assert timer.callback is None
+
+
+def test_a_line_that_waits_for_its_turn_is_sent_when_that_comes():
+    link, sent = Hanging(True, 60.0), []
+    link.loop, link.phase = FakeLoop(0.0), chat.ONLINE
+    link.conn = types.SimpleNamespace(unsent=0, write=sent.append, drop=list)
+    link.core.connected()
+    link.received(b":x 001 alice :Welcome\r\n:x 422 alice :No MOTD\r\n:alice!u@h JOIN #lobby\r\n")
+    link.typed("\n".join(f"line {n}" for n in range(30)))
+    for _ in range(200):
+        link.loop.now += 1.0
+        link.core.ticks = lambda: link.loop.now
+        link.loop.run_due()
+    assert b"line 29" in b"".join(sent)
+
+
+def test_a_connection_that_has_ended_has_nothing_to_send_and_is_not_watched():
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        one.write(b"x" * 100)
+        assert one in server.loop.dirty
+        one._finish("connection reset by peer")
+        assert not one.unsent and not one.queue.chunks and not one.mask
+        assert one not in server.loop.dirty and one not in server.loop.linger.waiting
+
+
+def test_without_a_limit_of_lines_none_waits():
+    with beating(flood=None) as (_, peer):
+        assert peer(data=b"NICK alice\r\n").wait() == 0.0
+
+
+def test_a_last_turn_that_the_disk_did_not_take_at_once_is_tried_again(folder):
+    house, failed = stored(folder), []
+    write = house.store._write
+
+    def write_at_the_second_attempt(*values):
+        if not failed:
+            failed.append(True)
+            raise sqlite3.OperationalError("disk full")
+        write(*values)
+
+    house.store._write = write_at_the_second_attempt
+    house.hub.turn.record("marker", "~x", "#a", 1, 1)
+    house.committer.close()
+    assert failed and not house.store.backlog.records
+    assert house.store.db.execute("SELECT owner FROM markers").fetchall() == [("~x",)]
+    del house.store._write
+    house.store.close()
 
 
 # ======================================================================================
@@ -29497,6 +30843,16 @@ def test_a_screen_that_is_left_shows_the_messages_and_nothing_else():
     assert not desk.display.reader.back and not desk.display.paged
 
 
+def test_a_letter_with_marks_without_end_is_cut():
+    text = "e" + "\u0301" * 1000
+    for cluster in (chat.first_cluster(text), chat.last_cluster(text)):
+        assert 0 < len(cluster) <= chat.CLUSTER_CHARACTERS
+
+
+def test_words_wider_than_the_screen_are_one_column():
+    assert chat.in_columns(["x" * 100, "y" * 100], 20)
+
+
 # ======================================================================================
 # CLI CLIENT
 # ======================================================================================
@@ -30478,6 +31834,7 @@ def test_an_upload_bears_wrong_answers_and_ends_or_waits(answers, asked, posted,
     files = InMemory(tmp_path, *answers)
     files.run(chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a.txt")))
     assert files.asked[: len(asked or ())] == (asked or []) and len(files.asked) <= 2 + len(answers)
+    assert files.calls.keys() <= {one.id for one in files.core.transfers}
     assert any("/files/1" in line for line in files.alice.sent(9)) == posted
 
 
@@ -30506,6 +31863,7 @@ def test_a_file_is_saved_as_it_is_or_not_at_all(answers, asked, saved, tmp_path)
     files = InMemory(tmp_path, *answers)
     files.run(chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"))
     assert files.asked == asked or asked is None
+    assert files.calls.keys() <= {one.id for one in files.core.transfers}
     there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert there == ({} if saved is None else {"a.txt": saved})
 
@@ -30578,7 +31936,22 @@ def test_an_upload_that_is_dropped_is_removed_as_soon_as_the_server_can_be_asked
     for _ in range(4):
         files.wake()
         files.loop.now += chat.BACKOFF_MOST
-    assert files.asked[2:] == ["DELETE", "DELETE"] and not files.dropped
+    assert files.asked[2:] == ["DELETE", "DELETE"] and not files.dropped and not files.calls
+
+
+@pytest.mark.parametrize("most, fetched", [(10, WHOLE[2]), (9, b"")])
+def test_a_picture_that_is_fetched_comes_whole_or_not_at_all(most, fetched, tmp_path):
+    files, got = InMemory(tmp_path, WHOLE), []
+    files.fetch("/files/1", most, lambda content, why: got.append((content, bool(why))))
+    assert got == [(fetched, not fetched)] and not files.calls
+
+
+def test_a_token_that_the_server_takes_no_more_is_not_used_again(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, (401, {}, b"old"))
+    files.core.transfers.upload_token = "old"
+    files.start(chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a.txt")))
+    assert files.asked == ["POST"] and files.core.transfers.upload_token == ""
 
 
 def test_a_transfer_that_fails_for_days_is_tried_again_all_the_same(tmp_path):
