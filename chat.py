@@ -21475,6 +21475,7 @@ class ActBeat:
         if not first_line:  # it says nothing yet, in any dialect
             self.times.silent.add(peer)
             return None
+        self.times.silent.discard(peer)
         dialect = dialect_of(first_line)
         if dialect == "http":
             peer.speak_http(first_line)

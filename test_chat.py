@@ -16314,6 +16314,22 @@ def test_the_greeting_comes_late_and_tells_irc_users_that_it_is_not_for_them(run
 
 
 @pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("NICK a\r\nUSER a 0 * :a\r\n", " 001 "),
+        ("anna\n/names\n", "anna"),
+        ("GET /irc HTTP/1.1\r\nHost: localhost\r\n\r\n", "HTTP/1.1 426"),
+    ],
+)
+def test_a_client_that_speaks_after_an_empty_line_is_not_greeted_any_more(running, text, answer):
+    server = running()
+    guest = server.guest()
+    guest.send(f"\r\n{text}")
+    guest.until(answer)
+    assert not server.server.times.silent.waiting
+
+
+@pytest.mark.parametrize(
     "lines", [" NICK carol|USER c 0 * :Carol", ":x NICK carol|:x USER c 0 * :Carol"]
 )
 def test_blanks_or_a_source_before_the_first_command_do_no_harm(running, lines):
