@@ -8831,16 +8831,25 @@ def check_server(session: IrcSession, name: str) -> None:
         raise Refused("NO_SUCH_SERVER", "this one stands alone", name)
 
 
-def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) -> Iterator[None]:
-    """Call act() once for every name of a list; a refusal for one name does not stop the others."""
-    given = {fold(name): name for name in names.split(",") if name}.values()
-    for number, name in enumerate(given or [""]):
+def in_pieces(parts: Iterable[Callable[[], None]]) -> Iterator[None]:
+    """Do one part of an answer after the other; between two of them it can be left for later."""
+    for number, part in enumerate(parts):
         if number:
             yield
+        part()
+
+
+def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) -> Iterator[None]:
+    """Call act() once for every name of a list; a refusal for one name does not stop the others."""
+
+    def act_on(name: str) -> None:
         try:
             act(name)
         except Refused as refusal:
             session.refuse(refusal)
+
+    given = {fold(name): name for name in names.split(",") if name}.values()
+    return in_pieces(do(act_on, name) for name in given or [""])
 
 
 # Registration
@@ -9447,11 +9456,8 @@ def irc_setname(session: IrcSession, realname: str) -> None:
 def irc_join(session: IrcSession, names: str, keys: str = "") -> Iterator[None]:
     """JOIN <channel>{,<channel>} [<key>{,<key>}] -- enter channels; JOIN 0 leaves all"""
     if names == "0":
-        for number, channel in enumerate(list(session.user.channels)):
-            if number:
-                yield
-            session.act("part", channel.name, "")
-        return
+        channels = list(session.user.channels)
+        return in_pieces(do(session.act, "part", channel.name, "") for channel in channels)
     passwords = dict(zip(names.split(","), keys.split(","), strict=False))
 
     @in_steps
@@ -9459,7 +9465,7 @@ def irc_join(session: IrcSession, names: str, keys: str = "") -> Iterator[None]:
         if channel := (yield do(session.act, "join", name, passwords.get(name, ""))):
             tell_channel(session, channel)
 
-    yield from each_in_pieces(session, names, enter)
+    return each_in_pieces(session, names, enter)
 
 
 @irc_command("PART", 1, 2)
@@ -9583,10 +9589,8 @@ def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") ->
         channels *= len(people)
     if len(channels) != len(people):
         raise Refused("NEED_MORE_PARAMS", "one channel, or as many as people", "KICK")
-    for number, (where, name) in enumerate(zip(channels, people, strict=True)):
-        if number:
-            yield
-        session.act("kick", where, name, reason)
+    pairs = zip(channels, people, strict=True)
+    return in_pieces(do(session.act, "kick", where, name, reason) for where, name in pairs)
 
 
 def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
@@ -26999,7 +27003,8 @@ class Leader {
   // Log in: before the end of registration, or later
 
   logIn(account, password) {
-    this.prove(this.login = { account, password });
+    this.login = { account, password };
+    this.prove(this.login);
   }
 
   logOut() {
@@ -27011,7 +27016,8 @@ class Leader {
   }
 
   signUp(password) { // kept until there are keys: the server logs in at once
-    set('login', this.login = { account: state.me, password });
+    this.login = { account: state.me, password };
+    set('login', this.login);
     this.send(`REGISTER * * :${password}`);
   }
 
@@ -27022,7 +27028,10 @@ class Leader {
     this.error = '';
     const scram = this.scram = new Worker('/sw.js');
     scram.onmessage = ({ data: { answer, keys, error } }) => {
-      if (keys) set('login', scram.login = { account: login.account, keys });
+      if (keys) {
+        scram.login = { account: login.account, keys };
+        set('login', scram.login);
+      }
       if (error) this.error = `Not logged in: ${error}`;
       this.send(`AUTHENTICATE ${answer ?? '*'}`);
     };

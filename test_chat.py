@@ -29126,7 +29126,7 @@ def test_a_link_looks_after_its_connection_until_it_has_ended():
 
 
 class Ticking(types.SimpleNamespace):
-    """What a function that runs at intervals needs to know, and its calls of other functions."""
+    """A stand-in for the owner of a function that runs at intervals; it notes what is called."""
 
     def __init__(self, function, **names):
         self.called = []
