@@ -4273,13 +4273,15 @@ class Transcript(ttk.Frame):
     def _bind_all(self) -> None:
         text = self.text
         text.bind("<Configure>", self._resized)
-        text.bindtags(("UserScrolls", *text.bindtags()))
+        widget, tk_class, *others = text.bindtags()
+        text.bindtags(("UserScrolls", widget, tk_class, "UserScrolled", *others))
         for sequence in SCROLLING:
             text.bind_class("UserScrolls", sequence, self._scrolls)
+            text.bind_class("UserScrolled", sequence, self._look)
         text.bind("<Button-4>", self._go_up, add=True)
         text.bind("<MouseWheel>", lambda event: event.delta > 0 and self._go_up(), add=True)
         text.bind("<Prior>", self._go_up, add=True)
-        text.bind("<Home>", lambda _: text.see("1.0") or "break")
+        text.bind("<Home>", lambda _: self.yview("1.0") or "break")
         text.bind("<End>", lambda _: self.to_bottom() or "break")
 
     def _scrolls(self, event: Any = None) -> None:
@@ -4294,6 +4296,12 @@ class Transcript(ttk.Frame):
         """Scroll, as the user wants."""
         self._scrolls()
         self.text.yview(*where)
+        self._look()
+
+    def _look(self, event: Any = None) -> None:
+        """See at once where the user has scrolled to: Tk tells it when it draws, and what arrives
+        before that would go back to the end."""
+        self._scrolled(*self.text.yview())
 
     def _resized(self, event: Any) -> None:
         self._stay()
@@ -4485,7 +4493,7 @@ class Transcript(ttk.Frame):
         if number is not None:
             self.show_row(number)
 
-    def _scrolled(self, first: str, last: str) -> None:
+    def _scrolled(self, first: str | float, last: str | float) -> None:
         text = self.text
         text.bar.set(first, last)
         at_end = float(last) > BOTTOM and not self.sheet.past
