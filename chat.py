@@ -11438,9 +11438,9 @@ ACCEPTS_GZIP = re.compile(r"gzip(?!.*;\s*q=0(\.0*)?\s*$).*")  # RFC 9110 section
 class Document:
     """A document in the server's memory. In its policy, {host} stands for that of the request."""
 
-    def __init__(self, text: str, type: str, policy: str = "default-src 'none'"):
+    def __init__(self, data: bytes, type: str, policy: str = "default-src 'none'"):
         self.type, self.policy = type, policy
-        self.forms = {"": text.encode()}  # by Content-Encoding
+        self.forms = {"": data}  # by Content-Encoding
         self.forms["gzip"] = zlib.compress(self.forms[""], 9, zlib.MAX_WBITS + 16)
         self.etags = {
             how: f'"{hashlib.sha256(form).hexdigest()}"' for how, form in self.forms.items()
@@ -11937,7 +11937,7 @@ def open_websocket(session: WebSession, request: Request) -> None:
     return session.later(READ_LANE, do_nothing, then=lambda _: session.conn.upgrade(head, opcode))
 
 
-@on_request("GET", "/sw.js", "/manifest.webmanifest", "/icon.svg")
+@on_request("GET", "/sw.js", "/manifest.webmanifest", "/icon.png")
 def web_document(session: WebSession, request: Request) -> None:
     """GET /sw.js and the other parts of the page -- from memory, compressed if the client can"""
     document = session.site.web.documents.get(request.path)
@@ -26094,7 +26094,8 @@ PAGE_TEXT = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Chat</title>
 <link rel="manifest" href="/manifest.webmanifest">
-<link rel="icon" href="/icon.svg" type="image/svg+xml">
+<link rel="icon" href="/icon.png">
+<link rel="apple-touch-icon" href="/icon.png">
 <style>
 :root { --back: #fff; --side: #f1f3f5; --text: #16191d; --dim: #5b636d; --line: #d9dee3;
   --accent: #1558b0; --on: #fff; --mine: #e6f0fd; --called: #fff3c4; --bad: #b3261e;
@@ -28047,7 +28048,7 @@ function exchange({ data: { login, nonce, text } }) {
 
 if (!self.registration) self.onmessage = exchange;
 
-const PARTS = ['/', '/icon.svg', '/manifest.webmanifest'];
+const PARTS = ['/', '/icon.png', '/manifest.webmanifest'];
 const LATE = 3000; // ms until the page that was kept is shown
 
 self.addEventListener('install', (event) => {
@@ -28075,19 +28076,38 @@ self.addEventListener('fetch', (event) => {
 });
 """
 
-PAGE_ICON = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" rx="14" \
-fill="#1558b0"/><path d="M12 16h40v26H30L20 52V42h-8z" fill="#fff"/></svg>
-"""
-
 PAGE_MANIFEST = {
     "name": "Chat",
     "start_url": "/",
     "display": "standalone",
     "background_color": "#14171b",
     "theme_color": "#1558b0",
-    "icons": [{"src": "/icon.svg", "type": "image/svg+xml", "sizes": "any"}],
+    "icons": [
+        {"src": "/icon.png", "type": "image/png", "sizes": "512x512", "purpose": "any maskable"}
+    ],
 }
+ICON_COLOURS = bytes.fromhex("1558b0ffffff")
+
+
+def page_icon() -> bytes:
+    """Return a speech bubble as PNG, of 512 x 512 pixels of one bit (RFC 2083). It is no SVG, which
+    the home screen of iOS does not show. It lies in the circle that Android may cut out."""
+
+    def row(y: int) -> bytes:
+        left, right = (
+            (96, 416) if 128 <= y < 336 else (160, max(160, 576 - y)) if y >= 336 else (0, 0)
+        )
+        return b"\0" + ((1 << 512 - left) - (1 << 512 - right)).to_bytes(64, "big")
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", 512, 512, 1, 3, 0, 0, 0)  # one bit, of a palette
+    rows = zlib.compress(b"".join(map(row, range(512))))
+    parts = ((b"IHDR", head), (b"PLTE", ICON_COLOURS), (b"IDAT", rows), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def served(text: str) -> str:
@@ -28125,10 +28145,10 @@ def page_documents() -> dict[str, Document]:
     manifest, page, worker = json.dumps(PAGE_MANIFEST), served(PAGE_TEXT), served(PAGE_WORKER)
     only_ours = "default-src 'none'; connect-src 'self'"
     return {
-        "/": Document(page, "text/html; charset=utf-8", page_policy(page)),
-        "/sw.js": Document(worker, "text/javascript; charset=utf-8", only_ours),
-        "/manifest.webmanifest": Document(manifest, "application/manifest+json"),
-        "/icon.svg": Document(PAGE_ICON, "image/svg+xml"),
+        "/": Document(page.encode(), "text/html; charset=utf-8", page_policy(page)),
+        "/sw.js": Document(worker.encode(), "text/javascript; charset=utf-8", only_ours),
+        "/manifest.webmanifest": Document(manifest.encode(), "application/manifest+json"),
+        "/icon.png": Document(page_icon(), "image/png"),
     }
 
 

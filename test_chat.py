@@ -362,7 +362,7 @@ def check_line(line):
     assert len(tags.encode()) <= 8191, line
 
 
-WEB = chat.WebOptions(documents={"/": chat.Document("a page", "text/plain")})
+WEB = chat.WebOptions(documents={"/": chat.Document(b"a page", "text/plain")})
 
 
 class FakeConn:
@@ -36142,7 +36142,7 @@ def test_the_page_is_compressed_for_clients_that_take_it(accepted, how):
 
 
 @pytest.mark.parametrize("how", ["", "gzip"])
-@pytest.mark.parametrize("path", ["/", "/sw.js", "/manifest.webmanifest", "/icon.svg"])
+@pytest.mark.parametrize("path", ["/", "/sw.js", "/manifest.webmanifest", "/icon.png"])
 def test_a_part_of_the_page_is_sent_once_and_then_confirmed(path, how):
     browser = Browser(page_house())
     ask = f"GET {path} HTTP/1.1\nHost: localhost\nAccept-Encoding: br, {how or 'identity'}"
@@ -36667,12 +36667,26 @@ def test_the_page_works_over_tls(running, browse, certificate):
     assert "plain http" not in tab.text()
 
 
+# The size of the icon, and the colours of a corner, of its middle, of its tip and beside that
+ICON = """(async () => {
+  const image = await createImageBitmap(await (await fetch('/icon.png')).blob());
+  const { width, height } = image;
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const on = canvas.getContext("2d", { willReadFrequently: true });
+  const names = { '21,88,176,255': 'blue', '255,255,255,255': 'white' };
+  on.drawImage(image, 0, 0);
+  const colour = ([x, y]) => names[on.getImageData(x, y, 1, 1).data.join()];
+  return [width, height, ...[[0, 0], [256, 232], [200, 370], [300, 370]].map(colour)];
+})()"""
+
+
 def test_the_page_can_be_installed_over_tls(running, chromium, certificate):
     server = with_page(running, tls_cert=certificate)
     whole = Chromium(CHROMIUMS[-1])  # the headless shell installs nothing
     with contextlib.closing(whole), tabs_of(whole) as browse:
         tab = browse(f"https://localhost:{server.address[1]}/").enter("anna")
         tab.js("navigator.serviceWorker.ready.then(() => null)")
+        assert tab.js(ICON) == [512, 512, "blue", "white", "white", "blue"]
         found = tab.ask("Page.getAppManifest")
         assert found["errors"] == [] and json.loads(found["data"])["display"] == "standalone"
         errors = tab.ask("Page.getInstallabilityErrors")["installabilityErrors"]
