@@ -36206,6 +36206,7 @@ def test_page_and_network_that_breaks_lose_and_double_nothing(running, browse, s
     witness = Witness(server.address)
     with Proxy(server.address, random.Random(run), 4_000, 20_000, after=b" 001 ") as proxy:
         tab = browse(proxy.address, before=HASTY).enter("anna")
+        tab.until("!room('#lobby').behind")  # it goes on from there, not from the newest
         bob = server.guest("bob")
         for n in range(200):
             tab.say(f"mine {n}")
@@ -36227,7 +36228,9 @@ def test_page_and_a_server_that_is_killed_lose_and_double_nothing(folder, browse
     def say(tab, texts, last=False):
         """Say something on a server, and kill that."""
         with serving("--data", folder, "--flood", "off") as (process, proxy.server):
-            tab = tab or browse(proxy.address, before=HASTY).enter("anna")
+            if not tab:
+                tab = browse(proxy.address, before=HASTY).enter("anna")
+                tab.until("!room('#lobby').behind")  # it goes on from there, not from the newest
             tab.until("state.phase === 'online'")
             tab.say(*texts)
             if last:
