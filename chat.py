@@ -26522,10 +26522,11 @@ function heard(nick, [, text], line) {
 const news = (to, text) => Object.keys(to.members).length <= 50 && tell(to, text);
 const because = (reason) => (reason ? `: ${reason}` : '');
 
-// Note that messages are missed from now on; `upTo` becomes the id of the last one that was not
+// Note that messages are missed from now on; `upTo` becomes the id of the last one that was not. It
+// stays where an earlier gap begins
 function miss(to) {
   to.joined = false;
-  if (to.behind) return;
+  if (to.behind && to.upTo) return;
   Object.assign(to, { behind: true, upTo: lastSaid(to)?.id ?? '', walked: 0 });
 }
 

@@ -36250,6 +36250,21 @@ def test_page_and_a_server_that_is_killed_lose_and_double_nothing(folder, browse
     store.close()
 
 
+def test_what_was_said_before_a_break_is_not_fetched_again_as_the_newest(running, browse):
+    """Also where the break came before the first page of history, which would begin later."""
+    tab = browse(with_page(running).address).enter("anna")
+    tab.until("!room('#lobby').behind")
+    asks = tab.js(
+        "(() => { const said = []; leader.send = (line) => said.push(line.replace(/^@\\S+ /, ''));"
+        "Object.assign(room('bob'), { upTo: '' });"
+        "dispatch(parseLine('@msgid=1faaaa;time=2026-11-27T08:00:00.000Z "
+        ":bob!b@h PRIVMSG anna :tea?')); ITEMS.phase('waiting', {});"
+        "Object.assign(state, { phase: 'online' }); room('#lobby').behind = false;"
+        "leader.knowsTargets = true; leader.catchUp(); return said; })()"
+    )
+    assert asks == ["CHATHISTORY AFTER bob msgid=1faaaa 100"]
+
+
 def test_a_page_that_was_closed_sends_what_waits_when_it_is_opened_again(running, browse):
     server = with_page(running)
     witness = Witness(server.address)
