@@ -12824,8 +12824,7 @@ class ServerProfile:
         return name if full else f"{self.channel_types[:1] or '#'}{name}"
 
     def without_status(self, target: str) -> str:
-        """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
-        unchanged. Not all servers with such targets announce them."""
+        """Return the channel of @#channel or @%#channel (STATUSMSG); some servers do not tell."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
         status = self.isupport.get("STATUSMSG", "")
         marks = status + "".join({*symbols} - {*self.channel_types})
@@ -13026,8 +13025,7 @@ def identity_of(view: ViewEvent) -> Any:
 
 
 def position_of(view: ViewEvent) -> str:
-    """Return a word for the position of a message among others, its id or else its time; "" for a
-    view that is no message."""
+    """Return the position of a message, its id or else its time; "" if it is no message."""
     return view.id or (str(view.time) if view.time and view.kind in SPOKEN else "")
 
 
@@ -13053,8 +13051,7 @@ class Waiting(NamedTuple):
 
 
 def accepted_at(own_id: str) -> int | None:
-    """Return the time in milliseconds at which a message was accepted, from the id that the client
-    gave it; None for an id of another form."""
+    """Return when a message was accepted (ms), as its own id tells; None for another form."""
     head = own_id.partition("-")[0]
     return int(head, 16) if re.fullmatch(r"[0-9a-f]{1,12}", head) else None
 
@@ -13225,8 +13222,7 @@ def row_kind(view: ViewEvent) -> str:
 
 
 def changed_texts(moves: Iterable[ViewEvent]) -> list[str]:
-    """Return texts about changes: the last topic, the last nick and away state of each user, and
-    all changes of modes."""
+    """Return the last topic, each user's last nick and away state, and all changes of modes."""
     nicks: dict[str, str] = {}  # nick -> that of the same user at first
     texts: dict[Any, list[str]] = {}
     for n, view in enumerate(moves):
@@ -13506,7 +13502,6 @@ class Batch:
         self.items: "list[ServerLine | Batch]" = []
 
 
-AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
@@ -13578,11 +13573,10 @@ def from_server(*verbs: str, least: int = 0) -> Callable:
 
 def line_of(verb: str, *params: str) -> str:
     """Return a line of IRC. Its last parameter may be any text."""
-    middle = [verb, *params[:-1]]
-    last = params[-1:]
-    if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
-        last = (f":{last[0]}",)
-    return " ".join([*middle, *last])
+    *middle, last = verb, *params
+    if params and (not last or " " in last or last.startswith(":")):
+        last = f":{last}"
+    return " ".join([*middle, last])
 
 
 class MessageLine(NamedTuple):
@@ -13665,8 +13659,7 @@ def for_some(target: str, channel: str, text: str) -> str:
 
 
 def is_called(core: "ClientCore", text: str, where: str) -> bool:
-    """Return whether a text contains the user's nick or a word of the setting highlight, or is
-    of a channel among those words."""
+    """Return whether a text calls the user: by nick or word of `highlight`, or in such a place."""
     words = core.setting("highlight").split()
     if core.fold(where) in map(core.fold, words):
         return True
@@ -13842,11 +13835,6 @@ class MessageLines:
         return next(verbs, "") == END_BATCH
 
     @property
-    def batching(self) -> bool:
-        """True if a BATCH has been begun that has to be ended."""
-        return any(piece.verb == END_BATCH for piece in self.unsent)
-
-    @property
     def progress(self) -> tuple[int, int]:
         """How many lines have been sent, and of how many."""
         return self.total - len(self.unsent), self.total
@@ -13873,7 +13861,7 @@ class MessageLines:
 
     def _text_bytes(self, message: Waiting) -> int:
         if message.kind == ACTION:
-            return LINE_BYTES  # never cut: see check_message()
+            return LINE_BYTES  # never cut: see Outgoing.send()
         return self.text_bytes(message.where)
 
     @property
@@ -14012,7 +14000,7 @@ class Acknowledgements:
         if verb == "PING" and params:  # its PONG comes in order, too, and confirms nothing more
             self.pings.append(params[0])
         if by_user and verb == "NICK" and params:
-            self.talk.nick.asked = params[0]
+            self.talk.nick.asked, self.talk.nick.regain = params[0], False
         if by_user and len(self.commands) < ECHOES_KEPT:
             id = f"command{next(self.talk.labels)}"
             self.commands[id] = line
@@ -14284,8 +14272,7 @@ class Acknowledgements:
 
 
 class HistoryRequests:
-    """The requests for history of one connection (CHATHISTORY), and their pages. PlainTalk has
-    none."""
+    """The requests for history of one connection (CHATHISTORY), and their pages."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
@@ -14412,8 +14399,7 @@ class HistoryRequests:
         self.ask_page(room, "last")
 
     def give_up_overdue(self, now: float) -> None:
-        """Stop waiting for overdue pages, and show the views held for them. A late page is still
-        used."""
+        """Show what is held for overdue pages; a late page is still used."""
         for asked in [request for request in self.requests if 0 <= request.at < now - PAGE_SECONDS]:
             asked.at = GIVEN_UP
             room = self.core.find(asked.where)
@@ -14479,8 +14465,7 @@ class HistoryRequests:
         self.core.known.note_without_id(room, unshown)
 
     def _end_missed(self, room: Room, new: bool, more: str) -> None:
-        """Ask for `more` after a page, or show what was held. With something `new` on it, the next
-        page may be larger."""
+        """Ask for `more` after a page, or show what was held. A `new` one lets pages grow."""
         if new:
             self.core.progress += 1
             self.core.page_lines = min(self.server.page_size, 2 * self.core.page_lines)
@@ -14525,8 +14510,7 @@ NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a lin
 
 
 class OwnNick:
-    """The client's nick on one connection: the wanted one; another one while that is taken; and the
-    way back to it."""
+    """The client's nick on one connection: the wanted one, or another one while that is taken."""
 
     def __init__(self, talk: "IrcTalk"):
         self.talk, self.core = talk, talk.core
@@ -14606,8 +14590,7 @@ class OwnNick:
 
 
 class Joins:
-    """The JOINs of one connection: those without an answer yet, and those that were refused.
-    Channels stand here by their keys. PlainTalk has none."""
+    """The JOINs of one connection, by channel: the unanswered ones and the refused ones."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core = talk, talk.core
@@ -14735,8 +14718,7 @@ class Listing:
 
 
 class WantedAnswers:
-    """The answers that are shown over one connection, because a command of the user asked for them.
-    The server sends others unasked, or to the client. PlainTalk has none."""
+    """The answers to show over one connection, because a command of the user asked for them."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.core = talk.core
@@ -14753,8 +14735,7 @@ class WantedAnswers:
             self.names.update(map(self.core.fold, params[0].split(",")))
 
     def listing(self, verb: str) -> Listing | None:
-        """Return the listing to which the next row of an answer belongs; None if the user has not
-        asked for one."""
+        """Return the listing of the next row; None if the user has not asked for one."""
         return next(iter(self.listings.get(verb, ())), None)
 
     def end_listing(self, verb: str) -> Listing | None:
@@ -14984,7 +14965,7 @@ class IrcTalk:
         self.began = core.ticks()
         self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
         self.own_lines: collections.deque[str] = collections.deque()  # to be sent, not the user's
-        # Commands of the user, each to be sent after the message with that id, or AT_ONCE
+        # Commands of the user, each to be sent after the message with that id, or "" for none
         self.queue: collections.deque[tuple[str, str]] = collections.deque()
         self.bouncer = False  # the server is a ZNC ...
         self.bouncer_said = ""  # ... and this its last message, until a PONG
@@ -15018,8 +14999,7 @@ class IrcTalk:
         self.core.output.append(line_of(verb, *params))
 
     def command(self, verb: str, *params: str) -> None:
-        """Send a user's command after the messages accepted before it. Raises Refused if the server
-        would cut the line."""
+        """Send a command after the messages accepted before it. Raises Refused if too long."""
         limit, usual = COMMAND_LIMITS.get(verb, ("", IRC_BYTES))
         most, text = self.server.limit(limit, usual), params[-1] if params else ""
         size = len(text) if self.server.ours else len(text.encode())
@@ -15038,7 +15018,7 @@ class IrcTalk:
         outbox = self.core.outbox
         unsent = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
         last = next((id for id in reversed(outbox.waiting) if id in unsent), "")
-        self.queue.append((line, last or AT_ONCE))
+        self.queue.append((line, last))
 
     def pump(self) -> None:
         """Send the waiting lines and messages at the pace that this server allows."""
@@ -15047,8 +15027,11 @@ class IrcTalk:
             pass
         if self.budget.tokens >= 1:
             self.joins.note_pause()
-        if self.ready and self.history.behind and self._may_catch_up():
-            self.history.ask_behind()
+        if self.ready and self.history.behind:
+            waiting = self.core.outbox.in_flight or self.next_message()
+            # At first messages go before pages: one page can use all that a bad line carries
+            if self.core.acknowledged or not waiting:
+                self.history.ask_behind()
 
     def _send_next(self) -> bool:
         """Send one line or message; return False if none can be sent."""
@@ -15092,12 +15075,6 @@ class IrcTalk:
         done = message is None or id in outbox.in_flight or id in outbox.parked
         return not done and (self.carries(message) or self.waits(message))
 
-    def _may_catch_up(self) -> bool:
-        """Return whether pages may be requested. Before the first acknowledgement of a connection,
-        waiting messages go first, because one page can use all that a bad connection carries."""
-        waiting = self.core.outbox.in_flight or self.next_message()
-        return self.core.acknowledged or not waiting
-
     @property
     def wait(self) -> float | None:
         """The seconds until more may be sent; None if nothing waits."""
@@ -15112,13 +15089,11 @@ class IrcTalk:
         self.send_at_once("QUIT", reason)
 
     def tell_unsent(self) -> None:
-        """Tell the user what was refused and which commands had to wait for too long. Channels
-        are joined over the next one."""
+        """Tell the user what was refused, and which commands had to wait for too long."""
         self.acks.tell_refusals()
-        verbs = [parse_message(line).verb for line, _ in self.queue]
-        if not self.core.quitting:
-            lost = [verb for verb in verbs if verb != "JOIN"]
-            self.tell_lost(lost, "the connection has ended")
+        if not self.core.quitting:  # channels are joined over the next connection
+            verbs = (parse_message(line).verb for line, _ in self.queue)
+            self.tell_lost([verb for verb in verbs if verb != "JOIN"], "the connection has ended")
 
     def tell_lost(self, verbs: list[str], why: str) -> None:
         """Tell the user which commands were not sent."""
@@ -15151,16 +15126,12 @@ class IrcTalk:
             self.joins.try_again(now)
             self.acks.doubt_echoes(now)
         else:
-            self.hurry(now)
-
-    def hurry(self, now: float) -> None:
-        """End a log-in or a registration that the server does not complete in time."""
-        if self.sasl.running and now - self.began > LOGIN_SECONDS:
-            self.core.note("not logged in: the server does not answer")
-            self.sasl.end()
-        if now - self.began > REGISTRATION_SECONDS:
-            self.core.refuse("the server does not let us in", TEMPORARY)
-            self.core.dismissed = True
+            if self.sasl.running and now - self.began > LOGIN_SECONDS:
+                self.core.note("not logged in: the server does not answer")
+                self.sasl.end()
+            if now - self.began > REGISTRATION_SECONDS:
+                self.core.refuse("the server does not let us in", TEMPORARY)
+                self.core.dismissed = True
 
     def was_me(self, source: str) -> bool:
         """Return whether a source is this client under an earlier nick."""
@@ -15633,8 +15604,7 @@ def name_is_kept(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("432", least=1)
 def name_is_no_name(talk: IrcTalk, heard: ServerLine) -> None:
-    """Try the nick with only letters and digits, then shorter ones, then a guest nick: other
-    servers allow fewer characters than a chat.py."""
+    """Try the nick with only letters and digits, then shorter ones, then a guest nick."""
     name, guest = talk.nick.wanted, f"guest{random.randrange(1000)}"
     plain = re.sub(r"[^A-Za-z0-9_-]", "", name).lstrip("0123456789-")
     letters = re.sub(r"[^A-Za-z]", "", name)
@@ -15821,8 +15791,7 @@ def ponged(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("ACK")
 def labelled_answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
-    """Note that a labelled message was accepted, or, if the server echoes messages, dropped: all of
-    it, or one of its batches."""
+    """Note that a labelled message was accepted, or, by a server that echoes messages, dropped."""
     label = heard.tags.get("label", "")
     stem = label.partition(".")[0]
     if "echo-message" not in talk.server.enabled:
@@ -15846,8 +15815,7 @@ def visible(text: str) -> str:
 
 @from_server("TAGMSG", least=1)
 def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
-    """Handle reactions and typing. A TAGMSG with an own id confirms a message that was sent again
-    and has been removed since."""
+    """Handle reactions, typing, and with an own id the answer to a repeat of a removed message."""
     core, tags = talk.core, heard.tags
     mine = core.is_me(heard.name)
     if mine:
@@ -15883,8 +15851,7 @@ def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
 
 
 # Lines that only programs need, or that the client tells in other words
-for quiet in ("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"):
-    SERVER_HANDLERS[quiet] = (do_nothing, 0)
+from_server("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME")(do_nothing)
 
 
 @from_server(*itertools.chain(*ANSWERS.values()))
@@ -16061,18 +16028,16 @@ def missed_in_a_talk(talk: IrcTalk, heard: ServerLine) -> None:
     talk.history.ask_page(room, "gap" if talk.core.interactive else "missed")
 
 
-def is_name_given_to(key: str, name: str, most: int) -> bool:
-    """Return whether a server that allows `most` bytes makes the channel `name` of another key: it
-    cuts long names, and adds five characters after the ! of others."""
-    safe = key[:1] == "!" and name[:1] == "!" and name[6:] == key[1:]
-    return safe or (key.startswith(name) and most - 4 < len(name.encode()) <= most)
-
-
 def joined_as(talk: IrcTalk, name: str) -> None:
-    """Rename a channel that the client has joined under another name than that of its JOIN."""
-    core, key, most = talk.core, talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
-    sent = [key_sent for key_sent in talk.joins.unanswered if is_name_given_to(key_sent, key, most)]
-    if core.find(name) is None and len(sent) == 1:
+    """Rename a channel that the client has joined under another name than that of its JOIN: servers
+    cut long names, and add five characters after the ! of others."""
+    new, most = talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
+    cut_off = most - 4 < len(new.encode()) <= most
+    safe = [
+        key for key in talk.joins.unanswered if key[:1] == new[:1] == "!" and new[6:] == key[1:]
+    ]
+    sent = safe or [key for key in talk.joins.unanswered if cut_off and key.startswith(new)]
+    if talk.core.find(name) is None and len(sent) == 1:
         take_channel_name(talk, sent[0], name)
 
 
@@ -16442,17 +16407,6 @@ def registered(talk: IrcTalk, heard: ServerLine) -> None:
 # The core
 
 
-def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
-    """Raise Refused if no server would take this message."""
-    if text.count("\n") >= MESSAGE_LINES or len(text.encode()) > LINE_BYTES:
-        limit = f"a message has at most {MESSAGE_LINES} lines and {LINE_BYTES:,} bytes"
-        raise Refused("TOO_LONG", limit)
-    if kind == ACTION and len(text.encode()) > FITS_ALWAYS:
-        raise Refused("TOO_LONG", f"an action (/me) has at most {FITS_ALWAYS} bytes")
-    if len(where.encode()) > name_bytes:
-        raise Refused("BAD_NAME", f"a name has at most {name_bytes} bytes")
-
-
 class Credentials:
     """The account of a client, and the means to prove that the client owns it."""
 
@@ -16495,8 +16449,7 @@ def is_no_text(data: bytes) -> bool:
 
 
 def first_words(core: "ClientCore", line: str) -> bool:
-    """Detect the kind of a server by the line that it sends first. Return True if that line needs
-    no other handling."""
+    """Detect the kind of a server by its first line. Return True if that line is handled."""
     other = other_protocol(line)
     if line.startswith("* ") and not other:  # the server refuses the client, with a reason
         core.refuse(line.removeprefix("* "), TEMPORARY)
@@ -16598,8 +16551,7 @@ def message_pieces(text: str) -> Iterator[str]:
 
 
 class Rooms(dict[str, Room]):
-    """The open conversations of a client, by key, in the order of its list. The user looks at the
-    `current` one."""
+    """The open conversations of a client, by key and in order. The user looks at `current`."""
 
     def __init__(self, core: "ClientCore", join: Iterable[str]):
         """Open the channels that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
@@ -16751,8 +16703,7 @@ class Rooms(dict[str, Room]):
         self.core.note(f"{room.name} is joined; /go {room.name} looks at it")
 
     def close_left(self, room: Room) -> None:
-        """Close a channel that this client left. It stays open if the user wants that, and while a
-        text for it is begun."""
+        """Close a channel that this client left, unless the user wants it or writes there."""
         core = self.core
         begun = self.current is room and core.stays_when_left and core.is_writing()
         stays, room.stays = room.stays or begun, False
@@ -16857,8 +16808,7 @@ class Typing:
         core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
 
     def _may_tell(self, room: Room) -> bool:
-        """Return whether a notice may be sent: the user wants that, the server passes it on, and no
-        message waits."""
+        """Return whether a notice may be sent: it is wanted, passed on, and no message waits."""
         core, outbox = self.core, self.core.outbox
         return (
             core.can("typing")
@@ -16885,8 +16835,7 @@ class Typing:
 
 
 def source_mask(mask: str) -> str:
-    """Return the mask nick!user@host of a part of one: user@host, a nick, or a host, which may be a
-    cloak with a slash on other servers."""
+    """Return a mask nick!user@host for user@host, a nick, or a host, which may have a slash."""
     if "!" in mask:
         return mask
     if "@" in mask:
@@ -16964,14 +16913,16 @@ class TransferList(list[Transfer]):
     """The uploads and downloads of a client, and the token with which the server takes uploads
     (draft/authtoken). The section TRANSFERS moves the bytes."""
 
-    start: Callable[[Transfer], None] | None = None  # both are set there
-    end: Callable[[Transfer], None] | None = None
+    end: Callable[[Transfer], None] = staticmethod(do_nothing)  # replaced there, and start(), too
 
     def __init__(self, core: "ClientCore"):
         super().__init__(core.store.transfers() if core.store else ())
         self.core = core
         self.upload_token, self.token_time = "", -math.inf  # when it was used last
         self.wait_for_token: list[Callable[[str], None]] = []
+
+    def start(self, transfer: Transfer) -> None:
+        raise Refused("NO_TRANSFERS", "only clients with a screen send and save files")
 
     @property
     def url(self) -> str:
@@ -17025,8 +16976,7 @@ class TransferList(list[Transfer]):
     def drop(self, transfer: Transfer) -> None:
         """Stop the transfer of a file, and forget it."""
         self.forget(transfer)
-        if self.end:
-            self.end(transfer)
+        self.end(transfer)
 
     def _show(self, transfer: Transfer) -> None:
         self.core.show(ViewEvent(TRANSFER, where=transfer.room, own_id=transfer.id))
@@ -17088,8 +17038,7 @@ class Reactions:
 
 
 class StoredMessages:
-    """The messages that the client store keeps of each conversation, and the gaps between them.
-    Without a store there are none."""
+    """The messages that the client store keeps, and the gaps between them; none without a store."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -17203,8 +17152,7 @@ class StoredMessages:
 
 
 class KnownMessages:
-    """The messages that the client has, so that a repeat is recognized: by its id, else by its
-    words and its time."""
+    """The messages that the client has. A repeat is known by its id, else by its words and time."""
 
     def __init__(self) -> None:
         self.ids: dict[str, None] = {}
@@ -17389,7 +17337,7 @@ class Outgoing:
 
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message: show it at once, and send it when possible. A text that is too long for
-        one message becomes several. Raises Refused for a service that cannot have it."""
+        one message becomes several. Raises Refused if it cannot go there."""
         core = self.core
         self.check_conversation(where)
         text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
@@ -17397,14 +17345,7 @@ class Outgoing:
             return self._send_to_service(where, text)
         split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
         pieces, added = list(split), []
-        for n, piece in enumerate(pieces):
-            try:
-                lengths = (core.server.limit(name, 0) for name in ("CHANNELLEN", "NICKLEN"))
-                check_message(where, piece, kind, max(NAME_BYTES, *lengths))
-            except ChatError as error:
-                rest = "\n".join(pieces[n:])
-                core.show(ViewEvent(BACK, rest), ViewEvent(NOTE, f"{error}; nothing was sent"))
-                break
+        for piece in pieces:
             kept = piece if piece.strip("\n") else ""
             added.append(core.outbox.add(core.clock(), where, kept, kind, core.input.reply))
         if core.interactive:  # a pipe stores many at once
@@ -17421,6 +17362,9 @@ class Outgoing:
         core = self.core
         if core.kind == PLAIN and core.fold(name) != core.fold(LOBBY):
             raise Refused("ONE_ROOM", ONE_ROOM)
+        most = max(NAME_BYTES, *(core.server.limit(key, 0) for key in ("CHANNELLEN", "NICKLEN")))
+        if len(name.encode()) > most:
+            raise Refused("BAD_NAME", f"a name has at most {most} bytes; nothing was sent")
 
     def is_service(self, name: str, text: str) -> bool:
         """Return whether a text goes to a service, and so may be a password."""
@@ -17433,8 +17377,7 @@ class Outgoing:
         return names_service(name) and (not short or password_command(text) != "")
 
     def _park_outside(self, message: Waiting) -> None:
-        """Let the user decide about a new message for a channel that the client is not in, or that
-        the user leaves."""
+        """Let the user decide about a message for a channel that the client is not in, or left."""
         core, room = self.core, self.core.rooms.open(message.where)
         core.typing.told.pop(room.id, None)  # a message implies that typing is done
         if not (room.is_channel and core.ready):
@@ -17867,8 +17810,7 @@ class ClientCore:
         return self.talk is not None and self.talk.ready
 
     def online(self) -> Any:
-        """Return the present talk. Raises Refused without a connection, and where the server knows
-        no commands."""
+        """Return the talk. Raises Refused if there is none, or the server knows no commands."""
         if not self.ready:
             raise Refused("OFFLINE", "not connected; nothing was sent")
         if self.kind == PLAIN:
@@ -17978,14 +17920,13 @@ class ClientCore:
     def feed(self, data: bytes) -> list[ViewEvent]:
         if not self.kind_confirmed and data.startswith(TLS_RECORDS):
             self.give_up("this port wants TLS: write ircs://HOST:PORT")
-            return self.take_views()
-        if self.listening and is_no_text(data):
+        elif self.listening and is_no_text(data):
             self.listening = False
             self.give_up(f"{NO_CHAT}: it sends no text")
-            return self.take_views()
-        self.inbox.feed(data)
-        self._take_lines()
-        self.flush()
+        else:
+            self.inbox.feed(data)
+            self._take_lines()
+            self.flush()
         return self.take_views()
 
     def _take_lines(self) -> None:
@@ -18002,8 +17943,7 @@ class ClientCore:
                 self.talk.take(line)
 
     def finish(self) -> list[ViewEvent]:
-        """Handle the end of the server's output. An unfinished last line counts, but not in IRC,
-        where it may be half of one."""
+        """Handle the end of the server's output: an unfinished last line counts, but not in IRC."""
         if self.kind == PLAIN:
             self.inbox.finish()
         self._take_lines()
@@ -18244,8 +18184,7 @@ def number_up_to(most: int, word: str, what: str) -> int:
 
 
 def nth(word: str, count: int, what: str) -> int:
-    """Return the N of a typed -N, which means the Nth from the end of so many. Raises Refused with
-    the range."""
+    """Return the N of a typed -N, the Nth from the end. Raises Refused with the range."""
     number = whole_number(word[1:]) if word[:1] == "-" else 0
     if not count:
         raise Refused("NO_MESSAGE", f"there are no {what} here")
@@ -18388,12 +18327,6 @@ def do_ctcp(core: ClientCore, name: str, request: str) -> None:
     core.talk.command("PRIVMSG", name, f"\x01{' '.join(optional(verb.upper(), rest))}\x01")
 
 
-@client_command("names", most=1)
-def do_names(core: ClientCore, name: str = "") -> None:
-    """/names [#CHANNEL] -- list the members"""
-    core.talk.command("NAMES", name or asked_channel(core))
-
-
 @client_command("topic", most=1)
 def do_topic(core: ClientCore, words: str = "") -> None:
     """/topic [#CHANNEL] [TEXT|-delete] -- read, set or remove what a channel is about"""
@@ -18401,13 +18334,6 @@ def do_topic(core: ClientCore, words: str = "") -> None:
     if text == "-delete":
         return core.talk.command("TOPIC", where, "")
     core.talk.command("TOPIC", where, *optional(text))
-
-
-@client_command("nick", 1, 1)
-def do_nick(core: ClientCore, name: str) -> None:
-    """/nick NAME -- change your nick"""
-    core.talk.nick.regain = False
-    core.talk.command("NICK", name)
 
 
 @client_command("history", most=2, nameless=True)
@@ -18490,25 +18416,12 @@ def do_unignore(core: ClientCore, mask: str) -> None:
     do_ignore(core)
 
 
-@client_command("invite", 1, 2)
-def do_invite(core: ClientCore, name: str, where: str = "") -> None:
-    """/invite NAME [#CHANNEL] -- ask a user to come in"""
-    core.talk.command("INVITE", name, where or asked_channel(core))
-
-
 @client_command("kick", 1, 3)
 def do_kick(core: ClientCore, *words: str) -> None:
     """/kick [#CHANNEL] NAME [REASON] -- put a user out of this channel"""
     where, others = channel_and(core, words)
     name, *reason = need_given(others, "/kick [#CHANNEL] NAME [REASON]")
     core.talk.command("KICK", where, name, *optional(" ".join(reason)))
-
-
-def ban_of(name: str) -> str:
-    """Return the mask for a ban; a nick becomes the mask of the user who has it, and a host the
-    mask of its users."""
-    is_mask = set(name) & set("!@*:$")  # or an extended one
-    return name if is_mask else source_mask(name)
 
 
 def set_for_each(core: ClientCore, where: str, mode: str, values: list[str]) -> None:
@@ -18526,7 +18439,8 @@ def do_ban(core: ClientCore, words: str = "", mode: str = "+b") -> None:
     if not masks:
         need_given(mode == "+b", "/unban [#CHANNEL] NAME|MASK ...")
         return core.talk.command("MODE", where, mode)
-    return set_for_each(core, where, mode, [*map(ban_of, masks)])
+    masks = [mask if set(mask) & set("!@*:$") else source_mask(mask) for mask in masks]
+    return set_for_each(core, where, mode, masks)
 
 
 client_command("unban", 1, doc="/unban [#CHANNEL] NAME|MASK ... -- end bans")(
@@ -18579,8 +18493,8 @@ def command_that_is_sent(
     least = sum(not part.startswith("[") for part in parts)
 
     def pass_on(core: ClientCore, *words: str) -> None:
-        if not words and syntax.startswith("[#CHANNEL"):
-            words = (asked_channel(core),)
+        if len(words) < len(parts) and parts[-1].startswith("[#CHANNEL"):
+            words += (asked_channel(core),)
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
@@ -18589,7 +18503,10 @@ def command_that_is_sent(
     client_command(verb, least, len(parts), exact=secret)(pass_on)
 
 
+command_that_is_sent("invite", "NAME [#CHANNEL]", "ask a user to come in")
 command_that_is_sent("list", "[MASK]", "which channels there are")
+command_that_is_sent("names", "[#CHANNEL]", "list the members")
+command_that_is_sent("nick", "NAME", "change your nick")
 command_that_is_sent("oper", "NAME PASSWORD", "operate the server", secret=True)
 command_that_is_sent("whois", "[SERVER] NAME", "what is known of a user")
 command_that_is_sent("who", "[#CHANNEL|MASK]", "list users with their addresses")
@@ -18709,7 +18626,7 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
     for id in ids:
         core.outgoing.cancel(id)
     dropped = [f"{counted(len(ids), 'message')} dropped"] * bool(ids)
-    if which == "all" and talk and (id := talk.lines.unfinished) and not talk.lines.batching:
+    if which == "all" and talk and (id := talk.lines.unfinished) and not talk.lines.in_batch:
         sent, total = talk.lines.progress
         dropped.append(f"{sent} of {total} lines sent, the rest dropped")
         talk.lines.unsent.clear()
@@ -18793,8 +18710,6 @@ client_command(
 def do_send(core: ClientCore, path: str) -> None:
     """/send FILE -- upload a file, and post its link here when it is there"""
     room = asked_room(core)
-    if core.transfers.start is None:
-        raise Refused("NO_TRANSFERS", "only clients with a screen send files")
     core.transfers.start(Transfer(secrets.token_hex(8), True, room.name, path))
 
 
@@ -18806,8 +18721,6 @@ def do_save(core: ClientCore, *words: str) -> None:
     number = nth(words[0], len(files), "files") if numbered else 1
     if len(files) < number or files[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
-    if core.transfers.start is None:
-        raise Refused("NO_TRANSFERS", "only clients with a screen save files")
     path = " ".join(words[bool(numbered) :])
     core.transfers.save(room, files[-number][0], path)
 
@@ -19021,11 +18934,13 @@ def index_words(text: str) -> list[str]:
 
 
 def or_nothing(read: Callable) -> Callable:
-    """Decorate a read to return an empty list while the database is locked or damaged."""
+    """Decorate a read, which sees what waits to be written, to return an empty list while the
+    database is locked or damaged."""
 
     @functools.wraps(read)
     def attempt_to(self: "ClientStore", *values: Any, **more: Any) -> Any:
         try:
+            self.flush()
             return read(self, *values, **more)
         except sqlite3.Error as error:
             self.trouble = str(error)
@@ -19083,8 +18998,7 @@ class Writer:
         self.waiting.append((statement, values))
 
     def flush(self) -> bool:
-        """Execute the queued statements in one transaction. Return False if they still wait: the
-        file is locked, or there is `trouble`."""
+        """Execute the queued statements in one transaction; return False if they still wait."""
         if not self.waiting:
             return True
         try:
@@ -19100,8 +19014,7 @@ class Writer:
 
 
 class KnownServers(Writer):
-    """Facts about servers that a client needs before it connects: kind, expected certificate, TLS
-    policy, and passwords. Raises sqlite3.Error."""
+    """The facts about servers that a client needs to connect. Raises sqlite3.Error."""
 
     def __init__(self, db: sqlite3.Connection):
         super().__init__(db)
@@ -19277,9 +19190,8 @@ class ClientStore(Writer):
     @or_nothing
     def reactions(self, id: str) -> list[tuple[str, str]]:
         """Return the emoji and the nick of each reaction to a message."""
-        self.flush()
         query = "SELECT emoji, name FROM reactions WHERE owner = ? AND id = ? LIMIT ?"
-        return self.db.execute(query, [self.owner, id, REACTIONS_SHOWN]).fetchall()
+        return self._rows(query, id, REACTIONS_SHOWN)
 
     def rename(self, old: str, new: str) -> None:
         change = "UPDATE OR REPLACE {} SET {} = ? WHERE owner = ? AND {} = ?"
@@ -19295,22 +19207,19 @@ class ClientStore(Writer):
         """Apply another rule for names to the keys of this user's rows. `names` are those of the
         open conversations by their keys of `before`. The messages of two private conversations with
         one key are told apart by the name that the user had."""
-        self.flush()
-        query = "SELECT DISTINCT room FROM messages WHERE owner = ?"
-        keys = [key for (key,) in self.db.execute(query, [self.owner])]
+        keys = [key for (key,) in self._rows("SELECT DISTINCT room FROM messages WHERE owner = ?")]
         for key in filter(AMBIGUOUS_KEY.search, keys):
             views = [] if key in names else self.page(key, 1)
             name = names.get(key) or (views[0].where if views else key)
             name = name if before(name) == key else key  # the conversation was renamed
             query = "SELECT DISTINCT place FROM messages WHERE owner = ? AND room = ?"
-            for (place,) in self.db.execute(query, [self.owner, key]).fetchall():
+            for (place,) in self._rows(query, key):
                 own = before(place) == key and not is_channel(key)
                 change = "UPDATE messages SET room = ? WHERE owner = ? AND room = ? AND place = ?"
                 self.write(change, fold(place if own else name), self.owner, key, place)
             change = "UPDATE OR REPLACE facts SET name = ? WHERE owner = ? AND name = ?"
             self.write(change, f"holes {fold(name)}", self.owner, f"holes {key}")
-        query = "SELECT key, name FROM rooms WHERE owner = ?"
-        for key, name in self.db.execute(query, [self.owner]).fetchall():
+        for key, name in self._rows("SELECT key, name FROM rooms WHERE owner = ?"):
             if fold(name) != key:
                 change = "UPDATE OR IGNORE rooms SET key = ? WHERE owner = ? AND key = ?"
                 self.write(change, fold(name), self.owner, key)
@@ -19339,10 +19248,13 @@ class ClientStore(Writer):
         view = ViewEvent(kind, text, name, place, when, bool(mine), bool(called), past=True, id=id)
         return view._replace(own_id=own_id, number=number, reply=reply, file=file)
 
+    def _rows(self, query: str, *values: Any) -> list[tuple]:
+        return self.db.execute(query, [self.owner, *values]).fetchall()
+
     def _row(self, query: str, *values: Any) -> tuple | None:
         """Return the first row of this user's; None if there is none or the file is locked."""
         try:
-            return self.db.execute(query, [self.owner, *values]).fetchone()
+            return next(iter(self._rows(query, *values)), None)
         except sqlite3.OperationalError:  # locked
             return None
 
@@ -19357,20 +19269,18 @@ class ClientStore(Writer):
         self, key: str, count: int, view: ViewEvent | None = None, after: bool = False
     ) -> list[ViewEvent]:
         """Return the last messages of a conversation, or those before or after a view, in order."""
-        self.flush()
         when, number = self._position(view) if view else (LAST_MOMENT, 0)
         sign, order = (">", "ASC") if after else ("<", "DESC")
         query = f"""
             SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND room = ?
             AND (time {sign} ? OR (time = ? AND number {sign} ?))
             ORDER BY time {order}, number {order} LIMIT ?"""
-        rows = self.db.execute(query, [self.owner, key, when, when, number, count]).fetchall()
+        rows = self._rows(query, key, when, when, number, count)
         return [self._view(row) for row in (rows if after else reversed(rows))]
 
     @or_nothing
     def find(self, words: str, count: int, key: str | None = None) -> list[ViewEvent]:
         """Return the last messages that contain all words, of one conversation or of all."""
-        self.flush()
         quoted = " ".join(f'"{word}"' for word in index_words(words))
         if not quoted:
             return []
@@ -19388,9 +19298,8 @@ class ClientStore(Writer):
             found = [quoted, CLIENT_HITS_SEEN, self.owner, *values]
             rows = self.db.execute(indexed, found).fetchall()
         wanted = fold_text(words).split()
-        for row in self.db.execute(recent, [self.owner, *values]):
-            if all(word in fold_text(row[2]) for word in wanted):
-                rows.append(row)
+        unindexed = self.db.execute(recent, [self.owner, *values])
+        rows += (row for row in unindexed if all(word in fold_text(row[2]) for word in wanted))
         rows.sort(key=lambda row: (row[5], row[0]))
         return [self._view(row) for row in rows[-count:]]
 
@@ -19402,21 +19311,19 @@ class ClientStore(Writer):
     @or_nothing
     def has(self, key: str, view: ViewEvent) -> bool:
         """Return whether a message of a conversation is stored."""
-        self.flush()
-        which, values = "room = ? AND time = ? AND name = ? AND text = ?", (key, view.time or 0)
-        values += (view.name, view.text)
+        query = "SELECT 1 FROM messages WHERE owner = ? AND "
         if view.id:
-            which, values = "id = ?", (view.id,)
-        query = f"SELECT 1 FROM messages WHERE owner = ? AND {which}"
-        return self.db.execute(query, [self.owner, *values]).fetchone() is not None
+            return bool(self._rows(query + "id = ?", view.id))
+        query += "room = ? AND time = ? AND name = ? AND text = ? LIMIT 1"
+        return bool(self._rows(query, key, view.time or 0, view.name, view.text))
 
     def newest(self) -> ViewEvent | None:
         """Return the message with an id that was stored last; None if there is none."""
         query = f"""
             SELECT {MESSAGE_ROW} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
             ORDER BY number DESC LIMIT 1"""
-        row = self.db.execute(query, [self.owner]).fetchone()
-        return self._view(row) if row else None
+        rows = self._rows(query)
+        return self._view(rows[0]) if rows else None
 
     # Transfers, conversations, ignored users, facts, settings
 
@@ -19430,8 +19337,7 @@ class ClientStore(Writer):
         self.flush()
 
     def transfers(self) -> list[Transfer]:
-        query = "SELECT state FROM transfers WHERE owner = ?"
-        rows = self.db.execute(query, [self.owner]).fetchall()
+        rows = self._rows("SELECT state FROM transfers WHERE owner = ?")
         return [Transfer(**json.loads(state)) for (state,) in rows]
 
     def keep_room(self, key: str, room: Room, place: int = 0) -> None:
@@ -19460,7 +19366,7 @@ class ClientStore(Writer):
         columns = ", ".join(ROOM_COLUMNS)
         query = f"SELECT key, {columns} FROM rooms WHERE owner = ? ORDER BY place"
         rooms = []
-        for key, *row in self.db.execute(query, [self.owner]):
+        for key, *row in self._rows(query):
             self.kept_rooms[key] = known = dict(zip(ROOM_COLUMNS, row, strict=True))
             room = Room(known["name"], known["password"], bool(known["channel"]))
             room.wanted, room.muted = bool(known["wanted"]), bool(known["muted"])
@@ -19474,8 +19380,7 @@ class ClientStore(Writer):
             self.write("INSERT INTO ignored VALUES (?, ?)", self.owner, mask)
 
     def ignored(self) -> set[str]:
-        query = "SELECT mask FROM ignored WHERE owner = ?"
-        return {row[0] for row in self.db.execute(query, [self.owner])}
+        return {mask for (mask,) in self._rows("SELECT mask FROM ignored WHERE owner = ?")}
 
     def keep_fact(self, name: str, value: str) -> None:
         self.write("REPLACE INTO facts VALUES (?, ?, ?)", self.owner, name, value)
@@ -22180,8 +22085,7 @@ def take_record(known: dict[str, Any], record: Any) -> None:
 
 
 def parse_journal(data: bytes) -> tuple[str, list[Waiting]]:
-    """Return the secret and the waiting messages of an outbox in a file: lines of JSON, of which
-    damaged ones are left out."""
+    """Return the secret and the messages of an outbox in a file, without damaged lines."""
     known: dict[str, Any] = {"": Outbox().secret}
     for line in data.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -22194,9 +22098,7 @@ def move_outbox(db: sqlite3.Connection, file: typing.BinaryIO, target: Target, n
     secret, waiting = parse_journal(file.read())
     with transaction(db):
         box = db.execute(NEW_OUTBOX, [str(target), fold(name), secret]).lastrowid
-        marks = f"(box, id, place, text, kind, sent, reply, at, why) VALUES ({box}"
-        insert = f"INSERT OR IGNORE INTO outbox {marks}, ?, ?, ?, ?, ?, ?, ?, ?)"
-        db.executemany(insert, waiting)
+        db.executemany(OutboxRows.PUT, ((box, *message) for message in waiting))
     file.truncate(0)
 
 
@@ -23280,8 +23182,7 @@ def is_temporary(response: Response | None) -> bool:
 
 
 def state_of(path: pathlib.Path | str) -> tuple[int, int]:
-    """Return the size of a file, and when it was changed. Raises Refused if there is something
-    else, or OSError."""
+    """Return a file's size and time of change. Raises Refused if it is no file, or OSError."""
     known = os.stat(path)
     if not stat.S_ISREG(known.st_mode):  # to read a pipe may take for ever
         raise Refused("NO_FILE", f"{path} is no file")
@@ -23448,12 +23349,10 @@ class Transfers:
         try:
             if one.up:
                 check_unchanged(one)
-            if not one.up:
-                self._download(one)
-            elif one.url:
-                self._look(one, token)
+                begin = self._look if one.url else self._create
+                begin(one, token)
             else:
-                self._create(one, token)
+                self._download(one)
         except OSError as error:
             self.failed(one, f"{one.path}: {reason_of(error)}")
         except (ChatError, ValueError) as error:
@@ -23522,8 +23421,7 @@ class Transfers:
     # Up
 
     def _ask(self, one: Transfer, request: CallRequest, *accepted: int) -> None:
-        """Send a request of an upload. After a status that is not one of the accepted ones, the
-        upload waits or fails."""
+        """Send a request of an upload, which waits or fails after a status that is not accepted."""
 
         def answered(response: Response | None, text: str) -> None:
             if is_temporary(response):
@@ -24360,11 +24258,6 @@ def moved_lines(view: ViewEvent, look: Look) -> list[str]:
     return [look.palette.dim(f"{clock_of(view, look)} {view.name} {verb}{where}{why}")]
 
 
-def several_moved_lines(view: ViewEvent, look: Look) -> list[str]:
-    where = "" if fold(view.where) in ("", fold(look.here)) else f"{view.where}: "
-    return [look.palette.dim(f"{clock_of(view, look)} {where}{view.text}")]
-
-
 EXPLAINED = re.compile(r"(/\S.*?|\S.*?:) {2,}(\S.*)")  # a command or a key, and what it does
 
 
@@ -24411,13 +24304,8 @@ LINES = {  # how each kind of view looks
     MESSAGE: said_lines,
     NOTICE: noticed_lines,
     FOUND: found_lines,
-    JOIN: moved_lines,
-    PART: moved_lines,
-    QUIT: moved_lines,
-    MOVED: several_moved_lines,
-    **dict.fromkeys(CHANGES, told_lines),
-    SERVER_TEXT: told_lines,
-    NOTE: told_lines,
+    **dict.fromkeys(MOVES, moved_lines),
+    **dict.fromkeys((MOVED, *CHANGES, SERVER_TEXT, NOTE), told_lines),
     FAILED: failed_lines,
     PEOPLE: people_lines,
     PAGE: page_lines,
@@ -24682,8 +24570,7 @@ GO_COMMANDS = ("/go", "/part", "/names", "/history")  # are followed by a conver
 
 
 def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
-    """Return completions of the last word of a line. The users who spoke last come first; after a
-    command, users of other conversations follow."""
+    """Return completions of the last word of a line; the users who spoke last come first."""
     rooms = [room.name for room in core.rooms.values()]
     command, first = before.split(" ")[0].lower(), word == before
     if command in GO_COMMANDS and not first:
@@ -24838,14 +24725,10 @@ class Display:
         self.reader.mark_unread(whole_number(view.text) or 0)
 
     ROWS = {
-        MESSAGE: _take_said,
-        NOTICE: _take_said,
+        **dict.fromkeys(SPOKEN, _take_said),
+        **dict.fromkeys((*FOLDED, SERVER_TEXT, NOTE, QR_CODE), keep),
         FOUND: lambda self, view: self.keep(view, self.room),
         REACTED: _take_reacted,
-        **dict.fromkeys(FOLDED, keep),
-        SERVER_TEXT: keep,
-        NOTE: keep,
-        QR_CODE: keep,
         FAILED: _take_failed,
     }
     TAKEN = {
@@ -25214,8 +25097,7 @@ class ManyServers(Client):
         """React to a server that was removed, or is looked at now, as each added one is."""
 
     def is_writing(self, seat: Seat) -> bool:
-        """Return whether a text for the current conversation of a server is begun, so that the
-        server must not lead to another one."""
+        """Return whether a text is begun, so that the server must not lead elsewhere."""
         return False
 
     # Servers
@@ -25241,8 +25123,7 @@ class ManyServers(Client):
         self.look_at(first)
 
     def connect(self, words: str) -> None:
-        """Handle /connect [URL [NICK]], or HOST PORT [NICK]: add a server beside the others, or
-        list them."""
+        """Handle /connect [URL [NICK]], or HOST PORT [NICK]: add a server, or list them."""
         url, *more_words = words.split() or [""]
         if more_words and more_words[0].isdecimal():  # HOST PORT, as other clients have it
             url = f"{url}:{more_words.pop(0)}"
@@ -25703,8 +25584,7 @@ class TerminalClient(ManyServers):
         self.show(self.core.take_views())
 
     def place_of(self, name: str) -> tuple[Seat, Room] | None:
-        """Return the conversation with this number or name, preferably on the server that is looked
-        at; None if there is none."""
+        """Return the conversation with this number or name, first of this server; None for none."""
         places = self.places()
         if (number := whole_number(name)) and number <= len(places):
             return places[number - 1]
@@ -25816,20 +25696,15 @@ class TerminalClient(ManyServers):
                 seat.core.rooms.keep(room)
 
     def take_back(self, core: ClientCore, view: ViewEvent) -> None:
-        """Give a text that was not accepted back to the conversation in which it was entered: as a
-        draft, if the user is elsewhere by now."""
+        """Give a text that was not accepted back: as a draft, if the user is elsewhere by now, else
+        on the line. If it is a command, or the line is not empty, Up recalls it."""
         room = core.find(view.where) if view.where else self.writing_in
-        if room is self.writing_in or room is None:
-            return self.give_text_back(view.text)
-        room.draft = "\n".join(optional(room.draft, view.text))
-
-    def give_text_back(self, text: str) -> None:
-        """Put text that was not accepted back on the line; if it is a command, or the line is not
-        empty, let Up recall it."""
-        if not (self.editor.text or text[:1] == "/"):
-            self.editor.set(text)
-        elif not is_secret(text):
-            self.editor.remember(text)
+        if room not in (self.writing_in, None):
+            room.draft = "\n".join(optional(room.draft, view.text))
+        elif not (self.editor.text or view.text[:1] == "/"):
+            self.editor.set(view.text)
+        elif not is_secret(view.text):
+            self.editor.remember(view.text)
 
     def trouble(self) -> str:
         """Return what is wrong with the connection; "" if nothing is."""
@@ -25843,8 +25718,7 @@ class TerminalClient(ManyServers):
         return "" if self.core.ready else "connecting"
 
     def paint(self) -> None:
-        """Write all that is new at once: immediately after a key, else at most PAINTS_A_SECOND
-        times a second."""
+        """Write what is new: at once after a key, else at most PAINTS_A_SECOND times a second."""
         wait = self.painted + 1 / PAINTS_A_SECOND - self.loop.now
         if self.news and wait > 0 and not self.painting:
             self.painting = self.loop.call_later(wait, do_nothing)

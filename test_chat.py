@@ -20675,23 +20675,36 @@ def test_an_ignored_user_opens_nothing_with_a_message_of_several_lines():
     assert "bob" not in alice.core.rooms
 
 
-MESSAGES_AT_THE_LIMIT = [  # where, the text, its kind, and whether some server may take it
-    ("#a", "\n".join(["x"] * chat.MESSAGE_LINES), chat.MESSAGE, True),
-    ("#a", "\n".join(["x"] * (chat.MESSAGE_LINES + 1)), chat.MESSAGE, False),
-    ("#a", "x" * chat.LINE_BYTES, chat.MESSAGE, True),
-    ("#a", "\u00e9" * (chat.LINE_BYTES // 2), chat.MESSAGE, True),
-    ("#a", "x" * (chat.LINE_BYTES + 1), chat.MESSAGE, False),
-    ("#a", "x" * chat.FITS_ALWAYS, chat.ACTION, True),
-    ("#a", "x" * (chat.FITS_ALWAYS + 1), chat.ACTION, False),
-    ("#" + "a" * 63, "x", chat.MESSAGE, True),
-    ("#" + "a" * 64, "x", chat.MESSAGE, False),
+TEXTS_AT_THE_LIMIT = [  # a text, its kind, and how many messages it becomes
+    ("\n".join(["x"] * chat.MESSAGE_LINES), chat.MESSAGE, 1),
+    ("\n".join(["x"] * (chat.MESSAGE_LINES + 1)), chat.MESSAGE, 2),
+    ("x" * chat.LINE_BYTES, chat.MESSAGE, 1),
+    ("\u00e9" * (chat.LINE_BYTES // 2), chat.MESSAGE, 1),
+    ("x" * (chat.LINE_BYTES + 1), chat.MESSAGE, 2),
+    ("\u00e9" * chat.LINE_BYTES, chat.MESSAGE, 2),
+    ("x" * chat.FITS_ALWAYS, chat.ACTION, 1),
+    ("x" * (chat.FITS_ALWAYS + 1), chat.ACTION, 2),
 ]
 
 
-@pytest.mark.parametrize("where, text, kind, taken", MESSAGES_AT_THE_LIMIT)
-def test_a_message_is_as_long_as_a_server_takes_it_and_no_longer(where, text, kind, taken):
-    with contextlib.nullcontext() if taken else pytest.raises(chat.Refused):
-        chat.check_message(where, text, kind, 64)
+@pytest.mark.parametrize("text, kind, count", TEXTS_AT_THE_LIMIT)
+def test_a_message_is_as_long_as_a_server_takes_it_and_no_longer(text, kind, count):
+    alice = with_bob()
+    alice.core.outgoing.send("#a", text, kind)
+    pieces = [one.text for one in alice.core.outbox.waiting.values()]
+    assert len(pieces) == count and "".join(pieces).replace("\n", "") == text.replace("\n", "")
+    assert all(piece.count("\n") < chat.MESSAGE_LINES for piece in pieces)
+    most = chat.FITS_ALWAYS if kind == chat.ACTION else chat.LINE_BYTES
+    assert all(len(piece.encode()) <= most for piece in pieces)
+
+
+@pytest.mark.parametrize("size, taken", [(64, True), (65, False)])
+@pytest.mark.parametrize("command", ["/query {} x", "/msg {} x", "/query {}"])
+def test_a_conversation_has_no_name_that_is_too_long_for_the_server(command, size, taken):
+    alice = with_bob().types(text := command.format("x" * size))
+    assert ("x" * size in alice.core.rooms) == taken
+    note = ["a name has at most 64 bytes; nothing was sent"]
+    assert (alice.kinds("back"), alice.kinds("note")) == (([], []) if taken else ([text], note))
 
 
 @pytest.mark.parametrize("beyond", [0, 1])
@@ -24240,7 +24253,7 @@ REFUSED_COMMANDS = [  # what is typed, and the beginning of the note that it is 
     ("/retry", "there is nothing that could not be sent"),
     ("/reply", "usage: /reply [-N] TEXT"),
     ("/react", "usage: /react [-N] EMOJI"),
-    ("/send x", "only clients with a screen send files"),
+    ("/send x", "only clients with a screen send and save files"),
     ("/save 1", "there are no files here"),
     ("/redact", "this server takes no redact"),
 ]
@@ -24648,21 +24661,6 @@ def test_a_reaction_has_some_characters_and_not_too_many(monkeypatch, emoji, sen
     alice.core.flush()
     tags = f"@+draft/react={chat.escaped_tag(emoji)};+draft/reply=m1"
     assert alice.sent() == ([f"{tags} TAGMSG #a"] if sent else [])
-
-
-# A text that has to be divided, and of which the server takes no part.
-def test_the_rest_of_a_text_that_cannot_be_sent_comes_back_with_its_lines(monkeypatch):
-    def check(where, piece, *more):
-        if piece == "two":
-            raise chat.Refused("BAD", "no such piece")
-
-    monkeypatch.setattr(chat, "message_pieces", lambda text: text.split("\n"))
-    monkeypatch.setattr(chat, "check_message", check)
-    alice = with_bob()
-    alice.core.outgoing.send("#a", "one\ntwo\nthree")
-    views = alice.core.take_views()
-    assert [view.text for view in views if view.kind == "back"] == ["two\nthree"]
-    assert [one.text for one in alice.core.outbox.waiting.values()] == ["one"]
 
 
 STORED_OR_NOT = [  # a view beside that of bob at 5000 with the id "m1", and whether it is stored
