@@ -12769,7 +12769,7 @@ def folded_by(rule: str, name: str) -> str:
 AMBIGUOUS_KEY = re.compile(r"[^ -Z_-z]")
 HOST_CHARACTERS = set(".:/")  # that hosts have, and no nick
 STATUS_SYMBOLS = "~&@%+"  # before a channel, of ranks whose users are meant
-PARAMETER_MODES = "beIqaohvkl"  # modes with a parameter, where 005 has no CHANMODES
+USUAL_MODES = "beIqaohv,k,l"  # the modes with a parameter, where 005 has no CHANMODES
 
 
 class ServerProfile:
@@ -12783,10 +12783,11 @@ class ServerProfile:
         self.requested: set[str] = set()  # after the registration; no answer yet
         # 005 has come, if there is one, over this connection or an earlier one
         self.told = before is not None and before.told
-        self.isupport: dict[str, str] = {}  # facts of 005, and until then some of `before`
-        for name in ("CASEMAPPING", "CHANTYPES"):
-            if before and name in before.isupport:
-                self.isupport[name] = before.isupport[name]
+        known = before.isupport if before else {}
+        # The facts of 005, and until then those of `before` about names
+        self.isupport = {
+            name: known[name] for name in ("CASEMAPPING", "CHANTYPES") if name in known
+        }
         self.untold = {*self.isupport}  # those of an earlier connection
 
     # Names
@@ -12840,12 +12841,9 @@ class ServerProfile:
 
     def takes_parameter(self, letter: str, sign: str) -> bool:
         """Return whether a parameter follows a channel mode (Modern IRC, CHANMODES)."""
-        if letter in self.ranks[0]:
-            return True
-        lists, always, on_set, *_ = (*self.isupport.get("CHANMODES", "").split(","), "", "", "")
-        if "CHANMODES" not in self.isupport:
-            return letter in PARAMETER_MODES and (letter != "l" or sign == "+")
-        return letter in lists + always or (letter in on_set and sign == "+")
+        modes = self.isupport.get("CHANMODES", USUAL_MODES)
+        lists, always, on_set, *_ = (*modes.split(","), "", "", "")
+        return letter in self.ranks[0] + lists + always or (letter in on_set and sign == "+")
 
     def mode_changes(self, letters: str, values: list[str]) -> Iterator[tuple[str, str, str]]:
         """Yield the changes of a MODE: sign, letter and parameter ("" if there is none)."""
@@ -13775,8 +13773,8 @@ class SaslLogin:
         """Take the parameter of an AUTHENTICATE of the server."""
         listed = self.server.offered.get("sasl", "").split(",")
         one_step = self.mechanism in ("PLAIN", "EXTERNAL")
-        if chunk != "+" or one_step or self.mechanism in listed:
-            self.taken_up = True  # some servers say + to any name of a mechanism
+        # Some servers say + to any name of a mechanism
+        self.taken_up |= chunk != "+" or one_step or self.mechanism in listed
         try:
             said = self.exchange.feed(chunk) if self.exchange else None
         except Refused:
@@ -14598,7 +14596,8 @@ class Joins:
         self.unanswered: dict[str, tuple[int, float]] = {}
         self.typed: dict[str, str] = {}  # that the user will look at once joined: their passwords
         self.refused: dict[str, float] = {}  # when to try again
-        self.retried: set[str] = set()  # tried again: the user knows that they are refused
+        self.retried: dict[str, None] = {}  # tried again: the user knows that they are refused
+        self.tables = (self.unanswered, self.typed, self.refused, self.retried)
 
     def join(self, room: Room) -> None:
         self.note_sent(room.name)
@@ -14626,7 +14625,7 @@ class Joins:
     def note_typed(self, name: str, password: str) -> None:
         """Note that the user asks for a channel."""
         self.typed[self.core.fold(name)] = password
-        self.retried.discard(self.core.fold(name))
+        self.retried.pop(self.core.fold(name), None)
 
     def waits(self, name: str) -> bool:
         """Return whether a JOIN of a channel has no answer yet."""
@@ -14634,24 +14633,21 @@ class Joins:
 
     def rekey(self) -> None:
         """Apply the server's rule for names: the JOINs were sent before it was known."""
-        fold = self.core.fold
-        for of_joins in (self.unanswered, self.typed, self.refused):
-            entries = {fold(key): value for key, value in of_joins.items()}
-            of_joins.clear()
-            of_joins.update(entries)
-        self.retried = {*map(fold, self.retried)}
+        for table in self.tables:
+            entries = {self.core.fold(key): value for key, value in table.items()}
+            table.clear()
+            table.update(entries)
 
     def forget(self, name: str) -> None:
         """Forget a channel: it is joined, or it is closed to this client."""
-        for of_joins in (self.unanswered, self.typed, self.refused):
-            of_joins.pop(self.core.fold(name), None)
-        self.retried.discard(self.core.fold(name))
+        for table in self.tables:
+            table.pop(self.core.fold(name), None)
 
     def renamed(self, old: str, new: str) -> None:
         """Use the name of the channel that the server joins in place of another one."""
-        for of_joins in (self.unanswered, self.typed):
-            if (key := self.core.fold(old)) in of_joins:
-                of_joins[self.core.fold(new)] = of_joins.pop(key)
+        for table in self.tables:
+            if (key := self.core.fold(old)) in table:
+                table[self.core.fold(new)] = table.pop(key)
 
     def failed(self, name: str, why: str, number: str = "") -> None:
         """Let the user decide about the messages for a channel that the client cannot join. It is
@@ -14683,7 +14679,7 @@ class Joins:
             room = self.core.rooms.get(key)
             del self.refused[key]
             if room and room.wanted and not room.inside:
-                self.retried.add(key)
+                self.retried[key] = None
                 self.join(room)
 
     def want_typed(self) -> None:
@@ -15516,11 +15512,6 @@ def no_capabilities(talk: IrcTalk, heard: ServerLine) -> None:
     return talk.introduce()
 
 
-@from_server("AUTHENTICATE", least=1)
-def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.sasl.feed(heard.params[0])
-
-
 @from_server("900", least=1)
 def told_to_be_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.server_text(heard.params[-1])
@@ -15779,9 +15770,9 @@ def sent_elsewhere(talk: IrcTalk, heard: ServerLine) -> None:
 # Lines of a server: pings, confirmations, history and presence
 
 
-@from_server("PING", least=1)
-def pinged(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.send_at_once("PONG", *heard.params)
+from_server("PING", least=1)(lambda talk, heard: talk.send_at_once("PONG", *heard.params))
+from_server("AUTHENTICATE", least=1)(lambda talk, heard: talk.sasl.feed(heard.params[0]))
+from_server("323")(lambda talk, heard: talk.answers.show_listing("LIST"))
 
 
 @from_server("PONG")
@@ -16372,11 +16363,6 @@ def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
         listing.add(text)
     else:
         talk.core.server_text(text)
-
-
-@from_server("323")
-def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.answers.show_listing("LIST")
 
 
 @from_server("263", "416", least=2)
@@ -17669,10 +17655,7 @@ class ClientCore:
     typed() takes the user's text; without a connection the text waits. `interactive` is true for a
     client with a screen and false for a pipe: only a screen asks for the latest messages, keeps
     other conversations in view, and can ask its user. `later` runs a job off the loop. `clock` is
-    wall time and `ticks` monotonic time, in seconds.
-
-    The parts of the core (rooms, people, typing, incoming, outgoing ...) own what lasts longer than
-    a connection; the parts of its talk own what ends with one. All tell the screen by show()."""
+    wall time and `ticks` monotonic time, in seconds."""
 
     told_trouble = ""  # the last reported trouble of the store
     version = 0  # of the store, see refresh()
@@ -17841,7 +17824,6 @@ class ClientCore:
 
     @property
     def room(self) -> Room | None:
-        """The current conversation."""
         return self.rooms.current
 
     @property
@@ -18580,13 +18562,12 @@ def do_pass(core: ClientCore, password: str) -> None:
 @client_command("connect", most=1, nameless=True)
 def do_connect(core: ClientCore, url: str = "") -> None:
     """/connect [URL] -- connect to one more server; list the servers"""
-    raise Refused("ONE_SERVER", "only the terminal client talks to several servers")
+    raise Refused("ONE_SERVER", "only clients with a screen talk to several servers; /quit leaves")
 
 
-@client_command("disconnect", nameless=True)
-def do_disconnect(core: ClientCore) -> None:
-    """/disconnect -- leave this server, and stay on the others"""
-    raise Refused("ONE_SERVER", "only the terminal client talks to several servers; /quit leaves")
+client_command(
+    "disconnect", nameless=True, doc="/disconnect -- leave this server, and stay on the others"
+)(do_connect)
 
 
 @client_command("reconnect", nameless=True)
@@ -18837,30 +18818,19 @@ CREATE TABLE IF NOT EXISTS rooms (
     place INTEGER NOT NULL DEFAULT 0,           -- among the conversations, from 0
     PRIMARY KEY (owner, key)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS reactions (
-    owner INTEGER NOT NULL,
-    id TEXT NOT NULL,               -- of the message
-    emoji TEXT NOT NULL,
-    name TEXT NOT NULL,
+CREATE TABLE IF NOT EXISTS reactions ( -- the id is that of the message
+    owner INTEGER NOT NULL, id TEXT NOT NULL, emoji TEXT NOT NULL, name TEXT NOT NULL,
     PRIMARY KEY (owner, id, emoji, name)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS transfers ( -- files on their way
-    owner INTEGER NOT NULL,
-    id TEXT NOT NULL,
-    state TEXT NOT NULL,            -- JSON, see Transfer.KEPT
-    PRIMARY KEY (owner, id)
+CREATE TABLE IF NOT EXISTS transfers ( -- files on their way, as JSON: see Transfer.KEPT
+    owner INTEGER NOT NULL, id TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (owner, id)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS ignored (
-    owner INTEGER NOT NULL,
-    mask TEXT NOT NULL,
-    PRIMARY KEY (owner, mask)
+    owner INTEGER NOT NULL, mask TEXT NOT NULL, PRIMARY KEY (owner, mask)
 );
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts ( -- that a server has told
-    owner INTEGER NOT NULL,
-    name TEXT NOT NULL,
-    value TEXT NOT NULL,
-    PRIMARY KEY (owner, name)
+    owner INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (owner, name)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS indexed (number INTEGER NOT NULL);     -- the last message that is
 INSERT INTO indexed SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM indexed);
@@ -19181,7 +19151,6 @@ class ClientStore(Writer):
         self.write("DELETE FROM reactions WHERE owner = ? AND id = ?", self.owner, id)
 
     def react(self, id: str, emoji: str, name: str, on: bool) -> None:
-        """Store, or delete, the reaction of a user to a message."""
         verb = "INSERT OR IGNORE INTO reactions VALUES (?, ?, ?, ?)"
         if not on:
             verb = "DELETE FROM reactions WHERE owner = ? AND id = ? AND emoji = ? AND name = ?"
@@ -22094,7 +22063,6 @@ def parse_journal(data: bytes) -> tuple[str, list[Waiting]]:
 
 
 def move_outbox(db: sqlite3.Connection, file: typing.BinaryIO, target: Target, name: str) -> None:
-    """Move an outbox in an open file to client.db."""
     secret, waiting = parse_journal(file.read())
     with transaction(db):
         box = db.execute(NEW_OUTBOX, [str(target), fold(name), secret]).lastrowid
@@ -22398,29 +22366,18 @@ class CertificateCheck:
 class Link:
     """A client core and its connection to a server, kept up for as long as possible.
 
-    `show(views)` gets the views to show. `over(reason)` is called once at the end: with "" after
-    leave(), else with the reason why the link cannot go on. The link gives up after `patience`
-    seconds without a server. `asks`: a user can answer questions that no program can. A caller may
-    replace `drained()` to learn that has_room() has become true."""
+    A caller replaces `show(views)`, which gets the views to show; `over(reason)`, which is called
+    once at the end, with "" after leave(); and `drained()` to learn that has_room() has become
+    true. Only an interactive core has a user who can answer questions."""
 
     def __init__(
-        self,
-        loop: Loop,
-        target: Target,
-        core: ClientCore,
-        show: Callable[[list[ViewEvent]], None],
-        over: Callable[[str], None],
-        trust: Trust = BELIEVE_THE_SYSTEM,
-        known: KnownServers | None = None,
-        patience: float = math.inf,
-        asks: bool = True,
+        self, loop: Loop, target: Target, core: ClientCore, trust: Trust, known: KnownServers
     ):
-        self.loop, self.core = loop, core
+        self.loop, self.core, self.trust, self.known = loop, core, trust, known
+        self.show = self.over = self.drained = do_nothing
         self.given = self.target = target  # as the user gave it; where the connection goes
         self.choices = collections.deque([target, *target.others])  # the present one first
-        self.show, self.over, self.trust = show, over, trust
-        self.patience, self.asks = patience, asks
-        self.known = known or KnownServers(open_client_database(":memory:"))
+        self.patience = math.inf if core.interactive else 0.0  # seconds without a server
         self.certificate = CertificateCheck(trust, self.known)
         self.helpers = Helpers(loop)
         self.phase = WAITING
@@ -22440,7 +22397,6 @@ class Link:
         self.stays = False  # do not end by itself: the session stood once, for example
         self.watched = loop.now  # when the connection was last looked at ...
         self.pinged = -math.inf  # ... and when the server was asked whether it is there
-        self.drained: Callable = do_nothing
         core.later, core.clock, core.ticks = self.later, time.time, lambda: self.loop.now
         core.me.certificate = bool(trust.own)
         self.known_kind = self.known.kind(target)
@@ -22505,7 +22461,6 @@ class Link:
         self._carry_on([])
 
     def reconnect(self) -> None:
-        """Connect now, without any more waiting."""
         self.backoff = BACKOFF_FIRST
         if self.conn is not None:
             self.core.redial = True
@@ -22585,7 +22540,7 @@ class Link:
         self.timer.cancel()
         fingerprint = self.conn.tls.fingerprint()
         verdict, text = self.certificate.judge(self.target, fingerprint)
-        if verdict == UNTRUSTED and self.asks:
+        if verdict == UNTRUSTED and self.core.interactive:
             advice = "/trust if the operator of the server tells you the same; else /quit"
             notes = (f"{text}. Its SHA-256 is", fingerprint, advice)
             self.show([ViewEvent(NOTE, note) for note in notes])
@@ -22757,7 +22712,7 @@ class Link:
         """End the link. But if the server stood once, or is one of several, let the user decide:
         text typed meanwhile must not go elsewhere."""
         text = self.certificate.failure(self.target, reason) or self.core.refusal or reason
-        if not (self.asks and self.stays):
+        if not (self.core.interactive and self.stays):
             return self._end(text)
         advice = advice_after(text)
         if self.certificate.other and not self.trust.pin:
@@ -22767,9 +22722,10 @@ class Link:
         return self._wait_for_user(text, advice)
 
     def _ask_user(self, reason: str) -> None:
-        """Tell the user the choices; without a user, end the link."""
         why = f"{self.target}: {self.core.refusal or reason}"
-        return self._wait_for_user(why, advice_after(why)) if self.asks else self._end(why)
+        if not self.core.interactive:
+            return self._end(why)
+        return self._wait_for_user(why, advice_after(why))
 
     def _wait_for_user(self, why: str, advice: str) -> None:
         self.core.quitting = False
@@ -23222,7 +23178,6 @@ class Download:
         self.transfers.core.transfers.keep(one)
 
     def take(self, data: bytes) -> None:
-        """Take a piece of the file."""
         self.pieces.append(data)
         self.one.done += len(data)
         if call := self.transfers.calls.get(self.one.id):
@@ -23958,7 +23913,6 @@ class LineEditor:
         return part
 
     def _move(self, unit: Callable[[str], str]) -> None:
-        """Move the cursor over a part of the text."""
         part = self._cut(unit)
         if unit in BACKWARDS:
             self.after = part + self.after
@@ -24685,7 +24639,6 @@ class Display:
         self.cleared = True
 
     def _take_reacted(self, view: ViewEvent) -> None:
-        """Show a reaction in words."""
         known = visible(self.core.stored.answered_words(view._replace(reply=view.id)))
         verb = "reacted" if view.number > 0 else "takes back"
         text = f"{view.name} {verb} {view.text} to {cut(known, REACTED_BYTES)}"
@@ -24983,8 +24936,7 @@ class ClientOptions(NamedTuple):
 class Client:
     """The base of all clients: a loop, a link, and an end with a reason."""
 
-    patience = math.inf
-    interactive = asks = True
+    interactive = True
 
     def __init__(self, options: ClientOptions):
         self.loop, self.options, self.reason = Loop(), options, ""
@@ -25023,9 +24975,8 @@ class Client:
             core.me.plain_allowed = "PLAIN" in options.mechanisms
         core.me.generated = bool(made) and login is None
         core.me.keep = functools.partial(known.keep_login, target, options.name) if state else None
-        settings = (options.trust, known, self.patience, self.asks)
-        link = Link(self.loop, target, core, do_nothing, do_nothing, *settings)
-        if self.asks:
+        link = Link(self.loop, target, core, options.trust, known)
+        if self.interactive:
             Transfers(link, pathlib.Path.cwd())
         return core, link
 
@@ -25047,7 +24998,6 @@ class Client:
         return f"{counted(waiting, 'message')} {fate}"
 
     def ending(self) -> None:
-        """Store what is left to be stored."""
         self.core.close_store()
 
     def run(self) -> str:
@@ -25166,7 +25116,6 @@ class ManyServers(Client):
         self.store.flush()
 
     def look_at(self, seat: Seat) -> None:
-        """Show the conversations on another server."""
         if seat is self.seat:
             return
         self.core.looked_at = False
@@ -25233,8 +25182,7 @@ def output_trouble(error: OSError) -> str:
 class Filter(Client):
     """Lines in, lines out, for pipes. It ends after its input, once the server has all of it."""
 
-    patience = 0.0  # until there is a connection
-    interactive = asks = False
+    interactive = False
 
     def __init__(self, options: ClientOptions):
         super().__init__(options)
@@ -25547,7 +25495,6 @@ class TerminalClient(ManyServers):
         ]
 
     def list_rooms(self) -> None:
-        """Show all conversations with their numbers."""
         listed: dict[str, list[str]] = {}
         for n, (seat, room) in enumerate(self.places(), 1):
             new = f" ({room.unread} new)" * bool(room.unread)

@@ -22274,16 +22274,9 @@ class Hanging(chat.Link):
         self.log = []
         loop = FakeLoop(0.0)
         loop.call_later = lambda seconds, callback: chat.Timer(seconds, callback)
-        core = chat.ClientCore("alice")
-        super().__init__(
-            loop,
-            chat.Target("127.0.0.1", 1),
-            core,
-            self.log.extend,
-            self.log.append,
-            patience=patience,
-            asks=asks,
-        )
+        core, target = chat.ClientCore("alice", asks), chat.Target("127.0.0.1", 1)
+        super().__init__(loop, target, core, chat.Trust(), known_servers())
+        self.show, self.over, self.patience = self.log.extend, self.log.append, patience
         self.helpers = FakeHelpers()
         self.helpers.submit = lambda *_: None
 
@@ -24248,8 +24241,8 @@ REFUSED_COMMANDS = [  # what is typed, and the beginning of the note that it is 
     ("/go nosuch", "nosuch is not open; /query nosuch opens it"),
     ("/unignore x", "x is not ignored; /ignore lists the ignored users"),
     ("/register", "this server registers no accounts in this way"),
-    ("/connect x", "only the terminal client talks to several servers"),
-    ("/disconnect", "only the terminal client talks to several servers; /quit leaves"),
+    ("/connect x", "only clients with a screen talk to several servers; /quit leaves"),
+    ("/disconnect", "only clients with a screen talk to several servers; /quit leaves"),
     ("/retry", "there is nothing that could not be sent"),
     ("/reply", "usage: /reply [-N] TEXT"),
     ("/react", "usage: /react [-N] EMOJI"),
@@ -24375,12 +24368,12 @@ def test_joins_that_were_sent_before_the_rule_for_names_was_told_are_found_under
     core.feed(b":s 001 alice :Welcome\r\n")
     joins = core.talk.joins
     joins.typed["#[a]"], joins.refused["#[a]"] = "word", 5.0
-    joins.retried.add("#[a]")
+    joins.retried["#[a]"] = None
     tables = (joins.unanswered, joins.typed, joins.refused)
     before = [table["#[a]"] for table in tables]
     core.feed(b":s 005 alice CASEMAPPING=rfc1459 :are supported\r\n")
     assert [dict(table) for table in tables] == [{"#{a}": value} for value in before]
-    assert joins.retried == {"#{a}"} and joins.waits("#{A]")
+    assert joins.retried.keys() == {"#{a}"} and joins.waits("#{A]")
 
 
 @pytest.mark.parametrize("lines", [1, 3])
@@ -31247,18 +31240,11 @@ def test_several_servers_of_one_chat_are_named_with_commas():
 class Linked:
     """A link on a loop of its own, turned until something is so."""
 
-    def __init__(self, target, known=None, core=None, **options):
+    def __init__(self, target, known=None, core=None, trust=chat.BELIEVE_THE_SYSTEM):
         self.loop, self.views, self.ended = chat.Loop(), [], []
         self.core = core or chat.ClientCore("alice")
-        self.link = chat.Link(
-            self.loop,
-            target,
-            self.core,
-            self.views.extend,
-            self.ended.append,
-            known=known,
-            **options,
-        )
+        self.link = chat.Link(self.loop, target, self.core, trust, known or known_servers())
+        self.link.show, self.link.over = self.views.extend, self.ended.append
         self.link.start()
 
     def until(self, holds):
