@@ -12773,8 +12773,7 @@ USUAL_MODES = "beIqaohv,k,l"  # the modes with a parameter, where 005 has no CHA
 
 
 class ServerProfile:
-    """The abilities of a server and its rule for names, from CAP, 004 and 005. RFC 1459 applies
-    where the server says nothing. `before` is the profile of an earlier connection."""
+    """The abilities of a server and its rule for names, from CAP, 004 and 005, else RFC 1459."""
 
     def __init__(self, ours: bool = True, before: "ServerProfile | None" = None):
         self.ours = ours  # the server is a chat.py
@@ -12978,7 +12977,6 @@ class Transfer:
         self.reached = 0  # bytes that were there then
 
     def words(self) -> str:
-        """Return the progress of the transfer as readable text."""
         verb = "sending" if self.up else "saving"
         share = f" {100 * self.done // self.size} %" if self.size else ""
         why = f" ({self.why})" if self.why and self.state != "running" else ""
@@ -13691,17 +13689,10 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     )
 
 
-def not_shown(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
-    """Return the messages of a page, without those that have no id and are shown already."""
-    shown = {identity_of(view) for view in room.views if not view.id}
-    return [view for view in views if view.id or identity_of(view) not in shown]
-
-
-def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
-    """Return the messages of a page that are not among the held ones: these follow in their order,
-    and there may be older ones than on the page."""
-    held = {identity_of(view) for view in room.held or []}
-    return [view for view in views if identity_of(view) not in held]
+def not_among(known: Iterable[ViewEvent], views: list[ViewEvent]) -> list[ViewEvent]:
+    """Return the views that are not among the known ones."""
+    identities = {identity_of(view) for view in known}
+    return [view for view in views if identity_of(view) not in identities]
 
 
 UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
@@ -13770,7 +13761,6 @@ class SaslLogin:
         self.talk.send("AUTHENTICATE", mechanism)
 
     def feed(self, chunk: str) -> None:
-        """Take the parameter of an AUTHENTICATE of the server."""
         listed = self.server.offered.get("sasl", "").split(",")
         one_step = self.mechanism in ("PLAIN", "EXTERNAL")
         # Some servers say + to any name of a mechanism
@@ -13811,8 +13801,7 @@ class SaslLogin:
 
 
 class MessageLines:
-    """The unsent lines of the message that is being sent. They are cut, and get their target, when
-    they are sent. PlainTalk never has any."""
+    """The unsent lines of the message that is being sent: they are cut and addressed when sent."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
@@ -14170,7 +14159,6 @@ class Acknowledgements:
             self._explain_all(line.target)
 
     def not_echoed(self, own_id: str) -> None:
-        """Report a message as lost because the server dropped one of its lines."""
         if own_id in self.core.outbox.in_flight:
             self.core.outgoing.lost(own_id, NOT_ECHOED)
 
@@ -14198,11 +14186,10 @@ class Acknowledgements:
                 self.not_echoed(name)
                 return PIECE
         key = self.core.fold(target)
-        here = [line for line in self.echoes if line.target == key]
-        if heard.verb != "PRIVMSG" or not here:
-            return self._doubted(heard, key, text)
-        alters = not (self.server.ours or self.server.labels or self.talk.bouncer)
-        alters = alters and "batch" not in heard.tags  # no other client has this nick
+        spoken = heard.verb == "PRIVMSG"
+        here = [line for line in self.echoes if spoken and line.target == key]
+        exact = self.server.ours or self.server.labels or self.talk.bouncer
+        alters = bool(here) and not exact and "batch" not in heard.tags  # no other client's
         place = place_of_echo([line.text for line in here], text, alters)
         if place is None and not alters:
             return self._doubted(heard, key, text)
@@ -14369,7 +14356,6 @@ class HistoryRequests:
         return asked
 
     def take_page(self, label: str, target: str, views: list[ViewEvent]) -> None:
-        """Handle a page of history that was requested."""
         asked = self.answered(label, target) or HistoryRequest("", "asked")
         room = self.core.find(asked.where)
         if room is None or asked.how not in self.PAGES:
@@ -14424,11 +14410,10 @@ class HistoryRequests:
 
     def _page_last(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the page of messages from before the client joined."""
-        new = not_shown(room, not_held(room, views))
-        for view in new:
-            self.core.incoming.deliver(room, view._replace(past=True))
-        # Live lines among the held ones may be on this page
-        self.core.known.note_without_id(room, new)
+        # Live lines among the held ones may be on this page; they follow in their order
+        self._deliver(
+            room, [view._replace(past=True) for view in not_among(room.held or (), views)]
+        )
         room.whole = not views  # a short page may consist of long messages
         self.core.incoming.release(room)
 
@@ -14436,7 +14421,7 @@ class HistoryRequests:
         """Handle a page of missed messages, and ask for more until one page brings nothing new: a
         page may be short because of its size."""
         before = room.mark
-        self._deliver_missed(room, views)
+        self._deliver(room, views, paged=True)
         new = room.mark != before or room.spilled
         crowded = not new and limit <= len(views) and limit < self.server.page_size
         if crowded:  # by time: all of the page is of the moment up to which messages are held
@@ -14453,13 +14438,14 @@ class HistoryRequests:
             self.core.stored.note_holes(room, *room.holes, *optional(position_of(views[0])))
             text = "more was said meanwhile; page up, or /history, shows it"
             self.core.note(text, room.name)
-        self._deliver_missed(room, not_held(room, views))
+        self._deliver(room, not_among(room.held or (), views), paged=True)
         self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
-    def _deliver_missed(self, room: Room, views: list[ViewEvent]) -> None:
-        unshown = not_shown(room, views)
+    def _deliver(self, room: Room, views: list[ViewEvent], paged: bool = False) -> None:
+        """Deliver the messages of a page but those that have no id and are shown already."""
+        unshown = not_among((view for view in room.views if not view.id), views)
         for view in unshown:
-            self.core.incoming.deliver(room, view, paged=True)
+            self.core.incoming.deliver(room, view, paged)
         self.core.known.note_without_id(room, unshown)
 
     def _end_missed(self, room: Room, new: bool, more: str) -> None:
@@ -14478,7 +14464,7 @@ class HistoryRequests:
         core, shown = self.core, {identity_of(view) for view in room.views}
         before = position_of(room.paged) if room.paged else room.oldest
         room.whole = not views or position_of(views[0]) == before
-        new, key = [view for view in views if identity_of(view) not in shown], core.fold(room.name)
+        new, key = not_among(room.views, views), core.fold(room.name)
         overlaps = core.store is not None and any(core.store.has(key, view) for view in new)
         if room.hole and (overlaps or room.whole):
             core.stored.note_holes(room, *room.holes[:-1])
@@ -14604,7 +14590,6 @@ class Joins:
         self.talk.send("JOIN", room.name, *optional(room.password))
 
     def note_sent(self, name: str) -> None:
-        """Note a JOIN. Its time begins when it is sent in its turn."""
         key = self.core.fold(name)
         self.refused.pop(key, None)
         count, since = self.unanswered.get(key, (0, math.inf))
@@ -14623,7 +14608,6 @@ class Joins:
             self.unanswered[key] = count, self.core.ticks()
 
     def note_typed(self, name: str, password: str) -> None:
-        """Note that the user asks for a channel."""
         self.typed[self.core.fold(name)] = password
         self.retried.pop(self.core.fold(name), None)
 
@@ -14667,7 +14651,6 @@ class Joins:
             self.core.outgoing.park_all(room, why)
 
     def tick(self, now: float) -> None:
-        """Give up JOINs that are not answered."""
         for key, (_, since) in list(self.unanswered.items()):
             if now - since > JOIN_SECONDS:
                 self.unanswered[key] = 1, since
@@ -14739,7 +14722,6 @@ class WantedAnswers:
         return self.listings[verb].pop(0) if self.listing(verb) else None
 
     def show_listing(self, verb: str) -> None:
-        """Show the answer to a LIST or WHO of the user as a page."""
         listing, title = self.end_listing(verb), LISTS[verb]
         if listing is None:
             return
@@ -14846,7 +14828,6 @@ class PlainTalk:
         return self.core.fold(message.where) == self.core.fold(LOBBY)
 
     def pump(self) -> None:
-        """Send the messages that may be sent."""
         outbox = self.core.outbox
         while message := outbox.next(self.carries):
             text = f"*{message.text}*" if message.kind == ACTION else message.text
@@ -14904,7 +14885,6 @@ class Renaming:
         return line if params == before else head + line_of(verb, *params)
 
     def _names(self, names: str) -> str:
-        """Return names between commas with the new one among them."""
         pairs = [(name, self.server.without_status(name)) for name in names.split(",")]
         return ",".join(
             name.removesuffix(bare) + self.new if self.is_old(bare) else name
@@ -14936,8 +14916,7 @@ def last_reactions(batch: Batch) -> list[ServerLine]:
 
 
 class IrcTalk:
-    """IRC from the client's side, for one connection. The functions decorated by from_server()
-    handle the server's lines. A line with too few parameters is ignored."""
+    """IRC from the client's side, for one connection. from_server() has the handlers of lines."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -15092,7 +15071,6 @@ class IrcTalk:
             self.tell_lost([verb for verb in verbs if verb != "JOIN"], "the connection has ended")
 
     def tell_lost(self, verbs: list[str], why: str) -> None:
-        """Tell the user which commands were not sent."""
         if verbs:
             self.core.note(f"not sent, {why}: {', '.join(dict.fromkeys(verbs))}")
             self.core.refusals += len(verbs)
@@ -15160,8 +15138,7 @@ class IrcTalk:
             self.core.outgoing.park(message.id, f"{old} is now called {new}")
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Use the new name of a user or channel in the lines that wait to be sent, and to know the
-        answers to them."""
+        """Use the new name of a user or channel in lines that wait, and to know their answers."""
         renaming = Renaming(self.server, is_old, new)
         for n, (line, behind) in enumerate(self.queue):
             self.queue[n] = renaming.apply(line), behind
@@ -15175,7 +15152,6 @@ class IrcTalk:
     # Registration and joining
 
     def give_names(self) -> None:
-        """Send PASS, NICK and USER."""
         core, self.named = self.core, True
         if core.password:
             self.send("PASS", core.password)
@@ -15207,8 +15183,7 @@ class IrcTalk:
             self.send("CAP", "END")
 
     def watch(self, names: Iterable[str], sign: str = "+") -> None:
-        """Monitor the users of private conversations, for a screen, if the server has MONITOR; or
-        with "-" no longer, except for the wanted nick."""
+        """Monitor users for a screen, or with "-" no longer, but always the wanted nick."""
         names = [name for name in names if name and " " not in name and "," not in name]
         regains = sign == "-" and self.nick.regain
         names = [name for name in names if not (regains and name == self.nick.wanted)]
@@ -15216,8 +15191,7 @@ class IrcTalk:
             self.send("MONITOR", sign, ",".join(names[:WATCHED]))
 
     def waits(self, message: Waiting) -> bool:
-        """Return whether a message waits for the answer to a JOIN, or for a server. The later
-        messages of a pipe, and commands, wait with it."""
+        """Return whether a message waits for a JOIN or a server; a pipe's later ones wait, too."""
         if self.unserved < math.inf:
             return not self.carries(message)
         room = self.core.find(message.where)
@@ -15239,7 +15213,6 @@ class IrcTalk:
         return any(self.parts(line, room) for line in lines)
 
     def parts(self, line: str, room: Room) -> bool:
-        """Return whether a line is a PART from this channel."""
         return line.startswith("PART ") and self.core.find(line.split(" ")[1]) is room
 
     def carries(self, message: Waiting) -> bool:
@@ -16208,10 +16181,9 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
-    missing = [""] * 3
     if heard.verb == "301" and talk.core.ignored.covers(heard.params[1]):
         return
-    text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
+    text = WHOIS[heard.verb].format(*heard.params, "", "", "", last=heard.params[-1])
     talk.core.server_text(text, heard.params[1] if heard.verb == "301" else "")
 
 
@@ -16324,8 +16296,7 @@ def taken_back(talk: IrcTalk, heard: ServerLine) -> None:
     core.incoming.redact(id)
     name = where if talk.server.is_channel(where) or core.is_me(heard.name) else heard.name
     if room := core.find(name):
-        text = f"{heard.name} took back a message"
-        core.incoming.text(room, text)
+        core.incoming.text(room, f"{heard.name} took back a message")
 
 
 @from_server("353", least=3)
@@ -16553,18 +16524,15 @@ class Rooms(dict[str, Room]):
     def load(self, named: bool) -> None:
         """Open the conversations of the last run, behind those of --join if it `named` some, which
         are as they were left. Load the last messages of each."""
-        given, self.rule = [*self.values()], self.core.server.rule
+        stored, self.rule = self.core.store.rooms(), self.core.server.rule
+        joined = self.values() if named or not stored else ()
+        given = {self.core.fold(room.name): room for room in joined}
         self.clear()
-        for room in given:
-            self.setdefault(self.core.fold(room.name), room)
-        stored = self.core.store.rooms()
-        if stored and not named:
-            self.clear()
-        asked = dict(self)
+        self.update(given)
         for room in stored:
             key = self.core.fold(room.name)
-            if key in asked:
-                room.password = asked[key].password or room.password
+            if key in given:
+                room.password = given[key].password or room.password
                 room.wanted = room.is_channel = True
                 self[key] = room
             self.setdefault(key, room)
@@ -16676,7 +16644,6 @@ class Rooms(dict[str, Room]):
         return next(read, None) or next(reversed(private), None)
 
     def go(self, room: Room) -> None:
-        """Make a conversation the current one."""
         self.core.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
         self.current = room
         if self.core.reads_at_once:
@@ -16807,7 +16774,6 @@ class Typing:
         )
 
     def note(self, room: Room, name: str, state: str) -> None:
-        """Note that another user is typing, or has paused or stopped."""
         room.typing.pop(name, None)
         if state in TYPING_LASTS and len(room.typing) < TYPING_MOST:
             room.typing[name] = self.core.ticks() + TYPING_LASTS[state]
@@ -16857,8 +16823,7 @@ class Person(NamedTuple):
 
 
 class People(dict[str, Person]):
-    """The facts that the server has told about users, beside their ranks, by key. A user without
-    such facts is not in it."""
+    """The facts that the server has told about users, beside their ranks, by key."""
 
     def __init__(self, core: "ClientCore"):
         super().__init__()
@@ -16896,8 +16861,7 @@ class People(dict[str, Person]):
 
 
 class TransferList(list[Transfer]):
-    """The uploads and downloads of a client, and the token with which the server takes uploads
-    (draft/authtoken). The section TRANSFERS moves the bytes."""
+    """The uploads and downloads of a client, and its token for uploads (draft/authtoken)."""
 
     end: Callable[[Transfer], None] = staticmethod(do_nothing)  # replaced there, and start(), too
 
@@ -16953,14 +16917,12 @@ class TransferList(list[Transfer]):
         self._show(transfer)
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Give the files for a conversation its new name."""
         for transfer in list(self):
             if is_old(transfer.room):
                 transfer.room = new
                 self.keep(transfer)
 
     def drop(self, transfer: Transfer) -> None:
-        """Stop the transfer of a file, and forget it."""
         self.forget(transfer)
         self.end(transfer)
 
@@ -17078,9 +17040,8 @@ class StoredMessages:
         if at_hole and core.ready and core.server.pages:
             return False
         first = next((view for view in room.views if view.kind in SPOKEN), None)
-        shown = {identity_of(view) for view in room.views}
         page = core.store.page(core.fold(room.name), PAGE_LINES, first)
-        views = [view for view in page if identity_of(view) not in shown]
+        views = not_among(room.views, page)
         if at_hole and views:
             views.append(ViewEvent(NOTE, "messages are missing here", where=room.name))
             room.holes = room.holes[:-1]  # in this run only: the next run may fill the gap
@@ -17111,7 +17072,6 @@ class StoredMessages:
         return [other for other in views if not core.incoming.hides(other)]
 
     def around(self, room: Room, view: ViewEvent, count: int) -> list[ViewEvent]:
-        """Return a message and those around it, in order."""
         before = self.beside(room, view, count // 2)
         return [*before, view, *self.beside(room, view, count // 2, after=True)]
 
@@ -17232,7 +17192,6 @@ class Incoming:
         return view.kind == AWAY or view.name not in room.spoken
 
     def text(self, room: Room, text: str) -> None:
-        """Show a text about an event in a conversation."""
         self.event(room, ViewEvent(SERVER_TEXT, text, where=room.name))
 
     def _unfold(self, room: Room, *names: str) -> None:
@@ -17311,8 +17270,7 @@ class Incoming:
 
 
 class Outgoing:
-    """The user's messages, from the moment that they are accepted until they have arrived or the
-    user has decided about them. The outbox keeps them."""
+    """The user's messages, from their acceptance until they have arrived or the user decided."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -17459,7 +17417,6 @@ class Outgoing:
                 self._add_row(room, message, message.text)
 
     def _unshow(self, message: Waiting) -> None:
-        """Remove a message that was shown as waiting from its conversation."""
         self.shown.discard(message.id)
         if room := self.core.find(message.where):
             room.drop(lambda view: view.own_id == message.id)
@@ -17509,7 +17466,6 @@ class Outgoing:
         self._tell_parked(self.core.outbox.waiting[own_id])
 
     def _tell_parked(self, message: Waiting) -> None:
-        """Tell the user why a message waits for a decision."""
         reason, what = message.why, "it"
         if message.at:
             arrived = message.text.count("\n", 0, message.at) + 1
@@ -17559,8 +17515,6 @@ class Outgoing:
         outbox = self.core.outbox
         if own_id in outbox.waiting and own_id not in outbox.in_flight:
             self._unshow(outbox.arrived(own_id))
-
-    # Changes of messages: replies, reactions, redactions
 
 
 LEAVING = ("quit", "exit", "logout", ":q", ":q!", ":wq")  # of other programs
@@ -17735,7 +17689,6 @@ class ClientCore:
     # State that outlives the program
 
     def _load(self, named: bool) -> None:
-        """Continue with the state that an earlier run has stored."""
         self.server.ours = self.server.ours or self.store.fact("ours") == "yes"
         if mapping := self.store.fact("CASEMAPPING"):
             self.server.isupport["CASEMAPPING"] = mapping
@@ -18015,7 +17968,6 @@ class ClientCore:
         return self.take_views()
 
     def say(self, text: str) -> list[ViewEvent]:
-        """Send a text as a message, whatever its first character is."""
         self.input.say(text)
         self.flush()
         return self.take_views()
@@ -18920,8 +18872,7 @@ def or_nothing(read: Callable) -> Callable:
 
 
 def open_client_database(path: str) -> sqlite3.Connection:
-    """Open client.db, or a database in memory, and create its tables. Raises sqlite3.Error, and
-    Unusable if a later version of this program has written it."""
+    """Open client.db, or one in memory. Raises sqlite3.Error; Unusable if it is too new."""
     db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
     db.create_function("words_of", 1, words_of, deterministic=True)
     with contextlib.suppress(sqlite3.Error):  # a network home may refuse WAL: then a journal
@@ -19020,10 +18971,9 @@ class KnownServers(Writer):
 
     def remember(self, server: "Target | str", **values: Any) -> None:
         """Store some of the columns of a server; another client may know more of the others."""
-        names = ("kind", "pin", "port", "until")
-        columns = dict(zip(names, self._known(server), strict=True)) | values
-        if (row := tuple(columns.values())) != self._known(server):
-            self.rows[str(server)] = row
+        known = dict(zip(("kind", "pin", "port", "until"), self._known(server), strict=True))
+        if known | values != known:
+            self.rows[str(server)] = tuple((known | values).values())
             marks = ", ".join("?" * (len(values) + 1))
             changes = ", ".join(f"{name} = excluded.{name}" for name in values)
             insert = f"INSERT INTO servers (server, {', '.join(values)}) VALUES ({marks})"
@@ -21929,8 +21879,7 @@ NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
 
 
 def resolve_server(target: Target, trust: Trust) -> tuple[Any, list[tuple[int, tuple]]]:
-    """Return the TLS context for a server, None without TLS, and the server's addresses, each with
-    its family. Both may take a while: this is for a helper."""
+    """Return a server's TLS context, None without TLS, and its addresses. Both may take long."""
     context = trust.context() if target.tls else None
     found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     return context, [(family, address) for family, *_, address in found]
@@ -22122,8 +22071,7 @@ def open_client_file(
 def open_outbox(
     db: sqlite3.Connection, folder: pathlib.Path | None, target: Target, name: str
 ) -> Outbox:
-    """Return an outbox, with what the last clients of this name left; without a folder, a new
-    one. Raises Unusable."""
+    """Return an outbox, with what the last clients of this name left. Raises Unusable."""
     if folder is None:
         return Outbox()
     with file_errors(folder / "client.db"), patience_with(db):
@@ -22399,8 +22347,7 @@ class Link:
         self.pinged = -math.inf  # ... and when the server was asked whether it is there
         core.later, core.clock, core.ticks = self.later, time.time, lambda: self.loop.now
         core.me.certificate = bool(trust.own)
-        self.known_kind = self.known.kind(target)
-        core.kind, core.kind_forced = target.kind or self.known_kind, bool(target.kind)
+        core.kind, core.kind_forced = target.kind or known.kind(target), bool(target.kind)
         self._watch()
 
     @property
@@ -22619,13 +22566,11 @@ class Link:
         self.poke()
 
     def _stand(self) -> None:
-        """Handle a step of an established session: reset the back-off on progress, remember the
-        kind of server, send waiting messages, and leave if the user wants to."""
+        """Handle a step of an established session: progress, kind of server, the user's leaving."""
         self.stays = True
         if self.core.progress != self.progress:
             self.progress, self.backoff = self.core.progress, BACKOFF_FIRST
-        if self.core.kind_confirmed and self.core.kind != self.known_kind and not self.target.kind:
-            self.known_kind = self.core.kind
+        if self.core.kind_confirmed and not self.target.kind:
             self.known.remember(self.target, kind=self.core.kind)
         self.make_room()
         if self.leaving and self.core.idle:
@@ -23112,8 +23057,7 @@ def whole_bytes(text: str) -> int:
 
 
 def range_given(response: Response) -> tuple[int, int]:
-    """Return where the body of an answer begins in a file, -1 if that is unknown, and the size of
-    the file, 0 if that is unknown."""
+    """Return where the body of an answer begins in a file, or -1, and the file's size, or 0."""
     length = whole_bytes(response.header("content-length"))
     if response.status == 200:
         return 0, length
@@ -23494,8 +23438,7 @@ class Transfers:
         self.link.show([ViewEvent(NOTE, f"saved {path} ({size_text(one.done)})", where=one.room)])
 
     def fetch(self, path: str, most: int, then: Callable[[bytes, str], None]) -> None:
-        """Call then(content, "") of a file of this server with at most so many bytes, or
-        then(b"", why it cannot be fetched)."""
+        """Call then(content, "") of a file of this server, or then(b"", reason) if it is longer."""
         id, pieces = f"fetched {secrets.token_hex(8)}", []
 
         def piece(data: bytes) -> None:
@@ -24312,8 +24255,7 @@ def room_marks(
 
 
 def status_row(parts: list[tuple[str, tuple[int, ...]]], columns: int, palette: Palette) -> str:
-    """Return the row between messages and input: as many of the parts as fit, the most important
-    ones first, and a line to the margin."""
+    """Return the row between messages and input: as many parts as fit, and a line to the margin."""
     shown, used = "", 2
     for n, (text, colours) in enumerate(parts):
         left = columns - 1 - used - 2 * (n + 1 < len(parts))  # there has to be room for a mark
@@ -24453,8 +24395,7 @@ class ScrollbackView:
         return lines, oldest
 
     def news(self, now: float) -> list[str]:
-        """Return the lines since the last call. If there are too many to show, return the number of
-        missing ones and the last screenful."""
+        """Return the lines since the last call; of too many, the number and the last screenful."""
         since, new, self.shown = self.shown, self.below, self.total
         self.budget.refill(now)
         if new > max(self.height, self.budget.tokens):
@@ -24628,7 +24569,6 @@ class Display:
             self.keep(ViewEvent(SERVER_TEXT, f"you to {view.where}: {view.text}"), self.room)
 
     def _take_removed(self, view: ViewEvent) -> None:
-        """Redraw without the message, and without lines that quote it."""
         room = self.core.find(view.where)
         if room and view.id:
             room.drop(lambda one: one.kind == SERVER_TEXT and one.reply == view.id)
@@ -24988,7 +24928,6 @@ class Client:
         self.show([ViewEvent(NOTE, text)])
 
     def over(self, reason: str) -> None:
-        """End the client with its link."""
         self.reason = self.reason or reason
         self.loop.stop()
 
@@ -25331,16 +25270,12 @@ class TerminalClient(ManyServers):
         self.loop.turn_ends = self.paint
 
     def run(self) -> str:
-        for number, handler in (
-            ("SIGINT", self.interrupt),
-            ("SIGTERM", functools.partial(self.over, "")),
-            ("SIGHUP", functools.partial(self.over, "")),
-            ("SIGWINCH", self.resize),
-            ("SIGTSTP", self.suspend),
-            ("SIGCONT", self.resume),
-            ("SIGQUIT", functools.partial(self.over, "")),
-        ):
-            on_signal(self.loop, number, handler)
+        on_signal(self.loop, "SIGINT", self.interrupt)
+        on_signal(self.loop, "SIGWINCH", self.resize)
+        on_signal(self.loop, "SIGTSTP", self.suspend)
+        on_signal(self.loop, "SIGCONT", self.resume)
+        for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
+            on_signal(self.loop, name, functools.partial(self.over, ""))
         atexit.register(self.give_back)
         self.terminal.enter()
         self.tick()
