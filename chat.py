@@ -13424,10 +13424,6 @@ class Room:
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
 
-    def counts(self, view: ViewEvent) -> bool:
-        """Return whether a view counts as unread, if there are unread ones at all."""
-        return bool(self.unread) and is_news(view) and (view.time or 0) > self.read_time
-
     def put(self, views: Iterable[ViewEvent], since: int = 0) -> None:
         """Put views among those that are here, in the order of their times. Those from before a
         time (ms) are left out: the store has them, and more from then."""
@@ -13456,12 +13452,6 @@ class Room:
             setattr(self, name, getattr(self, name) or getattr(other, name))
         for name in ("muted", "whole"):
             setattr(self, name, getattr(self, name) and getattr(other, name))
-
-    def take_apart(self, views: list[ViewEvent], unread: list[ViewEvent], read_time: int) -> None:
-        """Take the views of a user who is no longer the same as another one."""
-        self.put(views)
-        self.read_time = self.read_time or read_time
-        self.unread, self.called = len(unread), sum(view.called for view in unread)
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
@@ -14117,11 +14107,8 @@ class Acknowledgements:
             late = [line for line in self.echoes if echoes and line.of in overdue]
             for key in {line.target for line in late}:
                 self._explain(key, [line for line in late if line.target == key])
-            for own_id in overdue:
-                if not echoes:  # disabled since
-                    self.confirm(own_id)
-                else:
-                    self.not_echoed(own_id)
+            for own_id in overdue:  # if echoes were disabled since, it has arrived
+                (self.not_echoed if echoes else self.confirm)(own_id)
             if overdue:
                 self.strange.clear()
         self.talk.bouncer_said = ""
@@ -15176,8 +15163,7 @@ class IrcTalk:
                 self.send("NICK", self.core.name)
         if not self.named:
             self.give_names()
-        mechanism = self.sasl.choose() if "sasl" in wanted else ""
-        if mechanism:
+        if "sasl" in wanted and (mechanism := self.sasl.choose()):
             self.sasl.begin(mechanism)
         elif self.negotiating:
             self.send("CAP", "END")
@@ -15247,19 +15233,15 @@ class IrcTalk:
             handler(self, heard)
 
     def take_batch(self, heard: ServerLine) -> None:
-        reference = heard.params[0] if heard.params else ""
-        if reference[:1] == "+" and (before := self.batches.pop(reference[1:], None)):
-            self.end_batch(before)  # its end was lost
-        if reference[:1] == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
-            self.batches[reference[1:]] = Batch(heard, self.core.ticks())
-        batch = self.batches.pop(reference[1:], None) if reference[:1] == "-" else None
-        if batch is None:
-            return
-        if outer := self.batches.get(batch.outer):
-            if len(outer.items) < BATCH_LINES:
-                outer.items.append(batch)
-        else:
+        sign, reference = "".join(heard.params[:1])[:1], "".join(heard.params[:1])[1:]
+        batch = self.batches.pop(reference, None)
+        outer = self.batches.get(batch.outer) if batch and sign == "-" else None
+        if outer and len(outer.items) < BATCH_LINES:
+            outer.items.append(batch)
+        elif batch and not outer:  # or the end of one before was lost
             self.end_batch(batch)
+        if sign == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
+            self.batches[reference] = Batch(heard, self.core.ticks())
 
     def end_batch(self, batch: Batch, label: str = "") -> None:
         label = batch.opening.tags.get("label", label)
@@ -16604,13 +16586,13 @@ class Rooms(dict[str, Room]):
             names = {fold(name): name for name in same}
             names.pop(fold(room.name), None)
             for other, name in names.items():
-                moved = [view for view in room.views if fold(view.where) == other]
-                unread = [view for view in moved if room.counts(view)]
+                new = self.open(name)
+                new.put([view for view in room.views if fold(view.where) == other])
+                new.read_time = new.read_time or room.read_time
                 room.drop(lambda view, other=other: fold(view.where) == other)
-                room.unread = max(0, room.unread - len(unread))
-                room.called = max(0, room.called - sum(view.called for view in unread))
+                for one in (new, room) if room.unread else ():
+                    one.count_unread()
                 self.core.show(ViewEvent(RESET, where=room.name))
-                self.open(name).take_apart(moved, unread, room.read_time)
 
     # Opening and closing
 
