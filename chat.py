@@ -14107,8 +14107,9 @@ class Acknowledgements:
             late = [line for line in self.echoes if echoes and line.of in overdue]
             for key in {line.target for line in late}:
                 self._explain(key, [line for line in late if line.target == key])
-            for own_id in overdue:  # if echoes were disabled since, it has arrived
-                (self.not_echoed if echoes else self.confirm)(own_id)
+            settle = self.not_echoed if echoes else self.confirm  # echoes may be disabled since
+            for own_id in overdue:
+                settle(own_id)
             if overdue:
                 self.strange.clear()
         self.talk.bouncer_said = ""
@@ -15922,14 +15923,14 @@ def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
         "CLIENTINFO": "ACTION CLIENTINFO PING TIME VERSION",
     }
     core.ctcp_budget.refill(core.ticks())
-    to_me = core.is_me(heard.params[0])
-    if verb == "DCC" and to_me and core.ctcp_budget.tokens >= 1:
-        core.ctcp_budget.tokens -= 1
-        offer = f"{heard.name} offers DCC {beginning(visible(rest))}"
-        core.show(ViewEvent(SERVER_TEXT, f"{offer}, which this client does not take", called=True))
-    if verb in answers and to_me and core.ctcp_budget.tokens >= 1:
-        core.ctcp_budget.tokens -= 1
-        talk.send("NOTICE", heard.name, f"\x01{verb} {answers[verb]}\x01")
+    asked = core.is_me(heard.params[0]) and (verb in answers or verb == "DCC")
+    if not asked or core.ctcp_budget.tokens < 1:
+        return
+    core.ctcp_budget.tokens -= 1
+    if verb in answers:
+        return talk.send("NOTICE", heard.name, f"\x01{verb} {answers[verb]}\x01")
+    offer = f"{heard.name} offers DCC {beginning(visible(rest))}"
+    core.show(ViewEvent(SERVER_TEXT, f"{offer}, which this client does not take", called=True))
 
 
 THROTTLED = re.compile(r"\*\*\* Message to (\S+) throttled")  # in a NOTICE of a server
@@ -16731,16 +16732,14 @@ class Typing:
         self.told: dict[int, tuple[float, str]] = {}  # by room: when the others were told, and what
 
     def tell(self, room: Room, state: str) -> None:
-        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
-        is for a break, "done" for a text that is not sent after all."""
+        """Tell the others that the user types, "active" now and then, or stopped, "done" once."""
         core, now = self.core, self.core.ticks()
         since, before = self.told.get(room.id, (-math.inf, "done"))
         due = state != before or (state == "active" and now - since > TYPING_SECONDS)
-        if not due or (before == "done" and state == "paused") or not self._may_tell(room):
-            return
-        self.told[room.id] = now, state
-        label = f";label={QUIET}" * core.server.labels
-        core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
+        if due and self._may_tell(room):
+            self.told[room.id] = now, state
+            label = f";label={QUIET}" * core.server.labels
+            core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
 
     def _may_tell(self, room: Room) -> bool:
         """Return whether a notice may be sent: it is wanted, passed on, and no message waits."""
@@ -17630,14 +17629,13 @@ class ClientCore:
         interactive: bool = True,
         kind: str = "",
         password: str = "",
-        join: Iterable[str] = (LOBBY,),
+        join: Collection[str] | None = None,  # the lobby
         login: Login | None = None,
         outbox: Outbox | None = None,
         clock: Callable[[], float] = lambda: 0.0,
         later: Callable[[Callable, Callable], None] = lambda job, then: then(job()),
         ticks: Callable[[], float] = lambda: 0.0,
         store: "ClientStore | None" = None,
-        named: bool | None = None,
     ):
         self.store = store
         self.wanted_name = self.name = name
@@ -17655,14 +17653,13 @@ class ClientCore:
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
         self.known, self.stored = KnownMessages(), StoredMessages(self)
         self.incoming, self.outgoing = Incoming(self), Outgoing(self)
-        self.rooms = Rooms(self, join)
+        self.rooms = Rooms(self, [LOBBY] if join is None else join)
         if store:
-            self._load([*join] not in ([], [LOBBY]) if named is None else named)
+            self._load(named=bool(join))
         self.rooms.current = next(iter(self.rooms.values()), None)
         self.input = TypedText(self)
-        # The last lines of the protocol: time (ms), True if sent, and the line
-        self.traffic: collections.deque[tuple[int, bool, str]]
-        self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
+        # The last lines of the protocol, each with its time (ms) and True if it was sent
+        self.traffic: collections.deque[tuple] = collections.deque(maxlen=TRAFFIC_LINES)
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[ViewEvent] = []
         self.output: list[str] = []
@@ -18380,13 +18377,12 @@ def do_mode(core: ClientCore, words: str = "") -> None:
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
     """Define a command that gives a rank to several users, or removes it."""
+    syntax = f"/{verb} [#CHANNEL] NAME ..."
 
+    @client_command(verb, 1, doc=f"{syntax} -- {summary}")
     def change(core: ClientCore, names: str) -> None:
         where, words = channel_and(core, names.split())
-        set_for_each(core, where, mode, need_given(words, f"/{verb} [#CHANNEL] NAME ..."))
-
-    change.__doc__ = f"/{verb} [#CHANNEL] NAME ... -- {summary}"
-    client_command(verb, 1)(change)
+        set_for_each(core, where, mode, need_given(words, syntax))
 
 
 command_for_ranks("op", "+o", "make users operators of this channel")
@@ -18408,15 +18404,13 @@ def command_that_is_sent(
     parts = syntax.split()
     least = sum(not part.startswith("[") for part in parts)
 
+    @client_command(verb, least, len(parts), f"/{verb} {syntax} -- {summary}", exact=secret)
     def pass_on(core: ClientCore, *words: str) -> None:
         if len(words) < len(parts) and parts[-1].startswith("[#CHANNEL"):
             words += (asked_channel(core),)
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
-
-    pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
-    client_command(verb, least, len(parts), exact=secret)(pass_on)
 
 
 command_that_is_sent("invite", "NAME [#CHANNEL]", "ask a user to come in")
@@ -24883,10 +24877,9 @@ class Client:
                     target.kind or known.kind(target),
                     store=store if self.interactive else None,
                     password=options.password,
-                    join=options.join or ((LOBBY,) if options.lobby else ()),
+                    join=options.join or (None if options.lobby else ()),
                     login=login or made,
                     outbox=outbox,
-                    named=bool(options.join),
                 )
             except sqlite3.Error:
                 if outbox.rows:

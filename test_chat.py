@@ -21909,7 +21909,7 @@ def test_a_channel_that_is_named_is_entered_beside_those_of_the_last_time():
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
     store.keep_room("#tea", chat.Room("#tea"))
     store.flush()
-    core = chat.ClientCore("alice", join=["#lobby"], store=store, named=True)
+    core = chat.ClientCore("alice", join=["#lobby"], store=store)
     assert [room.name for room in core.rooms.values()] == ["#lobby", "#tea"]
     assert core.here == "#lobby" and core.room.wanted
     core = chat.ClientCore("alice", store=store)
