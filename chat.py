@@ -13898,8 +13898,7 @@ class MessageLines:
         self.total += 1
         rest, batched = piece.text[len(text) :], piece.tags in (BATCHED, CONTINUED)
         self.unsent.appendleft(piece._replace(text=rest, tags=CONTINUED if batched else piece.tags))
-        tags = piece.tags if batched else ""
-        return Piece(text, tags, end=piece.end - len(rest))
+        return Piece(text, piece.tags if batched else "", end=piece.end - len(rest))
 
     def drop(self) -> None:
         """Drop the unsent lines. A line for another target, which a batch must not have, makes the
@@ -14449,21 +14448,18 @@ class HistoryRequests:
 
     def _page_older(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Put a page of older messages before the first row. If none is visible, ask again."""
-        core, shown = self.core, {identity_of(view) for view in room.views}
+        core, key = self.core, self.core.fold(room.name)
         before = position_of(room.paged) if room.paged else room.oldest
         room.whole = not views or position_of(views[0]) == before
-        new, key = not_among(room.views, views), core.fold(room.name)
+        new = {identity_of(view): view for view in not_among(room.views, views)}.values()
         overlaps = core.store is not None and any(core.store.has(key, view) for view in new)
         if room.hole and (overlaps or room.whole):
             core.stored.note_holes(room, *room.holes[:-1])
         elif room.hole:
             core.stored.note_holes(room, *room.holes[:-1], position_of(views[0]))
-        unseen = []
-        for view in new:
-            if identity_of(view) not in shown and not core.incoming.hides(view):
-                shown.add(identity_of(view))
-                unseen.append(view._replace(past=True))
-                core.stored.add(view)
+        unseen = [view._replace(past=True) for view in new if not core.incoming.hides(view)]
+        for view in unseen:
+            core.stored.add(view)
         room.paged = views[0] if views and not unseen else None
         room.views.extendleft(reversed(unseen))
         if room.paged and not room.whole:
@@ -15727,13 +15723,9 @@ def sent_elsewhere(talk: IrcTalk, heard: ServerLine) -> None:
 
 
 from_server("PING", least=1)(lambda talk, heard: talk.send_at_once("PONG", *heard.params))
+from_server("PONG")(lambda talk, heard: talk.acks.ponged("".join(heard.params[-1:])))
 from_server("AUTHENTICATE", least=1)(lambda talk, heard: talk.sasl.feed(heard.params[0]))
 from_server("323")(lambda talk, heard: talk.answers.show_listing("LIST"))
-
-
-@from_server("PONG")
-def ponged(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.acks.ponged(heard.params[-1] if heard.params else "")
 
 
 @from_server("ACK")
@@ -18734,10 +18726,7 @@ CREATE TABLE IF NOT EXISTS messages (
 CREATE INDEX IF NOT EXISTS messages_time ON messages (owner, room, time, number);
 CREATE UNIQUE INDEX IF NOT EXISTS messages_id ON messages (owner, id) WHERE id <> '';
 CREATE TABLE IF NOT EXISTS rooms (
-    owner INTEGER NOT NULL,
-    key TEXT NOT NULL,
-    name TEXT NOT NULL,
-    password TEXT NOT NULL,
+    owner INTEGER NOT NULL, key TEXT NOT NULL, name TEXT NOT NULL, password TEXT NOT NULL,
     channel INTEGER NOT NULL,
     wanted INTEGER NOT NULL,        -- to be joined at the next start
     draft TEXT NOT NULL,
@@ -18769,11 +18758,8 @@ CREATE TABLE IF NOT EXISTS servers (
     port INTEGER NOT NULL DEFAULT 0,            -- for TLS, which it demands (IRCv3 sts) ...
     until REAL NOT NULL DEFAULT 0               -- ... up to this time, in seconds since 1970
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS logins ( -- with passwords that this program made
-    server TEXT NOT NULL,
-    name TEXT NOT NULL,             -- a nick, folded
-    account TEXT NOT NULL,
-    password TEXT NOT NULL,
+CREATE TABLE IF NOT EXISTS logins ( -- with passwords that this program made; a nick, folded
+    server TEXT NOT NULL, name TEXT NOT NULL, account TEXT NOT NULL, password TEXT NOT NULL,
     PRIMARY KEY (server, name)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outboxes (
@@ -23567,9 +23553,7 @@ class KeyDecoder:
         return self._whole_keys()
 
     def _whole_keys(self) -> list[Key]:
-        keys = []
-        while self.rest and (key := self._next()):
-            keys.append(key)
+        keys = iter(lambda: self._next() if self.rest else None, None)
         return [key for key in keys if key.name]
 
     def flush(self, now: float = 0.0) -> list[Key]:
@@ -25459,10 +25443,9 @@ class TerminalClient(ManyServers):
     def go_next(self, step: int = 1) -> None:
         places = self.places()
         rooms = [room for _, room in places]
-        if places:
-            room = self.core.room or self.display.nowhere
-            here = rooms.index(room) if room in rooms else -1
-            self.go(places[(here + step) % len(places)])
+        room = self.core.room or self.display.nowhere
+        here = rooms.index(room) if room in rooms else -1
+        self.go(places[(here + step) % len(places)])
 
     def go_unread(self) -> None:
         """Go to a conversation where the user is mentioned; else to one with new messages."""
