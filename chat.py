@@ -16836,7 +16836,7 @@ class People(dict[str, Person]):
 class TransferList(list[Transfer]):
     """The uploads and downloads of a client, and its token for uploads (draft/authtoken)."""
 
-    end: Callable[[Transfer], None] = staticmethod(do_nothing)  # replaced there, and start(), too
+    end: Callable = staticmethod(do_nothing)  # the section TRANSFERS replaces it, and start()
 
     def __init__(self, core: "ClientCore"):
         super().__init__(core.store.transfers() if core.store else ())
@@ -21977,7 +21977,9 @@ def move_outbox(db: sqlite3.Connection, file: typing.BinaryIO, target: Target, n
     secret, waiting = parse_journal(file.read())
     with transaction(db):
         box = db.execute(NEW_OUTBOX, [str(target), fold(name), secret]).lastrowid
-        db.executemany(OutboxRows.PUT, ((box, *message) for message in waiting))
+        marks = f"(box, id, place, text, kind, sent, reply, at, why) VALUES ({box}"
+        insert = f"INSERT OR IGNORE INTO outbox {marks}, ?, ?, ?, ?, ?, ?, ?, ?)"
+        db.executemany(insert, waiting)
     file.truncate(0)
 
 

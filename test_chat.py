@@ -24996,6 +24996,21 @@ def test_nothing_of_a_cancelled_paste_is_sent_later(caps):
     assert not [line for line in alice.sent(90) if "PRIVMSG" in line]
 
 
+@pytest.mark.parametrize("sent, cancelled", [(5, True), (3, False)])
+def test_a_message_is_cancelled_between_its_batches_and_not_within_one(sent, cancelled):
+    caps = "echo-message message-tags batch draft/multiline=max-bytes=200,max-lines=3"
+    alice = Elsewhere(caps=caps)
+    alice.core.talk.budget.tokens = float(sent)
+    alice.types("\n".join(f"line {n}" for n in range(6)))
+    assert len(alice.sent()) == sent  # of two batches, each of which has five lines with its ends
+    alice.types("/cancel all")
+    note = f"{sent} of 10 lines sent, the rest dropped" if cancelled else "there is nothing to drop"
+    assert alice.kinds("note") == [note]
+    later = [line for line in alice.sent(30) if "batch" in line.lower()]
+    assert len(later) == (0 if cancelled else 10 - sent)
+    assert bool(alice.core.outbox.waiting) != cancelled
+
+
 def test_a_channel_that_takes_the_name_of_one_that_was_left_has_its_own_messages_only():
     alice = Elsewhere().hears(":alice!u@h JOIN #tea", ":bob!u@h PRIVMSG #tea :of the other")
     alice.hears(":op!u@h KICK #tea alice :out", ":bob!u@h PRIVMSG #lobby :hi")
