@@ -22243,11 +22243,6 @@ class CertificateCheck:
         self.known.remember(target, pin="")
         return "", f"{target} has a new certificate, signed by a trusted authority"
 
-    def trust_doubted(self, target: Target) -> None:
-        """Pin the certificate that the user has judged."""
-        self.known.remember(target, pin=self.doubted)
-        self.doubted = ""
-
     def cause(self, reason: str, sts: bool) -> str:
         """Return the cause of a failure of TLS: AGAIN if another attempt can find out more. Under a
         policy (`sts`) there is none: the user must not be asked to go on."""
@@ -22352,7 +22347,8 @@ class Link:
     def typed(self, text: str, *more: Any) -> None:
         """Take a line that the user entered: see ClientCore.typed()."""
         if self.certificate.doubted and text.strip() == "/trust":
-            self.certificate.trust_doubted(self.target)
+            self.known.remember(self.target, pin=self.certificate.doubted)
+            self.certificate.doubted = ""
             return self.start()
         self._carry_on(self.core.typed(text, *more))
         if self.core.wants_connection:
@@ -24617,16 +24613,19 @@ class Display:
 
     def parts(self, trouble: str, waiting: int) -> list[tuple[str, tuple[int, ...]]]:
         """Return the parts of the status row, the most important one first."""
-        room, core = self.room, self.core
+        room, core, reader = self.room, self.core, self.reader
         people = f" {len(room.people):,}" if room.is_channel and room.people else ""
         rank = room.people.get(core.name, "")
+        sent, total = core.talk.lines.progress if core.talk else (0, 0)
+        begun = sent < total and total >= PROGRESS_LINES
         parts = [
             (trouble, (1, 33)),
             ("away" * bool(core.away), (33,)),
-            (self._progress(), (33,)),
+            (f"{sent:,} of {total:,} lines sent" * begun, (33,)),
             ("; ".join(one.words() for one in core.transfers[:2]), (33,)),
             (f"{waiting:,} waiting" if waiting else "", (33,)),
-            *self._reading(),
+            (f"{reader.below:,} new below" * bool(reader.back and reader.below), (1, 36)),
+            (self._at() if reader.back else "", (36,)),
             (typing_text(map(visible, room.typing)), (36,)),
             (visible(room.name) + people + f" ({rank})" * bool(rank), (1,)),
             *room_marks(self.core.rooms.values(), room, self.elsewhere()),
@@ -24635,21 +24634,6 @@ class Display:
             (cut_to(visible(room.topic), max(0, self.painter.columns - TOPIC_MARGIN)), (2,)),
         ]
         return [(text, colours) for text, colours in parts if text]
-
-    def _progress(self) -> str:
-        """Return how many lines of a long message have been sent, while it is sent."""
-        talk = self.core.talk
-        sent, total = talk.lines.progress if talk else (0, 0)
-        if sent == total or total < PROGRESS_LINES:
-            return ""
-        return f"{sent:,} of {total:,} lines sent"
-
-    def _reading(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Return the status parts for reading back; none when live."""
-        reader = self.reader
-        if not reader.back:
-            return []
-        return [(f"{reader.below:,} new below" * bool(reader.below), (1, 36)), (self._at(), (36,))]
 
     def _at(self) -> str:
         reader, views = self.reader, self.reader.room.views
