@@ -22617,7 +22617,7 @@ class Link:
         """End the link. But if the server stood once, or is one of several, let the user decide:
         text typed meanwhile must not go elsewhere."""
         text = self.certificate.failure(self.target, reason) or self.core.refusal or reason
-        if not (self.core.interactive and self.stays):
+        if not self.stays:
             return self._end(text)
         advice = advice_after(text)
         if self.certificate.other and not self.trust.pin:
@@ -22628,21 +22628,20 @@ class Link:
 
     def _ask_user(self, reason: str) -> None:
         why = f"{self.target}: {self.core.refusal or reason}"
-        if not self.core.interactive:
-            return self._end(why)
-        return self._wait_for_user(why, advice_after(why))
+        self._wait_for_user(why, advice_after(why))
 
     def _wait_for_user(self, why: str, advice: str) -> None:
+        if not self.core.interactive:
+            return self._end(why)
         self.core.quitting = False
         self._enter(WAITING)
         self.show([ViewEvent(NOTE, f"{why}; {advice}")])
-        self.status(why)
+        return self.status(why)
 
     def _come_back(self, reason: str) -> None:
         why = self.core.refusal or reason
-        waited = self.loop.now - self.stood > self.patience
         lost, another = self.target, self._next_choice()
-        if not another and (self.patience == 0 or waited):
+        if not another and self.loop.now - self.stood >= self.patience:
             return self._end(f"{lost}: {why}")
         wait = self.backoff * random.uniform(0.75, 1.25)  # so that not all come back at once
         if another:
@@ -22682,7 +22681,7 @@ class Link:
         if not self.ended:
             self.phase = ENDED
             self.known.flush()
-            for timer in filter(None, (self.timer, self.again, self.pace, self.dismissal)):
+            for timer in filter(None, (self.timer, self.pace, self.dismissal)):
                 timer.cancel()
             if self.race:
                 self.race.cancel()
