@@ -15308,20 +15308,6 @@ def command_refused(talk: IrcTalk, heard: ServerLine) -> None:
         core.refusals += not message
 
 
-def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
-    """Show an error of the server; with the label of a message, report that message as lost."""
-    label = heard.tags.get("label", "").partition(".")[0]
-    if label == QUIET or label in talk.core.outbox.parked:  # the user knows: the rest is not sent
-        return
-    if label in talk.core.outbox.waiting:
-        talk.core.outgoing.lost(label, text)
-        if not talk.server.echoes and any(line.id == label for line in talk.acks.sent):
-            talk.ping()  # errors of its other lines come before the PONG, those of later ones after
-    elif accepted_at(label) is None:  # else the user knows that this message is lost
-        command_refused(talk, heard)
-        talk.core.server_text(text, talk.where_of(heard))
-
-
 NO_FAILURE = (  # numerics that refuse other commands, not messages
     *("401", "402", "405", "406", "409", "410", "416", "423", "424", "431", "432", "433", "435"),
     *("436", "437", "438", "441", "443", "444", "445", "446", "447", "448", "451", "456", "457"),
@@ -15376,6 +15362,22 @@ def message_refused(talk: IrcTalk, heard: ServerLine, text: str) -> str | None:
     return None
 
 
+def refused(talk: IrcTalk, heard: ServerLine, text: str, error: ServerLine) -> None:
+    """Show an error of the server, or report a message as lost: the one with its label, or the one
+    that `error`, which is the line as a numeric, is about."""
+    lost = message_refused(talk, error, text)
+    label = heard.tags.get("label", lost or "").partition(".")[0]
+    if lost is None or label == QUIET or label in talk.core.outbox.parked:  # the user knows
+        return
+    if label in talk.core.outbox.waiting:
+        talk.core.outgoing.lost(label, text)
+        if not talk.server.echoes and any(line.id == label for line in talk.acks.sent):
+            talk.ping()  # errors of its other lines come before the PONG, those of later ones after
+    elif accepted_at(label) is None:  # else the user knows that this message is lost
+        command_refused(talk, heard)
+        talk.core.server_text(text, talk.where_of(heard))
+
+
 NOT_OF_JOIN = ("404", "442", "461", "470", "482")
 
 
@@ -15401,9 +15403,7 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
             return  # the user knows
     if label := heard.tags.get("label"):
         talk.acks.settle(label.partition(".")[0])  # errors come in the order of the lines
-    lost = message_refused(talk, heard, text)
-    if lost is not None:
-        refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
+    refused(talk, heard, text, heard)
 
 
 def capabilities_granted(talk: IrcTalk, words: list[str]) -> None:
@@ -15874,16 +15874,14 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
         talk.core.me.proposed = None
         if talk.core.me.generated:
             talk.core.me.forget()
-        refused(talk, heard, text)
+        refused(talk, heard, text, heard)
     elif code == "NOT_KEPT" and len(about) > 1:
         talk.core.outgoing.lost(about[1], text)
     else:
         about_it = verb in ("PRIVMSG", "NOTICE", "TAGMSG", "BATCH", "MULTILINE", "*")
         named = ["BATCH"] if verb in ("BATCH", "MULTILINE") else [verb]
         error = heard._replace(verb="400", params=["", *named, *about, text])
-        lost = message_refused(talk, error, text) if about_it else ""
-        if lost is not None:
-            refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
+        refused(talk, heard, text, error if about_it else heard)
 
 
 # Lines of a server: users, channels and messages
