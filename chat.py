@@ -14346,7 +14346,7 @@ class HistoryRequests:
         asked = self.answered(label, target) or HistoryRequest("", "asked")
         room = self.core.find(asked.where)
         if room is None or asked.how not in self.PAGES:
-            return self.show_past(views, f"history of {asked.where or target}")
+            return self.core.stored.show_results(f"history of {asked.where or target}", views)
         self.PAGES[asked.how](self, room, views, asked.limit)
 
     def refused(self, code: str, label: str, about: list[str]) -> None:
@@ -14360,7 +14360,7 @@ class HistoryRequests:
             return self.release_talks()
         room = self.core.find(asked.where)
         if room is None or asked.how not in self.PAGES:
-            return self.show_past([], f"history of {asked.where}")
+            return self.core.stored.show_results(f"history of {asked.where}", [])
         unknown = asked.how in ("gap", "missed") and code in UNKNOWN_MARK
         if not (unknown and room.mark.startswith("msgid=")):
             return self.PAGES[asked.how](self, room, [], asked.limit)
@@ -14381,10 +14381,6 @@ class HistoryRequests:
                 text = "the server does not send what was said meanwhile"
                 self.core.note(text, room.name)
                 self.core.incoming.release(room)
-
-    def show_past(self, views: list[ViewEvent], title: str) -> None:
-        """Show requested messages in the current conversation, apart from live messages."""
-        self.core.stored.show_results(title, [view for view in views if view.kind in SPOKEN])
 
     def release_talks(self) -> None:
         """Show the held messages of private conversations for which no page was requested."""
@@ -15254,7 +15250,7 @@ class IrcTalk:
             if view := self.view_of(batch):
                 self.core.incoming.message(view, batch.opening)
         elif batch.kind == "soju.im/search":
-            self.history.show_past(self.views_of(batch), "search")
+            self.core.stored.show_results("search", self.views_of(batch))
         else:  # its lines mean the same as without the batch
             for item in batch.items:
                 if isinstance(item, Batch):
