@@ -12769,12 +12769,11 @@ def folded_by(rule: str, name: str) -> str:
 AMBIGUOUS_KEY = re.compile(r"[^ -Z_-z]")
 HOST_CHARACTERS = set(".:/")  # that hosts have, and no nick
 STATUS_SYMBOLS = "~&@%+"  # before a channel, of ranks whose users are meant
-PARAMETER_MODES = "beIqaohvkl"  # modes with a parameter, where 005 has no CHANMODES
+USUAL_MODES = "beIqaohv,k,l"  # the modes with a parameter, where 005 has no CHANMODES
 
 
 class ServerProfile:
-    """The abilities of a server and its rule for names, from CAP, 004 and 005. RFC 1459 applies
-    where the server says nothing. `before` is the profile of an earlier connection."""
+    """The abilities of a server and its rule for names, from CAP, 004 and 005, else RFC 1459."""
 
     def __init__(self, ours: bool = True, before: "ServerProfile | None" = None):
         self.ours = ours  # the server is a chat.py
@@ -12783,10 +12782,11 @@ class ServerProfile:
         self.requested: set[str] = set()  # after the registration; no answer yet
         # 005 has come, if there is one, over this connection or an earlier one
         self.told = before is not None and before.told
-        self.isupport: dict[str, str] = {}  # facts of 005, and until then some of `before`
-        for name in ("CASEMAPPING", "CHANTYPES"):
-            if before and name in before.isupport:
-                self.isupport[name] = before.isupport[name]
+        known = before.isupport if before else {}
+        # The facts of 005, and until then those of `before` about names
+        self.isupport = {
+            name: known[name] for name in ("CASEMAPPING", "CHANTYPES") if name in known
+        }
         self.untold = {*self.isupport}  # those of an earlier connection
 
     # Names
@@ -12824,8 +12824,7 @@ class ServerProfile:
         return name if full else f"{self.channel_types[:1] or '#'}{name}"
 
     def without_status(self, target: str) -> str:
-        """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
-        unchanged. Not all servers with such targets announce them."""
+        """Return the channel of @#channel or @%#channel (STATUSMSG); some servers do not tell."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
         status = self.isupport.get("STATUSMSG", "")
         marks = status + "".join({*symbols} - {*self.channel_types})
@@ -12841,12 +12840,9 @@ class ServerProfile:
 
     def takes_parameter(self, letter: str, sign: str) -> bool:
         """Return whether a parameter follows a channel mode (Modern IRC, CHANMODES)."""
-        if letter in self.ranks[0]:
-            return True
-        lists, always, on_set, *_ = (*self.isupport.get("CHANMODES", "").split(","), "", "", "")
-        if "CHANMODES" not in self.isupport:
-            return letter in PARAMETER_MODES and (letter != "l" or sign == "+")
-        return letter in lists + always or (letter in on_set and sign == "+")
+        modes = self.isupport.get("CHANMODES", USUAL_MODES)
+        lists, always, on_set, *_ = (*modes.split(","), "", "", "")
+        return letter in self.ranks[0] + lists + always or (letter in on_set and sign == "+")
 
     def mode_changes(self, letters: str, values: list[str]) -> Iterator[tuple[str, str, str]]:
         """Yield the changes of a MODE: sign, letter and parameter ("" if there is none)."""
@@ -12981,7 +12977,6 @@ class Transfer:
         self.reached = 0  # bytes that were there then
 
     def words(self) -> str:
-        """Return the progress of the transfer as readable text."""
         verb = "sending" if self.up else "saving"
         share = f" {100 * self.done // self.size} %" if self.size else ""
         why = f" ({self.why})" if self.why and self.state != "running" else ""
@@ -13026,8 +13021,7 @@ def identity_of(view: ViewEvent) -> Any:
 
 
 def position_of(view: ViewEvent) -> str:
-    """Return a word for the position of a message among others, its id or else its time; "" for a
-    view that is no message."""
+    """Return the position of a message, its id or else its time; "" if it is no message."""
     return view.id or (str(view.time) if view.time and view.kind in SPOKEN else "")
 
 
@@ -13053,8 +13047,7 @@ class Waiting(NamedTuple):
 
 
 def accepted_at(own_id: str) -> int | None:
-    """Return the time in milliseconds at which a message was accepted, from the id that the client
-    gave it; None for an id of another form."""
+    """Return when a message was accepted (ms), as its own id tells; None for another form."""
     head = own_id.partition("-")[0]
     return int(head, 16) if re.fullmatch(r"[0-9a-f]{1,12}", head) else None
 
@@ -13225,8 +13218,7 @@ def row_kind(view: ViewEvent) -> str:
 
 
 def changed_texts(moves: Iterable[ViewEvent]) -> list[str]:
-    """Return texts about changes: the last topic, the last nick and away state of each user, and
-    all changes of modes."""
+    """Return the last topic, each user's last nick and away state, and all changes of modes."""
     nicks: dict[str, str] = {}  # nick -> that of the same user at first
     texts: dict[Any, list[str]] = {}
     for n, view in enumerate(moves):
@@ -13432,10 +13424,6 @@ class Room:
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
 
-    def counts(self, view: ViewEvent) -> bool:
-        """Return whether a view counts as unread, if there are unread ones at all."""
-        return bool(self.unread) and is_news(view) and (view.time or 0) > self.read_time
-
     def put(self, views: Iterable[ViewEvent], since: int = 0) -> None:
         """Put views among those that are here, in the order of their times. Those from before a
         time (ms) are left out: the store has them, and more from then."""
@@ -13464,12 +13452,6 @@ class Room:
             setattr(self, name, getattr(self, name) or getattr(other, name))
         for name in ("muted", "whole"):
             setattr(self, name, getattr(self, name) and getattr(other, name))
-
-    def take_apart(self, views: list[ViewEvent], unread: list[ViewEvent], read_time: int) -> None:
-        """Take the views of a user who is no longer the same as another one."""
-        self.put(views)
-        self.read_time = self.read_time or read_time
-        self.unread, self.called = len(unread), sum(view.called for view in unread)
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
@@ -13506,7 +13488,6 @@ class Batch:
         self.items: "list[ServerLine | Batch]" = []
 
 
-AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
@@ -13578,11 +13559,10 @@ def from_server(*verbs: str, least: int = 0) -> Callable:
 
 def line_of(verb: str, *params: str) -> str:
     """Return a line of IRC. Its last parameter may be any text."""
-    middle = [verb, *params[:-1]]
-    last = params[-1:]
-    if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
-        last = (f":{last[0]}",)
-    return " ".join([*middle, *last])
+    *middle, last = verb, *params
+    if params and (not last or " " in last or last.startswith(":")):
+        last = f":{last}"
+    return " ".join([*middle, last])
 
 
 class MessageLine(NamedTuple):
@@ -13665,8 +13645,7 @@ def for_some(target: str, channel: str, text: str) -> str:
 
 
 def is_called(core: "ClientCore", text: str, where: str) -> bool:
-    """Return whether a text contains the user's nick or a word of the setting highlight, or is
-    of a channel among those words."""
+    """Return whether a text calls the user: by nick or word of `highlight`, or in such a place."""
     words = core.setting("highlight").split()
     if core.fold(where) in map(core.fold, words):
         return True
@@ -13700,17 +13679,10 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     )
 
 
-def not_shown(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
-    """Return the messages of a page, without those that have no id and are shown already."""
-    shown = {identity_of(view) for view in room.views if not view.id}
-    return [view for view in views if view.id or identity_of(view) not in shown]
-
-
-def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
-    """Return the messages of a page that are not among the held ones: these follow in their order,
-    and there may be older ones than on the page."""
-    held = {identity_of(view) for view in room.held or []}
-    return [view for view in views if identity_of(view) not in held]
+def not_among(known: Iterable[ViewEvent], views: list[ViewEvent]) -> list[ViewEvent]:
+    """Return the views that are not among the known ones."""
+    identities = {identity_of(view) for view in known}
+    return [view for view in views if identity_of(view) not in identities]
 
 
 UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
@@ -13779,11 +13751,10 @@ class SaslLogin:
         self.talk.send("AUTHENTICATE", mechanism)
 
     def feed(self, chunk: str) -> None:
-        """Take the parameter of an AUTHENTICATE of the server."""
         listed = self.server.offered.get("sasl", "").split(",")
         one_step = self.mechanism in ("PLAIN", "EXTERNAL")
-        if chunk != "+" or one_step or self.mechanism in listed:
-            self.taken_up = True  # some servers say + to any name of a mechanism
+        # Some servers say + to any name of a mechanism
+        self.taken_up |= chunk != "+" or one_step or self.mechanism in listed
         try:
             said = self.exchange.feed(chunk) if self.exchange else None
         except Refused:
@@ -13820,8 +13791,7 @@ class SaslLogin:
 
 
 class MessageLines:
-    """The unsent lines of the message that is being sent. They are cut, and get their target, when
-    they are sent. PlainTalk never has any."""
+    """The unsent lines of the message that is being sent: they are cut and addressed when sent."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
@@ -13840,11 +13810,6 @@ class MessageLines:
         """True if the first unsent line belongs to a BATCH whose beginning was sent."""
         verbs = (piece.verb for piece in self.unsent if piece.verb != "PRIVMSG")
         return next(verbs, "") == END_BATCH
-
-    @property
-    def batching(self) -> bool:
-        """True if a BATCH has been begun that has to be ended."""
-        return any(piece.verb == END_BATCH for piece in self.unsent)
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -13873,7 +13838,7 @@ class MessageLines:
 
     def _text_bytes(self, message: Waiting) -> int:
         if message.kind == ACTION:
-            return LINE_BYTES  # never cut: see check_message()
+            return LINE_BYTES  # never cut: see Outgoing.send()
         return self.text_bytes(message.where)
 
     @property
@@ -13933,8 +13898,7 @@ class MessageLines:
         self.total += 1
         rest, batched = piece.text[len(text) :], piece.tags in (BATCHED, CONTINUED)
         self.unsent.appendleft(piece._replace(text=rest, tags=CONTINUED if batched else piece.tags))
-        tags = piece.tags if batched else ""
-        return Piece(text, tags, end=piece.end - len(rest))
+        return Piece(text, piece.tags if batched else "", end=piece.end - len(rest))
 
     def drop(self) -> None:
         """Drop the unsent lines. A line for another target, which a batch must not have, makes the
@@ -14012,7 +13976,7 @@ class Acknowledgements:
         if verb == "PING" and params:  # its PONG comes in order, too, and confirms nothing more
             self.pings.append(params[0])
         if by_user and verb == "NICK" and params:
-            self.talk.nick.asked = params[0]
+            self.talk.nick.asked, self.talk.nick.regain = params[0], False
         if by_user and len(self.commands) < ECHOES_KEPT:
             id = f"command{next(self.talk.labels)}"
             self.commands[id] = line
@@ -14142,11 +14106,9 @@ class Acknowledgements:
             late = [line for line in self.echoes if echoes and line.of in overdue]
             for key in {line.target for line in late}:
                 self._explain(key, [line for line in late if line.target == key])
+            settle = self.not_echoed if echoes else self.confirm  # echoes may be disabled since
             for own_id in overdue:
-                if not echoes:  # disabled since
-                    self.confirm(own_id)
-                else:
-                    self.not_echoed(own_id)
+                settle(own_id)
             if overdue:
                 self.strange.clear()
         self.talk.bouncer_said = ""
@@ -14184,7 +14146,6 @@ class Acknowledgements:
             self._explain_all(line.target)
 
     def not_echoed(self, own_id: str) -> None:
-        """Report a message as lost because the server dropped one of its lines."""
         if own_id in self.core.outbox.in_flight:
             self.core.outgoing.lost(own_id, NOT_ECHOED)
 
@@ -14212,11 +14173,10 @@ class Acknowledgements:
                 self.not_echoed(name)
                 return PIECE
         key = self.core.fold(target)
-        here = [line for line in self.echoes if line.target == key]
-        if heard.verb != "PRIVMSG" or not here:
-            return self._doubted(heard, key, text)
-        alters = not (self.server.ours or self.server.labels or self.talk.bouncer)
-        alters = alters and "batch" not in heard.tags  # no other client has this nick
+        spoken = heard.verb == "PRIVMSG"
+        here = [line for line in self.echoes if spoken and line.target == key]
+        exact = self.server.ours or self.server.labels or self.talk.bouncer
+        alters = bool(here) and not exact and "batch" not in heard.tags  # no other client's
         place = place_of_echo([line.text for line in here], text, alters)
         if place is None and not alters:
             return self._doubted(heard, key, text)
@@ -14284,8 +14244,7 @@ class Acknowledgements:
 
 
 class HistoryRequests:
-    """The requests for history of one connection (CHATHISTORY), and their pages. PlainTalk has
-    none."""
+    """The requests for history of one connection (CHATHISTORY), and their pages."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
@@ -14384,11 +14343,10 @@ class HistoryRequests:
         return asked
 
     def take_page(self, label: str, target: str, views: list[ViewEvent]) -> None:
-        """Handle a page of history that was requested."""
         asked = self.answered(label, target) or HistoryRequest("", "asked")
         room = self.core.find(asked.where)
         if room is None or asked.how not in self.PAGES:
-            return self.show_past(views, f"history of {asked.where or target}")
+            return self.core.stored.show_results(f"history of {asked.where or target}", views)
         self.PAGES[asked.how](self, room, views, asked.limit)
 
     def refused(self, code: str, label: str, about: list[str]) -> None:
@@ -14402,7 +14360,7 @@ class HistoryRequests:
             return self.release_talks()
         room = self.core.find(asked.where)
         if room is None or asked.how not in self.PAGES:
-            return self.show_past([], f"history of {asked.where}")
+            return self.core.stored.show_results(f"history of {asked.where}", [])
         unknown = asked.how in ("gap", "missed") and code in UNKNOWN_MARK
         if not (unknown and room.mark.startswith("msgid=")):
             return self.PAGES[asked.how](self, room, [], asked.limit)
@@ -14412,8 +14370,7 @@ class HistoryRequests:
         self.ask_page(room, "last")
 
     def give_up_overdue(self, now: float) -> None:
-        """Stop waiting for overdue pages, and show the views held for them. A late page is still
-        used."""
+        """Show what is held for overdue pages; a late page is still used."""
         for asked in [request for request in self.requests if 0 <= request.at < now - PAGE_SECONDS]:
             asked.at = GIVEN_UP
             room = self.core.find(asked.where)
@@ -14424,10 +14381,6 @@ class HistoryRequests:
                 text = "the server does not send what was said meanwhile"
                 self.core.note(text, room.name)
                 self.core.incoming.release(room)
-
-    def show_past(self, views: list[ViewEvent], title: str) -> None:
-        """Show requested messages in the current conversation, apart from live messages."""
-        self.core.stored.show_results(title, [view for view in views if view.kind in SPOKEN])
 
     def release_talks(self) -> None:
         """Show the held messages of private conversations for which no page was requested."""
@@ -14440,11 +14393,10 @@ class HistoryRequests:
 
     def _page_last(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the page of messages from before the client joined."""
-        new = not_shown(room, not_held(room, views))
-        for view in new:
-            self.core.incoming.deliver(room, view._replace(past=True))
-        # Live lines among the held ones may be on this page
-        self.core.known.note_without_id(room, new)
+        # Live lines among the held ones may be on this page; they follow in their order
+        self._deliver(
+            room, [view._replace(past=True) for view in not_among(room.held or (), views)]
+        )
         room.whole = not views  # a short page may consist of long messages
         self.core.incoming.release(room)
 
@@ -14452,7 +14404,7 @@ class HistoryRequests:
         """Handle a page of missed messages, and ask for more until one page brings nothing new: a
         page may be short because of its size."""
         before = room.mark
-        self._deliver_missed(room, views)
+        self._deliver(room, views, paged=True)
         new = room.mark != before or room.spilled
         crowded = not new and limit <= len(views) and limit < self.server.page_size
         if crowded:  # by time: all of the page is of the moment up to which messages are held
@@ -14469,18 +14421,18 @@ class HistoryRequests:
             self.core.stored.note_holes(room, *room.holes, *optional(position_of(views[0])))
             text = "more was said meanwhile; page up, or /history, shows it"
             self.core.note(text, room.name)
-        self._deliver_missed(room, not_held(room, views))
+        self._deliver(room, not_among(room.held or (), views), paged=True)
         self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
-    def _deliver_missed(self, room: Room, views: list[ViewEvent]) -> None:
-        unshown = not_shown(room, views)
+    def _deliver(self, room: Room, views: list[ViewEvent], paged: bool = False) -> None:
+        """Deliver the messages of a page but those that have no id and are shown already."""
+        unshown = not_among((view for view in room.views if not view.id), views)
         for view in unshown:
-            self.core.incoming.deliver(room, view, paged=True)
+            self.core.incoming.deliver(room, view, paged)
         self.core.known.note_without_id(room, unshown)
 
     def _end_missed(self, room: Room, new: bool, more: str) -> None:
-        """Ask for `more` after a page, or show what was held. With something `new` on it, the next
-        page may be larger."""
+        """Ask for `more` after a page, or show what was held. A `new` one lets pages grow."""
         if new:
             self.core.progress += 1
             self.core.page_lines = min(self.server.page_size, 2 * self.core.page_lines)
@@ -14492,21 +14444,18 @@ class HistoryRequests:
 
     def _page_older(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Put a page of older messages before the first row. If none is visible, ask again."""
-        core, shown = self.core, {identity_of(view) for view in room.views}
+        core, key = self.core, self.core.fold(room.name)
         before = position_of(room.paged) if room.paged else room.oldest
         room.whole = not views or position_of(views[0]) == before
-        new, key = [view for view in views if identity_of(view) not in shown], core.fold(room.name)
+        new = {identity_of(view): view for view in not_among(room.views, views)}.values()
         overlaps = core.store is not None and any(core.store.has(key, view) for view in new)
         if room.hole and (overlaps or room.whole):
             core.stored.note_holes(room, *room.holes[:-1])
         elif room.hole:
             core.stored.note_holes(room, *room.holes[:-1], position_of(views[0]))
-        unseen = []
-        for view in new:
-            if identity_of(view) not in shown and not core.incoming.hides(view):
-                shown.add(identity_of(view))
-                unseen.append(view._replace(past=True))
-                core.stored.add(view)
+        unseen = [view._replace(past=True) for view in new if not core.incoming.hides(view)]
+        for view in unseen:
+            core.stored.add(view)
         room.paged = views[0] if views and not unseen else None
         room.views.extendleft(reversed(unseen))
         if room.paged and not room.whole:
@@ -14525,8 +14474,7 @@ NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a lin
 
 
 class OwnNick:
-    """The client's nick on one connection: the wanted one; another one while that is taken; and the
-    way back to it."""
+    """The client's nick on one connection: the wanted one, or another one while that is taken."""
 
     def __init__(self, talk: "IrcTalk"):
         self.talk, self.core = talk, talk.core
@@ -14606,8 +14554,7 @@ class OwnNick:
 
 
 class Joins:
-    """The JOINs of one connection: those without an answer yet, and those that were refused.
-    Channels stand here by their keys. PlainTalk has none."""
+    """The JOINs of one connection, by channel: the unanswered ones and the refused ones."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.talk, self.core = talk, talk.core
@@ -14615,14 +14562,14 @@ class Joins:
         self.unanswered: dict[str, tuple[int, float]] = {}
         self.typed: dict[str, str] = {}  # that the user will look at once joined: their passwords
         self.refused: dict[str, float] = {}  # when to try again
-        self.retried: set[str] = set()  # tried again: the user knows that they are refused
+        self.retried: dict[str, None] = {}  # tried again: the user knows that they are refused
+        self.tables = (self.unanswered, self.typed, self.refused, self.retried)
 
     def join(self, room: Room) -> None:
         self.note_sent(room.name)
         self.talk.send("JOIN", room.name, *optional(room.password))
 
     def note_sent(self, name: str) -> None:
-        """Note a JOIN. Its time begins when it is sent in its turn."""
         key = self.core.fold(name)
         self.refused.pop(key, None)
         count, since = self.unanswered.get(key, (0, math.inf))
@@ -14641,9 +14588,8 @@ class Joins:
             self.unanswered[key] = count, self.core.ticks()
 
     def note_typed(self, name: str, password: str) -> None:
-        """Note that the user asks for a channel."""
         self.typed[self.core.fold(name)] = password
-        self.retried.discard(self.core.fold(name))
+        self.retried.pop(self.core.fold(name), None)
 
     def waits(self, name: str) -> bool:
         """Return whether a JOIN of a channel has no answer yet."""
@@ -14651,24 +14597,21 @@ class Joins:
 
     def rekey(self) -> None:
         """Apply the server's rule for names: the JOINs were sent before it was known."""
-        fold = self.core.fold
-        for of_joins in (self.unanswered, self.typed, self.refused):
-            entries = {fold(key): value for key, value in of_joins.items()}
-            of_joins.clear()
-            of_joins.update(entries)
-        self.retried = {*map(fold, self.retried)}
+        for table in self.tables:
+            entries = {self.core.fold(key): value for key, value in table.items()}
+            table.clear()
+            table.update(entries)
 
     def forget(self, name: str) -> None:
         """Forget a channel: it is joined, or it is closed to this client."""
-        for of_joins in (self.unanswered, self.typed, self.refused):
-            of_joins.pop(self.core.fold(name), None)
-        self.retried.discard(self.core.fold(name))
+        for table in self.tables:
+            table.pop(self.core.fold(name), None)
 
     def renamed(self, old: str, new: str) -> None:
         """Use the name of the channel that the server joins in place of another one."""
-        for of_joins in (self.unanswered, self.typed):
-            if (key := self.core.fold(old)) in of_joins:
-                of_joins[self.core.fold(new)] = of_joins.pop(key)
+        for table in self.tables:
+            if (key := self.core.fold(old)) in table:
+                table[self.core.fold(new)] = table.pop(key)
 
     def failed(self, name: str, why: str, number: str = "") -> None:
         """Let the user decide about the messages for a channel that the client cannot join. It is
@@ -14688,7 +14631,6 @@ class Joins:
             self.core.outgoing.park_all(room, why)
 
     def tick(self, now: float) -> None:
-        """Give up JOINs that are not answered."""
         for key, (_, since) in list(self.unanswered.items()):
             if now - since > JOIN_SECONDS:
                 self.unanswered[key] = 1, since
@@ -14700,7 +14642,7 @@ class Joins:
             room = self.core.rooms.get(key)
             del self.refused[key]
             if room and room.wanted and not room.inside:
-                self.retried.add(key)
+                self.retried[key] = None
                 self.join(room)
 
     def want_typed(self) -> None:
@@ -14735,8 +14677,7 @@ class Listing:
 
 
 class WantedAnswers:
-    """The answers that are shown over one connection, because a command of the user asked for them.
-    The server sends others unasked, or to the client. PlainTalk has none."""
+    """The answers to show over one connection, because a command of the user asked for them."""
 
     def __init__(self, talk: "IrcTalk | PlainTalk"):
         self.core = talk.core
@@ -14753,8 +14694,7 @@ class WantedAnswers:
             self.names.update(map(self.core.fold, params[0].split(",")))
 
     def listing(self, verb: str) -> Listing | None:
-        """Return the listing to which the next row of an answer belongs; None if the user has not
-        asked for one."""
+        """Return the listing of the next row; None if the user has not asked for one."""
         return next(iter(self.listings.get(verb, ())), None)
 
     def end_listing(self, verb: str) -> Listing | None:
@@ -14762,7 +14702,6 @@ class WantedAnswers:
         return self.listings[verb].pop(0) if self.listing(verb) else None
 
     def show_listing(self, verb: str) -> None:
-        """Show the answer to a LIST or WHO of the user as a page."""
         listing, title = self.end_listing(verb), LISTS[verb]
         if listing is None:
             return
@@ -14869,7 +14808,6 @@ class PlainTalk:
         return self.core.fold(message.where) == self.core.fold(LOBBY)
 
     def pump(self) -> None:
-        """Send the messages that may be sent."""
         outbox = self.core.outbox
         while message := outbox.next(self.carries):
             text = f"*{message.text}*" if message.kind == ACTION else message.text
@@ -14927,7 +14865,6 @@ class Renaming:
         return line if params == before else head + line_of(verb, *params)
 
     def _names(self, names: str) -> str:
-        """Return names between commas with the new one among them."""
         pairs = [(name, self.server.without_status(name)) for name in names.split(",")]
         return ",".join(
             name.removesuffix(bare) + self.new if self.is_old(bare) else name
@@ -14959,8 +14896,7 @@ def last_reactions(batch: Batch) -> list[ServerLine]:
 
 
 class IrcTalk:
-    """IRC from the client's side, for one connection. The functions decorated by from_server()
-    handle the server's lines. A line with too few parameters is ignored."""
+    """IRC from the client's side, for one connection. from_server() has the handlers of lines."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -14984,7 +14920,7 @@ class IrcTalk:
         self.began = core.ticks()
         self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
         self.own_lines: collections.deque[str] = collections.deque()  # to be sent, not the user's
-        # Commands of the user, each to be sent after the message with that id, or AT_ONCE
+        # Commands of the user, each to be sent after the message with that id, or "" for none
         self.queue: collections.deque[tuple[str, str]] = collections.deque()
         self.bouncer = False  # the server is a ZNC ...
         self.bouncer_said = ""  # ... and this its last message, until a PONG
@@ -15018,8 +14954,7 @@ class IrcTalk:
         self.core.output.append(line_of(verb, *params))
 
     def command(self, verb: str, *params: str) -> None:
-        """Send a user's command after the messages accepted before it. Raises Refused if the server
-        would cut the line."""
+        """Send a command after the messages accepted before it. Raises Refused if too long."""
         limit, usual = COMMAND_LIMITS.get(verb, ("", IRC_BYTES))
         most, text = self.server.limit(limit, usual), params[-1] if params else ""
         size = len(text) if self.server.ours else len(text.encode())
@@ -15038,7 +14973,7 @@ class IrcTalk:
         outbox = self.core.outbox
         unsent = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
         last = next((id for id in reversed(outbox.waiting) if id in unsent), "")
-        self.queue.append((line, last or AT_ONCE))
+        self.queue.append((line, last))
 
     def pump(self) -> None:
         """Send the waiting lines and messages at the pace that this server allows."""
@@ -15047,8 +14982,11 @@ class IrcTalk:
             pass
         if self.budget.tokens >= 1:
             self.joins.note_pause()
-        if self.ready and self.history.behind and self._may_catch_up():
-            self.history.ask_behind()
+        if self.ready and self.history.behind:
+            waiting = self.core.outbox.in_flight or self.next_message()
+            # At first messages go before pages: one page can use all that a bad line carries
+            if self.core.acknowledged or not waiting:
+                self.history.ask_behind()
 
     def _send_next(self) -> bool:
         """Send one line or message; return False if none can be sent."""
@@ -15092,12 +15030,6 @@ class IrcTalk:
         done = message is None or id in outbox.in_flight or id in outbox.parked
         return not done and (self.carries(message) or self.waits(message))
 
-    def _may_catch_up(self) -> bool:
-        """Return whether pages may be requested. Before the first acknowledgement of a connection,
-        waiting messages go first, because one page can use all that a bad connection carries."""
-        waiting = self.core.outbox.in_flight or self.next_message()
-        return self.core.acknowledged or not waiting
-
     @property
     def wait(self) -> float | None:
         """The seconds until more may be sent; None if nothing waits."""
@@ -15112,16 +15044,13 @@ class IrcTalk:
         self.send_at_once("QUIT", reason)
 
     def tell_unsent(self) -> None:
-        """Tell the user what was refused and which commands had to wait for too long. Channels
-        are joined over the next one."""
+        """Tell the user what was refused, and which commands had to wait for too long."""
         self.acks.tell_refusals()
-        verbs = [parse_message(line).verb for line, _ in self.queue]
-        if not self.core.quitting:
-            lost = [verb for verb in verbs if verb != "JOIN"]
-            self.tell_lost(lost, "the connection has ended")
+        if not self.core.quitting:  # channels are joined over the next connection
+            verbs = (parse_message(line).verb for line, _ in self.queue)
+            self.tell_lost([verb for verb in verbs if verb != "JOIN"], "the connection has ended")
 
     def tell_lost(self, verbs: list[str], why: str) -> None:
-        """Tell the user which commands were not sent."""
         if verbs:
             self.core.note(f"not sent, {why}: {', '.join(dict.fromkeys(verbs))}")
             self.core.refusals += len(verbs)
@@ -15151,16 +15080,12 @@ class IrcTalk:
             self.joins.try_again(now)
             self.acks.doubt_echoes(now)
         else:
-            self.hurry(now)
-
-    def hurry(self, now: float) -> None:
-        """End a log-in or a registration that the server does not complete in time."""
-        if self.sasl.running and now - self.began > LOGIN_SECONDS:
-            self.core.note("not logged in: the server does not answer")
-            self.sasl.end()
-        if now - self.began > REGISTRATION_SECONDS:
-            self.core.refuse("the server does not let us in", TEMPORARY)
-            self.core.dismissed = True
+            if self.sasl.running and now - self.began > LOGIN_SECONDS:
+                self.core.note("not logged in: the server does not answer")
+                self.sasl.end()
+            if now - self.began > REGISTRATION_SECONDS:
+                self.core.refuse("the server does not let us in", TEMPORARY)
+                self.core.dismissed = True
 
     def was_me(self, source: str) -> bool:
         """Return whether a source is this client under an earlier nick."""
@@ -15193,8 +15118,7 @@ class IrcTalk:
             self.core.outgoing.park(message.id, f"{old} is now called {new}")
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Use the new name of a user or channel in the lines that wait to be sent, and to know the
-        answers to them."""
+        """Use the new name of a user or channel in lines that wait, and to know their answers."""
         renaming = Renaming(self.server, is_old, new)
         for n, (line, behind) in enumerate(self.queue):
             self.queue[n] = renaming.apply(line), behind
@@ -15208,7 +15132,6 @@ class IrcTalk:
     # Registration and joining
 
     def give_names(self) -> None:
-        """Send PASS, NICK and USER."""
         core, self.named = self.core, True
         if core.password:
             self.send("PASS", core.password)
@@ -15233,15 +15156,13 @@ class IrcTalk:
                 self.send("NICK", self.core.name)
         if not self.named:
             self.give_names()
-        mechanism = self.sasl.choose() if "sasl" in wanted else ""
-        if mechanism:
+        if "sasl" in wanted and (mechanism := self.sasl.choose()):
             self.sasl.begin(mechanism)
         elif self.negotiating:
             self.send("CAP", "END")
 
     def watch(self, names: Iterable[str], sign: str = "+") -> None:
-        """Monitor the users of private conversations, for a screen, if the server has MONITOR; or
-        with "-" no longer, except for the wanted nick."""
+        """Monitor users for a screen, or with "-" no longer, but always the wanted nick."""
         names = [name for name in names if name and " " not in name and "," not in name]
         regains = sign == "-" and self.nick.regain
         names = [name for name in names if not (regains and name == self.nick.wanted)]
@@ -15249,8 +15170,7 @@ class IrcTalk:
             self.send("MONITOR", sign, ",".join(names[:WATCHED]))
 
     def waits(self, message: Waiting) -> bool:
-        """Return whether a message waits for the answer to a JOIN, or for a server. The later
-        messages of a pipe, and commands, wait with it."""
+        """Return whether a message waits for a JOIN or a server; a pipe's later ones wait, too."""
         if self.unserved < math.inf:
             return not self.carries(message)
         room = self.core.find(message.where)
@@ -15272,7 +15192,6 @@ class IrcTalk:
         return any(self.parts(line, room) for line in lines)
 
     def parts(self, line: str, room: Room) -> bool:
-        """Return whether a line is a PART from this channel."""
         return line.startswith("PART ") and self.core.find(line.split(" ")[1]) is room
 
     def carries(self, message: Waiting) -> bool:
@@ -15307,19 +15226,15 @@ class IrcTalk:
             handler(self, heard)
 
     def take_batch(self, heard: ServerLine) -> None:
-        reference = heard.params[0] if heard.params else ""
-        if reference[:1] == "+" and (before := self.batches.pop(reference[1:], None)):
-            self.end_batch(before)  # its end was lost
-        if reference[:1] == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
-            self.batches[reference[1:]] = Batch(heard, self.core.ticks())
-        batch = self.batches.pop(reference[1:], None) if reference[:1] == "-" else None
-        if batch is None:
-            return
-        if outer := self.batches.get(batch.outer):
-            if len(outer.items) < BATCH_LINES:
-                outer.items.append(batch)
-        else:
+        sign, reference = "".join(heard.params[:1])[:1], "".join(heard.params[:1])[1:]
+        batch = self.batches.pop(reference, None)
+        outer = self.batches.get(batch.outer) if batch and sign == "-" else None
+        if outer and len(outer.items) < BATCH_LINES:
+            outer.items.append(batch)
+        elif batch and not outer:  # or the end of one before was lost
             self.end_batch(batch)
+        if sign == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
+            self.batches[reference] = Batch(heard, self.core.ticks())
 
     def end_batch(self, batch: Batch, label: str = "") -> None:
         label = batch.opening.tags.get("label", label)
@@ -15335,7 +15250,7 @@ class IrcTalk:
             if view := self.view_of(batch):
                 self.core.incoming.message(view, batch.opening)
         elif batch.kind == "soju.im/search":
-            self.history.show_past(self.views_of(batch), "search")
+            self.core.stored.show_results("search", self.views_of(batch))
         else:  # its lines mean the same as without the batch
             for item in batch.items:
                 if isinstance(item, Batch):
@@ -15387,20 +15302,6 @@ def command_refused(talk: IrcTalk, heard: ServerLine) -> None:
         message = talk.acks.commands.pop(ids[0]).startswith(("PRIVMSG ", "NOTICE "))
         core.failures += message
         core.refusals += not message
-
-
-def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
-    """Show an error of the server; with the label of a message, report that message as lost."""
-    label = heard.tags.get("label", "").partition(".")[0]
-    if label == QUIET or label in talk.core.outbox.parked:  # the user knows: the rest is not sent
-        return
-    if label in talk.core.outbox.waiting:
-        talk.core.outgoing.lost(label, text)
-        if not talk.server.echoes and any(line.id == label for line in talk.acks.sent):
-            talk.ping()  # errors of its other lines come before the PONG, those of later ones after
-    elif accepted_at(label) is None:  # else the user knows that this message is lost
-        command_refused(talk, heard)
-        talk.core.server_text(text, talk.where_of(heard))
 
 
 NO_FAILURE = (  # numerics that refuse other commands, not messages
@@ -15457,6 +15358,22 @@ def message_refused(talk: IrcTalk, heard: ServerLine, text: str) -> str | None:
     return None
 
 
+def refused(talk: IrcTalk, heard: ServerLine, text: str, error: ServerLine) -> None:
+    """Show an error of the server, or report a message as lost: the one with its label, or the one
+    that `error`, which is the line as a numeric, is about."""
+    lost = message_refused(talk, error, text)
+    label = heard.tags.get("label", lost or "").partition(".")[0]
+    if lost is None or label == QUIET or label in talk.core.outbox.parked:  # the user knows
+        return
+    if label in talk.core.outbox.waiting:
+        talk.core.outgoing.lost(label, text)
+        if not talk.server.echoes and any(line.id == label for line in talk.acks.sent):
+            talk.ping()  # errors of its other lines come before the PONG, those of later ones after
+    elif accepted_at(label) is None:  # else the user knows that this message is lost
+        command_refused(talk, heard)
+        talk.core.server_text(text, talk.where_of(heard))
+
+
 NOT_OF_JOIN = ("404", "442", "461", "470", "482")
 
 
@@ -15482,9 +15399,7 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
             return  # the user knows
     if label := heard.tags.get("label"):
         talk.acks.settle(label.partition(".")[0])  # errors come in the order of the lines
-    lost = message_refused(talk, heard, text)
-    if lost is not None:
-        refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
+    refused(talk, heard, text, heard)
 
 
 def capabilities_granted(talk: IrcTalk, words: list[str]) -> None:
@@ -15543,11 +15458,6 @@ def no_capabilities(talk: IrcTalk, heard: ServerLine) -> None:
     if talk.introduced or talk.ready:
         return tell_rest(talk, heard)
     return talk.introduce()
-
-
-@from_server("AUTHENTICATE", least=1)
-def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.sasl.feed(heard.params[0])
 
 
 @from_server("900", least=1)
@@ -15633,8 +15543,7 @@ def name_is_kept(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("432", least=1)
 def name_is_no_name(talk: IrcTalk, heard: ServerLine) -> None:
-    """Try the nick with only letters and digits, then shorter ones, then a guest nick: other
-    servers allow fewer characters than a chat.py."""
+    """Try the nick with only letters and digits, then shorter ones, then a guest nick."""
     name, guest = talk.nick.wanted, f"guest{random.randrange(1000)}"
     plain = re.sub(r"[^A-Za-z0-9_-]", "", name).lstrip("0123456789-")
     letters = re.sub(r"[^A-Za-z]", "", name)
@@ -15809,20 +15718,15 @@ def sent_elsewhere(talk: IrcTalk, heard: ServerLine) -> None:
 # Lines of a server: pings, confirmations, history and presence
 
 
-@from_server("PING", least=1)
-def pinged(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.send_at_once("PONG", *heard.params)
-
-
-@from_server("PONG")
-def ponged(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.acks.ponged(heard.params[-1] if heard.params else "")
+from_server("PING", least=1)(lambda talk, heard: talk.send_at_once("PONG", *heard.params))
+from_server("PONG")(lambda talk, heard: talk.acks.ponged("".join(heard.params[-1:])))
+from_server("AUTHENTICATE", least=1)(lambda talk, heard: talk.sasl.feed(heard.params[0]))
+from_server("323")(lambda talk, heard: talk.answers.show_listing("LIST"))
 
 
 @from_server("ACK")
 def labelled_answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
-    """Note that a labelled message was accepted, or, if the server echoes messages, dropped: all of
-    it, or one of its batches."""
+    """Note that a labelled message was accepted, or, by a server that echoes messages, dropped."""
     label = heard.tags.get("label", "")
     stem = label.partition(".")[0]
     if "echo-message" not in talk.server.enabled:
@@ -15846,8 +15750,7 @@ def visible(text: str) -> str:
 
 @from_server("TAGMSG", least=1)
 def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
-    """Handle reactions and typing. A TAGMSG with an own id confirms a message that was sent again
-    and has been removed since."""
+    """Handle reactions, typing, and with an own id the answer to a repeat of a removed message."""
     core, tags = talk.core, heard.tags
     mine = core.is_me(heard.name)
     if mine:
@@ -15883,8 +15786,7 @@ def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
 
 
 # Lines that only programs need, or that the client tells in other words
-for quiet in ("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"):
-    SERVER_HANDLERS[quiet] = (do_nothing, 0)
+from_server("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME")(do_nothing)
 
 
 @from_server(*itertools.chain(*ANSWERS.values()))
@@ -15968,16 +15870,14 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
         talk.core.me.proposed = None
         if talk.core.me.generated:
             talk.core.me.forget()
-        refused(talk, heard, text)
+        refused(talk, heard, text, heard)
     elif code == "NOT_KEPT" and len(about) > 1:
         talk.core.outgoing.lost(about[1], text)
     else:
         about_it = verb in ("PRIVMSG", "NOTICE", "TAGMSG", "BATCH", "MULTILINE", "*")
         named = ["BATCH"] if verb in ("BATCH", "MULTILINE") else [verb]
         error = heard._replace(verb="400", params=["", *named, *about, text])
-        lost = message_refused(talk, error, text) if about_it else ""
-        if lost is not None:
-            refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
+        refused(talk, heard, text, error if about_it else heard)
 
 
 # Lines of a server: users, channels and messages
@@ -16009,14 +15909,14 @@ def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
         "CLIENTINFO": "ACTION CLIENTINFO PING TIME VERSION",
     }
     core.ctcp_budget.refill(core.ticks())
-    to_me = core.is_me(heard.params[0])
-    if verb == "DCC" and to_me and core.ctcp_budget.tokens >= 1:
-        core.ctcp_budget.tokens -= 1
-        offer = f"{heard.name} offers DCC {beginning(visible(rest))}"
-        core.show(ViewEvent(SERVER_TEXT, f"{offer}, which this client does not take", called=True))
-    if verb in answers and to_me and core.ctcp_budget.tokens >= 1:
-        core.ctcp_budget.tokens -= 1
-        talk.send("NOTICE", heard.name, f"\x01{verb} {answers[verb]}\x01")
+    asked = core.is_me(heard.params[0]) and (verb in answers or verb == "DCC")
+    if not asked or core.ctcp_budget.tokens < 1:
+        return
+    core.ctcp_budget.tokens -= 1
+    if verb in answers:
+        return talk.send("NOTICE", heard.name, f"\x01{verb} {answers[verb]}\x01")
+    offer = f"{heard.name} offers DCC {beginning(visible(rest))}"
+    core.show(ViewEvent(SERVER_TEXT, f"{offer}, which this client does not take", called=True))
 
 
 THROTTLED = re.compile(r"\*\*\* Message to (\S+) throttled")  # in a NOTICE of a server
@@ -16061,18 +15961,16 @@ def missed_in_a_talk(talk: IrcTalk, heard: ServerLine) -> None:
     talk.history.ask_page(room, "gap" if talk.core.interactive else "missed")
 
 
-def is_name_given_to(key: str, name: str, most: int) -> bool:
-    """Return whether a server that allows `most` bytes makes the channel `name` of another key: it
-    cuts long names, and adds five characters after the ! of others."""
-    safe = key[:1] == "!" and name[:1] == "!" and name[6:] == key[1:]
-    return safe or (key.startswith(name) and most - 4 < len(name.encode()) <= most)
-
-
 def joined_as(talk: IrcTalk, name: str) -> None:
-    """Rename a channel that the client has joined under another name than that of its JOIN."""
-    core, key, most = talk.core, talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
-    sent = [key_sent for key_sent in talk.joins.unanswered if is_name_given_to(key_sent, key, most)]
-    if core.find(name) is None and len(sent) == 1:
+    """Rename a channel that the client has joined under another name than that of its JOIN: servers
+    cut long names, and add five characters after the ! of others."""
+    new, most = talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
+    cut_off = most - 4 < len(new.encode()) <= most
+    safe = [
+        key for key in talk.joins.unanswered if key[:1] == new[:1] == "!" and new[6:] == key[1:]
+    ]
+    sent = safe or [key for key in talk.joins.unanswered if cut_off and key.startswith(new)]
+    if talk.core.find(name) is None and len(sent) == 1:
         take_channel_name(talk, sent[0], name)
 
 
@@ -16252,10 +16150,9 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
-    missing = [""] * 3
     if heard.verb == "301" and talk.core.ignored.covers(heard.params[1]):
         return
-    text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
+    text = WHOIS[heard.verb].format(*heard.params, "", "", "", last=heard.params[-1])
     talk.core.server_text(text, heard.params[1] if heard.verb == "301" else "")
 
 
@@ -16368,8 +16265,7 @@ def taken_back(talk: IrcTalk, heard: ServerLine) -> None:
     core.incoming.redact(id)
     name = where if talk.server.is_channel(where) or core.is_me(heard.name) else heard.name
     if room := core.find(name):
-        text = f"{heard.name} took back a message"
-        core.incoming.text(room, text)
+        core.incoming.text(room, f"{heard.name} took back a message")
 
 
 @from_server("353", least=3)
@@ -16409,11 +16305,6 @@ def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
         talk.core.server_text(text)
 
 
-@from_server("323")
-def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.answers.show_listing("LIST")
-
-
 @from_server("263", "416", least=2)
 def answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     """<command> :Please try again, or too many matches: the rest of a long answer does not come"""
@@ -16440,17 +16331,6 @@ def registered(talk: IrcTalk, heard: ServerLine) -> None:
 
 
 # The core
-
-
-def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
-    """Raise Refused if no server would take this message."""
-    if text.count("\n") >= MESSAGE_LINES or len(text.encode()) > LINE_BYTES:
-        limit = f"a message has at most {MESSAGE_LINES} lines and {LINE_BYTES:,} bytes"
-        raise Refused("TOO_LONG", limit)
-    if kind == ACTION and len(text.encode()) > FITS_ALWAYS:
-        raise Refused("TOO_LONG", f"an action (/me) has at most {FITS_ALWAYS} bytes")
-    if len(where.encode()) > name_bytes:
-        raise Refused("BAD_NAME", f"a name has at most {name_bytes} bytes")
 
 
 class Credentials:
@@ -16495,8 +16375,7 @@ def is_no_text(data: bytes) -> bool:
 
 
 def first_words(core: "ClientCore", line: str) -> bool:
-    """Detect the kind of a server by the line that it sends first. Return True if that line needs
-    no other handling."""
+    """Detect the kind of a server by its first line. Return True if that line is handled."""
     other = other_protocol(line)
     if line.startswith("* ") and not other:  # the server refuses the client, with a reason
         core.refuse(line.removeprefix("* "), TEMPORARY)
@@ -16598,8 +16477,7 @@ def message_pieces(text: str) -> Iterator[str]:
 
 
 class Rooms(dict[str, Room]):
-    """The open conversations of a client, by key, in the order of its list. The user looks at the
-    `current` one."""
+    """The open conversations of a client, by key and in order. The user looks at `current`."""
 
     def __init__(self, core: "ClientCore", join: Iterable[str]):
         """Open the channels that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
@@ -16615,18 +16493,15 @@ class Rooms(dict[str, Room]):
     def load(self, named: bool) -> None:
         """Open the conversations of the last run, behind those of --join if it `named` some, which
         are as they were left. Load the last messages of each."""
-        given, self.rule = [*self.values()], self.core.server.rule
+        stored, self.rule = self.core.store.rooms(), self.core.server.rule
+        joined = self.values() if named or not stored else ()
+        given = {self.core.fold(room.name): room for room in joined}
         self.clear()
-        for room in given:
-            self.setdefault(self.core.fold(room.name), room)
-        stored = self.core.store.rooms()
-        if stored and not named:
-            self.clear()
-        asked = dict(self)
+        self.update(given)
         for room in stored:
             key = self.core.fold(room.name)
-            if key in asked:
-                room.password = asked[key].password or room.password
+            if key in given:
+                room.password = given[key].password or room.password
                 room.wanted = room.is_channel = True
                 self[key] = room
             self.setdefault(key, room)
@@ -16698,13 +16573,13 @@ class Rooms(dict[str, Room]):
             names = {fold(name): name for name in same}
             names.pop(fold(room.name), None)
             for other, name in names.items():
-                moved = [view for view in room.views if fold(view.where) == other]
-                unread = [view for view in moved if room.counts(view)]
+                new = self.open(name)
+                new.put([view for view in room.views if fold(view.where) == other])
+                new.read_time = new.read_time or room.read_time
                 room.drop(lambda view, other=other: fold(view.where) == other)
-                room.unread = max(0, room.unread - len(unread))
-                room.called = max(0, room.called - sum(view.called for view in unread))
+                for one in (new, room) if room.unread else ():
+                    one.count_unread()
                 self.core.show(ViewEvent(RESET, where=room.name))
-                self.open(name).take_apart(moved, unread, room.read_time)
 
     # Opening and closing
 
@@ -16738,7 +16613,6 @@ class Rooms(dict[str, Room]):
         return next(read, None) or next(reversed(private), None)
 
     def go(self, room: Room) -> None:
-        """Make a conversation the current one."""
         self.core.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
         self.current = room
         if self.core.reads_at_once:
@@ -16751,8 +16625,7 @@ class Rooms(dict[str, Room]):
         self.core.note(f"{room.name} is joined; /go {room.name} looks at it")
 
     def close_left(self, room: Room) -> None:
-        """Close a channel that this client left. It stays open if the user wants that, and while a
-        text for it is begun."""
+        """Close a channel that this client left, unless the user wants it or writes there."""
         core = self.core
         begun = self.current is room and core.stays_when_left and core.is_writing()
         stays, room.stays = room.stays or begun, False
@@ -16845,20 +16718,17 @@ class Typing:
         self.told: dict[int, tuple[float, str]] = {}  # by room: when the others were told, and what
 
     def tell(self, room: Room, state: str) -> None:
-        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
-        is for a break, "done" for a text that is not sent after all."""
+        """Tell the others that the user types, "active" now and then, or stopped, "done" once."""
         core, now = self.core, self.core.ticks()
         since, before = self.told.get(room.id, (-math.inf, "done"))
         due = state != before or (state == "active" and now - since > TYPING_SECONDS)
-        if not due or (before == "done" and state == "paused") or not self._may_tell(room):
-            return
-        self.told[room.id] = now, state
-        label = f";label={QUIET}" * core.server.labels
-        core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
+        if due and self._may_tell(room):
+            self.told[room.id] = now, state
+            label = f";label={QUIET}" * core.server.labels
+            core.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
 
     def _may_tell(self, room: Room) -> bool:
-        """Return whether a notice may be sent: the user wants that, the server passes it on, and no
-        message waits."""
+        """Return whether a notice may be sent: it is wanted, passed on, and no message waits."""
         core, outbox = self.core, self.core.outbox
         return (
             core.can("typing")
@@ -16871,7 +16741,6 @@ class Typing:
         )
 
     def note(self, room: Room, name: str, state: str) -> None:
-        """Note that another user is typing, or has paused or stopped."""
         room.typing.pop(name, None)
         if state in TYPING_LASTS and len(room.typing) < TYPING_MOST:
             room.typing[name] = self.core.ticks() + TYPING_LASTS[state]
@@ -16885,8 +16754,7 @@ class Typing:
 
 
 def source_mask(mask: str) -> str:
-    """Return the mask nick!user@host of a part of one: user@host, a nick, or a host, which may be a
-    cloak with a slash on other servers."""
+    """Return a mask nick!user@host for user@host, a nick, or a host, which may have a slash."""
     if "!" in mask:
         return mask
     if "@" in mask:
@@ -16922,8 +16790,7 @@ class Person(NamedTuple):
 
 
 class People(dict[str, Person]):
-    """The facts that the server has told about users, beside their ranks, by key. A user without
-    such facts is not in it."""
+    """The facts that the server has told about users, beside their ranks, by key."""
 
     def __init__(self, core: "ClientCore"):
         super().__init__()
@@ -16961,17 +16828,18 @@ class People(dict[str, Person]):
 
 
 class TransferList(list[Transfer]):
-    """The uploads and downloads of a client, and the token with which the server takes uploads
-    (draft/authtoken). The section TRANSFERS moves the bytes."""
+    """The uploads and downloads of a client, and its token for uploads (draft/authtoken)."""
 
-    start: Callable[[Transfer], None] | None = None  # both are set there
-    end: Callable[[Transfer], None] | None = None
+    end: Callable = staticmethod(do_nothing)  # the section TRANSFERS replaces it, and start()
 
     def __init__(self, core: "ClientCore"):
         super().__init__(core.store.transfers() if core.store else ())
         self.core = core
         self.upload_token, self.token_time = "", -math.inf  # when it was used last
         self.wait_for_token: list[Callable[[str], None]] = []
+
+    def start(self, transfer: Transfer) -> None:
+        raise Refused("NO_TRANSFERS", "only clients with a screen send and save files")
 
     @property
     def url(self) -> str:
@@ -17016,17 +16884,14 @@ class TransferList(list[Transfer]):
         self._show(transfer)
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Give the files for a conversation its new name."""
         for transfer in list(self):
             if is_old(transfer.room):
                 transfer.room = new
                 self.keep(transfer)
 
     def drop(self, transfer: Transfer) -> None:
-        """Stop the transfer of a file, and forget it."""
         self.forget(transfer)
-        if self.end:
-            self.end(transfer)
+        self.end(transfer)
 
     def _show(self, transfer: Transfer) -> None:
         self.core.show(ViewEvent(TRANSFER, where=transfer.room, own_id=transfer.id))
@@ -17088,8 +16953,7 @@ class Reactions:
 
 
 class StoredMessages:
-    """The messages that the client store keeps of each conversation, and the gaps between them.
-    Without a store there are none."""
+    """The messages that the client store keeps, and the gaps between them; none without a store."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -17143,9 +17007,8 @@ class StoredMessages:
         if at_hole and core.ready and core.server.pages:
             return False
         first = next((view for view in room.views if view.kind in SPOKEN), None)
-        shown = {identity_of(view) for view in room.views}
         page = core.store.page(core.fold(room.name), PAGE_LINES, first)
-        views = [view for view in page if identity_of(view) not in shown]
+        views = not_among(room.views, page)
         if at_hole and views:
             views.append(ViewEvent(NOTE, "messages are missing here", where=room.name))
             room.holes = room.holes[:-1]  # in this run only: the next run may fill the gap
@@ -17176,7 +17039,6 @@ class StoredMessages:
         return [other for other in views if not core.incoming.hides(other)]
 
     def around(self, room: Room, view: ViewEvent, count: int) -> list[ViewEvent]:
-        """Return a message and those around it, in order."""
         before = self.beside(room, view, count // 2)
         return [*before, view, *self.beside(room, view, count // 2, after=True)]
 
@@ -17203,8 +17065,7 @@ class StoredMessages:
 
 
 class KnownMessages:
-    """The messages that the client has, so that a repeat is recognized: by its id, else by its
-    words and its time."""
+    """The messages that the client has. A repeat is known by its id, else by its words and time."""
 
     def __init__(self) -> None:
         self.ids: dict[str, None] = {}
@@ -17298,7 +17159,6 @@ class Incoming:
         return view.kind == AWAY or view.name not in room.spoken
 
     def text(self, room: Room, text: str) -> None:
-        """Show a text about an event in a conversation."""
         self.event(room, ViewEvent(SERVER_TEXT, text, where=room.name))
 
     def _unfold(self, room: Room, *names: str) -> None:
@@ -17377,8 +17237,7 @@ class Incoming:
 
 
 class Outgoing:
-    """The user's messages, from the moment that they are accepted until they have arrived or the
-    user has decided about them. The outbox keeps them."""
+    """The user's messages, from their acceptance until they have arrived or the user decided."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -17389,7 +17248,7 @@ class Outgoing:
 
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message: show it at once, and send it when possible. A text that is too long for
-        one message becomes several. Raises Refused for a service that cannot have it."""
+        one message becomes several. Raises Refused if it cannot go there."""
         core = self.core
         self.check_conversation(where)
         text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
@@ -17397,14 +17256,7 @@ class Outgoing:
             return self._send_to_service(where, text)
         split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
         pieces, added = list(split), []
-        for n, piece in enumerate(pieces):
-            try:
-                lengths = (core.server.limit(name, 0) for name in ("CHANNELLEN", "NICKLEN"))
-                check_message(where, piece, kind, max(NAME_BYTES, *lengths))
-            except ChatError as error:
-                rest = "\n".join(pieces[n:])
-                core.show(ViewEvent(BACK, rest), ViewEvent(NOTE, f"{error}; nothing was sent"))
-                break
+        for piece in pieces:
             kept = piece if piece.strip("\n") else ""
             added.append(core.outbox.add(core.clock(), where, kept, kind, core.input.reply))
         if core.interactive:  # a pipe stores many at once
@@ -17421,6 +17273,9 @@ class Outgoing:
         core = self.core
         if core.kind == PLAIN and core.fold(name) != core.fold(LOBBY):
             raise Refused("ONE_ROOM", ONE_ROOM)
+        most = max(NAME_BYTES, *(core.server.limit(key, 0) for key in ("CHANNELLEN", "NICKLEN")))
+        if len(name.encode()) > most:
+            raise Refused("BAD_NAME", f"a name has at most {most} bytes; nothing was sent")
 
     def is_service(self, name: str, text: str) -> bool:
         """Return whether a text goes to a service, and so may be a password."""
@@ -17433,8 +17288,7 @@ class Outgoing:
         return names_service(name) and (not short or password_command(text) != "")
 
     def _park_outside(self, message: Waiting) -> None:
-        """Let the user decide about a new message for a channel that the client is not in, or that
-        the user leaves."""
+        """Let the user decide about a message for a channel that the client is not in, or left."""
         core, room = self.core, self.core.rooms.open(message.where)
         core.typing.told.pop(room.id, None)  # a message implies that typing is done
         if not (room.is_channel and core.ready):
@@ -17530,7 +17384,6 @@ class Outgoing:
                 self._add_row(room, message, message.text)
 
     def _unshow(self, message: Waiting) -> None:
-        """Remove a message that was shown as waiting from its conversation."""
         self.shown.discard(message.id)
         if room := self.core.find(message.where):
             room.drop(lambda view: view.own_id == message.id)
@@ -17580,7 +17433,6 @@ class Outgoing:
         self._tell_parked(self.core.outbox.waiting[own_id])
 
     def _tell_parked(self, message: Waiting) -> None:
-        """Tell the user why a message waits for a decision."""
         reason, what = message.why, "it"
         if message.at:
             arrived = message.text.count("\n", 0, message.at) + 1
@@ -17630,8 +17482,6 @@ class Outgoing:
         outbox = self.core.outbox
         if own_id in outbox.waiting and own_id not in outbox.in_flight:
             self._unshow(outbox.arrived(own_id))
-
-    # Changes of messages: replies, reactions, redactions
 
 
 LEAVING = ("quit", "exit", "logout", ":q", ":q!", ":wq")  # of other programs
@@ -17726,10 +17576,7 @@ class ClientCore:
     typed() takes the user's text; without a connection the text waits. `interactive` is true for a
     client with a screen and false for a pipe: only a screen asks for the latest messages, keeps
     other conversations in view, and can ask its user. `later` runs a job off the loop. `clock` is
-    wall time and `ticks` monotonic time, in seconds.
-
-    The parts of the core (rooms, people, typing, incoming, outgoing ...) own what lasts longer than
-    a connection; the parts of its talk own what ends with one. All tell the screen by show()."""
+    wall time and `ticks` monotonic time, in seconds."""
 
     told_trouble = ""  # the last reported trouble of the store
     version = 0  # of the store, see refresh()
@@ -17768,14 +17615,13 @@ class ClientCore:
         interactive: bool = True,
         kind: str = "",
         password: str = "",
-        join: Iterable[str] = (LOBBY,),
+        join: Collection[str] | None = None,  # the lobby
         login: Login | None = None,
         outbox: Outbox | None = None,
         clock: Callable[[], float] = lambda: 0.0,
         later: Callable[[Callable, Callable], None] = lambda job, then: then(job()),
         ticks: Callable[[], float] = lambda: 0.0,
         store: "ClientStore | None" = None,
-        named: bool | None = None,
     ):
         self.store = store
         self.wanted_name = self.name = name
@@ -17793,14 +17639,13 @@ class ClientCore:
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
         self.known, self.stored = KnownMessages(), StoredMessages(self)
         self.incoming, self.outgoing = Incoming(self), Outgoing(self)
-        self.rooms = Rooms(self, join)
+        self.rooms = Rooms(self, [LOBBY] if join is None else join)
         if store:
-            self._load([*join] not in ([], [LOBBY]) if named is None else named)
+            self._load(named=bool(join))
         self.rooms.current = next(iter(self.rooms.values()), None)
         self.input = TypedText(self)
-        # The last lines of the protocol: time (ms), True if sent, and the line
-        self.traffic: collections.deque[tuple[int, bool, str]]
-        self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
+        # The last lines of the protocol, each with its time (ms) and True if it was sent
+        self.traffic: collections.deque[tuple] = collections.deque(maxlen=TRAFFIC_LINES)
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[ViewEvent] = []
         self.output: list[str] = []
@@ -17809,7 +17654,6 @@ class ClientCore:
     # State that outlives the program
 
     def _load(self, named: bool) -> None:
-        """Continue with the state that an earlier run has stored."""
         self.server.ours = self.server.ours or self.store.fact("ours") == "yes"
         if mapping := self.store.fact("CASEMAPPING"):
             self.server.isupport["CASEMAPPING"] = mapping
@@ -17867,8 +17711,7 @@ class ClientCore:
         return self.talk is not None and self.talk.ready
 
     def online(self) -> Any:
-        """Return the present talk. Raises Refused without a connection, and where the server knows
-        no commands."""
+        """Return the talk. Raises Refused if there is none, or the server knows no commands."""
         if not self.ready:
             raise Refused("OFFLINE", "not connected; nothing was sent")
         if self.kind == PLAIN:
@@ -17899,7 +17742,6 @@ class ClientCore:
 
     @property
     def room(self) -> Room | None:
-        """The current conversation."""
         return self.rooms.current
 
     @property
@@ -17978,14 +17820,13 @@ class ClientCore:
     def feed(self, data: bytes) -> list[ViewEvent]:
         if not self.kind_confirmed and data.startswith(TLS_RECORDS):
             self.give_up("this port wants TLS: write ircs://HOST:PORT")
-            return self.take_views()
-        if self.listening and is_no_text(data):
+        elif self.listening and is_no_text(data):
             self.listening = False
             self.give_up(f"{NO_CHAT}: it sends no text")
-            return self.take_views()
-        self.inbox.feed(data)
-        self._take_lines()
-        self.flush()
+        else:
+            self.inbox.feed(data)
+            self._take_lines()
+            self.flush()
         return self.take_views()
 
     def _take_lines(self) -> None:
@@ -18002,8 +17843,7 @@ class ClientCore:
                 self.talk.take(line)
 
     def finish(self) -> list[ViewEvent]:
-        """Handle the end of the server's output. An unfinished last line counts, but not in IRC,
-        where it may be half of one."""
+        """Handle the end of the server's output: an unfinished last line counts, but not in IRC."""
         if self.kind == PLAIN:
             self.inbox.finish()
         self._take_lines()
@@ -18093,7 +17933,6 @@ class ClientCore:
         return self.take_views()
 
     def say(self, text: str) -> list[ViewEvent]:
-        """Send a text as a message, whatever its first character is."""
         self.input.say(text)
         self.flush()
         return self.take_views()
@@ -18244,8 +18083,7 @@ def number_up_to(most: int, word: str, what: str) -> int:
 
 
 def nth(word: str, count: int, what: str) -> int:
-    """Return the N of a typed -N, which means the Nth from the end of so many. Raises Refused with
-    the range."""
+    """Return the N of a typed -N, the Nth from the end. Raises Refused with the range."""
     number = whole_number(word[1:]) if word[:1] == "-" else 0
     if not count:
         raise Refused("NO_MESSAGE", f"there are no {what} here")
@@ -18388,12 +18226,6 @@ def do_ctcp(core: ClientCore, name: str, request: str) -> None:
     core.talk.command("PRIVMSG", name, f"\x01{' '.join(optional(verb.upper(), rest))}\x01")
 
 
-@client_command("names", most=1)
-def do_names(core: ClientCore, name: str = "") -> None:
-    """/names [#CHANNEL] -- list the members"""
-    core.talk.command("NAMES", name or asked_channel(core))
-
-
 @client_command("topic", most=1)
 def do_topic(core: ClientCore, words: str = "") -> None:
     """/topic [#CHANNEL] [TEXT|-delete] -- read, set or remove what a channel is about"""
@@ -18401,13 +18233,6 @@ def do_topic(core: ClientCore, words: str = "") -> None:
     if text == "-delete":
         return core.talk.command("TOPIC", where, "")
     core.talk.command("TOPIC", where, *optional(text))
-
-
-@client_command("nick", 1, 1)
-def do_nick(core: ClientCore, name: str) -> None:
-    """/nick NAME -- change your nick"""
-    core.talk.nick.regain = False
-    core.talk.command("NICK", name)
 
 
 @client_command("history", most=2, nameless=True)
@@ -18490,25 +18315,12 @@ def do_unignore(core: ClientCore, mask: str) -> None:
     do_ignore(core)
 
 
-@client_command("invite", 1, 2)
-def do_invite(core: ClientCore, name: str, where: str = "") -> None:
-    """/invite NAME [#CHANNEL] -- ask a user to come in"""
-    core.talk.command("INVITE", name, where or asked_channel(core))
-
-
 @client_command("kick", 1, 3)
 def do_kick(core: ClientCore, *words: str) -> None:
     """/kick [#CHANNEL] NAME [REASON] -- put a user out of this channel"""
     where, others = channel_and(core, words)
     name, *reason = need_given(others, "/kick [#CHANNEL] NAME [REASON]")
     core.talk.command("KICK", where, name, *optional(" ".join(reason)))
-
-
-def ban_of(name: str) -> str:
-    """Return the mask for a ban; a nick becomes the mask of the user who has it, and a host the
-    mask of its users."""
-    is_mask = set(name) & set("!@*:$")  # or an extended one
-    return name if is_mask else source_mask(name)
 
 
 def set_for_each(core: ClientCore, where: str, mode: str, values: list[str]) -> None:
@@ -18526,7 +18338,8 @@ def do_ban(core: ClientCore, words: str = "", mode: str = "+b") -> None:
     if not masks:
         need_given(mode == "+b", "/unban [#CHANNEL] NAME|MASK ...")
         return core.talk.command("MODE", where, mode)
-    return set_for_each(core, where, mode, [*map(ban_of, masks)])
+    masks = [mask if set(mask) & set("!@*:$") else source_mask(mask) for mask in masks]
+    return set_for_each(core, where, mode, masks)
 
 
 client_command("unban", 1, doc="/unban [#CHANNEL] NAME|MASK ... -- end bans")(
@@ -18550,13 +18363,12 @@ def do_mode(core: ClientCore, words: str = "") -> None:
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
     """Define a command that gives a rank to several users, or removes it."""
+    syntax = f"/{verb} [#CHANNEL] NAME ..."
 
+    @client_command(verb, 1, doc=f"{syntax} -- {summary}")
     def change(core: ClientCore, names: str) -> None:
         where, words = channel_and(core, names.split())
-        set_for_each(core, where, mode, need_given(words, f"/{verb} [#CHANNEL] NAME ..."))
-
-    change.__doc__ = f"/{verb} [#CHANNEL] NAME ... -- {summary}"
-    client_command(verb, 1)(change)
+        set_for_each(core, where, mode, need_given(words, syntax))
 
 
 command_for_ranks("op", "+o", "make users operators of this channel")
@@ -18578,18 +18390,19 @@ def command_that_is_sent(
     parts = syntax.split()
     least = sum(not part.startswith("[") for part in parts)
 
+    @client_command(verb, least, len(parts), f"/{verb} {syntax} -- {summary}", exact=secret)
     def pass_on(core: ClientCore, *words: str) -> None:
-        if not words and syntax.startswith("[#CHANNEL"):
-            words = (asked_channel(core),)
+        if len(words) < len(parts) and parts[-1].startswith("[#CHANNEL"):
+            words += (asked_channel(core),)
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
 
-    pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
-    client_command(verb, least, len(parts), exact=secret)(pass_on)
 
-
+command_that_is_sent("invite", "NAME [#CHANNEL]", "ask a user to come in")
 command_that_is_sent("list", "[MASK]", "which channels there are")
+command_that_is_sent("names", "[#CHANNEL]", "list the members")
+command_that_is_sent("nick", "NAME", "change your nick")
 command_that_is_sent("oper", "NAME PASSWORD", "operate the server", secret=True)
 command_that_is_sent("whois", "[SERVER] NAME", "what is known of a user")
 command_that_is_sent("who", "[#CHANNEL|MASK]", "list users with their addresses")
@@ -18663,13 +18476,12 @@ def do_pass(core: ClientCore, password: str) -> None:
 @client_command("connect", most=1, nameless=True)
 def do_connect(core: ClientCore, url: str = "") -> None:
     """/connect [URL] -- connect to one more server; list the servers"""
-    raise Refused("ONE_SERVER", "only the terminal client talks to several servers")
+    raise Refused("ONE_SERVER", "only clients with a screen talk to several servers; /quit leaves")
 
 
-@client_command("disconnect", nameless=True)
-def do_disconnect(core: ClientCore) -> None:
-    """/disconnect -- leave this server, and stay on the others"""
-    raise Refused("ONE_SERVER", "only the terminal client talks to several servers; /quit leaves")
+client_command(
+    "disconnect", nameless=True, doc="/disconnect -- leave this server, and stay on the others"
+)(do_connect)
 
 
 @client_command("reconnect", nameless=True)
@@ -18709,7 +18521,7 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
     for id in ids:
         core.outgoing.cancel(id)
     dropped = [f"{counted(len(ids), 'message')} dropped"] * bool(ids)
-    if which == "all" and talk and (id := talk.lines.unfinished) and not talk.lines.batching:
+    if which == "all" and talk and (id := talk.lines.unfinished) and not talk.lines.in_batch:
         sent, total = talk.lines.progress
         dropped.append(f"{sent} of {total} lines sent, the rest dropped")
         talk.lines.unsent.clear()
@@ -18793,8 +18605,6 @@ client_command(
 def do_send(core: ClientCore, path: str) -> None:
     """/send FILE -- upload a file, and post its link here when it is there"""
     room = asked_room(core)
-    if core.transfers.start is None:
-        raise Refused("NO_TRANSFERS", "only clients with a screen send files")
     core.transfers.start(Transfer(secrets.token_hex(8), True, room.name, path))
 
 
@@ -18806,8 +18616,6 @@ def do_save(core: ClientCore, *words: str) -> None:
     number = nth(words[0], len(files), "files") if numbered else 1
     if len(files) < number or files[-number][1] is None:
         raise Refused("NO_FILE", "no message here tells of such a file")
-    if core.transfers.start is None:
-        raise Refused("NO_TRANSFERS", "only clients with a screen save files")
     path = " ".join(words[bool(numbered) :])
     core.transfers.save(room, files[-number][0], path)
 
@@ -18912,10 +18720,7 @@ CREATE TABLE IF NOT EXISTS messages (
 CREATE INDEX IF NOT EXISTS messages_time ON messages (owner, room, time, number);
 CREATE UNIQUE INDEX IF NOT EXISTS messages_id ON messages (owner, id) WHERE id <> '';
 CREATE TABLE IF NOT EXISTS rooms (
-    owner INTEGER NOT NULL,
-    key TEXT NOT NULL,
-    name TEXT NOT NULL,
-    password TEXT NOT NULL,
+    owner INTEGER NOT NULL, key TEXT NOT NULL, name TEXT NOT NULL, password TEXT NOT NULL,
     channel INTEGER NOT NULL,
     wanted INTEGER NOT NULL,        -- to be joined at the next start
     draft TEXT NOT NULL,
@@ -18924,30 +18729,19 @@ CREATE TABLE IF NOT EXISTS rooms (
     place INTEGER NOT NULL DEFAULT 0,           -- among the conversations, from 0
     PRIMARY KEY (owner, key)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS reactions (
-    owner INTEGER NOT NULL,
-    id TEXT NOT NULL,               -- of the message
-    emoji TEXT NOT NULL,
-    name TEXT NOT NULL,
+CREATE TABLE IF NOT EXISTS reactions ( -- the id is that of the message
+    owner INTEGER NOT NULL, id TEXT NOT NULL, emoji TEXT NOT NULL, name TEXT NOT NULL,
     PRIMARY KEY (owner, id, emoji, name)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS transfers ( -- files on their way
-    owner INTEGER NOT NULL,
-    id TEXT NOT NULL,
-    state TEXT NOT NULL,            -- JSON, see Transfer.KEPT
-    PRIMARY KEY (owner, id)
+CREATE TABLE IF NOT EXISTS transfers ( -- files on their way, as JSON: see Transfer.KEPT
+    owner INTEGER NOT NULL, id TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (owner, id)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS ignored (
-    owner INTEGER NOT NULL,
-    mask TEXT NOT NULL,
-    PRIMARY KEY (owner, mask)
+    owner INTEGER NOT NULL, mask TEXT NOT NULL, PRIMARY KEY (owner, mask)
 );
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts ( -- that a server has told
-    owner INTEGER NOT NULL,
-    name TEXT NOT NULL,
-    value TEXT NOT NULL,
-    PRIMARY KEY (owner, name)
+    owner INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (owner, name)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS indexed (number INTEGER NOT NULL);     -- the last message that is
 INSERT INTO indexed SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM indexed);
@@ -18958,11 +18752,8 @@ CREATE TABLE IF NOT EXISTS servers (
     port INTEGER NOT NULL DEFAULT 0,            -- for TLS, which it demands (IRCv3 sts) ...
     until REAL NOT NULL DEFAULT 0               -- ... up to this time, in seconds since 1970
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS logins ( -- with passwords that this program made
-    server TEXT NOT NULL,
-    name TEXT NOT NULL,             -- a nick, folded
-    account TEXT NOT NULL,
-    password TEXT NOT NULL,
+CREATE TABLE IF NOT EXISTS logins ( -- with passwords that this program made; a nick, folded
+    server TEXT NOT NULL, name TEXT NOT NULL, account TEXT NOT NULL, password TEXT NOT NULL,
     PRIMARY KEY (server, name)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outboxes (
@@ -19021,11 +18812,13 @@ def index_words(text: str) -> list[str]:
 
 
 def or_nothing(read: Callable) -> Callable:
-    """Decorate a read to return an empty list while the database is locked or damaged."""
+    """Decorate a read, which sees what waits to be written, to return an empty list while the
+    database is locked or damaged."""
 
     @functools.wraps(read)
     def attempt_to(self: "ClientStore", *values: Any, **more: Any) -> Any:
         try:
+            self.flush()
             return read(self, *values, **more)
         except sqlite3.Error as error:
             self.trouble = str(error)
@@ -19035,8 +18828,7 @@ def or_nothing(read: Callable) -> Callable:
 
 
 def open_client_database(path: str) -> sqlite3.Connection:
-    """Open client.db, or a database in memory, and create its tables. Raises sqlite3.Error, and
-    Unusable if a later version of this program has written it."""
+    """Open client.db, or one in memory. Raises sqlite3.Error; Unusable if it is too new."""
     db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
     db.create_function("words_of", 1, words_of, deterministic=True)
     with contextlib.suppress(sqlite3.Error):  # a network home may refuse WAL: then a journal
@@ -19083,8 +18875,7 @@ class Writer:
         self.waiting.append((statement, values))
 
     def flush(self) -> bool:
-        """Execute the queued statements in one transaction. Return False if they still wait: the
-        file is locked, or there is `trouble`."""
+        """Execute the queued statements in one transaction; return False if they still wait."""
         if not self.waiting:
             return True
         try:
@@ -19100,8 +18891,7 @@ class Writer:
 
 
 class KnownServers(Writer):
-    """Facts about servers that a client needs before it connects: kind, expected certificate, TLS
-    policy, and passwords. Raises sqlite3.Error."""
+    """The facts about servers that a client needs to connect. Raises sqlite3.Error."""
 
     def __init__(self, db: sqlite3.Connection):
         super().__init__(db)
@@ -19137,10 +18927,9 @@ class KnownServers(Writer):
 
     def remember(self, server: "Target | str", **values: Any) -> None:
         """Store some of the columns of a server; another client may know more of the others."""
-        names = ("kind", "pin", "port", "until")
-        columns = dict(zip(names, self._known(server), strict=True)) | values
-        if (row := tuple(columns.values())) != self._known(server):
-            self.rows[str(server)] = row
+        known = dict(zip(("kind", "pin", "port", "until"), self._known(server), strict=True))
+        if known | values != known:
+            self.rows[str(server)] = tuple((known | values).values())
             marks = ", ".join("?" * (len(values) + 1))
             changes = ", ".join(f"{name} = excluded.{name}" for name in values)
             insert = f"INSERT INTO servers (server, {', '.join(values)}) VALUES ({marks})"
@@ -19268,7 +19057,6 @@ class ClientStore(Writer):
         self.write("DELETE FROM reactions WHERE owner = ? AND id = ?", self.owner, id)
 
     def react(self, id: str, emoji: str, name: str, on: bool) -> None:
-        """Store, or delete, the reaction of a user to a message."""
         verb = "INSERT OR IGNORE INTO reactions VALUES (?, ?, ?, ?)"
         if not on:
             verb = "DELETE FROM reactions WHERE owner = ? AND id = ? AND emoji = ? AND name = ?"
@@ -19277,9 +19065,8 @@ class ClientStore(Writer):
     @or_nothing
     def reactions(self, id: str) -> list[tuple[str, str]]:
         """Return the emoji and the nick of each reaction to a message."""
-        self.flush()
         query = "SELECT emoji, name FROM reactions WHERE owner = ? AND id = ? LIMIT ?"
-        return self.db.execute(query, [self.owner, id, REACTIONS_SHOWN]).fetchall()
+        return self._rows(query, id, REACTIONS_SHOWN)
 
     def rename(self, old: str, new: str) -> None:
         change = "UPDATE OR REPLACE {} SET {} = ? WHERE owner = ? AND {} = ?"
@@ -19295,22 +19082,19 @@ class ClientStore(Writer):
         """Apply another rule for names to the keys of this user's rows. `names` are those of the
         open conversations by their keys of `before`. The messages of two private conversations with
         one key are told apart by the name that the user had."""
-        self.flush()
-        query = "SELECT DISTINCT room FROM messages WHERE owner = ?"
-        keys = [key for (key,) in self.db.execute(query, [self.owner])]
+        keys = [key for (key,) in self._rows("SELECT DISTINCT room FROM messages WHERE owner = ?")]
         for key in filter(AMBIGUOUS_KEY.search, keys):
             views = [] if key in names else self.page(key, 1)
             name = names.get(key) or (views[0].where if views else key)
             name = name if before(name) == key else key  # the conversation was renamed
             query = "SELECT DISTINCT place FROM messages WHERE owner = ? AND room = ?"
-            for (place,) in self.db.execute(query, [self.owner, key]).fetchall():
+            for (place,) in self._rows(query, key):
                 own = before(place) == key and not is_channel(key)
                 change = "UPDATE messages SET room = ? WHERE owner = ? AND room = ? AND place = ?"
                 self.write(change, fold(place if own else name), self.owner, key, place)
             change = "UPDATE OR REPLACE facts SET name = ? WHERE owner = ? AND name = ?"
             self.write(change, f"holes {fold(name)}", self.owner, f"holes {key}")
-        query = "SELECT key, name FROM rooms WHERE owner = ?"
-        for key, name in self.db.execute(query, [self.owner]).fetchall():
+        for key, name in self._rows("SELECT key, name FROM rooms WHERE owner = ?"):
             if fold(name) != key:
                 change = "UPDATE OR IGNORE rooms SET key = ? WHERE owner = ? AND key = ?"
                 self.write(change, fold(name), self.owner, key)
@@ -19339,10 +19123,13 @@ class ClientStore(Writer):
         view = ViewEvent(kind, text, name, place, when, bool(mine), bool(called), past=True, id=id)
         return view._replace(own_id=own_id, number=number, reply=reply, file=file)
 
+    def _rows(self, query: str, *values: Any) -> list[tuple]:
+        return self.db.execute(query, [self.owner, *values]).fetchall()
+
     def _row(self, query: str, *values: Any) -> tuple | None:
         """Return the first row of this user's; None if there is none or the file is locked."""
         try:
-            return self.db.execute(query, [self.owner, *values]).fetchone()
+            return next(iter(self._rows(query, *values)), None)
         except sqlite3.OperationalError:  # locked
             return None
 
@@ -19357,20 +19144,18 @@ class ClientStore(Writer):
         self, key: str, count: int, view: ViewEvent | None = None, after: bool = False
     ) -> list[ViewEvent]:
         """Return the last messages of a conversation, or those before or after a view, in order."""
-        self.flush()
         when, number = self._position(view) if view else (LAST_MOMENT, 0)
         sign, order = (">", "ASC") if after else ("<", "DESC")
         query = f"""
             SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND room = ?
             AND (time {sign} ? OR (time = ? AND number {sign} ?))
             ORDER BY time {order}, number {order} LIMIT ?"""
-        rows = self.db.execute(query, [self.owner, key, when, when, number, count]).fetchall()
+        rows = self._rows(query, key, when, when, number, count)
         return [self._view(row) for row in (rows if after else reversed(rows))]
 
     @or_nothing
     def find(self, words: str, count: int, key: str | None = None) -> list[ViewEvent]:
         """Return the last messages that contain all words, of one conversation or of all."""
-        self.flush()
         quoted = " ".join(f'"{word}"' for word in index_words(words))
         if not quoted:
             return []
@@ -19388,9 +19173,8 @@ class ClientStore(Writer):
             found = [quoted, CLIENT_HITS_SEEN, self.owner, *values]
             rows = self.db.execute(indexed, found).fetchall()
         wanted = fold_text(words).split()
-        for row in self.db.execute(recent, [self.owner, *values]):
-            if all(word in fold_text(row[2]) for word in wanted):
-                rows.append(row)
+        unindexed = self.db.execute(recent, [self.owner, *values])
+        rows += (row for row in unindexed if all(word in fold_text(row[2]) for word in wanted))
         rows.sort(key=lambda row: (row[5], row[0]))
         return [self._view(row) for row in rows[-count:]]
 
@@ -19402,21 +19186,19 @@ class ClientStore(Writer):
     @or_nothing
     def has(self, key: str, view: ViewEvent) -> bool:
         """Return whether a message of a conversation is stored."""
-        self.flush()
-        which, values = "room = ? AND time = ? AND name = ? AND text = ?", (key, view.time or 0)
-        values += (view.name, view.text)
+        query = "SELECT 1 FROM messages WHERE owner = ? AND "
         if view.id:
-            which, values = "id = ?", (view.id,)
-        query = f"SELECT 1 FROM messages WHERE owner = ? AND {which}"
-        return self.db.execute(query, [self.owner, *values]).fetchone() is not None
+            return bool(self._rows(query + "id = ?", view.id))
+        query += "room = ? AND time = ? AND name = ? AND text = ? LIMIT 1"
+        return bool(self._rows(query, key, view.time or 0, view.name, view.text))
 
     def newest(self) -> ViewEvent | None:
         """Return the message with an id that was stored last; None if there is none."""
         query = f"""
             SELECT {MESSAGE_ROW} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
             ORDER BY number DESC LIMIT 1"""
-        row = self.db.execute(query, [self.owner]).fetchone()
-        return self._view(row) if row else None
+        rows = self._rows(query)
+        return self._view(rows[0]) if rows else None
 
     # Transfers, conversations, ignored users, facts, settings
 
@@ -19430,8 +19212,7 @@ class ClientStore(Writer):
         self.flush()
 
     def transfers(self) -> list[Transfer]:
-        query = "SELECT state FROM transfers WHERE owner = ?"
-        rows = self.db.execute(query, [self.owner]).fetchall()
+        rows = self._rows("SELECT state FROM transfers WHERE owner = ?")
         return [Transfer(**json.loads(state)) for (state,) in rows]
 
     def keep_room(self, key: str, room: Room, place: int = 0) -> None:
@@ -19460,7 +19241,7 @@ class ClientStore(Writer):
         columns = ", ".join(ROOM_COLUMNS)
         query = f"SELECT key, {columns} FROM rooms WHERE owner = ? ORDER BY place"
         rooms = []
-        for key, *row in self.db.execute(query, [self.owner]):
+        for key, *row in self._rows(query):
             self.kept_rooms[key] = known = dict(zip(ROOM_COLUMNS, row, strict=True))
             room = Room(known["name"], known["password"], bool(known["channel"]))
             room.wanted, room.muted = bool(known["wanted"]), bool(known["muted"])
@@ -19474,8 +19255,7 @@ class ClientStore(Writer):
             self.write("INSERT INTO ignored VALUES (?, ?)", self.owner, mask)
 
     def ignored(self) -> set[str]:
-        query = "SELECT mask FROM ignored WHERE owner = ?"
-        return {row[0] for row in self.db.execute(query, [self.owner])}
+        return {mask for (mask,) in self._rows("SELECT mask FROM ignored WHERE owner = ?")}
 
     def keep_fact(self, name: str, value: str) -> None:
         self.write("REPLACE INTO facts VALUES (?, ?, ?)", self.owner, name, value)
@@ -22055,8 +21835,7 @@ NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
 
 
 def resolve_server(target: Target, trust: Trust) -> tuple[Any, list[tuple[int, tuple]]]:
-    """Return the TLS context for a server, None without TLS, and the server's addresses, each with
-    its family. Both may take a while: this is for a helper."""
+    """Return a server's TLS context, None without TLS, and its addresses. Both may take long."""
     context = trust.context() if target.tls else None
     found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     return context, [(family, address) for family, *_, address in found]
@@ -22180,8 +21959,7 @@ def take_record(known: dict[str, Any], record: Any) -> None:
 
 
 def parse_journal(data: bytes) -> tuple[str, list[Waiting]]:
-    """Return the secret and the waiting messages of an outbox in a file: lines of JSON, of which
-    damaged ones are left out."""
+    """Return the secret and the messages of an outbox in a file, without damaged lines."""
     known: dict[str, Any] = {"": Outbox().secret}
     for line in data.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -22190,7 +21968,6 @@ def parse_journal(data: bytes) -> tuple[str, list[Waiting]]:
 
 
 def move_outbox(db: sqlite3.Connection, file: typing.BinaryIO, target: Target, name: str) -> None:
-    """Move an outbox in an open file to client.db."""
     secret, waiting = parse_journal(file.read())
     with transaction(db):
         box = db.execute(NEW_OUTBOX, [str(target), fold(name), secret]).lastrowid
@@ -22252,8 +22029,7 @@ def open_client_file(
 def open_outbox(
     db: sqlite3.Connection, folder: pathlib.Path | None, target: Target, name: str
 ) -> Outbox:
-    """Return an outbox, with what the last clients of this name left; without a folder, a new
-    one. Raises Unusable."""
+    """Return an outbox, with what the last clients of this name left. Raises Unusable."""
     if folder is None:
         return Outbox()
     with file_errors(folder / "client.db"), patience_with(db):
@@ -22461,11 +22237,6 @@ class CertificateCheck:
         self.known.remember(target, pin="")
         return "", f"{target} has a new certificate, signed by a trusted authority"
 
-    def trust_doubted(self, target: Target) -> None:
-        """Pin the certificate that the user has judged."""
-        self.known.remember(target, pin=self.doubted)
-        self.doubted = ""
-
     def cause(self, reason: str, sts: bool) -> str:
         """Return the cause of a failure of TLS: AGAIN if another attempt can find out more. Under a
         policy (`sts`) there is none: the user must not be asked to go on."""
@@ -22496,29 +22267,18 @@ class CertificateCheck:
 class Link:
     """A client core and its connection to a server, kept up for as long as possible.
 
-    `show(views)` gets the views to show. `over(reason)` is called once at the end: with "" after
-    leave(), else with the reason why the link cannot go on. The link gives up after `patience`
-    seconds without a server. `asks`: a user can answer questions that no program can. A caller may
-    replace `drained()` to learn that has_room() has become true."""
+    A caller replaces `show(views)`, which gets the views to show; `over(reason)`, which is called
+    once at the end, with "" after leave(); and `drained()` to learn that has_room() has become
+    true. Only an interactive core has a user who can answer questions."""
 
     def __init__(
-        self,
-        loop: Loop,
-        target: Target,
-        core: ClientCore,
-        show: Callable[[list[ViewEvent]], None],
-        over: Callable[[str], None],
-        trust: Trust = BELIEVE_THE_SYSTEM,
-        known: KnownServers | None = None,
-        patience: float = math.inf,
-        asks: bool = True,
+        self, loop: Loop, target: Target, core: ClientCore, trust: Trust, known: KnownServers
     ):
-        self.loop, self.core = loop, core
+        self.loop, self.core, self.trust, self.known = loop, core, trust, known
+        self.show = self.over = self.drained = do_nothing
         self.given = self.target = target  # as the user gave it; where the connection goes
         self.choices = collections.deque([target, *target.others])  # the present one first
-        self.show, self.over, self.trust = show, over, trust
-        self.patience, self.asks = patience, asks
-        self.known = known or KnownServers(open_client_database(":memory:"))
+        self.patience = math.inf if core.interactive else 0.0  # seconds without a server
         self.certificate = CertificateCheck(trust, self.known)
         self.helpers = Helpers(loop)
         self.phase = WAITING
@@ -22538,11 +22298,9 @@ class Link:
         self.stays = False  # do not end by itself: the session stood once, for example
         self.watched = loop.now  # when the connection was last looked at ...
         self.pinged = -math.inf  # ... and when the server was asked whether it is there
-        self.drained: Callable = do_nothing
         core.later, core.clock, core.ticks = self.later, time.time, lambda: self.loop.now
         core.me.certificate = bool(trust.own)
-        self.known_kind = self.known.kind(target)
-        core.kind, core.kind_forced = target.kind or self.known_kind, bool(target.kind)
+        core.kind, core.kind_forced = target.kind or known.kind(target), bool(target.kind)
         self._watch()
 
     @property
@@ -22583,7 +22341,8 @@ class Link:
     def typed(self, text: str, *more: Any) -> None:
         """Take a line that the user entered: see ClientCore.typed()."""
         if self.certificate.doubted and text.strip() == "/trust":
-            self.certificate.trust_doubted(self.target)
+            self.known.remember(self.target, pin=self.certificate.doubted)
+            self.certificate.doubted = ""
             return self.start()
         self._carry_on(self.core.typed(text, *more))
         if self.core.wants_connection:
@@ -22603,7 +22362,6 @@ class Link:
         self._carry_on([])
 
     def reconnect(self) -> None:
-        """Connect now, without any more waiting."""
         self.backoff = BACKOFF_FIRST
         if self.conn is not None:
             self.core.redial = True
@@ -22683,7 +22441,7 @@ class Link:
         self.timer.cancel()
         fingerprint = self.conn.tls.fingerprint()
         verdict, text = self.certificate.judge(self.target, fingerprint)
-        if verdict == UNTRUSTED and self.asks:
+        if verdict == UNTRUSTED and self.core.interactive:
             advice = "/trust if the operator of the server tells you the same; else /quit"
             notes = (f"{text}. Its SHA-256 is", fingerprint, advice)
             self.show([ViewEvent(NOTE, note) for note in notes])
@@ -22762,13 +22520,11 @@ class Link:
         self.poke()
 
     def _stand(self) -> None:
-        """Handle a step of an established session: reset the back-off on progress, remember the
-        kind of server, send waiting messages, and leave if the user wants to."""
+        """Handle a step of an established session: progress, kind of server, the user's leaving."""
         self.stays = True
         if self.core.progress != self.progress:
             self.progress, self.backoff = self.core.progress, BACKOFF_FIRST
-        if self.core.kind_confirmed and self.core.kind != self.known_kind and not self.target.kind:
-            self.known_kind = self.core.kind
+        if self.core.kind_confirmed and not self.target.kind:
             self.known.remember(self.target, kind=self.core.kind)
         self.make_room()
         if self.leaving and self.core.idle:
@@ -22855,7 +22611,7 @@ class Link:
         """End the link. But if the server stood once, or is one of several, let the user decide:
         text typed meanwhile must not go elsewhere."""
         text = self.certificate.failure(self.target, reason) or self.core.refusal or reason
-        if not (self.asks and self.stays):
+        if not self.stays:
             return self._end(text)
         advice = advice_after(text)
         if self.certificate.other and not self.trust.pin:
@@ -22865,21 +22621,21 @@ class Link:
         return self._wait_for_user(text, advice)
 
     def _ask_user(self, reason: str) -> None:
-        """Tell the user the choices; without a user, end the link."""
         why = f"{self.target}: {self.core.refusal or reason}"
-        return self._wait_for_user(why, advice_after(why)) if self.asks else self._end(why)
+        self._wait_for_user(why, advice_after(why))
 
     def _wait_for_user(self, why: str, advice: str) -> None:
+        if not self.core.interactive:
+            return self._end(why)
         self.core.quitting = False
         self._enter(WAITING)
         self.show([ViewEvent(NOTE, f"{why}; {advice}")])
-        self.status(why)
+        return self.status(why)
 
     def _come_back(self, reason: str) -> None:
         why = self.core.refusal or reason
-        waited = self.loop.now - self.stood > self.patience
         lost, another = self.target, self._next_choice()
-        if not another and (self.patience == 0 or waited):
+        if not another and self.loop.now - self.stood >= self.patience:
             return self._end(f"{lost}: {why}")
         wait = self.backoff * random.uniform(0.75, 1.25)  # so that not all come back at once
         if another:
@@ -22919,7 +22675,7 @@ class Link:
         if not self.ended:
             self.phase = ENDED
             self.known.flush()
-            for timer in filter(None, (self.timer, self.again, self.pace, self.dismissal)):
+            for timer in filter(None, (self.timer, self.pace, self.dismissal)):
                 timer.cancel()
             if self.race:
                 self.race.cancel()
@@ -23254,8 +23010,7 @@ def whole_bytes(text: str) -> int:
 
 
 def range_given(response: Response) -> tuple[int, int]:
-    """Return where the body of an answer begins in a file, -1 if that is unknown, and the size of
-    the file, 0 if that is unknown."""
+    """Return where the body of an answer begins in a file, or -1, and the file's size, or 0."""
     length = whole_bytes(response.header("content-length"))
     if response.status == 200:
         return 0, length
@@ -23280,8 +23035,7 @@ def is_temporary(response: Response | None) -> bool:
 
 
 def state_of(path: pathlib.Path | str) -> tuple[int, int]:
-    """Return the size of a file, and when it was changed. Raises Refused if there is something
-    else, or OSError."""
+    """Return a file's size and time of change. Raises Refused if it is no file, or OSError."""
     known = os.stat(path)
     if not stat.S_ISREG(known.st_mode):  # to read a pipe may take for ever
         raise Refused("NO_FILE", f"{path} is no file")
@@ -23321,7 +23075,6 @@ class Download:
         self.transfers.core.transfers.keep(one)
 
     def take(self, data: bytes) -> None:
-        """Take a piece of the file."""
         self.pieces.append(data)
         self.one.done += len(data)
         if call := self.transfers.calls.get(self.one.id):
@@ -23448,12 +23201,10 @@ class Transfers:
         try:
             if one.up:
                 check_unchanged(one)
-            if not one.up:
-                self._download(one)
-            elif one.url:
-                self._look(one, token)
+                begin = self._look if one.url else self._create
+                begin(one, token)
             else:
-                self._create(one, token)
+                self._download(one)
         except OSError as error:
             self.failed(one, f"{one.path}: {reason_of(error)}")
         except (ChatError, ValueError) as error:
@@ -23522,8 +23273,7 @@ class Transfers:
     # Up
 
     def _ask(self, one: Transfer, request: CallRequest, *accepted: int) -> None:
-        """Send a request of an upload. After a status that is not one of the accepted ones, the
-        upload waits or fails."""
+        """Send a request of an upload, which waits or fails after a status that is not accepted."""
 
         def answered(response: Response | None, text: str) -> None:
             if is_temporary(response):
@@ -23641,8 +23391,7 @@ class Transfers:
         self.link.show([ViewEvent(NOTE, f"saved {path} ({size_text(one.done)})", where=one.room)])
 
     def fetch(self, path: str, most: int, then: Callable[[bytes, str], None]) -> None:
-        """Call then(content, "") of a file of this server with at most so many bytes, or
-        then(b"", why it cannot be fetched)."""
+        """Call then(content, "") of a file of this server, or then(b"", reason) if it is longer."""
         id, pieces = f"fetched {secrets.token_hex(8)}", []
 
         def piece(data: bytes) -> None:
@@ -23795,9 +23544,7 @@ class KeyDecoder:
         return self._whole_keys()
 
     def _whole_keys(self) -> list[Key]:
-        keys = []
-        while self.rest and (key := self._next()):
-            keys.append(key)
+        keys = iter(lambda: self._next() if self.rest else None, None)
         return [key for key in keys if key.name]
 
     def flush(self, now: float = 0.0) -> list[Key]:
@@ -24060,7 +23807,6 @@ class LineEditor:
         return part
 
     def _move(self, unit: Callable[[str], str]) -> None:
-        """Move the cursor over a part of the text."""
         part = self._cut(unit)
         if unit in BACKWARDS:
             self.after = part + self.after
@@ -24360,11 +24106,6 @@ def moved_lines(view: ViewEvent, look: Look) -> list[str]:
     return [look.palette.dim(f"{clock_of(view, look)} {view.name} {verb}{where}{why}")]
 
 
-def several_moved_lines(view: ViewEvent, look: Look) -> list[str]:
-    where = "" if fold(view.where) in ("", fold(look.here)) else f"{view.where}: "
-    return [look.palette.dim(f"{clock_of(view, look)} {where}{view.text}")]
-
-
 EXPLAINED = re.compile(r"(/\S.*?|\S.*?:) {2,}(\S.*)")  # a command or a key, and what it does
 
 
@@ -24411,13 +24152,8 @@ LINES = {  # how each kind of view looks
     MESSAGE: said_lines,
     NOTICE: noticed_lines,
     FOUND: found_lines,
-    JOIN: moved_lines,
-    PART: moved_lines,
-    QUIT: moved_lines,
-    MOVED: several_moved_lines,
-    **dict.fromkeys(CHANGES, told_lines),
-    SERVER_TEXT: told_lines,
-    NOTE: told_lines,
+    **dict.fromkeys(MOVES, moved_lines),
+    **dict.fromkeys((MOVED, *CHANGES, SERVER_TEXT, NOTE), told_lines),
     FAILED: failed_lines,
     PEOPLE: people_lines,
     PAGE: page_lines,
@@ -24470,8 +24206,7 @@ def room_marks(
 
 
 def status_row(parts: list[tuple[str, tuple[int, ...]]], columns: int, palette: Palette) -> str:
-    """Return the row between messages and input: as many of the parts as fit, the most important
-    ones first, and a line to the margin."""
+    """Return the row between messages and input: as many parts as fit, and a line to the margin."""
     shown, used = "", 2
     for n, (text, colours) in enumerate(parts):
         left = columns - 1 - used - 2 * (n + 1 < len(parts))  # there has to be room for a mark
@@ -24611,8 +24346,7 @@ class ScrollbackView:
         return lines, oldest
 
     def news(self, now: float) -> list[str]:
-        """Return the lines since the last call. If there are too many to show, return the number of
-        missing ones and the last screenful."""
+        """Return the lines since the last call; of too many, the number and the last screenful."""
         since, new, self.shown = self.shown, self.below, self.total
         self.budget.refill(now)
         if new > max(self.height, self.budget.tokens):
@@ -24682,8 +24416,7 @@ GO_COMMANDS = ("/go", "/part", "/names", "/history")  # are followed by a conver
 
 
 def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
-    """Return completions of the last word of a line. The users who spoke last come first; after a
-    command, users of other conversations follow."""
+    """Return completions of the last word of a line; the users who spoke last come first."""
     rooms = [room.name for room in core.rooms.values()]
     command, first = before.split(" ")[0].lower(), word == before
     if command in GO_COMMANDS and not first:
@@ -24787,7 +24520,6 @@ class Display:
             self.keep(ViewEvent(SERVER_TEXT, f"you to {view.where}: {view.text}"), self.room)
 
     def _take_removed(self, view: ViewEvent) -> None:
-        """Redraw without the message, and without lines that quote it."""
         room = self.core.find(view.where)
         if room and view.id:
             room.drop(lambda one: one.kind == SERVER_TEXT and one.reply == view.id)
@@ -24798,7 +24530,6 @@ class Display:
         self.cleared = True
 
     def _take_reacted(self, view: ViewEvent) -> None:
-        """Show a reaction in words."""
         known = visible(self.core.stored.answered_words(view._replace(reply=view.id)))
         verb = "reacted" if view.number > 0 else "takes back"
         text = f"{view.name} {verb} {view.text} to {cut(known, REACTED_BYTES)}"
@@ -24838,14 +24569,10 @@ class Display:
         self.reader.mark_unread(whole_number(view.text) or 0)
 
     ROWS = {
-        MESSAGE: _take_said,
-        NOTICE: _take_said,
+        **dict.fromkeys(SPOKEN, _take_said),
+        **dict.fromkeys((*FOLDED, SERVER_TEXT, NOTE, QR_CODE), keep),
         FOUND: lambda self, view: self.keep(view, self.room),
         REACTED: _take_reacted,
-        **dict.fromkeys(FOLDED, keep),
-        SERVER_TEXT: keep,
-        NOTE: keep,
-        QR_CODE: keep,
         FAILED: _take_failed,
     }
     TAKEN = {
@@ -24879,16 +24606,19 @@ class Display:
 
     def parts(self, trouble: str, waiting: int) -> list[tuple[str, tuple[int, ...]]]:
         """Return the parts of the status row, the most important one first."""
-        room, core = self.room, self.core
+        room, core, reader = self.room, self.core, self.reader
         people = f" {len(room.people):,}" if room.is_channel and room.people else ""
         rank = room.people.get(core.name, "")
+        sent, total = core.talk.lines.progress if core.talk else (0, 0)
+        begun = sent < total and total >= PROGRESS_LINES
         parts = [
             (trouble, (1, 33)),
             ("away" * bool(core.away), (33,)),
-            (self._progress(), (33,)),
+            (f"{sent:,} of {total:,} lines sent" * begun, (33,)),
             ("; ".join(one.words() for one in core.transfers[:2]), (33,)),
             (f"{waiting:,} waiting" if waiting else "", (33,)),
-            *self._reading(),
+            (f"{reader.below:,} new below" * bool(reader.back and reader.below), (1, 36)),
+            (self._at() if reader.back else "", (36,)),
             (typing_text(map(visible, room.typing)), (36,)),
             (visible(room.name) + people + f" ({rank})" * bool(rank), (1,)),
             *room_marks(self.core.rooms.values(), room, self.elsewhere()),
@@ -24897,21 +24627,6 @@ class Display:
             (cut_to(visible(room.topic), max(0, self.painter.columns - TOPIC_MARGIN)), (2,)),
         ]
         return [(text, colours) for text, colours in parts if text]
-
-    def _progress(self) -> str:
-        """Return how many lines of a long message have been sent, while it is sent."""
-        talk = self.core.talk
-        sent, total = talk.lines.progress if talk else (0, 0)
-        if sent == total or total < PROGRESS_LINES:
-            return ""
-        return f"{sent:,} of {total:,} lines sent"
-
-    def _reading(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Return the status parts for reading back; none when live."""
-        reader = self.reader
-        if not reader.back:
-            return []
-        return [(f"{reader.below:,} new below" * bool(reader.below), (1, 36)), (self._at(), (36,))]
 
     def _at(self) -> str:
         reader, views = self.reader, self.reader.room.views
@@ -25100,8 +24815,7 @@ class ClientOptions(NamedTuple):
 class Client:
     """The base of all clients: a loop, a link, and an end with a reason."""
 
-    patience = math.inf
-    interactive = asks = True
+    interactive = True
 
     def __init__(self, options: ClientOptions):
         self.loop, self.options, self.reason = Loop(), options, ""
@@ -25126,10 +24840,9 @@ class Client:
                     target.kind or known.kind(target),
                     store=store if self.interactive else None,
                     password=options.password,
-                    join=options.join or ((LOBBY,) if options.lobby else ()),
+                    join=options.join or (None if options.lobby else ()),
                     login=login or made,
                     outbox=outbox,
-                    named=bool(options.join),
                 )
             except sqlite3.Error:
                 if outbox.rows:
@@ -25140,9 +24853,8 @@ class Client:
             core.me.plain_allowed = "PLAIN" in options.mechanisms
         core.me.generated = bool(made) and login is None
         core.me.keep = functools.partial(known.keep_login, target, options.name) if state else None
-        settings = (options.trust, known, self.patience, self.asks)
-        link = Link(self.loop, target, core, do_nothing, do_nothing, *settings)
-        if self.asks:
+        link = Link(self.loop, target, core, options.trust, known)
+        if self.interactive:
             Transfers(link, pathlib.Path.cwd())
         return core, link
 
@@ -25154,7 +24866,6 @@ class Client:
         self.show([ViewEvent(NOTE, text)])
 
     def over(self, reason: str) -> None:
-        """End the client with its link."""
         self.reason = self.reason or reason
         self.loop.stop()
 
@@ -25164,7 +24875,6 @@ class Client:
         return f"{counted(waiting, 'message')} {fate}"
 
     def ending(self) -> None:
-        """Store what is left to be stored."""
         self.core.close_store()
 
     def run(self) -> str:
@@ -25214,8 +24924,7 @@ class ManyServers(Client):
         """React to a server that was removed, or is looked at now, as each added one is."""
 
     def is_writing(self, seat: Seat) -> bool:
-        """Return whether a text for the current conversation of a server is begun, so that the
-        server must not lead to another one."""
+        """Return whether a text is begun, so that the server must not lead elsewhere."""
         return False
 
     # Servers
@@ -25241,8 +24950,7 @@ class ManyServers(Client):
         self.look_at(first)
 
     def connect(self, words: str) -> None:
-        """Handle /connect [URL [NICK]], or HOST PORT [NICK]: add a server beside the others, or
-        list them."""
+        """Handle /connect [URL [NICK]], or HOST PORT [NICK]: add a server, or list them."""
         url, *more_words = words.split() or [""]
         if more_words and more_words[0].isdecimal():  # HOST PORT, as other clients have it
             url = f"{url}:{more_words.pop(0)}"
@@ -25285,7 +24993,6 @@ class ManyServers(Client):
         self.store.flush()
 
     def look_at(self, seat: Seat) -> None:
-        """Show the conversations on another server."""
         if seat is self.seat:
             return
         self.core.looked_at = False
@@ -25352,8 +25059,7 @@ def output_trouble(error: OSError) -> str:
 class Filter(Client):
     """Lines in, lines out, for pipes. It ends after its input, once the server has all of it."""
 
-    patience = 0.0  # until there is a connection
-    interactive = asks = False
+    interactive = False
 
     def __init__(self, options: ClientOptions):
         super().__init__(options)
@@ -25502,16 +25208,12 @@ class TerminalClient(ManyServers):
         self.loop.turn_ends = self.paint
 
     def run(self) -> str:
-        for number, handler in (
-            ("SIGINT", self.interrupt),
-            ("SIGTERM", functools.partial(self.over, "")),
-            ("SIGHUP", functools.partial(self.over, "")),
-            ("SIGWINCH", self.resize),
-            ("SIGTSTP", self.suspend),
-            ("SIGCONT", self.resume),
-            ("SIGQUIT", functools.partial(self.over, "")),
-        ):
-            on_signal(self.loop, number, handler)
+        on_signal(self.loop, "SIGINT", self.interrupt)
+        on_signal(self.loop, "SIGWINCH", self.resize)
+        on_signal(self.loop, "SIGTSTP", self.suspend)
+        on_signal(self.loop, "SIGCONT", self.resume)
+        for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
+            on_signal(self.loop, name, functools.partial(self.over, ""))
         atexit.register(self.give_back)
         self.terminal.enter()
         self.tick()
@@ -25666,7 +25368,6 @@ class TerminalClient(ManyServers):
         ]
 
     def list_rooms(self) -> None:
-        """Show all conversations with their numbers."""
         listed: dict[str, list[str]] = {}
         for n, (seat, room) in enumerate(self.places(), 1):
             new = f" ({room.unread} new)" * bool(room.unread)
@@ -25703,8 +25404,7 @@ class TerminalClient(ManyServers):
         self.show(self.core.take_views())
 
     def place_of(self, name: str) -> tuple[Seat, Room] | None:
-        """Return the conversation with this number or name, preferably on the server that is looked
-        at; None if there is none."""
+        """Return the conversation with this number or name, first of this server; None for none."""
         places = self.places()
         if (number := whole_number(name)) and number <= len(places):
             return places[number - 1]
@@ -25722,10 +25422,9 @@ class TerminalClient(ManyServers):
     def go_next(self, step: int = 1) -> None:
         places = self.places()
         rooms = [room for _, room in places]
-        if places:
-            room = self.core.room or self.display.nowhere
-            here = rooms.index(room) if room in rooms else -1
-            self.go(places[(here + step) % len(places)])
+        room = self.core.room or self.display.nowhere
+        here = rooms.index(room) if room in rooms else -1
+        self.go(places[(here + step) % len(places)])
 
     def go_unread(self) -> None:
         """Go to a conversation where the user is mentioned; else to one with new messages."""
@@ -25816,20 +25515,15 @@ class TerminalClient(ManyServers):
                 seat.core.rooms.keep(room)
 
     def take_back(self, core: ClientCore, view: ViewEvent) -> None:
-        """Give a text that was not accepted back to the conversation in which it was entered: as a
-        draft, if the user is elsewhere by now."""
+        """Give a text that was not accepted back: as a draft, if the user is elsewhere by now, else
+        on the line. If it is a command, or the line is not empty, Up recalls it."""
         room = core.find(view.where) if view.where else self.writing_in
-        if room is self.writing_in or room is None:
-            return self.give_text_back(view.text)
-        room.draft = "\n".join(optional(room.draft, view.text))
-
-    def give_text_back(self, text: str) -> None:
-        """Put text that was not accepted back on the line; if it is a command, or the line is not
-        empty, let Up recall it."""
-        if not (self.editor.text or text[:1] == "/"):
-            self.editor.set(text)
-        elif not is_secret(text):
-            self.editor.remember(text)
+        if room not in (self.writing_in, None):
+            room.draft = "\n".join(optional(room.draft, view.text))
+        elif not (self.editor.text or view.text[:1] == "/"):
+            self.editor.set(view.text)
+        elif not is_secret(view.text):
+            self.editor.remember(view.text)
 
     def trouble(self) -> str:
         """Return what is wrong with the connection; "" if nothing is."""
@@ -25843,8 +25537,7 @@ class TerminalClient(ManyServers):
         return "" if self.core.ready else "connecting"
 
     def paint(self) -> None:
-        """Write all that is new at once: immediately after a key, else at most PAINTS_A_SECOND
-        times a second."""
+        """Write what is new: at once after a key, else at most PAINTS_A_SECOND times a second."""
         wait = self.painted + 1 / PAINTS_A_SECOND - self.loop.now
         if self.news and wait > 0 and not self.painting:
             self.painting = self.loop.call_later(wait, do_nothing)

@@ -20675,23 +20675,36 @@ def test_an_ignored_user_opens_nothing_with_a_message_of_several_lines():
     assert "bob" not in alice.core.rooms
 
 
-MESSAGES_AT_THE_LIMIT = [  # where, the text, its kind, and whether some server may take it
-    ("#a", "\n".join(["x"] * chat.MESSAGE_LINES), chat.MESSAGE, True),
-    ("#a", "\n".join(["x"] * (chat.MESSAGE_LINES + 1)), chat.MESSAGE, False),
-    ("#a", "x" * chat.LINE_BYTES, chat.MESSAGE, True),
-    ("#a", "\u00e9" * (chat.LINE_BYTES // 2), chat.MESSAGE, True),
-    ("#a", "x" * (chat.LINE_BYTES + 1), chat.MESSAGE, False),
-    ("#a", "x" * chat.FITS_ALWAYS, chat.ACTION, True),
-    ("#a", "x" * (chat.FITS_ALWAYS + 1), chat.ACTION, False),
-    ("#" + "a" * 63, "x", chat.MESSAGE, True),
-    ("#" + "a" * 64, "x", chat.MESSAGE, False),
+TEXTS_AT_THE_LIMIT = [  # a text, its kind, and how many messages it becomes
+    ("\n".join(["x"] * chat.MESSAGE_LINES), chat.MESSAGE, 1),
+    ("\n".join(["x"] * (chat.MESSAGE_LINES + 1)), chat.MESSAGE, 2),
+    ("x" * chat.LINE_BYTES, chat.MESSAGE, 1),
+    ("\u00e9" * (chat.LINE_BYTES // 2), chat.MESSAGE, 1),
+    ("x" * (chat.LINE_BYTES + 1), chat.MESSAGE, 2),
+    ("\u00e9" * chat.LINE_BYTES, chat.MESSAGE, 2),
+    ("x" * chat.FITS_ALWAYS, chat.ACTION, 1),
+    ("x" * (chat.FITS_ALWAYS + 1), chat.ACTION, 2),
 ]
 
 
-@pytest.mark.parametrize("where, text, kind, taken", MESSAGES_AT_THE_LIMIT)
-def test_a_message_is_as_long_as_a_server_takes_it_and_no_longer(where, text, kind, taken):
-    with contextlib.nullcontext() if taken else pytest.raises(chat.Refused):
-        chat.check_message(where, text, kind, 64)
+@pytest.mark.parametrize("text, kind, count", TEXTS_AT_THE_LIMIT)
+def test_a_message_is_as_long_as_a_server_takes_it_and_no_longer(text, kind, count):
+    alice = with_bob()
+    alice.core.outgoing.send("#a", text, kind)
+    pieces = [one.text for one in alice.core.outbox.waiting.values()]
+    assert len(pieces) == count and "".join(pieces).replace("\n", "") == text.replace("\n", "")
+    assert all(piece.count("\n") < chat.MESSAGE_LINES for piece in pieces)
+    most = chat.FITS_ALWAYS if kind == chat.ACTION else chat.LINE_BYTES
+    assert all(len(piece.encode()) <= most for piece in pieces)
+
+
+@pytest.mark.parametrize("size, taken", [(64, True), (65, False)])
+@pytest.mark.parametrize("command", ["/query {} x", "/msg {} x", "/query {}"])
+def test_a_conversation_has_no_name_that_is_too_long_for_the_server(command, size, taken):
+    alice = with_bob().types(text := command.format("x" * size))
+    assert ("x" * size in alice.core.rooms) == taken
+    note = ["a name has at most 64 bytes; nothing was sent"]
+    assert (alice.kinds("back"), alice.kinds("note")) == (([], []) if taken else ([text], note))
 
 
 @pytest.mark.parametrize("beyond", [0, 1])
@@ -21834,7 +21847,7 @@ def test_what_a_client_does_without_a_connection_is_stored_all_the_same():
 def test_a_server_that_stood_stays_when_it_cannot_be_trusted_any_more():
     link = Hanging(True, 60.0)
     link.phase, link.stays = chat.SECURING, True
-    link.certificate.known, link.certificate.other = known_servers(), "ab" * 32
+    link.certificate.other = "ab" * 32
     link.lost(f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: self-signed certificate")
     assert link.phase == chat.WAITING and link.certificate.doubted == "ab" * 32
     (note,) = [view.text for view in link.log if view.kind == "note"]
@@ -21896,7 +21909,7 @@ def test_a_channel_that_is_named_is_entered_beside_those_of_the_last_time():
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
     store.keep_room("#tea", chat.Room("#tea"))
     store.flush()
-    core = chat.ClientCore("alice", join=["#lobby"], store=store, named=True)
+    core = chat.ClientCore("alice", join=["#lobby"], store=store)
     assert [room.name for room in core.rooms.values()] == ["#lobby", "#tea"]
     assert core.here == "#lobby" and core.room.wanted
     core = chat.ClientCore("alice", store=store)
@@ -22261,16 +22274,9 @@ class Hanging(chat.Link):
         self.log = []
         loop = FakeLoop(0.0)
         loop.call_later = lambda seconds, callback: chat.Timer(seconds, callback)
-        core = chat.ClientCore("alice")
-        super().__init__(
-            loop,
-            chat.Target("127.0.0.1", 1),
-            core,
-            self.log.extend,
-            self.log.append,
-            patience=patience,
-            asks=asks,
-        )
+        core, target = chat.ClientCore("alice", asks), chat.Target("127.0.0.1", 1)
+        super().__init__(loop, target, core, chat.Trust(), known_servers())
+        self.show, self.over, self.patience = self.log.extend, self.log.append, patience
         self.helpers = FakeHelpers()
         self.helpers.submit = lambda *_: None
 
@@ -24235,12 +24241,12 @@ REFUSED_COMMANDS = [  # what is typed, and the beginning of the note that it is 
     ("/go nosuch", "nosuch is not open; /query nosuch opens it"),
     ("/unignore x", "x is not ignored; /ignore lists the ignored users"),
     ("/register", "this server registers no accounts in this way"),
-    ("/connect x", "only the terminal client talks to several servers"),
-    ("/disconnect", "only the terminal client talks to several servers; /quit leaves"),
+    ("/connect x", "only clients with a screen talk to several servers; /quit leaves"),
+    ("/disconnect", "only clients with a screen talk to several servers; /quit leaves"),
     ("/retry", "there is nothing that could not be sent"),
     ("/reply", "usage: /reply [-N] TEXT"),
     ("/react", "usage: /react [-N] EMOJI"),
-    ("/send x", "only clients with a screen send files"),
+    ("/send x", "only clients with a screen send and save files"),
     ("/save 1", "there are no files here"),
     ("/redact", "this server takes no redact"),
 ]
@@ -24362,12 +24368,12 @@ def test_joins_that_were_sent_before_the_rule_for_names_was_told_are_found_under
     core.feed(b":s 001 alice :Welcome\r\n")
     joins = core.talk.joins
     joins.typed["#[a]"], joins.refused["#[a]"] = "word", 5.0
-    joins.retried.add("#[a]")
+    joins.retried["#[a]"] = None
     tables = (joins.unanswered, joins.typed, joins.refused)
     before = [table["#[a]"] for table in tables]
     core.feed(b":s 005 alice CASEMAPPING=rfc1459 :are supported\r\n")
     assert [dict(table) for table in tables] == [{"#{a}": value} for value in before]
-    assert joins.retried == {"#{a}"} and joins.waits("#{A]")
+    assert joins.retried.keys() == {"#{a}"} and joins.waits("#{A]")
 
 
 @pytest.mark.parametrize("lines", [1, 3])
@@ -24648,21 +24654,6 @@ def test_a_reaction_has_some_characters_and_not_too_many(monkeypatch, emoji, sen
     alice.core.flush()
     tags = f"@+draft/react={chat.escaped_tag(emoji)};+draft/reply=m1"
     assert alice.sent() == ([f"{tags} TAGMSG #a"] if sent else [])
-
-
-# A text that has to be divided, and of which the server takes no part.
-def test_the_rest_of_a_text_that_cannot_be_sent_comes_back_with_its_lines(monkeypatch):
-    def check(where, piece, *more):
-        if piece == "two":
-            raise chat.Refused("BAD", "no such piece")
-
-    monkeypatch.setattr(chat, "message_pieces", lambda text: text.split("\n"))
-    monkeypatch.setattr(chat, "check_message", check)
-    alice = with_bob()
-    alice.core.outgoing.send("#a", "one\ntwo\nthree")
-    views = alice.core.take_views()
-    assert [view.text for view in views if view.kind == "back"] == ["two\nthree"]
-    assert [one.text for one in alice.core.outbox.waiting.values()] == ["one"]
 
 
 STORED_OR_NOT = [  # a view beside that of bob at 5000 with the id "m1", and whether it is stored
@@ -25003,6 +24994,21 @@ def test_nothing_of_a_cancelled_paste_is_sent_later(caps):
     alice.types("/cancel all")
     assert not alice.core.talk.lines.unfinished
     assert not [line for line in alice.sent(90) if "PRIVMSG" in line]
+
+
+@pytest.mark.parametrize("sent, cancelled", [(5, True), (3, False)])
+def test_a_message_is_cancelled_between_its_batches_and_not_within_one(sent, cancelled):
+    caps = "echo-message message-tags batch draft/multiline=max-bytes=200,max-lines=3"
+    alice = Elsewhere(caps=caps)
+    alice.core.talk.budget.tokens = float(sent)
+    alice.types("\n".join(f"line {n}" for n in range(6)))
+    assert len(alice.sent()) == sent  # of two batches, each of which has five lines with its ends
+    alice.types("/cancel all")
+    note = f"{sent} of 10 lines sent, the rest dropped" if cancelled else "there is nothing to drop"
+    assert alice.kinds("note") == [note]
+    later = [line for line in alice.sent(30) if "batch" in line.lower()]
+    assert len(later) == (0 if cancelled else 10 - sent)
+    assert bool(alice.core.outbox.waiting) != cancelled
 
 
 def test_a_channel_that_takes_the_name_of_one_that_was_left_has_its_own_messages_only():
@@ -29164,14 +29170,15 @@ def test_what_clients_and_nodes_do_at_intervals_they_do_again(make, called):
     assert found == called
 
 
-@pytest.mark.parametrize("end, timers", [("lost", 3), ("_end", 4)])
-def test_a_link_without_a_connection_waits_for_nothing_of_it(end, timers):
+@pytest.mark.parametrize("end", ["lost", "_end"])
+def test_a_link_without_a_connection_waits_for_nothing_of_it(end):
     link = Hanging(True, 60.0)
     link.phase = chat.ONLINE
-    waiting = [chat.Timer(1.0, list) for _ in range(4)]
-    link.timer, link.pace, link.dismissal, link.again = waiting
+    waiting = [chat.Timer(1.0, list) for _ in range(3)]
+    link.timer, link.pace, link.dismissal = waiting
+    link.again = link.timer
     getattr(link, end)("it broke")
-    assert [timer.callback for timer in waiting[:timers]] == [None] * timers
+    assert [timer.callback for timer in waiting] == [None] * 3
     assert end == "_end" or (link.pace is None and link.dismissal is None)
 
 
@@ -31249,18 +31256,11 @@ def test_several_servers_of_one_chat_are_named_with_commas():
 class Linked:
     """A link on a loop of its own, turned until something is so."""
 
-    def __init__(self, target, known=None, core=None, **options):
+    def __init__(self, target, known=None, core=None, trust=chat.BELIEVE_THE_SYSTEM):
         self.loop, self.views, self.ended = chat.Loop(), [], []
         self.core = core or chat.ClientCore("alice")
-        self.link = chat.Link(
-            self.loop,
-            target,
-            self.core,
-            self.views.extend,
-            self.ended.append,
-            known=known,
-            **options,
-        )
+        self.link = chat.Link(self.loop, target, self.core, trust, known or known_servers())
+        self.link.show, self.link.over = self.views.extend, self.ended.append
         self.link.start()
 
     def until(self, holds):
