@@ -237,7 +237,6 @@ GRACE_SECONDS = 60.0  # how long a user who can come back stays after a lost con
 ABSENT_MOST = 1000  # ... but no more users (PER_ADDRESS for one address): the first goes
 
 # Of the server's loop, for each connection
-LINES_SPLIT = 2048  # bytes made into lines at a time: well below any limit of a line
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that no user waits for a flood
 BACKLOG = 1024  # connections the kernel keeps for us meanwhile
@@ -664,28 +663,23 @@ class Framer(typing.Protocol):
 class LineBuffer:
     """Bytes in, lines out, as tokio's LinesCodec frames them: split at LF, less one CR before it.
 
-    Bytes stay as they came until they are about to be taken, LINES_SPLIT lines at a time: a list of
-    all short lines would be twenty times as large. A line longer than `limit` bytes comes out as
-    TOO_LONG once and is skipped."""
+    Bytes stay as they came until they are taken: a list of all short lines would be twenty times
+    as large. A line longer than `limit` bytes comes out as TOO_LONG once and is skipped."""
 
-    __slots__ = (  # *(...), here and below, lets the formatter keep several names on a line
-        *("begins", "buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start"),
-    )
+    __slots__ = ("begins", "buffer", "ended", "limit", "searched", "skipping", "start")
     out, closed, in_body, fruitless = b"", False, False, False  # see Framer
 
     def __init__(self, limit: int):
         self.limit = limit
         self.clear()
         self.ended = False
-        self.first = True  # nothing was taken: what follows may be no lines
         self.begins = b""  # the first bytes of the last line that was too long
 
     def clear(self) -> None:
         """Drop all bytes that were fed and not taken."""
         self.buffer = b""
-        self.start = 0  # of what is not split
+        self.start = 0  # of what is not taken
         self.searched = 0  # up to here there is no LF behind start
-        self.lines: list[bytes] = []  # split, the oldest last
         self.skipping = False  # the rest of a line that was too long
 
     def feed(self, data: bytes) -> None:
@@ -701,25 +695,7 @@ class LineBuffer:
             self.buffer = self.buffer[: self.limit + 2]  # too long, whatever comes
 
     def take(self) -> bytes | None:
-        """Return the oldest complete line; None when there is none."""
-        if self.lines:
-            return self.lines.pop()
-        if self.first:
-            line = self._take_long()
-            self.first = not line
-            return line
-        end = self.buffer.rfind(b"\n", self.start, self.start + min(self.limit, LINES_SPLIT))
-        if end < 0:
-            return self._take_long()
-        self.lines = self.buffer[self.start : end].split(b"\n")
-        self.start = self.searched = end + 1
-        if b"\r" in self.buffer:
-            self.lines = [line.removesuffix(b"\r") for line in self.lines]
-        self.lines.reverse()
-        return self.lines.pop()
-
-    def _take_long(self) -> bytes | None:
-        """Return a line that is not split off yet: a long one, or the last one after finish()."""
+        """Return the oldest line that is complete, or the last one after finish(); else None."""
         end = self.buffer.find(b"\n", self.searched)
         if end >= 0:
             line = self.buffer[self.start : end].removesuffix(b"\r")
@@ -744,11 +720,10 @@ class LineBuffer:
     @property
     def pending(self) -> bool:
         """True if take() would return a line."""
-        rest = len(self.buffer) - self.start
-        if self.lines or (rest and self.buffer.find(b"\n", self.searched) >= 0):
+        if self.buffer.find(b"\n", self.searched) >= 0:
             return True
-        last = self.ended and self.buffer[self.start :] not in (b"", b"\r")
-        return rest > self.limit + 1 or last
+        rest = self.buffer[self.start :]
+        return len(rest) > self.limit + 1 or (self.ended and rest not in (b"", b"\r"))
 
     def rest(self) -> bytes:
         """Return the bytes after the first line."""
@@ -1865,7 +1840,7 @@ class Session:
 class User:
     """A user who is present, or absent within the grace period. Users are compared by identity."""
 
-    __slots__ = (
+    __slots__ = (  # *(...), here and below, lets the formatter keep several names on a line
         *("account_key", "away", "channels", "invitations", "key", "last_time", "login"),
         *("mask_key", "metadata", "modes", "realname", "resume_id", "sessions", "since"),
         *("source", "spoke", "stored", "tokens", "traces"),
@@ -7673,99 +7648,26 @@ class Cluster:
 # IRC DIALECT
 # ======================================================================================
 # RFC 1459 and 2812, and where today's servers disagree with them, modern.ircdocs.horse.
-# First every shape of line that the server sends, then the session, then one handler a
-# verb, by topic. A handler that cannot do what it is asked raises Refused; the numeric
-# and the words that say so in IRC stand in REFUSALS; a hint may come with the refusal.
+# First the lines of refusals, events and lists, then the session, then one handler a verb, by
+# topic. A numeric stands where it is sent, without the nick that follows its number; one that
+# several places send has its name of the RFC. A handler that cannot do what it is asked raises
+# Refused; the numeric and the words that say so stand in REFUSALS; a hint may come with them.
 
-RPL_WELCOME = "001 :Welcome to {}, {}"
-RPL_YOURHOST = "002 :Your host is {}, running chat.py/{}"
-RPL_CREATED = "003 :This server was started {}"
-RPL_MYINFO = "004 {} {} {} {} {}"
 RPL_ISUPPORT = "005 {} :are supported by this server"
-RPL_ENDOFSTATS = "219 {} :End of statistics"
 RPL_UMODEIS = "221 +{}"
-RPL_SERVLISTEND = "235 * * :There are no services"
-RPL_STATSKLINE = "216 K {} * {} :{}"
-RPL_STATSUPTIME = "242 :Server up {} days {:02}:{:02}:{:02}"
-RPL_STATSOLINE = "243 O * * {}"
-RPL_LUSERCLIENT = "251 :There are {} users and {} invisible on 1 servers"
-RPL_LUSEROP = "252 {} :operators online"
-RPL_LUSERUNKNOWN = "253 {} :connections without a name yet"
-RPL_LUSERCHANNELS = "254 {} :channels formed"
-RPL_LUSERME = "255 :I have {} clients and 0 servers"
-RPL_MAP = "006 :{} {}"
-RPL_MAPEND = "007 :End of MAP"
-RPL_LINKS = "364 {} {} :{}"
-RPL_STATSNODE = "249 :{}"
-RPL_TRACEEND = "262 {} {} :End of trace: this server stands alone"
-RPL_LOCALUSERS = "265 {0} {1} :Current local users {0}, max {1}"
-RPL_GLOBALUSERS = "266 {0} {1} :Current global users {0}, max {1}"
-RPL_WHOISCERTFP = "276 {} :has client certificate fingerprint {}"
 RPL_AWAY = "301 {} :{}"
-RPL_USERHOST = "302 :{}"
-RPL_ISON = "303 :{}"
-RPL_UNAWAY = "305 :You are no longer marked as being away"
-RPL_NOWAWAY = "306 :You have been marked as being away"
 RPL_WHOISUSER = "311 {} {} {} * :{}"
 RPL_WHOISSERVER = "312 {} {} :{}"
-RPL_WHOISOPERATOR = "313 {} :operates this server"
-RPL_WHOWASUSER = "314 {} {} {} * :{}"
-RPL_ENDOFWHO = "315 {} :End of WHO"
-RPL_WHOISIDLE = "317 {} {} {} :seconds idle, signon time"  # irssi looks for these words
-RPL_ENDOFWHOIS = "318 {} :End of WHOIS"
-RPL_WHOISCHANNELS = "319 {} :{}"
-RPL_LISTSTART = "321 Channel :Users Topic"
-RPL_LIST = "322 {} {} :{}"
-RPL_LISTEND = "323 :End of LIST"
-RPL_CHANNELMODEIS = "324 {} {}"
-RPL_CREATIONTIME = "329 {} {}"
-RPL_NOTOPIC = "331 {} :No topic is set"
-RPL_TOPIC = "332 {} :{}"
-RPL_TOPICWHOTIME = "333 {} {} {}"
-RPL_WHOISBOT = "335 {} :is a bot"
-RPL_INVITELIST = "336 {}"  # the invitations that a user has; 346 is a channel's +I
-RPL_ENDOFINVITELIST = "337 :End of invitations"
-RPL_WHOISACTUALLY = "338 {} {} :is connecting from here"
-RPL_INVITING = "341 {} {}"
-RPL_VERSION = "351 chat.py-{} {} :{}"
-RPL_WHOREPLY = "352 {} {} {} {} {} {} :0 {}"
 RPL_NAMREPLY = "353 {} {} :{}"
-RPL_WHOSPCRPL = "354 {}"
-RPL_ENDOFLINKS = "365 {} :End of LINKS{}"
 RPL_ENDOFNAMES = "366 {} :End of NAMES"
-RPL_ENDOFWHOWAS = "369 {} :End of WHOWAS"
 RPL_INFO = "371 :{}"
 RPL_MOTD = "372 :- {}"
-RPL_ENDOFINFO = "374 :End of INFO"
-RPL_MOTDSTART = "375 :- {} Message of the day"
-RPL_ENDOFMOTD = "376 :End of MOTD"
-RPL_YOUREOPER = "381 :You are now an operator of this server"
-RPL_REHASHING = "382 {} :Reading it again"
-RPL_TIME = "391 {} :{}"
-RPL_WHOISACCOUNT = "330 {} {} :is logged in as"
-RPL_LOGGEDIN = "900 {} {} :You are now logged in as {}"
-RPL_SASLSUCCESS = "903 :SASL authentication successful"
-ERR_SASLFAIL = "904 :{}"
-ERR_SASLTOOLONG = "905 :a line of SASL has at most 400 bytes"
-ERR_SASLABORTED = "906 :SASL authentication aborted"
-ERR_SASLALREADY = "907 :{}"
-RPL_SASLMECHS = "908 {} :are the mechanisms there are"
-RPL_WHOISSECURE = "671 {} :is using a secure connection"
-RPL_WHOISKEYVALUE = "760 {} {} * :{}"
 RPL_KEYVALUE = "761 {} {} * :{}"
 RPL_KEYNOTSET = "766 {} {} :is not set"
-RPL_METADATASUBOK = "770 {}"
-RPL_METADATAUNSUBOK = "771 {}"
-RPL_METADATASUBS = "772 {}"
-ERR_METADATASYNCLATER = "774 {0} 0 :METADATA {0} SYNC tells what is known of it and its members"
 RPL_HELPSTART = "704 {} :{}"
 RPL_HELPTXT = "705 {} :{}"
-RPL_ENDOFHELP = "706 {} :End of help"
 RPL_MONONLINE = "730 :{}"
 RPL_MONOFFLINE = "731 :{}"
-RPL_MONLIST = "732 :{}"
-RPL_ENDOFMONLIST = "733 :End of MONITOR list"
-ERR_MONLISTFULL = "734 {} {} :Monitor list is full"
 LIST_REPLIES = {  # letter of a list of masks -> its lines, its end
     "b": ("367 {} {} {} {}", "368 {} :End of bans"),
     "e": ("348 {} {} {} {}", "349 {} :End of exceptions from bans"),
@@ -8198,8 +8100,8 @@ def collect(session: "IrcSession", message: Message) -> None:
 
 
 def tell_topic_irc(session: "IrcSession", channel: Channel) -> None:
-    session.reply(RPL_TOPIC, channel.name, channel.topic)
-    session.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_setter, channel.topic_time // 1000)
+    session.reply("332 {} :{}", channel.name, channel.topic)
+    session.reply("333 {} {} {}", channel.name, channel.topic_setter, channel.topic_time // 1000)
 
 
 def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
@@ -8240,7 +8142,8 @@ def tell_values(
     known = subscribed_metadata(session, owners, keys)
     some = list(itertools.islice(known, METADATA_AT_ONCE + 1))
     if len(some) > METADATA_AT_ONCE:
-        return session.reply(ERR_METADATASYNCLATER, target)
+        text = f"METADATA {target} SYNC tells what is known of it and its members"
+        return session.reply("774 {} 0 :{}", target, text)
     for one in some:
         session.tell_value(*one)
 
@@ -8688,25 +8591,26 @@ def tell_isupport(session: IrcSession) -> None:
 def tell_lusers(session: IrcSession) -> None:
     hub, server = session.site.hub, session.site.server
     count, operators = len(hub.users), len({one.user for one in hub.operators})
-    session.reply(RPL_LUSERCLIENT, count - hub.invisible, hub.invisible)
-    session.reply(RPL_LUSEROP, operators)
-    session.reply(RPL_LUSERUNKNOWN, server.nameless())
-    session.reply(RPL_LUSERCHANNELS, len(hub.channels))
-    session.reply(RPL_LUSERME, count)
-    session.reply(RPL_LOCALUSERS, count, hub.most_users)
-    session.reply(RPL_GLOBALUSERS, count, hub.most_users)
+    visible, invisible = count - hub.invisible, hub.invisible
+    session.reply("251 :There are {} users and {} invisible on 1 servers", visible, invisible)
+    session.reply("252 {} :operators online", operators)
+    session.reply("253 {} :connections without a name yet", server.nameless())
+    session.reply("254 {} :channels formed", len(hub.channels))
+    session.reply("255 :I have {} clients and 0 servers", count)
+    session.reply("265 {0} {1} :Current local users {0}, max {1}", count, hub.most_users)
+    session.reply("266 {0} {1} :Current global users {0}, max {1}", count, hub.most_users)
 
 
 def tell_motd(session: IrcSession) -> None:
     lines = session.site.server.motd
     if not lines:
         return session.refuse(Refused("NO_MOTD", "there is no message of the day"))
-    session.reply(RPL_MOTDSTART, session.site.name)
+    session.reply("375 :- {} Message of the day", session.site.name)
     room = IRC_BYTES - 2 - len(f":{session.site.name} {RPL_MOTD} {session.nick}".encode())
     for line in lines:
         for piece in split_text(line, room):
             session.reply(RPL_MOTD, piece)
-    session.reply(RPL_ENDOFMOTD)
+    session.reply("376 :End of MOTD")
 
 
 def user_modes_text(session: IrcSession) -> str:
@@ -8734,13 +8638,13 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
 def welcome(session: IrcSession) -> None:
     """Tell a client the server's facts after registration, in the order that clients rely on."""
     site = session.site
-    session.reply(RPL_WELCOME, site.network, session.user.source.mask)
-    session.reply(RPL_YOURHOST, site.name, VERSION)
-    session.reply(RPL_CREATED, time_text(site.hub.started))
+    session.reply("001 :Welcome to {}, {}", site.network, session.user.source.mask)
+    session.reply("002 :Your host is {}, running chat.py/{}", site.name, VERSION)
+    session.reply("003 :This server was started {}", time_text(site.hub.started))
     with_value = "".join(sorted(MASK_LISTS + RANKS + "kl"))
     modes = "".join(sorted(with_value + "".join(FLAGS)))
     user_modes = "".join(sorted(USER_MODES))
-    session.reply(RPL_MYINFO, site.name, f"chat.py-{VERSION}", user_modes, modes, with_value)
+    session.reply("004 {} chat.py-{} {} {} {}", site.name, VERSION, user_modes, modes, with_value)
     tell_isupport(session)
     if "draft/whoami" in session.capabilities:
         session.send_line(f":{session.user.source.mask} SETNAME :{session.user.realname}")
@@ -8754,14 +8658,14 @@ def welcome(session: IrcSession) -> None:
 
 def abort_sasl(session: IrcSession) -> None:
     session.exchange = None
-    session.reply(ERR_SASLABORTED)
+    session.reply("906 :SASL authentication aborted")
 
 
 def tell_account(session: IrcSession, before: int | None = None) -> None:
     """Tell a client which account it is logged in to, before the events after `before`."""
     user, account = session.user, session.account
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
-    told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
+    told = session.shaped_line("900 {0} {1} :You are now logged in as {1}", source.mask, account)
     session.send(session.timed(told), before)
 
 
@@ -8997,7 +8901,7 @@ def irc_cap(session: IrcSession, subcommand: str, text: str = "") -> None:
 
 def fail_sasl(session: IrcSession, refusal: Refused) -> None:
     session.exchange = None
-    session.reply(ERR_SASLFAIL, str(refusal))
+    session.reply("904 :{}", str(refusal))
 
 
 def tell_logged_in(
@@ -9021,7 +8925,7 @@ def end_sasl(session: IrcSession, account: str) -> Steps:
         return fail_sasl(session, refusal)
     fail = functools.partial(fail_sasl, session)
     yield from tell_logged_in(session, account, proof, fail)
-    session.reply(RPL_SASLSUCCESS)
+    session.reply("903 :SASL authentication successful")
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
@@ -9044,9 +8948,9 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
 def begin_sasl(session: IrcSession, name: str) -> None:
     """Begin a log-in with a mechanism of SASL."""
     if session.user and len(session.user.live) > 1:
-        return session.reply(ERR_SASLALREADY, "your other devices are logged in, too")
+        return session.reply("907 :your other devices are logged in, too")
     if name not in mechanisms(session):
-        session.reply(RPL_SASLMECHS, ",".join(mechanisms(session)))
+        session.reply("908 {} :are the mechanisms there are", ",".join(mechanisms(session)))
         return fail_sasl(session, wrong_login())
     look_up = certified_account if name == "EXTERNAL" else claimed_account
 
@@ -9067,7 +8971,7 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
         return begin_sasl(session, chunk.upper())
     if len(chunk) > SASL_CHUNK:
         session.exchange = None
-        return session.reply(ERR_SASLTOOLONG)
+        return session.reply("905 :a line of SASL has at most 400 bytes")
     try:
         answer = session.exchange.feed(chunk)
     except Refused as refusal:
@@ -9436,7 +9340,8 @@ def irc_away(session: IrcSession, reason: str = "") -> Steps:
         yield do(session.act, "set_away", reason)
     elif not session.user:
         session.away = cut(reason, REASON_BYTES)
-    session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
+    away, back = "306 :You have been", "305 :You are no longer"
+    session.reply(f"{away if reason else back} marked as being away")
 
 
 @irc_command("SETNAME", 1)
@@ -9483,7 +9388,7 @@ def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
     if not channel.visible_to(session):
         channel.member(session.user)
     if not channel.topic:
-        return session.reply(RPL_NOTOPIC, channel.name)
+        return session.reply("331 {} :No topic is set", channel.name)
     tell_topic_irc(session, channel)
 
 
@@ -9552,16 +9457,16 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
         raise Refused("TOO_MANY_TARGETS", f"{LIST_TARGETS} conditions at most", conditions)
     hub.work += mask_work(conditions)
     wanted = list_filter(conditions, hub.now)
-    session.reply(RPL_LISTSTART)
+    session.reply("321 Channel :Users Topic")
     for channel in in_slices(list(hub.channels.values())):
         if channel is None:
             yield
             continue
         hub.work += 1 + conditions.count(",")
         if channel.members and wanted(channel) and channel.visible_to(session):
-            session.reply(RPL_LIST, channel.name, len(channel.members), channel.topic)
+            session.reply("322 {} {} :{}", channel.name, len(channel.members), channel.topic)
             yield
-    session.reply(RPL_LISTEND)
+    session.reply("323 :End of LIST")
 
 
 @irc_command("INVITE", most=2)
@@ -9570,13 +9475,13 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> Steps:
     """INVITE [<nickname> <channel>] -- invite a user; alone, who invited you"""
     if not name:
         for channel in session.user.invitations:
-            session.reply(RPL_INVITELIST, channel.name)
-        return session.reply(RPL_ENDOFINVITELIST)
+            session.reply("336 {}", channel.name)  # 346 is a channel's +I
+        return session.reply("337 :End of invitations")
     if not where:
         text = "usage: INVITE <nickname> <channel>"
         raise Refused("NEED_MORE_PARAMS", text, "INVITE")
     user, channel = yield do(session.act, "invite", name, where)
-    session.reply(RPL_INVITING, user.name, channel.name)
+    session.reply("341 {} {}", user.name, channel.name)
     if user.away:
         session.reply(RPL_AWAY, user.name, away_reason(session, user))
 
@@ -9636,8 +9541,8 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
     if not channel.visible_to(session):
         channel.require_inside(session)
     if not letters:
-        session.reply(RPL_CHANNELMODEIS, channel.name, channel.modes_text(session))
-        return session.reply(RPL_CREATIONTIME, channel.name, channel.created // 1000)
+        session.reply("324 {} {}", channel.name, channel.modes_text(session))
+        return session.reply("329 {} {}", channel.name, channel.created // 1000)
     changes = parse_modes(letters, values)
     for letter in {c.letter: None for c in changes if c.letter in MASK_LISTS and not c.value}:
         channel.require_inside(session)
@@ -9759,7 +9664,7 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
             session.subscribed.pop(key, None)
     if done:
         yield do(session.act, "follow", "subscribers", tuple(done), on)
-        session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
+        session.reply_list("770 {}" if on else "771 {}", done)
         if session.user and (new := session.subscribed.keys() - before):
             tell_values(session, "*ALL", metadata_owners(session), new)
 
@@ -9781,7 +9686,7 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Lo
         case "SUB" | "UNSUB" as verb if params:
             change_subscriptions(session, params, verb == "SUB")
         case "SUBS":
-            lines = [session.shaped_line(RPL_METADATASUBS, key) for key in session.subscribed]
+            lines = [session.shaped_line("772 {}", key) for key in session.subscribed]
             in_batch(session, "metadata-subs", lines)
         case "SYNC":
             return metadata_sync(session, target)
@@ -10156,11 +10061,12 @@ def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator
         values = who_values(session, user, channel, who_flags(user, member, multi), token)
         wanted = [text for field, text in values.items() if extended and field in fields]
         if wanted:
-            session.reply(RPL_WHOSPCRPL, " ".join(wanted))
+            session.reply("354 {}", " ".join(wanted))
         else:
-            session.reply(RPL_WHOREPLY, *(values[field] for field in "cuhsnf"), user.realname)
+            known = (values[field] for field in "cuhsnf")
+            session.reply("352 {} {} {} {} {} {} :0 {}", *known, user.realname)
         yield
-    session.reply(RPL_ENDOFWHO, as_param(mask))
+    session.reply("315 {} :End of WHO", as_param(mask))
 
 
 def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
@@ -10172,26 +10078,27 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     seen = (c for c in user.channels if c.visible_to(session) and (c in me.channels or shown))
     symbols = ((c, c.members[user].symbols) for c in seen)
     names = [(ranks if multi else ranks[:1]) + channel.name for channel, ranks in symbols]
-    session.reply_list(RPL_WHOISCHANNELS, names, user.name)
+    session.reply_list("319 {} :{}", names, user.name)
     if user.account:
-        yield RPL_WHOISACCOUNT, user.account
+        yield "330 {} {} :is logged in as", user.account
     for key, value in user.metadata.items():
-        yield RPL_WHOISKEYVALUE, key, value
+        yield "760 {} {} * :{}", key, value
     yield RPL_WHOISSERVER, session.site.name, session.site.network
     if user.away:
         yield RPL_AWAY, away_reason(session, user)
     if user.is_operator:
-        yield (RPL_WHOISOPERATOR,)
+        yield ("313 {} :operates this server",)
     if "B" in user.modes:
-        yield (RPL_WHOISBOT,)
+        yield ("335 {} :is a bot",)
     conns = [one.conn for one in user.sessions if isinstance(one, LocalSession)]
     if conns and all(conn.secure for conn in conns):
-        yield (RPL_WHOISSECURE,)
+        yield ("671 {} :is using a secure connection",)
     if user is me or session.operator:
-        yield RPL_WHOISACTUALLY, source.host
+        yield "338 {} {} :is connecting from here", source.host
         for fingerprint in filter(None, dict.fromkeys(conn.fingerprint for conn in conns)):
-            yield RPL_WHOISCERTFP, fingerprint
-    yield RPL_WHOISIDLE, (hub.ticks - user.spoke) // 1000, user.since // 1000
+            yield "276 {} :has client certificate fingerprint {}", fingerprint
+    idle = (hub.ticks - user.spoke) // 1000  # irssi looks for the words of this line
+    yield "317 {} {} {} :seconds idle, signon time", idle, user.since // 1000
 
 
 def source_here(session: IrcSession, name: str) -> Source | None:
@@ -10226,7 +10133,7 @@ def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
         tell_whois(session, name)
     except Refused as refusal:
         session.refuse(refusal)
-    session.reply(RPL_ENDOFWHOIS, as_param(name))
+    session.reply("318 {} :End of WHOIS", as_param(name))
 
 
 def tell_former_users(
@@ -10235,11 +10142,11 @@ def tell_former_users(
     """Answer WHOWAS for one name: with the newest users of that name, `most` at most."""
     for one in found[: most or None]:
         source = one.source
-        session.reply(RPL_WHOWASUSER, source.name, source.username, source.host, one.realname)
+        session.reply("314 {} {} {} * :{}", source.name, source.username, source.host, one.realname)
         session.reply(RPL_WHOISSERVER, source.name, session.site.name, time_text(one.time))
     if not found:
         session.refuse(Refused("WAS_NO_SUCH_NAME", f"no user was called {name} lately", name))
-    session.reply(RPL_ENDOFWHOWAS, as_param(name))
+    session.reply("369 {} :End of WHOWAS", as_param(name))
 
 
 @irc_command("WHOWAS", 1, 3)
@@ -10260,7 +10167,7 @@ def irc_whowas(session: IrcSession, names: str, count: str = "", server: str = "
 def irc_ison(session: IrcSession, *names: str) -> None:
     """ISON <nickname>{ <nickname>} -- which of them are here"""
     known = (source_here(session, name) for name in " ".join(names).split())
-    session.reply_list(RPL_ISON, [source.name for source in known if source] or [""])
+    session.reply_list("303 :{}", [source.name for source in known if source] or [""])
 
 
 def userhost(user: User) -> str:
@@ -10272,7 +10179,7 @@ def userhost(user: User) -> str:
 def irc_userhost(session: IrcSession, *names: str) -> None:
     """USERHOST <nickname>{ <nickname>} -- where they are, and whether they are away"""
     users = (session.site.hub.users.get(fold(name)) for name in names)
-    session.reply_list(RPL_USERHOST, [userhost(user) for user in users if user] or [""])
+    session.reply_list("302 :{}", [userhost(user) for user in users if user] or [""])
 
 
 def tell_monitored(session: IrcSession, names: list[str]) -> None:
@@ -10291,7 +10198,7 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
         key = fold(name)
         if len(session.watched) >= WATCHED and key not in session.watched:
             rest = map(as_param, names[number:])
-            session.reply_list(ERR_MONLISTFULL, rest, WATCHED, between=",")
+            session.reply_list("734 {} {} :Monitor list is full", rest, WATCHED, between=",")
             break
         if clean_name(name) != name:  # a mask, or what no user can be called
             session.refuse(Refused("BAD_NAME", "names only, no masks", name))
@@ -10325,8 +10232,8 @@ def irc_monitor(session: IrcSession, sign: str, names: str = "") -> None:
         case "C":
             monitor_remove(session, list(session.watched))
         case "L":
-            session.reply_list(RPL_MONLIST, session.watched.values(), between=",")
-            session.reply(RPL_ENDOFMONLIST)
+            session.reply_list("732 :{}", session.watched.values(), between=",")
+            session.reply("733 :End of MONITOR list")
         case "S":
             tell_monitored(session, list(session.watched.values()))
         case _:
@@ -10353,9 +10260,9 @@ def tell_links(session: IrcSession) -> None:
     for node in sorted(session.site.hub.nodes):
         here = session.site.node
         text = "0 this server" if node == here else "1 a node of the cluster"
-        session.reply(RPL_LINKS, node, here, text)
+        session.reply("364 {} {} :{}", node, here, text)
     alone = "" if session.site.hub.nodes else ": this server stands alone"
-    session.reply(RPL_ENDOFLINKS, "*", alone)
+    session.reply("365 * :End of LINKS{}", alone)
 
 
 def tell_map(session: IrcSession) -> Iterator[None]:
@@ -10369,13 +10276,14 @@ def tell_map(session: IrcSession) -> Iterator[None]:
         connections.update(node_of(one.id) for one in user.live)
     for name, node in sorted(hub.nodes.items()) or [(session.site.name, None)]:
         count = connections[node.start if node else 0]
-        session.reply(RPL_MAP, name, counted(count, "connection"))
-    session.reply(RPL_MAPEND)
+        session.reply("006 :{} {}", name, counted(count, "connection"))
+    session.reply("007 :End of MAP")
 
 
 server_query("LINKS -- which servers there are", tell_links, 0)
 server_query("MAP -- which servers there are, and how many connections each has", tell_map, 0)
-server_query("SERVLIST -- which services there are: none", lambda s: s.reply(RPL_SERVLISTEND), 0)
+NO_SERVICES = "235 * * :There are no services"
+server_query("SERVLIST -- which services there are: none", lambda s: s.reply(NO_SERVICES), 0)
 server_query(
     "ISUPPORT -- the limits and features of this server, also before you come in",
     tell_isupport,
@@ -10384,16 +10292,16 @@ server_query(
 )
 server_query(
     "TIME [<server>] -- what time it is here",
-    lambda s: s.reply(RPL_TIME, s.site.name, time_text(s.site.hub.now)),
+    lambda s: s.reply("391 {} :{}", s.site.name, time_text(s.site.hub.now)),
 )
 server_query(
     "TRACE [<server>] -- the way to a server: this is the only one",
-    lambda s: s.reply(RPL_TRACEEND, s.site.name, VERSION),
+    lambda s: s.reply("262 {} {} :End of trace: this server stands alone", s.site.name, VERSION),
 )
 
 
 def tell_version(session: IrcSession) -> None:
-    session.reply(RPL_VERSION, VERSION, session.site.name, "a chat in one file of Python")
+    session.reply("351 chat.py-{} {} :a chat in one file of Python", VERSION, session.site.name)
     tell_isupport(session)
 
 
@@ -10416,17 +10324,18 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
         ran = hub.now - hub.started if site.cluster else hub.ticks - hub.started_ticks
         minutes, seconds = divmod(ran // 1000, 60)
         hours, minutes = divmod(minutes, 60)
-        session.reply(RPL_STATSUPTIME, *divmod(hours, 24), minutes, seconds)
+        span = *divmod(hours, 24), minutes, seconds
+        session.reply("242 :Server up {} days {:02}:{:02}:{:02}", *span)
     elif letter == "o" and session.operator:
         for name in site.operators:
-            session.reply(RPL_STATSOLINE, as_param(name))
+            session.reply("243 O * * {}", as_param(name))
     elif letter in ("k", "K") and session.operator:
         for ban in site.hub.present_bans():
-            session.reply(RPL_STATSKLINE, ban.mask, ban.setter, ban_text(ban))
+            session.reply("216 K {} * {} :{}", ban.mask, ban.setter, ban_text(ban))
     elif letter == "n" and session.operator and site.cluster:
         for text in site.cluster.figures():
-            session.reply(RPL_STATSNODE, text)
-    session.reply(RPL_ENDOFSTATS, as_param(letter[:1]))
+            session.reply("249 :{}", text)
+    session.reply("219 {} :End of statistics", as_param(letter[:1]))
 
 
 def no_admin(session: IrcSession) -> None:
@@ -10438,7 +10347,7 @@ def tell_info(session: IrcSession) -> None:
     session.reply(RPL_INFO, f"chat.py {VERSION}: a chat in one file of plain Python,")
     session.reply(RPL_INFO, "for IRC clients, netcat, and terminals and windows of its own")
     session.reply(RPL_INFO, f"running since {time_text(session.site.hub.started)}")
-    session.reply(RPL_ENDOFINFO)
+    session.reply("374 :End of INFO")
 
 
 server_query("ADMIN [<server>] -- the contact of the server: see the message of the day", no_admin)
@@ -10458,7 +10367,7 @@ def irc_help(session: IrcSession, subject: str = "") -> None:
     else:
         session.reply(RPL_HELPSTART, about, "HELP <command> tells more about one of these:")
         session.reply_list(RPL_HELPTXT, sorted(irc_command), about)
-    session.reply(RPL_ENDOFHELP, about)
+    session.reply("706 {} :End of help", about)
 
 
 irc_command("HELPOP", most=1, doc="HELPOP [<command>] -- the same as HELP")(irc_help)
@@ -10488,7 +10397,8 @@ refusing("SQUIT <server>", "unlink a server", "NO_SUCH_SERVER", ALONE, 1, privil
 @irc_command("OPER", 2, 2, exact=True)
 def irc_oper(session: IrcSession, name: str, password: str) -> None:
     """OPER <name> <password> -- become an operator of this server"""
-    oper(session, name, password, lambda: session.reply(RPL_YOUREOPER))
+    told = do(session.reply, "381 :You are now an operator of this server")
+    oper(session, name, password, told)
 
 
 @irc_command("KILL", 1, 2, privileged=True)
@@ -10544,7 +10454,7 @@ def irc_wallops(session: IrcSession, text: str) -> None:
 def irc_rehash(session: IrcSession) -> Steps:
     """REHASH -- read the message of the day, the certificate and password files again"""
     server = session.site.server
-    session.reply(RPL_REHASHING, "chat.py")
+    session.reply("382 chat.py :Reading it again")
     server.note(f"REHASH by {session.user.source.mask}")
     server.use_files((yield do(session.later, DISK_LANE, server.read_files)))
 
