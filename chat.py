@@ -7651,7 +7651,7 @@ class Cluster:
 # First the lines of refusals, events and lists, then the session, then one handler a verb, by
 # topic. A numeric stands where it is sent, without the nick that follows its number; one that
 # several places send has its name of the RFC. A handler that cannot do what it is asked raises
-# Refused; the numeric and the words that say so stand in REFUSALS; a hint may come with them.
+# Refused; the numeric and the words that say so in IRC stand in REFUSALS.
 
 RPL_ISUPPORT = "005 {} :are supported by this server"
 RPL_UMODEIS = "221 +{}"
@@ -7675,59 +7675,51 @@ LIST_REPLIES = {  # letter of a list of masks -> its lines, its end
 }
 
 
-class Refusal(NamedTuple):
-    """A numeric that refuses. Its words are those of RFC 2812, which clients and bots know."""
-
-    number: str
-    words: str = ""
-    hint: bool = True  # our own sentence follows, because it says more
-
-
-REFUSALS = {  # by Refused.code; the parameters are Refused.about
-    "NO_SUCH_NAME": Refusal("401", "No such nick/channel", hint=False),
-    "NO_SUCH_SERVER": Refusal("402", "No such server"),
-    "NO_SUCH_CHANNEL": Refusal("403", "No such channel", hint=False),
-    "CANNOT_SEND": Refusal("404", "Cannot send to channel"),
-    "TOO_MANY_CHANNELS": Refusal("405", "You have joined too many channels"),
-    "WAS_NO_SUCH_NAME": Refusal("406", "There was no such nickname", hint=False),
-    "TOO_MANY_TARGETS": Refusal("407", "Too many targets"),
-    "NO_SUCH_SERVICE": Refusal("408", "No such service"),
-    "NO_RECIPIENT": Refusal("411", "No recipient given", hint=False),
-    "NO_TEXT": Refusal("412", "No text to send", hint=False),
-    "LINE_TOO_LONG": Refusal("417", "Input line was too long"),
-    "UNKNOWN_COMMAND": Refusal("421", "Unknown command", hint=False),
-    "NO_MOTD": Refusal("422", "MOTD File is missing", hint=False),
-    "NO_ADMIN": Refusal("423", "No administrative info available"),
-    "NO_NAME": Refusal("431", "No nickname given", hint=False),
-    "BAD_NAME": Refusal("432", "Erroneous nickname"),
-    "NAME_TAKEN": Refusal("433", "Nickname is already in use"),
-    "NAME_BOUND": Refusal("437", "Nickname is temporarily unavailable"),
-    "USER_NOT_IN_CHANNEL": Refusal("441", "They aren't on that channel", hint=False),
-    "NOT_IN_CHANNEL": Refusal("442", "You're not on that channel", hint=False),
-    "ALREADY_IN_CHANNEL": Refusal("443", "is already on channel", hint=False),
-    "NO_SUMMON": Refusal("445", "SUMMON has been disabled", hint=False),
-    "NO_USERS": Refusal("446", "USERS has been disabled", hint=False),
-    "NOT_NAMED": Refusal("451", "You have not registered", hint=False),
-    "NEED_MORE_PARAMS": Refusal("461", "Not enough parameters"),
-    "ALREADY_NAMED": Refusal("462", "You may not reregister", hint=False),
-    "WRONG_PASSWORD": Refusal("464"),
-    "BANNED_FROM_SERVER": Refusal("465"),
-    "CHANNEL_FULL": Refusal("471", "Cannot join channel (+l)", hint=False),
-    "UNKNOWN_MODE": Refusal("472", "is unknown mode char to me"),
-    "INVITE_ONLY": Refusal("473", "Cannot join channel (+i)", hint=False),
-    "BANNED": Refusal("474", "Cannot join channel (+b)", hint=False),
-    "BAD_PASSWORD": Refusal("475", "Cannot join channel (+k)", hint=False),
-    "BAD_CHANNEL": Refusal("476", "Bad Channel Mask"),
-    "NEED_ACCOUNT": Refusal("477", "You need to be logged in to an account"),
-    "LIST_FULL": Refusal("478", "Channel list is full"),
-    "NOT_SERVER_OPERATOR": Refusal(
-        "481", "Permission Denied- You're not an IRC operator", hint=False
-    ),
-    "NOT_OPERATOR": Refusal("482", "You're not channel operator"),
-    "UNKNOWN_USER_MODE": Refusal("501", "Unknown MODE flag"),
-    "NOT_YOURSELF": Refusal("502", "Can't change mode for other users", hint=False),
-    "NO_HELP": Refusal("524", "Help not found"),
-    "BAD_MODE_VALUE": Refusal("696"),
+# Numerics that refuse, by Refused.code; Refused.about follows the number. The words are those of
+# RFC 2812, which clients and bots know; our own sentence is {}, where it says more.
+REFUSALS = {
+    "NO_SUCH_NAME": "401 No such nick/channel",
+    "NO_SUCH_SERVER": "402 No such server; {}",
+    "NO_SUCH_CHANNEL": "403 No such channel",
+    "CANNOT_SEND": "404 Cannot send to channel; {}",
+    "TOO_MANY_CHANNELS": "405 You have joined too many channels; {}",
+    "WAS_NO_SUCH_NAME": "406 There was no such nickname",
+    "TOO_MANY_TARGETS": "407 Too many targets; {}",
+    "NO_SUCH_SERVICE": "408 No such service; {}",
+    "NO_RECIPIENT": "411 No recipient given",
+    "NO_TEXT": "412 No text to send",
+    "LINE_TOO_LONG": "417 Input line was too long; {}",
+    "UNKNOWN_COMMAND": "421 Unknown command",
+    "NO_MOTD": "422 MOTD File is missing",
+    "NO_ADMIN": "423 No administrative info available; {}",
+    "NO_NAME": "431 No nickname given",
+    "BAD_NAME": "432 Erroneous nickname; {}",
+    "NAME_TAKEN": "433 Nickname is already in use; {}",
+    "NAME_BOUND": "437 Nickname is temporarily unavailable; {}",
+    "USER_NOT_IN_CHANNEL": "441 They aren't on that channel",
+    "NOT_IN_CHANNEL": "442 You're not on that channel",
+    "ALREADY_IN_CHANNEL": "443 is already on channel",
+    "NO_SUMMON": "445 SUMMON has been disabled",
+    "NO_USERS": "446 USERS has been disabled",
+    "NOT_NAMED": "451 You have not registered",
+    "NEED_MORE_PARAMS": "461 Not enough parameters; {}",
+    "ALREADY_NAMED": "462 You may not reregister",
+    "WRONG_PASSWORD": "464 {}",
+    "BANNED_FROM_SERVER": "465 {}",
+    "CHANNEL_FULL": "471 Cannot join channel (+l)",
+    "UNKNOWN_MODE": "472 is unknown mode char to me; {}",
+    "INVITE_ONLY": "473 Cannot join channel (+i)",
+    "BANNED": "474 Cannot join channel (+b)",
+    "BAD_PASSWORD": "475 Cannot join channel (+k)",
+    "BAD_CHANNEL": "476 Bad Channel Mask; {}",
+    "NEED_ACCOUNT": "477 You need to be logged in to an account; {}",
+    "LIST_FULL": "478 Channel list is full; {}",
+    "NOT_SERVER_OPERATOR": "481 Permission Denied- You're not an IRC operator",
+    "NOT_OPERATOR": "482 You're not channel operator; {}",
+    "UNKNOWN_USER_MODE": "501 Unknown MODE flag; {}",
+    "NOT_YOURSELF": "502 Can't change mode for other users",
+    "NO_HELP": "524 Help not found; {}",
+    "BAD_MODE_VALUE": "696 {}",
 }
 
 IRC_SPOKEN = {  # kind -> the verb, what stands before the text, and what behind it
@@ -8313,14 +8305,14 @@ class IrcSession(LocalSession):
         (self.service_says if self.from_service else self.notice)(text)
 
     def refuse(self, refusal: Refused) -> None:
-        numeric, text = REFUSALS.get(refusal.code), harmless(str(refusal))
+        shape, text = REFUSALS.get(refusal.code), harmless(str(refusal))
         if self.from_service and not self.deferred:
             return self.service_says(text)
-        if numeric is None:
+        if shape is None:
             return self.fail(self.message.verb or "*", refusal.code, text, *refusal.about)
         about = "".join(f"{as_param(one)} " for one in refusal.about)
-        words = "; ".join(filter(None, (numeric.words, text if numeric.hint else "")))
-        self.line(f"{numeric.number} {self.nick} {about}:{words}")
+        number, words = shape.split(" ", 1)
+        self.line(f"{number} {self.nick} {about}:{words.format(text)}")
 
     # Events that each session renders for itself
 
