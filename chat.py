@@ -1659,9 +1659,6 @@ class StoredFile(NamedTuple):
         value = f"/files/{self.id},{self.type},{self.size},{self.width},{self.height}"
         return f"{FILE_TAG}={escaped_tag(value)}"
 
-    def state(self) -> str:
-        return json.dumps(self)
-
 
 FILE_LINK = re.compile(r"/files/([0-9a-f]{32})(?![0-9a-f])")
 
@@ -1977,16 +1974,11 @@ class ModeChange(NamedTuple):
     value: str = ""
 
 
-def format_modes(changes: Iterable[ModeChange]) -> str:
+def format_modes(changes: Collection[ModeChange]) -> str:
     """Return changes as one text, like +ov-t alice bob."""
-    letters, values, sign = "", [], ""
-    for change in changes:
-        wanted = "+" if change.on else "-"
-        letters += change.letter if wanted == sign else wanted + change.letter
-        sign = wanted
-        if change.value:
-            values.append(change.value)
-    return " ".join([letters, *values])
+    runs = itertools.groupby(changes, key=lambda change: "+" if change.on else "-")
+    letters = "".join(sign + "".join(one.letter for one in run) for sign, run in runs)
+    return " ".join([letters, *(change.value for change in changes if change.value)])
 
 
 def mode_lines(changes: Iterable[ModeChange]) -> Iterator[str]:
@@ -2094,10 +2086,8 @@ def is_network(mask: str) -> bool:
 
 def server_mask(text: str) -> str:
     """Return a mask of KLINE in full: 192.0.2.1 -> *!*@192.0.2.1; a bare word is an address."""
-    if text.startswith("a:"):
-        return text
-    before, at, host = text.rpartition("@")
-    return f"{before or '*'}@{host_of_mask(host)}" if at else server_mask(f"*!*@{text}")
+    is_address = not text.startswith("a:") and not set("!@") & set(text)
+    return full_mask(f"*!*@{text}" if is_address else text)
 
 
 class ServerBan(NamedTuple):
@@ -2163,6 +2153,10 @@ class Audience:
         for clock in clocks:
             clock.last_time = newest
         return newest
+
+    def includes(self, session: Session) -> bool:
+        user, members = session.user, (channel.members for channel in self.channels)
+        return session in self.sessions or any(user in some for some in (self.users, *members))
 
     def all_sessions(self) -> Iterable[Session]:
         users = itertools.chain(*(channel.listeners() for channel in self.channels), self.users)
@@ -3091,14 +3085,13 @@ class Turn:
             ranges[group] = group.seen((max(a, since), min(b, until)) for a, b in spans)
         if len(groups) == 1:
             return groups[0].joined_for(session, ranges[groups[0]], copies)
-        numbered = list(session.replies)
+        numbered = []
         for group in groups:
             lines, own = group.lines(session.wire), dict(group.own_lines(session, copies))
             for n in itertools.chain(*(range(*one) for one in ranges[group])):
                 numbered.append((group.ids[n], own.get(n, lines[n])))
-        # A reply stands behind the event that it follows. The sort is stable
-        replies, rest = numbered[: len(session.replies)], numbered[len(session.replies) :]
-        return b"".join([data for _, data in sorted(rest + replies, key=lambda one: one[0])])
+        numbered += session.replies  # each behind the event that it follows: the sort is stable
+        return b"".join([data for _, data in sorted(numbered, key=lambda one: one[0])])
 
     def not_kept(self, reason: str) -> None:
         """Tell those whose messages, or changes of accounts and bans, the store could not take."""
@@ -3562,12 +3555,10 @@ class Hub:
         owners = self.identities(identity)
         stored = (self.store.guest_conversations(owner, name_key) for owner in owners)
         keys = dict.fromkeys(itertools.chain.from_iterable(stored))
-        fresh: dict[str, Conversation] = {}  # of events that are still to be stored
-        for event in self.turn.events:
-            if isinstance(event.audience, Conversation) and event.kind not in EPHEMERAL:
-                fresh.setdefault(event.audience.targets[0][0], event.audience)
-        for key, conversation in fresh.items():
-            one, one_key, other, other_key = conversation.parties
+        to_store = (e.audience for e in self.turn.events if e.kind not in EPHEMERAL)
+        for fresh in dict.fromkeys(one for one in to_store if isinstance(one, Conversation)):
+            key, _ = fresh.targets[0]
+            one, one_key, other, other_key = fresh.parties
             sides = ((one, other, other_key), (other, one, one_key))
             with_guest = any(
                 owner in owners and name == name_key and partner.startswith("~")
@@ -3855,18 +3846,7 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
         watching = hub.watchers.get(owner.key)
         audience, source = neighbours(hub.turn, owner, watching, with_user=True), owner.source
     hub.work += len(subscribed)
-    channels = set(audience.channels)
-    told = [
-        s
-        for s in subscribed
-        if s.user
-        and (
-            s in audience.sessions
-            or s.user in audience.users
-            or not channels.isdisjoint(s.user.channels)
-        )
-    ]
-    if told:
+    if told := [session for session in subscribed if session.user and audience.includes(session)]:
         hub.emit(METADATA, source, Audience(owner.name, sessions=told), value, key)
 
 
@@ -4120,18 +4100,17 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     if ban := server_ban(hub, source):
         disconnect(hub, hub.source, user, ban.reason)
         return before
-    stays = not takes_name or holder in (None, user) or holder.account != account
-    if stays and user.account not in ("", account) and len(user.live) > 1:
+    moves = takes_name and holder not in (None, user) and holder.account == account
+    if not moves and user.account not in ("", account) and len(user.live) > 1:
         text = "your other devices are logged in, too"  # and the other account is not theirs
         raise Refused("ALREADY_AUTHENTICATED", text, user.account)
     if user.account not in ("", account) or (takes_name and holder is not user):
         check_no_ban_evasion(hub, user)
-    if takes_name and holder and holder is not user and holder.account != account:
-        take_name(hub, holder, free_name(hub, account))
-        holder = None
-    if not takes_name or holder in (None, user):
+    if not moves:
+        if takes_name and holder not in (None, user):
+            take_name(hub, holder, free_name(hub, account))
         change_login(hub, who, account)
-        if takes_name and holder is None:
+        if takes_name and holder is not user:
             take_name(hub, user, account, who)
         return before
     inherit(hub, user, holder.login)
@@ -4551,7 +4530,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
 
 def keep_file(hub: Hub, file: StoredFile) -> None:
     hub.files[file.id] = file
-    hub.turn.record("file", file.id, file.state())
+    hub.turn.record("file", file.id, json.dumps(file))
 
 
 @act
@@ -4880,7 +4859,8 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
 def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
     """Remove a K-line; return its mask."""
     require_operator(who)
-    ban = hub.bans.pop(fold(server_mask(mask)), None)
+    # Earlier versions kept *@192.0.2.1 as it was
+    ban = hub.bans.pop(fold(server_mask(mask)), None) or hub.bans.pop(fold(mask), None)
     if ban is None:
         raise Refused("NO_SUCH_BAN", f"there is no K-line {mask}; STATS k lists them", mask)
     hub.turn.record("ban_gone", fold(ban.mask))
@@ -5315,7 +5295,7 @@ MIGRATIONS = (
     """
     CREATE TABLE files (            -- that users have uploaded
         id TEXT PRIMARY KEY,
-        state TEXT NOT NULL         -- JSON, see StoredFile.state()
+        state TEXT NOT NULL         -- JSON, see StoredFile
     ) WITHOUT ROWID;
     """,
     """
@@ -6148,7 +6128,8 @@ class Retention:
         """Delete rows of a target, and the target itself after its last row."""
         if not self._delete(target, PRUNE_ROWS, now):
             self.db.execute("DELETE FROM targets WHERE id = ?", [target])
-            self.store.forget_target(target)
+            known = self.store.targets
+            self.store.targets = {key: id for key, id in known.items() if id != target}
             self.orphans.discard(target)
 
     def _excess(self, key: str) -> tuple[int, int, int]:
@@ -6496,12 +6477,8 @@ class Store:
 
     def identities(self) -> list[tuple[str, str]]:
         """Return the guests with the accounts that read their conversations, the oldest first."""
-        newest = "SELECT ifnull(max(id), 0) FROM targets WHERE one = ? OR other = ?"
-
-        def newest_target(row: tuple) -> int:
-            return self.db.execute(newest, [row[0]] * 2).fetchone()[0]
-
-        return sorted(self.rows("identities"), key=newest_target)
+        newest = "SELECT ifnull(max(id), 0) FROM targets WHERE one = guest OR other = guest"
+        return self.rows("identities", f"ORDER BY ({newest}), guest")
 
     def foundings(self, key: str) -> set[int]:
         """Return the foundings with history under this key; {0} if the database fails."""
@@ -6525,9 +6502,9 @@ class Store:
         for _, name, *verifier, email, number in self.rows("accounts"):
             yield Account(name, Verifier(*verifier), email, number)
 
-    def rows(self, table: str) -> list[tuple]:
+    def rows(self, table: str, order: str = "") -> list[tuple]:
         """Return a table that is kept in memory. Raises ValueError if values have wrong types."""
-        rows, types = self.db.execute(f"SELECT * FROM {table}").fetchall(), TABLES[table]
+        rows, types = self.db.execute(f"SELECT * FROM {table} {order}").fetchall(), TABLES[table]
         for row in rows:
             if tuple(map(type, row)) != types:
                 raise ValueError(f"a row of {table} has wrong values")
@@ -6552,10 +6529,6 @@ class Store:
                 self.erased = self.erased or bool(busy)
             elif frames * page_size > WAL_RESTART_BYTES:
                 db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
-
-    def forget_target(self, id: int) -> None:
-        """Forget the row id of a target that was deleted."""
-        self.targets = {key: known for key, known in self.targets.items() if known != id}
 
     def close(self) -> None:
         self.retention.count()
@@ -6995,7 +6968,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 6  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 7  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
@@ -8111,11 +8084,6 @@ def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
     session.reply_list(RPL_NAMREPLY, channel.names(me, multi, masks), kind, channel.name)
 
 
-def owner_name(owner: "User | Channel | IrcSession") -> str:
-    """Return the name of a user or channel; * for a session before registration."""
-    return owner.name if isinstance(owner, (User, Channel)) else "*"
-
-
 def subscribed_metadata(
     session: "IrcSession", owners: Iterable, keys: Collection[str]
 ) -> Iterator[tuple[str, str, str]]:
@@ -8123,7 +8091,7 @@ def subscribed_metadata(
     for owner in owners:
         for key, value in list(owner.metadata.items()):
             if key in keys:
-                yield owner_name(owner), key, value
+                yield owner.name, key, value
 
 
 def tell_values(
@@ -8140,11 +8108,6 @@ def tell_values(
         session.tell_value(*one)
 
 
-def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
-    others = (user for user in channel.members if user is not session.user)
-    tell_values(session, channel.name, [channel, *others], session.subscribed)
-
-
 def tell_metadata_of_people(session: "IrcSession", keys: Iterable[str]) -> None:
     """Tell the metadata of the users with these names, as far as they are here."""
     users = session.site.hub.users
@@ -8158,7 +8121,8 @@ def tell_about_channel(session: "IrcSession", channel: Channel) -> None:
     if "draft/read-marker" in session.capabilities:
         session.tell_marker(channel.name)
     if session.subscribed:
-        tell_metadata_of_channel(session, channel)
+        others = (user for user in channel.members if user is not session.user)
+        tell_values(session, channel.name, [channel, *others], session.subscribed)
 
 
 def tell_implicit_names(session: "IrcSession", channel: Channel) -> None:
@@ -8189,6 +8153,7 @@ class IrcSession(LocalSession):
         *("watched", "wire", "wires_before", "withheld"),
     )
     probed = True
+    name = "*"  # as the owner of metadata, before registration
 
     def __init__(self, site: SessionContext, conn: Connected):
         super().__init__(site, conn)
@@ -8615,16 +8580,15 @@ NO_KEY = "a key is made of a-z, 0-9, _, ., / and -"
 
 def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
     """Tell the values of keys in a batch, and which keys are not set or not valid."""
-    name = owner_name(owner)
 
     def line(key: str) -> bytes:
         if key in owner.metadata:
-            return session.shaped_line(RPL_KEYVALUE, name, key, owner.metadata[key])
+            return session.shaped_line(RPL_KEYVALUE, owner.name, key, owner.metadata[key])
         if METADATA_KEY.fullmatch(key):
-            return session.shaped_line(RPL_KEYNOTSET, name, as_param(key))
+            return session.shaped_line(RPL_KEYNOTSET, owner.name, as_param(key))
         return session.server_line(session.fail_line("METADATA", "INVALID_KEY", NO_KEY, key))
 
-    in_batch(session, f"metadata {name}", map(line, keys))
+    in_batch(session, f"metadata {owner.name}", map(line, keys))
 
 
 def welcome(session: IrcSession) -> None:
@@ -9594,7 +9558,7 @@ def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
     else:
         owner = metadata_owner(session, target)
         owners = [owner, *owner.members] if isinstance(owner, Channel) else [owner]
-        target = owner_name(owner)
+        target = owner.name
     session.site.hub.work += len(owners)
     known = subscribed_metadata(session, owners, session.subscribed)
     lines = (session.shaped_line(RPL_KEYVALUE, *one) for one in known)

@@ -5309,7 +5309,7 @@ def test_bans_whose_time_is_over_go_with_the_next_ban():
     house.hub.begin(house.now + 60)
     act = ("ban_from_server", house.guests["boss"].id, "x@10.0.0.3", 0, "x")
     house.hub.perform(*act)
-    assert list(house.hub.bans) == ["x@10.0.0.2", "x@10.0.0.3"]
+    assert list(house.hub.bans) == ["*!x@10.0.0.2", "*!x@10.0.0.3"]
 
 
 # A quit of one of several devices: its secret is worth nothing, those of the others still are.
@@ -26574,6 +26574,8 @@ BANNED_MASKS = [  # what is banned, a connection that it is for: name, address
     ("*@10.0.0.9", "mallory", "10.0.0.9"),
     ("*!*@10.0.0.*", "mallory", "10.0.0.9"),
     ("*!~user@10.*", "mallory", "10.0.0.9"),
+    ("~user@10.*", "mallory", "10.0.0.9"),
+    ("mal*!~user", "mallory", "10.0.0.9"),
     ("mal*!*@*", "mallory", "10.0.0.9"),
     ("2001:0DB8:0:0:0:0:0:1", "mallory", "[2001:db8::1]"),
     ("*@[2001:db8::1]", "mallory", "[2001:db8::1]"),
