@@ -1069,7 +1069,6 @@ class SendQueue:
         return b"".join(self.chunks[:count])
 
     def advance(self, sent: int) -> None:
-        """Drop `sent` bytes from the head, after a send."""
         self.size -= sent
         if not self.size:  # nearly always: no walk along the chunks
             self.chunks.clear()
@@ -1182,7 +1181,6 @@ LongAnswer = Iterator[None] | None  # the rest of it, if there is one
 
 
 def require_operator(who: "Session") -> None:
-    """Raise Refused unless the session operates the server."""
     if not who.operator:
         raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
 
@@ -1544,7 +1542,6 @@ class Throttle:
                 del self.attempts[key]
 
     def sweep(self, now: int) -> None:
-        """Forget the attempts that do not count any more."""
         self.attempts = {key: one for key, one in self.attempts.items() if now < one[1]}
 
     def succeeded(self, host: str, subject: str) -> None:
@@ -1902,7 +1899,6 @@ class User:
 
     @property
     def is_operator(self) -> bool:
-        """True if a session of this user operates the server."""
         return any(session.operator for session in self.live)
 
     @property
@@ -1994,8 +1990,6 @@ def mode_lines(changes: Iterable[ModeChange]) -> Iterator[str]:
 
 
 class Membership:
-    """One user's membership of one channel."""
-
     __slots__ = ("ranks", "since")
 
     def __init__(self, since: int, ranks: str):
@@ -2339,7 +2333,6 @@ class Channel:
             yield "CHANNEL_FULL", f"it is full (+l {self.limit})"
 
     def check_entry(self, user: User, password: str) -> None:
-        """Raise Refused unless a user may join with this password."""
         if user.invitations.get(self) or self.founded_by(user):
             return
         for code, why in self.obstacles(user, password):
@@ -2356,7 +2349,6 @@ class Channel:
         return bool(self.members) and open_to_all or who.user in self.members
 
     def uninvite(self, user: User) -> None:
-        """End a user's invitation to this channel, if there is one."""
         user.invitations.pop(self, None)
         self.invited.discard(user)
 
@@ -2992,7 +2984,6 @@ class Turn:
             self.lasting[self.actor] = None
 
     def note_audience(self, audience: Audience) -> None:
-        """Note the audience of an event."""
         self.latest = audience
         if audience in self.noted:
             return
@@ -3184,7 +3175,6 @@ class Accounts(dict[str, Account]):
                 del self.skeletons[shape]
 
     def certificates_of(self, name: str) -> list[str]:
-        """Return the fingerprints of an account's certificates."""
         wanted = fold(name)
         return [fingerprint for fingerprint, key in self.certificates.items() if key == wanted]
 
@@ -3344,7 +3334,6 @@ class Hub:
         self.started, self.started_ticks = 0, 0
         self.work = 0.0  # of the line that is acted on, see WORK_PER_TOKEN
         self.turn = Turn()
-        self.journal: list[tuple] | None = None  # of all acts, for a replay of them
         # Of a cluster
         self.cluster = ""  # its id
         self.nodes: dict[str, Node] = {}
@@ -3363,7 +3352,6 @@ class Hub:
             self.started, self.started_ticks = self.now, self.ticks
 
     def end(self) -> None:
-        """Replace the log of the turn, which has been written."""
         old, self.turn = self.turn, Turn()
         old.close()
 
@@ -3394,8 +3382,6 @@ class Hub:
 
     def perform_as(self, who: Session, name: str, values: tuple) -> Any:
         """Do an act as a session that is at hand: see perform()."""
-        if self.journal is not None:
-            self.journal.append((self.now, self.ticks, name, who.id, values))
         self.work += WORK_OF_AN_ACT
         self.turn.actor = who
         return ACTS[name](self, who, *values)
@@ -3432,7 +3418,6 @@ class Hub:
         return self.last_id
 
     def forget_markers(self, owner: str) -> dict[str, Marker]:
-        """Remove the read markers of an identity and return them, by target."""
         if marks := self.markers.pop(owner, {}):
             self.turn.record("markers_gone", owner)
         return marks
@@ -3443,7 +3428,6 @@ class Hub:
 
     @property
     def source(self) -> Source:
-        """The server as the source of events."""
         return Source(self.name, "", mask=self.name)
 
     # Looking up. Raises Refused
@@ -3648,7 +3632,6 @@ def server_ban(hub: Hub, source: Source) -> ServerBan | None:
 
 
 def check_server_ban(hub: Hub, source: Source) -> None:
-    """Raise Refused if a K-line keeps this user out."""
     if ban := server_ban(hub, source):
         raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
 
@@ -3682,7 +3665,6 @@ def follow(hub: Hub, who: Session, registry: str, keys: tuple[str, ...], on: boo
 
 
 def unfollow(hub: Hub, session: Session) -> None:
-    """Remove all subscriptions of a session that ends."""
     for registry, key in session.follows:
         getattr(hub, registry).remove(session, key)
     session.follows.clear()
@@ -4308,7 +4290,6 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
 
 @act
 def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
-    """Leave a channel; return it."""
     channel = hub.find_channel(name)
     channel.member(who.user)
     hub.work += channel.mask_count
@@ -4340,7 +4321,6 @@ def with_outsider(hub: Hub, channel: Channel, user: User) -> Audience:
 
 @act
 def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
-    """Set the topic of a channel; return the channel."""
     user, channel = who.user, hub.find_channel(name)
     channel.require_inside(who)
     if "t" in channel.flags:
@@ -4857,7 +4837,6 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
 
 @act
 def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
-    """Remove a K-line; return its mask."""
     require_operator(who)
     # Earlier versions kept *@192.0.2.1 as it was
     ban = hub.bans.pop(fold(server_mask(mask)), None) or hub.bans.pop(fold(mask), None)
@@ -5067,7 +5046,6 @@ def check_password(password: str, name: str) -> None:
 
 @in_steps
 def change_own_password(session: LocalSession, old: str, new: str) -> Steps:
-    """Change the password of the account that the user is logged in to."""
     name = own_account(session.user)
     check_password(new, name)
     account, proof = yield from prove(session, name, old)
@@ -5790,7 +5768,6 @@ class SearchIndex:
         return functools.partial(self._step, behind, gone, self.known, most or INDEX_IDS)
 
     def finish(self, done: IndexStep) -> None:
-        """Take the result of a job."""
         self.behind |= done.behind
         self.gone, self.taken = done.gone + self.gone, []
         if not (self.gone or self.rebuild_due):
@@ -6040,7 +6017,6 @@ class Retention:
         self.orphans: set[int] = set()  # targets that no user can read
 
     def stored(self, targets: dict[int, int]) -> None:
-        """Note the rows that were stored, by target."""
         for target, count in targets.items():
             self.fresh[target] += count
         self.orphans.difference_update(targets)  # a founding that goes on after all
@@ -6392,7 +6368,6 @@ class Store:
         self.db.executemany(insert_events(1), single)
 
     def _insert_run(self, shared: tuple, own: list[tuple]) -> None:
-        """Insert events that follow each other and share these values."""
         for first in range(0, len(own), EVENTS_AT_ONCE):
             part = own[first : first + EVENTS_AT_ONCE]
             values = (*shared, *itertools.chain.from_iterable(part))
@@ -8003,7 +7978,6 @@ class Collected:
         self.failed = False
 
     def add(self, message: Message) -> None:
-        """Add a line. Raises Refused."""
         verb, (target, *texts), tags = message
         text, goes_on = "".join(texts[:1]), CONCAT in tags
         if tags["batch"] == self.reference and fold(target) != fold(self.target):
@@ -8144,8 +8118,6 @@ def tell_channel(session: "IrcSession", channel: Channel) -> None:
 
 
 class IrcSession(LocalSession):
-    """A session that speaks IRC."""
-
     __slots__ = (
         *("account", "acks", "asked", "away", "batch", "capabilities", "claimed", "collected"),
         *("denied", "exchange", "from_service", "labelled", "message", "metadata", "negotiating"),
@@ -8363,7 +8335,6 @@ class IrcSession(LocalSession):
             self.begin_answer(broken.tags.get("label", ""))
 
     def parse(self, line: bytes) -> Message:
-        """Return the parts of a line. Raises Refused."""
         tags, _, body = line.partition(b" ") if line[:1] == b"@" else (b"", b"", line)
         if line == TOO_LONG or len(body) > IRC_BYTES - 2 or len(tags) > TAGS_BYTES:
             self.begin_refusal(line if line != TOO_LONG else b"")
@@ -8778,7 +8749,6 @@ def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
 
 
 def mechanisms(session: IrcSession) -> list[str]:
-    """Return the SASL mechanisms that this session may use."""
     return [name for name in MECHANISMS if name != "EXTERNAL" or session.conn.fingerprint]
 
 
@@ -8902,7 +8872,6 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
 
 
 def begin_sasl(session: IrcSession, name: str) -> None:
-    """Begin a log-in with a mechanism of SASL."""
     if session.user and len(session.user.live) > 1:
         return session.reply("907 :your other devices are logged in, too")
     if name not in mechanisms(session):
@@ -10067,7 +10036,6 @@ def source_here(session: IrcSession, name: str) -> Source | None:
 
 
 def tell_whois(session: IrcSession, name: str) -> None:
-    """Tell what is known of a user, or of the service for accounts. Raises Refused."""
     if fold(name) == SERVICE_KEY:
         site, text = session.site, f"accounts; /msg {SERVICE} HELP"
         session.reply(RPL_WHOISUSER, SERVICE, SERVICE, site.name, text)
