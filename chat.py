@@ -237,6 +237,7 @@ GRACE_SECONDS = 60.0  # how long a user who can come back stays after a lost con
 ABSENT_MOST = 1000  # ... but no more users (PER_ADDRESS for one address): the first goes
 
 # Of the server's loop, for each connection
+LINES_SPLIT = 2048  # bytes made into lines at a time: well below any limit of a line
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that no user waits for a flood
 BACKLOG = 1024  # connections the kernel keeps for us meanwhile
@@ -663,23 +664,28 @@ class Framer(typing.Protocol):
 class LineBuffer:
     """Bytes in, lines out, as tokio's LinesCodec frames them: split at LF, less one CR before it.
 
-    Bytes stay as they came until they are taken: a list of all short lines would be twenty times
-    as large. A line longer than `limit` bytes comes out as TOO_LONG once and is skipped."""
+    Bytes stay as they came until they are about to be taken, LINES_SPLIT lines at a time: a list of
+    all short lines would be twenty times as large. A line longer than `limit` bytes comes out as
+    TOO_LONG once and is skipped."""
 
-    __slots__ = ("begins", "buffer", "ended", "limit", "searched", "skipping", "start")
+    __slots__ = (  # *(...), here and below, lets the formatter keep several names on a line
+        *("begins", "buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start"),
+    )
     out, closed, in_body, fruitless = b"", False, False, False  # see Framer
 
     def __init__(self, limit: int):
         self.limit = limit
         self.clear()
         self.ended = False
+        self.first = True  # nothing was taken: what follows may be no lines
         self.begins = b""  # the first bytes of the last line that was too long
 
     def clear(self) -> None:
         """Drop all bytes that were fed and not taken."""
         self.buffer = b""
-        self.start = 0  # of what is not taken
+        self.start = 0  # of what is not split
         self.searched = 0  # up to here there is no LF behind start
+        self.lines: list[bytes] = []  # split, the oldest last
         self.skipping = False  # the rest of a line that was too long
 
     def feed(self, data: bytes) -> None:
@@ -695,7 +701,25 @@ class LineBuffer:
             self.buffer = self.buffer[: self.limit + 2]  # too long, whatever comes
 
     def take(self) -> bytes | None:
-        """Return the oldest line that is complete, or the last one after finish(); else None."""
+        """Return the oldest complete line; None when there is none."""
+        if self.lines:
+            return self.lines.pop()
+        if self.first:
+            line = self._take_long()
+            self.first = not line
+            return line
+        end = self.buffer.rfind(b"\n", self.start, self.start + min(self.limit, LINES_SPLIT))
+        if end < 0:
+            return self._take_long()
+        self.lines = self.buffer[self.start : end].split(b"\n")
+        self.start = self.searched = end + 1
+        if b"\r" in self.buffer:
+            self.lines = [line.removesuffix(b"\r") for line in self.lines]
+        self.lines.reverse()
+        return self.lines.pop()
+
+    def _take_long(self) -> bytes | None:
+        """Return a line that is not split off yet: a long one, or the last one after finish()."""
         end = self.buffer.find(b"\n", self.searched)
         if end >= 0:
             line = self.buffer[self.start : end].removesuffix(b"\r")
@@ -720,10 +744,11 @@ class LineBuffer:
     @property
     def pending(self) -> bool:
         """True if take() would return a line."""
-        if self.buffer.find(b"\n", self.searched) >= 0:
+        rest = len(self.buffer) - self.start
+        if self.lines or (rest and self.buffer.find(b"\n", self.searched) >= 0):
             return True
-        rest = self.buffer[self.start :]
-        return len(rest) > self.limit + 1 or (self.ended and rest not in (b"", b"\r"))
+        last = self.ended and self.buffer[self.start :] not in (b"", b"\r")
+        return rest > self.limit + 1 or last
 
     def rest(self) -> bytes:
         """Return the bytes after the first line."""
@@ -1834,7 +1859,7 @@ class Session:
 class User:
     """A user who is present, or absent within the grace period. Users are compared by identity."""
 
-    __slots__ = (  # *(...), here and below, lets the formatter keep several names on a line
+    __slots__ = (
         *("account_key", "away", "channels", "invitations", "key", "last_time", "login"),
         *("mask_key", "metadata", "modes", "realname", "resume_id", "sessions", "since"),
         *("source", "spoke", "stored", "tokens", "traces"),
@@ -7734,13 +7759,7 @@ NEEDS_CAPABILITY = {  # to be told of these events
     HINT: "message-tags",
 }
 
-USER_MODES = {  # letter -> what it is
-    "B": "is a bot",
-    "R": "accepts messages of logged-in users only",
-    "i": "is not listed to those who share no channel",
-    "o": "operates this server",
-    "w": "hears what operators tell each other",
-}
+USER_MODES = "BRiow"  # bot; takes messages of accounts only; not listed; operator; gets WALLOPS
 
 NOT_IN_IRC = {0: None, 10: " ", 13: " "}  # what would end a line
 
@@ -8016,7 +8035,7 @@ class Collected:
 def fail_collected(session: "IrcSession") -> None:
     """Drop a message with a bad line. The refusal, sent once, gets the batch's label."""
     collected = session.collected
-    if not collected.failed and "labeled-response" in session.capabilities:
+    if not collected.failed:
         session.begin_answer(collected.label)
     collected.failed = True  # said once; the rest of it is not looked at
     collected.pieces.clear()
@@ -8027,8 +8046,7 @@ def collect(session: "IrcSession", message: Message) -> None:
     session.message = message._replace(verb="BATCH")  # what a refusal is about
     collected = session.collected
     if collected is None:
-        if "labeled-response" in session.capabilities:
-            session.begin_answer(message.tags.get("label", ""))
+        session.begin_answer(message.tags.get("label", ""))
         raise Refused("MULTILINE_INVALID", "there is no such batch")
     try:
         if not collected.failed:
@@ -8318,7 +8336,7 @@ class IrcSession(LocalSession):
             if "batch" in message.tags:
                 collect(self, message)
             elif message.verb:
-                if message.tags and "labeled-response" in self.capabilities:
+                if message.tags:
                     self.begin_answer(message.tags.get("label", ""))
                 self.unfinished = irc_command.run(self, message.verb, message.params)
         except Refused as refusal:
@@ -8331,7 +8349,7 @@ class IrcSession(LocalSession):
         """Take the verb and the label of a line that is refused as a whole."""
         broken = parse_message(line.decode(errors="replace"))
         self.message = broken._replace(verb=as_param(broken.verb))
-        if "labeled-response" in self.capabilities and "batch" not in broken.tags:
+        if "batch" not in broken.tags:
             self.begin_answer(broken.tags.get("label", ""))
 
     def parse(self, line: bytes) -> Message:
@@ -8363,7 +8381,7 @@ class IrcSession(LocalSession):
     # What was asked with a label is answered with it (IRCv3 labeled-response)
 
     def begin_answer(self, label: str) -> None:
-        if label:
+        if label and "labeled-response" in self.capabilities:
             turn = self.site.hub.turn
             label = cut(label, LABEL_BYTES)
             events, last_id = len(turn.events), self.site.hub.last_id
@@ -8570,8 +8588,7 @@ def welcome(session: IrcSession) -> None:
     session.reply("003 :This server was started {}", time_text(site.hub.started))
     with_value = "".join(sorted(MASK_LISTS + RANKS + "kl"))
     modes = "".join(sorted(with_value + "".join(FLAGS)))
-    user_modes = "".join(sorted(USER_MODES))
-    session.reply("004 {} chat.py-{} {} {} {}", site.name, VERSION, user_modes, modes, with_value)
+    session.reply("004 {} chat.py-{} {} {} {}", site.name, VERSION, USER_MODES, modes, with_value)
     tell_isupport(session)
     if "draft/whoami" in session.capabilities:
         session.send_line(f":{session.user.source.mask} SETNAME :{session.user.realname}")
@@ -8801,8 +8818,6 @@ def cap_req(session: IrcSession, text: str) -> None:
         for cap in wanted:
             (capabilities.discard if cap[0] == "-" else capabilities.add)(cap.lstrip("-"))
         set_capabilities(session, capabilities)
-    if len(f":{session.site.name} {head} :{text}".encode()) <= IRC_BYTES - 2:
-        return session.line(f"{head} :{text}")
     tell_capabilities(session, head, wanted)
 
 
@@ -9112,8 +9127,6 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     hub = session.site.hub
     owners = hub.dedup_owners(session)
     known = [event for owner in owners if (event := hub.turn.dedup.get((owner, own_id)))]
-    if hub.store.dedup.lost(owners, own_id, hub.ticks):
-        return session.tell_not_kept(own_id, "it was said before, and could not be kept")
     if known and session.site.store.path is None:  # in memory a read comes too soon
         found = known[0].id, known[0]
     else:
@@ -9141,7 +9154,7 @@ def send_message(
     """Send a message, and tell if it is a repeat, or if the receiver is away. Raises Refused."""
     hub = session.site.hub
     if own_id and hub.store.dedup.lost(hub.dedup_owners(session), own_id, hub.ticks):
-        return tell_repeat(session, name, own_id)
+        return session.tell_not_kept(own_id, "it was said before, and could not be kept")
 
     def sent(result: Sent) -> None:
         if result.repeat is not None:
@@ -9247,8 +9260,7 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
     session.collected = None
     if done.failed:
         return
-    if done.label and "labeled-response" in session.capabilities:
-        session.begin_answer(done.label)
+    session.begin_answer(done.label)
     if not done.text.strip("\n"):
         raise Refused("MULTILINE_INVALID", "no text to send")
     kind = MESSAGE if done.verb == "PRIVMSG" else NOTICE
@@ -9446,7 +9458,7 @@ def user_mode(session: IrcSession, name: str, letters: str) -> Steps:
     if known := tuple(tuple(change) for change in changes if change.letter in USER_MODES):
         yield do(session.act, "set_user_modes", known)
     if len(known) < len(changes):
-        text = f"there are only the user modes {''.join(USER_MODES)}"
+        text = f"there are only the user modes {USER_MODES}"
         session.refuse(Refused("UNKNOWN_USER_MODE", text))
 
 
@@ -9749,18 +9761,11 @@ def history_job(
 CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN": 2, "TARGETS": 1}
 
 
-def changes_told(session: IrcSession) -> list[str]:
+def changes_told(session: IrcSession, kinds: Collection[str]) -> list[str]:
     """Return the kinds of changes to messages that a chat.py client gets with a page of the newest
-    messages: redactions and reactions from the time when it was away."""
-    if "chat.py/session" not in session.capabilities:
-        return []
-    kinds = []
-    if "draft/message-redaction" in session.capabilities:
-        kinds.append(REDACT)
-    replayed = "draft/event-playback" in session.capabilities  # then the page has them
-    if "message-tags" in session.capabilities and not replayed:
-        kinds.append(TAGS)
-    return kinds
+    messages of some kinds: redactions and reactions from the time when it was away."""
+    ours, without = "chat.py/session" in session.capabilities, session.wire.without
+    return [one for one in (REDACT, TAGS) if ours and one not in kinds and one not in without]
 
 
 def target_bound(session: IrcSession, text: str) -> Mark:
@@ -9792,10 +9797,11 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
     events = yield do(session.read, job)
     changes = []
     if how in ("AFTER", "LATEST") and (events or marks[0] != "*"):
-        since = Mark(id=events[0].id) if events else None
-        if marks[0] != "*":
+        if marks[0] == "*":
+            since = Mark(id=events[0].id)
+        else:
             since = parse_mark(session.site.hub, marks[0], how, name)
-        for kind in changes_told(session):
+        for kind in changes_told(session, kinds):
             span, page = Span(scope, (kind,), after=since), session.site.store.history.page
             changes += yield do(session.read, page, span, CHANGES_A_PAGE)
 
