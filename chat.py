@@ -4817,7 +4817,7 @@ def mark_read(hub: Hub, who: Session, target: str, when: int, id: int) -> None:
 
 
 @act
-def become_operator(hub: Hub, who: Session, name: str) -> None:
+def become_operator(hub: Hub, who: Session) -> None:
     """Make this session operate the server, but not the user's others: it proved a password."""
     who.operator = True
     hub.operators.add(who)
@@ -5161,7 +5161,7 @@ def oper(session: LocalSession, name: str, password: str, done: Callable[[], Non
         return wrong_password(session)
     hub.accounts.throttle.succeeded(host, OPERATOR_PASSWORD)
     done()
-    session.act("become_operator", name)
+    session.act("become_operator")
 
 
 # ======================================================================================
@@ -8076,9 +8076,7 @@ def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
     session.reply_list(RPL_NAMREPLY, channel.names(me, multi, masks), kind, channel.name)
 
 
-def subscribed_metadata(
-    session: "IrcSession", owners: Iterable, keys: Collection[str]
-) -> Iterator[tuple[str, str, str]]:
+def subscribed_metadata(owners: Iterable, keys: Collection[str]) -> Iterator[tuple[str, str, str]]:
     """Yield owner's name, key and value of all metadata with these keys."""
     for owner in owners:
         for key, value in list(owner.metadata.items()):
@@ -8091,7 +8089,7 @@ def tell_values(
 ) -> None:
     """Tell the values, or, of many, that the client may ask (draft/metadata, postponed sync)."""
     session.site.hub.work += len(owners)
-    known = subscribed_metadata(session, owners, keys)
+    known = subscribed_metadata(owners, keys)
     some = list(itertools.islice(known, METADATA_AT_ONCE + 1))
     if len(some) > METADATA_AT_ONCE:
         text = f"METADATA {target} SYNC tells what is known of it and its members"
@@ -9541,7 +9539,7 @@ def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
         owners = [owner, *owner.members] if isinstance(owner, Channel) else [owner]
         target = owner.name
     session.site.hub.work += len(owners)
-    known = subscribed_metadata(session, owners, session.subscribed)
+    known = subscribed_metadata(owners, session.subscribed)
     lines = (session.shaped_line(RPL_KEYVALUE, *one) for one in known)
     yield from batch_in_pieces(session, f"metadata {target}", lines)
 
