@@ -760,8 +760,7 @@ class LineBuffer:
 
 
 def fold_text(text: str) -> str:
-    """Return a text in NFKC and full case folding. The time grows with the square of the longest
-    run of combining marks."""
+    """Return a text in NFKC and full case folding; runs of combining marks take quadratic time."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -1046,8 +1045,7 @@ EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def utc_time(seconds: float) -> datetime.datetime:
-    """Return a time in UTC, also one after 2038 where the system's times have 32 bits. Raises
-    OverflowError if no calendar has it."""
+    """Return a time in UTC, after 2038 also on systems of 32 bits. Raises OverflowError."""
     return EPOCH + datetime.timedelta(seconds=seconds)
 
 
@@ -1342,8 +1340,7 @@ Mechanism = Iterator  # of bytes to the client, or functions for off the loop
 
 
 def wrong_login() -> Refused:
-    """Return a new refusal each time: an exception keeps the frames that it passed through, and
-    these keep the password."""
+    """Return a new refusal each time: an exception keeps its frames, and they keep the password."""
     return Refused("SASL_FAILED", "name or password are wrong")
 
 
@@ -1403,9 +1400,8 @@ def sasl_scram(find: Lookup) -> Mechanism:
         if answered["r"] != nonce or base64.b64decode(answered["c"]) != header:
             raise wrong_login()
         signed = f"{bare},{challenge},{without_proof}".encode()
-        client_key = xor(
-            base64.b64decode(proof, validate=True), sha256_hmac(verifier.stored_key, signed)
-        )
+        signature = sha256_hmac(verifier.stored_key, signed)
+        client_key = xor(base64.b64decode(proof, validate=True), signature)
     except (KeyError, ValueError):  # not a message of SCRAM; UnicodeDecodeError is a ValueError
         raise wrong_login() from None
     if not hmac.compare_digest(hashlib.sha256(client_key).digest(), verifier.stored_key):
@@ -3497,8 +3493,7 @@ class Hub:
     # Identities: what a guest said belongs to the first account that the guest logs in to
 
     def identities(self, identity: str) -> tuple[str, ...]:
-        """Return an identity and the guests whose conversations it reads. A conversation has a key
-        for each pair of them."""
+        """Return an identity and the guests whose conversations it reads. Each pair has a key."""
         return (identity, *self.guests_of.get(identity, ()))
 
     def same_person(self, one: str, other: str) -> bool:
@@ -5309,7 +5304,7 @@ MIGRATIONS = (
     """,
 )
 
-KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
+KEPT, BUSY, LOST = "kept", "busy", "lost"  # outcomes of a commit; BUSY is tried again
 NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest id of a target
 SPOKEN_KINDS = ", ".join(map("'{}'".format, SPOKEN))
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
@@ -5323,8 +5318,7 @@ OWN = operator.itemgetter(*map(Event._fields.index, ("id", "time", "text")))
 
 @functools.cache
 def insert_events(count: int) -> str:
-    """Return the statement that inserts so many events. Its values are the eight that all of them
-    share, and then id, time and text of each."""
+    """Return the statement for so many events: what they share, then id, time and text of each."""
     own = ", ".join(["(?, ?, ?)"] * count)
     columns = "?, column1, column2, ?, ?, ?, column3, ?, ?, ?, ?"
     return f"INSERT INTO events SELECT {columns} FROM (VALUES {own})"
@@ -5614,8 +5608,7 @@ class History:
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
-        """Return at most `count` events of a span, the newest or the oldest of them, in the order
-        of their ids. There are fewer if they exceed PAGE_BYTES."""
+        """Return up to `count` events of a span, the newest or oldest, by id; in PAGE_BYTES."""
         where, values = span.where()
         order = "time {0}, id {0}" if span.by_time else "id {0}"
         order = order.format("DESC" if newest else "ASC")
@@ -6232,8 +6225,7 @@ class Store:
     # Ids: each start has blocks of its own, so that no id is ever used twice
 
     def reserve_ids(self) -> None:
-        """Begin a block of ids for this start. Ids that earlier starts reserved and did not store
-        are not valid in requests."""
+        """Begin a block of ids for this start. Those that earlier starts did not store are void."""
         last = self.db.execute(f"SELECT ifnull(max({NEWEST}), 0) FROM targets").fetchone()[0]
         reserved = self.db.execute("SELECT ifnull(max(reserved), 0) FROM starts").fetchone()[0]
         self.last_id = self.reserved = max(last, reserved)
@@ -6274,8 +6266,7 @@ class Store:
                 COMMIT;""")
 
     def load_node(self) -> tuple[bytes | None, str, list[tuple]]:
-        """Return the snapshot, the checksum of the last entry that it contains, and the entries
-        after that: sequence, time, data and answers of the store."""
+        """Return the snapshot, the checksum of its last entry, and the entries after that."""
         row = self.db.execute("SELECT hub, sequence, entry FROM snapshots").fetchone()
         if row is None:
             return None, "", []
@@ -6301,8 +6292,7 @@ class Store:
     # The commit beat
 
     def commit(self, turn: Turn, now: float, ticks: int = 0) -> str:
-        """Store a turn's events and records in one transaction; `now` is monotonic, in seconds.
-        Return KEPT, BUSY (try again) or LOST."""
+        """Store a turn in one transaction; `now` is monotonic. Return KEPT, BUSY or LOST."""
         if self.backlog.records and now < self.backlog.retry_at:
             return self._lose(turn, self.backlog.retry_at - BACKLOG_SECONDS, ticks)
         try:
@@ -8391,8 +8381,7 @@ class IrcSession(LocalSession):
             self.begin_answer(unescaped_tag(self.labelled.label))
 
     def mark_answer(self) -> None:
-        """Label the replies since the answer was begun or resumed. Replies of several lines, or
-        with more to come, go into a labelled batch."""
+        """Label the replies since the answer began; several, or with more to come, as a batch."""
         self.from_service = self.from_service and self.deferred
         if self.labelled is None:
             return
@@ -8846,8 +8835,7 @@ def fail_sasl(session: IrcSession, refusal: Refused) -> None:
 def tell_logged_in(
     session: IrcSession, account: str, proof: str, otherwise: Callable | None = None
 ) -> Steps:
-    """Log the client in to an account, and tell it; without a user the log-in is part of its
-    registration. Call otherwise() with a refusal."""
+    """Log the client in, or let it be part of its registration; otherwise() takes a refusal."""
     session.account, session.proof = account, proof
     before = session.site.hub.last_id
     if session.user:
@@ -9579,8 +9567,7 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
 
 @in_steps
 def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> Steps:
-    """Add or remove keys; the first one past the limit is refused, and the rest ignored. Tell the
-    values of the new keys."""
+    """Add or remove keys, up to the first one past the limit; tell the values of new ones."""
     done: list[str] = []
     before = set(session.subscribed)
     for key in keys:
