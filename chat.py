@@ -1688,7 +1688,6 @@ class Files(dict[str, StoredFile]):
         super().__init__()
         self.most = FILE_BYTES  # of one file
         self.total = FILES_BYTES  # of all; one owner, or one address, may have a quarter
-        self.by_message: dict[int, str] = {}
         self.unwanted: list[str] = []  # names on disk that a link needs no more
         self.finishing: set[str] = set()  # ids of uploads whose content is there; not yet the link
 
@@ -1696,7 +1695,6 @@ class Files(dict[str, StoredFile]):
         for id, state in rows:
             *values, messages, node = [*json.loads(state), ""][:12]
             self[id] = StoredFile(*values, messages=tuple(messages), node=node)
-            self.by_message.update(dict.fromkeys(messages, id))
 
     def linked(self, text: str) -> StoredFile | None:
         """Return the complete file whose link is in a text; of several links, the first."""
@@ -4576,32 +4574,26 @@ def finish_file(
 @act
 def remove_file(hub: Hub, who: Session, id: str) -> None:
     """Remove a file, complete or not. Content that no other file shares goes, too."""
-    file = hub.files.pop(id, None)
-    if file is None:
-        return
-    for message in file.messages:
-        hub.files.by_message.pop(message, None)
-    hub.turn.record("file_gone", id)
-    hub.files.unwanted.append(file.on_disk)  # unless another file has the same content
+    if file := hub.files.pop(id, None):
+        hub.turn.record("file_gone", id)
+        hub.files.unwanted.append(file.on_disk)  # unless another file has the same content
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
     """Note that a message carries its owner's file, which is removed with the last of these."""
     if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
-        hub.files.by_message[event.id] = file.id
         keep_file(hub, file._replace(messages=(*file.messages, event.id)))
 
 
 def redact_file(hub: Hub, who: Session, message: int) -> None:
     """Forget a redacted message that carried a file, which is removed with the last of these."""
-    file = hub.files.get(hub.files.by_message.pop(message, ""))
-    if file is None:
-        return
-    left = tuple(one for one in file.messages if one != message)
-    if left:
-        keep_file(hub, file._replace(messages=left))
-    else:
+    hub.work += len(hub.files) // 8
+    file = next((one for one in hub.files.values() if message in one.messages), None)
+    if file and file.messages == (message,):
         remove_file(hub, who, file.id)
+    elif file:
+        left = tuple(one for one in file.messages if one != message)
+        keep_file(hub, file._replace(messages=left))
 
 
 # Messages
@@ -7104,7 +7096,7 @@ SAVED = (  # of a Hub
     *("ticks", "users", "users_by_id", "users_by_token", "watchers"),
 )
 SAVED_OF_ACCOUNTS = ("certificates", "skeletons")
-SAVED_OF_FILES = ("by_message", "most", "total")
+SAVED_OF_FILES = ("most", "total")
 LINKED = (User, Channel, Session)
 MADE_AGAIN = ("audience", "by_wire", "former", "rosters")  # of a channel
 SAVED_CLASSES = {
@@ -8524,8 +8516,8 @@ def tell_isupport(session: IrcSession) -> None:
 def tell_lusers(session: IrcSession) -> None:
     hub, server = session.site.hub, session.site.server
     count, operators = len(hub.users), len({one.user for one in hub.operators})
-    visible, invisible = count - hub.invisible, hub.invisible
-    session.reply("251 :There are {} users and {} invisible on 1 servers", visible, invisible)
+    shown, invisible = count - hub.invisible, hub.invisible
+    session.reply("251 :There are {} users and {} invisible on 1 servers", shown, invisible)
     session.reply("252 {} :operators online", operators)
     session.reply("253 {} :connections without a name yet", server.nameless())
     session.reply("254 {} :channels formed", len(hub.channels))
