@@ -5358,17 +5358,11 @@ NODE_TABLES = """
     );
 """
 
-TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and their types
-    "accounts": (str, str, bytes, int, bytes, bytes, str, int),
-    "bans": (str, str, str, int, str),
-    "certificates": (str, str),
-    "channels": (str, str),
-    "files": (str, str),
-    "identities": (str, str),
-    "markers": (str, str, int, int),
-    "starts": (int, int, str),
-    "stays": (str, str),
-}
+TABLES = (  # those that are read at the start
+    *("accounts", "bans", "certificates", "channels", "files", "identities", "markers"),
+    *("starts", "stays"),
+)
+COLUMN_TYPES = {"BLOB": bytes, "INTEGER": int, "TEXT": str}  # of their columns
 
 
 # Opening a database
@@ -5600,7 +5594,7 @@ class History:
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
-        """Return up to `count` events of a span, the newest or oldest, by id; in PAGE_BYTES."""
+        """Return the newest or oldest `count` events of a span, by id; fewer beyond PAGE_BYTES."""
         where, values = span.where()
         order = "time {0}, id {0}" if span.by_time else "id {0}"
         order = order.format("DESC" if newest else "ASC")
@@ -6195,7 +6189,9 @@ class Store:
         self.trouble = ""  # why events are being lost just now
         try:
             self.changed_elsewhere()
-            self.offsets = self._read_offsets()
+            # Of the wall clock, in seconds: see SureTime. Damaged ones would only delay deletions
+            rows = self.db.execute("SELECT step, seconds FROM offsets").fetchall()
+            self.offsets = {n: s for n, s in rows if n in range(2**32) and type(s) is float}
             if node:
                 self._become_node()
             else:
@@ -6275,7 +6271,7 @@ class Store:
     def digest(self) -> str:
         """Return a checksum of all that a Hub is loaded from."""
         found = hashlib.blake2b(str(self.last_id).encode(), digest_size=8)
-        for table in sorted(TABLES):
+        for table in TABLES:
             for row in sorted(self.rows(table)):
                 found.update(repr(row).encode())
         found.update(repr(self.db.execute("SELECT count(*) FROM events").fetchone()).encode())
@@ -6284,7 +6280,7 @@ class Store:
     # The commit beat
 
     def commit(self, turn: Turn, now: float, ticks: int = 0) -> str:
-        """Store a turn in one transaction; `now` is monotonic. Return KEPT, BUSY or LOST."""
+        """Store a turn in one transaction; `now` is monotonic seconds. Return KEPT, BUSY or LOST."""
         if self.backlog.records and now < self.backlog.retry_at:
             return self._lose(turn, self.backlog.retry_at - BACKLOG_SECONDS, ticks)
         try:
@@ -6486,17 +6482,13 @@ class Store:
 
     def rows(self, table: str, order: str = "") -> list[tuple]:
         """Return a table that is kept in memory. Raises ValueError if values have wrong types."""
-        rows, types = self.db.execute(f"SELECT * FROM {table} {order}").fetchall(), TABLES[table]
+        rows = self.db.execute(f"SELECT * FROM {table} {order}").fetchall()
+        columns = self.db.execute(f"PRAGMA table_info({table})")
+        types = tuple(COLUMN_TYPES.get(declared) for _, _, declared, *_ in columns)
         for row in rows:
             if tuple(map(type, row)) != types:
                 raise ValueError(f"a row of {table} has wrong values")
         return rows
-
-    def _read_offsets(self) -> dict[int, float]:
-        """Return the offsets of the wall clock in seconds: see SureTime. Damaged ones are left out,
-        since they only delay deletions."""
-        rows = self.db.execute("SELECT step, seconds FROM offsets").fetchall()
-        return {n: seconds for n, seconds in rows if n in range(2**32) and type(seconds) is float}
 
     # Housekeeping
 
@@ -8464,21 +8456,16 @@ def isupport(site: SessionContext) -> list[str]:
         USERLEN={USERNAME_BYTES} UTF8ONLY WHOX soju.im/SAFERATE {flood}""".split()
 
 
-def web_tokens(session: IrcSession) -> list[str]:
-    """Return the tokens of 005 for the page for browsers, for uploads (draft/FILEHOST, and soju's
-    name for it), and for the tokens that uploads need (draft/authtoken)."""
+def isupport_lines(session: IrcSession) -> Iterator[bytes]:
+    """Yield the lines of 005, also with the address of the page for browsers and with those of
+    uploads (draft/FILEHOST, and soju's name for it), which need a token (draft/authtoken)."""
     url = base_url(session.site, session.conn.secure, session.conn.local)
-    tokens = [f"chat.py/WEB={url}/"]
+    tokens = [*isupport(session.site), f"chat.py/WEB={url}/"]
     if session.site.folder is not None:
         tokens += [f"{name}={url}/files" for name in ("soju.im/FILEHOST", "draft/FILEHOST")]
         tokens.append("draft/AUTHTOKEN")
-    return tokens
-
-
-def isupport_lines(session: IrcSession) -> Iterator[bytes]:
-    addresses = [node.address for node in session.site.hub.nodes.values() if node.address]
-    nodes = [f"chat.py/NODES={','.join(addresses)}"] if addresses else []
-    tokens = [*isupport(session.site), *web_tokens(session), *nodes]
+    if addresses := [one.address for one in session.site.hub.nodes.values() if one.address]:
+        tokens.append(f"chat.py/NODES={','.join(addresses)}")
     while tokens:
         line = next(wrapped(tokens[:TOKENS_A_LINE], ROSTER_BYTES))
         del tokens[: len(line.split(" "))]
@@ -9255,8 +9242,10 @@ def irc_away(session: IrcSession, reason: str = "") -> Steps:
         yield do(session.act, "set_away", reason)
     elif not session.user:
         session.away = cut(reason, REASON_BYTES)
-    away, back = "306 :You have been", "305 :You are no longer"
-    session.reply(f"{away if reason else back} marked as being away")
+    if reason:
+        session.reply("306 :You have been marked as being away")
+    else:
+        session.reply("305 :You are no longer marked as being away")
 
 
 @irc_command("SETNAME", 1)
@@ -9332,10 +9321,6 @@ def within(channel: Channel, what: str, sign: str, number: str, now: int) -> boo
     return value < int(number) if sign == "<" else value > int(number)
 
 
-def is_condition(text: str) -> bool:
-    return LIST_BOUND.fullmatch(text) is not None or text.startswith(("#", "!"))
-
-
 def list_filter(conditions: str, now: int) -> Callable[[Channel], bool]:
     """Return a filter for LIST (ELIST): all conditions have to hold, and any one of the masks."""
     bounds = [b for c in conditions.split(",") if (b := LIST_BOUND.fullmatch(c))]
@@ -9364,7 +9349,8 @@ def in_slices(items: Iterable[Any]) -> Iterator[Any]:
 @irc_command("LIST", most=2)
 def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Iterator[None]:
     """LIST [<channel or condition>{,...}] -- the channels: >9, <9, C<5, T>5, *mask*, !*mask*"""
-    if any(map(is_condition, server.split(","))):  # LIST <channels> <conditions>
+    second = server.split(",")  # LIST <channels> <conditions>
+    if any(LIST_BOUND.fullmatch(text) or text.startswith(("#", "!")) for text in second):
         conditions, server = f"{conditions},{server}", ""
     check_server(session, server)
     hub = session.site.hub
@@ -9870,17 +9856,16 @@ def irc_token(session: IrcSession, subcommand: str, service: str = "", scope: st
         line = session.server_line(f"TOKEN SERVICE FILEHOST {url} :files for the chat")
         return in_batch(session, "draft/authtoken *", [line])
     if verb == "VALIDATE":
-        text = "tokens are for this server's own files"
-        return session.fail("TOKEN", "NO_PERMISSIONS", text, service or "*")
+        raise Refused("NO_PERMISSIONS", "tokens are for this server's own files", service or "*")
     if verb != "GENERATE":
         text = f"there is no TOKEN {subcommand}"
         return session.fail("TOKEN", "UNKNOWN_COMMAND", text, subcommand)
     if service.upper() != "FILEHOST" or not known:
         text = "there is no such service; TOKEN SERVICELIST lists them"
-        return session.fail("TOKEN", "UNKNOWN_SERVICE", text, service or "*")
+        raise Refused("UNKNOWN_SERVICE", text, service or "*")
     session.site.hub.work += len(session.site.grants) // 3
     token = session.site.grants.make(session.user, session.site.hub.ticks)
-    return session.line(f"TOKEN GENERATE FILEHOST :{token}")
+    session.line(f"TOKEN GENERATE FILEHOST :{token}")
 
 
 @irc_command("REDACT", 2, 3)
@@ -10043,19 +10028,6 @@ def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
     session.reply("318 {} :End of WHOIS", as_param(name))
 
 
-def tell_former_users(
-    session: IrcSession, name: str, found: list[FormerUser], most: int | None
-) -> None:
-    """Answer WHOWAS for one name: with the newest users of that name, `most` at most."""
-    for one in found[: most or None]:
-        source = one.source
-        session.reply("314 {} {} {} * :{}", source.name, source.username, source.host, one.realname)
-        session.reply(RPL_WHOISSERVER, source.name, session.site.name, time_text(one.time))
-    if not found:
-        session.refuse(Refused("WAS_NO_SUCH_NAME", f"no user was called {name} lately", name))
-    session.reply("369 {} :End of WHOWAS", as_param(name))
-
-
 @irc_command("WHOWAS", 1, 3)
 def irc_whowas(session: IrcSession, names: str, count: str = "", server: str = "") -> None:
     """WHOWAS <nickname>{,<nickname>} [<count>] -- who had a name before"""
@@ -10067,7 +10039,14 @@ def irc_whowas(session: IrcSession, names: str, count: str = "", server: str = "
     for name in filter(None, names.split(",")):
         asked.setdefault(fold(name), name)
     for key, name in (asked or {"": names}).items():
-        tell_former_users(session, name, known.get(key, []), whole_number(count))
+        found = known.get(key, [])
+        for one in found[: whole_number(count) or None]:
+            who = one.source
+            session.reply("314 {} {} {} * :{}", who.name, who.username, who.host, one.realname)
+            session.reply(RPL_WHOISSERVER, who.name, session.site.name, time_text(one.time))
+        if not found:
+            session.refuse(Refused("WAS_NO_SUCH_NAME", f"no user was called {name} lately", name))
+        session.reply("369 {} :End of WHOWAS", as_param(name))
 
 
 @irc_command("ISON", 1, 15)
