@@ -2565,7 +2565,7 @@ class LocalSession(Session):
     """A session with a connection to this process. Each dialect is a subclass with its own wire."""
 
     __slots__ = (
-        *("acted", "asks", "blocked", "conn", "deferred", "jobs", "kept", "latest", "over"),
+        *("acted", "asks", "blocked", "conn", "jobs", "kept", "latest", "over"),
         *("parting", "postponed", "quit_intended", "replied", "replies", "site", "tries"),
         *("unfinished", "waits"),
     )
@@ -2583,12 +2583,11 @@ class LocalSession(Session):
         self.quit_intended = False  # else the connection broke
         self.unfinished: Iterator | None = None  # a long answer that has been begun
         self.postponed: list[Iterator] = []  # long answers that no command of its own asked for
-        self.deferred = False  # an answer waits for a job
         self.replies: list[tuple[int, bytes]] = []  # of this turn: id of the event before, bytes
         self.replied = 0  # bytes of them
         self.over = False  # ended() was called
         self.jobs = 0  # for this session, under way: several only on a node of a cluster
-        self.latest: Awaited | None = None  # what the present line waits for
+        self.latest: Awaited | None = None  # what the present line, or its answer, waits for
         # On a node of a cluster
         self.acted = False  # the other nodes know this session
         self.asks = self.blocked = 0  # acts that have not come back; those that are no messages
@@ -2646,7 +2645,6 @@ class LocalSession(Session):
 
     def later(self, lane: str, job: Callable, *values: Any, then: Callable) -> None:
         """Run job(*values) off the loop, then then(its result). The next line waits for that."""
-        self.deferred = True
         self.jobs += 1
         self.latest = Awaited(self, then)
         self.site.server.later(self, lane, functools.partial(job, *values), self.latest)
@@ -2657,7 +2655,7 @@ class LocalSession(Session):
 
     def take_result(self, job: Awaited, result: Any) -> None:
         """Handle the result of a job: a value, or the ChatError that it raised."""
-        self.deferred, self.latest = False, None
+        self.latest = None
         self.jobs -= 1
         self.restore(job.context)
         self.resume_answer()
@@ -2708,7 +2706,7 @@ class LocalSession(Session):
         self.site.hub.work = 0.0  # the line was charged when it was taken
         self.asks -= 1
         self.blocked -= ask.name != "say"
-        self.deferred, self.latest = False, None
+        self.latest = None
         self.restore(ask.context)
         self.resume_answer()
 
@@ -7304,7 +7302,7 @@ class Cluster:
             return
         ask = Ask(session, name, values, then, otherwise)
         if session:
-            session.acted = session.deferred = True
+            session.acted = True
             session.asks += 1
             session.latest = ask
             if name != "say":
@@ -8233,7 +8231,7 @@ class IrcSession(LocalSession):
 
     def refuse(self, refusal: Refused) -> None:
         shape, text = REFUSALS.get(refusal.code), harmless(str(refusal))
-        if self.from_service and not self.deferred:
+        if self.from_service and self.latest is None:
             return self.service_says(text)
         if shape is None:
             return self.fail(self.message.verb or "*", refusal.code, text, *refusal.about)
@@ -8300,7 +8298,7 @@ class IrcSession(LocalSession):
         self.from_service = False
         self.raw = line
         if self.asks:  # the answers to earlier lines go on when those have come back
-            self.deferred, self.labelled, self.batch = False, None, ""
+            self.labelled, self.batch = None, ""
         self.latest = None
         try:
             self.message = message = self.parse(line)
@@ -8366,10 +8364,10 @@ class IrcSession(LocalSession):
 
     def mark_answer(self) -> None:
         """Label the replies since the answer began; several, or with more to come, as a batch."""
-        self.from_service = self.from_service and self.deferred
+        self.from_service = self.from_service and self.latest is not None
         if self.labelled is None:
             return
-        turn, whole = self.site.hub.turn, not self.deferred and self.unfinished is None
+        turn, whole = self.site.hub.turn, self.latest is None and self.unfinished is None
         label, replies, events, _ = self.labelled
         heard = {e.id: count for e in turn.events[events:] if (count := self.count_own_lines(e))}
         count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
