@@ -2458,8 +2458,7 @@ class Channel:
         if not change.on or key in masks:
             return None
         if len(masks) >= MASKS_A_LIST:
-            text = f"{MASKS_A_LIST} masks at most"
-            raise Refused("LIST_FULL", text, self.name, mask)
+            raise Refused("LIST_FULL", f"{MASKS_A_LIST} masks at most", self.name, mask)
         masks[key] = Mask(mask, setter, now)
         return full
 
@@ -3528,8 +3527,7 @@ class Hub:
         records = self.turn.records
         if any(one.name == "redact" and one.values[-1] == id for one in records):
             return None
-        recent = (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS))
-        for event in recent:
+        for event in (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS)):
             for key, founding in event.audience.targets:
                 if self.key_now(key, founding) in keys:
                     return founding, event.source.identity
@@ -8832,21 +8830,19 @@ def end_sasl(session: IrcSession, account: str) -> Steps:
     session.reply("903 :SASL authentication successful")
 
 
-def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
-    """Run the next step of a SASL mechanism: bytes for the client, or a job for off the loop."""
+@in_steps
+def go_on_sasl(session: IrcSession, answer: bytes | None) -> Steps:
+    """Send an answer into the SASL mechanism, and what that says to the client."""
     exchange = session.exchange
     try:
-        said = step(*values)
+        while callable(said := exchange.mechanism.send(answer)):
+            answer = yield do(session.later, PASSWORD_LANE, said)
     except StopIteration as end:
         return end_sasl(session, end.value)
     except Refused as refusal:
         return fail_sasl(session, refusal)
-    if isinstance(said, bytes):
-        for piece in exchange.chunks(said):
-            session.send_line(f"AUTHENTICATE {piece}")
-    else:
-        then = functools.partial(go_on_sasl, session, exchange.mechanism.send)
-        session.later(PASSWORD_LANE, said, then=then)
+    for piece in exchange.chunks(said):
+        session.send_line(f"AUTHENTICATE {piece}")
 
 
 def begin_sasl(session: IrcSession, name: str) -> None:
@@ -8862,7 +8858,7 @@ def begin_sasl(session: IrcSession, name: str) -> None:
         return name, session.exchange.verifier
 
     session.exchange = Exchange(MECHANISMS[name](find))
-    go_on_sasl(session, next, session.exchange.mechanism)
+    go_on_sasl(session, None)
 
 
 @irc_command("AUTHENTICATE", 1, nameless=True)
@@ -8880,7 +8876,7 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
     except Refused as refusal:
         return fail_sasl(session, refusal)
     if answer is not None:
-        go_on_sasl(session, session.exchange.mechanism.send, answer)
+        go_on_sasl(session, answer)
 
 
 def check_admitted(session: IrcSession) -> None:
@@ -9101,8 +9097,7 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     if event is None or not (channel or event.about):  # it was said in a channel, not to this user
         tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own_id)}"
         return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
-    past = Audience(channel)
-    for line in session.wire.encode(past, [event]) if session.wire.echo else ():
+    for line in session.wire.encode(Audience(channel), [event]) if session.wire.echo else ():
         session.send(line)
 
 
@@ -9163,8 +9158,7 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> LongA
     def send(name: str) -> None:
         check_length(session, name, text, tags)
         if text.startswith("\x01ACTION "):
-            action = text[8:].removesuffix("\x01")
-            send_message(session, name, action, ACTION, tags, own_id)
+            send_message(session, name, text[8:].removesuffix("\x01"), ACTION, tags, own_id)
         elif fold(name) == SERVICE_KEY:
             ask_service(session, text)
         else:
@@ -9377,8 +9371,7 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> Steps:
             session.reply("336 {}", channel.name)  # 346 is a channel's +I
         return session.reply("337 :End of invitations")
     if not where:
-        text = "usage: INVITE <nickname> <channel>"
-        raise Refused("NEED_MORE_PARAMS", text, "INVITE")
+        raise Refused("NEED_MORE_PARAMS", "usage: INVITE <nickname> <channel>", "INVITE")
     user, channel = yield do(session.act, "invite", name, where)
     session.reply("341 {} {}", user.name, channel.name)
     if user.away:
@@ -9420,8 +9413,7 @@ def user_mode(session: IrcSession, name: str, letters: str) -> Steps:
     if known := tuple(tuple(change) for change in changes if change.letter in USER_MODES):
         yield do(session.act, "set_user_modes", known)
     if len(known) < len(changes):
-        text = f"there are only the user modes {USER_MODES}"
-        session.refuse(Refused("UNKNOWN_USER_MODE", text))
+        session.refuse(Refused("UNKNOWN_USER_MODE", f"there are only the user modes {USER_MODES}"))
 
 
 def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> Steps:
@@ -10223,8 +10215,7 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
 
 
 def no_admin(session: IrcSession) -> None:
-    text = "the message of the day may name a contact"
-    raise Refused("NO_ADMIN", text, session.site.name)
+    raise Refused("NO_ADMIN", "the message of the day may name a contact", session.site.name)
 
 
 def tell_info(session: IrcSession) -> None:
@@ -10281,8 +10272,7 @@ refusing("SQUIT <server>", "unlink a server", "NO_SUCH_SERVER", ALONE, 1, privil
 @irc_command("OPER", 2, 2, exact=True)
 def irc_oper(session: IrcSession, name: str, password: str) -> None:
     """OPER <name> <password> -- become an operator of this server"""
-    told = do(session.reply, "381 :You are now an operator of this server")
-    oper(session, name, password, told)
+    oper(session, name, password, do(session.reply, "381 :You are now an operator of this server"))
 
 
 @irc_command("KILL", 1, 2, privileged=True)
