@@ -4662,12 +4662,10 @@ def check_may_redact(
     """Raise Refused unless the session may redact another user's message."""
     if channel is None:
         text = "these are not your words"
-    elif who.operator:
+    elif who.operator or (founding == channel.founding and channel.members[who.user].has("h")):
         return
     elif founding != channel.founding:
         text = "these are words from before this channel was founded again"
-    elif channel.members[who.user].has("h"):
-        return
     else:
         text = f"only operators of {channel.name} can do that"
     raise Refused("REDACT_FORBIDDEN", text, name, message_id)
@@ -4694,13 +4692,10 @@ def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
     return keys
 
 
-def redaction_audience(hub: Hub, user: User, name: str, keys: list[str], id: int) -> Audience:
-    """Return the audience that is told that a message is redacted. In a private conversation
-    without a present partner it is the user alone; the partner learns it from the history."""
-    if name.startswith("#"):
-        return hub.channels[fold(name)].audience
+def audience_of_two(hub: Hub, user: User, other: User | None, keys: list[str], id: int) -> Audience:
+    """Return the audience that is told that a private message is redacted. If the partner is not
+    present it is the user alone; the partner learns it from the history."""
     key = next(key for key in keys if hub.author_of([key], id))
-    other = hub.users.get(fold(name))
     if other and key in conversation_keys(hub, user.identity, other.identity):
         return hub.conversation(user, other)
     return Audience(users={user}, targets=((key, 0),))
@@ -4710,8 +4705,8 @@ def redaction_audience(hub: Hub, user: User, name: str, keys: list[str], id: int
 def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> None:
     """Redact a message. The author may, and in a channel so may its operators, for messages of this
     founding. In a private conversation only the author may."""
-    user = who.user
-    keys = redactable_keys(hub, user, name)
+    user, keys = who.user, redactable_keys(hub, who.user, name)
+    channel, other = hub.channels.get(fold(name)), hub.users.get(fold(name))
     try:
         id = hub.ids.parse(message_id)
     except ValueError:
@@ -4721,17 +4716,16 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
         raise Refused("UNKNOWN_MSGID", "there is no such message", name, message_id)
     founding, author = known
     if not hub.same_person(author, user.identity):
-        check_may_redact(who, hub.channels.get(fold(name)), founding, name, message_id)
-    audience = redaction_audience(hub, user, name, keys, id)
+        check_may_redact(who, channel, founding, name, message_id)
+    audience = channel.audience if channel else audience_of_two(hub, user, other, keys, id)
     for key in keys:
         hub.turn.record("redact", key, hub.now, id)
     redact_file(hub, who, id)
     about = ""
-    if channel := hub.channels.get(fold(name)):
-        reason = reason if who.operator else channel.permitted_words(user, reason)
-    else:
-        other = hub.users.get(fold(name))
+    if channel is None:
         about = other.name if other else clean_name(name)
+    elif not who.operator:
+        reason = channel.permitted_words(user, reason)
     text = hub.ids.text(id) + (f" :{reason}" if reason else "")
     hub.emit(REDACT, user.source, audience, text, about, who)
 
@@ -6276,7 +6270,7 @@ class Store:
     # The commit beat
 
     def commit(self, turn: Turn, now: float, ticks: int = 0) -> str:
-        """Store a turn in one transaction; `now` is monotonic seconds. Return KEPT, BUSY or LOST."""
+        """Store a turn in one transaction; `now` is in seconds. Return KEPT, BUSY or LOST."""
         if self.backlog.records and now < self.backlog.retry_at:
             return self._lose(turn, self.backlog.retry_at - BACKLOG_SECONDS, ticks)
         try:
@@ -10067,7 +10061,8 @@ def tell_monitored(session: IrcSession, names: list[str]) -> None:
     session.reply_list(RPL_MONOFFLINE, offline, between=",")
 
 
-def monitor_add(session: IrcSession, names: list[str]) -> None:
+@in_steps
+def monitor_add(session: IrcSession, names: list[str]) -> Steps:
     """Monitor more names; those past the limit are refused."""
     added = []
     for number, name in enumerate(names):
@@ -10083,12 +10078,9 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             added.append(name)
     if added:
         keys = tuple(map(fold, added))
-
-        def tell(_: None) -> None:
-            tell_monitored(session, added)
-            tell_metadata_of_people(session, keys)
-
-        session.act("follow", "watchers", keys, True, then=tell)
+        yield do(session.act, "follow", "watchers", keys, True)
+        tell_monitored(session, added)
+        tell_metadata_of_people(session, keys)
 
 
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
