@@ -1858,6 +1858,7 @@ class User:
         *("mask_key", "metadata", "modes", "realname", "resume_id", "sessions", "since"),
         *("source", "spoke", "stored", "tokens", "traces"),
     )
+    STATE = ("login", "realname", "away", "since", "metadata")  # what the store keeps as it is
 
     def __init__(self, source: Source, realname: str, resume_id: str, now: int):
         self.resume_id = resume_id  # the same from the first session to the last; see identity
@@ -1927,15 +1928,10 @@ class User:
 
     def state(self) -> dict[str, Any]:
         """Return the part of the user that outlives the server, for JSON. OPER does not."""
-        return {
+        return {name: getattr(self, name) for name in self.STATE} | {
             "source": {name: getattr(self.source, name) for name in SOURCE_FIELDS},
-            "login": self.login,
             "secrets": [*self.tokens],
-            "realname": self.realname,
             "modes": sorted(self.modes),
-            "away": self.away,
-            "since": self.since,
-            "metadata": self.metadata,
             "channels": {c.key: c.members[self].ranks for c in self.channels},
             "invitations": {c.key: by_operator for c, by_operator in self.invitations.items()},
         }
