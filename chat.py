@@ -4138,10 +4138,8 @@ def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> st
 
 def save_account(hub: Hub, account: Account) -> Account:
     hub.accounts.put(account)
-    hub.turn.record(
-        *("account", fold(account.name), account.name, *account.verifier),
-        *(account.email, account.number),
-    )
+    name, verifier, email, number = account
+    hub.turn.record("account", fold(name), name, *verifier, email, number)
     return account
 
 
@@ -5356,10 +5354,8 @@ COLUMN_TYPES = {"BLOB": bytes, "INTEGER": int, "TEXT": str}  # of their columns
 
 def connect(path: pathlib.Path | None, mode: str) -> sqlite3.Connection:
     """Return a connection that never waits and begins no transaction by itself."""
-    address = f"{path.absolute().as_uri()}?mode={mode}" if path else ":memory:"
-    return sqlite3.connect(
-        address, timeout=0, isolation_level=None, uri=True, check_same_thread=False
-    )
+    url = f"{path.absolute().as_uri()}?mode={mode}" if path else ":memory:"
+    return sqlite3.connect(url, timeout=0, isolation_level=None, uri=True, check_same_thread=False)
 
 
 @contextlib.contextmanager
@@ -5641,9 +5637,7 @@ class History:
             ORDER BY id DESC LIMIT 1"""
         found: dict[Any, tuple[str, Event]] = {}
         with self.reading() as db:
-            wanted = [
-                (key, key, id) for key in keys for id, _ in self.targets_of(db, Scope((key,)))
-            ]
+            wanted = [(key, key, t) for key in keys for t, _ in self.targets_of(db, Scope((key,)))]
             for identity in identities:
                 which = "SELECT id, one, other FROM targets WHERE one = ? OR other = ?"
                 for id, one, other in db.execute(which, [identity] * 2).fetchall():
