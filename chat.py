@@ -760,8 +760,7 @@ class LineBuffer:
 
 
 def fold_text(text: str) -> str:
-    """Return a text in NFKC and full case folding. The time grows with the square of the longest
-    run of combining marks."""
+    """Return a text in NFKC and full case folding; runs of combining marks take quadratic time."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -1046,8 +1045,7 @@ EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def utc_time(seconds: float) -> datetime.datetime:
-    """Return a time in UTC, also one after 2038 where the system's times have 32 bits. Raises
-    OverflowError if no calendar has it."""
+    """Return a time in UTC, after 2038 also on systems of 32 bits. Raises OverflowError."""
     return EPOCH + datetime.timedelta(seconds=seconds)
 
 
@@ -1094,7 +1092,6 @@ class SendQueue:
         return b"".join(self.chunks[:count])
 
     def advance(self, sent: int) -> None:
-        """Drop `sent` bytes from the head, after a send."""
         self.size -= sent
         if not self.size:  # nearly always: no walk along the chunks
             self.chunks.clear()
@@ -1207,7 +1204,6 @@ LongAnswer = Iterator[None] | None  # the rest of it, if there is one
 
 
 def require_operator(who: "Session") -> None:
-    """Raise Refused unless the session operates the server."""
     if not who.operator:
         raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
 
@@ -1344,8 +1340,7 @@ Mechanism = Iterator  # of bytes to the client, or functions for off the loop
 
 
 def wrong_login() -> Refused:
-    """Return a new refusal each time: an exception keeps the frames that it passed through, and
-    these keep the password."""
+    """Return a new refusal each time: an exception keeps its frames, and they keep the password."""
     return Refused("SASL_FAILED", "name or password are wrong")
 
 
@@ -1405,9 +1400,8 @@ def sasl_scram(find: Lookup) -> Mechanism:
         if answered["r"] != nonce or base64.b64decode(answered["c"]) != header:
             raise wrong_login()
         signed = f"{bare},{challenge},{without_proof}".encode()
-        client_key = xor(
-            base64.b64decode(proof, validate=True), sha256_hmac(verifier.stored_key, signed)
-        )
+        signature = sha256_hmac(verifier.stored_key, signed)
+        client_key = xor(base64.b64decode(proof, validate=True), signature)
     except (KeyError, ValueError):  # not a message of SCRAM; UnicodeDecodeError is a ValueError
         raise wrong_login() from None
     if not hmac.compare_digest(hashlib.sha256(client_key).digest(), verifier.stored_key):
@@ -1569,7 +1563,6 @@ class Throttle:
                 del self.attempts[key]
 
     def sweep(self, now: int) -> None:
-        """Forget the attempts that do not count any more."""
         self.attempts = {key: one for key, one in self.attempts.items() if now < one[1]}
 
     def succeeded(self, host: str, subject: str) -> None:
@@ -1684,9 +1677,6 @@ class StoredFile(NamedTuple):
         value = f"/files/{self.id},{self.type},{self.size},{self.width},{self.height}"
         return f"{FILE_TAG}={escaped_tag(value)}"
 
-    def state(self) -> str:
-        return json.dumps(self)
-
 
 FILE_LINK = re.compile(r"/files/([0-9a-f]{32})(?![0-9a-f])")
 
@@ -1698,7 +1688,6 @@ class Files(dict[str, StoredFile]):
         super().__init__()
         self.most = FILE_BYTES  # of one file
         self.total = FILES_BYTES  # of all; one owner, or one address, may have a quarter
-        self.by_message: dict[int, str] = {}
         self.unwanted: list[str] = []  # names on disk that a link needs no more
         self.finishing: set[str] = set()  # ids of uploads whose content is there; not yet the link
 
@@ -1706,7 +1695,6 @@ class Files(dict[str, StoredFile]):
         for id, state in rows:
             *values, messages, node = [*json.loads(state), ""][:12]
             self[id] = StoredFile(*values, messages=tuple(messages), node=node)
-            self.by_message.update(dict.fromkeys(messages, id))
 
     def linked(self, text: str) -> StoredFile | None:
         """Return the complete file whose link is in a text; of several links, the first."""
@@ -1870,6 +1858,7 @@ class User:
         *("mask_key", "metadata", "modes", "realname", "resume_id", "sessions", "since"),
         *("source", "spoke", "stored", "tokens", "traces"),
     )
+    STATE = ("login", "realname", "away", "since", "metadata")  # what the store keeps as it is
 
     def __init__(self, source: Source, realname: str, resume_id: str, now: int):
         self.resume_id = resume_id  # the same from the first session to the last; see identity
@@ -1930,7 +1919,6 @@ class User:
 
     @property
     def is_operator(self) -> bool:
-        """True if a session of this user operates the server."""
         return any(session.operator for session in self.live)
 
     @property
@@ -1940,15 +1928,10 @@ class User:
 
     def state(self) -> dict[str, Any]:
         """Return the part of the user that outlives the server, for JSON. OPER does not."""
-        return {
+        return {name: getattr(self, name) for name in self.STATE} | {
             "source": {name: getattr(self.source, name) for name in SOURCE_FIELDS},
-            "login": self.login,
             "secrets": [*self.tokens],
-            "realname": self.realname,
             "modes": sorted(self.modes),
-            "away": self.away,
-            "since": self.since,
-            "metadata": self.metadata,
             "channels": {c.key: c.members[self].ranks for c in self.channels},
             "invitations": {c.key: by_operator for c, by_operator in self.invitations.items()},
         }
@@ -2002,16 +1985,11 @@ class ModeChange(NamedTuple):
     value: str = ""
 
 
-def format_modes(changes: Iterable[ModeChange]) -> str:
+def format_modes(changes: Collection[ModeChange]) -> str:
     """Return changes as one text, like +ov-t alice bob."""
-    letters, values, sign = "", [], ""
-    for change in changes:
-        wanted = "+" if change.on else "-"
-        letters += change.letter if wanted == sign else wanted + change.letter
-        sign = wanted
-        if change.value:
-            values.append(change.value)
-    return " ".join([letters, *values])
+    runs = itertools.groupby(changes, key=lambda change: "+" if change.on else "-")
+    letters = "".join(sign + "".join(one.letter for one in run) for sign, run in runs)
+    return " ".join([letters, *(change.value for change in changes if change.value)])
 
 
 def mode_lines(changes: Iterable[ModeChange]) -> Iterator[str]:
@@ -2027,8 +2005,6 @@ def mode_lines(changes: Iterable[ModeChange]) -> Iterator[str]:
 
 
 class Membership:
-    """One user's membership of one channel."""
-
     __slots__ = ("ranks", "since")
 
     def __init__(self, since: int, ranks: str):
@@ -2119,10 +2095,8 @@ def is_network(mask: str) -> bool:
 
 def server_mask(text: str) -> str:
     """Return a mask of KLINE in full: 192.0.2.1 -> *!*@192.0.2.1; a bare word is an address."""
-    if text.startswith("a:"):
-        return text
-    before, at, host = text.rpartition("@")
-    return f"{before or '*'}@{host_of_mask(host)}" if at else server_mask(f"*!*@{text}")
+    is_address = not text.startswith("a:") and not set("!@") & set(text)
+    return full_mask(f"*!*@{text}" if is_address else text)
 
 
 class ServerBan(NamedTuple):
@@ -2188,6 +2162,10 @@ class Audience:
         for clock in clocks:
             clock.last_time = newest
         return newest
+
+    def includes(self, session: Session) -> bool:
+        user, members = session.user, (channel.members for channel in self.channels)
+        return session in self.sessions or any(user in some for some in (self.users, *members))
 
     def all_sessions(self) -> Iterable[Session]:
         users = itertools.chain(*(channel.listeners() for channel in self.channels), self.users)
@@ -2370,7 +2348,6 @@ class Channel:
             yield "CHANNEL_FULL", f"it is full (+l {self.limit})"
 
     def check_entry(self, user: User, password: str) -> None:
-        """Raise Refused unless a user may join with this password."""
         if user.invitations.get(self) or self.founded_by(user):
             return
         for code, why in self.obstacles(user, password):
@@ -2387,7 +2364,6 @@ class Channel:
         return bool(self.members) and open_to_all or who.user in self.members
 
     def uninvite(self, user: User) -> None:
-        """End a user's invitation to this channel, if there is one."""
         user.invitations.pop(self, None)
         self.invited.discard(user)
 
@@ -2478,8 +2454,7 @@ class Channel:
         if not change.on or key in masks:
             return None
         if len(masks) >= MASKS_A_LIST:
-            text = f"{MASKS_A_LIST} masks at most"
-            raise Refused("LIST_FULL", text, self.name, mask)
+            raise Refused("LIST_FULL", f"{MASKS_A_LIST} masks at most", self.name, mask)
         masks[key] = Mask(mask, setter, now)
         return full
 
@@ -2585,7 +2560,7 @@ class LocalSession(Session):
     """A session with a connection to this process. Each dialect is a subclass with its own wire."""
 
     __slots__ = (
-        *("acted", "asks", "blocked", "conn", "deferred", "jobs", "kept", "latest", "over"),
+        *("acted", "asks", "blocked", "conn", "jobs", "kept", "latest", "over"),
         *("parting", "postponed", "quit_intended", "replied", "replies", "site", "tries"),
         *("unfinished", "waits"),
     )
@@ -2603,12 +2578,11 @@ class LocalSession(Session):
         self.quit_intended = False  # else the connection broke
         self.unfinished: Iterator | None = None  # a long answer that has been begun
         self.postponed: list[Iterator] = []  # long answers that no command of its own asked for
-        self.deferred = False  # an answer waits for a job
         self.replies: list[tuple[int, bytes]] = []  # of this turn: id of the event before, bytes
         self.replied = 0  # bytes of them
         self.over = False  # ended() was called
         self.jobs = 0  # for this session, under way: several only on a node of a cluster
-        self.latest: Awaited | None = None  # what the present line waits for
+        self.latest: Awaited | None = None  # what the present line, or its answer, waits for
         # On a node of a cluster
         self.acted = False  # the other nodes know this session
         self.asks = self.blocked = 0  # acts that have not come back; those that are no messages
@@ -2666,7 +2640,6 @@ class LocalSession(Session):
 
     def later(self, lane: str, job: Callable, *values: Any, then: Callable) -> None:
         """Run job(*values) off the loop, then then(its result). The next line waits for that."""
-        self.deferred = True
         self.jobs += 1
         self.latest = Awaited(self, then)
         self.site.server.later(self, lane, functools.partial(job, *values), self.latest)
@@ -2677,7 +2650,7 @@ class LocalSession(Session):
 
     def take_result(self, job: Awaited, result: Any) -> None:
         """Handle the result of a job: a value, or the ChatError that it raised."""
-        self.deferred, self.latest = False, None
+        self.latest = None
         self.jobs -= 1
         self.restore(job.context)
         self.resume_answer()
@@ -2728,7 +2701,7 @@ class LocalSession(Session):
         self.site.hub.work = 0.0  # the line was charged when it was taken
         self.asks -= 1
         self.blocked -= ask.name != "say"
-        self.deferred, self.latest = False, None
+        self.latest = None
         self.restore(ask.context)
         self.resume_answer()
 
@@ -3023,7 +2996,6 @@ class Turn:
             self.lasting[self.actor] = None
 
     def note_audience(self, audience: Audience) -> None:
-        """Note the audience of an event."""
         self.latest = audience
         if audience in self.noted:
             return
@@ -3116,14 +3088,13 @@ class Turn:
             ranges[group] = group.seen((max(a, since), min(b, until)) for a, b in spans)
         if len(groups) == 1:
             return groups[0].joined_for(session, ranges[groups[0]], copies)
-        numbered = list(session.replies)
+        numbered = []
         for group in groups:
             lines, own = group.lines(session.wire), dict(group.own_lines(session, copies))
             for n in itertools.chain(*(range(*one) for one in ranges[group])):
                 numbered.append((group.ids[n], own.get(n, lines[n])))
-        # A reply stands behind the event that it follows. The sort is stable
-        replies, rest = numbered[: len(session.replies)], numbered[len(session.replies) :]
-        return b"".join([data for _, data in sorted(rest + replies, key=lambda one: one[0])])
+        numbered += session.replies  # each behind the event that it follows: the sort is stable
+        return b"".join([data for _, data in sorted(numbered, key=lambda one: one[0])])
 
     def not_kept(self, reason: str) -> None:
         """Tell those whose messages, or changes of accounts and bans, the store could not take."""
@@ -3216,7 +3187,6 @@ class Accounts(dict[str, Account]):
                 del self.skeletons[shape]
 
     def certificates_of(self, name: str) -> list[str]:
-        """Return the fingerprints of an account's certificates."""
         wanted = fold(name)
         return [fingerprint for fingerprint, key in self.certificates.items() if key == wanted]
 
@@ -3376,7 +3346,6 @@ class Hub:
         self.started, self.started_ticks = 0, 0
         self.work = 0.0  # of the line that is acted on, see WORK_PER_TOKEN
         self.turn = Turn()
-        self.journal: list[tuple] | None = None  # of all acts, for a replay of them
         # Of a cluster
         self.cluster = ""  # its id
         self.nodes: dict[str, Node] = {}
@@ -3395,7 +3364,6 @@ class Hub:
             self.started, self.started_ticks = self.now, self.ticks
 
     def end(self) -> None:
-        """Replace the log of the turn, which has been written."""
         old, self.turn = self.turn, Turn()
         old.close()
 
@@ -3426,8 +3394,6 @@ class Hub:
 
     def perform_as(self, who: Session, name: str, values: tuple) -> Any:
         """Do an act as a session that is at hand: see perform()."""
-        if self.journal is not None:
-            self.journal.append((self.now, self.ticks, name, who.id, values))
         self.work += WORK_OF_AN_ACT
         self.turn.actor = who
         return ACTS[name](self, who, *values)
@@ -3464,7 +3430,6 @@ class Hub:
         return self.last_id
 
     def forget_markers(self, owner: str) -> dict[str, Marker]:
-        """Remove the read markers of an identity and return them, by target."""
         if marks := self.markers.pop(owner, {}):
             self.turn.record("markers_gone", owner)
         return marks
@@ -3475,7 +3440,6 @@ class Hub:
 
     @property
     def source(self) -> Source:
-        """The server as the source of events."""
         return Source(self.name, "", mask=self.name)
 
     # Looking up. Raises Refused
@@ -3520,8 +3484,7 @@ class Hub:
     # Identities: what a guest said belongs to the first account that the guest logs in to
 
     def identities(self, identity: str) -> tuple[str, ...]:
-        """Return an identity and the guests whose conversations it reads. A conversation has a key
-        for each pair of them."""
+        """Return an identity and the guests whose conversations it reads. Each pair has a key."""
         return (identity, *self.guests_of.get(identity, ()))
 
     def same_person(self, one: str, other: str) -> bool:
@@ -3560,8 +3523,7 @@ class Hub:
         records = self.turn.records
         if any(one.name == "redact" and one.values[-1] == id for one in records):
             return None
-        recent = (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS))
-        for event in recent:
+        for event in (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS)):
             for key, founding in event.audience.targets:
                 if self.key_now(key, founding) in keys:
                     return founding, event.source.identity
@@ -3587,12 +3549,10 @@ class Hub:
         owners = self.identities(identity)
         stored = (self.store.guest_conversations(owner, name_key) for owner in owners)
         keys = dict.fromkeys(itertools.chain.from_iterable(stored))
-        fresh: dict[str, Conversation] = {}  # of events that are still to be stored
-        for event in self.turn.events:
-            if isinstance(event.audience, Conversation) and event.kind not in EPHEMERAL:
-                fresh.setdefault(event.audience.targets[0][0], event.audience)
-        for key, conversation in fresh.items():
-            one, one_key, other, other_key = conversation.parties
+        to_store = (e.audience for e in self.turn.events if e.kind not in EPHEMERAL)
+        for fresh in dict.fromkeys(one for one in to_store if isinstance(one, Conversation)):
+            key, _ = fresh.targets[0]
+            one, one_key, other, other_key = fresh.parties
             sides = ((one, other, other_key), (other, one, one_key))
             with_guest = any(
                 owner in owners and name == name_key and partner.startswith("~")
@@ -3682,7 +3642,6 @@ def server_ban(hub: Hub, source: Source) -> ServerBan | None:
 
 
 def check_server_ban(hub: Hub, source: Source) -> None:
-    """Raise Refused if a K-line keeps this user out."""
     if ban := server_ban(hub, source):
         raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
 
@@ -3716,7 +3675,6 @@ def follow(hub: Hub, who: Session, registry: str, keys: tuple[str, ...], on: boo
 
 
 def unfollow(hub: Hub, session: Session) -> None:
-    """Remove all subscriptions of a session that ends."""
     for registry, key in session.follows:
         getattr(hub, registry).remove(session, key)
     session.follows.clear()
@@ -3880,18 +3838,7 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
         watching = hub.watchers.get(owner.key)
         audience, source = neighbours(hub.turn, owner, watching, with_user=True), owner.source
     hub.work += len(subscribed)
-    channels = set(audience.channels)
-    told = [
-        s
-        for s in subscribed
-        if s.user
-        and (
-            s in audience.sessions
-            or s.user in audience.users
-            or not channels.isdisjoint(s.user.channels)
-        )
-    ]
-    if told:
+    if told := [session for session in subscribed if session.user and audience.includes(session)]:
         hub.emit(METADATA, source, Audience(owner.name, sessions=told), value, key)
 
 
@@ -4145,18 +4092,17 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     if ban := server_ban(hub, source):
         disconnect(hub, hub.source, user, ban.reason)
         return before
-    stays = not takes_name or holder in (None, user) or holder.account != account
-    if stays and user.account not in ("", account) and len(user.live) > 1:
+    moves = takes_name and holder not in (None, user) and holder.account == account
+    if not moves and user.account not in ("", account) and len(user.live) > 1:
         text = "your other devices are logged in, too"  # and the other account is not theirs
         raise Refused("ALREADY_AUTHENTICATED", text, user.account)
     if user.account not in ("", account) or (takes_name and holder is not user):
         check_no_ban_evasion(hub, user)
-    if takes_name and holder and holder is not user and holder.account != account:
-        take_name(hub, holder, free_name(hub, account))
-        holder = None
-    if not takes_name or holder in (None, user):
+    if not moves:
+        if takes_name and holder not in (None, user):
+            take_name(hub, holder, free_name(hub, account))
         change_login(hub, who, account)
-        if takes_name and holder is None:
+        if takes_name and holder is not user:
             take_name(hub, user, account, who)
         return before
     inherit(hub, user, holder.login)
@@ -4192,10 +4138,8 @@ def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> st
 
 def save_account(hub: Hub, account: Account) -> Account:
     hub.accounts.put(account)
-    hub.turn.record(
-        *("account", fold(account.name), account.name, *account.verifier),
-        *(account.email, account.number),
-    )
+    name, verifier, email, number = account
+    hub.turn.record("account", fold(name), name, *verifier, email, number)
     return account
 
 
@@ -4354,7 +4298,6 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
 
 @act
 def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
-    """Leave a channel; return it."""
     channel = hub.find_channel(name)
     channel.member(who.user)
     hub.work += channel.mask_count
@@ -4386,7 +4329,6 @@ def with_outsider(hub: Hub, channel: Channel, user: User) -> Audience:
 
 @act
 def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
-    """Set the topic of a channel; return the channel."""
     user, channel = who.user, hub.find_channel(name)
     channel.require_inside(who)
     if "t" in channel.flags:
@@ -4576,7 +4518,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
 
 def keep_file(hub: Hub, file: StoredFile) -> None:
     hub.files[file.id] = file
-    hub.turn.record("file", file.id, file.state())
+    hub.turn.record("file", file.id, json.dumps(file))
 
 
 @act
@@ -4622,32 +4564,26 @@ def finish_file(
 @act
 def remove_file(hub: Hub, who: Session, id: str) -> None:
     """Remove a file, complete or not. Content that no other file shares goes, too."""
-    file = hub.files.pop(id, None)
-    if file is None:
-        return
-    for message in file.messages:
-        hub.files.by_message.pop(message, None)
-    hub.turn.record("file_gone", id)
-    hub.files.unwanted.append(file.on_disk)  # unless another file has the same content
+    if file := hub.files.pop(id, None):
+        hub.turn.record("file_gone", id)
+        hub.files.unwanted.append(file.on_disk)  # unless another file has the same content
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
     """Note that a message carries its owner's file, which is removed with the last of these."""
     if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
-        hub.files.by_message[event.id] = file.id
         keep_file(hub, file._replace(messages=(*file.messages, event.id)))
 
 
 def redact_file(hub: Hub, who: Session, message: int) -> None:
     """Forget a redacted message that carried a file, which is removed with the last of these."""
-    file = hub.files.get(hub.files.by_message.pop(message, ""))
-    if file is None:
-        return
-    left = tuple(one for one in file.messages if one != message)
-    if left:
-        keep_file(hub, file._replace(messages=left))
-    else:
+    hub.work += len(hub.files) // 8
+    file = next((one for one in hub.files.values() if message in one.messages), None)
+    if file and file.messages == (message,):
         remove_file(hub, who, file.id)
+    elif file:
+        left = tuple(one for one in file.messages if one != message)
+        keep_file(hub, file._replace(messages=left))
 
 
 # Messages
@@ -4720,12 +4656,10 @@ def check_may_redact(
     """Raise Refused unless the session may redact another user's message."""
     if channel is None:
         text = "these are not your words"
-    elif who.operator:
+    elif who.operator or (founding == channel.founding and channel.members[who.user].has("h")):
         return
     elif founding != channel.founding:
         text = "these are words from before this channel was founded again"
-    elif channel.members[who.user].has("h"):
-        return
     else:
         text = f"only operators of {channel.name} can do that"
     raise Refused("REDACT_FORBIDDEN", text, name, message_id)
@@ -4752,13 +4686,10 @@ def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
     return keys
 
 
-def redaction_audience(hub: Hub, user: User, name: str, keys: list[str], id: int) -> Audience:
-    """Return the audience that is told that a message is redacted. In a private conversation
-    without a present partner it is the user alone; the partner learns it from the history."""
-    if name.startswith("#"):
-        return hub.channels[fold(name)].audience
+def audience_of_two(hub: Hub, user: User, other: User | None, keys: list[str], id: int) -> Audience:
+    """Return the audience that is told that a private message is redacted. If the partner is not
+    present it is the user alone; the partner learns it from the history."""
     key = next(key for key in keys if hub.author_of([key], id))
-    other = hub.users.get(fold(name))
     if other and key in conversation_keys(hub, user.identity, other.identity):
         return hub.conversation(user, other)
     return Audience(users={user}, targets=((key, 0),))
@@ -4768,8 +4699,8 @@ def redaction_audience(hub: Hub, user: User, name: str, keys: list[str], id: int
 def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> None:
     """Redact a message. The author may, and in a channel so may its operators, for messages of this
     founding. In a private conversation only the author may."""
-    user = who.user
-    keys = redactable_keys(hub, user, name)
+    user, keys = who.user, redactable_keys(hub, who.user, name)
+    channel, other = hub.channels.get(fold(name)), hub.users.get(fold(name))
     try:
         id = hub.ids.parse(message_id)
     except ValueError:
@@ -4779,17 +4710,16 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
         raise Refused("UNKNOWN_MSGID", "there is no such message", name, message_id)
     founding, author = known
     if not hub.same_person(author, user.identity):
-        check_may_redact(who, hub.channels.get(fold(name)), founding, name, message_id)
-    audience = redaction_audience(hub, user, name, keys, id)
+        check_may_redact(who, channel, founding, name, message_id)
+    audience = channel.audience if channel else audience_of_two(hub, user, other, keys, id)
     for key in keys:
         hub.turn.record("redact", key, hub.now, id)
     redact_file(hub, who, id)
     about = ""
-    if channel := hub.channels.get(fold(name)):
-        reason = reason if who.operator else channel.permitted_words(user, reason)
-    else:
-        other = hub.users.get(fold(name))
+    if channel is None:
         about = other.name if other else clean_name(name)
+    elif not who.operator:
+        reason = channel.permitted_words(user, reason)
     text = hub.ids.text(id) + (f" :{reason}" if reason else "")
     hub.emit(REDACT, user.source, audience, text, about, who)
 
@@ -4858,7 +4788,7 @@ def mark_read(hub: Hub, who: Session, target: str, when: int, id: int) -> None:
 
 
 @act
-def become_operator(hub: Hub, who: Session, name: str) -> None:
+def become_operator(hub: Hub, who: Session) -> None:
     """Make this session operate the server, but not the user's others: it proved a password."""
     who.operator = True
     hub.operators.add(who)
@@ -4903,9 +4833,9 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
 
 @act
 def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
-    """Remove a K-line; return its mask."""
     require_operator(who)
-    ban = hub.bans.pop(fold(server_mask(mask)), None)
+    # Earlier versions kept *@192.0.2.1 as it was
+    ban = hub.bans.pop(fold(server_mask(mask)), None) or hub.bans.pop(fold(mask), None)
     if ban is None:
         raise Refused("NO_SUCH_BAN", f"there is no K-line {mask}; STATS k lists them", mask)
     hub.turn.record("ban_gone", fold(ban.mask))
@@ -5112,7 +5042,6 @@ def check_password(password: str, name: str) -> None:
 
 @in_steps
 def change_own_password(session: LocalSession, old: str, new: str) -> Steps:
-    """Change the password of the account that the user is logged in to."""
     name = own_account(session.user)
     check_password(new, name)
     account, proof = yield from prove(session, name, old)
@@ -5203,7 +5132,7 @@ def oper(session: LocalSession, name: str, password: str, done: Callable[[], Non
         return wrong_password(session)
     hub.accounts.throttle.succeeded(host, OPERATOR_PASSWORD)
     done()
-    session.act("become_operator", name)
+    session.act("become_operator")
 
 
 # ======================================================================================
@@ -5340,7 +5269,7 @@ MIGRATIONS = (
     """
     CREATE TABLE files (            -- that users have uploaded
         id TEXT PRIMARY KEY,
-        state TEXT NOT NULL         -- JSON, see StoredFile.state()
+        state TEXT NOT NULL         -- JSON, see StoredFile
     ) WITHOUT ROWID;
     """,
     """
@@ -5351,7 +5280,7 @@ MIGRATIONS = (
     """,
 )
 
-KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
+KEPT, BUSY, LOST = "kept", "busy", "lost"  # outcomes of a commit; BUSY is tried again
 NEWEST = "(SELECT max(id) FROM events WHERE target = targets.id)"  # the newest id of a target
 SPOKEN_KINDS = ", ".join(map("'{}'".format, SPOKEN))
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
@@ -5365,8 +5294,7 @@ OWN = operator.itemgetter(*map(Event._fields.index, ("id", "time", "text")))
 
 @functools.cache
 def insert_events(count: int) -> str:
-    """Return the statement that inserts so many events. Its values are the eight that all of them
-    share, and then id, time and text of each."""
+    """Return the statement for so many events: what they share, then id, time and text of each."""
     own = ", ".join(["(?, ?, ?)"] * count)
     columns = "?, column1, column2, ?, ?, ?, column3, ?, ?, ?, ?"
     return f"INSERT INTO events SELECT {columns} FROM (VALUES {own})"
@@ -5414,17 +5342,11 @@ NODE_TABLES = """
     );
 """
 
-TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and their types
-    "accounts": (str, str, bytes, int, bytes, bytes, str, int),
-    "bans": (str, str, str, int, str),
-    "certificates": (str, str),
-    "channels": (str, str),
-    "files": (str, str),
-    "identities": (str, str),
-    "markers": (str, str, int, int),
-    "starts": (int, int, str),
-    "stays": (str, str),
-}
+TABLES = (  # those that are read at the start
+    *("accounts", "bans", "certificates", "channels", "files", "identities", "markers"),
+    *("starts", "stays"),
+)
+COLUMN_TYPES = {"BLOB": bytes, "INTEGER": int, "TEXT": str}  # of their columns
 
 
 # Opening a database
@@ -5432,10 +5354,8 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
 
 def connect(path: pathlib.Path | None, mode: str) -> sqlite3.Connection:
     """Return a connection that never waits and begins no transaction by itself."""
-    address = f"{path.absolute().as_uri()}?mode={mode}" if path else ":memory:"
-    return sqlite3.connect(
-        address, timeout=0, isolation_level=None, uri=True, check_same_thread=False
-    )
+    url = f"{path.absolute().as_uri()}?mode={mode}" if path else ":memory:"
+    return sqlite3.connect(url, timeout=0, isolation_level=None, uri=True, check_same_thread=False)
 
 
 @contextlib.contextmanager
@@ -5656,8 +5576,7 @@ class History:
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
-        """Return at most `count` events of a span, the newest or the oldest of them, in the order
-        of their ids. There are fewer if they exceed PAGE_BYTES."""
+        """Return the newest or oldest `count` events of a span, by id; fewer beyond PAGE_BYTES."""
         where, values = span.where()
         order = "time {0}, id {0}" if span.by_time else "id {0}"
         order = order.format("DESC" if newest else "ASC")
@@ -5718,9 +5637,7 @@ class History:
             ORDER BY id DESC LIMIT 1"""
         found: dict[Any, tuple[str, Event]] = {}
         with self.reading() as db:
-            wanted = [
-                (key, key, id) for key in keys for id, _ in self.targets_of(db, Scope((key,)))
-            ]
+            wanted = [(key, key, t) for key in keys for t, _ in self.targets_of(db, Scope((key,)))]
             for identity in identities:
                 which = "SELECT id, one, other FROM targets WHERE one = ? OR other = ?"
                 for id, one, other in db.execute(which, [identity] * 2).fetchall():
@@ -5835,7 +5752,6 @@ class SearchIndex:
         return functools.partial(self._step, behind, gone, self.known, most or INDEX_IDS)
 
     def finish(self, done: IndexStep) -> None:
-        """Take the result of a job."""
         self.behind |= done.behind
         self.gone, self.taken = done.gone + self.gone, []
         if not (self.gone or self.rebuild_due):
@@ -6085,7 +6001,6 @@ class Retention:
         self.orphans: set[int] = set()  # targets that no user can read
 
     def stored(self, targets: dict[int, int]) -> None:
-        """Note the rows that were stored, by target."""
         for target, count in targets.items():
             self.fresh[target] += count
         self.orphans.difference_update(targets)  # a founding that goes on after all
@@ -6173,7 +6088,8 @@ class Retention:
         """Delete rows of a target, and the target itself after its last row."""
         if not self._delete(target, PRUNE_ROWS, now):
             self.db.execute("DELETE FROM targets WHERE id = ?", [target])
-            self.store.forget_target(target)
+            known = self.store.targets
+            self.store.targets = {key: id for key, id in known.items() if id != target}
             self.orphans.discard(target)
 
     def _excess(self, key: str) -> tuple[int, int, int]:
@@ -6253,7 +6169,9 @@ class Store:
         self.trouble = ""  # why events are being lost just now
         try:
             self.changed_elsewhere()
-            self.offsets = self._read_offsets()
+            # Of the wall clock, in seconds: see SureTime. Damaged ones would only delay deletions
+            rows = self.db.execute("SELECT step, seconds FROM offsets").fetchall()
+            self.offsets = {n: s for n, s in rows if n in range(2**32) and type(s) is float}
             if node:
                 self._become_node()
             else:
@@ -6275,8 +6193,7 @@ class Store:
     # Ids: each start has blocks of its own, so that no id is ever used twice
 
     def reserve_ids(self) -> None:
-        """Begin a block of ids for this start. Ids that earlier starts reserved and did not store
-        are not valid in requests."""
+        """Begin a block of ids for this start. Those that earlier starts did not store are void."""
         last = self.db.execute(f"SELECT ifnull(max({NEWEST}), 0) FROM targets").fetchone()[0]
         reserved = self.db.execute("SELECT ifnull(max(reserved), 0) FROM starts").fetchone()[0]
         self.last_id = self.reserved = max(last, reserved)
@@ -6317,8 +6234,7 @@ class Store:
                 COMMIT;""")
 
     def load_node(self) -> tuple[bytes | None, str, list[tuple]]:
-        """Return the snapshot, the checksum of the last entry that it contains, and the entries
-        after that: sequence, time, data and answers of the store."""
+        """Return the snapshot, the checksum of its last entry, and the entries after that."""
         row = self.db.execute("SELECT hub, sequence, entry FROM snapshots").fetchone()
         if row is None:
             return None, "", []
@@ -6335,7 +6251,7 @@ class Store:
     def digest(self) -> str:
         """Return a checksum of all that a Hub is loaded from."""
         found = hashlib.blake2b(str(self.last_id).encode(), digest_size=8)
-        for table in sorted(TABLES):
+        for table in TABLES:
             for row in sorted(self.rows(table)):
                 found.update(repr(row).encode())
         found.update(repr(self.db.execute("SELECT count(*) FROM events").fetchone()).encode())
@@ -6344,8 +6260,7 @@ class Store:
     # The commit beat
 
     def commit(self, turn: Turn, now: float, ticks: int = 0) -> str:
-        """Store a turn's events and records in one transaction; `now` is monotonic, in seconds.
-        Return KEPT, BUSY (try again) or LOST."""
+        """Store a turn in one transaction; `now` is in seconds. Return KEPT, BUSY or LOST."""
         if self.backlog.records and now < self.backlog.retry_at:
             return self._lose(turn, self.backlog.retry_at - BACKLOG_SECONDS, ticks)
         try:
@@ -6436,7 +6351,6 @@ class Store:
         self.db.executemany(insert_events(1), single)
 
     def _insert_run(self, shared: tuple, own: list[tuple]) -> None:
-        """Insert events that follow each other and share these values."""
         for first in range(0, len(own), EVENTS_AT_ONCE):
             part = own[first : first + EVENTS_AT_ONCE]
             values = (*shared, *itertools.chain.from_iterable(part))
@@ -6521,12 +6435,8 @@ class Store:
 
     def identities(self) -> list[tuple[str, str]]:
         """Return the guests with the accounts that read their conversations, the oldest first."""
-        newest = "SELECT ifnull(max(id), 0) FROM targets WHERE one = ? OR other = ?"
-
-        def newest_target(row: tuple) -> int:
-            return self.db.execute(newest, [row[0]] * 2).fetchone()[0]
-
-        return sorted(self.rows("identities"), key=newest_target)
+        newest = "SELECT ifnull(max(id), 0) FROM targets WHERE one = guest OR other = guest"
+        return self.rows("identities", f"ORDER BY ({newest}), guest")
 
     def foundings(self, key: str) -> set[int]:
         """Return the foundings with history under this key; {0} if the database fails."""
@@ -6550,19 +6460,15 @@ class Store:
         for _, name, *verifier, email, number in self.rows("accounts"):
             yield Account(name, Verifier(*verifier), email, number)
 
-    def rows(self, table: str) -> list[tuple]:
+    def rows(self, table: str, order: str = "") -> list[tuple]:
         """Return a table that is kept in memory. Raises ValueError if values have wrong types."""
-        rows, types = self.db.execute(f"SELECT * FROM {table}").fetchall(), TABLES[table]
+        rows = self.db.execute(f"SELECT * FROM {table} {order}").fetchall()
+        columns = self.db.execute(f"PRAGMA table_info({table})")
+        types = tuple(COLUMN_TYPES.get(declared) for _, _, declared, *_ in columns)
         for row in rows:
             if tuple(map(type, row)) != types:
                 raise ValueError(f"a row of {table} has wrong values")
         return rows
-
-    def _read_offsets(self) -> dict[int, float]:
-        """Return the offsets of the wall clock in seconds: see SureTime. Damaged ones are left out,
-        since they only delay deletions."""
-        rows = self.db.execute("SELECT step, seconds FROM offsets").fetchall()
-        return {n: seconds for n, seconds in rows if n in range(2**32) and type(seconds) is float}
 
     # Housekeeping
 
@@ -6577,10 +6483,6 @@ class Store:
                 self.erased = self.erased or bool(busy)
             elif frames * page_size > WAL_RESTART_BYTES:
                 db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
-
-    def forget_target(self, id: int) -> None:
-        """Forget the row id of a target that was deleted."""
-        self.targets = {key: known for key, known in self.targets.items() if known != id}
 
     def close(self) -> None:
         self.retention.count()
@@ -7020,7 +6922,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 6  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 7  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
@@ -7166,7 +7068,7 @@ SAVED = (  # of a Hub
     *("ticks", "users", "users_by_id", "users_by_token", "watchers"),
 )
 SAVED_OF_ACCOUNTS = ("certificates", "skeletons")
-SAVED_OF_FILES = ("by_message", "most", "total")
+SAVED_OF_FILES = ("most", "total")
 LINKED = (User, Channel, Session)
 MADE_AGAIN = ("audience", "by_wire", "former", "rosters")  # of a channel
 SAVED_CLASSES = {
@@ -7382,7 +7284,7 @@ class Cluster:
             return
         ask = Ask(session, name, values, then, otherwise)
         if session:
-            session.acted = session.deferred = True
+            session.acted = True
             session.asks += 1
             session.latest = ask
             if name != "say":
@@ -7673,99 +7575,26 @@ class Cluster:
 # IRC DIALECT
 # ======================================================================================
 # RFC 1459 and 2812, and where today's servers disagree with them, modern.ircdocs.horse.
-# First every shape of line that the server sends, then the session, then one handler a
-# verb, by topic. A handler that cannot do what it is asked raises Refused; the numeric
-# and the words that say so in IRC stand in REFUSALS; a hint may come with the refusal.
+# First the lines of refusals, events and lists, then the session, then one handler a verb, by
+# topic. A numeric stands where it is sent, without the nick that follows its number; one that
+# several places send has its name of the RFC. A handler that cannot do what it is asked raises
+# Refused; the numeric and the words that say so in IRC stand in REFUSALS.
 
-RPL_WELCOME = "001 :Welcome to {}, {}"
-RPL_YOURHOST = "002 :Your host is {}, running chat.py/{}"
-RPL_CREATED = "003 :This server was started {}"
-RPL_MYINFO = "004 {} {} {} {} {}"
 RPL_ISUPPORT = "005 {} :are supported by this server"
-RPL_ENDOFSTATS = "219 {} :End of statistics"
 RPL_UMODEIS = "221 +{}"
-RPL_SERVLISTEND = "235 * * :There are no services"
-RPL_STATSKLINE = "216 K {} * {} :{}"
-RPL_STATSUPTIME = "242 :Server up {} days {:02}:{:02}:{:02}"
-RPL_STATSOLINE = "243 O * * {}"
-RPL_LUSERCLIENT = "251 :There are {} users and {} invisible on 1 servers"
-RPL_LUSEROP = "252 {} :operators online"
-RPL_LUSERUNKNOWN = "253 {} :connections without a name yet"
-RPL_LUSERCHANNELS = "254 {} :channels formed"
-RPL_LUSERME = "255 :I have {} clients and 0 servers"
-RPL_MAP = "006 :{} {}"
-RPL_MAPEND = "007 :End of MAP"
-RPL_LINKS = "364 {} {} :{}"
-RPL_STATSNODE = "249 :{}"
-RPL_TRACEEND = "262 {} {} :End of trace: this server stands alone"
-RPL_LOCALUSERS = "265 {0} {1} :Current local users {0}, max {1}"
-RPL_GLOBALUSERS = "266 {0} {1} :Current global users {0}, max {1}"
-RPL_WHOISCERTFP = "276 {} :has client certificate fingerprint {}"
 RPL_AWAY = "301 {} :{}"
-RPL_USERHOST = "302 :{}"
-RPL_ISON = "303 :{}"
-RPL_UNAWAY = "305 :You are no longer marked as being away"
-RPL_NOWAWAY = "306 :You have been marked as being away"
 RPL_WHOISUSER = "311 {} {} {} * :{}"
 RPL_WHOISSERVER = "312 {} {} :{}"
-RPL_WHOISOPERATOR = "313 {} :operates this server"
-RPL_WHOWASUSER = "314 {} {} {} * :{}"
-RPL_ENDOFWHO = "315 {} :End of WHO"
-RPL_WHOISIDLE = "317 {} {} {} :seconds idle, signon time"  # irssi looks for these words
-RPL_ENDOFWHOIS = "318 {} :End of WHOIS"
-RPL_WHOISCHANNELS = "319 {} :{}"
-RPL_LISTSTART = "321 Channel :Users Topic"
-RPL_LIST = "322 {} {} :{}"
-RPL_LISTEND = "323 :End of LIST"
-RPL_CHANNELMODEIS = "324 {} {}"
-RPL_CREATIONTIME = "329 {} {}"
-RPL_NOTOPIC = "331 {} :No topic is set"
-RPL_TOPIC = "332 {} :{}"
-RPL_TOPICWHOTIME = "333 {} {} {}"
-RPL_WHOISBOT = "335 {} :is a bot"
-RPL_INVITELIST = "336 {}"  # the invitations that a user has; 346 is a channel's +I
-RPL_ENDOFINVITELIST = "337 :End of invitations"
-RPL_WHOISACTUALLY = "338 {} {} :is connecting from here"
-RPL_INVITING = "341 {} {}"
-RPL_VERSION = "351 chat.py-{} {} :{}"
-RPL_WHOREPLY = "352 {} {} {} {} {} {} :0 {}"
 RPL_NAMREPLY = "353 {} {} :{}"
-RPL_WHOSPCRPL = "354 {}"
-RPL_ENDOFLINKS = "365 {} :End of LINKS{}"
 RPL_ENDOFNAMES = "366 {} :End of NAMES"
-RPL_ENDOFWHOWAS = "369 {} :End of WHOWAS"
 RPL_INFO = "371 :{}"
 RPL_MOTD = "372 :- {}"
-RPL_ENDOFINFO = "374 :End of INFO"
-RPL_MOTDSTART = "375 :- {} Message of the day"
-RPL_ENDOFMOTD = "376 :End of MOTD"
-RPL_YOUREOPER = "381 :You are now an operator of this server"
-RPL_REHASHING = "382 {} :Reading it again"
-RPL_TIME = "391 {} :{}"
-RPL_WHOISACCOUNT = "330 {} {} :is logged in as"
-RPL_LOGGEDIN = "900 {} {} :You are now logged in as {}"
-RPL_SASLSUCCESS = "903 :SASL authentication successful"
-ERR_SASLFAIL = "904 :{}"
-ERR_SASLTOOLONG = "905 :a line of SASL has at most 400 bytes"
-ERR_SASLABORTED = "906 :SASL authentication aborted"
-ERR_SASLALREADY = "907 :{}"
-RPL_SASLMECHS = "908 {} :are the mechanisms there are"
-RPL_WHOISSECURE = "671 {} :is using a secure connection"
-RPL_WHOISKEYVALUE = "760 {} {} * :{}"
 RPL_KEYVALUE = "761 {} {} * :{}"
 RPL_KEYNOTSET = "766 {} {} :is not set"
-RPL_METADATASUBOK = "770 {}"
-RPL_METADATAUNSUBOK = "771 {}"
-RPL_METADATASUBS = "772 {}"
-ERR_METADATASYNCLATER = "774 {0} 0 :METADATA {0} SYNC tells what is known of it and its members"
 RPL_HELPSTART = "704 {} :{}"
 RPL_HELPTXT = "705 {} :{}"
-RPL_ENDOFHELP = "706 {} :End of help"
 RPL_MONONLINE = "730 :{}"
 RPL_MONOFFLINE = "731 :{}"
-RPL_MONLIST = "732 :{}"
-RPL_ENDOFMONLIST = "733 :End of MONITOR list"
-ERR_MONLISTFULL = "734 {} {} :Monitor list is full"
 LIST_REPLIES = {  # letter of a list of masks -> its lines, its end
     "b": ("367 {} {} {} {}", "368 {} :End of bans"),
     "e": ("348 {} {} {} {}", "349 {} :End of exceptions from bans"),
@@ -7773,59 +7602,51 @@ LIST_REPLIES = {  # letter of a list of masks -> its lines, its end
 }
 
 
-class Refusal(NamedTuple):
-    """A numeric that refuses. Its words are those of RFC 2812, which clients and bots know."""
-
-    number: str
-    words: str = ""
-    hint: bool = True  # our own sentence follows, because it says more
-
-
-REFUSALS = {  # by Refused.code; the parameters are Refused.about
-    "NO_SUCH_NAME": Refusal("401", "No such nick/channel", hint=False),
-    "NO_SUCH_SERVER": Refusal("402", "No such server"),
-    "NO_SUCH_CHANNEL": Refusal("403", "No such channel", hint=False),
-    "CANNOT_SEND": Refusal("404", "Cannot send to channel"),
-    "TOO_MANY_CHANNELS": Refusal("405", "You have joined too many channels"),
-    "WAS_NO_SUCH_NAME": Refusal("406", "There was no such nickname", hint=False),
-    "TOO_MANY_TARGETS": Refusal("407", "Too many targets"),
-    "NO_SUCH_SERVICE": Refusal("408", "No such service"),
-    "NO_RECIPIENT": Refusal("411", "No recipient given", hint=False),
-    "NO_TEXT": Refusal("412", "No text to send", hint=False),
-    "LINE_TOO_LONG": Refusal("417", "Input line was too long"),
-    "UNKNOWN_COMMAND": Refusal("421", "Unknown command", hint=False),
-    "NO_MOTD": Refusal("422", "MOTD File is missing", hint=False),
-    "NO_ADMIN": Refusal("423", "No administrative info available"),
-    "NO_NAME": Refusal("431", "No nickname given", hint=False),
-    "BAD_NAME": Refusal("432", "Erroneous nickname"),
-    "NAME_TAKEN": Refusal("433", "Nickname is already in use"),
-    "NAME_BOUND": Refusal("437", "Nickname is temporarily unavailable"),
-    "USER_NOT_IN_CHANNEL": Refusal("441", "They aren't on that channel", hint=False),
-    "NOT_IN_CHANNEL": Refusal("442", "You're not on that channel", hint=False),
-    "ALREADY_IN_CHANNEL": Refusal("443", "is already on channel", hint=False),
-    "NO_SUMMON": Refusal("445", "SUMMON has been disabled", hint=False),
-    "NO_USERS": Refusal("446", "USERS has been disabled", hint=False),
-    "NOT_NAMED": Refusal("451", "You have not registered", hint=False),
-    "NEED_MORE_PARAMS": Refusal("461", "Not enough parameters"),
-    "ALREADY_NAMED": Refusal("462", "You may not reregister", hint=False),
-    "WRONG_PASSWORD": Refusal("464"),
-    "BANNED_FROM_SERVER": Refusal("465"),
-    "CHANNEL_FULL": Refusal("471", "Cannot join channel (+l)", hint=False),
-    "UNKNOWN_MODE": Refusal("472", "is unknown mode char to me"),
-    "INVITE_ONLY": Refusal("473", "Cannot join channel (+i)", hint=False),
-    "BANNED": Refusal("474", "Cannot join channel (+b)", hint=False),
-    "BAD_PASSWORD": Refusal("475", "Cannot join channel (+k)", hint=False),
-    "BAD_CHANNEL": Refusal("476", "Bad Channel Mask"),
-    "NEED_ACCOUNT": Refusal("477", "You need to be logged in to an account"),
-    "LIST_FULL": Refusal("478", "Channel list is full"),
-    "NOT_SERVER_OPERATOR": Refusal(
-        "481", "Permission Denied- You're not an IRC operator", hint=False
-    ),
-    "NOT_OPERATOR": Refusal("482", "You're not channel operator"),
-    "UNKNOWN_USER_MODE": Refusal("501", "Unknown MODE flag"),
-    "NOT_YOURSELF": Refusal("502", "Can't change mode for other users", hint=False),
-    "NO_HELP": Refusal("524", "Help not found"),
-    "BAD_MODE_VALUE": Refusal("696"),
+# Numerics that refuse, by Refused.code; Refused.about follows the number. The words are those of
+# RFC 2812, which clients and bots know; our own sentence is {}, where it says more.
+REFUSALS = {
+    "NO_SUCH_NAME": "401 No such nick/channel",
+    "NO_SUCH_SERVER": "402 No such server; {}",
+    "NO_SUCH_CHANNEL": "403 No such channel",
+    "CANNOT_SEND": "404 Cannot send to channel; {}",
+    "TOO_MANY_CHANNELS": "405 You have joined too many channels; {}",
+    "WAS_NO_SUCH_NAME": "406 There was no such nickname",
+    "TOO_MANY_TARGETS": "407 Too many targets; {}",
+    "NO_SUCH_SERVICE": "408 No such service; {}",
+    "NO_RECIPIENT": "411 No recipient given",
+    "NO_TEXT": "412 No text to send",
+    "LINE_TOO_LONG": "417 Input line was too long; {}",
+    "UNKNOWN_COMMAND": "421 Unknown command",
+    "NO_MOTD": "422 MOTD File is missing",
+    "NO_ADMIN": "423 No administrative info available; {}",
+    "NO_NAME": "431 No nickname given",
+    "BAD_NAME": "432 Erroneous nickname; {}",
+    "NAME_TAKEN": "433 Nickname is already in use; {}",
+    "NAME_BOUND": "437 Nickname is temporarily unavailable; {}",
+    "USER_NOT_IN_CHANNEL": "441 They aren't on that channel",
+    "NOT_IN_CHANNEL": "442 You're not on that channel",
+    "ALREADY_IN_CHANNEL": "443 is already on channel",
+    "NO_SUMMON": "445 SUMMON has been disabled",
+    "NO_USERS": "446 USERS has been disabled",
+    "NOT_NAMED": "451 You have not registered",
+    "NEED_MORE_PARAMS": "461 Not enough parameters; {}",
+    "ALREADY_NAMED": "462 You may not reregister",
+    "WRONG_PASSWORD": "464 {}",
+    "BANNED_FROM_SERVER": "465 {}",
+    "CHANNEL_FULL": "471 Cannot join channel (+l)",
+    "UNKNOWN_MODE": "472 is unknown mode char to me; {}",
+    "INVITE_ONLY": "473 Cannot join channel (+i)",
+    "BANNED": "474 Cannot join channel (+b)",
+    "BAD_PASSWORD": "475 Cannot join channel (+k)",
+    "BAD_CHANNEL": "476 Bad Channel Mask; {}",
+    "NEED_ACCOUNT": "477 You need to be logged in to an account; {}",
+    "LIST_FULL": "478 Channel list is full; {}",
+    "NOT_SERVER_OPERATOR": "481 Permission Denied- You're not an IRC operator",
+    "NOT_OPERATOR": "482 You're not channel operator; {}",
+    "UNKNOWN_USER_MODE": "501 Unknown MODE flag; {}",
+    "NOT_YOURSELF": "502 Can't change mode for other users",
+    "NO_HELP": "524 Help not found; {}",
+    "BAD_MODE_VALUE": "696 {}",
 }
 
 IRC_SPOKEN = {  # kind -> the verb, what stands before the text, and what behind it
@@ -7892,13 +7713,7 @@ NEEDS_CAPABILITY = {  # to be told of these events
     HINT: "message-tags",
 }
 
-USER_MODES = {  # letter -> what it is
-    "B": "is a bot",
-    "R": "accepts messages of logged-in users only",
-    "i": "is not listed to those who share no channel",
-    "o": "operates this server",
-    "w": "hears what operators tell each other",
-}
+USER_MODES = "BRiow"  # bot; takes messages of accounts only; not listed; operator; gets WALLOPS
 
 NOT_IN_IRC = {0: None, 10: " ", 13: " "}  # what would end a line
 
@@ -8136,7 +7951,6 @@ class Collected:
         self.failed = False
 
     def add(self, message: Message) -> None:
-        """Add a line. Raises Refused."""
         verb, (target, *texts), tags = message
         text, goes_on = "".join(texts[:1]), CONCAT in tags
         if tags["batch"] == self.reference and fold(target) != fold(self.target):
@@ -8175,7 +7989,7 @@ class Collected:
 def fail_collected(session: "IrcSession") -> None:
     """Drop a message with a bad line. The refusal, sent once, gets the batch's label."""
     collected = session.collected
-    if not collected.failed and "labeled-response" in session.capabilities:
+    if not collected.failed:
         session.begin_answer(collected.label)
     collected.failed = True  # said once; the rest of it is not looked at
     collected.pieces.clear()
@@ -8186,8 +8000,7 @@ def collect(session: "IrcSession", message: Message) -> None:
     session.message = message._replace(verb="BATCH")  # what a refusal is about
     collected = session.collected
     if collected is None:
-        if "labeled-response" in session.capabilities:
-            session.begin_answer(message.tags.get("label", ""))
+        session.begin_answer(message.tags.get("label", ""))
         raise Refused("MULTILINE_INVALID", "there is no such batch")
     try:
         if not collected.failed:
@@ -8198,8 +8011,8 @@ def collect(session: "IrcSession", message: Message) -> None:
 
 
 def tell_topic_irc(session: "IrcSession", channel: Channel) -> None:
-    session.reply(RPL_TOPIC, channel.name, channel.topic)
-    session.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_setter, channel.topic_time // 1000)
+    session.reply("332 {} :{}", channel.name, channel.topic)
+    session.reply("333 {} {} {}", channel.name, channel.topic_setter, channel.topic_time // 1000)
 
 
 def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
@@ -8217,19 +8030,12 @@ def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
     session.reply_list(RPL_NAMREPLY, channel.names(me, multi, masks), kind, channel.name)
 
 
-def owner_name(owner: "User | Channel | IrcSession") -> str:
-    """Return the name of a user or channel; * for a session before registration."""
-    return owner.name if isinstance(owner, (User, Channel)) else "*"
-
-
-def subscribed_metadata(
-    session: "IrcSession", owners: Iterable, keys: Collection[str]
-) -> Iterator[tuple[str, str, str]]:
+def subscribed_metadata(owners: Iterable, keys: Collection[str]) -> Iterator[tuple[str, str, str]]:
     """Yield owner's name, key and value of all metadata with these keys."""
     for owner in owners:
         for key, value in list(owner.metadata.items()):
             if key in keys:
-                yield owner_name(owner), key, value
+                yield owner.name, key, value
 
 
 def tell_values(
@@ -8237,17 +8043,13 @@ def tell_values(
 ) -> None:
     """Tell the values, or, of many, that the client may ask (draft/metadata, postponed sync)."""
     session.site.hub.work += len(owners)
-    known = subscribed_metadata(session, owners, keys)
+    known = subscribed_metadata(owners, keys)
     some = list(itertools.islice(known, METADATA_AT_ONCE + 1))
     if len(some) > METADATA_AT_ONCE:
-        return session.reply(ERR_METADATASYNCLATER, target)
+        text = f"METADATA {target} SYNC tells what is known of it and its members"
+        return session.reply("774 {} 0 :{}", target, text)
     for one in some:
         session.tell_value(*one)
-
-
-def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
-    others = (user for user in channel.members if user is not session.user)
-    tell_values(session, channel.name, [channel, *others], session.subscribed)
 
 
 def tell_metadata_of_people(session: "IrcSession", keys: Iterable[str]) -> None:
@@ -8263,7 +8065,8 @@ def tell_about_channel(session: "IrcSession", channel: Channel) -> None:
     if "draft/read-marker" in session.capabilities:
         session.tell_marker(channel.name)
     if session.subscribed:
-        tell_metadata_of_channel(session, channel)
+        others = (user for user in channel.members if user is not session.user)
+        tell_values(session, channel.name, [channel, *others], session.subscribed)
 
 
 def tell_implicit_names(session: "IrcSession", channel: Channel) -> None:
@@ -8285,8 +8088,6 @@ def tell_channel(session: "IrcSession", channel: Channel) -> None:
 
 
 class IrcSession(LocalSession):
-    """A session that speaks IRC."""
-
     __slots__ = (
         *("account", "acks", "asked", "away", "batch", "capabilities", "claimed", "collected"),
         *("denied", "exchange", "from_service", "labelled", "message", "metadata", "negotiating"),
@@ -8294,6 +8095,7 @@ class IrcSession(LocalSession):
         *("watched", "wire", "wires_before", "withheld"),
     )
     probed = True
+    name = "*"  # as the owner of metadata, before registration
 
     def __init__(self, site: SessionContext, conn: Connected):
         super().__init__(site, conn)
@@ -8410,14 +8212,14 @@ class IrcSession(LocalSession):
         (self.service_says if self.from_service else self.notice)(text)
 
     def refuse(self, refusal: Refused) -> None:
-        numeric, text = REFUSALS.get(refusal.code), harmless(str(refusal))
-        if self.from_service and not self.deferred:
+        shape, text = REFUSALS.get(refusal.code), harmless(str(refusal))
+        if self.from_service and self.latest is None:
             return self.service_says(text)
-        if numeric is None:
+        if shape is None:
             return self.fail(self.message.verb or "*", refusal.code, text, *refusal.about)
         about = "".join(f"{as_param(one)} " for one in refusal.about)
-        words = "; ".join(filter(None, (numeric.words, text if numeric.hint else "")))
-        self.line(f"{numeric.number} {self.nick} {about}:{words}")
+        number, words = shape.split(" ", 1)
+        self.line(f"{number} {self.nick} {about}:{words.format(text)}")
 
     # Events that each session renders for itself
 
@@ -8478,7 +8280,7 @@ class IrcSession(LocalSession):
         self.from_service = False
         self.raw = line
         if self.asks:  # the answers to earlier lines go on when those have come back
-            self.deferred, self.labelled, self.batch = False, None, ""
+            self.labelled, self.batch = None, ""
         self.latest = None
         try:
             self.message = message = self.parse(line)
@@ -8486,7 +8288,7 @@ class IrcSession(LocalSession):
             if "batch" in message.tags:
                 collect(self, message)
             elif message.verb:
-                if message.tags and "labeled-response" in self.capabilities:
+                if message.tags:
                     self.begin_answer(message.tags.get("label", ""))
                 self.unfinished = irc_command.run(self, message.verb, message.params)
         except Refused as refusal:
@@ -8499,11 +8301,10 @@ class IrcSession(LocalSession):
         """Take the verb and the label of a line that is refused as a whole."""
         broken = parse_message(line.decode(errors="replace"))
         self.message = broken._replace(verb=as_param(broken.verb))
-        if "labeled-response" in self.capabilities and "batch" not in broken.tags:
+        if "batch" not in broken.tags:
             self.begin_answer(broken.tags.get("label", ""))
 
     def parse(self, line: bytes) -> Message:
-        """Return the parts of a line. Raises Refused."""
         tags, _, body = line.partition(b" ") if line[:1] == b"@" else (b"", b"", line)
         if line == TOO_LONG or len(body) > IRC_BYTES - 2 or len(tags) > TAGS_BYTES:
             self.begin_refusal(line if line != TOO_LONG else b"")
@@ -8532,7 +8333,7 @@ class IrcSession(LocalSession):
     # What was asked with a label is answered with it (IRCv3 labeled-response)
 
     def begin_answer(self, label: str) -> None:
-        if label:
+        if label and "labeled-response" in self.capabilities:
             turn = self.site.hub.turn
             label = cut(label, LABEL_BYTES)
             events, last_id = len(turn.events), self.site.hub.last_id
@@ -8544,12 +8345,11 @@ class IrcSession(LocalSession):
             self.begin_answer(unescaped_tag(self.labelled.label))
 
     def mark_answer(self) -> None:
-        """Label the replies since the answer was begun or resumed. Replies of several lines, or
-        with more to come, go into a labelled batch."""
-        self.from_service = self.from_service and self.deferred
+        """Label the replies since the answer began; several, or with more to come, as a batch."""
+        self.from_service = self.from_service and self.latest is not None
         if self.labelled is None:
             return
-        turn, whole = self.site.hub.turn, not self.deferred and self.unfinished is None
+        turn, whole = self.site.hub.turn, self.latest is None and self.unfinished is None
         label, replies, events, _ = self.labelled
         heard = {e.id: count for e in turn.events[events:] if (count := self.count_own_lines(e))}
         count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
@@ -8636,21 +8436,16 @@ def isupport(site: SessionContext) -> list[str]:
         USERLEN={USERNAME_BYTES} UTF8ONLY WHOX soju.im/SAFERATE {flood}""".split()
 
 
-def web_tokens(session: IrcSession) -> list[str]:
-    """Return the tokens of 005 for the page for browsers, for uploads (draft/FILEHOST, and soju's
-    name for it), and for the tokens that uploads need (draft/authtoken)."""
+def isupport_lines(session: IrcSession) -> Iterator[bytes]:
+    """Yield the lines of 005, also with the address of the page for browsers and with those of
+    uploads (draft/FILEHOST, and soju's name for it), which need a token (draft/authtoken)."""
     url = base_url(session.site, session.conn.secure, session.conn.local)
-    tokens = [f"chat.py/WEB={url}/"]
+    tokens = [*isupport(session.site), f"chat.py/WEB={url}/"]
     if session.site.folder is not None:
         tokens += [f"{name}={url}/files" for name in ("soju.im/FILEHOST", "draft/FILEHOST")]
         tokens.append("draft/AUTHTOKEN")
-    return tokens
-
-
-def isupport_lines(session: IrcSession) -> Iterator[bytes]:
-    addresses = [node.address for node in session.site.hub.nodes.values() if node.address]
-    nodes = [f"chat.py/NODES={','.join(addresses)}"] if addresses else []
-    tokens = [*isupport(session.site), *web_tokens(session), *nodes]
+    if addresses := [one.address for one in session.site.hub.nodes.values() if one.address]:
+        tokens.append(f"chat.py/NODES={','.join(addresses)}")
     while tokens:
         line = next(wrapped(tokens[:TOKENS_A_LINE], ROSTER_BYTES))
         del tokens[: len(line.split(" "))]
@@ -8688,25 +8483,26 @@ def tell_isupport(session: IrcSession) -> None:
 def tell_lusers(session: IrcSession) -> None:
     hub, server = session.site.hub, session.site.server
     count, operators = len(hub.users), len({one.user for one in hub.operators})
-    session.reply(RPL_LUSERCLIENT, count - hub.invisible, hub.invisible)
-    session.reply(RPL_LUSEROP, operators)
-    session.reply(RPL_LUSERUNKNOWN, server.nameless())
-    session.reply(RPL_LUSERCHANNELS, len(hub.channels))
-    session.reply(RPL_LUSERME, count)
-    session.reply(RPL_LOCALUSERS, count, hub.most_users)
-    session.reply(RPL_GLOBALUSERS, count, hub.most_users)
+    shown, invisible = count - hub.invisible, hub.invisible
+    session.reply("251 :There are {} users and {} invisible on 1 servers", shown, invisible)
+    session.reply("252 {} :operators online", operators)
+    session.reply("253 {} :connections without a name yet", server.nameless())
+    session.reply("254 {} :channels formed", len(hub.channels))
+    session.reply("255 :I have {} clients and 0 servers", count)
+    session.reply("265 {0} {1} :Current local users {0}, max {1}", count, hub.most_users)
+    session.reply("266 {0} {1} :Current global users {0}, max {1}", count, hub.most_users)
 
 
 def tell_motd(session: IrcSession) -> None:
     lines = session.site.server.motd
     if not lines:
         return session.refuse(Refused("NO_MOTD", "there is no message of the day"))
-    session.reply(RPL_MOTDSTART, session.site.name)
+    session.reply("375 :- {} Message of the day", session.site.name)
     room = IRC_BYTES - 2 - len(f":{session.site.name} {RPL_MOTD} {session.nick}".encode())
     for line in lines:
         for piece in split_text(line, room):
             session.reply(RPL_MOTD, piece)
-    session.reply(RPL_ENDOFMOTD)
+    session.reply("376 :End of MOTD")
 
 
 def user_modes_text(session: IrcSession) -> str:
@@ -8719,28 +8515,26 @@ NO_KEY = "a key is made of a-z, 0-9, _, ., / and -"
 
 def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
     """Tell the values of keys in a batch, and which keys are not set or not valid."""
-    name = owner_name(owner)
 
     def line(key: str) -> bytes:
         if key in owner.metadata:
-            return session.shaped_line(RPL_KEYVALUE, name, key, owner.metadata[key])
+            return session.shaped_line(RPL_KEYVALUE, owner.name, key, owner.metadata[key])
         if METADATA_KEY.fullmatch(key):
-            return session.shaped_line(RPL_KEYNOTSET, name, as_param(key))
+            return session.shaped_line(RPL_KEYNOTSET, owner.name, as_param(key))
         return session.server_line(session.fail_line("METADATA", "INVALID_KEY", NO_KEY, key))
 
-    in_batch(session, f"metadata {name}", map(line, keys))
+    in_batch(session, f"metadata {owner.name}", map(line, keys))
 
 
 def welcome(session: IrcSession) -> None:
     """Tell a client the server's facts after registration, in the order that clients rely on."""
     site = session.site
-    session.reply(RPL_WELCOME, site.network, session.user.source.mask)
-    session.reply(RPL_YOURHOST, site.name, VERSION)
-    session.reply(RPL_CREATED, time_text(site.hub.started))
+    session.reply("001 :Welcome to {}, {}", site.network, session.user.source.mask)
+    session.reply("002 :Your host is {}, running chat.py/{}", site.name, VERSION)
+    session.reply("003 :This server was started {}", time_text(site.hub.started))
     with_value = "".join(sorted(MASK_LISTS + RANKS + "kl"))
     modes = "".join(sorted(with_value + "".join(FLAGS)))
-    user_modes = "".join(sorted(USER_MODES))
-    session.reply(RPL_MYINFO, site.name, f"chat.py-{VERSION}", user_modes, modes, with_value)
+    session.reply("004 {} chat.py-{} {} {} {}", site.name, VERSION, USER_MODES, modes, with_value)
     tell_isupport(session)
     if "draft/whoami" in session.capabilities:
         session.send_line(f":{session.user.source.mask} SETNAME :{session.user.realname}")
@@ -8754,14 +8548,14 @@ def welcome(session: IrcSession) -> None:
 
 def abort_sasl(session: IrcSession) -> None:
     session.exchange = None
-    session.reply(ERR_SASLABORTED)
+    session.reply("906 :SASL authentication aborted")
 
 
 def tell_account(session: IrcSession, before: int | None = None) -> None:
     """Tell a client which account it is logged in to, before the events after `before`."""
     user, account = session.user, session.account
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
-    told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
+    told = session.shaped_line("900 {0} {1} :You are now logged in as {1}", source.mask, account)
     session.send(session.timed(told), before)
 
 
@@ -8918,7 +8712,6 @@ def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
 
 
 def mechanisms(session: IrcSession) -> list[str]:
-    """Return the SASL mechanisms that this session may use."""
     return [name for name in MECHANISMS if name != "EXTERNAL" or session.conn.fingerprint]
 
 
@@ -8971,8 +8764,6 @@ def cap_req(session: IrcSession, text: str) -> None:
         for cap in wanted:
             (capabilities.discard if cap[0] == "-" else capabilities.add)(cap.lstrip("-"))
         set_capabilities(session, capabilities)
-    if len(f":{session.site.name} {head} :{text}".encode()) <= IRC_BYTES - 2:
-        return session.line(f"{head} :{text}")
     tell_capabilities(session, head, wanted)
 
 
@@ -8997,14 +8788,13 @@ def irc_cap(session: IrcSession, subcommand: str, text: str = "") -> None:
 
 def fail_sasl(session: IrcSession, refusal: Refused) -> None:
     session.exchange = None
-    session.reply(ERR_SASLFAIL, str(refusal))
+    session.reply("904 :{}", str(refusal))
 
 
 def tell_logged_in(
     session: IrcSession, account: str, proof: str, otherwise: Callable | None = None
 ) -> Steps:
-    """Log the client in to an account, and tell it; without a user the log-in is part of its
-    registration. Call otherwise() with a refusal."""
+    """Log the client in, or let it be part of its registration; otherwise() takes a refusal."""
     session.account, session.proof = account, proof
     before = session.site.hub.last_id
     if session.user:
@@ -9021,32 +8811,29 @@ def end_sasl(session: IrcSession, account: str) -> Steps:
         return fail_sasl(session, refusal)
     fail = functools.partial(fail_sasl, session)
     yield from tell_logged_in(session, account, proof, fail)
-    session.reply(RPL_SASLSUCCESS)
+    session.reply("903 :SASL authentication successful")
 
 
-def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
-    """Run the next step of a SASL mechanism: bytes for the client, or a job for off the loop."""
+@in_steps
+def go_on_sasl(session: IrcSession, answer: bytes | None) -> Steps:
+    """Send an answer into the SASL mechanism, and what that says to the client."""
     exchange = session.exchange
     try:
-        said = step(*values)
+        while callable(said := exchange.mechanism.send(answer)):
+            answer = yield do(session.later, PASSWORD_LANE, said)
     except StopIteration as end:
         return end_sasl(session, end.value)
     except Refused as refusal:
         return fail_sasl(session, refusal)
-    if isinstance(said, bytes):
-        for piece in exchange.chunks(said):
-            session.send_line(f"AUTHENTICATE {piece}")
-    else:
-        then = functools.partial(go_on_sasl, session, exchange.mechanism.send)
-        session.later(PASSWORD_LANE, said, then=then)
+    for piece in exchange.chunks(said):
+        session.send_line(f"AUTHENTICATE {piece}")
 
 
 def begin_sasl(session: IrcSession, name: str) -> None:
-    """Begin a log-in with a mechanism of SASL."""
     if session.user and len(session.user.live) > 1:
-        return session.reply(ERR_SASLALREADY, "your other devices are logged in, too")
+        return session.reply("907 :your other devices are logged in, too")
     if name not in mechanisms(session):
-        session.reply(RPL_SASLMECHS, ",".join(mechanisms(session)))
+        session.reply("908 {} :are the mechanisms there are", ",".join(mechanisms(session)))
         return fail_sasl(session, wrong_login())
     look_up = certified_account if name == "EXTERNAL" else claimed_account
 
@@ -9055,7 +8842,7 @@ def begin_sasl(session: IrcSession, name: str) -> None:
         return name, session.exchange.verifier
 
     session.exchange = Exchange(MECHANISMS[name](find))
-    go_on_sasl(session, next, session.exchange.mechanism)
+    go_on_sasl(session, None)
 
 
 @irc_command("AUTHENTICATE", 1, nameless=True)
@@ -9067,13 +8854,13 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
         return begin_sasl(session, chunk.upper())
     if len(chunk) > SASL_CHUNK:
         session.exchange = None
-        return session.reply(ERR_SASLTOOLONG)
+        return session.reply("905 :a line of SASL has at most 400 bytes")
     try:
         answer = session.exchange.feed(chunk)
     except Refused as refusal:
         return fail_sasl(session, refusal)
     if answer is not None:
-        go_on_sasl(session, session.exchange.mechanism.send, answer)
+        go_on_sasl(session, answer)
 
 
 def check_admitted(session: IrcSession) -> None:
@@ -9283,8 +9070,6 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     hub = session.site.hub
     owners = hub.dedup_owners(session)
     known = [event for owner in owners if (event := hub.turn.dedup.get((owner, own_id)))]
-    if hub.store.dedup.lost(owners, own_id, hub.ticks):
-        return session.tell_not_kept(own_id, "it was said before, and could not be kept")
     if known and session.site.store.path is None:  # in memory a read comes too soon
         found = known[0].id, known[0]
     else:
@@ -9296,8 +9081,7 @@ def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     if event is None or not (channel or event.about):  # it was said in a channel, not to this user
         tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own_id)}"
         return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
-    past = Audience(channel)
-    for line in session.wire.encode(past, [event]) if session.wire.echo else ():
+    for line in session.wire.encode(Audience(channel), [event]) if session.wire.echo else ():
         session.send(line)
 
 
@@ -9312,7 +9096,7 @@ def send_message(
     """Send a message, and tell if it is a repeat, or if the receiver is away. Raises Refused."""
     hub = session.site.hub
     if own_id and hub.store.dedup.lost(hub.dedup_owners(session), own_id, hub.ticks):
-        return tell_repeat(session, name, own_id)
+        return session.tell_not_kept(own_id, "it was said before, and could not be kept")
 
     def sent(result: Sent) -> None:
         if result.repeat is not None:
@@ -9358,8 +9142,7 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> LongA
     def send(name: str) -> None:
         check_length(session, name, text, tags)
         if text.startswith("\x01ACTION "):
-            action = text[8:].removesuffix("\x01")
-            send_message(session, name, action, ACTION, tags, own_id)
+            send_message(session, name, text[8:].removesuffix("\x01"), ACTION, tags, own_id)
         elif fold(name) == SERVICE_KEY:
             ask_service(session, text)
         else:
@@ -9418,8 +9201,7 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
     session.collected = None
     if done.failed:
         return
-    if done.label and "labeled-response" in session.capabilities:
-        session.begin_answer(done.label)
+    session.begin_answer(done.label)
     if not done.text.strip("\n"):
         raise Refused("MULTILINE_INVALID", "no text to send")
     kind = MESSAGE if done.verb == "PRIVMSG" else NOTICE
@@ -9436,7 +9218,10 @@ def irc_away(session: IrcSession, reason: str = "") -> Steps:
         yield do(session.act, "set_away", reason)
     elif not session.user:
         session.away = cut(reason, REASON_BYTES)
-    session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
+    if reason:
+        session.reply("306 :You have been marked as being away")
+    else:
+        session.reply("305 :You are no longer marked as being away")
 
 
 @irc_command("SETNAME", 1)
@@ -9483,7 +9268,7 @@ def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
     if not channel.visible_to(session):
         channel.member(session.user)
     if not channel.topic:
-        return session.reply(RPL_NOTOPIC, channel.name)
+        return session.reply("331 {} :No topic is set", channel.name)
     tell_topic_irc(session, channel)
 
 
@@ -9510,10 +9295,6 @@ def within(channel: Channel, what: str, sign: str, number: str, now: int) -> boo
     else:
         value = (now - (channel.created if what == "C" else channel.topic_time)) / 60_000
     return value < int(number) if sign == "<" else value > int(number)
-
-
-def is_condition(text: str) -> bool:
-    return LIST_BOUND.fullmatch(text) is not None or text.startswith(("#", "!"))
 
 
 def list_filter(conditions: str, now: int) -> Callable[[Channel], bool]:
@@ -9544,7 +9325,8 @@ def in_slices(items: Iterable[Any]) -> Iterator[Any]:
 @irc_command("LIST", most=2)
 def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Iterator[None]:
     """LIST [<channel or condition>{,...}] -- the channels: >9, <9, C<5, T>5, *mask*, !*mask*"""
-    if any(map(is_condition, server.split(","))):  # LIST <channels> <conditions>
+    second = server.split(",")  # LIST <channels> <conditions>
+    if any(LIST_BOUND.fullmatch(text) or text.startswith(("#", "!")) for text in second):
         conditions, server = f"{conditions},{server}", ""
     check_server(session, server)
     hub = session.site.hub
@@ -9552,16 +9334,16 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
         raise Refused("TOO_MANY_TARGETS", f"{LIST_TARGETS} conditions at most", conditions)
     hub.work += mask_work(conditions)
     wanted = list_filter(conditions, hub.now)
-    session.reply(RPL_LISTSTART)
+    session.reply("321 Channel :Users Topic")
     for channel in in_slices(list(hub.channels.values())):
         if channel is None:
             yield
             continue
         hub.work += 1 + conditions.count(",")
         if channel.members and wanted(channel) and channel.visible_to(session):
-            session.reply(RPL_LIST, channel.name, len(channel.members), channel.topic)
+            session.reply("322 {} {} :{}", channel.name, len(channel.members), channel.topic)
             yield
-    session.reply(RPL_LISTEND)
+    session.reply("323 :End of LIST")
 
 
 @irc_command("INVITE", most=2)
@@ -9570,13 +9352,12 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> Steps:
     """INVITE [<nickname> <channel>] -- invite a user; alone, who invited you"""
     if not name:
         for channel in session.user.invitations:
-            session.reply(RPL_INVITELIST, channel.name)
-        return session.reply(RPL_ENDOFINVITELIST)
+            session.reply("336 {}", channel.name)  # 346 is a channel's +I
+        return session.reply("337 :End of invitations")
     if not where:
-        text = "usage: INVITE <nickname> <channel>"
-        raise Refused("NEED_MORE_PARAMS", text, "INVITE")
+        raise Refused("NEED_MORE_PARAMS", "usage: INVITE <nickname> <channel>", "INVITE")
     user, channel = yield do(session.act, "invite", name, where)
-    session.reply(RPL_INVITING, user.name, channel.name)
+    session.reply("341 {} {}", user.name, channel.name)
     if user.away:
         session.reply(RPL_AWAY, user.name, away_reason(session, user))
 
@@ -9616,8 +9397,7 @@ def user_mode(session: IrcSession, name: str, letters: str) -> Steps:
     if known := tuple(tuple(change) for change in changes if change.letter in USER_MODES):
         yield do(session.act, "set_user_modes", known)
     if len(known) < len(changes):
-        text = f"there are only the user modes {''.join(USER_MODES)}"
-        session.refuse(Refused("UNKNOWN_USER_MODE", text))
+        session.refuse(Refused("UNKNOWN_USER_MODE", f"there are only the user modes {USER_MODES}"))
 
 
 def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> Steps:
@@ -9636,8 +9416,8 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
     if not channel.visible_to(session):
         channel.require_inside(session)
     if not letters:
-        session.reply(RPL_CHANNELMODEIS, channel.name, channel.modes_text(session))
-        return session.reply(RPL_CREATIONTIME, channel.name, channel.created // 1000)
+        session.reply("324 {} {}", channel.name, channel.modes_text(session))
+        return session.reply("329 {} {}", channel.name, channel.created // 1000)
     changes = parse_modes(letters, values)
     for letter in {c.letter: None for c in changes if c.letter in MASK_LISTS and not c.value}:
         channel.require_inside(session)
@@ -9697,9 +9477,9 @@ def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
     else:
         owner = metadata_owner(session, target)
         owners = [owner, *owner.members] if isinstance(owner, Channel) else [owner]
-        target = owner_name(owner)
+        target = owner.name
     session.site.hub.work += len(owners)
-    known = subscribed_metadata(session, owners, session.subscribed)
+    known = subscribed_metadata(owners, session.subscribed)
     lines = (session.shaped_line(RPL_KEYVALUE, *one) for one in known)
     yield from batch_in_pieces(session, f"metadata {target}", lines)
 
@@ -9739,8 +9519,7 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
 
 @in_steps
 def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> Steps:
-    """Add or remove keys; the first one past the limit is refused, and the rest ignored. Tell the
-    values of the new keys."""
+    """Add or remove keys, up to the first one past the limit; tell the values of new ones."""
     done: list[str] = []
     before = set(session.subscribed)
     for key in keys:
@@ -9759,7 +9538,7 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
             session.subscribed.pop(key, None)
     if done:
         yield do(session.act, "follow", "subscribers", tuple(done), on)
-        session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
+        session.reply_list("770 {}" if on else "771 {}", done)
         if session.user and (new := session.subscribed.keys() - before):
             tell_values(session, "*ALL", metadata_owners(session), new)
 
@@ -9781,7 +9560,7 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Lo
         case "SUB" | "UNSUB" as verb if params:
             change_subscriptions(session, params, verb == "SUB")
         case "SUBS":
-            lines = [session.shaped_line(RPL_METADATASUBS, key) for key in session.subscribed]
+            lines = [session.shaped_line("772 {}", key) for key in session.subscribed]
             in_batch(session, "metadata-subs", lines)
         case "SYNC":
             return metadata_sync(session, target)
@@ -9919,18 +9698,11 @@ def history_job(
 CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN": 2, "TARGETS": 1}
 
 
-def changes_told(session: IrcSession) -> list[str]:
+def changes_told(session: IrcSession, kinds: Collection[str]) -> list[str]:
     """Return the kinds of changes to messages that a chat.py client gets with a page of the newest
-    messages: redactions and reactions from the time when it was away."""
-    if "chat.py/session" not in session.capabilities:
-        return []
-    kinds = []
-    if "draft/message-redaction" in session.capabilities:
-        kinds.append(REDACT)
-    replayed = "draft/event-playback" in session.capabilities  # then the page has them
-    if "message-tags" in session.capabilities and not replayed:
-        kinds.append(TAGS)
-    return kinds
+    messages of some kinds: redactions and reactions from the time when it was away."""
+    ours, without = "chat.py/session" in session.capabilities, session.wire.without
+    return [one for one in (REDACT, TAGS) if ours and one not in kinds and one not in without]
 
 
 def target_bound(session: IrcSession, text: str) -> Mark:
@@ -9962,10 +9734,11 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
     events = yield do(session.read, job)
     changes = []
     if how in ("AFTER", "LATEST") and (events or marks[0] != "*"):
-        since = Mark(id=events[0].id) if events else None
-        if marks[0] != "*":
+        if marks[0] == "*":
+            since = Mark(id=events[0].id)
+        else:
             since = parse_mark(session.site.hub, marks[0], how, name)
-        for kind in changes_told(session):
+        for kind in changes_told(session, kinds):
             span, page = Span(scope, (kind,), after=since), session.site.store.history.page
             changes += yield do(session.read, page, span, CHANGES_A_PAGE)
 
@@ -10057,17 +9830,16 @@ def irc_token(session: IrcSession, subcommand: str, service: str = "", scope: st
         line = session.server_line(f"TOKEN SERVICE FILEHOST {url} :files for the chat")
         return in_batch(session, "draft/authtoken *", [line])
     if verb == "VALIDATE":
-        text = "tokens are for this server's own files"
-        return session.fail("TOKEN", "NO_PERMISSIONS", text, service or "*")
+        raise Refused("NO_PERMISSIONS", "tokens are for this server's own files", service or "*")
     if verb != "GENERATE":
         text = f"there is no TOKEN {subcommand}"
         return session.fail("TOKEN", "UNKNOWN_COMMAND", text, subcommand)
     if service.upper() != "FILEHOST" or not known:
         text = "there is no such service; TOKEN SERVICELIST lists them"
-        return session.fail("TOKEN", "UNKNOWN_SERVICE", text, service or "*")
+        raise Refused("UNKNOWN_SERVICE", text, service or "*")
     session.site.hub.work += len(session.site.grants) // 3
     token = session.site.grants.make(session.user, session.site.hub.ticks)
-    return session.line(f"TOKEN GENERATE FILEHOST :{token}")
+    session.line(f"TOKEN GENERATE FILEHOST :{token}")
 
 
 @irc_command("REDACT", 2, 3)
@@ -10156,11 +9928,12 @@ def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator
         values = who_values(session, user, channel, who_flags(user, member, multi), token)
         wanted = [text for field, text in values.items() if extended and field in fields]
         if wanted:
-            session.reply(RPL_WHOSPCRPL, " ".join(wanted))
+            session.reply("354 {}", " ".join(wanted))
         else:
-            session.reply(RPL_WHOREPLY, *(values[field] for field in "cuhsnf"), user.realname)
+            known = (values[field] for field in "cuhsnf")
+            session.reply("352 {} {} {} {} {} {} :0 {}", *known, user.realname)
         yield
-    session.reply(RPL_ENDOFWHO, as_param(mask))
+    session.reply("315 {} :End of WHO", as_param(mask))
 
 
 def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
@@ -10172,26 +9945,27 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     seen = (c for c in user.channels if c.visible_to(session) and (c in me.channels or shown))
     symbols = ((c, c.members[user].symbols) for c in seen)
     names = [(ranks if multi else ranks[:1]) + channel.name for channel, ranks in symbols]
-    session.reply_list(RPL_WHOISCHANNELS, names, user.name)
+    session.reply_list("319 {} :{}", names, user.name)
     if user.account:
-        yield RPL_WHOISACCOUNT, user.account
+        yield "330 {} {} :is logged in as", user.account
     for key, value in user.metadata.items():
-        yield RPL_WHOISKEYVALUE, key, value
+        yield "760 {} {} * :{}", key, value
     yield RPL_WHOISSERVER, session.site.name, session.site.network
     if user.away:
         yield RPL_AWAY, away_reason(session, user)
     if user.is_operator:
-        yield (RPL_WHOISOPERATOR,)
+        yield ("313 {} :operates this server",)
     if "B" in user.modes:
-        yield (RPL_WHOISBOT,)
+        yield ("335 {} :is a bot",)
     conns = [one.conn for one in user.sessions if isinstance(one, LocalSession)]
     if conns and all(conn.secure for conn in conns):
-        yield (RPL_WHOISSECURE,)
+        yield ("671 {} :is using a secure connection",)
     if user is me or session.operator:
-        yield RPL_WHOISACTUALLY, source.host
+        yield "338 {} {} :is connecting from here", source.host
         for fingerprint in filter(None, dict.fromkeys(conn.fingerprint for conn in conns)):
-            yield RPL_WHOISCERTFP, fingerprint
-    yield RPL_WHOISIDLE, (hub.ticks - user.spoke) // 1000, user.since // 1000
+            yield "276 {} :has client certificate fingerprint {}", fingerprint
+    idle = (hub.ticks - user.spoke) // 1000  # irssi looks for the words of this line
+    yield "317 {} {} {} :seconds idle, signon time", idle, user.since // 1000
 
 
 def source_here(session: IrcSession, name: str) -> Source | None:
@@ -10204,7 +9978,6 @@ def source_here(session: IrcSession, name: str) -> Source | None:
 
 
 def tell_whois(session: IrcSession, name: str) -> None:
-    """Tell what is known of a user, or of the service for accounts. Raises Refused."""
     if fold(name) == SERVICE_KEY:
         site, text = session.site, f"accounts; /msg {SERVICE} HELP"
         session.reply(RPL_WHOISUSER, SERVICE, SERVICE, site.name, text)
@@ -10226,20 +9999,7 @@ def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
         tell_whois(session, name)
     except Refused as refusal:
         session.refuse(refusal)
-    session.reply(RPL_ENDOFWHOIS, as_param(name))
-
-
-def tell_former_users(
-    session: IrcSession, name: str, found: list[FormerUser], most: int | None
-) -> None:
-    """Answer WHOWAS for one name: with the newest users of that name, `most` at most."""
-    for one in found[: most or None]:
-        source = one.source
-        session.reply(RPL_WHOWASUSER, source.name, source.username, source.host, one.realname)
-        session.reply(RPL_WHOISSERVER, source.name, session.site.name, time_text(one.time))
-    if not found:
-        session.refuse(Refused("WAS_NO_SUCH_NAME", f"no user was called {name} lately", name))
-    session.reply(RPL_ENDOFWHOWAS, as_param(name))
+    session.reply("318 {} :End of WHOIS", as_param(name))
 
 
 @irc_command("WHOWAS", 1, 3)
@@ -10253,14 +10013,21 @@ def irc_whowas(session: IrcSession, names: str, count: str = "", server: str = "
     for name in filter(None, names.split(",")):
         asked.setdefault(fold(name), name)
     for key, name in (asked or {"": names}).items():
-        tell_former_users(session, name, known.get(key, []), whole_number(count))
+        found = known.get(key, [])
+        for one in found[: whole_number(count) or None]:
+            who = one.source
+            session.reply("314 {} {} {} * :{}", who.name, who.username, who.host, one.realname)
+            session.reply(RPL_WHOISSERVER, who.name, session.site.name, time_text(one.time))
+        if not found:
+            session.refuse(Refused("WAS_NO_SUCH_NAME", f"no user was called {name} lately", name))
+        session.reply("369 {} :End of WHOWAS", as_param(name))
 
 
 @irc_command("ISON", 1, 15)
 def irc_ison(session: IrcSession, *names: str) -> None:
     """ISON <nickname>{ <nickname>} -- which of them are here"""
     known = (source_here(session, name) for name in " ".join(names).split())
-    session.reply_list(RPL_ISON, [source.name for source in known if source] or [""])
+    session.reply_list("303 :{}", [source.name for source in known if source] or [""])
 
 
 def userhost(user: User) -> str:
@@ -10272,7 +10039,7 @@ def userhost(user: User) -> str:
 def irc_userhost(session: IrcSession, *names: str) -> None:
     """USERHOST <nickname>{ <nickname>} -- where they are, and whether they are away"""
     users = (session.site.hub.users.get(fold(name)) for name in names)
-    session.reply_list(RPL_USERHOST, [userhost(user) for user in users if user] or [""])
+    session.reply_list("302 :{}", [userhost(user) for user in users if user] or [""])
 
 
 def tell_monitored(session: IrcSession, names: list[str]) -> None:
@@ -10284,14 +10051,15 @@ def tell_monitored(session: IrcSession, names: list[str]) -> None:
     session.reply_list(RPL_MONOFFLINE, offline, between=",")
 
 
-def monitor_add(session: IrcSession, names: list[str]) -> None:
+@in_steps
+def monitor_add(session: IrcSession, names: list[str]) -> Steps:
     """Monitor more names; those past the limit are refused."""
     added = []
     for number, name in enumerate(names):
         key = fold(name)
         if len(session.watched) >= WATCHED and key not in session.watched:
             rest = map(as_param, names[number:])
-            session.reply_list(ERR_MONLISTFULL, rest, WATCHED, between=",")
+            session.reply_list("734 {} {} :Monitor list is full", rest, WATCHED, between=",")
             break
         if clean_name(name) != name:  # a mask, or what no user can be called
             session.refuse(Refused("BAD_NAME", "names only, no masks", name))
@@ -10300,12 +10068,9 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             added.append(name)
     if added:
         keys = tuple(map(fold, added))
-
-        def tell(_: None) -> None:
-            tell_monitored(session, added)
-            tell_metadata_of_people(session, keys)
-
-        session.act("follow", "watchers", keys, True, then=tell)
+        yield do(session.act, "follow", "watchers", keys, True)
+        tell_monitored(session, added)
+        tell_metadata_of_people(session, keys)
 
 
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
@@ -10325,8 +10090,8 @@ def irc_monitor(session: IrcSession, sign: str, names: str = "") -> None:
         case "C":
             monitor_remove(session, list(session.watched))
         case "L":
-            session.reply_list(RPL_MONLIST, session.watched.values(), between=",")
-            session.reply(RPL_ENDOFMONLIST)
+            session.reply_list("732 :{}", session.watched.values(), between=",")
+            session.reply("733 :End of MONITOR list")
         case "S":
             tell_monitored(session, list(session.watched.values()))
         case _:
@@ -10353,9 +10118,9 @@ def tell_links(session: IrcSession) -> None:
     for node in sorted(session.site.hub.nodes):
         here = session.site.node
         text = "0 this server" if node == here else "1 a node of the cluster"
-        session.reply(RPL_LINKS, node, here, text)
+        session.reply("364 {} {} :{}", node, here, text)
     alone = "" if session.site.hub.nodes else ": this server stands alone"
-    session.reply(RPL_ENDOFLINKS, "*", alone)
+    session.reply("365 * :End of LINKS{}", alone)
 
 
 def tell_map(session: IrcSession) -> Iterator[None]:
@@ -10369,13 +10134,14 @@ def tell_map(session: IrcSession) -> Iterator[None]:
         connections.update(node_of(one.id) for one in user.live)
     for name, node in sorted(hub.nodes.items()) or [(session.site.name, None)]:
         count = connections[node.start if node else 0]
-        session.reply(RPL_MAP, name, counted(count, "connection"))
-    session.reply(RPL_MAPEND)
+        session.reply("006 :{} {}", name, counted(count, "connection"))
+    session.reply("007 :End of MAP")
 
 
 server_query("LINKS -- which servers there are", tell_links, 0)
 server_query("MAP -- which servers there are, and how many connections each has", tell_map, 0)
-server_query("SERVLIST -- which services there are: none", lambda s: s.reply(RPL_SERVLISTEND), 0)
+NO_SERVICES = "235 * * :There are no services"
+server_query("SERVLIST -- which services there are: none", lambda s: s.reply(NO_SERVICES), 0)
 server_query(
     "ISUPPORT -- the limits and features of this server, also before you come in",
     tell_isupport,
@@ -10384,16 +10150,16 @@ server_query(
 )
 server_query(
     "TIME [<server>] -- what time it is here",
-    lambda s: s.reply(RPL_TIME, s.site.name, time_text(s.site.hub.now)),
+    lambda s: s.reply("391 {} :{}", s.site.name, time_text(s.site.hub.now)),
 )
 server_query(
     "TRACE [<server>] -- the way to a server: this is the only one",
-    lambda s: s.reply(RPL_TRACEEND, s.site.name, VERSION),
+    lambda s: s.reply("262 {} {} :End of trace: this server stands alone", s.site.name, VERSION),
 )
 
 
 def tell_version(session: IrcSession) -> None:
-    session.reply(RPL_VERSION, VERSION, session.site.name, "a chat in one file of Python")
+    session.reply("351 chat.py-{} {} :a chat in one file of Python", VERSION, session.site.name)
     tell_isupport(session)
 
 
@@ -10416,29 +10182,29 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
         ran = hub.now - hub.started if site.cluster else hub.ticks - hub.started_ticks
         minutes, seconds = divmod(ran // 1000, 60)
         hours, minutes = divmod(minutes, 60)
-        session.reply(RPL_STATSUPTIME, *divmod(hours, 24), minutes, seconds)
+        span = *divmod(hours, 24), minutes, seconds
+        session.reply("242 :Server up {} days {:02}:{:02}:{:02}", *span)
     elif letter == "o" and session.operator:
         for name in site.operators:
-            session.reply(RPL_STATSOLINE, as_param(name))
+            session.reply("243 O * * {}", as_param(name))
     elif letter in ("k", "K") and session.operator:
         for ban in site.hub.present_bans():
-            session.reply(RPL_STATSKLINE, ban.mask, ban.setter, ban_text(ban))
+            session.reply("216 K {} * {} :{}", ban.mask, ban.setter, ban_text(ban))
     elif letter == "n" and session.operator and site.cluster:
         for text in site.cluster.figures():
-            session.reply(RPL_STATSNODE, text)
-    session.reply(RPL_ENDOFSTATS, as_param(letter[:1]))
+            session.reply("249 :{}", text)
+    session.reply("219 {} :End of statistics", as_param(letter[:1]))
 
 
 def no_admin(session: IrcSession) -> None:
-    text = "the message of the day may name a contact"
-    raise Refused("NO_ADMIN", text, session.site.name)
+    raise Refused("NO_ADMIN", "the message of the day may name a contact", session.site.name)
 
 
 def tell_info(session: IrcSession) -> None:
     session.reply(RPL_INFO, f"chat.py {VERSION}: a chat in one file of plain Python,")
     session.reply(RPL_INFO, "for IRC clients, netcat, and terminals and windows of its own")
     session.reply(RPL_INFO, f"running since {time_text(session.site.hub.started)}")
-    session.reply(RPL_ENDOFINFO)
+    session.reply("374 :End of INFO")
 
 
 server_query("ADMIN [<server>] -- the contact of the server: see the message of the day", no_admin)
@@ -10458,7 +10224,7 @@ def irc_help(session: IrcSession, subject: str = "") -> None:
     else:
         session.reply(RPL_HELPSTART, about, "HELP <command> tells more about one of these:")
         session.reply_list(RPL_HELPTXT, sorted(irc_command), about)
-    session.reply(RPL_ENDOFHELP, about)
+    session.reply("706 {} :End of help", about)
 
 
 irc_command("HELPOP", most=1, doc="HELPOP [<command>] -- the same as HELP")(irc_help)
@@ -10488,7 +10254,7 @@ refusing("SQUIT <server>", "unlink a server", "NO_SUCH_SERVER", ALONE, 1, privil
 @irc_command("OPER", 2, 2, exact=True)
 def irc_oper(session: IrcSession, name: str, password: str) -> None:
     """OPER <name> <password> -- become an operator of this server"""
-    oper(session, name, password, lambda: session.reply(RPL_YOUREOPER))
+    oper(session, name, password, do(session.reply, "381 :You are now an operator of this server"))
 
 
 @irc_command("KILL", 1, 2, privileged=True)
@@ -10544,7 +10310,7 @@ def irc_wallops(session: IrcSession, text: str) -> None:
 def irc_rehash(session: IrcSession) -> Steps:
     """REHASH -- read the message of the day, the certificate and password files again"""
     server = session.site.server
-    session.reply(RPL_REHASHING, "chat.py")
+    session.reply("382 chat.py :Reading it again")
     server.note(f"REHASH by {session.user.source.mask}")
     server.use_files((yield do(session.later, DISK_LANE, server.read_files)))
 
