@@ -25924,15 +25924,12 @@ class BenchConnection(Connection):
     def __init__(self, loop: Loop, sock: socket.socket):
         super().__init__(loop, sock)
         self.failure = ""
-        self.counted = False  # whether lines are counted now
         self.said = 0  # messages received
         self.times = False
         self.inbox = LineBuffer(LINE_BYTES)
         self.latencies: list[float] = []
 
     def received(self, data: bytes) -> None:
-        if not self.counted:
-            return
         if not self.times:
             self.said += data.count(b"\n")
             return
@@ -25987,8 +25984,6 @@ class Bench:
 
     def _settle(self) -> None:
         """Wait until all clients have joined: messages came, and then none for a while."""
-        for conn in self.receivers:
-            conn.counted = True
         for sender in self.senders:
             sender.write(b"ready\n")
         known = -1
@@ -28221,6 +28216,19 @@ host_name = checked_option(  # one word that can stand in a line of IRC
     re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}").fullmatch,
     "letters, digits, dots and hyphens, please",
 )
+flood_limits = checked_option(
+    lambda text: None if text == "off" else tuple(map(float, text.split(","))),
+    lambda pair: (
+        pair is None or (len(pair) == 2 and pair[0] >= 1 and pair[1] > 0 and math.inf not in pair)
+    ),
+    "write BURST,RATE or off: at least 1 line at once, and more than 0 a second",
+)
+mail_command = checked_option(str, shlex.split, "write a command, like: sendmail -t")
+web_origin = checked_option(  # as browsers send it
+    lambda text: text.lower().rstrip("/"),
+    lambda url: re.match("https?://", url) and split_host(url.partition("://")[2])[0],
+    "an origin is https://HOST or http://HOST:PORT",
+)
 
 
 def server_target(text: str) -> Target:
@@ -28230,30 +28238,8 @@ def server_target(text: str) -> Target:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def flood_limits(text: str) -> tuple[float, float] | None:
-    if text == "off":
-        return None
-    try:
-        burst, rate = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: write BURST,RATE or off") from None
-    if not (1 <= burst < math.inf and 0 < rate < math.inf):
-        raise argparse.ArgumentTypeError("at least 1 line at once, and more than 0 a second")
-    return burst, rate
-
-
 def data_option(text: str) -> pathlib.Path | None:
     return None if text == "none" else pathlib.Path(text) if text else data_folder()
-
-
-def mail_command(text: str) -> str:
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
-    if not words:
-        raise argparse.ArgumentTypeError("write a command, like: sendmail -t")
-    return text
 
 
 def ask_for_password() -> str:
@@ -28343,8 +28329,8 @@ def how_to_join(server: Server) -> str:
         f"window:   python3 gui_client.py NAME{option}",
         f"netcat:   nc {elsewhere} {port}",
         f"IRC:      any client, {elsewhere} port {port}; irssi -c {elsewhere} -p {port}",
+        f"browser:  {' or '.join(web_addresses(server))}",
     ]
-    lines.append(f"browser:  {' or '.join(web_addresses(server))}")
     return "\n".join(lines)
 
 
@@ -28563,14 +28549,6 @@ def byte_count(text: str) -> int:
     return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
 
 
-def web_origin(text: str) -> str:
-    """Return a valid origin, as browsers send it: https://HOST or http://HOST:PORT."""
-    scheme, _, authority = text.lower().rstrip("/").partition("://")
-    if scheme not in ("http", "https") or not split_host(authority)[0]:
-        raise argparse.ArgumentTypeError(f"{text} is no origin; write https://HOST")
-    return f"{scheme}://{authority}"
-
-
 def cluster_option(text: str) -> NodeOptions:
     """Parse nats://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...][/LOG], or @FILE with such a URL."""
     import urllib.parse
@@ -28593,22 +28571,22 @@ def cluster_option(text: str) -> NodeOptions:
     return NodeOptions("", known, scheme == "tls", user, password, name or "chat")
 
 
-def parser_of(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
-    """Add a subcommand, whose help ends with `epilog` as it is, and return its parser."""
+def adder(commands: Any, run: Callable, text: str, epilog: str) -> Callable:
+    """Add a subcommand, whose help ends with `epilog` as it is. Return its add_argument()."""
     parser = commands.add_parser(
-        name,
+        run.__name__.removeprefix("run_"),
         help=text,
         description=f"{text[:1].upper()}{text[1:]}.",
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(run=run)
     parser.add_argument("--version", action="version", version=f"chat.py {VERSION}")
-    return parser
+    return parser.add_argument
 
 
 def add_server(commands: Any) -> None:
-    server = parser_of(commands, "server", "let others talk", SERVER_EPILOG)
-    add = server.add_argument
+    add = adder(commands, run_server, "let others talk", SERVER_EPILOG)
     listen = "may be repeated; default 127.0.0.1:7000"
     add("--listen", type=listen_address, action="append", metavar="HOST:PORT", help=listen)
     add("--tls-cert", metavar="PEM", help="certificate chain: TLS on the same port")
@@ -28618,21 +28596,21 @@ def add_server(commands: Any) -> None:
     keep = f"events kept of each channel; default {KEEP_EVENTS:,}"
     add("--keep", type=positive, metavar="N", help=keep)
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")
-    flood = f"lines at once, and a second; default {FLOOD_BURST}, {FLOOD_RATE:g}"
-    add("--flood", type=flood_limits, metavar="BURST,RATE|off", help=flood)
+    usual = f"{FLOOD_BURST},{FLOOD_RATE:g}"
+    flood = f"lines at once, and a second; default {usual}"
+    add("--flood", type=flood_limits, default=usual, metavar="BURST,RATE|off", help=flood)
     add("--name", type=host_name, default=SERVER_NAME, metavar="HOST", help="of this server")
     add("--network", type=host_name, default=SERVER_NAME, metavar="NAME", help="as IRC shows it")
     oper = "who may operate the server; may be repeated; NAME:@FILE"
     add("--oper", type=operator_option, action="append", default=[], metavar="NAME:PW", help=oper)
     add("--motd", type=pathlib.Path, metavar="FILE", help="message of the day, for IRC")
     rules = "off, or before-connect,email-required"
-    add("--register", type=registration_rules, metavar="RULES", help=rules)
+    add("--register", type=registration_rules, default="", metavar="RULES", help=rules)
     add("--sts", type=positive, metavar="SECONDS", help="IRC clients come back by TLS only")
     mail = "takes a message, like: sendmail -t"
     add("--sendmail", type=mail_command, metavar="COMMAND", help=mail)
     origin = "whose pages may open a WebSocket here, or under whose name it is reached"
-    usual = {"type": web_origin, "action": "append", "default": []}
-    add("--web-origin", metavar="URL", help=origin, **usual)
+    add("--web-origin", type=web_origin, action="append", default=[], metavar="URL", help=origin)
     add("--web-url", type=web_origin, metavar="URL", help="how links to files begin")
     proxy = "address of an HTTP proxy that sets X-Forwarded-For and -Proto; may be repeated"
     usual = {"type": proxy_address, "action": "append", "default": []}
@@ -28656,7 +28634,6 @@ def add_server(commands: Any) -> None:
     days = f"that a node may be away; default {LOG_KEPT_DAYS}"
     add("--cluster-keep", type=positive_number_option, metavar="DAYS", help=days)
     add("--log", default="info", choices=("debug", "info", "warning", "error"))
-    server.set_defaults(run=run_server, flood=(FLOOD_BURST, FLOOD_RATE), register=frozenset())
 
 
 CLIENT_EPILOG = """\
@@ -28699,8 +28676,7 @@ def nick_option(text: str) -> str:
 
 
 def add_client(commands: Any) -> None:
-    client = parser_of(commands, "client", "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
-    add = client.add_argument
+    add = adder(commands, run_client, "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
     add("name", type=nick_option, metavar="NAME", help="your nick")
     address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
@@ -28709,7 +28685,6 @@ def add_client(commands: Any) -> None:
     add("--join", type=join_option, action="append", default=[], metavar="#A,#B", help=join)
     add("--commands", action="store_true", help="lines of a pipe may be commands")
     add_client_options(add)
-    client.set_defaults(run=run_client)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -28722,35 +28697,29 @@ def command_line() -> argparse.ArgumentParser:
 example: chat.py passwd alice --password @new.txt
 exit status: 0 when it is set, 1 with a reason, 2 for a wrong command line. The server may run.
 """
-    passwd = parser_of(commands, "passwd", "set the password of an account", epilog)
-    add = passwd.add_argument
+    add = adder(commands, run_passwd, "set the password of an account", epilog)
     add("name", metavar="NAME")
     add("--data", type=data_option, default="", metavar="DIR")
     add("--password", type=secret_option, metavar="PW", help="or @FILE; asked for without it")
-    passwd.set_defaults(run=run_passwd)
 
     epilog = """\
 example: chat.py backup /srv/n4/chat.db --data /srv/n1
 exit status: 0 with the copy, 1 with a reason, 2 for a wrong command line. The server may run.
 """
-    backup = parser_of(commands, "backup", "copy the database of a server", epilog)
-    backup.add_argument("file", type=pathlib.Path, metavar="FILE")
-    backup.add_argument("--data", type=data_option, default="", metavar="DIR")
-    backup.set_defaults(run=run_backup)
+    add = adder(commands, run_backup, "copy the database of a server", epilog)
+    add("file", type=pathlib.Path, metavar="FILE")
+    add("--data", type=data_option, default="", metavar="DIR")
 
     epilog = """\
 examples: chat.py bench        chat.py bench --server 127.0.0.1:7000 --rate 200 --json
 exit status: 0 with the figures, 1 with a reason, 2 for a wrong command line
 """
-    measure = "measure a server; one of its own without --server"
-    bench = parser_of(commands, "bench", measure, epilog)
-    add = bench.add_argument
+    add = adder(commands, run_bench, "measure a server; one of its own without --server", epilog)
     add("--server", type=server_target, metavar="HOST:PORT")
     for name, value in BENCH_DEFAULTS.items():
         kind = {"rate": message_rate, "payload": payload_bytes}.get(name, positive)
         add(f"--{name}", type=kind, default=value, metavar="N")
     add("--json", action="store_true")
-    bench.set_defaults(run=run_bench)
     return parser
 
 

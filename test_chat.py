@@ -37841,7 +37841,7 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     (["client", "alice", "--login", "alice:@/none"], 1, "cannot read the password in /none: no"),
     (["server", "--oper", "boss:@/dev/stdin"], 1, "the password in /dev/stdin is not UTF-8 text"),
     (["server", "--password", "\udcff"], 1, "on the command line is not UTF-8 text"),
-    (["server", "--sendmail", "mail 'x"], 2, "No closing quotation"),
+    (["server", "--sendmail", "mail 'x"], 2, "write a command, like: sendmail -t"),
     (["server", "--sendmail", " "], 2, "write a command, like: sendmail -t"),
     (["server", "--register", "off,before-connect"], 2, "write off, or before-connect"),
     (["server", "--listen", "70000"], 2, "write HOST:PORT"),
