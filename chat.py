@@ -7039,19 +7039,13 @@ def wrapped_bytes(value: Any) -> dict[str, str]:
     return {"bytes": value.hex()}
 
 
-JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, default=wrapped_bytes)
-
-
-def to_json(value: Any) -> str:
-    """Return plain data, which may contain bytes, as JSON. Raises TypeError if it is not plain."""
-    return JSON_ENCODER.encode(value)
-
-
 def unwrapped_bytes(value: dict[str, str]) -> bytes:
     return bytes.fromhex(value["bytes"])
 
 
-JSON_DECODER = json.JSONDecoder(object_hook=unwrapped_bytes)
+# Plain data, which may contain bytes, as JSON, and the reverse
+to_json = json.JSONEncoder(ensure_ascii=False, default=wrapped_bytes).encode
+from_json = json.JSONDecoder(object_hook=unwrapped_bytes).decode
 
 
 def as_tuples(value: Any) -> Any:
@@ -7075,7 +7069,7 @@ class ActBatch(NamedTuple):
     def decode(cls, data: bytes) -> "ActBatch":
         """Return the batch in an entry of the log. Raises ValueError."""
         try:
-            batch = cls(*JSON_DECODER.decode(data.decode()))
+            batch = cls(*from_json(data.decode()))
             if not all(0 <= n < 2**53 for n in batch if n.__class__ is int):
                 raise ValueError("an entry with a number that is none of ours")
             if tuple(map(type, batch)) != (int, str, str, int, int, int, str, list):
@@ -10574,26 +10568,26 @@ def irc_restart(session: IrcSession) -> Steps:
 # others. A line that begins with "/" is a command. A line from the server to one user
 # begins with "* ". Every function under @line_command is one of those commands.
 
-LINE_SHAPES = {  # kind -> does the channel stand before it?, and the line itself
-    MESSAGE: (True, "{name}: {text}"),
-    ACTION: (True, "{name}: *{text}*"),
-    JOIN: (True, "{name} ({address}) joined the chat!"),
-    PART: (True, "{name} ({address}) left the chat!"),
-    QUIT: (False, "{name} ({address}) left the chat!"),
-    NICK: (False, "* {name} is now called {text}"),
-    TOPIC: (False, "* {name} set the topic of {where}: {text}"),
-    NOTICE: (True, "-{name}- {text}"),
-    KICK: (False, "* {name} kicked {about} from {where}: {text}"),
-    MODE: (False, "* {name} set {text} in {where}"),
-    PASSWORD: (False, "* {name} set {text} in {where}"),
-    INVITE: (False, "* {name} invites you to {text}; /join {text}"),
-    AWAY: (False, "* {name} is away: {text}"),
-    WALLOPS: (False, "* {name} tells all operators: {text}"),
-    REDACT: (False, "* {name} took back a message in {where}"),
-    RENAME: (False, "* {name} renamed {about} to {where}"),
+LINE_SHAPES = {
+    MESSAGE: "{prefix}{name}: {text}",
+    ACTION: "{prefix}{name}: *{text}*",
+    JOIN: "{prefix}{name} ({address}) joined the chat!",
+    PART: "{prefix}{name} ({address}) left the chat!",
+    QUIT: "{name} ({address}) left the chat!",
+    NICK: "* {name} is now called {text}",
+    TOPIC: "* {name} set the topic of {where}: {text}",
+    NOTICE: "{prefix}-{name}- {text}",
+    KICK: "* {name} kicked {about} from {where}: {text}",
+    MODE: "* {name} set {text} in {where}",
+    PASSWORD: "* {name} set {text} in {where}",
+    INVITE: "* {name} invites you to {text}; /join {text}",
+    AWAY: "* {name} is away: {text}",
+    WALLOPS: "* {name} tells all operators: {text}",
+    REDACT: "* {name} took back a message in {where}",
+    RENAME: "* {name} renamed {about} to {where}",
 }
-LINE_BACK = (False, "* {name} is back")
-LINE_CTCP = (True, "* {name} sends a CTCP that only programs understand: {text}")
+LINE_BACK = "* {name} is back"
+LINE_CTCP = "{prefix}* {name} sends a CTCP that only programs understand: {text}"
 
 
 def line_prefix(audience: Any) -> str:
@@ -10607,16 +10601,13 @@ def line_texts(event: Event, prefix: str, where: str = "") -> list[str]:
     """Return the lines of one event, without line ends; an event of several lines gives several."""
     if event.kind not in LINE_SHAPES:  # an event that this dialect does not show
         return []
-    prefixed, shape = LINE_SHAPES[event.kind]
+    shape = LINE_SHAPES[event.kind]
     if event.kind in SPOKEN and event.text.startswith("\x01"):
-        prefixed, shape = LINE_CTCP
+        shape = LINE_CTCP
     elif event.kind == AWAY and not event.text:
-        prefixed, shape = LINE_BACK
-    known = {**event.source._asdict(), "where": where, "about": event.about}
-    return [
-        (prefix if prefixed else "") + shape.format(**known, text=text)
-        for text in plain_text(event.text).split("\n")
-    ]
+        shape = LINE_BACK
+    known = {**event.source._asdict(), "prefix": prefix, "where": where, "about": event.about}
+    return [shape.format(**known, text=text) for text in plain_text(event.text).split("\n")]
 
 
 class LineWire:
@@ -11275,6 +11266,7 @@ class HttpReader:
     def __init__(self, data: bytes = b""):
         self.limit = HEAD_BYTES
         self.data, self.start = data, 0  # what has come, and where the rest of it begins
+        self.pending = bool(data)  # until take() finds nothing more
         self.left = 0  # bytes of the body, or of the chunk, that are still to come
         self.chunked = False
         self.trailers = TRAILER_BYTES  # that may still come
@@ -11290,30 +11282,20 @@ class HttpReader:
     def in_body(self) -> bool:
         return self.step != self._head
 
-    @property
-    def pending(self) -> bool:
-        """True if take() may have something to return."""
-        rest = len(self.data) - self.start
-        if self.step in (self._body, self._end):
-            return rest > 0 or self.step == self._end
-        if self.step == self._head:
-            blank = self.data.startswith((b"\r\n", b"\n"), self.start)
-            ends = (self.data.find(end, self.start) >= 0 for end in (b"\n\r\n", b"\n\n"))
-            return blank or rest > self.limit or any(ends)
-        return self.data.find(b"\n", self.start) >= 0 or rest > TRAILER_BYTES + 1  # and a CR
-
     def feed(self, data: bytes) -> None:
         if self.failed:
             return
         self.data = self.buffer + data if self.start < len(self.data) else data
-        self.start = 0
+        self.start, self.pending = 0, True
 
     def clear(self) -> None:
-        self.data, self.start = b"", 0
+        self.data, self.start, self.pending = b"", 0, False
 
     def take(self) -> Request | BadRequest | bytes | None:
         try:
-            return self.step()
+            item = self.step()
+            self.pending = item is not None
+            return item
         except BadRequest as error:
             self.failed = True  # what follows cannot be understood
             self.clear()
@@ -11504,6 +11486,7 @@ class FrameReader:
     def __init__(self, limit: int, data: bytes = b""):
         self.limit = limit
         self.buffer = bytearray(data)
+        self.pending = bool(data)  # until take() finds nothing more
         self.lines: collections.deque[bytes] = collections.deque()  # of one message
         self.parts: list[bytes] = []  # of a message that has not ended ...
         self.opcode = 0  # ... and its kind; 0 if there is none
@@ -11511,18 +11494,15 @@ class FrameReader:
         self.out, self.last = b"", close_frame(1000)
         self.closed = self.fruitless = False
 
-    @property
-    def pending(self) -> bool:
-        """True if take() may have a line to return, or a frame to answer."""
-        return bool(self.lines) or (not self.closed and self._complete())
-
     def feed(self, data: bytes) -> None:
         if not self.closed:
             self.buffer += data
+            self.pending = True
 
     def clear(self) -> None:
         self.buffer.clear()
         self.lines.clear()
+        self.pending = False
 
     def take(self) -> bytes | None:
         """Return the next line; None if there is none yet. One call looks at a few frames only, so
@@ -11534,6 +11514,7 @@ class FrameReader:
             try:
                 one = None if self.closed else self._frame()
                 if one is None:
+                    self.pending = False
                     return None
                 self.fruitless = True
                 del self.buffer[: one.size]
@@ -11542,14 +11523,8 @@ class FrameReader:
                 self._close(error.code, str(error))
         return None
 
-    def _complete(self) -> bool:
-        try:
-            return self._frame(look=True) is not None
-        except BadFrame:
-            return True
-
-    def _frame(self, look: bool = False) -> Frame | None:
-        """Return the first frame if it is complete, without payload to `look`. Raises BadFrame."""
+    def _frame(self) -> Frame | None:
+        """Return the first frame if it is complete. Raises BadFrame."""
         if len(self.buffer) < 2:
             return None
         first, second = self.buffer[:2]
@@ -11572,8 +11547,6 @@ class FrameReader:
         end = start + 4 + size
         if len(self.buffer) < end:
             return None
-        if look:
-            return Frame(True, opcode, b"", end)
         payload = masked(bytes(self.buffer[start + 4 : end]), bytes(self.buffer[start : start + 4]))
         return Frame(bool(first & 0x80), opcode, payload, end)
 
@@ -12149,12 +12122,17 @@ CORS_ASKED = (
     "Access-Control-Max-Age: 86400",
 )
 PIECE_TYPE = "application/offset+octet-stream"
+NO_PIECE = f"the Content-Type of a piece is {PIECE_TYPE}"
 NO_SUCH_FILE = "there is no such file, or not any more"
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
     """Answer a request about a file, with the headers for other sites' pages."""
     session.respond(status, body, *headers, *session.cors())
+
+
+def is_piece(request: Request) -> bool:
+    return request.header("content-type").partition(";")[0].strip().lower() == PIECE_TYPE
 
 
 def is_elsewhere(session: WebSession, request: Request) -> bool:
@@ -12241,14 +12219,6 @@ def drop_upload(session: WebSession, keep: bool) -> None:
         session.site.act("remove_file", upload.id)
 
 
-def link_of(session: WebSession, id: str) -> str:
-    """Return the link of a file, with the address that others reach if that is known, else with the
-    one that the uploader used."""
-    authority = session.request.host or session.conn.local
-    base = base_url(session.site, session.conn.secure, authority)
-    return f"{base}/files/{id}"
-
-
 def tell_progress(session: WebSession, id: str, at: int) -> None:
     """Answer with the number of bytes that have come of a file, and its link."""
     file = session.site.hub.files.get(id)
@@ -12264,7 +12234,9 @@ def tell_progress(session: WebSession, id: str, at: int) -> None:
         known = (f"Upload-Length: {file.size}", f"Upload-Metadata: filename {name}")
         known = (*known, "Cache-Control: no-store")
         return answer_file(session, 200, "", *headers, *known)
-    return answer_file(session, 201, "", f"Location: {link_of(session, id)}", *headers)
+    authority = session.request.host or session.conn.local  # unless another one is known
+    link = f"{base_url(session.site, session.conn.secure, authority)}/files/{id}"
+    return answer_file(session, 201, "", f"Location: {link}", *headers)
 
 
 def finish_upload(session: WebSession, upload: Upload) -> None:
@@ -12343,9 +12315,12 @@ def take_pieces(session: WebSession) -> None:
 def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> Steps:
     """Register a new file for an authorized client, and take the body."""
     id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
+    has_body = request.length != 0
     if tus := is_tus(request):
         known = tus_metadata(request.header("upload-metadata"))
         name = known.get("filename", "") or known.get("name", "")
+        if has_body and not is_piece(request):
+            return answer_file(session, 415, NO_PIECE)
     address, node = session.conn.limit_key, session.site.node
     values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
     yield do(session.act, "begin_file", *values)
@@ -12353,11 +12328,6 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
     total = size if tus or request.length is not None else None
     upload = session.upload = Upload(id, total, resumable=tus)
     session.at_end = functools.partial(drop_upload, session, keep=tus)
-    has_body = request.length != 0
-    piece_type = request.header("content-type").partition(";")[0].strip().lower()
-    if tus and has_body and piece_type != PIECE_TYPE:
-        drop_upload(session, keep=False)
-        return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
     upload.handle = yield do(session.later, FILE_LANE, session.site.folder.begin, id)
     return take_pieces(session) if has_body else end_pieces(session)
 
@@ -12402,8 +12372,8 @@ def end_older(session: WebSession, id: str) -> None:
 @in_steps
 def continue_file(session: WebSession, request: Request) -> Steps:
     """PATCH /files/ID -- the next bytes of an upload, from Upload-Offset on (tus)"""
-    if request.header("content-type").partition(";")[0].strip().lower() != PIECE_TYPE:
-        return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
+    if not is_piece(request):
+        return answer_file(session, 415, NO_PIECE)
     if not re.fullmatch(r"[0-9]{1,18}", request.header("upload-offset")):
         return answer_file(session, 400, "Upload-Offset is where the piece begins")
     offset, site = int(request.header("upload-offset")), session.site
@@ -12421,8 +12391,7 @@ def continue_file(session: WebSession, request: Request) -> Steps:
         drop_upload(session, keep=True)
         return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
     if offset + (request.length or 0) > upload.total:
-        drop_upload(session, keep=True)
-        return answer_file(session, 413, f"the file has {upload.total:,} bytes")
+        raise Refused("FILE_TOO_LARGE", f"the file has {upload.total:,} bytes")
     return end_pieces(session) if request.length == 0 else take_pieces(session)
 
 
@@ -20834,29 +20803,24 @@ class ConnectionLimits:
         self.proxies = {address_key(host) for host in options.web.proxies}  # have many clients
         self.spare = spare_descriptor()
 
-    def refusal(self, inside: int, key: str, address: Address | None) -> str:
+    def refusal(self, inside: int, address: Address | None) -> str:
         """Return why a new connection is not allowed; "" if it is."""
         if inside >= self.most:
             return f"this server is full: {self.most} clients"
         most = self.most_per_address + WEB_PER_ADDRESS  # it has not said yet what it speaks
-        if address and self._is_full(address, address.peers, most):
-            return f"too many connections from {key}: {most} at most"
-        return ""
+        return self._too_many(address, address.peers, most) if address else ""
 
     def speaks_chat(self, address: Address) -> str:
         """Count a connection as IRC or the line protocol; return "", or why it is not allowed."""
-        if self._is_full(address, address.chat, self.most_per_address):
-            text = f"too many connections from {address.key}: {self.most_per_address} at most"
-            return f"{text} (--max-per-address); try again later"
-        address.chat += 1
-        return ""
+        refusal = self._too_many(address, address.chat, self.most_per_address)
+        address.chat += not refusal
+        return refusal and f"{refusal} (--max-per-address); try again later"
 
     def speaks_http(self, address: Address) -> str:
         """Count a connection as HTTP; return "", or why it is not allowed."""
-        if self._is_full(address, address.web, WEB_PER_ADDRESS):
-            return f"too many connections from {address.key}: {WEB_PER_ADDRESS} at most"
-        address.web += 1
-        return ""
+        refusal = self._too_many(address, address.web, WEB_PER_ADDRESS)
+        address.web += not refusal
+        return refusal
 
     def becomes_chat(self, address: Address) -> str:
         """Count a WebSocket, which spoke HTTP, as chat; return "", or why it is not allowed."""
@@ -20864,8 +20828,10 @@ class ConnectionLimits:
         address.web -= not refusal
         return refusal
 
-    def _is_full(self, address: Address, count: int, most: int) -> bool:
-        return count >= most and not is_loopback(address.key) and address.key not in self.proxies
+    def _too_many(self, address: Address, count: int, most: int) -> str:
+        key = address.key
+        exempt = is_loopback(key) or key in self.proxies
+        return "" if count < most or exempt else f"too many connections from {key}: {most} at most"
 
     def turn_away(self, loop: Loop, sock: socket.socket, host: str, text: str) -> None:
         """Tell a client why it is not let in. Its socket lingers, unless many do: what the client
@@ -21704,7 +21670,7 @@ class Server:
         if self.cluster and (not self.cluster.serving or self.paused):
             text = "this server cannot reach the others"
             return self.limits.turn_away(self.loop, sock, host, text)
-        if refusal := self.limits.refusal(len(self.peers), key, self.addresses.get(key)):
+        if refusal := self.limits.refusal(len(self.peers), self.addresses.get(key)):
             return self.limits.turn_away(self.loop, sock, host, refusal)
         peer = Peer(self, sock, host, port, key)
         self.peers.add(peer)
