@@ -6895,10 +6895,6 @@ class NatsLog:
             "num_replicas": replicas,
             "max_age": int(self.keep_days * 86_400) * 10**9,
             "duplicate_window": LOG_DUPLICATES_SECONDS * 10**9,
-            "max_msgs": -1,
-            "max_bytes": -1,
-            "max_msg_size": -1,
-            "max_consumers": -1,
         }
 
         def created(answer: dict, error: int | None) -> None:
@@ -7316,7 +7312,6 @@ HELD, DROPPED = "held", "dropped"
 class SentBatch(NamedTuple):
     """The batch of this node that is under way in the log."""
 
-    number: int
     data: bytes
     asks: list[Ask]
     since: float
@@ -7408,7 +7403,7 @@ class Cluster:
         for _ in asks:
             self.queue.popleft()
         self.number += 1
-        self.sent = SentBatch(self.number, data, asks, self.now)
+        self.sent = SentBatch(data, asks, self.now)
         self.size = len(asks)
         self._append()
 
@@ -7416,8 +7411,8 @@ class Cluster:
         """Send the batch that is under way, perhaps again: NATS and nodes take each id once."""
         self.beat = self.now
         self.retry_at = self.now + BATCH_ANSWER_SECONDS
-        number = self.sent.number
-        id = f"{self.options.log} {self.name} {self.epoch} {number}"
+        sent = self.sent
+        id = f"{self.options.log} {self.name} {self.epoch} {self.number}"
 
         def answered(error: str, sequence: int) -> None:
             if error and error != self.trouble:
@@ -7425,14 +7420,14 @@ class Cluster:
             if not error and self.trouble:
                 self.server.note("the log takes batches again")
             self.trouble = error
-            if not self.sent or self.sent.number != number:
+            if self.sent is not sent:
                 return
             if error:
                 self.retry_at = self.now + BATCH_RETRY_SECONDS
             elif sequence == self.hub.sequence + 1:  # it need not be read first
-                self.apply(LogEntry(sequence, 0, self.sent.data, 0))
+                self.apply(LogEntry(sequence, 0, sent.data, 0))
 
-        self.log.append(self.sent.data, id, answered)
+        self.log.append(sent.data, id, answered)
 
     # From the log
 
@@ -7461,12 +7456,10 @@ class Cluster:
         if batch.version > ACTS_VERSION:
             text = f"node {batch.node} runs a newer chat.py (acts {batch.version}"
             return self.stop(f"{text}, this one knows {ACTS_VERSION}); upgrade this node")
-        mine = self.sent and (batch.node, batch.epoch) == (self.name, self.epoch)
-        mine = mine and batch.number == self.sent.number
         if not self._is_one_of_us(batch) or not self._agrees(batch):
             return None
         asks = []
-        if mine:
+        if self.sent and batch[1:4] == (self.name, self.epoch, self.number):
             asks, self.round_trip = self.sent.asks, self.now - self.sent.since
             self.sent = None
         self.hub.answers = answers = []
@@ -19753,23 +19746,13 @@ class Connection:
         self.mask = READ
         loop.selector.register(sock, READ, self)
 
-    def received(self, data: bytes) -> None:
-        raise NotImplementedError
+    received = lost = secured = lagging = do_nothing
 
     def ended(self) -> None:
         self.close()
 
-    def lost(self, reason: str) -> None:
-        pass
-
-    def secured(self) -> None:
-        pass
-
     def wants_read(self) -> bool:
         return True
-
-    def lagging(self) -> None:
-        pass
 
     # Reading
 

@@ -8381,12 +8381,12 @@ def test_an_act_of_the_log_is_done_or_refused_and_a_bug_is_reported(act, name, c
 
 
 ANSWERS_OF_THE_LOG = [  # the batch that is under way, the answer; what is noted, and done
-    (5, "", 8, [], "applied"),
-    (5, "", 9, [], ""),
-    (5, "no room", 0, ["the log takes nothing: no room"], "again"),
-    (6, "", 8, [], ""),
-    (6, "no room", 0, ["the log takes nothing: no room"], ""),
-    (None, "", 8, [], ""),
+    ("this one", "", 8, [], "applied"),
+    ("this one", "", 9, [], ""),
+    ("this one", "no room", 0, ["the log takes nothing: no room"], "again"),
+    ("another", "", 8, [], ""),
+    ("another", "no room", 0, ["the log takes nothing: no room"], ""),
+    ("none", "", 8, [], ""),
 ]
 
 
@@ -8396,19 +8396,19 @@ def test_an_answer_of_the_log_is_about_the_batch_that_is_under_way(
 ):
     noted, applied, appended = [], [], []
     node = types.SimpleNamespace(
-        now=3.0, beat=0.0, retry_at=0.0, name="n1", epoch="e", trouble="",
+        now=3.0, beat=0.0, retry_at=0.0, name="n1", epoch="e", number=5, trouble="",
         options=types.SimpleNamespace(log="chat"),
         hub=types.SimpleNamespace(sequence=7),
         server=types.SimpleNamespace(note=noted.append),
         log=types.SimpleNamespace(append=lambda *values: appended.append(values)),
-        sent=chat.SentBatch(5, b"data", [], 3.0), apply=applied.append,
+        sent=chat.SentBatch(b"data", [], 3.0), apply=applied.append,
     )  # fmt: skip
     chat.Cluster._append(node)
     ((data, id, answered),) = appended
     assert (data, id, node.beat) == (b"data", "chat n1 e 5", 3.0)
     assert node.retry_at == 3.0 + chat.BATCH_ANSWER_SECONDS
     node.now = 10.0
-    node.sent = node.sent._replace(number=under_way) if under_way else None
+    node.sent = {"this one": node.sent, "another": node.sent._replace()}.get(under_way)
     answered(error, sequence)
     answered(error, sequence)
     assert noted == notes and node.trouble == error
