@@ -25993,7 +25993,7 @@ class Bench:
 
 
 @contextlib.contextmanager
-def server_for_bench() -> Iterator[Target]:
+def temporary_server() -> Iterator[Target]:
     """Run a server of our own on a free port, with its history in a temporary folder."""
     import tempfile
 
@@ -28455,7 +28455,7 @@ def show_progress(text: str) -> None:
 
 def run_bench(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: a server may be ours
-    own = contextlib.nullcontext(args.server) if args.server else server_for_bench()
+    own = contextlib.nullcontext(args.server) if args.server else temporary_server()
     with own as target:
         options = BenchOptions(target, **{n: getattr(args, n) for n in BENCH_DEFAULTS})
         progress = show_progress if sys.stderr.isatty() else do_nothing

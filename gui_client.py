@@ -1406,10 +1406,6 @@ class Overview:
         self.touched: set[int] = set()  # numbers of conversations that may have changed
         self.all_touched = True
 
-    def touch(self, number: int) -> None:
-        """Note that a conversation may have changed."""
-        self.touched.add(number)
-
     def events(self, ended: str | None) -> list:
         """Return the differences; `ended` is why everything is over, None if it is not."""
         servers = self._server_events(ended)
@@ -1719,9 +1715,6 @@ class Wanted:
         full = [want for want in self.pictures if want[2]]
         self.pictures = [*full, *((seat, file, False) for file in files)]
 
-    def want_full(self, seat: chat.Seat, file: chat.FileTag) -> None:
-        self.pictures.append((seat, file, True))
-
     def fetch(self) -> None:
         """Fetch a few pictures at a time, from servers that are there."""
         for want in list(self.pictures):
@@ -1745,10 +1738,6 @@ class Wanted:
         del self.tries[want]
         why = label_text(chat.visible(why))  # a server may say anything
         self.tell(Picture(seat.screen.number, file, data, full, why))
-
-    def open(self, one: chat.Transfer) -> None:
-        """Have a file opened once it is saved."""
-        self.opening[one.id] = one
 
     def saved(self, core: chat.ClientCore, id: str) -> None:
         one = self.opening.get(id)
@@ -1787,7 +1776,7 @@ class Requests:
             seat, room = place
             act(seat.core, room)
             seat.link.poke()
-            self.engine.overview.touch(number)
+            self.engine.overview.touched.add(number)
 
     # What the user writes
 
@@ -1801,7 +1790,7 @@ class Requests:
             engine.tell(Back(number, text))
             return engine.note("that conversation is closed")
         seat, room = place
-        engine.overview.touch(number)
+        engine.overview.touched.add(number)
         verb, _, rest = text.partition(" ")
         if verb.lower() == "/connect":
             return engine.connect(rest.strip())
@@ -1823,7 +1812,7 @@ class Requests:
             seat.core.rooms.keep(room)
             if seat.core.store:
                 seat.core.store.flush()
-            self.engine.overview.touch(number)
+            self.engine.overview.touched.add(number)
 
     def typing(self, number: int, text: str) -> None:
         self.engine.writing = number if text else 0
@@ -1917,7 +1906,7 @@ class Requests:
 
     def full_picture(self, number: int, file: chat.FileTag) -> None:
         if place := self._place(number):
-            self.wanted.want_full(place[0], file)
+            self.wanted.pictures.append((place[0], file, True))
 
     def send_file(self, number: int, path: str) -> None:
         """Send a file to a conversation."""
@@ -1934,7 +1923,7 @@ class Requests:
             self._act(number, lambda core, room: core.transfers.save(room, view, path))
             for one in core.transfers if opens else ():
                 if one not in before:  # it was not refused
-                    self.wanted.open(one)
+                    self.wanted.opening[one.id] = one
 
     def stop_file(self, server: int, id: str) -> None:
         """Stop a file on its way, and forget it."""
@@ -2128,7 +2117,7 @@ class Engine(chat.ManyServers):
             if (handler := self.TAKEN.get(view.kind)) and placed is None:
                 handler(self, seat, view)
             if view.room:
-                self.overview.touch(view.room)
+                self.overview.touched.add(view.room)
 
     def _note_ready(self, seat: chat.Seat) -> None:
         """Note that a connection stands, or stands no more."""
@@ -2852,12 +2841,13 @@ class Look:
             style.configure(f"{name}.Item", indicatorsize=self.part(0.55))
             style.map(name, background=[("selected", c.selected)], foreground=[])
             style.layout(name, [("Treeview.treearea", {"sticky": "nswe"})])
-        thumb = ("Vertical.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})
-        trough = ("Vertical.Scrollbar.trough", {"sticky": "ns", "children": [thumb]})
-        for name, ground in (
-            ("Vertical.TScrollbar", c.paper),
-            ("Side.Vertical.TScrollbar", c.ground),
+        for name, way, sides, ground in (
+            ("Vertical.TScrollbar", "Vertical", "ns", c.paper),
+            ("Side.Vertical.TScrollbar", "Vertical", "ns", c.ground),
+            ("Horizontal.TScrollbar", "Horizontal", "we", c.paper),
         ):
+            thumb = (f"{way}.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})
+            trough = (f"{way}.Scrollbar.trough", {"sticky": sides, "children": [thumb]})
             style.layout(name, [trough])
             size = self.part(0.55)
             style.configure(name, troughcolor=ground, bordercolor=ground, gripcount=0)
@@ -2865,13 +2855,6 @@ class Look:
             for option in ("background", "lightcolor", "darkcolor"):
                 style.configure(name, **{option: c.thumb})
                 style.map(name, **{option: [("disabled", ground), ("active", c.dim)]})
-        thumb = ("Horizontal.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})
-        trough = ("Horizontal.Scrollbar.trough", {"sticky": "we", "children": [thumb]})
-        style.layout("Horizontal.TScrollbar", [trough])
-        plain = {"troughcolor": c.paper, "bordercolor": c.paper, "gripcount": 0}
-        plain |= dict.fromkeys(("background", "lightcolor", "darkcolor"), c.thumb)
-        style.configure("Horizontal.TScrollbar", arrowsize=self.part(0.55), **plain)
-        style.map("Horizontal.TScrollbar", background=[("active", c.dim)])
 
     def menu(self, parent: tk.Misc) -> tk.Menu:
         """Return an empty menu in the present colours."""
@@ -3416,6 +3399,7 @@ class Compose(Field):
 AT_ONCE_PIXELS = 1_000_000  # of a picture that is decoded on Tk's thread, in 20 ms
 STRIP_PIXELS = 250_000  # of one that was decoded elsewhere, put on the screen in 10 ms
 DECODE_SECONDS = 20  # that another process may take
+QUIET = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)  # of other programs
 DECODER = """
 import sys, tkinter
 given, by, wanted, paper = sys.argv[1:]
@@ -3520,18 +3504,14 @@ class Decoder:
             self.timers.later(f"strips of {image}", 1, put)
 
 
-def open_command(path: str, system: str) -> list[str]:
-    return ["open" if system == "darwin" else "xdg-open", path]
-
-
 def open_file(path: str) -> str:
     """Open a file with the program that the desktop has for it; return why that cannot be."""
     try:
         if sys.platform == "win32":
             os.startfile(path)
         else:
-            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-            opener = subprocess.Popen(open_command(path, sys.platform), **quiet)
+            command = "open" if sys.platform == "darwin" else "xdg-open"
+            opener = subprocess.Popen([command, path], **QUIET)
             threading.Thread(target=opener.wait, daemon=True).start()
     except OSError as error:
         return f"cannot open {path}: {chat.reason_of(error)}"
@@ -3597,29 +3577,23 @@ class PictureWindow(tk.Toplevel):
         self.rowconfigure(0, weight=1)
         self.canvas.grid(row=0, column=0, sticky="nswe")
         self._add_bars()
-        for key, axis, step in (
-            ("Left", "x", -1),
-            ("Right", "x", 1),
-            ("Up", "y", -1),
-            ("Down", "y", 1),
-        ):
-            scroll = getattr(self.canvas, f"{axis}view_scroll")
-            self.bind(f"<{key}>", lambda _, scroll=scroll, step=step: scroll(3 * step, "units"))
-        for sequence, up in (("Button-4", True), ("Button-5", False), ("MouseWheel", None)):
-            for shift, scroll in (
-                ("", self.canvas.yview_scroll),
-                ("Shift-", self.canvas.xview_scroll),
-            ):
-                turned = functools.partial(self._turned, scroll, up)
-                self.canvas.bind(f"<{shift}{sequence}>", turned)
+        self._bind_scrolling(self.canvas.yview_scroll, "Up", "Down", "")
+        self._bind_scrolling(self.canvas.xview_scroll, "Left", "Right", "Shift-")
         self.bind("<Escape>", lambda _: self.destroy())
         self.canvas.bind("<Button-1>", lambda _: self.destroy())
         self.canvas.focus_set()
 
-    @staticmethod
-    def _turned(scroll: Callable[[int, str], None], up: bool | None, event: Any) -> None:
-        """Scroll by the wheel, which is a button on X11."""
-        scroll(-3 if up or (up is None and event.delta > 0) else 3, "units")
+    def _bind_scrolling(self, scroll: Callable, back: str, on: str, shift: str) -> None:
+        """Scroll in one direction by two keys, and by the wheel, which is two buttons on X11."""
+        up, down = (lambda _, step=step: scroll(step, "units") for step in (-3, 3))
+        for widget, sequence, act in (
+            (self, f"<{back}>", up),
+            (self, f"<{on}>", down),
+            (self.canvas, f"<{shift}Button-4>", up),
+            (self.canvas, f"<{shift}Button-5>", down),
+            (self.canvas, f"<{shift}MouseWheel>", lambda e: up(e) if e.delta > 0 else down(e)),
+        ):
+            widget.bind(sequence, act)
 
     def destroy(self) -> None:
         super().destroy()
@@ -5113,7 +5087,8 @@ class Panel(ttk.Frame):
         self.wanted = ""  # words that were looked for
         self.everywhere = False
         head = ttk.Frame(self, style="Card.TFrame")
-        close = ttk.Button(head, text="\u2715", style="Plain.TButton", command=self.close)
+        close = ttk.Button(head, text="\u2715", style="Plain.TButton")
+        close.configure(command=lambda: self.closed())
         close.pack(side="right")
         self.title = ttk.Label(head, style="Card.TLabel")
         self.title.pack(side="left", fill="x", expand=True)
@@ -5265,9 +5240,6 @@ class Panel(ttk.Frame):
                 number, _, view = self.rows[int(tag[3:])]
                 self.jump(number, view)
         return "break"
-
-    def close(self) -> None:
-        self.closed()
 
 
 # ======================================================================================
@@ -5467,12 +5439,6 @@ class ConnectCard(Card):
             widget.lift()  # Tab goes through widgets in this order
         widgets[-1].pack_configure(pady=(0, self.look.part(0.4)))
 
-    def recolour(self) -> None:
-        super().recolour()
-        for label in (getattr(self, "error", None), getattr(self, "found", None)):
-            if label:
-                label.configure(wraplength=20 * self.look.em)
-
     def show(self, name: str, server: str, error: str = "") -> None:
         self._take(name, server)
         self.register.set(False)
@@ -5487,6 +5453,7 @@ class ConnectCard(Card):
         if not server:
             return
         self.found.configure(text=f"A server answers on this machine: {server}")
+        self.found.configure(wraplength=20 * self.look.em)
         self.found.pack(anchor="w", after=self.server, pady=(0, self.look.part(0.4)))
 
     def _show_recent(self) -> None:
@@ -5924,9 +5891,8 @@ class Notices:
         command, more = notice_command(title, text, sys.platform)
         if not shutil.which(command[0]):
             return
-        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         with contextlib.suppress(OSError, ValueError):  # a NUL in the text, no memory
-            self.running.append(subprocess.Popen(command, env={**os.environ, **more}, **quiet))
+            self.running.append(subprocess.Popen(command, env={**os.environ, **more}, **QUIET))
 
 
 # ======================================================================================
@@ -6735,7 +6701,9 @@ class Commands(Acts):
         self.panes, self.panel = window.panes, window.panel
         self.panel.search, self.panel.closed = self.search, self.close_panel
         self.panel.jump = lambda number, view: self.do("jump", number, view)
-        window.header.bind_buttons(self.open_menu, self.ask_search, self.show_topic)
+        window.header.menu.configure(command=self.open_menu)
+        window.header.search.configure(command=self.ask_search)
+        window.header.topic.bind("<Button-1>", lambda _: self.show_topic())
         self._bind_keys()
 
     # Keys
@@ -6834,18 +6802,14 @@ class Commands(Acts):
 
     def open_menu(self) -> None:
         menu, room, rooms = self.look.menu(self.window.root), self.model.room, self.rooms
-        muted = bool(room and room.muted)
+        mute = "Unmute this conversation" if room and room.muted else "Mute this conversation"
         for entry in (
             ("Go to \u2026", self.open_switcher, "Ctrl+K"),
             ("Next unread conversation", rooms.go_unread, "Alt+A"),
             ("Join a channel \u2026", rooms.ask_channel, ""),
             ("Write to a user \u2026", rooms.ask_private, ""),
             ("Send a file \u2026", self.files.ask, "Ctrl+O"),
-            (
-                "Unmute this conversation" if muted else "Mute this conversation",
-                rooms.mute_this,
-                "",
-            ),
+            (mute, rooms.mute_this, ""),
             ("Close this conversation", rooms.close_this, "Ctrl+W"),
             None,
             ("Search \u2026", self.ask_search, "Ctrl+F"),
@@ -6989,11 +6953,6 @@ class Header(ttk.Frame):
         self.topic = ttk.Label(self, style="Dim.TLabel", width=1, anchor="w")
         self.topic.pack(side="left", fill="x", expand=True, padx=look.part(0.8))
         look.follow(lambda: self.configure(padding=(look.part(0.9), look.part(0.35))))
-
-    def bind_buttons(self, menu: Callable, search: Callable, topic: Callable) -> None:
-        self.menu.configure(command=menu)
-        self.search.configure(command=search)
-        self.topic.bind("<Button-1>", lambda _: topic())
 
     def refresh(self, model: Model) -> None:
         room, server = model.room, model.server
@@ -7543,21 +7502,6 @@ def demo_screen() -> Iterator[None]:
             screen.terminate()
 
 
-@contextlib.contextmanager
-def demo_server(folder: pathlib.Path) -> Iterator[tuple[str, int]]:
-    """A server of its own for the demo; its address."""
-    program = str(pathlib.Path(chat.__file__))
-    command = [sys.executable, program, "server", "--listen", "127.0.0.1:0"]
-    command += ["--data", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            line = server.stdout.readline()
-            host, port = re.search(r"listens on (\S+):(\d+)", line).groups()
-            yield host, int(port)
-        finally:
-            server.terminate()
-
-
 def wait_for(window: Window, condition: Callable[[], Any]) -> None:
     """Let Tk work until the condition holds. Raises Unusable if it never does."""
     until = time.monotonic() + DEMO_SECONDS
@@ -7621,9 +7565,9 @@ def make_picture(path: pathlib.Path, theme: str, state: pathlib.Path) -> None:
     state.mkdir(mode=0o700)
     look = {"theme": theme, "geometry": "{}x{}+0+0".format(*DEMO_SIZE)}
     Remembered(state).write("look", look)
-    with demo_server(state) as address:
-        peers = {name: DemoPeer(name, address) for name in DEMO_NAMES}
-        where = chat.address_text(*address)
+    with chat.temporary_server() as target:
+        peers = {name: DemoPeer(name, target[:2]) for name in DEMO_NAMES}
+        where = chat.address_text(*target[:2])
         window = Window(WindowOptions("alice", where, state=state, config=state))
         window.begin()
         window.model.do("set", "theme", theme)
