@@ -6640,8 +6640,6 @@ class LogLost(LogUnusable):
 
 
 class NatsMessage(NamedTuple):
-    """A message from a NATS server."""
-
     subject: str  # to which it was published; a consumer delivers it elsewhere
     subscription: str  # which brings it
     reply: str  # where an answer goes; "" for none
@@ -6789,8 +6787,6 @@ class NatsDialogue:
 
 
 class LogEntry(NamedTuple):
-    """A message of the log."""
-
     sequence: int
     time: int  # milliseconds since 1970: when the log took it, the same for all who read it
     data: bytes
@@ -7280,8 +7276,6 @@ def restore_node(store: Store, name: str) -> Hub | None:
 
 
 class NodeOptions(NamedTuple):
-    """The options of a node, with their defaults."""
-
     node: str
     servers: tuple[tuple[str, int], ...]  # of NATS
     tls: bool = False
@@ -11163,8 +11157,6 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 
 
 class Request(NamedTuple):
-    """The request line and headers of an HTTP request."""
-
     method: str
     target: str  # as it was sent
     minor: int  # of the version: HTTP/1.minor
@@ -11460,8 +11452,6 @@ class BadFrame(Exception):
 
 
 class Frame(NamedTuple):
-    """A frame from a client."""
-
     last: bool  # of its message
     opcode: int
     payload: bytes
@@ -11607,8 +11597,6 @@ class FrameWriter:
 
 
 class WebOptions(NamedTuple):
-    """The settings of the web dialect."""
-
     hosts: frozenset[str] = frozenset(("localhost",))  # names that Host may have; IPs always may
     ports: frozenset[int] = frozenset()  # of this server
     origins: frozenset[str] = frozenset()  # whose pages may open a WebSocket, besides our own
@@ -20621,8 +20609,6 @@ class Peer(Connection):
 
 
 class Listener:
-    """A socket that accepts connections."""
-
     def __init__(self, server: "Server", host: str, port: int):
         self.server = server
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -22903,7 +22889,6 @@ class NatsLink:
         self.tick()
 
     def dial(self) -> None:
-        """Try the next NATS server."""
         self.target = Target(*next(self.servers), self.options.tls)
         job = functools.partial(resolve_server, self.target, BELIEVE_THE_SYSTEM)
         self.server.helpers.submit(self, job, self.found)
@@ -25853,8 +25838,6 @@ class TerminalClient(ManyServers):
 
 
 class BenchOptions(NamedTuple):
-    """The options of a run of the benchmark."""
-
     target: Target
     clients: int = 100  # that only listen
     senders: int = 10

@@ -466,9 +466,8 @@ def levels_of(letters: list[Letter], base: int) -> list[int]:
     """Return the embedding level of each letter: odd ones are seen from right to left."""
     own = "R" if base else "L"
     kinds = "".join(letter.kind for letter in letters)
-    kinds = re.sub("A[^LR]*", lambda run: run[0].replace("1", "2"), kinds).replace(
-        "A", "R"
-    )  # W2, 3
+    kinds = re.sub("A[^LR]*", lambda run: run[0].replace("1", "2"), kinds)  # W2
+    kinds = kinds.replace("A", "R")  # W3
     kinds = re.sub("(?<=1)[+,](?=1)", "1", kinds)  # W4
     kinds = re.sub("(?<=2),(?=2)", "2", kinds)
     kinds = re.sub(r"\$+(?=1)|(?<=1)\$+", lambda run: "1" * len(run[0]), kinds)  # W5
@@ -1044,7 +1043,6 @@ class Sheet:
     # Drawing
 
     def draw(self, number: int) -> list:
-        """Return the pieces of one row."""
         row = self.rows[number]
         before = self.rows[number - 1] if number > self.first else None
         pieces = self._above(row, before)
@@ -1118,7 +1116,6 @@ def title_text(server: Server | None, room: RoomInfo | None, unread: int) -> str
 
 
 def status_text(server: Server | None, now: float) -> str:
-    """Return the state of the connection as a text."""
     if server is None:
         return "not connected"
     if server.ready:
@@ -1134,7 +1131,6 @@ def status_text(server: Server | None, now: float) -> str:
 
 
 def waiting_text(server: Server | None) -> str:
-    """Return a text about messages that have not arrived yet."""
     if server is None or not server.waiting:
         return ""
     counts = {"waiting": server.waiting - server.parked, "not sent": server.parked}
@@ -1839,7 +1835,6 @@ class Requests:
     # Conversations
 
     def look(self, number: int) -> None:
-        """Look at a conversation."""
         if place := self._place(number):
             seat, room = place
             self.engine.look_at(seat)
@@ -1879,7 +1874,6 @@ class Requests:
         self.engine.core.looked_at = focused
 
     def jump(self, number: int, view: chat.ViewEvent) -> None:
-        """Show a message among those around it."""
         if not number:  # it was closed since
             number = self.engine.core.rooms.open(view.where).id
         self.look(number)
@@ -1909,7 +1903,6 @@ class Requests:
             self.wanted.pictures.append((place[0], file, True))
 
     def send_file(self, number: int, path: str) -> None:
-        """Send a file to a conversation."""
         place = self._place(number)
         if place is None or not place[1].name:
             raise chat.Unusable("open a conversation, and send the file there")
@@ -1926,7 +1919,6 @@ class Requests:
                     self.wanted.opening[one.id] = one
 
     def stop_file(self, server: int, id: str) -> None:
-        """Stop a file on its way, and forget it."""
         for seat in self._seats(server):
             for one in [one for one in seat.core.transfers if one.id == id]:
                 seat.core.transfers.drop(one)
@@ -2101,7 +2093,6 @@ class Engine(chat.ManyServers):
             self.wake()
 
     def took(self) -> None:
-        """Note that Tk has taken the batch."""
         self.under_way = False
 
     # What the cores have to show
@@ -2344,7 +2335,6 @@ class Model:
         engine.start()
 
     def stop(self, reason: str) -> None:
-        """Note that the engine has ended."""
         self.engine = None
         ended = {"ready": False, "phase": chat.ENDED, "status": reason or "not connected"}
         self.servers = tuple(server._replace(**ended) for server in self.servers)
@@ -2694,7 +2684,6 @@ class Look:
         return True
 
     def system(self, dark: bool) -> None:
-        """Note whether the desktop is dark."""
         if dark != self.dark_system:
             self.dark_system = dark
             self.apply()
@@ -3077,7 +3066,6 @@ class Choices(ttk.Treeview):
 
     @property
     def chosen(self) -> int | None:
-        """The number of the chosen row."""
         selected = self.selection()
         return int(selected[0]) if selected else None
 
@@ -3086,7 +3074,6 @@ class Choices(ttk.Treeview):
         self.see(str(number))
 
     def move(self, step: int) -> str:
-        """Choose the next row, or the one before."""
         count, now = len(self.get_children()), self.chosen
         if count:
             self.choose(((-1 if step > 0 else 0) + step if now is None else now + step) % count)
@@ -3177,9 +3164,7 @@ class Compose(Field):
         self.preview: Callable[[str, int], None] = chat.do_nothing  # a line, and the cursor in it
         self.edited: Callable[[], None] = chat.do_nothing  # the user changed the text
         self.too_much: Callable[[str], None] = chat.do_nothing  # a paste over the limit
-        self.several: Callable[[str], None] = (
-            chat.do_nothing
-        )  # a paste that may be several messages
+        self.several: Callable[[str], None] = chat.do_nothing  # a paste of several messages
         self.path: Callable[[str], None] = chat.do_nothing  # a paste that may be the path of a file
         self.placed = ""  # the text that was set last: it was not typed
         self.stepped_to, self.column = "", 0  # by Up and Down: the index, and pixels from the left
@@ -3303,7 +3288,6 @@ class Compose(Field):
         return self.stepped_to
 
     def _recall(self, key: str) -> None:
-        """Go through the sent lines."""
         self.editor.set(self.content)
         self.editor.press(chat.Key(key))
         if self.editor.text != self.content:
@@ -3956,7 +3940,6 @@ class SheetText(ReadText):
         return f"{self.sheet.line_of(number)}.0"
 
     def last_in_sight(self) -> int:
-        """Return the last row that is in sight."""
         number = self.row_at(f"@0,{self.winfo_height()}")
         return len(self.sheet.rows) - 1 if number is None else number
 
@@ -4303,7 +4286,6 @@ class Transcript(ttk.Frame):
         self._want_older()
 
     def append(self, rows: tuple[Row, ...], seen: bool) -> None:
-        """Add rows at the end."""
         self.waiting_after = False
         before = len(self.sheet.rows)
         self.text.append(rows, seen)
@@ -4325,7 +4307,6 @@ class Transcript(ttk.Frame):
             self._want_older()
 
     def draw_older(self) -> bool:
-        """Draw older rows that are here; return whether there were such."""
         spot = self.spot()
         drew = self.text.draw_older()
         if drew and spot is not None and not self.at_bottom:
@@ -4339,11 +4320,9 @@ class Transcript(ttk.Frame):
         self.at_bottom = True
 
     def trim(self, count: int) -> None:
-        """Drop the oldest rows."""
         self.text.delete_first(self.sheet.trim(count))
 
     def change(self, row: Row) -> None:
-        """Draw a row again."""
         number = self.sheet.replace(row)
         if number is not None:
             self.redraw(number)
@@ -4355,12 +4334,10 @@ class Transcript(ttk.Frame):
             self.pointer.paint()
 
     def redraw_all(self) -> None:
-        """Draw all rows again."""
         sheet = self.sheet
         self.reset(Rows(sheet.room, RESET, sheet.rows, sheet.read_time))
 
     def rename_me(self, name: str) -> None:
-        """Note the name of this user, for rows that are drawn from now on."""
         self.sheet.me = name
 
     def restyle(self, clock: str, pictures: bool) -> None:
@@ -4376,7 +4353,6 @@ class Transcript(ttk.Frame):
         self.redraw(self.sheet.read_to(when))
 
     def remove(self, id: str) -> None:
-        """Take the words of a message away."""
         for number in self.sheet.remove(id):
             self.redraw(number)
             self.redraw(number + 1)  # it may have stood under the same name
@@ -4399,7 +4375,6 @@ class Transcript(ttk.Frame):
     # Scrolling
 
     def spot(self) -> Spot | None:
-        """Return the place at the top."""
         text, number = self.text, self.text.row_at("@0,0")
         if number is None:
             return None
@@ -4607,7 +4582,6 @@ class Panes(ttk.PanedWindow):
         return str(self.names[name]) in map(str, self.panes())
 
     def show(self, name: str, on: bool) -> None:
-        """Show or hide a pane."""
         pane = self.names[name]
         if on and not self.is_shown(name):
             shown = [one for one in self.order if str(one) in map(str, self.panes()) or one is pane]
@@ -4746,7 +4720,6 @@ class Sidebar(ttk.Frame):
         self.order = {server: [str(name) for name in names] for server, names in lists.items()}
 
     def show_servers(self) -> None:
-        """Show servers, and their conversations in order."""
         servers = self.model.servers
         wanted = [f"s{server.number}" for server in servers]
         for row in set(self.tree.get_children()) - set(wanted):
@@ -5061,8 +5034,6 @@ def page_pieces(text: str, style: Style) -> list:
 
 
 class PanelText(ReadText):
-    """The text of the panel."""
-
     def configure_tags(self) -> None:
         look, c, tag = self.look, self.look.colours, self.tag_configure
         indent = look.part(1.2)
@@ -5124,7 +5095,6 @@ class Panel(ttk.Frame):
     # The field
 
     def ask(self, words: str = "") -> None:
-        """Let the user search."""
         self._show_field(True)
         if not self.rows:  # a page, which is not what is looked for
             self._fill(list)
@@ -6438,7 +6408,6 @@ class MessageActs(Acts):
         self.window.panel.open_link = self._open_link
 
     def menu(self, row: Row, event: Any) -> None:
-        """Open the menu of a message."""
         view, menu = row.view, self.look.menu(self.transcript)
         add = functools.partial(self._add, menu, row)
         if row.state == FAILED and row.parked:
@@ -6467,8 +6436,8 @@ class MessageActs(Acts):
         self, menu: tk.Menu, row: Row, label: str, what: str, on: bool = True, key: str = ""
     ) -> None:
         act = functools.partial(self.act, what, row)
-        options = {"state": enabled(on), "accelerator": key}
-        menu.add_command(label=self.look.seen(label), command=act, **options)
+        label = self.look.seen(label)
+        menu.add_command(label=label, command=act, state=enabled(on), accelerator=key)
 
     def _add_answers(self, menu: tk.Menu, row: Row) -> None:
         """Offer to answer a message, to react to it, and to take it back."""
@@ -6493,7 +6462,6 @@ class MessageActs(Acts):
         add("Open the file", "open", file.type in OPENED_TYPES)
 
     def act(self, what: str, row: Row) -> None:
-        """Do something with a message."""
         what, _, more = what.partition(" ")
         if what == "react" and more:
             self._react(row, more)
@@ -6598,7 +6566,6 @@ class RoomActs(Acts):
         self.close(self.model.here)
 
     def mute_this(self) -> None:
-        """Mute the conversation that is looked at, or unmute it."""
         if room := self.model.room:
             self.do("mute", room.number, not room.muted)
 
@@ -6661,7 +6628,6 @@ class RoomActs(Acts):
         add(label="Leave this server", command=lambda: self.do("server", server, "/disconnect"))
 
     def member_menu(self, name: str, event: Any) -> None:
-        """Open the menu of a member."""
         menu, me = self.look.menu(self.people), self.model.me
         for label, command, for_operators in self.MEMBER_MENU:
             text = self.look.seen(f"{label} {shorter(name, 30)}")
@@ -7386,7 +7352,6 @@ class Window:
         self.status_line.tell(self.look.seen(text))
 
     def show_page(self, title: str, text: str) -> None:
-        """Show a text beside the conversation."""
         self.panes.show("panel", True)
         self.panel.show_page(title, text)
 
