@@ -1642,13 +1642,11 @@ class ServerCalls(typing.Protocol):
     # Run job() on a helper thread after this turn's commit; session.take_result() gets its result
     def later(self, session: "LocalSession", lane: str, job: Callable, then: "Awaited") -> None: ...
 
-    # Run job() on a helper thread; call then(its result). The session waits: conn.release()
-    def run_to_end(
-        self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
+    # Run job() on a helper thread, behind other jobs of its owner: an address; "" is the server.
+    # Then call then(its result), also if the session is not there any more
+    def background(
+        self, lane: str, job: Callable[[], Any], owner: str = "", then: Callable = do_nothing
     ) -> None: ...
-
-    # Run job() on a helper thread, behind other jobs of its owner: an address; "" is the server
-    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None: ...
 
 
 # Files
@@ -11651,6 +11649,7 @@ def origin_allowed(web: WebOptions, origin: str, own: str = "") -> bool:
 
 
 WEB_ROUTES: dict[str, dict[str, Callable]] = {}  # path -> method -> handler
+FOR_MONITORS = ("/health", "/metrics")  # on this machine, or on all
 
 
 def on_request(method: str, *paths: str) -> Callable:
@@ -11770,6 +11769,8 @@ class WebSession(LocalSession):
             return self.respond(204, "", allow_header(every))
         path = request.path
         methods = WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
+        if path in FOR_MONITORS and not (self.site.web.open_metrics or self.on_this_machine):
+            methods = {}
         if not methods and asks_for_websocket(request):
             methods = WEB_ROUTES["/*"]
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
@@ -11842,10 +11843,6 @@ class WebSession(LocalSession):
         """Close the connection after a complete answer, if that was decided."""
         if self.closing:
             self.conn.close()
-
-    def may_read_metrics(self) -> bool:
-        """Return whether the client may read /health and /metrics: one on this machine, or all."""
-        return self.site.web.open_metrics or self.on_this_machine
 
     def refuse(self, refusal: Refused) -> None:
         """Answer with the status of a refusal, and end the upload or download that was going on."""
@@ -11924,8 +11921,6 @@ def web_root(session: WebSession, request: Request) -> None:
 @on_request("GET", "/health")
 def web_health(session: WebSession, request: Request) -> None:
     """GET /health -- for monitors on this machine: 200, or 503 while history is not kept"""
-    if not session.may_read_metrics():
-        return session.respond(404, "there is no such page")
     trouble = session.site.server.trouble()
     return session.respond(503 if trouble else 200, trouble or "ok")
 
@@ -11933,8 +11928,6 @@ def web_health(session: WebSession, request: Request) -> None:
 @on_request("GET", "/metrics")
 def web_metrics(session: WebSession, request: Request) -> None:
     """GET /metrics -- figures in Prometheus' text format, for this machine"""
-    if not session.may_read_metrics():
-        return session.respond(404, "there is no such page")
     lines = []
     for name, (kind, text, value) in session.site.server.metrics().items():
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}"]
@@ -12188,15 +12181,15 @@ def tus_metadata(header: str) -> dict[str, str]:
     return found
 
 
-def drop_upload(session: WebSession, keep: bool) -> None:
-    """End an upload before its file is complete; `keep` what has come of it."""
+def drop_upload(session: WebSession) -> None:
+    """End an upload before its file is complete. What has come of it stays if it is resumable."""
     upload, session.upload, session.take_body = session.upload, None, do_nothing
     session.at_end = do_nothing
     if upload.handle is not None:
         close = upload.handle.close
         session.site.server.background(FILE_LANE, close, session.conn.limit_key)
     session.site.uploading.pop(upload.id, None)
-    if not keep:
+    if not upload.resumable:
         session.site.act("remove_file", upload.id)
 
 
@@ -12249,9 +12242,10 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
         if is_there():
             session.refuse(result)
 
-    site.server.run_to_end(
-        session, FINISH_LANE, functools.partial(site.folder.finish, upload.handle, name), finished
-    )
+    session.conn.held = True
+    session.conn.update()
+    job = functools.partial(site.folder.finish, upload.handle, name)
+    site.server.background(FINISH_LANE, job, then=finished)
 
 
 def end_pieces(session: WebSession) -> None:
@@ -12259,7 +12253,7 @@ def end_pieces(session: WebSession) -> None:
     upload = session.upload
     if upload.total is not None and upload.at < upload.total:
         id, at = upload.id, upload.at
-        drop_upload(session, keep=upload.resumable)
+        drop_upload(session)
         if not upload.resumable:
             return answer_file(session, 400, "the body ended too early")
         return tell_progress(session, id, at)
@@ -12275,7 +12269,8 @@ def take_piece(session: WebSession, piece: bytes) -> Steps:
         return end_pieces(session)
     most = session.site.hub.files.most if upload.total is None else upload.total
     if upload.at + len(piece) > most:
-        drop_upload(session, keep=session.request.method == "PATCH")  # of which the client knows
+        upload.resumable = session.request.method == "PATCH"  # else the client knows no link
+        drop_upload(session)
         session.closing = True
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
@@ -12308,7 +12303,7 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
     session.site.uploading[id] = session
     total = size if tus or request.length is not None else None
     upload = session.upload = Upload(id, total, resumable=tus)
-    session.at_end = functools.partial(drop_upload, session, keep=tus)
+    session.at_end = functools.partial(drop_upload, session)
     upload.handle = yield do(session.later, FILE_LANE, session.site.folder.begin, id)
     return take_pieces(session) if has_body else end_pieces(session)
 
@@ -12365,11 +12360,11 @@ def continue_file(session: WebSession, request: Request) -> Steps:
         return answer_file(session, 423, "this file is just being completed")
     end_older(session, file.id)
     upload = session.upload = Upload(file.id, file.size, resumable=True)
-    session.at_end = functools.partial(drop_upload, session, keep=True)
+    session.at_end = functools.partial(drop_upload, session)
     site.uploading[file.id] = session
     upload.handle, upload.at = yield do(session.later, FILE_LANE, site.folder.reopen, file.id)
     if (at := upload.at) != offset:
-        drop_upload(session, keep=True)
+        drop_upload(session)
         return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
     if offset + (request.length or 0) > upload.total:
         raise Refused("FILE_TOO_LARGE", f"the file has {upload.total:,} bytes")
@@ -20204,6 +20199,11 @@ def report_bug() -> None:
     log.exception("a bug, please report it (while a turn was written)")
 
 
+def log_failure(result: Any) -> None:
+    if isinstance(result, Exception):
+        log.error("a job failed: %s", result)
+
+
 # ======================================================================================
 # SERVER
 # ======================================================================================
@@ -21612,24 +21612,12 @@ class Server:
         names, files.unwanted = set(files.unwanted) - used, []
         self.background(FILE_LANE, functools.partial(self.site.folder.remove, names))
 
-    def run_to_end(
-        self, session: LocalSession, lane: str, job: Callable[[], Any], then: Callable
+    def background(
+        self, lane: str, job: Callable[[], Any], owner: str = "", then: Callable = log_failure
     ) -> None:
-        """Run job() off the loop, then then(its result), also if the session is not there any
-        more. The session's next request waits until conn.release()."""
-        session.conn.held = True
-        session.conn.update()
-        self.helpers.submit(self, job, then, lane)
-
-    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None:
         """Run a job off the loop, behind the other jobs of its owner, which is an address or the
-        server. Its result is not awaited; errors are logged."""
-
-        def done(result: Any) -> None:
-            if isinstance(result, Exception):
-                log.error("a job failed: %s", result)
-
-        self.helpers.submit(owner or self, job, done, lane)
+        server. Then call then(its result)."""
+        self.helpers.submit(owner or self, job, then, lane)
 
     # Coming
 
