@@ -11692,8 +11692,7 @@ def is_tus(request: Request) -> bool:
 
 
 def with_method(request: Request) -> Request:
-    """Return a request with the method that a client of tus means: some networks let only GET and
-    POST through."""
+    """Return a request with the method that it means: some networks let only GET and POST pass."""
     meant = request.header("x-http-method-override").upper()
     known = request.method == "POST" and meant in ("PATCH", "DELETE")
     return request._replace(method=meant) if known and is_tus(request) else request
@@ -20924,8 +20923,7 @@ class Committer:
         return True
 
     def note_loss(self, losing: bool) -> None:
-        """Log that the store begins or ends to lose history. What can be stored later is tried
-        again, also if nothing happens meanwhile."""
+        """Log that the store begins or ends to lose history; try soon to store it again."""
         if self.losing != losing:
             self.losing = losing
             if losing:
@@ -21273,8 +21271,7 @@ class TimeLimits:
 
 
 class ActBeat:
-    """The act beat: turns the lines of peers into acts, first those of addresses with light use.
-    Takes from the budgets what each line costs."""
+    """Turns lines into acts, those of light use first, and takes their costs from the budgets."""
 
     def __init__(self, loop: Loop, site: SessionContext, times: TimeLimits, fair: bool):
         self.loop, self.site, self.times = loop, site, times
@@ -21578,8 +21575,7 @@ class Server:
         self.expire_files()
 
     def clean_files(self) -> None:
-        """Remove all content that no link needs: a crash may leave some. A node knows that when it
-        has applied all of the log."""
+        """Remove content that no link needs, left by a crash. A node has to know all of the log."""
         if self.site.folder and not self.hub.files.finishing:
             names = {file.on_disk for file in self.hub.files.values()}
             self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
@@ -21615,8 +21611,7 @@ class Server:
     def background(
         self, lane: str, job: Callable[[], Any], owner: str = "", then: Callable = log_failure
     ) -> None:
-        """Run a job off the loop, behind the other jobs of its owner, which is an address or the
-        server. Then call then(its result)."""
+        """Run a job off the loop, behind other jobs of its owner: an address, or the server."""
         self.helpers.submit(owner or self, job, then, lane)
 
     # Coming

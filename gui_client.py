@@ -524,8 +524,7 @@ def is_only_rtl(text: str) -> bool:
 def parts_to_fit(
     letters: list[Letter], fits: Callable[[str], bool]
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield where parts of a line begin and end that fit, broken between words, and where the
-    next one begins."""
+    """Yield where parts of a line that fit begin and end, and where the next one begins."""
     text = "".join(" " if letter.text.isspace() else "x" for letter in letters)
     start = end = 0
     for word in re.finditer(" *(x+) *", text):
@@ -562,8 +561,7 @@ def seen_line(line: str, base: int) -> Seen:
 
 
 def lines_said(pieces: list, drawable: Callable[[str], str]) -> dict[str, list[tuple]]:
-    """Return what the lines of these pieces stand for: for each character its place in what was
-    said, and the text."""
+    """Return what lines stand for: for each character its place in what was said, and the text."""
     lines: dict[str, list[tuple]] = {}
     shown: list[str] = []
     said: list[tuple] = []
@@ -1535,18 +1533,10 @@ class Watched:
         if room is self.room:
             self.tell(Changed(room.id, row_of(self.seat, room, view)))
 
-    def reset(self, room: chat.Room) -> None:
-        """Send all rows again: some are gone."""
-        if room is self.room:
-            self.again = True
-
     def redacted(self, id: str) -> None:
         """Take a message away, also one that is shown from the past."""
         self.past = [view for view in self.past if view.id != id]
         self.tell(Removed(id))
-
-    def members_changed(self) -> None:
-        self.people_changed = True
 
     def ready_changed(self) -> None:
         """Note that the connection stands, or stands no more."""
@@ -1777,8 +1767,7 @@ class Requests:
     # What the user writes
 
     def say(self, number: int, text: str, reply: str = "") -> None:
-        """Take a text or a command, for the conversation in which it was entered; 0: before
-        there was one."""
+        """Take a text or a command for the conversation where it was entered; 0: there was none."""
         engine = self.engine
         here = engine.core.room or engine.seat.screen.nowhere
         place = self._place(number) if number else (engine.seat, here)
@@ -2161,7 +2150,7 @@ class Engine(chat.ManyServers):
         """Make a row of a view, unless the core has done so."""
         room = self.room_of(seat, view)
         if view.kind in chat.MOVES:
-            self.watched.members_changed()
+            self.watched.people_changed = True
         if view.kind in chat.FOLDED and any(one is view for one in reversed(room.moves)):
             return  # many of them are to be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
@@ -2211,7 +2200,8 @@ class Engine(chat.ManyServers):
             self.watched.change(room, said)
 
     def _reset(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        self.watched.reset(self.room_of(seat, view))
+        if self.room_of(seat, view) is self.watched.room:
+            self.watched.again = True  # some rows are gone
 
     def _older(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         self.watched.older_came(self.room_of(seat, view), chat.whole_number(view.text) or 0)
@@ -2221,7 +2211,7 @@ class Engine(chat.ManyServers):
         self.tell(Read(room.id, room.read_time))
 
     def _people(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        self.watched.members_changed()
+        self.watched.people_changed = True
         if view.text:
             names = sorted(view.text.split(", "), key=key_of)
             self.tell(Page(f"Members of {view.where}", "\n".join(names)))
@@ -2432,8 +2422,7 @@ def send_wake_up(writer: socket.socket) -> None:
 
 
 class Waker:
-    """Wake-ups of Tk's loop from other threads and by signals: one byte on a pair of sockets. Tk
-    then calls `woken`."""
+    """Wakes Tk from other threads and by signals, by a byte on a socket, and then calls `woken`."""
 
     def __init__(self, root: tk.Tk, woken: Callable[[], None]):
         self.root, self.woken = root, woken
@@ -2904,8 +2893,7 @@ def bind_menu(widget: tk.Misc, popup: Callable[[Any], Any]) -> None:
 
 
 def bind_typing(widget: tk.Misc, typed: Callable[[str], None]) -> None:
-    """Call `typed` with the text that is typed or pasted while a widget without a field for text
-    has the focus."""
+    """Call `typed` with what is typed or pasted while a widget without a field has the focus."""
 
     def key(event: Any) -> str | None:
         text = whole(event.char)
@@ -2971,14 +2959,12 @@ class Field(tk.Text):
 
     MOST = LINE_MOST  # characters that can be pasted
 
-    def __init__(
-        self, parent: tk.Misc, look: Look, enter: Callable[[], None], name: str = "", **options: Any
-    ):
+    def __init__(self, parent: tk.Misc, look: Look, enter: Callable[[], None], **options: Any):
         self.enter = enter
         self.refused: Callable[[str], None] = chat.do_nothing  # told why a paste is not taken
         self.look = look
         self.one_line = {"height": 1, "width": 34, "undo": True, "highlightthickness": 1} | options
-        super().__init__(parent, **({"name": name} if name else {}))
+        super().__init__(parent)
         look.follow(self.recolour)
         for sequence, handler in (
             ("<Return>", self._return),
@@ -4021,8 +4007,7 @@ class Pictures:
             names.append(name)
 
     def _drop_others(self, seen: set[str]) -> None:
-        """Free the pictures that were in sight longest ago, if there are too many. Their lines
-        keep their heights."""
+        """Free pictures that were in sight longest ago. Their lines keep their heights."""
         excess = len(self.images) - PICTURES_KEPT
         for path in [path for path in self.images if path not in seen][: max(0, excess)]:
             for name in self.placed.pop(path, ()):
@@ -4323,9 +4308,7 @@ class Transcript(ttk.Frame):
         self.text.delete_first(self.sheet.trim(count))
 
     def change(self, row: Row) -> None:
-        number = self.sheet.replace(row)
-        if number is not None:
-            self.redraw(number)
+        self.redraw(self.sheet.replace(row))
 
     def redraw(self, number: int | None) -> None:
         if self.sheet.is_drawn(number):
@@ -4405,10 +4388,10 @@ class Transcript(ttk.Frame):
         self.text.see("end")
         return self.reached_bottom()
 
-    def show_row(self, number: int) -> None:
-        """Scroll to a row, and mark it for a while."""
+    def show_row(self, number: int | None) -> None:
+        """Scroll to a row, if it is here, and mark it for a while."""
         while not self.sheet.is_drawn(number):
-            if not self.draw_older():
+            if number is None or not self.draw_older():
                 return
         self.at_bottom = False
         first, _ = self.sheet.body_of(number)
@@ -4418,21 +4401,13 @@ class Transcript(ttk.Frame):
         self.pointer.choose(number)
         self.left_bottom()
 
-    def unmark(self) -> None:
-        """Take the mark of the row that was shown away."""
-        self.text.mark_row("found", None)
-
     def show_new(self) -> None:
         """Scroll to the first message that was not read."""
-        number = self.sheet.find(self.sheet.marked)
-        if number is not None:
-            self.show_row(number)
+        self.show_row(self.sheet.find(self.sheet.marked))
 
     def show_reply(self, row: Row) -> None:
         """Scroll to the message that this one answers."""
-        number = self.sheet.find_id(row.view.reply)
-        if number is not None:
-            self.show_row(number)
+        self.show_row(self.sheet.find_id(row.view.reply))
 
     def _scrolled(self, first: str, last: str) -> None:
         text = self.text
@@ -5793,8 +5768,7 @@ class WindowHints(ctypes.Structure):
 
 @contextlib.contextmanager
 def window_hints(root: tk.Tk) -> Iterator[WindowHints]:
-    """Open the hints of a window on X11 (ICCCM 4.1.2.4), and write them back: Tk has no call for
-    that. Raises OSError."""
+    """Open the hints of a window on X11 (ICCCM 4.1.2.4), and write them back. Raises OSError."""
     x, window, hints = ctypes.CDLL("libX11.so.6"), ctypes.c_ulong, ctypes.POINTER(WindowHints)
     for name, result, *arguments in (
         ("XOpenDisplay", ctypes.c_void_p, ctypes.c_char_p),
@@ -6017,10 +5991,6 @@ class Writing(Acts):
     def room_gone(self, number: int) -> None:
         self._keep_text(self.drafts.pop(number, ""))
 
-    def forget(self) -> None:
-        """Forget the drafts of an engine that has ended; the store has them."""
-        self.drafts.clear()
-
     def _keep_text(self, text: str) -> None:
         """Keep what was half typed in a conversation that is gone."""
         if text.strip() and not chat.is_secret(text):
@@ -6207,12 +6177,6 @@ class Reading(Acts):
         if self.present:
             self.do("read", here, page.sheet.newest)
 
-    def room_gone(self, number: int) -> None:
-        self.spots.pop(number, None)
-
-    def forget(self) -> None:
-        self.spots.clear()
-
     # Events of the conversation that is looked at
 
     def take(self, event: Any) -> None:
@@ -6255,8 +6219,6 @@ class FileActs(Acts):
 
     def __init__(self, window: "Window"):
         super().__init__(window)
-        self.choose: Callable[[], Any] = self._choose  # by a dialog of the system, as below
-        self.choose_place: Callable[[str], str] = self._choose_place
         self.open_file, self.downloads = open_file, download_folder
         self.folder = str(user_folder())  # of the files that were sent last
         self.choosing = False  # a dialog of the system is open
@@ -6272,12 +6234,12 @@ class FileActs(Acts):
         if self.opened:
             shutil.rmtree(self.opened, ignore_errors=True)
 
-    def _choose(self) -> Any:
+    def choose(self) -> Any:
         return filedialog.askopenfilenames(
             parent=self.window.root, title="Send files", initialdir=self.folder
         )
 
-    def _choose_place(self, name: str) -> str:
+    def choose_place(self, name: str) -> str:
         folder = str(self.downloads())
         return filedialog.asksaveasfilename(
             parent=self.window.root, title="Save", initialfile=name, initialdir=folder
@@ -6558,12 +6520,10 @@ class RoomActs(Acts):
         self.say(f"/query {name}")
         self.compose.focus_set()
 
-    def close(self, number: int) -> None:
-        self.window.writing.closed = number
+    def close(self, number: int = 0) -> None:
+        """Close a conversation; without a number, the one that is looked at."""
+        self.window.writing.closed = number = number or self.model.here
         self.do("close", number)
-
-    def close_this(self) -> None:
-        self.close(self.model.here)
 
     def mute_this(self) -> None:
         if room := self.model.room:
@@ -6705,7 +6665,7 @@ class Commands(Acts):
             ("<Control-KP_Subtract>", lambda: self.zoom(-1)),
             ("<Control-Key-0>", lambda: self.zoom(0)),
             ("<Control-comma>", self.open_settings),
-            ("<Control-w>", rooms.close_this),
+            ("<Control-w>", rooms.close),
             ("<Control-q>", self.window.close),
             ("<Alt-Up>", lambda: rooms.go_next(-1)),
             ("<Alt-Down>", lambda: rooms.go_next(1)),
@@ -6776,7 +6736,7 @@ class Commands(Acts):
             ("Write to a user \u2026", rooms.ask_private, ""),
             ("Send a file \u2026", self.files.ask, "Ctrl+O"),
             (mute, rooms.mute_this, ""),
-            ("Close this conversation", rooms.close_this, "Ctrl+W"),
+            ("Close this conversation", rooms.close, "Ctrl+W"),
             None,
             ("Search \u2026", self.ask_search, "Ctrl+F"),
             ("Show or hide conversations", lambda: self.toggle("sidebar"), "F8"),
@@ -6826,7 +6786,7 @@ class Commands(Acts):
 
     def close_panel(self) -> None:
         self.panes.show("panel", False)
-        self.transcript.unmark()
+        self.transcript.text.mark_row("found", None)
         self.compose.focus_set()
 
     def ask_search(self) -> None:
@@ -7176,8 +7136,8 @@ class Window:
         self.model.start(Engine(options, self.waker.wake))
         self.sidebar.clear()
         self.strip.show(())
-        self.writing.forget()
-        self.reading.forget()
+        self.writing.drafts.clear()  # the store has them
+        self.reading.spots.clear()
 
     def _client_options(self, name: str, server: str) -> chat.ClientOptions:
         if not chat.clean_name(name):
@@ -7252,8 +7212,7 @@ class Window:
             act()
 
     def _ask_about(self, question: str) -> None:
-        """Let the user answer the question of a server, if it still has it: a certificate, a
-        password, a name."""
+        """Let the user answer the question of a server, if it still has it."""
         for server in [one for one in self.model.servers if one.question == question]:
             if server.doubted:
                 self.certificate.show(server)
@@ -7271,7 +7230,7 @@ class Window:
         self.sidebar.show_rooms(event)
         for number in event.gone:
             self.writing.room_gone(number)
-            self.reading.room_gone(number)
+            self.reading.spots.pop(number, None)
 
     def _take_looked(self, event: Looked) -> None:
         """Show another conversation. A draft stays in the conversation where it was begun."""
@@ -7578,8 +7537,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def heed_signals(window: Window) -> None:
-    """Let Ctrl-C in the terminal close the window, but no signal that is ignored: under nohup it
-    outlives its terminal."""
+    """Let signals close the window, but none that is ignored: under nohup it goes on."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:

@@ -34643,7 +34643,7 @@ def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window)
     alice = at_home(window(server.address))
     join(alice, "#tea")
     alice.compose.insert("end", "half a thought")
-    alice.rooms.close_this()
+    alice.rooms.close()
     pump(alice, lambda: alice.model.room.name == "#lobby")
     press(alice, "Up")
     assert alice.compose.content == "half a thought"
