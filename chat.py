@@ -6836,8 +6836,7 @@ class NatsLog:
         self.applied = applied  # the last entry that this node has applied; it is read again, ...
         self.next = max(applied, 1)  # ... so that a log that is another one is noticed
         self.last = 0  # of the log, when it was opened
-        self.reading = False
-        self.subscription = ""  # to the present consumer ...
+        self.subscription = ""  # to the present consumer; "" before the first one ...
         self.delivered = 0  # ... and its number of the last entry
         self.heard = self.now = 0.0  # on the monotonic clock
         self.asked: float | None = None  # since when an answer of the API is awaited
@@ -6923,7 +6922,6 @@ class NatsLog:
 
     def _consume(self) -> None:
         """Make an ordered consumer: one that is thrown away when a message is missing."""
-        self.reading = True
         self.delivered = 0
         delivery = f"{self.dialogue.inbox}-log.{next(self.dialogue.numbers)}"
         self.subscription = self.dialogue.subscribe(delivery, self.subscription)
@@ -6989,7 +6987,7 @@ class NatsLog:
     @property
     def is_empty(self) -> bool:
         """True if the log has no entry for this node, from the start of reading."""
-        return self.reading and self.asked is None and self.last < self.next
+        return bool(self.subscription) and self.asked is None and self.last < self.next
 
     def tick(self, now: float) -> None:
         """Handle answers and entries that are overdue. Called about once a second."""
@@ -6997,7 +6995,7 @@ class NatsLog:
         if self.asked is not None and now - self.asked > LOG_ANSWER_SECONDS:
             raise NatsFailed("JetStream does not answer")
         silence = LOG_HEARTBEATS_MISSED * LOG_HEARTBEAT_SECONDS
-        if self.reading and self.asked is None and now - self.heard > silence:
+        if self.subscription and self.asked is None and now - self.heard > silence:
             self._consume()
 
 
@@ -12507,19 +12505,16 @@ HTTP_FIRST = re.compile(  # also of requests that are none: no web page may spea
 HTTP_VERSION = re.compile(rb" HTTP/([\d.]+)[ \t]*$", re.IGNORECASE)
 BOM = b"\xef\xbb\xbf"
 
-TARGET_TOO_LONG = (
-    b"HTTP/1.1 414 URI Too Long\r\nContent-Type: text/plain\r\n"
-    b"Connection: close\r\n\r\nA target has at most %d bytes.\n" % LINE_BYTES
+LAST_ANSWER = b"HTTP/1.1 %b\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n%b\n"
+TARGET_TOO_LONG = LAST_ANSWER % (
+    b"414 URI Too Long",
+    b"A target has at most %d bytes." % LINE_BYTES,
 )
-TOO_MANY_HTTP = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nRetry-After: %d\r\n"
-    b"Connection: close\r\n\r\nToo many connections from your address: %d at most.\n"
-    % (WEB_IDLE_SECONDS, WEB_PER_ADDRESS)
+TOO_MANY_HTTP = LAST_ANSWER % (
+    b"503 Service Unavailable\r\nRetry-After: %d" % WEB_IDLE_SECONDS,
+    b"Too many connections from your address: %d at most." % WEB_PER_ADDRESS,
 )
-NOT_HTTP_1 = (
-    b"HTTP/1.1 505 HTTP Version Not Supported\r\nContent-Type: text/plain\r\n"
-    b"Connection: close\r\n\r\nThis server speaks HTTP/1.1.\n"
-)
+NOT_HTTP_1 = LAST_ANSWER % (b"505 HTTP Version Not Supported", b"This server speaks HTTP/1.1.")
 
 
 def dialect_of(first_line: bytes) -> str:
@@ -20057,7 +20052,7 @@ class Lane:
         self.waiting: dict[Any, collections.deque] = {}  # jobs by owner, next owner first
         self.running: collections.Counter[Any] = collections.Counter()  # jobs by owner
         self.most = threads - 1 if threads > 2 else threads  # of one owner
-        self.free = self.size = threads
+        self.free = threads
         self.threads: list[threading.Thread] = []
 
     def hand_out(self) -> None:
@@ -20078,9 +20073,7 @@ class Lane:
     def done(self, owner: Any) -> None:
         """Note the end of a job."""
         self.free += 1
-        self.running[owner] -= 1
-        if not self.running[owner]:
-            del self.running[owner]
+        self.running -= collections.Counter((owner,))  # which forgets an owner without jobs
         self.hand_out()
 
 
@@ -20104,7 +20097,7 @@ class Helpers:
         job that is not `wanted` any more when its turn comes is skipped."""
         if lane not in self.lanes:
             self.lanes[lane] = Lane(HELPER_THREADS.get(lane, HELPERS_ELSE))
-            for _ in range(self.lanes[lane].size):
+            for _ in range(self.lanes[lane].free):
                 thread = threading.Thread(target=self._work, args=(self.lanes[lane],), daemon=True)
                 self.lanes[lane].threads.append(thread)
                 thread.start()
@@ -20281,10 +20274,8 @@ class Addresses(dict[str, Address]):
         """Count a new connection, and return its address."""
         address = self.get(key)
         if address is None:
-            budget = None
-            if self.flood:
-                burst, rate = self.flood
-                budget = Budget(burst * ADDRESS_SHARES, rate * ADDRESS_SHARES, self.loop.now)
+            shares = [ADDRESS_SHARES * limit for limit in self.flood or ()]
+            budget = Budget(*shares, self.loop.now) if shares else None
             address = self[key] = Address(key, budget)
         address.peers += 1
         if len(self) > ADDRESSES_KEPT:
@@ -21808,10 +21799,9 @@ class Server:
                     self.times.web_idle.add(peer)
         jobs, self.jobs = self.jobs, []
         for peer, lane, job, done in jobs:
-            if lane == FILE_LANE:  # what has come of an upload is kept when its connection breaks
-                self.helpers.submit(peer.limit_key, job, done, lane)
-            else:
-                self.helpers.submit(peer.limit_key, job, done, lane, peer.still_there)
+            # What has come of an upload is kept when its connection breaks
+            wanted = peer.still_there if lane != FILE_LANE else lambda: True
+            self.helpers.submit(peer.limit_key, job, done, lane, wanted)
 
     def _end_grace(self) -> None:
         self.grace_timer = None
@@ -28051,13 +28041,10 @@ def page_documents() -> dict[str, Document]:
 
 def home_folder() -> pathlib.Path:
     """Return the user's home folder. Raises Unusable if there is none."""
-    try:
-        home = pathlib.Path.home() if os.environ.get("HOME") != "" else pathlib.Path()
-    except RuntimeError:
-        home = pathlib.Path()
-    if home == pathlib.Path():
-        raise Unusable("there is no home folder (HOME); use --data DIR, or a client's --no-state")
-    return home
+    with contextlib.suppress(RuntimeError):
+        if os.environ.get("HOME") != "" and (home := pathlib.Path.home()) != pathlib.Path():
+            return home
+    raise Unusable("there is no home folder (HOME); use --data DIR, or a client's --no-state")
 
 
 def data_folder() -> pathlib.Path:

@@ -2431,16 +2431,12 @@ class Waker:
         self.reader, self.writer = socket.socketpair()
         self.reader.setblocking(False)
         self.writer.setblocking(False)
+        self.wake = functools.partial(send_wake_up, self.writer)  # it refers to no object of Tk
         self.watched = hasattr(root.tk, "createfilehandler")
         if self.watched:
             root.tk.createfilehandler(self.reader, tk.READABLE, self._readable)
         else:
             self._poll()
-
-    @property
-    def wake(self) -> Callable[[], None]:
-        """The function with which another thread wakes Tk. It refers to no object of Tk."""
-        return functools.partial(send_wake_up, self.writer)
 
     def _readable(self, *_: Any) -> None:
         """Call `woken` if bytes have come. An exception in a file handler would end Tk's loop."""
@@ -2916,6 +2912,14 @@ def destroy_quietly(widget: tk.Misc) -> None:
         widget.destroy()
 
 
+def lay_over(widget: tk.Misc, shown: bool, **place: Any) -> None:
+    """Show a widget over others, or hide it."""
+    if shown:
+        widget.place(**place)
+    else:
+        widget.place_forget()
+
+
 def post_menu(menu: tk.Menu, x: int, y: int) -> str:
     """Show a menu, until the user has chosen."""
     menu.tk_popup(x, y)
@@ -3140,13 +3144,12 @@ class Compose(Field):
     MOST, MOST_LINES = PASTED_MOST, 6
     LEAVES_OFFERS = ("Tab", "ISO_Left_Tab", "Shift_L", "Shift_R")
 
-    def __init__(self, parent: tk.Misc, look: Look):
-        self.hint = None
+    def __init__(self, parent: tk.Misc, look: Look, above: tk.Misc):
         super().__init__(parent, look, self.submit, width=20, maxundo=500)
         self.send: Callable[[str], bool] = bool  # returns whether it could be: else the text stays
         self.complete: Callable[[str, bool], list[str]] = lambda word, first: []
         self.editor = chat.LineEditor(lambda word, first: self.complete(word, first))
-        self.offers: Offers | None = None
+        self.offers = Offers(above, look, self.take_offer)
         self.preview: Callable[[str, int], None] = chat.do_nothing  # a line, and the cursor in it
         self.edited: Callable[[], None] = chat.do_nothing  # the user changed the text
         self.too_much: Callable[[str], None] = chat.do_nothing  # a paste over the limit
@@ -3169,15 +3172,13 @@ class Compose(Field):
             ("<Configure>", lambda _: self.show_cursor() or self.fit()),
         ):
             self.bind(sequence, handler)
-        self.recolour()
+        look.follow(self._recolour_hint)
         self._modified()
 
-    def recolour(self) -> None:
-        super().recolour()
-        if self.hint:
-            c = self.look.colours
-            self.hint.configure(font=self.look.font, background=c.paper, foreground=c.dim)
-            self.fit()
+    def _recolour_hint(self) -> None:
+        c = self.look.colours
+        self.hint.configure(font=self.look.font, background=c.paper, foreground=c.dim)
+        self.fit()
 
     def pasted(self, text: str) -> str:
         return self.look.safe(chat.harmless(text.replace("\r\n", "\n")))
@@ -3217,7 +3218,7 @@ class Compose(Field):
         self.focus_set()
 
     def submit(self) -> None:
-        if self.offers and self.offers.shown and self.offers.by_key:
+        if self.offers.by_key:
             return self.take_offer(self.offers.choice)
         text = self.content.rstrip("\n")
         if not text.strip() or not self.send(text):
@@ -3247,7 +3248,7 @@ class Compose(Field):
 
     def _arrow(self, event: Any, step: int) -> str | None:
         """Move in the offers, to another row, or from the first or last row in the sent lines."""
-        if self.offers and self.offers.shown:
+        if self.offers.shown:
             self.offers.move(step)
         elif event.state & SHIFT_KEY:
             self.tk.call("tk::TextKeySelect", self, self._row_beside(step))
@@ -3282,7 +3283,7 @@ class Compose(Field):
     # Completion
 
     def _complete(self, key: str) -> str:
-        if self.offers and self.offers.shown:
+        if self.offers.shown:
             self.take_offer(self.offers.choice)
             return "break"
         before = whole(self.get("insert linestart", "insert"))
@@ -3299,8 +3300,7 @@ class Compose(Field):
         begun = before[before.rfind(" ") + 1 :]
         self.delete("insert linestart", "insert")
         self.insert("insert", before.removesuffix(begun) + self.look.safe(word))
-        if self.offers:
-            self.offers.hide()
+        self.offers.hide()
         self.focus_set()
 
     def _forget_offers(self, event: Any) -> None:
@@ -3309,8 +3309,6 @@ class Compose(Field):
 
     def _update_offers(self) -> None:
         """Offer commands after "/", and emoji after ":" and two letters."""
-        if self.offers is None:
-            return
         before = whole(self.get("insert linestart", "insert"))
         rows: list[tuple[str, str, str]] = []
         if before[:1] == "/" and " " not in before and self.index("insert").startswith("1."):
@@ -3320,10 +3318,7 @@ class Compose(Field):
                 (f"{emoji} ", self.look.drawable(emoji), name)
                 for emoji, name in emoji_for(match[1])
             ]
-        if rows:
-            self.offers.show(rows)
-        elif self.offers.shown:
-            self.offers.hide()
+        self.offers.show(rows)
 
     def _modified(self, event: Any = None) -> None:
         if self.edit_modified() or event is None:
@@ -3333,16 +3328,14 @@ class Compose(Field):
                 self.placed = ""
                 self._update_offers()
                 self.edited()
-            elif self.offers:
+            else:
                 self.offers.hide()
 
     def fit(self) -> None:
         """Fit the height to the text, up to the limit; show the hint while there is no text."""
-        if self.get("1.0", "2.0") == "\n" and self.index("end-1c") == "1.0":
-            # From where text begins, to where it ends: a Text's padding counts
-            self.hint.place(x=1, y=0, relwidth=1, width=-1)
-        else:
-            self.hint.place_forget()
+        is_empty = self.get("1.0", "2.0") == "\n" and self.index("end-1c") == "1.0"
+        # From where text begins, to where it ends: a Text's padding counts
+        lay_over(self.hint, is_empty, x=1, y=0, relwidth=1, width=-1)
         # Tk lays out all of a text whose widget is configured, also as it was
         if self.winfo_width() > 1 and (rows := self._rows()) != int(self.cget("height")):
             self.configure(height=rows)
@@ -3759,9 +3752,10 @@ class ReadText(tk.Text):
 
     @contextlib.contextmanager
     def editing(self) -> Iterator[None]:
+        before = str(self.cget("state"))
         self.configure(state="normal")
         yield
-        self.configure(state="disabled")
+        self.configure(state=before)
 
     def fill(self, pieces: list) -> None:
         """Show these pieces and nothing else."""
@@ -3882,7 +3876,7 @@ class SheetText(ReadText):
         lost = self.sheet.append(rows, seen)
         with self.editing():
             if self.sheet.is_drawn(lost):
-                self._redraw(lost)
+                self.redraw(lost)
             self.insert_pieces("end", self.sheet.draw_from(number))
 
     def draw_older(self) -> bool:
@@ -3893,17 +3887,14 @@ class SheetText(ReadText):
         with self.editing():
             self.insert_pieces("1.0", sheet.draw_before(ROWS_MORE))
             if sheet.is_drawn(head):
-                self._redraw(head)  # it may go on with what is above it now
+                self.redraw(head)  # it may go on with what is above it now
         return True
 
     def redraw(self, number: int) -> None:
-        with self.editing():
-            self._redraw(number)
-
-    def _redraw(self, number: int) -> None:
         line, lines, pieces = self.sheet.redraw(number)
-        self.delete(f"{line}.0", f"{line + lines}.0")
-        self.insert_pieces(f"{line}.0", pieces)
+        with self.editing():
+            self.delete(f"{line}.0", f"{line + lines}.0")
+            self.insert_pieces(f"{line}.0", pieces)
 
     def delete_first(self, lines: int) -> None:
         if lines:
@@ -3949,21 +3940,20 @@ class Pictures:
     frees those that were in sight longest ago."""
 
     def __init__(self, text: SheetText, timers: Timers):
-        self.text, self.later = text, timers.later
+        self.text, self.timers = text, timers
         self.images: dict[str, tk.PhotoImage] = {}  # by path; those seen last at the end
         self.placed: dict[str, list[str]] = {}  # names of their places in the text
         self.arrived: collections.deque[Picture] = collections.deque()  # to be decoded
         self.asked: tuple[chat.FileTag, ...] = ()
-        self.looks = self.decodes = False  # soon
+        self.decodes = False  # soon
         self.decoding: Picture | None = None
         self.decode: Callable = chat.do_nothing  # see Decoder
         self.wants: Callable[[tuple], None] = chat.do_nothing  # called with those to be fetched
         self.failed: Callable[[str, str], None] = chat.do_nothing  # called with a path and why
 
     def look_soon(self) -> None:
-        if not self.looks and self.text.spaces:
-            self.looks = True
-            self.later("pictures", PICTURE_MS, self._look)
+        if self.text.spaces and not self.timers.waits("pictures"):
+            self.timers.later("pictures", PICTURE_MS, self._look)
 
     def _in_sight(self) -> Iterator[tuple[str, chat.FileTag]]:
         """Yield where the pictures in sight have their places."""
@@ -3977,7 +3967,6 @@ class Pictures:
 
     def _look(self) -> None:
         """Put pictures in sight in their places, and ask for those that are not here."""
-        self.looks = False
         missing, seen = {}, set()
         for index, file in list(self._in_sight()):
             seen.add(file.path)
@@ -4033,7 +4022,7 @@ class Pictures:
     def _decode_soon(self) -> None:
         if self.arrived and not self.decodes:
             self.decodes = True
-            self.later("decode", PICTURE_MS, self._decode_next)
+            self.timers.later("decode", PICTURE_MS, self._decode_next)
 
     def _decode_next(self) -> None:
         """Decode one picture: the user may be typing."""
@@ -4185,7 +4174,6 @@ class Transcript(ttk.Frame):
         self.look, self.timers = look, timers
         self.at_bottom = True
         self.waiting_older = self.waiting_after = False
-        self.scrolling = False  # by the user
         self.reached_bottom: Callable[[], None] = chat.do_nothing
         self.left_bottom: Callable[[], None] = chat.do_nothing
         self.wants_older: Callable[[], None] = chat.do_nothing
@@ -4226,11 +4214,7 @@ class Transcript(ttk.Frame):
 
     def _scrolls(self, event: Any = None) -> None:
         """Note that the user scrolls: all other movements are Tk's, when it lays out lines."""
-        self.scrolling = True
-        self.timers.later("scrolling", SCROLL_MS, self._rests)
-
-    def _rests(self) -> None:
-        self.scrolling = False
+        self.timers.later("scrolling", SCROLL_MS, chat.do_nothing)
 
     def yview(self, *where: Any) -> None:
         """Scroll, as the user wants."""
@@ -4319,9 +4303,6 @@ class Transcript(ttk.Frame):
     def redraw_all(self) -> None:
         sheet = self.sheet
         self.reset(Rows(sheet.room, RESET, sheet.rows, sheet.read_time))
-
-    def rename_me(self, name: str) -> None:
-        self.sheet.me = name
 
     def restyle(self, clock: str, pictures: bool) -> None:
         """Show times otherwise, or no pictures."""
@@ -4413,7 +4394,7 @@ class Transcript(ttk.Frame):
         text = self.text
         text.bar.set(first, last)
         at_end = float(last) > BOTTOM and not self.sheet.past
-        went_up = self.scrolling and text.compare("@0,0", "<", "top")
+        went_up = self.timers.waits("scrolling") and text.compare("@0,0", "<", "top")
         text.mark_set("top", "@0,0")
         if at_end and not self.at_bottom:
             self.at_bottom = True
@@ -4471,20 +4452,16 @@ class Transcript(ttk.Frame):
             text = f"{count:,} new below \u2193"
         else:
             text = "To the newest \u2193"
-        if self.at_bottom:
-            return self.below.place_forget()
         self.below.configure(text=text)
-        self.below.place(relx=0.5, rely=1.0, y=-self.look.part(0.6), anchor="s")
-        return None
+        y = -self.look.part(0.6)
+        lay_over(self.below, not self.at_bottom, relx=0.5, rely=1.0, y=y, anchor="s")
 
     def _tell_above(self) -> None:
         """Show the button that leads to the "new" line, while that is above what is in sight."""
         number = self.sheet.find(self.sheet.marked)
-        top = self.text.line_at("@0,0")
-        if self.sheet.is_drawn(number) and self.sheet.line_of(number) < top:
-            self.above.place(relx=0.5, y=self.look.part(0.5), anchor="n")
-        else:
-            self.above.place_forget()
+        drawn, top = self.sheet.is_drawn(number), self.text.line_at("@0,0")
+        is_above = drawn and self.sheet.line_of(number) < top
+        lay_over(self.above, is_above, relx=0.5, y=self.look.part(0.5), anchor="n")
 
     def older_told(self, event: Fetching) -> None:
         """Take the state of older rows, and show it if the user is at the top."""
@@ -4497,22 +4474,16 @@ class Transcript(ttk.Frame):
     def tell_older(self, text: str) -> None:
         """Show a text about older rows at the top."""
         text = text or (NOTHING_SAID if self.sheet.room and not self.sheet.rows else "")
-        if text:
-            self.top.configure(text=text)
-            self.top.place(relx=0.5, y=self.look.part(0.2), anchor="n")
-        else:
-            self.top.place_forget()
+        set_text(self.top, text)
+        lay_over(self.top, bool(text), relx=0.5, y=self.look.part(0.2), anchor="n")
 
     def tell_typing(self, text: str) -> None:
         """Show the users who are typing, over the empty line below the last message."""
         if text == str(self.typing.cget("text")):
             return
         self.typing.configure(text=text)
-        if text:
-            x, y = self.look.part(0.9), -self.look.part(0.15)
-            self.typing.place(x=x, rely=1.0, y=y, anchor="sw")
-        else:
-            self.typing.place_forget()
+        x, y = self.look.part(0.9), -self.look.part(0.15)
+        lay_over(self.typing, bool(text), x=x, rely=1.0, y=y, anchor="sw")
 
 
 # ======================================================================================
@@ -5235,10 +5206,8 @@ class Scrolled(tk.Canvas):
 
     def _scrolled(self, first: str, last: str) -> None:
         self.bar.set(first, last)
-        if float(first) <= 0 and float(last) >= 1:
-            self.bar.place_forget()
-        else:
-            self.bar.place(relx=1, relheight=1, anchor="ne")
+        is_cut = float(first) > 0 or float(last) < 1
+        lay_over(self.bar, is_cut, relx=1, relheight=1, anchor="ne")
         self._fill()
 
     def wheel(self, step: int) -> None:
@@ -6693,7 +6662,7 @@ class Commands(Acts):
     def escape(self) -> None:
         """Leave whatever is open; then go to the newest message."""
         offers, banner, page = self.compose.offers, self.window.banner, self.transcript
-        if offers and offers.shown:
+        if offers.shown:
             offers.hide()
         elif banner.shown:
             banner.hide()
@@ -6991,9 +6960,8 @@ class Window:
     def _build_foot(self, parent: ttk.Frame) -> ttk.Frame:
         look, foot = self.look, ttk.Frame(parent)
         look.follow(lambda: foot.configure(padding=(look.part(0.5), look.part(0.35))))
-        self.compose = Compose(foot, look)
+        self.compose = Compose(foot, look, self.transcript)
         self.compose.preview = self.preview.show
-        self.compose.offers = Offers(self.transcript, look, self.compose.take_offer)
         for text, style, act in (
             ("Send", "Accent.TButton", self.compose.submit),
             ("File", "Plain.TButton", lambda: self.files.ask()),
@@ -7222,7 +7190,7 @@ class Window:
     def _name_user(self) -> None:
         """Mark what is the user's own, in the conversation and among the members."""
         if self.model.me:
-            self.transcript.rename_me(self.model.me)
+            self.transcript.sheet.me = self.model.me
             self.people.rename_me(self.model.me)
 
     def _take_rooms(self, event: Rooms) -> None:
@@ -7386,7 +7354,6 @@ class DemoPeer:
     def __init__(self, name: str, address: tuple[str, int]):
         self.sock = socket.create_connection(address, DEMO_SECONDS)
         self.file = self.sock.makefile("r", encoding="utf-8", errors="replace")
-        self.ids: list[str] = []  # of the messages that it has read
         self.send("CAP REQ :message-tags server-time", "CAP END")
         self.send(f"NICK {name}", f"USER {name} 0 * :{name}")
         self.send(*(f"JOIN {channel}" for channel in DEMO_CHANNELS), "PING in")
