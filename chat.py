@@ -11149,6 +11149,7 @@ TOKEN_CHARACTERS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN_CHARACTERS}) ([!-~]+) HTTP/1\.(\d)")
 HEADER_NAME = re.compile(TOKEN_CHARACTERS)
 NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+BLANK_LINE, HEAD_END = re.compile(rb"\r?\n"), re.compile(rb"\n\r?\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 
 
@@ -11296,19 +11297,15 @@ class HttpReader:
 
     def _head(self) -> Request | None:
         """Take the head of a request; None if it is incomplete. Raises BadRequest."""
-        for end in (b"\r\n", b"\n"):  # RFC 9112 section 2.2: some clients add one
-            if self.data.startswith(end, self.start):
-                self.start += len(end)
-                break
-        ends = (self.data.find(end, self.start) for end in (b"\n\r\n", b"\n\n"))
-        end = min((end for end in ends if end >= 0), default=-1)
-        if end < 0 or end - self.start > self.limit:
+        if blank := BLANK_LINE.match(self.data, self.start):  # RFC 9112 section 2.2
+            self.start = blank.end()
+        end = HEAD_END.search(self.data, self.start)
+        if end is None or end.start() - self.start > self.limit:
             if len(self.data) - self.start > self.limit:
                 first = self.data.find(b"\n", self.start, self.start + self.limit) < 0
                 raise BadRequest(414 if first else 431, f"a head has at most {self.limit:,} bytes")
             return None
-        head = self.data[self.start : end]
-        self.start = end + (3 if self.data.startswith(b"\n\r", end) else 2)
+        head, self.start = self.data[self.start : end.start()], end.end()
         lines = [line.removesuffix(b"\r") for line in head.split(b"\n")]
         if len(lines) > HEADERS_MOST:
             raise BadRequest(431, f"a request has at most {HEADERS_MOST} headers")
@@ -20513,9 +20510,7 @@ class Peer(Connection):
             self.server.times.silent.discard(self)
             if self.tls is None and TLS_FIRST_BYTES.startswith(data[:2]):
                 if self.server.tls_context is None:
-                    log.info(
-                        "%s speaks TLS, and there is no certificate (--tls-cert)", self.address
-                    )
+                    log.info("%s speaks TLS; there is no certificate (--tls-cert)", self.address)
                     return self.drop("no TLS here")
                 self.held = True  # until it has its turn
                 self.server.beat.handshakes[self] = data

@@ -1423,11 +1423,6 @@ class Overview:
 
     def _server(self, seat: chat.Seat) -> Server:
         core, link, outbox = seat.core, seat.link, seat.core.outbox
-        left = link.again.when - self.client.loop.now if link.again else 0
-        known = next((one for one in self.servers if one.number == seat.screen.number), None)
-        retry_at = time.monotonic() + left if link.again else 0.0
-        if known and abs(known.retry_at - retry_at) < 0.5:
-            retry_at = known.retry_at
         return Server(
             seat.screen.number,
             str(link.given),
@@ -1436,7 +1431,7 @@ class Overview:
             core.ready,
             seat.screen.status,
             seat.screen.statuses,
-            retry_at,
+            link.again.when if link.again else 0.0,
             len(outbox.waiting),
             len(outbox.parked),
             link.certificate.doubted,
@@ -2140,11 +2135,10 @@ class Engine(chat.ManyServers):
     def _place(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view of the core at once, before a message that comes after it. Without a
         conversation it waits for the end of the segment, which may open the first one."""
-        if seat.core.room and (
-            view.kind == chat.FAILED or self.TAKEN.get(view.kind) is Engine._keep
-        ):
+        handler = self.TAKEN.get(view.kind)
+        if seat.core.room and handler in (Engine._keep, Engine._failed):
             seat.screen.placed[id(view)] = view
-            self.TAKEN[view.kind](self, seat, view)
+            handler(self, seat, view)
 
     def _keep(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view, unless the core has done so."""
@@ -2392,17 +2386,16 @@ class Timers:
     def later(self, what: str, milliseconds: int, act: Callable[[], Any]) -> None:
         """Call back later; a call for the same purpose is put off."""
         self.cancel(what)
-
-        def due() -> None:
-            self.ids.pop(what, None)
-            act()
-
-        self.ids[what] = self.root.after(milliseconds, due)
+        self.ids[what] = self.root.after(milliseconds, self._due, what, act)
 
     def soon(self, what: str, act: Callable[[], Any]) -> None:
         """Call back once, when Tk has nothing else to do."""
         if not self.waits(what):
-            self.ids[what] = self.root.after_idle(lambda: (self.ids.pop(what, None), act()))
+            self.ids[what] = self.root.after_idle(self._due, what, act)
+
+    def _due(self, what: str, act: Callable[[], Any]) -> None:
+        self.ids.pop(what, None)
+        act()
 
     def waits(self, what: str) -> bool:
         return what in self.ids
@@ -2597,9 +2590,7 @@ def output_of(*command: str) -> str:
     if not shutil.which(command[0]):
         return ""
     try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=PROBE_SECONDS, check=False, text=True
-        )
+        done = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS, text=True)
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
     return done.stdout
@@ -3422,9 +3413,7 @@ def decoded_elsewhere(file: chat.FileTag, data: bytes, by: int, paper: str) -> b
     arguments = [TK_FORMATS[file.type], str(by), wanted, paper]
     command = [sys.executable, "-I", "-c", DECODER, *arguments]
     try:
-        done = subprocess.run(
-            command, input=data, capture_output=True, timeout=DECODE_SECONDS, check=False
-        )
+        done = subprocess.run(command, input=data, capture_output=True, timeout=DECODE_SECONDS)
     except (OSError, ValueError, MemoryError, subprocess.SubprocessError):
         return b""
     return done.stdout
@@ -3531,15 +3520,21 @@ class PictureWindow(tk.Toplevel):
         self.image: tk.PhotoImage | None = image
         wide, high = image.width(), image.height()
         self.canvas = tk.Canvas(self, background=look.colours.paper, highlightthickness=0)
-        self.canvas.configure(scrollregion=(0, 0, wide, high), xscrollincrement=20)
+        self.canvas.configure(scrollregion=(0, 0, wide, high))
+        self.canvas.configure(xscrollincrement=20, yscrollincrement=20)
         self.canvas.configure(width=min(wide, self.winfo_screenwidth() * 3 // 4))
         self.canvas.configure(height=min(high, self.winfo_screenheight() * 3 // 4))
-        self.canvas.configure(yscrollincrement=20)
         self.canvas.create_image(0, 0, anchor="nw", image=image)
         self.columnconfigure(0, weight=1)
         self.rowconfigure(0, weight=1)
         self.canvas.grid(row=0, column=0, sticky="nswe")
-        self._add_bars()
+        across = ttk.Scrollbar(self, orient="horizontal", command=self.canvas.xview)
+        down = ttk.Scrollbar(self, command=self.canvas.yview)
+        self.canvas.configure(xscrollcommand=across.set, yscrollcommand=down.set)
+        if wide > int(self.canvas.cget("width")):
+            across.grid(row=1, column=0, sticky="we")
+        if high > int(self.canvas.cget("height")):
+            down.grid(row=0, column=1, sticky="ns")
         self._bind_scrolling(self.canvas.yview_scroll, "Up", "Down", "")
         self._bind_scrolling(self.canvas.xview_scroll, "Left", "Right", "Shift-")
         self.bind("<Escape>", lambda _: self.destroy())
@@ -3561,15 +3556,6 @@ class PictureWindow(tk.Toplevel):
     def destroy(self) -> None:
         super().destroy()
         self.image = None  # all of its pixels
-
-    def _add_bars(self) -> None:
-        across = ttk.Scrollbar(self, orient="horizontal", command=self.canvas.xview)
-        down = ttk.Scrollbar(self, command=self.canvas.yview)
-        self.canvas.configure(xscrollcommand=across.set, yscrollcommand=down.set)
-        if self.image.width() > int(self.canvas.cget("width")):
-            across.grid(row=1, column=0, sticky="we")
-        if self.image.height() > int(self.canvas.cget("height")):
-            down.grid(row=0, column=1, sticky="ns")
 
 
 class Strip(ttk.Frame):
@@ -4063,9 +4049,6 @@ class Pointer:
         self.menu_for: Callable[[Row, Any], Any] = chat.do_nothing
         self.acted: Callable[[str, Row], None] = chat.do_nothing
         self.told: Callable[[str], None] = chat.do_nothing  # about the row under the pointer
-        self._bind_all()
-
-    def _bind_all(self) -> None:
         text = self.text
         text.bind("<Button-1>", self._press, add=True)
         text.bind("<ButtonRelease-1>", self._click)
@@ -4197,10 +4180,6 @@ class Transcript(ttk.Frame):
             button.configure(takefocus=False)
         self.top = ttk.Label(self, style="Dim.Card.TLabel")
         self.typing = ttk.Label(self, style="Dim.Card.TLabel")
-        self._bind_all()
-        look.follow(self._break_again)
-
-    def _bind_all(self) -> None:
         text = self.text
         text.bind("<Configure>", self._resized)
         text.bindtags(("UserScrolls", *text.bindtags()))
@@ -4211,6 +4190,7 @@ class Transcript(ttk.Frame):
         text.bind("<Prior>", self._go_up, add=True)
         text.bind("<Home>", lambda _: text.see("1.0") or "break")
         text.bind("<End>", lambda _: self.to_bottom() or "break")
+        look.follow(self._break_again)
 
     def _scrolls(self, event: Any = None) -> None:
         """Note that the user scrolls: all other movements are Tk's, when it lays out lines."""
@@ -4508,10 +4488,9 @@ class Panes(ttk.PanedWindow):
     def __init__(self, parent: tk.Misc, look: Look):
         super().__init__(parent, orient="horizontal")
         self.look = look
-        self.order: list[tk.Misc] = []  # from left to right
         self.middle: tk.Misc = self
         self.wide: dict[str, float] = {}  # of the panes at the sides, in heights of a line
-        self.names: dict[str, tk.Misc] = {}
+        self.names: dict[str, tk.Misc] = {}  # from left to right
         self.timer = ""  # until they are arranged
         look.follow(self.arrange_soon)
         self.bind("<ButtonRelease-1>", lambda _: self._measure(), add=True)
@@ -4520,9 +4499,7 @@ class Panes(ttk.PanedWindow):
 
     def compose(self, order: dict[str, tk.Misc], middle: tk.Misc, wide: dict[str, float]) -> None:
         """Take all panes there are, from left to right, and their widths at first."""
-        self.names, self.middle = order, middle
-        self.order = list(order.values())
-        self.wide = dict(wide)
+        self.names, self.middle, self.wide = order, middle, dict(wide)
 
     def is_shown(self, name: str) -> bool:
         return str(self.names[name]) in map(str, self.panes())
@@ -4530,8 +4507,8 @@ class Panes(ttk.PanedWindow):
     def show(self, name: str, on: bool) -> None:
         pane = self.names[name]
         if on and not self.is_shown(name):
-            shown = [one for one in self.order if str(one) in map(str, self.panes()) or one is pane]
-            place = shown.index(pane)
+            shown = [one for one in self.names if self.is_shown(one) or one == name]
+            place = shown.index(name)
             weight = 1 if pane is self.middle else 0
             self.insert(place if place < len(shown) - 1 else "end", pane, weight=weight)
         elif not on and self.is_shown(name):
@@ -4632,7 +4609,12 @@ class Sidebar(ttk.Frame):
         self.tree = scrolled_tree(self, look, "count")
         self.tree.column("count", anchor="e", stretch=False)
         look.follow(self.recolour)
-        self._bind_all()
+        tree = self.tree
+        tree.bind("<<TreeviewSelect>>", self._selected)
+        tree.bind("<Button-1>", self._press, add=True)
+        tree.bind("<B1-Motion>", self._drag)
+        tree.bind("<ButtonRelease-1>", self._drop)
+        bind_menu(tree, self._menu)
 
     def recolour(self) -> None:
         look, c, tag = self.look, self.look.colours, self.tree.tag_configure
@@ -4643,14 +4625,6 @@ class Sidebar(ttk.Frame):
         tag("called", font=look.bold, foreground=c.bad)
         tag("muted", foreground=c.pale, font=look.font)
         tag("outside", foreground=c.dim, font=look.italic)
-
-    def _bind_all(self) -> None:
-        tree = self.tree
-        tree.bind("<<TreeviewSelect>>", self._selected)
-        tree.bind("<Button-1>", self._press, add=True)
-        tree.bind("<B1-Motion>", self._drag)
-        tree.bind("<ButtonRelease-1>", self._drop)
-        bind_menu(tree, self._menu)
 
     # What there is
 
@@ -4809,13 +4783,9 @@ class Sidebar(ttk.Frame):
         if row[:1] != "r" or abs(event.y - self.pressed_at) < DRAG_PIXELS:
             return "break"
         self.dragged = row
-        target = self.tree.identify_row(event.y)
-        if (
-            target[:1] == "r"
-            and self.tree.parent(target) == self.tree.parent(row)
-            and target != row
-        ):
-            self.tree.move(row, self.tree.parent(row), self.tree.index(target))
+        target, parent = self.tree.identify_row(event.y), self.tree.parent(row)
+        if target[:1] == "r" and target != row and self.tree.parent(target) == parent:
+            self.tree.move(row, parent, self.tree.index(target))
         return "break"
 
     def _drop(self, event: Any) -> None:
@@ -5007,7 +4977,7 @@ class Panel(ttk.Frame):
         close = ttk.Button(head, text="\u2715", style="Plain.TButton")
         close.configure(command=lambda: self.closed())
         close.pack(side="right")
-        self.title = ttk.Label(head, style="Card.TLabel")
+        self.title = ttk.Label(head, style="Card.TLabel", font=look.bold)
         self.title.pack(side="left", fill="x", expand=True)
         head.pack(fill="x")
         self.field = Field(self, look, self.enter, width=20)
@@ -5021,13 +4991,6 @@ class Panel(ttk.Frame):
         self.text.pack(side="left", fill="both", expand=True)
         self._name_scope()
         look.follow(self.recolour)
-        self._bind_all()
-
-    def recolour(self) -> None:
-        self.configure(padding=(self.look.part(0.5), self.look.part(0.3), 0, 0))
-        self.title.configure(font=self.look.bold)
-
-    def _bind_all(self) -> None:
         text = self.text
         text.bind("<Configure>", self._break_again)
         self.look.follow(self._break_again)
@@ -5037,6 +5000,9 @@ class Panel(ttk.Frame):
             text.bind(key, functools.partial(self._choose, step))
         self.field.bind("<Down>", functools.partial(self._choose, 1))
         offer_menu(text, self.look, "Copy")
+
+    def recolour(self) -> None:
+        self.configure(padding=(self.look.part(0.5), self.look.part(0.3), 0, 0))
 
     # The field
 
@@ -5605,11 +5571,10 @@ class SettingsCard(Card):
         else:
             field = Field(self.body, self.look, lambda: self._enter(name), width=16)
             field.bind("<FocusOut>", lambda _: self._enter(name))
-        field.grid(
-            row=row, column=1, padx=self.look.part(0.6), pady=self.look.part(0.12), sticky="we"
-        )
+        pad["sticky"] = "we"
+        field.grid(row=row, column=1, padx=self.look.part(0.6), **pad)
         about = ttk.Label(self.body, text=setting.summary, style="Dim.Card.TLabel")
-        about.grid(row=row, column=2, **{**pad, "sticky": "we"})
+        about.grid(row=row, column=2, **pad)
         self.fields[name] = field
         self.abouts.append(about)
 
@@ -7533,13 +7498,7 @@ def main(arguments: list[str] | None = None) -> int:
     sharpen()
     trust = chat.Trust(args.ca, args.pin, args.insecure, args.client_cert)
     options = WindowOptions(
-        whole(args.name),
-        whole(args.server),
-        args.plain,
-        args.password or "",
-        trust,
-        state,
-        config,
+        whole(args.name), whole(args.server), args.plain, args.password or "", trust, state, config
     )
     try:
         window = Window(options)
