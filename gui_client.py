@@ -4195,6 +4195,7 @@ class Transcript(ttk.Frame):
     def _scrolls(self, event: Any = None) -> None:
         """Note that the user scrolls: all other movements are Tk's, when it lays out lines."""
         self.timers.later("scrolling", SCROLL_MS, chat.do_nothing)
+        self.timers.cancel("stay")
 
     def yview(self, *where: Any) -> None:
         """Scroll, as the user wants."""

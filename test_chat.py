@@ -35492,6 +35492,18 @@ def test_only_the_file_that_the_user_opens_is_opened_when_it_is_there(refused):
     assert list(asker.wanted.opening) == ([] if refused else ["wanted"])
 
 
+def test_a_page_that_is_about_to_stay_at_its_end_goes_where_the_user_scrolls(window):
+    alice = window(name="")
+    page = alice.transcript
+    rows = tuple(gui_client.Row(said(f"{n}", time=EIGHT + n)) for n in range(150))
+    page.reset(gui_client.Rows(1, gui_client.RESET, rows))
+    pump(alice, lambda: page.text.compare("top", ">", "1.0"))
+    page.timers.soon("stay", page._stay)
+    page.yview("moveto", 0)
+    pump(alice, lambda: not page.at_bottom)
+    assert page.text.yview()[0] == 0
+
+
 def test_few_pictures_are_kept_and_the_page_is_as_high_with_them_as_without(window, monkeypatch):
     monkeypatch.setattr(gui_client, "PICTURES_KEPT", 2)
     alice, data = window(name=""), drawn_png(60, 90)
