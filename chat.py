@@ -12199,9 +12199,8 @@ def tell_progress(session: WebSession, id: str, at: int) -> None:
         return answer_file(session, 204, "", *headers)
     if session.request.method == "HEAD":
         name = base64.b64encode(file.name.encode()).decode()
-        known = (f"Upload-Length: {file.size}", f"Upload-Metadata: filename {name}")
-        known = (*known, "Cache-Control: no-store")
-        return answer_file(session, 200, "", *headers, *known)
+        headers += [f"Upload-Length: {file.size}", f"Upload-Metadata: filename {name}"]
+        return answer_file(session, 200, "", *headers, "Cache-Control: no-store")
     authority = session.request.host or session.conn.local  # unless another one is known
     link = f"{base_url(session.site, session.conn.secure, authority)}/files/{id}"
     return answer_file(session, 201, "", f"Location: {link}", *headers)

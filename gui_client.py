@@ -784,11 +784,7 @@ def divisor(file: chat.FileTag, box: tuple[int, int]) -> int:
     return max(1, -(-file.width // box[0]), -(-file.height // box[1]))
 
 
-def shown_height(file: chat.FileTag, box: tuple[int, int]) -> int:
-    return -(-file.height // divisor(file, box))
-
-
-def file_pieces(row: Row, style: Style, trouble: str = "") -> list:
+def file_pieces(row: Row, style: Style, trouble: str) -> list:
     """Return the lines about a file: the card, and the space of a picture."""
     file = chat.parse_file_tag(row.view.file)
     if file is None:
@@ -807,7 +803,8 @@ def file_pieces(row: Row, style: Style, trouble: str = "") -> list:
         pieces += ["   ", tags, "Show", (*tags, "show")]
     pieces += [" ", tags, "\n", ("said",)]
     if inline:
-        pieces += ["\n", ("said", "picture", f"space{shown_height(file, style.box)}")]
+        height = -(-file.height // divisor(file, style.box))
+        pieces += ["\n", ("said", "picture", f"space{height}")]
     return pieces
 
 
@@ -843,7 +840,7 @@ def text_pieces(row: Row, style: Style, expanded: bool) -> list:
 
 
 def said_pieces(
-    row: Row, style: Style, headed: bool, expanded: bool, me: str, trouble: str = ""
+    row: Row, style: Style, headed: bool, expanded: bool, me: str, trouble: str
 ) -> list:
     """Return a message, with a head if the one before it is of another speaker."""
     return [
@@ -1635,7 +1632,10 @@ class Watched:
         if not self.is_at(number):
             return
         if self.past:
-            return self._more_past()
+            views = self.seat.core.stored.beside(room, self.past[0], ROWS_MORE)
+            self.past[:0] = views
+            self._send_rows(START, views)
+            return self.tell(Fetching(room.id, more=bool(views)))
         before = self.count
         # Before there is a message, nothing is older: the first page is still to come
         if not any(view.kind in chat.SPOKEN for view in room.views):
@@ -1645,12 +1645,6 @@ class Watched:
         elif self.count == before:
             self._tell_fetched(came=False)
         return None
-
-    def _more_past(self) -> None:
-        views = self.seat.core.stored.beside(self.room, self.past[0], ROWS_MORE)
-        self.past[:0] = views
-        self._send_rows(START, views)
-        self.tell(Fetching(self.room.id, more=bool(views)))
 
     def newer(self, number: int) -> None:
         """Fetch what follows on rows of the past."""
@@ -4496,7 +4490,7 @@ class Panes(ttk.PanedWindow):
         look.follow(self.arrange_soon)
         self.bind("<ButtonRelease-1>", lambda _: self._measure(), add=True)
         self.bind("<Configure>", lambda _: self.arrange_soon())
-        self.bind("<Destroy>", lambda _: self._stop())
+        self.bind("<Destroy>", lambda _: self.timer and self.after_cancel(self.timer))
 
     def compose(self, order: dict[str, tk.Misc], middle: tk.Misc, wide: dict[str, float]) -> None:
         """Take all panes there are, from left to right, and their widths at first."""
@@ -4518,10 +4512,6 @@ class Panes(ttk.PanedWindow):
 
     def arrange_soon(self) -> None:
         self.timer = self.timer or self.after(SASH_MS, self.arrange)
-
-    def _stop(self) -> None:
-        if self.timer:
-            self.after_cancel(self.timer)
 
     def arrange(self) -> None:
         """Give the panes at the sides their widths; the middle has the rest."""
@@ -5634,12 +5624,7 @@ class Banner(ttk.Frame):
     def shown(self) -> bool:
         return bool(self.winfo_manager())
 
-    def show(
-        self,
-        text: str,
-        *buttons: tuple[str, Callable[[], None]],
-        dropped: Callable[[], None] = chat.do_nothing,
-    ) -> None:
+    def show(self, text: str, dropped: Callable[[], None], *buttons: tuple[str, Callable]) -> None:
         """Show a text and buttons; call back when they are gone."""
         if self.shown:
             self.hide()
@@ -5748,7 +5733,7 @@ class Notices:
             self.rang = time.monotonic()
             self.root.bell()
 
-    def flash(self, on: bool = True) -> None:
+    def flash(self, on: bool) -> None:
         """Ask for attention in the task bar, or no more; Tk cannot do that."""
         if on == self.flashes:
             return
@@ -5975,14 +5960,14 @@ class Writing(Acts):
         if not row.view.id or not server or "reply" not in server.can:
             return self.window.tell("this message cannot be answered here")
         text = f"Reply to {shorter(row.view.name, 30)}: {excerpt(row.view.text)}"
-        self.banner.show(text, dropped=self._forget_reply)
+        self.banner.show(text, self._forget_reply)
         self.reply = row
         return self.compose.focus_set()
 
     def _show_over_reply(self, about: str, *buttons: tuple[str, Callable[[], None]]) -> None:
         """Show a banner about a paste. The text is still an answer, as is shown afterwards."""
         self.banner.dropped = chat.do_nothing
-        self.banner.show(about, *buttons, dropped=self._paste_told)
+        self.banner.show(about, self._paste_told, *buttons)
 
     def _paste_told(self) -> None:
         self.about_text = False
