@@ -7197,13 +7197,6 @@ class HubUnpickler(pickle.Unpickler):
         raise ValueError(f"a snapshot has no {name}")
 
 
-def saved_state(one: Any) -> dict[str, Any]:
-    """Return the fields of a user, channel or session that are saved."""
-    cls = next(cls for cls in LINKED if isinstance(one, cls))
-    names = [name for name in cls.__slots__ if cls is not Channel or name not in MADE_AGAIN]
-    return {name: getattr(one, name) for name in names}
-
-
 def save_hub(hub: Hub) -> bytes:
     """Return a snapshot of a Hub, between two turns."""
     file = io.BytesIO()
@@ -7214,9 +7207,12 @@ def save_hub(hub: Hub) -> bytes:
     whole["starts"] = hub.ids.starts
     whole["sessions"] = {id: one for id, one in hub.sessions.items() if one.user or one.follows}
     pickler.dump(whole)
+    kinds = []
     for one in pickler.objects:  # each may refer to more of them, which follow
-        pickler.dump(saved_state(one))
-    kinds = [[isinstance(one, cls) for cls in LINKED].index(True) for one in pickler.objects]
+        kind, cls = next(pair for pair in enumerate(LINKED) if isinstance(one, pair[1]))
+        names = [name for name in cls.__slots__ if cls is not Channel or name not in MADE_AGAIN]
+        pickler.dump({name: getattr(one, name) for name in names})
+        kinds.append(kind)
     return zlib.compress(pickle.dumps((kinds, file.getvalue())), 1)
 
 
@@ -19813,15 +19809,11 @@ class Connection:
         except TlsFailed as failure:
             return self.drop(f"{TLS_TROUBLE}{failure}")
         self.direct = self.shared and not self.queue.size and self.state == OPEN
-        if self.unsent or self.mask != READ or self.state != OPEN:
-            self._flushed()
-
-    def _flushed(self) -> None:
-        """Handle the less common cases: bytes are left or were left, or a close() goes on."""
-        self.lagging()
-        if self.state == CLOSING and not self.unsent:
-            self._hang_up()
-        self.update()
+        if self.unsent or self.mask != READ or self.state != OPEN:  # which is less common
+            self.lagging()
+            if self.state == CLOSING and not self.unsent:
+                self._hang_up()
+            self.update()
 
     def encrypt(self, tls: TlsFilter) -> None:
         """Start TLS: from here on all bytes go through this filter, the handshake first."""

@@ -2025,17 +2025,12 @@ class Engine(chat.ManyServers):
             self.took()
             self.publish()
             for seat in self.seats:
-                self._let_go(seat)
+                if seat.link.conn:
+                    seat.link.conn.sock.close()
+                if seat.core.outbox.rows:
+                    seat.core.outbox.rows.close()  # another engine may want it
             self.close()
             self.loop.close()
-
-    @staticmethod
-    def _let_go(seat: chat.Seat) -> None:
-        """Close what a seat holds: another engine may want the same outbox."""
-        if seat.link.conn:
-            seat.link.conn.sock.close()
-        if seat.core.outbox.rows:
-            seat.core.outbox.rows.close()
 
     def over(self, reason: str) -> None:
         self.ended = reason
@@ -5287,7 +5282,7 @@ class ConnectCard(Card):
         self.error = ttk.Label(self, style="Bad.Card.TLabel")
         self.found = ttk.Label(body, style="Dim.Card.TLabel")
         self.known = ttk.Button(body, text="Recent servers \u25be", command=self._show_recent)
-        for row in (
+        for widgets in (
             (ttk.Label(body, text="Your name", style="Card.TLabel"), self.name),
             (ttk.Label(body, text="Server", style="Card.TLabel"), self.server),
             (self.known, self._check("Encrypt the connection (TLS)", self.tls)),
@@ -5295,20 +5290,17 @@ class ConnectCard(Card):
             (self._check("This is a new account: register it", self.register),),
             (ttk.Label(body, text=PASSWORD_LABEL, style="Card.TLabel"), self.password),
         ):
-            self._add_row(row)
+            for widget in widgets:
+                fill = "none" if isinstance(widget, (ttk.Button, ttk.Checkbutton)) else "x"
+                widget.pack(fill=fill, anchor="w", pady=(0, look.part(0.15)))
+                widget.lift()  # Tab goes through widgets in this order
+            widgets[-1].pack_configure(pady=(0, look.part(0.4)))
         self.error.pack(side="bottom", fill="x", before=self.page)  # in sight wherever the page is
         self.go = self.add_button("Connect", self.enter, first=True)
         self.cancel = self.add_button("Cancel", self.hide)
 
     def _check(self, text: str, variable: tk.BooleanVar) -> ttk.Checkbutton:
         return ttk.Checkbutton(self.body, text=text, variable=variable)
-
-    def _add_row(self, widgets: tuple) -> None:
-        for widget in widgets:
-            fill = "none" if isinstance(widget, (ttk.Button, ttk.Checkbutton)) else "x"
-            widget.pack(fill=fill, anchor="w", pady=(0, self.look.part(0.15)))
-            widget.lift()  # Tab goes through widgets in this order
-        widgets[-1].pack_configure(pady=(0, self.look.part(0.4)))
 
     def show(self, name: str, server: str, error: str = "") -> None:
         self._take(name, server)
@@ -6301,7 +6293,11 @@ class MessageActs(Acts):
             self._add_answers(menu, row)
             menu.add_separator()
         if file := chat.parse_file_tag(view.file):
-            self._add_file(add, file)
+            add("Save the file", "save")
+            add("Save the file as \u2026", "save-as")
+            if is_decodable(file):
+                add("Show the picture in full", "picture")
+            add("Open the file", "open", file.type in OPENED_TYPES)
             menu.add_separator()
         add("Copy text", "copy")
         if message and len(beginning(view.text)) < len(view.text):
@@ -6334,14 +6330,6 @@ class MessageActs(Acts):
         menu.add_cascade(label="React", menu=choices, state=enabled("react" in can))
         if row.view.mine or self.window.people.is_operator(self.model.me):
             self._add(menu, row, "Take it back", "redact", "redact" in can)
-
-    @staticmethod
-    def _add_file(add: Callable[..., None], file: chat.FileTag) -> None:
-        add("Save the file", "save")
-        add("Save the file as \u2026", "save-as")
-        if is_decodable(file):
-            add("Show the picture in full", "picture")
-        add("Open the file", "open", file.type in OPENED_TYPES)
 
     def act(self, what: str, row: Row) -> None:
         what, _, more = what.partition(" ")
