@@ -21557,11 +21557,6 @@ class Server:
             names = {file.on_disk for file in self.hub.files.values()}
             self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
 
-    def looks_after(self, file: StoredFile) -> bool:
-        """Return whether this server is the one to remove a file that is too old."""
-        abandoned = self.cluster and self.cluster.leads and file.node not in self.hub.nodes
-        return self.site.has_content(file) or bool(abandoned)
-
     def expire_files(self) -> None:
         """Remove old files, and uploads that are a day old, by the clock or since first seen."""
         now, before, self.uploads_seen = self.sure_time(), self.uploads_seen, {}
@@ -21571,7 +21566,9 @@ class Server:
             if not file.sha:
                 seen = self.uploads_seen[file.id] = before.get(file.id, self.loop.now)
                 age, most = max(age, self.loop.now - seen), UPLOAD_SECONDS
-            if age > most and self.looks_after(file) and file.id not in under_way:
+            abandoned = self.cluster and self.cluster.leads and file.node not in self.hub.nodes
+            is_ours = self.site.has_content(file) or abandoned
+            if age > most and is_ours and file.id not in under_way:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 

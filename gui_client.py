@@ -4170,7 +4170,7 @@ class Transcript(ttk.Frame):
         self.top = ttk.Label(self, style="Dim.Card.TLabel")
         self.typing = ttk.Label(self, style="Dim.Card.TLabel")
         text = self.text
-        text.bind("<Configure>", self._resized)
+        text.bind("<Configure>", lambda _: self._stay() or self._break_again())
         text.bindtags(("UserScrolls", *text.bindtags()))
         for sequence in SCROLLING:
             text.bind_class("UserScrolls", sequence, self._scrolls)
@@ -4190,10 +4190,6 @@ class Transcript(ttk.Frame):
         """Scroll, as the user wants."""
         self._scrolls()
         self.text.yview(*where)
-
-    def _resized(self, event: Any) -> None:
-        self._stay()
-        self._break_again()
 
     def _break_again(self) -> None:
         """Break lines from right to left again, if they have more room or less."""
@@ -6433,10 +6429,6 @@ class RoomActs(Acts):
         self.window.writing.closed = number = number or self.model.here
         self.do("close", number)
 
-    def mute_this(self) -> None:
-        if room := self.model.room:
-            self.do("mute", room.number, not room.muted)
-
     def _calls(self, room: RoomInfo) -> list[str]:
         """Return the words of the setting that make every message of a channel a mention."""
         words = self.model.values.get("highlight", "").split()
@@ -6643,7 +6635,7 @@ class Commands(Acts):
             ("Join a channel \u2026", rooms.ask_channel, ""),
             ("Write to a user \u2026", rooms.ask_private, ""),
             ("Send a file \u2026", self.files.ask, "Ctrl+O"),
-            (mute, rooms.mute_this, ""),
+            (mute, lambda: room and self.do("mute", room.number, not room.muted), ""),
             ("Close this conversation", rooms.close, "Ctrl+W"),
             None,
             ("Search \u2026", self.ask_search, "Ctrl+F"),
@@ -7451,13 +7443,6 @@ def heed_signals(window: Window) -> None:
     window.waker.wake_on_signals()
 
 
-def sharpen() -> None:
-    """Tell Windows that this program draws for fine screens: it would blur it otherwise."""
-    if os.name == "nt":
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.OleDLL("shcore").SetProcessDpiAwareness(1)
-
-
 def main(arguments: list[str] | None = None) -> int:
     try:
         args = command_line().parse_args(arguments)
@@ -7469,7 +7454,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(message)s")
     if args.demo:
         return make_pictures(args.demo)
-    sharpen()
+    if os.name == "nt":  # which blurs a program that does not say it draws for fine screens
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.OleDLL("shcore").SetProcessDpiAwareness(1)
     trust = chat.Trust(args.ca, args.pin, args.insecure, args.client_cert)
     options = WindowOptions(
         whole(args.name), whole(args.server), args.plain, args.password or "", trust, state, config
