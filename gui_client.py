@@ -605,6 +605,7 @@ LABEL_SHOWN = 300  # ... of a label ...
 CLOCK_SHOWN = 40  # ... and of a time
 NAME_TAGS = 12
 GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
+WHY_AGAIN = "; trying again"  # behind why there is no connection
 
 ONLY_LINK = re.compile(r".+ \([^()]*\d [KMG]?B\): \S+")  # what clients say of a file they send
 
@@ -1120,8 +1121,8 @@ def status_text(server: Server | None, now: float) -> str:
         return f"{server.address} has a certificate that is not trusted"
     if server.retry_at:
         seconds = max(0, round(server.retry_at - now))
-        why = server.status.partition("; trying again")[0]
-        return f"{why}; trying again in {seconds} s"
+        why = server.status.partition(WHY_AGAIN)[0]
+        return f"{why}{WHY_AGAIN} in {seconds} s"
     return server.status or f"{server.phase} {server.address}"
 
 
@@ -1254,7 +1255,6 @@ FETCHES = 2  # of pictures, at once
 FETCH_TRIES = 2  # for one picture: the line may break
 LEAVE_SECONDS = 0.8  # to hear the server out; the window is gone within a second
 SERVER_NUMBERS = itertools.count(1)
-WHY_AGAIN = "; trying again"
 
 Tell = Callable[[Any], None]  # takes an event for the next batch
 Place = tuple[chat.Seat, chat.Room]  # a conversation, and its server
