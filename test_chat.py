@@ -34142,7 +34142,7 @@ def test_a_window_opens_at_the_newest_message(running, window):
     for _ in range(3):
         alice = at_home(window(server.address))
         see(alice, "message 299")  # Tk lays out lines a few at a time, also after that
-        pump(alice, lambda: alice.transcript.text.yview()[1] == 1.0)
+        pump(alice, lambda alice=alice: alice.transcript.text.yview()[1] == 1.0)
         assert alice.transcript.at_bottom
         alice.close()
 
