@@ -1635,13 +1635,11 @@ class ServerCalls(typing.Protocol):
     # Run job() on a helper thread after this turn's commit; session.take_result() gets its result
     def later(self, session: "LocalSession", lane: str, job: Callable, then: "Awaited") -> None: ...
 
-    # Run job() on a helper thread; call then(its result). The session waits: conn.release()
-    def run_to_end(
-        self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
+    # Run job() on a helper thread, behind other jobs of its owner: an address; "" is the server.
+    # Then call then(its result), also if the session is not there any more
+    def background(
+        self, lane: str, job: Callable[[], Any], owner: str = "", then: Callable = do_nothing
     ) -> None: ...
-
-    # Run job() on a helper thread, behind other jobs of its owner: an address; "" is the server
-    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None: ...
 
 
 # Files
@@ -6542,8 +6540,6 @@ class LogLost(LogUnusable):
 
 
 class NatsMessage(NamedTuple):
-    """A message from a NATS server."""
-
     subject: str  # to which it was published; a consumer delivers it elsewhere
     subscription: str  # which brings it
     reply: str  # where an answer goes; "" for none
@@ -6691,8 +6687,6 @@ class NatsDialogue:
 
 
 class LogEntry(NamedTuple):
-    """A message of the log."""
-
     sequence: int
     time: int  # milliseconds since 1970: when the log took it, the same for all who read it
     data: bytes
@@ -6744,8 +6738,7 @@ class NatsLog:
         self.applied = applied  # the last entry that this node has applied; it is read again, ...
         self.next = max(applied, 1)  # ... so that a log that is another one is noticed
         self.last = 0  # of the log, when it was opened
-        self.reading = False
-        self.subscription = ""  # to the present consumer ...
+        self.subscription = ""  # to the present consumer; "" before the first one ...
         self.delivered = 0  # ... and its number of the last entry
         self.heard = self.now = 0.0  # on the monotonic clock
         self.asked: float | None = None  # since when an answer of the API is awaited
@@ -6797,10 +6790,6 @@ class NatsLog:
             "num_replicas": replicas,
             "max_age": int(self.keep_days * 86_400) * 10**9,
             "duplicate_window": LOG_DUPLICATES_SECONDS * 10**9,
-            "max_msgs": -1,
-            "max_bytes": -1,
-            "max_msg_size": -1,
-            "max_consumers": -1,
         }
 
         def created(answer: dict, error: int | None) -> None:
@@ -6835,7 +6824,6 @@ class NatsLog:
 
     def _consume(self) -> None:
         """Make an ordered consumer: one that is thrown away when a message is missing."""
-        self.reading = True
         self.delivered = 0
         delivery = f"{self.dialogue.inbox}-log.{next(self.dialogue.numbers)}"
         self.subscription = self.dialogue.subscribe(delivery, self.subscription)
@@ -6901,7 +6889,7 @@ class NatsLog:
     @property
     def is_empty(self) -> bool:
         """True if the log has no entry for this node, from the start of reading."""
-        return self.reading and self.asked is None and self.last < self.next
+        return bool(self.subscription) and self.asked is None and self.last < self.next
 
     def tick(self, now: float) -> None:
         """Handle answers and entries that are overdue. Called about once a second."""
@@ -6909,7 +6897,7 @@ class NatsLog:
         if self.asked is not None and now - self.asked > LOG_ANSWER_SECONDS:
             raise NatsFailed("JetStream does not answer")
         silence = LOG_HEARTBEATS_MISSED * LOG_HEARTBEAT_SECONDS
-        if self.reading and self.asked is None and now - self.heard > silence:
+        if self.subscription and self.asked is None and now - self.heard > silence:
             self._consume()
 
 
@@ -6941,19 +6929,13 @@ def wrapped_bytes(value: Any) -> dict[str, str]:
     return {"bytes": value.hex()}
 
 
-JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, default=wrapped_bytes)
-
-
-def to_json(value: Any) -> str:
-    """Return plain data, which may contain bytes, as JSON. Raises TypeError if it is not plain."""
-    return JSON_ENCODER.encode(value)
-
-
 def unwrapped_bytes(value: dict[str, str]) -> bytes:
     return bytes.fromhex(value["bytes"])
 
 
-JSON_DECODER = json.JSONDecoder(object_hook=unwrapped_bytes)
+# Plain data, which may contain bytes, as JSON, and the reverse
+to_json = json.JSONEncoder(ensure_ascii=False, default=wrapped_bytes).encode
+from_json = json.JSONDecoder(object_hook=unwrapped_bytes).decode
 
 
 def as_tuples(value: Any) -> Any:
@@ -6977,7 +6959,7 @@ class ActBatch(NamedTuple):
     def decode(cls, data: bytes) -> "ActBatch":
         """Return the batch in an entry of the log. Raises ValueError."""
         try:
-            batch = cls(*JSON_DECODER.decode(data.decode()))
+            batch = cls(*from_json(data.decode()))
             if not all(0 <= n < 2**53 for n in batch if n.__class__ is int):
                 raise ValueError("an entry with a number that is none of ours")
             if tuple(map(type, batch)) != (int, str, str, int, int, int, str, list):
@@ -7117,13 +7099,6 @@ class HubUnpickler(pickle.Unpickler):
         raise ValueError(f"a snapshot has no {name}")
 
 
-def saved_state(one: Any) -> dict[str, Any]:
-    """Return the fields of a user, channel or session that are saved."""
-    cls = next(cls for cls in LINKED if isinstance(one, cls))
-    names = [name for name in cls.__slots__ if cls is not Channel or name not in MADE_AGAIN]
-    return {name: getattr(one, name) for name in names}
-
-
 def save_hub(hub: Hub) -> bytes:
     """Return a snapshot of a Hub, between two turns."""
     file = io.BytesIO()
@@ -7134,9 +7109,12 @@ def save_hub(hub: Hub) -> bytes:
     whole["starts"] = hub.ids.starts
     whole["sessions"] = {id: one for id, one in hub.sessions.items() if one.user or one.follows}
     pickler.dump(whole)
+    kinds = []
     for one in pickler.objects:  # each may refer to more of them, which follow
-        pickler.dump(saved_state(one))
-    kinds = [[isinstance(one, cls) for cls in LINKED].index(True) for one in pickler.objects]
+        kind, cls = next(pair for pair in enumerate(LINKED) if isinstance(one, pair[1]))
+        names = [name for name in cls.__slots__ if cls is not Channel or name not in MADE_AGAIN]
+        pickler.dump({name: getattr(one, name) for name in names})
+        kinds.append(kind)
     return zlib.compress(pickle.dumps((kinds, file.getvalue())), 1)
 
 
@@ -7192,8 +7170,6 @@ def restore_node(store: Store, name: str) -> Hub | None:
 
 
 class NodeOptions(NamedTuple):
-    """The options of a node, with their defaults."""
-
     node: str
     servers: tuple[tuple[str, int], ...]  # of NATS
     tls: bool = False
@@ -7224,7 +7200,6 @@ HELD, DROPPED = "held", "dropped"
 class SentBatch(NamedTuple):
     """The batch of this node that is under way in the log."""
 
-    number: int
     data: bytes
     asks: list[Ask]
     since: float
@@ -7316,7 +7291,7 @@ class Cluster:
         for _ in asks:
             self.queue.popleft()
         self.number += 1
-        self.sent = SentBatch(self.number, data, asks, self.now)
+        self.sent = SentBatch(data, asks, self.now)
         self.size = len(asks)
         self._append()
 
@@ -7324,8 +7299,8 @@ class Cluster:
         """Send the batch that is under way, perhaps again: NATS and nodes take each id once."""
         self.beat = self.now
         self.retry_at = self.now + BATCH_ANSWER_SECONDS
-        number = self.sent.number
-        id = f"{self.options.log} {self.name} {self.epoch} {number}"
+        sent = self.sent
+        id = f"{self.options.log} {self.name} {self.epoch} {self.number}"
 
         def answered(error: str, sequence: int) -> None:
             if error and error != self.trouble:
@@ -7333,14 +7308,14 @@ class Cluster:
             if not error and self.trouble:
                 self.server.note("the log takes batches again")
             self.trouble = error
-            if not self.sent or self.sent.number != number:
+            if self.sent is not sent:
                 return
             if error:
                 self.retry_at = self.now + BATCH_RETRY_SECONDS
             elif sequence == self.hub.sequence + 1:  # it need not be read first
-                self.apply(LogEntry(sequence, 0, self.sent.data, 0))
+                self.apply(LogEntry(sequence, 0, sent.data, 0))
 
-        self.log.append(self.sent.data, id, answered)
+        self.log.append(sent.data, id, answered)
 
     # From the log
 
@@ -7369,12 +7344,10 @@ class Cluster:
         if batch.version > ACTS_VERSION:
             text = f"node {batch.node} runs a newer chat.py (acts {batch.version}"
             return self.stop(f"{text}, this one knows {ACTS_VERSION}); upgrade this node")
-        mine = self.sent and (batch.node, batch.epoch) == (self.name, self.epoch)
-        mine = mine and batch.number == self.sent.number
         if not self._is_one_of_us(batch) or not self._agrees(batch):
             return None
         asks = []
-        if mine:
+        if self.sent and batch[1:4] == (self.name, self.epoch, self.number):
             asks, self.round_trip = self.sent.asks, self.now - self.sent.since
             self.sent = None
         self.hub.answers = answers = []
@@ -10340,26 +10313,26 @@ def irc_restart(session: IrcSession) -> Steps:
 # others. A line that begins with "/" is a command. A line from the server to one user
 # begins with "* ". Every function under @line_command is one of those commands.
 
-LINE_SHAPES = {  # kind -> does the channel stand before it?, and the line itself
-    MESSAGE: (True, "{name}: {text}"),
-    ACTION: (True, "{name}: *{text}*"),
-    JOIN: (True, "{name} ({address}) joined the chat!"),
-    PART: (True, "{name} ({address}) left the chat!"),
-    QUIT: (False, "{name} ({address}) left the chat!"),
-    NICK: (False, "* {name} is now called {text}"),
-    TOPIC: (False, "* {name} set the topic of {where}: {text}"),
-    NOTICE: (True, "-{name}- {text}"),
-    KICK: (False, "* {name} kicked {about} from {where}: {text}"),
-    MODE: (False, "* {name} set {text} in {where}"),
-    PASSWORD: (False, "* {name} set {text} in {where}"),
-    INVITE: (False, "* {name} invites you to {text}; /join {text}"),
-    AWAY: (False, "* {name} is away: {text}"),
-    WALLOPS: (False, "* {name} tells all operators: {text}"),
-    REDACT: (False, "* {name} took back a message in {where}"),
-    RENAME: (False, "* {name} renamed {about} to {where}"),
+LINE_SHAPES = {
+    MESSAGE: "{prefix}{name}: {text}",
+    ACTION: "{prefix}{name}: *{text}*",
+    JOIN: "{prefix}{name} ({address}) joined the chat!",
+    PART: "{prefix}{name} ({address}) left the chat!",
+    QUIT: "{name} ({address}) left the chat!",
+    NICK: "* {name} is now called {text}",
+    TOPIC: "* {name} set the topic of {where}: {text}",
+    NOTICE: "{prefix}-{name}- {text}",
+    KICK: "* {name} kicked {about} from {where}: {text}",
+    MODE: "* {name} set {text} in {where}",
+    PASSWORD: "* {name} set {text} in {where}",
+    INVITE: "* {name} invites you to {text}; /join {text}",
+    AWAY: "* {name} is away: {text}",
+    WALLOPS: "* {name} tells all operators: {text}",
+    REDACT: "* {name} took back a message in {where}",
+    RENAME: "* {name} renamed {about} to {where}",
 }
-LINE_BACK = (False, "* {name} is back")
-LINE_CTCP = (True, "* {name} sends a CTCP that only programs understand: {text}")
+LINE_BACK = "* {name} is back"
+LINE_CTCP = "{prefix}* {name} sends a CTCP that only programs understand: {text}"
 
 
 def line_prefix(audience: Any) -> str:
@@ -10373,16 +10346,13 @@ def line_texts(event: Event, prefix: str, where: str = "") -> list[str]:
     """Return the lines of one event, without line ends; an event of several lines gives several."""
     if event.kind not in LINE_SHAPES:  # an event that this dialect does not show
         return []
-    prefixed, shape = LINE_SHAPES[event.kind]
+    shape = LINE_SHAPES[event.kind]
     if event.kind in SPOKEN and event.text.startswith("\x01"):
-        prefixed, shape = LINE_CTCP
+        shape = LINE_CTCP
     elif event.kind == AWAY and not event.text:
-        prefixed, shape = LINE_BACK
-    known = {**event.source._asdict(), "where": where, "about": event.about}
-    return [
-        (prefix if prefixed else "") + shape.format(**known, text=text)
-        for text in plain_text(event.text).split("\n")
-    ]
+        shape = LINE_BACK
+    known = {**event.source._asdict(), "prefix": prefix, "where": where, "about": event.about}
+    return [shape.format(**known, text=text) for text in plain_text(event.text).split("\n")]
 
 
 class LineWire:
@@ -10941,12 +10911,11 @@ TOKEN_CHARACTERS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN_CHARACTERS}) ([!-~]+) HTTP/1\.(\d)")
 HEADER_NAME = re.compile(TOKEN_CHARACTERS)
 NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+BLANK_LINE, HEAD_END = re.compile(rb"\r?\n"), re.compile(rb"\n\r?\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 
 
 class Request(NamedTuple):
-    """The request line and headers of an HTTP request."""
-
     method: str
     target: str  # as it was sent
     minor: int  # of the version: HTTP/1.minor
@@ -11041,6 +11010,7 @@ class HttpReader:
     def __init__(self, data: bytes = b""):
         self.limit = HEAD_BYTES
         self.data, self.start = data, 0  # what has come, and where the rest of it begins
+        self.pending = bool(data)  # until take() finds nothing more
         self.left = 0  # bytes of the body, or of the chunk, that are still to come
         self.chunked = False
         self.trailers = TRAILER_BYTES  # that may still come
@@ -11056,30 +11026,20 @@ class HttpReader:
     def in_body(self) -> bool:
         return self.step != self._head
 
-    @property
-    def pending(self) -> bool:
-        """True if take() may have something to return."""
-        rest = len(self.data) - self.start
-        if self.step in (self._body, self._end):
-            return rest > 0 or self.step == self._end
-        if self.step == self._head:
-            blank = self.data.startswith((b"\r\n", b"\n"), self.start)
-            ends = (self.data.find(end, self.start) >= 0 for end in (b"\n\r\n", b"\n\n"))
-            return blank or rest > self.limit or any(ends)
-        return self.data.find(b"\n", self.start) >= 0 or rest > TRAILER_BYTES + 1  # and a CR
-
     def feed(self, data: bytes) -> None:
         if self.failed:
             return
         self.data = self.buffer + data if self.start < len(self.data) else data
-        self.start = 0
+        self.start, self.pending = 0, True
 
     def clear(self) -> None:
-        self.data, self.start = b"", 0
+        self.data, self.start, self.pending = b"", 0, False
 
     def take(self) -> Request | BadRequest | bytes | None:
         try:
-            return self.step()
+            item = self.step()
+            self.pending = item is not None
+            return item
         except BadRequest as error:
             self.failed = True  # what follows cannot be understood
             self.clear()
@@ -11099,19 +11059,15 @@ class HttpReader:
 
     def _head(self) -> Request | None:
         """Take the head of a request; None if it is incomplete. Raises BadRequest."""
-        for end in (b"\r\n", b"\n"):  # RFC 9112 section 2.2: some clients add one
-            if self.data.startswith(end, self.start):
-                self.start += len(end)
-                break
-        ends = (self.data.find(end, self.start) for end in (b"\n\r\n", b"\n\n"))
-        end = min((end for end in ends if end >= 0), default=-1)
-        if end < 0 or end - self.start > self.limit:
+        if blank := BLANK_LINE.match(self.data, self.start):  # RFC 9112 section 2.2
+            self.start = blank.end()
+        end = HEAD_END.search(self.data, self.start)
+        if end is None or end.start() - self.start > self.limit:
             if len(self.data) - self.start > self.limit:
                 first = self.data.find(b"\n", self.start, self.start + self.limit) < 0
                 raise BadRequest(414 if first else 431, f"a head has at most {self.limit:,} bytes")
             return None
-        head = self.data[self.start : end]
-        self.start = end + (3 if self.data.startswith(b"\n\r", end) else 2)
+        head, self.start = self.data[self.start : end.start()], end.end()
         lines = [line.removesuffix(b"\r") for line in head.split(b"\n")]
         if len(lines) > HEADERS_MOST:
             raise BadRequest(431, f"a request has at most {HEADERS_MOST} headers")
@@ -11251,8 +11207,6 @@ class BadFrame(Exception):
 
 
 class Frame(NamedTuple):
-    """A frame from a client."""
-
     last: bool  # of its message
     opcode: int
     payload: bytes
@@ -11270,6 +11224,7 @@ class FrameReader:
     def __init__(self, limit: int, data: bytes = b""):
         self.limit = limit
         self.buffer = bytearray(data)
+        self.pending = bool(data)  # until take() finds nothing more
         self.lines: collections.deque[bytes] = collections.deque()  # of one message
         self.parts: list[bytes] = []  # of a message that has not ended ...
         self.opcode = 0  # ... and its kind; 0 if there is none
@@ -11277,18 +11232,15 @@ class FrameReader:
         self.out, self.last = b"", close_frame(1000)
         self.closed = self.fruitless = False
 
-    @property
-    def pending(self) -> bool:
-        """True if take() may have a line to return, or a frame to answer."""
-        return bool(self.lines) or (not self.closed and self._complete())
-
     def feed(self, data: bytes) -> None:
         if not self.closed:
             self.buffer += data
+            self.pending = True
 
     def clear(self) -> None:
         self.buffer.clear()
         self.lines.clear()
+        self.pending = False
 
     def take(self) -> bytes | None:
         """Return the next line; None if there is none yet. One call looks at a few frames only, so
@@ -11300,6 +11252,7 @@ class FrameReader:
             try:
                 one = None if self.closed else self._frame()
                 if one is None:
+                    self.pending = False
                     return None
                 self.fruitless = True
                 del self.buffer[: one.size]
@@ -11308,14 +11261,8 @@ class FrameReader:
                 self._close(error.code, str(error))
         return None
 
-    def _complete(self) -> bool:
-        try:
-            return self._frame(look=True) is not None
-        except BadFrame:
-            return True
-
-    def _frame(self, look: bool = False) -> Frame | None:
-        """Return the first frame if it is complete, without payload to `look`. Raises BadFrame."""
+    def _frame(self) -> Frame | None:
+        """Return the first frame if it is complete. Raises BadFrame."""
         if len(self.buffer) < 2:
             return None
         first, second = self.buffer[:2]
@@ -11338,8 +11285,6 @@ class FrameReader:
         end = start + 4 + size
         if len(self.buffer) < end:
             return None
-        if look:
-            return Frame(True, opcode, b"", end)
         payload = masked(bytes(self.buffer[start + 4 : end]), bytes(self.buffer[start : start + 4]))
         return Frame(bool(first & 0x80), opcode, payload, end)
 
@@ -11407,8 +11352,6 @@ class FrameWriter:
 
 
 class WebOptions(NamedTuple):
-    """The settings of the web dialect."""
-
     hosts: frozenset[str] = frozenset(("localhost",))  # names that Host may have; IPs always may
     ports: frozenset[int] = frozenset()  # of this server
     origins: frozenset[str] = frozenset()  # whose pages may open a WebSocket, besides our own
@@ -11463,6 +11406,7 @@ def origin_allowed(web: WebOptions, origin: str, own: str = "") -> bool:
 
 
 WEB_ROUTES: dict[str, dict[str, Callable]] = {}  # path -> method -> handler
+FOR_MONITORS = ("/health", "/metrics")  # on this machine, or on all
 
 
 def on_request(method: str, *paths: str) -> Callable:
@@ -11505,8 +11449,7 @@ def is_tus(request: Request) -> bool:
 
 
 def with_method(request: Request) -> Request:
-    """Return a request with the method that a client of tus means: some networks let only GET and
-    POST through."""
+    """Return a request with the method that it means: some networks let only GET and POST pass."""
     meant = request.header("x-http-method-override").upper()
     known = request.method == "POST" and meant in ("PATCH", "DELETE")
     return request._replace(method=meant) if known and is_tus(request) else request
@@ -11582,6 +11525,8 @@ class WebSession(LocalSession):
             return self.respond(204, "", allow_header(every))
         path = request.path
         methods = WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
+        if path in FOR_MONITORS and not (self.site.web.open_metrics or self.on_this_machine):
+            methods = {}
         if not methods and asks_for_websocket(request):
             methods = WEB_ROUTES["/*"]
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
@@ -11654,10 +11599,6 @@ class WebSession(LocalSession):
         """Close the connection after a complete answer, if that was decided."""
         if self.closing:
             self.conn.close()
-
-    def may_read_metrics(self) -> bool:
-        """Return whether the client may read /health and /metrics: one on this machine, or all."""
-        return self.site.web.open_metrics or self.on_this_machine
 
     def refuse(self, refusal: Refused) -> None:
         """Answer with the status of a refusal, and end the upload or download that was going on."""
@@ -11736,8 +11677,6 @@ def web_root(session: WebSession, request: Request) -> None:
 @on_request("GET", "/health")
 def web_health(session: WebSession, request: Request) -> None:
     """GET /health -- for monitors on this machine: 200, or 503 while history is not kept"""
-    if not session.may_read_metrics():
-        return session.respond(404, "there is no such page")
     trouble = session.site.server.trouble()
     return session.respond(503 if trouble else 200, trouble or "ok")
 
@@ -11745,8 +11684,6 @@ def web_health(session: WebSession, request: Request) -> None:
 @on_request("GET", "/metrics")
 def web_metrics(session: WebSession, request: Request) -> None:
     """GET /metrics -- figures in Prometheus' text format, for this machine"""
-    if not session.may_read_metrics():
-        return session.respond(404, "there is no such page")
     lines = []
     for name, (kind, text, value) in session.site.server.metrics().items():
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}"]
@@ -11915,12 +11852,17 @@ CORS_ASKED = (
     "Access-Control-Max-Age: 86400",
 )
 PIECE_TYPE = "application/offset+octet-stream"
+NO_PIECE = f"the Content-Type of a piece is {PIECE_TYPE}"
 NO_SUCH_FILE = "there is no such file, or not any more"
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
     """Answer a request about a file, with the headers for other sites' pages."""
     session.respond(status, body, *headers, *session.cors())
+
+
+def is_piece(request: Request) -> bool:
+    return request.header("content-type").partition(";")[0].strip().lower() == PIECE_TYPE
 
 
 def is_elsewhere(session: WebSession, request: Request) -> bool:
@@ -11995,24 +11937,16 @@ def tus_metadata(header: str) -> dict[str, str]:
     return found
 
 
-def drop_upload(session: WebSession, keep: bool) -> None:
-    """End an upload before its file is complete; `keep` what has come of it."""
+def drop_upload(session: WebSession) -> None:
+    """End an upload before its file is complete. What has come of it stays if it is resumable."""
     upload, session.upload, session.take_body = session.upload, None, do_nothing
     session.at_end = do_nothing
     if upload.handle is not None:
         close = upload.handle.close
         session.site.server.background(FILE_LANE, close, session.conn.limit_key)
     session.site.uploading.pop(upload.id, None)
-    if not keep:
+    if not upload.resumable:
         session.site.act("remove_file", upload.id)
-
-
-def link_of(session: WebSession, id: str) -> str:
-    """Return the link of a file, with the address that others reach if that is known, else with the
-    one that the uploader used."""
-    authority = session.request.host or session.conn.local
-    base = base_url(session.site, session.conn.secure, authority)
-    return f"{base}/files/{id}"
 
 
 def tell_progress(session: WebSession, id: str, at: int) -> None:
@@ -12027,10 +11961,11 @@ def tell_progress(session: WebSession, id: str, at: int) -> None:
         return answer_file(session, 204, "", *headers)
     if session.request.method == "HEAD":
         name = base64.b64encode(file.name.encode()).decode()
-        known = (f"Upload-Length: {file.size}", f"Upload-Metadata: filename {name}")
-        known = (*known, "Cache-Control: no-store")
-        return answer_file(session, 200, "", *headers, *known)
-    return answer_file(session, 201, "", f"Location: {link_of(session, id)}", *headers)
+        headers += [f"Upload-Length: {file.size}", f"Upload-Metadata: filename {name}"]
+        return answer_file(session, 200, "", *headers, "Cache-Control: no-store")
+    authority = session.request.host or session.conn.local  # unless another one is known
+    link = f"{base_url(session.site, session.conn.secure, authority)}/files/{id}"
+    return answer_file(session, 201, "", f"Location: {link}", *headers)
 
 
 def finish_upload(session: WebSession, upload: Upload) -> None:
@@ -12062,9 +11997,10 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
         if is_there():
             session.refuse(result)
 
-    site.server.run_to_end(
-        session, FINISH_LANE, functools.partial(site.folder.finish, upload.handle, name), finished
-    )
+    session.conn.held = True
+    session.conn.update()
+    job = functools.partial(site.folder.finish, upload.handle, name)
+    site.server.background(FINISH_LANE, job, then=finished)
 
 
 def end_pieces(session: WebSession) -> None:
@@ -12072,7 +12008,7 @@ def end_pieces(session: WebSession) -> None:
     upload = session.upload
     if upload.total is not None and upload.at < upload.total:
         id, at = upload.id, upload.at
-        drop_upload(session, keep=upload.resumable)
+        drop_upload(session)
         if not upload.resumable:
             return answer_file(session, 400, "the body ended too early")
         return tell_progress(session, id, at)
@@ -12088,7 +12024,8 @@ def take_piece(session: WebSession, piece: bytes) -> Steps:
         return end_pieces(session)
     most = session.site.hub.files.most if upload.total is None else upload.total
     if upload.at + len(piece) > most:
-        drop_upload(session, keep=session.request.method == "PATCH")  # of which the client knows
+        upload.resumable = session.request.method == "PATCH"  # else the client knows no link
+        drop_upload(session)
         session.closing = True
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
@@ -12109,21 +12046,19 @@ def take_pieces(session: WebSession) -> None:
 def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> Steps:
     """Register a new file for an authorized client, and take the body."""
     id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
+    has_body = request.length != 0
     if tus := is_tus(request):
         known = tus_metadata(request.header("upload-metadata"))
         name = known.get("filename", "") or known.get("name", "")
+        if has_body and not is_piece(request):
+            return answer_file(session, 415, NO_PIECE)
     address, node = session.conn.limit_key, session.site.node
     values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
     yield do(session.act, "begin_file", *values)
     session.site.uploading[id] = session
     total = size if tus or request.length is not None else None
     upload = session.upload = Upload(id, total, resumable=tus)
-    session.at_end = functools.partial(drop_upload, session, keep=tus)
-    has_body = request.length != 0
-    piece_type = request.header("content-type").partition(";")[0].strip().lower()
-    if tus and has_body and piece_type != PIECE_TYPE:
-        drop_upload(session, keep=False)
-        return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
+    session.at_end = functools.partial(drop_upload, session)
     upload.handle = yield do(session.later, FILE_LANE, session.site.folder.begin, id)
     return take_pieces(session) if has_body else end_pieces(session)
 
@@ -12168,8 +12103,8 @@ def end_older(session: WebSession, id: str) -> None:
 @in_steps
 def continue_file(session: WebSession, request: Request) -> Steps:
     """PATCH /files/ID -- the next bytes of an upload, from Upload-Offset on (tus)"""
-    if request.header("content-type").partition(";")[0].strip().lower() != PIECE_TYPE:
-        return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
+    if not is_piece(request):
+        return answer_file(session, 415, NO_PIECE)
     if not re.fullmatch(r"[0-9]{1,18}", request.header("upload-offset")):
         return answer_file(session, 400, "Upload-Offset is where the piece begins")
     offset, site = int(request.header("upload-offset")), session.site
@@ -12180,15 +12115,14 @@ def continue_file(session: WebSession, request: Request) -> Steps:
         return answer_file(session, 423, "this file is just being completed")
     end_older(session, file.id)
     upload = session.upload = Upload(file.id, file.size, resumable=True)
-    session.at_end = functools.partial(drop_upload, session, keep=True)
+    session.at_end = functools.partial(drop_upload, session)
     site.uploading[file.id] = session
     upload.handle, upload.at = yield do(session.later, FILE_LANE, site.folder.reopen, file.id)
     if (at := upload.at) != offset:
-        drop_upload(session, keep=True)
+        drop_upload(session)
         return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
     if offset + (request.length or 0) > upload.total:
-        drop_upload(session, keep=True)
-        return answer_file(session, 413, f"the file has {upload.total:,} bytes")
+        raise Refused("FILE_TOO_LARGE", f"the file has {upload.total:,} bytes")
     return end_pieces(session) if request.length == 0 else take_pieces(session)
 
 
@@ -12329,19 +12263,16 @@ HTTP_FIRST = re.compile(  # also of requests that are none: no web page may spea
 HTTP_VERSION = re.compile(rb" HTTP/([\d.]+)[ \t]*$", re.IGNORECASE)
 BOM = b"\xef\xbb\xbf"
 
-TARGET_TOO_LONG = (
-    b"HTTP/1.1 414 URI Too Long\r\nContent-Type: text/plain\r\n"
-    b"Connection: close\r\n\r\nA target has at most %d bytes.\n" % LINE_BYTES
+LAST_ANSWER = b"HTTP/1.1 %b\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n%b\n"
+TARGET_TOO_LONG = LAST_ANSWER % (
+    b"414 URI Too Long",
+    b"A target has at most %d bytes." % LINE_BYTES,
 )
-TOO_MANY_HTTP = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nRetry-After: %d\r\n"
-    b"Connection: close\r\n\r\nToo many connections from your address: %d at most.\n"
-    % (WEB_IDLE_SECONDS, WEB_PER_ADDRESS)
+TOO_MANY_HTTP = LAST_ANSWER % (
+    b"503 Service Unavailable\r\nRetry-After: %d" % WEB_IDLE_SECONDS,
+    b"Too many connections from your address: %d at most." % WEB_PER_ADDRESS,
 )
-NOT_HTTP_1 = (
-    b"HTTP/1.1 505 HTTP Version Not Supported\r\nContent-Type: text/plain\r\n"
-    b"Connection: close\r\n\r\nThis server speaks HTTP/1.1.\n"
-)
+NOT_HTTP_1 = LAST_ANSWER % (b"505 HTTP Version Not Supported", b"This server speaks HTTP/1.1.")
 
 
 def dialect_of(first_line: bytes) -> str:
@@ -19330,23 +19261,13 @@ class Connection:
         self.mask = READ
         loop.selector.register(sock, READ, self)
 
-    def received(self, data: bytes) -> None:
-        raise NotImplementedError
+    received = lost = secured = lagging = do_nothing
 
     def ended(self) -> None:
         self.close()
 
-    def lost(self, reason: str) -> None:
-        pass
-
-    def secured(self) -> None:
-        pass
-
     def wants_read(self) -> bool:
         return True
-
-    def lagging(self) -> None:
-        pass
 
     # Reading
 
@@ -19434,15 +19355,11 @@ class Connection:
         except TlsFailed as failure:
             return self.drop(f"{TLS_TROUBLE}{failure}")
         self.direct = self.shared and not self.queue.size and self.state == OPEN
-        if self.unsent or self.mask != READ or self.state != OPEN:
-            self._flushed()
-
-    def _flushed(self) -> None:
-        """Handle the less common cases: bytes are left or were left, or a close() goes on."""
-        self.lagging()
-        if self.state == CLOSING and not self.unsent:
-            self._hang_up()
-        self.update()
+        if self.unsent or self.mask != READ or self.state != OPEN:  # which is less common
+            self.lagging()
+            if self.state == CLOSING and not self.unsent:
+                self._hang_up()
+            self.update()
 
     def encrypt(self, tls: TlsFilter) -> None:
         """Start TLS: from here on all bytes go through this filter, the handshake first."""
@@ -19669,7 +19586,7 @@ class Lane:
         self.waiting: dict[Any, collections.deque] = {}  # jobs by owner, next owner first
         self.running: collections.Counter[Any] = collections.Counter()  # jobs by owner
         self.most = threads - 1 if threads > 2 else threads  # of one owner
-        self.free = self.size = threads
+        self.free = threads
         self.threads: list[threading.Thread] = []
 
     def hand_out(self) -> None:
@@ -19690,9 +19607,7 @@ class Lane:
     def done(self, owner: Any) -> None:
         """Note the end of a job."""
         self.free += 1
-        self.running[owner] -= 1
-        if not self.running[owner]:
-            del self.running[owner]
+        self.running -= collections.Counter((owner,))  # which forgets an owner without jobs
         self.hand_out()
 
 
@@ -19716,7 +19631,7 @@ class Helpers:
         job that is not `wanted` any more when its turn comes is skipped."""
         if lane not in self.lanes:
             self.lanes[lane] = Lane(HELPER_THREADS.get(lane, HELPERS_ELSE))
-            for _ in range(self.lanes[lane].size):
+            for _ in range(self.lanes[lane].free):
                 thread = threading.Thread(target=self._work, args=(self.lanes[lane],), daemon=True)
                 self.lanes[lane].threads.append(thread)
                 thread.start()
@@ -19810,6 +19725,11 @@ def report_bug() -> None:
     log.exception("a bug, please report it (while a turn was written)")
 
 
+def log_failure(result: Any) -> None:
+    if isinstance(result, Exception):
+        log.error("a job failed: %s", result)
+
+
 # ======================================================================================
 # SERVER
 # ======================================================================================
@@ -19888,10 +19808,8 @@ class Addresses(dict[str, Address]):
         """Count a new connection, and return its address."""
         address = self.get(key)
         if address is None:
-            budget = None
-            if self.flood:
-                burst, rate = self.flood
-                budget = Budget(burst * ADDRESS_SHARES, rate * ADDRESS_SHARES, self.loop.now)
+            shares = [ADDRESS_SHARES * limit for limit in self.flood or ()]
+            budget = Budget(*shares, self.loop.now) if shares else None
             address = self[key] = Address(key, budget)
         address.peers += 1
         if len(self) > ADDRESSES_KEPT:
@@ -20129,9 +20047,7 @@ class Peer(Connection):
             self.server.times.silent.discard(self)
             if self.tls is None and TLS_FIRST_BYTES.startswith(data[:2]):
                 if self.server.tls_context is None:
-                    log.info(
-                        "%s speaks TLS, and there is no certificate (--tls-cert)", self.address
-                    )
+                    log.info("%s speaks TLS; there is no certificate (--tls-cert)", self.address)
                     return self.drop("no TLS here")
                 self.held = True  # until it has its turn
                 self.server.beat.handshakes[self] = data
@@ -20215,8 +20131,6 @@ class Peer(Connection):
 
 
 class Listener:
-    """A socket that accepts connections."""
-
     def __init__(self, server: "Server", host: str, port: int):
         self.server = server
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -20380,29 +20294,24 @@ class ConnectionLimits:
         self.proxies = {address_key(host) for host in options.web.proxies}  # have many clients
         self.spare = spare_descriptor()
 
-    def refusal(self, inside: int, key: str, address: Address | None) -> str:
+    def refusal(self, inside: int, address: Address | None) -> str:
         """Return why a new connection is not allowed; "" if it is."""
         if inside >= self.most:
             return f"this server is full: {self.most} clients"
         most = self.most_per_address + WEB_PER_ADDRESS  # it has not said yet what it speaks
-        if address and self._is_full(address, address.peers, most):
-            return f"too many connections from {key}: {most} at most"
-        return ""
+        return self._too_many(address, address.peers, most) if address else ""
 
     def speaks_chat(self, address: Address) -> str:
         """Count a connection as IRC or the line protocol; return "", or why it is not allowed."""
-        if self._is_full(address, address.chat, self.most_per_address):
-            text = f"too many connections from {address.key}: {self.most_per_address} at most"
-            return f"{text} (--max-per-address); try again later"
-        address.chat += 1
-        return ""
+        refusal = self._too_many(address, address.chat, self.most_per_address)
+        address.chat += not refusal
+        return refusal and f"{refusal} (--max-per-address); try again later"
 
     def speaks_http(self, address: Address) -> str:
         """Count a connection as HTTP; return "", or why it is not allowed."""
-        if self._is_full(address, address.web, WEB_PER_ADDRESS):
-            return f"too many connections from {address.key}: {WEB_PER_ADDRESS} at most"
-        address.web += 1
-        return ""
+        refusal = self._too_many(address, address.web, WEB_PER_ADDRESS)
+        address.web += not refusal
+        return refusal
 
     def becomes_chat(self, address: Address) -> str:
         """Count a WebSocket, which spoke HTTP, as chat; return "", or why it is not allowed."""
@@ -20410,8 +20319,10 @@ class ConnectionLimits:
         address.web -= not refusal
         return refusal
 
-    def _is_full(self, address: Address, count: int, most: int) -> bool:
-        return count >= most and not is_loopback(address.key) and address.key not in self.proxies
+    def _too_many(self, address: Address, count: int, most: int) -> str:
+        key = address.key
+        exempt = is_loopback(key) or key in self.proxies
+        return "" if count < most or exempt else f"too many connections from {key}: {most} at most"
 
     def turn_away(self, loop: Loop, sock: socket.socket, host: str, text: str) -> None:
         """Tell a client why it is not let in. Its socket lingers, unless many do: what the client
@@ -20535,8 +20446,7 @@ class Committer:
         return True
 
     def note_loss(self, losing: bool) -> None:
-        """Log that the store begins or ends to lose history. What can be stored later is tried
-        again, also if nothing happens meanwhile."""
+        """Log that the store begins or ends to lose history; try soon to store it again."""
         if self.losing != losing:
             self.losing = losing
             if losing:
@@ -20884,8 +20794,7 @@ class TimeLimits:
 
 
 class ActBeat:
-    """The act beat: turns the lines of peers into acts, first those of addresses with light use.
-    Takes from the budgets what each line costs."""
+    """Turns lines into acts, those of light use first, and takes their costs from the budgets."""
 
     def __init__(self, loop: Loop, site: SessionContext, times: TimeLimits, fair: bool):
         self.loop, self.site, self.times = loop, site, times
@@ -21189,16 +21098,10 @@ class Server:
         self.expire_files()
 
     def clean_files(self) -> None:
-        """Remove all content that no link needs: a crash may leave some. A node knows that when it
-        has applied all of the log."""
+        """Remove content that no link needs, left by a crash. A node has to know all of the log."""
         if self.site.folder and not self.hub.files.finishing:
             names = {file.on_disk for file in self.hub.files.values()}
             self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
-
-    def looks_after(self, file: StoredFile) -> bool:
-        """Return whether this server is the one to remove a file that is too old."""
-        abandoned = self.cluster and self.cluster.leads and file.node not in self.hub.nodes
-        return self.site.has_content(file) or bool(abandoned)
 
     def expire_files(self) -> None:
         """Remove old files, and uploads that are a day old, by the clock or since first seen."""
@@ -21209,7 +21112,9 @@ class Server:
             if not file.sha:
                 seen = self.uploads_seen[file.id] = before.get(file.id, self.loop.now)
                 age, most = max(age, self.loop.now - seen), UPLOAD_SECONDS
-            if age > most and self.looks_after(file) and file.id not in under_way:
+            abandoned = self.cluster and self.cluster.leads and file.node not in self.hub.nodes
+            is_ours = self.site.has_content(file) or abandoned
+            if age > most and is_ours and file.id not in under_way:
                 self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 
@@ -21223,24 +21128,11 @@ class Server:
         names, files.unwanted = set(files.unwanted) - used, []
         self.background(FILE_LANE, functools.partial(self.site.folder.remove, names))
 
-    def run_to_end(
-        self, session: LocalSession, lane: str, job: Callable[[], Any], then: Callable
+    def background(
+        self, lane: str, job: Callable[[], Any], owner: str = "", then: Callable = log_failure
     ) -> None:
-        """Run job() off the loop, then then(its result), also if the session is not there any
-        more. The session's next request waits until conn.release()."""
-        session.conn.held = True
-        session.conn.update()
-        self.helpers.submit(self, job, then, lane)
-
-    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None:
-        """Run a job off the loop, behind the other jobs of its owner, which is an address or the
-        server. Its result is not awaited; errors are logged."""
-
-        def done(result: Any) -> None:
-            if isinstance(result, Exception):
-                log.error("a job failed: %s", result)
-
-        self.helpers.submit(owner or self, job, done, lane)
+        """Run a job off the loop, behind other jobs of its owner: an address, or the server."""
+        self.helpers.submit(owner or self, job, then, lane)
 
     # Coming
 
@@ -21250,7 +21142,7 @@ class Server:
         if self.cluster and (not self.cluster.serving or self.paused):
             text = "this server cannot reach the others"
             return self.limits.turn_away(self.loop, sock, host, text)
-        if refusal := self.limits.refusal(len(self.peers), key, self.addresses.get(key)):
+        if refusal := self.limits.refusal(len(self.peers), self.addresses.get(key)):
             return self.limits.turn_away(self.loop, sock, host, refusal)
         peer = Peer(self, sock, host, port, key)
         self.peers.add(peer)
@@ -21436,10 +21328,9 @@ class Server:
                     self.times.web_idle.add(peer)
         jobs, self.jobs = self.jobs, []
         for peer, lane, job, done in jobs:
-            if lane == FILE_LANE:  # what has come of an upload is kept when its connection breaks
-                self.helpers.submit(peer.limit_key, job, done, lane)
-            else:
-                self.helpers.submit(peer.limit_key, job, done, lane, peer.still_there)
+            # What has come of an upload is kept when its connection breaks
+            wanted = peer.still_there if lane != FILE_LANE else lambda: True
+            self.helpers.submit(peer.limit_key, job, done, lane, wanted)
 
     def _end_grace(self) -> None:
         self.grace_timer = None
@@ -22476,7 +22367,6 @@ class NatsLink:
         self.tick()
 
     def dial(self) -> None:
-        """Try the next NATS server."""
         self.target = Target(*next(self.servers), self.options.tls)
         job = functools.partial(resolve_server, self.target, BELIEVE_THE_SYSTEM)
         self.server.helpers.submit(self, job, self.found)
@@ -25363,8 +25253,6 @@ class TerminalClient(ManyServers):
 
 
 class BenchOptions(NamedTuple):
-    """The options of a run of the benchmark."""
-
     target: Target
     clients: int = 100  # that only listen
     senders: int = 10
@@ -25383,15 +25271,12 @@ class BenchConnection(Connection):
     def __init__(self, loop: Loop, sock: socket.socket):
         super().__init__(loop, sock)
         self.failure = ""
-        self.counted = False  # whether lines are counted now
         self.said = 0  # messages received
         self.times = False
         self.inbox = LineBuffer(LINE_BYTES)
         self.latencies: list[float] = []
 
     def received(self, data: bytes) -> None:
-        if not self.counted:
-            return
         if not self.times:
             self.said += data.count(b"\n")
             return
@@ -25446,8 +25331,6 @@ class Bench:
 
     def _settle(self) -> None:
         """Wait until all clients have joined: messages came, and then none for a while."""
-        for conn in self.receivers:
-            conn.counted = True
         for sender in self.senders:
             sender.write(b"ready\n")
         known = -1
@@ -25508,7 +25391,7 @@ class Bench:
 
 
 @contextlib.contextmanager
-def server_for_bench() -> Iterator[Target]:
+def temporary_server() -> Iterator[Target]:
     """Run a server of our own on a free port, with its history in a temporary folder."""
     import tempfile
 
@@ -27621,13 +27504,10 @@ def page_documents() -> dict[str, Document]:
 
 def home_folder() -> pathlib.Path:
     """Return the user's home folder. Raises Unusable if there is none."""
-    try:
-        home = pathlib.Path.home() if os.environ.get("HOME") != "" else pathlib.Path()
-    except RuntimeError:
-        home = pathlib.Path()
-    if home == pathlib.Path():
-        raise Unusable("there is no home folder (HOME); use --data DIR, or a client's --no-state")
-    return home
+    with contextlib.suppress(RuntimeError):
+        if os.environ.get("HOME") != "" and (home := pathlib.Path.home()) != pathlib.Path():
+            return home
+    raise Unusable("there is no home folder (HOME); use --data DIR, or a client's --no-state")
 
 
 def data_folder() -> pathlib.Path:
@@ -27701,6 +27581,19 @@ host_name = checked_option(  # one word that can stand in a line of IRC
     re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}").fullmatch,
     "letters, digits, dots and hyphens, please",
 )
+flood_limits = checked_option(
+    lambda text: None if text == "off" else tuple(map(float, text.split(","))),
+    lambda pair: (
+        pair is None or (len(pair) == 2 and pair[0] >= 1 and pair[1] > 0 and math.inf not in pair)
+    ),
+    "write BURST,RATE or off: at least 1 line at once, and more than 0 a second",
+)
+mail_command = checked_option(str, shlex.split, "write a command, like: sendmail -t")
+web_origin = checked_option(  # as browsers send it
+    lambda text: text.lower().rstrip("/"),
+    lambda url: re.match("https?://", url) and split_host(url.partition("://")[2])[0],
+    "an origin is https://HOST or http://HOST:PORT",
+)
 
 
 def server_target(text: str) -> Target:
@@ -27710,30 +27603,8 @@ def server_target(text: str) -> Target:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def flood_limits(text: str) -> tuple[float, float] | None:
-    if text == "off":
-        return None
-    try:
-        burst, rate = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: write BURST,RATE or off") from None
-    if not (1 <= burst < math.inf and 0 < rate < math.inf):
-        raise argparse.ArgumentTypeError("at least 1 line at once, and more than 0 a second")
-    return burst, rate
-
-
 def data_option(text: str) -> pathlib.Path | None:
     return None if text == "none" else pathlib.Path(text) if text else data_folder()
-
-
-def mail_command(text: str) -> str:
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
-    if not words:
-        raise argparse.ArgumentTypeError("write a command, like: sendmail -t")
-    return text
 
 
 def ask_for_password() -> str:
@@ -27823,8 +27694,8 @@ def how_to_join(server: Server) -> str:
         f"window:   python3 gui_client.py NAME{option}",
         f"netcat:   nc {elsewhere} {port}",
         f"IRC:      any client, {elsewhere} port {port}; irssi -c {elsewhere} -p {port}",
+        f"browser:  {' or '.join(web_addresses(server))}",
     ]
-    lines.append(f"browser:  {' or '.join(web_addresses(server))}")
     return "\n".join(lines)
 
 
@@ -28000,7 +27871,7 @@ def show_progress(text: str) -> None:
 
 def run_bench(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: a server may be ours
-    own = contextlib.nullcontext(args.server) if args.server else server_for_bench()
+    own = contextlib.nullcontext(args.server) if args.server else temporary_server()
     with own as target:
         options = BenchOptions(target, **{n: getattr(args, n) for n in BENCH_DEFAULTS})
         progress = show_progress if sys.stderr.isatty() else do_nothing
@@ -28043,14 +27914,6 @@ def byte_count(text: str) -> int:
     return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
 
 
-def web_origin(text: str) -> str:
-    """Return a valid origin, as browsers send it: https://HOST or http://HOST:PORT."""
-    scheme, _, authority = text.lower().rstrip("/").partition("://")
-    if scheme not in ("http", "https") or not split_host(authority)[0]:
-        raise argparse.ArgumentTypeError(f"{text} is no origin; write https://HOST")
-    return f"{scheme}://{authority}"
-
-
 def cluster_option(text: str) -> NodeOptions:
     """Parse nats://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...][/LOG], or @FILE with such a URL."""
     import urllib.parse
@@ -28073,22 +27936,22 @@ def cluster_option(text: str) -> NodeOptions:
     return NodeOptions("", known, scheme == "tls", user, password, name or "chat")
 
 
-def parser_of(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
-    """Add a subcommand, whose help ends with `epilog` as it is, and return its parser."""
+def adder(commands: Any, run: Callable, text: str, epilog: str) -> Callable:
+    """Add a subcommand, whose help ends with `epilog` as it is. Return its add_argument()."""
     parser = commands.add_parser(
-        name,
+        run.__name__.removeprefix("run_"),
         help=text,
         description=f"{text[:1].upper()}{text[1:]}.",
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(run=run)
     parser.add_argument("--version", action="version", version=f"chat.py {VERSION}")
-    return parser
+    return parser.add_argument
 
 
 def add_server(commands: Any) -> None:
-    server = parser_of(commands, "server", "let others talk", SERVER_EPILOG)
-    add = server.add_argument
+    add = adder(commands, run_server, "let others talk", SERVER_EPILOG)
     listen = "may be repeated; default 127.0.0.1:7000"
     add("--listen", type=listen_address, action="append", metavar="HOST:PORT", help=listen)
     add("--tls-cert", metavar="PEM", help="certificate chain: TLS on the same port")
@@ -28098,21 +27961,21 @@ def add_server(commands: Any) -> None:
     keep = f"events kept of each channel; default {KEEP_EVENTS:,}"
     add("--keep", type=positive, metavar="N", help=keep)
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")
-    flood = f"lines at once, and a second; default {FLOOD_BURST}, {FLOOD_RATE:g}"
-    add("--flood", type=flood_limits, metavar="BURST,RATE|off", help=flood)
+    usual = f"{FLOOD_BURST},{FLOOD_RATE:g}"
+    flood = f"lines at once, and a second; default {usual}"
+    add("--flood", type=flood_limits, default=usual, metavar="BURST,RATE|off", help=flood)
     add("--name", type=host_name, default=SERVER_NAME, metavar="HOST", help="of this server")
     add("--network", type=host_name, default=SERVER_NAME, metavar="NAME", help="as IRC shows it")
     oper = "who may operate the server; may be repeated; NAME:@FILE"
     add("--oper", type=operator_option, action="append", default=[], metavar="NAME:PW", help=oper)
     add("--motd", type=pathlib.Path, metavar="FILE", help="message of the day, for IRC")
     rules = "off, or before-connect,email-required"
-    add("--register", type=registration_rules, metavar="RULES", help=rules)
+    add("--register", type=registration_rules, default="", metavar="RULES", help=rules)
     add("--sts", type=positive, metavar="SECONDS", help="IRC clients come back by TLS only")
     mail = "takes a message, like: sendmail -t"
     add("--sendmail", type=mail_command, metavar="COMMAND", help=mail)
     origin = "whose pages may open a WebSocket here, or under whose name it is reached"
-    usual = {"type": web_origin, "action": "append", "default": []}
-    add("--web-origin", metavar="URL", help=origin, **usual)
+    add("--web-origin", type=web_origin, action="append", default=[], metavar="URL", help=origin)
     add("--web-url", type=web_origin, metavar="URL", help="how links to files begin")
     proxy = "address of an HTTP proxy that sets X-Forwarded-For and -Proto; may be repeated"
     usual = {"type": proxy_address, "action": "append", "default": []}
@@ -28136,7 +27999,6 @@ def add_server(commands: Any) -> None:
     days = f"that a node may be away; default {LOG_KEPT_DAYS}"
     add("--cluster-keep", type=positive_number_option, metavar="DAYS", help=days)
     add("--log", default="info", choices=("debug", "info", "warning", "error"))
-    server.set_defaults(run=run_server, flood=(FLOOD_BURST, FLOOD_RATE), register=frozenset())
 
 
 CLIENT_EPILOG = """\
@@ -28179,8 +28041,7 @@ def nick_option(text: str) -> str:
 
 
 def add_client(commands: Any) -> None:
-    client = parser_of(commands, "client", "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
-    add = client.add_argument
+    add = adder(commands, run_client, "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
     add("name", type=nick_option, metavar="NAME", help="your nick")
     address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
@@ -28189,7 +28050,6 @@ def add_client(commands: Any) -> None:
     add("--join", type=join_option, action="append", default=[], metavar="#A,#B", help=join)
     add("--commands", action="store_true", help="lines of a pipe may be commands")
     add_client_options(add)
-    client.set_defaults(run=run_client)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -28202,35 +28062,29 @@ def command_line() -> argparse.ArgumentParser:
 example: chat.py passwd alice --password @new.txt
 exit status: 0 when it is set, 1 with a reason, 2 for a wrong command line. The server may run.
 """
-    passwd = parser_of(commands, "passwd", "set the password of an account", epilog)
-    add = passwd.add_argument
+    add = adder(commands, run_passwd, "set the password of an account", epilog)
     add("name", metavar="NAME")
     add("--data", type=data_option, default="", metavar="DIR")
     add("--password", type=secret_option, metavar="PW", help="or @FILE; asked for without it")
-    passwd.set_defaults(run=run_passwd)
 
     epilog = """\
 example: chat.py backup /srv/n4/chat.db --data /srv/n1
 exit status: 0 with the copy, 1 with a reason, 2 for a wrong command line. The server may run.
 """
-    backup = parser_of(commands, "backup", "copy the database of a server", epilog)
-    backup.add_argument("file", type=pathlib.Path, metavar="FILE")
-    backup.add_argument("--data", type=data_option, default="", metavar="DIR")
-    backup.set_defaults(run=run_backup)
+    add = adder(commands, run_backup, "copy the database of a server", epilog)
+    add("file", type=pathlib.Path, metavar="FILE")
+    add("--data", type=data_option, default="", metavar="DIR")
 
     epilog = """\
 examples: chat.py bench        chat.py bench --server 127.0.0.1:7000 --rate 200 --json
 exit status: 0 with the figures, 1 with a reason, 2 for a wrong command line
 """
-    measure = "measure a server; one of its own without --server"
-    bench = parser_of(commands, "bench", measure, epilog)
-    add = bench.add_argument
+    add = adder(commands, run_bench, "measure a server; one of its own without --server", epilog)
     add("--server", type=server_target, metavar="HOST:PORT")
     for name, value in BENCH_DEFAULTS.items():
         kind = {"rate": message_rate, "payload": payload_bytes}.get(name, positive)
         add(f"--{name}", type=kind, default=value, metavar="N")
     add("--json", action="store_true")
-    bench.set_defaults(run=run_bench)
     return parser
 
 

@@ -466,9 +466,8 @@ def levels_of(letters: list[Letter], base: int) -> list[int]:
     """Return the embedding level of each letter: odd ones are seen from right to left."""
     own = "R" if base else "L"
     kinds = "".join(letter.kind for letter in letters)
-    kinds = re.sub("A[^LR]*", lambda run: run[0].replace("1", "2"), kinds).replace(
-        "A", "R"
-    )  # W2, 3
+    kinds = re.sub("A[^LR]*", lambda run: run[0].replace("1", "2"), kinds)  # W2
+    kinds = kinds.replace("A", "R")  # W3
     kinds = re.sub("(?<=1)[+,](?=1)", "1", kinds)  # W4
     kinds = re.sub("(?<=2),(?=2)", "2", kinds)
     kinds = re.sub(r"\$+(?=1)|(?<=1)\$+", lambda run: "1" * len(run[0]), kinds)  # W5
@@ -525,8 +524,7 @@ def is_only_rtl(text: str) -> bool:
 def parts_to_fit(
     letters: list[Letter], fits: Callable[[str], bool]
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield where parts of a line begin and end that fit, broken between words, and where the
-    next one begins."""
+    """Yield where parts of a line that fit begin and end, and where the next one begins."""
     text = "".join(" " if letter.text.isspace() else "x" for letter in letters)
     start = end = 0
     for word in re.finditer(" *(x+) *", text):
@@ -563,8 +561,7 @@ def seen_line(line: str, base: int) -> Seen:
 
 
 def lines_said(pieces: list, drawable: Callable[[str], str]) -> dict[str, list[tuple]]:
-    """Return what the lines of these pieces stand for: for each character its place in what was
-    said, and the text."""
+    """Return what lines stand for: for each character its place in what was said, and the text."""
     lines: dict[str, list[tuple]] = {}
     shown: list[str] = []
     said: list[tuple] = []
@@ -608,6 +605,7 @@ LABEL_SHOWN = 300  # ... of a label ...
 CLOCK_SHOWN = 40  # ... and of a time
 NAME_TAGS = 12
 GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
+WHY_AGAIN = "; trying again"  # behind why there is no connection
 
 ONLY_LINK = re.compile(r".+ \([^()]*\d [KMG]?B\): \S+")  # what clients say of a file they send
 
@@ -787,11 +785,7 @@ def divisor(file: chat.FileTag, box: tuple[int, int]) -> int:
     return max(1, -(-file.width // box[0]), -(-file.height // box[1]))
 
 
-def shown_height(file: chat.FileTag, box: tuple[int, int]) -> int:
-    return -(-file.height // divisor(file, box))
-
-
-def file_pieces(row: Row, style: Style, trouble: str = "") -> list:
+def file_pieces(row: Row, style: Style, trouble: str) -> list:
     """Return the lines about a file: the card, and the space of a picture."""
     file = chat.parse_file_tag(row.view.file)
     if file is None:
@@ -810,7 +804,8 @@ def file_pieces(row: Row, style: Style, trouble: str = "") -> list:
         pieces += ["   ", tags, "Show", (*tags, "show")]
     pieces += [" ", tags, "\n", ("said",)]
     if inline:
-        pieces += ["\n", ("said", "picture", f"space{shown_height(file, style.box)}")]
+        height = -(-file.height // divisor(file, style.box))
+        pieces += ["\n", ("said", "picture", f"space{height}")]
     return pieces
 
 
@@ -846,7 +841,7 @@ def text_pieces(row: Row, style: Style, expanded: bool) -> list:
 
 
 def said_pieces(
-    row: Row, style: Style, headed: bool, expanded: bool, me: str, trouble: str = ""
+    row: Row, style: Style, headed: bool, expanded: bool, me: str, trouble: str
 ) -> list:
     """Return a message, with a head if the one before it is of another speaker."""
     return [
@@ -1044,7 +1039,6 @@ class Sheet:
     # Drawing
 
     def draw(self, number: int) -> list:
-        """Return the pieces of one row."""
         row = self.rows[number]
         before = self.rows[number - 1] if number > self.first else None
         pieces = self._above(row, before)
@@ -1118,7 +1112,6 @@ def title_text(server: Server | None, room: RoomInfo | None, unread: int) -> str
 
 
 def status_text(server: Server | None, now: float) -> str:
-    """Return the state of the connection as a text."""
     if server is None:
         return "not connected"
     if server.ready:
@@ -1128,13 +1121,12 @@ def status_text(server: Server | None, now: float) -> str:
         return f"{server.address} has a certificate that is not trusted"
     if server.retry_at:
         seconds = max(0, round(server.retry_at - now))
-        why = server.status.partition("; trying again")[0]
-        return f"{why}; trying again in {seconds} s"
+        why = server.status.partition(WHY_AGAIN)[0]
+        return f"{why}{WHY_AGAIN} in {seconds} s"
     return server.status or f"{server.phase} {server.address}"
 
 
 def waiting_text(server: Server | None) -> str:
-    """Return a text about messages that have not arrived yet."""
     if server is None or not server.waiting:
         return ""
     counts = {"waiting": server.waiting - server.parked, "not sent": server.parked}
@@ -1263,7 +1255,6 @@ FETCHES = 2  # of pictures, at once
 FETCH_TRIES = 2  # for one picture: the line may break
 LEAVE_SECONDS = 0.8  # to hear the server out; the window is gone within a second
 SERVER_NUMBERS = itertools.count(1)
-WHY_AGAIN = "; trying again"
 
 Tell = Callable[[Any], None]  # takes an event for the next batch
 Place = tuple[chat.Seat, chat.Room]  # a conversation, and its server
@@ -1406,10 +1397,6 @@ class Overview:
         self.touched: set[int] = set()  # numbers of conversations that may have changed
         self.all_touched = True
 
-    def touch(self, number: int) -> None:
-        """Note that a conversation may have changed."""
-        self.touched.add(number)
-
     def events(self, ended: str | None) -> list:
         """Return the differences; `ended` is why everything is over, None if it is not."""
         servers = self._server_events(ended)
@@ -1433,11 +1420,6 @@ class Overview:
 
     def _server(self, seat: chat.Seat) -> Server:
         core, link, outbox = seat.core, seat.link, seat.core.outbox
-        left = link.again.when - self.client.loop.now if link.again else 0
-        known = next((one for one in self.servers if one.number == seat.screen.number), None)
-        retry_at = time.monotonic() + left if link.again else 0.0
-        if known and abs(known.retry_at - retry_at) < 0.5:
-            retry_at = known.retry_at
         return Server(
             seat.screen.number,
             str(link.given),
@@ -1446,7 +1428,7 @@ class Overview:
             core.ready,
             seat.screen.status,
             seat.screen.statuses,
-            retry_at,
+            link.again.when if link.again else 0.0,
             len(outbox.waiting),
             len(outbox.parked),
             link.certificate.doubted,
@@ -1543,18 +1525,10 @@ class Watched:
         if room is self.room:
             self.tell(Changed(room.id, row_of(self.seat, room, view)))
 
-    def reset(self, room: chat.Room) -> None:
-        """Send all rows again: some are gone."""
-        if room is self.room:
-            self.again = True
-
     def redacted(self, id: str) -> None:
         """Take a message away, also one that is shown from the past."""
         self.past = [view for view in self.past if view.id != id]
         self.tell(Removed(id))
-
-    def members_changed(self) -> None:
-        self.people_changed = True
 
     def ready_changed(self) -> None:
         """Note that the connection stands, or stands no more."""
@@ -1658,7 +1632,10 @@ class Watched:
         if not self.is_at(number):
             return
         if self.past:
-            return self._more_past()
+            views = self.seat.core.stored.beside(room, self.past[0], ROWS_MORE)
+            self.past[:0] = views
+            self._send_rows(START, views)
+            return self.tell(Fetching(room.id, more=bool(views)))
         before = self.count
         # Before there is a message, nothing is older: the first page is still to come
         if not any(view.kind in chat.SPOKEN for view in room.views):
@@ -1668,12 +1645,6 @@ class Watched:
         elif self.count == before:
             self._tell_fetched(came=False)
         return None
-
-    def _more_past(self) -> None:
-        views = self.seat.core.stored.beside(self.room, self.past[0], ROWS_MORE)
-        self.past[:0] = views
-        self._send_rows(START, views)
-        self.tell(Fetching(self.room.id, more=bool(views)))
 
     def newer(self, number: int) -> None:
         """Fetch what follows on rows of the past."""
@@ -1719,9 +1690,6 @@ class Wanted:
         full = [want for want in self.pictures if want[2]]
         self.pictures = [*full, *((seat, file, False) for file in files)]
 
-    def want_full(self, seat: chat.Seat, file: chat.FileTag) -> None:
-        self.pictures.append((seat, file, True))
-
     def fetch(self) -> None:
         """Fetch a few pictures at a time, from servers that are there."""
         for want in list(self.pictures):
@@ -1745,10 +1713,6 @@ class Wanted:
         del self.tries[want]
         why = label_text(chat.visible(why))  # a server may say anything
         self.tell(Picture(seat.screen.number, file, data, full, why))
-
-    def open(self, one: chat.Transfer) -> None:
-        """Have a file opened once it is saved."""
-        self.opening[one.id] = one
 
     def saved(self, core: chat.ClientCore, id: str) -> None:
         one = self.opening.get(id)
@@ -1787,13 +1751,12 @@ class Requests:
             seat, room = place
             act(seat.core, room)
             seat.link.poke()
-            self.engine.overview.touch(number)
+            self.engine.overview.touched.add(number)
 
     # What the user writes
 
     def say(self, number: int, text: str, reply: str = "") -> None:
-        """Take a text or a command, for the conversation in which it was entered; 0: before
-        there was one."""
+        """Take a text or a command for the conversation where it was entered; 0: there was none."""
         engine = self.engine
         here = engine.core.room or engine.seat.screen.nowhere
         place = self._place(number) if number else (engine.seat, here)
@@ -1801,7 +1764,7 @@ class Requests:
             engine.tell(Back(number, text))
             return engine.note("that conversation is closed")
         seat, room = place
-        engine.overview.touch(number)
+        engine.overview.touched.add(number)
         verb, _, rest = text.partition(" ")
         if verb.lower() == "/connect":
             return engine.connect(rest.strip())
@@ -1823,7 +1786,7 @@ class Requests:
             seat.core.rooms.keep(room)
             if seat.core.store:
                 seat.core.store.flush()
-            self.engine.overview.touch(number)
+            self.engine.overview.touched.add(number)
 
     def typing(self, number: int, text: str) -> None:
         self.engine.writing = number if text else 0
@@ -1850,7 +1813,6 @@ class Requests:
     # Conversations
 
     def look(self, number: int) -> None:
-        """Look at a conversation."""
         if place := self._place(number):
             seat, room = place
             self.engine.look_at(seat)
@@ -1890,7 +1852,6 @@ class Requests:
         self.engine.core.looked_at = focused
 
     def jump(self, number: int, view: chat.ViewEvent) -> None:
-        """Show a message among those around it."""
         if not number:  # it was closed since
             number = self.engine.core.rooms.open(view.where).id
         self.look(number)
@@ -1917,10 +1878,9 @@ class Requests:
 
     def full_picture(self, number: int, file: chat.FileTag) -> None:
         if place := self._place(number):
-            self.wanted.want_full(place[0], file)
+            self.wanted.pictures.append((place[0], file, True))
 
     def send_file(self, number: int, path: str) -> None:
-        """Send a file to a conversation."""
         place = self._place(number)
         if place is None or not place[1].name:
             raise chat.Unusable("open a conversation, and send the file there")
@@ -1934,10 +1894,9 @@ class Requests:
             self._act(number, lambda core, room: core.transfers.save(room, view, path))
             for one in core.transfers if opens else ():
                 if one not in before:  # it was not refused
-                    self.wanted.open(one)
+                    self.wanted.opening[one.id] = one
 
     def stop_file(self, server: int, id: str) -> None:
-        """Stop a file on its way, and forget it."""
         for seat in self._seats(server):
             for one in [one for one in seat.core.transfers if one.id == id]:
                 seat.core.transfers.drop(one)
@@ -2066,17 +2025,12 @@ class Engine(chat.ManyServers):
             self.took()
             self.publish()
             for seat in self.seats:
-                self._let_go(seat)
+                if seat.link.conn:
+                    seat.link.conn.sock.close()
+                if seat.core.outbox.rows:
+                    seat.core.outbox.rows.close()  # another engine may want it
             self.close()
             self.loop.close()
-
-    @staticmethod
-    def _let_go(seat: chat.Seat) -> None:
-        """Close what a seat holds: another engine may want the same outbox."""
-        if seat.link.conn:
-            seat.link.conn.sock.close()
-        if seat.core.outbox.rows:
-            seat.core.outbox.rows.close()
 
     def over(self, reason: str) -> None:
         self.ended = reason
@@ -2112,7 +2066,6 @@ class Engine(chat.ManyServers):
             self.wake()
 
     def took(self) -> None:
-        """Note that Tk has taken the batch."""
         self.under_way = False
 
     # What the cores have to show
@@ -2128,7 +2081,7 @@ class Engine(chat.ManyServers):
             if (handler := self.TAKEN.get(view.kind)) and placed is None:
                 handler(self, seat, view)
             if view.room:
-                self.overview.touch(view.room)
+                self.overview.touched.add(view.room)
 
     def _note_ready(self, seat: chat.Seat) -> None:
         """Note that a connection stands, or stands no more."""
@@ -2171,17 +2124,16 @@ class Engine(chat.ManyServers):
     def _place(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view of the core at once, before a message that comes after it. Without a
         conversation it waits for the end of the segment, which may open the first one."""
-        if seat.core.room and (
-            view.kind == chat.FAILED or self.TAKEN.get(view.kind) is Engine._keep
-        ):
+        handler = self.TAKEN.get(view.kind)
+        if seat.core.room and handler in (Engine._keep, Engine._failed):
             seat.screen.placed[id(view)] = view
-            self.TAKEN[view.kind](self, seat, view)
+            handler(self, seat, view)
 
     def _keep(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view, unless the core has done so."""
         room = self.room_of(seat, view)
         if view.kind in chat.MOVES:
-            self.watched.members_changed()
+            self.watched.people_changed = True
         if view.kind in chat.FOLDED and any(one is view for one in reversed(room.moves)):
             return  # many of them are to be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
@@ -2231,7 +2183,8 @@ class Engine(chat.ManyServers):
             self.watched.change(room, said)
 
     def _reset(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        self.watched.reset(self.room_of(seat, view))
+        if self.room_of(seat, view) is self.watched.room:
+            self.watched.again = True  # some rows are gone
 
     def _older(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         self.watched.older_came(self.room_of(seat, view), chat.whole_number(view.text) or 0)
@@ -2241,7 +2194,7 @@ class Engine(chat.ManyServers):
         self.tell(Read(room.id, room.read_time))
 
     def _people(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        self.watched.members_changed()
+        self.watched.people_changed = True
         if view.text:
             names = sorted(view.text.split(", "), key=key_of)
             self.tell(Page(f"Members of {view.where}", "\n".join(names)))
@@ -2355,7 +2308,6 @@ class Model:
         engine.start()
 
     def stop(self, reason: str) -> None:
-        """Note that the engine has ended."""
         self.engine = None
         ended = {"ready": False, "phase": chat.ENDED, "status": reason or "not connected"}
         self.servers = tuple(server._replace(**ended) for server in self.servers)
@@ -2423,17 +2375,16 @@ class Timers:
     def later(self, what: str, milliseconds: int, act: Callable[[], Any]) -> None:
         """Call back later; a call for the same purpose is put off."""
         self.cancel(what)
-
-        def due() -> None:
-            self.ids.pop(what, None)
-            act()
-
-        self.ids[what] = self.root.after(milliseconds, due)
+        self.ids[what] = self.root.after(milliseconds, self._due, what, act)
 
     def soon(self, what: str, act: Callable[[], Any]) -> None:
         """Call back once, when Tk has nothing else to do."""
         if not self.waits(what):
-            self.ids[what] = self.root.after_idle(lambda: (self.ids.pop(what, None), act()))
+            self.ids[what] = self.root.after_idle(self._due, what, act)
+
+    def _due(self, what: str, act: Callable[[], Any]) -> None:
+        self.ids.pop(what, None)
+        act()
 
     def waits(self, what: str) -> bool:
         return what in self.ids
@@ -2453,8 +2404,7 @@ def send_wake_up(writer: socket.socket) -> None:
 
 
 class Waker:
-    """Wake-ups of Tk's loop from other threads and by signals: one byte on a pair of sockets. Tk
-    then calls `woken`."""
+    """Wakes Tk from other threads and by signals, by a byte on a socket, and then calls `woken`."""
 
     def __init__(self, root: tk.Tk, woken: Callable[[], None]):
         self.root, self.woken = root, woken
@@ -2463,16 +2413,12 @@ class Waker:
         self.reader, self.writer = socket.socketpair()
         self.reader.setblocking(False)
         self.writer.setblocking(False)
+        self.wake = functools.partial(send_wake_up, self.writer)  # it refers to no object of Tk
         self.watched = hasattr(root.tk, "createfilehandler")
         if self.watched:
             root.tk.createfilehandler(self.reader, tk.READABLE, self._readable)
         else:
             self._poll()
-
-    @property
-    def wake(self) -> Callable[[], None]:
-        """The function with which another thread wakes Tk. It refers to no object of Tk."""
-        return functools.partial(send_wake_up, self.writer)
 
     def _readable(self, *_: Any) -> None:
         """Call `woken` if bytes have come. An exception in a file handler would end Tk's loop."""
@@ -2633,9 +2579,7 @@ def output_of(*command: str) -> str:
     if not shutil.which(command[0]):
         return ""
     try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=PROBE_SECONDS, check=False, text=True
-        )
+        done = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS, text=True)
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
     return done.stdout
@@ -2705,7 +2649,6 @@ class Look:
         return True
 
     def system(self, dark: bool) -> None:
-        """Note whether the desktop is dark."""
         if dark != self.dark_system:
             self.dark_system = dark
             self.apply()
@@ -2852,12 +2795,13 @@ class Look:
             style.configure(f"{name}.Item", indicatorsize=self.part(0.55))
             style.map(name, background=[("selected", c.selected)], foreground=[])
             style.layout(name, [("Treeview.treearea", {"sticky": "nswe"})])
-        thumb = ("Vertical.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})
-        trough = ("Vertical.Scrollbar.trough", {"sticky": "ns", "children": [thumb]})
-        for name, ground in (
-            ("Vertical.TScrollbar", c.paper),
-            ("Side.Vertical.TScrollbar", c.ground),
+        for name, way, sides, ground in (
+            ("Vertical.TScrollbar", "Vertical", "ns", c.paper),
+            ("Side.Vertical.TScrollbar", "Vertical", "ns", c.ground),
+            ("Horizontal.TScrollbar", "Horizontal", "we", c.paper),
         ):
+            thumb = (f"{way}.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})
+            trough = (f"{way}.Scrollbar.trough", {"sticky": sides, "children": [thumb]})
             style.layout(name, [trough])
             size = self.part(0.55)
             style.configure(name, troughcolor=ground, bordercolor=ground, gripcount=0)
@@ -2865,13 +2809,6 @@ class Look:
             for option in ("background", "lightcolor", "darkcolor"):
                 style.configure(name, **{option: c.thumb})
                 style.map(name, **{option: [("disabled", ground), ("active", c.dim)]})
-        thumb = ("Horizontal.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})
-        trough = ("Horizontal.Scrollbar.trough", {"sticky": "we", "children": [thumb]})
-        style.layout("Horizontal.TScrollbar", [trough])
-        plain = {"troughcolor": c.paper, "bordercolor": c.paper, "gripcount": 0}
-        plain |= dict.fromkeys(("background", "lightcolor", "darkcolor"), c.thumb)
-        style.configure("Horizontal.TScrollbar", arrowsize=self.part(0.55), **plain)
-        style.map("Horizontal.TScrollbar", background=[("active", c.dim)])
 
     def menu(self, parent: tk.Misc) -> tk.Menu:
         """Return an empty menu in the present colours."""
@@ -2932,8 +2869,7 @@ def bind_menu(widget: tk.Misc, popup: Callable[[Any], Any]) -> None:
 
 
 def bind_typing(widget: tk.Misc, typed: Callable[[str], None]) -> None:
-    """Call `typed` with the text that is typed or pasted while a widget without a field for text
-    has the focus."""
+    """Call `typed` with what is typed or pasted while a widget without a field has the focus."""
 
     def key(event: Any) -> str | None:
         text = whole(event.char)
@@ -2954,6 +2890,14 @@ def bind_typing(widget: tk.Misc, typed: Callable[[str], None]) -> None:
 def destroy_quietly(widget: tk.Misc) -> None:
     with contextlib.suppress(tk.TclError):  # it is gone already
         widget.destroy()
+
+
+def lay_over(widget: tk.Misc, shown: bool, **place: Any) -> None:
+    """Show a widget over others, or hide it."""
+    if shown:
+        widget.place(**place)
+    else:
+        widget.place_forget()
 
 
 def post_menu(menu: tk.Menu, x: int, y: int) -> str:
@@ -2999,14 +2943,12 @@ class Field(tk.Text):
 
     MOST = LINE_MOST  # characters that can be pasted
 
-    def __init__(
-        self, parent: tk.Misc, look: Look, enter: Callable[[], None], name: str = "", **options: Any
-    ):
+    def __init__(self, parent: tk.Misc, look: Look, enter: Callable[[], None], **options: Any):
         self.enter = enter
         self.refused: Callable[[str], None] = chat.do_nothing  # told why a paste is not taken
         self.look = look
         self.one_line = {"height": 1, "width": 34, "undo": True, "highlightthickness": 1} | options
-        super().__init__(parent, **({"name": name} if name else {}))
+        super().__init__(parent)
         look.follow(self.recolour)
         for sequence, handler in (
             ("<Return>", self._return),
@@ -3094,7 +3036,6 @@ class Choices(ttk.Treeview):
 
     @property
     def chosen(self) -> int | None:
-        """The number of the chosen row."""
         selected = self.selection()
         return int(selected[0]) if selected else None
 
@@ -3103,7 +3044,6 @@ class Choices(ttk.Treeview):
         self.see(str(number))
 
     def move(self, step: int) -> str:
-        """Choose the next row, or the one before."""
         count, now = len(self.get_children()), self.chosen
         if count:
             self.choose(((-1 if step > 0 else 0) + step if now is None else now + step) % count)
@@ -3184,19 +3124,16 @@ class Compose(Field):
     MOST, MOST_LINES = PASTED_MOST, 6
     LEAVES_OFFERS = ("Tab", "ISO_Left_Tab", "Shift_L", "Shift_R")
 
-    def __init__(self, parent: tk.Misc, look: Look):
-        self.hint = None
+    def __init__(self, parent: tk.Misc, look: Look, above: tk.Misc):
         super().__init__(parent, look, self.submit, width=20, maxundo=500)
         self.send: Callable[[str], bool] = bool  # returns whether it could be: else the text stays
         self.complete: Callable[[str, bool], list[str]] = lambda word, first: []
         self.editor = chat.LineEditor(lambda word, first: self.complete(word, first))
-        self.offers: Offers | None = None
+        self.offers = Offers(above, look, self.take_offer)
         self.preview: Callable[[str, int], None] = chat.do_nothing  # a line, and the cursor in it
         self.edited: Callable[[], None] = chat.do_nothing  # the user changed the text
         self.too_much: Callable[[str], None] = chat.do_nothing  # a paste over the limit
-        self.several: Callable[[str], None] = (
-            chat.do_nothing
-        )  # a paste that may be several messages
+        self.several: Callable[[str], None] = chat.do_nothing  # a paste of several messages
         self.path: Callable[[str], None] = chat.do_nothing  # a paste that may be the path of a file
         self.placed = ""  # the text that was set last: it was not typed
         self.stepped_to, self.column = "", 0  # by Up and Down: the index, and pixels from the left
@@ -3215,15 +3152,13 @@ class Compose(Field):
             ("<Configure>", lambda _: self.show_cursor() or self.fit()),
         ):
             self.bind(sequence, handler)
-        self.recolour()
+        look.follow(self._recolour_hint)
         self._modified()
 
-    def recolour(self) -> None:
-        super().recolour()
-        if self.hint:
-            c = self.look.colours
-            self.hint.configure(font=self.look.font, background=c.paper, foreground=c.dim)
-            self.fit()
+    def _recolour_hint(self) -> None:
+        c = self.look.colours
+        self.hint.configure(font=self.look.font, background=c.paper, foreground=c.dim)
+        self.fit()
 
     def pasted(self, text: str) -> str:
         return self.look.safe(chat.harmless(text.replace("\r\n", "\n")))
@@ -3263,7 +3198,7 @@ class Compose(Field):
         self.focus_set()
 
     def submit(self) -> None:
-        if self.offers and self.offers.shown and self.offers.by_key:
+        if self.offers.by_key:
             return self.take_offer(self.offers.choice)
         text = self.content.rstrip("\n")
         if not text.strip() or not self.send(text):
@@ -3293,7 +3228,7 @@ class Compose(Field):
 
     def _arrow(self, event: Any, step: int) -> str | None:
         """Move in the offers, to another row, or from the first or last row in the sent lines."""
-        if self.offers and self.offers.shown:
+        if self.offers.shown:
             self.offers.move(step)
         elif event.state & SHIFT_KEY:
             self.tk.call("tk::TextKeySelect", self, self._row_beside(step))
@@ -3320,7 +3255,6 @@ class Compose(Field):
         return self.stepped_to
 
     def _recall(self, key: str) -> None:
-        """Go through the sent lines."""
         self.editor.set(self.content)
         self.editor.press(chat.Key(key))
         if self.editor.text != self.content:
@@ -3329,7 +3263,7 @@ class Compose(Field):
     # Completion
 
     def _complete(self, key: str) -> str:
-        if self.offers and self.offers.shown:
+        if self.offers.shown:
             self.take_offer(self.offers.choice)
             return "break"
         before = whole(self.get("insert linestart", "insert"))
@@ -3346,8 +3280,7 @@ class Compose(Field):
         begun = before[before.rfind(" ") + 1 :]
         self.delete("insert linestart", "insert")
         self.insert("insert", before.removesuffix(begun) + self.look.safe(word))
-        if self.offers:
-            self.offers.hide()
+        self.offers.hide()
         self.focus_set()
 
     def _forget_offers(self, event: Any) -> None:
@@ -3356,8 +3289,6 @@ class Compose(Field):
 
     def _update_offers(self) -> None:
         """Offer commands after "/", and emoji after ":" and two letters."""
-        if self.offers is None:
-            return
         before = whole(self.get("insert linestart", "insert"))
         rows: list[tuple[str, str, str]] = []
         if before[:1] == "/" and " " not in before and self.index("insert").startswith("1."):
@@ -3367,10 +3298,7 @@ class Compose(Field):
                 (f"{emoji} ", self.look.drawable(emoji), name)
                 for emoji, name in emoji_for(match[1])
             ]
-        if rows:
-            self.offers.show(rows)
-        elif self.offers.shown:
-            self.offers.hide()
+        self.offers.show(rows)
 
     def _modified(self, event: Any = None) -> None:
         if self.edit_modified() or event is None:
@@ -3380,16 +3308,14 @@ class Compose(Field):
                 self.placed = ""
                 self._update_offers()
                 self.edited()
-            elif self.offers:
+            else:
                 self.offers.hide()
 
     def fit(self) -> None:
         """Fit the height to the text, up to the limit; show the hint while there is no text."""
-        if self.get("1.0", "2.0") == "\n" and self.index("end-1c") == "1.0":
-            # From where text begins, to where it ends: a Text's padding counts
-            self.hint.place(x=1, y=0, relwidth=1, width=-1)
-        else:
-            self.hint.place_forget()
+        is_empty = self.get("1.0", "2.0") == "\n" and self.index("end-1c") == "1.0"
+        # From where text begins, to where it ends: a Text's padding counts
+        lay_over(self.hint, is_empty, x=1, y=0, relwidth=1, width=-1)
         # Tk lays out all of a text whose widget is configured, also as it was
         if self.winfo_width() > 1 and (rows := self._rows()) != int(self.cget("height")):
             self.configure(height=rows)
@@ -3416,6 +3342,7 @@ class Compose(Field):
 AT_ONCE_PIXELS = 1_000_000  # of a picture that is decoded on Tk's thread, in 20 ms
 STRIP_PIXELS = 250_000  # of one that was decoded elsewhere, put on the screen in 10 ms
 DECODE_SECONDS = 20  # that another process may take
+QUIET = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)  # of other programs
 DECODER = """
 import sys, tkinter
 given, by, wanted, paper = sys.argv[1:]
@@ -3475,9 +3402,7 @@ def decoded_elsewhere(file: chat.FileTag, data: bytes, by: int, paper: str) -> b
     arguments = [TK_FORMATS[file.type], str(by), wanted, paper]
     command = [sys.executable, "-I", "-c", DECODER, *arguments]
     try:
-        done = subprocess.run(
-            command, input=data, capture_output=True, timeout=DECODE_SECONDS, check=False
-        )
+        done = subprocess.run(command, input=data, capture_output=True, timeout=DECODE_SECONDS)
     except (OSError, ValueError, MemoryError, subprocess.SubprocessError):
         return b""
     return done.stdout
@@ -3520,18 +3445,14 @@ class Decoder:
             self.timers.later(f"strips of {image}", 1, put)
 
 
-def open_command(path: str, system: str) -> list[str]:
-    return ["open" if system == "darwin" else "xdg-open", path]
-
-
 def open_file(path: str) -> str:
     """Open a file with the program that the desktop has for it; return why that cannot be."""
     try:
         if sys.platform == "win32":
             os.startfile(path)
         else:
-            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-            opener = subprocess.Popen(open_command(path, sys.platform), **quiet)
+            command = "open" if sys.platform == "darwin" else "xdg-open"
+            opener = subprocess.Popen([command, path], **QUIET)
             threading.Thread(target=opener.wait, daemon=True).start()
     except OSError as error:
         return f"cannot open {path}: {chat.reason_of(error)}"
@@ -3588,51 +3509,42 @@ class PictureWindow(tk.Toplevel):
         self.image: tk.PhotoImage | None = image
         wide, high = image.width(), image.height()
         self.canvas = tk.Canvas(self, background=look.colours.paper, highlightthickness=0)
-        self.canvas.configure(scrollregion=(0, 0, wide, high), xscrollincrement=20)
+        self.canvas.configure(scrollregion=(0, 0, wide, high))
+        self.canvas.configure(xscrollincrement=20, yscrollincrement=20)
         self.canvas.configure(width=min(wide, self.winfo_screenwidth() * 3 // 4))
         self.canvas.configure(height=min(high, self.winfo_screenheight() * 3 // 4))
-        self.canvas.configure(yscrollincrement=20)
         self.canvas.create_image(0, 0, anchor="nw", image=image)
         self.columnconfigure(0, weight=1)
         self.rowconfigure(0, weight=1)
         self.canvas.grid(row=0, column=0, sticky="nswe")
-        self._add_bars()
-        for key, axis, step in (
-            ("Left", "x", -1),
-            ("Right", "x", 1),
-            ("Up", "y", -1),
-            ("Down", "y", 1),
-        ):
-            scroll = getattr(self.canvas, f"{axis}view_scroll")
-            self.bind(f"<{key}>", lambda _, scroll=scroll, step=step: scroll(3 * step, "units"))
-        for sequence, up in (("Button-4", True), ("Button-5", False), ("MouseWheel", None)):
-            for shift, scroll in (
-                ("", self.canvas.yview_scroll),
-                ("Shift-", self.canvas.xview_scroll),
-            ):
-                turned = functools.partial(self._turned, scroll, up)
-                self.canvas.bind(f"<{shift}{sequence}>", turned)
+        across = ttk.Scrollbar(self, orient="horizontal", command=self.canvas.xview)
+        down = ttk.Scrollbar(self, command=self.canvas.yview)
+        self.canvas.configure(xscrollcommand=across.set, yscrollcommand=down.set)
+        if wide > int(self.canvas.cget("width")):
+            across.grid(row=1, column=0, sticky="we")
+        if high > int(self.canvas.cget("height")):
+            down.grid(row=0, column=1, sticky="ns")
+        self._bind_scrolling(self.canvas.yview_scroll, "Up", "Down", "")
+        self._bind_scrolling(self.canvas.xview_scroll, "Left", "Right", "Shift-")
         self.bind("<Escape>", lambda _: self.destroy())
         self.canvas.bind("<Button-1>", lambda _: self.destroy())
         self.canvas.focus_set()
 
-    @staticmethod
-    def _turned(scroll: Callable[[int, str], None], up: bool | None, event: Any) -> None:
-        """Scroll by the wheel, which is a button on X11."""
-        scroll(-3 if up or (up is None and event.delta > 0) else 3, "units")
+    def _bind_scrolling(self, scroll: Callable, back: str, on: str, shift: str) -> None:
+        """Scroll in one direction by two keys, and by the wheel, which is two buttons on X11."""
+        up, down = (lambda _, step=step: scroll(step, "units") for step in (-3, 3))
+        for widget, sequence, act in (
+            (self, f"<{back}>", up),
+            (self, f"<{on}>", down),
+            (self.canvas, f"<{shift}Button-4>", up),
+            (self.canvas, f"<{shift}Button-5>", down),
+            (self.canvas, f"<{shift}MouseWheel>", lambda e: up(e) if e.delta > 0 else down(e)),
+        ):
+            widget.bind(sequence, act)
 
     def destroy(self) -> None:
         super().destroy()
         self.image = None  # all of its pixels
-
-    def _add_bars(self) -> None:
-        across = ttk.Scrollbar(self, orient="horizontal", command=self.canvas.xview)
-        down = ttk.Scrollbar(self, command=self.canvas.yview)
-        self.canvas.configure(xscrollcommand=across.set, yscrollcommand=down.set)
-        if self.image.width() > int(self.canvas.cget("width")):
-            across.grid(row=1, column=0, sticky="we")
-        if self.image.height() > int(self.canvas.cget("height")):
-            down.grid(row=0, column=1, sticky="ns")
 
 
 class Strip(ttk.Frame):
@@ -3815,9 +3727,10 @@ class ReadText(tk.Text):
 
     @contextlib.contextmanager
     def editing(self) -> Iterator[None]:
+        before = str(self.cget("state"))
         self.configure(state="normal")
         yield
-        self.configure(state="disabled")
+        self.configure(state=before)
 
     def fill(self, pieces: list) -> None:
         """Show these pieces and nothing else."""
@@ -3938,7 +3851,7 @@ class SheetText(ReadText):
         lost = self.sheet.append(rows, seen)
         with self.editing():
             if self.sheet.is_drawn(lost):
-                self._redraw(lost)
+                self.redraw(lost)
             self.insert_pieces("end", self.sheet.draw_from(number))
 
     def draw_older(self) -> bool:
@@ -3949,17 +3862,14 @@ class SheetText(ReadText):
         with self.editing():
             self.insert_pieces("1.0", sheet.draw_before(ROWS_MORE))
             if sheet.is_drawn(head):
-                self._redraw(head)  # it may go on with what is above it now
+                self.redraw(head)  # it may go on with what is above it now
         return True
 
     def redraw(self, number: int) -> None:
-        with self.editing():
-            self._redraw(number)
-
-    def _redraw(self, number: int) -> None:
         line, lines, pieces = self.sheet.redraw(number)
-        self.delete(f"{line}.0", f"{line + lines}.0")
-        self.insert_pieces(f"{line}.0", pieces)
+        with self.editing():
+            self.delete(f"{line}.0", f"{line + lines}.0")
+            self.insert_pieces(f"{line}.0", pieces)
 
     def delete_first(self, lines: int) -> None:
         if lines:
@@ -3982,7 +3892,6 @@ class SheetText(ReadText):
         return f"{self.sheet.line_of(number)}.0"
 
     def last_in_sight(self) -> int:
-        """Return the last row that is in sight."""
         number = self.row_at(f"@0,{self.winfo_height()}")
         return len(self.sheet.rows) - 1 if number is None else number
 
@@ -4006,21 +3915,20 @@ class Pictures:
     frees those that were in sight longest ago."""
 
     def __init__(self, text: SheetText, timers: Timers):
-        self.text, self.later = text, timers.later
+        self.text, self.timers = text, timers
         self.images: dict[str, tk.PhotoImage] = {}  # by path; those seen last at the end
         self.placed: dict[str, list[str]] = {}  # names of their places in the text
         self.arrived: collections.deque[Picture] = collections.deque()  # to be decoded
         self.asked: tuple[chat.FileTag, ...] = ()
-        self.looks = self.decodes = False  # soon
+        self.decodes = False  # soon
         self.decoding: Picture | None = None
         self.decode: Callable = chat.do_nothing  # see Decoder
         self.wants: Callable[[tuple], None] = chat.do_nothing  # called with those to be fetched
         self.failed: Callable[[str, str], None] = chat.do_nothing  # called with a path and why
 
     def look_soon(self) -> None:
-        if not self.looks and self.text.spaces:
-            self.looks = True
-            self.later("pictures", PICTURE_MS, self._look)
+        if self.text.spaces and not self.timers.waits("pictures"):
+            self.timers.later("pictures", PICTURE_MS, self._look)
 
     def _in_sight(self) -> Iterator[tuple[str, chat.FileTag]]:
         """Yield where the pictures in sight have their places."""
@@ -4034,7 +3942,6 @@ class Pictures:
 
     def _look(self) -> None:
         """Put pictures in sight in their places, and ask for those that are not here."""
-        self.looks = False
         missing, seen = {}, set()
         for index, file in list(self._in_sight()):
             seen.add(file.path)
@@ -4064,8 +3971,7 @@ class Pictures:
             names.append(name)
 
     def _drop_others(self, seen: set[str]) -> None:
-        """Free the pictures that were in sight longest ago, if there are too many. Their lines
-        keep their heights."""
+        """Free pictures that were in sight longest ago. Their lines keep their heights."""
         excess = len(self.images) - PICTURES_KEPT
         for path in [path for path in self.images if path not in seen][: max(0, excess)]:
             for name in self.placed.pop(path, ()):
@@ -4091,7 +3997,7 @@ class Pictures:
     def _decode_soon(self) -> None:
         if self.arrived and not self.decodes:
             self.decodes = True
-            self.later("decode", PICTURE_MS, self._decode_next)
+            self.timers.later("decode", PICTURE_MS, self._decode_next)
 
     def _decode_next(self) -> None:
         """Decode one picture: the user may be typing."""
@@ -4132,9 +4038,6 @@ class Pointer:
         self.menu_for: Callable[[Row, Any], Any] = chat.do_nothing
         self.acted: Callable[[str, Row], None] = chat.do_nothing
         self.told: Callable[[str], None] = chat.do_nothing  # about the row under the pointer
-        self._bind_all()
-
-    def _bind_all(self) -> None:
         text = self.text
         text.bind("<Button-1>", self._press, add=True)
         text.bind("<ButtonRelease-1>", self._click)
@@ -4243,7 +4146,6 @@ class Transcript(ttk.Frame):
         self.look, self.timers = look, timers
         self.at_bottom = True
         self.waiting_older = self.waiting_after = False
-        self.scrolling = False  # by the user
         self.reached_bottom: Callable[[], None] = chat.do_nothing
         self.left_bottom: Callable[[], None] = chat.do_nothing
         self.wants_older: Callable[[], None] = chat.do_nothing
@@ -4267,12 +4169,8 @@ class Transcript(ttk.Frame):
             button.configure(takefocus=False)
         self.top = ttk.Label(self, style="Dim.Card.TLabel")
         self.typing = ttk.Label(self, style="Dim.Card.TLabel")
-        self._bind_all()
-        look.follow(self._break_again)
-
-    def _bind_all(self) -> None:
         text = self.text
-        text.bind("<Configure>", self._resized)
+        text.bind("<Configure>", lambda _: self._stay() or self._break_again())
         widget, tk_class, *others = text.bindtags()
         text.bindtags(("UserScrolls", widget, tk_class, "UserScrolled", *others))
         for sequence in SCROLLING:
@@ -4283,14 +4181,11 @@ class Transcript(ttk.Frame):
         text.bind("<Prior>", self._go_up, add=True)
         text.bind("<Home>", lambda _: self.yview("1.0") or "break")
         text.bind("<End>", lambda _: self.to_bottom() or "break")
+        look.follow(self._break_again)
 
     def _scrolls(self, event: Any = None) -> None:
         """Note that the user scrolls: all other movements are Tk's, when it lays out lines."""
-        self.scrolling = True
-        self.timers.later("scrolling", SCROLL_MS, self._rests)
-
-    def _rests(self) -> None:
-        self.scrolling = False
+        self.timers.later("scrolling", SCROLL_MS, chat.do_nothing)
 
     def yview(self, *where: Any) -> None:
         """Scroll, as the user wants."""
@@ -4302,10 +4197,6 @@ class Transcript(ttk.Frame):
         """See at once where the user has scrolled to: Tk tells it when it draws, and what arrives
         before that would go back to the end."""
         self._scrolled(*self.text.yview())
-
-    def _resized(self, event: Any) -> None:
-        self._stay()
-        self._break_again()
 
     def _break_again(self) -> None:
         """Break lines from right to left again, if they have more room or less."""
@@ -4337,7 +4228,6 @@ class Transcript(ttk.Frame):
         self._want_older()
 
     def append(self, rows: tuple[Row, ...], seen: bool) -> None:
-        """Add rows at the end."""
         self.waiting_after = False
         before = len(self.sheet.rows)
         self.text.append(rows, seen)
@@ -4359,7 +4249,6 @@ class Transcript(ttk.Frame):
             self._want_older()
 
     def draw_older(self) -> bool:
-        """Draw older rows that are here; return whether there were such."""
         spot = self.spot()
         drew = self.text.draw_older()
         if drew and spot is not None and not self.at_bottom:
@@ -4373,14 +4262,10 @@ class Transcript(ttk.Frame):
         self.at_bottom = True
 
     def trim(self, count: int) -> None:
-        """Drop the oldest rows."""
         self.text.delete_first(self.sheet.trim(count))
 
     def change(self, row: Row) -> None:
-        """Draw a row again."""
-        number = self.sheet.replace(row)
-        if number is not None:
-            self.redraw(number)
+        self.redraw(self.sheet.replace(row))
 
     def redraw(self, number: int | None) -> None:
         if self.sheet.is_drawn(number):
@@ -4389,13 +4274,8 @@ class Transcript(ttk.Frame):
             self.pointer.paint()
 
     def redraw_all(self) -> None:
-        """Draw all rows again."""
         sheet = self.sheet
         self.reset(Rows(sheet.room, RESET, sheet.rows, sheet.read_time))
-
-    def rename_me(self, name: str) -> None:
-        """Note the name of this user, for rows that are drawn from now on."""
-        self.sheet.me = name
 
     def restyle(self, clock: str, pictures: bool) -> None:
         """Show times otherwise, or no pictures."""
@@ -4410,7 +4290,6 @@ class Transcript(ttk.Frame):
         self.redraw(self.sheet.read_to(when))
 
     def remove(self, id: str) -> None:
-        """Take the words of a message away."""
         for number in self.sheet.remove(id):
             self.redraw(number)
             self.redraw(number + 1)  # it may have stood under the same name
@@ -4433,7 +4312,6 @@ class Transcript(ttk.Frame):
     # Scrolling
 
     def spot(self) -> Spot | None:
-        """Return the place at the top."""
         text, number = self.text, self.text.row_at("@0,0")
         if number is None:
             return None
@@ -4464,10 +4342,10 @@ class Transcript(ttk.Frame):
         self.text.see("end")
         return self.reached_bottom()
 
-    def show_row(self, number: int) -> None:
-        """Scroll to a row, and mark it for a while."""
+    def show_row(self, number: int | None) -> None:
+        """Scroll to a row, if it is here, and mark it for a while."""
         while not self.sheet.is_drawn(number):
-            if not self.draw_older():
+            if number is None or not self.draw_older():
                 return
         self.at_bottom = False
         first, _ = self.sheet.body_of(number)
@@ -4477,27 +4355,19 @@ class Transcript(ttk.Frame):
         self.pointer.choose(number)
         self.left_bottom()
 
-    def unmark(self) -> None:
-        """Take the mark of the row that was shown away."""
-        self.text.mark_row("found", None)
-
     def show_new(self) -> None:
         """Scroll to the first message that was not read."""
-        number = self.sheet.find(self.sheet.marked)
-        if number is not None:
-            self.show_row(number)
+        self.show_row(self.sheet.find(self.sheet.marked))
 
     def show_reply(self, row: Row) -> None:
         """Scroll to the message that this one answers."""
-        number = self.sheet.find_id(row.view.reply)
-        if number is not None:
-            self.show_row(number)
+        self.show_row(self.sheet.find_id(row.view.reply))
 
     def _scrolled(self, first: str | float, last: str | float) -> None:
         text = self.text
         text.bar.set(first, last)
         at_end = float(last) > BOTTOM and not self.sheet.past
-        went_up = self.scrolling and text.compare("@0,0", "<", "top")
+        went_up = self.timers.waits("scrolling") and text.compare("@0,0", "<", "top")
         text.mark_set("top", "@0,0")
         if at_end and not self.at_bottom:
             self.at_bottom = True
@@ -4555,20 +4425,16 @@ class Transcript(ttk.Frame):
             text = f"{count:,} new below \u2193"
         else:
             text = "To the newest \u2193"
-        if self.at_bottom:
-            return self.below.place_forget()
         self.below.configure(text=text)
-        self.below.place(relx=0.5, rely=1.0, y=-self.look.part(0.6), anchor="s")
-        return None
+        y = -self.look.part(0.6)
+        lay_over(self.below, not self.at_bottom, relx=0.5, rely=1.0, y=y, anchor="s")
 
     def _tell_above(self) -> None:
         """Show the button that leads to the "new" line, while that is above what is in sight."""
         number = self.sheet.find(self.sheet.marked)
-        top = self.text.line_at("@0,0")
-        if self.sheet.is_drawn(number) and self.sheet.line_of(number) < top:
-            self.above.place(relx=0.5, y=self.look.part(0.5), anchor="n")
-        else:
-            self.above.place_forget()
+        drawn, top = self.sheet.is_drawn(number), self.text.line_at("@0,0")
+        is_above = drawn and self.sheet.line_of(number) < top
+        lay_over(self.above, is_above, relx=0.5, y=self.look.part(0.5), anchor="n")
 
     def older_told(self, event: Fetching) -> None:
         """Take the state of older rows, and show it if the user is at the top."""
@@ -4581,22 +4447,16 @@ class Transcript(ttk.Frame):
     def tell_older(self, text: str) -> None:
         """Show a text about older rows at the top."""
         text = text or (NOTHING_SAID if self.sheet.room and not self.sheet.rows else "")
-        if text:
-            self.top.configure(text=text)
-            self.top.place(relx=0.5, y=self.look.part(0.2), anchor="n")
-        else:
-            self.top.place_forget()
+        set_text(self.top, text)
+        lay_over(self.top, bool(text), relx=0.5, y=self.look.part(0.2), anchor="n")
 
     def tell_typing(self, text: str) -> None:
         """Show the users who are typing, over the empty line below the last message."""
         if text == str(self.typing.cget("text")):
             return
         self.typing.configure(text=text)
-        if text:
-            x, y = self.look.part(0.9), -self.look.part(0.15)
-            self.typing.place(x=x, rely=1.0, y=y, anchor="sw")
-        else:
-            self.typing.place_forget()
+        x, y = self.look.part(0.9), -self.look.part(0.15)
+        lay_over(self.typing, bool(text), x=x, rely=1.0, y=y, anchor="sw")
 
 
 # ======================================================================================
@@ -4621,31 +4481,27 @@ class Panes(ttk.PanedWindow):
     def __init__(self, parent: tk.Misc, look: Look):
         super().__init__(parent, orient="horizontal")
         self.look = look
-        self.order: list[tk.Misc] = []  # from left to right
         self.middle: tk.Misc = self
         self.wide: dict[str, float] = {}  # of the panes at the sides, in heights of a line
-        self.names: dict[str, tk.Misc] = {}
+        self.names: dict[str, tk.Misc] = {}  # from left to right
         self.timer = ""  # until they are arranged
         look.follow(self.arrange_soon)
         self.bind("<ButtonRelease-1>", lambda _: self._measure(), add=True)
         self.bind("<Configure>", lambda _: self.arrange_soon())
-        self.bind("<Destroy>", lambda _: self._stop())
+        self.bind("<Destroy>", lambda _: self.timer and self.after_cancel(self.timer))
 
     def compose(self, order: dict[str, tk.Misc], middle: tk.Misc, wide: dict[str, float]) -> None:
         """Take all panes there are, from left to right, and their widths at first."""
-        self.names, self.middle = order, middle
-        self.order = list(order.values())
-        self.wide = dict(wide)
+        self.names, self.middle, self.wide = order, middle, dict(wide)
 
     def is_shown(self, name: str) -> bool:
         return str(self.names[name]) in map(str, self.panes())
 
     def show(self, name: str, on: bool) -> None:
-        """Show or hide a pane."""
         pane = self.names[name]
         if on and not self.is_shown(name):
-            shown = [one for one in self.order if str(one) in map(str, self.panes()) or one is pane]
-            place = shown.index(pane)
+            shown = [one for one in self.names if self.is_shown(one) or one == name]
+            place = shown.index(name)
             weight = 1 if pane is self.middle else 0
             self.insert(place if place < len(shown) - 1 else "end", pane, weight=weight)
         elif not on and self.is_shown(name):
@@ -4654,10 +4510,6 @@ class Panes(ttk.PanedWindow):
 
     def arrange_soon(self) -> None:
         self.timer = self.timer or self.after(SASH_MS, self.arrange)
-
-    def _stop(self) -> None:
-        if self.timer:
-            self.after_cancel(self.timer)
 
     def arrange(self) -> None:
         """Give the panes at the sides their widths; the middle has the rest."""
@@ -4746,7 +4598,12 @@ class Sidebar(ttk.Frame):
         self.tree = scrolled_tree(self, look, "count")
         self.tree.column("count", anchor="e", stretch=False)
         look.follow(self.recolour)
-        self._bind_all()
+        tree = self.tree
+        tree.bind("<<TreeviewSelect>>", self._selected)
+        tree.bind("<Button-1>", self._press, add=True)
+        tree.bind("<B1-Motion>", self._drag)
+        tree.bind("<ButtonRelease-1>", self._drop)
+        bind_menu(tree, self._menu)
 
     def recolour(self) -> None:
         look, c, tag = self.look, self.look.colours, self.tree.tag_configure
@@ -4757,14 +4614,6 @@ class Sidebar(ttk.Frame):
         tag("called", font=look.bold, foreground=c.bad)
         tag("muted", foreground=c.pale, font=look.font)
         tag("outside", foreground=c.dim, font=look.italic)
-
-    def _bind_all(self) -> None:
-        tree = self.tree
-        tree.bind("<<TreeviewSelect>>", self._selected)
-        tree.bind("<Button-1>", self._press, add=True)
-        tree.bind("<B1-Motion>", self._drag)
-        tree.bind("<ButtonRelease-1>", self._drop)
-        bind_menu(tree, self._menu)
 
     # What there is
 
@@ -4780,7 +4629,6 @@ class Sidebar(ttk.Frame):
         self.order = {server: [str(name) for name in names] for server, names in lists.items()}
 
     def show_servers(self) -> None:
-        """Show servers, and their conversations in order."""
         servers = self.model.servers
         wanted = [f"s{server.number}" for server in servers]
         for row in set(self.tree.get_children()) - set(wanted):
@@ -4924,13 +4772,9 @@ class Sidebar(ttk.Frame):
         if row[:1] != "r" or abs(event.y - self.pressed_at) < DRAG_PIXELS:
             return "break"
         self.dragged = row
-        target = self.tree.identify_row(event.y)
-        if (
-            target[:1] == "r"
-            and self.tree.parent(target) == self.tree.parent(row)
-            and target != row
-        ):
-            self.tree.move(row, self.tree.parent(row), self.tree.index(target))
+        target, parent = self.tree.identify_row(event.y), self.tree.parent(row)
+        if target[:1] == "r" and target != row and self.tree.parent(target) == parent:
+            self.tree.move(row, parent, self.tree.index(target))
         return "break"
 
     def _drop(self, event: Any) -> None:
@@ -5095,8 +4939,6 @@ def page_pieces(text: str, style: Style) -> list:
 
 
 class PanelText(ReadText):
-    """The text of the panel."""
-
     def configure_tags(self) -> None:
         look, c, tag = self.look, self.look.colours, self.tag_configure
         indent = look.part(1.2)
@@ -5121,9 +4963,10 @@ class Panel(ttk.Frame):
         self.wanted = ""  # words that were looked for
         self.everywhere = False
         head = ttk.Frame(self, style="Card.TFrame")
-        close = ttk.Button(head, text="\u2715", style="Plain.TButton", command=self.close)
+        close = ttk.Button(head, text="\u2715", style="Plain.TButton")
+        close.configure(command=lambda: self.closed())
         close.pack(side="right")
-        self.title = ttk.Label(head, style="Card.TLabel")
+        self.title = ttk.Label(head, style="Card.TLabel", font=look.bold)
         self.title.pack(side="left", fill="x", expand=True)
         head.pack(fill="x")
         self.field = Field(self, look, self.enter, width=20)
@@ -5137,13 +4980,6 @@ class Panel(ttk.Frame):
         self.text.pack(side="left", fill="both", expand=True)
         self._name_scope()
         look.follow(self.recolour)
-        self._bind_all()
-
-    def recolour(self) -> None:
-        self.configure(padding=(self.look.part(0.5), self.look.part(0.3), 0, 0))
-        self.title.configure(font=self.look.bold)
-
-    def _bind_all(self) -> None:
         text = self.text
         text.bind("<Configure>", self._break_again)
         self.look.follow(self._break_again)
@@ -5154,10 +4990,12 @@ class Panel(ttk.Frame):
         self.field.bind("<Down>", functools.partial(self._choose, 1))
         offer_menu(text, self.look, "Copy")
 
+    def recolour(self) -> None:
+        self.configure(padding=(self.look.part(0.5), self.look.part(0.3), 0, 0))
+
     # The field
 
     def ask(self, words: str = "") -> None:
-        """Let the user search."""
         self._show_field(True)
         if not self.rows:  # a page, which is not what is looked for
             self._fill(list)
@@ -5274,9 +5112,6 @@ class Panel(ttk.Frame):
                 self.jump(number, view)
         return "break"
 
-    def close(self) -> None:
-        self.closed()
-
 
 # ======================================================================================
 # CARDS
@@ -5326,10 +5161,8 @@ class Scrolled(tk.Canvas):
 
     def _scrolled(self, first: str, last: str) -> None:
         self.bar.set(first, last)
-        if float(first) <= 0 and float(last) >= 1:
-            self.bar.place_forget()
-        else:
-            self.bar.place(relx=1, relheight=1, anchor="ne")
+        is_cut = float(first) > 0 or float(last) < 1
+        lay_over(self.bar, is_cut, relx=1, relheight=1, anchor="ne")
         self._fill()
 
     def wheel(self, step: int) -> None:
@@ -5452,7 +5285,7 @@ class ConnectCard(Card):
         self.error = ttk.Label(self, style="Bad.Card.TLabel")
         self.found = ttk.Label(body, style="Dim.Card.TLabel")
         self.known = ttk.Button(body, text="Recent servers \u25be", command=self._show_recent)
-        for row in (
+        for widgets in (
             (ttk.Label(body, text="Your name", style="Card.TLabel"), self.name),
             (ttk.Label(body, text="Server", style="Card.TLabel"), self.server),
             (self.known, self._check("Encrypt the connection (TLS)", self.tls)),
@@ -5460,26 +5293,17 @@ class ConnectCard(Card):
             (self._check("This is a new account: register it", self.register),),
             (ttk.Label(body, text=PASSWORD_LABEL, style="Card.TLabel"), self.password),
         ):
-            self._add_row(row)
+            for widget in widgets:
+                fill = "none" if isinstance(widget, (ttk.Button, ttk.Checkbutton)) else "x"
+                widget.pack(fill=fill, anchor="w", pady=(0, look.part(0.15)))
+                widget.lift()  # Tab goes through widgets in this order
+            widgets[-1].pack_configure(pady=(0, look.part(0.4)))
         self.error.pack(side="bottom", fill="x", before=self.page)  # in sight wherever the page is
         self.go = self.add_button("Connect", self.enter, first=True)
         self.cancel = self.add_button("Cancel", self.hide)
 
     def _check(self, text: str, variable: tk.BooleanVar) -> ttk.Checkbutton:
         return ttk.Checkbutton(self.body, text=text, variable=variable)
-
-    def _add_row(self, widgets: tuple) -> None:
-        for widget in widgets:
-            fill = "none" if isinstance(widget, (ttk.Button, ttk.Checkbutton)) else "x"
-            widget.pack(fill=fill, anchor="w", pady=(0, self.look.part(0.15)))
-            widget.lift()  # Tab goes through widgets in this order
-        widgets[-1].pack_configure(pady=(0, self.look.part(0.4)))
-
-    def recolour(self) -> None:
-        super().recolour()
-        for label in (getattr(self, "error", None), getattr(self, "found", None)):
-            if label:
-                label.configure(wraplength=20 * self.look.em)
 
     def show(self, name: str, server: str, error: str = "") -> None:
         self._take(name, server)
@@ -5495,6 +5319,7 @@ class ConnectCard(Card):
         if not server:
             return
         self.found.configure(text=f"A server answers on this machine: {server}")
+        self.found.configure(wraplength=20 * self.look.em)
         self.found.pack(anchor="w", after=self.server, pady=(0, self.look.part(0.4)))
 
     def _show_recent(self) -> None:
@@ -5732,11 +5557,10 @@ class SettingsCard(Card):
         else:
             field = Field(self.body, self.look, lambda: self._enter(name), width=16)
             field.bind("<FocusOut>", lambda _: self._enter(name))
-        field.grid(
-            row=row, column=1, padx=self.look.part(0.6), pady=self.look.part(0.12), sticky="we"
-        )
+        pad["sticky"] = "we"
+        field.grid(row=row, column=1, padx=self.look.part(0.6), **pad)
         about = ttk.Label(self.body, text=setting.summary, style="Dim.Card.TLabel")
-        about.grid(row=row, column=2, **{**pad, "sticky": "we"})
+        about.grid(row=row, column=2, **pad)
         self.fields[name] = field
         self.abouts.append(about)
 
@@ -5795,12 +5619,7 @@ class Banner(ttk.Frame):
     def shown(self) -> bool:
         return bool(self.winfo_manager())
 
-    def show(
-        self,
-        text: str,
-        *buttons: tuple[str, Callable[[], None]],
-        dropped: Callable[[], None] = chat.do_nothing,
-    ) -> None:
+    def show(self, text: str, dropped: Callable[[], None], *buttons: tuple[str, Callable]) -> None:
         """Show a text and buttons; call back when they are gone."""
         if self.shown:
             self.hide()
@@ -5864,8 +5683,7 @@ class WindowHints(ctypes.Structure):
 
 @contextlib.contextmanager
 def window_hints(root: tk.Tk) -> Iterator[WindowHints]:
-    """Open the hints of a window on X11 (ICCCM 4.1.2.4), and write them back: Tk has no call for
-    that. Raises OSError."""
+    """Open the hints of a window on X11 (ICCCM 4.1.2.4), and write them back. Raises OSError."""
     x, window, hints = ctypes.CDLL("libX11.so.6"), ctypes.c_ulong, ctypes.POINTER(WindowHints)
     for name, result, *arguments in (
         ("XOpenDisplay", ctypes.c_void_p, ctypes.c_char_p),
@@ -5910,7 +5728,7 @@ class Notices:
             self.rang = time.monotonic()
             self.root.bell()
 
-    def flash(self, on: bool = True) -> None:
+    def flash(self, on: bool) -> None:
         """Ask for attention in the task bar, or no more; Tk cannot do that."""
         if on == self.flashes:
             return
@@ -5932,9 +5750,8 @@ class Notices:
         command, more = notice_command(title, text, sys.platform)
         if not shutil.which(command[0]):
             return
-        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         with contextlib.suppress(OSError, ValueError):  # a NUL in the text, no memory
-            self.running.append(subprocess.Popen(command, env={**os.environ, **more}, **quiet))
+            self.running.append(subprocess.Popen(command, env={**os.environ, **more}, **QUIET))
 
 
 # ======================================================================================
@@ -6089,10 +5906,6 @@ class Writing(Acts):
     def room_gone(self, number: int) -> None:
         self._keep_text(self.drafts.pop(number, ""))
 
-    def forget(self) -> None:
-        """Forget the drafts of an engine that has ended; the store has them."""
-        self.drafts.clear()
-
     def _keep_text(self, text: str) -> None:
         """Keep what was half typed in a conversation that is gone."""
         if text.strip() and not chat.is_secret(text):
@@ -6142,14 +5955,14 @@ class Writing(Acts):
         if not row.view.id or not server or "reply" not in server.can:
             return self.window.tell("this message cannot be answered here")
         text = f"Reply to {shorter(row.view.name, 30)}: {excerpt(row.view.text)}"
-        self.banner.show(text, dropped=self._forget_reply)
+        self.banner.show(text, self._forget_reply)
         self.reply = row
         return self.compose.focus_set()
 
     def _show_over_reply(self, about: str, *buttons: tuple[str, Callable[[], None]]) -> None:
         """Show a banner about a paste. The text is still an answer, as is shown afterwards."""
         self.banner.dropped = chat.do_nothing
-        self.banner.show(about, *buttons, dropped=self._paste_told)
+        self.banner.show(about, self._paste_told, *buttons)
 
     def _paste_told(self) -> None:
         self.about_text = False
@@ -6279,12 +6092,6 @@ class Reading(Acts):
         if self.present:
             self.do("read", here, page.sheet.newest)
 
-    def room_gone(self, number: int) -> None:
-        self.spots.pop(number, None)
-
-    def forget(self) -> None:
-        self.spots.clear()
-
     # Events of the conversation that is looked at
 
     def take(self, event: Any) -> None:
@@ -6327,8 +6134,6 @@ class FileActs(Acts):
 
     def __init__(self, window: "Window"):
         super().__init__(window)
-        self.choose: Callable[[], Any] = self._choose  # by a dialog of the system, as below
-        self.choose_place: Callable[[str], str] = self._choose_place
         self.open_file, self.downloads = open_file, download_folder
         self.folder = str(user_folder())  # of the files that were sent last
         self.choosing = False  # a dialog of the system is open
@@ -6344,12 +6149,12 @@ class FileActs(Acts):
         if self.opened:
             shutil.rmtree(self.opened, ignore_errors=True)
 
-    def _choose(self) -> Any:
+    def choose(self) -> Any:
         return filedialog.askopenfilenames(
             parent=self.window.root, title="Send files", initialdir=self.folder
         )
 
-    def _choose_place(self, name: str) -> str:
+    def choose_place(self, name: str) -> str:
         folder = str(self.downloads())
         return filedialog.asksaveasfilename(
             parent=self.window.root, title="Save", initialfile=name, initialdir=folder
@@ -6480,7 +6285,6 @@ class MessageActs(Acts):
         self.window.panel.open_link = self._open_link
 
     def menu(self, row: Row, event: Any) -> None:
-        """Open the menu of a message."""
         view, menu = row.view, self.look.menu(self.transcript)
         add = functools.partial(self._add, menu, row)
         if row.state == FAILED and row.parked:
@@ -6492,7 +6296,11 @@ class MessageActs(Acts):
             self._add_answers(menu, row)
             menu.add_separator()
         if file := chat.parse_file_tag(view.file):
-            self._add_file(add, file)
+            add("Save the file", "save")
+            add("Save the file as \u2026", "save-as")
+            if is_decodable(file):
+                add("Show the picture in full", "picture")
+            add("Open the file", "open", file.type in OPENED_TYPES)
             menu.add_separator()
         add("Copy text", "copy")
         if message and len(beginning(view.text)) < len(view.text):
@@ -6509,8 +6317,8 @@ class MessageActs(Acts):
         self, menu: tk.Menu, row: Row, label: str, what: str, on: bool = True, key: str = ""
     ) -> None:
         act = functools.partial(self.act, what, row)
-        options = {"state": enabled(on), "accelerator": key}
-        menu.add_command(label=self.look.seen(label), command=act, **options)
+        label = self.look.seen(label)
+        menu.add_command(label=label, command=act, state=enabled(on), accelerator=key)
 
     def _add_answers(self, menu: tk.Menu, row: Row) -> None:
         """Offer to answer a message, to react to it, and to take it back."""
@@ -6526,16 +6334,7 @@ class MessageActs(Acts):
         if row.view.mine or self.window.people.is_operator(self.model.me):
             self._add(menu, row, "Take it back", "redact", "redact" in can)
 
-    @staticmethod
-    def _add_file(add: Callable[..., None], file: chat.FileTag) -> None:
-        add("Save the file", "save")
-        add("Save the file as \u2026", "save-as")
-        if is_decodable(file):
-            add("Show the picture in full", "picture")
-        add("Open the file", "open", file.type in OPENED_TYPES)
-
     def act(self, what: str, row: Row) -> None:
-        """Do something with a message."""
         what, _, more = what.partition(" ")
         if what == "react" and more:
             self._react(row, more)
@@ -6632,17 +6431,10 @@ class RoomActs(Acts):
         self.say(f"/query {name}")
         self.compose.focus_set()
 
-    def close(self, number: int) -> None:
-        self.window.writing.closed = number
+    def close(self, number: int = 0) -> None:
+        """Close a conversation; without a number, the one that is looked at."""
+        self.window.writing.closed = number = number or self.model.here
         self.do("close", number)
-
-    def close_this(self) -> None:
-        self.close(self.model.here)
-
-    def mute_this(self) -> None:
-        """Mute the conversation that is looked at, or unmute it."""
-        if room := self.model.room:
-            self.do("mute", room.number, not room.muted)
 
     def _calls(self, room: RoomInfo) -> list[str]:
         """Return the words of the setting that make every message of a channel a mention."""
@@ -6703,7 +6495,6 @@ class RoomActs(Acts):
         add(label="Leave this server", command=lambda: self.do("server", server, "/disconnect"))
 
     def member_menu(self, name: str, event: Any) -> None:
-        """Open the menu of a member."""
         menu, me = self.look.menu(self.people), self.model.me
         for label, command, for_operators in self.MEMBER_MENU:
             text = self.look.seen(f"{label} {shorter(name, 30)}")
@@ -6743,7 +6534,9 @@ class Commands(Acts):
         self.panes, self.panel = window.panes, window.panel
         self.panel.search, self.panel.closed = self.search, self.close_panel
         self.panel.jump = lambda number, view: self.do("jump", number, view)
-        window.header.bind_buttons(self.open_menu, self.ask_search, self.show_topic)
+        window.header.menu.configure(command=self.open_menu)
+        window.header.search.configure(command=self.ask_search)
+        window.header.topic.bind("<Button-1>", lambda _: self.show_topic())
         self._bind_keys()
 
     # Keys
@@ -6779,7 +6572,7 @@ class Commands(Acts):
             ("<Control-KP_Subtract>", lambda: self.zoom(-1)),
             ("<Control-Key-0>", lambda: self.zoom(0)),
             ("<Control-comma>", self.open_settings),
-            ("<Control-w>", rooms.close_this),
+            ("<Control-w>", rooms.close),
             ("<Control-q>", self.window.close),
             ("<Alt-Up>", lambda: rooms.go_next(-1)),
             ("<Alt-Down>", lambda: rooms.go_next(1)),
@@ -6807,7 +6600,7 @@ class Commands(Acts):
     def escape(self) -> None:
         """Leave whatever is open; then go to the newest message."""
         offers, banner, page = self.compose.offers, self.window.banner, self.transcript
-        if offers and offers.shown:
+        if offers.shown:
             offers.hide()
         elif banner.shown:
             banner.hide()
@@ -6842,19 +6635,15 @@ class Commands(Acts):
 
     def open_menu(self) -> None:
         menu, room, rooms = self.look.menu(self.window.root), self.model.room, self.rooms
-        muted = bool(room and room.muted)
+        mute = "Unmute this conversation" if room and room.muted else "Mute this conversation"
         for entry in (
             ("Go to \u2026", self.open_switcher, "Ctrl+K"),
             ("Next unread conversation", rooms.go_unread, "Alt+A"),
             ("Join a channel \u2026", rooms.ask_channel, ""),
             ("Write to a user \u2026", rooms.ask_private, ""),
             ("Send a file \u2026", self.files.ask, "Ctrl+O"),
-            (
-                "Unmute this conversation" if muted else "Mute this conversation",
-                rooms.mute_this,
-                "",
-            ),
-            ("Close this conversation", rooms.close_this, "Ctrl+W"),
+            (mute, lambda: room and self.do("mute", room.number, not room.muted), ""),
+            ("Close this conversation", rooms.close, "Ctrl+W"),
             None,
             ("Search \u2026", self.ask_search, "Ctrl+F"),
             ("Show or hide conversations", lambda: self.toggle("sidebar"), "F8"),
@@ -6904,7 +6693,7 @@ class Commands(Acts):
 
     def close_panel(self) -> None:
         self.panes.show("panel", False)
-        self.transcript.unmark()
+        self.transcript.text.mark_row("found", None)
         self.compose.focus_set()
 
     def ask_search(self) -> None:
@@ -6997,11 +6786,6 @@ class Header(ttk.Frame):
         self.topic = ttk.Label(self, style="Dim.TLabel", width=1, anchor="w")
         self.topic.pack(side="left", fill="x", expand=True, padx=look.part(0.8))
         look.follow(lambda: self.configure(padding=(look.part(0.9), look.part(0.35))))
-
-    def bind_buttons(self, menu: Callable, search: Callable, topic: Callable) -> None:
-        self.menu.configure(command=menu)
-        self.search.configure(command=search)
-        self.topic.bind("<Button-1>", lambda _: topic())
 
     def refresh(self, model: Model) -> None:
         room, server = model.room, model.server
@@ -7114,9 +6898,8 @@ class Window:
     def _build_foot(self, parent: ttk.Frame) -> ttk.Frame:
         look, foot = self.look, ttk.Frame(parent)
         look.follow(lambda: foot.configure(padding=(look.part(0.5), look.part(0.35))))
-        self.compose = Compose(foot, look)
+        self.compose = Compose(foot, look, self.transcript)
         self.compose.preview = self.preview.show
-        self.compose.offers = Offers(self.transcript, look, self.compose.take_offer)
         for text, style, act in (
             ("Send", "Accent.TButton", self.compose.submit),
             ("File", "Plain.TButton", lambda: self.files.ask()),
@@ -7259,8 +7042,8 @@ class Window:
         self.model.start(Engine(options, self.waker.wake))
         self.sidebar.clear()
         self.strip.show(())
-        self.writing.forget()
-        self.reading.forget()
+        self.writing.drafts.clear()  # the store has them
+        self.reading.spots.clear()
 
     def _client_options(self, name: str, server: str) -> chat.ClientOptions:
         if not chat.clean_name(name):
@@ -7335,8 +7118,7 @@ class Window:
             act()
 
     def _ask_about(self, question: str) -> None:
-        """Let the user answer the question of a server, if it still has it: a certificate, a
-        password, a name."""
+        """Let the user answer the question of a server, if it still has it."""
         for server in [one for one in self.model.servers if one.question == question]:
             if server.doubted:
                 self.certificate.show(server)
@@ -7346,7 +7128,7 @@ class Window:
     def _name_user(self) -> None:
         """Mark what is the user's own, in the conversation and among the members."""
         if self.model.me:
-            self.transcript.rename_me(self.model.me)
+            self.transcript.sheet.me = self.model.me
             self.people.rename_me(self.model.me)
 
     def _take_rooms(self, event: Rooms) -> None:
@@ -7354,7 +7136,7 @@ class Window:
         self.sidebar.show_rooms(event)
         for number in event.gone:
             self.writing.room_gone(number)
-            self.reading.room_gone(number)
+            self.reading.spots.pop(number, None)
 
     def _take_looked(self, event: Looked) -> None:
         """Show another conversation. A draft stays in the conversation where it was begun."""
@@ -7435,7 +7217,6 @@ class Window:
         self.status_line.tell(self.look.seen(text))
 
     def show_page(self, title: str, text: str) -> None:
-        """Show a text beside the conversation."""
         self.panes.show("panel", True)
         self.panel.show_page(title, text)
 
@@ -7511,7 +7292,6 @@ class DemoPeer:
     def __init__(self, name: str, address: tuple[str, int]):
         self.sock = socket.create_connection(address, DEMO_SECONDS)
         self.file = self.sock.makefile("r", encoding="utf-8", errors="replace")
-        self.ids: list[str] = []  # of the messages that it has read
         self.send("CAP REQ :message-tags server-time", "CAP END")
         self.send(f"NICK {name}", f"USER {name} 0 * :{name}")
         self.send(*(f"JOIN {channel}" for channel in DEMO_CHANNELS), "PING in")
@@ -7549,21 +7329,6 @@ def demo_screen() -> Iterator[None]:
             yield
         finally:
             screen.terminate()
-
-
-@contextlib.contextmanager
-def demo_server(folder: pathlib.Path) -> Iterator[tuple[str, int]]:
-    """A server of its own for the demo; its address."""
-    program = str(pathlib.Path(chat.__file__))
-    command = [sys.executable, program, "server", "--listen", "127.0.0.1:0"]
-    command += ["--data", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            line = server.stdout.readline()
-            host, port = re.search(r"listens on (\S+):(\d+)", line).groups()
-            yield host, int(port)
-        finally:
-            server.terminate()
 
 
 def wait_for(window: Window, condition: Callable[[], Any]) -> None:
@@ -7629,9 +7394,9 @@ def make_picture(path: pathlib.Path, theme: str, state: pathlib.Path) -> None:
     state.mkdir(mode=0o700)
     look = {"theme": theme, "geometry": "{}x{}+0+0".format(*DEMO_SIZE)}
     Remembered(state).write("look", look)
-    with demo_server(state) as address:
-        peers = {name: DemoPeer(name, address) for name in DEMO_NAMES}
-        where = chat.address_text(*address)
+    with chat.temporary_server() as target:
+        peers = {name: DemoPeer(name, target[:2]) for name in DEMO_NAMES}
+        where = chat.address_text(*target[:2])
         window = Window(WindowOptions("alice", where, state=state, config=state))
         window.begin()
         window.model.do("set", "theme", theme)
@@ -7677,20 +7442,12 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def heed_signals(window: Window) -> None:
-    """Let Ctrl-C in the terminal close the window, but no signal that is ignored: under nohup it
-    outlives its terminal."""
+    """Let signals close the window, but none that is ignored: under nohup it goes on."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, window.interrupt)
     window.waker.wake_on_signals()
-
-
-def sharpen() -> None:
-    """Tell Windows that this program draws for fine screens: it would blur it otherwise."""
-    if os.name == "nt":
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.OleDLL("shcore").SetProcessDpiAwareness(1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -7704,16 +7461,12 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(message)s")
     if args.demo:
         return make_pictures(args.demo)
-    sharpen()
+    if os.name == "nt":  # which blurs a program that does not say it draws for fine screens
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.OleDLL("shcore").SetProcessDpiAwareness(1)
     trust = chat.Trust(args.ca, args.pin, args.insecure, args.client_cert)
     options = WindowOptions(
-        whole(args.name),
-        whole(args.server),
-        args.plain,
-        args.password or "",
-        trust,
-        state,
-        config,
+        whole(args.name), whole(args.server), args.plain, args.password or "", trust, state, config
     )
     try:
         window = Window(options)
