@@ -7559,19 +7559,19 @@ RPL_AWAY = "301 {} :{}"
 RPL_WHOISUSER = "311 {} {} {} * :{}"
 RPL_WHOISSERVER = "312 {} {} :{}"
 RPL_NAMREPLY = "353 {} {} :{}"
-RPL_ENDOFNAMES = "366 {} :End of NAMES"
+RPL_ENDOFNAMES = "366 {} :End of NAMES list"
 RPL_INFO = "371 :{}"
 RPL_MOTD = "372 :- {}"
 RPL_KEYVALUE = "761 {} {} * :{}"
-RPL_KEYNOTSET = "766 {} {} :is not set"
+RPL_KEYNOTSET = "766 {} {} :key not set"
 RPL_HELPSTART = "704 {} :{}"
 RPL_HELPTXT = "705 {} :{}"
 RPL_MONONLINE = "730 :{}"
 RPL_MONOFFLINE = "731 :{}"
 LIST_REPLIES = {  # letter of a list of masks -> its lines, its end
-    "b": ("367 {} {} {} {}", "368 {} :End of bans"),
-    "e": ("348 {} {} {} {}", "349 {} :End of exceptions from bans"),
-    "I": ("346 {} {} {} {}", "347 {} :End of exceptions from +i"),
+    "b": ("367 {} {} {} {}", "368 {} :End of channel ban list"),
+    "e": ("348 {} {} {} {}", "349 {} :End of channel exception list"),
+    "I": ("346 {} {} {} {}", "347 {} :End of channel invite list"),
 }
 
 
@@ -8458,8 +8458,8 @@ def tell_lusers(session: IrcSession) -> None:
     count, operators = len(hub.users), len({one.user for one in hub.operators})
     shown, invisible = count - hub.invisible, hub.invisible
     session.reply("251 :There are {} users and {} invisible on 1 servers", shown, invisible)
-    session.reply("252 {} :operators online", operators)
-    session.reply("253 {} :connections without a name yet", server.nameless())
+    session.reply("252 {} :operator(s) online", operators)
+    session.reply("253 {} :unknown connection(s)", server.nameless())
     session.reply("254 {} :channels formed", len(hub.channels))
     session.reply("255 :I have {} clients and 0 servers", count)
     session.reply("265 {0} {1} :Current local users {0}, max {1}", count, hub.most_users)
@@ -8470,12 +8470,12 @@ def tell_motd(session: IrcSession) -> None:
     lines = session.site.server.motd
     if not lines:
         return session.refuse(Refused("NO_MOTD", "there is no message of the day"))
-    session.reply("375 :- {} Message of the day", session.site.name)
+    session.reply("375 :- {} Message of the day - ", session.site.name)
     room = IRC_BYTES - 2 - len(f":{session.site.name} {RPL_MOTD} {session.nick}".encode())
     for line in lines:
         for piece in split_text(line, room):
             session.reply(RPL_MOTD, piece)
-    session.reply("376 :End of MOTD")
+    session.reply("376 :End of MOTD command")
 
 
 def user_modes_text(session: IrcSession) -> str:
@@ -8502,9 +8502,9 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
 def welcome(session: IrcSession) -> None:
     """Tell a client the server's facts after registration, in the order that clients rely on."""
     site = session.site
-    session.reply("001 :Welcome to {}, {}", site.network, session.user.source.mask)
-    session.reply("002 :Your host is {}, running chat.py/{}", site.name, VERSION)
-    session.reply("003 :This server was started {}", time_text(site.hub.started))
+    session.reply("001 :Welcome to the {} Network, {}", site.network, session.user.source.mask)
+    session.reply("002 :Your host is {}, running version chat.py-{}", site.name, VERSION)
+    session.reply("003 :This server was created {}", time_text(site.hub.started))
     with_value = "".join(sorted(MASK_LISTS + RANKS + "kl"))
     modes = "".join(sorted(with_value + "".join(FLAGS)))
     session.reply("004 {} chat.py-{} {} {} {}", site.name, VERSION, USER_MODES, modes, with_value)
@@ -8806,7 +8806,7 @@ def begin_sasl(session: IrcSession, name: str) -> None:
     if session.user and len(session.user.live) > 1:
         return session.reply("907 :your other devices are logged in, too")
     if name not in mechanisms(session):
-        session.reply("908 {} :are the mechanisms there are", ",".join(mechanisms(session)))
+        session.reply("908 {} :are available SASL mechanisms", ",".join(mechanisms(session)))
         return fail_sasl(session, wrong_login())
     look_up = certified_account if name == "EXTERNAL" else claimed_account
 
@@ -8827,7 +8827,7 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
         return begin_sasl(session, chunk.upper())
     if len(chunk) > SASL_CHUNK:
         session.exchange = None
-        return session.reply("905 :a line of SASL has at most 400 bytes")
+        return session.reply("905 :SASL message too long; a line has at most 400 bytes")
     try:
         answer = session.exchange.feed(chunk)
     except Refused as refusal:
@@ -9326,7 +9326,7 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> Steps:
     if not name:
         for channel in session.user.invitations:
             session.reply("336 {}", channel.name)  # 346 is a channel's +I
-        return session.reply("337 :End of invitations")
+        return session.reply("337 :End of INVITE list")
     if not where:
         raise Refused("NEED_MORE_PARAMS", "usage: INVITE <nickname> <channel>", "INVITE")
     user, channel = yield do(session.act, "invite", name, where)
@@ -9906,7 +9906,7 @@ def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator
             known = (values[field] for field in "cuhsnf")
             session.reply("352 {} {} {} {} {} {} :0 {}", *known, user.realname)
         yield
-    session.reply("315 {} :End of WHO", as_param(mask))
+    session.reply("315 {} :End of WHO list", as_param(mask))
 
 
 def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
@@ -9927,14 +9927,14 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     if user.away:
         yield RPL_AWAY, away_reason(session, user)
     if user.is_operator:
-        yield ("313 {} :operates this server",)
+        yield ("313 {} :is an IRC operator",)
     if "B" in user.modes:
         yield ("335 {} :is a bot",)
     conns = [one.conn for one in user.sessions if isinstance(one, LocalSession)]
     if conns and all(conn.secure for conn in conns):
         yield ("671 {} :is using a secure connection",)
     if user is me or session.operator:
-        yield "338 {} {} :is connecting from here", source.host
+        yield "338 {} {} :is actually using host", source.host
         for fingerprint in filter(None, dict.fromkeys(conn.fingerprint for conn in conns)):
             yield "276 {} :has client certificate fingerprint {}", fingerprint
     idle = (hub.ticks - user.spoke) // 1000  # irssi looks for the words of this line
@@ -9972,7 +9972,7 @@ def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
         tell_whois(session, name)
     except Refused as refusal:
         session.refuse(refusal)
-    session.reply("318 {} :End of WHOIS", as_param(name))
+    session.reply("318 {} :End of WHOIS list", as_param(name))
 
 
 @irc_command("WHOWAS", 1, 3)
@@ -10093,7 +10093,7 @@ def tell_links(session: IrcSession) -> None:
         text = "0 this server" if node == here else "1 a node of the cluster"
         session.reply("364 {} {} :{}", node, here, text)
     alone = "" if session.site.hub.nodes else ": this server stands alone"
-    session.reply("365 * :End of LINKS{}", alone)
+    session.reply("365 * :End of LINKS list{}", alone)
 
 
 def tell_map(session: IrcSession) -> Iterator[None]:
@@ -10108,12 +10108,12 @@ def tell_map(session: IrcSession) -> Iterator[None]:
     for name, node in sorted(hub.nodes.items()) or [(session.site.name, None)]:
         count = connections[node.start if node else 0]
         session.reply("006 :{} {}", name, counted(count, "connection"))
-    session.reply("007 :End of MAP")
+    session.reply("007 :End of /MAP")
 
 
 server_query("LINKS -- which servers there are", tell_links, 0)
 server_query("MAP -- which servers there are, and how many connections each has", tell_map, 0)
-NO_SERVICES = "235 * * :There are no services"
+NO_SERVICES = "235 * * :End of service listing"
 server_query("SERVLIST -- which services there are: none", lambda s: s.reply(NO_SERVICES), 0)
 server_query(
     "ISUPPORT -- the limits and features of this server, also before you come in",
@@ -10127,7 +10127,7 @@ server_query(
 )
 server_query(
     "TRACE [<server>] -- the way to a server: this is the only one",
-    lambda s: s.reply("262 {} {} :End of trace: this server stands alone", s.site.name, VERSION),
+    lambda s: s.reply("262 {} {} :End of TRACE", s.site.name, VERSION),
 )
 
 
@@ -10156,7 +10156,7 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
         minutes, seconds = divmod(ran // 1000, 60)
         hours, minutes = divmod(minutes, 60)
         span = *divmod(hours, 24), minutes, seconds
-        session.reply("242 :Server up {} days {:02}:{:02}:{:02}", *span)
+        session.reply("242 :Server Up {} days {:02}:{:02}:{:02}", *span)
     elif letter == "o" and session.operator:
         for name in site.operators:
             session.reply("243 O * * {}", as_param(name))
@@ -10166,7 +10166,7 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
     elif letter == "n" and session.operator and site.cluster:
         for text in site.cluster.figures():
             session.reply("249 :{}", text)
-    session.reply("219 {} :End of statistics", as_param(letter[:1]))
+    session.reply("219 {} :End of STATS report", as_param(letter[:1]))
 
 
 def no_admin(session: IrcSession) -> None:
@@ -10177,7 +10177,7 @@ def tell_info(session: IrcSession) -> None:
     session.reply(RPL_INFO, f"chat.py {VERSION}: a chat in one file of plain Python,")
     session.reply(RPL_INFO, "for IRC clients, netcat, and terminals and windows of its own")
     session.reply(RPL_INFO, f"running since {time_text(session.site.hub.started)}")
-    session.reply("374 :End of INFO")
+    session.reply("374 :End of INFO list")
 
 
 server_query("ADMIN [<server>] -- the contact of the server: see the message of the day", no_admin)
@@ -10227,7 +10227,7 @@ refusing("SQUIT <server>", "unlink a server", "NO_SUCH_SERVER", ALONE, 1, privil
 @irc_command("OPER", 2, 2, exact=True)
 def irc_oper(session: IrcSession, name: str, password: str) -> None:
     """OPER <name> <password> -- become an operator of this server"""
-    oper(session, name, password, do(session.reply, "381 :You are now an operator of this server"))
+    oper(session, name, password, do(session.reply, "381 :You are now an IRC operator"))
 
 
 @irc_command("KILL", 1, 2, privileged=True)
@@ -10283,7 +10283,7 @@ def irc_wallops(session: IrcSession, text: str) -> None:
 def irc_rehash(session: IrcSession) -> Steps:
     """REHASH -- read the message of the day, the certificate and password files again"""
     server = session.site.server
-    session.reply("382 chat.py :Reading it again")
+    session.reply("382 chat.py :Rehashing")
     server.note(f"REHASH by {session.user.source.mask}")
     server.use_files((yield do(session.later, DISK_LANE, server.read_files)))
 

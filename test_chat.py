@@ -8102,7 +8102,7 @@ def test_the_nodes_are_listed_and_operators_see_how_they_are_doing(folder):
     assert [line.partition(" ")[2] for line in ask(one, "alice", "LINKS")] == [
         ":chat.py 364 alice n1 n1 :0 this server",
         ":chat.py 364 alice n2 n1 :1 a node of the cluster",
-        ":chat.py 365 alice * :End of LINKS",
+        ":chat.py 365 alice * :End of LINKS list",
     ]
     listed = "\n".join(ask(one, "alice", "MAP"))
     assert ":n1 1 connection\n" in listed and ":n2 1 connection\n" in listed
@@ -8545,17 +8545,17 @@ alice< CAP alice LS :sasl multi-prefix away-notify account-notify extended-join 
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 alice> CAP REQ :userhost-in-names
 alice< CAP alice ACK :userhost-in-names
 alice> NAMES #a
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 alice> CAP REQ :-userhost-in-names
 alice< CAP alice ACK :-userhost-in-names
 alice> NAMES #a
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 === CAP: who asked for it hears his own words again
 +#a alice
 alice> CAP REQ echo-message
@@ -8577,12 +8577,12 @@ alice< CAP alice ACK :extended-join away-notify setname
 alice> JOIN #a
 alice< :alice JOIN #a * :Real Name
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 bob> JOIN #a
 alice< :bob JOIN #a * :Real Name
 bob< :bob JOIN #a
 bob< 353 bob = #a :@alice bob
-bob< 366 bob #a :End of NAMES
+bob< 366 bob #a :End of NAMES list
 bob> AWAY :lunch
 alice< :bob AWAY :lunch
 bob< 306 bob :You have been marked as being away
@@ -8622,7 +8622,7 @@ bob> PRIVMSG #a :too late
 bob> QUIT :again
 alice> NAMES #a
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 === PING, PONG and ERROR
 alice> PING
 alice< 461 alice PING :Not enough parameters; usage: PING <token>
@@ -8724,7 +8724,7 @@ alice< 311 alice bob ~u 127.0.0.1 * :Real Name
 alice< 312 alice bob chat.py :chat.py
 alice< 301 alice bob :lunch
 alice< 317 alice bob 6 WHEN :seconds idle, signon time
-alice< 318 alice bob :End of WHOIS
+alice< 318 alice bob :End of WHOIS list
 alice> USERHOST bob absent ALICE
 alice< 302 alice :bob=-~u@127.0.0.1 alice=+~u@127.0.0.1
 bob> AWAY :
@@ -8737,7 +8737,7 @@ bob< 305 bob :You are no longer marked as being away
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 alice> TOPIC #a :tea
 alice< :alice TOPIC #a :tea
 bob> JOIN #A
@@ -8746,19 +8746,19 @@ bob< :bob JOIN #a
 bob< 332 bob #a :tea
 bob< 333 bob #a alice WHEN
 bob< 353 bob = #a :@alice bob
-bob< 366 bob #a :End of NAMES
+bob< 366 bob #a :End of NAMES list
 bob> JOIN #a
 === JOIN: what cannot be joined does not keep from the others
 alice> JOIN a,#b,#,#c\x07d,#\x00,,#e
 alice< 476 alice a :Bad Channel Mask; a channel's name begins with # and goes on, like #tea
 alice< :alice JOIN #b
 alice< 353 alice = #b :@alice
-alice< 366 alice #b :End of NAMES
+alice< 366 alice #b :End of NAMES list
 alice< 476 alice # :Bad Channel Mask; a channel's name begins with # and goes on, like #tea
 alice< 476 alice #c\x07d :Bad Channel Mask; a channel's name is visible, without spaces, commas or ]
 alice< :alice JOIN #e
 alice< 353 alice = #e :@alice
-alice< 366 alice #e :End of NAMES
+alice< 366 alice #e :End of NAMES list
 alice> JOIN
 alice< 461 alice JOIN :Not enough parameters; usage: JOIN <channel>{,<channel>} [<key>{,<key>}]
 alice> JOIN :
@@ -8767,10 +8767,10 @@ alice< 476 alice * :Bad Channel Mask; a channel's name begins with # and goes on
 alice> JOIN #a,#b
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 alice< :alice JOIN #b
 alice< 353 alice = #b :@alice
-alice< 366 alice #b :End of NAMES
+alice< 366 alice #b :End of NAMES list
 alice> JOIN 0
 alice< :alice PART #a
 alice< :alice PART #b
@@ -8778,10 +8778,10 @@ alice< :alice PART #b
 alice> JOIN #k,#l key1
 alice< :alice JOIN #k
 alice< 353 alice = #k :@alice
-alice< 366 alice #k :End of NAMES
+alice< 366 alice #k :End of NAMES list
 alice< :alice JOIN #l
 alice< 353 alice = #l :@alice
-alice< 366 alice #l :End of NAMES
+alice< 366 alice #l :End of NAMES list
 alice> MODE #k +k key1
 alice< :alice MODE #k +k key1
 bob> JOIN #k
@@ -8790,16 +8790,16 @@ bob> JOIN #l,#k x,wrong
 alice< :bob JOIN #l
 bob< :bob JOIN #l
 bob< 353 bob = #l :@alice bob
-bob< 366 bob #l :End of NAMES
+bob< 366 bob #l :End of NAMES list
 bob< 475 bob #k :Cannot join channel (+k)
 bob> JOIN #x,#k x,key1
 alice< :bob JOIN #k
 bob< :bob JOIN #x
 bob< 353 bob = #x :@bob
-bob< 366 bob #x :End of NAMES
+bob< 366 bob #x :End of NAMES list
 bob< :bob JOIN #k
 bob< 353 bob = #k :@alice bob
-bob< 366 bob #k :End of NAMES
+bob< 366 bob #k :End of NAMES list
 === PART: with and without a reason
 +#a alice bob
 +#b alice
@@ -8868,29 +8868,29 @@ alice< :alice MODE #b +sv bob
 bob< :alice MODE #b +sv bob
 carol> NAMES #a,#b,#c
 carol< 353 carol = #a :@alice
-carol< 366 carol #a,#b,#c :End of NAMES
+carol< 366 carol #a,#b,#c :End of NAMES list
 bob> NAMES #b
 bob< 353 bob @ #b :@alice +bob
-bob< 366 bob #b :End of NAMES
+bob< 366 bob #b :End of NAMES list
 alice> NAMES
-alice< 366 alice * :End of NAMES
+alice< 366 alice * :End of NAMES list
 alice> NAMES #none
-alice< 366 alice #none :End of NAMES
+alice< 366 alice #none :End of NAMES list
 === NAMES: all ranks for those who can read them
 +#a alice
 alice> MODE #a +v alice
 alice< :alice MODE #a +v alice
 alice> NAMES #a
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 alice> CAP REQ multi-prefix
 alice< CAP alice ACK :multi-prefix
 alice> NAMES #a
 alice< 353 alice = #a :@+alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 alice> WHO #a
 alice< 352 alice #a ~u 127.0.0.1 chat.py alice H@+ :0 Real Name
-alice< 315 alice #a :End of WHO
+alice< 315 alice #a :End of WHO list
 === LIST: all, some, by mask, by number of members
 +#apple alice
 +#banana alice bob
@@ -8959,14 +8959,14 @@ alice< 341 alice bob #a
 bob< :alice INVITE bob #a
 bob> INVITE
 bob< 336 bob #a
-bob< 337 bob :End of invitations
+bob< 337 bob :End of INVITE list
 bob> JOIN #a
 alice< :bob JOIN #a
 bob< :bob JOIN #a
 bob< 353 bob = #a :@alice bob
-bob< 366 bob #a :End of NAMES
+bob< 366 bob #a :End of NAMES list
 bob> INVITE
-bob< 337 bob :End of invitations
+bob< 337 bob :End of INVITE list
 bob> PART #a
 alice< :bob PART #a
 bob< :bob PART #a
@@ -9009,7 +9009,7 @@ bob> JOIN #a
 alice< :bob JOIN #a
 bob< :bob JOIN #a
 bob< 353 bob = #a :@alice bob
-bob< 366 bob #a :End of NAMES
+bob< 366 bob #a :End of NAMES list
 bob> KICK #a alice
 bob< 482 bob #a :You're not channel operator; only operators of #a can do that
 alice> KICK #none bob
@@ -9095,7 +9095,7 @@ alice> MODE #a +
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 alice> MODE #a +b bob!*@*
 alice< :alice MODE #a +b bob!*@*
 bob> JOIN #a
@@ -9106,7 +9106,7 @@ bob> JOIN #a
 alice< :bob JOIN #a
 bob< :bob JOIN #a
 bob< 353 bob = #a :@alice bob
-bob< 366 bob #a :End of NAMES
+bob< 366 bob #a :End of NAMES list
 bob> PRIVMSG #a :I may speak
 alice< :bob PRIVMSG #a :I may speak
 alice> MODE #a -e *!~u@127.0.0.1
@@ -9116,10 +9116,10 @@ bob> PRIVMSG #a :not any more
 bob< 404 bob #a :Cannot send to channel; you may not speak in #a
 alice> MODE #a +b
 alice< 367 alice #a bob!*@* alice WHEN
-alice< 368 alice #a :End of bans
+alice< 368 alice #a :End of channel ban list
 alice> MODE #a b
 alice< 367 alice #a bob!*@* alice WHEN
-alice< 368 alice #a :End of bans
+alice< 368 alice #a :End of channel ban list
 alice> MODE #a -b BOB!*@*
 alice< :alice MODE #a -b BOB!*@*
 bob< :alice MODE #a -b BOB!*@*
@@ -9136,12 +9136,12 @@ alice< 367 alice #a bob!*@* alice WHEN
 alice< 367 alice #a bob!u@* alice WHEN
 alice< 367 alice #a *!u@host alice WHEN
 alice< 367 alice #a a:acc alice WHEN
-alice< 368 alice #a :End of bans
+alice< 368 alice #a :End of channel ban list
 alice> MODE #a +e m:carol
 alice< :alice MODE #a +e m:carol!*@*
 alice> MODE #a +e
 alice< 348 alice #a m:carol!*@* alice WHEN
-alice< 349 alice #a :End of exceptions from bans
+alice< 349 alice #a :End of channel exception list
 === MODE +b m: mutes, voices and exceptions are louder
 +#a alice bob
 alice> MODE #a +b m:bob
@@ -9172,10 +9172,10 @@ carol> JOIN #a
 alice< :carol JOIN #a
 carol< :carol JOIN #a
 carol< 353 carol = #a :@alice carol
-carol< 366 carol #a :End of NAMES
+carol< 366 carol #a :End of NAMES list
 alice> MODE #a +I
 alice< 346 alice #a carol!*@* alice WHEN
-alice< 347 alice #a :End of exceptions from +i
+alice< 347 alice #a :End of channel invite list
 === MODE +l: full is full
 +#a alice
 alice> MODE #a +l 1
@@ -9188,7 +9188,7 @@ bob> JOIN #a
 alice< :bob JOIN #a
 bob< :bob JOIN #a
 bob< 353 bob = #a :@alice bob
-bob< 366 bob #a :End of NAMES
+bob< 366 bob #a :End of NAMES list
 alice> MODE #a +l 1
 alice< :alice MODE #a +l 1
 bob< :alice MODE #a +l 1
@@ -9255,55 +9255,55 @@ bob< 306 bob :You have been marked as being away
 alice> WHO #a
 alice< 352 alice #a ~u 127.0.0.1 chat.py alice H@ :0 Real Name
 alice< 352 alice #a ~u 127.0.0.1 chat.py bob G :0 Real Name
-alice< 315 alice #a :End of WHO
+alice< 315 alice #a :End of WHO list
 alice> WHO bob
 alice< 352 alice #a ~u 127.0.0.1 chat.py bob G :0 Real Name
-alice< 315 alice bob :End of WHO
+alice< 315 alice bob :End of WHO list
 alice> WHO *arol*
 alice< 352 alice * ~u 127.0.0.1 chat.py carol H :0 Real Name
-alice< 315 alice *arol* :End of WHO
+alice< 315 alice *arol* :End of WHO list
 alice> WHO #none
-alice< 315 alice #none :End of WHO
+alice< 315 alice #none :End of WHO list
 alice> WHO #b o
-alice< 315 alice #b :End of WHO
+alice< 315 alice #b :End of WHO list
 carol> WHO 127.0.0.1 o
-carol< 315 carol 127.0.0.1 :End of WHO
+carol< 315 carol 127.0.0.1 :End of WHO list
 alice> WHO absent
-alice< 315 alice absent :End of WHO
+alice< 315 alice absent :End of WHO list
 === WHO: who is +i is seen by those who share a channel, or know the name
 bob> MODE bob +i
 bob< :bob MODE bob +i
 alice> WHO b*b
-alice< 315 alice b*b :End of WHO
+alice< 315 alice b*b :End of WHO list
 alice> WHO bob
 alice< 352 alice * ~u 127.0.0.1 chat.py bob H :0 Real Name
-alice< 315 alice bob :End of WHO
+alice< 315 alice bob :End of WHO list
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 bob> JOIN #a
 alice< :bob JOIN #a
 bob< :bob JOIN #a
 bob< 353 bob = #a :@alice bob
-bob< 366 bob #a :End of NAMES
+bob< 366 bob #a :End of NAMES list
 alice> WHO b*b
 alice< 352 alice #a ~u 127.0.0.1 chat.py bob H :0 Real Name
-alice< 315 alice b*b :End of WHO
+alice< 315 alice b*b :End of WHO list
 carol> WHO #a
 carol< 352 carol #a ~u 127.0.0.1 chat.py alice H@ :0 Real Name
-carol< 315 carol #a :End of WHO
+carol< 315 carol #a :End of WHO list
 === WHOX: the fields that were asked for, in their order
 +#a alice
 alice> WHO alice %tcuihsnfdlaor,42
 alice< 354 alice 42 #a ~u 127.0.0.1 127.0.0.1 chat.py alice H@ 0 5 0 n/a :Real Name
-alice< 315 alice alice :End of WHO
+alice< 315 alice alice :End of WHO list
 alice> WHO #a %nt
 alice< 354 alice 0 alice
-alice< 315 alice #a :End of WHO
+alice< 315 alice #a :End of WHO list
 alice> WHO dora %na
 alice< 354 alice dora 0
-alice< 315 alice dora :End of WHO
+alice< 315 alice dora :End of WHO list
 === WHOIS: all about a user, and nothing that is secret
 +#a alice
 +#s alice
@@ -9317,24 +9317,24 @@ bob< 319 bob alice :@#a
 bob< 312 bob alice chat.py :chat.py
 bob< 335 bob alice :is a bot
 bob< 317 bob alice 8 WHEN :seconds idle, signon time
-bob< 318 bob alice :End of WHOIS
+bob< 318 bob alice :End of WHOIS list
 alice> WHOIS alice
 alice< 311 alice alice ~u 127.0.0.1 * :Real Name
 alice< 319 alice alice :@#a @#s
 alice< 312 alice alice chat.py :chat.py
 alice< 335 alice alice :is a bot
-alice< 338 alice alice 127.0.0.1 :is connecting from here
+alice< 338 alice alice 127.0.0.1 :is actually using host
 alice< 317 alice alice 9 WHEN :seconds idle, signon time
-alice< 318 alice alice :End of WHOIS
+alice< 318 alice alice :End of WHOIS list
 alice> WHOIS chat.py DORA
 alice< 311 alice dora line 127.0.0.1 * :dora
 alice< 319 alice dora :#lobby
 alice< 312 alice dora chat.py :chat.py
 alice< 317 alice dora 7 WHEN :seconds idle, signon time
-alice< 318 alice DORA :End of WHOIS
+alice< 318 alice DORA :End of WHOIS list
 alice> WHOIS absent
 alice< 401 alice absent :No such nick/channel
-alice< 318 alice absent :End of WHOIS
+alice< 318 alice absent :End of WHOIS list
 alice> WHOIS other.server alice
 alice< 402 alice other.server :No such server; this one stands alone
 alice> WHOIS
@@ -9417,18 +9417,18 @@ bob< 311 bob alice ~u 127.0.0.1 * :Alicia
 bob< 319 bob alice :@#a
 bob< 312 bob alice chat.py :chat.py
 bob< 317 bob alice 6 WHEN :seconds idle, signon time
-bob< 318 bob alice :End of WHOIS
+bob< 318 bob alice :End of WHOIS list
 === the server: MOTD, LUSERS, VERSION, TIME and the like
 alice> MOTD
-alice< 375 alice :- chat.py Message of the day
+alice< 375 alice :- chat.py Message of the day - 
 alice< 372 alice :- Welcome
-alice< 376 alice :End of MOTD
+alice< 376 alice :End of MOTD command
 alice> MOTD other.server
 alice< 402 alice other.server :No such server; this one stands alone
 alice> LUSERS
 alice< 251 alice :There are 4 users and 0 invisible on 1 servers
-alice< 252 alice 0 :operators online
-alice< 253 alice 0 :connections without a name yet
+alice< 252 alice 0 :operator(s) online
+alice< 253 alice 0 :unknown connection(s)
 alice< 254 alice 1 :channels formed
 alice< 255 alice :I have 4 clients and 0 servers
 alice< 265 alice 4 4 :Current local users 4, max 4
@@ -9441,21 +9441,21 @@ alice> INFO
 alice< 371 alice :chat.py 0.3: a chat in one file of plain Python,
 alice< 371 alice :for IRC clients, netcat, and terminals and windows of its own
 alice< 371 alice :running since WHEN
-alice< 374 alice :End of INFO
+alice< 374 alice :End of INFO list
 alice> LINKS
-alice< 365 alice * :End of LINKS: this server stands alone
+alice< 365 alice * :End of LINKS list: this server stands alone
 alice> MAP
 alice< 006 alice :chat.py 4 connections
-alice< 007 alice :End of MAP
+alice< 007 alice :End of /MAP
 alice> STATS u
-alice< 242 alice :Server up 0 days 00:00:12
-alice< 219 alice u :End of statistics
+alice< 242 alice :Server Up 0 days 00:00:12
+alice< 219 alice u :End of STATS report
 alice> STATS
-alice< 219 alice * :End of statistics
+alice< 219 alice * :End of STATS report
 alice> TRACE
-alice< 262 alice chat.py 0.3 :End of trace: this server stands alone
+alice< 262 alice chat.py 0.3 :End of TRACE
 alice> SERVLIST other.mask
-alice< 235 alice * * :There are no services
+alice< 235 alice * * :End of service listing
 alice> SQUERY other :help
 alice< 408 alice other :No such service; there is NickServ only
 alice> SQUERY nickserv :help drop
@@ -9526,7 +9526,7 @@ alice< 464 alice :password incorrect (attempt 1 of 3)
 alice> OPER absent secret
 alice< 464 alice :password incorrect (attempt 2 of 3)
 alice> OPER boss secret
-alice< 381 alice :You are now an operator of this server
+alice< 381 alice :You are now an IRC operator
 alice< :alice MODE alice +o
 bob> MODE bob +w
 bob< :bob MODE bob +w
@@ -9534,9 +9534,9 @@ alice> WALLOPS :hear me
 bob< :alice WALLOPS :hear me
 alice> STATS o
 alice< 243 alice O * * boss
-alice< 219 alice o :End of statistics
+alice< 219 alice o :End of STATS report
 alice> REHASH
-alice< 382 alice chat.py :Reading it again
+alice< 382 alice chat.py :Rehashing
 alice> CONNECT other
 alice< 402 alice other :No such server; this server stands alone
 alice> SQUIT other :x
@@ -9544,12 +9544,12 @@ alice< 402 alice other :No such server; this server stands alone
 bob> WHOIS alice
 bob< 311 bob alice ~u 127.0.0.1 * :Real Name
 bob< 312 bob alice chat.py :chat.py
-bob< 313 bob alice :operates this server
+bob< 313 bob alice :is an IRC operator
 bob< 317 bob alice 13 WHEN :seconds idle, signon time
-bob< 318 bob alice :End of WHOIS
+bob< 318 bob alice :End of WHOIS list
 bob> WHO alice
 bob< 352 bob * ~u 127.0.0.1 chat.py alice H* :0 Real Name
-bob< 315 bob alice :End of WHO
+bob< 315 bob alice :End of WHO list
 bob> USERHOST alice
 bob< 302 bob :alice*=+~u@127.0.0.1
 alice> MODE alice -o
@@ -9560,7 +9560,7 @@ alice< 481 alice :Permission Denied- You're not an IRC operator
 alice> KLINE 10.0.0.1 :x
 alice< 481 alice :Permission Denied- You're not an IRC operator
 alice> OPER boss secret
-alice< 381 alice :You are now an operator of this server
+alice< 381 alice :You are now an IRC operator
 alice< :alice MODE alice +o
 alice> KLINE bob!*@* 60 :spam
 alice< NOTICE alice :K-line added: bob!*@*; 1 user disconnected
@@ -9573,7 +9573,7 @@ alice< FAIL KLINE INVALID_PARAMS soon :a time is 1 to 5256000 minutes, or 0: for
 alice> STATS k
 alice< 216 alice K bob!*@* * alice :until WHEN: spam
 alice< 216 alice K *!*@10.0.0.1 * alice :for ever: no reason given
-alice< 219 alice k :End of statistics
+alice< 219 alice k :End of STATS report
 +erin
 erin> NICK bob
 erin> USER u 0 * :Bob
@@ -9585,11 +9585,11 @@ alice> UNKLINE bob!*@*
 alice< FAIL UNKLINE NO_SUCH_BAN bob!*@* :there is no K-line bob!*@*; STATS k lists them
 alice> STATS k
 alice< 216 alice K *!*@10.0.0.1 * alice :for ever: no reason given
-alice< 219 alice k :End of statistics
+alice< 219 alice k :End of STATS report
 carol> UNKLINE 10.0.0.1
 carol< 481 carol :Permission Denied- You're not an IRC operator
 carol> STATS k
-carol< 219 carol k :End of statistics
+carol< 219 carol k :End of STATS report
 === ISUPPORT: can be asked for
 alice> ISUPPORT
 alice< 005 alice ...
@@ -9598,7 +9598,7 @@ alice< 005 alice ...
 === OPER: may do what an operator of any channel may
 +#a bob carol
 alice> OPER boss secret
-alice< 381 alice :You are now an operator of this server
+alice< 381 alice :You are now an IRC operator
 alice< :alice MODE alice +o
 alice> MODE #a +t-n
 alice< :alice MODE #a -n
@@ -9617,12 +9617,12 @@ alice< :alice MODE #lobby +t
 dora< * alice set +t in #lobby
 === KILL: closes the connection of a user
 alice> OPER boss secret
-alice< 381 alice :You are now an operator of this server
+alice< 381 alice :You are now an IRC operator
 alice< :alice MODE alice +o
 bob> JOIN #lobby
 bob< :bob JOIN #lobby
 bob< 353 bob = #lobby :dora bob
-bob< 366 bob #lobby :End of NAMES
+bob< 366 bob #lobby :End of NAMES list
 dora< bob (127.0.0.1:50001) joined the chat!
 alice> KILL bob :spam
 bob< :alice KILL bob :spam
@@ -9635,7 +9635,7 @@ alice> KILL
 alice< 461 alice KILL :Not enough parameters; usage: KILL <nickname> [<reason>]
 === DIE and RESTART
 alice> OPER boss secret
-alice< 381 alice :You are now an operator of this server
+alice< 381 alice :You are now an IRC operator
 alice< :alice MODE alice +o
 alice> RESTART
 alice> DIE
@@ -9652,7 +9652,7 @@ alice< 421 alice FOO :Unknown command
 alice> JOIN #lobby
 alice< :alice JOIN #lobby
 alice< 353 alice = #lobby :dora alice
-alice< 366 alice #lobby :End of NAMES
+alice< 366 alice #lobby :End of NAMES list
 dora< alice (127.0.0.1:50000) joined the chat!
 alice> PRIVMSG #lobby :hello from IRC
 dora< alice: hello from IRC
@@ -9670,7 +9670,7 @@ dora< * #a 1-1 of 1: @dora
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@dora alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 dora< [#a] alice (127.0.0.1:50000) joined the chat!
 alice> PRIVMSG #a :in a channel
 dora< [#a] alice: in a channel
@@ -9707,7 +9707,7 @@ alice< :alicia JOIN #a
 alice< 332 alicia #a :coffee
 alice< 333 alicia #a alice WHEN
 alice< 353 alicia = #a :@dorothy alicia
-alice< 366 alicia #a :End of NAMES
+alice< 366 alicia #a :End of NAMES list
 dora< [#a] alicia (127.0.0.1:50000) joined the chat!
 dora> /invite bob
 bob< :dorothy INVITE bob #a
@@ -9722,7 +9722,7 @@ dora< * #a 1-1 of 1: @dora
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@dora alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 dora< [#a] alice (127.0.0.1:50000) joined the chat!
 dora> /ban alice
 alice< :dora MODE #a +b alice!*@*
@@ -9740,7 +9740,7 @@ dora< * no ban of #a is alice; /ban lists them
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@dora alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 dora< [#a] alice (127.0.0.1:50000) joined the chat!
 dora> /mode +m
 alice< :dora MODE #a +m
@@ -9754,7 +9754,7 @@ dora< * no user here is called absent
 bob> JOIN #b
 bob< :bob JOIN #b
 bob< 353 bob = #b :@bob
-bob< 366 bob #b :End of NAMES
+bob< 366 bob #b :End of NAMES list
 bob> INVITE dora #b
 bob< 341 bob dora #b
 dora< * bob invites you to #b; /join #b
@@ -9784,12 +9784,12 @@ dora< * you speak in #a now
 dora< * the topic of #a is not set
 dora< * #a 1-1 of 1: @dora
 alice> OPER boss secret
-alice< 381 alice :You are now an operator of this server
+alice< 381 alice :You are now an IRC operator
 alice< :alice MODE alice +o
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@dora alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 dora< [#a] alice (127.0.0.1:50000) joined the chat!
 alice> KICK #a dora :out
 alice< :alice KICK #a dora :out
@@ -9805,7 +9805,7 @@ dora< * #a 1-2 of 2: alice, dora
 alice> JOIN #s
 alice< :alice JOIN #s
 alice< 353 alice = #s :@alice
-alice< 366 alice #s :End of NAMES
+alice< 366 alice #s :End of NAMES list
 alice> MODE #s +s
 alice< :alice MODE #s +s
 dora> /list
@@ -9828,14 +9828,14 @@ bob< :bob MODE #s +b *!*@10.*
 carol> MODE #s
 carol< 442 carol #s :You're not on that channel
 alice> OPER boss secret
-alice< 381 alice :You are now an operator of this server
+alice< 381 alice :You are now an IRC operator
 alice< :alice MODE alice +o
 alice> MODE #s
 alice< 324 alice #s +knst word
 alice< 329 alice #s WHEN
 alice> MODE #s b
 alice< 367 alice #s *!*@10.* bob WHEN
-alice< 368 alice #s :End of bans
+alice< 368 alice #s :End of channel ban list
 alice> INVITE carol #s
 alice< 341 alice carol #s
 carol< :alice INVITE carol #s
@@ -9843,17 +9843,17 @@ carol> JOIN #s
 bob< :carol JOIN #s
 carol< :carol JOIN #s
 carol< 353 carol @ #s :@bob carol
-carol< 366 carol #s :End of NAMES
+carol< 366 carol #s :End of NAMES list
 === who is +i is not named to those outside
 +#a alice bob
 alice> MODE alice +i
 alice< :alice MODE alice +i
 carol> NAMES #a
 carol< 353 carol = #a :bob
-carol< 366 carol #a :End of NAMES
+carol< 366 carol #a :End of NAMES list
 bob> NAMES #a
 bob< 353 bob = #a :@alice bob
-bob< 366 bob #a :End of NAMES
+bob< 366 bob #a :End of NAMES list
 === KICK: as many channels as people, or one
 +#a alice bob carol
 +#b alice bob carol
@@ -9870,7 +9870,7 @@ alice< 461 alice KICK :Not enough parameters; one channel, or as many as people
 alice> JOIN #a,#A,#a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 bob> PRIVMSG alice,ALICE :once
 alice< :bob PRIVMSG alice :once
 alice> JOIN ,
@@ -9879,7 +9879,7 @@ alice< 476 alice * :Bad Channel Mask; a channel's name begins with # and goes on
 alice> JOIN #k
 alice< :alice JOIN #k
 alice< 353 alice = #k :@alice
-alice< 366 alice #k :End of NAMES
+alice< 366 alice #k :End of NAMES list
 alice> MODE #k +k word
 alice< :alice MODE #k +k word
 dora> /join #k
@@ -9931,7 +9931,7 @@ alice> @label=3 JOIN #b
 alice< @label=3 :chat.py BATCH +ID labeled-response
 alice< @batch=ID :alice JOIN #b
 alice< @batch=ID :chat.py 353 alice = #b :@alice
-alice< @batch=ID :chat.py 366 alice #b :End of NAMES
+alice< @batch=ID :chat.py 366 alice #b :End of NAMES list
 alice< BATCH -ID
 alice> @label=4 FOO
 alice< @label=4 :chat.py 421 alice FOO :Unknown command
@@ -9944,7 +9944,7 @@ alice> @label=6 WHO #a
 alice< @label=6 :chat.py BATCH +ID labeled-response
 alice< @batch=ID :chat.py 352 alice #a ~u 127.0.0.1 chat.py alice H@ :0 Real Name
 alice< @batch=ID :chat.py 352 alice #a ~u 127.0.0.1 chat.py bob H :0 Real Name
-alice< @batch=ID :chat.py 315 alice #a :End of WHO
+alice< @batch=ID :chat.py 315 alice #a :End of WHO list
 alice< BATCH -ID
 alice> @label=7 TOPIC #a :tea
 alice< @label=7 :alice TOPIC #a :tea
@@ -10078,7 +10078,7 @@ bob< 311 bob alice ~u 127.0.0.1 * :Real Name
 bob< 330 bob alice alice :is logged in as
 bob< 312 bob alice chat.py :chat.py
 bob< 317 bob alice 9 WHEN :seconds idle, signon time
-bob< 318 bob alice :End of WHOIS
+bob< 318 bob alice :End of WHOIS list
 alice> MONITOR + bob
 alice< 730 alice :bob
 bob> CAP REQ :account-tag account-notify
@@ -10127,7 +10127,7 @@ erin> NICK alice
 erin< :alice3!~e@127.0.0.1 NICK :alice
 erin> WHO alice %na
 erin< 354 alice alice alice
-erin< 315 alice alice :End of WHO
+erin< 315 alice alice :End of WHO list
 === AUTHENTICATE: PLAIN, in any wrong order, and right
 alice> REGISTER * * password
 alice< REGISTER SUCCESS alice :alice is yours; log in with your password
@@ -10138,12 +10138,12 @@ alice< ERROR :Closing link: Quit
 erin> CAP REQ sasl
 erin< CAP * ACK :sasl
 erin> AUTHENTICATE +
-erin< 908 * PLAIN,SCRAM-SHA-256 :are the mechanisms there are
+erin< 908 * PLAIN,SCRAM-SHA-256 :are available SASL mechanisms
 erin< 904 * :name or password are wrong
 erin> AUTHENTICATE *
 erin< 906 * :SASL authentication aborted
 erin> AUTHENTICATE NTLM
-erin< 908 * PLAIN,SCRAM-SHA-256 :are the mechanisms there are
+erin< 908 * PLAIN,SCRAM-SHA-256 :are available SASL mechanisms
 erin< 904 * :name or password are wrong
 erin> AUTHENTICATE plain
 erin< AUTHENTICATE +
@@ -10179,7 +10179,7 @@ bob< 311 bob alice ~e 127.0.0.1 * :Erin
 bob< 330 bob alice alice :is logged in as
 bob< 312 bob alice chat.py :chat.py
 bob< 317 bob alice 1 WHEN :seconds idle, signon time
-bob< 318 bob alice :End of WHOIS
+bob< 318 bob alice :End of WHOIS list
 === two devices of one account are one user
 +#a alice bob
 alice> REGISTER * * password
@@ -10199,7 +10199,7 @@ phone> CAP END
 phone< the welcome
 phone< :alice JOIN #a
 phone< 353 alice = #a :@alice bob
-phone< 366 alice #a :End of NAMES
+phone< 366 alice #a :End of NAMES list
 bob> PRIVMSG alice :to both
 alice< :bob PRIVMSG alice :to both
 phone< :bob PRIVMSG alice :to both
@@ -10209,10 +10209,10 @@ phone< :alice PRIVMSG #a :from one
 phone> JOIN #b
 alice< :alice JOIN #b
 alice< 353 alice = #b :@alice
-alice< 366 alice #b :End of NAMES
+alice< 366 alice #b :End of NAMES list
 phone< :alice JOIN #b
 phone< 353 alice = #b :@alice
-phone< 366 alice #b :End of NAMES
+phone< 366 alice #b :End of NAMES list
 phone> NICK alicia
 alice< :alice NICK :alicia
 bob< :alice NICK :alicia
@@ -10223,7 +10223,7 @@ bob> PRIVMSG alicia :to the other
 phone< :bob PRIVMSG alicia :to the other
 bob> NAMES #a
 bob< 353 bob = #a :@alicia bob
-bob< 366 bob #a :End of NAMES
+bob< 366 bob #a :End of NAMES list
 === CHATHISTORY: pages of what was said, for members
 +#a alice bob
 alice> PRIVMSG #a :one
@@ -10306,7 +10306,7 @@ alice> JOIN #a
 alice< :alice JOIN #a
 alice< MARKREAD #a *
 alice< 353 alice = #a :@alice
-alice< 366 alice #a :End of NAMES
+alice< 366 alice #a :End of NAMES list
 alice> MARKREAD #a
 alice< MARKREAD #a *
 alice> MARKREAD #a timestamp=1970-01-10T08:30:05.123Z
@@ -10403,7 +10403,7 @@ alice< 761 alice alice avatar * :https://example.org/a.png
 alice> METADATA * GET avatar color
 alice< BATCH +ID metadata alice
 alice< @batch=ID :chat.py 761 alice alice avatar * :https://example.org/a.png
-alice< @batch=ID :chat.py 766 alice alice color :is not set
+alice< @batch=ID :chat.py 766 alice alice color :key not set
 alice< BATCH -ID
 bob> METADATA * SUB avatar color
 bob< 770 bob avatar color
@@ -10430,10 +10430,10 @@ bob> METADATA * UNSUB color
 bob< 771 bob color
 alice> METADATA * CLEAR
 alice< BATCH +ID metadata alice
-alice< @batch=ID :chat.py 766 alice alice avatar :is not set
-alice< @batch=ID :chat.py 766 alice alice color :is not set
+alice< @batch=ID :chat.py 766 alice alice avatar :key not set
+alice< @batch=ID :chat.py 766 alice alice color :key not set
 alice< BATCH -ID
-bob< 766 bob alice avatar :is not set
+bob< 766 bob alice avatar :key not set
 alice> METADATA #a SYNC
 alice< BATCH +ID metadata #a
 alice< BATCH -ID
@@ -10472,14 +10472,14 @@ bob< :alice PRIVMSG #b :after
 dora< [#b] alice: after
 dora> /history 5
 bob< 353 bob = #b :@alice bob dora
-bob< 366 bob #b :End of NAMES
+bob< 366 bob #b :End of NAMES list
 dora< * WHEN [#b] alice: before
 dora< * WHEN [#b] alice: after
 dora< * that was 2 messages
 bob> JOIN #a
 bob< :bob JOIN #a
 bob< 353 bob = #a :@bob
-bob< 366 bob #a :End of NAMES
+bob< 366 bob #a :End of NAMES list
 bob> RENAME #a #b
 bob< FAIL RENAME CHANNEL_NAME_IN_USE #a #b :there is a #b already
 alice> RENAME #none #c
@@ -10518,7 +10518,7 @@ alice< :NickServ!NickServ@chat.py NOTICE alice :that is no certificate of yours;
 alice> NS CERT EAT
 alice< :NickServ!NickServ@chat.py NOTICE alice :CERT has ADD, LIST and REMOVE
 alice> AUTHENTICATE EXTERNAL
-alice< 908 alice PLAIN,SCRAM-SHA-256 :are the mechanisms there are
+alice< 908 alice PLAIN,SCRAM-SHA-256 :are available SASL mechanisms
 alice< 904 alice :name or password are wrong
 alice> NS PASSWD wrong other
 alice< :NickServ!NickServ@chat.py NOTICE alice :name or password are wrong
@@ -10535,14 +10535,14 @@ bob> NS IDENTIFY alice secret2
 bob< :NickServ!NickServ@chat.py NOTICE bob :you are logged in as alice
 bob> WHO bob %na
 bob< 354 bob bob alice
-bob< 315 bob bob :End of WHO
+bob< 315 bob bob :End of WHO list
 bob> NS VERIFY 12345678
 bob< :NickServ!NickServ@chat.py NOTICE bob :you are logged in already
 alice> NS DROP secret2
 alice< :NickServ!NickServ@chat.py NOTICE alice :account deleted
 bob> WHO bob %na
 bob< 354 bob bob 0
-bob< 315 bob bob :End of WHO
+bob< 315 bob bob :End of WHO list
 bob> NICK NickServ
 bob< 433 bob NickServ :Nickname is already in use; NickServ belongs to an account; log in first
 dora> /tell NickServ register x
@@ -10565,7 +10565,7 @@ alice< 319 alice dora :#lobby
 alice< 330 alice dora dora :is logged in as
 alice< 312 alice dora chat.py :chat.py
 alice< 317 alice dora 4 WHEN :seconds idle, signon time
-alice< 318 alice dora :End of WHOIS
+alice< 318 alice dora :End of WHOIS list
 dora> /passwd password secret2
 dora< * password changed
 dora> /login wrong
@@ -13526,7 +13526,7 @@ def test_subscribers_are_told_changes_of_metadata_only(target):
     settings = ["color :black", "color :black", "status", "color", "color", "color :black"]
     for setting in settings:
         assert len(of(asked(house, "bob", f"METADATA {target} SET {setting}"), "761", "766")) == 1
-    changes = [f"{target} color {text}" for text in ("black", "is not set", "black")]
+    changes = [f"{target} color {text}" for text in ("black", "key not set", "black")]
     told = heard(house, "alice")
     assert [" ".join(line.params[1:3] + line.params[-1:]) for line in told] == changes
 
@@ -22837,7 +22837,7 @@ def test_who_tells_which_users_are_away_or_operate_the_server():
     alice.types("/who #lobby")
     for name, flags in (("bob", "H"), ("carol", "G@"), ("dave", "H*"), ("eve", "G*+")):
         alice.hears(f"352 alice #lobby u h.example x {name} {flags} :3 Real Name")
-    alice.hears("315 alice #lobby :End of WHO")
+    alice.hears("315 alice #lobby :End of WHO list")
     told = [
         re.sub(r" \(u@h\.example\) in #lobby: Real Name", "", text)
         for text in alice.kinds("page")[0].split("\n")
@@ -26236,10 +26236,10 @@ def test_the_message_of_the_day_is_read_again_when_an_operator_asks(running, tmp
     motd.write_text("new")
     alice.send("REHASH\r\nMOTD\r\n")
     assert [line.split(" ", 3)[3] for line in alice.until(" 376 ")] == [
-        "chat.py :Reading it again\r",
-        ":- chat.py Message of the day\r",
+        "chat.py :Rehashing\r",
+        ":- chat.py Message of the day - \r",
         ":- new\r",
-        ":End of MOTD\r",
+        ":End of MOTD command\r",
     ]
     motd.unlink()
     alice.send("REHASH\r\nMOTD\r\n")
