@@ -4085,6 +4085,61 @@ def test_an_account_reads_the_conversations_of_so_many_guests(monkeypatch):
     assert not (house.hub.accounts_of or house.hub.guests_of)
 
 
+def house_with_a_line_client_beside_zoe(*devices):
+    """zoe is here with an IRC client, and so is bob; dora has a line client and these devices."""
+    house = House()
+    account(house, "zoe", "dora")
+    come(house, "bob")
+    for name in ("zoe", *devices):
+        device(house, name, name)
+    house.connect("line").receive(b"dora")
+    house.turn()
+    if devices:
+        ask(house, "line", "/login dora password")
+    return house
+
+
+def test_a_line_client_that_moves_to_the_user_of_its_account_keeps_the_private_conversation():
+    house = house_with_a_line_client_beside_zoe()
+    ask(house, "line", "/tell bob hello")
+    ask(house, "line", "/login zoe password")
+    assert len(house.hub.users["zoe"].live) == 2
+    assert history(house, "zoe", "bob") == ["hello"]
+
+
+def test_a_line_client_that_moves_to_another_user_in_the_middle_of_a_turn_misses_nothing():
+    house = house_with_a_line_client_beside_zoe()
+    for who, line in (("bob", "JOIN #a"), ("zoe", "JOIN #a"), ("line", "/join #a")):
+        ask(house, who, line)
+    house.say("line", "/login zoe password")
+    house.end_turn()  # now the password is checked
+    house.say("bob", "PRIVMSG #a :before")
+    house.helpers.run()
+    house.say("bob", "PRIVMSG #a :after")
+    house.turn()
+    said = [line for line in house.heard("line") if "bob: " in line]
+    assert [line.rpartition(": ")[2] for line in said] == ["before", "after"]
+
+
+def test_a_line_client_that_leaves_its_other_devices_hears_nothing_more_of_their_channels():
+    house = house_with_a_line_client_beside_zoe("dora")
+    ask(house, "bob", "JOIN #a")
+    ask(house, "dora", "JOIN #a")
+    for text, listens in (("one", True), ("two", False)):
+        ask(house, "bob", f"PRIVMSG #a :{text}")
+        assert (text in str(house.heard("line"))) == listens
+        assert spoken(house.heard("dora")) == [text]
+        ask(house, "line", "/login zoe password")
+
+
+def test_a_line_client_beside_other_devices_cannot_change_their_account():
+    house = house_with_a_line_client_beside_zoe("dora")
+    account(house, "yan")
+    told = str(ask(house, "line", "/login yan password"))
+    assert "your other devices are logged in, too" in told
+    assert is_logged_in(house, "dora", "dora")
+
+
 def test_a_guest_who_logs_in_gets_the_account_s_own_past_merged_by_id():
     house = House()
     account(house, "zoe")
@@ -5033,6 +5088,37 @@ def test_a_repeat_in_the_same_turn_is_a_repeat():
     house.say("alice", *["@+chat.py/id=1;label=x PRIVMSG #a :hello"] * 3)
     house.turn()
     assert len(set(house.heard("alice"))) == 1 and ids_said(house) == ["hello"]
+
+
+@pytest.mark.parametrize("path", [None, "chat.db"])
+@pytest.mark.parametrize("target", ["#a", "bob"])
+@pytest.mark.parametrize("caps", [CAPS, "message-tags"])
+def test_a_repeat_is_answered_by_the_echo_to_a_client_that_takes_echoes(folder, path, target, caps):
+    house = House(store=chat.Store(path and folder / path))
+    come(house, "alice", "bob", caps=caps)
+    ask(house, "bob", "JOIN #a")
+    ask(house, "alice", "JOIN #a")
+    line = f"@+chat.py/id=1 PRIVMSG {target} :hi"
+    heard = [*ask(house, "alice", line, line), *ask(house, "alice", line)]
+    assert spoken(heard) == ["hi"] * 3 * (caps is CAPS) and len(set(heard)) <= 1
+    assert spoken(house.heard("bob")) == ["hi"]
+    house.store.close()
+
+
+def test_a_repeat_in_a_turn_that_could_not_be_stored_is_told_so(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    pages = house.store.db.execute("PRAGMA page_count").fetchone()[0]
+    house.store.db.execute(f"PRAGMA max_page_count = {pages}")
+    line = f"@+chat.py/id=1 PRIVMSG #a :{'x' * 400}"
+    lines = [f"PRIVMSG #a :{'x' * 400}"] * 40
+    *_, last = ask(house, "alice", *lines, line, line)
+    assert last.endswith("FAIL PRIVMSG NOT_KEPT * 1 :delivered but not kept: it could not be stored")
+    told = "delivered but not kept: it was said before, and could not be kept"
+    (found,) = ask(house, "alice", line)
+    assert found.endswith(f" FAIL PRIVMSG NOT_KEPT * 1 :{told}")
+    house.store.close()
 
 
 @pytest.mark.parametrize(
@@ -22430,6 +22516,287 @@ def test_a_connection_that_lasts_resets_the_back_off(monkeypatch, seconds, progr
     link.loop.now = link.watched = 120.0 + chat.ONLINE_SECONDS + seconds
     link._watch()
     assert (link.backoff == chat.BACKOFF_FIRST) == progress
+
+
+def talking_link(*lines, kind=chat.IRC, patience=60.0):
+    """Return a link in memory on which these lines have come, and what is done with its connection:
+    a list of bytes that are written, and of the reasons to drop it."""
+    link, done = Hanging(True, patience), []
+    link.loop, link.phase, link.core.kind = FakeLoop(0.0), chat.DETECTING, kind
+    link.conn = types.SimpleNamespace(unsent=0, heard=0.0, state=chat.OPEN)
+    link.conn.write = link.conn.drop = done.append
+    link.core.connected()
+    link.received("".join(f"{line}\r\n" for line in lines).encode())
+    done.clear()
+    return link, done
+
+
+WELCOMED = (":x 001 alice :Welcome", ":x 422 alice :No MOTD")
+REASONS_TO_DROP = [  # what is so when something has come, and why the connection is dropped
+    (lambda link: setattr(link.conn, "unsent", chat.UNSENT_MOST), []),
+    (
+        lambda link: setattr(link.conn, "unsent", chat.UNSENT_MOST + 1),
+        ["it asks, and does not hear our answers"],
+    ),
+    (lambda link: link.core.refuse("banned", chat.FATAL), ["banned"]),
+    (lambda link: link.core.refuse("busy", chat.TEMPORARY), []),
+    (
+        lambda link: (link.core.refuse("bye", chat.FATAL), setattr(link.core, "quitting", True)),
+        [],
+    ),
+    (lambda link: setattr(link.core, "redial", True), ["it speaks something else"]),
+]
+
+
+@pytest.mark.parametrize("happens, dropped", REASONS_TO_DROP)
+def test_a_connection_that_is_of_no_use_any_more_is_dropped_at_once(happens, dropped):
+    link, done = talking_link(*WELCOMED)
+    happens(link)
+    link._carry_on([])
+    assert [one for one in done if isinstance(one, str)] == dropped
+
+
+@pytest.mark.parametrize("welcomed", [True, False])
+def test_a_server_that_says_error_and_does_not_hang_up_is_left_after_a_while(welcomed):
+    link, done = talking_link(*WELCOMED[: 2 * welcomed])
+    for _ in range(2):  # the second one begins no other wait
+        link.received(b"ERROR :Closing Link: too many connections\r\n")
+        assert not any(isinstance(one, str) for one in done)
+        link.loop.now += chat.DISMISSED_SECONDS / 2 + 0.1
+        link.loop.run_due()
+    link.loop.now += chat.DISMISSED_SECONDS
+    link.loop.run_due()
+    (reason,) = [one for one in done if isinstance(one, str)]
+    assert "too many connections" in reason
+
+
+KINDS_OF_SERVER = [  # the kind, and how patient the link is with it once it is lost
+    (chat.IRC, chat.RETRY_SECONDS),
+    (chat.CHAT, chat.RETRY_SECONDS),
+    (chat.PLAIN, 0.0),
+]
+
+
+@pytest.mark.parametrize("kind, patience", KINDS_OF_SERVER)
+def test_a_server_of_irc_is_looked_for_when_it_is_lost(kind, patience):
+    link, _ = talking_link(patience=0.0, kind=kind)
+    assert link.patience == patience
+    link, _ = talking_link(patience=1e9, kind=kind)
+    assert link.patience == 1e9
+
+
+@pytest.mark.parametrize("lines, stays", [(WELCOMED, True), (WELCOMED[:0], False)])
+def test_a_link_stays_once_its_session_has_stood(lines, stays):
+    link, _ = talking_link(*lines)
+    assert link.stays is stays
+
+
+def test_lines_beyond_the_rate_of_the_server_wait_for_one_timer():
+    link, done = talking_link(*WELCOMED, ":alice!u@h JOIN #lobby")
+    link.core.typed("\n".join(map(str, range(20))))
+    link.core.talk.queue.append(("PING later", False))
+    for wait, when in ((5.0, 5.0), (0.0, 0.01)):
+        link.pace, link.loop.timers = None, []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(link.core.talk), "wait", wait)
+            link._carry_on([])
+            link._carry_on([])
+        paces = [timer.when for timer in link.loop.timers if timer.callback == link._send_more]
+        assert paces == [when]
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_an_outbox_that_another_program_has_locked_is_tried_again_soon(connected):
+    link, _ = talking_link(*WELCOMED)
+    link.conn = link.conn if connected else None
+    for since, again in ((math.inf, []), (0.0, [chat.LOCK_RETRY_SECONDS])):
+        link.core.outbox.locked_at = since
+        link._carry_on([])
+        link._carry_on([])
+        paces = [timer.when for timer in link.loop.timers if timer.callback == link._send_more]
+        assert paces == again
+
+
+def test_older_messages_are_asked_for_once_and_at_once():
+    link, done = talking_link(
+        ":x CAP * LS :batch draft/chathistory message-tags server-time",
+        ":x CAP * ACK :batch draft/chathistory message-tags server-time",
+        *WELCOMED,
+        ":alice!u@h JOIN #lobby",
+    )
+    room = link.core.room
+    asked = [link.ask_older(room) for _ in range(2)]
+    sent = b"".join(one for one in done if isinstance(one, bytes)).decode().splitlines()
+    assert asked == [True, True]
+    assert sent.count("CHATHISTORY LATEST #lobby * 100") == 1
+    room.whole = True
+    assert not link.ask_older(room)
+
+
+def test_certificates_that_cannot_be_read_end_the_client_and_are_named():
+    for own, names in ((None, "ca.pem"), ("own.pem", "ca.pem or own.pem")):
+        link = Hanging(True, 60.0)
+        link.target = link.target._replace(tls=True)
+        link.trust = chat.Trust(ca="ca.pem", own=own)
+        link.start()
+        link._found(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+        assert link.ended
+        assert link.log[-1].startswith(f"cannot use the certificates {names}: ")
+
+
+FOUND_NOTHING = [  # what a look-up ends with, and the words for it
+    (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "ame"),
+    (UnicodeError("label too long"), "no name of a host"),
+    (OSError(errno.ENETUNREACH, "Network is unreachable"), "nreachable"),
+]
+
+
+@pytest.mark.parametrize("result, words", FOUND_NOTHING)
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_host_that_is_not_found_is_looked_for_again(result, words, tls):
+    link = Hanging(True, 60.0)
+    link.target = link.target._replace(tls=tls)
+    link.start()
+    link._found(result)
+    ends = tls and words == "nreachable"  # it was the files of the certificates
+    assert link.ended == ends and (ends or link.again)
+    assert words in str(link.log[-1])
+
+
+CERTIFICATE = "ab" * 32
+OTHER_CERTIFICATE = "cd" * 32
+
+
+def certificate_check(pinned=None, **trust):
+    """Return a check of the certificates of a server, its certificates known, and its target."""
+    known, target = known_servers(), chat.parse_target("ircs://irc.example")
+    if pinned:
+        known.remember(target, pin=pinned)
+    return chat.CertificateCheck(chat.Trust(**trust), known), known, target
+
+
+CERTIFICATES_SEEN = [  # the one the user trusted, --pin, the one shown; verdict and text
+    (None, None, CERTIFICATE, "", ""),
+    (CERTIFICATE, None, CERTIFICATE, "", ""),
+    (CERTIFICATE, None, OTHER_CERTIFICATE, chat.CHANGED, ""),
+    (None, CERTIFICATE, CERTIFICATE, "", ""),
+    (OTHER_CERTIFICATE, CERTIFICATE, CERTIFICATE, "", ""),
+    (None, CERTIFICATE, OTHER_CERTIFICATE, chat.WRONG_PIN, f"it shows {OTHER_CERTIFICATE}"),
+    (OTHER_CERTIFICATE, CERTIFICATE, OTHER_CERTIFICATE, chat.WRONG_PIN, f"--pin {CERTIFICATE} is"),
+]
+
+
+@pytest.mark.parametrize("pinned, pin, shown, verdict, text", CERTIFICATES_SEEN)
+def test_a_certificate_is_compared_with_the_one_that_is_pinned(pinned, pin, shown, verdict, text):
+    check, known, target = certificate_check(pinned, pin=pin)
+    for _ in range(2):
+        check.next_trust(target)
+        found, told = check.judge(target, shown)
+        assert found == verdict and text in told and bool(text) == bool(told)
+        if verdict == chat.CHANGED:  # the next attempt finds out if it is signed
+            break
+    assert known.pin(target) == pinned and check.doubted == ""
+
+
+def test_a_new_certificate_of_a_known_server_that_is_signed_is_told_once_and_takes_its_place():
+    check, known, target = certificate_check(CERTIFICATE)
+    trusted, verdicts = [], []
+    for _ in range(3):
+        trusted.append(check.next_trust(target))
+        verdicts.append(check.judge(target, OTHER_CERTIFICATE))
+    assert [trust.pin for trust in trusted] == [CERTIFICATE, None, None]
+    assert not any(trust.insecure for trust in trusted)
+    told = f"{target} has a new certificate, signed by a trusted authority"
+    assert verdicts == [(chat.CHANGED, ""), ("", told), ("", "")]
+    assert known.pin(target) is None
+
+
+def test_a_certificate_that_is_not_signed_is_read_once_for_the_user_to_judge():
+    check, known, target = certificate_check()
+    check.refused = "is not signed"
+    assert check.next_trust(target).insecure
+    told = f"the certificate of {target} is not signed"
+    assert check.judge(target, CERTIFICATE) == (chat.UNTRUSTED, told)
+    assert (check.doubted, check.doubt) == (CERTIFICATE, told)
+    assert not check.next_trust(target).insecure and known.pin(target) is None
+    check.trust_doubted(target)
+    assert known.pin(target) == CERTIFICATE and check.doubted == ""
+    check.next_trust(target)
+    assert check.judge(target, CERTIFICATE) == ("", "")
+
+
+class Selector:
+    """A selector that remembers what is registered."""
+
+    def __init__(self, refuses=False):
+        self.registered, self.refuses = set(), refuses
+
+    def register(self, fd, mask, owner):
+        if self.refuses:
+            raise PermissionError
+        assert fd not in self.registered
+        self.registered.add(fd)
+
+    def unregister(self, fd):
+        self.registered.remove(fd)
+
+
+def input_of(fd, refuses=False):
+    """Return standard input on a loop in memory, and the pieces that it takes."""
+    loop, taken = FakeLoop(0.0), []
+    loop.selector = Selector(refuses)
+    return chat.Input(loop, fd, taken.append), loop, taken
+
+
+def test_a_pipe_is_read_when_it_has_something_until_it_ends_and_not_while_paused():
+    reader, writer = os.pipe()
+    given, loop, taken = input_of(reader)
+    watched = loop.selector.registered
+    assert watched == {reader} and not loop.soon
+    os.write(writer, b"one\n")
+    for _ in range(2):
+        given.pause()
+    given.ready()
+    assert watched == set() and taken == []
+    for _ in range(2):
+        given.resume()
+    given.ready()
+    assert watched == {reader} and taken == [b"one\n"] and not loop.soon
+    os.close(writer)
+    given.ready()
+    assert watched == set() and taken == [b"one\n", b""]
+    given.resume()
+    assert watched == set() and not loop.soon
+    os.close(reader)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_file_is_read_a_piece_a_turn_to_its_end(folder, monkeypatch, refuses):
+    monkeypatch.setattr(chat, "READ_BYTES", 4)
+    (folder / "file").write_bytes(b"one\ntwo\n")
+    with open(os.devnull if refuses else folder / "file", "rb") as file:
+        given, loop, taken = input_of(file.fileno(), refuses)
+        assert len(loop.soon) == 1 and not loop.selector.registered
+        given.pause()
+        loop.run_due()
+        assert taken == []
+        given.resume()
+        loop.run_due()
+        assert taken == [b"one\n", b"two\n", b""][2 * refuses :]
+        given.resume()
+        assert not loop.soon and not loop.selector.registered
+
+
+def test_a_terminal_that_is_gone_is_the_end_and_one_without_anything_to_read_is_not():
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    given, loop, taken = input_of(reader)
+    given.ready()
+    assert taken == [] and loop.selector.registered == {reader}
+    os.close(reader)
+    given.ready()
+    assert taken == [b""] and not loop.selector.registered
+    os.close(writer)
 
 
 WRONG_CERTIFICATES = [
