@@ -8503,6 +8503,196 @@ def test_an_answer_of_the_log_is_about_the_batch_that_is_under_way(
     assert noted == notes + ["the log takes batches again"] * bool(error)
 
 
+def acts_by_entry(nats, first=0):
+    """Return how many acts are in each entry of the log, from the first on."""
+    return [len(json.loads(data)[-1]) for data, _ in nats.entries[first:]]
+
+
+def node_that_says(count, **info):
+    """Let a node say so many messages at once; return the entries of the log with them."""
+    nats = FakeNats(lambda: 1_000_000.0, **info)
+    house = NodeHouse(nats)
+    come(house, "alice")
+    first = len(nats.entries)
+    house.say("alice", *(f"PRIVMSG bob :{n:0300}" for n in range(count)))
+    for _ in range(3):
+        house.turn()
+    return [data for data, _ in nats.entries[first:] if b'"say"' in data]
+
+
+SIZES_OF_BATCHES = [  # most acts of a batch, bytes beyond those of three messages; acts of each
+    (100, 0, [3, 3]),
+    (100, -1, [1, 2, 1, 2]),  # half of those that wait, until they fit
+    (6, 10_000, [6]),
+    (4, 10_000, [4, 2]),
+    (5, 0, [2, 2, 2]),
+]
+
+
+@pytest.mark.parametrize("most, more, acts", SIZES_OF_BATCHES)
+@pytest.mark.parametrize("limit", ["of the node", "of NATS"])
+def test_a_batch_has_as_many_acts_as_fit_and_each_act_is_sent_once(
+    monkeypatch, most, more, acts, limit
+):
+    size = max(map(len, node_that_says(3))) + more
+    monkeypatch.setattr(chat, "BATCH_ACTS", most)
+    monkeypatch.setattr(chat, "NATS_PAYLOAD_LEAST", 0)
+    monkeypatch.setattr(chat, "BATCH_BYTES", size if limit == "of the node" else 10**6)
+    info = {"max_payload": 2 * size} if limit == "of NATS" else {}
+    found = [json.loads(data)[-1] for data in node_that_says(6, **info)]
+    assert [len(batch) for batch in found] == acts
+    texts = [act[3] for batch in found for act in batch]
+    assert texts == [f"{n:0300}" for n in range(6)]
+
+
+def test_an_act_that_is_larger_than_a_batch_is_sent_alone(monkeypatch):
+    monkeypatch.setattr(chat, "BATCH_BYTES", 300)
+    assert [len(json.loads(data)[-1]) for data in node_that_says(2)] == [1, 1]
+
+
+def test_a_batch_has_the_time_of_the_log_in_milliseconds():
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    come(house, "alice")
+    times = [json.loads(data)[4] for data, _ in house.link.nats.entries]
+    assert times and all(abs(when - 1_000_000_000) < 10_000 for when in times)
+
+
+def test_a_node_with_nothing_to_send_sends_a_batch_now_and_then(folder):
+    nodes = Nodes(folder, "n1")
+    nodes.turns(3)
+    began = len(nodes.nats.entries)
+    nodes.turns(int(4 * chat.NODE_BEAT_SECONDS))
+    found = acts_by_entry(nodes.nats, began)
+    assert set(found) == {0} and 3 <= len(found) <= 5
+
+
+def test_a_node_that_was_only_late_is_not_declared_gone(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one, two = nodes["n1"], nodes["n2"]
+    nodes.turns(20)
+    for house in (one, two):
+        house.now += chat.NODE_SILENT_MS / 1000
+        house.begin_turn()
+    two.cluster.tick(two.loop.now)
+    two.cluster.flush()
+    two.link.exchange()  # in the log, and not read by the other one yet
+    one.cluster.tick(one.loop.now)
+    one.cluster.flush()
+    assert one.cluster.sent.asks[-1].name == "node_gone"
+    nodes.settle()
+    assert list(one.hub.nodes) == ["n1", "n2"]
+
+
+def test_a_silent_node_is_declared_gone_when_its_time_is_over_and_now_and_then_until_it_is(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    nodes.turns(20)
+    nodes.kill("n2")
+    asked, seconds = [], 0
+    ask = one.cluster.ask
+    one.cluster.ask = lambda *values: asked.append((seconds, *values[1:]))
+    while len(asked) < 3:
+        seconds += 1
+        nodes.turns()
+        assert seconds < 50
+    del one.cluster.ask
+    first, *others = [when for when, *_ in asked]
+    assert 20 <= first + chat.NODE_BEAT_SECONDS and first <= 21
+    assert others == [first + 6, first + 12]
+    nodes.turns(8)
+    assert list(one.hub.nodes) == ["n1"] and ask
+
+
+def test_a_node_remembers_of_other_nodes_no_more_starts_than_there_are(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    for _ in range(3):
+        nodes.kill("n2")
+        nodes.start("n2")
+        nodes.turns(20)
+    one = nodes["n1"]
+    assert one.cluster.heard.keys() == {node.epoch for node in one.hub.nodes.values()}
+
+
+def test_clients_are_told_once_that_a_node_is_cut_off_and_once_that_they_may_go_on(folder):
+    nodes = Nodes(folder, "n1")
+    one, done, lost = nodes["n1"], [], math.inf
+    for name in ("pause", "resume", "drop_clients"):
+        setattr(one, name, lambda *_, name=name: done.append((name, one.cluster.now - lost)))
+    nodes.turns(3)
+    for cut_off in (12, 40):
+        one.link.drop("broken")
+        lost = one.cluster.now
+        nodes.turns(cut_off)
+        one.link.join(nodes.nats)
+        nodes.settle()
+        nodes.turns(3)
+    held, dropped = ("pause", chat.NODE_PAUSE_SECONDS), ("drop_clients", chat.NODE_DROP_SECONDS)
+    assert done == [held, ("resume", 12.0), held, dropped, ("resume", 40.0)]
+
+
+def test_a_node_that_begins_again_sends_its_own_acts_once_more_and_no_acts_of_its_clients(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one, two = nodes.values()
+    come(two, "bob")
+    two.link.drop("broken")
+    two.say("bob", "JOIN #x")
+    two.site.act("prune_history", "#y", 1, 2)
+    nodes.turns(40)
+    two.link.join(nodes.nats)
+    first = len(nodes.nats.entries)
+    nodes.turns(5)
+    acts = [act for data, _ in nodes.nats.entries[first:] for act in json.loads(data)[-1]]
+    assert [act[1] for act in acts].count("prune_history") == 1
+    assert "join" not in [act[1] for act in acts]
+    assert {json.loads(data)[2] for data, _ in nodes.nats.entries[first:]} >= {two.cluster.epoch}
+    assert two.cluster.serving and "#x" not in two.hub.channels
+    assert_nodes_agree(nodes)
+
+
+def test_a_batch_that_is_lost_on_its_way_is_sent_again_as_soon_as_there_is_a_connection(folder):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    come(one, "alice")
+    one.say("alice", "PRIVMSG alice :once")
+    one.cluster.flush()
+    entries = nodes.nats.last
+    one.link.drop("broken")
+    one.link.join(nodes.nats)
+    while one.link.moves:  # no second passes
+        one.link.exchange()
+    assert nodes.nats.last == entries + 1
+    nodes.settle()
+    assert spoken(one.heard("alice")) == ["once"] * 2  # the echo, and the message to oneself
+
+
+def test_private_messages_are_the_same_on_a_node_that_applies_many_entries_at_once(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    account(one, "zoe")
+    come(one, "alice", "bob")
+    nodes.settle()
+    for who, line in (
+        ("alice", "PRIVMSG bob :one"),
+        ("bob", "NS IDENTIFY zoe password"),
+        ("alice", "PRIVMSG bob :two"),
+        ("bob", "PRIVMSG alice :three"),
+    ):
+        ask(one, who, line)
+    assert nodes["n2"].hub.sequence < one.hub.sequence - 2
+    assert_nodes_agree(nodes)
+
+
+def test_the_first_node_founds_the_cluster_and_the_next_ones_do_not(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    found = [act for data, _ in nodes.nats.entries for act in json.loads(data)[-1]]
+    assert [act[1] for act in found] == ["found_cluster", "node_started", "node_started"]
+    (_, _, cluster, letters, *_), *started = found
+    assert len(cluster) == 16 and len(letters) == len(chat.MessageIds.new_letters())
+    assert [act[2] for act in started] == ["n1", "n2"]
+    epochs = [house.cluster.epoch for house in nodes.values()]
+    assert [act[3] for act in started] == epochs
+
+
 def test_only_the_last_checksums_are_kept(monkeypatch):
     monkeypatch.setattr(chat, "CHECKSUMS_KEPT", 3)
     house = NodeHouse(FakeNats(lambda: 1_000_000.0))
