@@ -8675,7 +8675,8 @@ def test_private_messages_are_the_same_on_a_node_that_applies_many_entries_at_on
         ("alice", "PRIVMSG bob :one"),
         ("bob", "NS IDENTIFY zoe password"),
         ("alice", "PRIVMSG bob :two"),
-        ("bob", "PRIVMSG alice :three"),
+        ("bob", "NICK rob"),
+        ("alice", "PRIVMSG rob :three"),
     ):
         ask(one, who, line)
     assert nodes["n2"].hub.sequence < one.hub.sequence - 2
@@ -32960,6 +32961,88 @@ def test_a_text_for_a_closed_conversation_is_no_draft_of_another(at_keys, begun,
     assert at_keys.core.rooms["#tea"].draft == ""
     at_keys.take(b"\x15\x10")
     assert at_keys.editor.text == (kept or "/go #tea")
+
+
+def with_a_text_for_bob_who_is_closed(at_keys, *others):
+    """Type a text for bob, and close that conversation and these; return what is told of typing."""
+    core, told = at_keys.core, []
+    core.rooms.go(core.rooms.open("bob"))
+    at_keys.show(core.take_views())
+    at_keys.take(b"for bob")
+    core.rooms["#tea"].draft = "of tea"
+    at_keys.link.typing = lambda room, text: told.append((room and room.name, text))
+    for name in ("bob", *others):
+        core.rooms.close(core.rooms[name])
+    at_keys.show(core.take_views())
+    return told
+
+
+@pytest.mark.parametrize("keys", [b"\x15", b"\x7f" * 7, b"\r"])
+def test_a_text_for_a_closed_conversation_makes_room_for_the_draft_of_the_present_one(
+    at_keys, keys
+):
+    told = with_a_text_for_bob_who_is_closed(at_keys)
+    for some_keys in (b"!", b"\x7f", keys):
+        at_keys.take(some_keys)
+    assert at_keys.core.here == "#tea" and at_keys.editor.text == "of tea"
+    assert {text for _, text in told} <= {"", "of tea"}
+    for some_keys in (b"!", b"\r"):
+        at_keys.take(some_keys)
+    assert told[-2:] == [("#tea", "of tea!"), ("#tea", "")]
+    assert spoken_to(at_keys) == [("#tea", "of tea!")]
+
+
+@pytest.mark.parametrize("keys", [b"\x15", b"\r"])
+def test_a_text_for_a_closed_conversation_leaves_an_empty_line_where_there_is_no_other(
+    at_keys, keys
+):
+    with_a_text_for_bob_who_is_closed(at_keys, "#den", "#tea")
+    assert at_keys.core.room is None
+    at_keys.take(keys)
+    assert at_keys.editor.text == "" and at_keys.ended_room == ""
+
+
+def test_a_command_means_the_messages_that_were_there_when_it_was_begun(at_keys):
+    typed = []
+    at_keys.link.typed = lambda text, *more: typed.append((text, *more))
+    keys = ("/no", "\x15", "/re", "ply", " yes  \r", "/", "undo\r", "hello  ", "\r")
+    for n, some_keys in enumerate(keys):  # the first command is deleted
+        at_keys.take(some_keys.encode())
+        hears(at_keys, f":bob!u@h PRIVMSG #tea :{n}")
+    lines = ["/reply yes", "/undo", "/names", "hello  "]
+    assert [entry[:3] for entry in typed] == [(line, None, "") for line in lines]
+    last = [views and views[-1].text for *_, views in typed]
+    assert last == ["1", "4", None, None]
+
+
+ENTERED = [  # a line that is entered, and what the terminal does about it
+    ("/quit", ("leave", "")),
+    ("/quit  good bye ", ("leave", "good bye")),
+    ("/go", ("list_rooms",)),
+    ("/GO  ", ("list_rooms",)),
+    ("/disconnect", ("disconnect",)),
+    ("/Disconnect ", ("disconnect",)),
+    ("/connect", ("connect", "")),
+    ("/connect  irc.example bob ", ("connect", "irc.example bob")),
+    ("/connected", ("typed", "/connected")),
+    ("/names  ", ("typed", "/names")),
+    ("/go den", ("go", "#den")),
+    ("/go 1", ("go", "#den")),
+    ("/go nope", ("typed", "/go nope")),
+    ("hello  ", ("typed", "hello  ")),
+    ("quit", ("typed", "quit")),
+]
+
+
+@pytest.mark.parametrize("line, done", ENTERED)
+def test_an_entered_line_is_for_the_terminal_or_for_the_conversation(at_keys, line, done):
+    found = []
+    for name in ("leave", "list_rooms", "disconnect", "connect"):
+        setattr(at_keys, name, lambda *values, name=name: found.append((name, *values)))
+    at_keys.go = lambda place: found.append(("go", place[1].name))
+    at_keys.link.typed = lambda text, *_: found.append(("typed", text))
+    at_keys.take(f"{line}\r\r".encode())  # an empty line is none
+    assert found == [done]
 
 
 def test_a_draft_is_stored_when_its_conversation_is_left(at_keys):
