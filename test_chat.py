@@ -33005,7 +33005,7 @@ def test_a_text_for_a_closed_conversation_leaves_an_empty_line_where_there_is_no
 def test_a_command_means_the_messages_that_were_there_when_it_was_begun(at_keys):
     typed = []
     at_keys.link.typed = lambda text, *more: typed.append((text, *more))
-    keys = ("/no", "\x15", "/re", "ply", " yes  \r", "/", "undo\r", "hello  ", "\r")
+    keys = ("/no", "\x15", "/re", "ply", " yes  \r", "/", "undo\r/names\r", "hello  ", "\r")
     for n, some_keys in enumerate(keys):  # the first command is deleted
         at_keys.take(some_keys.encode())
         hears(at_keys, f":bob!u@h PRIVMSG #tea :{n}")
