@@ -15174,6 +15174,7 @@ class IrcTalk:
         if self.unserved == math.inf:
             self.unserved = self.core.ticks()
             self.core.note(f"{why}; what you say waits for that")
+        self.bouncer_said = ""  # it was about these
         self.core.outgoing.sent_before |= self.core.outbox.in_flight.keys()
         self.core.outbox.connection_lost()
         self.lines.unsent.clear()

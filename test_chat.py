@@ -19792,7 +19792,8 @@ class Bounced(Elsewhere):
 
     def connect(self, *tokens, caps=""):
         self.views += self.core.connected()
-        self.hears(":irc.znc.in CAP * LS :echo-message", ":irc.znc.in CAP alice ACK :echo-message")
+        caps = caps or "echo-message"
+        self.hears(f":irc.znc.in CAP * LS :{caps}", f":irc.znc.in CAP alice ACK :{caps}")
         self.hears(":irc.znc.in 001 alice :Welcome to ZNC")
         self.sent()
 
@@ -19837,6 +19838,76 @@ def test_what_a_bouncer_lost_is_sent_to_its_next_server():
     _, ping = alice.sent(9)
     alice.hears(":alice!u@h PRIVMSG #lobby one", f"PONG x {ping.split()[-1]}")
     assert alice.core.outbox.waiting == {} and alice.kinds("failed") == []
+
+
+@pytest.mark.parametrize("caps", ["echo-message", "server-time"])
+def test_what_a_bouncer_lost_arrives_once_its_server_is_back(caps):
+    alice = Bounced(caps=caps)
+    said = []
+    for lost in (True, True, False):
+        alice.served()
+        alice.hears(":alice!u@h JOIN #lobby")
+        alice.types(*["one"] * (not said))
+        *_, message, ping = alice.sent(9)
+        said.append(message)
+        if lost:
+            alice.lost("#lobby")
+        elif "echo" in caps:
+            alice.hears(":alice!u@h PRIVMSG #lobby one")
+        alice.hears(f"PONG x {ping.split()[-1]}")
+    assert said == ["PRIVMSG #lobby one"] * 3
+    assert alice.core.outbox.waiting == {} and alice.kinds("failed") == []
+
+
+@pytest.mark.parametrize("typed, name", [("/history #gone", "#gone"), ("/history bob", "bob")])
+def test_history_that_the_user_asked_for_and_that_is_refused_is_told(typed, name):
+    alice = Elsewhere(caps=PAGES_OF)
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    alice.types(typed)
+    alice.sent(3)
+    alice.hears(f"FAIL CHATHISTORY INVALID_TARGET LATEST {name} :no such history")
+    assert alice.kinds("note")[-1] == f"history of {name}: nothing found"
+    alice.views.clear()
+    alice.hears(f"FAIL CHATHISTORY INVALID_TARGET LATEST {name} :no such history")
+    assert not any("nothing found" in text for text in alice.kinds("note"))
+
+
+def test_a_page_that_no_request_of_this_client_asked_for_is_shown_apart():
+    alice = Elsewhere(caps=PAGES_OF)
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h", ":bob!u@h PRIVMSG #lobby :live")
+    alice.said()
+    old = "@batch=h;time=2026-01-01T00:00:01.000Z :bob!u@h PRIVMSG #tea :of old"
+    alice.hears("BATCH +h chathistory #tea", old, "BATCH -h")
+    assert alice.kinds("found") == ["of old"] and alice.said() == []
+    assert "history of #tea: 1 message" in alice.kinds("note")
+
+
+PAGES_MISSED = [  # how many messages come on each page, and how many the next request is for
+    ([3, 0], [20, 40]),
+    ([20, 40, 1, 0], [20, 40, 80, 100]),
+    ([0], [20]),
+]
+
+
+@pytest.mark.parametrize("pages, asked", PAGES_MISSED)
+def test_after_a_page_with_something_new_the_next_one_may_be_larger(pages, asked):
+    alice = Elsewhere(caps=PAGES_OF, interactive=False)
+    alice.hears("@time=2026-01-01T00:00:00.000Z;msgid=m0 :bob!u@h PRIVMSG #lobby :m0")
+    alice.core.disconnected()
+    alice.core.page_lines = 20
+    alice.connect(caps=PAGES_OF)
+    progress = alice.core.progress
+    found, number = [], itertools.count(1)
+    alice.core.talk.history.ask_behind()
+    requests = alice.core.talk.history.requests
+    for count in pages:
+        found.append(requests[0].limit)
+        stamps = [(n, f"2026-01-01T00:{n // 60:02}:{n % 60:02}.000Z") for n in itertools.islice(number, count)]
+        page = [f"@batch=h;time={t};msgid=m{n} :bob!u@h PRIVMSG #lobby :m{n}" for n, t in stamps]
+        alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
+    assert found == asked and not requests
+    assert alice.core.progress - progress == len(pages) - 1
+    assert [text.partition(": ")[2] for text in alice.said()] == [f"m{n}" for n in range(sum(pages) + 1)]
 
 
 @pytest.mark.parametrize(
