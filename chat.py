@@ -20230,21 +20230,23 @@ class LogWriter(logging.Handler):
             self.more.wait()
             self.more.clear()
             while self.lines:
-                self._write(self.lines.popleft())
-                if self.dropped and not self.lines:
-                    dropped, self.dropped = self.dropped, 0
+                self.dropped += not self._write(self.lines.popleft())
+                if (dropped := self.dropped) and not self.lines:
                     text = f"{counted(dropped, 'line')} of the log were dropped"
                     record = logging.LogRecord("chat", logging.WARNING, "", 0, text, None, None)
-                    self._write(f"{self.format(record)}\n".encode())
+                    if self._write(f"{self.format(record)}\n".encode()):
+                        self.dropped -= dropped
             self.idle.set()
 
-    def _write(self, line: bytes) -> None:
-        """Write with os.write: another thread's lock on sys.stderr would hang the program's end."""
+    def _write(self, line: bytes) -> bool:
+        """Write with os.write: another thread's lock on sys.stderr would hang the program's end.
+        Return False if it is not read any more, or the disk is full."""
         try:
             while line:
                 line = line[os.write(self.fd, line) :]
-        except OSError:  # it is not read any more, or the disk is full
-            self.dropped += 1
+            return True
+        except OSError:
+            return False
 
     def flush(self) -> None:
         self.idle.wait(LOG_FLUSH_SECONDS)

@@ -2510,6 +2510,7 @@ def test_how_far_a_channel_has_been_read_goes_with_its_new_name(folder):
     house.turn()
     for who, told in (("alice", late), ("bob", early), ("carol", "*")):
         assert markers_told(house, who, "#a", "#b") == ["*", told]
+    assert len(house.hub.markers) == 2  # carol has none
     house.store.close()
     again = chat.Store(folder / "chat.db")
     hub = chat.load_hub(again, house.now, house.now)
@@ -8060,6 +8061,19 @@ def test_a_bug_in_the_answer_to_an_act_costs_the_node_nothing_of_the_entry(folde
     come(one, "bob")
     assert_nodes_agree(nodes)
     assert bugs == [KeyError] and {"alice", "bob"} == nodes["n2"].hub.users.keys()
+
+
+def test_a_refusal_of_what_follows_on_an_act_is_answered(folder):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    come(one, "alice")
+
+    def refuse(_):
+        raise chat.Refused("NO_TEXT", "no text to send")
+
+    one.guests["alice"].act("join", "#x", "", then=refuse)
+    nodes.settle()
+    assert any(" 412 " in line for line in one.heard("alice"))
 
 
 def test_a_node_that_starts_again_after_a_day_does_not_take_the_last_entry_for_the_present(
@@ -16381,6 +16395,18 @@ def test_a_letter_may_be_cut_where_the_head_of_a_text_ends_and_nowhere_else(
     assert folder.finish(file, "a.txt")[1:3] == (size + 1 + whole, kind)
 
 
+@ON_LINUX
+def test_content_is_safely_on_disk_before_its_folder_is(tmp_path, monkeypatch):
+    folder, synced = chat.FileFolder(tmp_path / "files"), []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+    )
+    file = folder.begin("0" * 32)
+    folder.append(file, b"hello")
+    folder.finish(file, "a.txt")
+    assert synced == [f"{'0' * 32}.part", "files"]
+
+
 def opened_in(path):
     """Return what this process has open in a folder."""
     links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
@@ -17866,6 +17892,16 @@ def test_the_reason_why_a_message_waits_for_the_user_outlives_the_program(folder
     again.close_store()
     outbox = outbox_in(folder)
     assert not outbox.parked and messages_of(outbox) == ["hello"]
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_what_was_said_last_is_stored_before_the_client_ends(folder, interactive):
+    core = chat.ClientCore("alice", interactive, outbox=outbox_in(folder))
+    core.say("hello")
+    core.close_store()
+    outbox = outbox_in(folder)
+    assert messages_of(outbox) == ["hello"]
+    outbox.rows.close()
 
 
 def test_a_pipe_sends_what_a_terminal_left_to_its_user(folder):
@@ -19894,20 +19930,20 @@ def test_after_a_page_with_something_new_the_next_one_may_be_larger(pages, asked
     alice = Elsewhere(caps=PAGES_OF, interactive=False)
     alice.hears("@time=2026-01-01T00:00:00.000Z;msgid=m0 :bob!u@h PRIVMSG #lobby :m0")
     alice.core.disconnected()
-    alice.core.page_lines = 20
+    alice.core.page_lines, alice.now = 20, 100.0
     alice.connect(caps=PAGES_OF)
-    progress = alice.core.progress
-    found, number = [], itertools.count(1)
-    alice.core.talk.history.ask_behind()
-    requests = alice.core.talk.history.requests
+    found, progress, number = alice.sent(1), alice.core.progress, 0
     for count in pages:
-        found.append(requests[0].limit)
-        stamps = [(n, f"2026-01-01T00:{n // 60:02}:{n % 60:02}.000Z") for n in itertools.islice(number, count)]
-        page = [f"@batch=h;time={t};msgid=m{n} :bob!u@h PRIVMSG #lobby :m{n}" for n, t in stamps]
+        page = []
+        for number in range(number + 1, number + count + 1):
+            when = f"time=2026-01-01T00:{number // 60:02}:{number % 60:02}.000Z"
+            page.append(f"@batch=h;{when};msgid=m{number} :bob!u@h PRIVMSG #lobby :m{number}")
         alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
-    assert found == asked and not requests
-    assert alice.core.progress - progress == len(pages) - 1
-    assert [text.partition(": ")[2] for text in alice.said()] == [f"m{n}" for n in range(sum(pages) + 1)]
+        found += alice.sent(9)
+    limits = [int(line.split()[-1]) for line in found if "CHATHISTORY AFTER #lobby " in line]
+    assert limits == asked and alice.core.progress - progress == len(pages) - 1
+    told = [text.partition(": ")[2] for text in alice.said()]
+    assert told == [f"m{n}" for n in range(number + 1)]
 
 
 @pytest.mark.parametrize(
@@ -21038,7 +21074,7 @@ MESSAGES_AT_THE_LIMIT = [  # where, the text, its kind, and whether some server 
 
 @pytest.mark.parametrize("where, text, kind, taken", MESSAGES_AT_THE_LIMIT)
 def test_a_message_is_as_long_as_a_server_takes_it_and_no_longer(where, text, kind, taken):
-    with contextlib.nullcontext() if taken else pytest.raises(chat.Refused):
+    with contextlib.nullcontext() if taken else pytest.raises(chat.Refused, match="has at most"):
         chat.check_message(where, text, kind, 64)
 
 
@@ -23480,6 +23516,27 @@ def test_the_topic_that_was_asked_for_is_told_or_that_there_is_none():
         "the topic of #lobby: tea at five",
         "#rust has no topic",
     ]
+
+
+PEOPLE_COME_AND_GO = [  # a line, and the conversations whose people are drawn again for it
+    (":carol!u@h JOIN #lobby", ["#lobby"]),
+    (":bob!u@h PART #lobby :bye", ["#lobby"]),
+    (":bob!u@h QUIT :bye", ["#lobby"]),
+    (":op!u@h KICK #lobby bob :out", ["#lobby"]),
+    (":bob!u@h NICK rob", [""]),  # in all of them
+    (":op!u@h MODE #lobby +o bob", ["#lobby"]),
+    (":bob!u@h PRIVMSG #lobby :hi", []),
+]
+
+
+@pytest.mark.parametrize("line, where", PEOPLE_COME_AND_GO)
+def test_the_people_of_a_conversation_are_drawn_again_when_they_change(line, where):
+    alice = Elsewhere("PREFIX=(ov)@+", "CHANMODES=b,k,l,imnst")
+    alice.hears("353 alice = #lobby :alice @op bob", "366 alice #lobby :End")
+    alice.views.clear()
+    alice.hears(line)
+    found = [view.where for view in alice.views if view.kind == chat.PEOPLE]
+    assert found == where
 
 
 def test_a_capability_that_a_server_has_only_now_is_asked_for_if_we_can_use_it():
@@ -26276,6 +26333,15 @@ def test_helpers_take_jobs_fairly_and_hand_back_exceptions(loop):
     assert done.index("modest") < 8 and ZeroDivisionError in done
 
 
+def test_helpers_that_are_closed_end_their_threads(loop):
+    before, helpers, done = threading.active_count(), chat.Helpers(loop), []
+    for lane in (chat.PAGE_LANE, chat.DISK_LANE):
+        helpers.submit("one", lambda: 1, done.append, lane)
+    spin(loop, lambda: len(done) == 2)
+    assert threading.active_count() > before + 1
+    assert helpers.close() and threading.active_count() == before
+
+
 def test_one_owner_never_has_all_threads_of_a_lane_of_three():
     lane = chat.Lane(3)
     for n in range(4):
@@ -26370,6 +26436,28 @@ def test_the_thread_of_the_log_waits_when_all_is_written():
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+def test_lines_that_the_log_could_not_write_are_counted_there_once_it_is_read_again():
+    ours, theirs = os.pipe()
+    writer = chat.LogWriter(theirs)
+
+    def write(text):
+        writer.handle(chat.logging.LogRecord("chat", chat.logging.INFO, "", 0, text, None, None))
+        assert writer.idle.wait(PATIENCE)
+
+    os.close(ours)
+    for text in ("one", "two"):
+        write(text)
+    ours, again = os.pipe()
+    os.dup2(again, theirs)
+    os.close(again)
+    write("three")
+    write("four")
+    lines = os.read(ours, 1000).decode().splitlines()
+    assert lines == ["three", "2 lines of the log were dropped", "four"]
+    os.close(ours)
+    os.close(theirs)
 
 
 # ======================================================================================
