@@ -20231,12 +20231,16 @@ class LogWriter(logging.Handler):
             self.more.clear()
             while self.lines:
                 self.dropped += not self._write(self.lines.popleft())
-                if (dropped := self.dropped) and not self.lines:
-                    text = f"{counted(dropped, 'line')} of the log were dropped"
-                    record = logging.LogRecord("chat", logging.WARNING, "", 0, text, None, None)
-                    if self._write(f"{self.format(record)}\n".encode()):
-                        self.dropped -= dropped
+                if self.dropped and not self.lines:
+                    self._tell_dropped()
             self.idle.set()
+
+    def _tell_dropped(self) -> None:
+        dropped = self.dropped
+        text = f"{counted(dropped, 'line')} of the log were dropped"
+        record = logging.LogRecord("chat", logging.WARNING, "", 0, text, None, None)
+        if self._write(f"{self.format(record)}\n".encode()):
+            self.dropped -= dropped
 
     def _write(self, line: bytes) -> bool:
         """Write with os.write: another thread's lock on sys.stderr would hang the program's end.

@@ -5115,7 +5115,9 @@ def test_a_repeat_in_a_turn_that_could_not_be_stored_is_told_so(folder):
     line = f"@+chat.py/id=1 PRIVMSG #a :{'x' * 400}"
     lines = [f"PRIVMSG #a :{'x' * 400}"] * 40
     *_, last = ask(house, "alice", *lines, line, line)
-    assert last.endswith("FAIL PRIVMSG NOT_KEPT * 1 :delivered but not kept: it could not be stored")
+    assert last.endswith(
+        "FAIL PRIVMSG NOT_KEPT * 1 :delivered but not kept: it could not be stored"
+    )
     told = "delivered but not kept: it was said before, and could not be kept"
     (found,) = ask(house, "alice", line)
     assert found.endswith(f" FAIL PRIVMSG NOT_KEPT * 1 :{told}")
@@ -8603,18 +8605,17 @@ def test_a_silent_node_is_declared_gone_when_its_time_is_over_and_now_and_then_u
     nodes.turns(20)
     nodes.kill("n2")
     asked, seconds = [], 0
-    ask = one.cluster.ask
-    one.cluster.ask = lambda *values: asked.append((seconds, *values[1:]))
+    one.cluster.ask = lambda *values: asked.append(seconds)
     while len(asked) < 3:
         seconds += 1
         nodes.turns()
         assert seconds < 50
     del one.cluster.ask
-    first, *others = [when for when, *_ in asked]
-    assert 20 <= first + chat.NODE_BEAT_SECONDS and first <= 21
+    first, *others = asked
+    assert 20 - chat.NODE_BEAT_SECONDS <= first <= 21
     assert others == [first + 6, first + 12]
     nodes.turns(8)
-    assert list(one.hub.nodes) == ["n1"] and ask
+    assert list(one.hub.nodes) == ["n1"]
 
 
 def test_a_node_remembers_of_other_nodes_no_more_starts_than_there_are(folder):
@@ -19935,7 +19936,8 @@ def test_after_a_page_with_something_new_the_next_one_may_be_larger(pages, asked
     found, progress, number = alice.sent(1), alice.core.progress, 0
     for count in pages:
         page = []
-        for number in range(number + 1, number + count + 1):
+        for _ in range(count):
+            number += 1
             when = f"time=2026-01-01T00:{number // 60:02}:{number % 60:02}.000Z"
             page.append(f"@batch=h;{when};msgid=m{number} :bob!u@h PRIVMSG #lobby :m{number}")
         alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
