@@ -22963,8 +22963,8 @@ def test_a_host_that_is_not_found_is_looked_for_again(result, words, tls):
     assert words in str(link.log[-1])
 
 
-CERTIFICATE = "ab" * 32
-OTHER_CERTIFICATE = "cd" * 32
+PRINT = "ab" * 32  # of a certificate, in hex
+OTHER_PRINT = "cd" * 32
 
 
 def certificate_check(pinned=None, **trust):
@@ -22976,13 +22976,13 @@ def certificate_check(pinned=None, **trust):
 
 
 CERTIFICATES_SEEN = [  # the one the user trusted, --pin, the one shown; verdict and text
-    (None, None, CERTIFICATE, "", ""),
-    (CERTIFICATE, None, CERTIFICATE, "", ""),
-    (CERTIFICATE, None, OTHER_CERTIFICATE, chat.CHANGED, ""),
-    (None, CERTIFICATE, CERTIFICATE, "", ""),
-    (OTHER_CERTIFICATE, CERTIFICATE, CERTIFICATE, "", ""),
-    (None, CERTIFICATE, OTHER_CERTIFICATE, chat.WRONG_PIN, f"it shows {OTHER_CERTIFICATE}"),
-    (OTHER_CERTIFICATE, CERTIFICATE, OTHER_CERTIFICATE, chat.WRONG_PIN, f"--pin {CERTIFICATE} is"),
+    (None, None, PRINT, "", ""),
+    (PRINT, None, PRINT, "", ""),
+    (PRINT, None, OTHER_PRINT, chat.CHANGED, ""),
+    (None, PRINT, PRINT, "", ""),
+    (OTHER_PRINT, PRINT, PRINT, "", ""),
+    (None, PRINT, OTHER_PRINT, chat.WRONG_PIN, f"it shows {OTHER_PRINT}"),
+    (OTHER_PRINT, PRINT, OTHER_PRINT, chat.WRONG_PIN, f"--pin {PRINT} is"),
 ]
 
 
@@ -22999,12 +22999,12 @@ def test_a_certificate_is_compared_with_the_one_that_is_pinned(pinned, pin, show
 
 
 def test_a_new_certificate_of_a_known_server_that_is_signed_is_told_once_and_takes_its_place():
-    check, known, target = certificate_check(CERTIFICATE)
+    check, known, target = certificate_check(PRINT)
     trusted, verdicts = [], []
     for _ in range(3):
         trusted.append(check.next_trust(target))
-        verdicts.append(check.judge(target, OTHER_CERTIFICATE))
-    assert [trust.pin for trust in trusted] == [CERTIFICATE, None, None]
+        verdicts.append(check.judge(target, OTHER_PRINT))
+    assert [trust.pin for trust in trusted] == [PRINT, None, None]
     assert not any(trust.insecure for trust in trusted)
     told = f"{target} has a new certificate, signed by a trusted authority"
     assert verdicts == [(chat.CHANGED, ""), ("", told), ("", "")]
@@ -23016,13 +23016,13 @@ def test_a_certificate_that_is_not_signed_is_read_once_for_the_user_to_judge():
     check.refused = "is not signed"
     assert check.next_trust(target).insecure
     told = f"the certificate of {target} is not signed"
-    assert check.judge(target, CERTIFICATE) == (chat.UNTRUSTED, told)
-    assert (check.doubted, check.doubt) == (CERTIFICATE, told)
+    assert check.judge(target, PRINT) == (chat.UNTRUSTED, told)
+    assert (check.doubted, check.doubt) == (PRINT, told)
     assert not check.next_trust(target).insecure and known.pin(target) is None
     check.trust_doubted(target)
-    assert known.pin(target) == CERTIFICATE and check.doubted == ""
+    assert known.pin(target) == PRINT and check.doubted == ""
     check.next_trust(target)
-    assert check.judge(target, CERTIFICATE) == ("", "")
+    assert check.judge(target, PRINT) == ("", "")
 
 
 class Selector:
@@ -34944,7 +34944,7 @@ def test_a_window_opens_at_the_newest_message(running, window):
     for _ in range(3):
         alice = at_home(window(server.address))
         see(alice, "message 299")  # Tk lays out lines a few at a time, also after that
-        pump(alice, lambda: alice.transcript.text.yview()[1] == 1.0)
+        pump(alice, lambda alice=alice: alice.transcript.text.yview()[1] == 1.0)
         assert alice.transcript.at_bottom
         alice.close()
 
