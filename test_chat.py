@@ -15580,6 +15580,51 @@ def test_ranges_are_as_the_rfc_has_them(files, header, status, content):
     assert (answer[1].get("content-range", "").endswith("/10")) is (status != 200)
 
 
+PIECES_OF_A_FILE = [  # what is asked for, milliseconds that are fast, and each piece: from, bytes
+    ("", 50, [(0, 2), (2, 4), (6, 4)]),
+    ("", 0, [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]),
+    ("bytes=1-7", 50, [(1, 2), (3, 4), (7, 1)]),
+    ("bytes=1-3", 50, [(1, 2), (3, 1)]),
+    ("bytes=9-", 50, [(9, 1)]),
+]
+
+
+@pytest.mark.parametrize("header, fast, pieces", PIECES_OF_A_FILE)
+def test_a_file_is_sent_in_pieces_that_grow_while_they_leave_fast(
+    files, monkeypatch, header, fast, pieces
+):
+    monkeypatch.setattr(chat, "FILE_PIECE_BYTES", 2)
+    monkeypatch.setattr(chat, "FILE_PIECE_MOST", 5)
+    monkeypatch.setattr(chat, "FAST_PIECE_MS", fast)
+    path, read, asked = path_of(posted(files, b"0123456789")), files.site.folder.read, []
+    files.site.folder.read = lambda file, *part: asked.append(part) or read(file, *part)
+    answer = got(files, path, *[f"Range: {header}"] * bool(header))
+    assert answer[2] == b"0123456789"[pieces[0][0] :][: sum(size for _, size in pieces)]
+    assert asked == pieces
+
+
+@pytest.mark.parametrize("left, content", [(10, b"0123456789"), (9, b"012345"), (0, b"01")])
+def test_a_file_that_became_shorter_while_it_was_sent_ends_the_connection(
+    files, monkeypatch, left, content
+):
+    monkeypatch.setattr(chat, "FILE_PIECE_BYTES", 2)
+    path, read, opened = path_of(posted(files, b"0123456789")), files.site.folder.read, set()
+
+    def read_and_cut(file, at, size):
+        opened.add(file)
+        data = read(file, at, size)
+        os.truncate(file.path, left)
+        return data
+
+    files.site.folder.read = read_and_cut
+    browser = Browser(files, "down")
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    ((status, headers, body),) = parsed_answers(browser.sends(head))
+    assert (status, headers["content-length"], body) == (200, "10", content)
+    assert browser.conn.closed == (left < 10)
+    assert [file.fd for file in opened] == [-1]
+
+
 def test_conditions_are_heeded(files):
     path = path_of(posted(files, b"0123456789"))
     etag = got(files, path)[1]["etag"]
@@ -19080,6 +19125,21 @@ def test_a_pong_without_our_token_confirms_the_oldest_ping():
     alice.hears("PONG irc.example")
     assert alice.core.outbox.waiting == {}
     alice.hears("PONG", "PONG x y")  # that was not asked for
+
+
+@pytest.mark.parametrize("verb", ["REGISTER", "VERIFY"])
+def test_an_account_is_logged_in_to_once_its_registration_is_complete(verb):
+    alice = Elsewhere(caps="draft/account-registration")
+    alice.types("/register password a@example.org")
+    alice.sent(3)
+    proposed = alice.core.me.proposed
+    assert proposed and not alice.core.me.login
+    if verb == "VERIFY":
+        alice.hears("REGISTER VERIFICATION_REQUIRED alice :a mail was sent")
+        alice.types("/verify 123456")
+        assert not alice.core.me.login
+    alice.hears(f"{verb} SUCCESS alice :welcome")
+    assert alice.core.me.login == proposed and alice.kinds("server text")[-1] == "welcome"
 
 
 def test_the_pong_for_another_client_of_a_bouncer_confirms_nothing():
@@ -23023,6 +23083,54 @@ def test_a_certificate_that_is_not_signed_is_read_once_for_the_user_to_judge():
     assert known.pin(target) == PRINT and check.doubted == ""
     check.next_trust(target)
     assert check.judge(target, PRINT) == ("", "")
+
+
+FAILED_CERTIFICATES = [  # whether another one is known, the reason, and words for the user
+    (False, "connection reset by peer", ""),
+    (False, f"{chat.TLS_TROUBLE}no answer", "is not to be trusted: TLS: no answer; --ca, --pin"),
+    (
+        False,
+        f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: certificate has expired (_ssl.c:1)",
+        "is not to be trusted: the certificate has expired; --ca, --pin or --insecure",
+    ),
+    (
+        True,
+        f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: self-signed certificate (_ssl.c:1)",
+        "does not have the one that it had, and the new one is not signed by an authority",
+    ),
+]
+
+
+@pytest.mark.parametrize("another, reason, words", FAILED_CERTIFICATES)
+def test_why_a_certificate_cannot_be_accepted_is_told_with_what_to_do(another, reason, words):
+    check, _, target = certificate_check(PRINT if another else None)
+    if another:
+        check.next_trust(target)
+        check.judge(target, OTHER_PRINT)
+    told = check.failure(target, reason)
+    assert words in told and bool(words) == bool(told) and (str(target) in told or not told)
+    if another:
+        assert f"It was known by {PRINT}" in told and told.endswith(f"--pin {OTHER_PRINT}")
+
+
+CAUSES_OF_TLS = [  # whether another certificate is known, a policy holds, --pin; whether to go on
+    (False, False, None, chat.AGAIN),
+    (False, True, None, chat.FATAL),
+    (False, False, "ab" * 32, chat.FATAL),
+    (True, False, None, chat.FATAL),  # the new one is not signed either
+]
+
+
+@pytest.mark.parametrize("another, policy, pin, cause", CAUSES_OF_TLS)
+def test_a_certificate_that_is_not_signed_is_looked_at_if_the_user_may_judge(
+    another, policy, pin, cause
+):
+    check, _, target = certificate_check(pin=pin)
+    check.other = OTHER_PRINT if another else ""
+    refused = f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: self-signed certificate"
+    assert check.cause(refused, policy) == cause
+    assert check.cause(f"{chat.TLS_TROUBLE}no answer", policy) == chat.FATAL
+    assert check.cause(chat.CHANGED, policy) == (chat.AGAIN if another else chat.FATAL)
 
 
 class Selector:
