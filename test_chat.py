@@ -5963,6 +5963,20 @@ def test_a_page_is_the_newest_of_one_channel_in_order(folder):
     assert texts(store, "#never") == []
 
 
+def test_a_job_that_fails_closes_its_connection_and_the_next_one_has_another(folder):
+    store, used = chat.Store(folder / "chat.db"), []
+    for fails in (False, True, False):
+        with contextlib.suppress(ValueError), store.reading() as db:
+            used.append(db)
+            if fails:
+                raise ValueError
+    one, again, other = used
+    assert one is again and one is not other
+    with pytest.raises(sqlite3.ProgrammingError):
+        one.execute("SELECT 1")
+    store.close()
+
+
 def test_records_wait_for_the_disk_up_to_the_limit_and_markers_go_first(monkeypatch):
     monkeypatch.setattr(chat, "BACKLOG_RECORDS", 3)
     backlog = chat.Backlog()
@@ -8616,6 +8630,18 @@ def test_a_silent_node_is_declared_gone_when_its_time_is_over_and_now_and_then_u
     assert others == [first + 6, first + 12]
     nodes.turns(8)
     assert list(one.hub.nodes) == ["n1"]
+
+
+@pytest.mark.parametrize(
+    "silent, less, gone", [(True, 1, False), (True, 0, True), (False, 1, True)]
+)
+@pytest.mark.parametrize("epoch", ["e", "f"])
+def test_a_node_is_gone_when_it_says_so_or_has_been_silent_for_so_long(silent, less, gone, epoch):
+    hub = chat.Hub()
+    hub.perform("node_started", 0, "n2", "e", "", "")
+    hub.now += chat.NODE_SILENT_MS - less
+    hub.perform("node_gone", 0, "n2", epoch, silent)
+    assert ("n2" not in hub.nodes) == (gone and epoch == "e")
 
 
 def test_a_node_remembers_of_other_nodes_no_more_starts_than_there_are(folder):
@@ -18507,6 +18533,21 @@ def five_at_once(**options):
     return alice, alice.sent(30)
 
 
+@pytest.mark.parametrize("bouncer", [False, True])
+def test_an_error_before_the_pong_is_about_no_message_after_the_ping_but_for_a_bouncer(bouncer):
+    alice = Elsewhere(interactive=False)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 5.0
+    alice.core.talk.bouncer = bouncer  # it answers a PING before its server does
+    alice.types("one")
+    alice.sent(5)
+    alice.types("two")
+    alice.sent(5)
+    alice.hears("404 alice #lobby :No")
+    alice.views += alice.core.disconnected()
+    doubt = " (this message, or one of the 1 after it)" * bouncer
+    assert alice.kinds("failed")[:1] == [f"#lobby: No{doubt}: one"]
+
+
 @pytest.mark.parametrize("errors, told", REFUSED_OF_FIVE)
 def test_a_refused_message_is_found_by_its_text_or_by_order_or_said_to_be_one_of_several(
     errors, told
@@ -20369,6 +20410,9 @@ def test_two_conversations_that_are_one_to_the_server_become_one(stored, after, 
     assert [own.where for own in alice.core.outbox.waiting.values()] == ["[x]", "{x}"]
     assert any("both conversations" in text for text in alice.kinds("note"))
     if stored:  # and so at the next start, and when they are closed and opened
+        alice.core.store.flush()
+        ((draft,),) = db.execute("SELECT draft FROM rooms").fetchall()
+        assert draft == room.draft
         alice.core.close_store()
         again = lived(after, db=db)
         (room,) = again.core.rooms.values()
@@ -20550,6 +20594,17 @@ def test_a_line_leaves_room_for_an_address_that_the_server_has_not_told():
     lines = core.take_output().splitlines(keepends=True)
     most = chat.IRC_BYTES - len(f":{core.talk.longest_mask()} ")
     assert lines and all(len(line) <= most for line in lines)
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_command_is_as_long_as_a_line_with_the_address_of_the_client_and_no_longer(beyond):
+    alice = Elsewhere()
+    alice.hears(":alice!u@h JOIN #tea")
+    room = chat.IRC_BYTES - len(":alice!u@h TOPIC #tea :\r\n") + beyond
+    topic = "x y".ljust(room, "z")
+    alice.types(f"/topic #tea {topic}")
+    assert alice.sent(9)[-1:] == ([f"TOPIC #tea :{topic}"] if not beyond else [])
+    assert ("a line has at most 512 bytes" in str(alice.kinds("note"))) is bool(beyond)
 
 
 @pytest.mark.parametrize("kind", [chat.IRC, chat.CHAT])
@@ -25204,6 +25259,7 @@ def test_each_line_of_a_message_has_its_own_id_even_if_it_is_cut_late(caps, own,
         assert line.tags == dict.fromkeys(own, f"{id}.{end}")
     answer = {chat.REPLY: "m1"} if own else {}
     assert last.tags == {**dict.fromkeys(own, id), **answer} and text.endswith(last.params[1])
+    assert alice.core.talk.lines.progress == (len(sent), len(sent))
 
 
 @pytest.mark.parametrize("tokens, begun", [(0.0, False), (0.9, False), (1.0, True), (3.0, True)])
@@ -30865,6 +30921,14 @@ def test_what_is_said_scrolls_and_two_rows_stay_below_it():
     assert desk.paint() and desk.written == ""
 
 
+@pytest.mark.parametrize("rows, seen", [(8, range(8)), (9, range(8)), (3, range(3))])
+def test_a_page_begins_with_its_first_row_and_fills_the_screen(rows, seen):
+    desk = Desk(columns=40, rows=10)
+    text = "\n".join(f"row {n}" for n in range(rows))
+    lines = desk.tell(chat.ViewEvent(chat.PAGE, text, "a page"))
+    assert [line for line in lines if line.startswith("row")] == [f"row {n}" for n in seen]
+
+
 def test_a_conversation_that_is_cleared_is_no_longer_on_the_screen():
     desk = Desk()
     desk.hear("one", "two")
@@ -33312,6 +33376,31 @@ def test_an_entered_line_is_for_the_terminal_or_for_the_conversation(at_keys, li
     at_keys.link.typed = lambda text, *_: found.append(("typed", text))
     at_keys.take(f"{line}\r\r".encode())  # an empty line is none
     assert found == [done]
+
+
+def test_the_servers_of_a_client_are_those_of_its_next_start(at_keys):
+    def kept():
+        return json.loads(at_keys.store.fact("servers") or "[]")
+
+    first, store = at_keys.seat, at_keys.store
+    at_keys.connect("there 6668")
+    at_keys.connect("irc://elsewhere alicia")
+    assert kept() == ["there:6668 alice", "irc://elsewhere:6667 alicia"]
+    at_keys.look_at(first)
+    at_keys.connect("there 6668")  # is known
+    assert at_keys.core.here == "" and len(kept()) == 2
+    at_keys.disconnect()
+    assert kept() == ["irc://elsewhere:6667 alicia"] and not store.waiting
+
+
+def test_a_terminal_gets_what_it_can_show_of_any_text():
+    reader, writer = os.pipe()
+    terminal = chat.RawTerminal.__new__(chat.RawTerminal)
+    terminal.screen = writer
+    terminal.write("a\udce9\U0001f375")
+    assert os.read(reader, 100) == "a?\U0001f375".encode()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_draft_is_stored_when_its_conversation_is_left(at_keys):
