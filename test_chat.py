@@ -6451,6 +6451,42 @@ def test_a_database_that_is_not_sound_and_ours_is_refused_in_one_line_and_not_to
     assert path.read_bytes() == data
 
 
+@pytest.mark.parametrize("less, read", [(0, True), (1, False)])
+def test_a_database_up_to_the_limit_is_read_whole_at_the_start(folder, monkeypatch, less, read):
+    path = folder / "chat.db"
+    path.write_bytes(spoiled(path, "holes"))
+    monkeypatch.setattr(chat, "CHECKED_ON_START_BYTES", path.stat().st_size - less)
+    with pytest.raises(chat.Unusable) if read else contextlib.nullcontext():
+        chat.inspect_database(path)
+
+
+CHANGES_OF_A_STORE = [  # statements, and whether a Hub that is loaded afterwards may be another
+    ([], False),
+    (["UPDATE events SET text = 'other words'"], False),  # it is not loaded
+    (["DELETE FROM events WHERE text = 'two'"], True),
+    (["DELETE FROM accounts"], True),
+    (["DELETE FROM channels"], True),
+    (["DELETE FROM markers"], True),
+]
+
+
+@pytest.mark.parametrize("statements, other", CHANGES_OF_A_STORE)
+def test_the_checksum_of_a_store_is_that_of_all_that_a_hub_is_loaded_from(statements, other):
+    house = House(store=chat.Store(None))
+    account(house, "zoe")
+    come(house, "alice")
+    ask(house, "alice", "REGISTER * * password", "JOIN #b", "PRIVMSG #b :one", "PRIVMSG #b :two")
+    marker(house, "alice", "#b", iso(house.now))
+    ask(house, "alice", "MODE #b +k key")
+    store = house.store
+    before = store.digest()
+    for statement in statements:
+        assert store.db.execute(statement).rowcount
+    assert (store.digest() != before) is other
+    store.last_id += 1
+    assert store.digest() != before
+
+
 def test_a_channel_whose_history_did_not_fit_in_memory_has_what_is_said_there_next(monkeypatch):
     monkeypatch.setattr(chat, "MEMORY_BYTES", 500_000)
     house = house_of("alice")
@@ -23032,6 +23068,21 @@ def test_an_outbox_that_another_program_has_locked_is_tried_again_soon(connected
         assert paces == again
 
 
+@pytest.mark.parametrize("at_once, sent", [(True, True), (False, False)])
+def test_a_link_that_is_left_says_so_and_hangs_up_once_messages_have_arrived(at_once, sent):
+    link, done = talking_link(*WELCOMED, ":alice!u@h JOIN #lobby")
+    link.conn.close = lambda: done.append("closed")
+    link.typed("hello")
+    done.clear()
+    link.leave(at_once, "good bye")
+    assert done == [b"QUIT :good bye\r\n", "closed"] * sent
+    (ping,) = link.core.talk.acks.pings
+    link.received(f":x PONG x {ping}\r\n".encode())
+    link.received(b":alice!u@h QUIT :good bye\r\n")
+    assert [one for one in done if one == "closed"][:1] == ["closed"]
+    assert b"".join(one for one in done if one != "closed") == b"QUIT :good bye\r\n"
+
+
 def test_older_messages_are_asked_for_once_and_at_once():
     link, done = talking_link(
         ":x CAP * LS :batch draft/chathistory message-tags server-time",
@@ -29424,6 +29475,33 @@ def test_an_address_has_the_budget_of_several_connections(flood):
 
 
 TLS_OPTIONS = [{"tls_key": "k"}, {"sts": 5}, {"tls_client_ca": "c"}]
+
+
+BAD_CERTIFICATES = [  # options of a server: files that are good, junk or absent; and the reason
+    ({"tls_cert": "junk"}, "the certificate junk: no PEM, not a pair, or encrypted"),
+    ({"tls_cert": "absent"}, "the certificate absent: no such file or directory"),
+    (
+        {"tls_cert": "good", "tls_key": "absent"},
+        "the certificate good with the key absent: no such file or directory",
+    ),
+    ({"tls_cert": "good", "tls_client_ca": "junk"}, "the authorities junk: no PEM"),
+    (
+        {"tls_cert": "good", "tls_client_ca": "absent"},
+        "the authorities absent: no such file or directory",
+    ),
+]
+
+
+@pytest.mark.parametrize("options, words", BAD_CERTIFICATES)
+def test_a_certificate_that_a_server_cannot_use_is_told_with_the_reason(
+    certificate, folder, monkeypatch, options, words
+):
+    shutil.copy(certificate, folder / "good")
+    (folder / "junk").write_text("no PEM")
+    monkeypatch.chdir(folder)
+    with pytest.raises(chat.Unusable) as caught:
+        chat.server_tls_context(chat.ServerOptions(listen=(), **options))
+    assert str(caught.value) == f"cannot use {words}"
 
 
 @pytest.mark.parametrize("options", TLS_OPTIONS)
