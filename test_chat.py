@@ -4022,6 +4022,19 @@ def test_the_past_of_a_guest_with_a_guest_who_has_left_is_still_the_account_s(wa
     assert history(house, "bob2", "alice") == history(house, "eve", "bob") == []
 
 
+@pytest.mark.parametrize("name", ["guest", "carol", "nobody"])
+def test_what_others_said_in_this_turn_is_in_no_history_of_a_user_who_asks_for_a_guest(name):
+    house = House()
+    account(house, "alice", "bob", "carol")
+    for one in ("alice", "bob", "carol"):
+        device(house, one, one)
+    come(house, "guest")
+    house.say("bob", "PRIVMSG carol :between accounts")
+    house.say("bob", "PRIVMSG guest :to a guest")
+    assert history(house, "alice", name) == []
+    assert history(house, "bob", "guest") == ["to a guest"]
+
+
 # After a restart (bob has an account, so that the conversation has two who come back).
 @pytest.mark.parametrize("way", ["REGISTER", "NS IDENTIFY"])
 def test_the_past_of_a_guest_is_still_the_account_s_after_a_restart(folder, way):
@@ -23083,6 +23096,16 @@ def test_a_link_that_is_left_says_so_and_hangs_up_once_messages_have_arrived(at_
     assert b"".join(one for one in done if one != "closed") == b"QUIT :good bye\r\n"
 
 
+def test_a_policy_of_tls_that_a_server_tells_is_known_to_the_next_attempt():
+    link, _ = talking_link()
+    link.target = link.target._replace(tls=True, port=6697)
+    link.received(b":x CAP * LS :sts=port=1,duration=1000\r\n")
+    plain = link.given._replace(tls=False)
+    known = link.known.under_policy(plain, time.time() + 900, 0)
+    assert (known.tls, known.port) == (True, 6697)
+    assert not link.known.under_policy(plain, time.time() + 1100, 0).tls
+
+
 def test_older_messages_are_asked_for_once_and_at_once():
     link, done = talking_link(
         ":x CAP * LS :batch draft/chathistory message-tags server-time",
@@ -30411,6 +30434,58 @@ def test_an_operator_who_steps_down_is_counted_no_longer():
         lines = [one for one in ask(house, "alice", "LUSERS") if " 252 " in one]
         counted += [int(one.split(" 252 ")[1].split()[1]) for one in lines] or [0]
     assert counted == [0, 1, 0]
+
+
+def test_an_address_that_has_used_its_budget_is_forgotten_when_that_is_full_again(monkeypatch):
+    loop = FakeLoop(0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: loop.now)
+    addresses = chat.Addresses(loop, (10.0, 1.0))
+    for tokens in (0.0, 5.0, 1e3):
+        address = addresses.enter("192.0.2.1")
+        address.budget.tokens -= tokens
+        addresses.leave(address, web=False)
+        assert bool(addresses) is (tokens > 0)
+        full_at = loop.now + tokens / address.budget.rate
+        for loop.now in range(int(full_at), int(full_at + chat.ADDRESS_SECONDS) + 2):
+            loop.run_due()
+        assert not addresses
+
+
+@pytest.mark.parametrize("peers", [0, 1])
+def test_a_server_that_is_stopped_ends_at_once_if_it_has_no_clients(peers):
+    with beating() as (server, peer):
+        ended = []
+        server.loop.stop = lambda: ended.append(True)
+        if peers:
+            peer(2, b"NICK alice\r\n")
+        server.stop()
+        server.stop()
+        assert len(ended) == (not peers)
+
+
+@ON_LINUX
+def test_a_server_that_is_closed_leaves_no_descriptor_open():
+    def opened():
+        return len(os.listdir("/proc/self/fd"))
+
+    House()  # what is opened once
+    before = opened()
+    for _ in range(3):
+        house = House()
+        house.store.close()
+    assert opened() == before
+
+
+def test_a_checkpoint_waits_for_one_timer_however_much_is_stored(folder):
+    house = stored(folder)
+    house.enter("alice")
+    for _ in range(3):
+        house.say("alice", "hello")
+        house.turn()
+    due = [timer.callback for timer in house.loop.timers]
+    assert due.count(house.committer.checkpoint) == 1
+    assert due.count(house.committer.sweep) == 1  # from the start on
+    house.store.close()
 
 
 def test_waits_of_one_length_end_one_after_the_other_however_often_they_begin(monkeypatch):
