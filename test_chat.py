@@ -23758,6 +23758,27 @@ def test_the_topic_that_was_asked_for_is_told_or_that_there_is_none():
     ]
 
 
+@pytest.mark.parametrize("line", ["bob: hi", "bob (127.0.0.1:1) left the chat!"])
+def test_the_people_of_a_workshop_server_are_drawn_again_when_they_are_heard(line):
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    core.feed(b"bob (127.0.0.1:1) joined the chat!\n")
+    assert "bob" in core.room.people
+    views = core.feed(f"{line}\n".encode())
+    assert [view.where for view in views if view.kind == chat.PEOPLE] == [chat.LOBBY]
+    assert ("bob" in core.room.people) == (line == "bob: hi")
+
+
+def test_a_user_who_is_back_in_a_private_conversation_is_drawn_so():
+    alice = Elsewhere()
+    alice.hears(":bob!u@h PRIVMSG alice :hi", ":bob!u@h JOIN #lobby", ":bob!u@h QUIT :bye")
+    assert alice.core.find("bob").gone
+    alice.views.clear()
+    alice.hears(":bob!u@h JOIN #lobby")
+    changed = [view.where for view in alice.views if view.kind == chat.ROOM]
+    assert not alice.core.find("bob").gone and "bob" in changed
+
+
 PEOPLE_COME_AND_GO = [  # a line, and the conversations whose people are drawn again for it
     (":carol!u@h JOIN #lobby", ["#lobby"]),
     (":bob!u@h PART #lobby :bye", ["#lobby"]),
@@ -30892,6 +30913,9 @@ CLOCK = {"year": 2025, "month": 11, "day": 21, "hour": 8, "minute": 30}  # not t
         ({"kind": "join", "name": "bob", "where": "#rust"}, ["08:30 bob joined"]),
         ({"kind": "join", "name": "bob", "where": "#go"}, ["08:30 bob joined #go"]),
         ({"kind": "quit", "name": "bob", "text": "bye"}, ["08:30 bob left (bye)"]),
+        ({"kind": "moved", "text": "3 left"}, ["08:30 3 left"]),
+        ({"kind": "moved", "text": "3 left", "where": "#RUST"}, ["08:30 3 left"]),
+        ({"kind": "moved", "text": "3 left", "where": "#go"}, ["08:30 #go: 3 left"]),
         ({"kind": "server text", "text": "so it is"}, ["08:30 so it is"]),
         ({"kind": "failed", "text": "full: hi"}, ["08:30 FAILED: full: hi"]),
         ({"kind": "people", "text": "cy, bo, @al", "where": "#rust"},
@@ -32393,6 +32417,24 @@ def test_what_waits_for_a_channel_or_a_person_goes_where_they_are_now():
     assert house.heard("bob")[-1] == "(private) alice: late words"
 
 
+@ON_LINUX
+@pytest.mark.parametrize("how", ["refused", "cancelled", "connected"])
+def test_an_attempt_to_connect_that_fails_leaves_no_descriptor_open(loop, how):
+    before, told = len(os.listdir("/proc/self/fd")), []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+        if how == "refused":
+            listening.close()
+        attempt = chat.Connecting(loop, socket.AF_INET, address, lambda *end: told.append(end))
+        if how == "cancelled":
+            attempt.cancel()
+        spin(loop, lambda: told or how == "cancelled")
+    reason = {"refused": "connection refused", "connected": ""}.get(how)
+    assert told == ([] if how == "cancelled" else [(attempt, reason)])
+    assert len(os.listdir("/proc/self/fd")) - before == (how == "connected")
+    attempt.sock.close()
+
+
 def test_of_two_addresses_the_one_that_answers_is_taken(loop):
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
@@ -32750,6 +32792,23 @@ SIZES = [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (1536, "1.5 KB"), (2_000_00
 @pytest.mark.parametrize(("size", "text"), SIZES)
 def test_sizes_are_told_as_people_tell_them(size, text):
     assert chat.size_text(size) == text
+
+
+TRANSFERS_IN_WORDS = [  # what a transfer is like, and its words
+    ({"up": True}, {}, "sending a.txt"),
+    ({"up": False, "size": 10}, {"done": 4}, "saving a.txt 40 %"),
+    ({"up": True, "size": 3}, {"done": 2}, "sending a.txt 66 %"),
+    ({"up": True, "size": 3}, {"done": 3, "why": "no answer"}, "sending a.txt 100 % (no answer)"),
+    ({"up": True, "size": 3}, {"why": "no answer", "state": "running"}, "sending a.txt 0 %"),
+]
+
+
+@pytest.mark.parametrize("given, progress, words", TRANSFERS_IN_WORDS)
+def test_how_far_a_transfer_is_is_told_in_words(given, progress, words):
+    transfer = chat.Transfer("1", room="#a", path="/x", name="a.txt", **given)
+    for name, value in progress.items():
+        setattr(transfer, name, value)
+    assert transfer.words() == words
 
 
 FILE_TAGS = [
@@ -33531,6 +33590,41 @@ def test_an_entered_line_is_for_the_terminal_or_for_the_conversation(at_keys, li
     at_keys.link.typed = lambda text, *_: found.append(("typed", text))
     at_keys.take(f"{line}\r\r".encode())  # an empty line is none
     assert found == [done]
+
+
+def test_a_terminal_of_another_size_is_drawn_in_that_size(at_keys):
+    at_keys.terminal.size = lambda: (50, 11)
+    at_keys.news = False
+    at_keys.resize()
+    painter = at_keys.display.painter
+    assert (painter.columns, painter.rows, at_keys.news) == (50, 11, True)
+
+
+@pytest.mark.parametrize("page", [False, True])
+def test_older_messages_are_asked_for_while_the_user_reads_back_a_conversation(at_keys, page):
+    asked = []
+    at_keys.link.ask_older = lambda room: asked.append(room) or True
+    if page:
+        text = "\n".join(map(str, range(100)))
+        at_keys.show([chat.ViewEvent(chat.PAGE, text, "a page")])
+    at_keys.take(b"\x1b[5~")
+    assert asked == ([] if page else [at_keys.core.room])
+    assert at_keys.display.fetching != page
+
+
+@pytest.mark.parametrize("quits", [True, False])
+def test_a_client_that_quits_keeps_the_list_of_its_servers_and_one_that_is_left_does_not(
+    at_keys, quits
+):
+    at_keys.connect("there 6668")
+    there = at_keys.seat
+    if quits:
+        at_keys.leave()
+    else:
+        at_keys.disconnect()
+    assert there.link.ended
+    kept = json.loads(at_keys.store.fact("servers"))
+    assert kept == ["there:6668 alice"] * quits
 
 
 def test_the_servers_of_a_client_are_those_of_its_next_start(at_keys):
