@@ -30498,6 +30498,86 @@ def test_a_server_that_is_closed_leaves_no_descriptor_open():
     assert opened() == before
 
 
+def test_a_websocket_counts_as_a_chat_of_its_address_until_it_ends():
+    with beating() as (server, peer):
+        one = upgraded(server, peer)
+        home = one.home
+        assert (home.peers, home.web, home.chat) == (1, 0, 1)
+        server.lost(one, "it is over")
+        assert (home.peers, home.web, home.chat) == (0, 0, 0)
+
+
+def test_a_connection_has_no_address_of_its_own_any_more_once_it_is_closed():
+    with beating() as (server, peer):
+        one = peer(2, b"NICK alice\r\n")
+        host, _, port = one.local.rpartition(":")
+        assert host == "127.0.0.1" and port.isdecimal()
+        one.sock.close()
+        assert one.local == ""
+
+
+def test_a_port_can_be_listened_on_again_at_once():
+    with beating() as (server, _):
+        listener = chat.Listener(server, "127.0.0.1", 0)
+        assert listener.sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        assert listener.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        listener.close()
+
+
+WAITS_OF_A_LOOP = [  # seconds until a timer, the longest wait, whether a call waits; the wait
+    (None, None, False, None),
+    (None, 0.5, False, 0.5),
+    (3.0, None, False, 3.0),
+    (3.0, 0.5, False, 0.5),
+    (0.25, 0.5, False, 0.25),
+    (3.0, 0.5, True, 0),
+    (None, None, True, 0),
+]
+
+
+@pytest.mark.parametrize("timer, longest, calls, wait", WAITS_OF_A_LOOP)
+def test_a_loop_waits_until_the_first_that_is_due_and_no_longer(loop, timer, longest, calls, wait):
+    waited = []
+    loop.selector.select = lambda seconds: waited.append(seconds) or []
+    if timer:
+        loop.call_later(timer, list)
+    if calls:
+        loop.call_soon(list)
+    loop.run_once(longest)
+    assert waited == [wait] or waited == [pytest.approx(wait, abs=0.2)]
+
+
+@pytest.mark.parametrize("gone, ends", [(59.0, False), (61.0, True)])
+def test_a_server_is_looked_for_as_long_as_the_patience_of_the_link(gone, ends):
+    link = Hanging(False, 60.0)
+    link.phase, link.stood, link.loop.now = chat.REGISTERING, 1000.0, 1000.0 + gone
+    link.lost("connection refused")
+    assert link.ended == ends and bool(link.again) != ends
+
+
+def test_users_are_welcomed_once_when_a_node_lets_clients_come():
+    house, welcomed = NodeHouse(FakeNats(lambda: 1_000_000.0)), []
+    house.on_serving = lambda: welcomed.append(True)
+    for _ in range(2):
+        house.begin_serving()
+    assert welcomed == [True]
+
+
+LAST_LINES = [  # the kind of a server, its last line without an end, and whether that counts
+    (chat.PLAIN, "bob: the last word", True),
+    (chat.IRC, ":bob!u@h PRIVMSG alice :the last word", False),  # it may be half of one
+]
+
+
+@pytest.mark.parametrize("kind, line, counts", LAST_LINES)
+def test_a_last_line_without_an_end_is_shown_when_the_connection_ends(kind, line, counts):
+    core = chat.ClientCore("alice", kind=kind)
+    core.connected()
+    views = core.feed(line.encode())
+    assert not any("the last word" in view.text for view in views)
+    assert any("the last word" in view.text for view in core.finish()) is counts
+
+
 def test_a_checkpoint_waits_for_one_timer_however_much_is_stored(folder):
     house = stored(folder)
     house.enter("alice")
