@@ -20060,6 +20060,43 @@ def test_history_that_the_user_asked_for_and_that_is_refused_is_told(typed, name
     assert not any("nothing found" in text for text in alice.kinds("note"))
 
 
+def test_a_refusal_of_history_is_about_the_conversation_that_it_names():
+    alice = Elsewhere(caps=PAGES_OF, join=["#a", "#b"])
+    alice.hears(*(f":bob!u@h PRIVMSG {name} :live" for name in ("#a", "#b")))
+    alice.sent(3)
+    alice.hears("FAIL CHATHISTORY MESSAGE_ERROR LATEST #b :its disk is broken")
+    assert alice.said() == ["#b bob: live"]
+    alice.hears("FAIL CHATHISTORY MESSAGE_ERROR LATEST #a :its disk is broken")
+    assert alice.said() == ["#a bob: live"]
+
+
+def test_a_refusal_of_history_for_a_conversation_that_is_closed_by_now_is_told():
+    alice = Elsewhere(caps=PAGES_OF)
+    alice.types("/query bob")
+    alice.core.talk.history.ask_page(alice.core.room, "older")
+    alice.types("/close bob")
+    for _ in range(2):
+        alice.hears("FAIL CHATHISTORY MESSAGE_ERROR LATEST bob :its disk is broken")
+    assert alice.kinds("note")[-1] == "history of bob: nothing found"
+
+
+def test_a_message_that_the_server_does_not_know_is_no_beginning_of_what_was_missed():
+    alice = Elsewhere(caps=PAGES_OF)
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    alice.hears("@time=2026-01-01T00:00:00.000Z;msgid=m0 :bob!u@h PRIVMSG #lobby :hi")
+    asked = []
+    for _ in range(2):
+        alice.core.disconnected()
+        alice.connect(caps=PAGES_OF)
+        alice.core.talk.history.ask_behind()
+        asked += [line for line in alice.sent(3) if " #lobby " in line]
+        alice.hears("FAIL CHATHISTORY INVALID_MSGREFTYPE LATEST #lobby m0 :unknown")
+        alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    assert [line.split()[1:4] for line in asked if "CHATHISTORY" in line] == [
+        ["LATEST", "#lobby", "msgid=m0"], ["LATEST", "#lobby", "*"],
+    ]  # fmt: skip
+
+
 def test_a_page_that_no_request_of_this_client_asked_for_is_shown_apart():
     alice = Elsewhere(caps=PAGES_OF)
     alice.hears("BATCH +h chathistory #lobby", "BATCH -h", ":bob!u@h PRIVMSG #lobby :live")
@@ -33690,6 +33727,16 @@ def test_older_messages_are_asked_for_while_the_user_reads_back_a_conversation(a
     at_keys.take(b"\x1b[5~")
     assert asked == ([] if page else [at_keys.core.room])
     assert at_keys.display.fetching != page
+
+
+def test_what_is_entered_while_the_user_reads_back_shows_the_newest_messages(at_keys):
+    hears(at_keys, *(f":bob!u@h PRIVMSG #tea :{n}" for n in range(100)))
+    at_keys.take(b"\x1b[5~")
+    reader = at_keys.display.reader
+    assert reader.back and reader.room.views.reading
+    at_keys.take(b"hello\r")
+    assert not reader.back and not reader.room.views.reading
+    assert spoken_to(at_keys) == [("#tea", "hello")]
 
 
 @pytest.mark.parametrize("quits", [True, False])
