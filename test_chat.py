@@ -20047,6 +20047,19 @@ def test_what_a_bouncer_lost_arrives_once_its_server_is_back(caps):
     assert alice.core.outbox.waiting == {} and alice.kinds("failed") == []
 
 
+def test_what_a_bouncer_said_before_a_pong_is_about_no_later_message():
+    alice = Bounced(caps="server-time")
+    alice.served()
+    alice.hears(":alice!u@h JOIN #lobby")
+    for text in ("/msg bob one", "two"):
+        alice.types(text)
+        *_, ping = alice.sent(9)
+        if text == "/msg bob one":
+            alice.lost("#lobby")
+        alice.hears(f"PONG x {ping.split()[-1]}")
+    assert alice.core.outbox.waiting == {} and alice.core.room.inside
+
+
 @pytest.mark.parametrize("typed, name", [("/history #gone", "#gone"), ("/history bob", "bob")])
 def test_history_that_the_user_asked_for_and_that_is_refused_is_told(typed, name):
     alice = Elsewhere(caps=PAGES_OF)
