@@ -1228,7 +1228,7 @@ def test_tls_carries_bytes_through_buffers_however_they_are_cut(certificate, see
 
 def test_junk_in_place_of_tls_is_refused(certificate):
     server, _ = tls_pair(certificate)
-    with pytest.raises(chat.TlsFailed):
+    with pytest.raises(chat.TlsFailed, match="SSL"):
         server.feed(b"\x16\x03\x01" + b"junk" * 100)
 
 
@@ -19702,6 +19702,7 @@ def test_an_ignored_user_opens_nothing_and_rings_nothing(mask):
         (":alice!u@h NICK a" + "b" * 28, "a" + "b" * 28 + "!u@h"),
         ("396 alice cloak.example :is now your displayed host", "alice!u@cloak.example"),
         ("396 alice user@cloak.example :is now your host", "alice!u@cloak.example"),
+        ("396 alice alice!user@cloak.example :is now", "alice!user@cloak.example"),
         (":alice!u@h CHGHOST ~x other.example", "alice!~x@other.example"),
     ],
 )
@@ -33609,6 +33610,21 @@ def test_what_is_said_is_painted_so_many_times_a_second_and_a_key_at_once(at_key
     at_keys.paint()
     at_keys.paint()
     assert len(painted) == 1
+
+
+def test_what_came_too_soon_after_a_painting_is_painted_a_moment_later(at_keys):
+    painted = []
+    at_keys.terminal.raw, at_keys.write, at_keys.loop.timers[:] = True, painted.append, []
+    at_keys.loop.now = 1000.0
+    at_keys.paint()
+    at_keys.loop.now += 0.1 / chat.PAINTS_A_SECOND
+    for _ in range(2):
+        hears(at_keys, ":bob!u@h PRIVMSG #tea :hi")
+        at_keys.paint()
+    assert len(painted) == 1 and len(at_keys.loop.timers) == 1
+    at_keys.loop.now += 1 / chat.PAINTS_A_SECOND
+    at_keys.paint()
+    assert len(painted) == 2 and not at_keys.painting
 
 
 @pytest.mark.parametrize("name", ["bob", "#tea"])
