@@ -2073,6 +2073,13 @@ def test_a_right_password_of_the_server_ends_the_count_of_wrong_ones():
             chat.check_server_password(session, word)
 
 
+@pytest.mark.parametrize("parts, done", [(0, []), (1, []), (3, [1, 2])])
+def test_an_answer_in_pieces_can_be_left_after_each_of_them(parts, done):
+    log = []
+    pieces = chat.in_pieces([lambda: log.append(1)] * parts)
+    assert [len(log) for _ in pieces] == done and len(log) == parts
+
+
 def test_a_user_with_another_device_cannot_log_in_once_more():
     house = House()
     account(house, "alice")
@@ -18347,6 +18354,32 @@ def test_a_long_paste_goes_out_in_the_pace_that_servers_allow_and_can_be_cancell
     alice.hears("PING x")
     assert alice.sent()[-1] == "PONG x"  # which waits for nothing
     assert [line for line in alice.sent(60) if "PRIVMSG" in line] == []
+
+
+WAITING_LINES = [  # what the user enters while no more may be sent
+    ("/raw TIME",),
+    ("hello",),
+    ("one\ntwo",),
+    ("/topic #lobby news",),
+    ("/msg bob hi",),
+]
+
+
+@pytest.mark.parametrize("texts", [(), *WAITING_LINES])
+@pytest.mark.parametrize("caps", ["", "echo-message"])
+def test_a_client_waits_for_the_rate_of_the_server_only_if_it_has_something_to_send(texts, caps):
+    alice = Elsewhere(caps=caps)
+    assert alice.core.talk.wait is None
+    alice.core.talk.budget.tokens = -5.0
+    alice.types(*texts)
+    assert alice.sent() == []
+    wait = alice.core.talk.wait
+    assert (wait is not None) == bool(texts) and (wait is None or wait > 5.0)
+    alice.sent(60)
+    answer(alice, [f"PING {one}" for one in alice.core.talk.acks.pings])
+    for _ in range(3):
+        answer(alice, alice.sent(60))
+    assert alice.core.talk.wait is None
 
 
 def test_a_server_that_announces_its_pace_is_believed():
