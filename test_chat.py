@@ -18256,6 +18256,8 @@ CHANNELS = [  # tokens, target, the conversation that it is in, whether that is 
     (["CHANTYPES=#"], "&local", "bob", False),
     (["CHANTYPES=#", "STATUSMSG=@+"], "@#lobby", "#lobby", True),
     (["CHANTYPES=#", "STATUSMSG=~&@%+"], "%#lobby", "#lobby", True),
+    (["CHANTYPES=#", "PREFIX=(ov)@+"], "%#lobby", "#lobby", True),
+    (["CHANTYPES=#", "PREFIX=(Yov)!@+"], "!#lobby", "#lobby", True),
     (["CHANTYPES=#&+!"], "alice", "bob", False),
     (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "@+free", "+free", True),
     (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "++free", "+free", True),
@@ -19954,6 +19956,8 @@ COMMAND_LINES = """
 /op bob carol               MODE #lobby +oo bob carol
 /deop bob                   MODE #lobby -o bob
 /voice bob                  MODE #lobby +v bob
+/drop geheim                PRIVMSG NickServ :DROP geheim
+/disown #lobby              PRIVMSG NickServ :DISOWN #lobby
 /nick al                    NICK al
 /raw MOTD                   MOTD
 /quote TIME                 TIME
