@@ -19957,6 +19957,7 @@ COMMAND_LINES = """
 /deop bob                   MODE #lobby -o bob
 /voice bob                  MODE #lobby +v bob
 /drop geheim                PRIVMSG NickServ :DROP geheim
+/login al geheim            PRIVMSG NickServ :IDENTIFY al geheim
 /disown #lobby              PRIVMSG NickServ :DISOWN #lobby
 /nick al                    NICK al
 /raw MOTD                   MOTD
@@ -20732,6 +20733,70 @@ def test_a_line_leaves_room_for_an_address_that_the_server_has_not_told():
     lines = core.take_output().splitlines(keepends=True)
     most = chat.IRC_BYTES - len(f":{core.talk.longest_mask()} ")
     assert lines and all(len(line) <= most for line in lines)
+
+
+LONG_LINES = [([], 2), (["LINELEN=1000"], 1), (["LINELEN=512"], 2)]  # tokens; lines of 800 bytes
+
+
+@pytest.mark.parametrize("tokens, lines", LONG_LINES)
+def test_a_message_is_one_line_where_the_server_takes_lines_of_that_length(tokens, lines):
+    alice = Elsewhere(*tokens)
+    alice.types(" ".join(["word"] * 160))
+    assert len([line for line in alice.sent(30) if "PRIVMSG" in line]) == lines
+
+
+def test_a_line_of_a_page_that_a_bouncer_plays_again_is_shown_once():
+    alice = Elsewhere(caps=PAGES_OF)
+    line = "time=2026-01-01T00:00:01.000Z :bob!u@h PRIVMSG #lobby :hi"
+    alice.hears("BATCH +h chathistory #lobby", f"@batch=h;{line}", "BATCH -h", f"@{line}")
+    assert alice.said() == ["#lobby bob: hi"]
+    alice.hears(f"@{line.replace('01.000', '02.000')}")
+    assert alice.said() == ["#lobby bob: hi"]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_how_far_the_user_has_read_is_told_once_and_only_in_a_channel_that_the_client_is_in(inside):
+    alice = Elsewhere(caps=f"{PAGES_OF} draft/read-marker", join=["#a"])
+    alice.hears("BATCH +h chathistory #a", "BATCH -h")
+    room = alice.core.find("#a")
+    room.told_time = room.read_time = 1_000
+    room.inside = inside
+    for read, told in ((1_000, 0), (2_000, 1), (2_000, 0)):
+        room.read_time = read
+        alice.core.rooms.send_markers()
+        sent = [line for line in alice.sent(9) if line.startswith("MARKREAD #a ")]
+        assert len(sent) == told * inside
+
+
+def test_the_people_of_a_channel_are_drawn_again_when_all_are_told():
+    alice = Elsewhere()
+    alice.core.people.asked.add("#lobby")
+    for count in (1, 0):  # the second time the user has asked
+        alice.views.clear()
+        alice.hears("315 alice #lobby :End of WHO")
+        assert [view.where for view in alice.views if view.kind == chat.PEOPLE] == [
+            "#lobby"
+        ] * count
+
+
+@pytest.mark.parametrize("line, given_up", [("bob: hi", False), ("what?", True)])
+def test_a_workshop_server_that_has_spoken_may_say_the_name_of_the_user(line, given_up):
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    core.feed(f"{line}\nalice\n".encode())
+    assert bool(core.refusal) == given_up
+
+
+def test_a_line_client_finds_messages_in_the_channel_it_speaks_in_and_in_no_other():
+    house = House()
+    come(house, "bob")
+    house.enter("dora")
+    ask(house, "bob", "JOIN #a", "PRIVMSG #a :a needle before")
+    ask(house, "dora", "/join #a")
+    ask(house, "bob", "PRIVMSG #a :a needle here", "JOIN #b", "PRIVMSG #b :a needle there")
+    found = ask(house, "dora", "/search needle")
+    assert [line.rpartition(" ")[2] for line in found if "bob: " in line] == ["before", "here"]
+    assert found[-1] == "* found 2 messages with needle"
 
 
 @pytest.mark.parametrize("beyond", [0, 1])
@@ -24060,7 +24125,13 @@ def test_a_text_that_looks_like_a_password_is_sent_only_if_it_is_entered_again(t
     assert alice.said() == [f"#lobby *alice: {text}"]
 
 
-@pytest.mark.parametrize("text, asked", [("quit", 1), (" Exit", 1), (":wq", 1), ("quit it", 0)])
+@pytest.mark.parametrize(
+    "text, asked",
+    [
+        *(("quit", 1), (" Exit", 1), ("logout", 1), (":q", 1), (":q!", 1), (":wq", 1)),
+        *(("quit it", 0), (":x", 0)),
+    ],
+)
 def test_a_word_that_ends_other_programs_is_said_only_if_it_is_entered_again(text, asked):
     alice = Elsewhere()
     alice.types(text)
@@ -32966,6 +33037,22 @@ SIZES = [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (1536, "1.5 KB"), (2_000_00
 @pytest.mark.parametrize(("size", "text"), SIZES)
 def test_sizes_are_told_as_people_tell_them(size, text):
     assert chat.size_text(size) == text
+
+
+def test_a_transfer_that_breaks_waits_longer_each_time_before_it_goes_on(tmp_path):
+    link = Hanging(True, 60.0)
+    transfers = chat.Transfers(link, tmp_path)
+    one, waits = chat.Transfer("1", True, "#a", "/x", name="a.txt"), []
+    link.loop.now = 1000.0
+    for _ in range(20):
+        transfers.broke(one, "it has no connection")  # is no news
+        transfers.calls[one.id] = object()
+        transfers.broke(one, "no answer")
+        waits.append(one.again - link.loop.now)
+        assert (one.state, one.why) == ("waiting", "no answer")
+    assert one.failures == 20 and waits == sorted(waits)
+    assert waits[:2] == [2 * chat.BACKOFF_FIRST, 4 * chat.BACKOFF_FIRST]
+    assert waits[-1] <= chat.BACKOFF_MOST
 
 
 TRANSFERS_IN_WORDS = [  # what a transfer is like, and its words
