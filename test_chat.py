@@ -30608,6 +30608,49 @@ def test_what_the_disk_did_not_take_is_tried_once_more_when_the_server_ends(fold
     house.store.close()
 
 
+@pytest.mark.parametrize("line", ["QUIT", "MODE alice -i"])
+def test_an_invisible_user_who_leaves_or_is_seen_again_is_counted_no_longer(line):
+    house, counted = House(), []
+    come(house, "alice", "bob")
+    for one in ("PING x", "MODE alice +i", line):
+        ask(house, "alice", one)
+        (told,) = [one for one in ask(house, "bob", "LUSERS") if " 251 " in one]
+        counted.append(int(re.search(r"(\d+) invisible", told)[1]))
+    assert counted == [0, 1, 0]
+
+
+def test_a_message_is_redacted_in_the_turn_in_which_its_channel_is_renamed():
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    message_id, _ = send(house, "bob", "#a", "hello")
+    house.say("alice", "RENAME #a #b")
+    assert can_redact(house, "bob", "#b", message_id)
+    assert history(house, "alice", "#b") == []
+
+
+def test_a_node_that_cannot_store_what_it_applies_stops_and_says_why(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    come(one, "alice")
+    one.store.commit, one.store.trouble = (lambda *_: chat.LOST), "the disk is full"
+    one.say("alice", "JOIN #x")
+    for _ in range(3):
+        one.end_turn()
+    assert "cannot store what it applies: the disk is full" in one.failure
+    assert not nodes["n2"].failure
+
+
+def test_what_comes_while_a_server_is_not_looked_at_stays_unread():
+    alice = Elsewhere()
+    for looks, unread in ((False, 1), (True, 0)):
+        alice.core.looked_at = looks
+        alice.hears(":bob!u@h PRIVMSG #lobby :hi")
+        alice.sent(2)
+        assert alice.core.room.unread == unread
+
+
 def test_an_operator_who_steps_down_is_counted_no_longer():
     house, counted = House(), []
     come(house, "alice")
@@ -33926,6 +33969,17 @@ def test_the_servers_of_a_client_are_those_of_its_next_start(at_keys):
     assert at_keys.core.here == "" and len(kept()) == 2
     at_keys.disconnect()
     assert kept() == ["irc://elsewhere:6667 alicia"] and not store.waiting
+
+
+def test_a_terminal_that_has_gone_ends_the_client_without_a_word(at_keys):
+    ended = []
+
+    def write(text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    at_keys.terminal.write, at_keys.over = write, ended.append
+    at_keys.write("x")
+    assert ended == [""]
 
 
 def test_a_terminal_gets_what_it_can_show_of_any_text():
