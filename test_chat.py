@@ -23932,6 +23932,14 @@ def test_a_user_who_is_back_in_a_private_conversation_is_drawn_so():
     assert not alice.core.find("bob").gone and "bob" in changed
 
 
+@pytest.mark.parametrize("modes", ["+m", "+k word", "-o+v bob carol"])
+def test_a_change_of_modes_is_told_in_its_channel(modes):
+    alice = Elsewhere("PREFIX=(ov)@+", "CHANMODES=b,k,l,imnst")
+    alice.hears(f":op!u@h MODE #lobby {modes}", f":op!u@h MODE alice {modes}")
+    (told,) = [(view.where, view.text) for view in alice.views if view.kind == chat.MODE]
+    assert told == ("#lobby", f"op set {modes} in #lobby")
+
+
 PEOPLE_COME_AND_GO = [  # a line, and the conversations whose people are drawn again for it
     (":carol!u@h JOIN #lobby", ["#lobby"]),
     (":bob!u@h PART #lobby :bye", ["#lobby"]),
