@@ -8470,7 +8470,7 @@ def tell_motd(session: IrcSession) -> None:
     lines = session.site.server.motd
     if not lines:
         return session.refuse(Refused("NO_MOTD", "there is no message of the day"))
-    session.reply("375 :- {} Message of the day - ", session.site.name)
+    session.reply("375 :- {} Message of the day -", session.site.name)
     room = IRC_BYTES - 2 - len(f":{session.site.name} {RPL_MOTD} {session.nick}".encode())
     for line in lines:
         for piece in split_text(line, room):
@@ -14796,6 +14796,7 @@ class IrcTalk:
         if self.unserved == math.inf:
             self.unserved = self.core.ticks()
             self.core.note(f"{why}; what you say waits for that")
+        self.bouncer_said = ""  # it was about these
         self.core.outgoing.sent_before |= self.core.outbox.in_flight.keys()
         self.core.outbox.connection_lost()
         self.lines.unsent.clear()
@@ -19690,21 +19691,27 @@ class LogWriter(logging.Handler):
             self.more.wait()
             self.more.clear()
             while self.lines:
-                self._write(self.lines.popleft())
+                self.dropped += not self._write(self.lines.popleft())
                 if self.dropped and not self.lines:
-                    dropped, self.dropped = self.dropped, 0
-                    text = f"{counted(dropped, 'line')} of the log were dropped"
-                    record = logging.LogRecord("chat", logging.WARNING, "", 0, text, None, None)
-                    self._write(f"{self.format(record)}\n".encode())
+                    self._tell_dropped()
             self.idle.set()
 
-    def _write(self, line: bytes) -> None:
-        """Write with os.write: another thread's lock on sys.stderr would hang the program's end."""
+    def _tell_dropped(self) -> None:
+        dropped = self.dropped
+        text = f"{counted(dropped, 'line')} of the log were dropped"
+        record = logging.LogRecord("chat", logging.WARNING, "", 0, text, None, None)
+        if self._write(f"{self.format(record)}\n".encode()):
+            self.dropped -= dropped
+
+    def _write(self, line: bytes) -> bool:
+        """Write with os.write: another thread's lock on sys.stderr would hang the program's end.
+        Return False if it is not read any more, or the disk is full."""
         try:
             while line:
                 line = line[os.write(self.fd, line) :]
-        except OSError:  # it is not read any more, or the disk is full
-            self.dropped += 1
+            return True
+        except OSError:
+            return False
 
     def flush(self) -> None:
         self.idle.wait(LOG_FLUSH_SECONDS)

@@ -1228,7 +1228,7 @@ def test_tls_carries_bytes_through_buffers_however_they_are_cut(certificate, see
 
 def test_junk_in_place_of_tls_is_refused(certificate):
     server, _ = tls_pair(certificate)
-    with pytest.raises(chat.TlsFailed):
+    with pytest.raises(chat.TlsFailed, match="SSL"):
         server.feed(b"\x16\x03\x01" + b"junk" * 100)
 
 
@@ -2073,6 +2073,13 @@ def test_a_right_password_of_the_server_ends_the_count_of_wrong_ones():
             chat.check_server_password(session, word)
 
 
+@pytest.mark.parametrize("parts, done", [(0, []), (1, []), (3, [1, 2])])
+def test_an_answer_in_pieces_can_be_left_after_each_of_them(parts, done):
+    log = []
+    pieces = chat.in_pieces([lambda: log.append(1)] * parts)
+    assert [len(log) for _ in pieces] == done and len(log) == parts
+
+
 def test_a_user_with_another_device_cannot_log_in_once_more():
     house = House()
     account(house, "alice")
@@ -2510,6 +2517,7 @@ def test_how_far_a_channel_has_been_read_goes_with_its_new_name(folder):
     house.turn()
     for who, told in (("alice", late), ("bob", early), ("carol", "*")):
         assert markers_told(house, who, "#a", "#b") == ["*", told]
+    assert len(house.hub.markers) == 2  # carol has none
     house.store.close()
     again = chat.Store(folder / "chat.db")
     hub = chat.load_hub(again, house.now, house.now)
@@ -4022,6 +4030,19 @@ def test_the_past_of_a_guest_with_a_guest_who_has_left_is_still_the_account_s(wa
     assert history(house, "bob2", "alice") == history(house, "eve", "bob") == []
 
 
+@pytest.mark.parametrize("name", ["guest", "carol", "nobody"])
+def test_what_others_said_in_this_turn_is_in_no_history_of_a_user_who_asks_for_a_guest(name):
+    house = House()
+    account(house, "alice", "bob", "carol")
+    for one in ("alice", "bob", "carol"):
+        device(house, one, one)
+    come(house, "guest")
+    house.say("bob", "PRIVMSG carol :between accounts")
+    house.say("bob", "PRIVMSG guest :to a guest")
+    assert history(house, "alice", name) == []
+    assert history(house, "bob", "guest") == ["to a guest"]
+
+
 # After a restart (bob has an account, so that the conversation has two who come back).
 @pytest.mark.parametrize("way", ["REGISTER", "NS IDENTIFY"])
 def test_the_past_of_a_guest_is_still_the_account_s_after_a_restart(folder, way):
@@ -4084,6 +4105,61 @@ def test_an_account_reads_the_conversations_of_so_many_guests(monkeypatch):
     come(house, "eve")
     ask(house, "eve", "NS IDENTIFY alice password", "NS DROP password")
     assert not (house.hub.accounts_of or house.hub.guests_of)
+
+
+def house_with_a_line_client_beside_zoe(*devices):
+    """zoe is here with an IRC client, and so is bob; dora has a line client and these devices."""
+    house = House()
+    account(house, "zoe", "dora")
+    come(house, "bob")
+    for name in ("zoe", *devices):
+        device(house, name, name)
+    house.connect("line").receive(b"dora")
+    house.turn()
+    if devices:
+        ask(house, "line", "/login dora password")
+    return house
+
+
+def test_a_line_client_that_moves_to_the_user_of_its_account_keeps_the_private_conversation():
+    house = house_with_a_line_client_beside_zoe()
+    ask(house, "line", "/tell bob hello")
+    ask(house, "line", "/login zoe password")
+    assert len(house.hub.users["zoe"].live) == 2
+    assert history(house, "zoe", "bob") == ["hello"]
+
+
+def test_a_line_client_that_moves_to_another_user_in_the_middle_of_a_turn_misses_nothing():
+    house = house_with_a_line_client_beside_zoe()
+    for who, line in (("bob", "JOIN #a"), ("zoe", "JOIN #a"), ("line", "/join #a")):
+        ask(house, who, line)
+    house.say("line", "/login zoe password")
+    house.end_turn()  # now the password is checked
+    house.say("bob", "PRIVMSG #a :before")
+    house.helpers.run()
+    house.say("bob", "PRIVMSG #a :after")
+    house.turn()
+    said = [line for line in house.heard("line") if "bob: " in line]
+    assert [line.rpartition(": ")[2] for line in said] == ["before", "after"]
+
+
+def test_a_line_client_that_leaves_its_other_devices_hears_nothing_more_of_their_channels():
+    house = house_with_a_line_client_beside_zoe("dora")
+    ask(house, "bob", "JOIN #a")
+    ask(house, "dora", "JOIN #a")
+    for text, listens in (("one", True), ("two", False)):
+        ask(house, "bob", f"PRIVMSG #a :{text}")
+        assert (text in str(house.heard("line"))) == listens
+        assert spoken(house.heard("dora")) == [text]
+        ask(house, "line", "/login zoe password")
+
+
+def test_a_line_client_beside_other_devices_cannot_change_their_account():
+    house = house_with_a_line_client_beside_zoe("dora")
+    account(house, "yan")
+    told = str(ask(house, "line", "/login yan password"))
+    assert "your other devices are logged in, too" in told
+    assert is_logged_in(house, "dora", "dora")
 
 
 def test_a_guest_who_logs_in_gets_the_account_s_own_past_merged_by_id():
@@ -5039,6 +5115,39 @@ def test_a_repeat_in_the_same_turn_is_a_repeat():
     assert len(set(house.heard("alice"))) == 1 and ids_said(house) == ["hello"]
 
 
+@pytest.mark.parametrize("path", [None, "chat.db"])
+@pytest.mark.parametrize("target", ["#a", "bob"])
+@pytest.mark.parametrize("caps", [CAPS, "message-tags"])
+def test_a_repeat_is_answered_by_the_echo_to_a_client_that_takes_echoes(folder, path, target, caps):
+    house = House(store=chat.Store(path and folder / path))
+    come(house, "alice", "bob", caps=caps)
+    ask(house, "bob", "JOIN #a")
+    ask(house, "alice", "JOIN #a")
+    line = f"@+chat.py/id=1 PRIVMSG {target} :hi"
+    heard = [*ask(house, "alice", line, line), *ask(house, "alice", line)]
+    assert spoken(heard) == ["hi"] * 3 * (caps is CAPS) and len(set(heard)) <= 1
+    assert spoken(house.heard("bob")) == ["hi"]
+    house.store.close()
+
+
+def test_a_repeat_in_a_turn_that_could_not_be_stored_is_told_so(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    pages = house.store.db.execute("PRAGMA page_count").fetchone()[0]
+    house.store.db.execute(f"PRAGMA max_page_count = {pages}")
+    line = f"@+chat.py/id=1 PRIVMSG #a :{'x' * 400}"
+    lines = [f"PRIVMSG #a :{'x' * 400}"] * 40
+    *_, last = ask(house, "alice", *lines, line, line)
+    assert last.endswith(
+        "FAIL PRIVMSG NOT_KEPT * 1 :delivered but not kept: it could not be stored"
+    )
+    told = "delivered but not kept: it was said before, and could not be kept"
+    (found,) = ask(house, "alice", line)
+    assert found.endswith(f" FAIL PRIVMSG NOT_KEPT * 1 :{told}")
+    house.store.close()
+
+
 @pytest.mark.parametrize(
     "target, again, told", [("@#a", "@#a", "PRIVMSG @#a :hi"), ("#a", "bob", "TAGMSG bob")]
 )
@@ -5878,6 +5987,20 @@ def test_a_page_is_the_newest_of_one_channel_in_order(folder):
     assert texts(store, "#never") == []
 
 
+def test_a_job_that_fails_closes_its_connection_and_the_next_one_has_another(folder):
+    store, used = chat.Store(folder / "chat.db"), []
+    for fails in (False, True, False):
+        with contextlib.suppress(ValueError), store.reading() as db:
+            used.append(db)
+            if fails:
+                raise ValueError
+    one, again, other = used
+    assert one is again and one is not other
+    with pytest.raises(sqlite3.ProgrammingError):
+        one.execute("SELECT 1")
+    store.close()
+
+
 def test_records_wait_for_the_disk_up_to_the_limit_and_markers_go_first(monkeypatch):
     monkeypatch.setattr(chat, "BACKLOG_RECORDS", 3)
     backlog = chat.Backlog()
@@ -6350,6 +6473,42 @@ def test_a_database_that_is_not_sound_and_ours_is_refused_in_one_line_and_not_to
     assert words in str(caught.value) and "nothing was changed" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("less, read", [(0, True), (1, False)])
+def test_a_database_up_to_the_limit_is_read_whole_at_the_start(folder, monkeypatch, less, read):
+    path = folder / "chat.db"
+    path.write_bytes(spoiled(path, "holes"))
+    monkeypatch.setattr(chat, "CHECKED_ON_START_BYTES", path.stat().st_size - less)
+    with pytest.raises(chat.Unusable) if read else contextlib.nullcontext():
+        chat.inspect_database(path)
+
+
+CHANGES_OF_A_STORE = [  # statements, and whether a Hub that is loaded afterwards may be another
+    ([], False),
+    (["UPDATE events SET text = 'other words'"], False),  # it is not loaded
+    (["DELETE FROM events WHERE text = 'two'"], True),
+    (["DELETE FROM accounts"], True),
+    (["DELETE FROM channels"], True),
+    (["DELETE FROM markers"], True),
+]
+
+
+@pytest.mark.parametrize("statements, other", CHANGES_OF_A_STORE)
+def test_the_checksum_of_a_store_is_that_of_all_that_a_hub_is_loaded_from(statements, other):
+    house = House(store=chat.Store(None))
+    account(house, "zoe")
+    come(house, "alice")
+    ask(house, "alice", "REGISTER * * password", "JOIN #b", "PRIVMSG #b :one", "PRIVMSG #b :two")
+    marker(house, "alice", "#b", iso(house.now))
+    ask(house, "alice", "MODE #b +k key")
+    store = house.store
+    before = store.digest()
+    for statement in statements:
+        assert store.db.execute(statement).rowcount
+    assert (store.digest() != before) is other
+    store.last_id += 1
+    assert store.digest() != before
 
 
 def test_a_channel_whose_history_did_not_fit_in_memory_has_what_is_said_there_next(monkeypatch):
@@ -7980,6 +8139,19 @@ def test_a_bug_in_the_answer_to_an_act_costs_the_node_nothing_of_the_entry(folde
     assert bugs == [KeyError] and {"alice", "bob"} == nodes["n2"].hub.users.keys()
 
 
+def test_a_refusal_of_what_follows_on_an_act_is_answered(folder):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    come(one, "alice")
+
+    def refuse(_):
+        raise chat.Refused("NO_TEXT", "no text to send")
+
+    one.guests["alice"].act("join", "#x", "", then=refuse)
+    nodes.settle()
+    assert any(" 412 " in line for line in one.heard("alice"))
+
+
 def test_a_node_that_starts_again_after_a_day_does_not_take_the_last_entry_for_the_present(
     folder, caplog, monkeypatch
 ):
@@ -8419,6 +8591,208 @@ def test_an_answer_of_the_log_is_about_the_batch_that_is_under_way(
     assert (node.retry_at == 10.0 + chat.BATCH_RETRY_SECONDS) is (done == "again")
     answered("", 0)
     assert noted == notes + ["the log takes batches again"] * bool(error)
+
+
+def acts_by_entry(nats, first=0):
+    """Return how many acts are in each entry of the log, from the first on."""
+    return [len(json.loads(data)[-1]) for data, _ in nats.entries[first:]]
+
+
+def node_that_says(count, **info):
+    """Let a node say so many messages at once; return the entries of the log with them."""
+    nats = FakeNats(lambda: 1_000_000.0, **info)
+    house = NodeHouse(nats)
+    come(house, "alice")
+    first = len(nats.entries)
+    house.say("alice", *(f"PRIVMSG bob :{n:0300}" for n in range(count)))
+    for _ in range(3):
+        house.turn()
+    return [data for data, _ in nats.entries[first:] if b'"say"' in data]
+
+
+SIZES_OF_BATCHES = [  # most acts of a batch, bytes beyond those of three messages; acts of each
+    (100, 0, [3, 3]),
+    (100, -1, [1, 2, 1, 2]),  # half of those that wait, until they fit
+    (6, 10_000, [6]),
+    (4, 10_000, [4, 2]),
+    (5, 0, [2, 2, 2]),
+]
+
+
+@pytest.mark.parametrize("most, more, acts", SIZES_OF_BATCHES)
+@pytest.mark.parametrize("limit", ["of the node", "of NATS"])
+def test_a_batch_has_as_many_acts_as_fit_and_each_act_is_sent_once(
+    monkeypatch, most, more, acts, limit
+):
+    size = max(map(len, node_that_says(3))) + more
+    monkeypatch.setattr(chat, "BATCH_ACTS", most)
+    monkeypatch.setattr(chat, "NATS_PAYLOAD_LEAST", 0)
+    monkeypatch.setattr(chat, "BATCH_BYTES", size if limit == "of the node" else 10**6)
+    info = {"max_payload": 2 * size} if limit == "of NATS" else {}
+    found = [json.loads(data)[-1] for data in node_that_says(6, **info)]
+    assert [len(batch) for batch in found] == acts
+    texts = [act[3] for batch in found for act in batch]
+    assert texts == [f"{n:0300}" for n in range(6)]
+
+
+def test_an_act_that_is_larger_than_a_batch_is_sent_alone(monkeypatch):
+    monkeypatch.setattr(chat, "BATCH_BYTES", 300)
+    assert [len(json.loads(data)[-1]) for data in node_that_says(2)] == [1, 1]
+
+
+def test_a_batch_has_the_time_of_the_log_in_milliseconds():
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    come(house, "alice")
+    times = [json.loads(data)[4] for data, _ in house.link.nats.entries]
+    assert times and all(abs(when - 1_000_000_000) < 10_000 for when in times)
+
+
+def test_a_node_with_nothing_to_send_sends_a_batch_now_and_then(folder):
+    nodes = Nodes(folder, "n1")
+    nodes.turns(3)
+    began = len(nodes.nats.entries)
+    nodes.turns(int(4 * chat.NODE_BEAT_SECONDS))
+    found = acts_by_entry(nodes.nats, began)
+    assert set(found) == {0} and 3 <= len(found) <= 5
+
+
+def test_a_node_that_was_only_late_is_not_declared_gone(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one, two = nodes["n1"], nodes["n2"]
+    nodes.turns(20)
+    for house in (one, two):
+        house.now += chat.NODE_SILENT_MS / 1000
+        house.begin_turn()
+    two.cluster.tick(two.loop.now)
+    two.cluster.flush()
+    two.link.exchange()  # in the log, and not read by the other one yet
+    one.cluster.tick(one.loop.now)
+    one.cluster.flush()
+    assert one.cluster.sent.asks[-1].name == "node_gone"
+    nodes.settle()
+    assert list(one.hub.nodes) == ["n1", "n2"]
+
+
+def test_a_silent_node_is_declared_gone_when_its_time_is_over_and_now_and_then_until_it_is(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    nodes.turns(20)
+    nodes.kill("n2")
+    asked, seconds = [], 0
+    one.cluster.ask = lambda *values: asked.append(seconds)
+    while len(asked) < 3:
+        seconds += 1
+        nodes.turns()
+        assert seconds < 50
+    del one.cluster.ask
+    first, *others = asked
+    assert 20 - chat.NODE_BEAT_SECONDS <= first <= 21
+    assert others == [first + 6, first + 12]
+    nodes.turns(8)
+    assert list(one.hub.nodes) == ["n1"]
+
+
+@pytest.mark.parametrize(
+    "silent, less, gone", [(True, 1, False), (True, 0, True), (False, 1, True)]
+)
+@pytest.mark.parametrize("epoch", ["e", "f"])
+def test_a_node_is_gone_when_it_says_so_or_has_been_silent_for_so_long(silent, less, gone, epoch):
+    hub = chat.Hub()
+    hub.perform("node_started", 0, "n2", "e", "", "")
+    hub.now += chat.NODE_SILENT_MS - less
+    hub.perform("node_gone", 0, "n2", epoch, silent)
+    assert ("n2" not in hub.nodes) == (gone and epoch == "e")
+
+
+def test_a_node_remembers_of_other_nodes_no_more_starts_than_there_are(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    for _ in range(3):
+        nodes.kill("n2")
+        nodes.start("n2")
+        nodes.turns(20)
+    one = nodes["n1"]
+    assert one.cluster.heard.keys() == {node.epoch for node in one.hub.nodes.values()}
+
+
+def test_clients_are_told_once_that_a_node_is_cut_off_and_once_that_they_may_go_on(folder):
+    nodes = Nodes(folder, "n1")
+    one, done, lost = nodes["n1"], [], math.inf
+    for name in ("pause", "resume", "drop_clients"):
+        setattr(one, name, lambda *_, name=name: done.append((name, one.cluster.now - lost)))
+    nodes.turns(3)
+    for cut_off in (12, 40):
+        one.link.drop("broken")
+        lost = one.cluster.now
+        nodes.turns(cut_off)
+        one.link.join(nodes.nats)
+        nodes.settle()
+        nodes.turns(3)
+    held, dropped = ("pause", chat.NODE_PAUSE_SECONDS), ("drop_clients", chat.NODE_DROP_SECONDS)
+    assert done == [held, ("resume", 12.0), held, dropped, ("resume", 40.0)]
+
+
+def test_a_node_that_begins_again_sends_its_own_acts_once_more_and_no_acts_of_its_clients(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one, two = nodes.values()
+    come(two, "bob")
+    two.link.drop("broken")
+    two.say("bob", "JOIN #x")
+    two.site.act("prune_history", "#y", 1, 2)
+    nodes.turns(40)
+    two.link.join(nodes.nats)
+    first = len(nodes.nats.entries)
+    nodes.turns(5)
+    acts = [act for data, _ in nodes.nats.entries[first:] for act in json.loads(data)[-1]]
+    assert [act[1] for act in acts].count("prune_history") == 1
+    assert "join" not in [act[1] for act in acts]
+    assert {json.loads(data)[2] for data, _ in nodes.nats.entries[first:]} >= {two.cluster.epoch}
+    assert two.cluster.serving and "#x" not in two.hub.channels
+    assert_nodes_agree(nodes)
+
+
+def test_a_batch_that_is_lost_on_its_way_is_sent_again_as_soon_as_there_is_a_connection(folder):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    come(one, "alice")
+    one.say("alice", "PRIVMSG alice :once")
+    one.cluster.flush()
+    entries = nodes.nats.last
+    one.link.drop("broken")
+    one.link.join(nodes.nats)
+    while one.link.moves:  # no second passes
+        one.link.exchange()
+    assert nodes.nats.last == entries + 1
+    nodes.settle()
+    assert spoken(one.heard("alice")) == ["once"] * 2  # the echo, and the message to oneself
+
+
+def test_private_messages_are_the_same_on_a_node_that_applies_many_entries_at_once(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    account(one, "zoe")
+    come(one, "alice", "bob")
+    nodes.settle()
+    for who, line in (
+        ("alice", "PRIVMSG bob :one"),
+        ("bob", "NS IDENTIFY zoe password"),
+        ("alice", "PRIVMSG bob :two"),
+        ("bob", "NICK rob"),
+        ("alice", "PRIVMSG rob :three"),
+    ):
+        ask(one, who, line)
+    assert nodes["n2"].hub.sequence < one.hub.sequence - 2
+    assert_nodes_agree(nodes)
+
+
+def test_the_first_node_founds_the_cluster_and_the_next_ones_do_not(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    found = [act for data, _ in nodes.nats.entries for act in json.loads(data)[-1]]
+    assert [act[1] for act in found] == ["found_cluster", "node_started", "node_started"]
+    (_, _, cluster, letters, *_), *started = found
+    assert len(cluster) == 16 and len(letters) == len(chat.MessageIds.new_letters())
+    assert [act[2] for act in started] == ["n1", "n2"]
+    epochs = [house.cluster.epoch for house in nodes.values()]
+    assert [act[3] for act in started] == epochs
 
 
 def test_only_the_last_checksums_are_kept(monkeypatch):
@@ -9420,7 +9794,7 @@ bob< 317 bob alice 6 WHEN :seconds idle, signon time
 bob< 318 bob alice :End of WHOIS list
 === the server: MOTD, LUSERS, VERSION, TIME and the like
 alice> MOTD
-alice< 375 alice :- chat.py Message of the day - 
+alice< 375 alice :- chat.py Message of the day -
 alice< 372 alice :- Welcome
 alice< 376 alice :End of MOTD command
 alice> MOTD other.server
@@ -15290,6 +15664,51 @@ def test_ranges_are_as_the_rfc_has_them(files, header, status, content):
     assert (answer[1].get("content-range", "").endswith("/10")) is (status != 200)
 
 
+PIECES_OF_A_FILE = [  # what is asked for, milliseconds that are fast, and each piece: from, bytes
+    ("", 50, [(0, 2), (2, 3), (5, 3), (8, 2)]),
+    ("", 0, [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]),
+    ("bytes=1-7", 50, [(1, 2), (3, 3), (6, 2)]),
+    ("bytes=1-3", 50, [(1, 2), (3, 1)]),
+    ("bytes=9-", 50, [(9, 1)]),
+]
+
+
+@pytest.mark.parametrize("header, fast, pieces", PIECES_OF_A_FILE)
+def test_a_file_is_sent_in_pieces_that_grow_while_they_leave_fast(
+    files, monkeypatch, header, fast, pieces
+):
+    monkeypatch.setattr(chat, "FILE_PIECE_BYTES", 2)
+    monkeypatch.setattr(chat, "FILE_PIECE_MOST", 3)
+    monkeypatch.setattr(chat, "FAST_PIECE_MS", fast)
+    path, read, asked = path_of(posted(files, b"0123456789")), files.site.folder.read, []
+    files.site.folder.read = lambda file, *part: asked.append(part) or read(file, *part)
+    answer = got(files, path, *[f"Range: {header}"] * bool(header))
+    assert answer[2] == b"0123456789"[pieces[0][0] :][: sum(size for _, size in pieces)]
+    assert asked == pieces
+
+
+@pytest.mark.parametrize("left, content", [(10, b"0123456789"), (9, b"012345"), (0, b"01")])
+def test_a_file_that_became_shorter_while_it_was_sent_ends_the_connection(
+    files, monkeypatch, left, content
+):
+    monkeypatch.setattr(chat, "FILE_PIECE_BYTES", 2)
+    path, read, opened = path_of(posted(files, b"0123456789")), files.site.folder.read, set()
+
+    def read_and_cut(file, at, size):
+        opened.add(file)
+        data = read(file, at, size)
+        os.truncate(file.path, left)
+        return data
+
+    files.site.folder.read = read_and_cut
+    browser = Browser(files, "down")
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    ((status, headers, body),) = parsed_answers(browser.sends(head))
+    assert (status, headers["content-length"], body) == (200, "10", content)
+    assert browser.conn.closed == (left < 10)
+    assert [file.fd for file in opened] == [-1]
+
+
 def test_conditions_are_heeded(files):
     path = path_of(posted(files, b"0123456789"))
     etag = got(files, path)[1]["etag"]
@@ -16104,6 +16523,18 @@ def test_a_letter_may_be_cut_where_the_head_of_a_text_ends_and_nowhere_else(
     file = folder.begin("0" * 32)
     folder.append(file, b"x" * size + "\u00e9".encode()[: 1 + whole])
     assert folder.finish(file, "a.txt")[1:3] == (size + 1 + whole, kind)
+
+
+@ON_LINUX
+def test_content_is_safely_on_disk_before_its_folder_is(tmp_path, monkeypatch):
+    folder, synced = chat.FileFolder(tmp_path / "files"), []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+    )
+    file = folder.begin("0" * 32)
+    folder.append(file, b"hello")
+    folder.finish(file, "a.txt")
+    assert synced == [f"{'0' * 32}.part", "files"]
 
 
 def opened_in(path):
@@ -17593,6 +18024,16 @@ def test_the_reason_why_a_message_waits_for_the_user_outlives_the_program(folder
     assert not outbox.parked and messages_of(outbox) == ["hello"]
 
 
+@pytest.mark.parametrize("interactive", [True, False])
+def test_what_was_said_last_is_stored_before_the_client_ends(folder, interactive):
+    core = chat.ClientCore("alice", interactive, outbox=outbox_in(folder))
+    core.say("hello")
+    core.close_store()
+    outbox = outbox_in(folder)
+    assert messages_of(outbox) == ["hello"]
+    outbox.rows.close()
+
+
 def test_a_pipe_sends_what_a_terminal_left_to_its_user(folder):
     outbox = outbox_in(folder)
     outbox.park(outbox.add(1.0, "#lobby", "hello", chat.MESSAGE).id, "you are not in #lobby")
@@ -17817,6 +18258,8 @@ CHANNELS = [  # tokens, target, the conversation that it is in, whether that is 
     (["CHANTYPES=#"], "&local", "bob", False),
     (["CHANTYPES=#", "STATUSMSG=@+"], "@#lobby", "#lobby", True),
     (["CHANTYPES=#", "STATUSMSG=~&@%+"], "%#lobby", "#lobby", True),
+    (["CHANTYPES=#", "PREFIX=(ov)@+"], "%#lobby", "#lobby", True),
+    (["CHANTYPES=#", "PREFIX=(Yov)!@+"], "!#lobby", "#lobby", True),
     (["CHANTYPES=#&+!"], "alice", "bob", False),
     (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "@+free", "+free", True),
     (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "++free", "+free", True),
@@ -17915,6 +18358,32 @@ def test_a_long_paste_goes_out_in_the_pace_that_servers_allow_and_can_be_cancell
     alice.hears("PING x")
     assert alice.sent()[-1] == "PONG x"  # which waits for nothing
     assert [line for line in alice.sent(60) if "PRIVMSG" in line] == []
+
+
+WAITING_LINES = [  # what the user enters while no more may be sent
+    ("/raw TIME",),
+    ("hello",),
+    ("one\ntwo",),
+    ("/topic #lobby news",),
+    ("/msg bob hi",),
+]
+
+
+@pytest.mark.parametrize("texts", [(), *WAITING_LINES])
+@pytest.mark.parametrize("caps", ["", "echo-message"])
+def test_a_client_waits_for_the_rate_of_the_server_only_if_it_has_something_to_send(texts, caps):
+    alice = Elsewhere(caps=caps)
+    assert alice.core.talk.wait is None
+    alice.core.talk.budget.tokens = -5.0
+    alice.types(*texts)
+    assert alice.sent() == []
+    wait = alice.core.talk.wait
+    assert (wait is not None) == bool(texts) and (wait is None or wait > 5.0)
+    alice.sent(60)
+    answer(alice, [f"PING {one}" for one in alice.core.talk.acks.pings])
+    for _ in range(3):
+        answer(alice, alice.sent(60))
+    assert alice.core.talk.wait is None
 
 
 def test_a_server_that_announces_its_pace_is_believed():
@@ -18148,6 +18617,21 @@ def five_at_once(**options):
     alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 0.0
     alice.types(*FIVE)
     return alice, alice.sent(30)
+
+
+@pytest.mark.parametrize("bouncer", [False, True])
+def test_an_error_before_the_pong_is_about_no_message_after_the_ping_but_for_a_bouncer(bouncer):
+    alice = Elsewhere(interactive=False)
+    alice.core.outbox.window, alice.core.talk.budget.tokens = 9, 5.0
+    alice.core.talk.bouncer = bouncer  # it answers a PING before its server does
+    alice.types("one")
+    alice.sent(5)
+    alice.types("two")
+    alice.sent(5)
+    alice.hears("404 alice #lobby :No")
+    alice.views += alice.core.disconnected()
+    doubt = " (this message, or one of the 1 after it)" * bouncer
+    assert alice.kinds("failed")[:1] == [f"#lobby: No{doubt}: one"]
 
 
 @pytest.mark.parametrize("errors, told", REFUSED_OF_FIVE)
@@ -18384,6 +18868,7 @@ def test_every_name_of_a_nick_that_is_cut_is_another_and_there_are_few():
         lines = core.take_output().decode().splitlines()
         nicks = [line.split()[1] for line in lines if line.startswith("NICK")]
         if not nicks:
+            assert lines == ["QUIT :"]
             break
         tried += nicks
         core.feed(f":x 433 * {nicks[-1][:9]} :Nickname is already in use\r\n".encode())
@@ -18768,6 +19253,21 @@ def test_a_pong_without_our_token_confirms_the_oldest_ping():
     alice.hears("PONG irc.example")
     assert alice.core.outbox.waiting == {}
     alice.hears("PONG", "PONG x y")  # that was not asked for
+
+
+@pytest.mark.parametrize("verb", ["REGISTER", "VERIFY"])
+def test_an_account_is_logged_in_to_once_its_registration_is_complete(verb):
+    alice = Elsewhere(caps="draft/account-registration")
+    alice.types("/register password a@example.org")
+    alice.sent(3)
+    proposed = alice.core.me.proposed
+    assert proposed and not alice.core.me.login
+    if verb == "VERIFY":
+        alice.hears("REGISTER VERIFICATION_REQUIRED alice :a mail was sent")
+        alice.types("/verify 123456")
+        assert not alice.core.me.login
+    alice.hears(f"{verb} SUCCESS alice :welcome")
+    assert alice.core.me.login == proposed and alice.kinds("server text")[-1] == "welcome"
 
 
 def test_the_pong_for_another_client_of_a_bouncer_confirms_nothing():
@@ -19239,6 +19739,7 @@ def test_an_ignored_user_opens_nothing_and_rings_nothing(mask):
         (":alice!u@h NICK a" + "b" * 28, "a" + "b" * 28 + "!u@h"),
         ("396 alice cloak.example :is now your displayed host", "alice!u@cloak.example"),
         ("396 alice user@cloak.example :is now your host", "alice!u@cloak.example"),
+        ("396 alice alice!user@cloak.example :is now", "alice!user@cloak.example"),
         (":alice!u@h CHGHOST ~x other.example", "alice!~x@other.example"),
     ],
 )
@@ -19457,6 +19958,9 @@ COMMAND_LINES = """
 /op bob carol               MODE #lobby +oo bob carol
 /deop bob                   MODE #lobby -o bob
 /voice bob                  MODE #lobby +v bob
+/drop geheim                PRIVMSG NickServ :DROP geheim
+/login al geheim            PRIVMSG NickServ :IDENTIFY al geheim
+/disown #lobby              PRIVMSG NickServ :DISOWN #lobby
 /nick al                    NICK al
 /raw MOTD                   MOTD
 /quote TIME                 TIME
@@ -19517,7 +20021,8 @@ class Bounced(Elsewhere):
 
     def connect(self, *tokens, caps=""):
         self.views += self.core.connected()
-        self.hears(":irc.znc.in CAP * LS :echo-message", ":irc.znc.in CAP alice ACK :echo-message")
+        caps = caps or "echo-message"
+        self.hears(f":irc.znc.in CAP * LS :{caps}", f":irc.znc.in CAP alice ACK :{caps}")
         self.hears(":irc.znc.in 001 alice :Welcome to ZNC")
         self.sent()
 
@@ -19562,6 +20067,127 @@ def test_what_a_bouncer_lost_is_sent_to_its_next_server():
     _, ping = alice.sent(9)
     alice.hears(":alice!u@h PRIVMSG #lobby one", f"PONG x {ping.split()[-1]}")
     assert alice.core.outbox.waiting == {} and alice.kinds("failed") == []
+
+
+@pytest.mark.parametrize("caps", ["echo-message", "server-time"])
+def test_what_a_bouncer_lost_arrives_once_its_server_is_back(caps):
+    alice = Bounced(caps=caps)
+    said = []
+    for lost in (True, True, False):
+        alice.served()
+        alice.hears(":alice!u@h JOIN #lobby")
+        alice.types(*["one"] * (not said))
+        *_, message, ping = alice.sent(9)
+        said.append(message)
+        if lost:
+            alice.lost("#lobby")
+        elif "echo" in caps:
+            alice.hears(":alice!u@h PRIVMSG #lobby one")
+        alice.hears(f"PONG x {ping.split()[-1]}")
+    assert said == ["PRIVMSG #lobby one"] * 3
+    assert alice.core.outbox.waiting == {} and alice.kinds("failed") == []
+
+
+def test_what_a_bouncer_said_before_a_pong_is_about_no_later_message():
+    alice = Bounced(caps="server-time")
+    alice.served()
+    alice.hears(":alice!u@h JOIN #lobby")
+    for text in ("/msg bob one", "two"):
+        alice.types(text)
+        *_, ping = alice.sent(9)
+        if text == "/msg bob one":
+            alice.lost("#lobby")
+        alice.hears(f"PONG x {ping.split()[-1]}")
+    assert alice.core.outbox.waiting == {} and alice.core.room.inside
+
+
+@pytest.mark.parametrize("typed, name", [("/history #gone", "#gone"), ("/history bob", "bob")])
+def test_history_that_the_user_asked_for_and_that_is_refused_is_told(typed, name):
+    alice = Elsewhere(caps=PAGES_OF)
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    alice.types(typed)
+    alice.sent(3)
+    alice.hears(f"FAIL CHATHISTORY INVALID_TARGET LATEST {name} :no such history")
+    assert alice.kinds("note")[-1] == f"history of {name}: nothing found"
+    alice.views.clear()
+    alice.hears(f"FAIL CHATHISTORY INVALID_TARGET LATEST {name} :no such history")
+    assert not any("nothing found" in text for text in alice.kinds("note"))
+
+
+def test_a_refusal_of_history_is_about_the_conversation_that_it_names():
+    alice = Elsewhere(caps=PAGES_OF, join=["#a", "#b"])
+    alice.hears(*(f":bob!u@h PRIVMSG {name} :live" for name in ("#a", "#b")))
+    alice.sent(3)
+    alice.hears("FAIL CHATHISTORY MESSAGE_ERROR LATEST #b :its disk is broken")
+    assert alice.said() == ["#b bob: live"]
+    alice.hears("FAIL CHATHISTORY MESSAGE_ERROR LATEST #a :its disk is broken")
+    assert alice.said() == ["#a bob: live"]
+
+
+def test_a_refusal_of_history_for_a_conversation_that_is_closed_by_now_is_told():
+    alice = Elsewhere(caps=PAGES_OF)
+    alice.types("/query bob")
+    alice.core.talk.history.ask_page(alice.core.room, "older")
+    alice.types("/close bob")
+    for _ in range(2):
+        alice.hears("FAIL CHATHISTORY MESSAGE_ERROR LATEST bob :its disk is broken")
+    assert alice.kinds("note")[-1] == "history of bob: nothing found"
+
+
+def test_a_message_that_the_server_does_not_know_is_no_beginning_of_what_was_missed():
+    alice = Elsewhere(caps=PAGES_OF)
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    alice.hears("@time=2026-01-01T00:00:00.000Z;msgid=m0 :bob!u@h PRIVMSG #lobby :hi")
+    asked = []
+    for _ in range(2):
+        alice.core.disconnected()
+        alice.connect(caps=PAGES_OF)
+        alice.core.talk.history.ask_behind()
+        asked += [line for line in alice.sent(3) if " #lobby " in line]
+        alice.hears("FAIL CHATHISTORY INVALID_MSGREFTYPE LATEST #lobby m0 :unknown")
+        alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    assert [line.split()[1:4] for line in asked if "CHATHISTORY" in line] == [
+        ["LATEST", "#lobby", "msgid=m0"], ["LATEST", "#lobby", "*"],
+    ]  # fmt: skip
+
+
+def test_a_page_that_no_request_of_this_client_asked_for_is_shown_apart():
+    alice = Elsewhere(caps=PAGES_OF)
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h", ":bob!u@h PRIVMSG #lobby :live")
+    alice.said()
+    old = "@batch=h;time=2026-01-01T00:00:01.000Z :bob!u@h PRIVMSG #tea :of old"
+    alice.hears("BATCH +h chathistory #tea", old, "BATCH -h")
+    assert alice.kinds("found") == ["of old"] and alice.said() == []
+    assert "history of #tea: 1 message" in alice.kinds("note")
+
+
+PAGES_MISSED = [  # how many messages come on each page, and how many the next request is for
+    ([3, 0], [20, 40]),
+    ([20, 40, 1, 0], [20, 40, 80, 100]),
+    ([0], [20]),
+]
+
+
+@pytest.mark.parametrize("pages, asked", PAGES_MISSED)
+def test_after_a_page_with_something_new_the_next_one_may_be_larger(pages, asked):
+    alice = Elsewhere(caps=PAGES_OF, interactive=False)
+    alice.hears("@time=2026-01-01T00:00:00.000Z;msgid=m0 :bob!u@h PRIVMSG #lobby :m0")
+    alice.core.disconnected()
+    alice.core.page_lines, alice.now = 20, 100.0
+    alice.connect(caps=PAGES_OF)
+    found, progress, number = alice.sent(1), alice.core.progress, 0
+    for count in pages:
+        page = []
+        for _ in range(count):
+            number += 1
+            when = f"time=2026-01-01T00:{number // 60:02}:{number % 60:02}.000Z"
+            page.append(f"@batch=h;{when};msgid=m{number} :bob!u@h PRIVMSG #lobby :m{number}")
+        alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
+        found += alice.sent(9)
+    limits = [int(line.split()[-1]) for line in found if "CHATHISTORY AFTER #lobby " in line]
+    assert limits == asked and alice.core.progress - progress == len(pages) - 1
+    told = [text.partition(": ")[2] for text in alice.said()]
+    assert told == [f"m{n}" for n in range(number + 1)]
 
 
 @pytest.mark.parametrize(
@@ -19925,6 +20551,9 @@ def test_two_conversations_that_are_one_to_the_server_become_one(stored, after, 
     assert [own.where for own in alice.core.outbox.waiting.values()] == ["[x]", "{x}"]
     assert any("both conversations" in text for text in alice.kinds("note"))
     if stored:  # and so at the next start, and when they are closed and opened
+        alice.core.store.flush()
+        ((draft,),) = db.execute("SELECT draft FROM rooms").fetchall()
+        assert draft == room.draft
         alice.core.close_store()
         again = lived(after, db=db)
         (room,) = again.core.rooms.values()
@@ -20106,6 +20735,81 @@ def test_a_line_leaves_room_for_an_address_that_the_server_has_not_told():
     lines = core.take_output().splitlines(keepends=True)
     most = chat.IRC_BYTES - len(f":{core.talk.longest_mask()} ")
     assert lines and all(len(line) <= most for line in lines)
+
+
+LONG_LINES = [([], 2), (["LINELEN=1000"], 1), (["LINELEN=512"], 2)]  # tokens; lines of 800 bytes
+
+
+@pytest.mark.parametrize("tokens, lines", LONG_LINES)
+def test_a_message_is_one_line_where_the_server_takes_lines_of_that_length(tokens, lines):
+    alice = Elsewhere(*tokens)
+    alice.types(" ".join(["word"] * 160))
+    assert len([line for line in alice.sent(30) if "PRIVMSG" in line]) == lines
+
+
+def test_a_line_of_a_page_that_a_bouncer_plays_again_is_shown_once():
+    alice = Elsewhere(caps=PAGES_OF)
+    line = "time=2026-01-01T00:00:01.000Z :bob!u@h PRIVMSG #lobby :hi"
+    alice.hears("BATCH +h chathistory #lobby", f"@batch=h;{line}", "BATCH -h", f"@{line}")
+    assert alice.said() == ["#lobby bob: hi"]
+    alice.hears(f"@{line.replace('01.000', '02.000')}")
+    assert alice.said() == ["#lobby bob: hi"]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_how_far_the_user_has_read_is_told_once_and_only_in_a_channel_that_the_client_is_in(inside):
+    alice = Elsewhere(caps=f"{PAGES_OF} draft/read-marker", join=["#a"])
+    alice.hears("BATCH +h chathistory #a", "BATCH -h")
+    room = alice.core.find("#a")
+    room.told_time = room.read_time = 1_000
+    room.inside = inside
+    for read, told in ((1_000, 0), (2_000, 1), (2_000, 0)):
+        room.read_time = read
+        alice.core.rooms.send_markers()
+        sent = [line for line in alice.sent(9) if line.startswith("MARKREAD #a ")]
+        assert len(sent) == told * inside
+
+
+def test_the_people_of_a_channel_are_drawn_again_when_all_are_told():
+    alice = Elsewhere()
+    alice.core.people.asked.add("#lobby")
+    for count in (1, 0):  # the second time the user has asked
+        alice.views.clear()
+        alice.hears("315 alice #lobby :End of WHO list")
+        assert [view.where for view in alice.views if view.kind == chat.PEOPLE] == [
+            "#lobby"
+        ] * count
+
+
+@pytest.mark.parametrize("line, given_up", [("bob: hi", False), ("what?", True)])
+def test_a_workshop_server_that_has_spoken_may_say_the_name_of_the_user(line, given_up):
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    core.feed(f"{line}\nalice\n".encode())
+    assert bool(core.refusal) == given_up
+
+
+def test_a_line_client_finds_messages_in_the_channel_it_speaks_in_and_in_no_other():
+    house = House()
+    come(house, "bob")
+    house.enter("dora")
+    ask(house, "bob", "JOIN #a", "PRIVMSG #a :a needle before")
+    ask(house, "dora", "/join #a")
+    ask(house, "bob", "PRIVMSG #a :a needle here", "JOIN #b", "PRIVMSG #b :a needle there")
+    found = ask(house, "dora", "/search needle")
+    assert [line.rpartition(" ")[2] for line in found if "bob: " in line] == ["before", "here"]
+    assert found[-1] == "* found 2 messages with needle"
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_command_is_as_long_as_a_line_with_the_address_of_the_client_and_no_longer(beyond):
+    alice = Elsewhere()
+    alice.hears(":alice!u@h JOIN #tea")
+    room = chat.IRC_BYTES - len(":alice!u@h TOPIC #tea :\r\n") + beyond
+    topic = "x y".ljust(room, "z")
+    alice.types(f"/topic #tea {topic}")
+    assert alice.sent(9)[-1:] == ([f"TOPIC #tea :{topic}"] if not beyond else [])
+    assert ("a line has at most 512 bytes" in str(alice.kinds("note"))) is bool(beyond)
 
 
 @pytest.mark.parametrize("kind", [chat.IRC, chat.CHAT])
@@ -22440,6 +23144,359 @@ def test_a_connection_that_lasts_resets_the_back_off(monkeypatch, seconds, progr
     assert (link.backoff == chat.BACKOFF_FIRST) == progress
 
 
+def talking_link(*lines, kind=chat.IRC, patience=60.0):
+    """Return a link in memory on which these lines have come, and what is done with its connection:
+    a list of bytes that are written, and of the reasons to drop it."""
+    link, done = Hanging(True, patience), []
+    link.loop, link.phase, link.core.kind = FakeLoop(0.0), chat.DETECTING, kind
+    link.conn = types.SimpleNamespace(unsent=0, heard=0.0, state=chat.OPEN)
+    link.conn.write = link.conn.drop = done.append
+    link.core.connected()
+    link.received("".join(f"{line}\r\n" for line in lines).encode())
+    done.clear()
+    return link, done
+
+
+WELCOMED = (":x 001 alice :Welcome", ":x 422 alice :No MOTD")
+REASONS_TO_DROP = [  # what is so when something has come, and why the connection is dropped
+    (lambda link: setattr(link.conn, "unsent", chat.UNSENT_MOST), []),
+    (
+        lambda link: setattr(link.conn, "unsent", chat.UNSENT_MOST + 1),
+        ["it asks, and does not hear our answers"],
+    ),
+    (lambda link: link.core.refuse("banned", chat.FATAL), ["banned"]),
+    (lambda link: link.core.refuse("busy", chat.TEMPORARY), []),
+    (
+        lambda link: (link.core.refuse("bye", chat.FATAL), setattr(link.core, "quitting", True)),
+        [],
+    ),
+    (lambda link: setattr(link.core, "redial", True), ["it speaks something else"]),
+]
+
+
+@pytest.mark.parametrize("happens, dropped", REASONS_TO_DROP)
+def test_a_connection_that_is_of_no_use_any_more_is_dropped_at_once(happens, dropped):
+    link, done = talking_link(*WELCOMED)
+    happens(link)
+    link._carry_on([])
+    assert [one for one in done if isinstance(one, str)] == dropped
+
+
+@pytest.mark.parametrize("welcomed", [True, False])
+def test_a_server_that_says_error_and_does_not_hang_up_is_left_after_a_while(welcomed):
+    link, done = talking_link(*WELCOMED[: 2 * welcomed])
+    for _ in range(2):  # the second one begins no other wait
+        link.received(b"ERROR :Closing Link: too many connections\r\n")
+        assert not any(isinstance(one, str) for one in done)
+        link.loop.now += chat.DISMISSED_SECONDS / 2 + 0.1
+        link.loop.run_due()
+    link.loop.now += chat.DISMISSED_SECONDS
+    link.loop.run_due()
+    (reason,) = [one for one in done if isinstance(one, str)]
+    assert "too many connections" in reason
+
+
+KINDS_OF_SERVER = [  # the kind, and how patient the link is with it once it is lost
+    (chat.IRC, chat.RETRY_SECONDS),
+    (chat.CHAT, chat.RETRY_SECONDS),
+    (chat.PLAIN, 0.0),
+]
+
+
+@pytest.mark.parametrize("kind, patience", KINDS_OF_SERVER)
+def test_a_server_of_irc_is_looked_for_when_it_is_lost(kind, patience):
+    link, _ = talking_link(patience=0.0, kind=kind)
+    assert link.patience == patience
+    link, _ = talking_link(patience=1e9, kind=kind)
+    assert link.patience == 1e9
+
+
+@pytest.mark.parametrize("lines, stays", [(WELCOMED, True), (WELCOMED[:0], False)])
+def test_a_link_stays_once_its_session_has_stood(lines, stays):
+    link, _ = talking_link(*lines)
+    assert link.stays is stays
+
+
+def test_lines_beyond_the_rate_of_the_server_wait_for_one_timer():
+    link, done = talking_link(*WELCOMED, ":alice!u@h JOIN #lobby")
+    link.core.typed("\n".join(map(str, range(20))))
+    link.core.talk.queue.append(("PING later", False))
+    for wait, when in ((5.0, 5.0), (0.0, 0.01)):
+        link.pace, link.loop.timers = None, []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(link.core.talk), "wait", wait)
+            link._carry_on([])
+            link._carry_on([])
+        paces = [timer.when for timer in link.loop.timers if timer.callback == link._send_more]
+        assert paces == [when]
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_an_outbox_that_another_program_has_locked_is_tried_again_soon(connected):
+    link, _ = talking_link(*WELCOMED)
+    link.conn = link.conn if connected else None
+    for since, again in ((math.inf, []), (0.0, [chat.LOCK_RETRY_SECONDS])):
+        link.core.outbox.locked_at = since
+        link._carry_on([])
+        link._carry_on([])
+        paces = [timer.when for timer in link.loop.timers if timer.callback == link._send_more]
+        assert paces == again
+
+
+@pytest.mark.parametrize("at_once, sent", [(True, True), (False, False)])
+def test_a_link_that_is_left_says_so_and_hangs_up_once_messages_have_arrived(at_once, sent):
+    link, done = talking_link(*WELCOMED, ":alice!u@h JOIN #lobby")
+    link.conn.close = lambda: done.append("closed")
+    link.typed("hello")
+    done.clear()
+    link.leave(at_once, "good bye")
+    assert done == [b"QUIT :good bye\r\n", "closed"] * sent
+    (ping,) = link.core.talk.acks.pings
+    link.received(f":x PONG x {ping}\r\n".encode())
+    link.received(b":alice!u@h QUIT :good bye\r\n")
+    assert [one for one in done if one == "closed"][:1] == ["closed"]
+    assert b"".join(one for one in done if one != "closed") == b"QUIT :good bye\r\n"
+
+
+def test_a_policy_of_tls_that_a_server_tells_is_known_to_the_next_attempt():
+    link, _ = talking_link()
+    link.target = link.target._replace(tls=True, port=6697)
+    link.received(b":x CAP * LS :sts=port=1,duration=1000\r\n")
+    plain = link.given._replace(tls=False)
+    known = link.known.under_policy(plain, time.time() + 900, 0)
+    assert (known.tls, known.port) == (True, 6697)
+    assert not link.known.under_policy(plain, time.time() + 1100, 0).tls
+
+
+def test_older_messages_are_asked_for_once_and_at_once():
+    link, done = talking_link(
+        ":x CAP * LS :batch draft/chathistory message-tags server-time",
+        ":x CAP * ACK :batch draft/chathistory message-tags server-time",
+        *WELCOMED,
+        ":alice!u@h JOIN #lobby",
+    )
+    room = link.core.room
+    asked = [link.ask_older(room) for _ in range(2)]
+    sent = b"".join(one for one in done if isinstance(one, bytes)).decode().splitlines()
+    assert asked == [True, True]
+    assert sent.count("CHATHISTORY LATEST #lobby * 100") == 1
+    room.whole = True
+    assert not link.ask_older(room)
+
+
+def test_certificates_that_cannot_be_read_end_the_client_and_are_named():
+    for own, names in ((None, "ca.pem"), ("own.pem", "ca.pem or own.pem")):
+        link = Hanging(True, 60.0)
+        link.target = link.target._replace(tls=True)
+        link.trust = chat.Trust(ca="ca.pem", own=own)
+        link.start()
+        link._found(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+        assert link.ended
+        assert link.log[-1].startswith(f"cannot use the certificates {names}: ")
+
+
+FOUND_NOTHING = [  # what a look-up ends with, and the words for it
+    (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "ame"),
+    (UnicodeError("label too long"), "no name of a host"),
+    (OSError(errno.ENETUNREACH, "Network is unreachable"), "nreachable"),
+]
+
+
+@pytest.mark.parametrize("result, words", FOUND_NOTHING)
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_host_that_is_not_found_is_looked_for_again(result, words, tls):
+    link = Hanging(True, 60.0)
+    link.target = link.target._replace(tls=tls)
+    link.start()
+    link._found(result)
+    ends = tls and words == "nreachable"  # it was the files of the certificates
+    assert link.ended == ends and (ends or link.again)
+    assert words in str(link.log[-1])
+
+
+PRINT = "ab" * 32  # of a certificate, in hex
+OTHER_PRINT = "cd" * 32
+
+
+def certificate_check(pinned=None, **trust):
+    """Return a check of the certificates of a server, its certificates known, and its target."""
+    known, target = known_servers(), chat.parse_target("ircs://irc.example")
+    if pinned:
+        known.remember(target, pin=pinned)
+    return chat.CertificateCheck(chat.Trust(**trust), known), known, target
+
+
+CERTIFICATES_SEEN = [  # the one the user trusted, --pin, the one shown; verdict and text
+    (None, None, PRINT, "", ""),
+    (PRINT, None, PRINT, "", ""),
+    (PRINT, None, OTHER_PRINT, chat.CHANGED, ""),
+    (None, PRINT, PRINT, "", ""),
+    (OTHER_PRINT, PRINT, PRINT, "", ""),
+    (None, PRINT, OTHER_PRINT, chat.WRONG_PIN, f"it shows {OTHER_PRINT}"),
+    (OTHER_PRINT, PRINT, OTHER_PRINT, chat.WRONG_PIN, f"--pin {PRINT} is"),
+]
+
+
+@pytest.mark.parametrize("pinned, pin, shown, verdict, text", CERTIFICATES_SEEN)
+def test_a_certificate_is_compared_with_the_one_that_is_pinned(pinned, pin, shown, verdict, text):
+    check, known, target = certificate_check(pinned, pin=pin)
+    for _ in range(2):
+        check.next_trust(target)
+        found, told = check.judge(target, shown)
+        assert found == verdict and text in told and bool(text) == bool(told)
+        if verdict == chat.CHANGED:  # the next attempt finds out if it is signed
+            break
+    assert known.pin(target) == pinned and check.doubted == ""
+
+
+def test_a_new_certificate_of_a_known_server_that_is_signed_is_told_once_and_takes_its_place():
+    check, known, target = certificate_check(PRINT)
+    trusted, verdicts = [], []
+    for _ in range(3):
+        trusted.append(check.next_trust(target))
+        verdicts.append(check.judge(target, OTHER_PRINT))
+    assert [trust.pin for trust in trusted] == [PRINT, None, None]
+    assert not any(trust.insecure for trust in trusted)
+    told = f"{target} has a new certificate, signed by a trusted authority"
+    assert verdicts == [(chat.CHANGED, ""), ("", told), ("", "")]
+    assert known.pin(target) is None
+
+
+def test_a_certificate_that_is_not_signed_is_read_once_for_the_user_to_judge():
+    check, known, target = certificate_check()
+    check.refused = "is not signed"
+    assert check.next_trust(target).insecure
+    told = f"the certificate of {target} is not signed"
+    assert check.judge(target, PRINT) == (chat.UNTRUSTED, told)
+    assert (check.doubted, check.doubt) == (PRINT, told)
+    assert not check.next_trust(target).insecure and known.pin(target) is None
+    known.remember(target, pin=check.doubted)
+    check.next_trust(target)
+    assert check.judge(target, PRINT) == ("", "")
+
+
+FAILED_CERTIFICATES = [  # whether another one is known, the reason, and words for the user
+    (False, "connection reset by peer", ""),
+    (False, f"{chat.TLS_TROUBLE}no answer", "is not to be trusted: TLS: no answer; --ca, --pin"),
+    (
+        False,
+        f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: certificate has expired (_ssl.c:1)",
+        "is not to be trusted: the certificate has expired; --ca, --pin or --insecure",
+    ),
+    (
+        True,
+        f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: self-signed certificate (_ssl.c:1)",
+        "does not have the one that it had, and the new one is not signed by an authority",
+    ),
+]
+
+
+@pytest.mark.parametrize("another, reason, words", FAILED_CERTIFICATES)
+def test_why_a_certificate_cannot_be_accepted_is_told_with_what_to_do(another, reason, words):
+    check, _, target = certificate_check(PRINT if another else None)
+    if another:
+        check.next_trust(target)
+        check.judge(target, OTHER_PRINT)
+    told = check.failure(target, reason)
+    assert words in told and bool(words) == bool(told) and (str(target) in told or not told)
+    if another:
+        assert f"It was known by {PRINT}" in told and told.endswith(f"--pin {OTHER_PRINT}")
+
+
+CAUSES_OF_TLS = [  # whether another certificate is known, a policy holds, --pin; whether to go on
+    (False, False, None, chat.AGAIN),
+    (False, True, None, chat.FATAL),
+    (False, False, "ab" * 32, chat.FATAL),
+    (True, False, None, chat.FATAL),  # the new one is not signed either
+]
+
+
+@pytest.mark.parametrize("another, policy, pin, cause", CAUSES_OF_TLS)
+def test_a_certificate_that_is_not_signed_is_looked_at_if_the_user_may_judge(
+    another, policy, pin, cause
+):
+    check, _, target = certificate_check(pin=pin)
+    check.other = OTHER_PRINT if another else ""
+    refused = f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: self-signed certificate"
+    assert check.cause(refused, policy) == cause
+    assert check.cause(f"{chat.TLS_TROUBLE}no answer", policy) == chat.FATAL
+    assert check.cause(chat.CHANGED, policy) == (chat.AGAIN if another else chat.FATAL)
+
+
+class Selector:
+    """A selector that remembers what is registered."""
+
+    def __init__(self, refuses=False):
+        self.registered, self.refuses = set(), refuses
+
+    def register(self, fd, mask, owner):
+        if self.refuses:
+            raise PermissionError
+        assert fd not in self.registered
+        self.registered.add(fd)
+
+    def unregister(self, fd):
+        self.registered.remove(fd)
+
+
+def input_of(fd, refuses=False):
+    """Return standard input on a loop in memory, and the pieces that it takes."""
+    loop, taken = FakeLoop(0.0), []
+    loop.selector = Selector(refuses)
+    return chat.Input(loop, fd, taken.append), loop, taken
+
+
+def test_a_pipe_is_read_when_it_has_something_until_it_ends_and_not_while_paused():
+    reader, writer = os.pipe()
+    given, loop, taken = input_of(reader)
+    watched = loop.selector.registered
+    assert watched == {reader} and not loop.soon
+    os.write(writer, b"one\n")
+    for _ in range(2):
+        given.pause()
+    given.ready()
+    assert watched == set() and taken == []
+    for _ in range(2):
+        given.resume()
+    given.ready()
+    assert watched == {reader} and taken == [b"one\n"] and not loop.soon
+    os.close(writer)
+    given.ready()
+    assert watched == set() and taken == [b"one\n", b""]
+    given.resume()
+    assert watched == set() and not loop.soon
+    os.close(reader)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_file_is_read_a_piece_a_turn_to_its_end(folder, monkeypatch, refuses):
+    monkeypatch.setattr(chat, "READ_BYTES", 4)
+    (folder / "file").write_bytes(b"one\ntwo\n")
+    with open(os.devnull if refuses else folder / "file", "rb") as file:
+        given, loop, taken = input_of(file.fileno(), refuses)
+        assert len(loop.soon) == 1 and not loop.selector.registered
+        given.pause()
+        loop.run_due()
+        assert taken == []
+        given.resume()
+        loop.run_due()
+        assert taken == [b"one\n", b"two\n", b""][2 * refuses :]
+        given.resume()
+        assert not loop.soon and not loop.selector.registered
+
+
+def test_a_terminal_that_is_gone_is_the_end_and_one_without_anything_to_read_is_not():
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    given, loop, taken = input_of(reader)
+    given.ready()
+    assert taken == [] and loop.selector.registered == {reader}
+    os.close(reader)
+    given.ready()
+    assert taken == [b""] and not loop.selector.registered
+    os.close(writer)
+
+
 WRONG_CERTIFICATES = [
     ("self-signed certificate (_ssl.c:1006)", "is not signed by an authority"),
     ("unable to get local issuer certificate (_ssl.c:1006)", "is not signed by an authority"),
@@ -22861,6 +23918,56 @@ def test_the_topic_that_was_asked_for_is_told_or_that_there_is_none():
     ]
 
 
+@pytest.mark.parametrize("line", ["bob: hi", "bob (127.0.0.1:1) left the chat!"])
+def test_the_people_of_a_workshop_server_are_drawn_again_when_they_are_heard(line):
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    core.feed(b"bob (127.0.0.1:1) joined the chat!\n")
+    assert "bob" in core.room.people
+    views = core.feed(f"{line}\n".encode())
+    assert [view.where for view in views if view.kind == chat.PEOPLE] == [chat.LOBBY]
+    assert ("bob" in core.room.people) == (line == "bob: hi")
+
+
+def test_a_user_who_is_back_in_a_private_conversation_is_drawn_so():
+    alice = Elsewhere()
+    alice.hears(":bob!u@h PRIVMSG alice :hi", ":bob!u@h JOIN #lobby", ":bob!u@h QUIT :bye")
+    assert alice.core.find("bob").gone
+    alice.views.clear()
+    alice.hears(":bob!u@h JOIN #lobby")
+    changed = [view.where for view in alice.views if view.kind == chat.ROOM]
+    assert not alice.core.find("bob").gone and "bob" in changed
+
+
+@pytest.mark.parametrize("modes", ["+m", "+k word", "-o+v bob carol"])
+def test_a_change_of_modes_is_told_in_its_channel(modes):
+    alice = Elsewhere("PREFIX=(ov)@+", "CHANMODES=b,k,l,imnst")
+    alice.hears(f":op!u@h MODE #lobby {modes}", f":op!u@h MODE alice {modes}")
+    (told,) = [(view.where, view.text) for view in alice.views if view.kind == chat.MODE]
+    assert told == ("#lobby", f"op set {modes} in #lobby")
+
+
+PEOPLE_COME_AND_GO = [  # a line, and the conversations whose people are drawn again for it
+    (":carol!u@h JOIN #lobby", ["#lobby"]),
+    (":bob!u@h PART #lobby :bye", ["#lobby"]),
+    (":bob!u@h QUIT :bye", ["#lobby"]),
+    (":op!u@h KICK #lobby bob :out", ["#lobby"]),
+    (":bob!u@h NICK rob", [""]),  # in all of them
+    (":op!u@h MODE #lobby +o bob", ["#lobby"]),
+    (":bob!u@h PRIVMSG #lobby :hi", []),
+]
+
+
+@pytest.mark.parametrize("line, where", PEOPLE_COME_AND_GO)
+def test_the_people_of_a_conversation_are_drawn_again_when_they_change(line, where):
+    alice = Elsewhere("PREFIX=(ov)@+", "CHANMODES=b,k,l,imnst")
+    alice.hears("353 alice = #lobby :alice @op bob", "366 alice #lobby :End")
+    alice.views.clear()
+    alice.hears(line)
+    found = [view.where for view in alice.views if view.kind == chat.PEOPLE]
+    assert found == where
+
+
 def test_a_capability_that_a_server_has_only_now_is_asked_for_if_we_can_use_it():
     alice = Elsewhere(caps="message-tags")
     alice.hears("CAP alice NEW :echo-message batch=1 unheard-of", "CAP alice NEW :unheard-of=2")
@@ -23033,7 +24140,13 @@ def test_a_text_that_looks_like_a_password_is_sent_only_if_it_is_entered_again(t
     assert alice.said() == [f"#lobby *alice: {text}"]
 
 
-@pytest.mark.parametrize("text, asked", [("quit", 1), (" Exit", 1), (":wq", 1), ("quit it", 0)])
+@pytest.mark.parametrize(
+    "text, asked",
+    [
+        *(("quit", 1), (" Exit", 1), ("logout", 1), (":q", 1), (":q!", 1), (":wq", 1)),
+        *(("quit it", 0), (":x", 0)),
+    ],
+)
 def test_a_word_that_ends_other_programs_is_said_only_if_it_is_entered_again(text, asked):
     alice = Elsewhere()
     alice.types(text)
@@ -24416,6 +25529,7 @@ def test_each_line_of_a_message_has_its_own_id_even_if_it_is_cut_late(caps, own,
         assert line.tags == dict.fromkeys(own, f"{id}.{end}")
     answer = {chat.REPLY: "m1"} if own else {}
     assert last.tags == {**dict.fromkeys(own, id), **answer} and text.endswith(last.params[1])
+    assert alice.core.talk.lines.progress == (len(sent), len(sent))
 
 
 @pytest.mark.parametrize("tokens, begun", [(0.0, False), (0.9, False), (1.0, True), (3.0, True)])
@@ -25655,6 +26769,16 @@ def test_helpers_take_jobs_fairly_and_hand_back_exceptions(loop):
     assert done.index("modest") < 8 and ZeroDivisionError in done
 
 
+def test_helpers_that_are_closed_end_their_threads(loop):
+    before, helpers, done = set(threading.enumerate()), chat.Helpers(loop), []
+    for lane in (chat.PAGE_LANE, chat.DISK_LANE):
+        helpers.submit("one", lambda: 1, done.append, lane)
+    spin(loop, lambda: len(done) == 2)
+    ours = set(threading.enumerate()) - before
+    assert len(ours) >= 2
+    assert helpers.close() and not any(thread.is_alive() for thread in ours)
+
+
 def test_one_owner_never_has_all_threads_of_a_lane_of_three():
     lane = chat.Lane(3)
     for n in range(4):
@@ -25749,6 +26873,28 @@ def test_the_thread_of_the_log_waits_when_all_is_written():
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+def test_lines_that_the_log_could_not_write_are_counted_there_once_it_is_read_again():
+    ours, theirs = os.pipe()
+    writer = chat.LogWriter(theirs)
+
+    def write(text):
+        writer.handle(chat.logging.LogRecord("chat", chat.logging.INFO, "", 0, text, None, None))
+        assert writer.idle.wait(PATIENCE)
+
+    os.close(ours)
+    for text in ("one", "two"):
+        write(text)
+    ours, again = os.pipe()
+    os.dup2(again, theirs)
+    os.close(again)
+    write("three")
+    write("four")
+    lines = os.read(ours, 1000).decode().splitlines()
+    assert lines == ["three", "2 lines of the log were dropped", "four"]
+    os.close(ours)
+    os.close(theirs)
 
 
 # ======================================================================================
@@ -26237,7 +27383,7 @@ def test_the_message_of_the_day_is_read_again_when_an_operator_asks(running, tmp
     alice.send("REHASH\r\nMOTD\r\n")
     assert [line.split(" ", 3)[3] for line in alice.until(" 376 ")] == [
         "chat.py :Rehashing\r",
-        ":- chat.py Message of the day - \r",
+        ":- chat.py Message of the day -\r",
         ":- new\r",
         ":End of MOTD command\r",
     ]
@@ -28553,6 +29699,33 @@ def test_an_address_has_the_budget_of_several_connections(flood):
 TLS_OPTIONS = [{"tls_key": "k"}, {"sts": 5}, {"tls_client_ca": "c"}]
 
 
+BAD_CERTIFICATES = [  # options of a server: files that are good, junk or absent; and the reason
+    ({"tls_cert": "junk"}, "the certificate junk: no PEM, not a pair, or encrypted"),
+    ({"tls_cert": "absent"}, "the certificate absent: no such file or directory"),
+    (
+        {"tls_cert": "good", "tls_key": "absent"},
+        "the certificate good with the key absent: no such file or directory",
+    ),
+    ({"tls_cert": "good", "tls_client_ca": "junk"}, "the authorities junk: no PEM"),
+    (
+        {"tls_cert": "good", "tls_client_ca": "absent"},
+        "the authorities absent: no such file or directory",
+    ),
+]
+
+
+@pytest.mark.parametrize("options, words", BAD_CERTIFICATES)
+def test_a_certificate_that_a_server_cannot_use_is_told_with_the_reason(
+    certificate, folder, monkeypatch, options, words
+):
+    shutil.copy(certificate, folder / "good")
+    (folder / "junk").write_text("no PEM")
+    monkeypatch.chdir(folder)
+    with pytest.raises(chat.Unusable) as caught:
+        chat.server_tls_context(chat.ServerOptions(listen=(), **options))
+    assert str(caught.value) == f"cannot use {words}"
+
+
 @pytest.mark.parametrize("options", TLS_OPTIONS)
 def test_an_option_of_tls_needs_a_certificate(options):
     with pytest.raises(chat.Unusable, match="of no use without --tls-cert"):
@@ -29454,6 +30627,49 @@ def test_what_the_disk_did_not_take_is_tried_once_more_when_the_server_ends(fold
     house.store.close()
 
 
+@pytest.mark.parametrize("line", ["QUIT", "MODE alice -i"])
+def test_an_invisible_user_who_leaves_or_is_seen_again_is_counted_no_longer(line):
+    house, counted = House(), []
+    come(house, "alice", "bob")
+    for one in ("PING x", "MODE alice +i", line):
+        ask(house, "alice", one)
+        (told,) = [one for one in ask(house, "bob", "LUSERS") if " 251 " in one]
+        counted.append(int(re.search(r"(\d+) invisible", told)[1]))
+    assert counted == [0, 1, 0]
+
+
+def test_a_message_is_redacted_in_the_turn_in_which_its_channel_is_renamed():
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    message_id, _ = send(house, "bob", "#a", "hello")
+    house.say("alice", "RENAME #a #b")
+    assert can_redact(house, "bob", "#b", message_id)
+    assert history(house, "alice", "#b") == []
+
+
+def test_a_node_that_cannot_store_what_it_applies_stops_and_says_why(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    come(one, "alice")
+    one.store.commit, one.store.trouble = (lambda *_: chat.LOST), "the disk is full"
+    one.say("alice", "JOIN #x")
+    for _ in range(3):
+        one.end_turn()
+    assert "cannot store what it applies: the disk is full" in one.failure
+    assert not nodes["n2"].failure
+
+
+def test_what_comes_while_a_server_is_not_looked_at_stays_unread():
+    alice = Elsewhere()
+    for looks, unread in ((False, 1), (True, 0)):
+        alice.core.looked_at = looks
+        alice.hears(":bob!u@h PRIVMSG #lobby :hi")
+        alice.sent(2)
+        assert alice.core.room.unread == unread
+
+
 def test_an_operator_who_steps_down_is_counted_no_longer():
     house, counted = House(), []
     come(house, "alice")
@@ -29462,6 +30678,144 @@ def test_an_operator_who_steps_down_is_counted_no_longer():
         lines = [one for one in ask(house, "alice", "LUSERS") if " 252 " in one]
         counted += [int(one.split(" 252 ")[1].split()[1]) for one in lines] or [0]
     assert counted == [0, 1, 0]
+
+
+def test_an_address_that_has_used_its_budget_is_forgotten_when_that_is_full_again(monkeypatch):
+    loop = FakeLoop(0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: loop.now)
+    addresses = chat.Addresses(loop, (10.0, 1.0))
+    for tokens in (0.0, 5.0, 1e3):
+        address = addresses.enter("192.0.2.1")
+        address.budget.tokens -= tokens
+        addresses.leave(address, web=False)
+        assert bool(addresses) is (tokens > 0)
+        full_at = loop.now + tokens / address.budget.rate
+        for loop.now in range(int(full_at), int(full_at + chat.ADDRESS_SECONDS) + 2):
+            loop.run_due()
+        assert not addresses
+
+
+@pytest.mark.parametrize("peers", [0, 1])
+def test_a_server_that_is_stopped_ends_at_once_if_it_has_no_clients(peers):
+    with beating() as (server, peer):
+        ended = []
+        server.loop.stop = lambda: ended.append(True)
+        if peers:
+            peer(2, b"NICK alice\r\n")
+        server.stop()
+        server.stop()
+        assert len(ended) == (not peers)
+
+
+@ON_LINUX
+def test_a_server_that_is_closed_leaves_no_descriptor_open():
+    def opened():
+        return set(os.listdir("/proc/self/fd"))
+
+    House()  # what is opened once
+    before = opened()
+    for _ in range(3):
+        House().store.close()
+    assert opened() <= before
+
+
+def test_a_websocket_counts_as_a_chat_of_its_address_until_it_ends():
+    with beating() as (server, peer):
+        one = upgraded(server, peer)
+        home = one.home
+        assert (home.peers, home.web, home.chat) == (1, 0, 1)
+        server.lost(one, "it is over")
+        assert (home.peers, home.web, home.chat) == (0, 0, 0)
+
+
+def test_a_connection_has_no_address_of_its_own_any_more_once_it_is_closed():
+    with beating() as (server, peer):
+        one = peer(2, b"NICK alice\r\n")
+        host, _, port = one.local.rpartition(":")
+        assert host == "127.0.0.1" and port.isdecimal()
+        one.sock.close()
+        assert one.local == ""
+
+
+def test_a_port_can_be_listened_on_again_at_once():
+    with beating() as (server, _):
+        listener = chat.Listener(server, "127.0.0.1", 0)
+        assert listener.sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        assert listener.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        listener.close()
+
+
+WAITS_OF_A_LOOP = [  # seconds until a timer, the longest wait, whether a call waits; the wait
+    (None, None, False, None),
+    (None, 0.5, False, 0.5),
+    (30.0, 0.5, False, 0.5),
+    (30.0, 0.5, True, 0),
+    (None, None, True, 0),
+]
+
+
+@pytest.mark.parametrize("timer, longest, calls, wait", WAITS_OF_A_LOOP)
+def test_a_loop_waits_until_the_first_that_is_due_and_no_longer(loop, timer, longest, calls, wait):
+    waited = []
+    loop.selector.select = lambda seconds: waited.append(seconds) or []
+    if timer:
+        loop.call_later(timer, list)
+    if calls:
+        loop.call_soon(list)
+    loop.run_once(longest)
+    assert waited == [wait]
+
+
+@pytest.mark.parametrize("longest", [None, 60.0])
+def test_a_loop_waits_no_longer_than_until_its_next_timer(loop, longest):
+    waited = []
+    loop.selector.select = lambda seconds: waited.append(seconds) or []
+    loop.call_later(30.0, list)
+    loop.run_once(longest)
+    assert 0 <= waited[0] <= 30.0
+
+
+@pytest.mark.parametrize("gone, ends", [(59.0, False), (61.0, True)])
+def test_a_server_is_looked_for_as_long_as_the_patience_of_the_link(gone, ends):
+    link = Hanging(False, 60.0)
+    link.phase, link.stood, link.loop.now = chat.REGISTERING, 1000.0, 1000.0 + gone
+    link.lost("connection refused")
+    assert link.ended == ends and bool(link.again) != ends
+
+
+def test_users_are_welcomed_once_when_a_node_lets_clients_come():
+    house, welcomed = NodeHouse(FakeNats(lambda: 1_000_000.0)), []
+    house.on_serving = lambda: welcomed.append(True)
+    for _ in range(2):
+        house.begin_serving()
+    assert welcomed == [True]
+
+
+LAST_LINES = [  # the kind of a server, its last line without an end, and whether that counts
+    (chat.PLAIN, "bob: the last word", True),
+    (chat.IRC, ":bob!u@h PRIVMSG alice :the last word", False),  # it may be half of one
+]
+
+
+@pytest.mark.parametrize("kind, line, counts", LAST_LINES)
+def test_a_last_line_without_an_end_is_shown_when_the_connection_ends(kind, line, counts):
+    core = chat.ClientCore("alice", kind=kind)
+    core.connected()
+    views = core.feed(line.encode())
+    assert not any("the last word" in view.text for view in views)
+    assert any("the last word" in view.text for view in core.finish()) is counts
+
+
+def test_a_checkpoint_waits_for_one_timer_however_much_is_stored(folder):
+    house = stored(folder)
+    house.enter("alice")
+    for _ in range(3):
+        house.say("alice", "hello")
+        house.turn()
+    due = [timer.callback for timer in house.loop.timers]
+    assert due.count(house.committer.checkpoint) == 1
+    assert due.count(house.committer.sweep) == 1  # from the start on
+    house.store.close()
 
 
 def test_waits_of_one_length_end_one_after_the_other_however_often_they_begin(monkeypatch):
@@ -29867,6 +31221,9 @@ CLOCK = {"year": 2025, "month": 11, "day": 21, "hour": 8, "minute": 30}  # not t
         ({"kind": "join", "name": "bob", "where": "#rust"}, ["08:30 bob joined"]),
         ({"kind": "join", "name": "bob", "where": "#go"}, ["08:30 bob joined #go"]),
         ({"kind": "quit", "name": "bob", "text": "bye"}, ["08:30 bob left (bye)"]),
+        ({"kind": "moved", "text": "3 left"}, ["08:30 3 left"]),
+        ({"kind": "moved", "text": "3 left", "where": "#RUST"}, ["08:30 3 left"]),
+        ({"kind": "moved", "text": "3 left", "where": "#go"}, ["08:30 [#go] 3 left"]),
         ({"kind": "server text", "text": "so it is"}, ["08:30 so it is"]),
         ({"kind": "failed", "text": "full: hi"}, ["08:30 FAILED: full: hi"]),
         ({"kind": "people", "text": "cy, bo, @al", "where": "#rust"},
@@ -30048,6 +31405,14 @@ def test_what_is_said_scrolls_and_two_rows_stay_below_it():
     assert desk.screen.lines[-2:] == ["── #lobby connected ───────────────────", "alice> xxxxxx"]
     assert len([line for line in desk.screen.history if "───" in line]) == 0
     assert desk.paint() and desk.written == ""
+
+
+@pytest.mark.parametrize("rows, seen", [(8, range(8)), (9, range(8)), (3, range(3))])
+def test_a_page_begins_with_its_first_row_and_fills_the_screen(rows, seen):
+    desk = Desk(columns=40, rows=10)
+    text = "\n".join(f"row {n}" for n in range(rows))
+    lines = desk.tell(chat.ViewEvent(chat.PAGE, text, "a page"))
+    assert [line for line in lines if line.startswith("row")] == [f"row {n}" for n in seen]
 
 
 def test_a_conversation_that_is_cleared_is_no_longer_on_the_screen():
@@ -30456,6 +31821,7 @@ def test_tab_completes_the_last_speakers_and_known_channels():
         "/go ": ["#lobby", "#rust", "bob"],
         "/go ru": ["#rust"],
         "/go B": ["bob"],
+        **{f"/{verb} b": ["bob"] for verb in ("part", "names", "history")},
         "see #r": ["#rust "],
         "a": [],
     }
@@ -31352,6 +32718,23 @@ def test_what_waits_for_a_channel_or_a_person_goes_where_they_are_now():
     assert house.heard("bob")[-1] == "(private) alice: late words"
 
 
+@pytest.mark.parametrize("how", ["refused", "cancelled", "connected"])
+def test_an_attempt_to_connect_that_fails_leaves_no_descriptor_open(loop, how):
+    told = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+        if how == "refused":
+            listening.close()
+        attempt = chat.Connecting(loop, socket.AF_INET, address, lambda *end: told.append(end))
+        if how == "cancelled":
+            attempt.cancel()
+        spin(loop, lambda: told or how == "cancelled")
+    reason = {"refused": "connection refused", "connected": ""}.get(how)
+    assert told == ([] if how == "cancelled" else [(attempt, reason)])
+    assert (attempt.sock.fileno() >= 0) == (how == "connected")
+    attempt.sock.close()
+
+
 def test_of_two_addresses_the_one_that_answers_is_taken(loop):
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
@@ -31709,6 +33092,39 @@ SIZES = [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (1536, "1.5 KB"), (2_000_00
 @pytest.mark.parametrize(("size", "text"), SIZES)
 def test_sizes_are_told_as_people_tell_them(size, text):
     assert chat.size_text(size) == text
+
+
+def test_a_transfer_that_breaks_waits_longer_each_time_before_it_goes_on(tmp_path):
+    link = Hanging(True, 60.0)
+    transfers = chat.Transfers(link, tmp_path)
+    one, waits = chat.Transfer("1", True, "#a", "/x", name="a.txt"), []
+    link.loop.now = 1000.0
+    for _ in range(20):
+        transfers.broke(one, "it has no connection")  # is no news
+        transfers.calls[one.id] = object()
+        transfers.broke(one, "no answer")
+        waits.append(one.again - link.loop.now)
+        assert (one.state, one.why) == ("waiting", "no answer")
+    assert one.failures == 20 and waits == sorted(waits)
+    assert waits[:2] == [2 * chat.BACKOFF_FIRST, 4 * chat.BACKOFF_FIRST]
+    assert waits[-1] <= chat.BACKOFF_MOST
+
+
+TRANSFERS_IN_WORDS = [  # what a transfer is like, and its words
+    ({"up": True}, {}, "sending a.txt"),
+    ({"up": False, "size": 10}, {"done": 4}, "saving a.txt 40 %"),
+    ({"up": True, "size": 3}, {"done": 2}, "sending a.txt 66 %"),
+    ({"up": True, "size": 3}, {"done": 3, "why": "no answer"}, "sending a.txt 100 % (no answer)"),
+    ({"up": True, "size": 3}, {"why": "no answer", "state": "running"}, "sending a.txt 0 %"),
+]
+
+
+@pytest.mark.parametrize("given, progress, words", TRANSFERS_IN_WORDS)
+def test_how_far_a_transfer_is_is_told_in_words(given, progress, words):
+    transfer = chat.Transfer("1", room="#a", path="/x", name="a.txt", **given)
+    for name, value in progress.items():
+        setattr(transfer, name, value)
+    assert transfer.words() == words
 
 
 FILE_TAGS = [
@@ -32375,6 +33791,21 @@ def test_what_is_said_is_painted_so_many_times_a_second_and_a_key_at_once(at_key
     assert len(painted) == 1
 
 
+def test_what_came_too_soon_after_a_painting_is_painted_a_moment_later(at_keys):
+    painted = []
+    at_keys.terminal.raw, at_keys.write, at_keys.loop.timers[:] = True, painted.append, []
+    at_keys.loop.now = 1000.0
+    at_keys.paint()
+    at_keys.loop.now += 0.1 / chat.PAINTS_A_SECOND
+    for _ in range(2):
+        hears(at_keys, ":bob!u@h PRIVMSG #tea :hi")
+        at_keys.paint()
+    assert len(painted) == 1 and len(at_keys.loop.timers) == 1
+    at_keys.loop.now += 1 / chat.PAINTS_A_SECOND
+    at_keys.paint()
+    assert len(painted) == 2 and not at_keys.painting
+
+
 @pytest.mark.parametrize("name", ["bob", "#tea"])
 def test_a_text_for_a_server_that_is_left_is_not_sent_to_another_one(at_keys, name):
     other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
@@ -32408,6 +33839,169 @@ def test_a_text_for_a_closed_conversation_is_no_draft_of_another(at_keys, begun,
     assert at_keys.core.rooms["#tea"].draft == ""
     at_keys.take(b"\x15\x10")
     assert at_keys.editor.text == (kept or "/go #tea")
+
+
+def with_a_text_for_bob_who_is_closed(at_keys, *others):
+    """Type a text for bob, and close that conversation and these; return what is told of typing."""
+    core, told = at_keys.core, []
+    core.rooms.go(core.rooms.open("bob"))
+    at_keys.show(core.take_views())
+    at_keys.take(b"for bob")
+    core.rooms["#tea"].draft = "of tea"
+    at_keys.link.typing = lambda room, text: told.append((room and room.name, text))
+    for name in ("bob", *others):
+        core.rooms.close(core.rooms[name])
+    at_keys.show(core.take_views())
+    return told
+
+
+@pytest.mark.parametrize("keys", [b"\x15", b"\x7f" * 7, b"\r"])
+def test_a_text_for_a_closed_conversation_makes_room_for_the_draft_of_the_present_one(
+    at_keys, keys
+):
+    told = with_a_text_for_bob_who_is_closed(at_keys)
+    for some_keys in (b"!", b"\x7f", keys):
+        at_keys.take(some_keys)
+    assert at_keys.core.here == "#tea" and at_keys.editor.text == "of tea"
+    assert {text for _, text in told} <= {"", "of tea"}
+    for some_keys in (b"!", b"\r"):
+        at_keys.take(some_keys)
+    assert told[-2:] == [("#tea", "of tea!"), ("#tea", "")]
+    assert spoken_to(at_keys) == [("#tea", "of tea!")]
+
+
+@pytest.mark.parametrize("keys", [b"\x15", b"\r"])
+def test_a_text_for_a_closed_conversation_leaves_an_empty_line_where_there_is_no_other(
+    at_keys, keys
+):
+    with_a_text_for_bob_who_is_closed(at_keys, "#den", "#tea")
+    assert at_keys.core.room is None
+    at_keys.take(keys)
+    assert at_keys.editor.text == "" and at_keys.ended_room == ""
+
+
+def test_a_command_means_the_messages_that_were_there_when_it_was_begun(at_keys):
+    typed = []
+    at_keys.link.typed = lambda text, *more: typed.append((text, *more))
+    keys = ("/no", "\x15", "/re", "ply", " yes  \r", "/", "undo\r/names\r", "hello  ", "\r")
+    for n, some_keys in enumerate(keys):  # the first command is deleted
+        at_keys.take(some_keys.encode())
+        hears(at_keys, f":bob!u@h PRIVMSG #tea :{n}")
+    lines = ["/reply yes", "/undo", "/names", "hello  "]
+    assert [entry[:3] for entry in typed] == [(line, None, "") for line in lines]
+    last = [views and views[-1].text for *_, views in typed]
+    assert last == ["1", "4", None, None]
+
+
+ENTERED = [  # a line that is entered, and what the terminal does about it
+    ("/quit", ("leave", "")),
+    ("/quit  good bye ", ("leave", "good bye")),
+    ("/go", ("list_rooms",)),
+    ("/GO  ", ("list_rooms",)),
+    ("/disconnect", ("disconnect",)),
+    ("/Disconnect ", ("disconnect",)),
+    ("/connect", ("connect", "")),
+    ("/connect  irc.example bob ", ("connect", "irc.example bob")),
+    ("/connected", ("typed", "/connected")),
+    ("/names  ", ("typed", "/names")),
+    ("/go den", ("go", "#den")),
+    ("/go 1", ("go", "#den")),
+    ("/go nope", ("typed", "/go nope")),
+    ("hello  ", ("typed", "hello  ")),
+    ("quit", ("typed", "quit")),
+]
+
+
+@pytest.mark.parametrize("line, done", ENTERED)
+def test_an_entered_line_is_for_the_terminal_or_for_the_conversation(at_keys, line, done):
+    found = []
+    for name in ("leave", "list_rooms", "disconnect", "connect"):
+        setattr(at_keys, name, lambda *values, name=name: found.append((name, *values)))
+    at_keys.go = lambda place: found.append(("go", place[1].name))
+    at_keys.link.typed = lambda text, *_: found.append(("typed", text))
+    at_keys.take(f"{line}\r\r".encode())  # an empty line is none
+    assert found == [done]
+
+
+def test_a_terminal_of_another_size_is_drawn_in_that_size(at_keys):
+    at_keys.terminal.size = lambda: (50, 11)
+    at_keys.news = False
+    at_keys.resize()
+    painter = at_keys.display.painter
+    assert (painter.columns, painter.rows, at_keys.news) == (50, 11, True)
+
+
+@pytest.mark.parametrize("page", [False, True])
+def test_older_messages_are_asked_for_while_the_user_reads_back_a_conversation(at_keys, page):
+    asked = []
+    at_keys.link.ask_older = lambda room: asked.append(room) or True
+    if page:
+        text = "\n".join(map(str, range(100)))
+        at_keys.show([chat.ViewEvent(chat.PAGE, text, "a page")])
+    at_keys.take(b"\x1b[5~")
+    assert asked == ([] if page else [at_keys.core.room])
+    assert at_keys.display.fetching != page
+
+
+def test_what_is_entered_while_the_user_reads_back_shows_the_newest_messages(at_keys):
+    hears(at_keys, *(f":bob!u@h PRIVMSG #tea :{n}" for n in range(100)))
+    at_keys.take(b"\x1b[5~")
+    reader = at_keys.display.reader
+    assert reader.back and reader.room.views.reading
+    at_keys.take(b"hello\r")
+    assert not reader.back and not reader.room.views.reading
+    assert spoken_to(at_keys) == [("#tea", "hello")]
+
+
+@pytest.mark.parametrize("quits", [True, False])
+def test_a_client_that_quits_keeps_the_list_of_its_servers_and_one_that_is_left_does_not(
+    at_keys, quits
+):
+    at_keys.connect("there 6668")
+    there = at_keys.seat
+    if quits:
+        at_keys.leave()
+    else:
+        at_keys.disconnect()
+    assert there.link.ended
+    kept = json.loads(at_keys.store.fact("servers"))
+    assert kept == ["there:6668 alice"] * quits
+
+
+def test_the_servers_of_a_client_are_those_of_its_next_start(at_keys):
+    def kept():
+        return json.loads(at_keys.store.fact("servers") or "[]")
+
+    first, store = at_keys.seat, at_keys.store
+    at_keys.connect("there 6668")
+    at_keys.connect("irc://elsewhere alicia")
+    assert kept() == ["there:6668 alice", "irc://elsewhere:6667 alicia"]
+    at_keys.look_at(first)
+    at_keys.connect("there 6668")  # is known
+    assert at_keys.core.here == "" and len(kept()) == 2
+    at_keys.disconnect()
+    assert kept() == ["irc://elsewhere:6667 alicia"] and not store.waiting
+
+
+def test_a_terminal_that_has_gone_ends_the_client_without_a_word(at_keys):
+    ended = []
+
+    def write(text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    at_keys.terminal.write, at_keys.over = write, ended.append
+    at_keys.write("x")
+    assert ended == [""]
+
+
+def test_a_terminal_gets_what_it_can_show_of_any_text():
+    reader, writer = os.pipe()
+    terminal = chat.RawTerminal.__new__(chat.RawTerminal)
+    terminal.screen = writer
+    terminal.write("a\udce9\U0001f375")
+    assert os.read(reader, 100) == "a?\U0001f375".encode()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_draft_is_stored_when_its_conversation_is_left(at_keys):
