@@ -19672,7 +19672,9 @@ class LogWriter(logging.Handler):
         super().__init__()
         self.fd = fd
         self.lines: collections.deque[bytes] = collections.deque()
-        self.dropped = 0
+        # Lines that did not fit, that were not written, and that a note has told of. Only one
+        # thread changes each
+        self.dropped = self.unwritten = self.told = 0
         self.more = threading.Event()
         self.idle = threading.Event()
         self.idle.set()
@@ -19691,17 +19693,18 @@ class LogWriter(logging.Handler):
             self.more.wait()
             self.more.clear()
             while self.lines:
-                self.dropped += not self._write(self.lines.popleft())
-                if self.dropped and not self.lines:
+                if not self._write(self.lines.popleft()):
+                    self.unwritten += 1
+                if not self.lines:
                     self._tell_dropped()
             self.idle.set()
 
     def _tell_dropped(self) -> None:
-        dropped = self.dropped
-        text = f"{counted(dropped, 'line')} of the log were dropped"
+        lost = self.dropped + self.unwritten - self.told
+        text = f"{counted(lost, 'line')} of the log were dropped"
         record = logging.LogRecord("chat", logging.WARNING, "", 0, text, None, None)
-        if self._write(f"{self.format(record)}\n".encode()):
-            self.dropped -= dropped
+        if lost and self._write(f"{self.format(record)}\n".encode()):
+            self.told += lost
 
     def _write(self, line: bytes) -> bool:
         """Write with os.write: another thread's lock on sys.stderr would hang the program's end.

@@ -26875,6 +26875,25 @@ def test_the_thread_of_the_log_waits_when_all_is_written():
         os.close(theirs)
 
 
+def test_lines_that_come_while_the_log_waits_for_its_reader_are_counted():
+    ours, theirs = os.pipe()
+    writer, read = chat.LogWriter(theirs), b""
+
+    def write(text):
+        writer.handle(chat.logging.LogRecord("chat", chat.logging.INFO, "", 0, text, None, None))
+
+    write("x" * 1_000_000)  # more than a pipe holds
+    assert eventually(lambda: not writer.lines)
+    for n in range(chat.LOG_LINES + 5):
+        write(f"line {n}")
+    while select.select([ours], [], [], 0 if b"dropped" in read else PATIENCE)[0]:
+        read += os.read(ours, 1 << 16)
+    lines = [f"line {n}" for n in range(chat.LOG_LINES)]
+    assert read.decode().splitlines()[1:] == [*lines, "5 lines of the log were dropped"]
+    os.close(ours)
+    os.close(theirs)
+
+
 def test_lines_that_the_log_could_not_write_are_counted_there_once_it_is_read_again():
     ours, theirs = os.pipe()
     writer = chat.LogWriter(theirs)
