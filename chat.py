@@ -7014,16 +7014,16 @@ def ticks_of_log(hub: Hub, when: int) -> int:
 
 def apply_batch(
     hub: Hub, entry: LogEntry, batch: ActBatch, asks: list[Ask], report: Callable = do_nothing
-) -> bool:
-    """Apply a batch of the log to a Hub. Return False if the batch is not the next one of its
-    node's present start: it comes twice, or the node was declared gone meanwhile."""
+) -> None:
+    """Apply a batch of the log to a Hub, if it is the next one of its node's present start: it may
+    come twice, and the node may have been declared gone meanwhile."""
     hub.sequence, hub.now, hub.ticks = entry.sequence, batch.time, ticks_of_log(hub, batch.time)
     hub.log_time, hub.log_ticks = hub.now, hub.ticks
     hub.turn.conversations = {}  # they must not depend on how many entries one turn applies
     node = hub.nodes.get(batch.node)
     is_next = node and node.epoch == batch.epoch and batch.number == node.number + 1
     if not is_next and (batch.number != 1 or (node and node.epoch == batch.epoch)):
-        return False
+        return
     begun = len(hub.turn.events)
     if asks:
         for act, ask in zip(batch.acts, asks, strict=True):  # a bug in what only this node does
@@ -7037,7 +7037,6 @@ def apply_batch(
     if node and node.epoch == batch.epoch:
         hub.nodes[batch.node] = node._replace(number=batch.number, seen=batch.time)
     hub.checksum = checksum(hub.checksum, hub.turn.events[begun:], hub.last_id)
-    return True
 
 
 # Snapshots of a Hub. Users, channels and sessions refer to each other in circles: they are
