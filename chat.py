@@ -18550,9 +18550,9 @@ def open_client_database(path: str) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
-def patience_with(db: sqlite3.Connection, seconds: float = CLIENT_LOCK_SECONDS) -> Iterator[None]:
+def patience_with(db: sqlite3.Connection) -> Iterator[None]:
     """Let statements wait for a lock: at the start, at the end, and for a rare command."""
-    db.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
+    db.execute(f"PRAGMA busy_timeout = {CLIENT_LOCK_SECONDS * 1000:.0f}")
     try:
         yield
     finally:

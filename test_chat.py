@@ -37110,21 +37110,26 @@ def test_only_the_file_that_the_user_opens_is_opened_when_it_is_there(refused):
     assert list(asker.wanted.opening) == ([] if refused else ["wanted"])
 
 
-@pytest.mark.parametrize("how", ["<Button-4>", "<Prior>", "<Home>", "yview"])
-def test_a_scroll_is_not_undone_by_a_message_that_comes_before_it_is_drawn(window, how):
+def test_a_scroll_is_not_undone_by_a_message_that_comes_before_it_is_drawn(window):
     alice = window(name="")
     page = alice.transcript
-    rows = [gui_client.Row(said(f"message {n}", time=EIGHT + n)) for n in range(301)]
-    page.reset(gui_client.Rows(1, gui_client.RESET, tuple(rows[:300])))
-    pump(alice, lambda: page.text.compare("top", "==", "@0,0") and page.text.yview()[1] == 1.0)
-    page.text.focus_force()
-    if how == "yview":
-        page.yview("scroll", -3, "units")
-    else:
-        page.text.event_generate(how, x=9, y=9)
-    page.append(tuple(rows[300:]), False)
-    alice.root.update()
-    assert not page.at_bottom and page.text.yview()[1] < 1.0
+    rows = tuple(gui_client.Row(said(f"message {n}", time=EIGHT + n)) for n in range(301))
+
+    def is_drawn():
+        return page.text.compare("top", "==", "@0,0") and page.text.yview()[1] == 1.0
+
+    for how in ("<Button-4>", "<Prior>", "<Home>", ""):
+        page.reset(gui_client.Rows(1, gui_client.RESET, rows[:300]))
+        page.to_bottom()
+        pump(alice, is_drawn)
+        page.text.focus_force()
+        if how:
+            page.text.event_generate(how, x=9, y=9)
+        else:
+            page.yview("scroll", -3, "units")
+        page.append(rows[300:], False)
+        page.update()
+        assert not page.at_bottom and page.text.yview()[1] < 1.0, how
 
 
 def test_a_page_that_is_about_to_stay_at_its_end_goes_where_the_user_scrolls(window):
@@ -38326,6 +38331,7 @@ ICON = """(async () => {
 })()"""
 
 
+@thorough
 def test_the_page_can_be_installed_over_tls(running, chromium, certificate):
     server = with_page(running, tls_cert=certificate)
     whole = Chromium(CHROMIUMS[-1])  # the headless shell installs nothing
