@@ -4030,7 +4030,7 @@ def test_the_past_of_a_guest_with_a_guest_who_has_left_is_still_the_account_s(wa
     assert history(house, "bob2", "alice") == history(house, "eve", "bob") == []
 
 
-@pytest.mark.parametrize("name", ["guest", "carol", "nobody"])
+@pytest.mark.parametrize("name", ["guest", "carol", "erin"])
 def test_what_others_said_in_this_turn_is_in_no_history_of_a_user_who_asks_for_a_guest(name):
     house = House()
     account(house, "alice", "bob", "carol")
