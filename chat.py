@@ -3366,15 +3366,18 @@ class Hub:
         old.close()
 
     def record_changes(self) -> None:
-        """Make records of the users and channels whose state changed in this turn."""
-        for one in self.turn.changed:
+        """Make records of the users and channels whose state changed in this turn. Those that are
+        gone come first: others may have come with their ids and names."""
+
+        def is_here(one: User | Channel) -> bool:
+            return (self.channels if isinstance(one, Channel) else self.users).get(one.key) is one
+
+        for one in sorted(self.turn.changed, key=is_here):
             if isinstance(one, Channel):
-                if self.channels.get(one.key) is one:
-                    self.turn.record("channel", one.key, json.dumps(one.state()))
-                elif one.key not in self.channels:
-                    self.turn.record("channel_gone", one.key)
+                values = (json.dumps(one.state()),) if is_here(one) else ()
+                self.turn.record("channel" if values else "channel_gone", one.key, *values)
                 continue
-            was, one.stored = one.stored, one.may_return and self.users.get(one.key) is one
+            was, one.stored = one.stored, one.may_return and is_here(one)
             if one.stored:
                 self.turn.record("user", one.resume_id, json.dumps(one.state()))
             elif was:

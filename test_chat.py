@@ -325,7 +325,7 @@ WITHOUT_SOURCE = ("PING", "ERROR", "AUTHENTICATE", "BATCH")
 STANDARD_REPLIES, CODE = ("FAIL", "WARN", "NOTE"), re.compile("[A-Z]+(?:_[A-Z0-9]+)*")
 LEAST_PARAMS = {"PRIVMSG": 2, "NOTICE": 2, "TAGMSG": 1, "QUIT": 1, "JOIN": 1, "PART": 1, "NICK": 1}
 LINE_FORM = re.compile(
-    r"\* .*|(?:\[#[^\]]+\] |\(private\) )?"
+    r"\* .*|(?:\[[~&@%+]?#[^\]]+\] |\(private\) )?"
     r"(?:-[^ ]+- .*|[^ :]+: .*|\* [^ ]+ sends a CTCP .*"
     r"|[^ ]+ \(\S+:\d+\) (?:joined|left) the chat!)"
 )
@@ -4714,11 +4714,20 @@ IRC_SAYS = """
     KLINE 60 *!*@10.* :no|UNKLINE *!*@10.*|KILL {name} :go|WALLOPS :{text}
     CHATHISTORY LATEST {place} * 5
     NAMES {place}|WHO {place}|WHOIS {name}|LIST|SAJOIN {name} {place}
+    NS PASSWD password password2|NS PASSWD password2 password|NS DROP password2|NS DISOWN {place}
+    MODE {place} +qah {name} {name} {name}|MODE {place} -qo {name} {name}|MODE {place} +b a:{name}
+    MODE {place} +b m:{name}|MODE {place} +I {name}!*@*|KLINE a:{name} :no|UNKLINE a:{name}
+    KLINE 1 {name}!*@* :no|UNKLINE {name}!*@*|RENAME {place} #{nick} :moved|JOIN #{nick}
+    RENAME #{nick} {place} :back|NICK {name}|QUIT :bye|JOIN 0|AWAY *|PRIVMSG @{place} :{text}
+    MARKREAD {name} timestamp=1970-01-12T13:50:00.000Z|METADATA * CLEAR|METADATA * UNSUB key
+    METADATA {place} SET key|MONITOR C|CAP REQ :draft/multiline batch|CAP REQ :-message-tags
 """
 LINES_SAY = """
     {text}|/tell {name} {text}|/tell {place} {text}|/join {place}|/part {place}|/nick {nick}
     /me {text}|/topic {place} {text}|/away {text}|/back|/kick {name} {place}|/invite {name} {place}
     /register password|/login {name} password|/logout|/history {place}|/names {place}
+    /quit|/nick {name}|/passwd password password2|/mode {place} +o {name}
+    /oper boss secret|/kline 5 {name}|/unkline {name}|/disown {place}
 """
 IRC_SAYS, LINES_SAY = (
     [line.strip() for line in text.replace("\n", "|").split("|") if line.strip()]
@@ -4732,12 +4741,16 @@ def act_at_random(seeded, house, n):
     in_irc, session = label < "d", house.guests.get(label)
     if session is None or session.conn.closed:
         connect = house.connect_irc if in_irc else house.connect
-        connect(label, host=f"127.0.0.{1 + TALKERS.index(label)}")
+        number = TALKERS.index(label)
+        connect(label, host=f"127.0.0.{1 + number}")
+        nick = label if seeded.random() < 0.8 else seeded.choice(TALKERS)
+        proof = ["AUTHENTICATE PLAIN", f"AUTHENTICATE {plain(nick, 'password')}"]
         start = [
-            f"SESSION {SECRET[:-5]}{label:_<5}",
-            f"NICK {label}",
+            f"SESSION {number:032x}",
+            f"NICK {nick}",
             f"CAP REQ :message-tags batch{' extended-monitor' * (label > 'alice')}",
             f"USER {label} 0 * :{label}",
+            *(proof if seeded.random() < 0.5 else ()),
             "CAP END",
         ]
         house.say(label, *(start if in_irc else [label]))
@@ -4757,8 +4770,67 @@ def act_at_random(seeded, house, n):
         house.say(label, seeded.choice(IRC_SAYS if in_irc else LINES_SAY).format(**words))
 
 
-def live_at_random(seeded, house, steps):
-    """Let clients do something; what they did is in house.journal, what came of it in logged."""
+def tables_of_users(hub):
+    """Yield what two tables of a Hub say about the same thing, and the name of that."""
+    users, sessions = hub.users.values(), hub.sessions
+    yield "keys", {chat.fold(user.name): user for user in users}, hub.users
+    yield "ids", {user.resume_id: user for user in users}, hub.users_by_id
+    yield "tokens", {t: user for user in users for t in user.tokens}, hub.users_by_token
+    yield "ids of sessions", {one.id: one for one in sessions.values()}, sessions
+    named = {(one.user, one) for one in sessions.values() if one.user}
+    yield "sessions", {(user, one) for user in users for one in user.sessions}, named
+    yield "absent users", {user for user in users if not user.sessions}, hub.absent.keys()
+    at_hosts = {(chat.absent_key(user), user) for user in hub.absent}
+    yield "hosts", at_hosts, {(h, user) for h, some in hub.absent_by_host.items() for user in some}
+    yield "operators", {one for one in sessions.values() if one.operator}, hub.operators
+    yield "invisible users", sum("i" in user.modes for user in users), hub.invisible
+    for name in ("watchers", "subscribers"):
+        follows = {(key, s) for s in sessions.values() for kind, key in s.follows if kind == name}
+        yield name, follows, {(key, s) for key, some in getattr(hub, name).items() for s in some}
+    guests = {guest: account for account, some in hub.guests_of.items() for guest in some}
+    yield "guests", guests, hub.accounts_of
+    shapes = {shape for one in hub.accounts.values() for shape in chat.skeletons(one.name)}
+    yield "skeletons", shapes, hub.accounts.skeletons.keys()
+    accounts = {chat.fold(one.name): one for one in hub.accounts.values()}
+    yield "accounts", accounts, dict(hub.accounts)
+    yield "logins", {u.account_key for u in users} - {""} - accounts.keys(), set()
+    yield "certificates", set(hub.accounts.certificates.values()) - accounts.keys(), set()
+
+
+def tables_of_channels(hub):
+    users, channels = hub.users.values(), hub.channels.values()
+    yield "keys", {chat.fold(one.name): one for one in channels}, hub.channels
+    members = {(user, one) for one in channels for user in one.members}
+    yield "members", members, {(user, one) for user in users for one in user.channels}
+    invited = {(user, one) for one in channels for user in one.invited}
+    yield "invitations", invited, {(user, one) for user in users for one in user.invitations}
+    yield "empty", [one.name for one in channels if not (one.members or one.founder)], []
+    founders = collections.Counter(one.founder for one in channels if one.founder)
+    yield "founders", founders, +hub.founded
+    for one in channels:
+        for kind, roster in one.rosters.items():
+            yield (
+                "names",
+                [one.named(user, *kind) for user in one.members],
+                " ".join(roster).split(),
+            )
+        if (known := one.by_wire) is not None:
+            told = chat.sessions_by_wire(s for user in one.members for s in user.sessions)
+            yield "wires", told, {wire: some for wire, some in known.items() if some}
+        yield "former members", one.former, {}
+
+
+def check_tables(hub):
+    """Between two turns, all tables of the Hub say the same."""
+    for name, one, other in (*tables_of_users(hub), *tables_of_channels(hub)):
+        assert one == other, name
+    tables = (*hub.absent_by_host.values(), *hub.watchers.values(), *hub.subscribers.values())
+    assert all((*tables, *hub.markers.values()))  # none is empty
+
+
+def live_at_random(seeded, house, steps, enough=lambda: True):
+    """Let clients do so many things, and then more until it is enough; what they did is in
+    house.journal, what came of it in logged."""
     hub, end, perform_as = house.hub, house.hub.end, house.hub.perform_as
     house.logged, house.journal = [], []
 
@@ -4772,10 +4844,13 @@ def live_at_random(seeded, house, steps):
         end()
 
     hub.end, hub.perform_as = note_end, note_act
-    for n in range(steps):
+    for n in itertools.count():
+        if n >= steps and enough():
+            break
         act_at_random(seeded, house, n)
         if seeded.random() < 0.3:
             house.turn()
+            check_tables(hub)
         if seeded.random() < 0.01:
             house.grace_over()
     house.turn()
@@ -4859,9 +4934,12 @@ def lasting(hub):
         key: (channel.state(), {user.resume_id for user in channel.members} & users.keys())
         for key, channel in hub.channels.items()
     }
+    channels = {key: one for key, one in channels.items() if one[0]["founder"] or one[1]}
+    for state in users.values():  # an invitation ends with its channel
+        state["invitations"] = {k: v for k, v in state["invitations"].items() if k in channels}
     return {
         "users": users,
-        "channels": {key: one for key, one in channels.items() if one[0]["founder"] or one[1]},
+        "channels": channels,
         "certificates": hub.accounts.certificates,
         "markers": {
             owner: marks
@@ -4876,12 +4954,17 @@ def lasting(hub):
     }
 
 
+def has_all(house, *parts):
+    """Return whether something of each of these parts would outlive the server."""
+    known = lasting(house.hub)
+    return all(known[part] for part in parts)
+
+
 @pytest.mark.parametrize("run", some(range(8), 2))
 def test_what_is_stored_is_loaded_as_it_was(seeded, run, tmp_path):
     house = House(store=chat.Store(tmp_path / "chat.db"))
-    live_at_random(seeded, house, 300)
+    live_at_random(seeded, house, 300, lambda: has_all(house, "users", "channels", "accounts"))
     was = lasting(house.hub)
-    assert was["users"] and was["channels"] and was["accounts"]
     said = [event.id for event in house.logged if event.kind == "message"]
     house.store.close()
     store = chat.Store(tmp_path / "chat.db")
@@ -4890,6 +4973,33 @@ def test_what_is_stored_is_loaded_as_it_was(seeded, run, tmp_path):
     kept = [row[0] for row in store.db.execute("SELECT id FROM events WHERE kind = 'message'")]
     assert set(kept) <= set(said) and kept
     store.close()
+
+
+def test_a_user_who_leaves_and_comes_back_in_one_turn_is_stored(folder):
+    house, names = stored(folder), [f"user{n}" for n in range(8)]
+    for n, name in enumerate(names):
+        come(house, name, secret=f"{n:032x}")
+    for n, name in enumerate(names):
+        house.say(name, "QUIT :back at once")
+        house.connect_irc(name)
+        house.say(name, f"SESSION {n:032x}", f"NICK {name}", f"USER {name} 0 * :Again")
+    house.turn()
+    house.store.close()
+    users = stored(folder).hub.users
+    assert {name: user.realname for name, user in users.items()} == dict.fromkeys(names, "Again")
+
+
+def test_a_channel_that_ends_and_is_founded_again_in_one_turn_is_stored(folder):
+    house, names = stored(folder), [f"#c{n}" for n in range(8)]
+    come(house, "alice", secret="0" * 32)
+    house.say("alice", *(f"JOIN {name}" for name in names))
+    house.turn()
+    house.say("alice", *(f"{verb} {name}" for name in names for verb in ("PART", "JOIN")))
+    house.say("alice", *(f"TOPIC {name} :new" for name in names))
+    house.turn()
+    house.store.close()
+    channels = stored(folder).hub.channels
+    assert {name: one.topic for name, one in channels.items()} == dict.fromkeys(names, "new")
 
 
 JUNK_LINES = """
@@ -5496,9 +5606,9 @@ def test_what_is_dropped_at_a_limit_is_dropped_in_the_store(seeded, run, tmp_pat
     for name, most in SMALL_LIMITS.items():
         monkeypatch.setattr(chat, name, most)
     house = House(store=chat.Store(tmp_path / "chat.db"))
-    live_at_random(seeded, house, 400)
+    parts = ("users", "channels", "accounts", "guests")
+    live_at_random(seeded, house, 400, lambda: has_all(house, *parts))
     was = lasting(house.hub)
-    assert was["users"] and was["channels"] and was["accounts"] and was["guests"]
     house.store.close()
     monkeypatch.setattr(chat, "ABSENT_MOST", 1000)  # all are absent at the start
     store = chat.Store(tmp_path / "chat.db")
