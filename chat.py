@@ -3780,7 +3780,6 @@ def attach(hub: Hub, who: Session, user: User, address: str) -> None:
     user.sessions.append(who)
     who.user, who.address = user, address
     hub.turn.individually_addressed.add(who)
-    hub.turn.since[who] = hub.last_id
     hub.turn.changed.add(user)
     for channel in user.channels:
         channel.by_wire = None
@@ -3942,6 +3941,7 @@ def enter(
             set_away(hub, who, away)
         elif not away and not resumed and user.away == "*":  # now the user is here
             set_away(hub, who, "")
+        hub.turn.since[who] = hub.last_id  # the welcome tells the state after all this
         return True, resumed
     if owns and holder:
         take_name(hub, holder, free_name(hub, wanted, seed=seed))
@@ -3950,6 +3950,7 @@ def enter(
     user.metadata, user.away, user.spoke = dict(metadata), away, hub.ticks
     add_user(hub, user)
     attach(hub, who, user, address)
+    hub.turn.since[who] = hub.last_id
     tell_watchers(hub, user.key, CAME_ONLINE, user.source)
     return False, False
 
@@ -4113,7 +4114,6 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     if not user.live:
         remove_user(hub, user, f"Logged in as {account}", who)
     attach(hub, who, holder, who.address)
-    hub.turn.since.pop(who, None)  # this session gets all of the turn's events, too
     return before
 
 

@@ -4975,6 +4975,27 @@ def test_what_is_stored_is_loaded_as_it_was(seeded, run, tmp_path):
     store.close()
 
 
+def test_a_device_gets_nothing_of_what_its_coming_changes_before_its_welcome():
+    house = House()
+    account(house, "alice")
+    device(house, "founder", "alice", "password")
+    ask(house, "founder", "JOIN #a", "QUIT")
+    house.connect_irc("guest", "10.0.0.1")
+    house.say("guest", f"SESSION {SECRET}", "NICK guest", "USER u 0 * :r", "JOIN #a")
+    house.turn()
+    house.connect_irc("again", "10.0.0.2")
+    house.say("again", f"SESSION {SECRET}", "CAP REQ :sasl chghost away-notify account-notify")
+    house.say("again", "NICK guest", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+    house.turn()
+    house.say("again", f"AUTHENTICATE {plain('alice', 'password')}")
+    house.turn()
+    ask(house, "guest", "PING x")
+    lines = ask(house, "again", "AWAY :later", "CAP END")
+    verbs = [line.split()[1] for line in lines]
+    assert verbs[:3] == ["306", "NOTE", "001"] and verbs[-4:] == ["221", "JOIN", "353", "366"]
+    assert "~guest" in lines[-2] and not {"MODE", "CHGHOST", "ACCOUNT"} & {*verbs}
+
+
 def test_a_user_who_leaves_and_comes_back_in_one_turn_is_stored(folder):
     house, names = stored(folder), [f"user{n}" for n in range(8)]
     for n, name in enumerate(names):
