@@ -14154,7 +14154,7 @@ class HistoryRequests:
             core.stored.note_holes(room, *room.holes[:-1], position_of(views[0]))
         unseen = [view._replace(past=True) for view in new if not core.incoming.hides(view)]
         for view in unseen:
-            core.stored.add(view)
+            core.stored.add(view, room)
         room.paged = views[0] if views and not unseen else None
         room.views.extendleft(reversed(unseen))
         if room.paged and not room.whole:
@@ -14349,6 +14349,7 @@ class Joins:
         for key, password in self.typed.items():
             room = self.core.rooms.open(key)
             room.wanted, room.password = True, password
+            self.core.rooms.keep(room)
         self.typed.clear()
 
 
@@ -16215,6 +16216,8 @@ class Rooms(dict[str, Room]):
             store.keep_room(key, room, list(self).index(key))
         elif store:
             store.forget_room(key)
+            for other in self.values():  # their places have changed
+                self.keep(other)
 
     def names_told(self) -> None:
         """Apply the rules for names that the server may just have told."""
@@ -16313,9 +16316,12 @@ class Rooms(dict[str, Room]):
         return next(read, None) or next(reversed(private), None)
 
     def go(self, room: Room) -> None:
-        self.core.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
+        core, before = self.core, self.current
+        if core.reads_at_once and core.looked_at and before and not before.views.reading:
+            self.mark_read(before)
+        core.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
         self.current = room
-        if self.core.reads_at_once:
+        if core.reads_at_once:
             self.mark_read(room)
 
     def go_joined(self, room: Room) -> None:
@@ -16658,9 +16664,10 @@ class StoredMessages:
     def __init__(self, core: "ClientCore"):
         self.core = core
 
-    def add(self, view: ViewEvent) -> None:
+    def add(self, view: ViewEvent, room: Room | None = None) -> None:
+        """Store a message of a conversation. In `room` its users may have other names now."""
         if self.core.store:
-            self.core.store.add(self.core.fold(view.where), view)
+            self.core.store.add(self.core.fold(room.name if room else view.where), view)
 
     def load(self, room: Room) -> None:
         """Begin a conversation with the last messages of an earlier run."""
@@ -16894,11 +16901,14 @@ class Incoming:
         room.typing.pop(view.name, None)
         self._unfold(room, view.name)
         view = core.timed(view, room)
-        core.stored.add(view)
+        core.stored.add(view, room)
         room.views.append(view)
         elsewhere = room is not core.room or not core.looked_at or not core.reads_at_once
         new = view.time > room.read_time or not paged
         if elsewhere and new and not (view.mine or view.past):
+            if not room.read_time:  # the next start must know that this one is news
+                room.read_time = room.told_time = core.believable(view.time) - 1
+                core.rooms.keep(room)
             room.unread += 1
             room.called += view.called and not room.muted
         core.show(view)

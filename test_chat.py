@@ -22097,6 +22097,78 @@ def test_a_client_that_starts_again_shows_what_it_had_and_fills_the_gap():
     ]
 
 
+def started_again(house, db, name="alice"):
+    """Return what another start of a client would begin with, from a copy of its database."""
+    copy = chat.open_client_database(":memory:")
+    db.backup(copy)
+    store = chat.ClientStore(copy, "here", name)
+    return chat.ClientCore(name, store=store, kind=chat.CHAT, clock=lambda: house.now)
+
+
+def test_a_conversation_never_looked_at_is_unread_after_the_next_start_too():
+    house, db = house_of("bob"), chat.open_client_database(":memory:")
+    alice = kept_client(house, db)
+    house.say("bob", "/tell alice one", "/tell alice two")
+    alice.exchange()
+    alice.core.tick()
+    alice.exchange()
+    assert alice.core.rooms["bob"].unread == 2
+    assert started_again(house, db).rooms["bob"].unread == 2
+    assert house.hub.markers == {}  # nothing was read on this device
+
+
+def test_what_was_read_just_before_the_user_went_elsewhere_stays_read():
+    house, db = house_of("bob"), chat.open_client_database(":memory:")
+    alice = kept_client(house, db)
+    house.say("bob", "seen a while ago")
+    alice.exchange()
+    alice.core.tick()
+    house.say("bob", "seen just now")
+    alice.exchange()
+    alice.typed("/join #a")
+    alice.core.tick()
+    assert started_again(house, db).rooms["#lobby"].unread == 0
+
+
+def test_conversations_keep_their_order_over_a_start_after_some_were_closed():
+    house, db = house_of(), chat.open_client_database(":memory:")
+    alice = kept_client(house, db)
+    for line in ("/join #a", "/join #b", "/join #c", "/part #lobby", "/part #a", "/join #aa"):
+        alice.typed(line)
+    alice.core.tick()
+    assert list(alice.core.rooms) == ["#b", "#c", "#aa"]
+    assert list(started_again(house, db).rooms) == ["#b", "#c", "#aa"]
+
+
+def test_a_page_is_stored_in_its_conversation_whatever_its_users_are_called_now():
+    house, db = house_of("bob"), chat.open_client_database(":memory:")
+    alice = kept_client(house, db)
+    alice.typed("/tell bob first")
+    house.say("bob", "/nick rob")
+    alice.exchange()
+    alice.drop()
+    house.say("bob", "/nick bob", "/tell alice as bob", "/nick rob", "/tell alice as rob")
+    house.turn()
+    alice.connect()
+    alice.exchange()
+    alice.core.tick()
+    (talk,) = (room for room in alice.core.rooms.values() if not room.is_channel)
+    texts = ["first", "as bob", "as rob"]
+    assert [view.text for view in talk.views if view.kind == "message"] == texts
+    (again,) = (room for room in started_again(house, db).rooms.values() if not room.is_channel)
+    assert [view.text for view in again.views] == texts
+
+
+def test_a_channel_whose_join_is_not_answered_is_joined_by_the_next_start():
+    house, db = House(), chat.open_client_database(":memory:")
+    alice = kept_client(house, db)
+    alice.core.typed("/join #a word")
+    alice.core.disconnected()
+    alice.core.tick()
+    room = started_again(house, db).rooms["#a"]
+    assert room.wanted and room.password == "word"
+
+
 @pytest.mark.parametrize("size, tokens", [(10, 1.0), (chat.PACE_BYTES, 1.6)])
 def test_a_long_line_takes_more_of_the_pace_than_a_short_one(size, tokens):
     alice = Elsewhere()
