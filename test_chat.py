@@ -5415,6 +5415,27 @@ def test_an_act_on_what_has_gone_changes_nothing(name, values):
     assert picture_of(house.hub) == before and house.hub.cluster == "one"
 
 
+def test_silence_and_absence_count_from_the_founding_of_a_cluster_on():
+    house = House()
+    come(house, "alice", "bob", secret="a" * 32)
+    house.leave("bob")
+    house.hub.ticks += 60_000
+    values = "cluster", "abcd", "irc.test", 11, 22, "state"
+    house.hub.perform("found_cluster", house.guests["alice"].id, *values)
+    hub = house.hub
+    assert {user.spoke for user in hub.users.values()} == {hub.ticks}
+    assert list(hub.absent.values()) == [hub.ticks] * len(hub.absent) and hub.absent
+    assert (hub.cluster, hub.name, hub.files.most, hub.files.total) == (
+        "cluster",
+        "irc.test",
+        11,
+        22,
+    )
+    (started,) = [one for one in hub.turn.records if one.name == "start"]
+    assert started.values == (hub.last_id + 1, chat.LAST_ID, "abcd")
+    assert hub.ids.starts[-1] == started.values
+
+
 def test_bans_whose_time_is_over_go_with_the_next_ban():
     house = House()
     house.enter_irc("boss")
@@ -6999,6 +7020,56 @@ WITHOUT_A_DATABASE = [  # what an act asks the store, and the answer when the da
     (lambda store: store.dedup.find(["=a"], "id"), None),
     (lambda store: store.retention.prune(idle=True, now=1), False),
 ]
+
+
+@pytest.mark.parametrize("target, found", [("#a", None), ("#b", "said"), ("#c", None)])
+def test_the_author_of_a_message_is_found_under_the_name_of_its_channel_in_this_turn(target, found):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a,#c")
+    ask(house, "bob", "JOIN #a")
+    message_id, _ = send(house, "bob", "#a", "hello")
+    house.say("alice", "TOPIC #c x", "RENAME #a #b", "JOIN #a")
+    number = house.hub.ids.parse(message_id)
+    house.say("bob", "PRIVMSG #b :now")
+    for id in (number, house.hub.last_id):
+        author = house.hub.author_of([target], id)
+        assert (author and author[1]) == (found and house.hub.users["bob"].identity)
+
+
+GUESTS_ASKED_FOR = [  # who asks, the name, with whom the conversation was; "" for none
+    ("alice", "bob", "bob"),
+    ("alice", "zoe", ""),  # who has an account
+    ("alice", "carol", ""),  # with whom another user talked
+    ("bob", "alice", "alice"),
+    ("bob", "carol", "carol"),
+    ("zoe", "alice", "alice"),
+    ("carol", "alice", ""),
+    ("carol", "bob", "bob"),
+    ("alice", "alice", ""),
+    ("carol", "rob", ""),
+]
+
+
+@pytest.mark.parametrize("stored_first", [False, True])
+@pytest.mark.parametrize("who, name, partner", GUESTS_ASKED_FOR)
+def test_the_conversations_with_a_guest_of_some_name_are_found(who, name, partner, stored_first):
+    house = House()
+    account(house, "zoe")
+    come(house, "alice", "bob", "carol")
+    come_again(house, "zoe", "zoe", account="zoe")
+    house.say("alice", "PRIVMSG bob :one", "PRIVMSG zoe :one")
+    house.say("bob", "PRIVMSG carol :one")
+    if stored_first:
+        house.turn()
+        house.say("bob", "NICK rob", "PRIVMSG alice :two", "PRIVMSG carol :two")
+    identity = {
+        one.user.name.replace("rob", "bob"): one.user.identity
+        for one in house.guests.values()
+        if one.user
+    }
+    key = " ".join(sorted((identity[who], identity[partner]))) if partner else ""
+    assert house.hub.guest_conversations(identity[who], name) == [key] * bool(partner)
 
 
 @pytest.mark.parametrize("ask_it, answer", WITHOUT_A_DATABASE)
@@ -8770,7 +8841,7 @@ def test_private_messages_are_the_same_on_a_node_that_applies_many_entries_at_on
     nodes = Nodes(folder, "n1", "n2")
     one = nodes["n1"]
     account(one, "zoe")
-    come(one, "alice", "bob")
+    come(one, "alice", "bob", "carol")
     nodes.settle()
     for who, line in (
         ("alice", "PRIVMSG bob :one"),
@@ -8778,6 +8849,9 @@ def test_private_messages_are_the_same_on_a_node_that_applies_many_entries_at_on
         ("alice", "PRIVMSG bob :two"),
         ("bob", "NICK rob"),
         ("alice", "PRIVMSG rob :three"),
+        ("alice", "@+typing=active TAGMSG carol"),
+        ("carol", "NICK caro"),
+        ("alice", "PRIVMSG caro :four"),
     ):
         ask(one, who, line)
     assert nodes["n2"].hub.sequence < one.hub.sequence - 2
@@ -12194,6 +12268,47 @@ def test_a_page_that_is_cut_by_its_size_is_not_marked_as_the_last():
     assert ("draft/chathistory-end" in opening(lines).tags) == (len(page) == 400)
 
 
+@pytest.mark.parametrize("less, count", [(0, 3), (1, 2)])
+def test_a_page_of_history_has_at_most_so_many_bytes_of_the_database(less, count, monkeypatch):
+    house = irc_house("#a", alice="", bob="message-tags")
+    for text in ("one", "two", "three"):
+        asked(house, "bob", f"@+x=y PRIVMSG #a :{text}")
+    ((size,),) = house.store.db.execute(
+        "SELECT sum(length(text) + length(tags)) FROM events WHERE kind = 'message'"
+    )
+    monkeypatch.setattr(chat, "PAGE_BYTES", size - less)
+    span = chat.Span(
+        chat.scope_of(house.hub, house.hub.users["alice"], house.hub.channels["#a"].audience),
+        chat.SPOKEN,
+    )
+    for newest in (True, False):
+        page = [event.text for event in house.store.history.page(span, 9, newest)]
+        assert page == (
+            ["one", "two", "three"][-count:] if newest else ["one", "two", "three"][:count]
+        )
+
+
+@pytest.mark.parametrize("less, count", [(0, 3), (1, 2)])
+def test_a_page_of_history_has_at_most_so_many_bytes_as_it_is_sent(less, count, monkeypatch):
+    house = irc_house("#a", alice="draft/chathistory server-time message-tags", bob="")
+    asked(house, "bob", *[f"PRIVMSG #a :{n}" for n in range(3)])
+    forget(house)
+    page = ask(house, "alice", "CHATHISTORY LATEST #a * 9")
+    monkeypatch.setattr(chat, "PAGE_BYTES", len("".join(f"{line}\r\n" for line in page)) - less)
+    assert ask(house, "alice", "CHATHISTORY LATEST #a * 9") == page[-count:]
+
+
+@pytest.mark.parametrize("less", [0, 1])
+def test_a_page_that_is_large_for_the_database_may_not_be_the_last(less, monkeypatch):
+    house = irc_house("#a", alice=HISTORY, bob="")
+    asked(house, "bob", *[f"PRIVMSG #a :{'x' * 400}" for _ in range(3)])
+    forget(house)
+    monkeypatch.setattr(chat, "PAGE_BYTES", 2 * 1200 - less)
+    lines = asked(house, "alice", "CHATHISTORY LATEST #a * 9")
+    assert len(of(lines, "PRIVMSG")) == 3
+    assert ("draft/chathistory-end" in opening(lines).tags) == (not less)
+
+
 # Tags only for clients that can take them
 def test_a_client_without_message_tags_gets_no_mark_of_the_last_page():
     house = irc_house("#a", alice="batch draft/chathistory")
@@ -14595,6 +14710,14 @@ FIRST_LINES = [
         ["* thank you; now your name", "* you are in already"],
     ),
 ]
+
+
+@pytest.mark.parametrize("name", ["", " ", "\t"])
+def test_a_name_without_a_visible_character_is_refused_as_none(name):
+    house = house_of("alice")
+    with pytest.raises(chat.Refused, match="at least one visible character") as refused:
+        house.hub.perform("rename_user", house.guests["alice"].id, name, False, 0)
+    assert refused.value.code == "NO_NAME" and house.hub.users.keys() == {"alice"}
 
 
 @pytest.mark.parametrize("lines, heard", FIRST_LINES)
@@ -18819,6 +18942,19 @@ def test_of_a_burst_that_a_server_drops_and_changes_nothing_is_taken_for_arrived
     assert len([text for text in alice.said() if "*alice" in text]) == len(texts)
 
 
+@pytest.mark.parametrize("arrived, asked", [([], 61.0), ([55], 76.0), ([52, 70], None)])
+def test_an_echo_is_overdue_some_time_after_the_last_confirmation(arrived, asked):
+    alice = Elsewhere(caps="echo-message message-tags")
+    alice.core.outbox.window, alice.now = 9, 50.0
+    said, pings = alice.types("one", "two").sent(1), []
+    while alice.now < 80:
+        pings += [alice.now for line in alice.sent(1) if line.startswith("PING ")]
+        for number, when in enumerate(arrived):
+            if when == alice.now:
+                alice.hears(said[number].replace(" PRIVMSG", " :alice!u@h PRIVMSG"))
+    assert pings == [asked] * bool(asked)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_each_line_of_a_message_has_a_label_by_which_its_changed_echo_is_known(number):
     alice = Elsewhere(caps=LABELLING, interactive=False)
@@ -19349,6 +19485,7 @@ def without_its_nick(*tokens):
         ["437 alice2 alice :Nick is temporarily unavailable"],
         ["433 alice2 alice :Nickname is already in use"],
         ["734 alice2 100 alice :Monitor list is full"],
+        ["734 alice2 alice :Monitor list is full"],
     ],
 )
 def test_a_nick_that_cannot_be_had_yet_is_asked_for_again_and_told_once(tokens, answers):
@@ -20883,6 +21020,19 @@ def test_any_words_can_be_searched_for(words):
         assert len(store.find(words, 9)) == 1
         store.index()
     assert store.find("absent", 9) == [] and store.trouble == ""
+
+
+def test_what_was_said_is_indexed_a_slice_each_second(monkeypatch):
+    monkeypatch.setattr(chat, "CLIENT_INDEX_SLICE", 2)
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice, indexed = Elsewhere(store=store), []
+    for n in range(3):
+        alice.hears(f":bob!u@h PRIVMSG #lobby :milk {n}")
+    for _ in range(3):
+        alice.sent(1)
+        query = "SELECT count(*) FROM messages, indexed WHERE messages.number <= indexed.number"
+        indexed += store.db.execute(query).fetchone()
+    assert indexed == [2, 3, 3]
 
 
 def test_a_store_that_is_locked_for_long_loses_nothing_and_breaks_nothing(tmp_path):
@@ -33394,6 +33544,23 @@ def test_an_upload_that_is_dropped_is_removed_as_soon_as_the_server_can_be_asked
     assert files.asked[2:] == ["DELETE", "DELETE"] and not files.dropped and not files.calls
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_connection_is_not_read_while_a_piece_of_a_file_is_written(fails, tmp_path):
+    files, jobs, states, dropped = InMemory(tmp_path), [], [], []
+    files.start(chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"))
+    call = files.calls["1"]
+    call.update, call.drop = (lambda: states.append(call.holds)), dropped.append
+    files.link.helpers.submit = lambda owner, job, then: jobs.append((job, then))
+    files.last.began(chat.Response(200, {"content-length": ["10"]}))
+    files.last.piece(b"01234")
+    assert states == [True]
+    ((job, then),) = jobs
+    job()
+    then(OSError("the disk is full") if fails else None)
+    assert states == [True, False] and dropped == ["the disk is full"] * fails
+    assert [one.done for one in files.core.transfers] == [5] * (not fails)
+
+
 @pytest.mark.parametrize("most, fetched", [(10, WHOLE[2]), (9, b"")])
 def test_a_picture_that_is_fetched_comes_whole_or_not_at_all(most, fetched, tmp_path):
     files, got = InMemory(tmp_path, WHOLE), []
@@ -39329,6 +39496,320 @@ def test_a_new_password_waits_5_s_for_a_busy_server(folder, monkeypatch):
     assert chat.main(["passwd", "alice", "--data", str(folder), "--password", "secret"]) == 0
     assert "PRAGMA busy_timeout = 5000" in statements
     assert any(line.startswith("UPDATE accounts") for line in statements)
+
+
+NEW_PASSWORDS = [  # name, password, what happens before it is set; the words that are told
+    ("alice", "p" * chat.PASSWORD_LEAST, "", "alice has another password now\n"),
+    ("ALICE", "p" * chat.PASSWORD_TRIED, "", "alice has another password now\n"),
+    ("bob", "anotherword", "", "there is no account bob"),
+    ("alice", "p" * (chat.PASSWORD_LEAST - 1), "", f"a password has {chat.PASSWORD_LEAST} to"),
+    ("alice", "p" * (chat.PASSWORD_TRIED + 1), "", f"a password has {chat.PASSWORD_LEAST} to"),
+    ("alice", "anotherword", "UPDATE accounts SET salt = x'00'", "was changed meanwhile"),
+    ("alice", "anotherword", "DROP TABLE accounts", "could not be changed: no such table"),
+    ("alice", "", "", "alice has another password now\n"),
+]
+
+
+@pytest.mark.parametrize("name, password, meanwhile, told", NEW_PASSWORDS)
+def test_a_password_is_set_or_the_reason_is_told(
+    name, password, meanwhile, told, folder, monkeypatch, capsys
+):
+    def made(password):
+        with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db, db:
+            db.execute(meanwhile or "SELECT 1")
+        return chat.Verifier(b"salt", 9, b"stored", password.encode())
+
+    house = stored(folder)
+    account(house, "alice")
+    house.store.close()
+    monkeypatch.setattr(chat, "make_verifier", made)
+    monkeypatch.setattr(chat, "secret_option", lambda text: text or "typed one")
+    code = chat.main(
+        ["passwd", name, "--data", str(folder), "--password", password or "x" * 8][
+            : 6 if password else 4
+        ]
+    )
+    out, err = capsys.readouterr()
+    assert (told in (err if code else out)) and (code, out) == (
+        int(told[-1] != "\n"),
+        "" if code else told,
+    )
+    if not code:
+        with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+            row = db.execute("SELECT salt, rounds, stored_key, server_key FROM accounts").fetchone()
+        assert row == (b"salt", 9, b"stored", (password or "typed one").encode())
+
+
+@pytest.mark.parametrize(
+    "command", [["passwd", "alice", "--password", "anotherword"], ["backup", "copy"]]
+)
+def test_a_command_for_a_database_that_is_not_there_says_where_to_look(command, folder, capsys):
+    assert chat.main([*command, "--data", str(folder)]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"chat.py: there is no database in {folder}; --data says where it is\n"
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_copy_is_no_node_and_one_that_failed_is_removed(fails, folder, monkeypatch, capsys):
+    def opens(path, how):
+        if how == "rw" and fails:
+            raise sqlite3.OperationalError("the disk is full")
+        return connect(path, how)
+
+    connect, copy = chat.connect, folder / "copy.db"
+    store = chat.Store(folder / "chat.db", node=True)
+    assert store.db.execute("SELECT count(*) FROM origins").fetchone() > (0,)
+    monkeypatch.setattr(chat, "connect", opens)
+    code = chat.main(["backup", str(copy), "--data", str(folder)])
+    store.close()
+    out, err = capsys.readouterr()
+    assert (code, copy.exists()) == (int(fails), not fails)
+    if fails:
+        assert err == "chat.py: the copy failed: the disk is full\n"
+    else:
+        assert f"{copy} is a copy of {folder / 'chat.db'}; it can be chat.db" in out
+        with contextlib.closing(sqlite3.connect(copy)) as db:
+            assert db.execute("SELECT count(*) FROM origins").fetchone() == (0,)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What a server does from its command line to its end, in order, without a network."""
+
+    class Log(logging.Handler):
+        def __init__(self, fd):
+            super().__init__()
+            done.append(f"log to {fd}")
+
+        def flush(self):
+            done.append("flush")
+
+    class Ending:
+        failure, restarting, given = "", False, None
+
+        def __init__(self, loop, options):
+            Ending.given, self.cluster = options, options.cluster
+            self.store = types.SimpleNamespace(guard=lambda path: done.append(f"guard {path.name}"))
+
+        def stop(self): ...
+
+        def reload(self): ...
+
+        def close(self):
+            done.append("close")
+
+    def lock(folder):
+        locks.append(os.open(os.devnull, os.O_RDONLY))
+        return locks[0]
+
+    def restart(program, arguments):
+        with contextlib.suppress(OSError, IndexError):
+            os.fstat(locks[0])
+            done.append("still locked")
+        done.append("restart")
+
+    done, locks = [], []
+    loop = types.SimpleNamespace(run=lambda: done.append("run"))
+    fakes = {
+        "LogWriter": Log,
+        "Server": Ending,
+        "Loop": lambda: loop,
+        "lock_folder": lock,
+        "on_signal": lambda loop, name, call: done.append(f"{name}: {call.__name__}"),
+        "NatsLink": lambda server: done.append("link") or server.on_serving(),
+        "how_to_join": lambda server: "how to join",
+        "web_addresses": lambda server: ["http://one/", "http://two/"],
+        "announce": done.append,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(chat, name, fake)
+    monkeypatch.setattr(logging, "basicConfig", lambda **given: done.append(given["level"]))
+    monkeypatch.setattr(os, "umask", lambda mask: done.append(f"umask {mask:o}"))
+    monkeypatch.setattr(os, "execv", restart)
+    done.clear()
+    return types.SimpleNamespace(done=done, server=Ending)
+
+
+CODE_OF_TWO = "\n".join(chat.qr_rows("http://two/"))
+SERVER_LIVES = [  # arguments, what it does after umask 77 and up to its run
+    (["--data", "none"], ["signals", "how to join"]),
+    (["--data", "x"], ["guard lock", "signals", "how to join"]),
+    (["--data", "none", "--qr"], ["signals", "how to join", CODE_OF_TWO]),
+    (
+        ["--data", "x", "--cluster", "nats://127.0.0.1:4222", "--node", "n1"],
+        ["guard lock", "signals", "link", "how to join"],
+    ),
+]
+SIGNALS = ["SIGINT: stop", "SIGTERM: stop", "SIGHUP: reload"]
+
+
+@pytest.mark.parametrize("arguments, begun", SERVER_LIVES)
+@pytest.mark.parametrize("failure, restarting", [("", False), ("", True), ("broken", True)])
+def test_a_server_that_ends_has_stored_logged_and_unlocked_all_before_it_restarts(
+    arguments, begun, failure, restarting, steps, capsys
+):
+    steps.server.failure, steps.server.restarting = failure, restarting
+    code = chat.main(["server", "--log", "debug", *arguments])
+    at = begun.index("signals")
+    begun = [*begun[:at], *SIGNALS, *begun[at + 1 :]]
+    ends = ["run", "close", "flush", *["restart"] * (restarting and not failure)]
+    assert steps.done == ["log to 2", "DEBUG", "umask 77", *begun, *ends]
+    assert (code, capsys.readouterr().err) == (
+        int(bool(failure)),
+        "chat.py: broken\n" if failure else "",
+    )
+
+
+def test_the_code_of_an_address_is_drawn_in_colours_on_a_terminal(steps, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    chat.main(["server", "--data", "none", "--qr"])
+    assert "\n".join(chat.qr_on_screen("http://two/")) in steps.done
+
+
+WEB_GIVEN = [  # arguments, a field of the web's options, its value
+    (
+        ["--web-origin", "https://a.example", "--web-origin", "https://b.example"],
+        "origins",
+        {"https://a.example", "https://b.example"},
+    ),
+    (
+        ["--web-origin", "https://a.example:8443", "--web-url", "https://b.example"],
+        "hosts",
+        {"a.example", "b.example"},
+    ),
+    (["--web-url", "https://b.example"], "url", "https://b.example"),
+    ([], "url", ""),
+    ([], "hosts", set()),
+    (["--web-proxy", "192.0.2.1"], "proxies", {"192.0.2.1"}),
+    (["--metrics", "open"], "open_metrics", True),
+    (["--metrics", "local"], "open_metrics", False),
+    (["--files", "off"], "files", False),
+    ([], "files", True),
+    (["--listen", "127.0.0.1:1"], "listen", ("127.0.0.1", 1)),
+]
+
+
+@pytest.mark.parametrize("arguments, name, value", WEB_GIVEN)
+def test_a_server_is_started_as_its_command_line_says(arguments, name, value, steps):
+    assert chat.main(["server", "--data", "none", *arguments]) == 0
+    given = steps.server.given
+    found = getattr(given, name) if name in given._fields else getattr(given.web, name)
+    assert (found[0][:2] if name == "listen" else found) == value
+
+
+@pytest.fixture
+def clients(monkeypatch):
+    """The clients that were started, by the name of their class, with their options."""
+    started = []
+
+    class Ended:
+        def __init__(self, kind, options):
+            self.kind, self.options, self.closed = kind, options, False
+            started.append(self)
+
+        def run(self):
+            assert not self.closed
+            return "because" if self.options.name == "mute" else ""
+
+        def close(self):
+            self.closed = True
+
+    for name in ("Filter", "TerminalClient"):
+        monkeypatch.setattr(chat, name, functools.partial(Ended, name))
+    monkeypatch.setattr(chat, "secret_option", lambda text: f"secret {text}")
+    monkeypatch.setattr(chat, "data_folder", lambda: pathlib.Path("/data"))
+    monkeypatch.setattr(chat, "config_folder", lambda: pathlib.Path("/config"))
+    return started
+
+
+A_LOGIN = lambda name, text: chat.Login(name, f"secret {text}")  # noqa: E731
+CLIENTS_GIVEN = [  # arguments, a field of the options, its value
+    ([], "name", "alice"),
+    ([], "join", ()),
+    (["--join", "#a,#b", "--join", "#c"], "join", ("#a", "#b", "#c")),
+    ([], "state", pathlib.Path("/data/client")),
+    ([], "config", pathlib.Path("/config")),
+    (["--data", "/here"], "state", pathlib.Path("/here")),
+    (["--data", "/here"], "config", pathlib.Path("/here")),
+    (["--no-state"], "state", None),
+    (["--no-state"], "config", None),
+    ([], "commands", False),
+    (["--commands"], "commands", True),
+    ([], "login", None),
+    (["--login"], "login", A_LOGIN("alice", "")),
+    (["--login", "zoe"], "login", A_LOGIN("zoe", "")),
+    (["--login", "zoe:@file"], "login", A_LOGIN("zoe", "@file")),
+    (["--login", ":@file"], "login", A_LOGIN("alice", "@file")),
+    ([], "password", ""),
+    (["--sasl", "PLAIN"], "mechanisms", ("PLAIN",)),
+    (["--insecure"], "trust", chat.Trust(None, None, True, None)),
+    (["--client-cert", "c.pem"], "trust", chat.Trust(None, None, False, "c.pem")),
+]
+
+
+@pytest.mark.parametrize("arguments, name, value", CLIENTS_GIVEN)
+def test_a_client_is_started_as_its_command_line_says(arguments, name, value, clients, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: False))
+    assert chat.main(["client", "alice", *arguments]) == 0
+    (client,) = clients
+    assert getattr(client.options, name) == value and client.closed and client.kind == "Filter"
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_plain_client_is_one_of_all_servers_that_it_is_given(plain, clients):
+    chat.main(["client", "alice", "--server", "one:1,two:2", *["--plain"] * plain])
+    target = clients[0].options.target
+    kinds = [one.kind for one in (target, *target.others)]
+    assert len(kinds) == 2 and [kind == chat.PLAIN for kind in kinds] == [plain] * 2
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+@pytest.mark.parametrize(
+    "reads, writes", [(False, False), (False, True), (True, False), (True, True)]
+)
+def test_a_screen_needs_a_terminal_on_both_sides(reads, writes, term, clients, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: reads))
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(isatty=lambda: writes))
+    monkeypatch.setenv("TERM", term)
+    assert chat.main(["client", "alice"]) == 0
+    screen = reads and writes and term == "xterm"
+    assert [client.kind for client in clients] == ["TerminalClient" if screen else "Filter"]
+    assert clients[0].options.commands == reads
+
+
+NOT_A_NAME = [  # a nick on the command line, what is told
+    ("", "'' cannot be a name"),
+    (" ", "' ' cannot be a name"),
+    ("/me", "'/me' cannot be a name"),
+    ("NICK x", "'NICK x' cannot be a name"),
+    ("GET / HTTP/1.1", "'GET / HTTP/1.1' cannot be a name"),
+    ("x" * (chat.NAME_BYTES + 1), f"a name has at most {chat.NAME_BYTES} bytes"),
+    ("al\udcffice", "'al\\udcffice' on the command line is not UTF-8 text"),
+    ("mute", "because"),
+]
+
+
+@pytest.mark.parametrize("name, told", NOT_A_NAME)
+def test_a_client_that_cannot_go_on_tells_why_on_its_last_line(name, told, clients, capsys):
+    assert chat.main(["client", name]) == 1
+    assert capsys.readouterr().err == f"chat.py: {told}\n"
+    assert [client.closed for client in clients] == [True] * (name == "mute")
+
+
+@pytest.mark.parametrize("name", ["x" * chat.NAME_BYTES, "  alice   smith "])
+def test_a_name_of_a_client_is_as_long_as_it_may_be_and_has_single_blanks(name, clients):
+    assert chat.main(["client", name]) == 0
+    assert clients[0].options.name == " ".join(name.split())
+
+
+def test_a_program_that_is_interrupted_ends_with_130(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "command_line", interrupted)
+    assert chat.main(["server"]) == 130
 
 
 def test_a_terminated_server_says_goodbye_keeps_everything_and_exits_with_0(folder):
