@@ -14928,7 +14928,7 @@ class IrcTalk:
         outer = self.batches.get(batch.outer) if batch and sign == "-" else None
         if outer and len(outer.items) < BATCH_LINES:
             outer.items.append(batch)
-        elif batch and not outer:  # or the end of one before was lost
+        elif batch:  # one too many; or the end of one before was lost
             self.end_batch(batch)
         if sign == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
             self.batches[reference] = Batch(heard, self.core.ticks())

@@ -14730,6 +14730,17 @@ def test_a_first_line_that_cannot_be_the_name_is_answered(lines, heard):
     assert house.guests["x"].user
 
 
+@pytest.mark.parametrize("line, told", [("/away lunch", ["* bob is away: lunch"]), ("/names", [])])
+def test_a_user_who_tells_something_to_one_who_is_away_is_told_so(line, told):
+    house = house_of("alice", "bob")
+    house.say("bob", line)
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "/tell bob hi")
+    house.turn()
+    assert house.heard("alice") == ["* told bob: hi", *told]
+
+
 def test_a_password_comes_before_the_name_and_three_wrong_ones_end_it():
     house = House(password="open sesame")
     house.connect("a")
@@ -20662,6 +20673,15 @@ TWO_USERS = (
 THREE = ["[x]: one", "{x}: two", "[x]: three"]
 
 
+def test_drafts_of_two_conversations_that_become_one_are_two_lines_of_its_draft():
+    alice = lived("ascii", *TWO_USERS, texts=["/go [x]", "/query carol"])
+    alice.core.find("[x]").draft, alice.core.find("{x}").draft = "to be", "or not"
+    alice.core.disconnected()
+    alice.connect("CASEMAPPING=rfc1459")
+    assert sorted(alice.core.find("[x]").draft.split("\n")) == ["or not", "to be"]
+    assert not alice.kinds("back")
+
+
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("after", ["rfc1459", None])
 @pytest.mark.parametrize("looked_at", ["[x]", "{x}"])
@@ -21623,6 +21643,42 @@ def test_people_are_listed_up_to_the_limit(monkeypatch):
     for name in "abc":
         alice.core.typing.note(room, name, "active")
     assert list(room.typing) == ["a", "b"]
+
+
+def test_a_batch_within_a_full_one_is_taken_by_itself(monkeypatch):
+    monkeypatch.setattr(chat, "BATCH_LINES", 2)
+    alice = Elsewhere(caps="batch message-tags")
+    alice.hears("BATCH +out netsplit a b")
+    for n in range(3):
+        alice.hears(f"@batch=out BATCH +in{n} x", f"@batch=in{n} :bob!u@h PRIVMSG #lobby :{n}")
+        alice.hears(f"BATCH -in{n}")
+    assert alice.said() == ["#lobby bob: 2"]
+    alice.hears("BATCH -out")
+    assert alice.said() == ["#lobby bob: 0", "#lobby bob: 1"]
+
+
+def test_a_user_who_is_shown_no_longer_is_not_monitored_but_the_wanted_nick_is():
+    alice = without_its_nick("MONITOR=100")
+    alice.sent(1)
+    for sign, line in (("-", "MONITOR - bob,carl"), ("+", "MONITOR + bob,alice,carl")):
+        alice.core.talk.watch(["bob", "alice", "", "a b", "c,d", "carl"], sign)
+        assert alice.sent(1) == [line]
+    alice.core.talk.watch(["alice"], "-")
+    assert alice.sent(1) == []
+    alice.hears(":alice2!u@h NICK alice")
+    alice.sent(1)
+    alice.core.talk.watch(["alice"], "-")
+    assert alice.sent(1) == ["MONITOR - alice"]
+
+
+@pytest.mark.parametrize("number, newest", [(1, 5000), (9, 9000)])
+def test_the_newest_moment_that_is_known_never_goes_back(number, newest):
+    alice = Elsewhere(caps="server-time message-tags")
+    alice.hears("@time=1970-01-01T00:00:05.000Z :bob!u@h PRIVMSG #lobby :hi")
+    alice.hears(f"@time=1970-01-01T00:00:0{number}.000Z :alice!u@h JOIN #tea")
+    assert alice.core.known.newest == newest
+    alice.hears(":alice!u@h JOIN #coffee")
+    assert alice.core.known.newest == newest
 
 
 @pytest.mark.parametrize("people, asked", [(2, True), (3, False)])
@@ -24686,6 +24742,26 @@ def test_an_offer_that_this_client_does_not_take_is_told():
     assert "b.txt" not in alice.kinds("server text")[-1]
 
 
+@pytest.mark.parametrize(
+    "more, told", [(-1, None), (0, None), (1, "and 1 change more"), (2, "and 2 changes more")]
+)
+def test_changes_beyond_those_that_are_named_are_counted(more, told):
+    count = chat.MOVES_NAMED + more
+    moves = [chat.ViewEvent(chat.MODE, f"+v n{n}", "op") for n in range(count)]
+    texts = chat.changed_texts(moves)
+    named = [f"+v n{n}" for n in range(min(count, chat.MOVES_NAMED))]
+    assert texts == [*named, *[told] * bool(told)]
+
+
+def test_an_offer_calls_the_user_and_one_beyond_the_budget_is_not_told():
+    alice = Elsewhere()
+    for n in range(chat.CTCP_BURST + 1):
+        alice.hears(f":bob!u@h PRIVMSG alice :\x01DCC SEND {n}.txt 1 2 3\x01")
+    alice.hears(":bob!u@h PRIVMSG #lobby :\x01DCC CHAT 1 2 3\x01")
+    told = [view for view in alice.views if "which this client does not take" in view.text]
+    assert len(told) == chat.CTCP_BURST and all(view.called for view in told)
+
+
 def test_a_channel_that_the_client_is_made_to_join_is_told():
     alice = Elsewhere()
     alice.now = 100
@@ -25989,6 +26065,26 @@ def test_a_join_is_refused_by_the_errors_that_are_about_joins(number, answers):
     assert alice.core.talk.joins.waits("#b")
     alice.hears(f"{number} alice #b :no")
     assert alice.core.talk.joins.waits("#b") is not answers
+
+
+HELP_WANTED = [  # what is typed after /help; the name of the page, and what its rows are about
+    ("msg", "help msg", ["msg"]),
+    ("/msg", "help msg", ["msg"]),
+    ("/MSG", "help msg", ["msg"]),
+    ("Talk", "help talk", list(chat.HELP_TOPICS["talk"])),
+    ("exit", "help exit", ["quit"]),
+    ("", "help", [*chat.client_command, "", ""]),
+]
+
+
+@pytest.mark.parametrize("typed, name, about", HELP_WANTED)
+def test_help_is_about_a_command_a_topic_or_all(typed, name, about):
+    alice = Elsewhere()
+    (page,) = [view for view in alice.core.typed(f"/help {typed}") if view.kind == "page"]
+    rows = page.text.split("\n")
+    assert page.name == name and len(rows) == len(about)
+    for row, verb in zip(rows, about, strict=True):
+        assert row.startswith(chat.client_command[verb].syntax if verb else ("//TEXT", "topics:"))
 
 
 def test_the_help_of_the_client_is_in_two_columns():
@@ -30694,6 +30790,38 @@ def test_a_key_ends_a_search_and_what_is_typed_then_is_text():
     assert editor.text == "find"
 
 
+def test_private_messages_are_held_until_the_search_for_missed_ones_is_refused():
+    alice = Elsewhere(caps=PAGES_OF, join=())
+    alice.hears("@time=2026-01-01T00:00:00.000Z :bob!u@h PRIVMSG alice :before")
+    alice.core.disconnected()
+    alice.connect(caps=PAGES_OF)
+    assert [one.how for one in alice.core.talk.history.requests] == ["targets"]
+    alice.said()
+    alice.hears(":bob!u@h PRIVMSG alice :psst")
+    assert alice.said() == []
+    alice.hears("FAIL CHATHISTORY INVALID_PARAMS TARGETS :no such history")
+    assert alice.said() == ["bob bob: psst"]
+
+
+@pytest.mark.parametrize("known, unread", [(False, 0), (True, 1)])
+def test_a_page_from_before_the_client_joined_is_no_news(known, unread):
+    alice = Elsewhere(caps=PAGES_OF, join=["#a", "#b"])
+    for name in ("#a", "#b"):
+        alice.hears(f"BATCH +1 chathistory {name}", "BATCH -1")
+    if known:
+        alice.hears("@msgid=m1 :bob!u@h PRIVMSG #b :before")
+        alice.core.disconnected()
+        alice.core.find("#b").unread = 0
+        alice.connect(caps=PAGES_OF)
+    else:
+        alice.core.talk.history.ask_page(alice.core.find("#b"), "last")
+    (*_, asked) = [one.where for one in alice.core.talk.history.requests]
+    assert asked == "#b"
+    line = "@batch=1;time=2026-01-01T00:00:00.000Z;msgid=m2 :bob!u@h PRIVMSG #b :hi"
+    alice.hears("BATCH +1 chathistory #b", line, "BATCH -1")
+    assert alice.said()[-1:] == ["#b bob: hi"] and alice.core.find("#b").unread == unread
+
+
 def test_a_refused_search_for_missed_conversations_is_not_told():
     alice = Elsewhere(caps="batch draft/chathistory message-tags server-time")
     alice.core.talk.history._ask_targets()
@@ -30772,6 +30900,35 @@ def test_a_client_that_does_not_answer_a_ping_is_disconnected():
             server.loop.now = one.heard + seconds
             server.times.probe(one)
             assert (one.asked > one.heard, one.leaving) == (asked, leaving)
+
+
+@pytest.mark.parametrize(
+    "more, failed, busy, wait",
+    [
+        (False, False, False, None),
+        (True, False, False, chat.INDEX_PAUSE),
+        (True, True, False, chat.INDEX_SECONDS),
+        (True, False, True, chat.INDEX_SECONDS),
+        (True, None, False, chat.INDEX_SECONDS),
+    ],
+)
+def test_the_index_goes_on_at_once_on_a_server_with_nothing_else_to_do(more, failed, busy, wait):
+    house, done, waits = House(), [], []
+    house.loop.call_later = lambda seconds, call: waits.append(seconds)
+    house.committer.committed = house.loop.now - (0 if busy else chat.INDEX_SECONDS)
+    house.store.search_index = types.SimpleNamespace(finish=done.append, has_work=more)
+    step = OSError("the disk is full") if failed is None else types.SimpleNamespace(failed=failed)
+    house.committer.indexed(step)
+    assert waits == [wait] * more and done == [step] * (failed is not None)
+    assert house.committer.index_due == more
+
+
+@pytest.mark.parametrize("data, rest", [(b"\x1b]11;rgb:0000", ""), (b"\x1bP1$r", "")])
+def test_an_answer_of_a_terminal_whose_end_was_lost_is_dropped(data, rest):
+    decoder = chat.KeyDecoder()
+    assert decoder.feed(data) == [] and decoder.is_long
+    assert decoder.end_paste() == [] and decoder.rest == rest
+    assert decoder.feed(b"x") == [chat.Key("text", "x")]
 
 
 def test_a_turn_without_events_is_not_stored():
@@ -33561,6 +33718,17 @@ def test_a_connection_is_not_read_while_a_piece_of_a_file_is_written(fails, tmp_
     assert [one.done for one in files.core.transfers] == [5] * (not fails)
 
 
+def test_a_file_that_cannot_get_its_name_is_told_to_have_failed(tmp_path, monkeypatch):
+    def fails(path, target):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "replace", fails)
+    files = InMemory(tmp_path, WHOLE)
+    told = files.run(chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"))
+    assert [text for text in told if f"{tmp_path / 'a.txt'}: permission denied" in text]
+    assert not any(text.startswith("saved") for text in told) and not files.calls
+
+
 @pytest.mark.parametrize("most, fetched", [(10, WHOLE[2]), (9, b"")])
 def test_a_picture_that_is_fetched_comes_whole_or_not_at_all(most, fetched, tmp_path):
     files, got = InMemory(tmp_path, WHOLE), []
@@ -33800,6 +33968,100 @@ def test_a_transfer_can_be_dropped(running, tmp_path):
 
 
 # A terminal client without a terminal: its keys, its screen as text, and lines of servers
+
+
+@pytest.fixture
+def raw(monkeypatch):
+    """Return a RawTerminal on a terminal of its own, and the other end of that."""
+    import termios
+
+    keyboard, screen = os.openpty()
+    attributes = termios.tcgetattr
+    with monkeypatch.context() as patched:
+        patched.setattr(termios, "tcgetattr", lambda fd: attributes(screen) if fd == 0 else None)
+        terminal = chat.RawTerminal()
+    terminal.keys = terminal.screen = screen
+    yield terminal, keyboard
+    os.close(keyboard)
+    os.close(screen)
+
+
+def flags_of(terminal):
+    """Return the input and the local flags of a terminal that raw mode is about."""
+    import termios
+
+    mode = termios.tcgetattr(terminal.keys)
+    inputs = [name for name in ("ICRNL", "IXON") if mode[0] & getattr(termios, name)]
+    names = ("ICANON", "ECHO", "IEXTEN", "ISIG")
+    return inputs + [name for name in names if mode[3] & getattr(termios, name)]
+
+
+def test_a_terminal_is_raw_but_for_signals_and_is_restored_once(raw):
+    terminal, keyboard = raw
+    usual = ["ICRNL", "IXON", "ICANON", "ECHO", "IEXTEN", "ISIG"]
+    assert flags_of(terminal) == usual and not terminal.raw
+    for _ in range(2):
+        terminal.enter()
+        assert terminal.raw and flags_of(terminal) == ["ISIG"]
+        assert os.read(keyboard, 100).decode() == terminal.ON
+        terminal.leave()
+        assert not terminal.raw and flags_of(terminal) == usual
+        assert os.read(keyboard, 100).decode() == f"\r\x1b[K{terminal.OFF}"
+    terminal.leave()
+    terminal.write("\udcff!")
+    assert os.read(keyboard, 100) == b"?!"
+
+
+@pytest.mark.parametrize(
+    "given, size",
+    [
+        ((100, 50), (100, 50)),
+        ((0, 0), (80, 24)),
+        ((1, 1), (chat.LEAST_COLUMNS, chat.LEAST_ROWS)),
+        ((chat.LEAST_COLUMNS, chat.LEAST_ROWS), (chat.LEAST_COLUMNS, chat.LEAST_ROWS)),
+        (None, (80, 24)),
+    ],
+)
+def test_a_terminal_has_the_size_that_it_says_and_a_least_one(given, size, raw):
+    import fcntl
+    import termios
+
+    terminal, keyboard = raw
+    if given:
+        columns, rows = given
+        fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+        assert terminal.size() == size
+    else:
+        terminal.screen = os.open(os.devnull, os.O_RDONLY)
+        assert terminal.size() == size
+        os.close(terminal.screen)
+
+
+def test_a_terminal_that_has_gone_is_left_all_the_same(raw, monkeypatch):
+    def gone(fd, data):
+        raise OSError(errno.EIO, "Input/output error")
+
+    terminal, _ = raw
+    terminal.enter()
+    monkeypatch.setattr(chat, "write_all", gone)
+    terminal.leave()
+    assert not terminal.raw
+
+
+def test_a_write_that_would_block_waits_for_the_reader(monkeypatch):
+    waited, script = [], [BlockingIOError(), 2, BlockingIOError(), 3]
+
+    def write(fd, data):
+        step = script.pop(0)
+        if isinstance(step, OSError):
+            raise step
+        return step
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write)
+        patched.setattr(select, "select", lambda *fds: waited.append(fds))
+        chat.write_all(7, b"hello")
+    assert waited == [([], [7], [])] * 2 and script == []
 
 
 class Untouched:
@@ -34570,6 +34832,299 @@ def test_the_end_of_a_pipe_ends_its_last_line_and_the_client(piping):
     client.take(b"")
     assert [one.text for one in client.core.outbox.waiting.values()] == ["one", "half"]
     assert client.input_over and client.link.leaving and client.input.paused
+
+
+ENDS_OF_A_PIPE = [  # messages and commands that failed, the reason to end; the reasons told
+    (0, 0, "", ""),
+    (1, 0, "", "1 message did not arrive"),
+    (2, 1, "", "2 messages did not arrive; 1 command refused or not sent"),
+    (0, 2, "", "2 commands refused or not sent"),
+    (2, 2, "the server is gone", "the server is gone"),
+]
+
+
+@pytest.mark.parametrize("failures, refusals, reason, told", ENDS_OF_A_PIPE)
+def test_a_pipe_ends_with_what_failed_or_with_the_reason_of_its_end(
+    piping, failures, refusals, reason, told
+):
+    client, ended = piping(), []
+    client.core.failures, client.core.refusals = failures, refusals
+    client.loop.stop = lambda: ended.append(True)
+    client.over(reason)
+    assert (client.reason or "") == told and ended
+
+
+class Rawer(Untouched):
+    """A terminal that notes what is done with it."""
+
+    def __init__(self, done, columns=80, rows=24):
+        self.done, self.columns, self.rows, self.raw = done, columns, rows, True
+
+    def size(self):
+        return self.columns, self.rows
+
+    def enter(self):
+        self.done.append("enter")
+        self.raw = True
+
+    def leave(self):
+        self.done.append("leave")
+        self.raw = False
+
+    def write(self, text):
+        self.done.append(text)
+
+
+def test_ctrl_z_gives_the_terminal_back_and_takes_it_again_with_its_new_size(at_keys, monkeypatch):
+    done = []
+    at_keys.terminal = Rawer(done, 60, 20)
+    monkeypatch.setattr(at_keys.display, "leave", lambda: "left")
+    monkeypatch.setattr(signal, "signal", lambda number, handler: done.append((number, handler)))
+    monkeypatch.setattr(signal, "raise_signal", lambda number: done.append(("raise", number)))
+    monkeypatch.setattr(chat, "on_signal", lambda loop, *names: done.append(names))
+    at_keys.pressed = at_keys.news = at_keys.display.whole = False
+    at_keys.suspend()
+    stop = signal.SIGTSTP
+    again = ("SIGTSTP", at_keys.suspend)
+    assert done == [
+        "left",
+        "leave",
+        (stop, signal.SIG_DFL),
+        ("raise", stop),
+        again,
+        "enter",
+        "\x1b[2J",
+    ]
+    assert (at_keys.display.painter.columns, at_keys.display.painter.rows) == (60, 20)
+    assert at_keys.pressed and at_keys.news and at_keys.display.whole
+    assert at_keys.display.seen is None
+
+
+def test_a_terminal_is_given_back_once(at_keys):
+    done = []
+    at_keys.terminal = Rawer(done)
+    for _ in range(2):
+        at_keys.give_back()
+    assert done.count("leave") == 1 and len(done) == 2
+
+
+def test_a_terminal_of_another_size_is_drawn_anew(at_keys):
+    at_keys.terminal, at_keys.news = Rawer([], 50, 10), False
+    at_keys.resize()
+    assert (at_keys.display.painter.columns, at_keys.news) == (50, True)
+
+
+def test_ctrl_l_clears_the_screen_and_draws_all_of_it(at_keys):
+    done = []
+    at_keys.terminal = Rawer(done)
+    at_keys.paint()
+    at_keys.display.whole = False
+    done.clear()
+    at_keys.take(b"\x0c")
+    assert done[0] == "\x1b[2J" and at_keys.display.whole and at_keys.pressed
+
+
+@pytest.mark.parametrize(
+    "typed, begun, line, recalled",
+    [
+        ("hello", "", "hello", None),
+        ("hello", "more", "more", "hello"),
+        ("/topic tea", "", "", "/topic tea"),
+        ("/login secret", "", "", None),
+    ],
+)
+def test_a_text_that_was_not_accepted_is_on_the_line_again_or_recalled(
+    typed, begun, line, recalled, at_keys
+):
+    at_keys.editor.set(begun)
+    at_keys.take_back(at_keys.core, chat.ViewEvent(chat.BACK, typed, where="#tea"))
+    assert at_keys.editor.text == line
+    at_keys.editor.set("")
+    at_keys.take(b"\x1b[A")
+    assert at_keys.editor.text == (recalled or "/go #tea")
+
+
+def test_a_text_that_was_not_accepted_elsewhere_is_a_line_of_the_draft_there(at_keys):
+    den = at_keys.core.find("#den")
+    for text in ("one", "two"):
+        at_keys.take_back(at_keys.core, chat.ViewEvent(chat.BACK, text, where="#den"))
+    assert den.draft.split("\n") in (["one", "two"], ["two", "one"]) and at_keys.editor.text == ""
+
+
+def test_keys_that_leave_and_texts_that_are_too_long_are_acted_on(at_keys, monkeypatch):
+    left = []
+    monkeypatch.setattr(at_keys, "leave", lambda reason="": left.append(reason))
+    at_keys.take(b"x\x01\x04\x04")
+    assert left == [""] and at_keys.editor.text == ""
+    at_keys.editor.left, at_keys.editor.refused = False, "that is too long"
+    at_keys.take(b"y")
+    assert notes_of(at_keys)[-1] == "that is too long" and at_keys.editor.refused == ""
+    at_keys.take(b"z")
+    assert notes_of(at_keys).count("that is too long") == 1 and left == [""]
+
+
+@pytest.mark.parametrize("wakes", [True, False])
+def test_a_screen_that_is_looked_at_is_drawn_at_once(wakes, at_keys):
+    at_keys.connect("there 6668")
+    seat = at_keys.seats[0] if wakes else at_keys.seat
+    at_keys.pressed = at_keys.news = False
+    at_keys.terminal = Rawer([], 70, 20)
+    at_keys.look_at(seat)
+    assert (at_keys.pressed, at_keys.news) == (wakes, wakes)
+    assert (at_keys.display.painter.columns == 70) == wakes
+    assert at_keys.display.whole or not wakes
+
+
+@pytest.mark.parametrize(
+    "url, words", [("ftp://x", "is not a server's address"), ("x:99999", "address")]
+)
+def test_an_address_that_is_none_is_told_and_no_server_is_added(url, words, at_keys):
+    at_keys.connect(url)
+    assert words in notes_of(at_keys)[-1] and len(at_keys.seats) == 1
+
+
+def test_other_servers_are_connected_to_at_the_next_start_as_they_were_left(at_keys):
+    connected = []
+    at_keys.store = types.SimpleNamespace(fact=lambda name: '["irc://there bob", "irc://x y"]')
+    at_keys.connect = connected.append
+    at_keys.open_others()
+    assert connected == ["irc://there bob", "irc://x y"]
+
+
+@pytest.mark.parametrize("waiting", [0, 1, 2])
+def test_a_terminal_client_restores_all_and_tells_what_was_not_sent(
+    waiting, at_keys, monkeypatch, capsys
+):
+    done = []
+    at_keys.terminal = Rawer(done)
+    at_keys.terminal.raw = False
+    monkeypatch.setattr(chat, "on_signal", lambda loop, name, call: done.append(name))
+    monkeypatch.setattr(chat.atexit, "register", done.append)
+    monkeypatch.setattr(at_keys.link, "start", lambda: done.append("start"))
+    monkeypatch.setattr(at_keys, "tick", lambda: done.append("tick"))
+    monkeypatch.setattr(at_keys, "open_others", lambda: done.append("others"))
+    monkeypatch.setattr(at_keys, "ending", lambda: done.append("ending"))
+    monkeypatch.setattr(at_keys.loop, "run", lambda: at_keys.over("the reason"))
+    monkeypatch.setattr(at_keys.display, "leave", lambda: "left")
+    at_keys.writing_in.draft = "half a"
+    at_keys.core.disconnected()
+    for n in range(waiting):
+        at_keys.core.typed(f"text {n}")
+    assert at_keys.run() == "the reason"
+    names = ["SIGINT", "SIGWINCH", "SIGTSTP", "SIGCONT", "SIGTERM", "SIGHUP", "SIGQUIT"]
+    begins = [*names, at_keys.give_back, "enter", "tick", "others", "start"]
+    assert done == [*begins, "ending", "left", "leave"]
+    assert at_keys.editor.text == "half a"
+    told = f"{waiting} message{'s' * (waiting > 1)} not sent\n" if waiting else ""
+    assert capsys.readouterr().out == told
+
+
+SIGNALS_KNOWN = [  # name, its handler before, whether the callback is called
+    ("SIGUSR1", signal.SIG_DFL, True),
+    ("SIGUSR1", signal.SIG_IGN, False),
+    ("SIGNOTHING", signal.SIG_DFL, False),
+]
+
+
+@pytest.mark.parametrize("name, handler, called", SIGNALS_KNOWN)
+def test_a_signal_is_acted_on_unless_it_was_ignored_or_is_not_known(
+    name, handler, called, monkeypatch
+):
+    set_to, calls = {}, []
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
+    monkeypatch.setattr(signal, "signal", set_to.__setitem__)
+    loop = types.SimpleNamespace(call_soon_threadsafe=calls.append)
+    chat.on_signal(loop, name, "callback")
+    assert list(set_to) == [signal.SIGUSR1] * called
+    for act in set_to.values():
+        act(signal.SIGUSR1, None)
+    assert calls == ["callback"] * called
+
+
+@pytest.mark.parametrize(
+    "mechanisms, plain", [((), None), (("PLAIN",), True), (("SCRAM-SHA-256",), False)]
+)
+def test_the_mechanisms_of_a_log_in_are_those_of_the_command_line(mechanisms, plain, piping):
+    client, usual = piping(mechanisms=mechanisms), piping()
+    me = client.core.me
+    assert me.mechanisms == (mechanisms or usual.core.me.mechanisms)
+    assert me.plain_allowed == (usual.core.me.plain_allowed if plain is None else plain)
+
+
+@pytest.mark.parametrize(
+    "broken, leaving, over",
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), True, None),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), False, "standard output: broken pipe"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            True,
+            "standard output: no space left on device",
+        ),
+    ],
+)
+def test_an_output_that_breaks_ends_a_pipe_unless_it_is_leaving(
+    broken, leaving, over, piping, monkeypatch
+):
+    def fails(fd, data):
+        raise broken
+
+    client, ended = piping(), []
+    monkeypatch.setattr(chat, "write_all", fails)
+    monkeypatch.setattr(os, "dup2", lambda old, new: os.close(old))
+    monkeypatch.setattr(client, "over", ended.append)
+    monkeypatch.setattr(type(client.link), "leaving", property(lambda link: leaving), raising=False)
+    client.show([chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#tea")])
+    assert ended == [over] * bool(over)
+
+
+FATES_OF_A_PIPE = [  # what is so at its end; a part of the last line
+    (
+        lambda client: setattr(client.core, "odd_line", "login:"),
+        "the server answered 'login:': perhaps it is no chat",
+    ),
+    (lambda client: vars(client.core).update(odd_line="login:", kind_confirmed=True), None),
+    (lambda client: vars(client.core).update(odd_line="login:", kind_forced=True), None),
+    (lambda client: setattr(client.core, "kind", chat.PLAIN), "a plain server has no channels"),
+    (
+        lambda client: (
+            vars(client).update(options=client.options._replace(join=()))
+            or setattr(client.core, "kind", chat.PLAIN)
+        ),
+        None,
+    ),
+    (
+        lambda client: vars(client).update(
+            options=client.options._replace(login=chat.Login("zoe", "x"))
+        ),
+        "not logged in as zoe",
+    ),
+    (
+        lambda client: (
+            vars(client).update(options=client.options._replace(login=chat.Login("zoe", "x")))
+            or setattr(client.core.me, "account", "zoe")
+        ),
+        None,
+    ),
+    (
+        lambda client: vars(client).update(
+            was_up=False, options=client.options._replace(login=chat.Login("zoe", "x"))
+        ),
+        None,
+    ),
+    (lambda client: client.core.typed("waits"), "1 message not sent"),
+    (lambda client: None, None),
+]
+
+
+@pytest.mark.parametrize("happens, told", FATES_OF_A_PIPE)
+def test_a_pipe_ends_with_what_the_user_should_know(happens, told, piping):
+    client = piping()
+    client.core.kind_confirmed = client.core.kind_forced = False
+    client.was_up = True
+    happens(client)
+    client.over("")
+    assert (told in client.reason) if told else client.reason == ""
 
 
 def test_a_line_that_is_too_long_for_a_pipe_fails_and_the_others_are_said(piping):
