@@ -5436,6 +5436,70 @@ def test_silence_and_absence_count_from_the_founding_of_a_cluster_on():
     assert hub.ids.starts[-1] == started.values
 
 
+ACTS_REFUSED = [  # an act, its values; the code and the first words of the refusal
+    ("set_topic", ("#a", "x" * (chat.TOPIC_BYTES + 1)), "TOO_LONG", "a topic has at most"),
+    ("kill", ("bob", "why"), "NOT_SERVER_OPERATOR", "only operators"),
+    ("ban_from_server", ("*!*@h", 0, "why"), "NOT_SERVER_OPERATOR", "only operators"),
+    ("unban_from_server", ("*!*@h",), "NOT_SERVER_OPERATOR", "only operators"),
+    ("resize_file", ("f1", 11), "FILE_TOO_LARGE", "a file has at most 10 bytes"),
+    ("begin_file", ("f2", "n", "t", 11, "~x", "h", ""), "FILE_TOO_LARGE", "a file has at most 10"),
+    ("rename_user", ("a b", True, 0), "BAD_NAME", "names have at most"),
+    ("rename_user", ("bob", True, 0), "NAME_TAKEN", "bob belongs to another user"),
+]
+
+
+@pytest.mark.parametrize("name, values, code, words", ACTS_REFUSED)
+def test_an_act_that_is_refused_has_a_code_and_a_reason_and_changes_nothing(
+    name, values, code, words
+):
+    house = House()
+    house.enter_irc("alice", "bob")
+    ask(house, "alice", "JOIN #a", "TOPIC #a :tea")
+    house.hub.files.most = 10
+    house.hub.perform("begin_file", house.guests["bob"].id, "f1", "n", "t", 10, "~x", "h", "")
+    house.turn()
+    before = picture_of(house.hub)
+    with pytest.raises(chat.Refused, match=f"^{words}") as refused:
+        house.hub.perform(name, house.guests["alice"].id, *values)
+    assert refused.value.code == code and picture_of(house.hub) == before
+    assert house.hub.files["f1"].size == 10
+
+
+@pytest.mark.parametrize("ended, changed", [("one of two", True), ("all", False)])
+def test_a_user_who_loses_a_session_to_an_operator_is_stored_with_those_that_are_left(
+    ended, changed
+):
+    house = House()
+    account(house, "zoe")
+    device(house, "one", "zoe", host="192.0.2.1")
+    device(house, "two", "zoe", host="192.0.2.2" if changed else "192.0.2.1")
+    come(house, "boss")
+    ask(house, "boss", "OPER boss secret")
+    house.say("boss", "KLINE 0 *@192.0.2.1 :why")
+    user = house.hub.users.get("zoe")
+    assert (user in house.hub.turn.changed) == changed and bool(user) == changed
+    if user:
+        assert [one.conn.address[:9] for one in user.live] == ["192.0.2.2"]
+
+
+@pytest.mark.parametrize("length, fits", [(0, True), (1, False)])
+def test_a_password_is_tried_up_to_the_limit_of_its_length(length, fits):
+    word = "x" * (chat.PASSWORD_TRIED + length)
+    verifier = chat.Verifier(b"salt", 1, *chat.scram_keys(word, b"salt", 1))
+    assert verifier.fits(word) == fits and not verifier.fits("x")
+
+
+@pytest.mark.parametrize("modes, count", [(set(), 0), ({"B"}, 0), ({"i"}, 1), ({"B", "i"}, 1)])
+def test_a_user_who_comes_back_invisible_is_counted_so(modes, count):
+    hub = House().hub
+    user = chat.User(chat.source_of("alice", "h", "u", ""), "r", "~1", 0)
+    user.modes = modes
+    chat.add_user(hub, user)
+    assert hub.invisible == count
+    chat.remove_user(hub, user, "gone")
+    assert hub.invisible == 0
+
+
 def test_bans_whose_time_is_over_go_with_the_next_ban():
     house = House()
     house.enter_irc("boss")
@@ -7070,6 +7134,35 @@ def test_the_conversations_with_a_guest_of_some_name_are_found(who, name, partne
     }
     key = " ".join(sorted((identity[who], identity[partner]))) if partner else ""
     assert house.hub.guest_conversations(identity[who], name) == [key] * bool(partner)
+
+
+@pytest.mark.parametrize("count, gone, left", [(4, 2, (2, 0)), (4, 1, (3, 0)), (3, 2, (1, 0))])
+def test_a_part_of_the_index_is_made_again_when_messages_of_it_are_gone(count, gone, left):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    ids = [send(house, "alice", "#a", f"milk {n}")[0] for n in range(count)]
+    for id in ids[:gone]:
+        assert can_redact(house, "alice", "#a", id)
+    index = house.store.search_index
+    index_all(house.store)
+    assert index.db.execute("SELECT messages, stale FROM parts").fetchall() == [left]
+    assert not index.has_work
+
+
+def test_a_trouble_of_the_disk_is_over_with_the_next_turn_that_is_stored(monkeypatch):
+    def fails(*_):
+        raise sqlite3.OperationalError("the disk is full")
+
+    house = house_of("alice")
+    with monkeypatch.context() as patched:
+        patched.setattr(house.store, "_write", fails, raising=True)
+        house.say("alice", "one")
+        assert house.store.commit(house.hub.turn, 1.0) == chat.LOST
+    assert "the disk is full" in house.store.trouble
+    house.hub.turn.events.clear()
+    house.say("alice", "two")
+    assert house.store.commit(house.hub.turn, 99.0) == chat.KEPT and house.store.trouble == ""
 
 
 @pytest.mark.parametrize("ask_it, answer", WITHOUT_A_DATABASE)
@@ -15905,6 +15998,17 @@ PICTURES = [
     ("image/webp", b"RIFF....WEBPVP8L....\x2f" + (7 | 15 << 14).to_bytes(4, "little"), (8, 16)),
     ("image/webp", b"RIFF....WEBPVP8 ....\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 8, 16), (8, 16)),
     ("image/webp", b"RIFF....WEBPVP8X", (0, 0)),
+    ("image/webp", b"RIFF....WEBPVP8X....\0\0\0\0\x07\0\0\x0f\0\0\xff\xff", (8, 16)),
+    (
+        "image/webp",
+        b"RIFF....WEBPVP8L....\x2f" + (7 | 15 << 14).to_bytes(4, "little") + b"\xff",
+        (8, 16),
+    ),
+    (
+        "image/webp",
+        b"RIFF....WEBPVP8 ....\0\0\0\x9d\x01\x2a" + struct.pack("<HHH", 8, 16, 99),
+        (8, 16),
+    ),
     ("application/pdf", b"%PDF-", (0, 0)),
 ]
 
@@ -21055,6 +21159,34 @@ def test_what_was_said_is_indexed_a_slice_each_second(monkeypatch):
     assert indexed == [2, 3, 3]
 
 
+def test_a_trouble_of_the_client_s_database_is_told_once(monkeypatch):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store)
+    for trouble in ("locked", "", "locked again"):
+        store.trouble = trouble
+        alice.sent(3)
+    told = [text for text in alice.kinds("note") if text.startswith("client.db: ")]
+    assert [text.split("; ")[0] for text in told] == [
+        "client.db: locked",
+        "client.db: locked again",
+    ]
+
+
+def test_a_transfer_that_is_over_is_stored_no_more(tmp_path):
+    path = str(tmp_path / "client.db")
+    store = chat.ClientStore(chat.open_client_database(path), "here", "alice")
+    other = chat.ClientStore(chat.open_client_database(path), "here", "alice")
+    alice = Elsewhere(store=store)
+    one = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1")
+    alice.core.transfers.keep(one)
+    assert [known.id for known in other.transfers()] == ["1"]
+    alice.core.take_views()
+    for _ in range(2):
+        alice.core.transfers.forget(one)
+        assert [view.kind for view in alice.core.take_views()] == [chat.TRANSFER]
+    assert other.transfers() == [] and list(alice.core.transfers) == []
+
+
 def test_a_store_that_is_locked_for_long_loses_nothing_and_breaks_nothing(tmp_path):
     path = str(tmp_path / "client.db")
     one = chat.open_client_database(path)
@@ -23379,6 +23511,23 @@ REASONS_TO_DROP = [  # what is so when something has come, and why the connectio
 ]
 
 
+ENDS_OF_A_LINK = [  # why the server refuses, the cause, whether the client is in; the cause found
+    ("", chat.NEEDS_USER, False, chat.TEMPORARY),
+    ("", chat.NEEDS_USER, True, chat.TEMPORARY),
+    ("banned", chat.NEEDS_USER, False, chat.NEEDS_USER),
+    ("banned", chat.NEEDS_USER, True, chat.TEMPORARY),
+    ("banned", chat.FATAL, True, chat.FATAL),
+]
+
+
+@pytest.mark.parametrize("refusal, cause, ready, found", ENDS_OF_A_LINK)
+def test_a_refusal_is_the_cause_of_an_end_until_the_client_is_in(refusal, cause, ready, found):
+    link, _ = talking_link(*WELCOMED[: 2 * ready])
+    assert link.core.ready == ready
+    link.core.refuse(refusal, cause)
+    assert link._cause(chat.HUNG_UP) == found
+
+
 @pytest.mark.parametrize("happens, dropped", REASONS_TO_DROP)
 def test_a_connection_that_is_of_no_use_any_more_is_dropped_at_once(happens, dropped):
     link, done = talking_link(*WELCOMED)
@@ -24144,6 +24293,42 @@ def test_a_user_who_is_back_in_a_private_conversation_is_drawn_so():
     assert not alice.core.find("bob").gone and "bob" in changed
 
 
+IN_PRIVATE = (":bob!u@h PRIVMSG alice :hi",)
+DRAWN_AGAIN = [  # what was heard, what happens now: a line or a text; the conversations drawn
+    ((), ":alice!u@h JOIN #tea", {"#tea"}),
+    ((":alice!u@h JOIN #tea",), ":alice!u@h PART #tea", {"#tea"}),
+    ((), ":op!u@h KICK #lobby alice :out", {"#lobby"}),
+    ((), ":op!u@h KICK #lobby bob :out", set()),
+    ((), ":op!u@h TOPIC #lobby :tea", {"#lobby"}),
+    ((), "332 alice #lobby :tea", {"#lobby"}),
+    ((), "331 alice #lobby :No topic", {"#lobby"}),
+    ((), "/mute", {"#lobby"}),
+    ((), "/unmute", {"#lobby"}),
+    (IN_PRIVATE, "/close bob", {"bob"}),
+    ((), ":bob!u@h PRIVMSG alice :hi", {"bob"}),
+    ((*IN_PRIVATE, ":bob!u@h JOIN #lobby", ":bob!u@h QUIT :x"), ":bob!u@h JOIN #lobby", {"bob"}),
+    (("@msgid=1 :bob!u@h PRIVMSG #lobby :hi",), ":bob!u@h REDACT #lobby 1", {"#lobby"}),
+    (("@msgid=1 :bob!u@h PRIVMSG #lobby :hi",), ":bob!u@h REDACT #lobby 2", set()),
+    (IN_PRIVATE, "731 alice bob", {"bob"}),
+    (IN_PRIVATE, ":bob!u@h NICK rob", {"rob"}),
+    (IN_PRIVATE, None, {"#lobby", "bob"}),
+]
+
+
+@pytest.mark.parametrize("heard, happens, drawn", DRAWN_AGAIN)
+def test_a_conversation_is_drawn_again_when_its_state_has_changed(heard, happens, drawn):
+    alice = Elsewhere("MONITOR=9")
+    alice.hears(*heard)
+    alice.views.clear()
+    if happens is None:
+        alice.views += alice.core.disconnected()
+    elif happens[0] == "/":
+        alice.types(happens)
+    else:
+        alice.hears(happens)
+    assert {view.where for view in alice.views if view.kind == chat.ROOM} == drawn
+
+
 @pytest.mark.parametrize("modes", ["+m", "+k word", "-o+v bob carol"])
 def test_a_change_of_modes_is_told_in_its_channel(modes):
     alice = Elsewhere("PREFIX=(ov)@+", "CHANMODES=b,k,l,imnst")
@@ -24751,6 +24936,37 @@ def test_changes_beyond_those_that_are_named_are_counted(more, told):
     texts = chat.changed_texts(moves)
     named = [f"+v n{n}" for n in range(min(count, chat.MOVES_NAMED))]
     assert texts == [*named, *[told] * bool(told)]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_why_an_ignored_user_is_away_is_not_told(ignored):
+    alice = Elsewhere(caps="away-notify")
+    alice.hears(":bob!u@h PRIVMSG alice :hi")
+    alice.types(*["/ignore bob"] * ignored)
+    alice.hears(":bob!u@h AWAY :at lunch", ":bob!u@h AWAY")
+    texts = [view.text for view in alice.core.find("bob").views if view.kind == chat.AWAY]
+    texts += [view.text for view in alice.core.find("bob").moves if view.kind == chat.AWAY]
+    assert sum("at lunch" in text for text in texts) == (not ignored)
+    assert not any("x" in text for text in texts)
+
+
+def test_a_server_that_sends_no_text_is_listened_to_no_more():
+    core = chat.ClientCore("alice")
+    core.connected()
+    assert core.listening
+    core.feed(b"\x00\x01\x02\x03\xff\xfe" * 9)
+    assert not core.listening and core.cause == chat.FATAL
+    assert core.silence() == [] and core.kind != chat.PLAIN
+
+
+@pytest.mark.parametrize("caps", ["labeled-response batch message-tags"])
+def test_an_ack_confirms_a_labelled_message_where_messages_are_not_echoed(caps):
+    alice = Elsewhere(caps=caps, interactive=False)
+    alice.types("one")
+    (label,) = [re.search("label=([^ ;]+)", line)[1] for line in alice.sent(9) if "PRIVMSG" in line]
+    assert not alice.core.idle
+    alice.hears(f"@label={label} ACK")
+    assert alice.core.outbox.waiting == {} and alice.core.failures == 0
 
 
 def test_an_offer_calls_the_user_and_one_beyond_the_budget_is_not_told():
@@ -26085,6 +26301,31 @@ def test_help_is_about_a_command_a_topic_or_all(typed, name, about):
     assert page.name == name and len(rows) == len(about)
     for row, verb in zip(rows, about, strict=True):
         assert row.startswith(chat.client_command[verb].syntax if verb else ("//TEXT", "topics:"))
+
+
+@pytest.mark.parametrize("typed, left", [("/cancel", ["two", "three"]), ("/cancel all", ["two"])])
+def test_what_could_not_be_sent_is_dropped_or_also_what_waits(typed, left):
+    alice = Elsewhere(caps="echo-message message-tags")
+    alice.core.outbox.window = 1
+    alice.types("one", "two", "three")
+    outbox = alice.core.outbox
+    first, second, _ = outbox.waiting
+    outbox.in_flight[second] = outbox.in_flight.pop(first)
+    outbox.parked[first] = "not sent"
+    alice.types(typed)
+    assert [message.text for message in outbox.waiting.values()] == left
+    assert alice.kinds("note")[-1].startswith(f"{3 - len(left)} message")
+
+
+@pytest.mark.parametrize("before", ["/go te", "/go #te", "/part #TE", "/history te", "/names #te"])
+def test_conversations_are_completed_with_their_first_character_or_without(before):
+    alice = Elsewhere()
+    alice.hears(":alice!u@h JOIN #tea", ":alice!u@h JOIN #coffee", ":ted!u@h PRIVMSG alice :hi")
+    names = chat.complete_line(alice.core, before, before.split(" ")[1])
+    assert (
+        names == ["#tea", *["ted"] * ("#" not in before or True)][: len(names)] and "#tea" in names
+    )
+    assert "#coffee" not in names
 
 
 def test_the_help_of_the_client_is_in_two_columns():
@@ -30931,6 +31172,163 @@ def test_an_answer_of_a_terminal_whose_end_was_lost_is_dropped(data, rest):
     assert decoder.feed(b"x") == [chat.Key("text", "x")]
 
 
+LOCKS_REFUSED = [  # the error of the system; what is raised
+    (errno.EWOULDBLOCK, BlockingIOError),
+    (errno.EACCES, BlockingIOError),
+    (errno.ENOLCK, OSError),
+]
+
+
+@pytest.mark.parametrize("number, raised", LOCKS_REFUSED)
+def test_a_lock_that_another_process_has_is_told_from_one_that_cannot_be(
+    number, raised, tmp_path, monkeypatch
+):
+    import fcntl
+
+    def refuses(fd, *_):
+        opened.append(fd)
+        raise OSError(number, os.strerror(number))
+
+    opened = []
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    monkeypatch.setattr(fcntl, "lockf", refuses)
+    with pytest.raises(OSError) as error:
+        chat.locked(tmp_path / "lock")
+    assert isinstance(error.value, BlockingIOError) == (raised is BlockingIOError)
+    with pytest.raises(OSError):  # the file was closed
+        os.fstat(opened[0])
+    path = tmp_path / "bytes"
+    if raised is BlockingIOError:
+        assert chat.lock_byte(path, 1) is None
+    else:
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            chat.lock_byte(path, 1)
+    os.close(chat.LOCK_FILES.pop(path)[0])
+
+
+def test_a_socket_that_cannot_listen_is_closed(monkeypatch):
+    made, new = [], socket.socket
+    monkeypatch.setattr(socket, "socket", lambda *how: made.append(new(*how)) or made[-1])
+    with pytest.raises(chat.Unusable, match="cannot listen on 192.0.2.1:1: .*--listen HOST:0"):
+        chat.Listener(None, "192.0.2.1", 1)
+    assert [sock.fileno() for sock in made] == [-1]
+
+
+class Backlog:
+    """A listening socket on which clients wait; then accept() raises an error."""
+
+    def __init__(self, count, error):
+        self.left, self.error, self.told, self.fd = count, error, [], 5
+
+    def fileno(self):
+        return self.fd
+
+    def accept(self):
+        if not self.left:
+            raise self.error
+        self.left -= 1
+        told = self.told
+
+        class Taken(contextlib.AbstractContextManager):
+            def __exit__(self, *_):
+                told.append("closed")
+
+            def setblocking(self, on):
+                told.append(on)
+
+            def send(self, data):
+                told.append(data.decode())
+
+        return Taken(), ("192.0.2.9", 1)
+
+
+@pytest.mark.parametrize("spare", [True, False])
+@pytest.mark.parametrize(
+    "error, worked", [(BlockingIOError(), True), (OSError(errno.EMFILE, "x"), False)]
+)
+def test_clients_for_whom_no_descriptor_is_left_are_told_so_or_wait(
+    error, worked, spare, monkeypatch
+):
+    house, waits, selected = House(), [], []
+    given = 0
+
+    def open_spare():
+        nonlocal given
+        given += 1
+        return os.open(os.devnull, os.O_RDONLY)
+
+    limits = house.limits
+    limits.spare = open_spare() if spare else None
+    monkeypatch.setattr(chat, "spare_descriptor", open_spare)
+    listener = chat.Listener.__new__(chat.Listener)
+    listener.server, listener.sock = house, Backlog(2, error)
+    house.loop.call_later = lambda seconds, call: waits.append((seconds, call))
+    register, unregister = (
+        (lambda *what: selected.append(what)),
+        (lambda sock: selected.append("off")),
+    )
+    house.loop.selector = types.SimpleNamespace(register=register, unregister=unregister)
+    admitted = []
+    house.admit = lambda *what: admitted.append(what)
+    listener._back_off(OSError(errno.EMFILE, "Too many open files"))
+    text = "* this server has no file descriptors left (ulimit -n); try again later\n"
+    assert listener.sock.told == [False, text, "closed"] * 2 * spare
+    assert given == 2 * spare and admitted == []
+    if spare and worked:
+        assert waits == [] and selected == []
+    else:
+        ((seconds, again),) = waits
+        assert (seconds, selected) == (chat.ACCEPT_BACKOFF, ["off"])
+        again()
+        listener.sock.fd = -1  # the server has stopped meanwhile
+        again()
+        assert selected == ["off", (listener.sock, chat.READ, listener)]
+    if limits.spare is not None:
+        os.close(limits.spare)
+        limits.spare = None
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_so_many_clients_are_accepted_in_a_turn_and_no_more(more, monkeypatch):
+    listener, admitted, backed = chat.Listener.__new__(chat.Listener), [], []
+    listener.sock = Backlog(chat.ACCEPTS_A_TURN - 1 + more, BlockingIOError())
+    listener.server = types.SimpleNamespace(admit=lambda *what: admitted.append(what[1:]))
+    listener.ready(chat.READ)
+    assert admitted == [("192.0.2.9", 1)] * (chat.ACCEPTS_A_TURN - 1 + more)
+    listener.sock, listener._back_off = Backlog(0, OSError(errno.EMFILE, "x")), backed.append
+    listener.ready(chat.READ)
+    assert [error.errno for error in backed] == [errno.EMFILE]
+
+
+IDLE_ON_THE_WEB = [  # the limit that is over, what is so; what is done
+    ("end_request", {"state": chat.CLOSED}, []),
+    ("end_request", {"leaving": True}, []),
+    ("end_request", {"answers": [1]}, ["waits"]),
+    ("end_request", {"pending": True}, ["waits"]),
+    ("end_request", {}, [408]),
+    ("end_idle", {"stalled": True}, ["dropped: idle"]),
+    ("end_idle", {}, ["waits"]),
+]
+
+
+@pytest.mark.parametrize("name, given, done", IDLE_ON_THE_WEB)
+def test_a_request_or_an_answer_that_does_not_go_on_is_ended(name, given, done):
+    limits, happened = chat.TimeLimits(FakeLoop(0.0)), []
+    limits.web_idle = types.SimpleNamespace(add=lambda peer: happened.append("waits"))
+    session = types.SimpleNamespace(receive=lambda request: happened.append(request.status))
+    peer = types.SimpleNamespace(
+        state=given.get("state", chat.OPEN),
+        leaving=given.get("leaving", False),
+        answers=given.get("answers", []),
+        inbox=types.SimpleNamespace(pending=given.get("pending", False)),
+        was_stalled=lambda: given.get("stalled", False),
+        drop=lambda reason: happened.append(f"dropped: {reason}"),
+        session=session,
+    )
+    getattr(limits, name)(peer)
+    assert happened == done
+
+
 def test_a_turn_without_events_is_not_stored():
     house, stored_turns = house_of("alice"), []
     house.store.commit = lambda *_: stored_turns.append(True)
@@ -33729,6 +34127,23 @@ def test_a_file_that_cannot_get_its_name_is_told_to_have_failed(tmp_path, monkey
     assert not any(text.startswith("saved") for text in told) and not files.calls
 
 
+FILES_REFUSED = [  # the transfer: up or down, its path; the text that is told
+    (True, "{}/absent", "cannot read {}/absent: no such file or directory"),
+    (True, "{}", "{} is no file"),
+    (True, "a\0b", "cannot read a"),
+]
+
+
+@pytest.mark.parametrize("up, path, told", FILES_REFUSED)
+def test_a_transfer_that_cannot_begin_is_refused_with_the_reason(up, path, told, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"")
+    files = InMemory(tmp_path)
+    with pytest.raises(chat.Refused) as refused:
+        files.start(chat.Transfer("1", up, chat.LOBBY, path.format(tmp_path), name="n"))
+    assert str(refused.value).startswith(told.format(tmp_path)) and refused.value.code == "NO_FILE"
+    assert not files.core.transfers and not files.calls
+
+
 @pytest.mark.parametrize("most, fetched", [(10, WHOLE[2]), (9, b"")])
 def test_a_picture_that_is_fetched_comes_whole_or_not_at_all(most, fetched, tmp_path):
     files, got = InMemory(tmp_path, WHOLE), []
@@ -35125,6 +35540,14 @@ def test_a_pipe_ends_with_what_the_user_should_know(happens, told, piping):
     happens(client)
     client.over("")
     assert (told in client.reason) if told else client.reason == ""
+
+
+@pytest.mark.parametrize("data, poked", [(b"one\n", 1), (b"one\ntwo\n", 1), (b"half", 0)])
+def test_what_comes_from_a_pipe_is_sent_once_for_all_its_lines(data, poked, piping):
+    client, pokes = piping(), []
+    client.link.poke = lambda: pokes.append(True)
+    client.take(data)
+    assert len(pokes) == poked
 
 
 def test_a_line_that_is_too_long_for_a_pipe_fails_and_the_others_are_said(piping):
