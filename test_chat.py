@@ -23528,6 +23528,124 @@ def test_a_refusal_is_the_cause_of_an_end_until_the_client_is_in(refusal, cause,
     assert link._cause(chat.HUNG_UP) == found
 
 
+CERTIFICATES_JUDGED = [  # verdict, text; what a client that can ask the user does, and a pipe
+    ("", "", ["connected"], ["connected"]),
+    ("", "it is new", ["connected", "told it is new"], ["connected", "told it is new"]),
+    (chat.CHANGED, "", [f"dropped {chat.CHANGED}"], [f"dropped {chat.CHANGED}"]),
+    (chat.WRONG_PIN, "not the pin", ["ended not the pin"], ["ended not the pin"]),
+    (
+        chat.UNTRUSTED,
+        "unsigned",
+        [
+            f"dropped {chat.UNTRUSTED}",
+            "told /trust if",
+            "told ab:cd",
+            "told unsigned. Its SHA-256 is",
+        ],
+        ["ended unsigned; --pin ab:cd if you know that it is the right one"],
+    ),
+]
+
+
+@pytest.mark.parametrize("verdict, text, asked, piped", CERTIFICATES_JUDGED)
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_certificate_that_was_judged_is_taken_asked_about_or_the_end(
+    verdict, text, asked, piped, interactive
+):
+    link, done, cancelled = Hanging(interactive, 60.0), [], []
+    link.timer = types.SimpleNamespace(cancel=lambda: cancelled.append(True))
+    tls = types.SimpleNamespace(fingerprint=lambda: "ab:cd")
+    link.conn = types.SimpleNamespace(tls=tls, drop=lambda why: done.append(f"dropped {why}"))
+    link.certificate = types.SimpleNamespace(judge=lambda target, shown: (verdict, text))
+    link._connected = lambda: done.append("connected")
+    link._end = lambda why: done.append(f"ended {why}")
+    link.show = lambda views: done.extend(f"told {view.text}" for view in views)
+    link.secured()
+    short = [one.split(" the operator")[0] for one in done]
+    assert sorted(short) == sorted(asked if interactive else piped) and cancelled == [True]
+
+
+@pytest.mark.parametrize("result, taken", [("found", ["found"]), (OSError("no"), [])])
+def test_the_result_of_a_job_of_a_client_is_taken_and_what_it_sends_goes_out(result, taken):
+    link, _ = talking_link(*WELCOMED)
+    got, jobs = [], []
+    link._carry_on = lambda views: got.append("on")
+    link.helpers = types.SimpleNamespace(
+        submit=lambda owner, job, then: jobs.append((owner, job, then))
+    )
+    link.later("the job", got.append)
+    ((owner, job, then),) = jobs
+    then(result)
+    assert (owner, job, got) == (link, "the job", [*taken, *["on"] * len(taken)])
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_connection_that_the_user_wants_again_is_made_at_once(connected):
+    link, done = talking_link(*WELCOMED)
+    begun, timer = [], types.SimpleNamespace(cancel=lambda: done.append("cancelled"))
+    link.start, link.backoff, link.timer = (lambda: begun.append(True)), chat.BACKOFF_MOST, timer
+    link.certificate.doubted = "ab:cd"
+    if not connected:
+        link.conn, link.phase = None, chat.WAITING
+    link.reconnect()
+    assert link.backoff == chat.BACKOFF_FIRST and link.core.redial == connected
+    assert done == (["connecting again"] if connected else ["cancelled"])
+    assert begun == [True] * (not connected) and link.certificate.doubted == "ab:cd" * connected
+
+
+@pytest.mark.parametrize(
+    "stored, whole, asked, fetched",
+    [
+        (True, False, False, False),
+        (False, True, False, False),
+        (False, False, False, True),
+        (False, False, True, True),
+    ],
+)
+def test_older_messages_come_from_the_store_else_from_the_server_once(
+    stored, whole, asked, fetched
+):
+    caps = [f":x CAP * {verb} :{PAGES_OF}" for verb in ("LS", "ACK")]
+    link, _ = talking_link(*caps, *WELCOMED)
+    room, pages = link.core.rooms.open("#tea"), []
+    room.whole = whole
+    link.show = link.log.extend
+    link.core.take_views()
+    link.core.stored.show_older = lambda room: (
+        stored and not link.core.show(chat.ViewEvent("older"))
+    )
+    requests = link.core.talk.history.requests
+    if asked:
+        requests.append(chat.HistoryRequest("#tea", "older"))
+    link.core.talk.history.ask_page = lambda room, how: pages.append(how)
+    assert link.core.server.pages
+    assert bool(link.ask_older(room)) == fetched
+    assert pages == ["older"] * (fetched and not asked)
+    assert (
+        "older" in [view.kind for view in link.log if isinstance(view, chat.ViewEvent)]
+    ) == stored
+
+
+def test_an_address_that_is_found_after_the_end_is_not_used(attempts):
+    link = Hanging(True, 60.0)
+    link.phase = chat.RESOLVING
+    link._end("left")
+    link._found((None, [(4, "a")]))
+    assert attempts == [] and link.race is None
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_the_next_server_of_several_is_tried_soon(another, monkeypatch):
+    link, waits = Hanging(True, 60.0), []
+    link.loop.call_later = lambda seconds, call: waits.append(seconds) or chat.Timer(seconds, call)
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    link.phase, link.backoff, link.stood = chat.CONNECTING, 20.0, link.loop.now
+    link._next_choice = lambda: another
+    link._come_back("reset")
+    assert waits[-1] == (chat.NEXT_SERVER_SECONDS if another else 25.0)
+    assert link.backoff == (20.0 if another else min(40.0, chat.BACKOFF_MOST))
+
+
 @pytest.mark.parametrize("happens, dropped", REASONS_TO_DROP)
 def test_a_connection_that_is_of_no_use_any_more_is_dropped_at_once(happens, dropped):
     link, done = talking_link(*WELCOMED)
@@ -31329,6 +31447,367 @@ def test_a_request_or_an_answer_that_does_not_go_on_is_ended(name, given, done):
     assert happened == done
 
 
+@pytest.fixture
+def call(loop):
+    """Return a function that makes a request of a client, and what has happened to it."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(PATIENCE)
+    ours.setblocking(False)
+    helpers, happened = FakeHelpers(), []
+    helpers.loop = loop
+
+    def make(tls=None, pin=None, **more):
+        given = {
+            "done": lambda response, text: happened.append((response and response.status, text))
+        }
+        url = chat.Url(chat.Target("irc.example", 80), "/files/1")
+        request = chat.CallRequest("PUT", url, {"X-A": "b"}, **given, **more)
+        return chat.WebCall(helpers, ours, tls, request, chat.Trust(pin=pin))
+
+    yield types.SimpleNamespace(
+        make=make, happened=happened, theirs=theirs, helpers=helpers, loop=loop
+    )
+    ours.close()
+    theirs.close()
+
+
+REQUEST_HEAD = (
+    b"PUT /files/1 HTTP/1.1\r\nHost: irc.example:80\r\nX-A: b\r\nConnection: close\r\n\r\n"
+)
+ANSWERS_TO_CALLS = [  # bytes of the answer, the end: status, and a part of the text
+    (b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", (204, "")),
+    (b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\ngone", (404, "gone")),
+    (b"HTTP/1.1 200 OK\r\n\r\nall of it", (200, "all of it")),
+    (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
+        (None, "the server closed the connection"),
+    ),
+    (b"", (None, "the server closed the connection")),
+    (b"x" * (chat.HEAD_BYTES + 99), (None, "the answer has no end")),
+]
+
+
+@pytest.mark.parametrize("answer, end", ANSWERS_TO_CALLS)
+def test_a_request_of_a_client_ends_with_its_answer_or_the_reason(answer, end, call):
+    call.make()
+    call.loop.run_once(0)
+    assert call.theirs.recv(1000) == REQUEST_HEAD
+    call.theirs.sendall(answer)
+    call.theirs.shutdown(socket.SHUT_WR)
+    spin(call.loop, lambda: call.happened)
+    ((status, text),) = call.happened
+    assert status == end[0] and end[1] in text and bool(text) == bool(end[1])
+
+
+def test_a_body_is_sent_piece_by_piece_and_one_that_cannot_be_read_ends_the_request(call):
+    pieces = {0: b"hello", 5: b"", 7: b""}
+    made = call.make(source=lambda at: pieces[at])
+    assert made.reading
+    made.more()  # which waits for the first
+    assert len(call.helpers.waiting) == 1
+    call.helpers.run()
+    call.helpers.run()
+    assert made.at == 5 and made.request.source is None and not made.reading
+    made._read(OSError("the disk is gone"))
+    call.loop.run_once(0)
+    assert call.happened == [(None, "the disk is gone")]
+    made._read(b"later")
+    assert made.at == 5
+    made.lagging()
+    assert not made.reading
+
+
+@pytest.mark.parametrize("pin, dropped", [(None, False), ("ab:cd", False), ("cd:ab", True)])
+def test_files_are_asked_of_the_server_with_the_certificate_of_the_chat_only(
+    pin, dropped, call, monkeypatch
+):
+    encrypted = []
+    monkeypatch.setattr(chat.WebCall, "encrypt", lambda made, tls: encrypted.append(tls))
+    tls = types.SimpleNamespace(fingerprint=lambda: "ab:cd")
+    made = call.make(tls, pin)
+    assert encrypted == [tls]
+    made.tls = tls
+    made.secured()
+    assert (made.state == chat.CLOSED) == dropped
+    made.tls = None
+    call.loop.run_once(0)
+    assert call.happened == [(None, "another certificate than that of the chat")] * dropped
+
+
+@pytest.mark.parametrize("silent, dropped", [(0.0, False), (0.1, True)])
+def test_a_request_without_an_answer_is_dropped_after_a_while(silent, dropped, tmp_path):
+    files, reasons = InMemory(tmp_path), []
+    files.loop.now = chat.WAITING_SECONDS + silent
+    for state in (chat.OPEN, chat.CLOSED):
+        one = types.SimpleNamespace(heard=0.0, state=state, drop=reasons.append)
+        files.calls = {"1": one, "2": None}
+        files.watch()
+    assert reasons == ["no answer"] * dropped
+
+
+class NoNats:
+    """A cluster that notes what its connection does, and the server that it belongs to."""
+
+    def __init__(self, tls=False):
+        self.done, self.epochs, self.log, self.caught_up = [], [], None, False
+        self.options = chat.NodeOptions(
+            servers=(("one", 1), ("two", 2)), tls=tls, node="n1", user="u", password="p"
+        )
+        self.cluster, self.loop, self.helpers = self, FakeLoop(0.0), self
+        self.hub, self.jobs = types.SimpleNamespace(sequence=5), []
+
+    def submit(self, owner, job, then):
+        self.jobs.append((job, then))
+
+    def tick(self, now):
+        self.done.append("tick")
+
+    def disconnected(self):
+        self.done.append("disconnected")
+
+    def connected(self, log, now):
+        self.done.append("connected")
+        self.log = log
+
+    def stop(self, why):
+        self.done.append(f"stopped: {why}")
+
+
+class OnTheWire:
+    """A connection to NATS that notes what is written."""
+
+    def __init__(self, link, sock):
+        self.link, self.sock, self.tls, self.done = link, sock, None, []
+
+    def write(self, data):
+        self.done.append(data)
+
+    def flush(self):
+        self.done.append("flush")
+
+    def encrypt(self, tls):
+        self.tls = tls
+        self.done.append("encrypted")
+
+    def drop(self, reason):
+        self.done.append(f"dropped: {reason}")
+
+
+@pytest.fixture
+def nats_link(attempts, monkeypatch):
+    """Return the link of a node to NATS, and its server."""
+    monkeypatch.setattr(chat, "LinkConnection", OnTheWire)
+    monkeypatch.setattr(chat, "TlsFilter", lambda context, host: (context, host))
+    server = NoNats()
+    return chat.NatsLink(server), server
+
+
+def test_a_node_tries_the_servers_of_its_log_in_turn_until_one_answers(nats_link, attempts):
+    link, server = nats_link
+    assert str(link.target).startswith("one:1") and len(server.jobs) == 1
+    (job, found) = server.jobs.pop()
+    assert job.func is chat.resolve_server and job.args == (link.target, chat.BELIEVE_THE_SYSTEM)
+    found(OSError("no such host"))
+    assert link.reason == "no such host"
+    link.loop.now += chat.NATS_RETRY_SECONDS
+    link.loop.run_due()
+    ((job, found),) = server.jobs
+    assert str(link.target).startswith("two:2")
+    found((None, [(4, "a")]))
+    (attempt,) = attempts
+    link.loop.now += 1.0
+    attempt.then(attempt, "refused")
+    assert link.reason == "refused" and link.conn is None
+    link.connected("socket", "")
+    assert (link.conn.link, link.conn.sock, link.began) == (link, "socket", link.loop.now)
+    assert vars(link.dialogue).items() >= {"user": "u", "password": "p"}.items() or link.dialogue
+    link.lost("reset")
+    assert (link.conn, link.dialogue, server.done[-1]) == (None, None, "disconnected")
+
+
+@pytest.mark.parametrize(
+    "late, logged, dropped", [(0.1, None, True), (0.0, None, False), (9.0, "a log", False)]
+)
+def test_a_server_of_the_log_that_does_not_introduce_itself_is_left(
+    late, logged, dropped, nats_link
+):
+    link, server = nats_link
+    link.connected("socket", "")
+    server.log = logged
+    link.loop.now = link.began + chat.LOG_ANSWER_SECONDS + late
+    link.give_up_silent()
+    assert link.conn.done == ["dropped: it does not answer"] * dropped
+
+
+INFO = b'INFO {"headers": true, "jetstream": true, "max_payload": 1048576, "proto": 1%s}\r\n'
+
+
+@pytest.mark.parametrize(
+    "context, wants, encrypted",
+    [
+        (None, b"", False),
+        (None, b', "tls_required": true', True),
+        ("a context", b"", True),
+    ],
+)
+def test_a_node_speaks_tls_with_its_log_if_either_wants_it(
+    context, wants, encrypted, nats_link, monkeypatch
+):
+    link, server = nats_link
+    monkeypatch.setattr(chat.Trust, "context", lambda trust: "the system's")
+    link.connected("socket", "")
+    link.context = context
+    link.received(INFO % wants)
+    assert ("encrypted" in link.conn.done) == encrypted
+    if encrypted:
+        assert link.conn.tls == (context or "the system's", link.target.host)
+        assert not any(b"CONNECT" in data for data in link.conn.done if isinstance(data, bytes))
+        link.received(b"PING\r\n")
+        assert link.conn.done.count("encrypted") == 1
+        link.secured()
+    assert any(b"CONNECT" in data for data in link.conn.done if isinstance(data, bytes))
+    assert link.conn.done[-1] == "flush" and link.dialogue.out == []
+
+
+@pytest.mark.parametrize("text, shown", [("a\x1b[2Jb", "a\\x1b[2Jb"), ("tea", "tea")])
+def test_the_log_shows_what_would_steer_a_terminal(text, shown):
+    form = chat.LogFormat("%(levelname)s %(message)s")
+    record = logging.LogRecord("chat", logging.INFO, "", 0, "%s", (text,), None)
+    assert form.format(record) == f"INFO {shown}"
+    try:
+        raise ValueError(text)
+    except ValueError:
+        record.exc_info, record.exc_text = sys.exc_info(), None
+    lines = form.format(record).split("\n")
+    assert lines[0] == f"INFO {shown}" and lines[1].startswith("Traceback")
+    assert lines[-1] == f"ValueError: {shown}"
+
+
+@pytest.mark.parametrize(
+    "result, logged", [(OSError("no room"), ["a job failed: no room"]), (b"done", [])]
+)
+def test_a_job_that_failed_is_logged(result, logged, monkeypatch):
+    told = []
+    monkeypatch.setattr(chat.log, "error", lambda text, *values: told.append(text % values))
+    chat.log_failure(result)
+    assert told == logged
+
+
+@pytest.mark.parametrize(
+    "reason, level", [(f"{chat.TLS_TROUBLE}x", logging.INFO), ("reset", logging.DEBUG)]
+)
+def test_only_trouble_of_tls_is_logged_for_each_connection(reason, level, monkeypatch):
+    with beating() as (server, peer):
+        one, levels = peer(), []
+        monkeypatch.setattr(chat.log, "log", lambda level, *_: levels.append(level))
+        server.lost(one, reason)
+        assert levels == [level]
+
+
+@pytest.mark.parametrize("session, charged", [(False, 7.0), (True, 7.0 + 5 * chat.WORK_OF_A_BYTE)])
+@pytest.mark.parametrize("least", [0, 99])
+def test_the_work_of_a_line_is_that_of_acts_and_answers_or_the_least(session, charged, least):
+    beat = types.SimpleNamespace(
+        site=types.SimpleNamespace(hub=types.SimpleNamespace(take_work=lambda: 7.0))
+    )
+    charges = []
+    peer = types.SimpleNamespace(charge=charges.append, session=None)
+    peer.session = types.SimpleNamespace(replied=15) if session else None
+    chat.ActBeat._charge(beat, peer, 10, least)
+    assert charges == [max(charged, least)]
+
+
+@pytest.mark.parametrize(
+    "own, home, wait", [(1.0, 1.0, 0.0), (-3.0, 1.0, 2.0), (1.0, -5.0, 4.0), (None, -5.0, 0.0)]
+)
+def test_a_line_waits_for_the_budgets_of_its_connection_and_its_address(own, home, wait):
+    loop = types.SimpleNamespace(now=2.0)
+    budgets = [tokens is not None and chat.Budget(10.0, 1.0, 0.0) for tokens in (own, home)]
+    for budget, tokens in zip(budgets, (own, home), strict=True):
+        if budget:
+            budget.tokens = tokens
+    peer = types.SimpleNamespace(loop=loop, budget=budgets[0] or None)
+    peer.home = types.SimpleNamespace(budget=budgets[1])
+    assert chat.Peer.wait(peer) == wait
+
+
+@pytest.mark.parametrize("cluster", [True, False])
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_server_that_ends_stores_what_is_left(cluster, stored, idle):
+    def note(name, result=None):
+        return lambda *_, **given: done.append((name, *given.values())) or result
+
+    done = []
+    server = types.SimpleNamespace(
+        committer=types.SimpleNamespace(close=note("commit", stored)),
+        cluster=types.SimpleNamespace(save=note("snapshot")) if cluster else None,
+        hub=types.SimpleNamespace(end=note("end of turn")),
+        helpers=types.SimpleNamespace(close=note("helpers", idle)),
+        store=types.SimpleNamespace(close=note("store")),
+        limits=types.SimpleNamespace(close=note("limits")),
+    )
+    chat.Server.close(server)
+    snapshot = [("end of turn",), ("snapshot", True)] * (cluster and stored)
+    assert done == [("commit",), *snapshot, ("helpers",), *[("store",)] * idle, ("limits",)]
+
+
+@pytest.mark.parametrize("reader", [True, False])
+def test_words_that_are_still_in_the_log_of_the_database_are_erased_the_next_time(reader, folder):
+    store = chat.Store(folder / "chat.db")
+    other = sqlite3.connect(folder / "chat.db", isolation_level=None)
+    if reader:
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM events").fetchone()
+    store.db.execute("INSERT INTO markers VALUES ('~x', '#a', 1, 1)")
+    store.erased = True
+    store.checkpoint()
+    assert store.erased == reader
+    other.close()
+    store.checkpoint()
+    assert not store.erased
+    store.close()
+
+
+@pytest.mark.parametrize("node", [True, False])
+def test_a_database_knows_whether_it_was_that_of_a_node(node, folder):
+    chat.Store(folder / "chat.db", node=node).close()
+    store = chat.Store(folder / "chat.db")
+    assert store.was_node == node
+    tables = {name for (name,) in store.db.execute("SELECT name FROM sqlite_master")}
+    assert not tables & {"entries", "snapshots", "origins"}
+    store.close()
+
+
+MODES_THAT_HIDE = [
+    ("+m", False),
+    ("+i", True),
+    ("+s", True),
+    ("-i", False),
+    ("+i-i", True),
+    ("-t", False),
+    ("+k x", True),
+]
+
+
+@pytest.mark.parametrize("modes, private", MODES_THAT_HIDE)
+def test_a_channel_that_was_hidden_or_closed_once_stays_private(modes, private):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", f"MODE #a {modes}")
+    assert house.hub.channels["#a"].private == private
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_markers_of_an_owner_are_dropped_and_that_is_stored_if_there_were_any(kept):
+    hub = House().hub
+    marks = {"#a": chat.Marker(1, 1)}
+    if kept:
+        hub.markers["~x"] = marks
+    assert hub.forget_markers("~x") == (marks if kept else {}) and "~x" not in hub.markers
+    assert [one.name for one in hub.turn.records if "marker" in one.name] == ["markers_gone"] * kept
+
+
 def test_a_turn_without_events_is_not_stored():
     house, stored_turns = house_of("alice"), []
     house.store.commit = lambda *_: stored_turns.append(True)
@@ -34142,6 +34621,51 @@ def test_a_transfer_that_cannot_begin_is_refused_with_the_reason(up, path, told,
         files.start(chat.Transfer("1", up, chat.LOBBY, path.format(tmp_path), name="n"))
     assert str(refused.value).startswith(told.format(tmp_path)) and refused.value.code == "NO_FILE"
     assert not files.core.transfers and not files.calls
+
+
+MOVED = 307, {"Location": "http://other:1/files/1"}, b""
+MOVES = [  # the answers, by server; whether the file is saved in the end
+    ([MOVED, WHOLE], ["127.0.0.1", "other"], True),
+    ([MOVED, MOVED], ["127.0.0.1", "other"], False),
+    ([(307, {"Location": "http://other:1/files/2"}, b"")], ["127.0.0.1"], False),
+    ([(307, {"Location": "ftp://x"}, b"")], ["127.0.0.1"], False),
+    ([(307, {}, b"")], ["127.0.0.1"], False),
+]
+
+
+@pytest.mark.parametrize("answers, asked, saved", MOVES)
+def test_a_download_follows_its_file_to_one_more_server(
+    answers, asked, saved, tmp_path, monkeypatch
+):
+    servers, answers = [], [*answers]
+    files = InMemory(tmp_path)
+    files.link.conn, files.link.trust = None, chat.Trust()
+    files.link.certificate = types.SimpleNamespace(pin=None)
+    monkeypatch.delattr(InMemory, "_call")  # that of the program
+
+    def call(helpers, sock, tls, request, trust):
+        servers.append(request.url.server.host)
+        status, headers, body = answers.pop(0)
+        response = chat.Response(status, {name.lower(): [x] for name, x in headers.items()})
+        made = types.SimpleNamespace(update=chat.do_nothing, drop=chat.do_nothing, holds=False)
+        files.loop.call_soon(
+            lambda: (
+                request.began(response),
+                status == 200 and request.piece(body),
+                request.done(response, ""),
+            )
+        )
+        return made
+
+    soon = []
+    files.loop.call_soon = soon.append
+    monkeypatch.setattr(chat, "resolve_server", lambda target, trust: (None, []))
+    monkeypatch.setattr(chat, "HappyEyeballs", lambda loop, found, then: then("socket", ""))
+    monkeypatch.setattr(chat, "WebCall", call)
+    files.start(chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"))
+    while soon:
+        soon.pop(0)()
+    assert servers == asked and (tmp_path / "a.txt").exists() == saved
 
 
 @pytest.mark.parametrize("most, fetched", [(10, WHOLE[2]), (9, b"")])
