@@ -18943,6 +18943,9 @@ COMMANDS_REFUSED = [  # typed, the server's answer, messages and commands that f
     ("/nick bob", "433 alice bob :Nickname is already in use", (0, 1)),
     ("/topic #lobby tea", ":alice!u@h TOPIC #lobby :tea", (0, 0)),
     ("/topic #lobby tea", "433 alice carol :Nickname is already in use", (0, 0)),
+    ("/topic #lobby tea", "FAIL TOPIC NO_RIGHT #lobby :No", (0, 1)),
+    ("/topic #lobby tea", "FAIL JOIN NO_RIGHT #lobby :No", (0, 0)),
+    ("/topic #lobby tea", "NOTE TOPIC NO_RIGHT #lobby :No", (0, 0)),
     ("/join #x", "470 alice #x #y :Forwarding to another channel", (0, 0)),
 ]
 
@@ -24445,6 +24448,177 @@ def test_a_conversation_is_drawn_again_when_its_state_has_changed(heard, happens
     else:
         alice.hears(happens)
     assert {view.where for view in alice.views if view.kind == chat.ROOM} == drawn
+
+
+@pytest.mark.parametrize(
+    "left, said, why",
+    [
+        ("#tea", "/msg #tea hi", "you leave #tea"),
+        ("#tea", "/msg #coffee hi", None),
+        ("", "/msg #tea hi", None),
+    ],
+)
+def test_a_message_behind_a_part_of_its_channel_waits_for_the_user(left, said, why):
+    alice = Elsewhere()
+    alice.hears(":alice!u@h JOIN #tea", ":alice!u@h JOIN #coffee")
+    alice.types(*[f"/part {left}"] * bool(left), said)
+    assert list(alice.core.outbox.parked.values()) == [why] * bool(why)
+
+
+def test_a_kick_is_the_end_of_a_join_without_an_answer():
+    alice = Elsewhere()
+    joins = alice.core.talk.joins
+    joins.join(alice.core.find("#lobby"))
+    alice.sent(1)
+    assert joins.waits("#lobby")
+    alice.hears(":op!u@h KICK #lobby bob")
+    assert joins.waits("#lobby")
+    alice.hears(":op!u@h KICK #lobby alice")
+    assert not joins.waits("#lobby")
+
+
+@pytest.mark.parametrize(
+    "listening, began, kind", [(True, "", chat.PLAIN), (False, "", ""), (False, "login: ", "")]
+)
+def test_a_silent_server_is_a_plain_one_only_until_something_was_heard(listening, began, kind):
+    core = chat.ClientCore("alice")
+    core.connected()
+    core.inbox.feed(began.encode())
+    core.listening = listening
+    core.silence()
+    assert (core.kind or "") == kind and core.odd_line == ""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_client_remembers_whether_a_server_is_one_of_chat_py(ours):
+    db = chat.open_client_database(":memory:")
+    store = chat.ClientStore(db, "here", "alice")
+    alice = Elsewhere("CASEMAPPING=ascii", store=store)
+    alice.hears(
+        f"004 alice x {'chat.py-1' if ours else 'ircd'} a b", "005 alice A=1 :x", "422 alice :x"
+    )
+    store.flush()
+    assert (store.fact("ours"), store.fact("CASEMAPPING")) == ("yes" if ours else "no", "ascii")
+    again = chat.ClientCore("alice", store=chat.ClientStore(db, "here", "alice"))
+    assert again.server.ours == ours
+
+
+@pytest.mark.parametrize(
+    "line, spoken",
+    [
+        (":alice!u@h PRIVMSG #lobby :bob, carl: hi", ["alice", "bob"]),
+        (":carol!u@h PRIVMSG #lobby :bob, carl: hi", ["carol"]),
+    ],
+)
+def test_members_whom_the_user_names_are_spoken_to(line, spoken):
+    alice = Elsewhere(caps="echo-message message-tags")
+    alice.hears("353 alice = #lobby :alice bob carol", "366 alice #lobby :x", line)
+    assert list(alice.core.find("#lobby").spoken) == spoken
+
+
+def test_a_search_of_a_client_is_in_one_conversation_or_in_all():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store)
+    alice.hears(":bob!u@h PRIVMSG #lobby :milk one", ":bob!u@h PRIVMSG alice :milk two")
+    stored = alice.core.stored
+    assert [view.text for view in stored.find("milk")] == ["milk one", "milk two"]
+    for name, found in (("#LOBBY", "milk one"), ("bob", "milk two")):
+        assert [view.text for view in stored.find("milk", alice.core.find(name))] == [found]
+    alice.types("/ignore bob")
+    assert stored.find("milk") == []
+
+
+def test_a_notice_that_opens_no_conversation_is_kept():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store)
+    alice.hears(":bob!u@h NOTICE alice :psst milk", ":bob!u@h NOTICE #lobby :aloud milk")
+    assert alice.core.find("bob") is None
+    assert [view.text for view in store.find("milk", 9)] == ["psst milk", "aloud milk"]
+
+
+@pytest.mark.parametrize("more", ["", " more"])
+def test_an_answer_to_who_may_have_more_than_is_needed(more):
+    alice = Elsewhere()
+    alice.types("/who #lobby").sent(9)
+    alice.hears(
+        f"352 alice #lobby u h srv bob G*{more and ' :0 Bob'} :0 Bob", "315 alice #lobby :End"
+    )
+    assert alice.core.people["bob"].away
+    (page,) = alice.kinds("page")
+    assert "bob" in page and "away" in page and "operator of the server" in page
+
+
+def test_who_is_in_a_channel_is_asked_for_the_client_and_not_shown():
+    alice = Elsewhere()
+    room = alice.core.find("#lobby")
+    room.people = {"bob": ""}
+    alice.core.people.ask(room)
+    alice.types("/who #tea").sent(9)
+    alice.views.clear()
+    alice.hears("352 alice #lobby u h srv bob G :0 Bob", "315 alice #lobby :End")
+    assert alice.kinds("page") == [] and alice.core.people["bob"].away
+    assert [view.where for view in alice.views if view.kind == chat.PEOPLE][-1] == "#lobby"
+    alice.hears("352 alice #tea u h srv carl H :0 Carl", "315 alice #tea :End")
+    (page,) = alice.kinds("page")
+    assert "carl" in page and "bob" not in page
+
+
+@pytest.mark.parametrize(
+    "name, full",
+    [("tea", "&tea"), ("&tea", "&tea"), ("#tea", "#tea"), ("!tea", "!tea"), ("+tea", "+tea")],
+)
+def test_a_channel_may_be_typed_without_the_first_character_of_the_server(name, full):
+    assert Elsewhere("CHANTYPES=&").core.server.as_channel(name) == full
+
+
+@pytest.mark.parametrize(
+    "length, name", [(None, "abcdefgh9"), (9, "abcdefgh9"), (8, "abcdefg9"), (3, "ab9")]
+)
+def test_a_nick_with_a_number_fits_in_what_the_server_takes(length, name):
+    alice = Elsewhere()
+    alice.core.talk.nick.bytes = length
+    alice.core.wanted_name = "abcdefgh"
+    assert alice.core.talk.nick.wanted == "abcdefgh"
+    assert alice.core.talk.nick.numbered(9) == chat.numbered_name(name[:-1], 9)
+
+
+def test_of_messages_that_a_bouncer_lost_none_is_confirmed_by_the_pong_behind_them():
+    alice = Bounced(caps="echo-message")
+    alice.served().hears(":alice!u@h JOIN #lobby")
+    alice.core.outbox.window = 9
+    alice.types("one", "two")
+    lines = alice.sent(9)
+    (*_, ping) = [line for line in lines if line.startswith("PING sent-")]
+    assert len([line for line in lines if "PRIVMSG #lobby" in line]) == 2
+    acks = alice.core.talk.acks
+    acks.covered = {ping.split()[-1]: list(alice.core.outbox.in_flight)}
+    acks.pings.clear()
+    acks.pings.append(ping.split()[-1])
+    alice.lost("#lobby")
+    alice.hears(f"PONG x {ping.split()[-1]}")
+    assert [message.text for message in alice.core.outbox.waiting.values()] == ["one", "two"]
+    assert alice.core.talk.unserved < math.inf
+
+
+def test_lines_of_a_message_that_arrived_are_not_sent_again():
+    alice = Elsewhere(caps="echo-message message-tags labeled-response batch")
+    alice.types("one\ntwo\nthree")
+    lines = [line for line in alice.sent(9) if "PRIVMSG" in line]
+    assert len(lines) == 3
+    alice.hears(lines[0].replace(" PRIVMSG", " :alice!u@h PRIVMSG"))
+    (message,) = alice.core.outbox.waiting.values()
+    assert message.at == len("one")
+
+
+def test_an_error_in_a_labelled_batch_is_about_the_message_with_that_label():
+    alice = Elsewhere(caps="labeled-response batch message-tags", interactive=False)
+    alice.core.outbox.window = 9
+    alice.types("one", "two")
+    labels = [re.search("label=([^ ;]+)", line)[1] for line in alice.sent(9) if "PRIVMSG" in line]
+    alice.hears(f"@label={labels[1]} BATCH +1 labeled-response", "@batch=1 404 alice #lobby :No")
+    alice.hears("@batch=1 NOTICE alice :think again", "BATCH -1")
+    assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["two"]
+    assert [one.text for one in alice.core.outbox.waiting.values()] == ["one"]
 
 
 @pytest.mark.parametrize("modes", ["+m", "+k word", "-o+v bob carol"])
@@ -31808,6 +31982,131 @@ def test_markers_of_an_owner_are_dropped_and_that_is_stored_if_there_were_any(ke
     assert [one.name for one in hub.turn.records if "marker" in one.name] == ["markers_gone"] * kept
 
 
+@pytest.mark.parametrize(
+    "mechanism, sent",
+    [
+        (chat.login_plain("zoe", "word"), [b"", b"zoe\0zoe\0word"]),
+    ],
+)
+def test_a_mechanism_begins_with_what_the_server_waits_for(mechanism, sent):
+    assert [next(mechanism), mechanism.send(b"")] == sent
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_search_in_a_private_conversation_finds_its_messages(private):
+    house = irc_house("#a", alice=f"{HISTORY} soju.im/search", bob="")
+    asked(house, "bob", "PRIVMSG alice :milk one", "PRIVMSG #a :milk two")
+    forget(house)
+    lines = asked(house, "alice", f"SEARCH in={'bob' if private else '#a'};text=milk")
+    assert [line.params[-1] for line in of(lines, "PRIVMSG")] == [
+        "milk one" if private else "milk two"
+    ]
+
+
+def test_a_server_that_stops_accepts_no_more_clients():
+    house, closed = House(), []
+    house.listeners = [types.SimpleNamespace(close=lambda n=n: closed.append(n)) for n in (1, 2)]
+    stop = chat.Server.stop
+    for _ in range(2):
+        stop(house)
+    assert closed == [1, 2] and house.stopping
+    house.listeners = []
+
+
+@pytest.mark.parametrize("state, sent", [("OPEN", True), ("LINGERING", False), ("CLOSED", False)])
+def test_a_connection_that_is_done_with_sends_no_more(state, sent, pair):
+    conn, theirs = pair
+    theirs.settimeout(0)
+    conn.write(b"hello")
+    conn.state = getattr(chat, state)
+    conn.flush()
+    with contextlib.suppress(BlockingIOError):
+        assert theirs.recv(100) == b"hello" and sent
+        sent = False
+    assert not sent
+
+
+@pytest.mark.parametrize("count", [chat.ACCOUNTS_MADE, chat.ACCOUNTS_MADE + 1])
+def test_an_address_makes_so_many_accounts_and_no_more(count):
+    house, done = House(), []
+    for n in range(count):
+        house.connect_irc(f"n{n}", host="192.0.2.1")
+        house.say(f"n{n}", f"NICK n{n}", "USER u 0 * :r")
+        house.turn()
+        done.append("SUCCESS" in str(ask(house, f"n{n}", "REGISTER * * swordfish99")))
+        house.say(f"n{n}", "QUIT")
+        house.turn()
+    assert done == [n < chat.ACCOUNTS_MADE for n in range(count)]
+
+
+def test_codes_are_mailed_to_strangers_so_often_and_no_more():
+    house, answers = House(register=frozenset(("email-required",))), []
+    for n in range(chat.LOGIN_TRIES_SERVER + 3):
+        come(house, f"n{n}")
+        answers.append(ask(house, f"n{n}", f"REGISTER * a{n}@b.example swordfish99"))
+    refused_at = [n for n, lines in enumerate(answers) if "TEMPORARILY_UNAVAILABLE" in str(lines)]
+    mailed = [values for values in house.asked_for if len(values) == 3]
+    assert refused_at and refused_at == list(range(refused_at[0], len(answers)))
+    assert len(mailed) <= refused_at[0]
+
+
+@pytest.mark.parametrize(
+    "rules, mail, warned",
+    [
+        ("email-required", None, True),
+        ("email-required", "true", False),
+        ("before-connect", None, False),
+    ],
+)
+def test_a_server_that_needs_mail_and_has_none_says_so(rules, mail, warned, steps, monkeypatch):
+    told = []
+    monkeypatch.setattr(chat.log, "warning", lambda text, *values: told.append(text % values))
+    chat.main(
+        ["server", "--data", "none", "--register", rules, *(["--sendmail", mail] if mail else [])]
+    )
+    assert [text for text in told if "--sendmail" in text] == told and bool(told) == warned
+
+
+@pytest.mark.parametrize("count, kept", [(3, 3), (4, 3), (9, 3)])
+def test_in_memory_the_newest_dedup_keys_are_kept(count, kept, monkeypatch):
+    monkeypatch.setattr(chat, "DEDUP_IN_MEMORY", 3)
+    house, db = House(), None
+    db = house.store.db
+    keys = [("~a", f"id{n}", n, 1, n) for n in range(count)]
+    db.executemany("INSERT INTO dedup VALUES (?, ?, ?, ?, ?)", keys)
+    house.store.retention._bound_memory()
+    left = [id for (id,) in db.execute("SELECT own_id FROM dedup ORDER BY event")]
+    assert left == [f"id{n}" for n in range(count - kept, count)]
+
+
+@pytest.mark.parametrize(
+    "kind, shown",
+    [
+        ("text/plain", "inline"),
+        ("image/png", "inline"),
+        (chat.UNKNOWN_TYPE, "attachment"),
+        ("application/pdf", "attachment"),
+    ],
+)
+def test_what_no_page_can_show_safely_is_to_be_saved(kind, shown):
+    file = chat.StoredFile("id", 'a "b".pdf', kind, 1, "~x", "h", 0)
+    head = chat.disposition(file)
+    assert (
+        head
+        == f"Content-Disposition: {shown}; filename=\"a _b_.pdf\"; filename*=UTF-8''a%20%22b%22.pdf"
+    )
+
+
+@pytest.mark.parametrize("invisible", [0, 1, 2])
+def test_invisible_users_are_counted_apart(invisible):
+    house = House()
+    come(house, "alice", "bob", "carol")
+    for name in ("alice", "bob")[:invisible]:
+        ask(house, name, f"MODE {name} +i")
+    (line,) = [one for one in ask(house, "carol", "LUSERS") if " 251 " in one]
+    assert f"There are {3 - invisible} users and {invisible} invisible" in line
+
+
 def test_a_turn_without_events_is_not_stored():
     house, stored_turns = house_of("alice"), []
     house.store.commit = lambda *_: stored_turns.append(True)
@@ -32626,6 +32925,75 @@ def test_a_conversation_that_is_cleared_is_no_longer_on_the_screen():
     desk.hear("three")
     assert [line for line in desk.paint() if "bob: " in line] == ["08:30 bob: three"]
     assert "08:30 bob: two" in desk.screen.history or desk.said == ["three"]
+
+
+@pytest.mark.parametrize(
+    "topic, server, title",
+    [
+        ("", "", "\u2500\u2500 #lobby"),
+        ("tea", "", "\u2500\u2500 #lobby: tea"),
+        ("tea", "irc.example", "\u2500\u2500 #lobby on irc.example: tea"),
+    ],
+)
+def test_the_title_of_a_conversation_has_its_topic_and_its_server(topic, server, title):
+    desk = Desk()
+    room = desk.core.find("#lobby")
+    room.topic = topic
+    look = desk.display.reader.look._replace(palette=chat.Palette(False))
+    assert chat.place_lines(room, look, server) == [title]
+    talk = desk.core.rooms.open("bob")
+    assert chat.place_lines(talk, look) == ["\u2500\u2500 with bob"]
+
+
+def test_where_the_reader_is_stands_in_the_status_row():
+    desk = Desk(rows=10)
+    desk.hear(*[f"line {n}" for n in range(30)])
+    desk.paint()
+    reader = desk.display.reader
+    reader.up(5)
+    assert desk.display._at().startswith("back at ")
+    reader.up(500)
+    desk.core.find("#lobby").whole = False
+    assert desk.display._at() == "nothing older is here"
+    desk.core.find("#lobby").whole = True
+    assert desk.display._at() == "this is the beginning"
+    reader.room.views.dropped = True
+    assert desk.display._at() == "nothing older is here"
+    desk.display.fetching = True
+    assert desk.display._at() == (
+        "older ones are coming" if desk.core.ready else "nothing older is here"
+    )
+    desk.tell(chat.ViewEvent(chat.PAGE, "\n".join(map(str, range(40))), "a page"))
+    assert desk.display._at() == "a page: Page Down goes on, Escape leads back"
+
+
+def test_after_scrolling_down_nothing_older_is_owed():
+    desk = Desk(rows=10)
+    desk.hear(*[f"line {n}" for n in range(30)])
+    desk.paint()
+    reader = desk.display.reader
+    for _ in range(2):
+        reader.up(500)
+    assert reader.at_top and reader.owed
+    reader.down(3)
+    assert (reader.at_top, reader.owed) == (False, 0)
+    end = reader.end
+    reader.came_older()
+    assert reader.end == end and reader.room.views.reading
+    reader.down(500)
+    assert not reader.back and not reader.room.views.reading
+
+
+def test_a_conversation_that_is_drawn_again_is_drawn_so_once():
+    desk = Desk()
+    desk.hear("one")
+    desk.paint()
+    desk.display.whole = True
+    assert desk.paint() and "bob: one" in desk.written and not desk.display.whole
+    assert desk.paint() and desk.written == ""
+    desk.display.cleared = True
+    desk.paint()
+    assert not (desk.display.whole or desk.display.cleared) and "one" not in desk.written
 
 
 def test_another_conversation_has_a_screen_of_its_own():
@@ -36010,10 +36378,11 @@ def test_an_output_that_breaks_ends_a_pipe_unless_it_is_leaving(
 
     client, ended = piping(), []
     monkeypatch.setattr(chat, "write_all", fails)
-    monkeypatch.setattr(os, "dup2", lambda old, new: os.close(old))
     monkeypatch.setattr(client, "over", ended.append)
     monkeypatch.setattr(type(client.link), "leaving", property(lambda link: leaving), raising=False)
-    client.show([chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#tea")])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "dup2", lambda old, new: os.close(old))
+        client.show([chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#tea")])
     assert ended == [over] * bool(over)
 
 
