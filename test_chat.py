@@ -20786,6 +20786,8 @@ def test_drafts_of_two_conversations_that_become_one_are_two_lines_of_its_draft(
     alice.core.disconnected()
     alice.connect("CASEMAPPING=rfc1459")
     assert sorted(alice.core.find("[x]").draft.split("\n")) == ["or not", "to be"]
+    kept = alice.core.find("[x]").name
+    assert kept in [view.where for view in alice.views if view.kind == chat.RESET]
     assert not alice.kinds("back")
 
 
@@ -23649,6 +23651,30 @@ def test_the_next_server_of_several_is_tried_soon(another, monkeypatch):
     assert link.backoff == (20.0 if another else min(40.0, chat.BACKOFF_MOST))
 
 
+def test_each_server_of_a_chat_is_tried_once_before_the_client_waits():
+    link = Hanging(True, 60.0)
+    link.choices = collections.deque(chat.parse_target("irc://one,irc://two,irc://three").others)
+    link.choices.appendleft(link.target)
+    hosts, more = [], []
+    for phase in (chat.CONNECTING, chat.CONNECTING, chat.CONNECTING, chat.ONLINE, chat.CONNECTING):
+        link.phase = phase
+        more.append(link._next_choice())
+        hosts.append(link.target.host)
+    assert more == [True, True, False, True, True]
+    assert hosts == ["two", "three", "127.0.0.1", "two", "three"]
+
+
+def test_an_address_is_tried_a_moment_after_the_one_before_also_if_that_has_failed(attempts):
+    _, loop, _ = raced((4, "a"), (4, "b"), (4, "c"))
+    loop.now += 0.1
+    attempts[0].then(attempts[0], "refused")
+    counts = []
+    for loop.now in (0.1, chat.NEXT_ADDRESS_SECONDS, chat.NEXT_ADDRESS_SECONDS + 0.1):
+        loop.run_due()
+        counts.append(len(attempts))
+    assert counts == [2, 2, 3]
+
+
 @pytest.mark.parametrize("happens, dropped", REASONS_TO_DROP)
 def test_a_connection_that_is_of_no_use_any_more_is_dropped_at_once(happens, dropped):
     link, done = talking_link(*WELCOMED)
@@ -24619,6 +24645,70 @@ def test_an_error_in_a_labelled_batch_is_about_the_message_with_that_label():
     alice.hears("@batch=1 NOTICE alice :think again", "BATCH -1")
     assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["two"]
     assert [one.text for one in alice.core.outbox.waiting.values()] == ["one"]
+
+
+@pytest.mark.parametrize(
+    "asked, late, told", [(True, True, False), (False, True, True), (False, False, False)]
+)
+def test_a_channel_that_the_client_asked_for_is_not_one_it_was_made_to_join(asked, late, told):
+    alice = Elsewhere()
+    alice.now = chat.LATE_JOIN_SECONDS + (1.0 if late else -1.0)
+    if asked:
+        alice.core.talk.joins.join(alice.core.rooms.open("#tea"))
+        alice.sent(1)
+    alice.hears(":alice!u@h JOIN #tea")
+    assert any("#tea was joined for you" in text for text in alice.kinds("note")) == told
+
+
+def test_refusals_of_all_lines_that_were_sent_are_told_at_once():
+    alice = Elsewhere(caps="message-tags")
+    alice.core.outbox.window = 9
+    alice.types("one", "two")
+    alice.sent(9)
+    acks = alice.core.talk.acks
+    one, two = lines = [line for line in acks.sent if line.id in alice.core.outbox.in_flight]
+    acks.sent.remove(one)
+    acks.hold_refusal(chat.UnclearRefusal(one, lines, "no"))
+    alice.views += alice.core.take_views()
+    assert alice.kinds("failed") == [] and alice.core.outbox.alone == chat.SENT_ALONE
+    acks.sent.remove(two)
+    acks.hold_refusal(chat.UnclearRefusal(two, [two], "no"))
+    alice.views += alice.core.take_views()
+    assert len(alice.kinds("failed")) == 2 and acks.refusals == []
+
+
+def test_both_of_two_conversations_that_are_divided_have_been_read_as_far():
+    alice = lived("rfc1459", *TWO_USERS)
+    (room,) = alice.core.rooms.values()
+    room.read_time = 5000
+    alice.core.disconnected()
+    alice.connect("CASEMAPPING=ascii")
+    assert {room.name: room.read_time for room in alice.core.rooms.values()} == {
+        "[x]": 5000,
+        "{x}": 5000,
+    }
+
+
+HISTORY_ASKED = [  # capabilities, connected, typed; the line that is sent, or what is told
+    (True, True, "/history", "CHATHISTORY LATEST #lobby * 20"),
+    (True, True, "/history 5", "CHATHISTORY LATEST #lobby * 5"),
+    (True, True, "/history bob 5", "CHATHISTORY LATEST bob * 5"),
+    (False, True, "/history", "this server keeps no history; /lastlog looks in your own"),
+    (True, False, "/history", "not connected; /lastlog looks in your own"),
+]
+
+
+@pytest.mark.parametrize("pages, connected, typed, expected", HISTORY_ASKED)
+def test_history_is_asked_for_where_there_is_some(pages, connected, typed, expected):
+    alice = Elsewhere(caps=PAGES_OF if pages else "message-tags")
+    alice.hears("BATCH +1 chathistory #lobby", "BATCH -1").sent(9)
+    if not connected:
+        alice.core.disconnected()
+    alice.types(typed)
+    if expected.startswith("CHATHISTORY"):
+        assert [line for line in alice.sent(9) if "CHATHISTORY" in line] == [expected]
+    else:
+        assert alice.kinds("note")[-1] == expected
 
 
 @pytest.mark.parametrize("modes", ["+m", "+k word", "-o+v bob carol"])
@@ -31562,7 +31652,13 @@ def test_clients_for_whom_no_descriptor_is_left_are_told_so_or_wait(
     house.loop.selector = types.SimpleNamespace(register=register, unregister=unregister)
     admitted = []
     house.admit = lambda *what: admitted.append(what)
-    listener._back_off(OSError(errno.EMFILE, "Too many open files"))
+    closed, before = [], limits.spare
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", closed.append)
+        listener._back_off(OSError(errno.EMFILE, "Too many open files"))
+    assert closed == [before] * spare
+    for fd in closed:
+        os.close(fd)
     text = "* this server has no file descriptors left (ulimit -n); try again later\n"
     assert listener.sock.told == [False, text, "closed"] * 2 * spare
     assert given == 2 * spare and admitted == []
@@ -32105,6 +32201,63 @@ def test_invisible_users_are_counted_apart(invisible):
         ask(house, name, f"MODE {name} +i")
     (line,) = [one for one in ask(house, "carol", "LUSERS") if " 251 " in one]
     assert f"There are {3 - invisible} users and {invisible} invisible" in line
+
+
+def test_full_budgets_are_forgotten_although_there_are_few(monkeypatch):
+    loop = FakeLoop(0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: loop.now)
+    addresses = chat.Addresses(loop, (10.0, 1.0))
+    for host, used, there in (("a", 0, False), ("b", 5, False), ("c", 0, True)):
+        address = addresses.enter(host)
+        address.budget.tokens -= used
+        address.peers = 0 if not there else address.peers
+    addresses.sweep()
+    assert list(addresses) == ["b", "c"]
+
+
+def test_accounts_that_are_loaded_replace_those_of_before():
+    accounts = House().hub.accounts
+    for name in ("zoe", "zo\u00eb", "alice"):
+        accounts.load([chat.Account(name, BOSS, "", 1)])
+        assert list(accounts) == [chat.fold(name)]
+    assert accounts.looks_like("zoe") == "" and accounts.looks_like("al\u0456ce") == "alice"
+
+
+def test_a_connection_of_a_proxy_counts_for_the_client_behind_it():
+    with beating() as (server, peer):
+        one = peer()
+        before = one.home
+        before.web = 1
+        for key in ("192.0.2.7", "192.0.2.7", "192.0.2.8"):
+            one.act_for(key, key, secure=True)
+            assert (one.home.key, one.home.web, one.limit_key, one.proxied_tls) == (
+                key,
+                1,
+                key,
+                True,
+            )
+            assert one.address.startswith(f"{key}:")
+        assert before.web == 0
+        assert "192.0.2.7" not in server.addresses or not server.addresses["192.0.2.7"].web
+
+
+@pytest.mark.parametrize("cluster", [None, "a node"])
+def test_the_files_of_a_server_are_cleaned_at_its_start_and_those_of_a_node_later(
+    cluster, tmp_path
+):
+    done = []
+    files = types.SimpleNamespace(most=0, total=0)
+    server = types.SimpleNamespace(
+        hub=types.SimpleNamespace(files=files),
+        site=types.SimpleNamespace(),
+        cluster=cluster,
+        clean_files=lambda: done.append("clean"),
+        expire_files=lambda: done.append("expire"),
+    )
+    chat.Server._open_files(server, types.SimpleNamespace(data=tmp_path, file_max=1, files_max=2))
+    assert server.site.folder.path == tmp_path / "files"
+    assert done == [*["clean"] * (not cluster), "expire"]
+    assert (files.most, files.total) == ((0, 0) if cluster else (1, 2))
 
 
 def test_a_turn_without_events_is_not_stored():
@@ -32994,6 +33147,22 @@ def test_a_conversation_that_is_drawn_again_is_drawn_so_once():
     desk.display.cleared = True
     desk.paint()
     assert not (desk.display.whole or desk.display.cleared) and "one" not in desk.written
+
+
+def test_a_view_that_the_core_has_kept_is_kept_once():
+    desk = Desk()
+    room = desk.core.find("#lobby")
+    view = chat.ViewEvent(chat.NOTE, "one", where="#lobby")
+    for _ in range(2):
+        desk.display.keep(view)
+    room.views.append(view)
+    desk.display.keep(view)
+    assert [one.text for one in room.views] == ["one", "one", "one"]
+    desk.display.keep(chat.ViewEvent(chat.NOTE, "two"))
+    moved = chat.ViewEvent(chat.JOIN, "", "bob", "#lobby")
+    room.moves.append(moved)
+    desk.display.keep(moved)
+    assert [one.text for one in room.views] == ["one", "one", "one", "two"]
 
 
 def test_another_conversation_has_a_screen_of_its_own():
@@ -35034,6 +35203,16 @@ def test_a_download_follows_its_file_to_one_more_server(
     while soon:
         soon.pop(0)()
     assert servers == asked and (tmp_path / "a.txt").exists() == saved
+
+
+def test_the_size_of_a_file_is_shown_as_soon_as_it_is_known(tmp_path):
+    files = InMemory(tmp_path)
+    one = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1")
+    files.start(one)
+    files.core.take_views()
+    files.last.began(chat.Response(200, {"content-length": ["10"], "etag": ['"a"']}))
+    assert (one.size, one.etag) == (10, '"a"')
+    assert [view.own_id for view in files.core.take_views() if view.kind == chat.TRANSFER] == ["1"]
 
 
 @pytest.mark.parametrize("most, fetched", [(10, WHOLE[2]), (9, b"")])
