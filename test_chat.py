@@ -24612,10 +24612,10 @@ def test_of_messages_that_a_bouncer_lost_none_is_confirmed_by_the_pong_behind_th
     alice = Bounced(caps="echo-message")
     alice.served().hears(":alice!u@h JOIN #lobby")
     alice.core.outbox.window = 9
-    alice.types("one", "two")
+    alice.types("one", "/msg bob two")
     lines = alice.sent(9)
     (*_, ping) = [line for line in lines if line.startswith("PING sent-")]
-    assert len([line for line in lines if "PRIVMSG #lobby" in line]) == 2
+    assert len([line for line in lines if "PRIVMSG " in line]) == 2
     acks = alice.core.talk.acks
     acks.covered = {ping.split()[-1]: list(alice.core.outbox.in_flight)}
     acks.pings.clear()
