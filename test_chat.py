@@ -31626,10 +31626,15 @@ class Backlog:
 
 @pytest.mark.parametrize("spare", [True, False])
 @pytest.mark.parametrize(
-    "error, worked", [(BlockingIOError(), True), (OSError(errno.EMFILE, "x"), False)]
+    "count, error, worked",
+    [
+        (2, BlockingIOError(), True),
+        (2, OSError(errno.EMFILE, "x"), False),
+        (chat.ACCEPTS_A_TURN, None, True),
+    ],
 )
 def test_clients_for_whom_no_descriptor_is_left_are_told_so_or_wait(
-    error, worked, spare, monkeypatch
+    count, error, worked, spare, monkeypatch
 ):
     house, waits, selected = House(), [], []
     given = 0
@@ -31643,7 +31648,7 @@ def test_clients_for_whom_no_descriptor_is_left_are_told_so_or_wait(
     limits.spare = open_spare() if spare else None
     monkeypatch.setattr(chat, "spare_descriptor", open_spare)
     listener = chat.Listener.__new__(chat.Listener)
-    listener.server, listener.sock = house, Backlog(2, error)
+    listener.server, listener.sock = house, Backlog(count, error)
     house.loop.call_later = lambda seconds, call: waits.append((seconds, call))
     register, unregister = (
         (lambda *what: selected.append(what)),
@@ -31660,7 +31665,7 @@ def test_clients_for_whom_no_descriptor_is_left_are_told_so_or_wait(
     for fd in closed:
         os.close(fd)
     text = "* this server has no file descriptors left (ulimit -n); try again later\n"
-    assert listener.sock.told == [False, text, "closed"] * 2 * spare
+    assert listener.sock.told == [False, text, "closed"] * count * spare
     assert given == 2 * spare and admitted == []
     if spare and worked:
         assert waits == [] and selected == []
@@ -41852,6 +41857,21 @@ def test_a_client_that_cannot_go_on_tells_why_on_its_last_line(name, told, clien
 def test_a_name_of_a_client_is_as_long_as_it_may_be_and_has_single_blanks(name, clients):
     assert chat.main(["client", name]) == 0
     assert clients[0].options.name == " ".join(name.split())
+
+
+@pytest.mark.parametrize("closed", [(), (1,), (0, 2), (0, 1, 2)])
+def test_standard_streams_that_are_closed_are_opened_to_nowhere(closed, monkeypatch, capsys):
+    def known(fd):
+        if fd in closed:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    opened = []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", known)
+        patched.setattr(os, "open", lambda *how: opened.append(how))
+        assert chat.main([]) == 0
+    assert opened == [(os.devnull, os.O_RDWR)] * len(closed)
+    assert capsys.readouterr().out == chat.FIRST_HELP
 
 
 def test_a_program_that_is_interrupted_ends_with_130(monkeypatch):
