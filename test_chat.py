@@ -32086,11 +32086,12 @@ def test_markers_of_an_owner_are_dropped_and_that_is_stored_if_there_were_any(ke
 @pytest.mark.parametrize(
     "mechanism, sent",
     [
-        (chat.login_plain("zoe", "word"), [b"", b"zoe\0zoe\0word"]),
+        (lambda: chat.login_plain("zoe", "word"), [b"", b"zoe\0zoe\0word"]),
     ],
 )
 def test_a_mechanism_begins_with_what_the_server_waits_for(mechanism, sent):
-    assert [next(mechanism), mechanism.send(b"")] == sent
+    begun = mechanism()
+    assert [next(begun), begun.send(b"")] == sent
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -32263,6 +32264,72 @@ def test_the_files_of_a_server_are_cleaned_at_its_start_and_those_of_a_node_late
     assert server.site.folder.path == tmp_path / "files"
     assert done == [*["clean"] * (not cluster), "expire"]
     assert (files.most, files.total) == ((0, 0) if cluster else (1, 2))
+
+
+@pytest.mark.parametrize("more, kept", [(0, [0, 1]), (1, [1])])
+def test_the_time_by_a_clock_counts_until_it_is_too_long_ago(more, kept):
+    loop = FakeLoop(0.0)
+    steps = int(chat.SURE_SECONDS / chat.SURE_STEP_SECONDS)
+    store = types.SimpleNamespace(offsets={0: 100.0, 1: 200.0}, node=False)
+    records = []
+    hub = types.SimpleNamespace(
+        turn=types.SimpleNamespace(record=lambda *what: records.append(what))
+    )
+    sure = chat.SureTime(loop, lambda: 0.0, hub, store)
+    sure.began = 0.0
+    loop.now = (steps + more) * chat.SURE_STEP_SECONDS
+    sure.clock = lambda: loop.now + 300.0
+    assert sure() == loop.now + min(100.0 * (0 in kept) or 200.0, 200.0)
+    assert [step for step in store.offsets if step < 2] == kept
+    assert [what for what in records if what[0] == "offset_gone"] == [("offset_gone", 0)] * more
+
+
+FILES_NOT_OPENED = [  # the error of the system; code and text of the refusal
+    (FileNotFoundError(errno.ENOENT, "x"), "NO_FILE", chat.NO_SUCH_FILE),
+    (
+        PermissionError(errno.EACCES, "x"),
+        "UNAVAILABLE",
+        "the file cannot be read now; try again later",
+    ),
+]
+
+
+@pytest.mark.parametrize("error, code, text", FILES_NOT_OPENED)
+def test_a_file_that_cannot_be_opened_is_refused_with_the_reason(
+    error, code, text, tmp_path, monkeypatch
+):
+    def fails(path, how):
+        raise error
+
+    monkeypatch.setattr(chat, "OpenFile", fails)
+    with pytest.raises(chat.Refused, match=f"^{re.escape(text)}$") as refused:
+        chat.FileFolder(tmp_path / "files").open("sha")
+    assert refused.value.code == code
+
+
+@pytest.mark.parametrize(
+    "shown, name, found",
+    [
+        ("", "", None),
+        ("ab", "", "alice"),
+        ("ab", "ALICE", "alice"),
+        ("ab", "zoe", None),
+        ("cd", "", None),
+    ],
+)
+def test_a_certificate_finds_its_account_as_it_is_in_the_database_now(shown, name, found):
+    house, refreshed = House(), []
+    make_account(house, "alice")
+    make_account(house, "zoe")
+    house.hub.accounts.certificates["ab"] = "alice"
+    house.refresh = lambda: refreshed.append(True)
+    session = types.SimpleNamespace(site=house.site, conn=types.SimpleNamespace(fingerprint=shown))
+    try:
+        assert chat.certified_account(session, name)[0] == found
+    except chat.Refused as refusal:
+        assert found is None and refusal.code == "SASL_FAILED"
+        assert ("shows no certificate" in str(refusal)) == (not shown)
+    assert refreshed == [True]
 
 
 def test_a_turn_without_events_is_not_stored():
