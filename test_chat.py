@@ -24709,6 +24709,49 @@ def test_history_is_asked_for_where_there_is_some(pages, connected, typed, expec
         assert alice.kinds("note")[-1] == expected
 
 
+@pytest.mark.parametrize("ready", [True, False])
+@pytest.mark.parametrize("source", ["chat.py/1", "irc.example"])
+def test_only_the_hint_of_chat_py_before_the_welcome_is_not_shown(ready, source):
+    alice = Elsewhere()
+    if not ready:
+        alice.core.disconnected()
+        alice.core.connected()
+    alice.views.clear()
+    alice.hears(f":{source} NOTICE * :*** Looking up your hostname")
+    shown = [view.text for view in alice.views if "Looking up" in view.text]
+    assert len(shown) == (ready or source == "irc.example")
+
+
+def test_the_key_of_each_conversation_is_stored_by_the_rule_of_the_server():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere("CASEMAPPING=ascii", store=store)
+    alice.hears(":alice!u@h JOIN #Tea[", ":alice!u@h JOIN #milk")
+    kept = []
+    store.keep_room = lambda key, room, order: kept.append((key, room.name, order))
+    alice.core.disconnected()
+    kept.clear()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "005 alice CASEMAPPING=rfc1459 :x", "422 alice :x")
+    names = {"#lobby": "#lobby", "#tea{": "#Tea[", "#milk": "#milk"}
+    assert set(kept) >= {(key, names[key], n) for n, key in enumerate(alice.core.rooms)}
+
+
+def test_a_client_that_has_to_log_in_first_leaves_without_a_word_and_comes_again():
+    alice = Elsewhere()
+    alice.sent(1)
+    alice.hears("FAIL SESSION ACCOUNT_REQUIRED zoe :log in first")
+    assert alice.sent() == ["QUIT :"]
+    assert (alice.core.refusal, alice.core.cause) == ("log in first", chat.TEMPORARY)
+
+
+def test_uploads_that_wait_for_a_token_go_on_without_one_if_there_is_none():
+    alice, got = Elsewhere("FILEHOST=/up"), []
+    alice.core.transfers.upload_token, alice.core.transfers.token_time = "", 0.0
+    alice.core.transfers.wait_for_token = [got.append, got.append]
+    alice.hears("FAIL TOKEN NO_PERMISSIONS FILEHOST :no")
+    assert got == ["", ""] and alice.core.transfers.wait_for_token == []
+
+
 @pytest.mark.parametrize("modes", ["+m", "+k word", "-o+v bob carol"])
 def test_a_change_of_modes_is_told_in_its_channel(modes):
     alice = Elsewhere("PREFIX=(ov)@+", "CHANMODES=b,k,l,imnst")
@@ -32346,6 +32389,117 @@ def test_frames_of_the_protocol_are_answered_once():
             assert one.eof == closed and one.inbox.out == b""
         one.queue = chat.SendQueue()
     assert written == [b"pong"]
+
+
+GUARDED = [  # the error of the system; code and text of the refusal
+    (FileNotFoundError(errno.ENOENT, "x"), "NO_FILE", chat.NO_SUCH_FILE),
+    (OSError(errno.ENOSPC, "No space left on device"), "NO_ROOM", ""),
+]
+
+
+@pytest.mark.parametrize("error, code, text", GUARDED)
+def test_an_upload_that_cannot_be_written_is_refused_with_the_reason(error, code, text):
+    def fails():
+        raise error
+
+    with pytest.raises(chat.Refused) as refused:
+        chat.FileFolder._guarded(fails)
+    assert refused.value.code == code and str(refused.value) not in ("", code)
+    assert not text or str(refused.value) == text
+    assert chat.FileFolder._guarded(lambda: 5) == 5
+
+
+RESULTS_TAKEN = [  # what is so after an act has come back; what is done
+    ({"unfinished": 1}, ["resumed"]),
+    ({"postponed": [1]}, ["resumed"]),
+    ({}, []),
+    ({"waits": True, "asks": 1}, []),
+    ({"waits": True, "unfinished": 1}, ["released"]),
+]
+
+
+@pytest.mark.parametrize("flood", [True, False])
+@pytest.mark.parametrize("given, done", RESULTS_TAKEN)
+def test_a_session_goes_on_after_its_act_has_come_back(given, done, flood):
+    happened, taken = [], []
+    conn = types.SimpleNamespace(
+        gone=False, charge=happened.append, resume_soon=lambda: happened.append("resumed")
+    )
+    cluster = types.SimpleNamespace(
+        released=types.SimpleNamespace(append=lambda session: happened.append("released"))
+    )
+    hub = types.SimpleNamespace(take_work=lambda: 7.0)
+    session = types.SimpleNamespace(
+        conn=conn, site=types.SimpleNamespace(flood=flood, hub=hub, cluster=cluster)
+    )
+    usual = {"over": False, "waits": False, "asks": 0, "unfinished": None, "postponed": []}
+    vars(session).update(usual | given)
+    session.mark_answer = lambda: taken.append("marked")
+    ask = types.SimpleNamespace(then=taken.append, otherwise=None)
+    chat.LocalSession.finish_result(session, ask, "the result")
+    assert taken == ["the result", "marked"] and happened == [*[7.0] * flood, *done]
+
+
+@pytest.mark.parametrize(
+    "gone, framed, web", [(True, True, True), (False, True, False), (False, False, True)]
+)
+def test_a_peer_that_leaves_is_closed_once_its_last_bytes_were_written(
+    gone, framed, web, monkeypatch
+):
+    done = []
+    monkeypatch.setattr(chat.Connection, "write", lambda peer, data: done.append(data))
+    monkeypatch.setattr(chat.Connection, "close", lambda peer: done.append("closed"))
+    peer = types.SimpleNamespace(gone=gone, frame_writer=framed, web=web)
+    peer.inbox = types.SimpleNamespace(last=b"the last frame")
+    idle = types.SimpleNamespace(add=lambda peer: done.append("idle"))
+    server = types.SimpleNamespace(
+        leaving=[peer], jobs=[], times=types.SimpleNamespace(web_idle=idle)
+    )
+    server.forget = lambda peer: done.append("forgotten")
+    for _ in range(2):
+        chat.Server._after_writing(server)
+    written = [*[b"the last frame"] * framed, "closed", *["idle"] * web]
+    assert done == (["forgotten"] if gone else written)
+
+
+def test_a_password_of_a_file_is_read_again_from_there(tmp_path):
+    path = tmp_path / "password.txt"
+    path.write_text(" first \n")
+    secret = chat.read_secret(path)
+    assert (secret, secret.path) == ("first", path)
+    path.write_text("second")
+    assert chat.reread_secret(secret) == "second" and chat.reread_secret("typed") == "typed"
+
+
+def test_an_index_of_another_form_is_made_again(folder):
+    store = chat.Store(folder / "chat.db")
+    house = House(store=store)
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", "PRIVMSG #a :milk")
+    store.close()
+    with contextlib.closing(sqlite3.connect(folder / "search.db")) as db:
+        db.executescript("DROP TABLE parts; CREATE TABLE parts (x)")
+    store = chat.Store(folder / "chat.db")
+    index_all(store)
+    assert store.search_index.db.execute("SELECT messages FROM parts").fetchall() == [(1,)]
+    store.close()
+
+
+def test_a_session_in_whose_place_another_one_comes_has_left_in_the_same_act(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    come(nodes["n1"], "alice", secret="a" * 32)
+    nodes.settle()
+    two = nodes["n2"]
+    (before,) = two.hub.users["alice"].sessions
+    two.connect_irc("again")
+    two.say(
+        "again", f"CAP REQ :{CAPS}", f"SESSION {'a' * 32}", "NICK alice", "USER u 0 * :r", "CAP END"
+    )
+    for _ in range(9):
+        two.turn()
+        if before not in two.hub.users["alice"].sessions:
+            break
+    assert [one.id for one in two.hub.users["alice"].live] == [two.guests["again"].id]
 
 
 def test_a_turn_without_events_is_not_stored():
