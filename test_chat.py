@@ -32376,6 +32376,18 @@ def test_a_line_of_irc_is_cut_at_its_last_byte(more, sent):
     assert chat.irc_bytes("x\0\r\n") == b"x  \r\n"
 
 
+def test_a_websocket_begins_with_the_answer_to_its_handshake():
+    with beating() as (server, peer):
+        one = upgraded(server, peer)
+        head, _, rest = heard_by(one).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 101 ") and rest == b""
+        accepted = base64.b64encode(
+            hashlib.sha1(b"MDAwMDAwMDAwMDAwMDAwMA==258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        )
+        assert b"sec-websocket-accept: " + accepted.lower() in head.lower()
+        assert (one.web, one.chats, one.shared) == (False, True, False)
+
+
 def test_frames_of_the_protocol_are_answered_once():
     written = []
 
