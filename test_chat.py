@@ -32403,13 +32403,13 @@ def test_frames_of_the_protocol_are_answered_once():
     assert written == [b"pong"]
 
 
-GUARDED = [  # the error of the system; code and text of the refusal
+FILES_NOT_WRITTEN = [  # the error of the system; code and text of the refusal
     (FileNotFoundError(errno.ENOENT, "x"), "NO_FILE", chat.NO_SUCH_FILE),
     (OSError(errno.ENOSPC, "No space left on device"), "NO_ROOM", ""),
 ]
 
 
-@pytest.mark.parametrize("error, code, text", GUARDED)
+@pytest.mark.parametrize("error, code, text", FILES_NOT_WRITTEN)
 def test_an_upload_that_cannot_be_written_is_refused_with_the_reason(error, code, text):
     def fails():
         raise error
