@@ -2737,7 +2737,6 @@ class LocalSession(Session):
             if next(self.postponed[0], self) is self:
                 del self.postponed[0]
             return None
-        self.latest = None
         self.resume_answer()
         try:
             next(self.unfinished)
