@@ -32514,6 +32514,38 @@ def test_a_session_in_whose_place_another_one_comes_has_left_in_the_same_act(fol
     assert [one.id for one in two.hub.users["alice"].live] == [two.guests["again"].id]
 
 
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_user_whose_account_was_deleted_comes_back_as_a_guest(deleted, folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    make_account(house, "zoe")
+    come_again(house, "zoe", "zoe", account="zoe")
+    ask(house, "zoe", "JOIN #a")
+    house.store.close()
+    if deleted:
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("DELETE FROM accounts")
+    again = House(store=chat.Store(path))
+    user = again.hub.users["zoe"]
+    identity = again.hub.accounts.identity("zoe")
+    assert (user.account, user.login) == (("", "") if deleted else ("zoe", identity))
+    again.store.close()
+
+
+TOKENS_ASKED = [  # the words after TOKEN; the code of the refusal, and the words about it
+    ("VALIDATE x", "NO_PERMISSIONS", "tokens are for this server's own files"),
+    ("VALIDATE", "NO_PERMISSIONS", "tokens are for this server's own files"),
+]
+
+
+@pytest.mark.parametrize("words, code, text", TOKENS_ASKED)
+def test_a_request_for_a_token_that_is_refused_has_a_code_and_a_reason(words, code, text):
+    house = irc_house("", alice="")
+    (line,) = of(asked(house, "alice", f"TOKEN {words}"), "FAIL")
+    assert (line.params[:2], line.params[-1]) == (["TOKEN", code], text)
+    assert line.params[2] == (words.split()[1] if " " in words else "*")
+
+
 def test_a_turn_without_events_is_not_stored():
     house, stored_turns = house_of("alice"), []
     house.store.commit = lambda *_: stored_turns.append(True)
