@@ -24752,6 +24752,27 @@ def test_uploads_that_wait_for_a_token_go_on_without_one_if_there_is_none():
     assert got == ["", ""] and alice.core.transfers.wait_for_token == []
 
 
+def test_a_log_in_that_the_server_cannot_prove_ends_the_connection_without_a_word():
+    alice = Elsewhere()
+    sasl = alice.core.talk.sasl
+    sasl.steps, sasl.proven = chat.login_plain("zoe", "x"), False
+    alice.sent(1)
+    alice.hears("903 alice :SASL authentication successful")
+    assert alice.sent() == ["QUIT :"] and alice.core.cause == chat.FATAL
+    assert "could not prove" in alice.core.refusal
+
+
+@pytest.mark.parametrize("columns", [20, 40])
+def test_the_list_of_members_is_indented_and_fits_the_screen(columns):
+    look = Desk(columns=columns).display.reader.look._replace(palette=chat.Palette(False))
+    names = ", ".join([f"name{n:02}" for n in range(20)] + ["@op"])
+    head, *rows = chat.people_lines(chat.ViewEvent(chat.NOTE, names, where="#tea"), look)
+    assert head.endswith("21 in #tea") and rows[0].startswith("  @op")
+    assert all(row.startswith("  ") and len(row.rstrip()) < look.columns for row in rows)
+    widest = max(len(row.rstrip()) for row in rows)
+    assert widest + len("name00") + 4 > look.columns - 3
+
+
 @pytest.mark.parametrize("modes", ["+m", "+k word", "-o+v bob carol"])
 def test_a_change_of_modes_is_told_in_its_channel(modes):
     alice = Elsewhere("PREFIX=(ov)@+", "CHANMODES=b,k,l,imnst")
@@ -32544,6 +32565,47 @@ def test_a_request_for_a_token_that_is_refused_has_a_code_and_a_reason(words, co
     (line,) = of(asked(house, "alice", f"TOKEN {words}"), "FAIL")
     assert (line.params[:2], line.params[-1]) == (["TOKEN", code], text)
     assert line.params[2] == (words.split()[1] if " " in words else "*")
+
+
+CONTENT_REMOVED = [  # a folder, uploads that are finishing, serving (None: no cluster); removed
+    (True, (), None, True),
+    (True, ("f",), None, False),
+    (False, (), None, False),
+    (True, (), True, True),
+    (True, (), False, False),
+]
+
+
+@pytest.mark.parametrize("folder, finishing, serving, removed", CONTENT_REMOVED)
+def test_content_is_removed_unless_a_link_to_it_may_still_come(folder, finishing, serving, removed):
+    done = []
+    files = chat.Files()
+    files["one"] = chat.StoredFile("one", "n", "text/plain", 1, "~x", "h", 0, sha="used")
+    files.unwanted, files.finishing = ["used", "gone"], set(finishing)
+    server = types.SimpleNamespace(hub=types.SimpleNamespace(files=files))
+    server.cluster = None if serving is None else types.SimpleNamespace(serving=serving)
+    server.site = types.SimpleNamespace(
+        folder=types.SimpleNamespace(remove="remove") if folder else None
+    )
+    server.background = lambda lane, job: done.append(job.args)
+    if folder:
+        server.site.folder.remove = print
+    chat.Server.remove_content(server)
+    assert done == ([({"gone"},)] if removed else [])
+    assert files.unwanted == ([] if removed else ["used", "gone"])
+
+
+def test_a_node_introduces_itself_to_its_log():
+    for user, login in (("u", {"user": "u", "pass": "p"}), ("", {})):
+        dialogue = chat.NatsDialogue("n1", user, "p")
+        dialogue.connect()
+        (data,) = dialogue.out
+        first, second, third, end = data.decode().split("\r\n")
+        given = json.loads(first.removeprefix("CONNECT "))
+        about = {"lang": "chat.py", "version": chat.VERSION, "name": "n1", "protocol": 1}
+        how = {"verbose": False, "pedantic": False, "headers": True, "no_responders": True}
+        assert given == how | about | login
+        assert (second, third, end) == (f"SUB {dialogue.inbox}.* 1", "PING", "")
 
 
 def test_a_turn_without_events_is_not_stored():
