@@ -32608,6 +32608,45 @@ def test_a_node_introduces_itself_to_its_log():
         assert (second, third, end) == (f"SUB {dialogue.inbox}.* 1", "PING", "")
 
 
+def test_replies_of_a_turn_are_in_the_order_of_the_events_that_they_follow():
+    session = types.SimpleNamespace(replies=[(9, b"d"), (2, b"a"), (9, b"e"), (2, b"b"), (5, b"c")])
+    assert chat.Turn.lines_for(None, session, []) == b"abcde"
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_byte_of_a_file_is_locked_without_waiting_and_unlocked(on, monkeypatch):
+    import fcntl
+
+    done = []
+    monkeypatch.setattr(fcntl, "lockf", lambda *how: done.append(how))
+    chat.lock_range(7, 5, on)
+    assert done == [(7, fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN, 1, 5)]
+
+
+@pytest.mark.parametrize("session", [True, False])
+@pytest.mark.parametrize(
+    "lines, left", [(3, 0), (chat.LINES_A_TURN, 0), (chat.LINES_A_TURN + 1, 1)]
+)
+def test_the_last_lines_of_a_lost_connection_are_acted_on_as_far_as_a_turn_goes(
+    lines, left, session
+):
+    waiting, dropped = list(range(lines)), []
+    inbox = types.SimpleNamespace(clear=lambda: dropped.append(len(waiting)))
+    peer = types.SimpleNamespace(held=True, leaving=False, inbox=inbox, address="192.0.2.1:1")
+    peer.session = types.SimpleNamespace(unfinished=1, postponed=[1]) if session else None
+
+    def act_on_a_line(peer):
+        assert not peer.held
+        taken = waiting.pop() if waiting else None
+        inbox.pending = bool(waiting)
+        return taken is not None
+
+    chat.ActBeat.act_on_the_last(types.SimpleNamespace(act_on_a_line=act_on_a_line), peer)
+    assert dropped == [left] * bool(left) and len(waiting) == left
+    if session:
+        assert peer.session.unfinished is None and peer.session.postponed == []
+
+
 def test_a_turn_without_events_is_not_stored():
     house, stored_turns = house_of("alice"), []
     house.store.commit = lambda *_: stored_turns.append(True)
