@@ -2737,7 +2737,6 @@ class LocalSession(Session):
             if next(self.postponed[0], self) is self:
                 del self.postponed[0]
             return None
-        self.latest = None
         self.resume_answer()
         try:
             next(self.unfinished)
@@ -13798,8 +13797,7 @@ class Acknowledgements:
             if not self.talk.bouncer:  # which answers before its server does
                 self.settle(answered)
             for own_id in self.covered.pop(answered, ()):
-                if self._confirm_covered(own_id):
-                    return
+                self._confirm_covered(own_id)
             overdue = self.overdue.pop(answered, [])
             echoes = "echo-message" in self.server.enabled
             late = [line for line in self.echoes if echoes and line.of in overdue]
@@ -13812,17 +13810,15 @@ class Acknowledgements:
                 self.strange.clear()
         self.talk.bouncer_said = ""
 
-    def _confirm_covered(self, own_id: str) -> bool:
-        """Confirm a message, or a command; return whether no server is there to have it."""
+    def _confirm_covered(self, own_id: str) -> None:
+        """Confirm a message, unless no server was there to have it; or a command."""
         self.commands.pop(own_id, None)
         if own_id not in self.core.outbox.in_flight:  # the message was refused meanwhile
-            return False
+            return
         if self.core.outbox.waiting[own_id].where in self.talk.bouncer_said:
             self.talk.wait_for_server("the bouncer has lost its server")
-            return True
-        if not any(line.of == own_id for line in self.echoes):  # else doubt_echoes() asks again
+        elif not any(line.of == own_id for line in self.echoes):  # else doubt_echoes() asks again
             self.confirm(own_id)
-        return False
 
     def confirm(self, own_id: str) -> None:
         self.core.outgoing.acknowledge(ViewEvent(ARRIVED, own_id=own_id))
@@ -14932,7 +14928,7 @@ class IrcTalk:
         outer = self.batches.get(batch.outer) if batch and sign == "-" else None
         if outer and len(outer.items) < BATCH_LINES:
             outer.items.append(batch)
-        elif batch and not outer:  # or the end of one before was lost
+        elif batch:  # one too many; or the end of one before was lost
             self.end_batch(batch)
         if sign == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
             self.batches[reference] = Batch(heard, self.core.ticks())

@@ -5546,6 +5546,91 @@ def test_an_act_on_what_has_gone_changes_nothing(name, values):
     assert picture_of(house.hub) == before and house.hub.cluster == "one"
 
 
+def test_silence_and_absence_count_from_the_founding_of_a_cluster_on():
+    house = House()
+    come(house, "alice", "bob", secret="a" * 32)
+    house.leave("bob")
+    house.hub.ticks += 60_000
+    values = "cluster", "abcd", "irc.test", 11, 22, "state"
+    house.hub.perform("found_cluster", house.guests["alice"].id, *values)
+    hub = house.hub
+    assert {user.spoke for user in hub.users.values()} == {hub.ticks}
+    assert list(hub.absent.values()) == [hub.ticks] * len(hub.absent) and hub.absent
+    assert (hub.cluster, hub.name, hub.files.most, hub.files.total) == (
+        "cluster",
+        "irc.test",
+        11,
+        22,
+    )
+    (started,) = [one for one in hub.turn.records if one.name == "start"]
+    assert started.values == (hub.last_id + 1, chat.LAST_ID, "abcd")
+    assert hub.ids.starts[-1] == started.values
+
+
+ACTS_REFUSED = [  # an act, its values; the code and the first words of the refusal
+    ("set_topic", ("#a", "x" * (chat.TOPIC_BYTES + 1)), "TOO_LONG", "a topic has at most"),
+    ("kill", ("bob", "why"), "NOT_SERVER_OPERATOR", "only operators"),
+    ("ban_from_server", ("*!*@h", 0, "why"), "NOT_SERVER_OPERATOR", "only operators"),
+    ("unban_from_server", ("*!*@h",), "NOT_SERVER_OPERATOR", "only operators"),
+    ("resize_file", ("f1", 11), "FILE_TOO_LARGE", "a file has at most 10 bytes"),
+    ("begin_file", ("f2", "n", "t", 11, "~x", "h", ""), "FILE_TOO_LARGE", "a file has at most 10"),
+    ("rename_user", ("a b", True, 0), "BAD_NAME", "names have at most"),
+    ("rename_user", ("bob", True, 0), "NAME_TAKEN", "bob belongs to another user"),
+]
+
+
+@pytest.mark.parametrize("name, values, code, words", ACTS_REFUSED)
+def test_an_act_that_is_refused_has_a_code_and_a_reason_and_changes_nothing(
+    name, values, code, words
+):
+    house = House()
+    house.enter_irc("alice", "bob")
+    ask(house, "alice", "JOIN #a", "TOPIC #a :tea")
+    house.hub.files.most = 10
+    house.hub.perform("begin_file", house.guests["bob"].id, "f1", "n", "t", 10, "~x", "h", "")
+    house.turn()
+    before = picture_of(house.hub)
+    with pytest.raises(chat.Refused, match=f"^{words}") as refused:
+        house.hub.perform(name, house.guests["alice"].id, *values)
+    assert refused.value.code == code and picture_of(house.hub) == before
+    assert house.hub.files["f1"].size == 10
+
+
+@pytest.mark.parametrize("ended, changed", [("one of two", True), ("all", False)])
+def test_a_user_who_loses_a_session_to_an_operator_is_stored_with_those_that_are_left(
+    ended, changed
+):
+    house = House()
+    account(house, "zoe")
+    device(house, "one", "zoe", host="192.0.2.1")
+    device(house, "two", "zoe", host="192.0.2.2" if changed else "192.0.2.1")
+    come(house, "boss")
+    ask(house, "boss", "OPER boss secret")
+    house.say("boss", "KLINE 0 *@192.0.2.1 :why")
+    user = house.hub.users.get("zoe")
+    assert (user in house.hub.turn.changed) == changed and bool(user) == changed
+    if user:
+        assert [one.conn.address[:9] for one in user.live] == ["192.0.2.2"]
+
+
+@pytest.mark.parametrize("length, fits", [(0, True), (1, False)])
+def test_a_password_is_tried_up_to_the_limit_of_its_length(length, fits):
+    word = "x" * (chat.PASSWORD_TRIED + length)
+    verifier = chat.Verifier(b"salt", 1, *chat.scram_keys(word, b"salt", 1))
+    assert verifier.fits(word) == fits and not verifier.fits("x")
+
+
+@pytest.mark.parametrize("modes, count", [(set(), 0), ({"B"}, 0), ({"i"}, 1), ({"B", "i"}, 1)])
+def test_a_user_who_comes_back_invisible_is_counted_so(modes, count):
+    hub = House().hub
+    user = chat.User(chat.source_of("alice", "h", "u", ""), "r", "~1", 0)
+    user.modes = modes
+    chat.add_user(hub, user)
+    assert hub.invisible == count
+    chat.remove_user(hub, user, "gone")
+    assert hub.invisible == 0
+
+
 def test_bans_whose_time_is_over_go_with_the_next_ban():
     house = House()
     house.enter_irc("boss")
@@ -7130,6 +7215,85 @@ WITHOUT_A_DATABASE = [  # what an act asks the store, and the answer when the da
     (lambda store: store.dedup.find(["=a"], "id"), None),
     (lambda store: store.retention.prune(idle=True, now=1), False),
 ]
+
+
+@pytest.mark.parametrize("target, found", [("#a", None), ("#b", "said"), ("#c", None)])
+def test_the_author_of_a_message_is_found_under_the_name_of_its_channel_in_this_turn(target, found):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a,#c")
+    ask(house, "bob", "JOIN #a")
+    message_id, _ = send(house, "bob", "#a", "hello")
+    house.say("alice", "TOPIC #c x", "RENAME #a #b", "JOIN #a")
+    number = house.hub.ids.parse(message_id)
+    house.say("bob", "PRIVMSG #b :now")
+    for id in (number, house.hub.last_id):
+        author = house.hub.author_of([target], id)
+        assert (author and author[1]) == (found and house.hub.users["bob"].identity)
+
+
+GUESTS_ASKED_FOR = [  # who asks, the name, with whom the conversation was; "" for none
+    ("alice", "bob", "bob"),
+    ("alice", "zoe", ""),  # who has an account
+    ("alice", "carol", ""),  # with whom another user talked
+    ("bob", "alice", "alice"),
+    ("bob", "carol", "carol"),
+    ("zoe", "alice", "alice"),
+    ("carol", "alice", ""),
+    ("carol", "bob", "bob"),
+    ("alice", "alice", ""),
+    ("carol", "rob", ""),
+]
+
+
+@pytest.mark.parametrize("stored_first", [False, True])
+@pytest.mark.parametrize("who, name, partner", GUESTS_ASKED_FOR)
+def test_the_conversations_with_a_guest_of_some_name_are_found(who, name, partner, stored_first):
+    house = House()
+    account(house, "zoe")
+    come(house, "alice", "bob", "carol")
+    come_again(house, "zoe", "zoe", account="zoe")
+    house.say("alice", "PRIVMSG bob :one", "PRIVMSG zoe :one")
+    house.say("bob", "PRIVMSG carol :one")
+    if stored_first:
+        house.turn()
+        house.say("bob", "NICK rob", "PRIVMSG alice :two", "PRIVMSG carol :two")
+    identity = {
+        one.user.name.replace("rob", "bob"): one.user.identity
+        for one in house.guests.values()
+        if one.user
+    }
+    key = " ".join(sorted((identity[who], identity[partner]))) if partner else ""
+    assert house.hub.guest_conversations(identity[who], name) == [key] * bool(partner)
+
+
+@pytest.mark.parametrize("count, gone, left", [(4, 2, (2, 0)), (4, 1, (3, 0)), (3, 2, (1, 0))])
+def test_a_part_of_the_index_is_made_again_when_messages_of_it_are_gone(count, gone, left):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    ids = [send(house, "alice", "#a", f"milk {n}")[0] for n in range(count)]
+    for id in ids[:gone]:
+        assert can_redact(house, "alice", "#a", id)
+    index = house.store.search_index
+    index_all(house.store)
+    assert index.db.execute("SELECT messages, stale FROM parts").fetchall() == [left]
+    assert not index.has_work
+
+
+def test_a_trouble_of_the_disk_is_over_with_the_next_turn_that_is_stored(monkeypatch):
+    def fails(*_):
+        raise sqlite3.OperationalError("the disk is full")
+
+    house = house_of("alice")
+    with monkeypatch.context() as patched:
+        patched.setattr(house.store, "_write", fails, raising=True)
+        house.say("alice", "one")
+        assert house.store.commit(house.hub.turn, 1.0) == chat.LOST
+    assert "the disk is full" in house.store.trouble
+    house.hub.turn.events.clear()
+    house.say("alice", "two")
+    assert house.store.commit(house.hub.turn, 99.0) == chat.KEPT and house.store.trouble == ""
 
 
 @pytest.mark.parametrize("ask_it, answer", WITHOUT_A_DATABASE)
@@ -8901,7 +9065,7 @@ def test_private_messages_are_the_same_on_a_node_that_applies_many_entries_at_on
     nodes = Nodes(folder, "n1", "n2")
     one = nodes["n1"]
     account(one, "zoe")
-    come(one, "alice", "bob")
+    come(one, "alice", "bob", "carol")
     nodes.settle()
     for who, line in (
         ("alice", "PRIVMSG bob :one"),
@@ -8909,6 +9073,9 @@ def test_private_messages_are_the_same_on_a_node_that_applies_many_entries_at_on
         ("alice", "PRIVMSG bob :two"),
         ("bob", "NICK rob"),
         ("alice", "PRIVMSG rob :three"),
+        ("alice", "@+typing=active TAGMSG carol"),
+        ("carol", "NICK caro"),
+        ("alice", "PRIVMSG caro :four"),
     ):
         ask(one, who, line)
     assert nodes["n2"].hub.sequence < one.hub.sequence - 2
@@ -12325,6 +12492,47 @@ def test_a_page_that_is_cut_by_its_size_is_not_marked_as_the_last():
     assert ("draft/chathistory-end" in opening(lines).tags) == (len(page) == 400)
 
 
+@pytest.mark.parametrize("less, count", [(0, 3), (1, 2)])
+def test_a_page_of_history_has_at_most_so_many_bytes_of_the_database(less, count, monkeypatch):
+    house = irc_house("#a", alice="", bob="message-tags")
+    for text in ("one", "two", "three"):
+        asked(house, "bob", f"@+x=y PRIVMSG #a :{text}")
+    ((size,),) = house.store.db.execute(
+        "SELECT sum(length(text) + length(tags)) FROM events WHERE kind = 'message'"
+    )
+    monkeypatch.setattr(chat, "PAGE_BYTES", size - less)
+    span = chat.Span(
+        chat.scope_of(house.hub, house.hub.users["alice"], house.hub.channels["#a"].audience),
+        chat.SPOKEN,
+    )
+    for newest in (True, False):
+        page = [event.text for event in house.store.history.page(span, 9, newest)]
+        assert page == (
+            ["one", "two", "three"][-count:] if newest else ["one", "two", "three"][:count]
+        )
+
+
+@pytest.mark.parametrize("less, count", [(0, 3), (1, 2)])
+def test_a_page_of_history_has_at_most_so_many_bytes_as_it_is_sent(less, count, monkeypatch):
+    house = irc_house("#a", alice="draft/chathistory server-time message-tags", bob="")
+    asked(house, "bob", *[f"PRIVMSG #a :{n}" for n in range(3)])
+    forget(house)
+    page = ask(house, "alice", "CHATHISTORY LATEST #a * 9")
+    monkeypatch.setattr(chat, "PAGE_BYTES", len("".join(f"{line}\r\n" for line in page)) - less)
+    assert ask(house, "alice", "CHATHISTORY LATEST #a * 9") == page[-count:]
+
+
+@pytest.mark.parametrize("less", [0, 1])
+def test_a_page_that_is_large_for_the_database_may_not_be_the_last(less, monkeypatch):
+    house = irc_house("#a", alice=HISTORY, bob="")
+    asked(house, "bob", *[f"PRIVMSG #a :{'x' * 400}" for _ in range(3)])
+    forget(house)
+    monkeypatch.setattr(chat, "PAGE_BYTES", 2 * 1200 - less)
+    lines = asked(house, "alice", "CHATHISTORY LATEST #a * 9")
+    assert len(of(lines, "PRIVMSG")) == 3
+    assert ("draft/chathistory-end" in opening(lines).tags) == (not less)
+
+
 # Tags only for clients that can take them
 def test_a_client_without_message_tags_gets_no_mark_of_the_last_page():
     house = irc_house("#a", alice="batch draft/chathistory")
@@ -14728,6 +14936,14 @@ FIRST_LINES = [
 ]
 
 
+@pytest.mark.parametrize("name", ["", " ", "\t"])
+def test_a_name_without_a_visible_character_is_refused_as_none(name):
+    house = house_of("alice")
+    with pytest.raises(chat.Refused, match="at least one visible character") as refused:
+        house.hub.perform("rename_user", house.guests["alice"].id, name, False, 0)
+    assert refused.value.code == "NO_NAME" and house.hub.users.keys() == {"alice"}
+
+
 @pytest.mark.parametrize("lines, heard", FIRST_LINES)
 def test_a_first_line_that_cannot_be_the_name_is_answered(lines, heard):
     house = house_of("bob")
@@ -14736,6 +14952,17 @@ def test_a_first_line_that_cannot_be_the_name_is_answered(lines, heard):
     house.turn()
     assert house.heard("x") == heard
     assert house.guests["x"].user
+
+
+@pytest.mark.parametrize("line, told", [("/away lunch", ["* bob is away: lunch"]), ("/names", [])])
+def test_a_user_who_tells_something_to_one_who_is_away_is_told_so(line, told):
+    house = house_of("alice", "bob")
+    house.say("bob", line)
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "/tell bob hi")
+    house.turn()
+    assert house.heard("alice") == ["* told bob: hi", *told]
 
 
 def test_a_password_comes_before_the_name_and_three_wrong_ones_end_it():
@@ -15902,6 +16129,17 @@ PICTURES = [
     ("image/webp", b"RIFF....WEBPVP8L....\x2f" + (7 | 15 << 14).to_bytes(4, "little"), (8, 16)),
     ("image/webp", b"RIFF....WEBPVP8 ....\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 8, 16), (8, 16)),
     ("image/webp", b"RIFF....WEBPVP8X", (0, 0)),
+    ("image/webp", b"RIFF....WEBPVP8X....\0\0\0\0\x07\0\0\x0f\0\0\xff\xff", (8, 16)),
+    (
+        "image/webp",
+        b"RIFF....WEBPVP8L....\x2f" + (7 | 15 << 14).to_bytes(4, "little") + b"\xff",
+        (8, 16),
+    ),
+    (
+        "image/webp",
+        b"RIFF....WEBPVP8 ....\0\0\0\x9d\x01\x2a" + struct.pack("<HHH", 8, 16, 99),
+        (8, 16),
+    ),
     ("application/pdf", b"%PDF-", (0, 0)),
 ]
 
@@ -18836,6 +19074,9 @@ COMMANDS_REFUSED = [  # typed, the server's answer, messages and commands that f
     ("/nick bob", "433 alice bob :Nickname is already in use", (0, 1)),
     ("/topic #lobby tea", ":alice!u@h TOPIC #lobby :tea", (0, 0)),
     ("/topic #lobby tea", "433 alice carol :Nickname is already in use", (0, 0)),
+    ("/topic #lobby tea", "FAIL TOPIC NO_RIGHT #lobby :No", (0, 1)),
+    ("/topic #lobby tea", "FAIL JOIN NO_RIGHT #lobby :No", (0, 0)),
+    ("/topic #lobby tea", "NOTE TOPIC NO_RIGHT #lobby :No", (0, 0)),
     ("/join #x", "470 alice #x #y :Forwarding to another channel", (0, 0)),
 ]
 
@@ -18948,6 +19189,19 @@ def test_of_a_burst_that_a_server_drops_and_changes_nothing_is_taken_for_arrived
     waits = [one.text for one in alice.core.outbox.waiting.values()]
     assert waits == (doubted if interactive else []) and alice.core.idle
     assert len([text for text in alice.said() if "*alice" in text]) == len(texts)
+
+
+@pytest.mark.parametrize("arrived, asked", [([], 61.0), ([55], 76.0), ([52, 70], None)])
+def test_an_echo_is_overdue_some_time_after_the_last_confirmation(arrived, asked):
+    alice = Elsewhere(caps="echo-message message-tags")
+    alice.core.outbox.window, alice.now = 9, 50.0
+    said, pings = alice.types("one", "two").sent(1), []
+    while alice.now < 80:
+        pings += [alice.now for line in alice.sent(1) if line.startswith("PING ")]
+        for number, when in enumerate(arrived):
+            if when == alice.now:
+                alice.hears(said[number].replace(" PRIVMSG", " :alice!u@h PRIVMSG"))
+    assert pings == [asked] * bool(asked)
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -19480,6 +19734,7 @@ def without_its_nick(*tokens):
         ["437 alice2 alice :Nick is temporarily unavailable"],
         ["433 alice2 alice :Nickname is already in use"],
         ["734 alice2 100 alice :Monitor list is full"],
+        ["734 alice2 alice :Monitor list is full"],
     ],
 )
 def test_a_nick_that_cannot_be_had_yet_is_asked_for_again_and_told_once(tokens, answers):
@@ -20656,6 +20911,17 @@ TWO_USERS = (
 THREE = ["[x]: one", "{x}: two", "[x]: three"]
 
 
+def test_drafts_of_two_conversations_that_become_one_are_two_lines_of_its_draft():
+    alice = lived("ascii", *TWO_USERS, texts=["/go [x]", "/query carol"])
+    alice.core.find("[x]").draft, alice.core.find("{x}").draft = "to be", "or not"
+    alice.core.disconnected()
+    alice.connect("CASEMAPPING=rfc1459")
+    assert sorted(alice.core.find("[x]").draft.split("\n")) == ["or not", "to be"]
+    kept = alice.core.find("[x]").name
+    assert kept in [view.where for view in alice.views if view.kind == chat.RESET]
+    assert not alice.kinds("back")
+
+
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("after", ["rfc1459", None])
 @pytest.mark.parametrize("looked_at", ["[x]", "{x}"])
@@ -21014,6 +21280,47 @@ def test_any_words_can_be_searched_for(words):
         assert len(store.find(words, 9)) == 1
         store.index()
     assert store.find("absent", 9) == [] and store.trouble == ""
+
+
+def test_what_was_said_is_indexed_a_slice_each_second(monkeypatch):
+    monkeypatch.setattr(chat, "CLIENT_INDEX_SLICE", 2)
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice, indexed = Elsewhere(store=store), []
+    for n in range(3):
+        alice.hears(f":bob!u@h PRIVMSG #lobby :milk {n}")
+    for _ in range(3):
+        alice.sent(1)
+        query = "SELECT count(*) FROM messages, indexed WHERE messages.number <= indexed.number"
+        indexed += store.db.execute(query).fetchone()
+    assert indexed == [2, 3, 3]
+
+
+def test_a_trouble_of_the_client_s_database_is_told_once(monkeypatch):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store)
+    for trouble in ("locked", "", "locked again"):
+        store.trouble = trouble
+        alice.sent(3)
+    told = [text for text in alice.kinds("note") if text.startswith("client.db: ")]
+    assert [text.split("; ")[0] for text in told] == [
+        "client.db: locked",
+        "client.db: locked again",
+    ]
+
+
+def test_a_transfer_that_is_over_is_stored_no_more(tmp_path):
+    path = str(tmp_path / "client.db")
+    store = chat.ClientStore(chat.open_client_database(path), "here", "alice")
+    other = chat.ClientStore(chat.open_client_database(path), "here", "alice")
+    alice = Elsewhere(store=store)
+    one = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1")
+    alice.core.transfers.keep(one)
+    assert [known.id for known in other.transfers()] == ["1"]
+    alice.core.take_views()
+    for _ in range(2):
+        alice.core.transfers.forget(one)
+        assert [view.kind for view in alice.core.take_views()] == [chat.TRANSFER]
+    assert other.transfers() == [] and list(alice.core.transfers) == []
 
 
 def test_a_store_that_is_locked_for_long_loses_nothing_and_breaks_nothing(tmp_path):
@@ -21604,6 +21911,42 @@ def test_people_are_listed_up_to_the_limit(monkeypatch):
     for name in "abc":
         alice.core.typing.note(room, name, "active")
     assert list(room.typing) == ["a", "b"]
+
+
+def test_a_batch_within_a_full_one_is_taken_by_itself(monkeypatch):
+    monkeypatch.setattr(chat, "BATCH_LINES", 2)
+    alice = Elsewhere(caps="batch message-tags")
+    alice.hears("BATCH +out netsplit a b")
+    for n in range(3):
+        alice.hears(f"@batch=out BATCH +in{n} x", f"@batch=in{n} :bob!u@h PRIVMSG #lobby :{n}")
+        alice.hears(f"BATCH -in{n}")
+    assert alice.said() == ["#lobby bob: 2"]
+    alice.hears("BATCH -out")
+    assert alice.said() == ["#lobby bob: 0", "#lobby bob: 1"]
+
+
+def test_a_user_who_is_shown_no_longer_is_not_monitored_but_the_wanted_nick_is():
+    alice = without_its_nick("MONITOR=100")
+    alice.sent(1)
+    for sign, line in (("-", "MONITOR - bob,carl"), ("+", "MONITOR + bob,alice,carl")):
+        alice.core.talk.watch(["bob", "alice", "", "a b", "c,d", "carl"], sign)
+        assert alice.sent(1) == [line]
+    alice.core.talk.watch(["alice"], "-")
+    assert alice.sent(1) == []
+    alice.hears(":alice2!u@h NICK alice")
+    alice.sent(1)
+    alice.core.talk.watch(["alice"], "-")
+    assert alice.sent(1) == ["MONITOR - alice"]
+
+
+@pytest.mark.parametrize("number, newest", [(1, 5000), (9, 9000)])
+def test_the_newest_moment_that_is_known_never_goes_back(number, newest):
+    alice = Elsewhere(caps="server-time message-tags")
+    alice.hears("@time=1970-01-01T00:00:05.000Z :bob!u@h PRIVMSG #lobby :hi")
+    alice.hears(f"@time=1970-01-01T00:00:0{number}.000Z :alice!u@h JOIN #tea")
+    assert alice.core.known.newest == newest
+    alice.hears(":alice!u@h JOIN #coffee")
+    assert alice.core.known.newest == newest
 
 
 @pytest.mark.parametrize("people, asked", [(2, True), (3, False)])
@@ -23376,6 +23719,165 @@ REASONS_TO_DROP = [  # what is so when something has come, and why the connectio
 ]
 
 
+ENDS_OF_A_LINK = [  # why the server refuses, the cause, whether the client is in; the cause found
+    ("", chat.NEEDS_USER, False, chat.TEMPORARY),
+    ("", chat.NEEDS_USER, True, chat.TEMPORARY),
+    ("banned", chat.NEEDS_USER, False, chat.NEEDS_USER),
+    ("banned", chat.NEEDS_USER, True, chat.TEMPORARY),
+    ("banned", chat.FATAL, True, chat.FATAL),
+]
+
+
+@pytest.mark.parametrize("refusal, cause, ready, found", ENDS_OF_A_LINK)
+def test_a_refusal_is_the_cause_of_an_end_until_the_client_is_in(refusal, cause, ready, found):
+    link, _ = talking_link(*WELCOMED[: 2 * ready])
+    assert link.core.ready == ready
+    link.core.refuse(refusal, cause)
+    assert link._cause(chat.HUNG_UP) == found
+
+
+CERTIFICATES_JUDGED = [  # verdict, text; what a client that can ask the user does, and a pipe
+    ("", "", ["connected"], ["connected"]),
+    ("", "it is new", ["connected", "told it is new"], ["connected", "told it is new"]),
+    (chat.CHANGED, "", [f"dropped {chat.CHANGED}"], [f"dropped {chat.CHANGED}"]),
+    (chat.WRONG_PIN, "not the pin", ["ended not the pin"], ["ended not the pin"]),
+    (
+        chat.UNTRUSTED,
+        "unsigned",
+        [
+            f"dropped {chat.UNTRUSTED}",
+            "told /trust if",
+            "told ab:cd",
+            "told unsigned. Its SHA-256 is",
+        ],
+        ["ended unsigned; --pin ab:cd if you know that it is the right one"],
+    ),
+]
+
+
+@pytest.mark.parametrize("verdict, text, asked, piped", CERTIFICATES_JUDGED)
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_certificate_that_was_judged_is_taken_asked_about_or_the_end(
+    verdict, text, asked, piped, interactive
+):
+    link, done, cancelled = Hanging(interactive, 60.0), [], []
+    link.timer = types.SimpleNamespace(cancel=lambda: cancelled.append(True))
+    tls = types.SimpleNamespace(fingerprint=lambda: "ab:cd")
+    link.conn = types.SimpleNamespace(tls=tls, drop=lambda why: done.append(f"dropped {why}"))
+    link.certificate = types.SimpleNamespace(judge=lambda target, shown: (verdict, text))
+    link._connected = lambda: done.append("connected")
+    link._end = lambda why: done.append(f"ended {why}")
+    link.show = lambda views: done.extend(f"told {view.text}" for view in views)
+    link.secured()
+    short = [one.split(" the operator")[0] for one in done]
+    assert sorted(short) == sorted(asked if interactive else piped) and cancelled == [True]
+
+
+@pytest.mark.parametrize("result, taken", [("found", ["found"]), (OSError("no"), [])])
+def test_the_result_of_a_job_of_a_client_is_taken_and_what_it_sends_goes_out(result, taken):
+    link, _ = talking_link(*WELCOMED)
+    got, jobs = [], []
+    link._carry_on = lambda views: got.append("on")
+    link.helpers = types.SimpleNamespace(
+        submit=lambda owner, job, then: jobs.append((owner, job, then))
+    )
+    link.later("the job", got.append)
+    ((owner, job, then),) = jobs
+    then(result)
+    assert (owner, job, got) == (link, "the job", [*taken, *["on"] * len(taken)])
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_connection_that_the_user_wants_again_is_made_at_once(connected):
+    link, done = talking_link(*WELCOMED)
+    begun, timer = [], types.SimpleNamespace(cancel=lambda: done.append("cancelled"))
+    link.start, link.backoff, link.timer = (lambda: begun.append(True)), chat.BACKOFF_MOST, timer
+    link.certificate.doubted = "ab:cd"
+    if not connected:
+        link.conn, link.phase = None, chat.WAITING
+    link.reconnect()
+    assert link.backoff == chat.BACKOFF_FIRST and link.core.redial == connected
+    assert done == (["connecting again"] if connected else ["cancelled"])
+    assert begun == [True] * (not connected) and link.certificate.doubted == "ab:cd" * connected
+
+
+@pytest.mark.parametrize(
+    "stored, whole, asked, fetched",
+    [
+        (True, False, False, False),
+        (False, True, False, False),
+        (False, False, False, True),
+        (False, False, True, True),
+    ],
+)
+def test_older_messages_come_from_the_store_else_from_the_server_once(
+    stored, whole, asked, fetched
+):
+    caps = [f":x CAP * {verb} :{PAGES_OF}" for verb in ("LS", "ACK")]
+    link, _ = talking_link(*caps, *WELCOMED)
+    room, pages = link.core.rooms.open("#tea"), []
+    room.whole = whole
+    link.show = link.log.extend
+    link.core.take_views()
+    link.core.stored.show_older = lambda room: (
+        stored and not link.core.show(chat.ViewEvent("older"))
+    )
+    requests = link.core.talk.history.requests
+    if asked:
+        requests.append(chat.HistoryRequest("#tea", "older"))
+    link.core.talk.history.ask_page = lambda room, how: pages.append(how)
+    assert link.core.server.pages
+    assert bool(link.ask_older(room)) == fetched
+    assert pages == ["older"] * (fetched and not asked)
+    assert (
+        "older" in [view.kind for view in link.log if isinstance(view, chat.ViewEvent)]
+    ) == stored
+
+
+def test_an_address_that_is_found_after_the_end_is_not_used(attempts):
+    link = Hanging(True, 60.0)
+    link.phase = chat.RESOLVING
+    link._end("left")
+    link._found((None, [(4, "a")]))
+    assert attempts == [] and link.race is None
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_the_next_server_of_several_is_tried_soon(another, monkeypatch):
+    link, waits = Hanging(True, 60.0), []
+    link.loop.call_later = lambda seconds, call: waits.append(seconds) or chat.Timer(seconds, call)
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    link.phase, link.backoff, link.stood = chat.CONNECTING, 20.0, link.loop.now
+    link._next_choice = lambda: another
+    link._come_back("reset")
+    assert waits[-1] == (chat.NEXT_SERVER_SECONDS if another else 25.0)
+    assert link.backoff == (20.0 if another else min(40.0, chat.BACKOFF_MOST))
+
+
+def test_each_server_of_a_chat_is_tried_once_before_the_client_waits():
+    link = Hanging(True, 60.0)
+    link.choices = collections.deque(chat.parse_target("irc://one,irc://two,irc://three").others)
+    link.choices.appendleft(link.target)
+    hosts, more = [], []
+    for phase in (chat.CONNECTING, chat.CONNECTING, chat.CONNECTING, chat.ONLINE, chat.CONNECTING):
+        link.phase = phase
+        more.append(link._next_choice())
+        hosts.append(link.target.host)
+    assert more == [True, True, False, True, True]
+    assert hosts == ["two", "three", "127.0.0.1", "two", "three"]
+
+
+def test_an_address_is_tried_a_moment_after_the_one_before_also_if_that_has_failed(attempts):
+    _, loop, _ = raced((4, "a"), (4, "b"), (4, "c"))
+    loop.now += 0.1
+    attempts[0].then(attempts[0], "refused")
+    counts = []
+    for loop.now in (0.1, chat.NEXT_ADDRESS_SECONDS, chat.NEXT_ADDRESS_SECONDS + 0.1):
+        loop.run_due()
+        counts.append(len(attempts))
+    assert counts == [2, 2, 3]
+
+
 @pytest.mark.parametrize("happens, dropped", REASONS_TO_DROP)
 def test_a_connection_that_is_of_no_use_any_more_is_dropped_at_once(happens, dropped):
     link, done = talking_link(*WELCOMED)
@@ -24141,6 +24643,339 @@ def test_a_user_who_is_back_in_a_private_conversation_is_drawn_so():
     assert not alice.core.find("bob").gone and "bob" in changed
 
 
+IN_PRIVATE = (":bob!u@h PRIVMSG alice :hi",)
+DRAWN_AGAIN = [  # what was heard, what happens now: a line or a text; the conversations drawn
+    ((), ":alice!u@h JOIN #tea", {"#tea"}),
+    ((":alice!u@h JOIN #tea",), ":alice!u@h PART #tea", {"#tea"}),
+    ((), ":op!u@h KICK #lobby alice :out", {"#lobby"}),
+    ((), ":op!u@h KICK #lobby bob :out", set()),
+    ((), ":op!u@h TOPIC #lobby :tea", {"#lobby"}),
+    ((), "332 alice #lobby :tea", {"#lobby"}),
+    ((), "331 alice #lobby :No topic", {"#lobby"}),
+    ((), "/mute", {"#lobby"}),
+    ((), "/unmute", {"#lobby"}),
+    (IN_PRIVATE, "/close bob", {"bob"}),
+    ((), ":bob!u@h PRIVMSG alice :hi", {"bob"}),
+    ((*IN_PRIVATE, ":bob!u@h JOIN #lobby", ":bob!u@h QUIT :x"), ":bob!u@h JOIN #lobby", {"bob"}),
+    (("@msgid=1 :bob!u@h PRIVMSG #lobby :hi",), ":bob!u@h REDACT #lobby 1", {"#lobby"}),
+    (("@msgid=1 :bob!u@h PRIVMSG #lobby :hi",), ":bob!u@h REDACT #lobby 2", set()),
+    (IN_PRIVATE, "731 alice bob", {"bob"}),
+    (IN_PRIVATE, ":bob!u@h NICK rob", {"rob"}),
+    (IN_PRIVATE, None, {"#lobby", "bob"}),
+]
+
+
+@pytest.mark.parametrize("heard, happens, drawn", DRAWN_AGAIN)
+def test_a_conversation_is_drawn_again_when_its_state_has_changed(heard, happens, drawn):
+    alice = Elsewhere("MONITOR=9")
+    alice.hears(*heard)
+    alice.views.clear()
+    if happens is None:
+        alice.views += alice.core.disconnected()
+    elif happens[0] == "/":
+        alice.types(happens)
+    else:
+        alice.hears(happens)
+    assert {view.where for view in alice.views if view.kind == chat.ROOM} == drawn
+
+
+@pytest.mark.parametrize(
+    "left, said, why",
+    [
+        ("#tea", "/msg #tea hi", "you leave #tea"),
+        ("#tea", "/msg #coffee hi", None),
+        ("", "/msg #tea hi", None),
+    ],
+)
+def test_a_message_behind_a_part_of_its_channel_waits_for_the_user(left, said, why):
+    alice = Elsewhere()
+    alice.hears(":alice!u@h JOIN #tea", ":alice!u@h JOIN #coffee")
+    alice.types(*[f"/part {left}"] * bool(left), said)
+    assert list(alice.core.outbox.parked.values()) == [why] * bool(why)
+
+
+def test_a_kick_is_the_end_of_a_join_without_an_answer():
+    alice = Elsewhere()
+    joins = alice.core.talk.joins
+    joins.join(alice.core.find("#lobby"))
+    alice.sent(1)
+    assert joins.waits("#lobby")
+    alice.hears(":op!u@h KICK #lobby bob")
+    assert joins.waits("#lobby")
+    alice.hears(":op!u@h KICK #lobby alice")
+    assert not joins.waits("#lobby")
+
+
+@pytest.mark.parametrize(
+    "listening, began, kind", [(True, "", chat.PLAIN), (False, "", ""), (False, "login: ", "")]
+)
+def test_a_silent_server_is_a_plain_one_only_until_something_was_heard(listening, began, kind):
+    core = chat.ClientCore("alice")
+    core.connected()
+    core.inbox.feed(began.encode())
+    core.listening = listening
+    core.silence()
+    assert (core.kind or "") == kind and core.odd_line == ""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_client_remembers_whether_a_server_is_one_of_chat_py(ours):
+    db = chat.open_client_database(":memory:")
+    store = chat.ClientStore(db, "here", "alice")
+    alice = Elsewhere("CASEMAPPING=ascii", store=store)
+    alice.hears(
+        f"004 alice x {'chat.py-1' if ours else 'ircd'} a b", "005 alice A=1 :x", "422 alice :x"
+    )
+    store.flush()
+    assert (store.fact("ours"), store.fact("CASEMAPPING")) == ("yes" if ours else "no", "ascii")
+    again = chat.ClientCore("alice", store=chat.ClientStore(db, "here", "alice"))
+    assert again.server.ours == ours
+
+
+@pytest.mark.parametrize(
+    "line, spoken",
+    [
+        (":alice!u@h PRIVMSG #lobby :bob, carl: hi", ["alice", "bob"]),
+        (":carol!u@h PRIVMSG #lobby :bob, carl: hi", ["carol"]),
+    ],
+)
+def test_members_whom_the_user_names_are_spoken_to(line, spoken):
+    alice = Elsewhere(caps="echo-message message-tags")
+    alice.hears("353 alice = #lobby :alice bob carol", "366 alice #lobby :x", line)
+    assert list(alice.core.find("#lobby").spoken) == spoken
+
+
+def test_a_search_of_a_client_is_in_one_conversation_or_in_all():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store)
+    alice.hears(":bob!u@h PRIVMSG #lobby :milk one", ":bob!u@h PRIVMSG alice :milk two")
+    stored = alice.core.stored
+    assert [view.text for view in stored.find("milk")] == ["milk one", "milk two"]
+    for name, found in (("#LOBBY", "milk one"), ("bob", "milk two")):
+        assert [view.text for view in stored.find("milk", alice.core.find(name))] == [found]
+    alice.types("/ignore bob")
+    assert stored.find("milk") == []
+
+
+def test_a_notice_that_opens_no_conversation_is_kept():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store)
+    alice.hears(":bob!u@h NOTICE alice :psst milk", ":bob!u@h NOTICE #lobby :aloud milk")
+    assert alice.core.find("bob") is None
+    assert [view.text for view in store.find("milk", 9)] == ["psst milk", "aloud milk"]
+
+
+@pytest.mark.parametrize("rest", [":0 Bob", "0 more", "0 more :and more"])
+def test_an_answer_to_who_may_have_more_than_is_needed(rest):
+    alice = Elsewhere()
+    alice.types("/who #lobby").sent(9)
+    alice.hears(f"352 alice #lobby u h srv bob G* {rest}", "315 alice #lobby :End")
+    assert alice.core.people["bob"].away
+    (page,) = alice.kinds("page")
+    assert "bob" in page and "away" in page and "operator of the server" in page
+
+
+def test_who_is_in_a_channel_is_asked_for_the_client_and_not_shown():
+    alice = Elsewhere()
+    room = alice.core.find("#lobby")
+    room.people = {"bob": ""}
+    alice.core.people.ask(room)
+    alice.types("/who #tea").sent(9)
+    alice.views.clear()
+    alice.hears("352 alice #lobby u h srv bob G :0 Bob", "315 alice #lobby :End")
+    assert alice.kinds("page") == [] and alice.core.people["bob"].away
+    assert [view.where for view in alice.views if view.kind == chat.PEOPLE][-1] == "#lobby"
+    alice.hears("352 alice #tea u h srv carl H :0 Carl", "315 alice #tea :End")
+    (page,) = alice.kinds("page")
+    assert "carl" in page and "bob" not in page
+
+
+@pytest.mark.parametrize(
+    "name, full",
+    [("tea", "&tea"), ("&tea", "&tea"), ("#tea", "#tea"), ("!tea", "!tea"), ("+tea", "+tea")],
+)
+def test_a_channel_may_be_typed_without_the_first_character_of_the_server(name, full):
+    assert Elsewhere("CHANTYPES=&").core.server.as_channel(name) == full
+
+
+@pytest.mark.parametrize(
+    "length, name", [(None, "abcdefgh9"), (9, "abcdefgh9"), (8, "abcdefg9"), (3, "ab9")]
+)
+def test_a_nick_with_a_number_fits_in_what_the_server_takes(length, name):
+    alice = Elsewhere()
+    alice.core.talk.nick.bytes = length
+    alice.core.wanted_name = "abcdefgh"
+    assert alice.core.talk.nick.wanted == "abcdefgh"
+    assert alice.core.talk.nick.numbered(9) == chat.numbered_name(name[:-1], 9)
+
+
+def test_of_messages_that_a_bouncer_lost_none_is_confirmed_by_the_pong_behind_them():
+    alice = Bounced(caps="echo-message")
+    alice.served().hears(":alice!u@h JOIN #lobby")
+    alice.core.outbox.window = 9
+    alice.types("one", "/msg bob two")
+    lines = alice.sent(9)
+    (*_, ping) = [line for line in lines if line.startswith("PING sent-")]
+    assert len([line for line in lines if "PRIVMSG " in line]) == 2
+    acks = alice.core.talk.acks
+    acks.covered = {ping.split()[-1]: list(alice.core.outbox.in_flight)}
+    acks.pings.clear()
+    acks.pings.append(ping.split()[-1])
+    alice.lost("#lobby")
+    alice.hears(f"PONG x {ping.split()[-1]}")
+    assert [message.text for message in alice.core.outbox.waiting.values()] == ["one", "two"]
+    assert alice.core.talk.unserved < math.inf
+
+
+def test_lines_of_a_message_that_arrived_are_not_sent_again():
+    alice = Elsewhere(caps="echo-message message-tags labeled-response batch")
+    alice.types("one\ntwo\nthree")
+    lines = [line for line in alice.sent(9) if "PRIVMSG" in line]
+    assert len(lines) == 3
+    alice.hears(lines[0].replace(" PRIVMSG", " :alice!u@h PRIVMSG"))
+    (message,) = alice.core.outbox.waiting.values()
+    assert message.at == len("one")
+
+
+def test_an_error_in_a_labelled_batch_is_about_the_message_with_that_label():
+    alice = Elsewhere(caps="labeled-response batch message-tags", interactive=False)
+    alice.core.outbox.window = 9
+    alice.types("one", "two")
+    labels = [re.search("label=([^ ;]+)", line)[1] for line in alice.sent(9) if "PRIVMSG" in line]
+    alice.hears(f"@label={labels[1]} BATCH +1 labeled-response", "@batch=1 404 alice #lobby :No")
+    alice.hears("@batch=1 NOTICE alice :think again", "BATCH -1")
+    assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["two"]
+    assert [one.text for one in alice.core.outbox.waiting.values()] == ["one"]
+
+
+@pytest.mark.parametrize(
+    "asked, late, told", [(True, True, False), (False, True, True), (False, False, False)]
+)
+def test_a_channel_that_the_client_asked_for_is_not_one_it_was_made_to_join(asked, late, told):
+    alice = Elsewhere()
+    alice.now = chat.LATE_JOIN_SECONDS + (1.0 if late else -1.0)
+    if asked:
+        alice.core.talk.joins.join(alice.core.rooms.open("#tea"))
+        alice.sent(1)
+    alice.hears(":alice!u@h JOIN #tea")
+    assert any("#tea was joined for you" in text for text in alice.kinds("note")) == told
+
+
+def test_refusals_of_all_lines_that_were_sent_are_told_at_once():
+    alice = Elsewhere(caps="message-tags")
+    alice.core.outbox.window = 9
+    alice.types("one", "two")
+    alice.sent(9)
+    acks = alice.core.talk.acks
+    one, two = lines = [line for line in acks.sent if line.id in alice.core.outbox.in_flight]
+    acks.sent.remove(one)
+    acks.hold_refusal(chat.UnclearRefusal(one, lines, "no"))
+    alice.views += alice.core.take_views()
+    assert alice.kinds("failed") == [] and alice.core.outbox.alone == chat.SENT_ALONE
+    acks.sent.remove(two)
+    acks.hold_refusal(chat.UnclearRefusal(two, [two], "no"))
+    alice.views += alice.core.take_views()
+    assert len(alice.kinds("failed")) == 2 and acks.refusals == []
+
+
+def test_both_of_two_conversations_that_are_divided_have_been_read_as_far():
+    alice = lived("rfc1459", *TWO_USERS)
+    (room,) = alice.core.rooms.values()
+    room.read_time = 5000
+    alice.core.disconnected()
+    alice.connect("CASEMAPPING=ascii")
+    assert {room.name: room.read_time for room in alice.core.rooms.values()} == {
+        "[x]": 5000,
+        "{x}": 5000,
+    }
+
+
+HISTORY_ASKED = [  # capabilities, connected, typed; the line that is sent, or what is told
+    (True, True, "/history", "CHATHISTORY LATEST #lobby * 20"),
+    (True, True, "/history 5", "CHATHISTORY LATEST #lobby * 5"),
+    (True, True, "/history bob 5", "CHATHISTORY LATEST bob * 5"),
+    (False, True, "/history", "this server keeps no history; /lastlog looks in your own"),
+    (True, False, "/history", "not connected; /lastlog looks in your own"),
+]
+
+
+@pytest.mark.parametrize("pages, connected, typed, expected", HISTORY_ASKED)
+def test_history_is_asked_for_where_there_is_some(pages, connected, typed, expected):
+    alice = Elsewhere(caps=PAGES_OF if pages else "message-tags")
+    alice.hears("BATCH +1 chathistory #lobby", "BATCH -1").sent(9)
+    if not connected:
+        alice.core.disconnected()
+    alice.types(typed)
+    if expected.startswith("CHATHISTORY"):
+        assert [line for line in alice.sent(9) if "CHATHISTORY" in line] == [expected]
+    else:
+        assert alice.kinds("note")[-1] == expected
+
+
+@pytest.mark.parametrize("ready", [True, False])
+@pytest.mark.parametrize("source", ["chat.py/1", "irc.example"])
+def test_only_the_hint_of_chat_py_before_the_welcome_is_not_shown(ready, source):
+    alice = Elsewhere()
+    if not ready:
+        alice.core.disconnected()
+        alice.core.connected()
+    alice.views.clear()
+    alice.hears(f":{source} NOTICE * :*** Looking up your hostname")
+    shown = [view.text for view in alice.views if "Looking up" in view.text]
+    assert len(shown) == (ready or source == "irc.example")
+
+
+def test_the_key_of_each_conversation_is_stored_by_the_rule_of_the_server():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere("CASEMAPPING=ascii", store=store)
+    alice.hears(":alice!u@h JOIN #Tea[", ":alice!u@h JOIN #milk")
+    kept = []
+    store.keep_room = lambda key, room, order: kept.append((key, room.name, order))
+    alice.core.disconnected()
+    kept.clear()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "005 alice CASEMAPPING=rfc1459 :x", "422 alice :x")
+    names = {"#lobby": "#lobby", "#tea{": "#Tea[", "#milk": "#milk"}
+    assert set(kept) >= {(key, names[key], n) for n, key in enumerate(alice.core.rooms)}
+
+
+def test_a_client_that_has_to_log_in_first_leaves_without_a_word_and_comes_again():
+    alice = Elsewhere()
+    alice.sent(1)
+    alice.hears("FAIL SESSION ACCOUNT_REQUIRED zoe :log in first")
+    assert alice.sent() == ["QUIT :"]
+    assert (alice.core.refusal, alice.core.cause) == ("log in first", chat.TEMPORARY)
+
+
+def test_uploads_that_wait_for_a_token_go_on_without_one_if_there_is_none():
+    alice, got = Elsewhere("FILEHOST=/up"), []
+    alice.core.transfers.upload_token, alice.core.transfers.token_time = "", 0.0
+    alice.core.transfers.wait_for_token = [got.append, got.append]
+    alice.hears("FAIL TOKEN NO_PERMISSIONS FILEHOST :no")
+    assert got == ["", ""] and alice.core.transfers.wait_for_token == []
+
+
+def test_a_log_in_that_the_server_cannot_prove_ends_the_connection_without_a_word():
+    alice = Elsewhere()
+    sasl = alice.core.talk.sasl
+    sasl.steps, sasl.proven = chat.login_plain("zoe", "x"), False
+    alice.sent(1)
+    alice.hears("903 alice :SASL authentication successful")
+    assert alice.sent() == ["QUIT :"] and alice.core.cause == chat.FATAL
+    assert "could not prove" in alice.core.refusal
+
+
+@pytest.mark.parametrize("columns", [20, 40])
+def test_the_list_of_members_is_indented_and_fits_the_screen(columns):
+    look = Desk(columns=columns).display.reader.look._replace(palette=chat.Palette(False))
+    names = ", ".join([f"name{n:02}" for n in range(20)] + ["@op"])
+    head, *rows = chat.people_lines(chat.ViewEvent(chat.NOTE, names, where="#tea"), look)
+    assert head.endswith("21 in #tea") and rows[0].startswith("  @op")
+    assert all(row.startswith("  ") and len(row.rstrip()) < look.columns for row in rows)
+    widest = max(len(row.rstrip()) for row in rows)
+    assert widest + len("name00") + 4 > look.columns - 3
+
+
 @pytest.mark.parametrize("modes", ["+m", "+k word", "-o+v bob carol"])
 def test_a_change_of_modes_is_told_in_its_channel(modes):
     alice = Elsewhere("PREFIX=(ov)@+", "CHANMODES=b,k,l,imnst")
@@ -24737,6 +25572,57 @@ def test_an_offer_that_this_client_does_not_take_is_told():
     assert alice.kinds("server text")[-1].startswith("bob offers DCC SEND a.txt 1 2 3")
     alice.types("/ignore bob").hears(":bob!u@h PRIVMSG alice :\x01DCC SEND b.txt 1 2 3\x01")
     assert "b.txt" not in alice.kinds("server text")[-1]
+
+
+@pytest.mark.parametrize(
+    "more, told", [(-1, None), (0, None), (1, "and 1 change more"), (2, "and 2 changes more")]
+)
+def test_changes_beyond_those_that_are_named_are_counted(more, told):
+    count = chat.MOVES_NAMED + more
+    moves = [chat.ViewEvent(chat.MODE, f"+v n{n}", "op") for n in range(count)]
+    texts = chat.changed_texts(moves)
+    named = [f"+v n{n}" for n in range(min(count, chat.MOVES_NAMED))]
+    assert texts == [*named, *[told] * bool(told)]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_why_an_ignored_user_is_away_is_not_told(ignored):
+    alice = Elsewhere(caps="away-notify")
+    alice.hears(":bob!u@h PRIVMSG alice :hi")
+    alice.types(*["/ignore bob"] * ignored)
+    alice.hears(":bob!u@h AWAY :at lunch", ":bob!u@h AWAY")
+    texts = [view.text for view in alice.core.find("bob").views if view.kind == chat.AWAY]
+    texts += [view.text for view in alice.core.find("bob").moves if view.kind == chat.AWAY]
+    assert sum("at lunch" in text for text in texts) == (not ignored)
+    assert not any("x" in text for text in texts)
+
+
+def test_a_server_that_sends_no_text_is_listened_to_no_more():
+    core = chat.ClientCore("alice")
+    core.connected()
+    assert core.listening
+    core.feed(b"\x00\x01\x02\x03\xff\xfe" * 9)
+    assert not core.listening and core.cause == chat.FATAL
+    assert core.silence() == [] and core.kind != chat.PLAIN
+
+
+@pytest.mark.parametrize("caps", ["labeled-response batch message-tags"])
+def test_an_ack_confirms_a_labelled_message_where_messages_are_not_echoed(caps):
+    alice = Elsewhere(caps=caps, interactive=False)
+    alice.types("one")
+    (label,) = [re.search("label=([^ ;]+)", line)[1] for line in alice.sent(9) if "PRIVMSG" in line]
+    assert not alice.core.idle
+    alice.hears(f"@label={label} ACK")
+    assert alice.core.outbox.waiting == {} and alice.core.failures == 0
+
+
+def test_an_offer_calls_the_user_and_one_beyond_the_budget_is_not_told():
+    alice = Elsewhere()
+    for n in range(chat.CTCP_BURST + 1):
+        alice.hears(f":bob!u@h PRIVMSG alice :\x01DCC SEND {n}.txt 1 2 3\x01")
+    alice.hears(":bob!u@h PRIVMSG #lobby :\x01DCC CHAT 1 2 3\x01")
+    told = [view for view in alice.views if "which this client does not take" in view.text]
+    assert len(told) == chat.CTCP_BURST and all(view.called for view in told)
 
 
 def test_a_channel_that_the_client_is_made_to_join_is_told():
@@ -26042,6 +26928,47 @@ def test_a_join_is_refused_by_the_errors_that_are_about_joins(number, answers):
     assert alice.core.talk.joins.waits("#b")
     alice.hears(f"{number} alice #b :no")
     assert alice.core.talk.joins.waits("#b") is not answers
+
+
+HELP_WANTED = [  # what is typed after /help; the name of the page, and what its rows are about
+    ("msg", "help msg", ["msg"]),
+    ("/msg", "help msg", ["msg"]),
+    ("/MSG", "help msg", ["msg"]),
+    ("Talk", "help talk", list(chat.HELP_TOPICS["talk"])),
+    ("exit", "help exit", ["quit"]),
+    ("", "help", [*chat.client_command, "", ""]),
+]
+
+
+@pytest.mark.parametrize("typed, name, about", HELP_WANTED)
+def test_help_is_about_a_command_a_topic_or_all(typed, name, about):
+    alice = Elsewhere()
+    (page,) = [view for view in alice.core.typed(f"/help {typed}") if view.kind == "page"]
+    rows = page.text.split("\n")
+    assert page.name == name and len(rows) == len(about)
+    for row, verb in zip(rows, about, strict=True):
+        assert row.startswith(chat.client_command[verb].syntax if verb else ("//TEXT", "topics:"))
+
+
+@pytest.mark.parametrize("typed, left", [("/cancel", ["two", "three"]), ("/cancel all", ["two"])])
+def test_what_could_not_be_sent_is_dropped_or_also_what_waits(typed, left):
+    alice = Elsewhere(caps="echo-message message-tags")
+    alice.core.outbox.window = 1
+    alice.types("one", "two", "three")
+    outbox = alice.core.outbox
+    first, second, _ = outbox.waiting
+    outbox.in_flight[second] = outbox.in_flight.pop(first)
+    outbox.parked[first] = "not sent"
+    alice.types(typed)
+    assert [message.text for message in outbox.waiting.values()] == left
+    assert alice.kinds("note")[-1].startswith(f"{3 - len(left)} message")
+
+
+@pytest.mark.parametrize("before", ["/go te", "/go #te", "/part #TE", "/history te", "/names #te"])
+def test_conversations_are_completed_with_their_first_character_or_without(before):
+    alice = Elsewhere()
+    alice.hears(":alice!u@h JOIN #tea", ":alice!u@h JOIN #coffee", ":ted!u@h PRIVMSG alice :hi")
+    assert chat.complete_line(alice.core, before, before.split(" ")[1]) == ["#tea", "ted"]
 
 
 def test_the_help_of_the_client_is_in_two_columns():
@@ -30747,6 +31674,38 @@ def test_a_key_ends_a_search_and_what_is_typed_then_is_text():
     assert editor.text == "find"
 
 
+def test_private_messages_are_held_until_the_search_for_missed_ones_is_refused():
+    alice = Elsewhere(caps=PAGES_OF, join=())
+    alice.hears("@time=2026-01-01T00:00:00.000Z :bob!u@h PRIVMSG alice :before")
+    alice.core.disconnected()
+    alice.connect(caps=PAGES_OF)
+    assert [one.how for one in alice.core.talk.history.requests] == ["targets"]
+    alice.said()
+    alice.hears(":bob!u@h PRIVMSG alice :psst")
+    assert alice.said() == []
+    alice.hears("FAIL CHATHISTORY INVALID_PARAMS TARGETS :no such history")
+    assert alice.said() == ["bob bob: psst"]
+
+
+@pytest.mark.parametrize("known, unread", [(False, 0), (True, 1)])
+def test_a_page_from_before_the_client_joined_is_no_news(known, unread):
+    alice = Elsewhere(caps=PAGES_OF, join=["#a", "#b"])
+    for name in ("#a", "#b"):
+        alice.hears(f"BATCH +1 chathistory {name}", "BATCH -1")
+    if known:
+        alice.hears("@msgid=m1 :bob!u@h PRIVMSG #b :before")
+        alice.core.disconnected()
+        alice.core.find("#b").unread = 0
+        alice.connect(caps=PAGES_OF)
+    else:
+        alice.core.talk.history.ask_page(alice.core.find("#b"), "last")
+    (*_, asked) = [one.where for one in alice.core.talk.history.requests]
+    assert asked == "#b"
+    line = "@batch=1;time=2026-01-01T00:00:00.000Z;msgid=m2 :bob!u@h PRIVMSG #b :hi"
+    alice.hears("BATCH +1 chathistory #b", line, "BATCH -1")
+    assert alice.said()[-1:] == ["#b bob: hi"] and alice.core.find("#b").unread == unread
+
+
 def test_a_refused_search_for_missed_conversations_is_not_told():
     alice = Elsewhere(caps="batch draft/chathistory message-tags server-time")
     alice.core.talk.history._ask_targets()
@@ -30825,6 +31784,1070 @@ def test_a_client_that_does_not_answer_a_ping_is_disconnected():
             server.loop.now = one.heard + seconds
             server.times.probe(one)
             assert (one.asked > one.heard, one.leaving) == (asked, leaving)
+
+
+@pytest.mark.parametrize(
+    "more, failed, busy, wait",
+    [
+        (False, False, False, None),
+        (True, False, False, chat.INDEX_PAUSE),
+        (True, True, False, chat.INDEX_SECONDS),
+        (True, False, True, chat.INDEX_SECONDS),
+        (True, None, False, chat.INDEX_SECONDS),
+    ],
+)
+def test_the_index_goes_on_at_once_on_a_server_with_nothing_else_to_do(more, failed, busy, wait):
+    house, done, waits = House(), [], []
+    house.loop.call_later = lambda seconds, call: waits.append(seconds)
+    house.committer.committed = house.loop.now - (0 if busy else chat.INDEX_SECONDS)
+    house.store.search_index = types.SimpleNamespace(finish=done.append, has_work=more)
+    step = OSError("the disk is full") if failed is None else types.SimpleNamespace(failed=failed)
+    house.committer.indexed(step)
+    assert waits == [wait] * more and done == [step] * (failed is not None)
+    assert house.committer.index_due == more
+
+
+@pytest.mark.parametrize("data, rest", [(b"\x1b]11;rgb:0000", ""), (b"\x1bP1$r", "")])
+def test_an_answer_of_a_terminal_whose_end_was_lost_is_dropped(data, rest):
+    decoder = chat.KeyDecoder()
+    assert decoder.feed(data) == [] and decoder.is_long
+    assert decoder.end_paste() == [] and decoder.rest == rest
+    assert decoder.feed(b"x") == [chat.Key("text", "x")]
+
+
+LOCKS_REFUSED = [  # the error of the system; what is raised
+    (errno.EWOULDBLOCK, BlockingIOError),
+    (errno.EACCES, BlockingIOError),
+    (errno.ENOLCK, OSError),
+]
+
+
+@pytest.mark.parametrize("number, raised", LOCKS_REFUSED)
+def test_a_lock_that_another_process_has_is_told_from_one_that_cannot_be(
+    number, raised, tmp_path, monkeypatch
+):
+    import fcntl
+
+    def refuses(fd, *_):
+        opened.append(fd)
+        raise OSError(number, os.strerror(number))
+
+    opened = []
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    monkeypatch.setattr(fcntl, "lockf", refuses)
+    with pytest.raises(OSError) as error:
+        chat.locked(tmp_path / "lock")
+    assert isinstance(error.value, BlockingIOError) == (raised is BlockingIOError)
+    with pytest.raises(OSError):  # the file was closed
+        os.fstat(opened[0])
+    path = tmp_path / "bytes"
+    if raised is BlockingIOError:
+        assert chat.lock_byte(path, 1) is None
+    else:
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            chat.lock_byte(path, 1)
+    os.close(chat.LOCK_FILES.pop(path)[0])
+
+
+def test_a_socket_that_cannot_listen_is_closed(monkeypatch):
+    made, new = [], socket.socket
+    monkeypatch.setattr(socket, "socket", lambda *how: made.append(new(*how)) or made[-1])
+    with pytest.raises(chat.Unusable, match="cannot listen on 192.0.2.1:1: .*--listen HOST:0"):
+        chat.Listener(None, "192.0.2.1", 1)
+    assert [sock.fileno() for sock in made] == [-1]
+
+
+class Backlog:
+    """A listening socket on which clients wait; then accept() raises an error."""
+
+    def __init__(self, count, error):
+        self.left, self.error, self.told, self.fd = count, error, [], 5
+
+    def fileno(self):
+        return self.fd
+
+    def accept(self):
+        if not self.left:
+            raise self.error
+        self.left -= 1
+        told = self.told
+
+        class Taken(contextlib.AbstractContextManager):
+            def __exit__(self, *_):
+                told.append("closed")
+
+            def setblocking(self, on):
+                told.append(on)
+
+            def send(self, data):
+                told.append(data.decode())
+
+        return Taken(), ("192.0.2.9", 1)
+
+
+@pytest.mark.parametrize("spare", [True, False])
+@pytest.mark.parametrize(
+    "count, error, worked",
+    [
+        (2, BlockingIOError(), True),
+        (2, OSError(errno.EMFILE, "x"), False),
+        (chat.ACCEPTS_A_TURN, None, True),
+    ],
+)
+def test_clients_for_whom_no_descriptor_is_left_are_told_so_or_wait(
+    count, error, worked, spare, monkeypatch
+):
+    house, waits, selected = House(), [], []
+    given = 0
+
+    def open_spare():
+        nonlocal given
+        given += 1
+        return os.open(os.devnull, os.O_RDONLY)
+
+    limits = house.limits
+    limits.spare = open_spare() if spare else None
+    monkeypatch.setattr(chat, "spare_descriptor", open_spare)
+    listener = chat.Listener.__new__(chat.Listener)
+    listener.server, listener.sock = house, Backlog(count, error)
+    house.loop.call_later = lambda seconds, call: waits.append((seconds, call))
+    register, unregister = (
+        (lambda *what: selected.append(what)),
+        (lambda sock: selected.append("off")),
+    )
+    house.loop.selector = types.SimpleNamespace(register=register, unregister=unregister)
+    admitted = []
+    house.admit = lambda *what: admitted.append(what)
+    closed, before = [], limits.spare
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", closed.append)
+        listener._back_off(OSError(errno.EMFILE, "Too many open files"))
+    assert closed == [before] * spare
+    for fd in closed:
+        os.close(fd)
+    text = "* this server has no file descriptors left (ulimit -n); try again later\n"
+    assert listener.sock.told == [False, text, "closed"] * count * spare
+    assert given == 2 * spare and admitted == []
+    if spare and worked:
+        assert waits == [] and selected == []
+    else:
+        ((seconds, again),) = waits
+        assert (seconds, selected) == (chat.ACCEPT_BACKOFF, ["off"])
+        again()
+        listener.sock.fd = -1  # the server has stopped meanwhile
+        again()
+        assert selected == ["off", (listener.sock, chat.READ, listener)]
+    if limits.spare is not None:
+        os.close(limits.spare)
+        limits.spare = None
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_so_many_clients_are_accepted_in_a_turn_and_no_more(more, monkeypatch):
+    listener, admitted, backed = chat.Listener.__new__(chat.Listener), [], []
+    listener.sock = Backlog(chat.ACCEPTS_A_TURN - 1 + more, BlockingIOError())
+    listener.server = types.SimpleNamespace(admit=lambda *what: admitted.append(what[1:]))
+    listener.ready(chat.READ)
+    assert admitted == [("192.0.2.9", 1)] * (chat.ACCEPTS_A_TURN - 1 + more)
+    listener.sock, listener._back_off = Backlog(0, OSError(errno.EMFILE, "x")), backed.append
+    listener.ready(chat.READ)
+    assert [error.errno for error in backed] == [errno.EMFILE]
+
+
+IDLE_ON_THE_WEB = [  # the limit that is over, what is so; what is done
+    ("end_request", {"state": chat.CLOSED}, []),
+    ("end_request", {"leaving": True}, []),
+    ("end_request", {"answers": [1]}, ["waits"]),
+    ("end_request", {"pending": True}, ["waits"]),
+    ("end_request", {}, [408]),
+    ("end_idle", {"stalled": True}, ["dropped: idle"]),
+    ("end_idle", {}, ["waits"]),
+]
+
+
+@pytest.mark.parametrize("name, given, done", IDLE_ON_THE_WEB)
+def test_a_request_or_an_answer_that_does_not_go_on_is_ended(name, given, done):
+    limits, happened = chat.TimeLimits(FakeLoop(0.0)), []
+    limits.web_idle = types.SimpleNamespace(add=lambda peer: happened.append("waits"))
+    session = types.SimpleNamespace(receive=lambda request: happened.append(request.status))
+    peer = types.SimpleNamespace(
+        state=given.get("state", chat.OPEN),
+        leaving=given.get("leaving", False),
+        answers=given.get("answers", []),
+        inbox=types.SimpleNamespace(pending=given.get("pending", False)),
+        was_stalled=lambda: given.get("stalled", False),
+        drop=lambda reason: happened.append(f"dropped: {reason}"),
+        session=session,
+    )
+    getattr(limits, name)(peer)
+    assert happened == done
+
+
+@pytest.fixture
+def call(loop):
+    """Return a function that makes a request of a client, and what has happened to it."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(PATIENCE)
+    ours.setblocking(False)
+    helpers, happened = FakeHelpers(), []
+    helpers.loop = loop
+
+    def make(tls=None, pin=None, **more):
+        given = {
+            "done": lambda response, text: happened.append((response and response.status, text))
+        }
+        url = chat.Url(chat.Target("irc.example", 80), "/files/1")
+        request = chat.CallRequest("PUT", url, {"X-A": "b"}, **given, **more)
+        return chat.WebCall(helpers, ours, tls, request, chat.Trust(pin=pin))
+
+    yield types.SimpleNamespace(
+        make=make, happened=happened, theirs=theirs, helpers=helpers, loop=loop
+    )
+    ours.close()
+    theirs.close()
+
+
+REQUEST_HEAD = (
+    b"PUT /files/1 HTTP/1.1\r\nHost: irc.example:80\r\nX-A: b\r\nConnection: close\r\n\r\n"
+)
+ANSWERS_TO_CALLS = [  # bytes of the answer, the end: status, and a part of the text
+    (b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", (204, "")),
+    (b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\ngone", (404, "gone")),
+    (b"HTTP/1.1 200 OK\r\n\r\nall of it", (200, "all of it")),
+    (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
+        (None, "the server closed the connection"),
+    ),
+    (b"", (None, "the server closed the connection")),
+    (b"x" * (chat.HEAD_BYTES + 99), (None, "the answer has no end")),
+]
+
+
+@pytest.mark.parametrize("answer, end", ANSWERS_TO_CALLS)
+def test_a_request_of_a_client_ends_with_its_answer_or_the_reason(answer, end, call):
+    call.make()
+    call.loop.run_once(0)
+    assert call.theirs.recv(1000) == REQUEST_HEAD
+    call.theirs.sendall(answer)
+    call.theirs.shutdown(socket.SHUT_WR)
+    spin(call.loop, lambda: call.happened)
+    ((status, text),) = call.happened
+    assert status == end[0] and end[1] in text and bool(text) == bool(end[1])
+
+
+def test_a_body_is_sent_piece_by_piece_and_one_that_cannot_be_read_ends_the_request(call):
+    pieces = {0: b"hello", 5: b"", 7: b""}
+    made = call.make(source=lambda at: pieces[at])
+    assert made.reading
+    made.more()  # which waits for the first
+    assert len(call.helpers.waiting) == 1
+    call.helpers.run()
+    call.helpers.run()
+    assert made.at == 5 and made.request.source is None and not made.reading
+    made._read(OSError("the disk is gone"))
+    call.loop.run_once(0)
+    assert call.happened == [(None, "the disk is gone")]
+    made._read(b"later")
+    assert made.at == 5
+    made.lagging()
+    assert not made.reading
+
+
+@pytest.mark.parametrize("pin, dropped", [(None, False), ("ab:cd", False), ("cd:ab", True)])
+def test_files_are_asked_of_the_server_with_the_certificate_of_the_chat_only(
+    pin, dropped, call, monkeypatch
+):
+    encrypted = []
+    monkeypatch.setattr(chat.WebCall, "encrypt", lambda made, tls: encrypted.append(tls))
+    tls = types.SimpleNamespace(fingerprint=lambda: "ab:cd")
+    made = call.make(tls, pin)
+    assert encrypted == [tls]
+    made.tls = tls
+    made.secured()
+    assert (made.state == chat.CLOSED) == dropped
+    made.tls = None
+    call.loop.run_once(0)
+    assert call.happened == [(None, "another certificate than that of the chat")] * dropped
+
+
+@pytest.mark.parametrize("silent, dropped", [(0.0, False), (0.1, True)])
+def test_a_request_without_an_answer_is_dropped_after_a_while(silent, dropped, tmp_path):
+    files, reasons = InMemory(tmp_path), []
+    files.loop.now = chat.WAITING_SECONDS + silent
+    for state in (chat.OPEN, chat.CLOSED):
+        one = types.SimpleNamespace(heard=0.0, state=state, drop=reasons.append)
+        files.calls = {"1": one, "2": None}
+        files.watch()
+    assert reasons == ["no answer"] * dropped
+
+
+class NoNats:
+    """A cluster that notes what its connection does, and the server that it belongs to."""
+
+    def __init__(self, tls=False):
+        self.done, self.epochs, self.log, self.caught_up = [], [], None, False
+        self.options = chat.NodeOptions(
+            servers=(("one", 1), ("two", 2)), tls=tls, node="n1", user="u", password="p"
+        )
+        self.cluster, self.loop, self.helpers = self, FakeLoop(0.0), self
+        self.hub, self.jobs = types.SimpleNamespace(sequence=5), []
+
+    def submit(self, owner, job, then):
+        self.jobs.append((job, then))
+
+    def tick(self, now):
+        self.done.append("tick")
+
+    def disconnected(self):
+        self.done.append("disconnected")
+
+    def connected(self, log, now):
+        self.done.append("connected")
+        self.log = log
+
+    def stop(self, why):
+        self.done.append(f"stopped: {why}")
+
+
+class OnTheWire:
+    """A connection to NATS that notes what is written."""
+
+    def __init__(self, link, sock):
+        self.link, self.sock, self.tls, self.done = link, sock, None, []
+
+    def write(self, data):
+        self.done.append(data)
+
+    def flush(self):
+        self.done.append("flush")
+
+    def encrypt(self, tls):
+        self.tls = tls
+        self.done.append("encrypted")
+
+    def drop(self, reason):
+        self.done.append(f"dropped: {reason}")
+
+
+@pytest.fixture
+def nats_link(attempts, monkeypatch):
+    """Return the link of a node to NATS, and its server."""
+    monkeypatch.setattr(chat, "LinkConnection", OnTheWire)
+    monkeypatch.setattr(chat, "TlsFilter", lambda context, host: (context, host))
+    server = NoNats()
+    return chat.NatsLink(server), server
+
+
+def test_a_node_tries_the_servers_of_its_log_in_turn_until_one_answers(nats_link, attempts):
+    link, server = nats_link
+    assert str(link.target).startswith("one:1") and len(server.jobs) == 1
+    (job, found) = server.jobs.pop()
+    assert job.func is chat.resolve_server and job.args == (link.target, chat.BELIEVE_THE_SYSTEM)
+    found(OSError("no such host"))
+    assert link.reason == "no such host"
+    link.loop.now += chat.NATS_RETRY_SECONDS
+    link.loop.run_due()
+    ((job, found),) = server.jobs
+    assert str(link.target).startswith("two:2")
+    found((None, [(4, "a")]))
+    (attempt,) = attempts
+    link.loop.now += 1.0
+    attempt.then(attempt, "refused")
+    assert link.reason == "refused" and link.conn is None
+    link.connected("socket", "")
+    assert (link.conn.link, link.conn.sock, link.began) == (link, "socket", link.loop.now)
+    assert vars(link.dialogue).items() >= {"user": "u", "password": "p"}.items() or link.dialogue
+    link.lost("reset")
+    assert (link.conn, link.dialogue, server.done[-1]) == (None, None, "disconnected")
+
+
+@pytest.mark.parametrize(
+    "late, logged, dropped", [(0.1, None, True), (0.0, None, False), (9.0, "a log", False)]
+)
+def test_a_server_of_the_log_that_does_not_introduce_itself_is_left(
+    late, logged, dropped, nats_link
+):
+    link, server = nats_link
+    link.connected("socket", "")
+    server.log = logged
+    link.loop.now = link.began + chat.LOG_ANSWER_SECONDS + late
+    link.give_up_silent()
+    assert link.conn.done == ["dropped: it does not answer"] * dropped
+
+
+INFO = b'INFO {"headers": true, "jetstream": true, "max_payload": 1048576, "proto": 1%s}\r\n'
+
+
+@pytest.mark.parametrize(
+    "context, wants, encrypted",
+    [
+        (None, b"", False),
+        (None, b', "tls_required": true', True),
+        ("a context", b"", True),
+    ],
+)
+def test_a_node_speaks_tls_with_its_log_if_either_wants_it(
+    context, wants, encrypted, nats_link, monkeypatch
+):
+    link, server = nats_link
+    monkeypatch.setattr(chat.Trust, "context", lambda trust: "the system's")
+    link.connected("socket", "")
+    link.context = context
+    link.received(INFO % wants)
+    assert ("encrypted" in link.conn.done) == encrypted
+    if encrypted:
+        assert link.conn.tls == (context or "the system's", link.target.host)
+        assert not any(b"CONNECT" in data for data in link.conn.done if isinstance(data, bytes))
+        link.received(b"PING\r\n")
+        assert link.conn.done.count("encrypted") == 1
+        link.secured()
+    assert any(b"CONNECT" in data for data in link.conn.done if isinstance(data, bytes))
+    assert link.conn.done[-1] == "flush" and link.dialogue.out == []
+
+
+@pytest.mark.parametrize("text, shown", [("a\x1b[2Jb", "a\\x1b[2Jb"), ("tea", "tea")])
+def test_the_log_shows_what_would_steer_a_terminal(text, shown):
+    form = chat.LogFormat("%(levelname)s %(message)s")
+    record = logging.LogRecord("chat", logging.INFO, "", 0, "%s", (text,), None)
+    assert form.format(record) == f"INFO {shown}"
+    try:
+        raise ValueError(text)
+    except ValueError:
+        record.exc_info, record.exc_text = sys.exc_info(), None
+    lines = form.format(record).split("\n")
+    assert lines[0] == f"INFO {shown}" and lines[1].startswith("Traceback")
+    assert lines[-1] == f"ValueError: {shown}"
+
+
+@pytest.mark.parametrize(
+    "result, logged", [(OSError("no room"), ["a job failed: no room"]), (b"done", [])]
+)
+def test_a_job_that_failed_is_logged(result, logged, monkeypatch):
+    told = []
+    monkeypatch.setattr(chat.log, "error", lambda text, *values: told.append(text % values))
+    chat.log_failure(result)
+    assert told == logged
+
+
+@pytest.mark.parametrize(
+    "reason, level", [(f"{chat.TLS_TROUBLE}x", logging.INFO), ("reset", logging.DEBUG)]
+)
+def test_only_trouble_of_tls_is_logged_for_each_connection(reason, level, monkeypatch):
+    with beating() as (server, peer):
+        one, levels = peer(), []
+        monkeypatch.setattr(chat.log, "log", lambda level, *_: levels.append(level))
+        server.lost(one, reason)
+        assert levels == [level]
+
+
+@pytest.mark.parametrize("session, charged", [(False, 7.0), (True, 7.0 + 5 * chat.WORK_OF_A_BYTE)])
+@pytest.mark.parametrize("least", [0, 99])
+def test_the_work_of_a_line_is_that_of_acts_and_answers_or_the_least(session, charged, least):
+    beat = types.SimpleNamespace(
+        site=types.SimpleNamespace(hub=types.SimpleNamespace(take_work=lambda: 7.0))
+    )
+    charges = []
+    peer = types.SimpleNamespace(charge=charges.append, session=None)
+    peer.session = types.SimpleNamespace(replied=15) if session else None
+    chat.ActBeat._charge(beat, peer, 10, least)
+    assert charges == [max(charged, least)]
+
+
+@pytest.mark.parametrize(
+    "own, home, wait", [(1.0, 1.0, 0.0), (-3.0, 1.0, 2.0), (1.0, -5.0, 4.0), (None, -5.0, 0.0)]
+)
+def test_a_line_waits_for_the_budgets_of_its_connection_and_its_address(own, home, wait):
+    loop = types.SimpleNamespace(now=2.0)
+    budgets = [tokens is not None and chat.Budget(10.0, 1.0, 0.0) for tokens in (own, home)]
+    for budget, tokens in zip(budgets, (own, home), strict=True):
+        if budget:
+            budget.tokens = tokens
+    peer = types.SimpleNamespace(loop=loop, budget=budgets[0] or None)
+    peer.home = types.SimpleNamespace(budget=budgets[1])
+    assert chat.Peer.wait(peer) == wait
+
+
+@pytest.mark.parametrize("cluster", [True, False])
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_server_that_ends_stores_what_is_left(cluster, stored, idle):
+    def note(name, result=None):
+        return lambda *_, **given: done.append((name, *given.values())) or result
+
+    done = []
+    server = types.SimpleNamespace(
+        committer=types.SimpleNamespace(close=note("commit", stored)),
+        cluster=types.SimpleNamespace(save=note("snapshot")) if cluster else None,
+        hub=types.SimpleNamespace(end=note("end of turn")),
+        helpers=types.SimpleNamespace(close=note("helpers", idle)),
+        store=types.SimpleNamespace(close=note("store")),
+        limits=types.SimpleNamespace(close=note("limits")),
+    )
+    chat.Server.close(server)
+    snapshot = [("end of turn",), ("snapshot", True)] * (cluster and stored)
+    assert done == [("commit",), *snapshot, ("helpers",), *[("store",)] * idle, ("limits",)]
+
+
+@pytest.mark.parametrize("reader", [True, False])
+def test_words_that_are_still_in_the_log_of_the_database_are_erased_the_next_time(reader, folder):
+    store = chat.Store(folder / "chat.db")
+    other = sqlite3.connect(folder / "chat.db", isolation_level=None)
+    if reader:
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM events").fetchone()
+    store.db.execute("INSERT INTO markers VALUES ('~x', '#a', 1, 1)")
+    store.erased = True
+    store.checkpoint()
+    assert store.erased == reader
+    other.close()
+    store.checkpoint()
+    assert not store.erased
+    store.close()
+
+
+@pytest.mark.parametrize("node", [True, False])
+def test_a_database_knows_whether_it_was_that_of_a_node(node, folder):
+    chat.Store(folder / "chat.db", node=node).close()
+    store = chat.Store(folder / "chat.db")
+    assert store.was_node == node
+    tables = {name for (name,) in store.db.execute("SELECT name FROM sqlite_master")}
+    assert not tables & {"entries", "snapshots", "origins"}
+    store.close()
+
+
+MODES_THAT_HIDE = [
+    ("+m", False),
+    ("+i", True),
+    ("+s", True),
+    ("-i", False),
+    ("+i-i", True),
+    ("-t", False),
+    ("+k x", True),
+]
+
+
+@pytest.mark.parametrize("modes, private", MODES_THAT_HIDE)
+def test_a_channel_that_was_hidden_or_closed_once_stays_private(modes, private):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", f"MODE #a {modes}")
+    assert house.hub.channels["#a"].private == private
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_markers_of_an_owner_are_dropped_and_that_is_stored_if_there_were_any(kept):
+    hub = House().hub
+    marks = {"#a": chat.Marker(1, 1)}
+    if kept:
+        hub.markers["~x"] = marks
+    assert hub.forget_markers("~x") == (marks if kept else {}) and "~x" not in hub.markers
+    assert [one.name for one in hub.turn.records if "marker" in one.name] == ["markers_gone"] * kept
+
+
+@pytest.mark.parametrize(
+    "mechanism, sent",
+    [
+        (lambda: chat.login_plain("zoe", "word"), [b"", b"zoe\0zoe\0word"]),
+    ],
+)
+def test_a_mechanism_begins_with_what_the_server_waits_for(mechanism, sent):
+    begun = mechanism()
+    assert [next(begun), begun.send(b"")] == sent
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_search_in_a_private_conversation_finds_its_messages(private):
+    house = irc_house("#a", alice=f"{HISTORY} soju.im/search", bob="")
+    asked(house, "bob", "PRIVMSG alice :milk one", "PRIVMSG #a :milk two")
+    forget(house)
+    lines = asked(house, "alice", f"SEARCH in={'bob' if private else '#a'};text=milk")
+    assert [line.params[-1] for line in of(lines, "PRIVMSG")] == [
+        "milk one" if private else "milk two"
+    ]
+
+
+def test_a_server_that_stops_accepts_no_more_clients():
+    house, closed = House(), []
+    house.listeners = [types.SimpleNamespace(close=lambda n=n: closed.append(n)) for n in (1, 2)]
+    stop = chat.Server.stop
+    for _ in range(2):
+        stop(house)
+    assert closed == [1, 2] and house.stopping
+    house.listeners = []
+
+
+@pytest.mark.parametrize("state, sent", [("OPEN", True), ("LINGERING", False), ("CLOSED", False)])
+def test_a_connection_that_is_done_with_sends_no_more(state, sent, pair):
+    conn, theirs = pair
+    theirs.settimeout(0)
+    conn.write(b"hello")
+    conn.state = getattr(chat, state)
+    conn.flush()
+    with contextlib.suppress(BlockingIOError):
+        assert theirs.recv(100) == b"hello" and sent
+        sent = False
+    assert not sent
+
+
+@pytest.mark.parametrize("count", [chat.ACCOUNTS_MADE, chat.ACCOUNTS_MADE + 1])
+def test_an_address_makes_so_many_accounts_and_no_more(count):
+    house, done = House(), []
+    for n in range(count):
+        house.connect_irc(f"n{n}", host="192.0.2.1")
+        house.say(f"n{n}", f"NICK n{n}", "USER u 0 * :r")
+        house.turn()
+        done.append("SUCCESS" in str(ask(house, f"n{n}", "REGISTER * * swordfish99")))
+        house.say(f"n{n}", "QUIT")
+        house.turn()
+    assert done == [n < chat.ACCOUNTS_MADE for n in range(count)]
+
+
+def test_codes_are_mailed_to_strangers_so_often_and_no_more():
+    house, answers = House(register=frozenset(("email-required",))), []
+    for n in range(chat.LOGIN_TRIES_SERVER + 3):
+        come(house, f"n{n}")
+        answers.append(ask(house, f"n{n}", f"REGISTER * a{n}@b.example swordfish99"))
+    refused_at = [n for n, lines in enumerate(answers) if "TEMPORARILY_UNAVAILABLE" in str(lines)]
+    mailed = [values for values in house.asked_for if len(values) == 3]
+    assert refused_at and refused_at == list(range(refused_at[0], len(answers)))
+    assert len(mailed) <= refused_at[0]
+
+
+@pytest.mark.parametrize(
+    "rules, mail, warned",
+    [
+        ("email-required", None, True),
+        ("email-required", "true", False),
+        ("before-connect", None, False),
+    ],
+)
+def test_a_server_that_needs_mail_and_has_none_says_so(rules, mail, warned, steps, monkeypatch):
+    told = []
+    monkeypatch.setattr(chat.log, "warning", lambda text, *values: told.append(text % values))
+    chat.main(
+        ["server", "--data", "none", "--register", rules, *(["--sendmail", mail] if mail else [])]
+    )
+    assert [text for text in told if "--sendmail" in text] == told and bool(told) == warned
+
+
+@pytest.mark.parametrize("count, kept", [(3, 3), (4, 3), (9, 3)])
+def test_in_memory_the_newest_dedup_keys_are_kept(count, kept, monkeypatch):
+    monkeypatch.setattr(chat, "DEDUP_IN_MEMORY", 3)
+    house, db = House(), None
+    db = house.store.db
+    keys = [("~a", f"id{n}", n, 1, n) for n in range(count)]
+    db.executemany("INSERT INTO dedup VALUES (?, ?, ?, ?, ?)", keys)
+    house.store.retention._bound_memory()
+    left = [id for (id,) in db.execute("SELECT own_id FROM dedup ORDER BY event")]
+    assert left == [f"id{n}" for n in range(count - kept, count)]
+
+
+@pytest.mark.parametrize(
+    "kind, shown",
+    [
+        ("text/plain", "inline"),
+        ("image/png", "inline"),
+        (chat.UNKNOWN_TYPE, "attachment"),
+        ("application/pdf", "attachment"),
+    ],
+)
+def test_what_no_page_can_show_safely_is_to_be_saved(kind, shown):
+    file = chat.StoredFile("id", 'a "b".pdf', kind, 1, "~x", "h", 0)
+    head = chat.disposition(file)
+    assert (
+        head
+        == f"Content-Disposition: {shown}; filename=\"a _b_.pdf\"; filename*=UTF-8''a%20%22b%22.pdf"
+    )
+
+
+@pytest.mark.parametrize("invisible", [0, 1, 2])
+def test_invisible_users_are_counted_apart(invisible):
+    house = House()
+    come(house, "alice", "bob", "carol")
+    for name in ("alice", "bob")[:invisible]:
+        ask(house, name, f"MODE {name} +i")
+    (line,) = [one for one in ask(house, "carol", "LUSERS") if " 251 " in one]
+    assert f"There are {3 - invisible} users and {invisible} invisible" in line
+
+
+def test_full_budgets_are_forgotten_although_there_are_few(monkeypatch):
+    loop = FakeLoop(0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: loop.now)
+    addresses = chat.Addresses(loop, (10.0, 1.0))
+    for host, used, there in (("a", 0, False), ("b", 5, False), ("c", 0, True)):
+        address = addresses.enter(host)
+        address.budget.tokens -= used
+        address.peers = 0 if not there else address.peers
+    addresses.sweep()
+    assert list(addresses) == ["b", "c"]
+
+
+def test_accounts_that_are_loaded_replace_those_of_before():
+    accounts = House().hub.accounts
+    for name in ("zoe", "zo\u00eb", "alice"):
+        accounts.load([chat.Account(name, BOSS, "", 1)])
+        assert list(accounts) == [chat.fold(name)]
+    assert accounts.looks_like("zoe") == "" and accounts.looks_like("al\u0456ce") == "alice"
+
+
+def test_a_connection_of_a_proxy_counts_for_the_client_behind_it():
+    with beating() as (server, peer):
+        one = peer()
+        before = one.home
+        before.web = 1
+        for key in ("192.0.2.7", "192.0.2.7", "192.0.2.8"):
+            one.act_for(key, key, secure=True)
+            assert (one.home.key, one.home.web, one.limit_key, one.proxied_tls) == (
+                key,
+                1,
+                key,
+                True,
+            )
+            assert one.address.startswith(f"{key}:")
+        assert before.web == 0
+        assert "192.0.2.7" not in server.addresses or not server.addresses["192.0.2.7"].web
+
+
+@pytest.mark.parametrize("cluster", [None, "a node"])
+def test_the_files_of_a_server_are_cleaned_at_its_start_and_those_of_a_node_later(
+    cluster, tmp_path
+):
+    done = []
+    files = types.SimpleNamespace(most=0, total=0)
+    server = types.SimpleNamespace(
+        hub=types.SimpleNamespace(files=files),
+        site=types.SimpleNamespace(),
+        cluster=cluster,
+        clean_files=lambda: done.append("clean"),
+        expire_files=lambda: done.append("expire"),
+    )
+    chat.Server._open_files(server, types.SimpleNamespace(data=tmp_path, file_max=1, files_max=2))
+    assert server.site.folder.path == tmp_path / "files"
+    assert done == [*["clean"] * (not cluster), "expire"]
+    assert (files.most, files.total) == ((0, 0) if cluster else (1, 2))
+
+
+@pytest.mark.parametrize("more, kept", [(0, [0, 1]), (1, [1])])
+def test_the_time_by_a_clock_counts_until_it_is_too_long_ago(more, kept):
+    loop = FakeLoop(0.0)
+    steps = int(chat.SURE_SECONDS / chat.SURE_STEP_SECONDS)
+    store = types.SimpleNamespace(offsets={0: 100.0, 1: 200.0}, node=False)
+    records = []
+    hub = types.SimpleNamespace(
+        turn=types.SimpleNamespace(record=lambda *what: records.append(what))
+    )
+    sure = chat.SureTime(loop, lambda: 0.0, hub, store)
+    sure.began = 0.0
+    loop.now = (steps + more) * chat.SURE_STEP_SECONDS
+    sure.clock = lambda: loop.now + 300.0
+    assert sure() == loop.now + min(100.0 * (0 in kept) or 200.0, 200.0)
+    assert [step for step in store.offsets if step < 2] == kept
+    assert [what for what in records if what[0] == "offset_gone"] == [("offset_gone", 0)] * more
+
+
+FILES_NOT_OPENED = [  # the error of the system; code and text of the refusal
+    (FileNotFoundError(errno.ENOENT, "x"), "NO_FILE", chat.NO_SUCH_FILE),
+    (
+        PermissionError(errno.EACCES, "x"),
+        "UNAVAILABLE",
+        "the file cannot be read now; try again later",
+    ),
+]
+
+
+@pytest.mark.parametrize("error, code, text", FILES_NOT_OPENED)
+def test_a_file_that_cannot_be_opened_is_refused_with_the_reason(
+    error, code, text, tmp_path, monkeypatch
+):
+    def fails(path, how):
+        raise error
+
+    monkeypatch.setattr(chat, "OpenFile", fails)
+    with pytest.raises(chat.Refused, match=f"^{re.escape(text)}$") as refused:
+        chat.FileFolder(tmp_path / "files").open("sha")
+    assert refused.value.code == code
+
+
+@pytest.mark.parametrize(
+    "shown, name, found",
+    [
+        ("", "", None),
+        ("ab", "", "alice"),
+        ("ab", "ALICE", "alice"),
+        ("ab", "zoe", None),
+        ("cd", "", None),
+    ],
+)
+def test_a_certificate_finds_its_account_as_it_is_in_the_database_now(shown, name, found):
+    house, refreshed = House(), []
+    make_account(house, "alice")
+    make_account(house, "zoe")
+    house.hub.accounts.certificates["ab"] = "alice"
+    house.refresh = lambda: refreshed.append(True)
+    session = types.SimpleNamespace(site=house.site, conn=types.SimpleNamespace(fingerprint=shown))
+    try:
+        assert chat.certified_account(session, name)[0] == found
+    except chat.Refused as refusal:
+        assert found is None and refusal.code == "SASL_FAILED"
+        assert ("shows no certificate" in str(refusal)) == (not shown)
+    assert refreshed == [True]
+
+
+@pytest.mark.parametrize("more, sent", [(-1, -1), (0, 0), (1, 0), (9, 0)])
+def test_a_line_of_irc_is_cut_at_its_last_byte(more, sent):
+    most = chat.IRC_BYTES - 2
+    assert chat.irc_bytes("x" * (most + more)) == b"x" * (most + sent) + b"\r\n"
+    assert chat.irc_bytes("x\0\r\n") == b"x  \r\n"
+
+
+def test_a_websocket_begins_with_the_answer_to_its_handshake():
+    with beating() as (server, peer):
+        one = upgraded(server, peer)
+        head, _, rest = heard_by(one).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 101 ") and rest == b""
+        accepted = base64.b64encode(
+            hashlib.sha1(b"MDAwMDAwMDAwMDAwMDAwMA==258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        )
+        assert b"sec-websocket-accept: " + accepted.lower() in head.lower()
+        assert (one.web, one.chats, one.shared) == (False, True, False)
+
+
+def test_frames_of_the_protocol_are_answered_once():
+    written = []
+
+    with beating() as (server, peer):
+        one = upgraded(server, peer)
+        one.queue = types.SimpleNamespace(append=written.append, size=0, chunks=[])
+        one.inbox.out = b"pong"
+        for closed in (False, False, True):
+            one.inbox.closed = closed
+            one.answer_frames()
+            assert one.eof == closed and one.inbox.out == b""
+        one.queue = chat.SendQueue()
+    assert written == [b"pong"]
+
+
+FILES_NOT_WRITTEN = [  # the error of the system; code and text of the refusal
+    (FileNotFoundError(errno.ENOENT, "x"), "NO_FILE", chat.NO_SUCH_FILE),
+    (OSError(errno.ENOSPC, "No space left on device"), "NO_ROOM", ""),
+]
+
+
+@pytest.mark.parametrize("error, code, text", FILES_NOT_WRITTEN)
+def test_an_upload_that_cannot_be_written_is_refused_with_the_reason(error, code, text):
+    def fails():
+        raise error
+
+    with pytest.raises(chat.Refused) as refused:
+        chat.FileFolder._guarded(fails)
+    assert refused.value.code == code and str(refused.value) not in ("", code)
+    assert not text or str(refused.value) == text
+    assert chat.FileFolder._guarded(lambda: 5) == 5
+
+
+RESULTS_TAKEN = [  # what is so after an act has come back; what is done
+    ({"unfinished": 1}, ["resumed"]),
+    ({"postponed": [1]}, ["resumed"]),
+    ({}, []),
+    ({"waits": True, "asks": 1}, []),
+    ({"waits": True, "unfinished": 1}, ["released"]),
+]
+
+
+@pytest.mark.parametrize("flood", [True, False])
+@pytest.mark.parametrize("given, done", RESULTS_TAKEN)
+def test_a_session_goes_on_after_its_act_has_come_back(given, done, flood):
+    happened, taken = [], []
+    conn = types.SimpleNamespace(
+        gone=False, charge=happened.append, resume_soon=lambda: happened.append("resumed")
+    )
+    cluster = types.SimpleNamespace(
+        released=types.SimpleNamespace(append=lambda session: happened.append("released"))
+    )
+    hub = types.SimpleNamespace(take_work=lambda: 7.0)
+    session = types.SimpleNamespace(
+        conn=conn, site=types.SimpleNamespace(flood=flood, hub=hub, cluster=cluster)
+    )
+    usual = {"over": False, "waits": False, "asks": 0, "unfinished": None, "postponed": []}
+    vars(session).update(usual | given)
+    session.mark_answer = lambda: taken.append("marked")
+    ask = types.SimpleNamespace(then=taken.append, otherwise=None)
+    chat.LocalSession.finish_result(session, ask, "the result")
+    assert taken == ["the result", "marked"] and happened == [*[7.0] * flood, *done]
+
+
+@pytest.mark.parametrize(
+    "gone, framed, web", [(True, True, True), (False, True, False), (False, False, True)]
+)
+def test_a_peer_that_leaves_is_closed_once_its_last_bytes_were_written(
+    gone, framed, web, monkeypatch
+):
+    done = []
+    monkeypatch.setattr(chat.Connection, "write", lambda peer, data: done.append(data))
+    monkeypatch.setattr(chat.Connection, "close", lambda peer: done.append("closed"))
+    peer = types.SimpleNamespace(gone=gone, frame_writer=framed, web=web)
+    peer.inbox = types.SimpleNamespace(last=b"the last frame")
+    idle = types.SimpleNamespace(add=lambda peer: done.append("idle"))
+    server = types.SimpleNamespace(
+        leaving=[peer], jobs=[], times=types.SimpleNamespace(web_idle=idle)
+    )
+    server.forget = lambda peer: done.append("forgotten")
+    for _ in range(2):
+        chat.Server._after_writing(server)
+    written = [*[b"the last frame"] * framed, "closed", *["idle"] * web]
+    assert done == (["forgotten"] if gone else written)
+
+
+def test_a_password_of_a_file_is_read_again_from_there(tmp_path):
+    path = tmp_path / "password.txt"
+    path.write_text(" first \n")
+    secret = chat.read_secret(path)
+    assert (secret, secret.path) == ("first", path)
+    path.write_text("second")
+    assert chat.reread_secret(secret) == "second" and chat.reread_secret("typed") == "typed"
+
+
+def test_an_index_of_another_form_is_made_again(folder):
+    store = chat.Store(folder / "chat.db")
+    house = House(store=store)
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", "PRIVMSG #a :milk")
+    store.close()
+    with contextlib.closing(sqlite3.connect(folder / "search.db")) as db:
+        db.executescript("DROP TABLE parts; CREATE TABLE parts (x)")
+    store = chat.Store(folder / "chat.db")
+    index_all(store)
+    assert store.search_index.db.execute("SELECT messages FROM parts").fetchall() == [(1,)]
+    store.close()
+
+
+def test_a_session_in_whose_place_another_one_comes_has_left_in_the_same_act(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    come(nodes["n1"], "alice", secret="a" * 32)
+    nodes.settle()
+    two = nodes["n2"]
+    (before,) = two.hub.users["alice"].sessions
+    two.connect_irc("again")
+    two.say(
+        "again", f"CAP REQ :{CAPS}", f"SESSION {'a' * 32}", "NICK alice", "USER u 0 * :r", "CAP END"
+    )
+    for _ in range(9):
+        two.turn()
+        if before not in two.hub.users["alice"].sessions:
+            break
+    assert [one.id for one in two.hub.users["alice"].live] == [two.guests["again"].id]
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_user_whose_account_was_deleted_comes_back_as_a_guest(deleted, folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    make_account(house, "zoe")
+    come_again(house, "zoe", "zoe", account="zoe")
+    ask(house, "zoe", "JOIN #a")
+    house.store.close()
+    if deleted:
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("DELETE FROM accounts")
+    again = House(store=chat.Store(path))
+    user = again.hub.users["zoe"]
+    identity = again.hub.accounts.identity("zoe")
+    assert (user.account, user.login) == (("", "") if deleted else ("zoe", identity))
+    again.store.close()
+
+
+TOKENS_ASKED = [  # the words after TOKEN; the code of the refusal, and the words about it
+    ("VALIDATE x", "NO_PERMISSIONS", "tokens are for this server's own files"),
+    ("VALIDATE", "NO_PERMISSIONS", "tokens are for this server's own files"),
+]
+
+
+@pytest.mark.parametrize("words, code, text", TOKENS_ASKED)
+def test_a_request_for_a_token_that_is_refused_has_a_code_and_a_reason(words, code, text):
+    house = irc_house("", alice="")
+    (line,) = of(asked(house, "alice", f"TOKEN {words}"), "FAIL")
+    assert (line.params[:2], line.params[-1]) == (["TOKEN", code], text)
+    assert line.params[2] == (words.split()[1] if " " in words else "*")
+
+
+CONTENT_REMOVED = [  # a folder, uploads that are finishing, serving (None: no cluster); removed
+    (True, (), None, True),
+    (True, ("f",), None, False),
+    (False, (), None, False),
+    (True, (), True, True),
+    (True, (), False, False),
+]
+
+
+@pytest.mark.parametrize("folder, finishing, serving, removed", CONTENT_REMOVED)
+def test_content_is_removed_unless_a_link_to_it_may_still_come(folder, finishing, serving, removed):
+    done = []
+    files = chat.Files()
+    files["one"] = chat.StoredFile("one", "n", "text/plain", 1, "~x", "h", 0, sha="used")
+    files.unwanted, files.finishing = ["used", "gone"], set(finishing)
+    server = types.SimpleNamespace(hub=types.SimpleNamespace(files=files))
+    server.cluster = None if serving is None else types.SimpleNamespace(serving=serving)
+    server.site = types.SimpleNamespace(
+        folder=types.SimpleNamespace(remove="remove") if folder else None
+    )
+    server.background = lambda lane, job: done.append(job.args)
+    if folder:
+        server.site.folder.remove = print
+    chat.Server.remove_content(server)
+    assert done == ([({"gone"},)] if removed else [])
+    assert files.unwanted == ([] if removed else ["used", "gone"])
+
+
+def test_a_node_introduces_itself_to_its_log():
+    for user, login in (("u", {"user": "u", "pass": "p"}), ("", {})):
+        dialogue = chat.NatsDialogue("n1", user, "p")
+        dialogue.connect()
+        (data,) = dialogue.out
+        first, second, third, end = data.decode().split("\r\n")
+        given = json.loads(first.removeprefix("CONNECT "))
+        about = {"lang": "chat.py", "version": chat.VERSION, "name": "n1", "protocol": 1}
+        how = {"verbose": False, "pedantic": False, "headers": True, "no_responders": True}
+        assert given == how | about | login
+        assert (second, third, end) == (f"SUB {dialogue.inbox}.* 1", "PING", "")
+
+
+def test_replies_of_a_turn_are_in_the_order_of_the_events_that_they_follow():
+    session = types.SimpleNamespace(replies=[(9, b"d"), (2, b"a"), (9, b"e"), (2, b"b"), (5, b"c")])
+    assert chat.Turn.lines_for(None, session, []) == b"abcde"
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_byte_of_a_file_is_locked_without_waiting_and_unlocked(on, monkeypatch):
+    import fcntl
+
+    done = []
+    monkeypatch.setattr(fcntl, "lockf", lambda *how: done.append(how))
+    chat.lock_range(7, 5, on)
+    assert done == [(7, fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN, 1, 5)]
+
+
+@pytest.mark.parametrize("session", [True, False])
+@pytest.mark.parametrize(
+    "lines, left", [(3, 0), (chat.LINES_A_TURN, 0), (chat.LINES_A_TURN + 1, 1)]
+)
+def test_the_last_lines_of_a_lost_connection_are_acted_on_as_far_as_a_turn_goes(
+    lines, left, session
+):
+    waiting, dropped = list(range(lines)), []
+    inbox = types.SimpleNamespace(clear=lambda: dropped.append(len(waiting)))
+    peer = types.SimpleNamespace(held=True, leaving=False, inbox=inbox, address="192.0.2.1:1")
+    peer.session = types.SimpleNamespace(unfinished=1, postponed=[1]) if session else None
+
+    def act_on_a_line(peer):
+        assert not peer.held
+        taken = waiting.pop() if waiting else None
+        inbox.pending = bool(waiting)
+        return taken is not None
+
+    chat.ActBeat.act_on_the_last(types.SimpleNamespace(act_on_a_line=act_on_a_line), peer)
+    assert dropped == [left] * bool(left) and len(waiting) == left
+    if session:
+        assert peer.session.unfinished is None and peer.session.postponed == []
 
 
 def test_a_turn_without_events_is_not_stored():
@@ -31645,6 +33668,100 @@ def test_a_conversation_that_is_cleared_is_no_longer_on_the_screen():
     desk.hear("three")
     assert [line for line in desk.paint() if "bob: " in line] == ["08:30 bob: three"]
     assert "08:30 bob: two" in desk.screen.history or desk.said == ["three"]
+
+
+@pytest.mark.parametrize(
+    "topic, server, title",
+    [
+        ("", "", "\u2500\u2500 #lobby"),
+        ("tea", "", "\u2500\u2500 #lobby: tea"),
+        ("tea", "irc.example", "\u2500\u2500 #lobby on irc.example: tea"),
+    ],
+)
+def test_the_title_of_a_conversation_has_its_topic_and_its_server(topic, server, title):
+    desk = Desk()
+    room = desk.core.find("#lobby")
+    room.topic = topic
+    look = desk.display.reader.look._replace(palette=chat.Palette(False))
+    assert chat.place_lines(room, look, server) == [title]
+    talk = desk.core.rooms.open("bob")
+    assert chat.place_lines(talk, look) == ["\u2500\u2500 with bob"]
+
+
+def test_where_the_reader_is_stands_in_the_status_row():
+    desk = Desk(rows=10)
+    desk.hear(*[f"line {n}" for n in range(30)])
+    desk.paint()
+    reader = desk.display.reader
+    reader.up(5)
+    assert desk.display._at().startswith("back at ")
+    reader.up(500)
+    desk.core.find("#lobby").whole = False
+    assert desk.display._at() == "nothing older is here"
+    desk.core.find("#lobby").whole = True
+    assert desk.display._at() == "this is the beginning"
+    reader.room.views.dropped = True
+    assert desk.display._at() == "nothing older is here"
+    desk.display.fetching = True
+    assert desk.display._at() == (
+        "older ones are coming" if desk.core.ready else "nothing older is here"
+    )
+    desk.tell(chat.ViewEvent(chat.PAGE, "\n".join(map(str, range(40))), "a page"))
+    assert desk.display._at() == "a page: Page Down goes on, Escape leads back"
+
+
+def test_after_scrolling_down_nothing_older_is_owed():
+    desk = Desk(rows=10)
+    desk.hear(*[f"line {n}" for n in range(30)])
+    desk.paint()
+    reader = desk.display.reader
+    for _ in range(2):
+        reader.up(500)
+    assert reader.at_top and reader.owed
+    reader.down(3)
+    assert (reader.at_top, reader.owed) == (False, 0)
+    end = reader.end
+    reader.came_older()
+    assert reader.end == end and reader.room.views.reading
+    reader.down(500)
+    assert not reader.back and not reader.room.views.reading
+
+
+def test_a_conversation_that_is_drawn_again_is_drawn_so_once():
+    desk = Desk()
+    desk.hear("one")
+    desk.paint()
+    desk.display.whole = True
+    assert desk.paint() and "bob: one" in desk.written and not desk.display.whole
+    assert desk.paint() and desk.written == ""
+    desk.display.cleared = True
+    desk.paint()
+    assert not (desk.display.whole or desk.display.cleared) and "one" not in desk.written
+
+
+def test_a_view_that_the_core_has_kept_is_kept_once():
+    desk = Desk()
+    room = desk.core.find("#lobby")
+    view = chat.ViewEvent(chat.NOTE, "one", where="#lobby")
+    for _ in range(2):
+        desk.display.keep(view)
+    room.views.append(view)
+    desk.display.keep(view)
+    assert [one.text for one in room.views] == ["one", "one", "one"]
+    desk.display.keep(chat.ViewEvent(chat.NOTE, "two"))
+    moved = chat.ViewEvent(chat.JOIN, "", "bob", "#lobby")
+    room.moves.append(moved)
+    desk.display.keep(moved)
+    assert [one.text for one in room.views] == ["one", "one", "one", "two"]
+
+
+def test_what_was_said_before_a_conversation_was_cleared_is_not_drawn_any_more():
+    desk = Desk()
+    desk.hear("one")
+    desk.display.take(desk.core.typed("/clear"))
+    desk.hear("two")
+    desk.paint()
+    assert "bob: one" not in desk.written and "bob: two" in "\n".join(desk.paint())
 
 
 def test_another_conversation_has_a_screen_of_its_own():
@@ -33597,6 +35714,106 @@ def test_an_upload_that_is_dropped_is_removed_as_soon_as_the_server_can_be_asked
     assert files.asked[2:] == ["DELETE", "DELETE"] and not files.dropped and not files.calls
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_connection_is_not_read_while_a_piece_of_a_file_is_written(fails, tmp_path):
+    files, jobs, states, dropped = InMemory(tmp_path), [], [], []
+    files.start(chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"))
+    call = files.calls["1"]
+    call.update, call.drop = (lambda: states.append(call.holds)), dropped.append
+    files.link.helpers.submit = lambda owner, job, then: jobs.append((job, then))
+    files.last.began(chat.Response(200, {"content-length": ["10"]}))
+    files.last.piece(b"01234")
+    assert states == [True]
+    ((job, then),) = jobs
+    job()
+    then(OSError("the disk is full") if fails else None)
+    assert states == [True, False] and dropped == ["the disk is full"] * fails
+    assert [one.done for one in files.core.transfers] == [5] * (not fails)
+
+
+def test_a_file_that_cannot_get_its_name_is_told_to_have_failed(tmp_path, monkeypatch):
+    def fails(path, target):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "replace", fails)
+    files = InMemory(tmp_path, WHOLE)
+    told = files.run(chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"))
+    assert [text for text in told if f"{tmp_path / 'a.txt'}: permission denied" in text]
+    assert not any(text.startswith("saved") for text in told) and not files.calls
+
+
+FILES_REFUSED = [  # the transfer: up or down, its path; the text that is told
+    (True, "{}/absent", "cannot read {}/absent: no such file or directory"),
+    (True, "{}", "{} is no file"),
+    (True, "a\0b", "cannot read a"),
+]
+
+
+@pytest.mark.parametrize("up, path, told", FILES_REFUSED)
+def test_a_transfer_that_cannot_begin_is_refused_with_the_reason(up, path, told, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"")
+    files = InMemory(tmp_path)
+    with pytest.raises(chat.Refused) as refused:
+        files.start(chat.Transfer("1", up, chat.LOBBY, path.format(tmp_path), name="n"))
+    assert str(refused.value).startswith(told.format(tmp_path)) and refused.value.code == "NO_FILE"
+    assert not files.core.transfers and not files.calls
+
+
+MOVED = 307, {"Location": "http://other:1/files/1"}, b""
+MOVES = [  # the answers, by server; whether the file is saved in the end
+    ([MOVED, WHOLE], ["127.0.0.1", "other"], True),
+    ([MOVED, MOVED], ["127.0.0.1", "other"], False),
+    ([(307, {"Location": "http://other:1/files/2"}, b"")], ["127.0.0.1"], False),
+    ([(307, {"Location": "ftp://x"}, b"")], ["127.0.0.1"], False),
+    ([(307, {}, b"")], ["127.0.0.1"], False),
+]
+
+
+@pytest.mark.parametrize("answers, asked, saved", MOVES)
+def test_a_download_follows_its_file_to_one_more_server(
+    answers, asked, saved, tmp_path, monkeypatch
+):
+    servers, answers = [], [*answers]
+    files = InMemory(tmp_path)
+    files.link.conn, files.link.trust = None, chat.Trust()
+    files.link.certificate = types.SimpleNamespace(pin=None)
+    monkeypatch.delattr(InMemory, "_call")  # that of the program
+
+    def call(helpers, sock, tls, request, trust):
+        servers.append(request.url.server.host)
+        status, headers, body = answers.pop(0)
+        response = chat.Response(status, {name.lower(): [x] for name, x in headers.items()})
+        made = types.SimpleNamespace(update=chat.do_nothing, drop=chat.do_nothing, holds=False)
+        files.loop.call_soon(
+            lambda: (
+                request.began(response),
+                status == 200 and request.piece(body),
+                request.done(response, ""),
+            )
+        )
+        return made
+
+    soon = []
+    files.loop.call_soon = soon.append
+    monkeypatch.setattr(chat, "resolve_server", lambda target, trust: (None, []))
+    monkeypatch.setattr(chat, "HappyEyeballs", lambda loop, found, then: then("socket", ""))
+    monkeypatch.setattr(chat, "WebCall", call)
+    files.start(chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"))
+    while soon:
+        soon.pop(0)()
+    assert servers == asked and (tmp_path / "a.txt").exists() == saved
+
+
+def test_the_size_of_a_file_is_shown_as_soon_as_it_is_known(tmp_path):
+    files = InMemory(tmp_path)
+    one = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1")
+    files.start(one)
+    files.core.take_views()
+    files.last.began(chat.Response(200, {"content-length": ["10"], "etag": ['"a"']}))
+    assert (one.size, one.etag) == (10, '"a"')
+    assert [view.own_id for view in files.core.take_views() if view.kind == chat.TRANSFER] == ["1"]
+
+
 @pytest.mark.parametrize("most, fetched", [(10, WHOLE[2]), (9, b"")])
 def test_a_picture_that_is_fetched_comes_whole_or_not_at_all(most, fetched, tmp_path):
     files, got = InMemory(tmp_path, WHOLE), []
@@ -33836,6 +36053,100 @@ def test_a_transfer_can_be_dropped(running, tmp_path):
 
 
 # A terminal client without a terminal: its keys, its screen as text, and lines of servers
+
+
+@pytest.fixture
+def raw(monkeypatch):
+    """Return a RawTerminal on a terminal of its own, and the other end of that."""
+    import termios
+
+    keyboard, screen = os.openpty()
+    attributes = termios.tcgetattr
+    with monkeypatch.context() as patched:
+        patched.setattr(termios, "tcgetattr", lambda fd: attributes(screen) if fd == 0 else None)
+        terminal = chat.RawTerminal()
+    terminal.keys = terminal.screen = screen
+    yield terminal, keyboard
+    os.close(keyboard)
+    os.close(screen)
+
+
+def flags_of(terminal):
+    """Return the input and the local flags of a terminal that raw mode is about."""
+    import termios
+
+    mode = termios.tcgetattr(terminal.keys)
+    inputs = [name for name in ("ICRNL", "IXON") if mode[0] & getattr(termios, name)]
+    names = ("ICANON", "ECHO", "IEXTEN", "ISIG")
+    return inputs + [name for name in names if mode[3] & getattr(termios, name)]
+
+
+def test_a_terminal_is_raw_but_for_signals_and_is_restored_once(raw):
+    terminal, keyboard = raw
+    usual = ["ICRNL", "IXON", "ICANON", "ECHO", "IEXTEN", "ISIG"]
+    assert flags_of(terminal) == usual and not terminal.raw
+    for _ in range(2):
+        terminal.enter()
+        assert terminal.raw and flags_of(terminal) == ["ISIG"]
+        assert os.read(keyboard, 100).decode() == terminal.ON
+        terminal.leave()
+        assert not terminal.raw and flags_of(terminal) == usual
+        assert os.read(keyboard, 100).decode() == f"\r\x1b[K{terminal.OFF}"
+    terminal.leave()
+    terminal.write("\udcff!")
+    assert os.read(keyboard, 100) == b"?!"
+
+
+@pytest.mark.parametrize(
+    "given, size",
+    [
+        ((100, 50), (100, 50)),
+        ((0, 0), (80, 24)),
+        ((1, 1), (chat.LEAST_COLUMNS, chat.LEAST_ROWS)),
+        ((chat.LEAST_COLUMNS, chat.LEAST_ROWS), (chat.LEAST_COLUMNS, chat.LEAST_ROWS)),
+        (None, (80, 24)),
+    ],
+)
+def test_a_terminal_has_the_size_that_it_says_and_a_least_one(given, size, raw):
+    import fcntl
+    import termios
+
+    terminal, keyboard = raw
+    if given:
+        columns, rows = given
+        fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+        assert terminal.size() == size
+    else:
+        terminal.screen = os.open(os.devnull, os.O_RDONLY)
+        assert terminal.size() == size
+        os.close(terminal.screen)
+
+
+def test_a_terminal_that_has_gone_is_left_all_the_same(raw, monkeypatch):
+    def gone(fd, data):
+        raise OSError(errno.EIO, "Input/output error")
+
+    terminal, _ = raw
+    terminal.enter()
+    monkeypatch.setattr(chat, "write_all", gone)
+    terminal.leave()
+    assert not terminal.raw
+
+
+def test_a_write_that_would_block_waits_for_the_reader(monkeypatch):
+    waited, script = [], [BlockingIOError(), 2, BlockingIOError(), 3]
+
+    def write(fd, data):
+        step = script.pop(0)
+        if isinstance(step, OSError):
+            raise step
+        return step
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write)
+        patched.setattr(select, "select", lambda *fds: waited.append(fds))
+        chat.write_all(7, b"hello")
+    assert waited == [([], [7], [])] * 2 and script == []
 
 
 class Untouched:
@@ -34606,6 +36917,308 @@ def test_the_end_of_a_pipe_ends_its_last_line_and_the_client(piping):
     client.take(b"")
     assert [one.text for one in client.core.outbox.waiting.values()] == ["one", "half"]
     assert client.input_over and client.link.leaving and client.input.paused
+
+
+ENDS_OF_A_PIPE = [  # messages and commands that failed, the reason to end; the reasons told
+    (0, 0, "", ""),
+    (1, 0, "", "1 message did not arrive"),
+    (2, 1, "", "2 messages did not arrive; 1 command refused or not sent"),
+    (0, 2, "", "2 commands refused or not sent"),
+    (2, 2, "the server is gone", "the server is gone"),
+]
+
+
+@pytest.mark.parametrize("failures, refusals, reason, told", ENDS_OF_A_PIPE)
+def test_a_pipe_ends_with_what_failed_or_with_the_reason_of_its_end(
+    piping, failures, refusals, reason, told
+):
+    client, ended = piping(), []
+    client.core.failures, client.core.refusals = failures, refusals
+    client.loop.stop = lambda: ended.append(True)
+    client.over(reason)
+    assert (client.reason or "") == told and ended
+
+
+class Rawer(Untouched):
+    """A terminal that notes what is done with it."""
+
+    def __init__(self, done, columns=80, rows=24):
+        self.done, self.columns, self.rows, self.raw = done, columns, rows, True
+
+    def size(self):
+        return self.columns, self.rows
+
+    def enter(self):
+        self.done.append("enter")
+        self.raw = True
+
+    def leave(self):
+        self.done.append("leave")
+        self.raw = False
+
+    def write(self, text):
+        self.done.append(text)
+
+
+def test_ctrl_z_gives_the_terminal_back_and_takes_it_again_with_its_new_size(at_keys, monkeypatch):
+    done = []
+    at_keys.terminal = Rawer(done, 60, 20)
+    monkeypatch.setattr(at_keys.display, "leave", lambda: "left")
+    monkeypatch.setattr(signal, "signal", lambda number, handler: done.append((number, handler)))
+    monkeypatch.setattr(signal, "raise_signal", lambda number: done.append(("raise", number)))
+    monkeypatch.setattr(chat, "on_signal", lambda loop, *names: done.append(names))
+    at_keys.pressed = at_keys.news = at_keys.display.whole = False
+    at_keys.suspend()
+    stop = signal.SIGTSTP
+    again = ("SIGTSTP", at_keys.suspend)
+    assert done == [
+        "left",
+        "leave",
+        (stop, signal.SIG_DFL),
+        ("raise", stop),
+        again,
+        "enter",
+        "\x1b[2J",
+    ]
+    assert (at_keys.display.painter.columns, at_keys.display.painter.rows) == (60, 20)
+    assert at_keys.pressed and at_keys.news and at_keys.display.whole
+    assert at_keys.display.seen is None
+
+
+def test_a_terminal_is_given_back_once(at_keys):
+    done = []
+    at_keys.terminal = Rawer(done)
+    for _ in range(2):
+        at_keys.give_back()
+    assert done.count("leave") == 1 and len(done) == 2
+
+
+def test_a_terminal_of_another_size_is_drawn_anew(at_keys):
+    at_keys.terminal, at_keys.news = Rawer([], 50, 10), False
+    at_keys.resize()
+    assert (at_keys.display.painter.columns, at_keys.news) == (50, True)
+
+
+def test_ctrl_l_clears_the_screen_and_draws_all_of_it(at_keys):
+    done = []
+    at_keys.terminal = Rawer(done)
+    at_keys.paint()
+    at_keys.display.whole = False
+    done.clear()
+    at_keys.take(b"\x0c")
+    assert done[0] == "\x1b[2J" and at_keys.display.whole and at_keys.pressed
+
+
+@pytest.mark.parametrize(
+    "typed, begun, line, recalled",
+    [
+        ("hello", "", "hello", None),
+        ("hello", "more", "more", "hello"),
+        ("/topic tea", "", "", "/topic tea"),
+        ("/login secret", "", "", None),
+    ],
+)
+def test_a_text_that_was_not_accepted_is_on_the_line_again_or_recalled(
+    typed, begun, line, recalled, at_keys
+):
+    at_keys.editor.set(begun)
+    at_keys.take_back(at_keys.core, chat.ViewEvent(chat.BACK, typed, where="#tea"))
+    assert at_keys.editor.text == line
+    at_keys.editor.set("")
+    at_keys.take(b"\x1b[A")
+    assert at_keys.editor.text == (recalled or "/go #tea")
+
+
+def test_a_text_that_was_not_accepted_elsewhere_is_a_line_of_the_draft_there(at_keys):
+    den = at_keys.core.find("#den")
+    for text in ("one", "two"):
+        at_keys.take_back(at_keys.core, chat.ViewEvent(chat.BACK, text, where="#den"))
+    assert den.draft.split("\n") in (["one", "two"], ["two", "one"]) and at_keys.editor.text == ""
+
+
+def test_keys_that_leave_and_texts_that_are_too_long_are_acted_on(at_keys, monkeypatch):
+    left = []
+    monkeypatch.setattr(at_keys, "leave", lambda reason="": left.append(reason))
+    at_keys.take(b"x\x01\x04\x04")
+    assert left == [""] and at_keys.editor.text == ""
+    at_keys.editor.left, at_keys.editor.refused = False, "that is too long"
+    at_keys.take(b"y")
+    assert notes_of(at_keys)[-1] == "that is too long" and at_keys.editor.refused == ""
+    at_keys.take(b"z")
+    assert notes_of(at_keys).count("that is too long") == 1 and left == [""]
+
+
+@pytest.mark.parametrize("wakes", [True, False])
+def test_a_screen_that_is_looked_at_is_drawn_at_once(wakes, at_keys):
+    at_keys.connect("there 6668")
+    seat = at_keys.seats[0] if wakes else at_keys.seat
+    at_keys.pressed = at_keys.news = False
+    at_keys.terminal = Rawer([], 70, 20)
+    at_keys.look_at(seat)
+    assert (at_keys.pressed, at_keys.news) == (wakes, wakes)
+    assert (at_keys.display.painter.columns == 70) == wakes
+    assert at_keys.display.whole or not wakes
+
+
+@pytest.mark.parametrize(
+    "url, words", [("ftp://x", "is not a server's address"), ("x:99999", "address")]
+)
+def test_an_address_that_is_none_is_told_and_no_server_is_added(url, words, at_keys):
+    at_keys.connect(url)
+    assert words in notes_of(at_keys)[-1] and len(at_keys.seats) == 1
+
+
+def test_other_servers_are_connected_to_at_the_next_start_as_they_were_left(at_keys):
+    connected = []
+    at_keys.store = types.SimpleNamespace(fact=lambda name: '["irc://there bob", "irc://x y"]')
+    at_keys.connect = connected.append
+    at_keys.open_others()
+    assert connected == ["irc://there bob", "irc://x y"]
+
+
+@pytest.mark.parametrize("waiting", [0, 1, 2])
+def test_a_terminal_client_restores_all_and_tells_what_was_not_sent(
+    waiting, at_keys, monkeypatch, capsys
+):
+    done = []
+    at_keys.terminal = Rawer(done)
+    at_keys.terminal.raw = False
+    monkeypatch.setattr(chat, "on_signal", lambda loop, name, call: done.append(name))
+    monkeypatch.setattr(chat.atexit, "register", done.append)
+    monkeypatch.setattr(at_keys.link, "start", lambda: done.append("start"))
+    monkeypatch.setattr(at_keys, "tick", lambda: done.append("tick"))
+    monkeypatch.setattr(at_keys, "open_others", lambda: done.append("others"))
+    monkeypatch.setattr(at_keys, "ending", lambda: done.append("ending"))
+    monkeypatch.setattr(at_keys.loop, "run", lambda: at_keys.over("the reason"))
+    monkeypatch.setattr(at_keys.display, "leave", lambda: "left")
+    at_keys.writing_in.draft = "half a"
+    at_keys.core.disconnected()
+    for n in range(waiting):
+        at_keys.core.typed(f"text {n}")
+    assert at_keys.run() == "the reason"
+    names = ["SIGINT", "SIGWINCH", "SIGTSTP", "SIGCONT", "SIGTERM", "SIGHUP", "SIGQUIT"]
+    begins = [*names, at_keys.give_back, "enter", "tick", "others", "start"]
+    assert done == [*begins, "ending", "left", "leave"]
+    assert at_keys.editor.text == "half a"
+    told = f"{waiting} message{'s' * (waiting > 1)} not sent\n" if waiting else ""
+    assert capsys.readouterr().out == told
+
+
+SIGNALS_KNOWN = [  # name, its handler before, whether the callback is called
+    ("SIGUSR1", signal.SIG_DFL, True),
+    ("SIGUSR1", signal.SIG_IGN, False),
+    ("SIGNOTHING", signal.SIG_DFL, False),
+]
+
+
+@pytest.mark.parametrize("name, handler, called", SIGNALS_KNOWN)
+def test_a_signal_is_acted_on_unless_it_was_ignored_or_is_not_known(
+    name, handler, called, monkeypatch
+):
+    set_to, calls = {}, []
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
+    monkeypatch.setattr(signal, "signal", set_to.__setitem__)
+    loop = types.SimpleNamespace(call_soon_threadsafe=calls.append)
+    chat.on_signal(loop, name, "callback")
+    assert list(set_to) == [signal.SIGUSR1] * called
+    for act in set_to.values():
+        act(signal.SIGUSR1, None)
+    assert calls == ["callback"] * called
+
+
+@pytest.mark.parametrize(
+    "mechanisms, plain", [((), None), (("PLAIN",), True), (("SCRAM-SHA-256",), False)]
+)
+def test_the_mechanisms_of_a_log_in_are_those_of_the_command_line(mechanisms, plain, piping):
+    client, usual = piping(mechanisms=mechanisms), piping()
+    me = client.core.me
+    assert me.mechanisms == (mechanisms or usual.core.me.mechanisms)
+    assert me.plain_allowed == (usual.core.me.plain_allowed if plain is None else plain)
+
+
+@pytest.mark.parametrize(
+    "broken, leaving, over",
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), True, None),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), False, "standard output: broken pipe"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            True,
+            "standard output: no space left on device",
+        ),
+    ],
+)
+def test_an_output_that_breaks_ends_a_pipe_unless_it_is_leaving(
+    broken, leaving, over, piping, monkeypatch
+):
+    def fails(fd, data):
+        raise broken
+
+    client, ended = piping(), []
+    monkeypatch.setattr(chat, "write_all", fails)
+    monkeypatch.setattr(client, "over", ended.append)
+    monkeypatch.setattr(type(client.link), "leaving", property(lambda link: leaving), raising=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "dup2", lambda old, new: os.close(old))
+        client.show([chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#tea")])
+    assert ended == [over] * bool(over)
+
+
+FATES_OF_A_PIPE = [  # what is so at its end; a part of the last line
+    (
+        lambda client: setattr(client.core, "odd_line", "login:"),
+        "the server answered 'login:': perhaps it is no chat",
+    ),
+    (lambda client: vars(client.core).update(odd_line="login:", kind_confirmed=True), None),
+    (lambda client: vars(client.core).update(odd_line="login:", kind_forced=True), None),
+    (lambda client: setattr(client.core, "kind", chat.PLAIN), "a plain server has no channels"),
+    (
+        lambda client: (
+            vars(client).update(options=client.options._replace(join=()))
+            or setattr(client.core, "kind", chat.PLAIN)
+        ),
+        None,
+    ),
+    (
+        lambda client: vars(client).update(
+            options=client.options._replace(login=chat.Login("zoe", "x"))
+        ),
+        "not logged in as zoe",
+    ),
+    (
+        lambda client: (
+            vars(client).update(options=client.options._replace(login=chat.Login("zoe", "x")))
+            or setattr(client.core.me, "account", "zoe")
+        ),
+        None,
+    ),
+    (
+        lambda client: vars(client).update(
+            was_up=False, options=client.options._replace(login=chat.Login("zoe", "x"))
+        ),
+        None,
+    ),
+    (lambda client: client.core.typed("waits"), "1 message not sent"),
+    (lambda client: None, None),
+]
+
+
+@pytest.mark.parametrize("happens, told", FATES_OF_A_PIPE)
+def test_a_pipe_ends_with_what_the_user_should_know(happens, told, piping):
+    client = piping()
+    client.core.kind_confirmed = client.core.kind_forced = False
+    client.was_up = True
+    happens(client)
+    client.over("")
+    assert (told in client.reason) if told else client.reason == ""
+
+
+@pytest.mark.parametrize("data, poked", [(b"one\n", 1), (b"one\ntwo\n", 1), (b"half", 0)])
+def test_what_comes_from_a_pipe_is_sent_once_for_all_its_lines(data, poked, piping):
+    client, pokes = piping(), []
+    client.link.poke = lambda: pokes.append(True)
+    client.take(data)
+    assert len(pokes) == poked
 
 
 def test_a_line_that_is_too_long_for_a_pipe_fails_and_the_others_are_said(piping):
@@ -39532,6 +42145,335 @@ def test_a_new_password_waits_5_s_for_a_busy_server(folder, monkeypatch):
     assert chat.main(["passwd", "alice", "--data", str(folder), "--password", "secret"]) == 0
     assert "PRAGMA busy_timeout = 5000" in statements
     assert any(line.startswith("UPDATE accounts") for line in statements)
+
+
+NEW_PASSWORDS = [  # name, password, what happens before it is set; the words that are told
+    ("alice", "p" * chat.PASSWORD_LEAST, "", "alice has another password now\n"),
+    ("ALICE", "p" * chat.PASSWORD_TRIED, "", "alice has another password now\n"),
+    ("bob", "anotherword", "", "there is no account bob"),
+    ("alice", "p" * (chat.PASSWORD_LEAST - 1), "", f"a password has {chat.PASSWORD_LEAST} to"),
+    ("alice", "p" * (chat.PASSWORD_TRIED + 1), "", f"a password has {chat.PASSWORD_LEAST} to"),
+    ("alice", "anotherword", "UPDATE accounts SET salt = x'00'", "was changed meanwhile"),
+    ("alice", "anotherword", "DROP TABLE accounts", "could not be changed: no such table"),
+    ("alice", "", "", "alice has another password now\n"),
+]
+
+
+@pytest.mark.parametrize("name, password, meanwhile, told", NEW_PASSWORDS)
+def test_a_password_is_set_or_the_reason_is_told(
+    name, password, meanwhile, told, folder, monkeypatch, capsys
+):
+    def made(password):
+        with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db, db:
+            db.execute(meanwhile or "SELECT 1")
+        return chat.Verifier(b"salt", 9, b"stored", password.encode())
+
+    house = stored(folder)
+    account(house, "alice")
+    house.store.close()
+    monkeypatch.setattr(chat, "make_verifier", made)
+    monkeypatch.setattr(chat, "secret_option", lambda text: text or "typed one")
+    code = chat.main(
+        ["passwd", name, "--data", str(folder), "--password", password or "x" * 8][
+            : 6 if password else 4
+        ]
+    )
+    out, err = capsys.readouterr()
+    assert (told in (err if code else out)) and (code, out) == (
+        int(told[-1] != "\n"),
+        "" if code else told,
+    )
+    if not code:
+        with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+            row = db.execute("SELECT salt, rounds, stored_key, server_key FROM accounts").fetchone()
+        assert row == (b"salt", 9, b"stored", (password or "typed one").encode())
+
+
+@pytest.mark.parametrize(
+    "command", [["passwd", "alice", "--password", "anotherword"], ["backup", "copy"]]
+)
+def test_a_command_for_a_database_that_is_not_there_says_where_to_look(command, folder, capsys):
+    assert chat.main([*command, "--data", str(folder)]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"chat.py: there is no database in {folder}; --data says where it is\n"
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_copy_is_no_node_and_one_that_failed_is_removed(fails, folder, monkeypatch, capsys):
+    def opens(path, how):
+        if how == "rw" and fails:
+            raise sqlite3.OperationalError("the disk is full")
+        return connect(path, how)
+
+    connect, copy = chat.connect, folder / "copy.db"
+    store = chat.Store(folder / "chat.db", node=True)
+    assert store.db.execute("SELECT count(*) FROM origins").fetchone() > (0,)
+    monkeypatch.setattr(chat, "connect", opens)
+    code = chat.main(["backup", str(copy), "--data", str(folder)])
+    store.close()
+    out, err = capsys.readouterr()
+    assert (code, copy.exists()) == (int(fails), not fails)
+    if fails:
+        assert err == "chat.py: the copy failed: the disk is full\n"
+    else:
+        assert f"{copy} is a copy of {folder / 'chat.db'}; it can be chat.db" in out
+        with contextlib.closing(sqlite3.connect(copy)) as db:
+            assert db.execute("SELECT count(*) FROM origins").fetchone() == (0,)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What a server does from its command line to its end, in order, without a network."""
+
+    class Log(logging.Handler):
+        def __init__(self, fd):
+            super().__init__()
+            done.append(f"log to {fd}")
+
+        def flush(self):
+            done.append("flush")
+
+    class Ending:
+        failure, restarting, given = "", False, None
+
+        def __init__(self, loop, options):
+            Ending.given, self.cluster = options, options.cluster
+            self.store = types.SimpleNamespace(guard=lambda path: done.append(f"guard {path.name}"))
+
+        def stop(self): ...
+
+        def reload(self): ...
+
+        def close(self):
+            done.append("close")
+
+    def lock(folder):
+        locks.append(os.open(os.devnull, os.O_RDONLY))
+        return locks[0]
+
+    def restart(program, arguments):
+        with contextlib.suppress(OSError, IndexError):
+            os.fstat(locks[0])
+            done.append("still locked")
+        done.append("restart")
+
+    done, locks = [], []
+    loop = types.SimpleNamespace(run=lambda: done.append("run"))
+    fakes = {
+        "LogWriter": Log,
+        "Server": Ending,
+        "Loop": lambda: loop,
+        "lock_folder": lock,
+        "on_signal": lambda loop, name, call: done.append(f"{name}: {call.__name__}"),
+        "NatsLink": lambda server: done.append("link") or server.on_serving(),
+        "how_to_join": lambda server: "how to join",
+        "web_addresses": lambda server: ["http://one/", "http://two/"],
+        "announce": done.append,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(chat, name, fake)
+    monkeypatch.setattr(logging, "basicConfig", lambda **given: done.append(given["level"]))
+    monkeypatch.setattr(os, "umask", lambda mask: done.append(f"umask {mask:o}"))
+    monkeypatch.setattr(os, "execv", restart)
+    done.clear()
+    return types.SimpleNamespace(done=done, server=Ending)
+
+
+CODE_OF_TWO = "\n".join(chat.qr_rows("http://two/"))
+SERVER_LIVES = [  # arguments, what it does after umask 77 and up to its run
+    (["--data", "none"], ["signals", "how to join"]),
+    (["--data", "x"], ["guard lock", "signals", "how to join"]),
+    (["--data", "none", "--qr"], ["signals", "how to join", CODE_OF_TWO]),
+    (
+        ["--data", "x", "--cluster", "nats://127.0.0.1:4222", "--node", "n1"],
+        ["guard lock", "signals", "link", "how to join"],
+    ),
+]
+SIGNALS = ["SIGINT: stop", "SIGTERM: stop", "SIGHUP: reload"]
+
+
+@pytest.mark.parametrize("arguments, begun", SERVER_LIVES)
+@pytest.mark.parametrize("failure, restarting", [("", False), ("", True), ("broken", True)])
+def test_a_server_that_ends_has_stored_logged_and_unlocked_all_before_it_restarts(
+    arguments, begun, failure, restarting, steps, capsys
+):
+    steps.server.failure, steps.server.restarting = failure, restarting
+    code = chat.main(["server", "--log", "debug", *arguments])
+    at = begun.index("signals")
+    begun = [*begun[:at], *SIGNALS, *begun[at + 1 :]]
+    ends = ["run", "close", "flush", *["restart"] * (restarting and not failure)]
+    assert steps.done == ["log to 2", "DEBUG", "umask 77", *begun, *ends]
+    assert (code, capsys.readouterr().err) == (
+        int(bool(failure)),
+        "chat.py: broken\n" if failure else "",
+    )
+
+
+def test_the_code_of_an_address_is_drawn_in_colours_on_a_terminal(steps, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    chat.main(["server", "--data", "none", "--qr"])
+    assert "\n".join(chat.qr_on_screen("http://two/")) in steps.done
+
+
+WEB_GIVEN = [  # arguments, a field of the web's options, its value
+    (
+        ["--web-origin", "https://a.example", "--web-origin", "https://b.example"],
+        "origins",
+        {"https://a.example", "https://b.example"},
+    ),
+    (
+        ["--web-origin", "https://a.example:8443", "--web-url", "https://b.example"],
+        "hosts",
+        {"a.example", "b.example"},
+    ),
+    (["--web-url", "https://b.example"], "url", "https://b.example"),
+    ([], "url", ""),
+    ([], "hosts", set()),
+    (["--web-proxy", "192.0.2.1"], "proxies", {"192.0.2.1"}),
+    (["--metrics", "open"], "open_metrics", True),
+    (["--metrics", "local"], "open_metrics", False),
+    (["--files", "off"], "files", False),
+    ([], "files", True),
+    (["--listen", "127.0.0.1:1"], "listen", ("127.0.0.1", 1)),
+]
+
+
+@pytest.mark.parametrize("arguments, name, value", WEB_GIVEN)
+def test_a_server_is_started_as_its_command_line_says(arguments, name, value, steps):
+    assert chat.main(["server", "--data", "none", *arguments]) == 0
+    given = steps.server.given
+    found = getattr(given, name) if name in given._fields else getattr(given.web, name)
+    assert (found[0][:2] if name == "listen" else found) == value
+
+
+@pytest.fixture
+def clients(monkeypatch):
+    """The clients that were started, by the name of their class, with their options."""
+    started = []
+
+    class Ended:
+        def __init__(self, kind, options):
+            self.kind, self.options, self.closed = kind, options, False
+            started.append(self)
+
+        def run(self):
+            assert not self.closed
+            return "because" if self.options.name == "mute" else ""
+
+        def close(self):
+            self.closed = True
+
+    for name in ("Filter", "TerminalClient"):
+        monkeypatch.setattr(chat, name, functools.partial(Ended, name))
+    monkeypatch.setattr(chat, "secret_option", lambda text: f"secret {text}")
+    monkeypatch.setattr(chat, "data_folder", lambda: pathlib.Path("/data"))
+    monkeypatch.setattr(chat, "config_folder", lambda: pathlib.Path("/config"))
+    return started
+
+
+A_LOGIN = lambda name, text: chat.Login(name, f"secret {text}")  # noqa: E731
+CLIENTS_GIVEN = [  # arguments, a field of the options, its value
+    ([], "name", "alice"),
+    ([], "join", ()),
+    (["--join", "#a,#b", "--join", "#c"], "join", ("#a", "#b", "#c")),
+    ([], "state", pathlib.Path("/data/client")),
+    ([], "config", pathlib.Path("/config")),
+    (["--data", "/here"], "state", pathlib.Path("/here")),
+    (["--data", "/here"], "config", pathlib.Path("/here")),
+    (["--no-state"], "state", None),
+    (["--no-state"], "config", None),
+    ([], "commands", False),
+    (["--commands"], "commands", True),
+    ([], "login", None),
+    (["--login"], "login", A_LOGIN("alice", "")),
+    (["--login", "zoe"], "login", A_LOGIN("zoe", "")),
+    (["--login", "zoe:@file"], "login", A_LOGIN("zoe", "@file")),
+    (["--login", ":@file"], "login", A_LOGIN("alice", "@file")),
+    ([], "password", ""),
+    (["--sasl", "PLAIN"], "mechanisms", ("PLAIN",)),
+    (["--insecure"], "trust", chat.Trust(None, None, True, None)),
+    (["--client-cert", "c.pem"], "trust", chat.Trust(None, None, False, "c.pem")),
+]
+
+
+@pytest.mark.parametrize("arguments, name, value", CLIENTS_GIVEN)
+def test_a_client_is_started_as_its_command_line_says(arguments, name, value, clients, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: False))
+    assert chat.main(["client", "alice", *arguments]) == 0
+    (client,) = clients
+    assert getattr(client.options, name) == value and client.closed and client.kind == "Filter"
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_plain_client_is_one_of_all_servers_that_it_is_given(plain, clients):
+    chat.main(["client", "alice", "--server", "one:1,two:2", *["--plain"] * plain])
+    target = clients[0].options.target
+    kinds = [one.kind for one in (target, *target.others)]
+    assert len(kinds) == 2 and [kind == chat.PLAIN for kind in kinds] == [plain] * 2
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+@pytest.mark.parametrize(
+    "reads, writes", [(False, False), (False, True), (True, False), (True, True)]
+)
+def test_a_screen_needs_a_terminal_on_both_sides(reads, writes, term, clients, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: reads))
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(isatty=lambda: writes))
+    monkeypatch.setenv("TERM", term)
+    assert chat.main(["client", "alice"]) == 0
+    screen = reads and writes and term == "xterm"
+    assert [client.kind for client in clients] == ["TerminalClient" if screen else "Filter"]
+    assert clients[0].options.commands == reads
+
+
+NOT_A_NAME = [  # a nick on the command line, what is told
+    ("", "'' cannot be a name"),
+    (" ", "' ' cannot be a name"),
+    ("/me", "'/me' cannot be a name"),
+    ("NICK x", "'NICK x' cannot be a name"),
+    ("GET / HTTP/1.1", "'GET / HTTP/1.1' cannot be a name"),
+    ("x" * (chat.NAME_BYTES + 1), f"a name has at most {chat.NAME_BYTES} bytes"),
+    ("al\udcffice", "'al\\udcffice' on the command line is not UTF-8 text"),
+    ("mute", "because"),
+]
+
+
+@pytest.mark.parametrize("name, told", NOT_A_NAME)
+def test_a_client_that_cannot_go_on_tells_why_on_its_last_line(name, told, clients, capsys):
+    assert chat.main(["client", name]) == 1
+    assert capsys.readouterr().err == f"chat.py: {told}\n"
+    assert [client.closed for client in clients] == [True] * (name == "mute")
+
+
+@pytest.mark.parametrize("name", ["x" * chat.NAME_BYTES, "  alice   smith "])
+def test_a_name_of_a_client_is_as_long_as_it_may_be_and_has_single_blanks(name, clients):
+    assert chat.main(["client", name]) == 0
+    assert clients[0].options.name == " ".join(name.split())
+
+
+@pytest.mark.parametrize("closed", [(), (1,), (0, 2), (0, 1, 2)])
+def test_standard_streams_that_are_closed_are_opened_to_nowhere(closed, monkeypatch, capsys):
+    def known(fd):
+        if fd in closed:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    opened = []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", known)
+        patched.setattr(os, "open", lambda *how: opened.append(how))
+        assert chat.main([]) == 0
+    assert opened == [(os.devnull, os.O_RDWR)] * len(closed)
+    assert capsys.readouterr().out == chat.FIRST_HELP
+
+
+def test_a_program_that_is_interrupted_ends_with_130(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "command_line", interrupted)
+    assert chat.main(["server"]) == 130
 
 
 def test_a_terminated_server_says_goodbye_keeps_everything_and_exits_with_0(folder):
