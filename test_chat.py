@@ -30878,7 +30878,7 @@ def test_a_connection_has_no_address_of_its_own_any_more_once_it_is_closed():
         assert one.local == ""
 
 
-FAILED_ACCEPTS = [  # an error of accept(), whether clients that wait are turned away, what is logged
+FAILED_ACCEPTS = [  # an error of accept(), whether all that wait are turned away, what is logged
     (errno.EMFILE, True, "too many open files; raise the limit (ulimit -n)"),
     (errno.ENFILE, True, "too many open files in system; raise the limit (ulimit -n)"),
     (errno.ENOBUFS, False, "no buffer space available"),
