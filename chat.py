@@ -24494,6 +24494,7 @@ class Input:
     def __init__(self, loop: Loop, fd: int, take: Callable[[bytes], None]):
         self.loop, self.fd, self.take = loop, fd, take  # take(b"") at the end
         self.paused, self.ended = True, False
+        self.trouble = ""  # why it ended early
         # kqueue takes regular files, but never says that one has ended.
         self.watched = not stat.S_ISREG(os.fstat(fd).st_mode)
         self.resume()
@@ -24505,8 +24506,10 @@ class Input:
         try:
             if self.watched:
                 self.loop.selector.register(self.fd, READ, self)
-        except PermissionError:  # /dev/null
+        except OSError as error:
             self.watched = False
+            if not isinstance(error, PermissionError):  # which is /dev/null
+                self.trouble = f"standard input {UNWATCHED}{reason_of(error)}"
         if not self.watched:
             self.loop.call_soon(self.ready)
 
@@ -24520,11 +24523,11 @@ class Input:
         if self.paused:
             return
         try:
-            data = os.read(self.fd, READ_BYTES)
+            data = b"" if self.trouble else os.read(self.fd, READ_BYTES)
         except BlockingIOError:  # another program left it so
             return
-        except OSError:  # a terminal that has gone
-            data = b""
+        except OSError as error:  # a terminal that has gone, say
+            self.trouble, data = f"standard input: {reason_of(error)}", b""
         if not data:
             self.ended = True
             self.pause()
@@ -24816,6 +24819,7 @@ class Filter(Client):
         else:
             self.lines.finish()
             self.input_over = True
+            self.failure = self.input.trouble or self.failure
         self.go_on()
 
     def go_on(self) -> None:

@@ -23493,7 +23493,29 @@ def test_a_terminal_that_is_gone_is_the_end_and_one_without_anything_to_read_is_
     os.close(reader)
     given.ready()
     assert taken == [b""] and not loop.selector.registered
+    assert given.trouble.startswith("standard input: ")
     os.close(writer)
+
+
+def test_input_that_the_selector_cannot_watch_ends_with_the_reason(monkeypatch):
+    reader, writer = os.pipe()
+    monkeypatch.setattr(Selector, "register", refusing(errno.ENOMEM))
+    given, loop, taken = input_of(reader)
+    assert taken == []
+    loop.run_due()
+    assert taken == [b""] and given.ended
+    assert given.trouble.startswith("standard input cannot be watched: ")
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_pipe_whose_input_cannot_be_read_says_so(running):
+    given = os.open(os.devnull, os.O_WRONLY)
+    with program("client", "bot", "--server", running().url, "--no-state", stdin=given) as client:
+        os.close(given)
+        _, errors = client.communicate(None, PATIENCE)
+    assert client.returncode == 1
+    assert errors.decode().splitlines()[-1] == "chat.py: standard input: bad file descriptor"
 
 
 WRONG_CERTIFICATES = [
