@@ -11992,7 +11992,7 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
         if not upload.resumable:
             site.act("remove_file", id)
         if not isinstance(result, Refused):
-            result = Refused("NO_ROOM", str(result))
+            result = Refused("UNAVAILABLE", str(result))
         if is_there():
             session.refuse(result)
 
@@ -22152,7 +22152,8 @@ class Link:
             return None
         if isinstance(result, OSError):
             reason = reason_of(result)
-            if not isinstance(result, socket.gaierror) and self.target.tls:
+            no_file = isinstance(result, socket.gaierror | BlockingIOError)  # no host, or no thread
+            if not no_file and self.target.tls:
                 files = " or ".join(filter(None, (self.trust.ca, self.trust.own)))
                 return self._end(f"cannot use the certificates {files}: {reason}")
             return self.lost(reason)

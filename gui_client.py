@@ -2475,7 +2475,10 @@ class Jobs:
                 answers.put((number, job()))
                 wake()
 
-        threading.Thread(target=work, daemon=True).start()
+        try:
+            chat.start_thread(work)
+        except OSError:
+            del self.waiting[number]
 
     def take_answers(self) -> None:
         with contextlib.suppress(queue.Empty):

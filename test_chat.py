@@ -420,6 +420,15 @@ class FakeConn:
             self.session.ended()
 
 
+def refusing(number):
+    """A function that fails with this error of the operating system."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
 class FakeLoop:
     """A loop without sockets: what is to be done later is done when the test says so."""
 
@@ -15622,6 +15631,12 @@ def test_a_full_disk_is_told_and_leaves_nothing(files, monkeypatch, call, number
     assert on_disk(files) == [] and files.hub.files == {} and files.hub.files.finishing == set()
 
 
+def test_a_file_that_no_thread_can_finish_may_be_sent_again(files):
+    files.site.folder.finish = refusing(errno.EAGAIN)
+    assert posted(files, b"hello")[0] == 503
+    assert files.hub.files == {} and files.hub.files.finishing == set()
+
+
 def test_content_that_is_gone_from_disk_is_not_found(files, monkeypatch):
     path = path_of(posted(files))
     for name in on_disk(files):
@@ -23298,6 +23313,7 @@ FOUND_NOTHING = [  # what a look-up ends with, and the words for it
     (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "ame"),
     (UnicodeError("label too long"), "no name of a host"),
     (OSError(errno.ENETUNREACH, "Network is unreachable"), "nreachable"),
+    (BlockingIOError(errno.EAGAIN, "can't start new thread"), "start new thread"),
 ]
 
 
@@ -26872,15 +26888,6 @@ def test_a_connection_that_is_dropped_again_is_lost_once(loop, pair):
     loop.run_once(0)
     conn.drop("later")
     assert conn.events == ["enough"]
-
-
-def refusing(number):
-    """A function that fails with this error of the operating system."""
-
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    return refuse
 
 
 def test_a_new_connection_that_the_selector_cannot_watch_is_lost_with_the_reason(loop, monkeypatch):
