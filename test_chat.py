@@ -429,6 +429,10 @@ def refusing(number):
     return refuse
 
 
+def no_thread(self):
+    raise RuntimeError("can't start new thread")
+
+
 class FakeLoop:
     """A loop without sockets: what is to be done later is done when the test says so."""
 
@@ -22029,6 +22033,27 @@ def test_the_window_begins_with_what_was_kept(folder):
     engine.loop.close()
 
 
+def test_an_engine_without_a_thread_is_not_begun_with_and_frees_its_outbox(folder, monkeypatch):
+    options = chat.ClientOptions("alice", chat.parse_target("127.0.0.1:1"), state=folder)
+    model, engine = gui_client.Model(), gui_client.Engine(options, lambda: None)
+    box = engine.core.outbox.rows.box
+    with monkeypatch.context() as scarce:
+        scarce.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(OSError, match="can't start new thread"):
+            model.start(engine)
+    assert model.engine is None and not engine.submit(list)
+    other = gui_client.Engine(options, lambda: None)
+    assert other.core.outbox.rows.box == box
+    other._finish()
+
+
+def test_a_job_of_the_window_without_a_thread_is_forgotten(monkeypatch):
+    jobs = gui_client.Jobs(list)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    jobs.start(list, list)
+    assert jobs.waiting == {}
+
+
 def test_a_setting_of_another_client_is_used_a_second_later(tmp_path):
     one, other = (
         Elsewhere(store=chat.ClientStore(chat.open_client_file(tmp_path), "here", "alice"))
@@ -26814,10 +26839,6 @@ def test_helpers_that_are_closed_end_their_threads(loop):
     ours = set(threading.enumerate()) - before
     assert len(ours) >= 2
     assert helpers.close() and not any(thread.is_alive() for thread in ours)
-
-
-def no_thread(self):
-    raise RuntimeError("can't start new thread")
 
 
 def test_a_job_that_no_thread_can_do_is_answered_and_the_next_one_is_done(loop, monkeypatch):
