@@ -20272,7 +20272,8 @@ class Listener:
     def close(self) -> None:
         with contextlib.suppress(KeyError):
             self.server.loop.selector.unregister(self.sock)
-        self.sock.close()
+        with contextlib.suppress(OSError):  # it is closed all the same
+            self.sock.close()
 
 
 def spare_descriptor() -> int | None:
@@ -21453,6 +21454,7 @@ class Server:
         if self.stopping:
             return
         self.stopping = True
+        self.loop.call_later(STOP_SECONDS, self.loop.stop)  # whatever fails below
         for listener in self.listeners:
             listener.close()
         for peer in self.peers if self.cluster is None else ():
@@ -21461,7 +21463,6 @@ class Server:
         for peer in [peer for peer in self.peers if peer.is_spare]:
             peer.drop("the server is going down")
         self.drop_clients("the server is going down")
-        self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if self.cluster:
             self.cluster.leave()
         self._stop_if_done()

@@ -31006,6 +31006,31 @@ def test_a_server_listens_on_a_system_without_keep_alive(monkeypatch):
         assert listener.address[1] > 0
 
 
+def test_a_server_whose_listener_cannot_be_closed_ends_all_the_same():
+    with beating() as (server, _):
+        listener = chat.Listener(server, "127.0.0.1", 0)
+        with listener.sock:
+            listener.sock = types.SimpleNamespace(
+                close=refusing(errno.EIO), fileno=listener.sock.fileno
+            )
+            server.listeners = [listener]
+            server.loop.running = True
+            server.stop()
+        assert server.stopping and not server.loop.running
+
+
+def test_a_server_that_fails_while_it_stops_ends_when_its_time_is_over():
+    with beating() as (server, _):
+        server.drop_clients = refusing(errno.EIO)
+        server.loop.running = True
+        with pytest.raises(OSError, match="Input/output error"):
+            server.stop()
+        (last,) = (timer for timer in server.loop.timers if timer.callback == server.loop.stop)
+        assert last.when <= time.monotonic() + chat.STOP_SECONDS
+        last.callback()
+        assert not server.loop.running
+
+
 def test_a_limit_of_descriptors_that_cannot_be_read_is_taken_as_a_small_one(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", refusing(errno.EPERM))
     assert chat.descriptor_limit() == 512
