@@ -19589,12 +19589,13 @@ class Loop:
 
 
 def start_thread(work: Callable, *values: Any) -> threading.Thread:
-    """Start a thread that does not keep the program alive. Raises OSError if there can be none."""
+    """Start a thread that does not keep the program alive. Raises BlockingIOError if that cannot
+    be: there is no memory for it, or there are too many."""
     thread = threading.Thread(target=work, args=values, daemon=True)
     try:
         thread.start()
-    except RuntimeError as error:  # as Python calls it
-        raise OSError(errno.EAGAIN, str(error)) from None
+    except RuntimeError as error:
+        raise BlockingIOError(str(error)) from None
     return thread
 
 
@@ -22155,7 +22156,7 @@ class Link:
             reason = reason_of(result)
             no_file = isinstance(result, socket.gaierror | BlockingIOError)  # no host, or no thread
             if not no_file and self.target.tls:
-                files = " or ".join(filter(None, (self.trust.ca, self.trust.own)))
+                files = " or ".join(filter(None, (self.trust.ca, self.trust.own))) or "here"
                 return self._end(f"cannot use the certificates {files}: {reason}")
             return self.lost(reason)
         if isinstance(result, Exception):  # UnicodeError: no name of a host looks like that
@@ -28197,9 +28198,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ChatError as error:
         print(f"chat.py: {escaped(str(error))}", file=sys.stderr)
         return 1
-    except OSError as error:  # of this machine, where nothing can be done about it
-        where = f": {error.filename}" if error.filename else ""
-        print(escaped(f"chat.py: {reason_of(error)}{where}"), file=sys.stderr)
+    except (OSError, sqlite3.Error) as error:  # of this machine: nothing can be done about it
+        where = getattr(error, "filename", None)
+        text = reason_of(error) if isinstance(error, OSError) else str(error)
+        print(escaped(f"chat.py: {text}{f': {where}' if where else ''}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
