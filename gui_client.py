@@ -7482,7 +7482,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         window = Window(options)
-    except tk.TclError as error:
+    except (tk.TclError, OSError) as error:
         print(f"gui_client.py: cannot open a window: {error}", file=sys.stderr)
         return 1
     heed_signals(window)

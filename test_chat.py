@@ -40457,3 +40457,14 @@ def test_an_error_of_the_machine_is_one_line_and_status_1(monkeypatch, capsys, e
     monkeypatch.setattr(chat, "command_line", fail)
     assert chat.main(["server"]) == 1
     assert capsys.readouterr().err == f"chat.py: {text}\n"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_a_window_that_the_machine_cannot_open_is_one_line_and_status_1(
+    monkeypatch, capsys, number
+):
+    monkeypatch.setattr(gui_client, "Window", refusing(number))
+    assert gui_client.main(["alice", "--no-state"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gui_client.py: cannot open a window: ")
+    assert os.strerror(number) in line
