@@ -34675,6 +34675,8 @@ def test_a_pipe_prints_each_view_as_the_client_of_the_workshop(view, lines):
 class Pipe:
     """Standard input for a Filter, which notes whether it is read."""
 
+    trouble = ""
+
     def __init__(self, loop, fd, take):
         self.paused = False
 
