@@ -21545,6 +21545,12 @@ def nick_in(url: str) -> str:
     return (match and match[2]) or ""
 
 
+# Held by the thread that reads certificates. OpenSSL frees its memory as the process ends, which
+# must not happen meanwhile: the thread would crash it.
+CERTIFICATES_READ = threading.Lock()
+atexit.register(CERTIFICATES_READ.acquire, timeout=STOP_SECONDS)
+
+
 class Trust(NamedTuple):
     """The certificates that a client trusts, and its own one."""
 
@@ -21554,11 +21560,12 @@ class Trust(NamedTuple):
     own: str | None = None  # a file with a certificate of ours and its key
 
     def context(self) -> Any:
-        import ssl
+        with CERTIFICATES_READ:
+            import ssl
 
-        context = ssl.create_default_context(cafile=self.ca)
-        if self.own:
-            context.load_cert_chain(self.own)
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.own:
+                context.load_cert_chain(self.own)
         if self.insecure or self.pin:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -24467,8 +24474,9 @@ class RawTerminal:
     def leave(self) -> None:
         if self.raw:
             self.raw = False
-            with contextlib.suppress(OSError, self.termios.error):  # the terminal may be gone
+            with contextlib.suppress(OSError):  # the terminal may be gone, or its screen
                 self.write(f"\r\x1b[K{self.OFF}")
+            with contextlib.suppress(self.termios.error):
                 self.termios.tcsetattr(self.keys, self.termios.TCSADRAIN, self.before)
 
     def write(self, text: str) -> None:

@@ -23354,6 +23354,32 @@ def test_a_host_that_is_not_found_is_looked_for_again(result, words, tls):
     assert words in str(link.log[-1])
 
 
+# The thread goes on only once the program ends: the last call that is registered is the first made
+ENDS_WHILE_IT_READS = """
+import atexit, ssl, sys, threading
+sys.path.insert(0, sys.argv[1])
+import chat
+begun, ends = threading.Event(), threading.Event()
+
+def read(**_):
+    begun.set()
+    ends.wait()
+    sys.stdout.write("read")
+
+ssl.create_default_context = read
+chat.start_thread(chat.Trust().context)
+begun.wait()
+assert not chat.CERTIFICATES_READ.acquire(timeout=0)
+atexit.register(ends.set)
+"""
+
+
+def test_the_end_of_the_program_waits_for_the_certificates_that_a_thread_reads():
+    command = [sys.executable, "-c", ENDS_WHILE_IT_READS, compiled()]
+    done = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True)
+    assert (done.stdout, done.stderr) == (b"read", b"")
+
+
 PRINT = "ab" * 32  # of a certificate, in hex
 OTHER_PRINT = "cd" * 32
 
@@ -34339,6 +34365,17 @@ def test_a_terminal_that_has_gone_ends_the_client_without_a_word(at_keys):
     at_keys.terminal.write, at_keys.over = write, ended.append
     at_keys.write("x")
     assert ended == [""]
+
+
+def test_a_terminal_has_its_mode_back_also_if_nothing_can_be_written_to_it(monkeypatch):
+    termios, modes = pytest.importorskip("termios"), []
+    terminal = chat.RawTerminal.__new__(chat.RawTerminal)
+    terminal.termios, terminal.keys, terminal.before, terminal.raw = termios, 5, ["mode"], True
+    terminal.write = refusing(errno.EIO)
+    monkeypatch.setattr(termios, "tcsetattr", lambda *values: modes.append(values))
+    terminal.leave()
+    terminal.leave()
+    assert modes == [(5, termios.TCSADRAIN, ["mode"])]
 
 
 def test_a_terminal_gets_what_it_can_show_of_any_text():
