@@ -24801,10 +24801,24 @@ def filter_lines(view: ViewEvent) -> list[str]:
     return []
 
 
+def silence(fd: int) -> None:
+    """Let output that fails go nowhere: Python would flush it again at the end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
 def output_trouble(error: OSError) -> str:
-    """Return why standard output failed, and close it: Python would flush it again at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    """Return why standard output failed, and close it."""
+    silence(1)
     return f"standard output: {reason_of(error)}"
+
+
+def complain(text: str) -> None:
+    """Print a line on standard error, as long as that can be written."""
+    try:
+        print(f"chat.py: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        silence(2)
 
 
 class Filter(Client):
@@ -24875,7 +24889,7 @@ class Filter(Client):
                 self.was_up = True
                 lines.append(f"{view.text}\n")
             elif view.kind in (NOTE, FAILED) or (view.kind == STATUS and self.was_up):
-                print(f"chat.py: {view.text}", file=sys.stderr)
+                complain(view.text)
             self.refused += view.kind == BACK
             lines += [f"> {line}\n" for line in filter_lines(view)]
         try:
@@ -28204,12 +28218,12 @@ def main(arguments: list[str] | None = None) -> int:
         args = command_line().parse_args(given)
         return args.run(args)
     except ChatError as error:
-        print(f"chat.py: {escaped(str(error))}", file=sys.stderr)
+        complain(escaped(str(error)))
         return 1
     except (OSError, sqlite3.Error) as error:  # of this machine: nothing can be done about it
         where = getattr(error, "filename", None)
         text = reason_of(error) if isinstance(error, OSError) else str(error)
-        print(escaped(f"chat.py: {text}{f': {where}' if where else ''}"), file=sys.stderr)
+        complain(escaped(f"{text}: {where}" if where else text))
         return 1
     except KeyboardInterrupt:
         return 130

@@ -34799,6 +34799,26 @@ def test_what_a_pipe_shows_goes_to_standard_output_and_troubles_to_the_other(
     assert client.refused == 1 and client.was_up
 
 
+def test_a_pipe_goes_on_when_its_troubles_cannot_be_written(piping, monkeypatch):
+    written, silenced, client = [], [], piping()
+    monkeypatch.setattr(chat, "write_all", lambda fd, data: written.append((fd, data)))
+    monkeypatch.setattr(chat, "silence", silenced.append)
+    full = types.SimpleNamespace(write=refusing(errno.ENOSPC), flush=list)
+    monkeypatch.setattr(sys, "stderr", full)
+    view = chat.ViewEvent
+    client.show([view("note", "careful"), view("message", "hi", "bob", "#tea")])
+    assert silenced == [2] and written == [(1, b"> [#tea] bob: hi\n")]
+
+
+def test_output_that_is_silenced_goes_nowhere():
+    reader, writer = os.pipe()
+    chat.silence(writer)
+    os.write(writer, b"more")
+    os.close(writer)
+    assert os.read(reader, 9) == b""
+    os.close(reader)
+
+
 def test_a_server_that_is_looked_at_is_read(at_keys):
     at_keys.connect("irc://there")
     hears(at_keys, "001 alice :Welcome", ":alice!u@h JOIN #far")
