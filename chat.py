@@ -11994,7 +11994,7 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
         if not upload.resumable:
             site.act("remove_file", id)
         if not isinstance(result, Refused):
-            result = Refused("NO_ROOM", str(result))
+            result = Refused("UNAVAILABLE", str(result))
         if is_there():
             session.refuse(result)
 
@@ -19171,6 +19171,7 @@ log = logging.getLogger("chat")
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 OPEN, CLOSING, LINGERING, CLOSED = range(4)  # the states of a connection
 TLS_TROUBLE = "TLS: "  # begins a reason that is the fault of TLS, not of the network
+UNWATCHED = "cannot be watched: "  # begins a reason that is the fault of this machine
 HUNG_UP = "the connection was closed"  # in good order, by both sides
 
 
@@ -19237,6 +19238,15 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
+def connection_trouble(sock: socket.socket) -> str:
+    """Return what has happened to a connection, and was not told yet; "" if nothing has."""
+    try:
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except OSError as error:
+        return reason_of(error)
+    return reason_of(OSError(number, os.strerror(number))) if number else ""
+
+
 class Connection:
     """A socket and its buffers, without any knowledge of chat. A subclass defines
 
@@ -19267,8 +19277,8 @@ class Connection:
         self.direct = True  # `shared`, open and nothing queued: broadcast() may use the socket
         self.eof = False
         self.state = OPEN
-        self.mask = READ
-        loop.selector.register(sock, READ, self)
+        self.mask = 0
+        self._watch(READ)
 
     received = lost = secured = lagging = do_nothing
 
@@ -19314,8 +19324,9 @@ class Connection:
         self.loop.dirty.add(self)  # the handshake may have bytes to send
         if self.tls.ready and not was_ready:
             self.flush()  # send our half of the handshake, also if we refuse the certificate
-            self.secured()
-        if self.state == CLOSED:  # secured() has refused the certificate
+            if self.state != CLOSED:
+                self.secured()
+        if self.state == CLOSED:  # secured() has refused the certificate, or the network failed
             return
         if plain:
             self.received(plain)
@@ -19401,15 +19412,23 @@ class Connection:
         mask = READ if reads and not self.eof else 0
         if self.unsent and self.state <= CLOSING:
             mask |= WRITE
-        if mask == self.mask:
-            return
-        if not self.mask:
-            self.loop.selector.register(self.sock, mask, self)
-        elif mask:
-            self.loop.selector.modify(self.sock, mask, self)
-        else:
-            self.loop.selector.unregister(self.sock)
-        self.mask = mask
+        if mask != self.mask:
+            self._watch(mask)
+
+    def _watch(self, mask: int) -> None:
+        """Have the selector watch these events. If it has no memory for that, close soon."""
+        try:
+            if not self.mask:
+                self.loop.selector.register(self.sock, mask, self)
+            elif mask:
+                self.loop.selector.modify(self.sock, mask, self)
+            else:
+                self.loop.selector.unregister(self.sock)
+            self.mask = mask
+        except OSError as error:  # now it watches nothing
+            self.mask = 0
+            reason = f"{UNWATCHED}{reason_of(error)}"
+            self.loop.call_soon(functools.partial(self.drop, reason))
 
     # Closing
 
@@ -19519,7 +19538,8 @@ class Loop:
         for conn in dirty:
             self.guarded(conn.flush)
         while self.finished:
-            self.finished.pop().close()
+            with contextlib.suppress(OSError):  # it is closed all the same
+                self.finished.pop().close()
 
     def guarded(self, callback: Callable, *args: Any) -> None:
         """Call back. A bug is logged; if the callback is of a connection, that is dropped."""
@@ -19565,7 +19585,7 @@ class Loop:
 
     def ready(self, mask: int) -> None:
         """Empty the wake-up socket: the callbacks run anyway."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):
             self.woken.recv(READ_BYTES)
 
     def close(self) -> None:
@@ -19575,6 +19595,17 @@ class Loop:
 
 
 # Helper threads
+
+
+def start_thread(work: Callable, *values: Any) -> threading.Thread:
+    """Start a thread that does not keep the program alive. Raises BlockingIOError if that cannot
+    be: there is no memory for it, or there are too many."""
+    thread = threading.Thread(target=work, args=values, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise BlockingIOError(str(error)) from None
+    return thread
 
 
 def outcome_of(job: Callable[[], Any]) -> Any:
@@ -19591,12 +19622,23 @@ class Lane:
     other owners."""
 
     def __init__(self, threads: int):
+        self.wanted = threads
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self.waiting: dict[Any, collections.deque] = {}  # jobs by owner, next owner first
         self.running: collections.Counter[Any] = collections.Counter()  # jobs by owner
         self.most = threads - 1 if threads > 2 else threads  # of one owner
-        self.free = threads
+        self.free = 0
         self.threads: list[threading.Thread] = []
+
+    def start(self, work: Callable[[Lane], None]) -> None:
+        """Start the threads that are missing. Raises OSError if there is none."""
+        try:
+            while len(self.threads) < self.wanted:
+                self.threads.append(start_thread(work, self))
+                self.free += 1
+        except OSError:
+            if not self.threads:
+                raise
 
     def hand_out(self) -> None:
         """Give jobs to the free threads."""
@@ -19640,10 +19682,10 @@ class Helpers:
         job that is not `wanted` any more when its turn comes is skipped."""
         if lane not in self.lanes:
             self.lanes[lane] = Lane(HELPER_THREADS.get(lane, HELPERS_ELSE))
-            for _ in range(self.lanes[lane].free):
-                thread = threading.Thread(target=self._work, args=(self.lanes[lane],), daemon=True)
-                self.lanes[lane].threads.append(thread)
-                thread.start()
+        try:
+            self.lanes[lane].start(self._work)
+        except OSError as error:
+            return self.loop.call_soon(functools.partial(then, error))
         self.lanes[lane].waiting.setdefault(owner, collections.deque()).append((job, then, wanted))
         self.lanes[lane].hand_out()
 
@@ -19686,7 +19728,7 @@ class LogWriter(logging.Handler):
         self.more = threading.Event()
         self.idle = threading.Event()
         self.idle.set()
-        threading.Thread(target=self._work, daemon=True).start()
+        start_thread(self._work)
 
     def emit(self, record: logging.LogRecord) -> None:
         if len(self.lines) >= LOG_LINES:
@@ -20115,8 +20157,8 @@ class Peer(Connection):
         Otherwise its input would be acted on for as long as the budget makes it last."""
         if self.state == CLOSED:
             return False
-        if number := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self._finish(reason_of(OSError(number, os.strerror(number))))
+        if reason := connection_trouble(self.sock):
+            self._finish(reason)
         return not self.gone
 
     def resume_with_budget(self) -> None:
@@ -20148,42 +20190,65 @@ class Peer(Connection):
 # Listeners, and the files that options name
 
 
+def make_lasting(sock: socket.socket) -> None:
+    """Send small pieces at once, and notice a client that has gone. Raises OSError."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_SECONDS),
+        ("TCP_KEEPALIVE", KEEPALIVE_SECONDS),  # macOS calls it so
+        ("TCP_KEEPINTVL", KEEPALIVE_EVERY),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+    ):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+@contextlib.contextmanager
+def listening_on(host: str, port: int) -> Iterator[None]:
+    """Raise Unusable in place of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        text = f"cannot listen on {address_text(host, port)}: {reason_of(error)}"
+        taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        raise Unusable(f"{text}; try --listen HOST:0" if taken else text) from error
+
+
 class Listener:
     def __init__(self, server: "Server", host: str, port: int):
         self.server = server
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.sock = socket.socket(family, socket.SOCK_STREAM)
-        if os.name == "posix":  # elsewhere it would let two servers share a port
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # so that [::] and 0.0.0.0 can have the same port
-            self.sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        # Accepted sockets inherit these
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (
-            ("TCP_KEEPIDLE", KEEPALIVE_SECONDS),
-            ("TCP_KEEPALIVE", KEEPALIVE_SECONDS),  # macOS calls it so
-            ("TCP_KEEPINTVL", KEEPALIVE_EVERY),
-            ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-        ):
-            if hasattr(socket, option):
-                self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        try:
-            self.sock.bind((host, port))
-        except OSError as error:
-            self.sock.close()
-            text = f"cannot listen on {address_text(host, port)}: {reason_of(error)}"
-            raise Unusable(f"{text}; try --listen HOST:0") from error
-        self.sock.setblocking(False)
-        self.address = self.sock.getsockname()[:2]
         self.listening = False
+        with listening_on(host, port):
+            self.sock = self._bound(host, port)
+            self.address = self.sock.getsockname()[:2]
+
+    @staticmethod
+    def _bound(host: str, port: int) -> socket.socket:
+        """Return a socket for this address. Raises OSError."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        if os.name == "posix":  # elsewhere it would let two servers share a port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # so that [::] and 0.0.0.0 can have the same port
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        with contextlib.suppress(OSError):  # not every system has all of them
+            make_lasting(sock)  # accepted sockets inherit that
+        sock.setblocking(False)
+        try:
+            sock.bind((host, port))
+        except OSError:
+            sock.close()
+            raise
+        return sock
 
     def listen(self) -> None:
         """Begin to accept connections; until then they are refused."""
         if not self.listening:
             self.listening = True
-            self.sock.listen(BACKLOG)
-            self.server.loop.selector.register(self.sock, READ, self)
+            with listening_on(*self.address):
+                self.sock.listen(BACKLOG)
+                self.server.loop.selector.register(self.sock, READ, self)
 
     def ready(self, mask: int) -> None:
         for _ in range(ACCEPTS_A_TURN):
@@ -20198,20 +20263,27 @@ class Listener:
     def _back_off(self, error: OSError) -> None:
         """Handle a lack of descriptors or memory. Tell waiting clients, on the spare descriptor; if
         even that fails, wait: to try again at once would be a busy loop."""
-        log.warning("cannot accept: %s; raise the limit (ulimit -n)", reason_of(error))
-        if self.server.limits.turn_away_all(self.sock):
+        full = error.errno in (errno.EMFILE, errno.ENFILE)
+        advice = "; raise the limit (ulimit -n)" if full else ""
+        log.warning("cannot accept: %s%s", reason_of(error), advice)
+        if full and self.server.limits.turn_away_all(self.sock):
             return
         self.server.loop.selector.unregister(self.sock)
         self.server.loop.call_later(ACCEPT_BACKOFF, self._come_back)
 
     def _come_back(self) -> None:
-        if self.sock.fileno() >= 0:
+        if self.sock.fileno() < 0:
+            return
+        try:
             self.server.loop.selector.register(self.sock, READ, self)
+        except OSError:  # there is no memory yet
+            self.server.loop.call_later(ACCEPT_BACKOFF, self._come_back)
 
     def close(self) -> None:
         with contextlib.suppress(KeyError):
             self.server.loop.selector.unregister(self.sock)
-        self.sock.close()
+        with contextlib.suppress(OSError):  # it is closed all the same
+            self.sock.close()
 
 
 def spare_descriptor() -> int | None:
@@ -20224,13 +20296,12 @@ def spare_descriptor() -> int | None:
 
 def descriptor_limit() -> int:
     """Return the number of files and sockets we may open, after raising it as far as allowed."""
-    try:
+    soft = 512  # what select() takes on Windows, which has no such module
+    with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
-    except ImportError:
-        return 512  # what select() takes on Windows
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # macOS has a hard limit that it refuses
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # macOS may refuse it
         return hard
     return soft
 
@@ -21365,6 +21436,7 @@ class Server:
     def lost(self, peer: Peer, reason: str) -> None:
         """Act on the input of a lost connection as far as its budget allows; drop the rest."""
         level = logging.INFO if reason.startswith(TLS_TROUBLE) else logging.DEBUG
+        level = logging.WARNING if reason.startswith(UNWATCHED) else level
         log.log(level, "%s: %s", peer.address, reason)
         if peer.session and not peer.session.parting:
             peer.session.parting = reason
@@ -21392,6 +21464,7 @@ class Server:
         if self.stopping:
             return
         self.stopping = True
+        self.loop.call_later(STOP_SECONDS, self.loop.stop)  # whatever fails below
         for listener in self.listeners:
             listener.close()
         for peer in self.peers if self.cluster is None else ():
@@ -21400,7 +21473,6 @@ class Server:
         for peer in [peer for peer in self.peers if peer.is_spare]:
             peer.drop("the server is going down")
         self.drop_clients("the server is going down")
-        self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if self.cluster:
             self.cluster.leave()
         self._stop_if_done()
@@ -21482,6 +21554,12 @@ def nick_in(url: str) -> str:
     return (match and match[2]) or ""
 
 
+# Held by the thread that reads certificates. OpenSSL frees its memory as the process ends, which
+# must not happen meanwhile: the thread would crash it.
+CERTIFICATES_READ = threading.Lock()
+atexit.register(CERTIFICATES_READ.acquire, timeout=STOP_SECONDS)
+
+
 class Trust(NamedTuple):
     """The certificates that a client trusts, and its own one."""
 
@@ -21491,11 +21569,12 @@ class Trust(NamedTuple):
     own: str | None = None  # a file with a certificate of ours and its key
 
     def context(self) -> Any:
-        import ssl
+        with CERTIFICATES_READ:
+            import ssl
 
-        context = ssl.create_default_context(cafile=self.ca)
-        if self.own:
-            context.load_cert_chain(self.own)
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.own:
+                context.load_cert_chain(self.own)
         if self.insecure or self.pin:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -21723,27 +21802,29 @@ class Connecting:
         self.loop, self.then = loop, then
         self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.sock.setblocking(False)
-        self.timer = loop.call_later(CONNECT_SECONDS, lambda: self._done("no answer"))
         error = self.sock.connect_ex(address)
-        loop.selector.register(self.sock, WRITE, self)
-        if error not in UNDER_WAY:
+        if error in UNDER_WAY:
+            loop.selector.register(self.sock, WRITE, self)
+        else:
             loop.call_soon(lambda: self._done(os.strerror(error).lower()))
+        self.timer = loop.call_later(CONNECT_SECONDS, lambda: self._done("no answer"))
 
     def ready(self, mask: int) -> None:
-        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        self._done(os.strerror(error).lower() if error else "")
+        self._done(connection_trouble(self.sock))
 
     def _done(self, reason: str) -> None:
         """Finish the attempt: connected, or failed for `reason`."""
         if self.timer.callback is None:
             return
         self.timer.cancel()
-        self.loop.selector.unregister(self.sock)
+        with contextlib.suppress(KeyError):  # it failed at once
+            self.loop.selector.unregister(self.sock)
         if reason:
             self.sock.close()
         else:
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            with contextlib.suppress(OSError):  # macOS refuses it once there was a reset
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.then(self, reason)
 
     def cancel(self) -> None:
@@ -22089,8 +22170,9 @@ class Link:
             return None
         if isinstance(result, OSError):
             reason = reason_of(result)
-            if not isinstance(result, socket.gaierror) and self.target.tls:
-                files = " or ".join(filter(None, (self.trust.ca, self.trust.own)))
+            no_file = isinstance(result, socket.gaierror | BlockingIOError)  # no host, or no thread
+            if not no_file and self.target.tls:
+                files = " or ".join(filter(None, (self.trust.ca, self.trust.own))) or "here"
                 return self._end(f"cannot use the certificates {files}: {reason}")
             return self.lost(reason)
         if isinstance(result, Exception):  # UnicodeError: no name of a host looks like that
@@ -24401,8 +24483,9 @@ class RawTerminal:
     def leave(self) -> None:
         if self.raw:
             self.raw = False
-            with contextlib.suppress(OSError, self.termios.error):  # the terminal may be gone
+            with contextlib.suppress(OSError):  # the terminal may be gone, or its screen
                 self.write(f"\r\x1b[K{self.OFF}")
+            with contextlib.suppress(self.termios.error):
                 self.termios.tcsetattr(self.keys, self.termios.TCSADRAIN, self.before)
 
     def write(self, text: str) -> None:
@@ -24431,6 +24514,7 @@ class Input:
     def __init__(self, loop: Loop, fd: int, take: Callable[[bytes], None]):
         self.loop, self.fd, self.take = loop, fd, take  # take(b"") at the end
         self.paused, self.ended = True, False
+        self.trouble = ""  # why it ended early
         # kqueue takes regular files, but never says that one has ended.
         self.watched = not stat.S_ISREG(os.fstat(fd).st_mode)
         self.resume()
@@ -24442,8 +24526,10 @@ class Input:
         try:
             if self.watched:
                 self.loop.selector.register(self.fd, READ, self)
-        except PermissionError:  # /dev/null
+        except OSError as error:
             self.watched = False
+            if not isinstance(error, PermissionError):  # which is /dev/null
+                self.trouble = f"standard input {UNWATCHED}{reason_of(error)}"
         if not self.watched:
             self.loop.call_soon(self.ready)
 
@@ -24457,11 +24543,11 @@ class Input:
         if self.paused:
             return
         try:
-            data = os.read(self.fd, READ_BYTES)
+            data = b"" if self.trouble else os.read(self.fd, READ_BYTES)
         except BlockingIOError:  # another program left it so
             return
-        except OSError:  # a terminal that has gone
-            data = b""
+        except OSError as error:  # a terminal that has gone, say
+            self.trouble, data = f"standard input: {reason_of(error)}", b""
         if not data:
             self.ended = True
             self.pause()
@@ -24724,10 +24810,24 @@ def filter_lines(view: ViewEvent) -> list[str]:
     return []
 
 
+def silence(fd: int) -> None:
+    """Let output that fails go nowhere: Python would flush it again at the end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
 def output_trouble(error: OSError) -> str:
-    """Return why standard output failed, and close it: Python would flush it again at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    """Return why standard output failed, and close it."""
+    silence(1)
     return f"standard output: {reason_of(error)}"
+
+
+def complain(text: str) -> None:
+    """Print a line on standard error, as long as that can be written."""
+    try:
+        print(f"chat.py: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        silence(2)
 
 
 class Filter(Client):
@@ -24753,6 +24853,7 @@ class Filter(Client):
         else:
             self.lines.finish()
             self.input_over = True
+            self.failure = self.input.trouble or self.failure
         self.go_on()
 
     def go_on(self) -> None:
@@ -24797,7 +24898,7 @@ class Filter(Client):
                 self.was_up = True
                 lines.append(f"{view.text}\n")
             elif view.kind in (NOTE, FAILED) or (view.kind == STATUS and self.was_up):
-                print(f"chat.py: {view.text}", file=sys.stderr)
+                complain(view.text)
             self.refused += view.kind == BACK
             lines += [f"> {line}\n" for line in filter_lines(view)]
         try:
@@ -28126,7 +28227,12 @@ def main(arguments: list[str] | None = None) -> int:
         args = command_line().parse_args(given)
         return args.run(args)
     except ChatError as error:
-        print(f"chat.py: {escaped(str(error))}", file=sys.stderr)
+        complain(escaped(str(error)))
+        return 1
+    except (OSError, sqlite3.Error) as error:  # of this machine: nothing can be done about it
+        where = getattr(error, "filename", None)
+        text = reason_of(error) if isinstance(error, OSError) else str(error)
+        complain(escaped(f"{text}: {where}" if where else text))
         return 1
     except KeyboardInterrupt:
         return 130

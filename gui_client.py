@@ -1978,12 +1978,17 @@ class Engine(chat.ManyServers):
         self.wanted = Wanted(self.seats, self.tell)
         self.requests = Requests(self)
         self.loop.turn_ends = self.publish
-        self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.thread: threading.Thread | None = None
 
     # Called by Tk
 
     def start(self) -> None:
-        self.thread.start()
+        """Start the thread. Raises OSError if there can be none."""
+        try:
+            self.thread = chat.start_thread(self._work)
+        except OSError:
+            self._finish()
+            raise
 
     def submit(self, act: Callable[..., Any], *values: Any) -> bool:
         """Have the engine's thread call this; return whether it is still there."""
@@ -2017,20 +2022,24 @@ class Engine(chat.ManyServers):
             log.exception("a bug, please report it")
             self.ended = f"internal error: {error}"
         finally:
-            with self.lock:
-                self.alive = False
-            for act, values in self.calls:  # texts that came too late are not lost
-                if act == self.requests.say:
-                    self.tell(Back(*values[:2]))
-            self.took()
-            self.publish()
-            for seat in self.seats:
-                if seat.link.conn:
-                    seat.link.conn.sock.close()
-                if seat.core.outbox.rows:
-                    seat.core.outbox.rows.close()  # another engine may want it
-            self.close()
-            self.loop.close()
+            self._finish()
+
+    def _finish(self) -> None:
+        """Close all, for the next engine."""
+        with self.lock:
+            self.alive = False
+        for act, values in self.calls:  # texts that came too late are not lost
+            if act == self.requests.say:
+                self.tell(Back(*values[:2]))
+        self.took()
+        self.publish()
+        for seat in self.seats:
+            if seat.link.conn:
+                seat.link.conn.sock.close()
+            if seat.core.outbox.rows:
+                seat.core.outbox.rows.close()  # another engine may want it
+        self.close()
+        self.loop.close()
 
     def over(self, reason: str) -> None:
         self.ended = reason
@@ -2303,9 +2312,9 @@ class Model:
 
     def start(self, engine: Engine) -> None:
         """Begin with an engine: its conversations are other ones than those of the last."""
+        engine.start()
         self.engine, self.servers, self.here = engine, (), 0
         self.rooms.clear()
-        engine.start()
 
     def stop(self, reason: str) -> None:
         self.engine = None
@@ -2475,7 +2484,10 @@ class Jobs:
                 answers.put((number, job()))
                 wake()
 
-        threading.Thread(target=work, daemon=True).start()
+        try:
+            chat.start_thread(work)
+        except OSError:
+            del self.waiting[number]
 
     def take_answers(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -7028,7 +7040,7 @@ class Window:
                 self._start(options)
             else:
                 self.model.do("connect", options)
-        except chat.ChatError as error:
+        except (chat.ChatError, OSError) as error:  # such as too many open files
             return self.card.show(name, server or DEFAULT_SERVER, str(error))
         if register and secret:
             self.model.do("register", str(options.target), secret)
@@ -7470,7 +7482,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         window = Window(options)
-    except tk.TclError as error:
+    except (tk.TclError, OSError) as error:
         print(f"gui_client.py: cannot open a window: {error}", file=sys.stderr)
         return 1
     heed_signals(window)

@@ -420,6 +420,19 @@ class FakeConn:
             self.session.ended()
 
 
+def refusing(number):
+    """A function that fails with this error of the operating system."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def no_thread(self):
+    raise RuntimeError("can't start new thread")
+
+
 class FakeLoop:
     """A loop without sockets: what is to be done later is done when the test says so."""
 
@@ -15980,6 +15993,12 @@ def test_a_full_disk_is_told_and_leaves_nothing(files, monkeypatch, call, number
     assert on_disk(files) == [] and files.hub.files == {} and files.hub.files.finishing == set()
 
 
+def test_a_file_that_no_thread_can_finish_may_be_sent_again(files):
+    files.site.folder.finish = refusing(errno.EAGAIN)
+    assert posted(files, b"hello")[0] == 503
+    assert files.hub.files == {} and files.hub.files.finishing == set()
+
+
 def test_content_that_is_gone_from_disk_is_not_found(files, monkeypatch):
     path = path_of(posted(files))
     for name in on_disk(files):
@@ -22560,6 +22579,27 @@ def test_the_window_begins_with_what_was_kept(folder):
     engine.loop.close()
 
 
+def test_an_engine_without_a_thread_is_not_begun_with_and_frees_its_outbox(folder, monkeypatch):
+    options = chat.ClientOptions("alice", chat.parse_target("127.0.0.1:1"), state=folder)
+    model, engine = gui_client.Model(), gui_client.Engine(options, lambda: None)
+    box = engine.core.outbox.rows.box
+    with monkeypatch.context() as scarce:
+        scarce.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(OSError, match="can't start new thread"):
+            model.start(engine)
+    assert model.engine is None and not engine.submit(list)
+    other = gui_client.Engine(options, lambda: None)
+    assert other.core.outbox.rows.box == box
+    other._finish()
+
+
+def test_a_job_of_the_window_without_a_thread_is_forgotten(monkeypatch):
+    jobs = gui_client.Jobs(list)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    jobs.start(list, list)
+    assert jobs.waiting == {}
+
+
 def test_a_setting_of_another_client_is_used_a_second_later(tmp_path):
     one, other = (
         Elsewhere(store=chat.ClientStore(chat.open_client_file(tmp_path), "here", "alice"))
@@ -24003,6 +24043,7 @@ FOUND_NOTHING = [  # what a look-up ends with, and the words for it
     (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "ame"),
     (UnicodeError("label too long"), "no name of a host"),
     (OSError(errno.ENETUNREACH, "Network is unreachable"), "nreachable"),
+    (BlockingIOError("can't start new thread"), "start new thread"),
 ]
 
 
@@ -24016,6 +24057,32 @@ def test_a_host_that_is_not_found_is_looked_for_again(result, words, tls):
     ends = tls and words == "nreachable"  # it was the files of the certificates
     assert link.ended == ends and (ends or link.again)
     assert words in str(link.log[-1])
+
+
+# The thread goes on only once the program ends: the last call that is registered is the first made
+ENDS_WHILE_IT_READS = """
+import atexit, ssl, sys, threading
+sys.path.insert(0, sys.argv[1])
+import chat
+begun, ends = threading.Event(), threading.Event()
+
+def read(**_):
+    begun.set()
+    ends.wait()
+    sys.stdout.write("read")
+
+ssl.create_default_context = read
+chat.start_thread(chat.Trust().context)
+begun.wait()
+assert not chat.CERTIFICATES_READ.acquire(timeout=0)
+atexit.register(ends.set)
+"""
+
+
+def test_the_end_of_the_program_waits_for_the_certificates_that_a_thread_reads():
+    command = [sys.executable, "-c", ENDS_WHILE_IT_READS, compiled()]
+    done = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True)
+    assert (done.stdout, done.stderr) == (b"read", b"")
 
 
 PRINT = "ab" * 32  # of a certificate, in hex
@@ -24198,7 +24265,29 @@ def test_a_terminal_that_is_gone_is_the_end_and_one_without_anything_to_read_is_
     os.close(reader)
     given.ready()
     assert taken == [b""] and not loop.selector.registered
+    assert given.trouble.startswith("standard input: ")
     os.close(writer)
+
+
+def test_input_that_the_selector_cannot_watch_ends_with_the_reason(monkeypatch):
+    reader, writer = os.pipe()
+    monkeypatch.setattr(Selector, "register", refusing(errno.ENOMEM))
+    given, loop, taken = input_of(reader)
+    assert taken == []
+    loop.run_due()
+    assert taken == [b""] and given.ended
+    assert given.trouble.startswith("standard input cannot be watched: ")
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_pipe_whose_input_cannot_be_read_says_so(running):
+    given = os.open(os.devnull, os.O_WRONLY)
+    with program("client", "bot", "--server", running().url, "--no-state", stdin=given) as client:
+        os.close(given)
+        _, errors = client.communicate(None, PATIENCE)
+    assert client.returncode == 1
+    assert errors.decode().splitlines()[-1] == "chat.py: standard input: bad file descriptor"
 
 
 WRONG_CERTIFICATES = [
@@ -27908,8 +27997,40 @@ def test_helpers_that_are_closed_end_their_threads(loop):
     assert helpers.close() and not any(thread.is_alive() for thread in ours)
 
 
+def test_a_job_that_no_thread_can_do_is_answered_and_the_next_one_is_done(loop, monkeypatch):
+    helpers, done = chat.Helpers(loop), []
+    with monkeypatch.context() as scarce:
+        scarce.setattr(threading.Thread, "start", no_thread)
+        helpers.submit("one", lambda: 1, done.append)
+        assert done == []  # not within the turn
+        loop.run_once(0)
+    assert [(type(one), str(one)) for one in done] == [(BlockingIOError, "can't start new thread")]
+    helpers.submit("one", lambda: 2, done.append)
+    spin(loop, lambda: len(done) == 2)
+    assert done[1] == 2 and helpers.close()
+
+
+def test_a_lane_works_with_the_threads_that_there_are_and_gets_the_others_later(monkeypatch):
+    made, most = [], 2
+
+    def start(work, lane):
+        if len(made) == most:
+            raise OSError(errno.EAGAIN, "can't start new thread")
+        made.append(lane)
+        return f"thread {len(made)}"
+
+    monkeypatch.setattr(chat, "start_thread", start)
+    lane = chat.Lane(3)
+    lane.start(list)
+    assert lane.free == 2 and lane.threads == ["thread 1", "thread 2"]
+    most = 9
+    lane.start(list)
+    assert lane.free == 3 and made == [lane] * 3
+
+
 def test_one_owner_never_has_all_threads_of_a_lane_of_three():
     lane = chat.Lane(3)
+    lane.free = 3
     for n in range(4):
         lane.waiting.setdefault("greedy", collections.deque()).append((n, None, lambda: True))
     lane.hand_out()
@@ -27943,6 +28064,83 @@ def test_a_connection_that_is_dropped_again_is_lost_once(loop, pair):
     loop.run_once(0)
     conn.drop("later")
     assert conn.events == ["enough"]
+
+
+def test_a_new_connection_that_the_selector_cannot_watch_is_lost_with_the_reason(loop, monkeypatch):
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(loop.selector, "register", refusing(errno.ENOSPC))
+    conn = Recorder(loop, ours)
+    assert conn.events == [] and conn.state == chat.OPEN
+    loop.run_once(0)
+    assert conn.events == ["cannot be watched: no space left on device"]
+    assert theirs.recv(1) == b""
+    theirs.close()
+
+
+@pytest.mark.parametrize("reads, verb", [(True, "modify"), (False, "register")])
+def test_a_connection_that_cannot_be_watched_any_more_is_lost_once(
+    loop, pair, reads, verb, monkeypatch
+):
+    conn, theirs = pair
+    monkeypatch.setattr(Recorder, "wants_read", lambda conn: reads)
+    conn.update()
+    watched = loop.selector.get_map()
+    assert (conn.sock.fileno() in watched) == reads
+
+    def refuse(sock, *_):
+        if reads:
+            loop.selector.unregister(sock)  # as selectors do in this case
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(loop.selector, verb, refuse)
+    conn.queue.append(b"x")
+    conn.update()
+    assert conn.events == [] and conn.sock.fileno() not in watched
+    loop.run_once(0)
+    conn.update()
+    assert conn.events == ["cannot be watched: cannot allocate memory"]
+    assert conn.state == chat.CLOSED and theirs.recv(1) == b""
+
+
+def test_a_socket_that_is_closed_with_an_error_does_not_end_the_loop(loop):
+    closed = []
+
+    class Socket:
+        def close(self):
+            closed.append(self)
+            raise OSError(errno.EIO, "Input/output error")
+
+    loop.finished += [Socket(), Socket()]
+    loop.run_once(0)
+    assert len(closed) == 2 and loop.finished == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN])
+def test_a_wake_up_that_cannot_be_read_is_no_bug_and_its_call_is_made(loop, caplog, number):
+    ran = []
+    loop.call_soon_threadsafe(lambda: ran.append(1))
+    loop.woken.close()
+    loop.woken = types.SimpleNamespace(recv=refusing(number), close=list)
+    loop.ready(chat.READ)
+    loop.run_once(0)
+    assert ran == [1] and caplog.records == []
+
+
+def test_a_connection_that_fails_as_its_handshake_is_answered_is_not_secured(loop, certificate):
+    ours, theirs = socket.socketpair()
+    server, client = tls_pair(certificate)
+    secured = type("Secured", (Recorder,), {"secured": lambda conn: conn.events.append("secured")})
+    with theirs, ours:
+        conn = secured(loop, ours)
+        conn.encrypt(server)
+        client.feed(b"")
+        conn.arrived(client.take())
+        conn.flush()
+        client.feed(theirs.recv(65536))
+        conn.sock = ScriptedSocket(ours, [OSError(errno.ENOBUFS, "No buffer space available")])
+        conn.arrived(client.take())
+        conn.flush()
+    assert conn.events == ["no buffer space available"]
 
 
 # The log
@@ -32981,6 +33179,136 @@ def test_a_connection_has_no_address_of_its_own_any_more_once_it_is_closed():
         assert one.local == ""
 
 
+FAILED_ACCEPTS = [  # an error of accept(), whether all that wait are turned away, what is logged
+    (errno.EMFILE, True, "too many open files; raise the limit (ulimit -n)"),
+    (errno.ENFILE, True, "too many open files in system; raise the limit (ulimit -n)"),
+    (errno.ENOBUFS, False, "no buffer space available"),
+    (errno.EPERM, False, "operation not permitted"),
+    (errno.ENETDOWN, False, "network is down"),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="these texts are Linux's")
+@pytest.mark.parametrize("number, told, text", FAILED_ACCEPTS)
+def test_only_without_descriptors_are_waiting_clients_turned_away(number, told, text, caplog):
+    with beating() as (server, _):
+        listener = chat.Listener(server, "127.0.0.1", 0)
+        listener.listen()
+        spared = []
+        server.limits.turn_away_all = lambda sock: spared.append(sock) or True
+        with listener.sock as sock:
+            listener.sock = types.SimpleNamespace(accept=refusing(number), fileno=sock.fileno)
+            listener.ready(chat.READ)
+            watched = sock.fileno() in server.loop.selector.get_map()
+    assert (spared == [listener.sock], watched) == (told, told)
+    assert [record.getMessage() for record in caplog.records] == [f"cannot accept: {text}"]
+
+
+def test_a_listener_that_cannot_be_watched_again_is_watched_later(monkeypatch):
+    with beating() as (server, _):
+        listener = chat.Listener(server, "127.0.0.1", 0)
+        listener.listen()
+        server.limits.spare = os.close(server.limits.spare)
+        listener._back_off(OSError(errno.EMFILE, "Too many open files"))
+        with monkeypatch.context() as scarce:
+            scarce.setattr(server.loop.selector, "register", refusing(errno.ENOMEM))
+            listener._come_back()
+        watched = server.loop.selector.get_map()
+        assert listener.sock.fileno() not in watched
+        again = server.loop.timers[-1]
+        assert again.when >= time.monotonic() + chat.ACCEPT_BACKOFF - PATIENCE
+        again.callback()
+        assert listener.sock.fileno() in watched
+        listener.close()
+
+
+NO_LISTENERS = [  # a call of a socket that fails, its error, what the operator is told
+    ("bind", errno.EADDRINUSE, "address already in use; try --listen HOST:0"),
+    ("bind", errno.EACCES, "permission denied; try --listen HOST:0"),
+    ("bind", errno.EADDRNOTAVAIL, "cannot assign requested address"),
+    ("listen", errno.EADDRINUSE, "address already in use; try --listen HOST:0"),
+    ("getsockname", errno.ENOBUFS, "no buffer space available"),
+    ("__init__", errno.EAFNOSUPPORT, "address family not supported by protocol"),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="these texts are Linux's")
+@pytest.mark.parametrize("call, number, text", NO_LISTENERS)
+def test_a_server_that_cannot_listen_says_why(call, number, text, monkeypatch):
+    with beating() as (server, _), monkeypatch.context() as broken:
+        broken.setattr(socket.socket, call, refusing(number))
+        with pytest.raises(chat.Unusable) as told:
+            chat.Listener(server, "127.0.0.1", 0).listen()
+    pattern = rf"cannot listen on 127\.0\.0\.1:\d+: {re.escape(text)}"
+    assert re.fullmatch(pattern, str(told.value))
+
+
+def test_a_server_listens_on_a_system_without_keep_alive(monkeypatch):
+    real = socket.socket.setsockopt
+
+    def setsockopt(sock, level, option, value):
+        if level == socket.IPPROTO_TCP:
+            raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+        real(sock, level, option, value)
+
+    monkeypatch.setattr(socket.socket, "setsockopt", setsockopt)
+    listener = chat.Listener(None, "127.0.0.1", 0)
+    with listener.sock:
+        assert listener.address[1] > 0
+
+
+def test_a_server_whose_listener_cannot_be_closed_ends_all_the_same():
+    with beating() as (server, _):
+        listener = chat.Listener(server, "127.0.0.1", 0)
+        with listener.sock:
+            listener.sock = types.SimpleNamespace(
+                close=refusing(errno.EIO), fileno=listener.sock.fileno
+            )
+            server.listeners = [listener]
+            server.loop.running = True
+            server.stop()
+        assert server.stopping and not server.loop.running
+
+
+def test_a_server_that_fails_while_it_stops_ends_when_its_time_is_over():
+    with beating() as (server, _):
+        server.drop_clients = refusing(errno.EIO)
+        server.loop.running = True
+        with pytest.raises(OSError, match="Input/output error"):
+            server.stop()
+        (last,) = (timer for timer in server.loop.timers if timer.callback == server.loop.stop)
+        assert last.when <= time.monotonic() + chat.STOP_SECONDS
+        last.callback()
+        assert not server.loop.running
+
+
+def test_a_limit_of_descriptors_that_cannot_be_read_is_taken_as_a_small_one(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", refusing(errno.EPERM))
+    assert chat.descriptor_limit() == 512
+
+
+def test_a_peer_whose_state_cannot_be_asked_for_is_lost_with_the_reason():
+    with beating() as (server, peer):
+        one = peer(2, b"NICK alice\r\n")
+        with one.sock as sock:
+            one.sock = types.SimpleNamespace(
+                getsockopt=refusing(errno.ENOBUFS), fileno=sock.fileno, close=sock.close
+            )
+            assert one.still_there() is False and one.state == chat.CLOSED
+
+
+def test_a_client_that_cannot_be_watched_is_one_warning_in_the_log(monkeypatch, caplog):
+    with beating() as (server, peer):
+        monkeypatch.setattr(server.loop.selector, "register", refusing(errno.ENOSPC))
+        one = peer(2)
+        one.server.loop.run_once(0)
+        one.server.loop.run_once(0)
+        assert one not in server.peers
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith("127.0.0.2:50000: cannot be watched: ")
+
+
 def test_a_port_can_be_listened_on_again_at_once():
     with beating() as (server, _):
         listener = chat.Listener(server, "127.0.0.1", 0)
@@ -35073,6 +35401,33 @@ def test_an_attempt_to_connect_that_fails_leaves_no_descriptor_open(loop, how):
     attempt.sock.close()
 
 
+ATTEMPTS = [  # a call of a socket, how it fails, with which reason the attempt ends
+    ("connect_ex", lambda *_: errno.ENETUNREACH, "network is unreachable"),
+    ("getsockopt", refusing(errno.ENOBUFS), "no buffer space available"),
+    ("setsockopt", refusing(errno.EINVAL), ""),  # macOS, after a reset
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="these texts are Linux's")
+@pytest.mark.parametrize("call, fails, reason", ATTEMPTS)
+def test_an_attempt_to_connect_ends_with_the_reason(loop, monkeypatch, call, fails, reason):
+    told = []
+    with socket.create_server(("127.0.0.1", 0)) as listening, monkeypatch.context() as broken:
+        broken.setattr(socket.socket, call, fails)
+        address = listening.getsockname()
+        attempt = chat.Connecting(loop, socket.AF_INET, address, lambda *end: told.append(end))
+        spin(loop, lambda: told)
+        attempt.sock.close()
+    assert told == [(attempt, reason)]
+
+
+def test_an_attempt_that_the_selector_cannot_watch_leaves_no_timer(loop, monkeypatch):
+    monkeypatch.setattr(loop.selector, "register", refusing(errno.ENOMEM))
+    found, address = [], (socket.AF_INET, ("127.0.0.1", 9))
+    chat.HappyEyeballs(loop, [address], lambda *end: found.append(end))
+    assert found == [(None, "cannot allocate memory")] and loop.timers == []
+
+
 def test_of_two_addresses_the_one_that_answers_is_taken(loop):
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
@@ -36526,6 +36881,17 @@ def test_a_terminal_that_has_gone_ends_the_client_without_a_word(at_keys):
     assert ended == [""]
 
 
+def test_a_terminal_has_its_mode_back_also_if_nothing_can_be_written_to_it(monkeypatch):
+    termios, modes = pytest.importorskip("termios"), []
+    terminal = chat.RawTerminal.__new__(chat.RawTerminal)
+    terminal.termios, terminal.keys, terminal.before, terminal.raw = termios, 5, ["mode"], True
+    terminal.write = refusing(errno.EIO)
+    monkeypatch.setattr(termios, "tcsetattr", lambda *values: modes.append(values))
+    terminal.leave()
+    terminal.leave()
+    assert modes == [(5, termios.TCSADRAIN, ["mode"])]
+
+
 def test_a_terminal_gets_what_it_can_show_of_any_text():
     reader, writer = os.pipe()
     terminal = chat.RawTerminal.__new__(chat.RawTerminal)
@@ -36859,6 +37225,8 @@ def test_a_pipe_prints_each_view_as_the_client_of_the_workshop(view, lines):
 
 class Pipe:
     """Standard input for a Filter, which notes whether it is read."""
+
+    trouble = ""
 
     def __init__(self, loop, fd, take):
         self.paused = False
@@ -37245,6 +37613,26 @@ def test_what_a_pipe_shows_goes_to_standard_output_and_troubles_to_the_other(
         f"chat.py: {text}\n" for text in ("careful", "not sent", "broken")
     )
     assert client.refused == 1 and client.was_up
+
+
+def test_a_pipe_goes_on_when_its_troubles_cannot_be_written(piping, monkeypatch):
+    written, silenced, client = [], [], piping()
+    monkeypatch.setattr(chat, "write_all", lambda fd, data: written.append((fd, data)))
+    monkeypatch.setattr(chat, "silence", silenced.append)
+    full = types.SimpleNamespace(write=refusing(errno.ENOSPC), flush=list)
+    monkeypatch.setattr(sys, "stderr", full)
+    view = chat.ViewEvent
+    client.show([view("note", "careful"), view("message", "hi", "bob", "#tea")])
+    assert silenced == [2] and written == [(1, b"> [#tea] bob: hi\n")]
+
+
+def test_output_that_is_silenced_goes_nowhere():
+    reader, writer = os.pipe()
+    chat.silence(writer)
+    os.write(writer, b"more")
+    os.close(writer)
+    assert os.read(reader, 9) == b""
+    os.close(reader)
 
 
 def test_a_server_that_is_looked_at_is_read(at_keys):
@@ -43256,3 +43644,31 @@ def test_a_server_says_how_to_join_it(monkeypatch, address, who, option, host, p
 def test_chat_py_alone_says_how_to_begin(capsys):
     assert chat.main([]) == 0
     assert capsys.readouterr().out == chat.FIRST_HELP
+
+
+MACHINE_ERRORS = [  # where the program cannot go on: the error, what it says
+    (OSError(errno.EMFILE, "Too many open files"), "too many open files"),
+    (OSError(errno.ENOSPC, "No space left", "/data/\x1bfiles"), "no space left: /data/\\x1bfiles"),
+    (sqlite3.OperationalError("disk I/O error"), "disk I/O error"),
+]
+
+
+@pytest.mark.parametrize("error, text", MACHINE_ERRORS)
+def test_an_error_of_the_machine_is_one_line_and_status_1(monkeypatch, capsys, error, text):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(chat, "command_line", fail)
+    assert chat.main(["server"]) == 1
+    assert capsys.readouterr().err == f"chat.py: {text}\n"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_a_window_that_the_machine_cannot_open_is_one_line_and_status_1(
+    monkeypatch, capsys, number
+):
+    monkeypatch.setattr(gui_client, "Window", refusing(number))
+    assert gui_client.main(["alice", "--no-state"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gui_client.py: cannot open a window: ")
+    assert os.strerror(number) in line
