@@ -4152,10 +4152,14 @@ def register_account(
 
 @act
 def verify_account(hub: Hub, who: Session, name: str, verifier: tuple, email: str) -> Account:
-    """Register an account whose mail address was verified."""
-    if fold(name) in hub.accounts:
-        raise Refused("INVALID_CODE", f"{name} is registered already", name)
-    return save_account(hub, Account(name, Verifier(*verifier), email, hub.next_id()))
+    """Register an account whose mail address was verified. Another user who took the name while the
+    mail was under way has to give it up."""
+    if hub.accounts.is_foreign(name, ""):
+        raise Refused("INVALID_CODE", f"{name}, or a name like it, is registered already", name)
+    account = save_account(hub, Account(name, Verifier(*verifier), email, hub.next_id()))
+    if (holder := hub.users.get(fold(name))) not in (None, who.user):
+        take_name(hub, holder, free_name(hub, name))
+    return account
 
 
 @act
@@ -5606,10 +5610,14 @@ class History:
         return some
 
     def around(self, span: Span, centre: Mark, count: int) -> list[Event]:
-        """Return the events before a mark, and about as many from the mark on."""
-        older = self.page(span._replace(before=centre), count // 2)
+        """Return the events before a mark, and about as many from the mark on; more of one side if
+        there are few on the other."""
         inclusive = Mark(centre.id - 1) if centre.id is not None else Mark(time=centre.time - 1)
-        return older + self.page(span._replace(after=inclusive), count - len(older), newest=False)
+        older = self.page(span._replace(before=centre), count // 2)
+        newer = self.page(span._replace(after=inclusive), count - len(older), newest=False)
+        if len(older) + len(newer) < count:
+            older = self.page(span._replace(before=centre), count - len(newer))
+        return older + newer
 
     def between(self, span: Span, one: Mark, other: Mark, count: int) -> list[Event]:
         """Return the events between two marks, from the first one on; that may be the later one."""
@@ -6910,7 +6918,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 7  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 8  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
@@ -8577,6 +8585,8 @@ def complete_registration(session: IrcSession) -> Steps:
         session.line("NOTE SESSION RESUMED :you have your place again")
     session.conn.named()
     welcome(session)
+    if session.account and not session.user.account:  # it was dropped, or has another password
+        session.reply("901 {} :You are now logged out", session.user.source.mask)
     if failure:
         session.notice(f"PASS did not log you in: {failure}")
     if session.site.hub.accounts.is_foreign(wanted, session.user.account):
@@ -9247,12 +9257,13 @@ def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
 @irc_command("NAMES", most=1)
 def irc_names(session: IrcSession, names: str = "") -> Iterator[None]:
     """NAMES [<channel>{,<channel>}] -- list the members of channels"""
-    for key in dict.fromkeys(map(fold, names.split(","))):
+    wanted = {fold(name): name for name in names.split(",") if name}
+    for key, name in (wanted or {"": ""}).items():
         channel = session.site.hub.channels.get(key)
         if channel and channel.visible_to(session):
             tell_names_irc(session, channel)
-            yield
-    session.reply(RPL_ENDOFNAMES, as_param(names))
+        session.reply(RPL_ENDOFNAMES, as_param(name))
+        yield
 
 
 LIST_BOUND = re.compile(r"([CT]?)([<>])(\d{1,9})")
@@ -9631,13 +9642,15 @@ def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[
 
 
 def play(
-    session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool, check: Callable
+    session: IrcSession, name: str, events: list[Event], start: int, whole: bool, check: Callable
 ) -> Iterator[None]:
-    """Send events of the past, up to PAGE_BYTES as encoded, in a batch for clients that know those.
-    `whole`: no event follows. check() raises Refused if the user may not read them any more."""
+    """Send events of the past in a batch, for clients that know those: from events[start] on, in
+    both directions, up to PAGE_BYTES as encoded. `whole`: no event follows. check() raises Refused
+    if the user may not read them any more."""
     where = name if name.startswith("#") else ""
+    nearest = sorted(enumerate(events), key=lambda one: abs(one[0] - start + 0.4))
     lines, size = [], 0
-    for line in played(session, ((where, e) for e in (reversed(events) if newest else events))):
+    for line in played(session, ((where, event) for _, event in nearest)):
         if line is None:
             yield
             continue
@@ -9645,26 +9658,32 @@ def play(
         if lines and size > PAGE_BYTES:
             whole = False
             break
-        lines.append(line)
+        lines.append((nearest[len(lines)][0], line))
     check()
-    lines = [line for line in (reversed(lines) if newest else lines) if line]
-    in_batch(session, f"chathistory {name}", lines, last_page_tag(session, whole))
+    told = [line for _, line in sorted(lines) if line]
+    in_batch(session, f"chathistory {name}", told, last_page_tag(session, whole))
+
+
+def start_of_page(how: str, mark: Mark, events: list[Event]) -> int:
+    """Return how many of these events are before the mark from which a page is counted."""
+    if how == "LATEST":
+        return len(events)
+    if mark.id is None:
+        return sum(event.time < mark.time for event in events)
+    return sum(event.id < mark.id for event in events)
 
 
 def history_job(
-    session: IrcSession, how: str, span: Span, name: str, marks: list[str], count: int
-) -> tuple[Callable[[], list[Event]], bool]:
-    """Return the job that reads a page, and whether it reads the span's newest. Raises Refused."""
-    hub, store = session.site.hub, session.site.store
-    points = [parse_mark(hub, mark, how, name) for mark in marks if (how, mark) != ("LATEST", "*")]
+    history: History, how: str, span: Span, points: list[Mark], count: int
+) -> Callable[[], list[Event]]:
+    """Return the job that reads a page."""
     if how == "AROUND":
-        return functools.partial(store.history.around, span, points[0], count), False
+        return functools.partial(history.around, span, points[0], count)
     if how == "BETWEEN":
-        return functools.partial(store.history.between, span, *points, count), False
+        return functools.partial(history.between, span, *points, count)
     bound = points[0] if points else None
     span = span._replace(before=bound) if how == "BEFORE" else span._replace(after=bound)
-    newest = how != "AFTER"
-    return functools.partial(store.history.page, span, count, newest), newest
+    return functools.partial(history.page, span, count, how != "AFTER")
 
 
 CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN": 2, "TARGETS": 1}
@@ -9702,30 +9721,29 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
         return (yield from tell_targets(session, bounds, count))
     scope = readable(session, name, how)
     kinds = REPLAYABLE if "draft/event-playback" in session.capabilities else SPOKEN
-    job, newest = history_job(session, how, Span(scope, kinds), name, marks, count)
-    events = yield do(session.read, job)
+    hub, past = session.site.hub, session.site.store.history
+    points = [parse_mark(hub, mark, how, name) for mark in marks if (how, mark) != ("LATEST", "*")]
+    events = yield do(session.read, history_job(past, how, Span(scope, kinds), points, count))
     changes = []
-    if how in ("AFTER", "LATEST") and (events or marks[0] != "*"):
-        if marks[0] == "*":
-            since = Mark(id=events[0].id)
-        else:
-            since = parse_mark(session.site.hub, marks[0], how, name)
+    if how in ("AFTER", "LATEST") and (events or points):
+        since = points[0] if points else Mark(id=events[0].id)
         for kind in changes_told(session, kinds):
-            span, page = Span(scope, (kind,), after=since), session.site.store.history.page
-            changes += yield do(session.read, page, span, CHANGES_A_PAGE)
+            span = Span(scope, (kind,), after=since)
+            changes += yield do(session.read, past.page, span, CHANGES_A_PAGE)
 
     def check() -> None:
         if readable(session, name, how) != scope:  # the user left it, or is another user now
             raise invalid_target(how, name)
 
     check()
-    channel = session.site.hub.channels.get(fold(name))
+    channel = hub.channels.get(fold(name))
     # A page of the store ends early where it is large, see History.page()
     size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
     whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
     events = sorted([*events, *changes], key=lambda event: event.id)
     name_now = channel.name if channel else name
-    session.go_on_with(play(session, name_now, events, newest, whole, check))
+    start = start_of_page(how, points[0] if points else Mark(), events)
+    session.go_on_with(play(session, name_now, events, start, whole, check))
 
 
 def tell_found(session: IrcSession, found: list[tuple[Scope, Event]]) -> Iterator[None]:
@@ -10243,11 +10261,11 @@ def irc_kill(session: IrcSession, name: str, reason: str = "") -> Steps:
 def ban_from(session: LocalSession, mask: str, minutes: str = "0", reason: str = "") -> Steps:
     """KLINE <address, mask or a:account> [<minutes>] [<reason>] -- ban from this server, for ever
     without minutes (which may come first), and close the connections of those it is for"""
-    # On other servers the minutes come first
-    if mask.isdecimal() and not minutes.isdecimal():
+    # On other servers the minutes come first, and may have a unit that this one does not know
+    if re.fullmatch(r"\d+[A-Za-z]*", mask) and not minutes.isdecimal():
         mask, minutes = minutes, mask
-    elif not reason and not minutes.isdecimal() and " " in minutes:
-        minutes, reason = "0", minutes
+    elif not minutes.isdecimal() and (" " in minutes or minutes[:1].isalpha()):
+        minutes, reason = "0", f"{minutes} {reason}".strip()
     number = whole_number(minutes)
     if number is None or number > BAN_MINUTES:
         text = f"a time is 1 to {BAN_MINUTES} minutes, or 0: for ever"
@@ -11630,7 +11648,8 @@ def open_websocket(session: WebSession, request: Request) -> None:
         return session.respond(400, "a request has one Origin")
     if not origin_allowed(session.site.web, request.header("origin"), request.host):
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
-    offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
+    words = map(str.strip, request.header("sec-websocket-protocol").split(","))
+    offered = [word for word in words if word in SUBPROTOCOLS]  # the client compares exactly
     lines = ["HTTP/1.1 101 Switching Protocols", *WEBSOCKET_OFFER]
     digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
     lines.append(f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}")
@@ -12159,9 +12178,10 @@ def tell_offset(session: WebSession, request: Request) -> Steps:
 
 def wanted_range(header: str, size: int) -> tuple[int, int] | None:
     """Return first byte and end of a Range (RFC 9110 section 14). None means all of the file, as
-    for several ranges and for invalid ones. Raises Refused if the range is outside the file."""
+    for several ranges, for invalid ones, and for all of an empty file: some clients send one with
+    each request. Raises Refused if the range is outside the file."""
     match = re.fullmatch(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", header, re.IGNORECASE)
-    if match is None or not (match[1] or match[2]):
+    if match is None or not (match[1] or match[2]) or not size:
         return None
     if not match[1]:
         first, end = max(0, size - int(match[2])), size

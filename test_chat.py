@@ -9240,9 +9240,11 @@ carol< 442 carol #a :You're not on that channel
 alice> MODE #b +sv bob
 alice< :alice MODE #b +sv bob
 bob< :alice MODE #b +sv bob
-carol> NAMES #a,#b,#c
+carol> NAMES #a,#b,,#c,#A
 carol< 353 carol = #a :@alice
-carol< 366 carol #a,#b,#c :End of NAMES list
+carol< 366 carol #A :End of NAMES list
+carol< 366 carol #b :End of NAMES list
+carol< 366 carol #c :End of NAMES list
 bob> NAMES #b
 bob< 353 bob @ #b :@alice +bob
 bob< 366 bob #b :End of NAMES list
@@ -9942,8 +9944,8 @@ bob< :alice KILL bob :K-lined: spam
 bob< ERROR :Closing link: Killed (alice (K-lined: spam))
 alice> KLINE 0 10.0.0.1
 alice< NOTICE alice :K-line added: *!*@10.0.0.1; 0 users disconnected
-alice> KLINE a:zoe soon
-alice< FAIL KLINE INVALID_PARAMS soon :a time is 1 to 5256000 minutes, or 0: for ever
+alice> KLINE a:zoe 1h
+alice< FAIL KLINE INVALID_PARAMS 1h :a time is 1 to 5256000 minutes, or 0: for ever
 alice> STATS k
 alice< 216 alice K bob!*@* * alice :until WHEN: spam
 alice< 216 alice K *!*@10.0.0.1 * alice :for ever: no reason given
@@ -12368,6 +12370,34 @@ def test_around_a_message_is_half_of_what_is_asked_for_before_it():
     ids = [send(house, "alice", "#a", f"{n}")[0] for n in range(10)]
     found = {n: history(house, "alice", "#a", f"AROUND {{}} msgid={ids[5]} {n}") for n in (4, 5)}
     assert found == {4: ["3", "4", "5", "6"], 5: ["3", "4", "5", "6", "7"]}
+    ends = [history(house, "alice", "#a", f"AROUND {{}} msgid={ids[n]} 4") for n in (0, 1, 8, 9)]
+    assert ends == [["0", "1", "2", "3"]] * 2 + [["6", "7", "8", "9"]] * 2
+    assert history(house, "alice", "#a", f"AROUND {{}} timestamp={iso(2e9)} 1") == ["9"]
+
+
+LARGE_PAGES = [  # a query, and the two of six messages that fit in its page
+    ("LATEST {} * 9", "ef"),
+    ("BEFORE {} msgid={e} 9", "cd"),
+    ("AFTER {} msgid={b} 9", "cd"),
+    ("AROUND {} msgid={d} 9", "cd"),
+    ("AROUND {} msgid={a} 9", "ab"),
+    ("AROUND {} timestamp={time} 9", "cd"),
+    ("BETWEEN {} msgid={a} msgid={f} 9", "bc"),
+    ("BETWEEN {} msgid={f} msgid={a} 9", "de"),
+    ("BETWEEN {} timestamp=2040-01-01T00:00:00.000Z msgid={a} 9", "ef"),
+]
+
+
+@pytest.mark.parametrize("query, expected", LARGE_PAGES)
+def test_a_page_of_large_messages_has_those_next_to_where_it_begins(monkeypatch, query, expected):
+    monkeypatch.setattr(chat, "PAGE_BYTES", 2 * len("a " * 100) + 300)
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    sent = {text: send(house, "alice", "#a", f"{text} " * 100) for text in "abcdef"}
+    values = {text: id for text, (id, _) in sent.items()}
+    wanted = query.replace("{}", "{{}}").format(**values, time=sent["d"][1])
+    assert "".join(text[0] for text in history(house, "alice", "#a", wanted)) == expected
 
 
 # SEARCH
@@ -13402,6 +13432,37 @@ def test_a_device_does_not_take_the_others_to_another_account():
     assert house.hub.users["alice"].account == "carol"
 
 
+def awaiting_a_code(*names):
+    """Return a house where these users have registered, and the code that each got by mail."""
+    house = House(register=frozenset(("email-required",)))
+    house.enter_irc(*names)
+    for name in names:
+        asked(house, name, f"REGISTER * {len(house.asked_for)}@x.org password")
+    return house, {name: code for _, name, code in house.asked_for}
+
+
+def test_a_name_that_looks_like_an_account_made_meanwhile_is_not_verified():
+    other = "\u0430lice"  # Cyrillic
+    house, codes = awaiting_a_code(other, "alice")
+    assert of(asked(house, "alice", f"VERIFY * {codes['alice']}"), "VERIFY")
+    told = asked(house, other, f"VERIFY * {codes[other]}")
+    assert fails(told) == [("VERIFY", "INVALID_CODE", [other])]
+    assert list(house.hub.accounts) == ["alice"]
+
+
+def test_another_user_gives_up_a_name_that_is_verified():
+    house, codes = awaiting_a_code("alice", "bob")
+    asked(house, "alice", "NICK al")
+    house.enter_irc("guest")
+    asked(house, "guest", "NICK alice")
+    assert of(asked(house, "alice", f"VERIFY alice {codes['alice']}"), "VERIFY")
+    assert house.heard("guest") == [":alice!~u@127.0.0.1 NICK :alice2"]
+    asked(house, "alice", "NICK alice")
+    assert house.hub.users["alice"].account == "alice"
+    assert of(asked(house, "bob", f"VERIFY * {codes['bob']}"), "VERIFY")
+    assert house.hub.users["bob"].account == "bob"  # who keeps the name
+
+
 # VERIFY * is one's own name
 def test_verify_with_a_star_verifies_ones_own_name(running, tmp_path):
     mail = tmp_path / "mail"
@@ -14124,8 +14185,8 @@ ANSWERS_TO_ALICE = [  # what alice sends, and what the last line is that she rec
      "NOTICE alice :K-line added: x!*@10.0.0.9; 0 users disconnected"),
     (["KLINE 5 x!*@10.0.0.9 :spam"],
      "NOTICE alice :K-line added: x!*@10.0.0.9; 0 users disconnected"),
-    (["KLINE x!*@10.0.0.9 soon"],
-     "FAIL KLINE INVALID_PARAMS soon :a time is 1 to 5256000 minutes, or 0: for ever"),
+    (["KLINE x!*@10.0.0.9 1h"],
+     "FAIL KLINE INVALID_PARAMS 1h :a time is 1 to 5256000 minutes, or 0: for ever"),
     (["MONITOR x"], "461 alice MONITOR :Not enough parameters; MONITOR takes +, -, C, L or S"),
 ]  # fmt: skip
 
@@ -14141,9 +14202,17 @@ def test_the_last_answer_to_a_line_is_that_of_irc(monkeypatch, lines, answer):
 
 
 @pytest.mark.parametrize(
-    "mask, reason", [("x!*@h :spam and eggs", "spam and eggs"), ("x!*@h 0 spam", "spam")]
+    "mask, reason",
+    [
+        ("x!*@h :spam and eggs", "spam and eggs"),
+        ("x!*@h :5 lines of spam", "5 lines of spam"),
+        ("x!*@h :spam", "spam"),
+        ("x!*@h spam :and eggs", "spam and eggs"),
+        ("x!*@h 0 spam", "spam"),
+        ("x!*@h", "no reason given"),
+    ],
 )
-def test_a_ban_without_minutes_may_have_a_reason_of_several_words(mask, reason):
+def test_a_ban_without_minutes_may_have_a_reason(mask, reason):
     house = member_of_all()
     ask(house, "alice", f"KLINE {mask}")
     (ban,) = house.hub.bans.values()
@@ -14162,6 +14231,20 @@ def test_metadata_before_registration_can_be_changed_and_removed():
     ):
         ask(house, "alice", *lines)
         assert session.metadata == left
+
+
+@pytest.mark.parametrize("line", ["NS DROP password", "NS PASSWD password another"])
+def test_a_log_in_that_is_void_before_cap_end_is_told(line):
+    house = House()
+    account(house, "alice")
+    device(house, "alice", "alice")
+    house.connect_irc("phone")
+    house.say("phone", "CAP REQ :sasl", "NICK phone", "USER u 0 * :r")
+    assert sasl(house, "phone", "alice")
+    ask(house, "alice", line)
+    told = ask(house, "phone", "CAP END")
+    assert ":chat.py 901 phone phone!~u@127.0.0.1 :You are now logged out" in told
+    assert not house.hub.users["phone"].account
 
 
 def test_cap_end_in_the_middle_of_a_log_in_gives_it_up():
@@ -15011,7 +15094,7 @@ def test_a_handshake_is_answered_as_the_rfc_has_it():
     assert (status, headers["upgrade"]) == (101, "websocket")
     assert headers["sec-websocket-accept"] == "s3pplmbitxaq9kygzzhzrbk+xoo="  # small letters
     assert "sec-websocket-protocol" not in headers
-    protocols = "\nSec-WebSocket-Protocol: other, binary.ircv3.net, text.ircv3.net"
+    protocols = "\nSec-WebSocket-Protocol: Text.ircv3.net, binary.ircv3.net, text.ircv3.net"
     _, headers, _ = Browser(House()).asks(HANDSHAKE + protocols)
     assert headers["sec-websocket-protocol"] == "binary.ircv3.net"
 
@@ -15662,6 +15745,13 @@ def test_ranges_are_as_the_rfc_has_them(files, header, status, content):
     if status != 416:
         assert answer[2] == content and answer[1]["content-length"] == str(len(content))
     assert (answer[1].get("content-range", "").endswith("/10")) is (status != 200)
+
+
+@pytest.mark.parametrize("header", ["bytes=0-", "bytes=0-99", "bytes=-5", "bytes=-0"])
+def test_a_range_of_an_empty_file_is_all_of_it(files, header):
+    status, headers, content = got(files, path_of(posted(files, b"")), f"Range: {header}")
+    assert (status, headers["content-length"], content) == (200, "0", b"")
+    assert "content-range" not in headers
 
 
 PIECES_OF_A_FILE = [  # what is asked for, milliseconds that are fast, and each piece: from, bytes
@@ -28073,7 +28163,7 @@ def test_what_nickserv_answers_is_not_the_answer_to_what_stands_beside_it():
     assert lines[-1].params[1] == "nosuch"
 
 
-@pytest.mark.parametrize("minutes", ["-1", "99999999999999999999999"])
+@pytest.mark.parametrize("minutes", ["-1", "1h", "99999999999999999999999"])
 def test_a_kline_of_no_sensible_time_is_refused(minutes):
     house = operated()
     assert asked(house, "root", KLINE.format(minutes, "10.0.0.9", "x"))
