@@ -5530,6 +5530,17 @@ def words_of(text: str) -> str:
     return text if text.isascii() else ONE_BY_ONE.sub(r" \1 ", text)
 
 
+# In Korean, particles follow a word without a space: each syllable is a word, too
+SYLLABLES = re.compile("([\uac00-\ud7a3])")
+
+
+def searchable(text: str) -> str:
+    """Return a text for the server's index: words_of() it without colours and styles, which may
+    begin or end inside a word."""
+    text = words_of(plain_text(text))
+    return text if text.isascii() else SYLLABLES.sub(r" \1 ", text)
+
+
 class Readers:
     """Read-only connections, each for one job at a time; in memory, the store's only connection.
     Opening one takes longer than reading most pages does: so it is kept for the next job."""
@@ -5678,6 +5689,7 @@ class SearchIndex:
     Python has FTS5; without it nothing is found."""
 
     TOKENIZER = "unicode61 categories 'L* N* Co So'"
+    VERSION = 1  # of searchable(): an index of another version is made again
 
     def __init__(self, store: "Store"):
         self.store = store
@@ -5701,7 +5713,7 @@ class SearchIndex:
             self.redacted(row[0] for row in store.db.execute("SELECT id FROM erased"))
 
     def _open(self, path: pathlib.Path | None) -> sqlite3.Connection | None:
-        """Open the index. A damaged one is deleted and made again from chat.db."""
+        """Open the index. One that is damaged or of another version is made again from chat.db."""
         for attempts_left in (1, 0):
             try:
                 return self._open_once(path)
@@ -5722,9 +5734,15 @@ class SearchIndex:
             )
 
     def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
-        """Open the index. Raises sqlite3.DatabaseError if it is damaged, or without FTS5."""
+        """Open the index. Raises sqlite3.DatabaseError if it is damaged or another version's, or
+        without FTS5."""
         self._probe()
         db = connect(path, "rwc")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version != self.VERSION and db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            db.close()
+            raise sqlite3.DatabaseError(f"the index has version {version}")
+        db.execute(f"PRAGMA user_version = {self.VERSION}")
         db.executescript("""
             PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF; PRAGMA secure_delete = ON;
             CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
@@ -5809,7 +5827,7 @@ class SearchIndex:
             SELECT id, name, text FROM events
             WHERE target = ? AND id BETWEEN ? AND ? AND kind IN ({SPOKEN_KINDS})"""
         return [
-            (id, f"t{target} n{fold(name).encode().hex()}", words_of(text))
+            (id, f"t{target} n{fold(name).encode().hex()}", searchable(text))
             for target in targets
             for id, name, text in db.execute(query, [target, first, last])
         ]
@@ -5843,7 +5861,7 @@ class SearchIndex:
         self, scopes: Iterable[Scope], words: str, span: Span, count: int, author: str = ""
     ) -> list[tuple[Scope, Event]]:
         """Return the newest messages with these words (of the author's nick), the oldest first."""
-        texts = " ".join('"' + words_of(word).replace('"', '""') + '"' for word in words.split())
+        texts = " ".join('"' + searchable(word).replace('"', '""') + '"' for word in words.split())
         name = f" AND place: n{author.encode().hex()}" if author else ""
         found: list[tuple[Scope, Event]] = []
         if self.db is None:

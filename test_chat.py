@@ -2419,7 +2419,7 @@ def test_parts_of_the_index_go_with_the_messages_that_they_were_of(folder, small
     store.close()
 
 
-@pytest.mark.parametrize("how", ["gone", "junk", "behind"])
+@pytest.mark.parametrize("how", ["gone", "junk", "behind", "old"])
 def test_the_index_is_made_from_the_messages_whenever_it_is_needed(folder, how):
     house = House(store=chat.Store(folder / "chat.db"))
     house.enter_irc("alice")
@@ -2430,8 +2430,14 @@ def test_the_index_is_made_from_the_messages_whenever_it_is_needed(folder, how):
     house.turn()
     house.store.close()
     path = folder / "search.db"
-    path.unlink()
-    if how != "gone":
+    if how == "old":  # of the version before this one, which had other words
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("DROP TABLE search_1")
+            db.execute("CREATE VIRTUAL TABLE search_1 USING fts5 (place, text, content='')")
+            db.execute(f"PRAGMA user_version = {chat.SearchIndex.VERSION - 1}")
+    else:
+        path.unlink()
+    if how in ("junk", "behind"):
         path.write_bytes(index if how == "behind" else b"junk" * 5000)
     store = chat.Store(folder / "chat.db")
     index_all(store)
@@ -12448,6 +12454,11 @@ WITHOUT_SPACES = [  # what was said, words in it, words that are not
         ["\u1019\u1004\u103a\u1039\u1002\u101c\u102c"],
         ["\u1015\u102b\u1019"],
     ),
+    (
+        "\uac80\uc0c9\uc744 \ud55c\uad6d\uc5b4\ub85c",
+        ["\uac80\uc0c9", "\ud55c\uad6d\uc5b4", "\uad6d"],
+        ["\uc0c9\uac80"],
+    ),
     ("party\U0001f389time", ["\U0001f389"], ["\U0001f388"]),
     ("well done \U0001f44d\U0001f3fd", ["\U0001f44d", "done"], ["\U0001f44e"]),
     ("iPhone\u624b\u673a very good", ["\u624b\u673a", "good"], ["\u673a\u624b"]),
@@ -12468,6 +12479,15 @@ def test_words_of_scripts_without_spaces_and_emoji_are_found(text, found, missin
         house.turn()
         lines = house.heard("dora")[:-1]  # the last line counts them
         assert [line.partition("alice: ")[2] for line in lines] == expected, words
+
+
+def test_coloured_words_are_found():
+    house = irc_house("#a", alice="batch message-tags soju.im/search")
+    text = "\x0303,01Build\x03 \x02pas\x02sed \x1fin\x0f \x0404ff045 minutes"
+    asked(house, "alice", f"PRIVMSG #a :{text}")
+    for word in ("build", "passed", "in", "5", "\x02minutes\x02"):
+        assert len(messages_in(asked(house, "alice", f"SEARCH in=#a;text={word}"))) == 1, word
+    assert not messages_in(asked(house, "alice", "SEARCH in=#a;text=pas"))
 
 
 # ORDER AND LABELS
