@@ -9659,26 +9659,35 @@ def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[
         yield from session.wire.encode(Audience(where), [event])
 
 
-def play(
-    session: IrcSession, name: str, events: list[Event], start: int, whole: bool, check: Callable
+def page_of(
+    session: IrcSession, pairs: list[tuple[str, Event]], start: int, page: list[tuple[str, bytes]]
 ) -> Iterator[None]:
-    """Send events of the past in a batch, for clients that know those: from events[start] on, in
-    both directions, up to PAGE_BYTES as encoded. `whole`: no event follows. check() raises Refused
-    if the user may not read them any more."""
-    where = name if name.startswith("#") else ""
-    nearest = sorted(enumerate(events), key=lambda one: abs(one[0] - start + 0.4))
+    """Fill a page with the lines of these events, each with the channel that it was said in: from
+    pairs[start] on, in both directions, up to PAGE_BYTES."""
+    # Of two events that are equally far from the start, the later one is nearer by this fraction
+    nearest = sorted(enumerate(pairs), key=lambda one: abs(one[0] - start + 0.4))
     lines, size = [], 0
-    for line in played(session, ((where, event) for _, event in nearest)):
+    for line in played(session, (pair for _, pair in nearest)):
         if line is None:
             yield
             continue
         size += len(line)
         if lines and size > PAGE_BYTES:
-            whole = False
             break
         lines.append((nearest[len(lines)][0], line))
+    page += [(pairs[n][0], line) for n, line in sorted(lines)]
+
+
+def play(
+    session: IrcSession, name: str, events: list[Event], start: int, whole: bool, check: Callable
+) -> Iterator[None]:
+    """Send events of the past, as page_of() chooses them, in a batch for clients that know those.
+    `whole`: no event follows. check() raises Refused if the user may not read them any more."""
+    where, page = name if name.startswith("#") else "", []
+    yield from page_of(session, [(where, event) for event in events], start, page)
     check()
-    told = [line for _, line in sorted(lines) if line]
+    whole = whole and len(page) == len(events)
+    told = [line for _, line in page if line]
     in_batch(session, f"chathistory {name}", told, last_page_tag(session, whole))
 
 
@@ -9765,20 +9774,16 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
 
 
 def tell_found(session: IrcSession, found: list[tuple[Scope, Event]]) -> Iterator[None]:
-    """Send the messages that a search found, but those of channels that the user has left."""
+    """Send the newest of the messages that a search found, without those of channels that the user
+    has left."""
     channels = session.user.channels
     names = {channel.key: channel.name for channel in channels}  # now, not when asked
     places = [names.get(s.keys[0]) if s.keys[0][:1] == "#" else "" for s, _ in found]
     pairs = [(where, e) for where, (_, e) in zip(places, found, strict=True) if where is not None]
-    lines = []
-    for line in played(session, pairs):
-        if line is None:
-            yield
-        else:
-            lines.append(line)
+    page: list[tuple[str, bytes]] = []
+    yield from page_of(session, pairs, len(pairs), page)
     here = {"", *(channel.name for channel in channels)}
-    told = (line for line, (where, _) in zip(lines, pairs, strict=True) if where in here)
-    in_batch(session, "soju.im/search", filter(None, told))
+    in_batch(session, "soju.im/search", [line for where, line in page if line and where in here])
 
 
 @irc_command("SEARCH", 1)

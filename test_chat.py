@@ -12481,6 +12481,15 @@ def test_words_of_scripts_without_spaces_and_emoji_are_found(text, found, missin
         assert [line.partition("alice: ")[2] for line in lines] == expected, words
 
 
+def test_a_search_that_finds_much_tells_the_newest(monkeypatch):
+    monkeypatch.setattr(chat, "PAGE_BYTES", 2 * len("a " * 100) + 300)
+    house = irc_house("#a", alice="batch message-tags soju.im/search")
+    for text in "abcd":
+        asked(house, "alice", f"PRIVMSG #a :{text} " + "word " * 40)
+    found = messages_in(asked(house, "alice", "SEARCH in=#a;text=word;limit=9"))
+    assert [said[0] for *_, said in found] == ["c", "d"]
+
+
 def test_coloured_words_are_found():
     house = irc_house("#a", alice="batch message-tags soju.im/search")
     text = "\x0303,01Build\x03 \x02pas\x02sed \x1fin\x0f \x0404ff045 minutes"
