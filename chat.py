@@ -5471,7 +5471,7 @@ class Mark(NamedTuple):
 class Scope(NamedTuple):
     """The extent of a read: the key of a channel, or the keys of a private conversation. With
     `owners`, the identities of a user, also that user's conversations with guests whose nick was
-    `other_key`."""
+    `other_key`, and with all users who had that nick at the newest message."""
 
     keys: tuple[str, ...]
     owners: tuple[str, ...] = ()
@@ -5487,6 +5487,12 @@ def scope_of(hub: Hub, user: User, audience: Audience) -> Scope:
     return Scope(tuple(keys), hub.identities(user.identity), partner.key)
 
 
+# The conversations of an identity, and the name that the other user has in the newest message.
+# TARGETS tells that name: an account may have used another nick, a guest may have changed it
+NEWEST_NAMES = f"""
+    SELECT id, (SELECT CASE author WHEN ?1 THEN about ELSE name END FROM events
+        WHERE target = targets.id AND kind IN ({SPOKEN_KINDS}) ORDER BY id DESC LIMIT 1)
+    FROM targets WHERE one = ?1 OR other = ?1"""
 # Condition of a target: a conversation of an identity with a guest of a name
 WITH_A_GUEST = """
     (one = ? AND other_key = ? AND other LIKE '~%') OR (other = ? AND one_key = ? AND one LIKE '~%')
@@ -5586,6 +5592,8 @@ class History:
         query = f"SELECT id, 0 FROM targets WHERE {WITH_A_GUEST}"
         for owner in scope.owners:
             found |= dict(db.execute(query, [owner, scope.other_key] * 2).fetchall())
+            names = db.execute(NEWEST_NAMES, [owner])
+            found |= {id: 0 for id, name in names if name and fold(name) == scope.other_key}
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:

@@ -3666,6 +3666,31 @@ def test_a_page_of_targets_holds_all_that_have_the_time_of_its_last_one():
 
 
 # CHATHISTORY reads all guests of a nick together; so it is one target, as of their last message
+PARTNERS_WHO_LEFT = {  # what the partner bob does, the name under which TARGETS has the past
+    "an account under another nick": (["NICK rob", "PRIVMSG alice :two"], "rob"),
+    "an account that was deleted": (["PRIVMSG alice :two", "NS DROP password"], "bob"),
+    "a guest with a new nick": (["NS DROP password", "NICK rob", "PRIVMSG alice :two"], "rob"),
+}
+
+
+@pytest.mark.parametrize("how", PARTNERS_WHO_LEFT)
+def test_what_targets_tells_is_found_when_the_partner_has_left(how):
+    lines, name = PARTNERS_WHO_LEFT[how]
+    house = House()
+    account(house, "alice", "bob")
+    caps = f"{CAPS} batch draft/chathistory soju.im/search"
+    device(house, "alice", "alice", caps=caps)
+    device(house, "bob", "bob")
+    for line in ("PRIVMSG alice :one", *lines, "QUIT"):
+        ask(house, "bob", line)
+    told = ask(house, "alice", f"CHATHISTORY TARGETS timestamp={iso(0)} timestamp={iso(2e9)} 9")
+    assert [line.split()[-2] for line in told if " TARGETS " in line][-1] == name
+    assert history(house, "alice", name)[-1] == "two"
+    assert spoken(ask(house, "alice", f"SEARCH in={name};text=two")) == ["two"]
+    house.enter_irc("eve")
+    assert history(house, "eve", name) == history(house, "eve", "alice") == []
+
+
 def test_targets_lists_several_users_of_one_nick_once():
     house = House()
     account(house, "alice")
