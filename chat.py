@@ -3542,10 +3542,10 @@ class Hub:
         return key
 
     @question
-    def guest_conversations(self, identity: str, name_key: str) -> list[str]:
-        """Return the keys of a user's conversations with guests who had this name."""
+    def named_conversations(self, identity: str, name_key: str) -> list[str]:
+        """Return the keys of a user's conversations with other users who had this name."""
         owners = self.identities(identity)
-        stored = (self.store.guest_conversations(owner, name_key) for owner in owners)
+        stored = (self.store.named_conversations(owner, name_key) for owner in owners)
         keys = dict.fromkeys(itertools.chain.from_iterable(stored))
         to_store = (e.audience for e in self.turn.events if e.kind not in EPHEMERAL)
         for fresh in dict.fromkeys(one for one in to_store if isinstance(one, Conversation)):
@@ -4673,7 +4673,7 @@ def invalid_target(*about: str) -> Refused:
 
 def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
     """Return the keys of the history that a user reads under a name: of a channel, or of talks with
-    a user or account, present or not, and with guests who had the name. Raises Refused."""
+    a user or account, present or not, and with others who had the name. Raises Refused."""
     keys: list[str] = []
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
@@ -4682,7 +4682,7 @@ def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
         other = hub.users.get(fold(name))
         if identity := other.identity if other else hub.accounts.identity(name):
             keys += conversation_keys(hub, user.identity, identity)
-        keys += hub.guest_conversations(user.identity, fold(name))
+        keys += hub.named_conversations(user.identity, fold(name))
     if not keys:
         raise invalid_target(name)
     return keys
@@ -5487,16 +5487,25 @@ def scope_of(hub: Hub, user: User, audience: Audience) -> Scope:
     return Scope(tuple(keys), hub.identities(user.identity), partner.key)
 
 
-# The conversations of an identity, and the name that the other user has in the newest message.
-# TARGETS tells that name: an account may have used another nick, a guest may have changed it
-NEWEST_NAMES = f"""
-    SELECT id, (SELECT CASE author WHEN ?1 THEN about ELSE name END FROM events
-        WHERE target = targets.id AND kind IN ({SPOKEN_KINDS}) ORDER BY id DESC LIMIT 1)
-    FROM targets WHERE one = ?1 OR other = ?1"""
-# Condition of a target: a conversation of an identity with a guest of a name
-WITH_A_GUEST = """
-    (one = ? AND other_key = ? AND other LIKE '~%') OR (other = ? AND one_key = ? AND one LIKE '~%')
-"""
+# The conversations of an identity: id, key, whether it was with a guest who had a name when it
+# began, and the name that the other user had at the newest message, which TARGETS tells
+CONVERSATIONS = f"""
+    SELECT id, key, (one = ?1 AND other_key = ?2 AND other LIKE '~%')
+        OR (other = ?1 AND one_key = ?2 AND one LIKE '~%'),
+        (SELECT CASE author WHEN ?1 THEN about ELSE name END FROM events
+            WHERE target = targets.id AND kind IN ({SPOKEN_KINDS}) ORDER BY id DESC LIMIT 1)
+    FROM targets WHERE one = ?1 OR other = ?1 ORDER BY id"""
+
+
+def named_conversations(db: sqlite3.Connection, owner: str, name_key: str) -> list[tuple[int, str]]:
+    """Return id and key of an identity's conversations with users of a name, who may have left:
+    with guests who began with it, and with all who had it at the newest message."""
+    rows = db.execute(CONVERSATIONS, [owner, name_key])
+    return [
+        (id, key)
+        for id, key, with_guest, name in rows
+        if with_guest or (name and fold(name) == name_key)
+    ]
 
 
 class Span(NamedTuple):
@@ -5589,11 +5598,9 @@ class History:
         marks = ", ".join("?" * len(scope.keys))
         query = f"SELECT id, founding FROM targets WHERE key IN ({marks})"
         found = dict(db.execute(query, scope.keys).fetchall())
-        query = f"SELECT id, 0 FROM targets WHERE {WITH_A_GUEST}"
         for owner in scope.owners:
-            found |= dict(db.execute(query, [owner, scope.other_key] * 2).fetchall())
-            names = db.execute(NEWEST_NAMES, [owner])
-            found |= {id: 0 for id, name in names if name and fold(name) == scope.other_key}
+            known = named_conversations(db, owner, scope.other_key)
+            found |= dict.fromkeys((id for id, _ in known), 0)
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
@@ -6457,11 +6464,10 @@ class Store:
         except sqlite3.Error:
             return None
 
-    def guest_conversations(self, owner: str, name_key: str) -> list[str]:
-        """Return the keys of an identity's conversations with guests who had this name."""
-        query = f"SELECT key FROM targets WHERE {WITH_A_GUEST} ORDER BY id"
+    def named_conversations(self, owner: str, name_key: str) -> list[str]:
+        """Return the keys of an identity's conversations with users who had this name."""
         try:
-            return [row[0] for row in self.db.execute(query, [owner, name_key] * 2)]
+            return [key for _, key in named_conversations(self.db, owner, name_key)]
         except sqlite3.Error:
             return []
 

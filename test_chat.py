@@ -3681,6 +3681,7 @@ def test_what_targets_tells_is_found_when_the_partner_has_left(how):
     caps = f"{CAPS} batch draft/chathistory soju.im/search"
     device(house, "alice", "alice", caps=caps)
     device(house, "bob", "bob")
+    mine, _ = send(house, "alice", "bob", "mine")
     for line in ("PRIVMSG alice :one", *lines, "QUIT"):
         ask(house, "bob", line)
     told = ask(house, "alice", f"CHATHISTORY TARGETS timestamp={iso(0)} timestamp={iso(2e9)} 9")
@@ -3689,6 +3690,9 @@ def test_what_targets_tells_is_found_when_the_partner_has_left(how):
     assert spoken(ask(house, "alice", f"SEARCH in={name};text=two")) == ["two"]
     house.enter_irc("eve")
     assert history(house, "eve", name) == history(house, "eve", "alice") == []
+    if "guest" not in how:  # a guest has another conversation than the account before
+        assert f" REDACT {name} {mine}" in str(ask(house, "alice", f"REDACT {name} {mine}"))
+        assert "mine" not in history(house, "alice", name)
 
 
 def test_targets_lists_several_users_of_one_nick_once():
@@ -7025,7 +7029,7 @@ def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
 
 WITHOUT_A_DATABASE = [  # what an act asks the store, and the answer when the database fails
     (lambda store: store.author_of("#a", 1), None),
-    (lambda store: store.guest_conversations("=a", "bob"), []),
+    (lambda store: store.named_conversations("=a", "bob"), []),
     (lambda store: store.foundings("#a"), {0}),
     (lambda store: store.dedup.find(["=a"], "id"), None),
     (lambda store: store.retention.prune(idle=True, now=1), False),
