@@ -9125,9 +9125,11 @@ def send_message(
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
     """Raise Refused if a line with its source is too long and must not be split. A channel gets
-    such a line in pieces, as some clients cannot know their source. Lines with tags are not split;
-    nor are those to a user, who gets one line or none, as the conformance suite expects."""
-    if len(text) <= FITS_ALWAYS // 4 or "#" in name[:2] and not tags:
+    such a line in pieces, as some clients cannot know their source. Lines with tags are not split,
+    nor a CTCP that is no action: half of one means nothing. Neither are those to a user, who gets
+    one line or none, as the conformance suite expects."""
+    is_whole = bool(tags) or text.startswith("\x01") and not text.startswith("\x01ACTION ")
+    if len(text) <= FITS_ALWAYS // 4 or "#" in name[:2] and not is_whole:
         return
     room = IRC_BYTES - 2 - len(f":{session.user.source.mask} PRIVMSG {name} :".encode())
     if len(text.encode()) > room:

@@ -13127,16 +13127,20 @@ def test_text_that_is_too_long_with_its_source_is_split_and_not_refused(text, wa
     assert sum("label" in line.tags for line in echo) == 1
 
 
-# Tags belong to one line, and a message to a user is one line: there the sender is told the limit
-@pytest.mark.parametrize("start", ["PRIVMSG bob :", "@+draft/reply=x PRIVMSG #a :"])
+# Tags belong to one line, and a message to a user is one line: there the sender is told the limit.
+# Half of a CTCP that is no action means nothing.
+@pytest.mark.parametrize(
+    "start", ["PRIVMSG bob :", "@+draft/reply=x PRIVMSG #a :", "PRIVMSG #a :\x01PING "]
+)
 def test_text_that_is_too_long_and_cannot_be_split_is_refused_with_the_limit(start):
     house = irc_house("#a", alice="message-tags", bob="message-tags")
     asked(house, "alice", f"NICK {WIDE}")
     forget(house)
     target = start.split()[-2]
     room = 510 - len(f":{WIDE}!~u@127.0.0.1 PRIVMSG {target} :".encode())
-    assert asked(house, "alice", start + "x" * room) == []
-    (answer,) = asked(house, "alice", start + "x" * (room + 1))
+    longest = start + "x" * (room - len(start.rpartition(":")[2]))
+    assert asked(house, "alice", longest) == []
+    (answer,) = asked(house, "alice", longest + "x")
     assert answer.verb == "417" and str(room) in answer.params[-1]
     assert [len(line.params[1]) for line in heard(house, "bob")] == [room]
 
