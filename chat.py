@@ -1000,7 +1000,8 @@ def mask_work(mask: str) -> int:
 CONTROLS = {n: None for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\t\n"}
 CONTROLS |= {0x2028: " ", 0x2029: " "}  # some programs end a line there
 # The colours of IRC (mIRC's, and hexadecimal ones); its other styles are control characters.
-COLOURS = re.compile("\x03(?:\\d{1,2}(?:,\\d{1,2})?)?|\x04(?:[0-9a-fA-F]{6})?")
+HEX = "[0-9a-fA-F]{6}"
+COLOURS = re.compile(f"\x03(?:\\d{{1,2}}(?:,\\d{{1,2}})?)?|\x04(?:{HEX}(?:,{HEX})?)?")
 
 
 def harmless(text: str) -> str:
@@ -5534,10 +5535,11 @@ class Span(NamedTuple):
 
 # Scripts without spaces between words, and emoji: each character is a word of the index.
 # Han, kana, Thai, Lao, Burmese, Khmer (Unicode, Blocks.txt)
-ONE_BY_ONE = re.compile(
-    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\u3040-\u30ff\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001f000-\U0001faff\U00020000-\U0003ffff])"
+JOINED_SCRIPTS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001f000-\U0001faff\U00020000-\U0003ffff"
 )
+ONE_BY_ONE = re.compile(f"([{JOINED_SCRIPTS}])")
 
 
 def words_of(text: str) -> str:
@@ -5546,7 +5548,8 @@ def words_of(text: str) -> str:
 
 
 # In Korean, particles follow a word without a space: each syllable is a word, too
-SYLLABLES = re.compile("([\uac00-\ud7a3])")
+HANGUL = "\uac00-\ud7a3"
+SYLLABLES = re.compile(f"([{HANGUL}])")
 
 
 def searchable(text: str) -> str:
@@ -12485,10 +12488,15 @@ def optional(*words: str) -> list[str]:
     return [word for word in words if word]
 
 
+# A place next to a character of these scripts: there a name needs no space to be a word
+NEXT_TO_JOINED = f"(?<=[{JOINED_SCRIPTS}{HANGUL}])|(?=[{JOINED_SCRIPTS}{HANGUL}])"
+
+
 def calls(text: str, name: str) -> bool:
-    """Return whether `text` contains this name as a separate word, in any case."""
-    key, folded = fold(name), fold_text(text)
-    return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
+    """Return whether a text, without its colours, contains this name as a word, in any case."""
+    key, folded = fold(name), fold_text(plain_text(text))
+    word = rf"(?:(?<!\w)|{NEXT_TO_JOINED}){re.escape(key)}(?:(?!\w)|{NEXT_TO_JOINED})"
+    return key in folded and bool(re.search(word, folded))
 
 
 def beginning(text: str) -> str:
@@ -25804,14 +25812,21 @@ function room(name) {
     marker: '', whole: false, behind: true, upTo: '', walked: 0, typing: {} };
 }
 
+// Characters of scripts in which a name needs no space beside it to be a word
+const JOINED = `[${['Hani', 'Hira', 'Kana', 'Hang', 'Thai', 'Laoo', 'Mymr', 'Khmr']
+  .map((script) => `\\p{scx=${script}}`).join('')}]`;
+
 function calls({ text, nick }) { // whether a message has this user's name in it, as a word
+  const letters = [...state.me], edge = `[^\\p{L}\\p{N}_]|${JOINED}`;
+  const within = (letter, end) => (new RegExp(JOINED, 'u').test(letter) ? '' : end);
   const name = state.me.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&');
-  const word = `(^|[^\\p{L}\\p{N}_])${name}(?![\\p{L}\\p{N}_])`;
-  return !isMe(nick) && new RegExp(word, 'iu').test(text);
+  const word = within(letters[0], `(^|${edge})`) + name + within(lastOf(letters), `(?=$|${edge})`);
+  return !isMe(nick) && new RegExp(word, 'iu').test(text.normalize('NFKC'));
 }
 
 // Colours and styles of IRC (modern.ircdocs.horse/formatting)
-const STYLES = /\x03(\d\d?(,\d\d?)?)?|\x04[\da-f,]{0,13}|[\x02\x0f\x11\x16\x1d-\x1f]/gi;
+const STYLES = new RegExp('\x03(\\d\\d?(,\\d\\d?)?)?|\x04([\\da-f]{6}(,[\\da-f]{6})?)?'
+  + '|[\x02\x0f\x11\x16\x1d-\x1f]', 'gi');
 
 function messageOf({ tags, nick, params: [target, said] }) {
   const action = /^\x01ACTION (.*?)\x01?$/s.exec(said);

@@ -13245,6 +13245,8 @@ COLOURED = [
     ("\x034Red\x03 Baron", "Red Baron"),
     ("\x0304Red 5 Baron", "Red 5 Baron"),
     ("\x04ff8800Red\x04 Baron", "Red Baron"),
+    ("\x04ff8800,00ff00Red\x04 Baron", "Red Baron"),
+    ("\x04ff8800,Red", ",Red"),
     ("\x02Red\x02 \x1fBaron", "Red Baron"),
     ("Red\x0399,99 Baron", "Red Baron"),
     ("\x03\x0304\x03Red Baron", "Red Baron"),
@@ -34800,19 +34802,41 @@ def test_a_reaction_is_shown_that_comes_before_the_window_was_told_of_the_messag
     assert rows[-1].reactions == (("\U0001f44d", ("carol",)),)
 
 
-@pytest.mark.parametrize(
-    "text, called",
-    [
-        ("alice: hello", True),
-        ("thanks, ALICE!", True),
-        ("malice", False),
-        ("alices", False),
-        ("absent", False),
-        ("(alice)", True),
-    ],
-)
-def test_a_mention_is_a_whole_word_in_any_case(text, called):
-    assert chat.calls(text, "Alice") is called
+MENTIONS = {  # text: a name, and whether the text calls it
+    "alice: hello": ("Alice", True),
+    "thanks, ALICE!": ("Alice", True),
+    "malice": ("Alice", False),
+    "alices": ("Alice", False),
+    "absent": ("Alice", False),
+    "(alice)": ("Alice", True),
+    # Scripts without spaces, and Korean particles
+    "\u4f60\u597dalice\u4f60\u597d": ("Alice", True),
+    "\u5c0f\u660e\u4f60\u597d": ("\u5c0f\u660e", True),
+    "\u4f60\u597d\u5c0f\u660e": ("\u5c0f\u660e", True),
+    "\u30ab\u30fc\u30eb\u3055\u3093": ("\u30ab\u30fc\u30eb", True),
+    "\ucca0\uc218\uc57c": ("\ucca0\uc218", True),
+    "\u0e2a\u0e21\u0e0a\u0e32\u0e22\u0e04\u0e23\u0e31\u0e1a": (
+        "\u0e2a\u0e21\u0e0a\u0e32\u0e22",
+        True,
+    ),
+    "malice\u660e": ("alice\u660e", False),
+    "e\u0301ric: hi": ("\xe9ric", True),
+    "\xe4eric": ("eric", False),
+}
+MENTIONS_IN_COLOUR = {
+    "\x0304alice\x03: hello": ("Alice", True),
+    "\x0304,12alice\x0f": ("Alice", True),
+    "\x04ff0000alice": ("Alice", True),
+    "\x04ff0000,00ff00alice": ("Alice", True),
+    "al\x02ice": ("Alice", True),
+    "m\x0304alice": ("Alice", False),
+}
+
+
+@pytest.mark.parametrize("text", [*MENTIONS, *MENTIONS_IN_COLOUR])
+def test_a_mention_is_a_whole_word_in_any_case(text):
+    name, called = (MENTIONS | MENTIONS_IN_COLOUR)[text]
+    assert chat.calls(text, name) is called
 
 
 @pytest.mark.parametrize("called", [False, True])
@@ -38236,6 +38260,14 @@ def test_hostile_texts_are_shown_as_text_and_no_other_host_is_asked(running, bro
     origin = "http://{}:{}/".format(*server.address)
     for url in tab.requests():
         assert url.startswith((origin, origin.replace("http", "ws"), "about:")), url
+
+
+def test_the_page_knows_the_mentions_that_the_other_clients_know(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    for text, (name, called) in (MENTIONS | MENTIONS_IN_COLOUR).items():
+        heard = {"tags": {}, "nick": "bob", "params": ["#lobby", text]}
+        of_page = f"(state.me = {json.dumps(name)}, messageOf({json.dumps(heard)}).called)"
+        assert tab.js(of_page) is called, text
 
 
 def test_a_picture_goes_from_the_page_to_all_and_back(running, browse, folder, tmp_path):
