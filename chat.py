@@ -26654,7 +26654,12 @@ function elect(steal) {
 
 const EMOJI = ['\u{1f44d}', '\u2764\ufe0f', '\u{1f602}', '\u{1f62e}', '\u{1f622}', '\u{1f64f}'];
 const ROWS = 50; // of a block: the browser draws only the blocks that are in sight
-const LINK = /(https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}])/u;
+// What ends a link: white space, quotes, the punctuation of Chinese and Japanese
+const NO_LINK = '\\s<>"\\p{Cf}\\xab\\xbb\\u201c-\\u201f\\u3001-\\u3004\\u3008-\\u301f'
+  + '\\uff01-\\uff0f\\uff1a-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65';
+const PAIR = `\\([^${NO_LINK}()]*\\)`; // a bracket at the end belongs to it if it was opened there
+const LINK = new RegExp(`(https?://(?:${PAIR}|(?!${PAIR})[^${NO_LINK}])*`
+  + `(?:${PAIR}|[^${NO_LINK}(.,;:!?)\\]}'\\u2018\\u2019\\u2026]))`, 'iu');
 
 const TAKEN = 'taken back';
 const log = $('log');

@@ -34845,26 +34845,34 @@ def test_a_message_for_the_user_stands_out(called):
     assert ("mention" in tags_of(pieces, "hello")) is called
 
 
-@pytest.mark.parametrize(
-    "text, links",
-    [
-        ("see https://example.org/a?b=c#d.", ["https://example.org/a?b=c#d"]),
-        ("(http://a.example) and HTTP://b", ["http://a.example", "HTTP://b"]),
-        ("<https://a.example/x>, https://b.example!", ["https://a.example/x", "https://b.example"]),
-        ("www.example.org/x, www. and www.", ["www.example.org/x"]),
-        (
-            "(https://a.example/x_(y)), www.b.example/(z)",
-            ["https://a.example/x_(y)", "www.b.example/(z)"],
-        ),
-        ("https://a.example/x) http://b/(y", ["https://a.example/x", "http://b/(y"]),
-        ("https://", []),
-        ("javascript:alert(1) file:///etc/passwd", []),
-    ],
-)
-def test_links_are_found_and_nothing_else_is_one(text, links):
+LINKS = {  # text: its links, here and on the page
+    "see https://example.org/a?b=c#d.": ["https://example.org/a?b=c#d"],
+    "(http://a.example) and HTTP://b": ["http://a.example", "HTTP://b"],
+    "<https://a.example/x>, https://b.example!": ["https://a.example/x", "https://b.example"],
+    "(https://a.example/x_(y)), https://b/(z)": ["https://a.example/x_(y)", "https://b/(z)"],
+    "https://a.example/x) http://b/(y": ["https://a.example/x", "http://b/(y"],
+    "https://": [],
+    "javascript:alert(1) file:///etc/passwd": [],
+    # Quotes of many languages, Chinese and Japanese punctuation
+    "\u201chttps://a.example/x\u201d, \xabhttp://b\xbb": ["https://a.example/x", "http://b"],
+    "\u201ehttps://a.example/x\u201c \u2018http://b\u2019": ["https://a.example/x", "http://b"],
+    "https://a.example/Duff\u2019s\u2026": ["https://a.example/Duff\u2019s"],
+    "https://a.example\u3001\u305d\u308c": ["https://a.example"],
+    "\uff08https://a.example/\u6771\u4eac\uff09": ["https://a.example/\u6771\u4eac"],
+    "\u300chttps://a.example/\u4f50\u3005\u6728\u300d": ["https://a.example/\u4f50\u3005\u6728"],
+}
+LINKS_OF_WINDOW = {
+    "www.example.org/x, www. and www.": ["www.example.org/x"],
+    "www.b.example/(z)": ["www.b.example/(z)"],
+}
+
+
+@pytest.mark.parametrize("text", [*LINKS, *LINKS_OF_WINDOW])
+def test_links_are_found_and_nothing_else_is_one(text):
     pieces = gui_client.linked(text, "row")
     assert texts_of(pieces) == text
-    assert [p for p, tags in zip(pieces[::2], pieces[1::2], strict=True) if "link" in tags] == links
+    links = [p for p, tags in zip(pieces[::2], pieces[1::2], strict=True) if "link" in tags]
+    assert links == (LINKS | LINKS_OF_WINDOW)[text]
 
 
 def test_a_failed_message_says_why_and_offers_a_retry_only_where_there_is_one():
@@ -38268,6 +38276,13 @@ def test_the_page_knows_the_mentions_that_the_other_clients_know(running, browse
         heard = {"tags": {}, "nick": "bob", "params": ["#lobby", text]}
         of_page = f"(state.me = {json.dumps(name)}, messageOf({json.dumps(heard)}).called)"
         assert tab.js(of_page) is called, text
+
+
+def test_the_page_finds_the_links_that_the_window_finds(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    for text, links in LINKS.items():
+        found = f"[...withLinks({json.dumps(text)}).querySelectorAll('a')].map(a => a.textContent)"
+        assert tab.js(found) == links, text
 
 
 def test_a_picture_goes_from_the_page_to_all_and_back(running, browse, folder, tmp_path):
