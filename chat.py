@@ -1000,7 +1000,8 @@ def mask_work(mask: str) -> int:
 CONTROLS = {n: None for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\t\n"}
 CONTROLS |= {0x2028: " ", 0x2029: " "}  # some programs end a line there
 # The colours of IRC (mIRC's, and hexadecimal ones); its other styles are control characters.
-COLOURS = re.compile("\x03(?:\\d{1,2}(?:,\\d{1,2})?)?|\x04(?:[0-9a-fA-F]{6})?")
+HEX = "[0-9a-fA-F]{6}"
+COLOURS = re.compile(f"\x03(?:\\d{{1,2}}(?:,\\d{{1,2}})?)?|\x04(?:{HEX}(?:,{HEX})?)?")
 
 
 def harmless(text: str) -> str:
@@ -3544,10 +3545,10 @@ class Hub:
         return key
 
     @question
-    def guest_conversations(self, identity: str, name_key: str) -> list[str]:
-        """Return the keys of a user's conversations with guests who had this name."""
+    def named_conversations(self, identity: str, name_key: str) -> list[str]:
+        """Return the keys of a user's conversations with other users who had this name."""
         owners = self.identities(identity)
-        stored = (self.store.guest_conversations(owner, name_key) for owner in owners)
+        stored = (self.store.named_conversations(owner, name_key) for owner in owners)
         keys = dict.fromkeys(itertools.chain.from_iterable(stored))
         to_store = (e.audience for e in self.turn.events if e.kind not in EPHEMERAL)
         for fresh in dict.fromkeys(one for one in to_store if isinstance(one, Conversation)):
@@ -4154,10 +4155,14 @@ def register_account(
 
 @act
 def verify_account(hub: Hub, who: Session, name: str, verifier: tuple, email: str) -> Account:
-    """Register an account whose mail address was verified."""
-    if fold(name) in hub.accounts:
-        raise Refused("INVALID_CODE", f"{name} is registered already", name)
-    return save_account(hub, Account(name, Verifier(*verifier), email, hub.next_id()))
+    """Register an account whose mail address was verified. Another user who took the name while the
+    mail was under way has to give it up."""
+    if hub.accounts.is_foreign(name, ""):
+        raise Refused("INVALID_CODE", f"{name}, or a name like it, is registered already", name)
+    account = save_account(hub, Account(name, Verifier(*verifier), email, hub.next_id()))
+    if (holder := hub.users.get(fold(name))) not in (None, who.user):
+        take_name(hub, holder, free_name(hub, name))
+    return account
 
 
 @act
@@ -4671,7 +4676,7 @@ def invalid_target(*about: str) -> Refused:
 
 def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
     """Return the keys of the history that a user reads under a name: of a channel, or of talks with
-    a user or account, present or not, and with guests who had the name. Raises Refused."""
+    a user or account, present or not, and with others who had the name. Raises Refused."""
     keys: list[str] = []
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
@@ -4680,7 +4685,7 @@ def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
         other = hub.users.get(fold(name))
         if identity := other.identity if other else hub.accounts.identity(name):
             keys += conversation_keys(hub, user.identity, identity)
-        keys += hub.guest_conversations(user.identity, fold(name))
+        keys += hub.named_conversations(user.identity, fold(name))
     if not keys:
         raise invalid_target(name)
     return keys
@@ -5469,7 +5474,7 @@ class Mark(NamedTuple):
 class Scope(NamedTuple):
     """The extent of a read: the key of a channel, or the keys of a private conversation. With
     `owners`, the identities of a user, also that user's conversations with guests whose nick was
-    `other_key`."""
+    `other_key`, and with all users who had that nick at the newest message."""
 
     keys: tuple[str, ...]
     owners: tuple[str, ...] = ()
@@ -5485,10 +5490,25 @@ def scope_of(hub: Hub, user: User, audience: Audience) -> Scope:
     return Scope(tuple(keys), hub.identities(user.identity), partner.key)
 
 
-# Condition of a target: a conversation of an identity with a guest of a name
-WITH_A_GUEST = """
-    (one = ? AND other_key = ? AND other LIKE '~%') OR (other = ? AND one_key = ? AND one LIKE '~%')
-"""
+# The conversations of an identity: id, key, whether it was with a guest who had a name when it
+# began, and the name that the other user had at the newest message, which TARGETS tells
+CONVERSATIONS = f"""
+    SELECT id, key, (one = ?1 AND other_key = ?2 AND other LIKE '~%')
+        OR (other = ?1 AND one_key = ?2 AND one LIKE '~%'),
+        (SELECT CASE author WHEN ?1 THEN about ELSE name END FROM events
+            WHERE target = targets.id AND kind IN ({SPOKEN_KINDS}) ORDER BY id DESC LIMIT 1)
+    FROM targets WHERE one = ?1 OR other = ?1 ORDER BY id"""
+
+
+def named_conversations(db: sqlite3.Connection, owner: str, name_key: str) -> list[tuple[int, str]]:
+    """Return id and key of an identity's conversations with users of a name, who may have left:
+    with guests who began with it, and with all who had it at the newest message."""
+    rows = db.execute(CONVERSATIONS, [owner, name_key])
+    return [
+        (id, key)
+        for id, key, with_guest, name in rows
+        if with_guest or (name and fold(name) == name_key)
+    ]
 
 
 class Span(NamedTuple):
@@ -5517,15 +5537,28 @@ class Span(NamedTuple):
 
 # Scripts without spaces between words, and emoji: each character is a word of the index.
 # Han, kana, Thai, Lao, Burmese, Khmer (Unicode, Blocks.txt)
-ONE_BY_ONE = re.compile(
-    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\u3040-\u30ff\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001f000-\U0001faff\U00020000-\U0003ffff])"
+JOINED_SCRIPTS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001f000-\U0001faff\U00020000-\U0003ffff"
 )
+ONE_BY_ONE = re.compile(f"([{JOINED_SCRIPTS}])")
 
 
 def words_of(text: str) -> str:
     """Return a text for the index: a blank on each side of characters that are words."""
     return text if text.isascii() else ONE_BY_ONE.sub(r" \1 ", text)
+
+
+# In Korean, particles follow a word without a space: each syllable is a word, too
+HANGUL = "\uac00-\ud7a3"
+SYLLABLES = re.compile(f"([{HANGUL}])")
+
+
+def searchable(text: str) -> str:
+    """Return a text for the server's index: words_of() it without colours and styles, which may
+    begin or end inside a word."""
+    text = words_of(plain_text(text))
+    return text if text.isascii() else SYLLABLES.sub(r" \1 ", text)
 
 
 class Readers:
@@ -5570,9 +5603,9 @@ class History:
         marks = ", ".join("?" * len(scope.keys))
         query = f"SELECT id, founding FROM targets WHERE key IN ({marks})"
         found = dict(db.execute(query, scope.keys).fetchall())
-        query = f"SELECT id, 0 FROM targets WHERE {WITH_A_GUEST}"
         for owner in scope.owners:
-            found |= dict(db.execute(query, [owner, scope.other_key] * 2).fetchall())
+            known = named_conversations(db, owner, scope.other_key)
+            found |= dict.fromkeys((id for id, _ in known), 0)
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
@@ -5608,10 +5641,14 @@ class History:
         return some
 
     def around(self, span: Span, centre: Mark, count: int) -> list[Event]:
-        """Return the events before a mark, and about as many from the mark on."""
-        older = self.page(span._replace(before=centre), count // 2)
+        """Return the events before a mark, and about as many from the mark on; more of one side if
+        there are few on the other."""
         inclusive = Mark(centre.id - 1) if centre.id is not None else Mark(time=centre.time - 1)
-        return older + self.page(span._replace(after=inclusive), count - len(older), newest=False)
+        older = self.page(span._replace(before=centre), count // 2)
+        newer = self.page(span._replace(after=inclusive), count - len(older), newest=False)
+        if len(older) + len(newer) < count:
+            older = self.page(span._replace(before=centre), count - len(newer))
+        return older + newer
 
     def between(self, span: Span, one: Mark, other: Mark, count: int) -> list[Event]:
         """Return the events between two marks, from the first one on; that may be the later one."""
@@ -5672,6 +5709,7 @@ class SearchIndex:
     Python has FTS5; without it nothing is found."""
 
     TOKENIZER = "unicode61 categories 'L* N* Co So'"
+    VERSION = 1  # of searchable(): an index of another version is made again
 
     def __init__(self, store: "Store"):
         self.store = store
@@ -5695,7 +5733,7 @@ class SearchIndex:
             self.redacted(row[0] for row in store.db.execute("SELECT id FROM erased"))
 
     def _open(self, path: pathlib.Path | None) -> sqlite3.Connection | None:
-        """Open the index. A damaged one is deleted and made again from chat.db."""
+        """Open the index. One that is damaged or of another version is made again from chat.db."""
         for attempts_left in (1, 0):
             try:
                 return self._open_once(path)
@@ -5716,9 +5754,15 @@ class SearchIndex:
             )
 
     def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
-        """Open the index. Raises sqlite3.DatabaseError if it is damaged, or without FTS5."""
+        """Open the index. Raises sqlite3.DatabaseError if it is damaged or another version's, or
+        without FTS5."""
         self._probe()
         db = connect(path, "rwc")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version != self.VERSION and db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            db.close()
+            raise sqlite3.DatabaseError(f"the index has version {version}")
+        db.execute(f"PRAGMA user_version = {self.VERSION}")
         db.executescript("""
             PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF; PRAGMA secure_delete = ON;
             CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
@@ -5803,7 +5847,7 @@ class SearchIndex:
             SELECT id, name, text FROM events
             WHERE target = ? AND id BETWEEN ? AND ? AND kind IN ({SPOKEN_KINDS})"""
         return [
-            (id, f"t{target} n{fold(name).encode().hex()}", words_of(text))
+            (id, f"t{target} n{fold(name).encode().hex()}", searchable(text))
             for target in targets
             for id, name, text in db.execute(query, [target, first, last])
         ]
@@ -5837,7 +5881,7 @@ class SearchIndex:
         self, scopes: Iterable[Scope], words: str, span: Span, count: int, author: str = ""
     ) -> list[tuple[Scope, Event]]:
         """Return the newest messages with these words (of the author's nick), the oldest first."""
-        texts = " ".join('"' + words_of(word).replace('"', '""') + '"' for word in words.split())
+        texts = " ".join('"' + searchable(word).replace('"', '""') + '"' for word in words.split())
         name = f" AND place: n{author.encode().hex()}" if author else ""
         found: list[tuple[Scope, Event]] = []
         if self.db is None:
@@ -6425,11 +6469,10 @@ class Store:
         except sqlite3.Error:
             return None
 
-    def guest_conversations(self, owner: str, name_key: str) -> list[str]:
-        """Return the keys of an identity's conversations with guests who had this name."""
-        query = f"SELECT key FROM targets WHERE {WITH_A_GUEST} ORDER BY id"
+    def named_conversations(self, owner: str, name_key: str) -> list[str]:
+        """Return the keys of an identity's conversations with users who had this name."""
         try:
-            return [row[0] for row in self.db.execute(query, [owner, name_key] * 2)]
+            return [key for _, key in named_conversations(self.db, owner, name_key)]
         except sqlite3.Error:
             return []
 
@@ -6912,7 +6955,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 7  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 8  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
@@ -8579,6 +8622,8 @@ def complete_registration(session: IrcSession) -> Steps:
         session.line("NOTE SESSION RESUMED :you have your place again")
     session.conn.named()
     welcome(session)
+    if session.account and not session.user.account:  # it was dropped, or has another password
+        session.reply("901 {} :You are now logged out", session.user.source.mask)
     if failure:
         session.notice(f"PASS did not log you in: {failure}")
     if session.site.hub.accounts.is_foreign(wanted, session.user.account):
@@ -9085,9 +9130,11 @@ def send_message(
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
     """Raise Refused if a line with its source is too long and must not be split. A channel gets
-    such a line in pieces, as some clients cannot know their source. Lines with tags are not split;
-    nor are those to a user, who gets one line or none, as the conformance suite expects."""
-    if len(text) <= FITS_ALWAYS // 4 or "#" in name[:2] and not tags:
+    such a line in pieces, as some clients cannot know their source. Lines with tags are not split,
+    nor a CTCP that is no action: half of one means nothing. Neither are those to a user, who gets
+    one line or none, as the conformance suite expects."""
+    is_whole = bool(tags) or text.startswith("\x01") and not text.startswith("\x01ACTION ")
+    if len(text) <= FITS_ALWAYS // 4 or "#" in name[:2] and not is_whole:
         return
     room = IRC_BYTES - 2 - len(f":{session.user.source.mask} PRIVMSG {name} :".encode())
     if len(text.encode()) > room:
@@ -9249,12 +9296,13 @@ def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
 @irc_command("NAMES", most=1)
 def irc_names(session: IrcSession, names: str = "") -> Iterator[None]:
     """NAMES [<channel>{,<channel>}] -- list the members of channels"""
-    for key in dict.fromkeys(map(fold, names.split(","))):
+    wanted = {fold(name): name for name in names.split(",") if name}
+    for key, name in (wanted or {"": ""}).items():
         channel = session.site.hub.channels.get(key)
         if channel and channel.visible_to(session):
             tell_names_irc(session, channel)
-            yield
-    session.reply(RPL_ENDOFNAMES, as_param(names))
+        session.reply(RPL_ENDOFNAMES, as_param(name))
+        yield
 
 
 LIST_BOUND = re.compile(r"([CT]?)([<>])(\d{1,9})")
@@ -9632,41 +9680,58 @@ def played(session: IrcSession, pairs: Iterable[tuple[str, Event]]) -> Iterator[
         yield from session.wire.encode(Audience(where), [event])
 
 
-def play(
-    session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool, check: Callable
+def page_of(
+    session: IrcSession, pairs: list[tuple[str, Event]], start: int, page: list[tuple[str, bytes]]
 ) -> Iterator[None]:
-    """Send events of the past, up to PAGE_BYTES as encoded, in a batch for clients that know those.
-    `whole`: no event follows. check() raises Refused if the user may not read them any more."""
-    where = name if name.startswith("#") else ""
+    """Fill a page with the lines of these events, each with the channel that it was said in: from
+    pairs[start] on, in both directions, up to PAGE_BYTES."""
+    # Of two events that are equally far from the start, the later one is nearer by this fraction
+    nearest = sorted(enumerate(pairs), key=lambda one: abs(one[0] - start + 0.4))
     lines, size = [], 0
-    for line in played(session, ((where, e) for e in (reversed(events) if newest else events))):
+    for line in played(session, (pair for _, pair in nearest)):
         if line is None:
             yield
             continue
         size += len(line)
         if lines and size > PAGE_BYTES:
-            whole = False
             break
-        lines.append(line)
+        lines.append((nearest[len(lines)][0], line))
+    page += [(pairs[n][0], line) for n, line in sorted(lines)]
+
+
+def play(
+    session: IrcSession, name: str, events: list[Event], start: int, whole: bool, check: Callable
+) -> Iterator[None]:
+    """Send events of the past, as page_of() chooses them, in a batch for clients that know those.
+    `whole`: no event follows. check() raises Refused if the user may not read them any more."""
+    where, page = name if name.startswith("#") else "", []
+    yield from page_of(session, [(where, event) for event in events], start, page)
     check()
-    lines = [line for line in (reversed(lines) if newest else lines) if line]
-    in_batch(session, f"chathistory {name}", lines, last_page_tag(session, whole))
+    whole = whole and len(page) == len(events)
+    told = [line for _, line in page if line]
+    in_batch(session, f"chathistory {name}", told, last_page_tag(session, whole))
+
+
+def start_of_page(how: str, mark: Mark, events: list[Event]) -> int:
+    """Return how many of these events are before the mark from which a page is counted."""
+    if how == "LATEST":
+        return len(events)
+    if mark.id is None:
+        return sum(event.time < mark.time for event in events)
+    return sum(event.id < mark.id for event in events)
 
 
 def history_job(
-    session: IrcSession, how: str, span: Span, name: str, marks: list[str], count: int
-) -> tuple[Callable[[], list[Event]], bool]:
-    """Return the job that reads a page, and whether it reads the span's newest. Raises Refused."""
-    hub, store = session.site.hub, session.site.store
-    points = [parse_mark(hub, mark, how, name) for mark in marks if (how, mark) != ("LATEST", "*")]
+    history: History, how: str, span: Span, points: list[Mark], count: int
+) -> Callable[[], list[Event]]:
+    """Return the job that reads a page."""
     if how == "AROUND":
-        return functools.partial(store.history.around, span, points[0], count), False
+        return functools.partial(history.around, span, points[0], count)
     if how == "BETWEEN":
-        return functools.partial(store.history.between, span, *points, count), False
+        return functools.partial(history.between, span, *points, count)
     bound = points[0] if points else None
     span = span._replace(before=bound) if how == "BEFORE" else span._replace(after=bound)
-    newest = how != "AFTER"
-    return functools.partial(store.history.page, span, count, newest), newest
+    return functools.partial(history.page, span, count, how != "AFTER")
 
 
 CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN": 2, "TARGETS": 1}
@@ -9704,47 +9769,42 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
         return (yield from tell_targets(session, bounds, count))
     scope = readable(session, name, how)
     kinds = REPLAYABLE if "draft/event-playback" in session.capabilities else SPOKEN
-    job, newest = history_job(session, how, Span(scope, kinds), name, marks, count)
-    events = yield do(session.read, job)
+    hub, past = session.site.hub, session.site.store.history
+    points = [parse_mark(hub, mark, how, name) for mark in marks if (how, mark) != ("LATEST", "*")]
+    events = yield do(session.read, history_job(past, how, Span(scope, kinds), points, count))
     changes = []
-    if how in ("AFTER", "LATEST") and (events or marks[0] != "*"):
-        if marks[0] == "*":
-            since = Mark(id=events[0].id)
-        else:
-            since = parse_mark(session.site.hub, marks[0], how, name)
+    if how in ("AFTER", "LATEST") and (events or points):
+        since = points[0] if points else Mark(id=events[0].id)
         for kind in changes_told(session, kinds):
-            span, page = Span(scope, (kind,), after=since), session.site.store.history.page
-            changes += yield do(session.read, page, span, CHANGES_A_PAGE)
+            span = Span(scope, (kind,), after=since)
+            changes += yield do(session.read, past.page, span, CHANGES_A_PAGE)
 
     def check() -> None:
         if readable(session, name, how) != scope:  # the user left it, or is another user now
             raise invalid_target(how, name)
 
     check()
-    channel = session.site.hub.channels.get(fold(name))
+    channel = hub.channels.get(fold(name))
     # A page of the store ends early where it is large, see History.page()
     size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
     whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
     events = sorted([*events, *changes], key=lambda event: event.id)
     name_now = channel.name if channel else name
-    session.go_on_with(play(session, name_now, events, newest, whole, check))
+    start = start_of_page(how, points[0] if points else Mark(), events)
+    session.go_on_with(play(session, name_now, events, start, whole, check))
 
 
 def tell_found(session: IrcSession, found: list[tuple[Scope, Event]]) -> Iterator[None]:
-    """Send the messages that a search found, but those of channels that the user has left."""
+    """Send the newest of the messages that a search found, without those of channels that the user
+    has left."""
     channels = session.user.channels
     names = {channel.key: channel.name for channel in channels}  # now, not when asked
     places = [names.get(s.keys[0]) if s.keys[0][:1] == "#" else "" for s, _ in found]
     pairs = [(where, e) for where, (_, e) in zip(places, found, strict=True) if where is not None]
-    lines = []
-    for line in played(session, pairs):
-        if line is None:
-            yield
-        else:
-            lines.append(line)
+    page: list[tuple[str, bytes]] = []
+    yield from page_of(session, pairs, len(pairs), page)
     here = {"", *(channel.name for channel in channels)}
-    told = (line for line, (where, _) in zip(lines, pairs, strict=True) if where in here)
-    in_batch(session, "soju.im/search", filter(None, told))
+    in_batch(session, "soju.im/search", [line for where, line in page if line and where in here])
 
 
 @irc_command("SEARCH", 1)
@@ -10245,11 +10305,11 @@ def irc_kill(session: IrcSession, name: str, reason: str = "") -> Steps:
 def ban_from(session: LocalSession, mask: str, minutes: str = "0", reason: str = "") -> Steps:
     """KLINE <address, mask or a:account> [<minutes>] [<reason>] -- ban from this server, for ever
     without minutes (which may come first), and close the connections of those it is for"""
-    # On other servers the minutes come first
-    if mask.isdecimal() and not minutes.isdecimal():
+    # On other servers the minutes come first, and may have a unit that this one does not know
+    if re.fullmatch(r"\d+[A-Za-z]*", mask) and not minutes.isdecimal():
         mask, minutes = minutes, mask
-    elif not reason and not minutes.isdecimal() and " " in minutes:
-        minutes, reason = "0", minutes
+    elif not minutes.isdecimal() and (" " in minutes or minutes[:1].isalpha()):
+        minutes, reason = "0", f"{minutes} {reason}".strip()
     number = whole_number(minutes)
     if number is None or number > BAN_MINUTES:
         text = f"a time is 1 to {BAN_MINUTES} minutes, or 0: for ever"
@@ -11632,7 +11692,8 @@ def open_websocket(session: WebSession, request: Request) -> None:
         return session.respond(400, "a request has one Origin")
     if not origin_allowed(session.site.web, request.header("origin"), request.host):
         return session.respond(403, "pages of that origin may not join; --web-origin allows them")
-    offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
+    words = map(str.strip, request.header("sec-websocket-protocol").split(","))
+    offered = [word for word in words if word in SUBPROTOCOLS]  # the client compares exactly
     lines = ["HTTP/1.1 101 Switching Protocols", *WEBSOCKET_OFFER]
     digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
     lines.append(f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}")
@@ -12161,9 +12222,10 @@ def tell_offset(session: WebSession, request: Request) -> Steps:
 
 def wanted_range(header: str, size: int) -> tuple[int, int] | None:
     """Return first byte and end of a Range (RFC 9110 section 14). None means all of the file, as
-    for several ranges and for invalid ones. Raises Refused if the range is outside the file."""
+    for several ranges, for invalid ones, and for all of an empty file: some clients send one with
+    each request. Raises Refused if the range is outside the file."""
     match = re.fullmatch(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", header, re.IGNORECASE)
-    if match is None or not (match[1] or match[2]):
+    if match is None or not (match[1] or match[2]) or not size:
         return None
     if not match[1]:
         first, end = max(0, size - int(match[2])), size
@@ -12428,10 +12490,15 @@ def optional(*words: str) -> list[str]:
     return [word for word in words if word]
 
 
+# A place next to a character of these scripts: there a name needs no space to be a word
+NEXT_TO_JOINED = f"(?<=[{JOINED_SCRIPTS}{HANGUL}])|(?=[{JOINED_SCRIPTS}{HANGUL}])"
+
+
 def calls(text: str, name: str) -> bool:
-    """Return whether `text` contains this name as a separate word, in any case."""
-    key, folded = fold(name), fold_text(text)
-    return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
+    """Return whether a text, without its colours, contains this name as a word, in any case."""
+    key, folded = fold(name), fold_text(plain_text(text))
+    word = rf"(?:(?<!\w)|{NEXT_TO_JOINED}){re.escape(key)}(?:(?!\w)|{NEXT_TO_JOINED})"
+    return key in folded and bool(re.search(word, folded))
 
 
 def beginning(text: str) -> str:
@@ -25855,14 +25922,21 @@ function room(name) {
     marker: '', whole: false, behind: true, upTo: '', walked: 0, typing: {} };
 }
 
+// Characters of scripts in which a name needs no space beside it to be a word
+const JOINED = `[${['Hani', 'Hira', 'Kana', 'Hang', 'Thai', 'Laoo', 'Mymr', 'Khmr']
+  .map((script) => `\\p{scx=${script}}`).join('')}]`;
+
 function calls({ text, nick }) { // whether a message has this user's name in it, as a word
+  const letters = [...state.me], edge = `[^\\p{L}\\p{N}_]|${JOINED}`;
+  const within = (letter, end) => (new RegExp(JOINED, 'u').test(letter) ? '' : end);
   const name = state.me.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&');
-  const word = `(^|[^\\p{L}\\p{N}_])${name}(?![\\p{L}\\p{N}_])`;
-  return !isMe(nick) && new RegExp(word, 'iu').test(text);
+  const word = within(letters[0], `(^|${edge})`) + name + within(lastOf(letters), `(?=$|${edge})`);
+  return !isMe(nick) && new RegExp(word, 'iu').test(text.normalize('NFKC'));
 }
 
 // Colours and styles of IRC (modern.ircdocs.horse/formatting)
-const STYLES = /\x03(\d\d?(,\d\d?)?)?|\x04[\da-f,]{0,13}|[\x02\x0f\x11\x16\x1d-\x1f]/gi;
+const STYLES = new RegExp('\x03(\\d\\d?(,\\d\\d?)?)?|\x04([\\da-f]{6}(,[\\da-f]{6})?)?'
+  + '|[\x02\x0f\x11\x16\x1d-\x1f]', 'gi');
 
 function messageOf({ tags, nick, params: [target, said] }) {
   const action = /^\x01ACTION (.*?)\x01?$/s.exec(said);
@@ -26690,7 +26764,12 @@ function elect(steal) {
 
 const EMOJI = ['\u{1f44d}', '\u2764\ufe0f', '\u{1f602}', '\u{1f62e}', '\u{1f622}', '\u{1f64f}'];
 const ROWS = 50; // of a block: the browser draws only the blocks that are in sight
-const LINK = /(https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}])/u;
+// What ends a link: white space, quotes, the punctuation of Chinese and Japanese
+const NO_LINK = '\\s<>"\\p{Cf}\\xab\\xbb\\u201c-\\u201f\\u3001-\\u3004\\u3008-\\u301f'
+  + '\\uff01-\\uff0f\\uff1a-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65';
+const PAIR = `\\([^${NO_LINK}()]*\\)`; // a bracket at the end belongs to it if it was opened there
+const LINK = new RegExp(`(https?://(?:${PAIR}|(?!${PAIR})[^${NO_LINK}])*`
+  + `(?:${PAIR}|[^${NO_LINK}(.,;:!?)\\]}'\\u2018\\u2019\\u2026]))`, 'iu');
 
 const TAKEN = 'taken back';
 const log = $('log');

@@ -325,10 +325,16 @@ class Opened(NamedTuple):
 RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 FORMS = ("isolated", "final", "initial", "medial")  # neither joined, to the one before, ...
 ZWNJ = "\u200c"  # keeps two letters apart
-PAIR = r"\([^\s<>\"()]*\)"  # at the end of a link a bracket belongs to it if it was opened there
+# White space, quotes and the punctuation of Chinese and Japanese end a link, the latter without a
+# space before or behind it
+NO_LINK = (
+    r"\s<>\"\xab\xbb\u201c-\u201f\u3001-\u3004\u3008-\u301f"
+    r"\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
+)
+PAIR = rf"\([^{NO_LINK}()]*\)"  # a bracket at the end belongs to it if it was opened there
 LINK = re.compile(
     r"(?:https?://|www\.(?=[\w-]+\.))"
-    rf"(?:{PAIR}|(?!{PAIR})[^\s<>\"])*(?:{PAIR}|[^\s<>\"(.,;:!?)\]}}'])",
+    rf"(?:{PAIR}|(?!{PAIR})[^{NO_LINK}])*(?:{PAIR}|[^{NO_LINK}(.,;:!?)\]}}'\u2018\u2019\u2026])",
     re.IGNORECASE,
 )
 # Classes of letters in one character each: strong ones, numbers, what may belong to numbers. All

@@ -2432,7 +2432,7 @@ def test_parts_of_the_index_go_with_the_messages_that_they_were_of(folder, small
     store.close()
 
 
-@pytest.mark.parametrize("how", ["gone", "junk", "behind"])
+@pytest.mark.parametrize("how", ["gone", "junk", "behind", "old"])
 def test_the_index_is_made_from_the_messages_whenever_it_is_needed(folder, how):
     house = House(store=chat.Store(folder / "chat.db"))
     house.enter_irc("alice")
@@ -2443,8 +2443,14 @@ def test_the_index_is_made_from_the_messages_whenever_it_is_needed(folder, how):
     house.turn()
     house.store.close()
     path = folder / "search.db"
-    path.unlink()
-    if how != "gone":
+    if how == "old":  # of the version before this one, which had other words
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("DROP TABLE search_1")
+            db.execute("CREATE VIRTUAL TABLE search_1 USING fts5 (place, text, content='')")
+            db.execute(f"PRAGMA user_version = {chat.SearchIndex.VERSION - 1}")
+    else:
+        path.unlink()
+    if how in ("junk", "behind"):
         path.write_bytes(index if how == "behind" else b"junk" * 5000)
     store = chat.Store(folder / "chat.db")
     index_all(store)
@@ -3673,6 +3679,35 @@ def test_a_page_of_targets_holds_all_that_have_the_time_of_its_last_one():
 
 
 # CHATHISTORY reads all guests of a nick together; so it is one target, as of their last message
+PARTNERS_WHO_LEFT = {  # what the partner bob does, the name under which TARGETS has the past
+    "an account under another nick": (["NICK rob", "PRIVMSG alice :two"], "rob"),
+    "an account that was deleted": (["PRIVMSG alice :two", "NS DROP password"], "bob"),
+    "a guest with a new nick": (["NS DROP password", "NICK rob", "PRIVMSG alice :two"], "rob"),
+}
+
+
+@pytest.mark.parametrize("how", PARTNERS_WHO_LEFT)
+def test_what_targets_tells_is_found_when_the_partner_has_left(how):
+    lines, name = PARTNERS_WHO_LEFT[how]
+    house = House()
+    account(house, "alice", "bob")
+    caps = f"{CAPS} batch draft/chathistory soju.im/search"
+    device(house, "alice", "alice", caps=caps)
+    device(house, "bob", "bob")
+    mine, _ = send(house, "alice", "bob", "mine")
+    for line in ("PRIVMSG alice :one", *lines, "QUIT"):
+        ask(house, "bob", line)
+    told = ask(house, "alice", f"CHATHISTORY TARGETS timestamp={iso(0)} timestamp={iso(2e9)} 9")
+    assert [line.split()[-2] for line in told if " TARGETS " in line][-1] == name
+    assert history(house, "alice", name)[-1] == "two"
+    assert spoken(ask(house, "alice", f"SEARCH in={name};text=two")) == ["two"]
+    house.enter_irc("eve")
+    assert history(house, "eve", name) == history(house, "eve", "alice") == []
+    if "guest" not in how:  # a guest has another conversation than the account before
+        assert f" REDACT {name} {mine}" in str(ask(house, "alice", f"REDACT {name} {mine}"))
+        assert "mine" not in history(house, "alice", name)
+
+
 def test_targets_lists_several_users_of_one_nick_once():
     house = House()
     account(house, "alice")
@@ -7223,7 +7258,7 @@ def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
 
 WITHOUT_A_DATABASE = [  # what an act asks the store, and the answer when the database fails
     (lambda store: store.author_of("#a", 1), None),
-    (lambda store: store.guest_conversations("=a", "bob"), []),
+    (lambda store: store.named_conversations("=a", "bob"), []),
     (lambda store: store.foundings("#a"), {0}),
     (lambda store: store.dedup.find(["=a"], "id"), None),
     (lambda store: store.retention.prune(idle=True, now=1), False),
@@ -9551,9 +9586,11 @@ carol< 442 carol #a :You're not on that channel
 alice> MODE #b +sv bob
 alice< :alice MODE #b +sv bob
 bob< :alice MODE #b +sv bob
-carol> NAMES #a,#b,#c
+carol> NAMES #a,#b,,#c,#A
 carol< 353 carol = #a :@alice
-carol< 366 carol #a,#b,#c :End of NAMES list
+carol< 366 carol #A :End of NAMES list
+carol< 366 carol #b :End of NAMES list
+carol< 366 carol #c :End of NAMES list
 bob> NAMES #b
 bob< 353 bob @ #b :@alice +bob
 bob< 366 bob #b :End of NAMES list
@@ -10253,8 +10290,8 @@ bob< :alice KILL bob :K-lined: spam
 bob< ERROR :Closing link: Killed (alice (K-lined: spam))
 alice> KLINE 0 10.0.0.1
 alice< NOTICE alice :K-line added: *!*@10.0.0.1; 0 users disconnected
-alice> KLINE a:zoe soon
-alice< FAIL KLINE INVALID_PARAMS soon :a time is 1 to 5256000 minutes, or 0: for ever
+alice> KLINE a:zoe 1h
+alice< FAIL KLINE INVALID_PARAMS 1h :a time is 1 to 5256000 minutes, or 0: for ever
 alice> STATS k
 alice< 216 alice K bob!*@* * alice :until WHEN: spam
 alice< 216 alice K *!*@10.0.0.1 * alice :for ever: no reason given
@@ -12720,6 +12757,34 @@ def test_around_a_message_is_half_of_what_is_asked_for_before_it():
     ids = [send(house, "alice", "#a", f"{n}")[0] for n in range(10)]
     found = {n: history(house, "alice", "#a", f"AROUND {{}} msgid={ids[5]} {n}") for n in (4, 5)}
     assert found == {4: ["3", "4", "5", "6"], 5: ["3", "4", "5", "6", "7"]}
+    ends = [history(house, "alice", "#a", f"AROUND {{}} msgid={ids[n]} 4") for n in (0, 1, 8, 9)]
+    assert ends == [["0", "1", "2", "3"]] * 2 + [["6", "7", "8", "9"]] * 2
+    assert history(house, "alice", "#a", f"AROUND {{}} timestamp={iso(2e9)} 1") == ["9"]
+
+
+LARGE_PAGES = [  # a query, and the two of six messages that fit in its page
+    ("LATEST {} * 9", "ef"),
+    ("BEFORE {} msgid={e} 9", "cd"),
+    ("AFTER {} msgid={b} 9", "cd"),
+    ("AROUND {} msgid={d} 9", "cd"),
+    ("AROUND {} msgid={a} 9", "ab"),
+    ("AROUND {} timestamp={time} 9", "cd"),
+    ("BETWEEN {} msgid={a} msgid={f} 9", "bc"),
+    ("BETWEEN {} msgid={f} msgid={a} 9", "de"),
+    ("BETWEEN {} timestamp=2040-01-01T00:00:00.000Z msgid={a} 9", "ef"),
+]
+
+
+@pytest.mark.parametrize("query, expected", LARGE_PAGES)
+def test_a_page_of_large_messages_has_those_next_to_where_it_begins(monkeypatch, query, expected):
+    monkeypatch.setattr(chat, "PAGE_BYTES", 2 * len("a " * 100) + 300)
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    sent = {text: send(house, "alice", "#a", f"{text} " * 100) for text in "abcdef"}
+    values = {text: id for text, (id, _) in sent.items()}
+    wanted = query.replace("{}", "{{}}").format(**values, time=sent["d"][1])
+    assert "".join(text[0] for text in history(house, "alice", "#a", wanted)) == expected
 
 
 # SEARCH
@@ -12770,6 +12835,11 @@ WITHOUT_SPACES = [  # what was said, words in it, words that are not
         ["\u1019\u1004\u103a\u1039\u1002\u101c\u102c"],
         ["\u1015\u102b\u1019"],
     ),
+    (
+        "\uac80\uc0c9\uc744 \ud55c\uad6d\uc5b4\ub85c",
+        ["\uac80\uc0c9", "\ud55c\uad6d\uc5b4", "\uad6d"],
+        ["\uc0c9\uac80"],
+    ),
     ("party\U0001f389time", ["\U0001f389"], ["\U0001f388"]),
     ("well done \U0001f44d\U0001f3fd", ["\U0001f44d", "done"], ["\U0001f44e"]),
     ("iPhone\u624b\u673a very good", ["\u624b\u673a", "good"], ["\u673a\u624b"]),
@@ -12790,6 +12860,24 @@ def test_words_of_scripts_without_spaces_and_emoji_are_found(text, found, missin
         house.turn()
         lines = house.heard("dora")[:-1]  # the last line counts them
         assert [line.partition("alice: ")[2] for line in lines] == expected, words
+
+
+def test_a_search_that_finds_much_tells_the_newest(monkeypatch):
+    monkeypatch.setattr(chat, "PAGE_BYTES", 2 * len("a " * 100) + 300)
+    house = irc_house("#a", alice="batch message-tags soju.im/search")
+    for text in "abcd":
+        asked(house, "alice", f"PRIVMSG #a :{text} " + "word " * 40)
+    found = messages_in(asked(house, "alice", "SEARCH in=#a;text=word;limit=9"))
+    assert [said[0] for *_, said in found] == ["c", "d"]
+
+
+def test_coloured_words_are_found():
+    house = irc_house("#a", alice="batch message-tags soju.im/search")
+    text = "\x0303,01Build\x03 \x02pas\x02sed \x1fin\x0f \x0404ff045 minutes"
+    asked(house, "alice", f"PRIVMSG #a :{text}")
+    for word in ("build", "passed", "in", "5", "\x02minutes\x02"):
+        assert len(messages_in(asked(house, "alice", f"SEARCH in=#a;text={word}"))) == 1, word
+    assert not messages_in(asked(house, "alice", "SEARCH in=#a;text=pas"))
 
 
 # ORDER AND LABELS
@@ -13391,16 +13479,20 @@ def test_text_that_is_too_long_with_its_source_is_split_and_not_refused(text, wa
     assert sum("label" in line.tags for line in echo) == 1
 
 
-# Tags belong to one line, and a message to a user is one line: there the sender is told the limit
-@pytest.mark.parametrize("start", ["PRIVMSG bob :", "@+draft/reply=x PRIVMSG #a :"])
+# Tags belong to one line, and a message to a user is one line: there the sender is told the limit.
+# Half of a CTCP that is no action means nothing.
+@pytest.mark.parametrize(
+    "start", ["PRIVMSG bob :", "@+draft/reply=x PRIVMSG #a :", "PRIVMSG #a :\x01PING "]
+)
 def test_text_that_is_too_long_and_cannot_be_split_is_refused_with_the_limit(start):
     house = irc_house("#a", alice="message-tags", bob="message-tags")
     asked(house, "alice", f"NICK {WIDE}")
     forget(house)
     target = start.split()[-2]
     room = 510 - len(f":{WIDE}!~u@127.0.0.1 PRIVMSG {target} :".encode())
-    assert asked(house, "alice", start + "x" * room) == []
-    (answer,) = asked(house, "alice", start + "x" * (room + 1))
+    longest = start + "x" * (room - len(start.rpartition(":")[2]))
+    assert asked(house, "alice", longest) == []
+    (answer,) = asked(house, "alice", longest + "x")
     assert answer.verb == "417" and str(room) in answer.params[-1]
     assert [len(line.params[1]) for line in heard(house, "bob")] == [room]
 
@@ -13505,6 +13597,8 @@ COLOURED = [
     ("\x034Red\x03 Baron", "Red Baron"),
     ("\x0304Red 5 Baron", "Red 5 Baron"),
     ("\x04ff8800Red\x04 Baron", "Red Baron"),
+    ("\x04ff8800,00ff00Red\x04 Baron", "Red Baron"),
+    ("\x04ff8800,Red", ",Red"),
     ("\x02Red\x02 \x1fBaron", "Red Baron"),
     ("Red\x0399,99 Baron", "Red Baron"),
     ("\x03\x0304\x03Red Baron", "Red Baron"),
@@ -13752,6 +13846,37 @@ def test_a_device_does_not_take_the_others_to_another_account():
     house.say("nc", "/quit")
     ask(house, "phone", "NS IDENTIFY carol password")
     assert house.hub.users["alice"].account == "carol"
+
+
+def awaiting_a_code(*names):
+    """Return a house where these users have registered, and the code that each got by mail."""
+    house = House(register=frozenset(("email-required",)))
+    house.enter_irc(*names)
+    for name in names:
+        asked(house, name, f"REGISTER * {len(house.asked_for)}@x.org password")
+    return house, {name: code for _, name, code in house.asked_for}
+
+
+def test_a_name_that_looks_like_an_account_made_meanwhile_is_not_verified():
+    other = "\u0430lice"  # Cyrillic
+    house, codes = awaiting_a_code(other, "alice")
+    assert of(asked(house, "alice", f"VERIFY * {codes['alice']}"), "VERIFY")
+    told = asked(house, other, f"VERIFY * {codes[other]}")
+    assert fails(told) == [("VERIFY", "INVALID_CODE", [other])]
+    assert list(house.hub.accounts) == ["alice"]
+
+
+def test_another_user_gives_up_a_name_that_is_verified():
+    house, codes = awaiting_a_code("alice", "bob")
+    asked(house, "alice", "NICK al")
+    house.enter_irc("guest")
+    asked(house, "guest", "NICK alice")
+    assert of(asked(house, "alice", f"VERIFY alice {codes['alice']}"), "VERIFY")
+    assert house.heard("guest") == [":alice!~u@127.0.0.1 NICK :alice2"]
+    asked(house, "alice", "NICK alice")
+    assert house.hub.users["alice"].account == "alice"
+    assert of(asked(house, "bob", f"VERIFY * {codes['bob']}"), "VERIFY")
+    assert house.hub.users["bob"].account == "bob"  # who keeps the name
 
 
 # VERIFY * is one's own name
@@ -14476,8 +14601,8 @@ ANSWERS_TO_ALICE = [  # what alice sends, and what the last line is that she rec
      "NOTICE alice :K-line added: x!*@10.0.0.9; 0 users disconnected"),
     (["KLINE 5 x!*@10.0.0.9 :spam"],
      "NOTICE alice :K-line added: x!*@10.0.0.9; 0 users disconnected"),
-    (["KLINE x!*@10.0.0.9 soon"],
-     "FAIL KLINE INVALID_PARAMS soon :a time is 1 to 5256000 minutes, or 0: for ever"),
+    (["KLINE x!*@10.0.0.9 1h"],
+     "FAIL KLINE INVALID_PARAMS 1h :a time is 1 to 5256000 minutes, or 0: for ever"),
     (["MONITOR x"], "461 alice MONITOR :Not enough parameters; MONITOR takes +, -, C, L or S"),
 ]  # fmt: skip
 
@@ -14493,9 +14618,17 @@ def test_the_last_answer_to_a_line_is_that_of_irc(monkeypatch, lines, answer):
 
 
 @pytest.mark.parametrize(
-    "mask, reason", [("x!*@h :spam and eggs", "spam and eggs"), ("x!*@h 0 spam", "spam")]
+    "mask, reason",
+    [
+        ("x!*@h :spam and eggs", "spam and eggs"),
+        ("x!*@h :5 lines of spam", "5 lines of spam"),
+        ("x!*@h :spam", "spam"),
+        ("x!*@h spam :and eggs", "spam and eggs"),
+        ("x!*@h 0 spam", "spam"),
+        ("x!*@h", "no reason given"),
+    ],
 )
-def test_a_ban_without_minutes_may_have_a_reason_of_several_words(mask, reason):
+def test_a_ban_without_minutes_may_have_a_reason(mask, reason):
     house = member_of_all()
     ask(house, "alice", f"KLINE {mask}")
     (ban,) = house.hub.bans.values()
@@ -14514,6 +14647,20 @@ def test_metadata_before_registration_can_be_changed_and_removed():
     ):
         ask(house, "alice", *lines)
         assert session.metadata == left
+
+
+@pytest.mark.parametrize("line", ["NS DROP password", "NS PASSWD password another"])
+def test_a_log_in_that_is_void_before_cap_end_is_told(line):
+    house = House()
+    account(house, "alice")
+    device(house, "alice", "alice")
+    house.connect_irc("phone")
+    house.say("phone", "CAP REQ :sasl", "NICK phone", "USER u 0 * :r")
+    assert sasl(house, "phone", "alice")
+    ask(house, "alice", line)
+    told = ask(house, "phone", "CAP END")
+    assert ":chat.py 901 phone phone!~u@127.0.0.1 :You are now logged out" in told
+    assert not house.hub.users["phone"].account
 
 
 def test_cap_end_in_the_middle_of_a_log_in_gives_it_up():
@@ -15382,7 +15529,7 @@ def test_a_handshake_is_answered_as_the_rfc_has_it():
     assert (status, headers["upgrade"]) == (101, "websocket")
     assert headers["sec-websocket-accept"] == "s3pplmbitxaq9kygzzhzrbk+xoo="  # small letters
     assert "sec-websocket-protocol" not in headers
-    protocols = "\nSec-WebSocket-Protocol: other, binary.ircv3.net, text.ircv3.net"
+    protocols = "\nSec-WebSocket-Protocol: Text.ircv3.net, binary.ircv3.net, text.ircv3.net"
     _, headers, _ = Browser(House()).asks(HANDSHAKE + protocols)
     assert headers["sec-websocket-protocol"] == "binary.ircv3.net"
 
@@ -16039,6 +16186,13 @@ def test_ranges_are_as_the_rfc_has_them(files, header, status, content):
     if status != 416:
         assert answer[2] == content and answer[1]["content-length"] == str(len(content))
     assert (answer[1].get("content-range", "").endswith("/10")) is (status != 200)
+
+
+@pytest.mark.parametrize("header", ["bytes=0-", "bytes=0-99", "bytes=-5", "bytes=-0"])
+def test_a_range_of_an_empty_file_is_all_of_it(files, header):
+    status, headers, content = got(files, path_of(posted(files, b"")), f"Range: {header}")
+    assert (status, headers["content-length"], content) == (200, "0", b"")
+    assert "content-range" not in headers
 
 
 PIECES_OF_A_FILE = [  # what is asked for, milliseconds that are fast, and each piece: from, bytes
@@ -29401,7 +29555,7 @@ def test_what_nickserv_answers_is_not_the_answer_to_what_stands_beside_it():
     assert lines[-1].params[1] == "nosuch"
 
 
-@pytest.mark.parametrize("minutes", ["-1", "99999999999999999999999"])
+@pytest.mark.parametrize("minutes", ["-1", "1h", "99999999999999999999999"])
 def test_a_kline_of_no_sensible_time_is_refused(minutes):
     house = operated()
     assert asked(house, "root", KLINE.format(minutes, "10.0.0.9", "x"))
@@ -37852,19 +38006,41 @@ def test_a_reaction_is_shown_that_comes_before_the_window_was_told_of_the_messag
     assert rows[-1].reactions == (("\U0001f44d", ("carol",)),)
 
 
-@pytest.mark.parametrize(
-    "text, called",
-    [
-        ("alice: hello", True),
-        ("thanks, ALICE!", True),
-        ("malice", False),
-        ("alices", False),
-        ("absent", False),
-        ("(alice)", True),
-    ],
-)
-def test_a_mention_is_a_whole_word_in_any_case(text, called):
-    assert chat.calls(text, "Alice") is called
+MENTIONS = {  # text: a name, and whether the text calls it
+    "alice: hello": ("Alice", True),
+    "thanks, ALICE!": ("Alice", True),
+    "malice": ("Alice", False),
+    "alices": ("Alice", False),
+    "absent": ("Alice", False),
+    "(alice)": ("Alice", True),
+    # Scripts without spaces, and Korean particles
+    "\u4f60\u597dalice\u4f60\u597d": ("Alice", True),
+    "\u5c0f\u660e\u4f60\u597d": ("\u5c0f\u660e", True),
+    "\u4f60\u597d\u5c0f\u660e": ("\u5c0f\u660e", True),
+    "\u30ab\u30fc\u30eb\u3055\u3093": ("\u30ab\u30fc\u30eb", True),
+    "\ucca0\uc218\uc57c": ("\ucca0\uc218", True),
+    "\u0e2a\u0e21\u0e0a\u0e32\u0e22\u0e04\u0e23\u0e31\u0e1a": (
+        "\u0e2a\u0e21\u0e0a\u0e32\u0e22",
+        True,
+    ),
+    "malice\u660e": ("alice\u660e", False),
+    "e\u0301ric: hi": ("\xe9ric", True),
+    "\xe4eric": ("eric", False),
+}
+MENTIONS_IN_COLOUR = {
+    "\x0304alice\x03: hello": ("Alice", True),
+    "\x0304,12alice\x0f": ("Alice", True),
+    "\x04ff0000alice": ("Alice", True),
+    "\x04ff0000,00ff00alice": ("Alice", True),
+    "al\x02ice": ("Alice", True),
+    "m\x0304alice": ("Alice", False),
+}
+
+
+@pytest.mark.parametrize("text", [*MENTIONS, *MENTIONS_IN_COLOUR])
+def test_a_mention_is_a_whole_word_in_any_case(text):
+    name, called = (MENTIONS | MENTIONS_IN_COLOUR)[text]
+    assert chat.calls(text, name) is called
 
 
 @pytest.mark.parametrize("called", [False, True])
@@ -37873,26 +38049,34 @@ def test_a_message_for_the_user_stands_out(called):
     assert ("mention" in tags_of(pieces, "hello")) is called
 
 
-@pytest.mark.parametrize(
-    "text, links",
-    [
-        ("see https://example.org/a?b=c#d.", ["https://example.org/a?b=c#d"]),
-        ("(http://a.example) and HTTP://b", ["http://a.example", "HTTP://b"]),
-        ("<https://a.example/x>, https://b.example!", ["https://a.example/x", "https://b.example"]),
-        ("www.example.org/x, www. and www.", ["www.example.org/x"]),
-        (
-            "(https://a.example/x_(y)), www.b.example/(z)",
-            ["https://a.example/x_(y)", "www.b.example/(z)"],
-        ),
-        ("https://a.example/x) http://b/(y", ["https://a.example/x", "http://b/(y"]),
-        ("https://", []),
-        ("javascript:alert(1) file:///etc/passwd", []),
-    ],
-)
-def test_links_are_found_and_nothing_else_is_one(text, links):
+LINKS = {  # text: its links, here and on the page
+    "see https://example.org/a?b=c#d.": ["https://example.org/a?b=c#d"],
+    "(http://a.example) and HTTP://b": ["http://a.example", "HTTP://b"],
+    "<https://a.example/x>, https://b.example!": ["https://a.example/x", "https://b.example"],
+    "(https://a.example/x_(y)), https://b/(z)": ["https://a.example/x_(y)", "https://b/(z)"],
+    "https://a.example/x) http://b/(y": ["https://a.example/x", "http://b/(y"],
+    "https://": [],
+    "javascript:alert(1) file:///etc/passwd": [],
+    # Quotes of many languages, Chinese and Japanese punctuation
+    "\u201chttps://a.example/x\u201d, \xabhttp://b\xbb": ["https://a.example/x", "http://b"],
+    "\u201ehttps://a.example/x\u201c \u2018http://b\u2019": ["https://a.example/x", "http://b"],
+    "https://a.example/Duff\u2019s\u2026": ["https://a.example/Duff\u2019s"],
+    "https://a.example\u3001\u305d\u308c": ["https://a.example"],
+    "\uff08https://a.example/\u6771\u4eac\uff09": ["https://a.example/\u6771\u4eac"],
+    "\u300chttps://a.example/\u4f50\u3005\u6728\u300d": ["https://a.example/\u4f50\u3005\u6728"],
+}
+LINKS_OF_WINDOW = {
+    "www.example.org/x, www. and www.": ["www.example.org/x"],
+    "www.b.example/(z)": ["www.b.example/(z)"],
+}
+
+
+@pytest.mark.parametrize("text", [*LINKS, *LINKS_OF_WINDOW])
+def test_links_are_found_and_nothing_else_is_one(text):
     pieces = gui_client.linked(text, "row")
     assert texts_of(pieces) == text
-    assert [p for p, tags in zip(pieces[::2], pieces[1::2], strict=True) if "link" in tags] == links
+    links = [p for p, tags in zip(pieces[::2], pieces[1::2], strict=True) if "link" in tags]
+    assert links == (LINKS | LINKS_OF_WINDOW)[text]
 
 
 def test_a_failed_message_says_why_and_offers_a_retry_only_where_there_is_one():
@@ -41288,6 +41472,21 @@ def test_hostile_texts_are_shown_as_text_and_no_other_host_is_asked(running, bro
     origin = "http://{}:{}/".format(*server.address)
     for url in tab.requests():
         assert url.startswith((origin, origin.replace("http", "ws"), "about:")), url
+
+
+def test_the_page_knows_the_mentions_that_the_other_clients_know(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    for text, (name, called) in (MENTIONS | MENTIONS_IN_COLOUR).items():
+        heard = {"tags": {}, "nick": "bob", "params": ["#lobby", text]}
+        of_page = f"(state.me = {json.dumps(name)}, messageOf({json.dumps(heard)}).called)"
+        assert tab.js(of_page) is called, text
+
+
+def test_the_page_finds_the_links_that_the_window_finds(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    for text, links in LINKS.items():
+        found = f"[...withLinks({json.dumps(text)}).querySelectorAll('a')].map(a => a.textContent)"
+        assert tab.js(found) == links, text
 
 
 def test_a_picture_goes_from_the_page_to_all_and_back(running, browse, folder, tmp_path):
