@@ -1000,7 +1000,8 @@ def mask_work(mask: str) -> int:
 CONTROLS = {n: None for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\t\n"}
 CONTROLS |= {0x2028: " ", 0x2029: " "}  # some programs end a line there
 # The colours of IRC (mIRC's, and hexadecimal ones); its other styles are control characters.
-COLOURS = re.compile("\x03(?:\\d{1,2}(?:,\\d{1,2})?)?|\x04(?:[0-9a-fA-F]{6})?")
+HEX_COLOUR = "[0-9a-fA-F]{6}"
+COLOURS = re.compile(f"\x03(?:\\d{{1,2}}(?:,\\d{{1,2}})?)?|\x04(?:{HEX_COLOUR}(?:,{HEX_COLOUR})?)?")
 
 
 def harmless(text: str) -> str:
@@ -12426,10 +12427,31 @@ def optional(*words: str) -> list[str]:
     return [word for word in words if word]
 
 
-def calls(text: str, name: str) -> bool:
-    """Return whether `text` contains this name as a separate word, in any case."""
+# Scripts without blanks between words: Thai, Lao, Burmese, Khmer, Han, kana, wide forms, emoji
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\uff00-\uff60"
+    "\U0001f000-\U0001faff\U00020000-\U0003ffff]"
+)
+KOREAN = re.compile("[\uac00-\ud7a3]")  # has blanks, but none between a name and its particle
+
+
+def in_word(c: str) -> bool:
+    """Return whether a character beside a name is of the same word, as far as its script tells."""
+    is_letter = c == "_" or c.isalnum() or (c and unicodedata.category(c)[0] == "M")
+    return bool(is_letter) and not (UNSPACED.match(c) or KOREAN.match(c))
+
+
+def calls(text: str, name: str, others: Iterable[str] = ()) -> bool:
+    """Return whether `text` contains this name as a separate word, in any case, and not only as a
+    part of the names of others, like alice in alice-away."""
     key, folded = fold(name), fold_text(text)
-    return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
+    if key not in folded:
+        return False
+    for other in map(fold, others):
+        if key in other and key != other:
+            folded = folded.replace(other, " ")
+    found = (match.span() for match in re.finditer(re.escape(key), folded))
+    return any(not (in_word(folded[a - 1 : a]) or in_word(folded[b : b + 1])) for a, b in found)
 
 
 def beginning(text: str) -> str:
@@ -12977,6 +12999,8 @@ class Room:
         self.name, self.password = name, password
         self.is_channel = is_channel(name) if channel is None else channel
         self.people: dict[str, str] = {}  # ranks by name; the last speaker is last
+        # The names in a list of which more is to come, or that came since it began: True, new ones
+        self.listed: dict[str, bool] | None = None
         self.topic = ""
         self.inside = False
         self.wanted = False  # to be joined again after a break ...
@@ -13034,6 +13058,26 @@ class Room:
         """Add a member, up to a limit: a server may invent any number."""
         if may_hold(self.people, name, PEOPLE_LISTED) and len(name.encode()) <= IRC_BYTES:
             self.people[name] = ranks
+            if self.listed is not None:
+                self.listed[name] = False
+
+    def went(self, name: str) -> None:
+        """Remove a member, who does not type any more, either."""
+        self.people.pop(name, None)
+        self.typing.pop(name, None)
+
+    def take_list(self, names: dict[str, str]) -> None:
+        """Take members, by name their ranks, from a list of which more is to come."""
+        self.listed = self.listed or {}
+        for name, ranks in names.items():
+            self.listed.setdefault(name, name not in self.people)
+            self.people[name] = ranks
+
+    def end_list(self) -> None:
+        """Forget the members whom the list has not named; new ones are those who did not speak."""
+        listed, self.listed = self.listed or {}, None
+        kept = {name: ranks for name, ranks in self.people.items() if name in listed}
+        self.people = {name: ranks for name, ranks in kept.items() if listed[name]} | kept
 
     def spoke(self, name: str) -> None:
         remember(self.spoken, name)
@@ -13052,6 +13096,9 @@ class Room:
         if name in self.spoken:
             remember(self.spoken, new)
         self.people[new] = self.people.pop(name)
+        self.typing.pop(name, None)
+        if self.listed is not None:
+            self.listed[new] = False
         return True
 
     def name_view(self, own_id: str, id: str, file: str = "") -> None:
@@ -13346,7 +13393,8 @@ def is_called(core: "ClientCore", text: str, where: str) -> bool:
     if core.fold(where) in map(core.fold, words):
         return True
     words = [core.name, *(word for word in words if not core.server.is_channel(word))]
-    return any(calls(text, word) for word in words)
+    room = core.find(where)
+    return any(calls(text, word, room.people if room else ()) for word in words)
 
 
 def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
@@ -14487,7 +14535,7 @@ class PlainTalk:
         core.kind_confirmed = True
         name, rest = match.groups()
         if kind == QUIT:
-            room.people.pop(name, None)
+            room.went(name)
         else:
             room.came(name)  # such a server does not list its members
         if kind == MESSAGE:
@@ -15723,7 +15771,7 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
 def user_went(talk: IrcTalk, room: Room, heard: ServerLine, why: str = "") -> None:
     """Remove a user, or this client, from one conversation."""
     core, name = talk.core, heard.name
-    room.people.pop(name, None)
+    room.went(name)
     why = "" if core.ignored.covers(heard.source) else why
     if core.is_me(name):
         room.inside = room.wanted = False
@@ -15771,11 +15819,11 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
 def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
     core, (where, name, *why) = talk.core, heard.params
     if room := core.find(where):
-        reason = f": {why[0]}" if why else ""
+        reason = f": {why[0]}" if any(why) else ""
         text = f"{heard.name} kicked {name} from {where}{reason}"
         view = ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name))
         core.incoming.event(room, view)
-        room.people.pop(name, None)
+        room.went(name)
         if core.is_me(name):
             room.inside = room.wanted = False
             room.people.clear()
@@ -15936,7 +15984,7 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.incoming.event(room, ViewEvent(MODE, text, heard.name, room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
-        if letter == "k" and value != "*":  # some servers hide it
+        if letter == "k" and value != "*" and (value or sign == "-"):  # some servers hide it
             room.password = value if sign == "+" else ""
             talk.core.rooms.keep(room)
         if letter in ranks:
@@ -15948,9 +15996,11 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("INVITE", least=2)
 def invited(talk: IrcTalk, heard: ServerLine) -> None:
-    where = heard.params[1]
+    name, where = heard.params[:2]
     if talk.core.ignored.covers(heard.source):
         return
+    if not talk.core.is_me(name):  # invite-notify
+        return talk.core.server_text(f"{heard.name} invites {name} to {where}", where)
     text = f"{heard.name} invites you to {where}; /join {where}"
     talk.core.show(ViewEvent(SERVER_TEXT, text, called=True))
 
@@ -15972,10 +16022,15 @@ def names_told(talk: IrcTalk, heard: ServerLine) -> None:
     key = talk.core.fold(where)
     if key not in talk.core.rooms and key not in talk.answers.names:
         return
-    coming = talk.names.setdefault(key, {})
-    for word in names.split()[: PEOPLE_LISTED - len(coming)]:
+    known = talk.names.setdefault(key, {})
+    words = names.split()[: PEOPLE_LISTED - len(known)]
+    people = {}
+    for word in words:
         name = word.lstrip(talk.server.ranks[1])
-        coming[name.partition("!")[0]] = word.removesuffix(name)
+        people[name.partition("!")[0]] = word.removesuffix(name)
+    known |= people
+    if room := talk.core.rooms.get(key):
+        room.take_list(people)
 
 
 @from_server("366", least=2)
@@ -15984,8 +16039,7 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
     people, room = talk.names.pop(key, {}), talk.core.rooms.get(key)
     text = ", ".join(ranks + name for name, ranks in people.items()) or "there is no user"
     if room:
-        present = {name: people.pop(name) for name in room.people if name in people}
-        room.people = people | present  # the last speaker is last
+        room.end_list()
     asked = key in talk.answers.names
     talk.answers.names.discard(key)
     where = room.name if room else heard.params[1]
@@ -17497,7 +17551,7 @@ class ClientCore:
         if talk and any(asked.how in ("missed", "gap") for asked in talk.history.requests):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         for room in self.rooms.values():
-            room.held, room.inside, room.asked_people = [], False, False
+            room.held, room.inside, room.asked_people, room.listed = [], False, False, None
             room.typing.clear()
             self.changed(room)
         self.people.asked.clear()
@@ -23281,6 +23335,7 @@ class KeyDecoder:
 
 EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
 ZWJ = "\u200d"  # zero width joiner: one emoji of several
+ZWNJ = "\u200c"  # zero width non-joiner: belongs to the letter before it
 
 
 def is_regional(c: str) -> bool:
@@ -23310,7 +23365,9 @@ def continues_cluster(cluster: str, c: str) -> bool:
     """Return whether `c` continues the cluster before it."""
     if is_inner_jamo(c):
         return "\u1100" <= cluster[0] <= "\u11ff"
-    if cluster[-1] == ZWJ or c == ZWJ or unicodedata.category(c) in ("Mn", "Me", "Mc"):
+    is_tag = "\U000e0020" <= c <= "\U000e007f"  # the letters of a region in its flag
+    joins = cluster[-1] == ZWJ or c in (ZWJ, ZWNJ) or is_tag
+    if joins or unicodedata.category(c) in ("Mn", "Me", "Mc"):
         return cluster != "\n"
     if is_regional(c):
         return len(cluster) == 1 and is_regional(cluster)
@@ -23350,17 +23407,27 @@ def last_cluster(text: str) -> str:
     return "".join(clusters(text[-CLUSTER_CHARACTERS:])[-1:])
 
 
-WORD = re.compile(r"\W*\w*")
+def with_a_word(parts: Iterable[str]) -> list[str]:
+    """Return these clusters up to the end of the first word: a letter may have marks on it."""
+    found: list[str] = []
+    begun = False
+    for part in parts:
+        is_letter = part[0].isalnum() or part[0] == "_"
+        if begun and not is_letter:
+            break
+        begun = begun or is_letter
+        found.append(part)
+    return found
 
 
 def first_word(text: str) -> str:
     """Return the first word, with the blanks before it."""
-    return WORD.match(text).group()
+    return "".join(with_a_word(clusters(text)))
 
 
 def last_word(text: str) -> str:
     """Return the last word, with the blanks after it."""
-    return first_word(text[::-1])[::-1]
+    return "".join(reversed(with_a_word(reversed(clusters(text)))))
 
 
 def is_secret(text: str) -> bool:
@@ -23520,7 +23587,7 @@ class LineEditor:
 
     def _offer(self, step: int) -> None:
         """Replace the word, or the candidate in its place, by the next candidate."""
-        word = self.before[self.before.rfind(" ") + 1 :]
+        word = self.before[max(map(self.before.rfind, " \n")) + 1 :]
         if self.offers:
             word = self.offers[0]
             self.offers = self.offers[step:] + self.offers[:step]
@@ -23606,11 +23673,6 @@ def rows_of(line: str, columns: int) -> list[str]:
 BLANK = r"[^\S\u00a0\u2007\u202f]"  # at which a row may end: not at a no-break space
 WORDS = re.compile(rf"{BLANK}*(?:\S|[\u00a0\u2007\u202f])+|{BLANK}+")
 LEADING_BLANKS = re.compile(rf"{BLANK}+")
-# Scripts without blanks between words: Thai, Lao, Burmese, Khmer, Han, kana, wide forms, emoji
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\uff00-\uff60"
-    "\U0001f000-\U0001faff\U00020000-\U0003ffff]"
-)
 ENDING = "\u3001\u3002\u3009\u300b\u300d\u300f\u3011\u30fc"  # no row begins with these ...
 ENDING += "\uff01\uff09\uff0c\uff0e\uff1a\uff1b\uff1f,.;:!?)"
 OPENING = "\u3008\u300a\u300c\u300e\u3010\uff08("  # ... or ends with these
@@ -25700,8 +25762,21 @@ async function openDatabase() {
   } catch { /* there is none, as in some private windows */ }
 }
 
+// Safari closes the database of a page that was in the background: then it is opened once more
+async function reopening(work) {
+  try {
+    return await work();
+  } catch (error) {
+    if (!/^(InvalidState|Unknown|Abort)Error$/.test(error.name)) throw error;
+    await openDatabase();
+    return work();
+  }
+}
+
 // Change a table; the promise ends when that is on disk
-async function store(name, method, ...values) {
+const store = (...change) => reopening(() => storeOnce(...change));
+
+async function storeOnce(name, method, ...values) {
   if (!indexed) {
     return values.forEach((value) => (method === 'put'
       ? set(`${name}.${value[KEYS[name]]}`, value) : set(`${name}.${value}`, null)));
@@ -25713,7 +25788,9 @@ async function store(name, method, ...values) {
 }
 
 // Without a database each row is a setting of its own: tabs write at once
-async function stored(name) {
+const stored = (name) => reopening(() => storedOnce(name));
+
+async function storedOnce(name) {
   if (indexed) return settled(indexed.transaction([name]).objectStore(name).getAll());
   const names = Object.keys(memory);
   try {
@@ -25745,22 +25822,32 @@ function room(name) {
     marker: '', whole: false, behind: true, upTo: '', walked: 0, typing: {} };
 }
 
-function calls({ text, nick }) { // whether a message has this user's name in it, as a word
-  const name = state.me.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&');
-  const word = `(^|[^\\p{L}\\p{N}_])${name}(?![\\p{L}\\p{N}_])`;
-  return !isMe(nick) && new RegExp(word, 'iu').test(text);
+// A letter beside a name is of the same word, but for scripts without blanks between words (and
+// Korean, whose particles follow a name at once)
+const UNSPACED = ['Han', 'Hira', 'Kana', 'Hang', 'Thai', 'Laoo', 'Mymr', 'Khmr']
+  .map((script) => `\\p{sc=${script}}`).join('');
+const LETTER = `(?![${UNSPACED}\\u30fc])[\\p{L}\\p{M}\\p{N}_]`;
+
+// Whether a message has this user's name in it, as a word, and not as a part of another's name
+function calls({ text, nick, target }) {
+  const name = state.me.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&'), key = fold(state.me).slice(1);
+  const others = Object.values(state.rooms[fold(target)]?.members ?? {})
+    .filter((one) => !isMe(one.name) && fold(one.name).includes(key));
+  const rest = others.reduce((left, one) => left.split(one.name).join(' '), text);
+  return !isMe(nick) && new RegExp(`(^|(?!${LETTER})[^])${name}(?!${LETTER})`, 'iu').test(rest);
 }
 
 // Colours and styles of IRC (modern.ircdocs.horse/formatting)
-const STYLES = /\x03(\d\d?(,\d\d?)?)?|\x04[\da-f,]{0,13}|[\x02\x0f\x11\x16\x1d-\x1f]/gi;
+const STYLES = new RegExp('\\x03(\\d\\d?(,\\d\\d?)?)?|\\x04([\\da-f]{6}(,[\\da-f]{6})?)?'
+  + '|[\\x02\\x0f\\x11\\x16\\x1d-\\x1f]', 'gi');
 
 function messageOf({ tags, nick, params: [target, said] }) {
   const action = /^\x01ACTION (.*?)\x01?$/s.exec(said);
-  const text = (action ? action[1] : said).replace(STYLES, '');
-  return { id: tags.msgid ?? '', own: tags['+chat.py/id'] ?? '', time: tags.time ?? now(), nick,
-    target: target.replace(/^[~&@%+]+(?=#)/, ''), text, action: Boolean(action),
-    reply: tags['+draft/reply'], file: fileOf(tags['chat.py/file']), reactions: [],
-    called: calls({ text, nick }) };
+  const message = { nick, target: target.replace(/^[~&@%+]+(?=#)/, ''),
+    text: (action ? action[1] : said).replace(STYLES, '') };
+  return { id: tags.msgid ?? '', own: tags['+chat.py/id'] ?? '', time: tags.time ?? now(),
+    ...message, action: Boolean(action), reply: tags['+draft/reply'],
+    file: fileOf(tags['chat.py/file']), reactions: [], called: calls(message) };
 }
 
 // The file that a message links to, as the server describes it: only a path of this server
@@ -25828,7 +25915,7 @@ function arrived(own, to) {
 
 // What is unread behind the marker, up to 100 messages; the time of a note is of this device
 function unreadIn({ messages, marker }) {
-  const said = messages.filter(({ info }) => !info).slice(-100).reverse();
+  const said = messages.filter(({ info, gone }) => !info && !gone).slice(-100).reverse();
   const read = said.findIndex(({ time, nick }) => time <= marker || isMe(nick));
   return read < 0 ? said : said.slice(0, read);
 }
@@ -25884,7 +25971,7 @@ function miss(to) {
 function member(to, name, change) {
   const key = fold(name);
   if (change) to.members[key] = { name, rank: '', away: false, ...to.members[key], ...change };
-  else delete to.members[key];
+  else [to.members, to.typing].forEach((table) => delete table[key]);
 }
 
 const roomsWith = (nick) => allRooms().filter((to) => to.members[fold(nick)]);
@@ -26580,7 +26667,12 @@ function elect(steal) {
 
 const EMOJI = ['\u{1f44d}', '\u2764\ufe0f', '\u{1f602}', '\u{1f62e}', '\u{1f622}', '\u{1f64f}'];
 const ROWS = 50; // of a block: the browser draws only the blocks that are in sight
-const LINK = /(https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}])/u;
+// No link has these; a bracket at its end belongs to it if it was opened there
+const STOPS = '\\s<>"\\p{Cf}\\u3001\\u3002\\u3008-\\u3011'
+  + '\\uff01\\uff08\\uff09\\uff0c\\uff1a\\uff1b\\uff1f';
+const PAIR = `\\([^()${STOPS}]*\\)`;
+const LINK = new RegExp(`(https?://(?:${PAIR}|(?!${PAIR})[^${STOPS}])*`
+  + `(?:${PAIR}|[^${STOPS}('.,:;!?)\\]}]))`, 'iu');
 
 const TAKEN = 'taken back';
 const log = $('log');
@@ -26947,11 +27039,12 @@ field.onkeydown = (event) => {
 
 // Complete the name in front of the cursor
 function complete() {
-  const head = field.value.replace(/\S*$/, ''), stem = fold(field.value.slice(head.length));
-  const known = [...Object.values(shown().members), ...allRooms()];
+  const { selectionStart: at, value } = field, word = /\S*$/.exec(value.slice(0, at))[0];
+  const known = [...Object.values(shown().members), ...allRooms()], stem = fold(word);
   const found = known.find(({ name }) => fold(name).startsWith(stem) && !isMe(name));
-  if (!found || head === field.value) return false;
-  field.value = head + found.name + (head || isChannel(found.name) ? ' ' : ': ');
+  if (!found || !word) return false;
+  const end = at > word.length || isChannel(found.name) ? ' ' : ': ';
+  field.setRangeText(found.name + end, at - word.length, at, 'end');
   keepDraft();
   return true;
 }
@@ -26997,7 +27090,9 @@ for (const [opener, input] of [[$('attach'), $('file')], [$('camera'), $('photo'
     input.value = ''; // the same file may be chosen again
   };
 }
-field.onpaste = ({ clipboardData: { files } }) => offer(...files);
+// Office programs copy a text as a picture, too
+field.onpaste = ({ clipboardData: { files, types } }) =>
+  types.includes('text/rtf') || offer(...files);
 document.ondragover = document.ondrop = (event) => {
   const { type, target, dataTransfer: { types, files } } = event;
   if (target === field && !types.includes('Files')) return; // a text, for the browser to insert

@@ -325,10 +325,12 @@ class Opened(NamedTuple):
 RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 FORMS = ("isolated", "final", "initial", "medial")  # neither joined, to the one before, ...
 ZWNJ = "\u200c"  # keeps two letters apart
-PAIR = r"\([^\s<>\"()]*\)"  # at the end of a link a bracket belongs to it if it was opened there
+# No link has these, or in a text without blanks it would not end: 、。！ and brackets
+STOPS = r"\s<>\"\u3001\u3002\u3008-\u3011\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f"
+PAIR = rf"\([^(){STOPS}]*\)"  # at the end of a link a bracket belongs to it if it was opened there
 LINK = re.compile(
     r"(?:https?://|www\.(?=[\w-]+\.))"
-    rf"(?:{PAIR}|(?!{PAIR})[^\s<>\"])*(?:{PAIR}|[^\s<>\"(.,;:!?)\]}}'])",
+    rf"(?:{PAIR}|(?!{PAIR})[^{STOPS}])*(?:{PAIR}|[^{STOPS}(.,;:!?)\]}}'])",
     re.IGNORECASE,
 )
 # Classes of letters in one character each: strong ones, numbers, what may belong to numbers. All

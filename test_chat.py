@@ -13153,6 +13153,7 @@ COLOURED = [
     ("\x034Red\x03 Baron", "Red Baron"),
     ("\x0304Red 5 Baron", "Red 5 Baron"),
     ("\x04ff8800Red\x04 Baron", "Red Baron"),
+    ("\x04ff8800,0000FFRed\x04, Baron", "Red, Baron"),
     ("\x02Red\x02 \x1fBaron", "Red Baron"),
     ("Red\x0399,99 Baron", "Red Baron"),
     ("\x03\x0304\x03Red Baron", "Red Baron"),
@@ -23706,6 +23707,8 @@ CLUSTERS = [  # what a reader takes for characters, one after the other
     ["\u1112\u1161\u11ab", "\u1100\u1173\u11af"],  # Hangul in letters
     ["\u00e4", "\u1161"],
     ["\n", "\u0301"],
+    ["a", "\U0001f3f4\U000e0067\U000e0062\U000e007f", "b"],  # the flag of a region
+    ["\u0645", "\u06cc\u200c", "\u062e"],  # a letter that is not joined to the next one
 ]
 
 
@@ -25326,6 +25329,8 @@ CHANGED_BY_A_LINE = {  # lines before, the line, and all that it changes in a co
     ("", ":bob!u@h MODE #a +k word"): {"#a password": "word"},
     (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a -k word"): {"#a password": ""},
     (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a -k *"): {},
+    (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a +k"): {},
+    (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a -k"): {"#a password": ""},
     ("731 alice :bob", "730 alice :bob!u@h"): {"bob gone": False},
     ("", "731 alice :bob"): {"bob gone": True},
     ("", "MARKREAD #a timestamp=2025-01-01T00:00:00.000Z"): {"#a read_time": 1735689600000},
@@ -25347,6 +25352,59 @@ def test_what_a_server_tells_changes_that_in_a_conversation_and_nothing_else(bef
     alice.hears(line)
     changed = {key: one for key, one in state().items() if one != known.get(key, one)}
     assert changed == CHANGED_BY_A_LINE[before, line]
+
+
+def test_members_who_come_go_or_change_within_a_list_of_members_are_known_after_it():
+    alice = Elsewhere("PREFIX=(ov)@+")
+    alice.hears("353 alice = #lobby :@alice bob carol dave", ":eve!u@h JOIN #lobby")
+    alice.hears(":bob!u@h PART #lobby", ":carol!u@h NICK caro", ":dave!u@h QUIT :bye")
+    alice.hears(":alice!u@h MODE #lobby +v eve", "353 alice = #lobby :zoe")
+    alice.hears("366 alice #lobby :End of /NAMES list")
+    assert alice.core.room.people == {"alice": "@", "zoe": "", "caro": "", "eve": "+"}
+    alice.hears("353 alice = #lobby :@alice eve", "366 alice #lobby :End")  # the others are gone
+    assert alice.core.room.people == {"alice": "@", "eve": ""}
+
+
+def test_a_list_of_members_whose_end_was_lost_ends_with_the_connection():
+    alice = Elsewhere()
+    alice.hears("353 alice = #lobby :alice ghost")
+    alice.views += alice.core.disconnected()
+    alice.connect()
+    alice.hears("353 alice = #lobby :alice bob", "366 alice #lobby :End")
+    assert [*alice.core.room.people] == ["bob", "alice"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ":bob!u@h PART #lobby",
+        ":bob!u@h QUIT :bye",
+        ":bob!u@h NICK rob",
+        ":carol!u@h KICK #lobby bob :out",
+    ],
+)
+def test_a_user_who_leaves_or_has_another_nick_does_not_type_any_more(line):
+    alice = Elsewhere(caps="message-tags")
+    alice.hears(":bob!u@h JOIN #lobby", "@+typing=active :bob!u@h TAGMSG #lobby")
+    assert [*alice.core.room.typing] == ["bob"]
+    alice.hears(line)
+    assert not alice.core.room.typing
+
+
+def test_an_invitation_of_another_user_is_none_of_this_one():
+    alice = Elsewhere()
+    alice.hears(":bob!u@h INVITE carol #lobby", ":bob!u@h INVITE alice #x")
+    told = [(view.text, view.where, view.called) for view in alice.views[-2:]]
+    assert told == [
+        ("bob invites carol to #lobby", "#lobby", False),
+        ("bob invites you to #x; /join #x", "", True),
+    ]
+
+
+def test_a_kick_with_an_empty_reason_has_none():
+    alice = Elsewhere()
+    alice.hears(":op!u@h KICK #lobby bob :")
+    assert alice.kinds("server text")[-1] == "op kicked bob from #lobby"
 
 
 REFUSED_COMMANDS = [  # what is typed, and the beginning of the note that it is not done
@@ -30977,6 +31035,9 @@ def test_junk_from_a_terminal_never_breaks_the_decoder(seeded):
         decoder.flush()
 
 
+ENGLAND = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
+
+
 def edited(*keys, **options):
     """Return the text before and after the cursor once these keys were pressed."""
     editor = chat.LineEditor(**options)
@@ -31006,6 +31067,11 @@ def edited(*keys, **options):
         (["e\u0301\U0001f469\u200d\U0001f680", "^backspace"], "e\u0301", ""),
         (["\U0001f44d\U0001f3fdx", "^left", "^left"], "", "\U0001f44d\U0001f3fdx"),
         (["a", "^newline", "b"], "a\nb", ""),
+        (["e\u0301te\u0301", "^erase-word"], "", ""),  # a letter and its accent
+        (["नमस्ते दोस्त", "^erase-word"], "नमस्ते ", ""),
+        (["नमस्ते दोस्त", "^home", "^word-right"], "नमस्ते", " दोस्त"),
+        (["hi \U0001f469\u200d\U0001f680", "^erase-word"], "", ""),
+        ([ENGLAND, "x", "^left", "^backspace"], "", "x"),
         (["^left", "^right", "^backspace", "^delete", "^up", "^down", "^tab", "^unknown"], "", ""),
     ],
 )
@@ -31036,6 +31102,13 @@ def test_tab_goes_through_the_candidates_and_back():
         editor.press(chat.Key(key))
         seen.append(editor.text)
     assert seen == ["hi alan ", "hi alice ", "hi alan ", "hi alice "]
+
+
+def test_a_name_is_completed_in_each_line_of_a_message():
+    editor = chat.LineEditor(lambda word, first: ["bob: " if first else "bob "] * (word == "bo"))
+    editor.set("tea?\nbo")
+    editor.press(chat.Key("tab"))
+    assert editor.text == "tea?\nbob "
 
 
 def test_pasting_several_lines_sends_nothing_until_enter_and_then_one_message():
@@ -34657,10 +34730,35 @@ def test_a_reaction_is_shown_that_comes_before_the_window_was_told_of_the_messag
         ("alices", False),
         ("absent", False),
         ("(alice)", True),
+        ("alice\u3055\u3093\u3001\u3053\u3093\u306b\u3061\u306f", True),  # Japanese has no blanks
+        ("alice\ub2d8 \uc548\ub155", True),  # nor Korean before a particle
+        ("alice\u093e", False),  # another letter: it has a mark
     ],
 )
 def test_a_mention_is_a_whole_word_in_any_case(text, called):
     assert chat.calls(text, "Alice") is called
+
+
+@pytest.mark.parametrize(
+    "text, name, called",
+    [
+        ("花子さん", "花子", True),
+        ("สวัสดีอลิซครับ", "อลิซ", True),
+        ("रामायण", "राम", False),
+        ("राम, आओ", "राम", True),
+    ],
+)
+def test_a_name_in_a_script_without_blanks_is_a_mention_and_half_a_word_is_none(text, name, called):
+    assert chat.calls(text, name) is called
+
+
+def test_the_longer_nick_of_another_member_is_no_mention():
+    alice = Elsewhere("CASEMAPPING=ascii")
+    alice.hears(":Alice-away!u@h JOIN #lobby")
+    for text in ("alice-away: hi", "alice-bot: hi", "alice-away and alice"):
+        alice.hears(f":bob!u@h PRIVMSG #lobby :{text}")
+    called = [view.called for view in alice.views if view.kind == "message"]
+    assert called == [False, True, True]
 
 
 @pytest.mark.parametrize("called", [False, True])
@@ -34864,6 +34962,25 @@ def test_a_link_with_letters_from_right_to_left_leads_where_it_was_meant_to(text
     assert [gui_client.link_meant(one, text) for one in shown] == [
         gui_client.link_of(one) for one in gui_client.LINK.findall(text)
     ]
+
+
+ADDRESSES = [  # a text, and the links in it
+    ("(https://en.example/Tea_(drink))", ["https://en.example/Tea_(drink)"]),
+    (
+        "see https://a.example/b, or https://c.example.",
+        ["https://a.example/b", "https://c.example"],
+    ),
+    ("https://x.example/docs（文）です", ["https://x.example/docs"]),
+    ("「https://x.example/」と", ["https://x.example/"]),
+    ("https://x.example/。次", ["https://x.example/"]),
+    ("Https://x.example/a_(b_(c))?", ["Https://x.example/a_(b_(c)"]),
+    ("<https://x.example/a>", ["https://x.example/a"]),
+]
+
+
+@pytest.mark.parametrize("text, links", ADDRESSES)
+def test_a_link_ends_before_the_punctuation_of_its_sentence(text, links):
+    assert gui_client.LINK.findall(text) == links
 
 
 def test_a_line_from_right_to_left_is_broken_before_it_is_turned():
@@ -38983,6 +39100,61 @@ def test_a_draft_and_a_completed_name_outlive_a_page_that_is_left_as_it_starts(r
     tab.ask("Page.addScriptToEvaluateOnNewDocument", source=LEFT_EARLY)
     tab.go(tab.url)
     tab.until("field.value === 'tea in #lobby '")
+
+
+def test_a_name_is_completed_where_the_cursor_is(running, browse):
+    server = with_page(running)
+    server.guest().enter_irc("bob", "JOIN #lobby")
+    tab = browse(server.address, width=1200).enter("anna")
+    tab.until("room('#lobby').members['=bob']")
+    tab.js("field.focus(); field.value = 'ask bo, or al'; field.setSelectionRange(6, 6)")
+    tab.key("Tab", 9)
+    assert tab.js("[field.value, field.selectionStart]") == ["ask bob , or al", 8]
+    tab.js("field.value = 'bo'")
+    tab.key("Tab", 9)
+    assert tab.js("field.value") == "bob: "
+
+
+def test_the_page_finds_links_and_mentions_as_the_window_does(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    found = tab.js(f"{json.dumps([t for t, _ in ADDRESSES])}.map((text) => text.split(LINK))")
+    assert [parts[1::2] for parts in found] == [links for _, links in ADDRESSES]
+    tab.js("room('#lobby').members['=anna-away'] = { name: 'anna-away' }")
+    texts = ["annaさん", "anna님", "hannah", "anna-away", "anna-bot", "ANNA?", "anna\u093e"]
+    asked = f"{json.dumps(texts)}.map((text) => calls({{ text, nick: 'b', target: '#lobby' }}))"
+    assert tab.js(asked) == [True, True, False, False, True, True, False]
+
+
+def test_a_message_that_was_taken_back_is_unread_no_more_on_the_page(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    bob = server.guest()
+    bob.enter_irc("bob", "CAP REQ :message-tags echo-message draft/message-redaction", "CAP END")
+    bob.send("PRIVMSG anna :secret\r\n")
+    tab.until("unreadIn(room('bob')).length === 1")
+    id = tab.js("lastSaid(room('bob')).id")
+    bob.send(f"REDACT anna {id}\r\n")
+    tab.until("unreadIn(room('bob')).length === 0 && lastSaid(room('bob')).gone")
+
+
+def test_messages_are_accepted_after_a_browser_has_closed_the_database(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("indexed.close()")
+    tab.say("still here")
+    tab.wait_for("still here")
+    tab.js("indexed.close()")
+    assert tab.js("stored('rooms').then((rooms) => rooms.length)") >= 0
+    assert tab.js("Boolean(indexed)")
+
+
+@pytest.mark.parametrize("kinds, offers", [(["image/png"], 1), (["image/png", "text/rtf"], 0)])
+def test_a_text_of_an_office_program_is_not_pasted_as_a_picture(running, browse, kinds, offers):
+    tab = browse(with_page(running).address).enter("anna")
+    pasted = f"{{ files: [new File(['x'], 'a.png')], types: {json.dumps(kinds)} }}"
+    tab.js(f"field.onpaste({{ clipboardData: {pasted} }}); 0")
+    if offers:
+        tab.until("sheet.open")
+    assert tab.js("sheet.open") is bool(offers)
 
 
 def test_what_is_said_after_the_conversation_of_before_is_gone_leaves_the_composer(running, browse):
