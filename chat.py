@@ -13014,6 +13014,7 @@ class Room:
 
         self.draft = ""  # text typed here and not sent yet
         self.gone: bool | None = None  # the user of a private conversation has left, if known
+        self.away_told = ""  # why that user is away, since the last message
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
         self.spoken: dict[str, None] = {}  # names of users who wrote here, or to whom the user did
@@ -15330,7 +15331,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     talk.nick.regain_at = core.ticks() + REGAIN_SECONDS
     core.began = core.began or heard.time or 0
     tell_own_name(talk)
-    if core.away:
+    if core.away and not talk.resumed:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
         if core.find(core.outbox.waiting[id].where) is None:
@@ -15893,9 +15894,22 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 }
 
 
+def is_told_to_be_away(talk: IrcTalk, heard: ServerLine) -> bool:
+    """Return whether the user need not be told once more: many servers answer each message."""
+    _, name, *_, reason = heard.params
+    if talk.core.ignored.covers(name):
+        return True
+    asked = any(line.upper().startswith("WHOIS") for line in talk.acks.commands.values())
+    room = talk.core.find(name)
+    known, again = room is not None and room.away_told == reason, not asked
+    if room:
+        room.away_told = reason
+    return known and again
+
+
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
-    if heard.verb == "301" and talk.core.ignored.covers(heard.params[1]):
+    if heard.verb == "301" and is_told_to_be_away(talk, heard):
         return
     text = WHOIS[heard.verb].format(*heard.params, "", "", "", last=heard.params[-1])
     talk.core.server_text(text, heard.params[1] if heard.verb == "301" else "")
@@ -15943,6 +15957,8 @@ def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
 def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
     core, reason = talk.core, "".join(heard.params[:1])
+    if core.is_me(heard.name):  # said on another device
+        core.away = reason
     core.people.note(heard.name, away=bool(reason))
     core.show(ViewEvent(PEOPLE))
     if (room := core.find(heard.name)) and not room.is_channel:
@@ -16942,6 +16958,8 @@ class Incoming:
         room.spoke(view.name)
         if view.mine:
             room.addressed(view.text)
+        else:
+            room.away_told = ""
         room.typing.pop(view.name, None)
         self._unfold(room, view.name)
         view = core.timed(view, room)
@@ -27074,9 +27092,11 @@ function command(line, to, own) {
   return run(text, to, own);
 }
 
-function enter(name, password = '') {
-  openRoom(name);
-  if (isChannel(name)) ask(`JOIN ${name} ${password}`);
+function enter(names, passwords = '') {
+  names.split(',').forEach((name, n) => {
+    openRoom(name);
+    if (isChannel(name)) ask(`JOIN ${name} ${passwords.split(',')[n] ?? ''}`);
+  });
 }
 
 // ---- Pictures and files

@@ -25483,6 +25483,29 @@ def test_after_a_break_the_user_is_away_again_unless_the_server_said_otherwise(b
     assert ("AWAY lunch" in alice.sent()) is not back
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_user_is_away_or_back_as_said_on_another_device(resumed):
+    alice = with_bob().types("/away lunch").hears(":alice!u@h AWAY", ":alice!u@h AWAY :tea")
+    assert alice.core.away == "tea"
+    alice.views += alice.core.disconnected()
+    alice.views += alice.core.connected()
+    alice.hears(*["NOTE SESSION RESUMED :it goes on"] * resumed, "001 alice :Welcome")
+    assert ("AWAY tea" in alice.sent()) is not resumed  # the server knows, and it may be over
+    alice.hears(":alice!u@h AWAY")
+    assert alice.core.away == ""
+
+
+def test_that_a_user_is_away_is_told_once_until_that_user_speaks_or_another_reason_comes():
+    alice = with_bob()
+    told = ["301 alice bob :tea", "301 alice bob :tea", "301 alice bob :cake"]
+    alice.hears(*told, ":bob!u@h PRIVMSG alice :back", "301 alice bob :cake")
+    assert [text for text in alice.kinds("server text") if "is away" in text] == [
+        *("bob is away: tea", "bob is away: cake", "bob is away: cake"),
+    ]
+    alice.types("/whois bob").hears("301 alice bob :cake")
+    assert alice.kinds("server text")[-1] == "bob is away: cake"
+
+
 ENDS_OF_A_CONNECTION = [  # a line of the server, the reason that is kept, and what it means
     ("FAIL SESSION ACCOUNT_REQUIRED :log in first", "log in first", "TEMPORARY"),
     ("FAIL SESSION REPLACED :x", "another client of yours has taken this place", "FATAL"),
@@ -39113,6 +39136,13 @@ def test_a_name_is_completed_where_the_cursor_is(running, browse):
     tab.js("field.value = 'bo'")
     tab.key("Tab", 9)
     assert tab.js("field.value") == "bob: "
+
+
+def test_several_channels_are_joined_at_once_on_the_page(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.say("/join #tea,#cake")
+    tab.until("room('#tea').joined && room('#cake').joined")
+    assert tab.js("allRooms().map(({ name }) => name).sort()") == ["#cake", "#lobby", "#tea"]
 
 
 def test_the_page_finds_links_and_mentions_as_the_window_does(running, browse):
