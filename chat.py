@@ -27980,7 +27980,8 @@ def run_client(args: argparse.Namespace) -> int:
         None if args.no_state else args.data or config_folder(),
         args.sasl,
     )
-    terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    has_screen = os.environ.get("TERM") not in (None, "", "dumb", "unknown")
+    terminal = has_screen and sys.stdin.isatty() and sys.stdout.isatty()
     with contextlib.closing((TerminalClient if terminal else Filter)(options)) as client:
         reason = client.run()
     if reason:

@@ -33868,6 +33868,21 @@ def test_what_is_typed_on_a_terminal_without_a_screen_may_be_a_command(
     assert given[0].commands == commands
 
 
+@pytest.mark.parametrize("kind", [None, "", "dumb", "unknown", "xterm", "vt100"])
+def test_a_terminal_of_no_known_kind_has_no_screen(monkeypatch, kind):
+    made = types.SimpleNamespace(run=lambda: "", close=chat.do_nothing)
+    used = []
+    for name in ("Filter", "TerminalClient"):
+        monkeypatch.setattr(chat, name, lambda _, name=name: used.append(name) or made)
+    for stream in ("stdin", "stdout"):
+        monkeypatch.setattr(sys, stream, types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.delenv("TERM", raising=False)
+    if kind is not None:
+        monkeypatch.setenv("TERM", kind)
+    assert chat.main(["client", "alice", "--no-state"]) == 0
+    assert used == ["TerminalClient" if kind in ("xterm", "vt100") else "Filter"]
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_text_that_could_not_be_stored_comes_back_where_it_was_written(at_keys, elsewhere):
     """Another program may have client.db locked for seconds: the user has gone on meanwhile."""
