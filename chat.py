@@ -22285,6 +22285,7 @@ class Link:
         gap = self.loop.now - self.watched
         self.watched = self.loop.now
         self.loop.call_later(WATCH_SECONDS, self._watch)
+        getattr(time, "tzset", do_nothing)()  # the computer may be in another time zone by now
         self.known.flush()
         if self.phase not in TALKING or self.conn is None:
             self.core.refresh()
@@ -25667,9 +25668,15 @@ const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
 const inOneLine = (text) => text.replace(/\s+/g, ' ');
 
-function formatter(style) { // made when it is first used: this is slow
-  let made;
-  return (time) => (made ??= new Intl.DateTimeFormat([], style)).format(new Date(time));
+// Made when it is first used, and in another time zone: this is slow
+function formatter(style) {
+  let made, zone;
+  return (time) => {
+    const offset = new Date().getTimezoneOffset();
+    if (offset !== zone) made = new Intl.DateTimeFormat([], style);
+    zone = offset;
+    return made.format(new Date(time));
+  };
 }
 
 const clock = formatter({ timeStyle: 'short' }), dayOf = formatter({ dateStyle: 'full' });

@@ -23174,6 +23174,18 @@ REASONS_TO_DROP = [  # what is so when something has come, and why the connectio
 ]
 
 
+def test_times_are_those_of_the_time_zone_in_which_the_computer_is_by_now(monkeypatch):
+    link, _ = talking_link(*WELCOMED)
+    hours = []
+    for zone in ("UTC", "Asia/Tokyo"):
+        monkeypatch.setenv("TZ", zone)
+        link._watch()
+        hours.append(chat.moment_of(chat.ViewEvent(chat.MESSAGE, time=0)).hour)
+    monkeypatch.undo()
+    time.tzset()
+    assert hours == [0, 9]
+
+
 @pytest.mark.parametrize("happens, dropped", REASONS_TO_DROP)
 def test_a_connection_that_is_of_no_use_any_more_is_dropped_at_once(happens, dropped):
     link, done = talking_link(*WELCOMED)
@@ -39151,6 +39163,17 @@ def test_a_name_is_completed_where_the_cursor_is(running, browse):
     tab.js("field.value = 'bo'")
     tab.key("Tab", 9)
     assert tab.js("field.value") == "bob: "
+
+
+def test_the_page_shows_times_of_the_time_zone_in_which_it_is_by_now(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    seen = []
+    for zone in ("UTC", "Asia/Tokyo"):
+        tab.ask("Emulation.setTimezoneOverride", timezoneId=zone)
+        seen.append(tab.js("clock('2026-01-01T15:30:00Z') + dayOf('2026-01-01T15:30:00Z')"))
+    tab.ask("Emulation.setTimezoneOverride", timezoneId="")
+    assert "3:30" in seen[0] and "12:30" in seen[1]
+    assert "January 1" in seen[0] and "January 2" in seen[1]
 
 
 def test_several_channels_are_joined_at_once_on_the_page(running, browse):
