@@ -12410,6 +12410,9 @@ def is_channel(name: str) -> bool:
     return name[:1] in ("#", "&", "+", "!")
 
 
+SIGNS = "[]{}|\\^`_-"  # that a nick may begin with
+
+
 def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[str]) -> list[str]:
     """Return the completions of a word: commands, channels or names. At the start of a line
     (`first`), commands are completed, and a colon follows a name. Names keep the order given."""
@@ -12418,8 +12421,11 @@ def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[st
         return sorted(f"/{verb} " for verb in verbs if len(verb) > 1 and verb.startswith(word[1:]))
     if is_channel(word):
         return [f"{room} " for room in rooms if fold(room).startswith(fold(word))]
-    end = ": " if first else " "
-    return [name + end for name in names if fold(name).startswith(fold(word))]
+    end, folded = ": " if first else " ", {name: fold(name) for name in names}
+    found = [name for name, key in folded.items() if key.startswith(fold(word))]
+    if not found and word:  # bo is for [bob], too
+        found = [name for name, key in folded.items() if key.lstrip(SIGNS).startswith(fold(word))]
+    return [name + end for name in found]
 
 
 def optional(*words: str) -> list[str]:
@@ -24058,7 +24064,7 @@ class ScrollbackView:
         """Mark the last `count` messages as new to the user."""
         for number in range(self.total, self.first if count else self.total, -1):
             view = self.room.views[number - self.first - 1]
-            count -= view.kind == MESSAGE and not (view.mine or view.past)
+            count -= is_news(view) and not view.past
             if not count:
                 self.mark = number
                 return
@@ -27066,7 +27072,10 @@ field.onkeydown = (event) => {
 function complete() {
   const { selectionStart: at, value } = field, word = /\S*$/.exec(value.slice(0, at))[0];
   const known = [...Object.values(shown().members), ...allRooms()], stem = fold(word);
-  const found = known.find(({ name }) => fold(name).startsWith(stem) && !isMe(name));
+  const plain = (name) => fold(name.replace(/^[[\]{}|\\^`_-]+/, '')); // bo is for [bob], too
+  const others = known.filter(({ name }) => !isMe(name));
+  const found = others.find(({ name }) => fold(name).startsWith(stem))
+    ?? others.find(({ name }) => plain(name).startsWith(stem));
   if (!found || !word) return false;
   const end = at > word.length || isChannel(found.name) ? ' ' : ': ';
   field.setRangeText(found.name + end, at - word.length, at, 'end');

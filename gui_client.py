@@ -6117,7 +6117,7 @@ class Reading(Acts):
             page.append(event.rows, self.present or event.at == AFTER)
             if not page.at_bottom and event.at == END:
                 rows = (row.view for row in event.rows)
-                self.below += sum(view.kind == chat.MESSAGE and not view.mine for view in rows)
+                self.below += sum(map(chat.is_news, rows))
         page.tell_below(self.below)
         self._see()
 

@@ -31146,6 +31146,21 @@ def test_a_name_is_completed_in_each_line_of_a_message():
     assert editor.text == "tea?\nbob "
 
 
+@pytest.mark.parametrize(
+    "word, found",
+    [
+        ("bo", ["bo_ "]),  # what begins so comes first and alone
+        ("al", ["[alan] ", "-al "]),
+        ("[al", ["[alan] "]),
+        ("an", []),
+        ("", ["[alan] ", "bo_ ", "|bob| ", "-al "]),
+    ],
+)
+def test_a_nick_that_begins_with_signs_is_completed_without_them(word, found):
+    names = ["[alan]", "bo_", "|bob|", "-al"]
+    assert chat.completions(word, False, names, []) == found
+
+
 def test_pasting_several_lines_sends_nothing_until_enter_and_then_one_message():
     editor = chat.LineEditor()
     assert editor.press(chat.Key("paste", "one\ntwo\n")) is None
@@ -31595,6 +31610,20 @@ def test_a_terminal_of_no_size_is_one_of_the_usual_size(monkeypatch, told, used)
 
     monkeypatch.setattr(os, "get_terminal_size", size)
     assert chat.RawTerminal.size(types.SimpleNamespace(screen=1)) == used
+
+
+def test_a_notice_that_was_not_read_is_below_the_line_of_what_is_new():
+    desk = Desk()
+    desk.hear("read", where="#rust")
+    desk.go("#rust")
+    desk.go("#lobby")
+    desk.hear("tea?", where="#rust")
+    note = at(**CLOCK, text="a note", name="bob", where="#rust")._replace(kind=chat.NOTICE)
+    desk.core.incoming.deliver(desk.core.rooms["#rust"], note)
+    desk.display.take(desk.core.take_views())
+    assert desk.go("#rust")[1:6] == [
+        *(DAY, "08:30 bob: read", "── new", "08:30 bob: tea?", "08:30 -bob- a note"),
+    ]
 
 
 def test_what_leaves_the_screen_takes_the_line_and_the_status_and_no_message():
@@ -39160,9 +39189,10 @@ def test_a_name_is_completed_where_the_cursor_is(running, browse):
     tab.js("field.focus(); field.value = 'ask bo, or al'; field.setSelectionRange(6, 6)")
     tab.key("Tab", 9)
     assert tab.js("[field.value, field.selectionStart]") == ["ask bob , or al", 8]
-    tab.js("field.value = 'bo'")
-    tab.key("Tab", 9)
-    assert tab.js("field.value") == "bob: "
+    for nick, typed in (("bob", "bo"), ("[zoe]", "zo")):
+        tab.js(f"member(room('#lobby'), '{nick}', {{}}); field.value = '{typed}'")
+        tab.key("Tab", 9)
+        assert tab.js("field.value") == f"{nick}: "
 
 
 def test_the_page_shows_times_of_the_time_zone_in_which_it_is_by_now(running, browse):
