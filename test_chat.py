@@ -35857,6 +35857,33 @@ def test_the_password_of_one_server_is_not_given_to_another(window):
         assert alice._client_options("alice", address).password == password, address
 
 
+ERASED_WORDS = [  # a text with the cursor at |, a key, and both after it
+    ("hello wor|ld", "Control-BackSpace", "hello |ld"),
+    ("hello |world", "Control-BackSpace", "|world"),
+    ("one\ntwo | x", "Control-BackSpace", "one\n| x"),
+    ("one\n|two", "Control-BackSpace", "one|two"),
+    ("\U0001f375 e\u0301te\u0301|", "Control-BackSpace", "\U0001f375 |"),
+    ("hello| wor ld", "Control-Delete", "hello| ld"),
+    ("one|\ntwo", "Control-Delete", "one|two"),
+    ("a| \U0001f375b c", "Control-Delete", "a| c"),
+]
+
+
+def test_a_word_is_erased_with_control(window):
+    compose = (alice := window("irc://127.0.0.1:1", plain=True)).compose
+    press(alice, "Escape", compose)
+    for text, key, after in ERASED_WORDS:
+        before, behind = text.split("|")
+        compose.set(before)
+        compose.mark_set("edge", "insert")
+        compose.mark_gravity("edge", "left")
+        compose.insert("insert", behind)
+        compose.mark_set("insert", "edge")
+        press(alice, key, compose)
+        ends = (("1.0", "insert"), ("insert", "end-1c"))
+        assert "|".join(gui_client.whole(compose.get(*end)) for end in ends) == after
+
+
 def test_a_draft_belongs_to_its_conversation_and_outlives_the_window(running, window, folder):
     server = running()
     state = {"state": folder, "config": folder}
