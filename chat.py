@@ -14577,7 +14577,8 @@ class PlainTalk:
                     core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
-    bye = ping = leaves = readdress = renamed = watch = send = tell_unsent = do_nothing
+    bye = ping = leaves = readdress = renamed = watch = send = do_nothing
+    tell_unsent = end_batches = do_nothing
 
 
 # IRC: a connection
@@ -14644,6 +14645,12 @@ def last_reactions(batch: Batch) -> list[ServerLine]:
             emoji = item.tags.get(REACT) or item.tags.get(UNREACT)
             last[item.name, item.tags.get(REPLY), emoji] = item
     return [*last.values()]
+
+
+ASKED_AGAIN = (  # batches of which a part is worth nothing
+    *("chathistory", "draft/chathistory-targets", "soju.im/search", "draft/multiline"),
+    "labeled-response",
+)
 
 
 class IrcTalk:
@@ -14987,6 +14994,14 @@ class IrcTalk:
             self.end_batch(batch)
         if sign == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
             self.batches[reference] = Batch(heard, self.core.ticks())
+
+    def end_batches(self) -> None:
+        """Take the lines of batches that the connection broke off, like what a bouncer plays: it
+        may not do that again. Pages are asked for again, and half a message is none."""
+        batches, self.batches = self.batches, {}
+        for batch in batches.values():
+            if batch.kind not in ASKED_AGAIN:
+                self.end_batch(batch)
 
     def end_batch(self, batch: Batch, label: str = "") -> None:
         label = batch.opening.tags.get("label", label)
@@ -17562,6 +17577,8 @@ class ClientCore:
     def disconnected(self) -> list[ViewEvent]:
         """Handle the end of a connection. Messages in flight are sent again if the server cannot
         deliver them twice."""
+        if self.talk:
+            self.talk.end_batches()
         talk, self.talk, self.listening = self.talk, None, False
         if talk:
             talk.joins.want_typed()

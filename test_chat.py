@@ -25518,6 +25518,19 @@ def test_that_a_user_is_away_is_told_once_until_that_user_speaks_or_another_reas
     assert alice.kinds("server text")[-1] == "bob is away: cake"
 
 
+@pytest.mark.parametrize(
+    "kind, shown",
+    [("znc.in/playback", ["one", "two"]), ("draft/multiline", []), ("other", ["one", "two"])],
+)
+def test_what_came_of_a_batch_is_shown_when_the_connection_breaks_before_its_end(kind, shown):
+    alice = with_bob()
+    alice.hears(f":bob!u@h BATCH +1 {kind} #a")
+    alice.hears(*(f"@batch=1 :bob!u@h PRIVMSG #a :{text}" for text in ("one", "two")))
+    assert alice.kinds("message") == []
+    alice.views += alice.core.disconnected()
+    assert alice.kinds("message") == shown
+
+
 ENDS_OF_A_CONNECTION = [  # a line of the server, the reason that is kept, and what it means
     ("FAIL SESSION ACCOUNT_REQUIRED :log in first", "log in first", "TEMPORARY"),
     ("FAIL SESSION REPLACED :x", "another client of yours has taken this place", "FATAL"),
