@@ -35056,7 +35056,7 @@ def test_a_link_with_letters_from_right_to_left_leads_where_it_was_meant_to(text
     ]
 
 
-ADDRESSES = [  # a text, and the links in it
+TEXTS_WITH_LINKS = [  # a text, and the links in it
     ("(https://en.example/Tea_(drink))", ["https://en.example/Tea_(drink)"]),
     (
         "see https://a.example/b, or https://c.example.",
@@ -35070,7 +35070,7 @@ ADDRESSES = [  # a text, and the links in it
 ]
 
 
-@pytest.mark.parametrize("text, links", ADDRESSES)
+@pytest.mark.parametrize("text, links", TEXTS_WITH_LINKS)
 def test_a_link_ends_before_the_punctuation_of_its_sentence(text, links):
     assert gui_client.LINK.findall(text) == links
 
@@ -39255,8 +39255,10 @@ def test_several_channels_are_joined_at_once_on_the_page(running, browse):
 
 def test_the_page_finds_links_and_mentions_as_the_window_does(running, browse):
     tab = browse(with_page(running).address).enter("anna")
-    found = tab.js(f"{json.dumps([t for t, _ in ADDRESSES])}.map((text) => text.split(LINK))")
-    assert [parts[1::2] for parts in found] == [links for _, links in ADDRESSES]
+    found = tab.js(
+        f"{json.dumps([t for t, _ in TEXTS_WITH_LINKS])}.map((text) => text.split(LINK))"
+    )
+    assert [parts[1::2] for parts in found] == [links for _, links in TEXTS_WITH_LINKS]
     tab.js("room('#lobby').members['=anna-away'] = { name: 'anna-away' }")
     texts = ["annaさん", "anna님", "hannah", "anna-away", "anna-bot", "ANNA?", "anna\u093e"]
     asked = f"{json.dumps(texts)}.map((text) => calls({{ text, nick: 'b', target: '#lobby' }}))"
