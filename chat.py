@@ -25822,7 +25822,9 @@ async function reopening(work) {
 }
 
 // Change a table; the promise ends when that is on disk
-const store = (...change) => reopening(() => storeOnce(...change));
+function store(...change) {
+  return reopening(() => storeOnce(...change));
+}
 
 async function storeOnce(name, method, ...values) {
   if (!indexed) {
