@@ -24969,6 +24969,7 @@ class TerminalClient(ManyServers):
         self.was_ready = self.told_why = False
         self.late: set[str] = set()  # own ids of what has been waiting for a while
         self.begun: list[ViewEvent] | None = None  # the views when a command was begun
+        self.typed_in: tuple[Room | None, str] = None, ""  # where the last key was, and the line
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
         self.writing_in: Room | None = self.core.room  # the conversation that the line is for
         self.ended_room = ""  # the name of a closed one, while the line is a text begun there
@@ -25092,11 +25093,19 @@ class TerminalClient(ManyServers):
         if self.ended_room and not text:
             self.ended_room = ""
             self.editor.set(self.writing_in.draft if self.writing_in else "")
-        self.link.typing(self.core.room, "" if self.ended_room else text)
+        self._tell_typing("" if self.ended_room else text)
         if text[:1] != "/":
             self.begun = None
         elif self.begun is None and self.core.room:
             self.begun = [*self.core.room.views]
+
+    def _tell_typing(self, text: str) -> None:
+        """Tell others about a changed text. A draft that is looked at is not being typed."""
+        (room, before), self.typed_in = self.typed_in, (self.core.room, text)
+        if room in (None, self.core.room) and text != before:
+            self.link.typing(self.core.room, text)
+        elif room is not self.core.room and room in self.core.rooms.values():
+            self.link.typing(room, "")
 
     def enter(self, text: str) -> None:
         """Handle an entered line. An empty one is no message, although it is one from netcat."""

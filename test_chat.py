@@ -33922,6 +33922,18 @@ def test_what_is_typed_on_a_terminal_without_a_screen_may_be_a_command(
     assert given[0].commands == commands
 
 
+def test_typing_is_told_while_the_text_changes_and_a_draft_is_not_typed(at_keys):
+    told = []
+    at_keys.core.typing.tell = lambda room, state: told.append((room.name, state))
+    told_by = []
+    for keys in (b"te", b"a", b"\x1b[D", b"\x1b[5~", b"\x1b1", b"x", b"\x1b2", b"!", b"\r"):
+        at_keys.take(keys)
+        told_by.append([*told])
+        told.clear()
+    tea, den, left = ("#tea", "active"), ("#den", "active"), ("#tea", "done")
+    assert told_by == [[tea], [tea], [], [], [left], [den], [("#den", "done")], [tea], [left]]
+
+
 @pytest.mark.parametrize("kind", [None, "", "dumb", "unknown", "xterm", "vt100"])
 def test_a_terminal_of_no_known_kind_has_no_screen(monkeypatch, kind):
     made = types.SimpleNamespace(run=lambda: "", close=chat.do_nothing)
