@@ -32472,6 +32472,7 @@ class Typist(chat.TerminalClient):
         self.decoder, self.editor = chat.KeyDecoder(), chat.LineEditor(self.complete)
         self.cleared = self.asked = -math.inf
         self.begun, self.told, self.left, self.ended_room = None, [], False, ""
+        self.typed_in = None, ""
 
     def show(self, views):
         self.told += views
