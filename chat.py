@@ -200,6 +200,7 @@ LIST_TARGETS = 10  # names, masks and conditions of one LIST
 WORK_PER_TOKEN = 100  # a mask matched or a member listed is 1: about half a microsecond
 WORK_OF_AN_ACT = 50  # for each act, besides the items that it looks through
 WORK_OF_A_RECEIVER = 5  # for each receiver that has to be told one by one
+WORK_OF_A_CONVERSATION = 3  # for each that is looked through
 WORK_OF_A_LINE = 8  # of an answer, and as much again ...
 WORK_OF_A_BYTE = 0.02  # ... for 400 bytes of it
 LOOKED_AT_ONCE = 100  # users or channels looked at before other sessions have their turn
@@ -3548,19 +3549,17 @@ class Hub:
     def named_conversations(self, identity: str, name_key: str) -> list[str]:
         """Return the keys of a user's conversations with other users who had this name."""
         owners = self.identities(identity)
-        stored = (self.store.named_conversations(owner, name_key) for owner in owners)
-        keys = dict.fromkeys(itertools.chain.from_iterable(stored))
+        stored = [one for owner in owners for one in self.store.conversations(owner, name_key)]
+        self.work += WORK_OF_A_CONVERSATION * len(stored)
+        keys = dict.fromkeys(key for key, named in stored if named)
         to_store = (e.audience for e in self.turn.events if e.kind not in EPHEMERAL)
         for fresh in dict.fromkeys(one for one in to_store if isinstance(one, Conversation)):
             key, _ = fresh.targets[0]
             one, one_key, other, other_key = fresh.parties
-            sides = ((one, other, other_key), (other, one, one_key))
-            with_guest = any(
-                owner in owners and name == name_key and partner.startswith("~")
-                for owner, partner, name in sides
-            )
-            # The store knows a stored conversation, by the name that the guest had at first
-            if with_guest and not self.store.foundings(key):
+            sides = ((one, other_key), (other, one_key))
+            named = any(owner in owners and name == name_key for owner, name in sides)
+            # The store knows a stored conversation, by the names that it has told
+            if named and not self.store.foundings(key):
                 keys[key] = None
         return list(keys)
 
@@ -5500,14 +5499,14 @@ CONVERSATIONS = f"""
     FROM targets WHERE one = ?1 OR other = ?1 ORDER BY id"""
 
 
-def named_conversations(db: sqlite3.Connection, owner: str, name_key: str) -> list[tuple[int, str]]:
-    """Return id and key of an identity's conversations with users of a name, who may have left:
-    with guests who began with it, and with all who had it at the newest message."""
+def conversations(db: sqlite3.Connection, owner: str, name_key: str) -> list[tuple[int, str, bool]]:
+    """Return id and key of all private conversations of an identity, and whether each is with users
+    of a name, who may have left: a guest began it with that name, or the other user had it at the
+    newest message."""
     rows = db.execute(CONVERSATIONS, [owner, name_key])
     return [
-        (id, key)
+        (id, key, bool(with_guest or (name and fold(name) == name_key)))
         for id, key, with_guest, name in rows
-        if with_guest or (name and fold(name) == name_key)
     ]
 
 
@@ -5604,8 +5603,8 @@ class History:
         query = f"SELECT id, founding FROM targets WHERE key IN ({marks})"
         found = dict(db.execute(query, scope.keys).fetchall())
         for owner in scope.owners:
-            known = named_conversations(db, owner, scope.other_key)
-            found |= dict.fromkeys((id for id, _ in known), 0)
+            known = conversations(db, owner, scope.other_key)
+            found |= dict.fromkeys((id for id, _, named in known if named), 0)
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
@@ -6469,10 +6468,10 @@ class Store:
         except sqlite3.Error:
             return None
 
-    def named_conversations(self, owner: str, name_key: str) -> list[str]:
-        """Return the keys of an identity's conversations with users who had this name."""
+    def conversations(self, owner: str, name_key: str) -> list[tuple[str, bool]]:
+        """Return the keys of an identity's conversations, and which are with users of this name."""
         try:
-            return [key for _, key in named_conversations(self.db, owner, name_key)]
+            return [(key, named) for _, key, named in conversations(self.db, owner, name_key)]
         except sqlite3.Error:
             return []
 
@@ -12473,6 +12472,9 @@ def is_channel(name: str) -> bool:
     return name[:1] in ("#", "&", "+", "!")
 
 
+SIGNS = "[]{}|\\^`_-"  # that a nick may begin with
+
+
 def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[str]) -> list[str]:
     """Return the completions of a word: commands, channels or names. At the start of a line
     (`first`), commands are completed, and a colon follows a name. Names keep the order given."""
@@ -12481,8 +12483,11 @@ def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[st
         return sorted(f"/{verb} " for verb in verbs if len(verb) > 1 and verb.startswith(word[1:]))
     if is_channel(word):
         return [f"{room} " for room in rooms if fold(room).startswith(fold(word))]
-    end = ": " if first else " "
-    return [name + end for name in names if fold(name).startswith(fold(word))]
+    end, folded = ": " if first else " ", {name: fold(name) for name in names}
+    found = [name for name, key in folded.items() if key.startswith(fold(word))]
+    if not found and word:  # bo is for [bob], too
+        found = [name for name, key in folded.items() if key.lstrip(SIGNS).startswith(fold(word))]
+    return [name + end for name in found]
 
 
 def optional(*words: str) -> list[str]:
@@ -12490,15 +12495,23 @@ def optional(*words: str) -> list[str]:
     return [word for word in words if word]
 
 
-# A place next to a character of these scripts: there a name needs no space to be a word
-NEXT_TO_JOINED = f"(?<=[{JOINED_SCRIPTS}{HANGUL}])|(?=[{JOINED_SCRIPTS}{HANGUL}])"
+def in_word(c: str) -> bool:
+    """Return whether a character beside a name is of the same word, as far as its script tells."""
+    is_letter = c == "_" or c.isalnum() or (c and unicodedata.category(c)[0] == "M")
+    return bool(is_letter) and not re.match(f"[{JOINED_SCRIPTS}{HANGUL}]", c)
 
 
-def calls(text: str, name: str) -> bool:
-    """Return whether a text, without its colours, contains this name as a word, in any case."""
+def calls(text: str, name: str, others: Iterable[str] = ()) -> bool:
+    """Return whether a text, without its colours, contains this name as a separate word, in any
+    case, and not only as a part of the names of others, like alice in alice-away."""
     key, folded = fold(name), fold_text(plain_text(text))
-    word = rf"(?:(?<!\w)|{NEXT_TO_JOINED}){re.escape(key)}(?:(?!\w)|{NEXT_TO_JOINED})"
-    return key in folded and bool(re.search(word, folded))
+    if key not in folded:
+        return False
+    for other in map(fold, others):
+        if key in other and key != other:
+            folded = folded.replace(other, " ")
+    found = (match.span() for match in re.finditer(re.escape(key), folded))
+    return any(not (in_word(folded[a - 1 : a]) or in_word(folded[b : b + 1])) for a, b in found)
 
 
 def beginning(text: str) -> str:
@@ -13046,6 +13059,8 @@ class Room:
         self.name, self.password = name, password
         self.is_channel = is_channel(name) if channel is None else channel
         self.people: dict[str, str] = {}  # ranks by name; the last speaker is last
+        # The names in a list of which more is to come, or that came since it began: True, new ones
+        self.listed: dict[str, bool] | None = None
         self.topic = ""
         self.inside = False
         self.wanted = False  # to be joined again after a break ...
@@ -13059,6 +13074,7 @@ class Room:
 
         self.draft = ""  # text typed here and not sent yet
         self.gone: bool | None = None  # the user of a private conversation has left, if known
+        self.away_told = ""  # why that user is away, since the last message
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
         self.spoken: dict[str, None] = {}  # names of users who wrote here, or to whom the user did
@@ -13103,6 +13119,26 @@ class Room:
         """Add a member, up to a limit: a server may invent any number."""
         if may_hold(self.people, name, PEOPLE_LISTED) and len(name.encode()) <= IRC_BYTES:
             self.people[name] = ranks
+            if self.listed is not None:
+                self.listed[name] = False
+
+    def went(self, name: str) -> None:
+        """Remove a member, who does not type any more, either."""
+        self.people.pop(name, None)
+        self.typing.pop(name, None)
+
+    def take_list(self, names: dict[str, str]) -> None:
+        """Take members, by name their ranks, from a list of which more is to come."""
+        self.listed = self.listed or {}
+        for name, ranks in names.items():
+            self.listed.setdefault(name, name not in self.people)
+            self.people[name] = ranks
+
+    def end_list(self) -> None:
+        """Forget the members whom the list has not named; new ones are those who did not speak."""
+        listed, self.listed = self.listed or {}, None
+        kept = {name: ranks for name, ranks in self.people.items() if name in listed}
+        self.people = {name: ranks for name, ranks in kept.items() if listed[name]} | kept
 
     def spoke(self, name: str) -> None:
         remember(self.spoken, name)
@@ -13121,6 +13157,9 @@ class Room:
         if name in self.spoken:
             remember(self.spoken, new)
         self.people[new] = self.people.pop(name)
+        self.typing.pop(name, None)
+        if self.listed is not None:
+            self.listed[new] = False
         return True
 
     def name_view(self, own_id: str, id: str, file: str = "") -> None:
@@ -13415,7 +13454,8 @@ def is_called(core: "ClientCore", text: str, where: str) -> bool:
     if core.fold(where) in map(core.fold, words):
         return True
     words = [core.name, *(word for word in words if not core.server.is_channel(word))]
-    return any(calls(text, word) for word in words)
+    room = core.find(where)
+    return any(calls(text, word, room.people if room else ()) for word in words)
 
 
 def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
@@ -14554,7 +14594,7 @@ class PlainTalk:
         core.kind_confirmed = True
         name, rest = match.groups()
         if kind == QUIT:
-            room.people.pop(name, None)
+            room.went(name)
         else:
             room.came(name)  # such a server does not list its members
         if kind == MESSAGE:
@@ -14589,7 +14629,8 @@ class PlainTalk:
                     core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
-    bye = ping = leaves = readdress = renamed = watch = send = tell_unsent = do_nothing
+    bye = ping = leaves = readdress = renamed = watch = send = do_nothing
+    tell_unsent = end_batches = do_nothing
 
 
 # IRC: a connection
@@ -14656,6 +14697,12 @@ def last_reactions(batch: Batch) -> list[ServerLine]:
             emoji = item.tags.get(REACT) or item.tags.get(UNREACT)
             last[item.name, item.tags.get(REPLY), emoji] = item
     return [*last.values()]
+
+
+ASKED_AGAIN = (  # batches of which a part is worth nothing
+    *("chathistory", "draft/chathistory-targets", "soju.im/search", "draft/multiline"),
+    "labeled-response",
+)
 
 
 class IrcTalk:
@@ -14999,6 +15046,14 @@ class IrcTalk:
             self.end_batch(batch)
         if sign == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
             self.batches[reference] = Batch(heard, self.core.ticks())
+
+    def end_batches(self) -> None:
+        """Take the lines of batches that the connection broke off, like what a bouncer plays: it
+        may not do that again. Pages are asked for again, and half a message is none."""
+        batches, self.batches = self.batches, {}
+        for batch in batches.values():
+            if batch.kind not in ASKED_AGAIN:
+                self.end_batch(batch)
 
     def end_batch(self, batch: Batch, label: str = "") -> None:
         label = batch.opening.tags.get("label", label)
@@ -15349,7 +15404,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     talk.nick.regain_at = core.ticks() + REGAIN_SECONDS
     core.began = core.began or heard.time or 0
     tell_own_name(talk)
-    if core.away:
+    if core.away and not talk.resumed:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
         if core.find(core.outbox.waiting[id].where) is None:
@@ -15790,7 +15845,7 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
 def user_went(talk: IrcTalk, room: Room, heard: ServerLine, why: str = "") -> None:
     """Remove a user, or this client, from one conversation."""
     core, name = talk.core, heard.name
-    room.people.pop(name, None)
+    room.went(name)
     why = "" if core.ignored.covers(heard.source) else why
     if core.is_me(name):
         room.inside = room.wanted = False
@@ -15838,11 +15893,11 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
 def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
     core, (where, name, *why) = talk.core, heard.params
     if room := core.find(where):
-        reason = f": {why[0]}" if why else ""
+        reason = f": {why[0]}" if any(why) else ""
         text = f"{heard.name} kicked {name} from {where}{reason}"
         view = ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name))
         core.incoming.event(room, view)
-        room.people.pop(name, None)
+        room.went(name)
         if core.is_me(name):
             room.inside = room.wanted = False
             room.people.clear()
@@ -15912,9 +15967,22 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 }
 
 
+def is_told_to_be_away(talk: IrcTalk, heard: ServerLine) -> bool:
+    """Return whether the user need not be told once more: many servers answer each message."""
+    _, name, *_, reason = heard.params
+    if talk.core.ignored.covers(name):
+        return True
+    asked = any(line.upper().startswith("WHOIS") for line in talk.acks.commands.values())
+    room = talk.core.find(name)
+    known, again = room is not None and room.away_told == reason, not asked
+    if room:
+        room.away_told = reason
+    return known and again
+
+
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
-    if heard.verb == "301" and talk.core.ignored.covers(heard.params[1]):
+    if heard.verb == "301" and is_told_to_be_away(talk, heard):
         return
     text = WHOIS[heard.verb].format(*heard.params, "", "", "", last=heard.params[-1])
     talk.core.server_text(text, heard.params[1] if heard.verb == "301" else "")
@@ -15962,6 +16030,8 @@ def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
 def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
     core, reason = talk.core, "".join(heard.params[:1])
+    if core.is_me(heard.name):  # said on another device
+        core.away = reason
     core.people.note(heard.name, away=bool(reason))
     core.show(ViewEvent(PEOPLE))
     if (room := core.find(heard.name)) and not room.is_channel:
@@ -16003,7 +16073,7 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.incoming.event(room, ViewEvent(MODE, text, heard.name, room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
-        if letter == "k" and value != "*":  # some servers hide it
+        if letter == "k" and value != "*" and (value or sign == "-"):  # some servers hide it
             room.password = value if sign == "+" else ""
             talk.core.rooms.keep(room)
         if letter in ranks:
@@ -16015,9 +16085,11 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("INVITE", least=2)
 def invited(talk: IrcTalk, heard: ServerLine) -> None:
-    where = heard.params[1]
+    name, where = heard.params[:2]
     if talk.core.ignored.covers(heard.source):
         return
+    if not talk.core.is_me(name):  # invite-notify
+        return talk.core.server_text(f"{heard.name} invites {name} to {where}", where)
     text = f"{heard.name} invites you to {where}; /join {where}"
     talk.core.show(ViewEvent(SERVER_TEXT, text, called=True))
 
@@ -16039,10 +16111,15 @@ def names_told(talk: IrcTalk, heard: ServerLine) -> None:
     key = talk.core.fold(where)
     if key not in talk.core.rooms and key not in talk.answers.names:
         return
-    coming = talk.names.setdefault(key, {})
-    for word in names.split()[: PEOPLE_LISTED - len(coming)]:
+    known = talk.names.setdefault(key, {})
+    words = names.split()[: PEOPLE_LISTED - len(known)]
+    people = {}
+    for word in words:
         name = word.lstrip(talk.server.ranks[1])
-        coming[name.partition("!")[0]] = word.removesuffix(name)
+        people[name.partition("!")[0]] = word.removesuffix(name)
+    known |= people
+    if room := talk.core.rooms.get(key):
+        room.take_list(people)
 
 
 @from_server("366", least=2)
@@ -16051,8 +16128,7 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
     people, room = talk.names.pop(key, {}), talk.core.rooms.get(key)
     text = ", ".join(ranks + name for name, ranks in people.items()) or "there is no user"
     if room:
-        present = {name: people.pop(name) for name in room.people if name in people}
-        room.people = people | present  # the last speaker is last
+        room.end_list()
     asked = key in talk.answers.names
     talk.answers.names.discard(key)
     where = room.name if room else heard.params[1]
@@ -16961,6 +17037,8 @@ class Incoming:
         room.spoke(view.name)
         if view.mine:
             room.addressed(view.text)
+        else:
+            room.away_told = ""
         room.typing.pop(view.name, None)
         self._unfold(room, view.name)
         view = core.timed(view, room)
@@ -17560,6 +17638,8 @@ class ClientCore:
     def disconnected(self) -> list[ViewEvent]:
         """Handle the end of a connection. Messages in flight are sent again if the server cannot
         deliver them twice."""
+        if self.talk:
+            self.talk.end_batches()
         talk, self.talk, self.listening = self.talk, None, False
         if talk:
             talk.joins.want_typed()
@@ -17573,7 +17653,7 @@ class ClientCore:
         if talk and any(asked.how in ("missed", "gap") for asked in talk.history.requests):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         for room in self.rooms.values():
-            room.held, room.inside, room.asked_people = [], False, False
+            room.held, room.inside, room.asked_people, room.listed = [], False, False, None
             room.typing.clear()
             self.changed(room)
         self.people.asked.clear()
@@ -22371,6 +22451,7 @@ class Link:
         gap = self.loop.now - self.watched
         self.watched = self.loop.now
         self.loop.call_later(WATCH_SECONDS, self._watch)
+        getattr(time, "tzset", do_nothing)()  # the computer may be in another time zone by now
         self.known.flush()
         if self.phase not in TALKING or self.conn is None:
             self.core.refresh()
@@ -23439,6 +23520,7 @@ class KeyDecoder:
 
 EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
 ZWJ = "\u200d"  # zero width joiner: one emoji of several
+ZWNJ = "\u200c"  # zero width non-joiner: belongs to the letter before it
 
 
 def is_regional(c: str) -> bool:
@@ -23468,7 +23550,9 @@ def continues_cluster(cluster: str, c: str) -> bool:
     """Return whether `c` continues the cluster before it."""
     if is_inner_jamo(c):
         return "\u1100" <= cluster[0] <= "\u11ff"
-    if cluster[-1] == ZWJ or c == ZWJ or unicodedata.category(c) in ("Mn", "Me", "Mc"):
+    is_tag = "\U000e0020" <= c <= "\U000e007f"  # the letters of a region in its flag
+    joins = cluster[-1] == ZWJ or c in (ZWJ, ZWNJ) or is_tag
+    if joins or unicodedata.category(c) in ("Mn", "Me", "Mc"):
         return cluster != "\n"
     if is_regional(c):
         return len(cluster) == 1 and is_regional(cluster)
@@ -23508,17 +23592,27 @@ def last_cluster(text: str) -> str:
     return "".join(clusters(text[-CLUSTER_CHARACTERS:])[-1:])
 
 
-WORD = re.compile(r"\W*\w*")
+def with_a_word(parts: Iterable[str]) -> list[str]:
+    """Return these clusters up to the end of the first word: a letter may have marks on it."""
+    found: list[str] = []
+    begun = False
+    for part in parts:
+        is_letter = part[0].isalnum() or part[0] == "_"
+        if begun and not is_letter:
+            break
+        begun = begun or is_letter
+        found.append(part)
+    return found
 
 
 def first_word(text: str) -> str:
     """Return the first word, with the blanks before it."""
-    return WORD.match(text).group()
+    return "".join(with_a_word(clusters(text)))
 
 
 def last_word(text: str) -> str:
     """Return the last word, with the blanks after it."""
-    return first_word(text[::-1])[::-1]
+    return "".join(reversed(with_a_word(reversed(clusters(text)))))
 
 
 def is_secret(text: str) -> bool:
@@ -23678,7 +23772,7 @@ class LineEditor:
 
     def _offer(self, step: int) -> None:
         """Replace the word, or the candidate in its place, by the next candidate."""
-        word = self.before[self.before.rfind(" ") + 1 :]
+        word = self.before[max(map(self.before.rfind, " \n")) + 1 :]
         if self.offers:
             word = self.offers[0]
             self.offers = self.offers[step:] + self.offers[:step]
@@ -24135,7 +24229,7 @@ class ScrollbackView:
         """Mark the last `count` messages as new to the user."""
         for number in range(self.total, self.first if count else self.total, -1):
             view = self.room.views[number - self.first - 1]
-            count -= view.kind == MESSAGE and not (view.mine or view.past)
+            count -= is_news(view) and not view.past
             if not count:
                 self.mark = number
                 return
@@ -24877,7 +24971,7 @@ def filter_lines(view: ViewEvent) -> list[str]:
     return []
 
 
-def silence(fd: int) -> None:
+def discard_output(fd: int) -> None:
     """Let output that fails go nowhere: Python would flush it again at the end."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
@@ -24885,7 +24979,7 @@ def silence(fd: int) -> None:
 
 def output_trouble(error: OSError) -> str:
     """Return why standard output failed, and close it."""
-    silence(1)
+    discard_output(1)
     return f"standard output: {reason_of(error)}"
 
 
@@ -24894,7 +24988,7 @@ def complain(text: str) -> None:
     try:
         print(f"chat.py: {text}", file=sys.stderr, flush=True)
     except OSError:
-        silence(2)
+        discard_output(2)
 
 
 class Filter(Client):
@@ -25042,6 +25136,7 @@ class TerminalClient(ManyServers):
         self.was_ready = self.told_why = False
         self.late: set[str] = set()  # own ids of what has been waiting for a while
         self.begun: list[ViewEvent] | None = None  # the views when a command was begun
+        self.typed_in: tuple[Room | None, str] = None, ""  # where the last key was, and the line
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
         self.writing_in: Room | None = self.core.room  # the conversation that the line is for
         self.ended_room = ""  # the name of a closed one, while the line is a text begun there
@@ -25165,11 +25260,19 @@ class TerminalClient(ManyServers):
         if self.ended_room and not text:
             self.ended_room = ""
             self.editor.set(self.writing_in.draft if self.writing_in else "")
-        self.link.typing(self.core.room, "" if self.ended_room else text)
+        self._tell_typing("" if self.ended_room else text)
         if text[:1] != "/":
             self.begun = None
         elif self.begun is None and self.core.room:
             self.begun = [*self.core.room.views]
+
+    def _tell_typing(self, text: str) -> None:
+        """Tell others about a changed text. A draft that is looked at is not being typed."""
+        (room, before), self.typed_in = self.typed_in, (self.core.room, text)
+        if room in (None, self.core.room) and text != before:
+            self.link.typing(self.core.room, text)
+        elif room is not self.core.room and room in self.core.rooms.values():
+            self.link.typing(room, "")
 
     def enter(self, text: str) -> None:
         """Handle an entered line. An empty one is no message, although it is one from netcat."""
@@ -25764,9 +25867,15 @@ const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const now = () => new Date().toISOString();
 const inOneLine = (text) => text.replace(/\s+/g, ' ');
 
-function formatter(style) { // made when it is first used: this is slow
-  let made;
-  return (time) => (made ??= new Intl.DateTimeFormat([], style)).format(new Date(time));
+// Made when it is first used, and in another time zone: this is slow
+function formatter(style) {
+  let made, zone;
+  return (time) => {
+    const offset = new Date().getTimezoneOffset();
+    if (offset !== zone) made = new Intl.DateTimeFormat([], style);
+    zone = offset;
+    return made.format(new Date(time));
+  };
 }
 
 const clock = formatter({ timeStyle: 'short' }), dayOf = formatter({ dateStyle: 'full' });
@@ -25877,8 +25986,23 @@ async function openDatabase() {
   } catch { /* there is none, as in some private windows */ }
 }
 
+// Safari closes the database of a page that was in the background: then it is opened once more
+async function reopening(work) {
+  try {
+    return await work();
+  } catch (error) {
+    if (!/^(InvalidState|Unknown|Abort)Error$/.test(error.name)) throw error;
+    await openDatabase();
+    return work();
+  }
+}
+
 // Change a table; the promise ends when that is on disk
-async function store(name, method, ...values) {
+function store(...change) {
+  return reopening(() => storeOnce(...change));
+}
+
+async function storeOnce(name, method, ...values) {
   if (!indexed) {
     return values.forEach((value) => (method === 'put'
       ? set(`${name}.${value[KEYS[name]]}`, value) : set(`${name}.${value}`, null)));
@@ -25890,7 +26014,9 @@ async function store(name, method, ...values) {
 }
 
 // Without a database each row is a setting of its own: tabs write at once
-async function stored(name) {
+const stored = (name) => reopening(() => storedOnce(name));
+
+async function storedOnce(name) {
   if (indexed) return settled(indexed.transaction([name]).objectStore(name).getAll());
   const names = Object.keys(memory);
   try {
@@ -25922,16 +26048,19 @@ function room(name) {
     marker: '', whole: false, behind: true, upTo: '', walked: 0, typing: {} };
 }
 
-// Characters of scripts in which a name needs no space beside it to be a word
-const JOINED = `[${['Hani', 'Hira', 'Kana', 'Hang', 'Thai', 'Laoo', 'Mymr', 'Khmr']
-  .map((script) => `\\p{scx=${script}}`).join('')}]`;
+// A letter beside a name is of the same word, but for scripts without spaces between words (and
+// Korean, whose particles follow a name at once)
+const JOINED = ['Hani', 'Hira', 'Kana', 'Hang', 'Thai', 'Laoo', 'Mymr', 'Khmr']
+  .map((script) => `\\p{scx=${script}}`).join('');
+const LETTER = `(?![${JOINED}])[\\p{L}\\p{M}\\p{N}_]`;
 
-function calls({ text, nick }) { // whether a message has this user's name in it, as a word
-  const letters = [...state.me], edge = `[^\\p{L}\\p{N}_]|${JOINED}`;
-  const within = (letter, end) => (new RegExp(JOINED, 'u').test(letter) ? '' : end);
-  const name = state.me.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&');
-  const word = within(letters[0], `(^|${edge})`) + name + within(lastOf(letters), `(?=$|${edge})`);
-  return !isMe(nick) && new RegExp(word, 'iu').test(text.normalize('NFKC'));
+// Whether a message has this user's name in it, as a word, and not as a part of another's name
+function calls({ text, nick, target }) {
+  const name = state.me.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&'), key = fold(state.me).slice(1);
+  const others = Object.values(state.rooms[fold(target)]?.members ?? {})
+    .filter((one) => !isMe(one.name) && fold(one.name).includes(key));
+  const rest = others.reduce((left, one) => left.split(one.name).join(' '), text.normalize('NFKC'));
+  return !isMe(nick) && new RegExp(`(^|(?!${LETTER})[^])${name}(?!${LETTER})`, 'iu').test(rest);
 }
 
 // Colours and styles of IRC (modern.ircdocs.horse/formatting)
@@ -25940,11 +26069,11 @@ const STYLES = new RegExp('\x03(\\d\\d?(,\\d\\d?)?)?|\x04([\\da-f]{6}(,[\\da-f]{
 
 function messageOf({ tags, nick, params: [target, said] }) {
   const action = /^\x01ACTION (.*?)\x01?$/s.exec(said);
-  const text = (action ? action[1] : said).replace(STYLES, '');
-  return { id: tags.msgid ?? '', own: tags['+chat.py/id'] ?? '', time: tags.time ?? now(), nick,
-    target: target.replace(/^[~&@%+]+(?=#)/, ''), text, action: Boolean(action),
-    reply: tags['+draft/reply'], file: fileOf(tags['chat.py/file']), reactions: [],
-    called: calls({ text, nick }) };
+  const message = { nick, target: target.replace(/^[~&@%+]+(?=#)/, ''),
+    text: (action ? action[1] : said).replace(STYLES, '') };
+  return { id: tags.msgid ?? '', own: tags['+chat.py/id'] ?? '', time: tags.time ?? now(),
+    ...message, action: Boolean(action), reply: tags['+draft/reply'],
+    file: fileOf(tags['chat.py/file']), reactions: [], called: calls(message) };
 }
 
 // The file that a message links to, as the server describes it: only a path of this server
@@ -26012,7 +26141,7 @@ function arrived(own, to) {
 
 // What is unread behind the marker, up to 100 messages; the time of a note is of this device
 function unreadIn({ messages, marker }) {
-  const said = messages.filter(({ info }) => !info).slice(-100).reverse();
+  const said = messages.filter(({ info, gone }) => !info && !gone).slice(-100).reverse();
   const read = said.findIndex(({ time, nick }) => time <= marker || isMe(nick));
   return read < 0 ? said : said.slice(0, read);
 }
@@ -26068,7 +26197,7 @@ function miss(to) {
 function member(to, name, change) {
   const key = fold(name);
   if (change) to.members[key] = { name, rank: '', away: false, ...to.members[key], ...change };
-  else delete to.members[key];
+  else [to.members, to.typing].forEach((table) => delete table[key]);
 }
 
 const roomsWith = (nick) => allRooms().filter((to) => to.members[fold(nick)]);
@@ -27136,11 +27265,15 @@ field.onkeydown = (event) => {
 
 // Complete the name in front of the cursor
 function complete() {
-  const head = field.value.replace(/\S*$/, ''), stem = fold(field.value.slice(head.length));
-  const known = [...Object.values(shown().members), ...allRooms()];
-  const found = known.find(({ name }) => fold(name).startsWith(stem) && !isMe(name));
-  if (!found || head === field.value) return false;
-  field.value = head + found.name + (head || isChannel(found.name) ? ' ' : ': ');
+  const { selectionStart: at, value } = field, word = /\S*$/.exec(value.slice(0, at))[0];
+  const known = [...Object.values(shown().members), ...allRooms()], stem = fold(word);
+  const plain = (name) => fold(name.replace(/^[[\]{}|\\^`_-]+/, '')); // bo is for [bob], too
+  const others = known.filter(({ name }) => !isMe(name));
+  const found = others.find(({ name }) => fold(name).startsWith(stem))
+    ?? others.find(({ name }) => plain(name).startsWith(stem));
+  if (!found || !word) return false;
+  const end = at > word.length || isChannel(found.name) ? ' ' : ': ';
+  field.setRangeText(found.name + end, at - word.length, at, 'end');
   keepDraft();
   return true;
 }
@@ -27170,9 +27303,11 @@ function command(line, to, own) {
   return run(text, to, own);
 }
 
-function enter(name, password = '') {
-  openRoom(name);
-  if (isChannel(name)) ask(`JOIN ${name} ${password}`);
+function enter(names, passwords = '') {
+  names.split(',').forEach((name, n) => {
+    openRoom(name);
+    if (isChannel(name)) ask(`JOIN ${name} ${passwords.split(',')[n] ?? ''}`);
+  });
 }
 
 // ---- Pictures and files
@@ -27186,7 +27321,9 @@ for (const [opener, input] of [[$('attach'), $('file')], [$('camera'), $('photo'
     input.value = ''; // the same file may be chosen again
   };
 }
-field.onpaste = ({ clipboardData: { files } }) => offer(...files);
+// Office programs copy a text as a picture, too
+field.onpaste = ({ clipboardData: { files, types } }) =>
+  types.includes('text/rtf') || offer(...files);
 document.ondragover = document.ondrop = (event) => {
   const { type, target, dataTransfer: { types, files } } = event;
   if (target === field && !types.includes('Files')) return; // a text, for the browser to insert
@@ -28054,7 +28191,8 @@ def run_client(args: argparse.Namespace) -> int:
         None if args.no_state else args.data or config_folder(),
         args.sasl,
     )
-    terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    has_screen = os.environ.get("TERM") not in (None, "", "dumb", "unknown")
+    terminal = has_screen and sys.stdin.isatty() and sys.stdout.isatty()
     with contextlib.closing((TerminalClient if terminal else Filter)(options)) as client:
         reason = client.run()
     if reason:

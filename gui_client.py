@@ -2976,6 +2976,8 @@ class Field(tk.Text):
             ("<<Paste>>", lambda _: self._paste("CLIPBOARD")),
             ("<<PasteSelection>>", self._paste_here),
             ("<Control-a>", lambda _: self.tag_add("sel", "1.0", "end-1c") or "break"),
+            ("<Control-BackSpace>", lambda _: self._erase_word()),
+            ("<Control-Delete>", lambda _: self._erase_word(behind=True)),
         ):
             self.bind(sequence, handler)
         offer_menu(self, look, "Cut", "Copy", "Paste", "Undo", "Redo", "Select All")
@@ -3006,6 +3008,23 @@ class Field(tk.Text):
     def _move(self, widget: tk.Misc | None) -> str:
         if widget:
             widget.focus_set()
+        return "break"
+
+    def _erase_word(self, behind: bool = False) -> str | None:
+        """Erase the word before the cursor or behind it. At an edge of a line or with a selection
+        the key does what it does alone."""
+        start, end = ("insert", "insert lineend") if behind else ("insert linestart", "insert")
+        text, at = whole(self.get(start, end)), self.index(start)
+        if not text or self.tag_ranges("sel"):
+            return None
+        kept = text.removesuffix(chat.last_word(text))
+        if behind:
+            kept = text.removeprefix(chat.first_word(text))
+        self.delete(start, end)
+        self.insert(at, kept)
+        if behind:
+            self.mark_set("insert", at)
+        self.show_cursor()
         return "break"
 
     def _paste_here(self, event: Any) -> str:
@@ -6133,7 +6152,7 @@ class Reading(Acts):
             page.append(event.rows, self.present or event.at == AFTER)
             if not page.at_bottom and event.at == END:
                 rows = (row.view for row in event.rows)
-                self.below += sum(view.kind == chat.MESSAGE and not view.mine for view in rows)
+                self.below += sum(map(chat.is_news, rows))
         page.tell_below(self.below)
         self._see()
 

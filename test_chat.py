@@ -7258,7 +7258,7 @@ def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
 
 WITHOUT_A_DATABASE = [  # what an act asks the store, and the answer when the database fails
     (lambda store: store.author_of("#a", 1), None),
-    (lambda store: store.named_conversations("=a", "bob"), []),
+    (lambda store: store.conversations("=a", "bob"), []),
     (lambda store: store.foundings("#a"), {0}),
     (lambda store: store.dedup.find(["=a"], "id"), None),
     (lambda store: store.retention.prune(idle=True, now=1), False),
@@ -7280,9 +7280,9 @@ def test_the_author_of_a_message_is_found_under_the_name_of_its_channel_in_this_
         assert (author and author[1]) == (found and house.hub.users["bob"].identity)
 
 
-GUESTS_ASKED_FOR = [  # who asks, the name, with whom the conversation was; "" for none
+NAMES_ASKED_FOR = [  # who asks, the name, with whom the conversation was; "" for none
     ("alice", "bob", "bob"),
-    ("alice", "zoe", ""),  # who has an account
+    ("alice", "zoe", "zoe"),  # who has an account
     ("alice", "carol", ""),  # with whom another user talked
     ("bob", "alice", "alice"),
     ("bob", "carol", "carol"),
@@ -7295,8 +7295,8 @@ GUESTS_ASKED_FOR = [  # who asks, the name, with whom the conversation was; "" f
 
 
 @pytest.mark.parametrize("stored_first", [False, True])
-@pytest.mark.parametrize("who, name, partner", GUESTS_ASKED_FOR)
-def test_the_conversations_with_a_guest_of_some_name_are_found(who, name, partner, stored_first):
+@pytest.mark.parametrize("who, name, partner", NAMES_ASKED_FOR)
+def test_the_conversations_with_a_user_of_some_name_are_found(who, name, partner, stored_first):
     house = House()
     account(house, "zoe")
     come(house, "alice", "bob", "carol")
@@ -7312,7 +7312,7 @@ def test_the_conversations_with_a_guest_of_some_name_are_found(who, name, partne
         if one.user
     }
     key = " ".join(sorted((identity[who], identity[partner]))) if partner else ""
-    assert house.hub.guest_conversations(identity[who], name) == [key] * bool(partner)
+    assert house.hub.named_conversations(identity[who], name) == [key] * bool(partner)
 
 
 @pytest.mark.parametrize("count, gone, left", [(4, 2, (2, 0)), (4, 1, (3, 0)), (3, 2, (1, 0))])
@@ -13599,6 +13599,7 @@ COLOURED = [
     ("\x04ff8800Red\x04 Baron", "Red Baron"),
     ("\x04ff8800,00ff00Red\x04 Baron", "Red Baron"),
     ("\x04ff8800,Red", ",Red"),
+    ("\x04ff8800,0000FFRed\x04, Baron", "Red, Baron"),
     ("\x02Red\x02 \x1fBaron", "Red Baron"),
     ("Red\x0399,99 Baron", "Red Baron"),
     ("\x03\x0304\x03Red Baron", "Red Baron"),
@@ -24072,6 +24073,18 @@ def test_an_address_is_tried_a_moment_after_the_one_before_also_if_that_has_fail
     assert counts == [2, 2, 3]
 
 
+def test_times_are_those_of_the_time_zone_in_which_the_computer_is_by_now(monkeypatch):
+    link, _ = talking_link(*WELCOMED)
+    hours = []
+    for zone in ("UTC", "Asia/Tokyo"):
+        monkeypatch.setenv("TZ", zone)
+        link._watch()
+        hours.append(chat.moment_of(chat.ViewEvent(chat.MESSAGE, time=0)).hour)
+    monkeypatch.undo()
+    time.tzset()
+    assert hours == [0, 9]
+
+
 @pytest.mark.parametrize("happens, dropped", REASONS_TO_DROP)
 def test_a_connection_that_is_of_no_use_any_more_is_dropped_at_once(happens, dropped):
     link, done = talking_link(*WELCOMED)
@@ -24654,6 +24667,8 @@ CLUSTERS = [  # what a reader takes for characters, one after the other
     ["\u1112\u1161\u11ab", "\u1100\u1173\u11af"],  # Hangul in letters
     ["\u00e4", "\u1161"],
     ["\n", "\u0301"],
+    ["a", "\U0001f3f4\U000e0067\U000e0062\U000e007f", "b"],  # the flag of a region
+    ["\u0645", "\u06cc\u200c", "\u062e"],  # a letter that is not joined to the next one
 ]
 
 
@@ -26658,6 +26673,8 @@ CHANGED_BY_A_LINE = {  # lines before, the line, and all that it changes in a co
     ("", ":bob!u@h MODE #a +k word"): {"#a password": "word"},
     (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a -k word"): {"#a password": ""},
     (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a -k *"): {},
+    (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a +k"): {},
+    (":bob!u@h MODE #a +k word", ":bob!u@h MODE #a -k"): {"#a password": ""},
     ("731 alice :bob", "730 alice :bob!u@h"): {"bob gone": False},
     ("", "731 alice :bob"): {"bob gone": True},
     ("", "MARKREAD #a timestamp=2025-01-01T00:00:00.000Z"): {"#a read_time": 1735689600000},
@@ -26679,6 +26696,59 @@ def test_what_a_server_tells_changes_that_in_a_conversation_and_nothing_else(bef
     alice.hears(line)
     changed = {key: one for key, one in state().items() if one != known.get(key, one)}
     assert changed == CHANGED_BY_A_LINE[before, line]
+
+
+def test_members_who_come_go_or_change_within_a_list_of_members_are_known_after_it():
+    alice = Elsewhere("PREFIX=(ov)@+")
+    alice.hears("353 alice = #lobby :@alice bob carol dave", ":eve!u@h JOIN #lobby")
+    alice.hears(":bob!u@h PART #lobby", ":carol!u@h NICK caro", ":dave!u@h QUIT :bye")
+    alice.hears(":alice!u@h MODE #lobby +v eve", "353 alice = #lobby :zoe")
+    alice.hears("366 alice #lobby :End of /NAMES list")
+    assert alice.core.room.people == {"alice": "@", "zoe": "", "caro": "", "eve": "+"}
+    alice.hears("353 alice = #lobby :@alice eve", "366 alice #lobby :End")  # the others are gone
+    assert alice.core.room.people == {"alice": "@", "eve": ""}
+
+
+def test_a_list_of_members_whose_end_was_lost_ends_with_the_connection():
+    alice = Elsewhere()
+    alice.hears("353 alice = #lobby :alice ghost")
+    alice.views += alice.core.disconnected()
+    alice.connect()
+    alice.hears("353 alice = #lobby :alice bob", "366 alice #lobby :End")
+    assert [*alice.core.room.people] == ["bob", "alice"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ":bob!u@h PART #lobby",
+        ":bob!u@h QUIT :bye",
+        ":bob!u@h NICK rob",
+        ":carol!u@h KICK #lobby bob :out",
+    ],
+)
+def test_a_user_who_leaves_or_has_another_nick_does_not_type_any_more(line):
+    alice = Elsewhere(caps="message-tags")
+    alice.hears(":bob!u@h JOIN #lobby", "@+typing=active :bob!u@h TAGMSG #lobby")
+    assert [*alice.core.room.typing] == ["bob"]
+    alice.hears(line)
+    assert not alice.core.room.typing
+
+
+def test_an_invitation_of_another_user_is_none_of_this_one():
+    alice = Elsewhere()
+    alice.hears(":bob!u@h INVITE carol #lobby", ":bob!u@h INVITE alice #x")
+    told = [(view.text, view.where, view.called) for view in alice.views[-2:]]
+    assert told == [
+        ("bob invites carol to #lobby", "#lobby", False),
+        ("bob invites you to #x; /join #x", "", True),
+    ]
+
+
+def test_a_kick_with_an_empty_reason_has_none():
+    alice = Elsewhere()
+    alice.hears(":op!u@h KICK #lobby bob :")
+    assert alice.kinds("server text")[-1] == "op kicked bob from #lobby"
 
 
 REFUSED_COMMANDS = [  # what is typed, and the beginning of the note that it is not done
@@ -26755,6 +26825,42 @@ def test_after_a_break_the_user_is_away_again_unless_the_server_said_otherwise(b
     alice.views += alice.core.connected()
     alice.hears("001 alice :Welcome", "004 alice x ircd-1 a b", "422 alice :No MOTD")
     assert ("AWAY lunch" in alice.sent()) is not back
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_user_is_away_or_back_as_said_on_another_device(resumed):
+    alice = with_bob().types("/away lunch").hears(":alice!u@h AWAY", ":alice!u@h AWAY :tea")
+    assert alice.core.away == "tea"
+    alice.views += alice.core.disconnected()
+    alice.views += alice.core.connected()
+    alice.hears(*["NOTE SESSION RESUMED :it goes on"] * resumed, "001 alice :Welcome")
+    assert ("AWAY tea" in alice.sent()) is not resumed  # the server knows, and it may be over
+    alice.hears(":alice!u@h AWAY")
+    assert alice.core.away == ""
+
+
+def test_that_a_user_is_away_is_told_once_until_that_user_speaks_or_another_reason_comes():
+    alice = with_bob()
+    told = ["301 alice bob :tea", "301 alice bob :tea", "301 alice bob :cake"]
+    alice.hears(*told, ":bob!u@h PRIVMSG alice :back", "301 alice bob :cake")
+    assert [text for text in alice.kinds("server text") if "is away" in text] == [
+        *("bob is away: tea", "bob is away: cake", "bob is away: cake"),
+    ]
+    alice.types("/whois bob").hears("301 alice bob :cake")
+    assert alice.kinds("server text")[-1] == "bob is away: cake"
+
+
+@pytest.mark.parametrize(
+    "kind, shown",
+    [("znc.in/playback", ["one", "two"]), ("draft/multiline", []), ("other", ["one", "two"])],
+)
+def test_what_came_of_a_batch_is_shown_when_the_connection_breaks_before_its_end(kind, shown):
+    alice = with_bob()
+    alice.hears(f":bob!u@h BATCH +1 {kind} #a")
+    alice.hears(*(f"@batch=1 :bob!u@h PRIVMSG #a :{text}" for text in ("one", "two")))
+    assert alice.kinds("message") == []
+    alice.views += alice.core.disconnected()
+    assert alice.kinds("message") == shown
 
 
 ENDS_OF_A_CONNECTION = [  # a line of the server, the reason that is kept, and what it means
@@ -32204,7 +32310,7 @@ def test_a_lock_that_another_process_has_is_told_from_one_that_cannot_be(
 def test_a_socket_that_cannot_listen_is_closed(monkeypatch):
     made, new = [], socket.socket
     monkeypatch.setattr(socket, "socket", lambda *how: made.append(new(*how)) or made[-1])
-    with pytest.raises(chat.Unusable, match="cannot listen on 192.0.2.1:1: .*--listen HOST:0"):
+    with pytest.raises(chat.Unusable, match="cannot listen on 192.0.2.1:1: "):
         chat.Listener(None, "192.0.2.1", 1)
     assert [sock.fileno() for sock in made] == [-1]
 
@@ -33685,6 +33791,9 @@ def test_junk_from_a_terminal_never_breaks_the_decoder(seeded):
         decoder.flush()
 
 
+ENGLAND = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
+
+
 def edited(*keys, **options):
     """Return the text before and after the cursor once these keys were pressed."""
     editor = chat.LineEditor(**options)
@@ -33714,6 +33823,11 @@ def edited(*keys, **options):
         (["e\u0301\U0001f469\u200d\U0001f680", "^backspace"], "e\u0301", ""),
         (["\U0001f44d\U0001f3fdx", "^left", "^left"], "", "\U0001f44d\U0001f3fdx"),
         (["a", "^newline", "b"], "a\nb", ""),
+        (["e\u0301te\u0301", "^erase-word"], "", ""),  # a letter and its accent
+        (["नमस्ते दोस्त", "^erase-word"], "नमस्ते ", ""),
+        (["नमस्ते दोस्त", "^home", "^word-right"], "नमस्ते", " दोस्त"),
+        (["hi \U0001f469\u200d\U0001f680", "^erase-word"], "", ""),
+        ([ENGLAND, "x", "^left", "^backspace"], "", "x"),
         (["^left", "^right", "^backspace", "^delete", "^up", "^down", "^tab", "^unknown"], "", ""),
     ],
 )
@@ -33744,6 +33858,28 @@ def test_tab_goes_through_the_candidates_and_back():
         editor.press(chat.Key(key))
         seen.append(editor.text)
     assert seen == ["hi alan ", "hi alice ", "hi alan ", "hi alice "]
+
+
+def test_a_name_is_completed_in_each_line_of_a_message():
+    editor = chat.LineEditor(lambda word, first: ["bob: " if first else "bob "] * (word == "bo"))
+    editor.set("tea?\nbo")
+    editor.press(chat.Key("tab"))
+    assert editor.text == "tea?\nbob "
+
+
+@pytest.mark.parametrize(
+    "word, found",
+    [
+        ("bo", ["bo_ "]),  # what begins so comes first and alone
+        ("al", ["[alan] ", "-al "]),
+        ("[al", ["[alan] "]),
+        ("an", []),
+        ("", ["[alan] ", "bo_ ", "|bob| ", "-al "]),
+    ],
+)
+def test_a_nick_that_begins_with_signs_is_completed_without_them(word, found):
+    names = ["[alan]", "bo_", "|bob|", "-al"]
+    assert chat.completions(word, False, names, []) == found
 
 
 def test_pasting_several_lines_sends_nothing_until_enter_and_then_one_message():
@@ -34289,6 +34425,20 @@ def test_a_terminal_of_no_size_is_one_of_the_usual_size(monkeypatch, told, used)
 
     monkeypatch.setattr(os, "get_terminal_size", size)
     assert chat.RawTerminal.size(types.SimpleNamespace(screen=1)) == used
+
+
+def test_a_notice_that_was_not_read_is_below_the_line_of_what_is_new():
+    desk = Desk()
+    desk.hear("read", where="#rust")
+    desk.go("#rust")
+    desk.go("#lobby")
+    desk.hear("tea?", where="#rust")
+    note = at(**CLOCK, text="a note", name="bob", where="#rust")._replace(kind=chat.NOTICE)
+    desk.core.incoming.deliver(desk.core.rooms["#rust"], note)
+    desk.display.take(desk.core.take_views())
+    assert desk.go("#rust")[1:6] == [
+        *(DAY, "08:30 bob: read", "── new", "08:30 bob: tea?", "08:30 -bob- a note"),
+    ]
 
 
 def test_what_leaves_the_screen_takes_the_line_and_the_status_and_no_message():
@@ -35124,6 +35274,7 @@ class Typist(chat.TerminalClient):
         self.decoder, self.editor = chat.KeyDecoder(), chat.LineEditor(self.complete)
         self.cleared = self.asked = -math.inf
         self.begun, self.told, self.left, self.ended_room = None, [], False, ""
+        self.typed_in = None, ""
 
     def show(self, views):
         self.told += views
@@ -36795,6 +36946,33 @@ def test_what_is_typed_on_a_terminal_without_a_screen_may_be_a_command(
     assert given[0].commands == commands
 
 
+def test_typing_is_told_while_the_text_changes_and_a_draft_is_not_typed(at_keys):
+    told = []
+    at_keys.core.typing.tell = lambda room, state: told.append((room.name, state))
+    told_by = []
+    for keys in (b"te", b"a", b"\x1b[D", b"\x1b[5~", b"\x1b1", b"x", b"\x1b2", b"!", b"\r"):
+        at_keys.take(keys)
+        told_by.append([*told])
+        told.clear()
+    tea, den, left = ("#tea", "active"), ("#den", "active"), ("#tea", "done")
+    assert told_by == [[tea], [tea], [], [], [left], [den], [("#den", "done")], [tea], [left]]
+
+
+@pytest.mark.parametrize("kind", [None, "", "dumb", "unknown", "xterm", "vt100"])
+def test_a_terminal_of_no_known_kind_has_no_screen(monkeypatch, kind):
+    made = types.SimpleNamespace(run=lambda: "", close=chat.do_nothing)
+    used = []
+    for name in ("Filter", "TerminalClient"):
+        monkeypatch.setattr(chat, name, lambda _, name=name: used.append(name) or made)
+    for stream in ("stdin", "stdout"):
+        monkeypatch.setattr(sys, stream, types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.delenv("TERM", raising=False)
+    if kind is not None:
+        monkeypatch.setenv("TERM", kind)
+    assert chat.main(["client", "alice", "--no-state"]) == 0
+    assert used == ["TerminalClient" if kind in ("xterm", "vt100") else "Filter"]
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_text_that_could_not_be_stored_comes_back_where_it_was_written(at_keys, elsewhere):
     """Another program may have client.db locked for seconds: the user has gone on meanwhile."""
@@ -37772,7 +37950,7 @@ def test_what_a_pipe_shows_goes_to_standard_output_and_troubles_to_the_other(
 def test_a_pipe_goes_on_when_its_troubles_cannot_be_written(piping, monkeypatch):
     written, silenced, client = [], [], piping()
     monkeypatch.setattr(chat, "write_all", lambda fd, data: written.append((fd, data)))
-    monkeypatch.setattr(chat, "silence", silenced.append)
+    monkeypatch.setattr(chat, "discard_output", silenced.append)
     full = types.SimpleNamespace(write=refusing(errno.ENOSPC), flush=list)
     monkeypatch.setattr(sys, "stderr", full)
     view = chat.ViewEvent
@@ -37782,7 +37960,7 @@ def test_a_pipe_goes_on_when_its_troubles_cannot_be_written(piping, monkeypatch)
 
 def test_output_that_is_silenced_goes_nowhere():
     reader, writer = os.pipe()
-    chat.silence(writer)
+    chat.discard_output(writer)
     os.write(writer, b"more")
     os.close(writer)
     assert os.read(reader, 9) == b""
@@ -38024,6 +38202,9 @@ MENTIONS = {  # text: a name, and whether the text calls it
         True,
     ),
     "malice\u660e": ("alice\u660e", False),
+    "alice\u3055\u3093\u3001\u3053\u3093\u306b\u3061\u306f": ("Alice", True),
+    "alice\ub2d8 \uc548\ub155": ("Alice", True),
+    "alice\u093e": ("Alice", False),  # another letter: it has a mark
     "e\u0301ric: hi": ("\xe9ric", True),
     "\xe4eric": ("eric", False),
 }
@@ -38041,6 +38222,28 @@ MENTIONS_IN_COLOUR = {
 def test_a_mention_is_a_whole_word_in_any_case(text):
     name, called = (MENTIONS | MENTIONS_IN_COLOUR)[text]
     assert chat.calls(text, name) is called
+
+
+@pytest.mark.parametrize(
+    "text, name, called",
+    [
+        ("花子さん", "花子", True),
+        ("สวัสดีอลิซครับ", "อลิซ", True),
+        ("रामायण", "राम", False),
+        ("राम, आओ", "राम", True),
+    ],
+)
+def test_a_name_in_a_script_without_blanks_is_a_mention_and_half_a_word_is_none(text, name, called):
+    assert chat.calls(text, name) is called
+
+
+def test_the_longer_nick_of_another_member_is_no_mention():
+    alice = Elsewhere("CASEMAPPING=ascii")
+    alice.hears(":Alice-away!u@h JOIN #lobby")
+    for text in ("alice-away: hi", "alice-bot: hi", "alice-away and alice"):
+        alice.hears(f":bob!u@h PRIVMSG #lobby :{text}")
+    called = [view.called for view in alice.views if view.kind == "message"]
+    assert called == [False, True, True]
 
 
 @pytest.mark.parametrize("called", [False, True])
@@ -38252,6 +38455,25 @@ def test_a_link_with_letters_from_right_to_left_leads_where_it_was_meant_to(text
     assert [gui_client.link_meant(one, text) for one in shown] == [
         gui_client.link_of(one) for one in gui_client.LINK.findall(text)
     ]
+
+
+TEXTS_WITH_LINKS = [  # a text, and the links in it
+    ("(https://en.example/Tea_(drink))", ["https://en.example/Tea_(drink)"]),
+    (
+        "see https://a.example/b, or https://c.example.",
+        ["https://a.example/b", "https://c.example"],
+    ),
+    ("https://x.example/docs（文）です", ["https://x.example/docs"]),
+    ("「https://x.example/」と", ["https://x.example/"]),
+    ("https://x.example/。次", ["https://x.example/"]),
+    ("Https://x.example/a_(b_(c))?", ["Https://x.example/a_(b_(c)"]),
+    ("<https://x.example/a>", ["https://x.example/a"]),
+]
+
+
+@pytest.mark.parametrize("text, links", TEXTS_WITH_LINKS)
+def test_a_link_ends_before_the_punctuation_of_its_sentence(text, links):
+    assert gui_client.LINK.findall(text) == links
 
 
 def test_a_line_from_right_to_left_is_broken_before_it_is_turned():
@@ -39047,6 +39269,33 @@ def test_the_password_of_one_server_is_not_given_to_another(window):
         "chats://localhost:1": "",
     }.items():
         assert alice._client_options("alice", address).password == password, address
+
+
+ERASED_WORDS = [  # a text with the cursor at |, a key, and both after it
+    ("hello wor|ld", "Control-BackSpace", "hello |ld"),
+    ("hello |world", "Control-BackSpace", "|world"),
+    ("one\ntwo | x", "Control-BackSpace", "one\n| x"),
+    ("one\n|two", "Control-BackSpace", "one|two"),
+    ("\U0001f375 e\u0301te\u0301|", "Control-BackSpace", "\U0001f375 |"),
+    ("hello| wor ld", "Control-Delete", "hello| ld"),
+    ("one|\ntwo", "Control-Delete", "one|two"),
+    ("a| \U0001f375b c", "Control-Delete", "a| c"),
+]
+
+
+def test_a_word_is_erased_with_control(window):
+    compose = (alice := window("irc://127.0.0.1:1", plain=True)).compose
+    press(alice, "Escape", compose)
+    for text, key, after in ERASED_WORDS:
+        before, behind = text.split("|")
+        compose.set(before)
+        compose.mark_set("edge", "insert")
+        compose.mark_gravity("edge", "left")
+        compose.insert("insert", behind)
+        compose.mark_set("insert", "edge")
+        press(alice, key, compose)
+        ends = (("1.0", "insert"), ("insert", "end-1c"))
+        assert "|".join(gui_client.whole(compose.get(*end)) for end in ends) == after
 
 
 def test_a_draft_belongs_to_its_conversation_and_outlives_the_window(running, window, folder):
@@ -42386,6 +42635,82 @@ def test_a_draft_and_a_completed_name_outlive_a_page_that_is_left_as_it_starts(r
     tab.ask("Page.addScriptToEvaluateOnNewDocument", source=LEFT_EARLY)
     tab.go(tab.url)
     tab.until("field.value === 'tea in #lobby '")
+
+
+def test_a_name_is_completed_where_the_cursor_is(running, browse):
+    server = with_page(running)
+    server.guest().enter_irc("bob", "JOIN #lobby")
+    tab = browse(server.address, width=1200).enter("anna")
+    tab.until("room('#lobby').members['=bob']")
+    tab.js("field.focus(); field.value = 'ask bo, or al'; field.setSelectionRange(6, 6)")
+    tab.key("Tab", 9)
+    assert tab.js("[field.value, field.selectionStart]") == ["ask bob , or al", 8]
+    for nick, typed in (("bob", "bo"), ("[zoe]", "zo")):
+        tab.js(f"member(room('#lobby'), '{nick}', {{}}); field.value = '{typed}'")
+        tab.key("Tab", 9)
+        assert tab.js("field.value") == f"{nick}: "
+
+
+def test_the_page_shows_times_of_the_time_zone_in_which_it_is_by_now(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    seen = []
+    for zone in ("UTC", "Asia/Tokyo"):
+        tab.ask("Emulation.setTimezoneOverride", timezoneId=zone)
+        seen.append(tab.js("clock('2026-01-01T15:30:00Z') + dayOf('2026-01-01T15:30:00Z')"))
+    tab.ask("Emulation.setTimezoneOverride", timezoneId="")
+    assert "3:30" in seen[0] and "12:30" in seen[1]
+    assert "January 1" in seen[0] and "January 2" in seen[1]
+
+
+def test_several_channels_are_joined_at_once_on_the_page(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.say("/join #tea,#cake")
+    tab.until("room('#tea').joined && room('#cake').joined")
+    assert tab.js("allRooms().map(({ name }) => name).sort()") == ["#cake", "#lobby", "#tea"]
+
+
+def test_the_page_finds_links_and_mentions_as_the_window_does(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    found = tab.js(
+        f"{json.dumps([t for t, _ in TEXTS_WITH_LINKS])}.map((text) => text.split(LINK))"
+    )
+    assert [parts[1::2] for parts in found] == [links for _, links in TEXTS_WITH_LINKS]
+    tab.js("room('#lobby').members['=anna-away'] = { name: 'anna-away' }")
+    texts = ["annaさん", "anna님", "hannah", "anna-away", "anna-bot", "ANNA?", "anna\u093e"]
+    asked = f"{json.dumps(texts)}.map((text) => calls({{ text, nick: 'b', target: '#lobby' }}))"
+    assert tab.js(asked) == [True, True, False, False, True, True, False]
+
+
+def test_a_message_that_was_taken_back_is_unread_no_more_on_the_page(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    bob = server.guest()
+    bob.enter_irc("bob", "CAP REQ :message-tags echo-message draft/message-redaction", "CAP END")
+    bob.send("PRIVMSG anna :secret\r\n")
+    tab.until("unreadIn(room('bob')).length === 1")
+    id = tab.js("lastSaid(room('bob')).id")
+    bob.send(f"REDACT anna {id}\r\n")
+    tab.until("unreadIn(room('bob')).length === 0 && lastSaid(room('bob')).gone")
+
+
+def test_messages_are_accepted_after_a_browser_has_closed_the_database(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("indexed.close()")
+    tab.say("still here")
+    tab.wait_for("still here")
+    tab.js("indexed.close()")
+    assert tab.js("stored('rooms').then((rooms) => rooms.length)") >= 0
+    assert tab.js("Boolean(indexed)")
+
+
+@pytest.mark.parametrize("kinds, offers", [(["image/png"], 1), (["image/png", "text/rtf"], 0)])
+def test_a_text_of_an_office_program_is_not_pasted_as_a_picture(running, browse, kinds, offers):
+    tab = browse(with_page(running).address).enter("anna")
+    pasted = f"{{ files: [new File(['x'], 'a.png')], types: {json.dumps(kinds)} }}"
+    tab.js(f"field.onpaste({{ clipboardData: {pasted} }}); 0")
+    if offers:
+        tab.until("sheet.open")
+    assert tab.js("sheet.open") is bool(offers)
 
 
 def test_what_is_said_after_the_conversation_of_before_is_gone_leaves_the_composer(running, browse):
