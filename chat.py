@@ -9295,13 +9295,12 @@ def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
 @irc_command("NAMES", most=1)
 def irc_names(session: IrcSession, names: str = "") -> Iterator[None]:
     """NAMES [<channel>{,<channel>}] -- list the members of channels"""
-    wanted = {fold(name): name for name in names.split(",") if name}
-    for key, name in (wanted or {"": ""}).items():
+    for key in dict.fromkeys(map(fold, names.split(","))):
         channel = session.site.hub.channels.get(key)
         if channel and channel.visible_to(session):
             tell_names_irc(session, channel)
-        session.reply(RPL_ENDOFNAMES, as_param(name))
-        yield
+            yield
+    session.reply(RPL_ENDOFNAMES, as_param(names))
 
 
 LIST_BOUND = re.compile(r"([CT]?)([<>])(\d{1,9})")

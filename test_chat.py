@@ -9586,11 +9586,9 @@ carol< 442 carol #a :You're not on that channel
 alice> MODE #b +sv bob
 alice< :alice MODE #b +sv bob
 bob< :alice MODE #b +sv bob
-carol> NAMES #a,#b,,#c,#A
+carol> NAMES #a,#b,#c
 carol< 353 carol = #a :@alice
-carol< 366 carol #A :End of NAMES list
-carol< 366 carol #b :End of NAMES list
-carol< 366 carol #c :End of NAMES list
+carol< 366 carol #a,#b,#c :End of NAMES list
 bob> NAMES #b
 bob< 353 bob @ #b :@alice +bob
 bob< 366 bob #b :End of NAMES list
