@@ -26219,7 +26219,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   JOIN(nick, [name]) {
     const to = room(name);
     if (isMe(nick)) {
-      Object.assign(to, { joined: true, members: {}, named: false });
+      Object.assign(to, { joined: true, members: {}, named: false, topic: '' }); // 332 follows
       keepJoined(name, true);
       if (to === shown()) ask(`NAMES ${name}`);
     } else news(to, `${nick} joined`);

@@ -41447,6 +41447,14 @@ def test_a_conversation_of_page_and_netcat(running, browse):
     assert tab.rows() == ["hello anna", "hello bob", "two\nlines"]
 
 
+def test_a_channel_that_is_founded_again_has_no_topic_on_the_page(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.say("/join #a", "/topic old")
+    tab.until("room('#a').topic === 'old'")
+    tab.say("/part", "/join #a")
+    tab.until("room('#a').joined && room('#a').named && room('#a').topic === ''")
+
+
 def test_the_commands_of_the_page_send_what_was_typed_in_one_line(running, browse):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
