@@ -15227,6 +15227,8 @@ def capabilities_granted(talk: IrcTalk, words: list[str]) -> None:
             talk.server.enabled.discard(word[1:])
         else:
             talk.server.enabled.add(word)
+    if "multi-prefix" in words and talk.ready:  # only the highest rank of each member is known
+        talk.stale_names |= {room.name for room in talk.core.rooms.values() if room.inside}
     late = "sasl" in words and talk.ready and not talk.sasl.mechanism  # services are back
     if late and (mechanism := talk.sasl.choose()):
         talk.sasl.begin(mechanism)

@@ -38235,6 +38235,14 @@ def test_a_name_in_a_script_without_blanks_is_a_mention_and_half_a_word_is_none(
     assert chat.calls(text, name) is called
 
 
+def test_a_client_asks_for_all_ranks_once_it_may_know_them():
+    alice = Elsewhere("CASEMAPPING=ascii")
+    alice.hears(":x 353 me = #lobby :@bob", ":x 366 me #lobby :End")
+    alice.sent()
+    alice.hears(":x CAP me ACK :multi-prefix")
+    assert [line for line in alice.sent() if "NAMES" in line] == ["NAMES #lobby"]
+
+
 def test_the_longer_nick_of_another_member_is_no_mention():
     alice = Elsewhere("CASEMAPPING=ascii")
     alice.hears(":Alice-away!u@h JOIN #lobby")
