@@ -10342,13 +10342,16 @@ def irc_kill(session: IrcSession, name: str, reason: str = "") -> Steps:
     session.site.server.note(f"{mask} killed by {killer}: {reason or 'no reason given'}")
 
 
+LIKE_A_TIME = re.compile(r"[-+]?\d[\dA-Za-z]*([.,]\d+[A-Za-z]*)?")  # 10, 1d12h, 1.5, -1
+
+
 @irc_command("KLINE", 1, 3, privileged=True)
 @in_steps
 def ban_from(session: LocalSession, mask: str, minutes: str = "0", reason: str = "") -> Steps:
     """KLINE <address, mask or a:account> [<minutes>] [<reason>] -- ban from this server, for ever
     without minutes (which may come first), and close the connections of those it is for"""
     # On other servers the minutes come first, and may have a unit that this one does not know
-    if re.fullmatch(r"\d+[A-Za-z]*", mask) and not minutes.isdecimal():
+    if LIKE_A_TIME.fullmatch(mask) and not minutes.isdecimal():
         mask, minutes = minutes, mask
     elif not minutes.isdecimal() and (" " in minutes or minutes[:1].isalpha()):
         minutes, reason = "0", f"{minutes} {reason}".strip()

@@ -29727,6 +29727,21 @@ def test_a_kline_of_no_sensible_time_is_refused(minutes):
     assert not of(asked(house, "root", "STATS k"), "216")
 
 
+@pytest.mark.parametrize("time", ["10m", "1d12h", "1.5", "1,5h", "-5", "+5"])
+def test_a_time_before_the_mask_that_is_no_number_of_minutes_is_refused(time):
+    house = operated()
+    (line,) = ask(house, "root", f"KLINE {time} bad!*@* :spam")
+    assert f"FAIL KLINE INVALID_PARAMS {time} :" in line
+    assert not house.hub.bans
+
+
+@pytest.mark.parametrize("mask", ["10.0.0.9", "10.0.0.*", "2001:db8::1", "3com.example"])
+def test_a_mask_that_begins_with_a_digit_is_no_time(mask):
+    house = operated()
+    (line,) = ask(house, "root", f"KLINE {mask} :spam")
+    assert "K-line added" in line and len(house.hub.bans) == 1
+
+
 # Of an account, wherever it comes from; also by a log-in after the welcome
 def test_a_kline_of_an_account_is_for_all_who_log_in_to_it():
     house = operated()
