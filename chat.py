@@ -3325,6 +3325,7 @@ class Hub:
         self.users: dict[str, User] = {}  # by key
         self.users_by_id: dict[str, User] = {}  # by resume_id
         self.users_by_token: dict[str, User] = {}  # by the hash of a secret
+        self.users_by_login: dict[str, dict[User, None]] = {}  # by Account.identity
         self.absent: dict[User, int] = {}  # without a session, since when; the first one first
         self.absent_by_host: dict[str, dict[User, None]] = {}
         self.channels: dict[str, Channel] = {}  # by key
@@ -3430,6 +3431,26 @@ class Hub:
     def next_id(self) -> int:
         self.last_id += 1
         return self.last_id
+
+    def list_login(self, user: User) -> None:
+        if user.login:
+            self.users_by_login.setdefault(user.login, {})[user] = None
+
+    def unlist_login(self, user: User) -> None:
+        if user.login:
+            users = self.users_by_login[user.login]
+            del users[user]
+            if not users:
+                del self.users_by_login[user.login]
+
+    def devices(self, identity: str) -> list[Session]:
+        """Return the sessions that are logged in to an account, under any name."""
+        return [one for user in self.users_by_login.get(identity, ()) for one in user.live]
+
+    def tell_read(self, user: User, target: str, sessions: list[Session]) -> None:
+        """Tell sessions that their read marker of a channel or user has moved."""
+        if sessions:
+            self.emit(READ_ON, user.source, Audience(target, sessions=sessions))
 
     def forget_markers(self, owner: str) -> dict[str, Marker]:
         if marks := self.markers.pop(owner, {}):
@@ -3852,6 +3873,24 @@ def inherit(hub: Hub, user: User, identity: str) -> None:
     for target, mark in hub.forget_markers(guest).items():
         if hub.markers.advance(identity, target, mark):
             hub.turn.record("marker", identity, target, *mark)
+            if target in hub.channels:
+                hub.tell_read(user, target, hub.devices(identity))
+
+
+def set_login(hub: Hub, user: User, account: str, identity: str) -> None:
+    """Log a user in to an account, or with "" out."""
+    hub.unlist_login(user)
+    user.set_login(account, identity)
+    hub.list_login(user)
+    hub.turn.changed.add(user)
+
+
+def tell_other_markers(hub: Hub, user: User, before: dict[str, Marker]) -> None:
+    """Tell a user's sessions which channels have another read marker than before a log-in."""
+    after = hub.markers.get(user.identity, {})
+    for channel in user.channels:
+        if before.get(channel.key) != after.get(channel.key):
+            hub.tell_read(user, channel.name, user.live)
 
 
 def tell_ranks(hub: Hub, channel: Channel, user: User, ranks: Iterable[str]) -> None:
@@ -3865,8 +3904,7 @@ def change_login(hub: Hub, who: Session, account: str) -> None:
     user, identity = who.user, hub.accounts.identity(account)
     known = user.account == account
     inherit(hub, user, identity)
-    user.set_login(account, identity)
-    hub.turn.changed.add(user)
+    set_login(hub, user, account, identity)
     if not known:
         emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, origin=who)
     for channel in user.channels:
@@ -3889,6 +3927,7 @@ def add_user(hub: Hub, user: User) -> None:
     hub.users[user.key] = hub.users_by_id[user.resume_id] = user
     hub.most_users = max(hub.most_users, len(hub.users))
     hub.users_by_token.update(dict.fromkeys(user.tokens, user))
+    hub.list_login(user)
     hub.invisible += "i" in user.modes
 
 
@@ -3987,6 +4026,7 @@ def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None
     del hub.users[user.key], hub.users_by_id[user.resume_id]
     for token in user.tokens:
         del hub.users_by_token[token]
+    hub.unlist_login(user)
     end_absence(hub, user)
     hub.invisible -= "i" in user.modes
     hub.turn.changed.add(user)
@@ -4102,7 +4142,9 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     if not moves:
         if takes_name and holder not in (None, user):
             take_name(hub, holder, free_name(hub, account))
+        marks = hub.markers.get(user.identity, {})
         change_login(hub, who, account)
+        tell_other_markers(hub, user, marks)
         if takes_name and holder is not user:
             take_name(hub, user, account, who)
         return before
@@ -4203,15 +4245,15 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
         drop_certificate(hub, fingerprint)
     hub.accounts.remove(name)
     hub.turn.record("account_gone", fold(name))
-    hub.forget_markers(identity)
+    marks = hub.forget_markers(identity)
     hub.work += len(hub.accounts_of)
     hub.guests_of.pop(identity, None)
     for guest in [guest for guest, account in hub.accounts_of.items() if account == identity]:
         del hub.accounts_of[guest]
     hub.turn.record("identities_gone", identity)
     for user in users:
-        user.set_login("", "")
-        hub.turn.changed.add(user)
+        set_login(hub, user, "", "")
+        tell_other_markers(hub, user, marks)
         emit_to_witnesses(hub, ACCOUNT, user.source, user)
     for channel in [c for c in hub.channels.values() if c.founder == identity]:
         give_up_channel(hub, channel)
@@ -4784,8 +4826,8 @@ def mark_read(hub: Hub, who: Session, target: str, when: int, id: int) -> None:
     if not hub.markers.advance(user.identity, key, mark):
         return
     hub.turn.record("marker", user.identity, key, *mark)
-    if others := [session for session in user.live if session is not who]:
-        hub.emit(READ_ON, user.source, Audience(target, sessions=others))
+    devices = hub.devices(user.login) if user.login else user.live
+    hub.tell_read(user, target, [session for session in devices if session is not who])
 
 
 # Operators of the server
@@ -6954,7 +6996,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 8  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 9  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
@@ -7187,6 +7229,8 @@ def load_snapshot(data: bytes, hub: Hub) -> None:
     hub.ids.load(whole.pop("starts"))
     for name, value in whole.items():
         setattr(hub, name, value)
+    for user in hub.users.values():
+        hub.list_login(user)
 
 
 def restore_node(store: Store, name: str) -> Hub | None:
@@ -10298,13 +10342,16 @@ def irc_kill(session: IrcSession, name: str, reason: str = "") -> Steps:
     session.site.server.note(f"{mask} killed by {killer}: {reason or 'no reason given'}")
 
 
+LIKE_A_TIME = re.compile(r"[-+]?\d[\dA-Za-z]*([.,]\d+[A-Za-z]*)?")  # 10, 1d12h, 1.5, -1
+
+
 @irc_command("KLINE", 1, 3, privileged=True)
 @in_steps
 def ban_from(session: LocalSession, mask: str, minutes: str = "0", reason: str = "") -> Steps:
     """KLINE <address, mask or a:account> [<minutes>] [<reason>] -- ban from this server, for ever
     without minutes (which may come first), and close the connections of those it is for"""
     # On other servers the minutes come first, and may have a unit that this one does not know
-    if re.fullmatch(r"\d+[A-Za-z]*", mask) and not minutes.isdecimal():
+    if LIKE_A_TIME.fullmatch(mask) and not minutes.isdecimal():
         mask, minutes = minutes, mask
     elif not minutes.isdecimal() and (" " in minutes or minutes[:1].isalpha()):
         minutes, reason = "0", f"{minutes} {reason}".strip()

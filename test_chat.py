@@ -2521,6 +2521,63 @@ def markers_told(house, who, *names):
     return [line.split()[-1] for line in house.heard(who)]
 
 
+def told_marks(house, who):
+    """Return channel and marker of what a client was told by itself."""
+    lines = (line.split() for line in house.heard(who) if " MARKREAD " in line)
+    return [(words[-2], words[-1].removeprefix("timestamp=")) for words in lines]
+
+
+def marked_house():
+    """alice has an account, and two connections under names of their own; both are in #a."""
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "REGISTER * * password", "JOIN #a,#b")
+    come(house, "phone")
+    ask(house, "phone", "JOIN #a")
+    return house
+
+
+def test_a_read_marker_is_told_to_devices_that_use_the_account_under_another_nick():
+    house = marked_house()
+    ask(house, "phone", "NS IDENTIFY alice password", "NICK phone")
+    _, when = send(house, "alice", "#a", "hello")
+    house.heard("phone")
+    assert marker(house, "alice", "#a", when) == when
+    assert told_marks(house, "phone") == [("#a", when)]
+
+
+def test_a_guest_who_logs_in_is_told_the_read_markers_of_the_account():
+    house = marked_house()
+    _, when = send(house, "alice", "#a", "hello")
+    marker(house, "alice", "#a", when)
+    ask(house, "alice", "NICK other")
+    assert told_marks(house, "phone") == []
+    house.say("phone", "NS IDENTIFY alice password")
+    house.turn()
+    assert told_marks(house, "phone") == [("#a", when)]
+
+
+def test_the_devices_of_an_account_are_told_what_a_guest_had_read_who_logs_in():
+    house = marked_house()
+    ask(house, "alice", "NICK other")
+    _, when = send(house, "alice", "#a", "hello")
+    assert marker(house, "phone", "#a", when) == when
+    house.heard("alice")
+    house.say("phone", "NS IDENTIFY alice password")
+    house.turn()
+    assert told_marks(house, "alice") == [("#a", when)]
+    assert told_marks(house, "phone") == []  # it knows that
+
+
+def test_the_users_of_a_deleted_account_are_told_that_its_read_markers_are_gone():
+    house = marked_house()
+    _, when = send(house, "alice", "#a", "hello")
+    marker(house, "alice", "#a", when)
+    house.say("alice", "NS DROP password")
+    house.turn()
+    assert told_marks(house, "alice") == [("#a", "*")]
+
+
 def test_how_far_a_channel_has_been_read_goes_with_its_new_name(folder):
     house = House(store=chat.Store(folder / "chat.db"))
     house.enter_irc("alice", "bob", "carol")
@@ -4824,6 +4881,10 @@ def tables_of_users(hub):
     yield "keys", {chat.fold(user.name): user for user in users}, hub.users
     yield "ids", {user.resume_id: user for user in users}, hub.users_by_id
     yield "tokens", {t: user for user in users for t in user.tokens}, hub.users_by_token
+    logins = {(user.login, user) for user in users if user.login}
+    listed = {(login, user) for login, some in hub.users_by_login.items() for user in some}
+    yield "users of accounts", logins, listed
+    assert all(hub.users_by_login.values())  # none is empty
     yield "ids of sessions", {one.id: one for one in sessions.values()}, sessions
     named = {(one.user, one) for one in sessions.values() if one.user}
     yield "sessions", {(user, one) for user in users for one in user.sessions}, named
@@ -29664,6 +29725,21 @@ def test_a_kline_of_no_sensible_time_is_refused(minutes):
     house = operated()
     assert asked(house, "root", KLINE.format(minutes, "10.0.0.9", "x"))
     assert not of(asked(house, "root", "STATS k"), "216")
+
+
+@pytest.mark.parametrize("time", ["10m", "1d12h", "1.5", "1,5h", "-5", "+5"])
+def test_a_time_before_the_mask_that_is_no_number_of_minutes_is_refused(time):
+    house = operated()
+    (line,) = ask(house, "root", f"KLINE {time} bad!*@* :spam")
+    assert f"FAIL KLINE INVALID_PARAMS {time} :" in line
+    assert not house.hub.bans
+
+
+@pytest.mark.parametrize("mask", ["10.0.0.9", "10.0.0.*", "2001:db8::1", "3com.example"])
+def test_a_mask_that_begins_with_a_digit_is_no_time(mask):
+    house = operated()
+    (line,) = ask(house, "root", f"KLINE {mask} :spam")
+    assert "K-line added" in line and len(house.hub.bans) == 1
 
 
 # Of an account, wherever it comes from; also by a log-in after the welcome
