@@ -13066,6 +13066,7 @@ class Room:
         self.entered = False  # ... unless the session is resumed, which includes it
         self.mark = ""  # everything up to here (msgid=... or timestamp=...) is held ...
         self.mark_time: int | None = None  # ... and the time of that message
+        self.start = ""  # the mark of the JOIN of this client
         self.holes: list[str] = []  # positions before which messages are missing, newest last
         self.paged: ViewEvent | None = None  # the oldest of a page without visible messages
         self.held: list[ViewEvent] | None = None  # views that wait for earlier pages ...
@@ -13084,7 +13085,8 @@ class Room:
         self.muted = False  # messages here do not call the user
         self.stays = False  # open when the user has left it
         self.read_time = 0  # ms; messages up to then were read, on some device ...
-        self.told_time = 0  # ... and the time that the server knows
+        self.told_time = 0  # ... and the time that the server knows,
+        self.telling = False  # unless its answer is still to come
         self.typing: dict[str, float] = {}  # names of typing users, and until when (ticks)
         self.asked_people = False  # over this connection: who is away
 
@@ -13179,7 +13181,9 @@ class Room:
 
     def forget_news(self, id: str) -> None:
         """No longer count a message as unread that was redacted."""
-        news = [view for view in self.views if is_news(view) and not view.past]
+        since = self.read_time  # what came in an earlier run may be unread
+        views = (view for view in self.views if not view.past or (view.time or 0) > since)
+        news = list(filter(is_news, views))
         gone = [view for view in news[max(0, len(news) - self.unread) :] if view.id == id]
         self.unread -= len(gone)
         self.called = max(0, self.called - sum(view.called for view in gone))
@@ -14200,6 +14204,7 @@ class HistoryRequests:
         )
         room.whole = not views  # a short page may consist of long messages
         self.core.incoming.release(room)
+        room.mark = room.mark or room.start  # what is said in a client's absence is news
 
     def _page_missed(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle a page of missed messages, and ask for more until one page brings nothing new: a
@@ -15417,6 +15422,8 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     for room in core.rooms.values():
         if room.is_channel and room.wanted and not (talk.resumed and room.entered):
             talk.joins.join(room)
+        elif room.unread:
+            core.rooms.ask_marker(room)
     if talk.server.pages and talk.since:
         talk.history.behind[""] = "targets"
     else:
@@ -15776,6 +15783,7 @@ def missed_in_a_talk(talk: IrcTalk, heard: ServerLine) -> None:
     room = talk.core.rooms.open(name)
     room.held = room.held or []
     room.mark = room.mark or f"timestamp={tag_time(talk.since)}"
+    talk.core.rooms.ask_marker(room)
     talk.history.ask_page(room, "gap" if talk.core.interactive else "missed")
 
 
@@ -15808,10 +15816,10 @@ def we_joined(talk: IrcTalk, heard: ServerLine, name: str) -> None:
     talk.joins.forget(room.name)
     core.rooms.keep(room)
     core.changed(room)
+    room.start = f"msgid={heard.tags['msgid']}" if "msgid" in heard.tags else ""
     if not core.interactive and not room.mark:  # a pipe takes messages from now on
-        if "msgid" in heard.tags:
-            room.mark = f"msgid={heard.tags['msgid']}"
-        elif core.began:  # joined earlier, before the connection broke
+        room.mark = room.start
+        if core.began and not room.mark:  # joined earlier, before the connection broke
             room.mark = mark_at(max(core.began, talk.since))
     core.known.newest = max(core.known.newest, heard.time or 0)
     if typed:
@@ -16543,11 +16551,18 @@ class Rooms(dict[str, Room]):
             return
         for room in self.values():
             if room.read_time > room.told_time and (room.inside or not room.is_channel):
-                room.told_time = room.read_time
+                room.told_time, room.telling = room.read_time, True
                 core.talk.send("MARKREAD", room.name, f"timestamp={tag_time(room.read_time)}")
+
+    def ask_marker(self, room: Room) -> None:
+        """Ask how far the user has read a private conversation, perhaps on another device. Of a
+        channel, the server tells that with the JOIN."""
+        if not room.is_channel and "draft/read-marker" in self.core.server.enabled:
+            self.core.talk.send("MARKREAD", room.name)
 
     def take_marker(self, room: Room, when: int) -> None:
         """Note up to which time (ms) the user has read a conversation on another device."""
+        room.telling = room.telling and when < room.told_time
         room.told_time = max(room.told_time, when)
         if room.read(self.core.believable(when)):
             self.keep(room)
@@ -17654,6 +17669,8 @@ class ClientCore:
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people, room.listed = [], False, False, None
             room.typing.clear()
+            if room.telling:  # the marker may have been lost with the connection
+                room.told_time, room.telling = 0, False
             self.changed(room)
         self.people.asked.clear()
         self.transfers.take_token("")
@@ -23385,7 +23402,8 @@ KEY_NAMES = {
     **dict.fromkeys(("\x7f", "\x08"), "backspace"),
     **dict.fromkeys(("\x17", "\x1b\x7f", "\x1b\x08"), "erase-word"),
     **dict.fromkeys(("\x1b[3;5~", "\x1b[3;3~", "\x1bd"), "delete-word"),
-    **dict.fromkeys(("\x1b\r", "\x1b\n", "\x0a"), "newline"),
+    # Alt and Enter; Shift and Enter, as kitty and xterm (modifyOtherKeys) have it
+    **dict.fromkeys(("\x1b\r", "\x1b\n", "\x0a", "\x1b[13;2u", "\x1b[27;2;13~"), "newline"),
     "\x1b[3~": "delete",
     "\x04": "delete-or-leave",
     "\x15": "erase-to-start",
@@ -23396,7 +23414,7 @@ KEY_NAMES = {
     "\x0c": "redraw",
     "\t": "tab",
     "\x1b[Z": "back-tab",
-    "\r": "enter",
+    **dict.fromkeys(("\r", "\x1bOM", "\x1b[57414u"), "enter"),  # the last two: the numeric pad's
     "\x1b": "escape",
     **dict.fromkeys(("\x1b[5~", "\x1b[5;2~"), "page-up"),
     **dict.fromkeys(("\x1b[6~", "\x1b[6;2~"), "page-down"),
@@ -26307,7 +26325,9 @@ function endBatch(key, { kind, target, line, lines }) {
     .filter(({ text }) => !text.startsWith('\x01'));
   if (kind === 'soju.im/search') return showFound(said, asked);
   if (kind === 'draft/chathistory-targets') {
-    return lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
+    lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
+    return allRooms().forEach(({ name }) => // perhaps read on another device
+      isChannel(name) || respond(`MARKREAD ${name}`));
   }
   if (kind !== 'chathistory') {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
@@ -26642,6 +26662,7 @@ class Leader {
     if (isOnline() && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
     if (this.inFlight.size) this.window = 1;
     this.inFlight.clear();
+    allRooms().forEach((to) => { to.told = ''; }); // a marker may be lost with the connection
     this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
     this.uploader.end?.abort(); // its connection may be as dead
