@@ -16564,6 +16564,10 @@ class Rooms(dict[str, Room]):
         """Note up to which time (ms) the user has read a conversation on another device."""
         room.telling = room.telling and when < room.told_time
         room.told_time = max(room.told_time, when)
+        self.read_up_to(room, when)
+
+    def read_up_to(self, room: Room, when: int) -> None:
+        """Note that the user has read a conversation on another device, up to a time (ms)."""
         if room.read(self.core.believable(when)):
             self.keep(room)
             self.core.show(ViewEvent(READ_ELSEWHERE, where=room.name))
@@ -17051,6 +17055,9 @@ class Incoming:
         room.spoke(view.name)
         if view.mine:
             room.addressed(view.text)
+            if room.unread and not view.past:  # the user writes on another device
+                written = accepted_at(view.own_id) or LAST_MOMENT  # it may have waited there
+                core.rooms.read_up_to(room, min(written, view.time or 0))
         else:
             room.away_told = ""
         room.typing.pop(view.name, None)
@@ -25785,6 +25792,10 @@ header button { background: none; }
   overscroll-behavior: contain; overflow-anchor: none; }
 .block.known { content-visibility: auto; }
 .row { padding: .25rem .4rem; overflow: hidden; }
+@media print { /* all rows, and nothing else */
+  html, body, main, #chat, #log { display: block; height: auto; overflow: visible; }
+  .block.known { content-visibility: visible; }
+  header, #rooms, #people, #reply, #composer, #newest, #phase { display: none !important; } }
 .same > div:first-child { display: none; }
 .mine { background: var(--mine); }
 .called { background: var(--called); }

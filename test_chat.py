@@ -23139,6 +23139,47 @@ def test_a_message_that_is_redacted_after_a_restart_is_no_longer_unread():
     assert (lobby.unread, lobby.called) == (1, 0)
 
 
+@pytest.mark.parametrize("present", [False, True])
+def test_what_came_before_an_answer_from_another_device_is_read(present):
+    alice, bob, phone = with_phone()
+    bob.typed("one")
+    exchange_all(alice, phone)
+    phone.core.rooms.mark_read(phone.core.rooms["#lobby"])
+    if not present:
+        phone.drop()
+    bob.typed("Alice: two")
+    alice.core.reads_at_once = False  # its user tells no marker, as in another program
+    alice.typed("an answer")
+    bob.typed("three")
+    if not present:
+        phone.connect()
+    phone.exchange()
+    lobby = phone.core.rooms["#lobby"]
+    assert [view.text for view in lobby.views if view.kind == "message"][-2:] == [
+        "an answer",
+        "three",
+    ]
+    assert (lobby.unread, lobby.called) == (1, 0)
+    start_again(phone)
+    assert phone.core.rooms["#lobby"].unread == 1
+
+
+def test_what_came_while_a_message_waited_on_another_device_stays_unread():
+    alice, bob, phone = with_phone()
+    bob.typed("one")
+    exchange_all(alice, phone)
+    phone.core.rooms.mark_read(phone.core.rooms["#lobby"])
+    alice.core.reads_at_once = False
+    alice.drop()
+    alice.typed("written before two")
+    bob.typed("two")
+    phone.exchange()
+    alice.connect()
+    phone.exchange()
+    assert last_of(phone).text == "written before two"
+    assert phone.core.rooms["#lobby"].unread == 1
+
+
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("comes_back", [Pair.connect, start_again])
 def test_what_is_read_in_a_private_conversation_elsewhere_in_a_break_is_no_news(known, comes_back):
@@ -42695,6 +42736,19 @@ def test_what_was_read_without_a_connection_is_read_on_other_devices_later(runni
     tab.js("leader.connect = usual; leader.connect()")
     markers = server.server.hub.markers
     assert eventually(lambda: [list(marks) for marks in list(markers.values())] == [["#lobby"]])
+
+
+def test_all_rows_of_a_conversation_are_printed_and_nothing_else(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    server.guest("bob").send("".join(f"line {n}\n" for n in range(100)))
+    tab.wait_for("line 99")
+    tab.ask("Emulation.setEmulatedMedia", media="print")
+    tops = tab.js("[...document.querySelectorAll('.row')].map((row) => row.offsetTop)")
+    height, seen = tab.js("[document.documentElement.scrollHeight, innerHeight]")
+    assert tops == sorted(tops) and seen < tops[-1] < height
+    assert tab.js("getComputedStyle($('log')).overflowY") == "visible"
+    assert tab.js("$('composer').offsetHeight + $('where').offsetHeight") == 0
 
 
 def test_what_was_read_elsewhere_without_a_connection_is_read_in_the_page_later(running, browse):
