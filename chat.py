@@ -15408,6 +15408,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     talk.nick.regain_at = core.ticks() + REGAIN_SECONDS
     core.began = core.began or heard.time or 0
     tell_own_name(talk)
+    core.unwelcomed = False
     if core.away and not talk.resumed:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
@@ -15711,7 +15712,7 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("NOTE", "WARN", least=3)
 def noted(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.params[:2] == ["SESSION", "RESUMED"]:
-        talk.resumed = True
+        talk.resumed = not talk.core.unwelcomed
     else:
         talk.core.server_text(heard.params[-1])
 
@@ -17480,6 +17481,7 @@ class ClientCore:
     acknowledged = False  # some message was, over this connection
     page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
     began = 0  # time of the first welcome
+    unwelcomed = False  # a connection ended before its welcome: the secret may be of a new user
 
     def __init__(
         self,
@@ -17663,6 +17665,7 @@ class ClientCore:
             self.talk.end_batches()
         talk, self.talk, self.listening = self.talk, None, False
         if talk:
+            self.unwelcomed = self.unwelcomed or not talk.ready
             talk.joins.want_typed()
             talk.tell_unsent()
         flown = self.outbox.connection_lost()
@@ -25795,7 +25798,7 @@ header button { background: none; }
 @media print { /* all rows, and nothing else */
   html, body, main, #chat, #log { display: block; height: auto; overflow: visible; }
   .block.known { content-visibility: visible; }
-  header, #rooms, #people, #reply, #composer, #newest, #phase { display: none !important; } }
+  header, nav, aside, form, #newest { display: none !important; } }
 .same > div:first-child { display: none; }
 .mine { background: var(--mine); }
 .called { background: var(--called); }

@@ -17852,6 +17852,27 @@ def test_a_taken_name_is_learnt_and_another_one_remembered():
     assert again.core.name == "anna"
 
 
+@pytest.mark.parametrize("noticed", [False, True])
+@pytest.mark.parametrize("rounds", range(5))
+def test_channels_are_entered_again_when_the_welcome_was_lost_with_its_connection(rounds, noticed):
+    house = house_of("bob")
+    alice = Pair(house, "alice", join=["#rust", "#lobby"])
+    alice.typed("/away tea")
+    alice.drop()
+    house.grace_over()
+    house.turn()
+    alice.dial()
+    alice.exchange(rounds)
+    alice.step(math.inf, 0)  # the server acts on what came; its answer is lost
+    alice.break_off(noticed)
+    alice.exchange()
+    user = house.guests[alice.label].user
+    assert alice.core.name == user.name == "alice" and user.away == "tea"
+    assert {channel.name for channel in user.channels} == {"#rust", "#lobby"}
+    assert alice.people("#rust") == {"alice"} and alice.people() == {"alice", "bob"}
+    assert alice.core.talk.joins.unanswered == {}
+
+
 def test_channels_are_entered_again_after_a_break_and_left_ones_are_not():
     house = house_of("bob")
     alice = Pair(house, "alice", join=["#rust", "#go secret"])
