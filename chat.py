@@ -13113,6 +13113,7 @@ class Room:
         self.entered = False  # ... unless the session is resumed, which includes it
         self.mark = ""  # everything up to here (msgid=... or timestamp=...) is held ...
         self.mark_time: int | None = None  # ... and the time of that message
+        self.start = ""  # the mark of the JOIN of this client
         self.holes: list[str] = []  # positions before which messages are missing, newest last
         self.paged: ViewEvent | None = None  # the oldest of a page without visible messages
         self.held: list[ViewEvent] | None = None  # views that wait for earlier pages ...
@@ -13131,7 +13132,8 @@ class Room:
         self.muted = False  # messages here do not call the user
         self.stays = False  # open when the user has left it
         self.read_time = 0  # ms; messages up to then were read, on some device ...
-        self.told_time = 0  # ... and the time that the server knows
+        self.told_time = 0  # ... and the time that the server knows,
+        self.telling = False  # unless its answer is still to come
         self.typing: dict[str, float] = {}  # names of typing users, and until when (ticks)
         self.asked_people = False  # over this connection: who is away
 
@@ -13226,7 +13228,9 @@ class Room:
 
     def forget_news(self, id: str) -> None:
         """No longer count a message as unread that was redacted."""
-        news = [view for view in self.views if is_news(view) and not view.past]
+        since = self.read_time  # what came in an earlier run may be unread
+        views = (view for view in self.views if not view.past or (view.time or 0) > since)
+        news = list(filter(is_news, views))
         gone = [view for view in news[max(0, len(news) - self.unread) :] if view.id == id]
         self.unread -= len(gone)
         self.called = max(0, self.called - sum(view.called for view in gone))
@@ -14247,6 +14251,7 @@ class HistoryRequests:
         )
         room.whole = not views  # a short page may consist of long messages
         self.core.incoming.release(room)
+        room.mark = room.mark or room.start  # what is said in a client's absence is news
 
     def _page_missed(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle a page of missed messages, and ask for more until one page brings nothing new: a
@@ -15452,6 +15457,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     talk.nick.regain_at = core.ticks() + REGAIN_SECONDS
     core.began = core.began or heard.time or 0
     tell_own_name(talk)
+    core.unwelcomed = False
     if core.away and not talk.resumed:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
@@ -15466,6 +15472,8 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     for room in core.rooms.values():
         if room.is_channel and room.wanted and not (talk.resumed and room.entered):
             talk.joins.join(room)
+        elif room.unread:
+            core.rooms.ask_marker(room)
     if talk.server.pages and talk.since:
         talk.history.behind[""] = "targets"
     else:
@@ -15753,7 +15761,7 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("NOTE", "WARN", least=3)
 def noted(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.params[:2] == ["SESSION", "RESUMED"]:
-        talk.resumed = True
+        talk.resumed = not talk.core.unwelcomed
     else:
         talk.core.server_text(heard.params[-1])
 
@@ -15825,6 +15833,7 @@ def missed_in_a_talk(talk: IrcTalk, heard: ServerLine) -> None:
     room = talk.core.rooms.open(name)
     room.held = room.held or []
     room.mark = room.mark or f"timestamp={tag_time(talk.since)}"
+    talk.core.rooms.ask_marker(room)
     talk.history.ask_page(room, "gap" if talk.core.interactive else "missed")
 
 
@@ -15857,10 +15866,10 @@ def we_joined(talk: IrcTalk, heard: ServerLine, name: str) -> None:
     talk.joins.forget(room.name)
     core.rooms.keep(room)
     core.changed(room)
+    room.start = f"msgid={heard.tags['msgid']}" if "msgid" in heard.tags else ""
     if not core.interactive and not room.mark:  # a pipe takes messages from now on
-        if "msgid" in heard.tags:
-            room.mark = f"msgid={heard.tags['msgid']}"
-        elif core.began:  # joined earlier, before the connection broke
+        room.mark = room.start
+        if core.began and not room.mark:  # joined earlier, before the connection broke
             room.mark = mark_at(max(core.began, talk.since))
     core.known.newest = max(core.known.newest, heard.time or 0)
     if typed:
@@ -16592,12 +16601,23 @@ class Rooms(dict[str, Room]):
             return
         for room in self.values():
             if room.read_time > room.told_time and (room.inside or not room.is_channel):
-                room.told_time = room.read_time
+                room.told_time, room.telling = room.read_time, True
                 core.talk.send("MARKREAD", room.name, f"timestamp={tag_time(room.read_time)}")
+
+    def ask_marker(self, room: Room) -> None:
+        """Ask how far the user has read a private conversation, perhaps on another device. Of a
+        channel, the server tells that with the JOIN."""
+        if not room.is_channel and "draft/read-marker" in self.core.server.enabled:
+            self.core.talk.send("MARKREAD", room.name)
 
     def take_marker(self, room: Room, when: int) -> None:
         """Note up to which time (ms) the user has read a conversation on another device."""
+        room.telling = room.telling and when < room.told_time
         room.told_time = max(room.told_time, when)
+        self.read_up_to(room, when)
+
+    def read_up_to(self, room: Room, when: int) -> None:
+        """Note that the user has read a conversation on another device, up to a time (ms)."""
         if room.read(self.core.believable(when)):
             self.keep(room)
             self.core.show(ViewEvent(READ_ELSEWHERE, where=room.name))
@@ -17085,6 +17105,9 @@ class Incoming:
         room.spoke(view.name)
         if view.mine:
             room.addressed(view.text)
+            if room.unread and not view.past:  # the user writes on another device
+                written = accepted_at(view.own_id) or LAST_MOMENT  # it may have waited there
+                core.rooms.read_up_to(room, min(written, view.time or 0))
         else:
             room.away_told = ""
         room.typing.pop(view.name, None)
@@ -17507,6 +17530,7 @@ class ClientCore:
     acknowledged = False  # some message was, over this connection
     page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
     began = 0  # time of the first welcome
+    unwelcomed = False  # a connection ended before its welcome: the secret may be of a new user
 
     def __init__(
         self,
@@ -17690,6 +17714,7 @@ class ClientCore:
             self.talk.end_batches()
         talk, self.talk, self.listening = self.talk, None, False
         if talk:
+            self.unwelcomed = self.unwelcomed or not talk.ready
             talk.joins.want_typed()
             talk.tell_unsent()
         flown = self.outbox.connection_lost()
@@ -17703,6 +17728,8 @@ class ClientCore:
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people, room.listed = [], False, False, None
             room.typing.clear()
+            if room.telling:  # the marker may have been lost with the connection
+                room.told_time, room.telling = 0, False
             self.changed(room)
         self.people.asked.clear()
         self.transfers.take_token("")
@@ -23434,7 +23461,8 @@ KEY_NAMES = {
     **dict.fromkeys(("\x7f", "\x08"), "backspace"),
     **dict.fromkeys(("\x17", "\x1b\x7f", "\x1b\x08"), "erase-word"),
     **dict.fromkeys(("\x1b[3;5~", "\x1b[3;3~", "\x1bd"), "delete-word"),
-    **dict.fromkeys(("\x1b\r", "\x1b\n", "\x0a"), "newline"),
+    # Alt and Enter; Shift and Enter, as kitty and xterm (modifyOtherKeys) have it
+    **dict.fromkeys(("\x1b\r", "\x1b\n", "\x0a", "\x1b[13;2u", "\x1b[27;2;13~"), "newline"),
     "\x1b[3~": "delete",
     "\x04": "delete-or-leave",
     "\x15": "erase-to-start",
@@ -23445,7 +23473,7 @@ KEY_NAMES = {
     "\x0c": "redraw",
     "\t": "tab",
     "\x1b[Z": "back-tab",
-    "\r": "enter",
+    **dict.fromkeys(("\r", "\x1bOM", "\x1b[57414u"), "enter"),  # the last two: the numeric pad's
     "\x1b": "escape",
     **dict.fromkeys(("\x1b[5~", "\x1b[5;2~"), "page-up"),
     **dict.fromkeys(("\x1b[6~", "\x1b[6;2~"), "page-down"),
@@ -25816,6 +25844,10 @@ header button { background: none; }
   overscroll-behavior: contain; overflow-anchor: none; }
 .block.known { content-visibility: auto; }
 .row { padding: .25rem .4rem; overflow: hidden; }
+@media print { /* all rows, and nothing else */
+  html, body, main, #chat, #log { display: block; height: auto; overflow: visible; }
+  .block.known { content-visibility: visible; }
+  header, nav, aside, form, #newest { display: none !important; } }
 .same > div:first-child { display: none; }
 .mine { background: var(--mine); }
 .called { background: var(--called); }
@@ -26356,7 +26388,9 @@ function endBatch(key, { kind, target, line, lines }) {
     .filter(({ text }) => !text.startsWith('\x01'));
   if (kind === 'soju.im/search') return showFound(said, asked);
   if (kind === 'draft/chathistory-targets') {
-    return lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
+    lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
+    return allRooms().forEach(({ name }) => // perhaps read on another device
+      isChannel(name) || respond(`MARKREAD ${name}`));
   }
   if (kind !== 'chathistory') {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
@@ -26691,6 +26725,7 @@ class Leader {
     if (isOnline() && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
     if (this.inFlight.size) this.window = 1;
     this.inFlight.clear();
+    allRooms().forEach((to) => { to.told = ''; }); // a marker may be lost with the connection
     this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
     this.uploader.end?.abort(); // its connection may be as dead

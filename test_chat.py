@@ -17913,6 +17913,27 @@ def test_a_taken_name_is_learnt_and_another_one_remembered():
     assert again.core.name == "anna"
 
 
+@pytest.mark.parametrize("noticed", [False, True])
+@pytest.mark.parametrize("rounds", range(5))
+def test_channels_are_entered_again_when_the_welcome_was_lost_with_its_connection(rounds, noticed):
+    house = house_of("bob")
+    alice = Pair(house, "alice", join=["#rust", "#lobby"])
+    alice.typed("/away tea")
+    alice.drop()
+    house.grace_over()
+    house.turn()
+    alice.dial()
+    alice.exchange(rounds)
+    alice.step(math.inf, 0)  # the server acts on what came; its answer is lost
+    alice.break_off(noticed)
+    alice.exchange()
+    user = house.guests[alice.label].user
+    assert alice.core.name == user.name == "alice" and user.away == "tea"
+    assert {channel.name for channel in user.channels} == {"#rust", "#lobby"}
+    assert alice.people("#rust") == {"alice"} and alice.people() == {"alice", "bob"}
+    assert alice.core.talk.joins.unanswered == {}
+
+
 def test_channels_are_entered_again_after_a_break_and_left_ones_are_not():
     house = house_of("bob")
     alice = Pair(house, "alice", join=["#rust", "#go secret"])
@@ -23109,11 +23130,7 @@ def test_a_muted_conversation_calls_no_one_and_stays_muted():
 
 
 def test_what_was_read_on_one_device_is_read_on_the_other():
-    alice, bob = two_screens()
-    alice.typed("/register secret-of-alice")
-    login = chat.Login("alice", "secret-of-alice")
-    phone = kept_client(alice.house, chat.open_client_database(":memory:"), "Alice", login=login)
-    phone.core.reads_at_once = False
+    alice, bob, phone = with_phone()
     phone.typed("/join #lobby")
     bob.typed("one")
     bob.typed("alice: two")
@@ -23133,6 +23150,143 @@ def test_what_was_read_on_one_device_is_read_on_the_other():
     phone.exchange()
     again = chat.ClientCore("Alice", store=phone.core.store)
     assert again.rooms["#lobby"].read_time == last_of(phone).time
+
+
+def with_phone(**options):
+    """Two clients, and another device of the first one's account, whose user reads nothing yet."""
+    alice, bob = two_screens()
+    alice.typed("/register secret-of-alice")
+    options["login"] = chat.Login("alice", "secret-of-alice")
+    db = chat.open_client_database(":memory:")
+    phone = kept_client(alice.house, db, "Alice", **options)
+    phone.core.reads_at_once = False
+    return alice, bob, phone
+
+
+def start_again(pair):
+    """Let the client of a pair end, and start from what it has stored."""
+    pair.drop()
+    pair.core.close_store()
+    store, login = pair.core.store, pair.core.me.login
+    pair.core = chat.ClientCore(pair.name, kind=chat.CHAT, login=login, store=store)
+    pair.core.reads_at_once = False
+    pair.connect()
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_marker_that_is_lost_with_the_connection_is_told_over_the_next_one(answered):
+    _, bob, phone = with_phone()
+    bob.typed("one")
+    exchange_all(bob, phone)
+    lobby = phone.core.rooms["#lobby"]
+    phone.core.rooms.mark_read(lobby)
+    phone.core.tick()
+    if answered:
+        phone.exchange()
+    phone.break_off(noticed=True)
+    phone.exchange()
+    phone.core.tick()
+    phone.exchange()
+    (markers,) = phone.house.hub.markers.values()
+    assert markers["#lobby"].time == lobby.read_time == last_of(phone).time
+    assert not lobby.telling
+
+
+def test_what_is_said_in_the_absence_of_a_client_is_news_in_a_channel_without_messages_too():
+    house = House()
+    house.enter_irc("bob")
+    house.say("bob", "JOIN #tea")
+    house.turn()
+    alice = Pair(house, "alice", join=["#lobby", "#tea"])
+    alice.drop()
+    house.grace_over()
+    house.say("bob", "PRIVMSG #tea :alice: one")
+    house.turn()
+    alice.connect()
+    tea = alice.core.rooms["#tea"]
+    assert [(view.text, view.past) for view in tea.views] == [("alice: one", False)]
+    assert (tea.unread, tea.called) == (1, 1)
+
+
+def test_a_message_that_is_redacted_after_a_restart_is_no_longer_unread():
+    _, bob, phone = with_phone()
+    bob.typed("one")
+    bob.typed("Alice: two")
+    phone.exchange()
+    start_again(phone)
+    lobby = phone.core.rooms["#lobby"]
+    assert (lobby.unread, lobby.called) == (2, 1)
+    bob.typed("/redact")
+    phone.exchange()
+    assert (lobby.unread, lobby.called) == (1, 0)
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_what_came_before_an_answer_from_another_device_is_read(present):
+    alice, bob, phone = with_phone()
+    bob.typed("one")
+    exchange_all(alice, phone)
+    phone.core.rooms.mark_read(phone.core.rooms["#lobby"])
+    if not present:
+        phone.drop()
+    bob.typed("Alice: two")
+    alice.core.reads_at_once = False  # its user tells no marker, as in another program
+    alice.typed("an answer")
+    bob.typed("three")
+    if not present:
+        phone.connect()
+    phone.exchange()
+    lobby = phone.core.rooms["#lobby"]
+    assert [view.text for view in lobby.views if view.kind == "message"][-2:] == [
+        "an answer",
+        "three",
+    ]
+    assert (lobby.unread, lobby.called) == (1, 0)
+    start_again(phone)
+    assert phone.core.rooms["#lobby"].unread == 1
+
+
+def test_what_came_while_a_message_waited_on_another_device_stays_unread():
+    alice, bob, phone = with_phone()
+    bob.typed("one")
+    exchange_all(alice, phone)
+    phone.core.rooms.mark_read(phone.core.rooms["#lobby"])
+    alice.core.reads_at_once = False
+    alice.drop()
+    alice.typed("written before two")
+    bob.typed("two")
+    phone.exchange()
+    alice.connect()
+    phone.exchange()
+    assert last_of(phone).text == "written before two"
+    assert phone.core.rooms["#lobby"].unread == 1
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("comes_back", [Pair.connect, start_again])
+def test_what_is_read_in_a_private_conversation_elsewhere_in_a_break_is_no_news(known, comes_back):
+    alice, bob, phone = with_phone()
+    bob.typed("/msg alice zero")
+    phone.exchange()
+    talk = phone.core.rooms["bob"]
+    phone.core.rooms.mark_read(talk)
+    phone.core.tick()
+    phone.exchange()
+    if not known:
+        phone.drop()
+    bob.typed("/msg alice one")
+    if known:
+        phone.exchange()
+        assert talk.unread == 1
+        phone.drop()
+    alice.exchange()
+    alice.typed("/go bob")
+    alice.core.tick()
+    alice.exchange()
+    comes_back(phone)
+    talk = phone.core.rooms["bob"]
+    assert [view.text for view in talk.views] == ["zero", "one"]
+    assert (talk.unread, talk.called) == (0, 0)
 
 
 def test_members_are_known_with_rank_absence_and_bots():
@@ -33820,6 +33974,8 @@ KEYS = [
     (b"\x1b[1;5D\x1bf\x17", [("word-left", ""), ("word-right", ""), ("erase-word", "")]),
     (b"a\rb", [("text", "a"), ("enter", ""), ("text", "b")]),
     (b"\x1b\r\n", [("newline", ""), ("newline", "")]),
+    (b"a\x1b[13;2u\x1b[27;2;13~", [("text", "a"), ("newline", ""), ("newline", "")]),
+    (b"\x1bOM\x1b[57414u", [("enter", ""), ("enter", "")]),
     (b"\x1b[99;99xok\x1b[?1;2c", [("text", "ok")]),
     (b"\x00\x1c!", [("text", "!")]),
     (b"\x1b[200~one\r\ntwo\x1b[31m\x1b[201~!", [("paste", "one\ntwo[31m"), ("text", "!")]),
@@ -42687,9 +42843,42 @@ def test_what_was_read_without_a_connection_is_read_on_other_devices_later(runni
     tab.until("unreadIn(room('#lobby')).length === 1")
     tab.js("globalThis.usual = leader.connect; leader.connect = () => null; leader.closed()")
     tab.js("openRoom('#lobby')")
+    tab.js(
+        "room('#lobby').told = room('#lobby').marker; leader.closed()"
+    )  # was lost, with its line
     tab.js("leader.connect = usual; leader.connect()")
     markers = server.server.hub.markers
     assert eventually(lambda: [list(marks) for marks in list(markers.values())] == [["#lobby"]])
+
+
+def test_all_rows_of_a_conversation_are_printed_and_nothing_else(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    server.guest("bob").send("".join(f"line {n}\n" for n in range(100)))
+    tab.wait_for("line 99")
+    tab.ask("Emulation.setEmulatedMedia", media="print")
+    tops = tab.js("[...document.querySelectorAll('.row')].map((row) => row.offsetTop)")
+    height, seen = tab.js("[document.documentElement.scrollHeight, innerHeight]")
+    assert tops == sorted(tops) and seen < tops[-1] < height
+    assert tab.js("getComputedStyle($('log')).overflowY") == "visible"
+    assert tab.js("$('composer').offsetHeight + $('where').offsetHeight") == 0
+
+
+def test_what_was_read_elsewhere_without_a_connection_is_read_in_the_page_later(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    ben = server.guest()
+    ben.enter_irc("ben", "PRIVMSG anna :one")
+    tab.until("unreadIn(room('ben')).length === 1")
+    tab.js("globalThis.usual = leader.connect; leader.connect = () => null; leader.closed()")
+    last = tab.js("lastOf(room('ben').messages).time")
+    (identity,) = {
+        user.identity for user in server.server.hub.users.values() if user.name == "anna"
+    }
+    when = int(datetime.datetime.fromisoformat(last).timestamp() * 1000)
+    server.server.hub.markers[identity] = {"ben": chat.Marker(when)}
+    tab.js("leader.connect = usual; leader.connect()")
+    tab.until("unreadIn(room('ben')).length === 0")
 
 
 def test_a_channel_is_not_left_without_a_connection_and_a_removed_one_not_joined(running, browse):
