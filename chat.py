@@ -5534,18 +5534,18 @@ def scope_of(hub: Hub, user: User, audience: Audience) -> Scope:
 # The conversations of an identity: id, key, whether it was with a guest who had a name when it
 # began, and the name that the other user had at the newest message, which TARGETS tells
 CONVERSATIONS = f"""
-    SELECT id, key, (one = ?1 AND other_key = ?2 AND other LIKE '~%')
-        OR (other = ?1 AND one_key = ?2 AND one LIKE '~%'),
-        (SELECT CASE author WHEN ?1 THEN about ELSE name END FROM events
+    SELECT id, key, (one = :owner AND other_key = :name AND other LIKE '~%')
+        OR (other = :owner AND one_key = :name AND one LIKE '~%'),
+        (SELECT CASE author WHEN :owner THEN about ELSE name END FROM events
             WHERE target = targets.id AND kind IN ({SPOKEN_KINDS}) ORDER BY id DESC LIMIT 1)
-    FROM targets WHERE one = ?1 OR other = ?1 ORDER BY id"""
+    FROM targets WHERE one = :owner OR other = :owner ORDER BY id"""
 
 
 def conversations(db: sqlite3.Connection, owner: str, name_key: str) -> list[tuple[int, str, bool]]:
     """Return id and key of all private conversations of an identity, and whether each is with users
     of a name, who may have left: a guest began it with that name, or the other user had it at the
     newest message."""
-    rows = db.execute(CONVERSATIONS, [owner, name_key])
+    rows = db.execute(CONVERSATIONS, {"owner": owner, "name": name_key})
     return [
         (id, key, bool(with_guest or (name and fold(name) == name_key)))
         for id, key, with_guest, name in rows
