@@ -16695,6 +16695,7 @@ def test_what_is_ambiguous_is_refused(head):
     assert answer[0] in (400, 421, 501)
 
 
+@thorough
 def test_a_slow_download_is_not_cut(running, tmp_path, monkeypatch):
     """Neither by a pipelined request, nor by Connection: close, nor by the pace."""
     for name, value in (("WEB_HEAD_SECONDS", 0.2), ("SLOW_SECONDS", 0.2), ("LINGER_SECONDS", 0.2)):
@@ -36807,7 +36808,7 @@ def test_files_arrive_over_a_line_that_breaks_again_and_again(
         assert proxy.resets >= 3
 
 
-@pytest.mark.parametrize("way", ["up", "down"])
+@pytest.mark.parametrize("way", some(["up", "down"]))
 def test_a_file_that_is_cut_ten_times_is_carried_about_once(
     running, seeded, tmp_path, monkeypatch, way
 ):
