@@ -3124,16 +3124,17 @@ class Turn:
 # Tables of the Hub
 
 
-class Registry(dict[str, "set[Session]"]):
-    """Sessions by the key of a name or of metadata that they want to be told of."""
+class Registry(dict[str, "set[Any]"]):
+    """Sessions by the key of a name or of metadata that they want to be told of, or users by their
+    account. The order in a set differs between the nodes of a cluster: no act may depend on it."""
 
-    def add(self, session: Session, key: str) -> None:
-        self.setdefault(key, set()).add(session)
+    def add(self, one: Session | User, key: str) -> None:
+        self.setdefault(key, set()).add(one)
 
-    def remove(self, session: Session, key: str) -> None:
-        sessions = self.get(key, set())
-        sessions.discard(session)
-        if not sessions:
+    def remove(self, one: Session | User, key: str) -> None:
+        known = self.get(key, set())
+        known.discard(one)
+        if not known:
             self.pop(key, None)
 
 
@@ -3325,7 +3326,7 @@ class Hub:
         self.users: dict[str, User] = {}  # by key
         self.users_by_id: dict[str, User] = {}  # by resume_id
         self.users_by_token: dict[str, User] = {}  # by the hash of a secret
-        self.users_by_login: dict[str, dict[User, None]] = {}  # by Account.identity
+        self.users_by_login = Registry()  # by Account.identity
         self.absent: dict[User, int] = {}  # without a session, since when; the first one first
         self.absent_by_host: dict[str, dict[User, None]] = {}
         self.channels: dict[str, Channel] = {}  # by key
@@ -3432,16 +3433,9 @@ class Hub:
         self.last_id += 1
         return self.last_id
 
-    def list_login(self, user: User) -> None:
+    def list_login(self, user: User, on: bool = True) -> None:
         if user.login:
-            self.users_by_login.setdefault(user.login, {})[user] = None
-
-    def unlist_login(self, user: User) -> None:
-        if user.login:
-            users = self.users_by_login[user.login]
-            del users[user]
-            if not users:
-                del self.users_by_login[user.login]
+            (self.users_by_login.add if on else self.users_by_login.remove)(user, user.login)
 
     def devices(self, identity: str) -> list[Session]:
         """Return the sessions that are logged in to an account, under any name."""
@@ -3879,7 +3873,7 @@ def inherit(hub: Hub, user: User, identity: str) -> None:
 
 def set_login(hub: Hub, user: User, account: str, identity: str) -> None:
     """Log a user in to an account, or with "" out."""
-    hub.unlist_login(user)
+    hub.list_login(user, False)
     user.set_login(account, identity)
     hub.list_login(user)
     hub.turn.changed.add(user)
@@ -4026,7 +4020,7 @@ def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None
     del hub.users[user.key], hub.users_by_id[user.resume_id]
     for token in user.tokens:
         del hub.users_by_token[token]
-    hub.unlist_login(user)
+    hub.list_login(user, False)
     end_absence(hub, user)
     hub.invisible -= "i" in user.modes
     hub.turn.changed.add(user)
@@ -5803,9 +5797,9 @@ class SearchIndex:
         if version != self.VERSION and db.execute("SELECT 1 FROM sqlite_master").fetchone():
             db.close()
             raise sqlite3.DatabaseError(f"the index has version {version}")
-        db.execute(f"PRAGMA user_version = {self.VERSION}")
-        db.executescript("""
+        db.executescript(f"""
             PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF; PRAGMA secure_delete = ON;
+            PRAGMA user_version = {self.VERSION};
             CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
                 part INTEGER PRIMARY KEY,
                 first INTEGER NOT NULL,     -- ids of events, both included
@@ -12541,10 +12535,13 @@ def optional(*words: str) -> list[str]:
     return [word for word in words if word]
 
 
+JOINED = re.compile(f"[{JOINED_SCRIPTS}{HANGUL}]")
+
+
 def in_word(c: str) -> bool:
     """Return whether a character beside a name is of the same word, as far as its script tells."""
     is_letter = c == "_" or c.isalnum() or (c and unicodedata.category(c)[0] == "M")
-    return bool(is_letter) and not re.match(f"[{JOINED_SCRIPTS}{HANGUL}]", c)
+    return bool(is_letter) and not JOINED.match(c)
 
 
 def calls(text: str, name: str, others: Iterable[str] = ()) -> bool:

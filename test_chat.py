@@ -37924,7 +37924,7 @@ def test_a_terminal_is_given_back_once(at_keys):
     assert done.count("leave") == 1 and len(done) == 2
 
 
-def test_a_terminal_of_another_size_is_drawn_anew(at_keys):
+def test_a_terminal_of_another_size_is_drawn_again(at_keys):
     at_keys.terminal, at_keys.news = Rawer([], 50, 10), False
     at_keys.resize()
     assert (at_keys.display.painter.columns, at_keys.news) == (50, True)
@@ -43417,7 +43417,7 @@ def test_a_copy_is_no_node_and_one_that_failed_is_removed(fails, folder, monkeyp
 
 @pytest.fixture
 def steps(monkeypatch):
-    """What a server does from its command line to its end, in order, without a network."""
+    """The steps of a server from its command line to its end, in order, without a network."""
 
     class Log(logging.Handler):
         def __init__(self, fd):
