@@ -36024,6 +36024,7 @@ class Proxy:
         self.least, self.most = least, most  # bytes until a connection is reset; 0: never
         self.latency, self.rate = latency, rate  # seconds, bytes a second
         self.deaf = threading.Event()  # what comes is taken, and goes nowhere
+        self.near = []  # sockets of the clients
         self.resets = 0
         self.listening = socket.create_server(("127.0.0.1", 0))
         if rate < math.inf:  # else its own buffers, of megabytes, are the network
@@ -36042,6 +36043,7 @@ class Proxy:
                 continue
             except OSError:
                 return
+            self.near.append(near)
             for sock in (near, far):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, not self.nagle)
                 if self.rate < math.inf:
@@ -36059,6 +36061,12 @@ class Proxy:
         """The connections that there are stay open, and nothing comes through."""
         self.deaf.set()
         self.deaf = threading.Event()
+
+    def hang_up(self):
+        """End the connections that there are, as a browser does when it has another network."""
+        for sock in self.near:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def carry(self, data, sink, budget):
         """As much of it as there is left to carry, after a while."""
@@ -39130,7 +39138,7 @@ def test_the_end_stays_in_sight_when_fonts_panes_and_the_window_change(running, 
 
     def rest():
         done = []
-        alice.timers.later("test", 200, lambda: done.append(1))
+        alice.timers.later("test", 100, lambda: done.append(1))
         pump(alice, lambda: done)
 
     for act in (
@@ -41419,8 +41427,10 @@ PAGE_STATE = "JSON.stringify([state.phase, state.why, state.outbox, allRooms().m
 
 # A script for browse(): the page waits a tenth of the time, for its server and for other tabs
 HASTY = """
-    const later = setTimeout;
-    self.setTimeout = (act, ms, ...values) => later(act, ms / 10, ...values);
+    for (const timer of ['setTimeout', 'setInterval']) {
+      const usual = self[timer];
+      self[timer] = (act, ms, ...values) => usual(act, ms / 10, ...values);
+    }
 """
 
 
@@ -41792,6 +41802,7 @@ def test_a_page_that_was_closed_sends_what_waits_when_it_is_opened_again(running
         tab.say("typed before it was closed", "and this")
         tab.until("document.querySelectorAll('#waiting .row').length === 2")
         tab.ask("Page.navigate", url="about:blank")
+        proxy.hang_up()
         proxy.server = server.address
         tab.go(tab.url)
         tab.wait_for("and this")
@@ -41873,7 +41884,7 @@ NO_LOCK = "Object.defineProperty(navigator, 'locks', { value: undefined });"  # 
 def test_of_two_tabs_without_web_locks_one_has_the_connection(running, browse, before):
     """The browser takes an address as insecure if it is not loopback, so the test takes the locks
     away. Safari before 15.4 has no BroadcastChannel either."""
-    server = with_page(running)
+    server, before = with_page(running), HASTY + before
     first = browse(server.address, before=before).enter("anna")
     second = browse(server.address, before=before)
     second.until("attached && state.phase === 'online'")
@@ -42365,7 +42376,7 @@ def test_a_file_that_was_chosen_without_network_is_sent_when_there_is_one(
     server = with_page(running, data=folder)
     (tmp_path / "notes.txt").write_text("x" * 1000)
     with Proxy(server.address) as proxy:
-        tab = browse(proxy.address, before=HASTY).enter("anna")
+        tab = browse(proxy.address, before=HASTY.replace("10", "50")).enter("anna")
         proxy.server = ("127.0.0.1", 9)
         proxy.swallow()
         tab.js("leader.closed()")
