@@ -24267,7 +24267,7 @@ class ScrollbackView:
 
     def __init__(self, room: Room, look: Look, height: int):
         self.room, self.look, self.height = room, look._replace(here=room.name), height
-        self.shown = 0
+        self.shown = self.cleared = 0  # a redrawn screen begins after number `cleared`
         self.back = False  # a page is read
         self.end = self.cut = 0
         self.at_top = False  # nothing older is here ...
@@ -24283,6 +24283,11 @@ class ScrollbackView:
     def first(self) -> int:
         """The number before that of the oldest view kept."""
         return self.total - len(self.room.views)
+
+    @property
+    def last(self) -> int:
+        """The number `end`, or that of the oldest view if the one with that number is gone."""
+        return max(self.end, min(self.total, self.first + 1))
 
     @property
     def below(self) -> int:
@@ -24310,7 +24315,7 @@ class ScrollbackView:
     def moment(self) -> datetime.datetime:
         """Return the time of the last view on the page."""
         views = self.room.views
-        return moment_of(views[self.end - self.first - 1] if views else ViewEvent(NOTE))
+        return moment_of(views[self.last - self.first - 1] if views else ViewEvent(NOTE))
 
     def rows(self, number: int) -> list[tuple[str, bool]]:
         """Return the rows of a view as wrapped, each with whether it continues the one above."""
@@ -24365,6 +24370,8 @@ class ScrollbackView:
 
     def down(self, rows: int) -> None:
         """Scroll towards the present, where reading back ends."""
+        if not self.back:
+            return
         self.at_top, self.owed = False, 0
         self._down(rows)
         self.back = self.end < self.total or self.cut > 0
@@ -24377,14 +24384,13 @@ class ScrollbackView:
 
     def page(self) -> list[tuple[str, bool]]:
         """Return the rows of the page, as rows() has them."""
-        self.end = max(self.end, min(self.total, self.first + 1))  # the oldest may be gone
         rows = self._page_rows()
         return rows[: len(rows) - self.cut][-self.height :]
 
     def _page_rows(self) -> list[tuple[str, bool]]:
         """Return the rows of the last views up to number `end`: as many views as fill the page."""
         rows: list[tuple[str, bool]] = []
-        for number in range(self.end, self.first, -1):
+        for number in range(self.last, self.first, -1):
             rows = self.rows(number) + rows
             if len(rows) - self.cut >= self.height:
                 break
@@ -24392,6 +24398,7 @@ class ScrollbackView:
 
     def _down(self, rows: int) -> None:
         self.cut -= rows
+        self.end = self.last
         while self.cut < 0 and self.end < self.total:
             self.end += 1
             self.cut += len(self.rows(self.end))
@@ -24449,8 +24456,7 @@ class Display:
         self.painter = Painter(columns, rows)
         self.nowhere = Room("")  # what is told while no conversation is looked at
         self.reader = self._read()
-        self.whole = False  # the screen has to be redrawn ...
-        self.cleared = False  # ... or emptied: what was said is above
+        self.whole = False  # the screen has to be redrawn
         self.bell = False
         self.notice = ""  # for the desktop, as an escape sequence
         self.server = ""  # its address, if there are several servers
@@ -24516,8 +24522,7 @@ class Display:
         self.whole |= self.reader.room is room
 
     def _take_cleared(self, view: ViewEvent) -> None:
-        self.reader.shown = self.reader.total
-        self.cleared = True
+        self.reader.cleared, self.whole = self.reader.total, True
 
     def _take_reacted(self, view: ViewEvent) -> None:
         known = visible(self.core.stored.answered_words(view._replace(reply=view.id)))
@@ -24645,14 +24650,11 @@ class Display:
         painter, back, self.paged = self.painter, "\x1b[?1049l" * self.paged, False
         if back:
             painter.drawn = self.was_drawn
-        if self.cleared:
-            self.whole = self.cleared = False
-            lines, text = [], painter.clear()
-        elif self.whole:
+        if self.whole:
             self.whole = False
             lines = place_lines(self.room, self.reader.look, self.server)
             height = sum(len(rows_of(line, painter.columns)) for line in lines)
-            lines += self.reader.screenful(taken=height)[0]
+            lines += self.reader.screenful(self.reader.cleared, height)[0]
             self.reader.shown = self.reader.total
             text = painter.clear()
         else:

@@ -291,6 +291,15 @@ def modules_are_no_garbage():
     gc.set_threshold(20_000)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def users_folders_are_not_touched(tmp_path_factory):
+    """A client that a test starts without --data keeps its state elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+            patch.setenv(name, str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_over():
     """No bug is logged, and no socket of one test lives on into the next."""
@@ -34559,6 +34568,33 @@ def test_where_the_reader_is_stands_in_the_status_row():
     assert desk.display._at() == "a page: Page Down goes on, Escape leads back"
 
 
+def test_page_down_does_nothing_to_a_conversation_that_scrolls_by_itself():
+    desk = Desk(rows=10)
+    desk.hear(*[f"line {n}" for n in range(chat.VIEWS_KEPT + 20)])
+    lines = desk.paint()
+    for reads in (False, True):
+        desk.display.reader.down(8)
+        assert desk.paint() == lines and not desk.display.reader.back
+        if not reads:
+            desk.display.reader.up(8)
+            assert desk.paint() != lines
+    assert not desk.display.reader.room.views.reading
+
+
+def test_a_page_of_which_most_was_taken_back_shows_what_is_left():
+    desk = Desk(rows=10)
+    desk.hear(*[f"line {n}" for n in range(60)])
+    desk.paint()
+    room = desk.core.find("#lobby")
+    desk.display.reader.up(50)
+    left = [f"08:30 bob: line {n}" for n in range(55, 60)]
+    assert room.drop(lambda view: view.name == "bob" and f"08:30 bob: {view.text}" not in left)
+    assert [line for line in desk.paint() if "bob: " in line] == left[:1]
+    desk.display.take([chat.ViewEvent(chat.REMOVED, where="#lobby")])
+    desk.display.reader.down(500)
+    assert [line for line in desk.paint() if "bob: " in line] == left
+
+
 def test_after_scrolling_down_nothing_older_is_owed():
     desk = Desk(rows=10)
     desk.hear(*[f"line {n}" for n in range(30)])
@@ -34583,9 +34619,26 @@ def test_a_conversation_that_is_drawn_again_is_drawn_so_once():
     desk.display.whole = True
     assert desk.paint() and "bob: one" in desk.written and not desk.display.whole
     assert desk.paint() and desk.written == ""
-    desk.display.cleared = True
+
+
+def test_what_was_cleared_is_not_drawn_again_and_what_came_after_it_is():
+    desk = Desk()
+    desk.hear("one")
     desk.paint()
-    assert not (desk.display.whole or desk.display.cleared) and "one" not in desk.written
+    for _ in range(2):
+        desk.display.take(desk.core.typed("/clear"))
+        desk.hear("two")  # in the same segment
+        assert [line for line in desk.paint() if "bob: " in line] == ["08:30 bob: two"]
+        assert desk.paint() and desk.written == ""
+        desk.display.whole = True  # as after a redaction
+    assert [line for line in desk.paint() if "bob: " in line] == ["08:30 bob: two"]
+    desk.display.take(desk.core.typed("/clear"))
+    desk.go("#rust")  # before it was drawn
+    assert desk.screen.lines[0].endswith("#rust")
+    assert [line for line in desk.go("#lobby") if "bob: " in line] == [
+        *("08:30 bob: one", "08:30 bob: two", "08:30 bob: two")
+    ]
+    assert desk.paint() and desk.written == ""
 
 
 def test_a_view_that_the_core_has_kept_is_kept_once():
@@ -37612,7 +37665,7 @@ CLIENT_FOLDERS = [  # options of a client, and the folders of its data and of it
     ("--no-state", None, None),
     ("--no-state --data x", None, None),
     ("--data x", pathlib.Path("x"), pathlib.Path("x")),
-    ("", chat.data_folder() / "client", chat.config_folder()),
+    ("", pathlib.Path("data/chat.py/client"), pathlib.Path("settings/chat.py")),
 ]
 
 
@@ -37621,6 +37674,8 @@ def test_a_client_keeps_its_state_in_the_folder_that_its_options_say(
     monkeypatch, words, data, settings
 ):
     given, client = [], types.SimpleNamespace(run=lambda: "", close=lambda: None)
+    for name, folder in (("data_folder", "data"), ("config_folder", "settings")):
+        monkeypatch.setattr(chat, name, lambda folder=folder: pathlib.Path(folder) / "chat.py")
     for kind in ("Filter", "TerminalClient"):
         monkeypatch.setattr(chat, kind, lambda options: given.append(options) or client)
     chat.run_client(chat.command_line().parse_args(["client", "alice", *words.split()]))
