@@ -1921,6 +1921,12 @@ class User:
     def is_operator(self) -> bool:
         return any(session.operator for session in self.live)
 
+    def visible_to(self, who: Session) -> bool:
+        """Return whether lists show this user to a session: one with +i only to users in a common
+        channel, and to server operators."""
+        shown = "i" not in self.modes or who.operator or who.user is self
+        return shown or not self.channels.keys().isdisjoint(who.user.channels)
+
     @property
     def may_return(self) -> bool:
         """True if this user can prove to be the same after a break."""
@@ -2374,10 +2380,9 @@ class Channel:
         symbols = self.members[user].symbols
         return (symbols if multi else symbols[:1]) + (user.source.mask if masks else user.name)
 
-    def names(self, viewer: User, multi: bool = False, masks: bool = False) -> list[str]:
+    def names(self, viewer: Session, multi: bool = False, masks: bool = False) -> list[str]:
         """Return the names of the members that the viewer may see."""
-        inside = viewer in self.members
-        return [self.named(u, multi, masks) for u in self.members if inside or "i" not in u.modes]
+        return [self.named(u, multi, masks) for u in self.members if u.visible_to(viewer)]
 
     def roster(self, multi: bool, masks: bool) -> list[str]:
         """Return names() for a member, in pieces: all users who join get the same strings."""
@@ -8081,7 +8086,7 @@ def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
         lines = b"".join([head + names.encode() + b"\r\n" for names in roster])
         return session.send(session.timed(lines))
     session.site.hub.work += len(channel.members)
-    session.reply_list(RPL_NAMREPLY, channel.names(me, multi, masks), kind, channel.name)
+    session.reply_list(RPL_NAMREPLY, channel.names(session, multi, masks), kind, channel.name)
 
 
 def subscribed_metadata(owners: Iterable, keys: Collection[str]) -> Iterator[tuple[str, str, str]]:
@@ -9921,11 +9926,6 @@ def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = ""
 # Looking around
 
 
-def can_see(user: User, other: User) -> bool:
-    """Return whether lists show a user to another: a user with +i only in a common channel."""
-    return user is other or "i" not in other.modes or bool(user.channels.keys() & other.channels)
-
-
 def who_flags(user: User, member: Membership | None, multi: bool) -> str:
     """Return H or G (here or gone), * for operators, the ranks, and B for bots."""
     symbols = member.symbols if member else ""
@@ -9955,9 +9955,9 @@ def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel 
         if user is None:
             yield None
         elif channel:
-            if user in channel.members and can_see(me, user):
+            if user in channel.members and user.visible_to(session):
                 yield user, channel
-        elif user is exact or (can_see(me, user) and who_fits(pattern, user)):
+        elif user is exact or (user.visible_to(session) and who_fits(pattern, user)):
             yield user, next((c for c in user.channels if c in me.channels), None)
 
 
@@ -10011,7 +10011,7 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     me, source, hub = session.user, user.source, session.site.hub
     yield RPL_WHOISUSER, source.username, source.host, user.realname
     hub.work += len(user.channels)
-    shown, multi = can_see(me, user), "multi-prefix" in session.capabilities
+    shown, multi = user.visible_to(session), "multi-prefix" in session.capabilities
     seen = (c for c in user.channels if c.visible_to(session) and (c in me.channels or shown))
     symbols = ((c, c.members[user].symbols) for c in seen)
     names = [(ranks if multi else ranks[:1]) + channel.name for channel, ranks in symbols]
@@ -10676,7 +10676,7 @@ def tell_topic(session: LineSession, channel: Channel) -> None:
 def tell_names(session: LineSession, channel: Channel) -> None:
     """Tell the members: `* #rust 1-3 of 3: @bob, carol, dave`; many take several lines."""
     session.site.hub.work += len(channel.members)
-    names = channel.names(session.user)
+    names = channel.names(session)
     for start in range(0, len(names), NAMES_A_LINE):
         some = names[start : start + NAMES_A_LINE]
         span = f"{start + 1}-{start + len(some)} of {len(names)}"

@@ -4974,6 +4974,48 @@ def live_at_random(seeded, house, steps, enough=lambda: True):
     house.turn()
 
 
+def listed(house, who, line, number):
+    """Yield the parameters after the nick of each such numeric that answers a line."""
+    for heard in ask(house, who, line):
+        message = chat.parse_message(heard)
+        if message.verb == number:
+            yield message.params[1:]
+
+
+def memberships(house, who):
+    """Return what NAMES, WHO and WHOIS tell a client of all users: (channel, nick) -> rank."""
+    names, flags, whois = {}, {}, {}
+    channels = [one.name for one in house.hub.channels.values()]
+    for channel in channels:
+        for *_, text in listed(house, who, f"NAMES {channel}", "353"):
+            for word in text.split():
+                nick = word.lstrip("~&@%+")
+                names[channel, nick] = word.removesuffix(nick)
+        for place, *_, nick, here, _ in listed(house, who, f"WHO {channel}", "352"):
+            flags[place, nick] = here.strip("HG*B")
+    for user in [*house.hub.users.values()]:
+        for nick, text in listed(house, who, f"WHOIS {user.name}", "319"):
+            for word in text.split():
+                rank, _, place = word.partition("#")
+                whois[f"#{place}", nick] = rank
+    return names, flags, whois
+
+
+@pytest.mark.parametrize("run", some(range(20), 8))
+def test_names_who_and_whois_tell_the_same_of_one_state(seeded, run):
+    house = House()
+    live_at_random(seeded, house, 200)
+    house.enter_irc("dora")
+    ask(house, "dora", *(f"JOIN {place}" for place in PLACES[::2]))
+    told = []
+    for who, session in house.guests.items():
+        if session.user and isinstance(session, chat.IrcSession) and not session.conn.closed:
+            names, flags, whois = memberships(house, who)
+            assert names == flags == whois
+            told += names
+    assert told
+
+
 def picture(value, inside=False):
     """Return a piece of the Hub as plain data that can be compared."""
     if isinstance(value, chat.Session):
@@ -6909,7 +6951,8 @@ def make_account(house, name):
 
 
 def names_in(house, channel):
-    return sorted(house.hub.channels[channel].names(None)) if channel in house.hub.channels else []
+    known = house.hub.channels.get(channel)
+    return sorted(map(known.named, known.members)) if known else []
 
 
 def test_a_channel_founded_by_an_account_survives_the_server_with_all_that_was_set(folder):
@@ -10644,6 +10687,30 @@ carol< 366 carol #a :End of NAMES list
 bob> NAMES #a
 bob< 353 bob = #a :@alice bob
 bob< 366 bob #a :End of NAMES list
+=== who is +i is named to those in another channel with them, and to server operators
++#a alice bob
++#b alice carol
+alice> MODE alice +i
+alice< :alice MODE alice +i
+carol> NAMES #a
+carol< 353 carol = #a :@alice bob
+carol< 366 carol #a :End of NAMES list
+carol> PART #b
+alice< :carol PART #b
+carol< :carol PART #b
+carol> WHO #a
+carol< 352 carol #a ~u 127.0.0.1 chat.py bob H :0 Real Name
+carol< 315 carol #a :End of WHO list
+carol> OPER boss secret
+carol< 381 carol :You are now an IRC operator
+carol< :carol MODE carol +o
+carol> NAMES #a
+carol< 353 carol = #a :@alice bob
+carol< 366 carol #a :End of NAMES list
+carol> WHO #a
+carol< 352 carol #a ~u 127.0.0.1 chat.py alice H@ :0 Real Name
+carol< 352 carol #a ~u 127.0.0.1 chat.py bob H :0 Real Name
+carol< 315 carol #a :End of WHO list
 === KICK: as many channels as people, or one
 +#a alice bob carol
 +#b alice bob carol
