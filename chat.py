@@ -23760,14 +23760,16 @@ class LineEditor:
 
     def _enter(self) -> str:
         text = self.text.rstrip("\n")  # a pasted line brings its newline along
-        if text.strip() and not is_secret(text):
-            self.remember(text)
+        if self.recalled and fold_text(self.draft) not in fold_text(text):  # nor what was sought
+            self.remember(self.draft)
+        self.remember(text)
         self.take()
         return text
 
     def take(self) -> str:
         """Empty the line and return what was being typed, not a line recalled over it."""
         text = self.draft if self.recalled else self.text
+        self._keep_changed()
         self.recalled, self.draft, self.sought, self.offers = 0, "", None, []
         self.undone.clear()  # it may have been a password
         self.set("")
@@ -23775,14 +23777,23 @@ class LineEditor:
 
     def forget(self) -> None:
         """Empty the line; Up brings the text back."""
-        if not is_secret(self.text):
-            self.remember(self.text)
+        if self.recalled:
+            self.remember(self.draft)
+        self.remember(self.text)
         self.recalled, self.sought, self.draft = 0, None, ""
         self.set("")
 
-    def remember(self, text: str) -> None:
-        if text != (self.typed[-1] if self.typed else ""):
+    def remember(self, text: str) -> bool:
+        """Keep a text for Up; return False if it is empty, has a password, or was kept last."""
+        new = bool(text.strip()) and not is_secret(text) and [text] != [*self.typed][-1:]
+        if new:
             self.typed.append(text)
+        return new
+
+    def _keep_changed(self) -> bool:
+        """Keep a recalled line that was changed as a line of its own; return whether it was."""
+        changed = self.recalled > 0 and self.text != self.typed[-self.recalled]
+        return changed and self.remember(self.text)
 
     # Moving
 
@@ -23818,6 +23829,8 @@ class LineEditor:
             return
         if self.recalled == 0:
             self.draft = self.text
+        elif self._keep_changed() and back:
+            back = min(back + 1, len(self.typed))
         self.recalled = back
         self.set(self.typed[-back] if back else self.draft)
 
@@ -25215,6 +25228,7 @@ class TerminalClient(ManyServers):
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
         self.writing_in: Room | None = self.core.room  # the conversation that the line is for
         self.ended_room = ""  # the name of a closed one, while the line is a text begun there
+        self.drafted: list[Room] = []  # conversations with a draft
         self.escape: Timer | None = None
         self.input = Input(self.loop, 0, self.take)
         self.loop.turn_ends = self.paint
@@ -25498,6 +25512,7 @@ class TerminalClient(ManyServers):
         self.display.take(map(with_keys, views))
         if self.writing_in is not self.core.room:
             self.change_drafts()
+        self.keep_drafts()
         for view in views:
             if view.kind == BACK:
                 self.take_back(self.core, view)
@@ -25534,6 +25549,15 @@ class TerminalClient(ManyServers):
             if room in (before, after):
                 seat.core.rooms.keep(room)
 
+    def keep_drafts(self) -> None:
+        """Keep the draft of a conversation that was closed while the user was elsewhere."""
+        open_ones = [room for _, room in self.places()]
+        for room in self.drafted:
+            if room not in open_ones and self.editor.remember(room.draft):
+                text = f"{room.name} is closed; Up brings back what you typed there"
+                self.display.keep(ViewEvent(NOTE, text))
+        self.drafted = [room for room in open_ones if room.draft]
+
     def take_back(self, core: ClientCore, view: ViewEvent) -> None:
         """Give a text that was not accepted back: as a draft, if the user is elsewhere by now, else
         on the line. If it is a command, or the line is not empty, Up recalls it."""
@@ -25542,7 +25566,7 @@ class TerminalClient(ManyServers):
             room.draft = "\n".join(optional(room.draft, view.text))
         elif not (self.editor.text or view.text[:1] == "/"):
             self.editor.set(view.text)
-        elif not is_secret(view.text):
+        else:
             self.editor.remember(view.text)
 
     def trouble(self) -> str:

@@ -3226,7 +3226,7 @@ class Compose(Field):
         """Take back a text that was not accepted; Up brings it while another is being written."""
         if not (self.content.strip() or text[:1] == "/"):
             self.set(text)
-        elif not chat.is_secret(text):
+        else:
             self.editor.remember(text)
 
     def begin(self, text: str) -> None:
@@ -5917,8 +5917,7 @@ class Writing(Acts):
         draft = self.drafts.pop(number, room.draft if room else "")
         text = self.compose.content if from_nowhere or self.begun else ""
         if text.strip() and text != draft:
-            if draft.strip():
-                self.compose.editor.remember(draft)
+            self.compose.editor.remember(draft)
             draft = text
         self.compose.open(draft)
         self.kept = draft
@@ -5945,8 +5944,7 @@ class Writing(Acts):
 
     def _keep_text(self, text: str) -> None:
         """Keep what was half typed in a conversation that is gone."""
-        if text.strip() and not chat.is_secret(text):
-            self.compose.editor.remember(text)
+        if self.compose.editor.remember(text):
             self.window.tell("what you typed there is kept: Up brings it back")
 
     def take_back(self, event: Back) -> None:

@@ -34205,6 +34205,45 @@ def test_the_last_500_lines_that_were_entered_are_recalled():
     assert editor.text == "1"
 
 
+RECALLED = [  # keys after the lines "one" and "two" were entered, the line, and what Up recalls
+    ("three <up><down>", "three ", ["two", "one"]),
+    ("three <up><enter>", "", ["two", "three ", "two", "one"]),
+    ("tw<up><enter>", "", ["two", "one"]),  # nothing of it is missing in what was sent
+    ("/login secret<up><enter>", "", ["two", "one"]),
+    ("<up>!<up>", "one", ["two!", "two", "one"]),
+    ("<up><up>!<down>", "two", ["one!", "two", "one"]),
+    ("three<up><up>!<down><down><down>", "three", ["one!", "two", "one"]),
+    ("<up>!<down>", "", ["two!", "two", "one"]),
+    ("three<up>!<take>", "", ["two!", "two", "one"]),  # the caller has "three"
+    ("three<up><forget>", "", ["two", "three", "two", "one"]),
+    ("   <enter>", "", ["two", "one"]),
+]
+
+
+@pytest.mark.parametrize("keys, line, recalled", RECALLED)
+def test_a_recalled_line_displaces_no_text(keys, line, recalled):
+    editor = chat.LineEditor()
+    for key in re.findall("<(.*?)>|([^<>])", f"one<enter>two<enter>{keys}"):
+        if key[0] in ("take", "forget"):
+            getattr(editor, key[0])()
+        else:
+            editor.press(chat.Key(key[0]) if key[0] else chat.Key("text", key[1]))
+    assert editor.text == line
+    assert [*reversed(editor.typed)] == recalled
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_changed_line_is_kept_where_no_more_lines_are(step):
+    editor = chat.LineEditor()
+    for n in range(chat.TYPED_KEPT):
+        editor.remember(f"line {n}")
+    for _ in range(chat.TYPED_KEPT - 1):
+        editor.press(chat.Key("up"))
+    editor.insert("!")
+    editor.press(chat.Key("up" if step > 0 else "down"))
+    assert editor.text in ("line 1", "line 2") and editor.typed[-1] == "line 1!"
+
+
 def test_the_line_being_typed_has_a_limit():
     editor = chat.LineEditor()
     editor.press(chat.Key("paste", "é" * chat.TYPED_MOST))
@@ -38095,6 +38134,21 @@ def test_a_text_that_was_not_accepted_elsewhere_is_a_line_of_the_draft_there(at_
     for text in ("one", "two"):
         at_keys.take_back(at_keys.core, chat.ViewEvent(chat.BACK, text, where="#den"))
     assert den.draft.split("\n") in (["one", "two"], ["two", "one"]) and at_keys.editor.text == ""
+
+
+@pytest.mark.parametrize(
+    "ends", [":alice!u@h PART #den", ":bob!u@h KICK #den alice", ":alice!u@h RENAME #tea #den"]
+)
+def test_a_draft_of_a_conversation_that_is_closed_meanwhile_is_kept(at_keys, ends):
+    at_keys.take(b"/go #den\rdear den")
+    at_keys.take(b"\x1b2")
+    assert at_keys.core.room.name == "#tea" and at_keys.editor.text == ""
+    at_keys.core.find("#den").wanted = False
+    hears(at_keys, ends)
+    at_keys.take(b"/part #den\r" if at_keys.core.find("#tea") else b"\r")
+    assert at_keys.editor.text == "" and len(at_keys.core.rooms) == 1
+    assert at_keys.editor.typed.count("dear den") == 1
+    assert "#den is closed; Up brings back what you typed there" in notes_of(at_keys)
 
 
 def test_keys_that_leave_and_texts_that_are_too_long_are_acted_on(at_keys, monkeypatch):
