@@ -23788,12 +23788,13 @@ class LineEditor:
         new = bool(text.strip()) and not is_secret(text) and [text] != [*self.typed][-1:]
         if new:
             self.typed.append(text)
+            self.recalled = min(self.recalled + (self.recalled > 0), len(self.typed))
         return new
 
-    def _keep_changed(self) -> bool:
-        """Keep a recalled line that was changed as a line of its own; return whether it was."""
-        changed = self.recalled > 0 and self.text != self.typed[-self.recalled]
-        return changed and self.remember(self.text)
+    def _keep_changed(self) -> None:
+        """Keep a recalled line that was changed, as a line of its own."""
+        if self.recalled and self.text != self.typed[-self.recalled]:
+            self.remember(self.text)
 
     # Moving
 
@@ -23824,15 +23825,15 @@ class LineEditor:
 
     # Earlier lines
 
-    def _recall(self, back: int) -> None:
+    def _recall(self, step: int) -> None:
+        before, back = self.recalled, self.recalled + step
         if not 0 <= back <= len(self.typed):
             return
-        if self.recalled == 0:
+        if before == 0:
             self.draft = self.text
-        elif self._keep_changed() and back:
-            back = min(back + 1, len(self.typed))
-        self.recalled = back
-        self.set(self.typed[-back] if back else self.draft)
+        self._keep_changed()
+        self.recalled = min(back + self.recalled - before, len(self.typed)) if back else 0
+        self.set(self.typed[-self.recalled] if back else self.draft)
 
     def _search(self) -> None:
         """Recall the last earlier line that contains the typed text; again: the one before that."""
@@ -23884,8 +23885,8 @@ class LineEditor:
         "erase-to-end": lambda self: self._kill(all_after),
         "yank": lambda self: self.insert(self.killed),
         "newline": lambda self: self.insert("\n"),
-        "up": lambda self: self._recall(self.recalled + 1),
-        "down": lambda self: self._recall(self.recalled - 1),
+        "up": lambda self: self._recall(1),
+        "down": lambda self: self._recall(-1),
         "search": _search,
         "undo": _undo,
         "tab": lambda self: self._offer(1),

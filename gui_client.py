@@ -3218,7 +3218,10 @@ class Compose(Field):
         self.edit_reset()
 
     def open(self, text: str) -> None:
-        """Go on with the draft of another conversation."""
+        """Go on with the draft of another conversation. The text over which a line was recalled is
+        not lost: Up brings it."""
+        if self.editor.recalled:
+            self.editor.remember(self.editor.draft)
         self.editor.take()
         self.set(text)
 

@@ -39749,6 +39749,20 @@ def test_a_draft_belongs_to_its_conversation_and_outlives_the_window(running, wi
     assert drafts == {"#tea": "milk or", "#lobby": "half a thought"}
 
 
+def test_a_text_over_which_a_line_was_recalled_is_kept_in_another_conversation(window):
+    alice = window(name="")
+    alice.card.hide()
+    alice.root.update()
+    alice.compose.editor.remember("said before")
+    alice.compose.insert("end", "half a thought")
+    press(alice, "Up")
+    assert alice.compose.content == "said before"
+    alice.compose.open("a draft")
+    assert alice.compose.content == "a draft" and not alice.compose.editor.recalled
+    press(alice, "Up")
+    assert alice.compose.content == "half a thought"
+
+
 def test_a_channel_that_is_joined_meanwhile_does_not_take_a_begun_text(running, window):
     alice = at_home(window(running().address))
     alice.compose.focus_force()
