@@ -6609,6 +6609,8 @@ class NatsFailed(ChatError):
 
 
 NOT_NATS = "it sends something that is not NATS"
+# The same trouble has to be the same text each time, so that it is logged once
+RANDOM_SUBJECT = re.compile(r'(_INBOX|\$JS\.FC)\.[^"]*')
 
 
 class LogUnusable(ChatError):
@@ -6647,7 +6649,8 @@ class NatsDialogue:
         self.wants_tls = False  # the owner starts TLS, and then calls connect()
         self.ready = False
         self.inbox = f"_INBOX.{secrets.token_hex(11)}"
-        self.login = {"user": user, "pass": password} if user else {}
+        self.login = {"user": user, "pass": password} if password else {"auth_token": user}
+        self.login = self.login if user else {}
         self.name = name
         self.buffer = b""
         self.requests: dict[str, Callable[[NatsMessage], None]] = {}  # by the subject of a reply
@@ -6742,12 +6745,20 @@ class NatsDialogue:
         elif verb == "PONG":
             self.ready = True
         elif verb == "-ERR":
-            text = rest.strip("' ")
-            if re.search("authorization violation|authentication(?! timeout)", text, re.I):
-                raise LogUnusable(f"NATS refuses the user or password ({text})")
-            raise NatsFailed(text)
+            raise self._error(rest.strip("' "))
         elif verb != "+OK":
             raise NatsFailed(NOT_NATS)
+
+    def _error(self, text: str) -> ChatError:
+        """Return what an error of the server means for this node."""
+        if re.search("authorization violation|authentication(?! timeout)", text, re.I):
+            what = {"user": "refuses the user or password", "auth_token": "refuses the token"}
+            wants = "wants nats://USER:PASSWORD@HOST or nats://TOKEN@HOST"
+            return LogUnusable(f"NATS {what.get(next(iter(self.login), ''), wants)} ({text})")
+        if text.startswith("Permissions Violation"):
+            text = RANDOM_SUBJECT.sub(r"\1.>", text)
+            return LogUnusable(f"NATS does not permit what a node needs ({text})")
+        return NatsFailed(text)
 
     def _informed(self, text: str) -> None:
         """Handle an INFO of the server: the first one, and later ones about its cluster."""
@@ -7511,6 +7522,8 @@ class Cluster:
         me = self.hub.nodes.get(self.name)
         if not self.epochs and me and not me.epoch.startswith(self.store.origin):
             self.namesake = me.epoch  # not a start of this database: it must not be running
+            text = f"waiting {NODE_NAME_SECONDS:.0f} s to see that no other node is called"
+            self.server.note(f"{text} {self.name}: another database had the name before")
         elif not self.epochs:
             self.begin_epoch()
         elif self.sent:  # its answer may have been lost with the connection
@@ -22680,7 +22693,7 @@ class NatsLink:
         self.context: Any = None  # of TLS
         self.target: Target | None = None
         self.began = 0.0  # when this connection was made; monotonic
-        self.reason = ""  # why there is no connection; it was logged
+        self.told: dict[Target, str] = {}  # why there is no connection, by server; it was logged
         self.up = False  # the log is read
         server.flush_log = self.flush
         self.dial()
@@ -22693,7 +22706,7 @@ class NatsLink:
 
     def found(self, result: Any) -> None:
         if isinstance(result, Exception):
-            return self.again(str(result))
+            return self.again(reason_of(result) if isinstance(result, OSError) else str(result))
         self.context, addresses = result
         return HappyEyeballs(self.loop, addresses, self.connected)
 
@@ -22706,9 +22719,9 @@ class NatsLink:
         self.conn = LinkConnection(self, sock)
 
     def again(self, reason: str) -> None:
-        """Try the next server in a moment; log the reason if it is another one."""
-        if reason != self.reason:
-            self.reason = reason
+        """Try the next server in a moment; log the reason if it is another one for this server."""
+        if reason != self.told.get(self.target):
+            self.told[self.target] = reason
             log.warning("NATS at %s: %s; trying again", self.target, reason)
         self.loop.call_later(NATS_RETRY_SECONDS, self.dial)
 
@@ -22769,8 +22782,8 @@ class NatsLink:
         self.give_up_silent()
         self.attempt(lambda: self.cluster.tick(self.loop.now))
         if self.cluster.caught_up and not self.up:
-            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.target)
-            self.reason = ""
+            log.log(logging.WARNING if self.told else logging.INFO, "NATS at %s", self.target)
+            self.told.clear()
         self.up = self.cluster.caught_up
         seconds = NODE_TICK_SECONDS if self.cluster.caught_up else NODE_TICK_SECONDS / 10
         self.loop.call_later(seconds, self.tick)

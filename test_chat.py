@@ -7910,6 +7910,55 @@ def test_what_is_no_use_as_a_nats_server_is_given_up(data, error):
         chat.NatsDialogue("n1").feed(data)
 
 
+REFUSED_BY_NATS = [  # user and password in the URL, the error of NATS, and what the node says
+    (
+        ("", ""),
+        "Authorization Violation",
+        "NATS wants nats://USER:PASSWORD@HOST or nats://TOKEN@HOST (Authorization Violation)",
+    ),
+    (
+        ("u", "p"),
+        "Authorization Violation",
+        "NATS refuses the user or password (Authorization Violation)",
+    ),
+    (("t", ""), "Authorization Violation", "NATS refuses the token (Authorization Violation)"),
+    (
+        ("u", "p"),
+        'Permissions Violation for Publish to "chat.log"',
+        'NATS does not permit what a node needs (Permissions Violation for Publish to "chat.log")',
+    ),
+    (
+        ("u", "p"),
+        'Permissions Violation for Subscription to "_INBOX.b3357d629ee7a6fe092f8b.*"',
+        "NATS does not permit what a node needs "
+        '(Permissions Violation for Subscription to "_INBOX.>")',
+    ),
+    (
+        ("u", "p"),
+        'Permissions Violation for Publish to "$JS.FC.chat.Q2x.a7"',
+        'NATS does not permit what a node needs (Permissions Violation for Publish to "$JS.FC.>")',
+    ),
+]
+
+
+@pytest.mark.parametrize("login, error, told", REFUSED_BY_NATS)
+def test_what_nats_refuses_is_told_in_the_same_words_each_time(login, error, told):
+    with pytest.raises(chat.LogUnusable) as caught:
+        chat.NatsDialogue("n1", *login).feed(f"-ERR '{error}'\r\n".encode())
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
+    "login, sent",
+    [(("u", "p"), {"user": "u", "pass": "p"}), (("t", ""), {"auth_token": "t"}), (("", ""), {})],
+)
+def test_a_name_without_a_password_is_a_token_of_nats(login, sent):
+    dialogue = chat.NatsDialogue("n1", *login)
+    dialogue.connect()
+    said = json.loads(dialogue.out[0].split(b"\r\n")[0].removeprefix(b"CONNECT "))
+    assert {key: said[key] for key in ("user", "pass", "auth_token") if key in said} == sent
+
+
 def test_a_server_without_jetstream_and_one_that_does_not_answer_are_told_apart():
     for info, error in (({"jetstream": False}, chat.LogUnusable), ({}, chat.NatsFailed)):
         nats = FakeNats(lambda: 5.0, **info)
@@ -8444,7 +8493,7 @@ def test_a_second_node_of_one_name_stops_and_the_first_serves_on(folder):
 
 
 def test_a_node_takes_the_name_of_one_that_is_gone_after_a_while_or_of_its_own_start_at_once(
-    folder,
+    folder, caplog
 ):
     nodes = Nodes(folder, "n1", "n2")
     nodes.kill("n1")
@@ -8455,6 +8504,9 @@ def test_a_node_takes_the_name_of_one_that_is_gone_after_a_while_or_of_its_own_s
     assert one.cluster.serving and not one.failure
     nodes.kill("n2")
     assert nodes.start("n2").cluster.serving
+    assert [text for text in caplog.messages if text.startswith("waiting")] == [
+        "waiting 12 s to see that no other node is called n1: another database had the name before"
+    ]
 
 
 def test_a_node_that_differs_from_the_others_stops_and_says_what_to_do(folder):
@@ -31978,15 +32030,27 @@ def test_the_first_bytes_of_a_handshake_are_answered_at_once_also_when_it_is_ref
 
 def test_a_node_that_loses_nats_dials_again_a_moment_later():
     loop = FakeLoop(5.0)
-    link = types.SimpleNamespace(loop=loop, reason="", target="here", dial=chat.do_nothing)
+    link = types.SimpleNamespace(loop=loop, told={}, target="here", dial=chat.do_nothing)
     for reason in ("refused", "refused", "no route"):
         chat.NatsLink.again(link, reason)
-        assert link.reason == reason
+        assert link.told == {"here": reason}
     assert [timer.when for timer in loop.timers] == [5.0 + chat.NATS_RETRY_SECONDS] * 3
     assert all(timer.callback is link.dial for timer in loop.timers)
 
 
+def test_the_trouble_of_each_server_of_nats_is_logged_once_though_they_are_tried_in_turn(caplog):
+    link = types.SimpleNamespace(loop=FakeLoop(5.0), told={}, dial=chat.do_nothing)
+    for _ in range(3):
+        for link.target, reason in (("one", "refused"), ("two", "no such host")):
+            chat.NatsLink.again(link, reason)
+    assert caplog.messages == [
+        "NATS at one: refused; trying again",
+        "NATS at two: no such host; trying again",
+    ]
+
+
 @pytest.mark.parametrize("step, given", [("found", [OSError("no route")]),
+                                         ("found", [socket.gaierror(-2, "No route")]),
                                          ("connected", [None, "no route"])])  # fmt: skip
 def test_a_node_that_does_not_reach_nats_tries_again(step, given):
     told = []
@@ -32831,7 +32895,8 @@ def test_a_node_tries_the_servers_of_its_log_in_turn_until_one_answers(nats_link
     (job, found) = server.jobs.pop()
     assert job.func is chat.resolve_server and job.args == (link.target, chat.BELIEVE_THE_SYSTEM)
     found(OSError("no such host"))
-    assert link.reason == "no such host"
+    one = link.target
+    assert link.told == {one: "no such host"}
     link.loop.now += chat.NATS_RETRY_SECONDS
     link.loop.run_due()
     ((job, found),) = server.jobs
@@ -32840,10 +32905,10 @@ def test_a_node_tries_the_servers_of_its_log_in_turn_until_one_answers(nats_link
     (attempt,) = attempts
     link.loop.now += 1.0
     attempt.then(attempt, "refused")
-    assert link.reason == "refused" and link.conn is None
+    assert link.told == {one: "no such host", link.target: "refused"} and link.conn is None
     link.connected("socket", "")
     assert (link.conn.link, link.conn.sock, link.began) == (link, "socket", link.loop.now)
-    assert vars(link.dialogue).items() >= {"user": "u", "password": "p"}.items() or link.dialogue
+    assert link.dialogue.login == {"user": "u", "pass": "p"}
     link.lost("reset")
     assert (link.conn, link.dialogue, server.done[-1]) == (None, None, "disconnected")
 
