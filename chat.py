@@ -19983,7 +19983,7 @@ class LogWriter(logging.Handler):
 
     def _tell_dropped(self) -> None:
         lost = self.dropped + self.unwritten - self.told
-        text = f"{counted(lost, 'line')} of the log were dropped"
+        text = f"dropped from the log: {counted(lost, 'line')}"
         record = logging.LogRecord("chat", logging.WARNING, "", 0, text, None, None)
         if lost and self._write(f"{self.format(record)}\n".encode()):
             self.told += lost
@@ -20577,6 +20577,37 @@ def reread_secret(secret: str) -> str:
     return read_secret(path) if path else secret
 
 
+NOT_A_PAIR = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")  # of OpenSSL
+
+
+def pem_trouble(reason: str | None, data: bytes) -> str:
+    """Return what is wrong with the text of a certificate and its key, of which OpenSSL gives no
+    reason but that they are no pair."""
+    if reason in NOT_A_PAIR:
+        return "its first certificate is not that of the key"
+    if b"ENCRYPTED" in data:  # a server has no user to ask
+        return "the key is encrypted"
+    return "no PEM, or cut short" if b"PRIVATE KEY-----" in data else "there is no key in PEM"
+
+
+def warn_of_dates(context: Any, path: str) -> None:
+    """Log a warning if a server's certificate has expired, or is not valid yet: what a client says
+    that trusts this certificate alone."""
+    import ssl
+
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname = False
+    trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    try:
+        trusting.load_verify_locations(path)
+        client, server = TlsFilter(trusting), TlsFilter(context)
+        server.feed(client.take())
+        client.feed(server.take())
+    except (TlsFailed, OSError) as failure:
+        if words := re.search(r"certificate (?:has expired|is not yet valid)", str(failure)):
+            log.warning("%s: the %s", path, words[0])
+
+
 def server_tls_context(options: ServerOptions) -> Any:
     """Return the TLS context for the options; None without a certificate. Raises Unusable."""
     if not options.tls_cert:
@@ -20586,15 +20617,18 @@ def server_tls_context(options: ServerOptions) -> Any:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    what, data = "", b""
     try:
-        # An encrypted key is refused: there may be no user to ask.
+        for name, path in (("certificate", options.tls_cert), ("key", options.tls_key)):
+            if path:
+                what += f"{' with ' * bool(what)}the {name} {path}"
+                data += pathlib.Path(path).read_bytes()
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")
+    except ssl.SSLError as error:
+        raise Unusable(f"cannot use {what}: {pem_trouble(error.reason, data)}") from error
     except OSError as error:
-        what = f"the certificate {options.tls_cert}"
-        what += f" with the key {options.tls_key}" if options.tls_key else ""
-        why = "no PEM, not a pair, or encrypted"  # OpenSSL says but "PEM lib"
-        why = why if isinstance(error, ssl.SSLError) else reason_of(error)
-        raise Unusable(f"cannot use {what}: {why}") from error
+        raise Unusable(f"cannot read {error.filename or what}: {reason_of(error)}") from error
+    warn_of_dates(context, options.tls_cert)
     if options.tls_client_ca:
         try:
             context.load_verify_locations(options.tls_client_ca)
@@ -27973,7 +28007,7 @@ SASL_HELP = "of SCRAM-SHA-256, EXTERNAL and PLAIN, the best one first"
 listen_address = checked_option(
     lambda text: "," not in text and parse_target(f":{text}" if text.isdecimal() else text)[:2],
     bool,
-    "write HOST:PORT",
+    "write HOST:PORT; an IPv6 address stands in brackets: [::1]:7000",
 )
 positive = checked_option(whole_number, bool, "a whole number from 1 on")
 positive_number_option = checked_option(positive_number, bool, "a number above 0")
@@ -28106,7 +28140,8 @@ def how_to_join(server: Server) -> str:
     for listener in server.listeners:
         host, port = listener.address
         where = address_text(host, port)
-        near = f"this machine only; --listen 0.0.0.0:{port} for the network"
+        everywhere = address_text("::" if ":" in host else "0.0.0.0", port)
+        near = f"this machine only; --listen {everywhere} for the network"
         who = near if is_loopback(host) else "everybody who can reach this machine"
         lines.append(f"chat.py {VERSION} listens on {where} ({who})")
     host, port = server.listeners[0].address

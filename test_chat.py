@@ -8493,20 +8493,20 @@ def test_a_second_node_of_one_name_stops_and_the_first_serves_on(folder):
 
 
 def test_a_node_takes_the_name_of_one_that_is_gone_after_a_while_or_of_its_own_start_at_once(
-    folder, caplog
+    folder,
 ):
     nodes = Nodes(folder, "n1", "n2")
     nodes.kill("n1")
     one = nodes["n1"] = NodeHouse(nodes.nats, "n1", chat.Store(folder / "copy.db", node=True))
     nodes.turns(5)
     assert not one.cluster.serving
+    assert one.asked_for == [
+        "waiting 12 s to see that no other node is called n1: another database had the name before"
+    ]
     nodes.turns(20)
     assert one.cluster.serving and not one.failure
     nodes.kill("n2")
     assert nodes.start("n2").cluster.serving
-    assert [text for text in caplog.messages if text.startswith("waiting")] == [
-        "waiting 12 s to see that no other node is called n1: another database had the name before"
-    ]
 
 
 def test_a_node_that_differs_from_the_others_stops_and_says_what_to_do(folder):
@@ -28742,7 +28742,7 @@ def test_lines_that_come_while_the_log_waits_for_its_reader_are_counted():
     while select.select([ours], [], [], 0 if b"dropped" in read else PATIENCE)[0]:
         read += os.read(ours, 1 << 16)
     lines = [f"line {n}" for n in range(chat.LOG_LINES)]
-    assert read.decode().splitlines()[1:] == [*lines, "5 lines of the log were dropped"]
+    assert read.decode().splitlines()[1:] == [*lines, "dropped from the log: 5 lines"]
     os.close(ours)
     os.close(theirs)
 
@@ -28764,7 +28764,7 @@ def test_lines_that_the_log_could_not_write_are_counted_there_once_it_is_read_ag
     write("three")
     write("four")
     lines = os.read(ours, 1000).decode().splitlines()
-    assert lines == ["three", "2 lines of the log were dropped", "four"]
+    assert lines == ["three", "dropped from the log: 2 lines", "four"]
     os.close(ours)
     os.close(theirs)
 
@@ -31586,17 +31586,55 @@ def test_an_address_has_the_budget_of_several_connections(flood):
 TLS_OPTIONS = [{"tls_key": "k"}, {"sts": 5}, {"tls_client_ca": "c"}]
 
 
-BAD_CERTIFICATES = [  # options of a server: files that are good, junk or absent; and the reason
-    ({"tls_cert": "junk"}, "the certificate junk: no PEM, not a pair, or encrypted"),
-    ({"tls_cert": "absent"}, "the certificate absent: no such file or directory"),
+OTHER_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgcWZHsfOJHmUW8NhM
+gYXNSK2ZRKn1CTOZYJi/Cgr+ghuhRANCAAQL6xdDyyIOtZBCZ2VBZ9hyeW58DtTE
+1dqOZNZcmsCqVHwPQhfW6x3LgxBcGtRhCDjalH5tKn3oYlifIh/OkcmZ
+-----END PRIVATE KEY-----
+"""
+ENCRYPTED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAhqKv4XtBdKDwICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEASoEEI9LDjf9mLSpIPOTtwwK4NgEgZD5
+AyKAqMSn88OvNpWxgVsAPPu5/7fGYMFCxrh/TeN7E2v+IyLl2mJaFVk48nkTFuvm
+DU3IVc02ZbsvuwYloRWvkCKmnCX61k+dxge2q5qihZRDlp6dS1fB7MhB/TqSemJ9
+6vOxds95hLLfSaCEwG1Ca5urr7xpYbQnWbVHGJ13VPgEw4HCRYIhG5USTQ9grjE=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+EXPIRED_CERTIFICATE = (
+    OTHER_KEY
+    + """\
+-----BEGIN CERTIFICATE-----
+MIIBITCByQIUI0FZoOQCBq73tb4tXf6hoQdPlAMwCgYIKoZIzj0EAwIwFDESMBAG
+A1UEAwwJbG9jYWxob3N0MB4XDTI2MTEyNzE3MzEwMFoXDTI2MTEyNjE3MzEwMFow
+FDESMBAGA1UEAwwJbG9jYWxob3N0MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE
+C+sXQ8siDrWQQmdlQWfYcnlufA7UxNXajmTWXJrAqlR8D0IX1usdy4MQXBrUYQg4
+2pR+bSp96GJYnyIfzpHJmTAKBggqhkjOPQQDAgNHADBEAiB3pCApPzTQX/aUVvFA
+grmjcRW7eEQw7GRxJQF9kzAzfAIgP26iVywiG1AWrESllMT2IDt4qVRD4WpozQO0
+KBNBV9w=
+-----END CERTIFICATE-----
+"""
+)
+BAD_CERTIFICATES = [  # options, and what is said
+    ({"tls_cert": "junk"}, "use the certificate junk: there is no key in PEM"),
+    ({"tls_cert": "leaf"}, "use the certificate leaf: there is no key in PEM"),
+    ({"tls_cert": "cut"}, "use the certificate cut: no PEM, or cut short"),
+    ({"tls_cert": "absent"}, "read absent: no such file or directory"),
+    ({"tls_cert": "."}, "read .: is a directory"),
+    ({"tls_cert": "good", "tls_key": "absent"}, "read absent: no such file or directory"),
     (
-        {"tls_cert": "good", "tls_key": "absent"},
-        "the certificate good with the key absent: no such file or directory",
+        {"tls_cert": "good", "tls_key": "other"},
+        "use the certificate good with the key other: its first certificate is not that of the key",
     ),
-    ({"tls_cert": "good", "tls_client_ca": "junk"}, "the authorities junk: no PEM"),
+    (
+        {"tls_cert": "good", "tls_key": "locked"},
+        "use the certificate good with the key locked: the key is encrypted",
+    ),
+    ({"tls_cert": "good", "tls_client_ca": "junk"}, "use the authorities junk: no PEM"),
     (
         {"tls_cert": "good", "tls_client_ca": "absent"},
-        "the authorities absent: no such file or directory",
+        "use the authorities absent: no such file or directory",
     ),
 ]
 
@@ -31606,11 +31644,26 @@ def test_a_certificate_that_a_server_cannot_use_is_told_with_the_reason(
     certificate, folder, monkeypatch, options, words
 ):
     shutil.copy(certificate, folder / "good")
-    (folder / "junk").write_text("no PEM")
+    key, leaf = CERTIFICATE.split("-----BEGIN CERTIFICATE", 1)
+    texts = {"junk": "no PEM", "leaf": f"-----BEGIN CERTIFICATE{leaf}", "cut": CERTIFICATE[:-50]}
+    for name, text in (texts | {"other": OTHER_KEY, "locked": ENCRYPTED_KEY}).items():
+        (folder / name).write_text(text)
     monkeypatch.chdir(folder)
     with pytest.raises(chat.Unusable) as caught:
         chat.server_tls_context(chat.ServerOptions(listen=(), **options))
-    assert str(caught.value) == f"cannot use {words}"
+    assert str(caught.value) == f"cannot {words}"
+
+
+@pytest.mark.parametrize(
+    "text, told", [(EXPIRED_CERTIFICATE, ["old: the certificate has expired"]), (CERTIFICATE, [])]
+)
+def test_a_certificate_that_has_expired_is_used_and_a_warning_is_logged(
+    folder, monkeypatch, caplog, text, told
+):
+    monkeypatch.chdir(folder)
+    (folder / "old").write_text(text)
+    assert chat.server_tls_context(chat.ServerOptions(listen=(), tls_cert="old"))
+    assert caplog.messages == told
 
 
 @pytest.mark.parametrize("options", TLS_OPTIONS)
@@ -44488,6 +44541,12 @@ STARTED = [  # the address that a server listens on, and what its clients are st
     ),
     (("127.0.0.1", 7001), "this machine only", " --server 127.0.0.1:7001", "127.0.0.1"),
     (("0.0.0.0", 7000), "everybody who can reach this machine", " --server HOST:7000", "HOST"),
+    (
+        ("::1", 7000),
+        "this machine only; --listen [::]:7000 for the network",
+        " --server [::1]:7000",
+        "::1",
+    ),
     (("::", 7001), "everybody who can reach this machine", " --server HOST:7001", "HOST"),
 ]
 
