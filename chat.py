@@ -6079,6 +6079,11 @@ class Retention:
         self.excess: set[str] = set()  # keys with more rows than they may have
         self.orphans: set[int] = set()  # targets that no user can read
 
+    def note_excess(self) -> None:
+        """Note the keys with too many rows at the start: the last server may have kept more."""
+        query = "SELECT key FROM targets GROUP BY key HAVING sum(events) > ?"
+        self.excess.update(row[0] for row in self.db.execute(query, [self.keep]))
+
     def stored(self, targets: dict[int, int]) -> None:
         for target, count in targets.items():
             self.fresh[target] += count
@@ -6256,6 +6261,7 @@ class Store:
             else:
                 self._forget_node()
             self.reserve_ids()
+            self.retention.note_excess()
             self.search_index, self.dedup = SearchIndex(self), DedupKeys(self)
             for name in (path, path.with_name(f"{path.name}-wal")) if path else ():
                 self.guard(name)
@@ -20774,6 +20780,7 @@ class Committer:
         self.hub, self.store, self.sure_time = server.hub, server.store, server.sure_time
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
+        self.checkpoint_trouble = ""  # of the last one; it was logged
         self.index_due = self.retry_due = False
         self.committed = 0.0  # when, last
         self.sweep()
@@ -20877,8 +20884,10 @@ class Committer:
     def checkpoint(self) -> None:
         def done(error: Exception | None) -> None:
             self.checkpoint_due = False
-            if error and not self.losing:
+            trouble = str(error or "")
+            if trouble not in ("", self.checkpoint_trouble) and not self.losing:
                 log.error("checkpoint: %s", error)
+            self.checkpoint_trouble = trouble
             if self.store.erased:
                 self.look_after_store()
 
@@ -28185,7 +28194,17 @@ def node_options(args: argparse.Namespace) -> NodeOptions | None:
     return args.cluster._replace(node=args.node, keep_days=args.cluster_keep or LOG_KEPT_DAYS)
 
 
+def append_only(fd: int) -> None:
+    """Have a file written at its end, wherever that is: logrotate may truncate it."""
+    with contextlib.suppress(ImportError, OSError):  # Windows has no such module
+        import fcntl
+
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+
+
 def run_server(args: argparse.Namespace) -> int:
+    append_only(2)
     writer = LogWriter(2)
     writer.setFormatter(LogFormat("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=args.log.upper(), handlers=[writer])
@@ -28266,30 +28285,41 @@ def run_passwd(args: argparse.Namespace) -> int:
     return 0
 
 
+def copy_database(path: pathlib.Path, to: pathlib.Path) -> None:
+    """Copy a database as it is at one moment. A node that starts from the copy is another node."""
+    with (
+        contextlib.closing(connect(path, "ro")) as source,
+        contextlib.closing(connect(to, "rw")) as copy,
+    ):
+        source.execute("BEGIN")
+        source.backup(copy)
+        if copy.execute("SELECT 1 FROM sqlite_master WHERE name = 'origins'").fetchone():
+            copy.execute("DELETE FROM origins")
+
+
 def run_backup(args: argparse.Namespace) -> int:
-    """Copy the database of a server, which may run, as it is at one moment."""
+    """Copy the database of a server, which may run, as it is at one moment. What a backup that was
+    killed leaves never has the name of a copy."""
     path = args.data / "chat.db"
     if not path.exists():
         raise Unusable(f"there is no database in {args.data}; --data says where it is")
+    part = pathlib.Path(f"{args.file}.part")
     try:
         inspect_database(path)
-        os.close(os.open(args.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        if os.path.lexists(args.file):
+            raise FileExistsError(errno.EEXIST, "File exists", args.file)
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except sqlite3.Error as error:
         raise Unusable(f"cannot read {path}: {error}") from error
     except OSError as error:
-        raise Unusable(f"cannot write {args.file}: {reason_of(error)}") from error
+        raise Unusable(f"cannot write {error.filename}: {reason_of(error)}") from error
     try:
-        with (
-            contextlib.closing(connect(path, "ro")) as source,
-            contextlib.closing(connect(args.file, "rw")) as copy,
-        ):
-            source.execute("BEGIN")
-            source.backup(copy)
-            if copy.execute("SELECT 1 FROM sqlite_master WHERE name = 'origins'").fetchone():
-                copy.execute("DELETE FROM origins")
-    except sqlite3.Error as error:
-        args.file.unlink()
+        copy_database(path, part)
+        part.replace(args.file)
+    except (sqlite3.Error, OSError) as error:
         raise Unusable(f"the copy failed: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
     announce(f"{args.file} is a copy of {path}; it can be chat.db of another --data")
     return 0
 

@@ -6684,6 +6684,22 @@ def test_history_is_pruned_by_count_in_slices(folder):
     assert store.db.execute("SELECT events FROM targets").fetchone() == (100,)
 
 
+@pytest.mark.parametrize("keep, left", [(100, 100), (499, 499), (500, 500), (501, 500)])
+def test_a_channel_is_pruned_at_the_start_if_less_is_to_be_kept_than_before(folder, keep, left):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter("alice")  # whose join is the first event
+    house.say("alice", *(str(n) for n in range(499)))
+    house.turn()
+    house.store.close()
+    store = chat.Store(folder / "chat.db", keep=keep)
+    house = House(store=store)
+    for _ in range(5):
+        house.turn()
+    assert store.db.execute("SELECT count(*) FROM events").fetchone() == (left,)
+    assert not store.retention.excess
+    store.close()
+
+
 def test_a_database_of_the_first_version_is_brought_up_to_date_and_keeps_all(folder):
     with contextlib.closing(sqlite3.connect(folder / "chat.db", isolation_level=None)) as db:
         db.executescript(
@@ -28728,6 +28744,16 @@ def test_the_thread_of_the_log_waits_when_all_is_written():
         os.close(theirs)
 
 
+def test_a_log_that_is_truncated_goes_on_at_its_beginning(tmp_path):
+    fd = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    chat.append_only(fd)
+    for text in (b"one\n", b"two\n"):
+        os.truncate(tmp_path / "log", 0)
+        os.write(fd, text)
+    os.close(fd)
+    assert (tmp_path / "log").read_bytes() == b"two\n"
+
+
 def test_lines_that_come_while_the_log_waits_for_its_reader_are_counted():
     ours, theirs = os.pipe()
     writer, read = chat.LogWriter(theirs), b""
@@ -33994,6 +34020,16 @@ def test_a_checkpoint_waits_for_one_timer_however_much_is_stored(folder):
     due = [timer.callback for timer in house.loop.timers]
     assert due.count(house.committer.checkpoint) == 1
     assert due.count(house.committer.sweep) == 1  # from the start on
+    house.store.close()
+
+
+def test_the_trouble_of_checkpoints_is_logged_once_until_one_works(folder, caplog):
+    house, outcomes = stored(folder), []
+    house.helpers.submit = lambda owner, job, then: then(outcomes.pop(0))
+    for one in ("full", "full", "locked", None, "locked"):
+        outcomes.append(one and OSError(one))
+        house.committer.checkpoint()
+    assert caplog.messages == ["checkpoint: full", "checkpoint: locked", "checkpoint: locked"]
     house.store.close()
 
 
@@ -43289,19 +43325,36 @@ def test_a_backup_is_the_whole_database_of_a_server_that_runs(folder):
         ("foreign", "is not a database of chat.py"),
         ("holes", "is damaged"),
         ("absent", "there is no database in"),
-        ("in the way", "cannot write"),
+        ("copy", "copy: file exists"),
+        ("copy.part", "copy.part: file exists"),
     ],
 )
 def test_what_cannot_be_backed_up_leaves_no_copy(folder, capsys, how, words):
     path, copy = folder / "chat.db", folder / "copy"
-    if how == "in the way":
-        copy.write_bytes(b"mine")
+    mine = {folder / how} if how.startswith("copy") else set()
+    if mine:
+        (folder / how).write_bytes(b"mine")
         chat.Store(path).close()
     elif how != "absent":
         path.write_bytes(spoiled(path, how))
     assert chat.main(["backup", str(copy), "--data", str(folder)]) == 1
     assert words in capsys.readouterr().err
-    assert not copy.exists() or copy.read_bytes() == b"mine"
+    assert set(folder.glob("copy*")) == mine
+    assert all(one.read_bytes() == b"mine" for one in mine)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, sqlite3.OperationalError("disk is full")])
+def test_a_backup_that_is_interrupted_leaves_no_copy(folder, monkeypatch, capsys, end):
+    chat.Store(folder / "chat.db").close()
+
+    def interrupted(path, to):
+        to.write_bytes(b"the first pages")
+        raise end
+
+    monkeypatch.setattr(chat, "copy_database", interrupted)
+    status = chat.main(["backup", str(folder / "copy"), "--data", str(folder)])
+    assert status == (130 if end is KeyboardInterrupt else 1)
+    assert not list(folder.glob("copy*"))
 
 
 @pytest.mark.parametrize("home", ["", None])
