@@ -7211,16 +7211,25 @@ def save_hub(hub: Hub) -> bytes:
         names = [name for name in cls.__slots__ if cls is not Channel or name not in MADE_AGAIN]
         pickler.dump({name: getattr(one, name) for name in names})
         kinds.append(kind)
-    return zlib.compress(pickle.dumps((kinds, file.getvalue())), 1)
+    return zlib.compress(pickle.dumps((kinds, file.getvalue(), ACTS_VERSION)), 1)
 
 
 UNREADABLE = (pickle.UnpicklingError, zlib.error, EOFError, LookupError, TypeError, AttributeError)
 
 
+def check_acts(version: int, what: str) -> None:
+    """Raise Unusable if `what` is of a later version of the acts: it would be misunderstood."""
+    if version > ACTS_VERSION:
+        text = f"{what} a newer chat.py (acts {version}, this one knows {ACTS_VERSION})"
+        raise Unusable(f"{text}; upgrade this node")
+
+
 def load_snapshot(data: bytes, hub: Hub) -> None:
-    """Fill a new Hub from a snapshot. Raises ValueError if it is damaged."""
+    """Fill a new Hub from a snapshot. Raises ValueError if it is damaged, and Unusable."""
     try:
-        kinds, pickled = HubUnpickler(io.BytesIO(zlib.decompress(data)), {}).load()
+        saved = HubUnpickler(io.BytesIO(zlib.decompress(data)), {}).load()
+        kinds, pickled, acts, *_ = *saved, 0  # an earlier version has no third value
+        check_acts(acts, "the database of this node is from")
         objects = {n: LINKED[kind].__new__(LINKED[kind]) for n, kind in enumerate(kinds)}
         unpickler = HubUnpickler(io.BytesIO(pickled), objects)
         whole = unpickler.load()
@@ -7257,7 +7266,9 @@ def restore_node(store: Store, name: str) -> Hub | None:
         for sequence, time_ms, data, answers in entries:
             hub.known_answers.extend(json.loads(answers))
             with contextlib.suppress(ValueError):  # it was ignored then, too
-                apply_batch(hub, LogEntry(sequence, time_ms, data, 0), ActBatch.decode(data), [])
+                batch = ActBatch.decode(data)
+                check_acts(batch.version, "the database of this node is from")
+                apply_batch(hub, LogEntry(sequence, time_ms, data, 0), batch, [])
             hub.sequence = sequence
             hub.record_changes()
             hub.end()
@@ -7439,9 +7450,10 @@ class Cluster:
         except ValueError as error:
             self.server.note(f"entry {entry.sequence} of the log is not of chat.py: {error}")
             batch = ActBatch(0, "", "", 0, 0, 0, "", [])
-        if batch.version > ACTS_VERSION:
-            text = f"node {batch.node} runs a newer chat.py (acts {batch.version}"
-            return self.stop(f"{text}, this one knows {ACTS_VERSION}); upgrade this node")
+        try:
+            check_acts(batch.version, f"node {batch.node} runs")
+        except Unusable as error:
+            return self.stop(str(error))
         if not self._is_one_of_us(batch) or not self._agrees(batch):
             return None
         asks = []
@@ -7517,8 +7529,10 @@ class Cluster:
             return
         self.lag = entry.waiting
         is_new = self.caught_up and entry.waiting == 0
+        clock = entry.time / 1000 - self.now
         if is_new or not self.knows_time:
-            self.clock, self.knows_time = entry.time / 1000 - self.now, is_new
+            self.clock, self.knows_time = clock, is_new
+        self.clock = max(self.clock, clock)  # it is later if this machine was suspended
         if entry.waiting == 0 and not self.caught_up:
             self.catch_up()
 

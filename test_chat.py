@@ -8472,6 +8472,26 @@ def test_a_jump_of_the_clock_of_nats_ends_no_grace_period(folder, jump):
     assert_nodes_agree(nodes)
 
 
+def test_a_node_that_was_suspended_goes_on_at_the_time_of_the_log(folder):
+    nodes, slept = Nodes(folder, "n1", "n2"), [0]
+    one, two = nodes["n1"], nodes["n2"]
+    come(one, "alice")
+    come(two, "bob")
+    nodes.settle()
+    nodes.nats.clock = lambda: nodes.clock() + slept[0]
+    one.link.drop("suspended")
+    slept[0] = 3 * 3600
+    for _ in range(12):
+        two.turn()
+        two.link.attempt(lambda: two.cluster.tick(two.loop.now))
+    one.link.join(nodes.nats)
+    one.say("alice", "PRIVMSG bob :good morning")
+    nodes.settle()
+    (line,) = (line for line in two.heard("bob") if "good morning" in line)
+    said = chat.parse_time(tag(line, "time")) / 1000
+    assert 0 <= nodes.nats.clock() - said < 30
+
+
 def test_a_node_stops_at_a_gap_in_the_log_and_says_what_to_do(folder):
     nodes = Nodes(folder, "n1", "n2")
     come(nodes["n1"], "alice")
@@ -8729,6 +8749,23 @@ def test_a_damaged_snapshot_is_one_clear_line(folder):
         db.commit()
     with pytest.raises(chat.Unusable, match="is damaged"):
         nodes.start("n1")
+
+
+@pytest.mark.parametrize("kept", ["snapshots", "entries"])
+def test_a_database_of_a_newer_node_is_refused_as_such(folder, monkeypatch, kept):
+    nodes = Nodes(folder, "n1")
+    with monkeypatch.context() as newer:
+        newer.setattr(chat, "ACTS_VERSION", chat.ACTS_VERSION + 1)
+        come(nodes["n1"], "alice")
+        nodes.settle()
+        if kept == "snapshots":
+            nodes["n1"].cluster.save(now=True)
+    nodes.kill("n1")
+    with pytest.raises(chat.Unusable) as caught:
+        nodes.start("n1")
+    versions = f"acts {chat.ACTS_VERSION + 1}, this one knows {chat.ACTS_VERSION}"
+    text = f"the database of this node is from a newer chat.py ({versions}); upgrade this node"
+    assert str(caught.value) == text
 
 
 def test_a_snapshot_makes_no_object_that_a_hub_does_not_have():
