@@ -20468,6 +20468,8 @@ def listening_on(host: str, port: int) -> Iterator[None]:
 
 
 class Listener:
+    trouble = ""  # why the last client was not accepted; it was logged
+
     def __init__(self, server: "Server", host: str, port: int):
         self.server = server
         self.listening = False
@@ -20510,6 +20512,7 @@ class Listener:
                 return
             except OSError as error:
                 return self._back_off(error)
+            self.trouble = ""
             self.server.admit(sock, host, port)
 
     def _back_off(self, error: OSError) -> None:
@@ -20517,7 +20520,9 @@ class Listener:
         even that fails, wait: to try again at once would be a busy loop."""
         full = error.errno in (errno.EMFILE, errno.ENFILE)
         advice = "; raise the limit (ulimit -n)" if full else ""
-        log.warning("cannot accept: %s%s", reason_of(error), advice)
+        trouble, self.trouble = self.trouble, f"{reason_of(error)}{advice}"
+        if trouble != self.trouble:
+            log.warning("cannot accept: %s", self.trouble)
         if full and self.server.limits.turn_away_all(self.sock):
             return
         self.server.loop.selector.unregister(self.sock)
@@ -20600,6 +20605,15 @@ def reread_secret(secret: str) -> str:
 NOT_A_PAIR = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")  # of OpenSSL
 
 
+def read_pem(path: pathlib.Path, what: str) -> bytes:
+    """Return the bytes of a file, since OpenSSL does not say which one it cannot read. Raises
+    Unusable."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Unusable(f"cannot read {what}: {reason_of(error)}") from error
+
+
 def pem_trouble(reason: str | None, data: bytes) -> str:
     """Return what is wrong with the text of a certificate and its key, of which OpenSSL gives no
     reason but that they are no pair."""
@@ -20637,17 +20651,14 @@ def server_tls_context(options: ServerOptions) -> Any:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    what, data = "", b""
+    files = [("certificate", options.tls_cert), ("key", options.tls_key)]
+    parts = {f"the {kind} {path}": pathlib.Path(path) for kind, path in files if path}
+    data = b"".join(read_pem(path, what) for what, path in parts.items())
     try:
-        for name, path in (("certificate", options.tls_cert), ("key", options.tls_key)):
-            if path:
-                what += f"{' with ' * bool(what)}the {name} {path}"
-                data += pathlib.Path(path).read_bytes()
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")
-    except ssl.SSLError as error:
-        raise Unusable(f"cannot use {what}: {pem_trouble(error.reason, data)}") from error
     except OSError as error:
-        raise Unusable(f"cannot read {error.filename or what}: {reason_of(error)}") from error
+        what, why = " with ".join(parts), pem_trouble(getattr(error, "reason", None), data)
+        raise Unusable(f"cannot use {what}: {why}") from error
     warn_of_dates(context, options.tls_cert)
     if options.tls_client_ca:
         try:

@@ -31683,9 +31683,9 @@ BAD_CERTIFICATES = [  # options, and what is said
     ({"tls_cert": "junk"}, "use the certificate junk: there is no key in PEM"),
     ({"tls_cert": "leaf"}, "use the certificate leaf: there is no key in PEM"),
     ({"tls_cert": "cut"}, "use the certificate cut: no PEM, or cut short"),
-    ({"tls_cert": "absent"}, "read absent: no such file or directory"),
-    ({"tls_cert": "."}, "read .: is a directory"),
-    ({"tls_cert": "good", "tls_key": "absent"}, "read absent: no such file or directory"),
+    ({"tls_cert": "absent"}, "read the certificate absent: no such file or directory"),
+    ({"tls_cert": "."}, "read the certificate .: is a directory"),
+    ({"tls_cert": "good", "tls_key": "absent"}, "read the key absent: no such file or directory"),
     (
         {"tls_cert": "good", "tls_key": "other"},
         "use the certificate good with the key other: its first certificate is not that of the key",
@@ -32819,6 +32819,18 @@ def test_so_many_clients_are_accepted_in_a_turn_and_no_more(more, monkeypatch):
     listener.sock, listener._back_off = Backlog(0, OSError(errno.EMFILE, "x")), backed.append
     listener.ready(chat.READ)
     assert [error.errno for error in backed] == [errno.EMFILE]
+
+
+def test_why_no_client_is_accepted_is_logged_once_until_one_is(caplog):
+    listener = chat.Listener.__new__(chat.Listener)
+    limits = types.SimpleNamespace(turn_away_all=lambda sock: True)
+    listener.server = types.SimpleNamespace(admit=chat.do_nothing, limits=limits)
+    full, logged = OSError(errno.EMFILE, "Too many open files"), []
+    for accepted in (0, 0, 1, 0):
+        listener.sock = Backlog(accepted, full)
+        listener.ready(chat.READ)
+        logged.append(len(caplog.messages))
+    assert logged == [1, 1, 2, 2]
 
 
 IDLE_ON_THE_WEB = [  # the limit that is over, what is so; what is done
@@ -44055,7 +44067,7 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     (
         ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-cert", "/none"],
         1,
-        "cannot use the certificate",
+        "cannot read the certificate",
     ),
     (["server", "--keep", "0"], 2, "a whole number from 1 on"),
     (["client", "alice", "--server", "ftp://x"], 2, "write HOST:PORT"),
