@@ -22788,6 +22788,8 @@ class NatsLink:
 
     def again(self, reason: str) -> None:
         """Try the next server in a moment; log the reason if it is another one for this server."""
+        if NOT_SIGNED in reason:
+            reason = f"its certificate {why_not_trusted(reason)}"
         if reason != self.told.get(self.target):
             self.told[self.target] = reason
             log.warning("NATS at %s: %s; trying again", self.target, reason)
@@ -22835,6 +22837,8 @@ class NatsLink:
             cluster.connected(NatsLog(dialogue, name, days, cluster.hub.sequence), self.loop.now)
         if (dialogue.wants_tls or self.context) and dialogue.info and self.conn.tls is None:
             dialogue.out.clear()  # it introduces itself once that is done
+            if not any(map(dialogue.info.get, ("tls_required", "tls_available"))):
+                raise LogUnusable("NATS offers no TLS; write nats:// in place of tls://")
             context = self.context or BELIEVE_THE_SYSTEM.context()
             self.conn.encrypt(TlsFilter(context, self.target.host))
 

@@ -33063,7 +33063,7 @@ INFO = b'INFO {"headers": true, "jetstream": true, "max_payload": 1048576, "prot
     [
         (None, b"", False),
         (None, b', "tls_required": true', True),
-        ("a context", b"", True),
+        ("a context", b', "tls_available": true', True),
     ],
 )
 def test_a_node_speaks_tls_with_its_log_if_either_wants_it(
@@ -33083,6 +33083,41 @@ def test_a_node_speaks_tls_with_its_log_if_either_wants_it(
         link.secured()
     assert any(b"CONNECT" in data for data in link.conn.done if isinstance(data, bytes))
     assert link.conn.done[-1] == "flush" and link.dialogue.out == []
+
+
+def test_a_node_that_is_to_speak_tls_says_nothing_to_a_server_of_nats_without(nats_link):
+    link, server = nats_link
+    link.connected("socket", "")
+    link.context = "a context"
+    link.received(INFO % b"")
+    assert server.done[-1] == "stopped: NATS offers no TLS; write nats:// in place of tls://"
+    assert not link.conn.done
+
+
+VERIFY_FAILED = "TLS: [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"
+
+
+@pytest.mark.parametrize(
+    "reason, told",
+    [
+        (
+            f"{VERIFY_FAILED}: certificate has expired (_ssl.c:1006)",
+            "its certificate has expired",
+        ),
+        (
+            f"{VERIFY_FAILED}: unable to get local issuer certificate (_ssl.c:1006)",
+            "its certificate is not signed by an authority that this computer trusts "
+            "(unable to get local issuer certificate)",
+        ),
+        ("reset", "reset"),
+    ],
+)
+def test_why_the_certificate_of_nats_is_refused_is_logged_in_plain_words(
+    reason, told, nats_link, caplog
+):
+    link, _ = nats_link
+    link.lost(reason)
+    assert caplog.messages == [f"NATS at {link.target}: {told}; trying again"]
 
 
 @pytest.mark.parametrize("text, shown", [("a\x1b[2Jb", "a\\x1b[2Jb"), ("tea", "tea")])
