@@ -7329,7 +7329,8 @@ class Cluster:
         self.retry_at = math.inf
         self.now = self.beat = 0.0  # monotonic; when a batch was sent last
         self.lost_since = math.inf  # since when there is no connection
-        self.steady_since = 0.0  # when this node had caught up with the log
+        self.steady_since = 0.0  # when this node had caught up with the log, or stood still last
+        self.ticked = math.inf  # when tick() ran
         self.namesake = ""  # the epoch of another node with this name, which may be running
         self.clock: float | None = None  # the log's clock less the monotonic one, in seconds
         self.knows_time = False  # else that is only the time of an entry, which may be an old one
@@ -7576,7 +7577,9 @@ class Cluster:
 
     def tick(self, now: float) -> None:
         """Look at what is due: about once a second."""
-        self.now = now
+        if now - self.ticked > NODE_BEAT_SECONDS:  # the others may have stood still, too
+            self.steady_since = now
+        self.now = self.ticked = now
         if self.log:
             self.log.tick(now)
             if not self.caught_up and self.log.is_empty:

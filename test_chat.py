@@ -8472,6 +8472,25 @@ def test_a_jump_of_the_clock_of_nats_ends_no_grace_period(folder, jump):
     assert_nodes_agree(nodes)
 
 
+@pytest.mark.parametrize("first", ["n1", "n2"])
+def test_nodes_that_all_stood_still_for_a_while_declare_no_node_gone(folder, first):
+    nodes = Nodes(folder, "n1", "n2")
+    for name, house in nodes.items():
+        come(house, f"u{name}")
+    nodes.turns(20)
+    epochs = {name: node.epoch for name, node in nodes["n1"].hub.nodes.items()}
+    for house in nodes.values():
+        house.now += 60
+    house = nodes[first]
+    house.begin_turn()
+    house.link.attempt(lambda: house.cluster.tick(house.loop.now))  # before it reads the log
+    nodes.turns(25)
+    assert {name: node.epoch for name, node in nodes["n2"].hub.nodes.items()} == epochs
+    nodes.kill("n2")
+    nodes.turns(30)
+    assert nodes["n1"].hub.nodes.keys() == {"n1"}
+
+
 def test_a_node_that_was_suspended_goes_on_at_the_time_of_the_log(folder):
     nodes, slept = Nodes(folder, "n1", "n2"), [0]
     one, two = nodes["n1"], nodes["n2"]
@@ -9172,6 +9191,7 @@ def test_a_node_that_was_only_late_is_not_declared_gone(folder):
     for house in (one, two):
         house.now += chat.NODE_SILENT_MS / 1000
         house.begin_turn()
+        house.cluster.ticked = house.loop.now - 1.0  # it did not stand still
     two.cluster.tick(two.loop.now)
     two.cluster.flush()
     two.link.exchange()  # in the log, and not read by the other one yet
