@@ -7896,6 +7896,14 @@ def test_a_log_that_does_not_fit_is_refused_with_the_reason(config, first, appli
         move()
 
 
+def test_a_batch_of_any_size_fits_in_the_least_message_that_nats_has_to_take():
+    dialogue, name, node = chat.NatsDialogue("n1"), "x" * 32, "n" * 63
+    id = f"{name} {node} {'e' * 24} {2**53}"
+    chat.NatsLog(dialogue, name, 2, 0).append(b"y" * chat.BATCH_BYTES, id, chat.do_nothing)
+    size = int(dialogue.out[0].split()[-1])
+    assert chat.BATCH_BYTES < size <= chat.NATS_PAYLOAD_LEAST
+
+
 def test_a_subject_that_another_stream_has_is_refused_with_the_way_out():
     nats = FakeNats(lambda: 5.0)
     nats.foreign = "chat.log"
