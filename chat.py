@@ -6228,6 +6228,7 @@ class Retention:
         query = "SELECT id FROM targets WHERE key = ? AND founding = ?"
         if row := self.db.execute(query, [key, founding]).fetchone():
             self._delete_up_to(row[0], last, now)
+            self.excess.add(key)  # perhaps there is more: the next slice
 
 
 class Store:
@@ -21701,6 +21702,8 @@ class Server:
 
     def _prune_by_act(self) -> None:
         """Delete the excess of one channel on all nodes; one of them asks for it."""
+        if not self.cluster.serving:
+            return
         keys = list(self.store.retention.excess) if self.cluster.leads else []
         self.store.retention.excess.intersection_update(keys)
         if keys and (excess := self.store.retention.excess_of(keys[0])):

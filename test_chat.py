@@ -8922,6 +8922,24 @@ def test_old_messages_are_pruned_on_all_nodes_alike(folder, monkeypatch):
     assert {house.store.db.execute(query).fetchone()[0] for house in nodes.values()} == {20}
 
 
+def test_nodes_prune_a_silent_channel_slice_by_slice_if_less_is_to_be_kept(folder, monkeypatch):
+    monkeypatch.setattr(chat, "PRUNE_ROWS", 10)
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    come(one, "alice")
+    one.say("alice", "JOIN #x", *(f"PRIVMSG #x :{n}" for n in range(60)))
+    nodes.settle()
+    for house in nodes.values():
+        house.store.retention.count()
+        house.store.retention.keep = 20
+        house.store.retention.note_excess()
+    nodes.turns(20)
+    assert_nodes_agree(nodes)
+    query = "SELECT count(*) FROM events"
+    assert {house.store.db.execute(query).fetchone()[0] for house in nodes.values()} == {20}
+    assert not any(house.store.retention.excess for house in nodes.values())
+
+
 def test_old_keys_of_messages_are_forgotten_on_all_nodes_alike(folder):
     nodes = Nodes(folder, "n1", "n2")
     one = nodes["n1"]
@@ -32202,10 +32220,20 @@ def test_a_node_that_does_not_reach_nats_tries_again(step, given):
     assert told == ["no route"]
 
 
+def test_a_node_that_does_not_serve_yet_keeps_in_mind_what_it_would_prune():
+    server = types.SimpleNamespace(store=chat.Store(None))
+    server.cluster = types.SimpleNamespace(serving=False, leads=False)
+    server.store.retention.excess.add("#a")
+    chat.Server._prune_by_act(server)
+    assert server.store.retention.excess == {"#a"}
+
+
 @pytest.mark.parametrize("leads, left", [(True, {"#b"}), (False, set())])
 def test_one_node_prunes_for_all_and_the_others_forget_what_they_would_prune(leads, left):
     asked, server = [], types.SimpleNamespace(store=chat.Store(None))
-    server.cluster = types.SimpleNamespace(leads=leads, ask=lambda *act: asked.append(act))
+    server.cluster = types.SimpleNamespace(
+        serving=True, leads=leads, ask=lambda *act: asked.append(act)
+    )
     retention = server.store.retention
     retention.excess |= {"#b"} | ({"#a"} if leads else set())
 
