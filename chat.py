@@ -28296,6 +28296,10 @@ def run_passwd(args: argparse.Namespace) -> int:
     path = args.data / "chat.db"
     if not path.exists():
         raise Unusable(f"there is no database in {args.data}; --data says where it is")
+    inspect_database(path)
+    with contextlib.closing(connect(path, "ro")) as db:
+        if db.execute("PRAGMA user_version").fetchone()[0] < len(MIGRATIONS):
+            raise Unusable("this database is of an earlier chat.py; start its server with this one")
     with contextlib.closing(open_database(path)) as db:
         if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
             raise Unusable("this server is a node of a cluster: change passwords in the chat")

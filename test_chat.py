@@ -43635,6 +43635,19 @@ def test_the_password_of_an_account_is_not_changed_in_the_database_of_a_node(fol
     assert process.returncode == 1 and b"is a node of a cluster" in said
 
 
+def test_a_new_password_does_not_upgrade_the_database_of_an_older_server(folder, capsys):
+    version = len(chat.MIGRATIONS) - 1
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+        db.executescript(
+            f"{';'.join(chat.MIGRATIONS[:version])}; PRAGMA user_version = {version};"
+            f"PRAGMA application_id = {chat.APPLICATION_ID};"
+        )
+    before = (folder / "chat.db").read_bytes()
+    assert chat.main(["passwd", "alice", "--data", str(folder), "--password", "secret"]) == 1
+    assert "of an earlier chat.py" in capsys.readouterr().err
+    assert (folder / "chat.db").read_bytes() == before
+
+
 def test_a_new_password_waits_5_s_for_a_busy_server(folder, monkeypatch):
     def opens(path):
         db = open_database(path)
