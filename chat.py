@@ -22767,7 +22767,7 @@ class NatsLink:
         self.context: Any = None  # of TLS
         self.target: Target | None = None
         self.began = 0.0  # when this connection was made; monotonic
-        self.told: dict[Target, str] = {}  # why there is no connection, by server; it was logged
+        self.told: set[tuple[Target, str]] = set()  # servers, and why there was no connection
         self.up = False  # the log is read
         server.flush_log = self.flush
         self.dial()
@@ -22793,11 +22793,11 @@ class NatsLink:
         self.conn = LinkConnection(self, sock)
 
     def again(self, reason: str) -> None:
-        """Try the next server in a moment; log the reason if it is another one for this server."""
+        """Try the next server in a moment; log each reason once until the log is read again."""
         if NOT_SIGNED in reason:
             reason = f"its certificate {why_not_trusted(reason)}"
-        if reason != self.told.get(self.target):
-            self.told[self.target] = reason
+        if (self.target, reason) not in self.told:
+            self.told.add((self.target, reason))
             log.warning("NATS at %s: %s; trying again", self.target, reason)
         self.loop.call_later(NATS_RETRY_SECONDS, self.dial)
 
