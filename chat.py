@@ -20642,8 +20642,8 @@ def warn_of_dates(context: Any, path: str) -> None:
         server.feed(client.take())
         client.feed(server.take())
     except (TlsFailed, OSError) as failure:
-        if words := re.search(r"certificate (?:has expired|is not yet valid)", str(failure)):
-            log.warning("%s: the %s", path, words[0])
+        if words := re.search(r"certificate (has expired|is not yet valid)", str(failure)):
+            log.warning("the certificate %s %s", path, words[1])
 
 
 def server_tls_context(options: ServerOptions) -> Any:

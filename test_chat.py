@@ -31764,7 +31764,7 @@ def test_a_certificate_that_a_server_cannot_use_is_told_with_the_reason(
 
 
 @pytest.mark.parametrize(
-    "text, told", [(EXPIRED_CERTIFICATE, ["old: the certificate has expired"]), (CERTIFICATE, [])]
+    "text, told", [(EXPIRED_CERTIFICATE, ["the certificate old has expired"]), (CERTIFICATE, [])]
 )
 def test_a_certificate_that_has_expired_is_used_and_a_warning_is_logged(
     folder, monkeypatch, caplog, text, told
