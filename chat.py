@@ -19981,6 +19981,7 @@ class LogWriter(logging.Handler):
         # Lines that did not fit, that were not written, and that a note has told of. Only one
         # thread changes each
         self.dropped = self.unwritten = self.told = 0
+        self.cut_short = False  # the last line was: the disk became full
         self.more = threading.Event()
         self.idle = threading.Event()
         self.idle.set()
@@ -20015,9 +20016,11 @@ class LogWriter(logging.Handler):
     def _write(self, line: bytes) -> bool:
         """Write with os.write: another thread's lock on sys.stderr would hang the program's end.
         Return False if it is not read any more, or the disk is full."""
+        line = b"\n" + line if self.cut_short else line
         try:
             while line:
                 line = line[os.write(self.fd, line) :]
+                self.cut_short = bool(line)
             return True
         except OSError:
             return False

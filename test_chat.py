@@ -28837,6 +28837,23 @@ def test_a_log_that_is_truncated_goes_on_at_its_beginning(tmp_path):
     assert (tmp_path / "log").read_bytes() == b"two\n"
 
 
+def test_a_line_of_the_log_that_was_cut_short_by_a_full_disk_is_no_part_of_the_next(monkeypatch):
+    written, room = [], [3, 0, 0, 2, 0, 99]
+
+    def write(fd, data):
+        if not (size := room.pop(0)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(data[:size])
+        return len(data[:size])
+
+    monkeypatch.setattr(chat, "start_thread", chat.do_nothing)
+    writer = chat.LogWriter(2)
+    monkeypatch.setattr(os, "write", write)
+    kept = [writer._write(line) for line in (b"one is cut\n", b"two\n", b"three\n", b"four\n")]
+    assert kept == [False, False, False, True]
+    assert b"".join(written) == b"one\nt\nfour\n"
+
+
 def test_lines_that_come_while_the_log_waits_for_its_reader_are_counted():
     ours, theirs = os.pipe()
     writer, read = chat.LogWriter(theirs), b""
