@@ -28247,6 +28247,12 @@ def run_server(args: argparse.Namespace) -> int:
     writer.setFormatter(LogFormat("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=args.log.upper(), handlers=[writer])
     os.umask(0o077)
+    loop = Loop()
+
+    def reload() -> None:
+        server.reload()
+
+    on_signal(loop, "SIGHUP", reload)  # it may come before the server listens, and must not end it
     if "email-required" in args.register and not args.sendmail:
         log.warning("without --sendmail COMMAND no code is sent, so no account can be registered")
     lock = lock_folder(args.data) if args.data else None
@@ -28261,7 +28267,6 @@ def run_server(args: argparse.Namespace) -> int:
         url=args.web_url or "",
         documents=page_documents(),
     )
-    loop = Loop()
     given = {name: getattr(args, name) for name in names}
     given |= {"files": args.files == "on", "cluster": node_options(args)}
     server = Server(loop, ServerOptions(listen, web=web, **given))
@@ -28269,7 +28274,6 @@ def run_server(args: argparse.Namespace) -> int:
         server.store.guard(args.data / "lock")
     for name in ("SIGINT", "SIGTERM"):
         on_signal(loop, name, server.stop)
-    on_signal(loop, "SIGHUP", server.reload)
 
     def welcome_users() -> None:
         announce(how_to_join(server))

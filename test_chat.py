@@ -43820,7 +43820,7 @@ SERVER_LIVES = [  # arguments, what it does after umask 77 and up to its run
         ["guard lock", "signals", "link", "how to join"],
     ),
 ]
-SIGNALS = ["SIGINT: stop", "SIGTERM: stop", "SIGHUP: reload"]
+SIGNALS = ["SIGINT: stop", "SIGTERM: stop"]
 
 
 @pytest.mark.parametrize("arguments, begun", SERVER_LIVES)
@@ -43831,7 +43831,7 @@ def test_a_server_that_ends_has_stored_logged_and_unlocked_all_before_it_restart
     steps.server.failure, steps.server.restarting = failure, restarting
     code = chat.main(["server", "--log", "debug", *arguments])
     at = begun.index("signals")
-    begun = [*begun[:at], *SIGNALS, *begun[at + 1 :]]
+    begun = ["SIGHUP: reload", *begun[:at], *SIGNALS, *begun[at + 1 :]]
     ends = ["run", "close", "flush", *["restart"] * (restarting and not failure)]
     assert steps.done == ["log to 2", "DEBUG", "umask 77", *begun, *ends]
     assert (code, capsys.readouterr().err) == (
