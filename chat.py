@@ -457,7 +457,7 @@ CLEAR_SECONDS = 1.0
 SESSION_BITS = 32  # of the id of a session; those above are the start of its node
 ASKS_A_SESSION = 256  # messages of one session that may be under way in the log
 BATCH_ACTS = 2000  # that a node sends at once ...
-BATCH_BYTES = 256 * 1024  # ... in so many bytes
+BATCH_BYTES = 255 * 1024  # ... in so many bytes: NATS_PAYLOAD_LEAST, but for the headers
 BATCH_ANSWER_SECONDS = 2.0  # then a batch is sent again ...
 BATCH_RETRY_SECONDS = 1.0  # ... or after this, if the log refused it
 NODE_BEAT_SECONDS = 5.0  # between two batches of a node that has nothing to send
@@ -6084,6 +6084,11 @@ class Retention:
         self.excess: set[str] = set()  # keys with more rows than they may have
         self.orphans: set[int] = set()  # targets that no user can read
 
+    def note_excess(self) -> None:
+        """Note the keys with too many rows at the start: the last server may have kept more."""
+        query = "SELECT key FROM targets GROUP BY key HAVING sum(events) > ?"
+        self.excess.update(row[0] for row in self.db.execute(query, [self.keep]))
+
     def stored(self, targets: dict[int, int]) -> None:
         for target, count in targets.items():
             self.fresh[target] += count
@@ -6228,6 +6233,7 @@ class Retention:
         query = "SELECT id FROM targets WHERE key = ? AND founding = ?"
         if row := self.db.execute(query, [key, founding]).fetchone():
             self._delete_up_to(row[0], last, now)
+            self.excess.add(key)  # perhaps there is more: the next slice
 
 
 class Store:
@@ -6261,6 +6267,7 @@ class Store:
             else:
                 self._forget_node()
             self.reserve_ids()
+            self.retention.note_excess()
             self.search_index, self.dedup = SearchIndex(self), DedupKeys(self)
             for name in (path, path.with_name(f"{path.name}-wal")) if path else ():
                 self.guard(name)
@@ -6614,6 +6621,8 @@ class NatsFailed(ChatError):
 
 
 NOT_NATS = "it sends something that is not NATS"
+# The same trouble has to be the same text each time, so that it is logged once
+RANDOM_SUBJECT = re.compile(r'(_INBOX|\$JS\.FC)\.[^"]*')
 
 
 class LogUnusable(ChatError):
@@ -6652,7 +6661,8 @@ class NatsDialogue:
         self.wants_tls = False  # the owner starts TLS, and then calls connect()
         self.ready = False
         self.inbox = f"_INBOX.{secrets.token_hex(11)}"
-        self.login = {"user": user, "pass": password} if user else {}
+        self.login = {"user": user, "pass": password} if password else {"auth_token": user}
+        self.login = self.login if user else {}
         self.name = name
         self.buffer = b""
         self.requests: dict[str, Callable[[NatsMessage], None]] = {}  # by the subject of a reply
@@ -6747,12 +6757,20 @@ class NatsDialogue:
         elif verb == "PONG":
             self.ready = True
         elif verb == "-ERR":
-            text = rest.strip("' ")
-            if re.search("authorization violation|authentication(?! timeout)", text, re.I):
-                raise LogUnusable(f"NATS refuses the user or password ({text})")
-            raise NatsFailed(text)
+            raise self._error(rest.strip("' "))
         elif verb != "+OK":
             raise NatsFailed(NOT_NATS)
+
+    def _error(self, text: str) -> ChatError:
+        """Return what an error of the server means for this node."""
+        if re.search("authorization violation|authentication(?! timeout)", text, re.I):
+            what = {"user": "refuses the user or password", "auth_token": "refuses the token"}
+            wants = "wants nats://USER:PASSWORD@HOST or nats://TOKEN@HOST"
+            return LogUnusable(f"NATS {what.get(next(iter(self.login), ''), wants)} ({text})")
+        if text.startswith("Permissions Violation"):
+            text = RANDOM_SUBJECT.sub(r"\1.>", text)
+            return LogUnusable(f"NATS does not permit what a node needs ({text})")
+        return NatsFailed(text)
 
     def _informed(self, text: str) -> None:
         """Handle an INFO of the server: the first one, and later ones about its cluster."""
@@ -7199,16 +7217,25 @@ def save_hub(hub: Hub) -> bytes:
         names = [name for name in cls.__slots__ if cls is not Channel or name not in MADE_AGAIN]
         pickler.dump({name: getattr(one, name) for name in names})
         kinds.append(kind)
-    return zlib.compress(pickle.dumps((kinds, file.getvalue())), 1)
+    return zlib.compress(pickle.dumps((kinds, file.getvalue(), ACTS_VERSION)), 1)
 
 
 UNREADABLE = (pickle.UnpicklingError, zlib.error, EOFError, LookupError, TypeError, AttributeError)
 
 
+def check_acts(version: int, what: str) -> None:
+    """Raise Unusable if `what` is of a later version of the acts: it would be misunderstood."""
+    if version > ACTS_VERSION:
+        text = f"{what} a newer chat.py (acts {version}, this one knows {ACTS_VERSION})"
+        raise Unusable(f"{text}; upgrade this node")
+
+
 def load_snapshot(data: bytes, hub: Hub) -> None:
-    """Fill a new Hub from a snapshot. Raises ValueError if it is damaged."""
+    """Fill a new Hub from a snapshot. Raises ValueError if it is damaged, and Unusable."""
     try:
-        kinds, pickled = HubUnpickler(io.BytesIO(zlib.decompress(data)), {}).load()
+        saved = HubUnpickler(io.BytesIO(zlib.decompress(data)), {}).load()
+        kinds, pickled, acts, *_ = *saved, 0  # an earlier version has no third value
+        check_acts(acts, "the database of this node is from")
         objects = {n: LINKED[kind].__new__(LINKED[kind]) for n, kind in enumerate(kinds)}
         unpickler = HubUnpickler(io.BytesIO(pickled), objects)
         whole = unpickler.load()
@@ -7245,7 +7272,9 @@ def restore_node(store: Store, name: str) -> Hub | None:
         for sequence, time_ms, data, answers in entries:
             hub.known_answers.extend(json.loads(answers))
             with contextlib.suppress(ValueError):  # it was ignored then, too
-                apply_batch(hub, LogEntry(sequence, time_ms, data, 0), ActBatch.decode(data), [])
+                batch = ActBatch.decode(data)
+                check_acts(batch.version, "the database of this node is from")
+                apply_batch(hub, LogEntry(sequence, time_ms, data, 0), batch, [])
             hub.sequence = sequence
             hub.record_changes()
             hub.end()
@@ -7306,7 +7335,8 @@ class Cluster:
         self.retry_at = math.inf
         self.now = self.beat = 0.0  # monotonic; when a batch was sent last
         self.lost_since = math.inf  # since when there is no connection
-        self.steady_since = 0.0  # when this node had caught up with the log
+        self.steady_since = 0.0  # when this node had caught up with the log, or stood still last
+        self.ticked = math.inf  # when tick() ran
         self.namesake = ""  # the epoch of another node with this name, which may be running
         self.clock: float | None = None  # the log's clock less the monotonic one, in seconds
         self.knows_time = False  # else that is only the time of an entry, which may be an old one
@@ -7427,9 +7457,10 @@ class Cluster:
         except ValueError as error:
             self.server.note(f"entry {entry.sequence} of the log is not of chat.py: {error}")
             batch = ActBatch(0, "", "", 0, 0, 0, "", [])
-        if batch.version > ACTS_VERSION:
-            text = f"node {batch.node} runs a newer chat.py (acts {batch.version}"
-            return self.stop(f"{text}, this one knows {ACTS_VERSION}); upgrade this node")
+        try:
+            check_acts(batch.version, f"node {batch.node} runs")
+        except Unusable as error:
+            return self.stop(str(error))
         if not self._is_one_of_us(batch) or not self._agrees(batch):
             return None
         asks = []
@@ -7505,8 +7536,10 @@ class Cluster:
             return
         self.lag = entry.waiting
         is_new = self.caught_up and entry.waiting == 0
+        clock = entry.time / 1000 - self.now
         if is_new or not self.knows_time:
-            self.clock, self.knows_time = entry.time / 1000 - self.now, is_new
+            self.clock, self.knows_time = clock, is_new
+        self.clock = max(self.clock, clock)  # it is later if this machine was suspended
         if entry.waiting == 0 and not self.caught_up:
             self.catch_up()
 
@@ -7516,6 +7549,8 @@ class Cluster:
         me = self.hub.nodes.get(self.name)
         if not self.epochs and me and not me.epoch.startswith(self.store.origin):
             self.namesake = me.epoch  # not a start of this database: it must not be running
+            text = f"waiting {NODE_NAME_SECONDS:.0f} s to see that no other node is called"
+            self.server.note(f"{text} {self.name}: another database had the name before")
         elif not self.epochs:
             self.begin_epoch()
         elif self.sent:  # its answer may have been lost with the connection
@@ -7548,7 +7583,9 @@ class Cluster:
 
     def tick(self, now: float) -> None:
         """Look at what is due: about once a second."""
-        self.now = now
+        if now - self.ticked > NODE_BEAT_SECONDS:  # the others may have stood still, too
+            self.steady_since = now
+        self.now = self.ticked = now
         if self.log:
             self.log.tick(now)
             if not self.caught_up and self.log.is_empty:
@@ -19944,6 +19981,7 @@ class LogWriter(logging.Handler):
         # Lines that did not fit, that were not written, and that a note has told of. Only one
         # thread changes each
         self.dropped = self.unwritten = self.told = 0
+        self.cut_short = False  # the last line was: the disk became full
         self.more = threading.Event()
         self.idle = threading.Event()
         self.idle.set()
@@ -19970,7 +20008,7 @@ class LogWriter(logging.Handler):
 
     def _tell_dropped(self) -> None:
         lost = self.dropped + self.unwritten - self.told
-        text = f"{counted(lost, 'line')} of the log were dropped"
+        text = f"dropped from the log: {counted(lost, 'line')}"
         record = logging.LogRecord("chat", logging.WARNING, "", 0, text, None, None)
         if lost and self._write(f"{self.format(record)}\n".encode()):
             self.told += lost
@@ -19978,9 +20016,11 @@ class LogWriter(logging.Handler):
     def _write(self, line: bytes) -> bool:
         """Write with os.write: another thread's lock on sys.stderr would hang the program's end.
         Return False if it is not read any more, or the disk is full."""
+        line = b"\n" + line if self.cut_short else line
         try:
             while line:
                 line = line[os.write(self.fd, line) :]
+                self.cut_short = bool(line)
             return True
         except OSError:
             return False
@@ -20435,6 +20475,8 @@ def listening_on(host: str, port: int) -> Iterator[None]:
 
 
 class Listener:
+    trouble = ""  # why the last client was not accepted; it was logged
+
     def __init__(self, server: "Server", host: str, port: int):
         self.server = server
         self.listening = False
@@ -20477,6 +20519,7 @@ class Listener:
                 return
             except OSError as error:
                 return self._back_off(error)
+            self.trouble = ""
             self.server.admit(sock, host, port)
 
     def _back_off(self, error: OSError) -> None:
@@ -20484,7 +20527,9 @@ class Listener:
         even that fails, wait: to try again at once would be a busy loop."""
         full = error.errno in (errno.EMFILE, errno.ENFILE)
         advice = "; raise the limit (ulimit -n)" if full else ""
-        log.warning("cannot accept: %s%s", reason_of(error), advice)
+        trouble, self.trouble = self.trouble, f"{reason_of(error)}{advice}"
+        if trouble != self.trouble:
+            log.warning("cannot accept: %s", self.trouble)
         if full and self.server.limits.turn_away_all(self.sock):
             return
         self.server.loop.selector.unregister(self.sock)
@@ -20564,6 +20609,46 @@ def reread_secret(secret: str) -> str:
     return read_secret(path) if path else secret
 
 
+NOT_A_PAIR = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")  # of OpenSSL
+
+
+def read_pem(path: pathlib.Path, what: str) -> bytes:
+    """Return the bytes of a file, since OpenSSL does not say which one it cannot read. Raises
+    Unusable."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Unusable(f"cannot read {what}: {reason_of(error)}") from error
+
+
+def pem_trouble(reason: str | None, data: bytes) -> str:
+    """Return what is wrong with the text of a certificate and its key, of which OpenSSL gives no
+    reason but that they are no pair."""
+    if reason in NOT_A_PAIR:
+        return "its first certificate is not that of the key"
+    if b"ENCRYPTED" in data:  # a server has no user to ask
+        return "the key is encrypted"
+    return "no PEM, or cut short" if b"PRIVATE KEY-----" in data else "there is no key in PEM"
+
+
+def warn_of_dates(context: Any, path: str) -> None:
+    """Log a warning if a server's certificate has expired, or is not valid yet: what a client says
+    that trusts this certificate alone."""
+    import ssl
+
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname = False
+    trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    try:
+        trusting.load_verify_locations(path)
+        client, server = TlsFilter(trusting), TlsFilter(context)
+        server.feed(client.take())
+        client.feed(server.take())
+    except (TlsFailed, OSError) as failure:
+        if words := re.search(r"certificate (has expired|is not yet valid)", str(failure)):
+            log.warning("the certificate %s %s", path, words[1])
+
+
 def server_tls_context(options: ServerOptions) -> Any:
     """Return the TLS context for the options; None without a certificate. Raises Unusable."""
     if not options.tls_cert:
@@ -20573,15 +20658,15 @@ def server_tls_context(options: ServerOptions) -> Any:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    files = [("certificate", options.tls_cert), ("key", options.tls_key)]
+    parts = {f"the {kind} {path}": pathlib.Path(path) for kind, path in files if path}
+    data = b"".join(read_pem(path, what) for what, path in parts.items())
     try:
-        # An encrypted key is refused: there may be no user to ask.
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")
     except OSError as error:
-        what = f"the certificate {options.tls_cert}"
-        what += f" with the key {options.tls_key}" if options.tls_key else ""
-        why = "no PEM, not a pair, or encrypted"  # OpenSSL says but "PEM lib"
-        why = why if isinstance(error, ssl.SSLError) else reason_of(error)
+        what, why = " with ".join(parts), pem_trouble(getattr(error, "reason", None), data)
         raise Unusable(f"cannot use {what}: {why}") from error
+    warn_of_dates(context, options.tls_cert)
     if options.tls_client_ca:
         try:
             context.load_verify_locations(options.tls_client_ca)
@@ -20727,6 +20812,7 @@ class Committer:
         self.hub, self.store, self.sure_time = server.hub, server.store, server.sure_time
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
+        self.checkpoint_trouble = ""  # of the last one; it was logged
         self.index_due = self.retry_due = False
         self.committed = 0.0  # when, last
         self.sweep()
@@ -20830,8 +20916,10 @@ class Committer:
     def checkpoint(self) -> None:
         def done(error: Exception | None) -> None:
             self.checkpoint_due = False
-            if error and not self.losing:
+            trouble = str(error or "")
+            if trouble not in ("", self.checkpoint_trouble) and not self.losing:
                 log.error("checkpoint: %s", error)
+            self.checkpoint_trouble = trouble
             if self.store.erased:
                 self.look_after_store()
 
@@ -21617,6 +21705,8 @@ class Server:
 
     def _prune_by_act(self) -> None:
         """Delete the excess of one channel on all nodes; one of them asks for it."""
+        if not self.cluster.serving:
+            return
         keys = list(self.store.retention.excess) if self.cluster.leads else []
         self.store.retention.excess.intersection_update(keys)
         if keys and (excess := self.store.retention.excess_of(keys[0])):
@@ -22680,7 +22770,7 @@ class NatsLink:
         self.context: Any = None  # of TLS
         self.target: Target | None = None
         self.began = 0.0  # when this connection was made; monotonic
-        self.reason = ""  # why there is no connection; it was logged
+        self.told: set[tuple[Target, str]] = set()  # servers, and why there was no connection
         self.up = False  # the log is read
         server.flush_log = self.flush
         self.dial()
@@ -22693,7 +22783,7 @@ class NatsLink:
 
     def found(self, result: Any) -> None:
         if isinstance(result, Exception):
-            return self.again(str(result))
+            return self.again(reason_of(result) if isinstance(result, OSError) else str(result))
         self.context, addresses = result
         return HappyEyeballs(self.loop, addresses, self.connected)
 
@@ -22706,9 +22796,11 @@ class NatsLink:
         self.conn = LinkConnection(self, sock)
 
     def again(self, reason: str) -> None:
-        """Try the next server in a moment; log the reason if it is another one."""
-        if reason != self.reason:
-            self.reason = reason
+        """Try the next server in a moment; log each reason once until the log is read again."""
+        if NOT_SIGNED in reason:
+            reason = f"its certificate {why_not_trusted(reason)}"
+        if (self.target, reason) not in self.told:
+            self.told.add((self.target, reason))
             log.warning("NATS at %s: %s; trying again", self.target, reason)
         self.loop.call_later(NATS_RETRY_SECONDS, self.dial)
 
@@ -22754,6 +22846,8 @@ class NatsLink:
             cluster.connected(NatsLog(dialogue, name, days, cluster.hub.sequence), self.loop.now)
         if (dialogue.wants_tls or self.context) and dialogue.info and self.conn.tls is None:
             dialogue.out.clear()  # it introduces itself once that is done
+            if not any(map(dialogue.info.get, ("tls_required", "tls_available"))):
+                raise LogUnusable("NATS offers no TLS; write nats:// in place of tls://")
             context = self.context or BELIEVE_THE_SYSTEM.context()
             self.conn.encrypt(TlsFilter(context, self.target.host))
 
@@ -22769,8 +22863,8 @@ class NatsLink:
         self.give_up_silent()
         self.attempt(lambda: self.cluster.tick(self.loop.now))
         if self.cluster.caught_up and not self.up:
-            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.target)
-            self.reason = ""
+            log.log(logging.WARNING if self.told else logging.INFO, "NATS at %s", self.target)
+            self.told.clear()
         self.up = self.cluster.caught_up
         seconds = NODE_TICK_SECONDS if self.cluster.caught_up else NODE_TICK_SECONDS / 10
         self.loop.call_later(seconds, self.tick)
@@ -27987,7 +28081,7 @@ SASL_HELP = "of SCRAM-SHA-256, EXTERNAL and PLAIN, the best one first"
 listen_address = checked_option(
     lambda text: "," not in text and parse_target(f":{text}" if text.isdecimal() else text)[:2],
     bool,
-    "write HOST:PORT",
+    "write HOST:PORT; an IPv6 address stands in brackets: [::1]:7000",
 )
 positive = checked_option(whole_number, bool, "a whole number from 1 on")
 positive_number_option = checked_option(positive_number, bool, "a number above 0")
@@ -28120,7 +28214,8 @@ def how_to_join(server: Server) -> str:
     for listener in server.listeners:
         host, port = listener.address
         where = address_text(host, port)
-        near = f"this machine only; --listen 0.0.0.0:{port} for the network"
+        everywhere = address_text("::" if ":" in host else "0.0.0.0", port)
+        near = f"this machine only; --listen {everywhere} for the network"
         who = near if is_loopback(host) else "everybody who can reach this machine"
         lines.append(f"chat.py {VERSION} listens on {where} ({who})")
     host, port = server.listeners[0].address
@@ -28164,11 +28259,27 @@ def node_options(args: argparse.Namespace) -> NodeOptions | None:
     return args.cluster._replace(node=args.node, keep_days=args.cluster_keep or LOG_KEPT_DAYS)
 
 
+def append_only(fd: int) -> None:
+    """Have a file written at its end, wherever that is: logrotate may truncate it."""
+    with contextlib.suppress(ImportError, OSError):  # Windows has no such module
+        import fcntl
+
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+
+
 def run_server(args: argparse.Namespace) -> int:
+    append_only(2)
     writer = LogWriter(2)
     writer.setFormatter(LogFormat("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=args.log.upper(), handlers=[writer])
     os.umask(0o077)
+    loop = Loop()
+
+    def reload() -> None:
+        server.reload()
+
+    on_signal(loop, "SIGHUP", reload)  # it may come before the server listens, and must not end it
     if "email-required" in args.register and not args.sendmail:
         log.warning("without --sendmail COMMAND no code is sent, so no account can be registered")
     lock = lock_folder(args.data) if args.data else None
@@ -28183,7 +28294,6 @@ def run_server(args: argparse.Namespace) -> int:
         url=args.web_url or "",
         documents=page_documents(),
     )
-    loop = Loop()
     given = {name: getattr(args, name) for name in names}
     given |= {"files": args.files == "on", "cluster": node_options(args)}
     server = Server(loop, ServerOptions(listen, web=web, **given))
@@ -28191,7 +28301,6 @@ def run_server(args: argparse.Namespace) -> int:
         server.store.guard(args.data / "lock")
     for name in ("SIGINT", "SIGTERM"):
         on_signal(loop, name, server.stop)
-    on_signal(loop, "SIGHUP", server.reload)
 
     def welcome_users() -> None:
         announce(how_to_join(server))
@@ -28221,6 +28330,10 @@ def run_passwd(args: argparse.Namespace) -> int:
     path = args.data / "chat.db"
     if not path.exists():
         raise Unusable(f"there is no database in {args.data}; --data says where it is")
+    inspect_database(path)
+    with contextlib.closing(connect(path, "ro")) as db:
+        if db.execute("PRAGMA user_version").fetchone()[0] < len(MIGRATIONS):
+            raise Unusable("this database is of an earlier chat.py; start its server with this one")
     with contextlib.closing(open_database(path)) as db:
         if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
             raise Unusable("this server is a node of a cluster: change passwords in the chat")
@@ -28245,30 +28358,41 @@ def run_passwd(args: argparse.Namespace) -> int:
     return 0
 
 
+def copy_database(path: pathlib.Path, to: pathlib.Path) -> None:
+    """Copy a database as it is at one moment. A node that starts from the copy is another node."""
+    with (
+        contextlib.closing(connect(path, "ro")) as source,
+        contextlib.closing(connect(to, "rw")) as copy,
+    ):
+        source.execute("BEGIN")
+        source.backup(copy)
+        if copy.execute("SELECT 1 FROM sqlite_master WHERE name = 'origins'").fetchone():
+            copy.execute("DELETE FROM origins")
+
+
 def run_backup(args: argparse.Namespace) -> int:
-    """Copy the database of a server, which may run, as it is at one moment."""
+    """Copy the database of a server, which may run, as it is at one moment. What a backup that was
+    killed leaves never has the name of a copy."""
     path = args.data / "chat.db"
     if not path.exists():
         raise Unusable(f"there is no database in {args.data}; --data says where it is")
+    part = pathlib.Path(f"{args.file}.part")
     try:
         inspect_database(path)
-        os.close(os.open(args.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        if os.path.lexists(args.file):
+            raise FileExistsError(errno.EEXIST, "File exists", args.file)
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except sqlite3.Error as error:
         raise Unusable(f"cannot read {path}: {error}") from error
     except OSError as error:
-        raise Unusable(f"cannot write {args.file}: {reason_of(error)}") from error
+        raise Unusable(f"cannot write {error.filename}: {reason_of(error)}") from error
     try:
-        with (
-            contextlib.closing(connect(path, "ro")) as source,
-            contextlib.closing(connect(args.file, "rw")) as copy,
-        ):
-            source.execute("BEGIN")
-            source.backup(copy)
-            if copy.execute("SELECT 1 FROM sqlite_master WHERE name = 'origins'").fetchone():
-                copy.execute("DELETE FROM origins")
-    except sqlite3.Error as error:
-        args.file.unlink()
+        copy_database(path, part)
+        part.replace(args.file)
+    except (sqlite3.Error, OSError) as error:
         raise Unusable(f"the copy failed: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
     announce(f"{args.file} is a copy of {path}; it can be chat.db of another --data")
     return 0
 

@@ -6735,6 +6735,22 @@ def test_history_is_pruned_by_count_in_slices(folder):
     assert store.db.execute("SELECT events FROM targets").fetchone() == (100,)
 
 
+@pytest.mark.parametrize("keep, left", [(100, 100), (499, 499), (500, 500), (501, 500)])
+def test_a_channel_is_pruned_at_the_start_if_less_is_to_be_kept_than_before(folder, keep, left):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter("alice")  # whose join is the first event
+    house.say("alice", *(str(n) for n in range(499)))
+    house.turn()
+    house.store.close()
+    store = chat.Store(folder / "chat.db", keep=keep)
+    house = House(store=store)
+    for _ in range(5):
+        house.turn()
+    assert store.db.execute("SELECT count(*) FROM events").fetchone() == (left,)
+    assert not store.retention.excess
+    store.close()
+
+
 def test_a_database_of_the_first_version_is_brought_up_to_date_and_keeps_all(folder):
     with contextlib.closing(sqlite3.connect(folder / "chat.db", isolation_level=None)) as db:
         db.executescript(
@@ -7932,6 +7948,14 @@ def test_a_log_that_does_not_fit_is_refused_with_the_reason(config, first, appli
         move()
 
 
+def test_a_batch_of_any_size_fits_in_the_least_message_that_nats_has_to_take():
+    dialogue, name, node = chat.NatsDialogue("n1"), "x" * 32, "n" * 63
+    id = f"{name} {node} {'e' * 24} {2**53}"
+    chat.NatsLog(dialogue, name, 2, 0).append(b"y" * chat.BATCH_BYTES, id, chat.do_nothing)
+    size = int(dialogue.out[0].split()[-1])
+    assert chat.BATCH_BYTES < size <= chat.NATS_PAYLOAD_LEAST
+
+
 def test_a_subject_that_another_stream_has_is_refused_with_the_way_out():
     nats = FakeNats(lambda: 5.0)
     nats.foreign = "chat.log"
@@ -7960,6 +7984,55 @@ def test_a_subject_that_another_stream_has_is_refused_with_the_way_out():
 def test_what_is_no_use_as_a_nats_server_is_given_up(data, error):
     with pytest.raises(error):
         chat.NatsDialogue("n1").feed(data)
+
+
+REFUSED_BY_NATS = [  # user and password in the URL, the error of NATS, and what the node says
+    (
+        ("", ""),
+        "Authorization Violation",
+        "NATS wants nats://USER:PASSWORD@HOST or nats://TOKEN@HOST (Authorization Violation)",
+    ),
+    (
+        ("u", "p"),
+        "Authorization Violation",
+        "NATS refuses the user or password (Authorization Violation)",
+    ),
+    (("t", ""), "Authorization Violation", "NATS refuses the token (Authorization Violation)"),
+    (
+        ("u", "p"),
+        'Permissions Violation for Publish to "chat.log"',
+        'NATS does not permit what a node needs (Permissions Violation for Publish to "chat.log")',
+    ),
+    (
+        ("u", "p"),
+        'Permissions Violation for Subscription to "_INBOX.b3357d629ee7a6fe092f8b.*"',
+        "NATS does not permit what a node needs "
+        '(Permissions Violation for Subscription to "_INBOX.>")',
+    ),
+    (
+        ("u", "p"),
+        'Permissions Violation for Publish to "$JS.FC.chat.Q2x.a7"',
+        'NATS does not permit what a node needs (Permissions Violation for Publish to "$JS.FC.>")',
+    ),
+]
+
+
+@pytest.mark.parametrize("login, error, told", REFUSED_BY_NATS)
+def test_what_nats_refuses_is_told_in_the_same_words_each_time(login, error, told):
+    with pytest.raises(chat.LogUnusable) as caught:
+        chat.NatsDialogue("n1", *login).feed(f"-ERR '{error}'\r\n".encode())
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
+    "login, sent",
+    [(("u", "p"), {"user": "u", "pass": "p"}), (("t", ""), {"auth_token": "t"}), (("", ""), {})],
+)
+def test_a_name_without_a_password_is_a_token_of_nats(login, sent):
+    dialogue = chat.NatsDialogue("n1", *login)
+    dialogue.connect()
+    said = json.loads(dialogue.out[0].split(b"\r\n")[0].removeprefix(b"CONNECT "))
+    assert {key: said[key] for key in ("user", "pass", "auth_token") if key in said} == sent
 
 
 def test_a_server_without_jetstream_and_one_that_does_not_answer_are_told_apart():
@@ -8459,6 +8532,45 @@ def test_a_jump_of_the_clock_of_nats_ends_no_grace_period(folder, jump):
     assert_nodes_agree(nodes)
 
 
+@pytest.mark.parametrize("first", ["n1", "n2"])
+def test_nodes_that_all_stood_still_for_a_while_declare_no_node_gone(folder, first):
+    nodes = Nodes(folder, "n1", "n2")
+    for name, house in nodes.items():
+        come(house, f"u{name}")
+    nodes.turns(20)
+    epochs = {name: node.epoch for name, node in nodes["n1"].hub.nodes.items()}
+    for house in nodes.values():
+        house.now += 60
+    house = nodes[first]
+    house.begin_turn()
+    house.link.attempt(lambda: house.cluster.tick(house.loop.now))  # before it reads the log
+    nodes.turns(25)
+    assert {name: node.epoch for name, node in nodes["n2"].hub.nodes.items()} == epochs
+    nodes.kill("n2")
+    nodes.turns(30)
+    assert nodes["n1"].hub.nodes.keys() == {"n1"}
+
+
+def test_a_node_that_was_suspended_goes_on_at_the_time_of_the_log(folder):
+    nodes, slept = Nodes(folder, "n1", "n2"), [0]
+    one, two = nodes["n1"], nodes["n2"]
+    come(one, "alice")
+    come(two, "bob")
+    nodes.settle()
+    nodes.nats.clock = lambda: nodes.clock() + slept[0]
+    one.link.drop("suspended")
+    slept[0] = 3 * 3600
+    for _ in range(12):
+        two.turn()
+        two.link.attempt(lambda: two.cluster.tick(two.loop.now))
+    one.link.join(nodes.nats)
+    one.say("alice", "PRIVMSG bob :good morning")
+    nodes.settle()
+    (line,) = (line for line in two.heard("bob") if "good morning" in line)
+    said = chat.parse_time(tag(line, "time")) / 1000
+    assert 0 <= nodes.nats.clock() - said < 30
+
+
 def test_a_node_stops_at_a_gap_in_the_log_and_says_what_to_do(folder):
     nodes = Nodes(folder, "n1", "n2")
     come(nodes["n1"], "alice")
@@ -8503,6 +8615,9 @@ def test_a_node_takes_the_name_of_one_that_is_gone_after_a_while_or_of_its_own_s
     one = nodes["n1"] = NodeHouse(nodes.nats, "n1", chat.Store(folder / "copy.db", node=True))
     nodes.turns(5)
     assert not one.cluster.serving
+    assert one.asked_for == [
+        "waiting 12 s to see that no other node is called n1: another database had the name before"
+    ]
     nodes.turns(20)
     assert one.cluster.serving and not one.failure
     nodes.kill("n2")
@@ -8715,6 +8830,23 @@ def test_a_damaged_snapshot_is_one_clear_line(folder):
         nodes.start("n1")
 
 
+@pytest.mark.parametrize("kept", ["snapshots", "entries"])
+def test_a_database_of_a_newer_node_is_refused_as_such(folder, monkeypatch, kept):
+    nodes = Nodes(folder, "n1")
+    with monkeypatch.context() as newer:
+        newer.setattr(chat, "ACTS_VERSION", chat.ACTS_VERSION + 1)
+        come(nodes["n1"], "alice")
+        nodes.settle()
+        if kept == "snapshots":
+            nodes["n1"].cluster.save(now=True)
+    nodes.kill("n1")
+    with pytest.raises(chat.Unusable) as caught:
+        nodes.start("n1")
+    versions = f"acts {chat.ACTS_VERSION + 1}, this one knows {chat.ACTS_VERSION}"
+    text = f"the database of this node is from a newer chat.py ({versions}); upgrade this node"
+    assert str(caught.value) == text
+
+
 def test_a_snapshot_makes_no_object_that_a_hub_does_not_have():
     kinds = pickle.dumps(([], pickle.dumps(pathlib.Path("x").exists)))
     with pytest.raises(ValueError, match="a snapshot has no"):
@@ -8840,6 +8972,24 @@ def test_old_messages_are_pruned_on_all_nodes_alike(folder, monkeypatch):
     assert_nodes_agree(nodes)
     query = "SELECT count(*) FROM events"
     assert {house.store.db.execute(query).fetchone()[0] for house in nodes.values()} == {20}
+
+
+def test_nodes_prune_a_silent_channel_slice_by_slice_if_less_is_to_be_kept(folder, monkeypatch):
+    monkeypatch.setattr(chat, "PRUNE_ROWS", 10)
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    come(one, "alice")
+    one.say("alice", "JOIN #x", *(f"PRIVMSG #x :{n}" for n in range(60)))
+    nodes.settle()
+    for house in nodes.values():
+        house.store.retention.count()
+        house.store.retention.keep = 20
+        house.store.retention.note_excess()
+    nodes.turns(20)
+    assert_nodes_agree(nodes)
+    query = "SELECT count(*) FROM events"
+    assert {house.store.db.execute(query).fetchone()[0] for house in nodes.values()} == {20}
+    assert not any(house.store.retention.excess for house in nodes.values())
 
 
 def test_old_keys_of_messages_are_forgotten_on_all_nodes_alike(folder):
@@ -9119,6 +9269,7 @@ def test_a_node_that_was_only_late_is_not_declared_gone(folder):
     for house in (one, two):
         house.now += chat.NODE_SILENT_MS / 1000
         house.begin_turn()
+        house.cluster.ticked = house.loop.now - 1.0  # it did not stand still
     two.cluster.tick(two.loop.now)
     two.cluster.flush()
     two.link.exchange()  # in the log, and not read by the other one yet
@@ -28752,6 +28903,33 @@ def test_the_thread_of_the_log_waits_when_all_is_written():
         os.close(theirs)
 
 
+def test_a_log_that_is_truncated_goes_on_at_its_beginning(tmp_path):
+    fd = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    chat.append_only(fd)
+    for text in (b"one\n", b"two\n"):
+        os.truncate(tmp_path / "log", 0)
+        os.write(fd, text)
+    os.close(fd)
+    assert (tmp_path / "log").read_bytes() == b"two\n"
+
+
+def test_a_line_of_the_log_that_was_cut_short_by_a_full_disk_is_no_part_of_the_next(monkeypatch):
+    written, room = [], [3, 0, 0, 2, 0, 99]
+
+    def write(fd, data):
+        if not (size := room.pop(0)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(data[:size])
+        return len(data[:size])
+
+    monkeypatch.setattr(chat, "start_thread", chat.do_nothing)
+    writer = chat.LogWriter(2)
+    monkeypatch.setattr(os, "write", write)
+    kept = [writer._write(line) for line in (b"one is cut\n", b"two\n", b"three\n", b"four\n")]
+    assert kept == [False, False, False, True]
+    assert b"".join(written) == b"one\nt\nfour\n"
+
+
 def test_lines_that_come_while_the_log_waits_for_its_reader_are_counted():
     ours, theirs = os.pipe()
     writer, read = chat.LogWriter(theirs), b""
@@ -28766,7 +28944,7 @@ def test_lines_that_come_while_the_log_waits_for_its_reader_are_counted():
     while select.select([ours], [], [], 0 if b"dropped" in read else PATIENCE)[0]:
         read += os.read(ours, 1 << 16)
     lines = [f"line {n}" for n in range(chat.LOG_LINES)]
-    assert read.decode().splitlines()[1:] == [*lines, "5 lines of the log were dropped"]
+    assert read.decode().splitlines()[1:] == [*lines, "dropped from the log: 5 lines"]
     os.close(ours)
     os.close(theirs)
 
@@ -28788,7 +28966,7 @@ def test_lines_that_the_log_could_not_write_are_counted_there_once_it_is_read_ag
     write("three")
     write("four")
     lines = os.read(ours, 1000).decode().splitlines()
-    assert lines == ["three", "2 lines of the log were dropped", "four"]
+    assert lines == ["three", "dropped from the log: 2 lines", "four"]
     os.close(ours)
     os.close(theirs)
 
@@ -31610,17 +31788,55 @@ def test_an_address_has_the_budget_of_several_connections(flood):
 TLS_OPTIONS = [{"tls_key": "k"}, {"sts": 5}, {"tls_client_ca": "c"}]
 
 
-BAD_CERTIFICATES = [  # options of a server: files that are good, junk or absent; and the reason
-    ({"tls_cert": "junk"}, "the certificate junk: no PEM, not a pair, or encrypted"),
-    ({"tls_cert": "absent"}, "the certificate absent: no such file or directory"),
+OTHER_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgcWZHsfOJHmUW8NhM
+gYXNSK2ZRKn1CTOZYJi/Cgr+ghuhRANCAAQL6xdDyyIOtZBCZ2VBZ9hyeW58DtTE
+1dqOZNZcmsCqVHwPQhfW6x3LgxBcGtRhCDjalH5tKn3oYlifIh/OkcmZ
+-----END PRIVATE KEY-----
+"""
+ENCRYPTED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAhqKv4XtBdKDwICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEASoEEI9LDjf9mLSpIPOTtwwK4NgEgZD5
+AyKAqMSn88OvNpWxgVsAPPu5/7fGYMFCxrh/TeN7E2v+IyLl2mJaFVk48nkTFuvm
+DU3IVc02ZbsvuwYloRWvkCKmnCX61k+dxge2q5qihZRDlp6dS1fB7MhB/TqSemJ9
+6vOxds95hLLfSaCEwG1Ca5urr7xpYbQnWbVHGJ13VPgEw4HCRYIhG5USTQ9grjE=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+EXPIRED_CERTIFICATE = (
+    OTHER_KEY
+    + """\
+-----BEGIN CERTIFICATE-----
+MIIBITCByQIUI0FZoOQCBq73tb4tXf6hoQdPlAMwCgYIKoZIzj0EAwIwFDESMBAG
+A1UEAwwJbG9jYWxob3N0MB4XDTI2MTEyNzE3MzEwMFoXDTI2MTEyNjE3MzEwMFow
+FDESMBAGA1UEAwwJbG9jYWxob3N0MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE
+C+sXQ8siDrWQQmdlQWfYcnlufA7UxNXajmTWXJrAqlR8D0IX1usdy4MQXBrUYQg4
+2pR+bSp96GJYnyIfzpHJmTAKBggqhkjOPQQDAgNHADBEAiB3pCApPzTQX/aUVvFA
+grmjcRW7eEQw7GRxJQF9kzAzfAIgP26iVywiG1AWrESllMT2IDt4qVRD4WpozQO0
+KBNBV9w=
+-----END CERTIFICATE-----
+"""
+)
+BAD_CERTIFICATES = [  # options, and what is said
+    ({"tls_cert": "junk"}, "use the certificate junk: there is no key in PEM"),
+    ({"tls_cert": "leaf"}, "use the certificate leaf: there is no key in PEM"),
+    ({"tls_cert": "cut"}, "use the certificate cut: no PEM, or cut short"),
+    ({"tls_cert": "absent"}, "read the certificate absent: no such file or directory"),
+    ({"tls_cert": "."}, "read the certificate .: is a directory"),
+    ({"tls_cert": "good", "tls_key": "absent"}, "read the key absent: no such file or directory"),
     (
-        {"tls_cert": "good", "tls_key": "absent"},
-        "the certificate good with the key absent: no such file or directory",
+        {"tls_cert": "good", "tls_key": "other"},
+        "use the certificate good with the key other: its first certificate is not that of the key",
     ),
-    ({"tls_cert": "good", "tls_client_ca": "junk"}, "the authorities junk: no PEM"),
+    (
+        {"tls_cert": "good", "tls_key": "locked"},
+        "use the certificate good with the key locked: the key is encrypted",
+    ),
+    ({"tls_cert": "good", "tls_client_ca": "junk"}, "use the authorities junk: no PEM"),
     (
         {"tls_cert": "good", "tls_client_ca": "absent"},
-        "the authorities absent: no such file or directory",
+        "use the authorities absent: no such file or directory",
     ),
 ]
 
@@ -31630,11 +31846,26 @@ def test_a_certificate_that_a_server_cannot_use_is_told_with_the_reason(
     certificate, folder, monkeypatch, options, words
 ):
     shutil.copy(certificate, folder / "good")
-    (folder / "junk").write_text("no PEM")
+    key, leaf = CERTIFICATE.split("-----BEGIN CERTIFICATE", 1)
+    texts = {"junk": "no PEM", "leaf": f"-----BEGIN CERTIFICATE{leaf}", "cut": CERTIFICATE[:-50]}
+    for name, text in (texts | {"other": OTHER_KEY, "locked": ENCRYPTED_KEY}).items():
+        (folder / name).write_text(text)
     monkeypatch.chdir(folder)
     with pytest.raises(chat.Unusable) as caught:
         chat.server_tls_context(chat.ServerOptions(listen=(), **options))
-    assert str(caught.value) == f"cannot use {words}"
+    assert str(caught.value) == f"cannot {words}"
+
+
+@pytest.mark.parametrize(
+    "text, told", [(EXPIRED_CERTIFICATE, ["the certificate old has expired"]), (CERTIFICATE, [])]
+)
+def test_a_certificate_that_has_expired_is_used_and_a_warning_is_logged(
+    folder, monkeypatch, caplog, text, told
+):
+    monkeypatch.chdir(folder)
+    (folder / "old").write_text(text)
+    assert chat.server_tls_context(chat.ServerOptions(listen=(), tls_cert="old"))
+    assert caplog.messages == told
 
 
 @pytest.mark.parametrize("options", TLS_OPTIONS)
@@ -32054,15 +32285,23 @@ def test_the_first_bytes_of_a_handshake_are_answered_at_once_also_when_it_is_ref
 
 def test_a_node_that_loses_nats_dials_again_a_moment_later():
     loop = FakeLoop(5.0)
-    link = types.SimpleNamespace(loop=loop, reason="", target="here", dial=chat.do_nothing)
+    link = types.SimpleNamespace(loop=loop, told=set(), target="here", dial=chat.do_nothing)
     for reason in ("refused", "refused", "no route"):
         chat.NatsLink.again(link, reason)
-        assert link.reason == reason
     assert [timer.when for timer in loop.timers] == [5.0 + chat.NATS_RETRY_SECONDS] * 3
     assert all(timer.callback is link.dial for timer in loop.timers)
 
 
+def test_the_trouble_of_each_server_of_nats_is_logged_once_though_they_are_tried_in_turn(caplog):
+    link = types.SimpleNamespace(loop=FakeLoop(5.0), told=set(), dial=chat.do_nothing)
+    troubles = [("one", "refused"), ("two", "no such host"), ("one", "reset")]
+    for link.target, reason in troubles * 3:
+        chat.NatsLink.again(link, reason)
+    assert caplog.messages == [f"NATS at {one}: {why}; trying again" for one, why in troubles]
+
+
 @pytest.mark.parametrize("step, given", [("found", [OSError("no route")]),
+                                         ("found", [socket.gaierror(-2, "No route")]),
                                          ("connected", [None, "no route"])])  # fmt: skip
 def test_a_node_that_does_not_reach_nats_tries_again(step, given):
     told = []
@@ -32070,10 +32309,20 @@ def test_a_node_that_does_not_reach_nats_tries_again(step, given):
     assert told == ["no route"]
 
 
+def test_a_node_that_does_not_serve_yet_keeps_in_mind_what_it_would_prune():
+    server = types.SimpleNamespace(store=chat.Store(None))
+    server.cluster = types.SimpleNamespace(serving=False, leads=False)
+    server.store.retention.excess.add("#a")
+    chat.Server._prune_by_act(server)
+    assert server.store.retention.excess == {"#a"}
+
+
 @pytest.mark.parametrize("leads, left", [(True, {"#b"}), (False, set())])
 def test_one_node_prunes_for_all_and_the_others_forget_what_they_would_prune(leads, left):
     asked, server = [], types.SimpleNamespace(store=chat.Store(None))
-    server.cluster = types.SimpleNamespace(leads=leads, ask=lambda *act: asked.append(act))
+    server.cluster = types.SimpleNamespace(
+        serving=True, leads=leads, ask=lambda *act: asked.append(act)
+    )
     retention = server.store.retention
     retention.excess |= {"#b"} | ({"#a"} if leads else set())
 
@@ -32717,6 +32966,18 @@ def test_so_many_clients_are_accepted_in_a_turn_and_no_more(more, monkeypatch):
     assert [error.errno for error in backed] == [errno.EMFILE]
 
 
+def test_why_no_client_is_accepted_is_logged_once_until_one_is(caplog):
+    listener = chat.Listener.__new__(chat.Listener)
+    limits = types.SimpleNamespace(turn_away_all=lambda sock: True)
+    listener.server = types.SimpleNamespace(admit=chat.do_nothing, limits=limits)
+    full, logged = OSError(errno.EMFILE, "Too many open files"), []
+    for accepted in (0, 0, 1, 0):
+        listener.sock = Backlog(accepted, full)
+        listener.ready(chat.READ)
+        logged.append(len(caplog.messages))
+    assert logged == [1, 1, 2, 2]
+
+
 IDLE_ON_THE_WEB = [  # the limit that is over, what is so; what is done
     ("end_request", {"state": chat.CLOSED}, []),
     ("end_request", {"leaving": True}, []),
@@ -32907,7 +33168,8 @@ def test_a_node_tries_the_servers_of_its_log_in_turn_until_one_answers(nats_link
     (job, found) = server.jobs.pop()
     assert job.func is chat.resolve_server and job.args == (link.target, chat.BELIEVE_THE_SYSTEM)
     found(OSError("no such host"))
-    assert link.reason == "no such host"
+    one = link.target
+    assert link.told == {(one, "no such host")}
     link.loop.now += chat.NATS_RETRY_SECONDS
     link.loop.run_due()
     ((job, found),) = server.jobs
@@ -32916,10 +33178,10 @@ def test_a_node_tries_the_servers_of_its_log_in_turn_until_one_answers(nats_link
     (attempt,) = attempts
     link.loop.now += 1.0
     attempt.then(attempt, "refused")
-    assert link.reason == "refused" and link.conn is None
+    assert link.told == {(one, "no such host"), (link.target, "refused")} and link.conn is None
     link.connected("socket", "")
     assert (link.conn.link, link.conn.sock, link.began) == (link, "socket", link.loop.now)
-    assert vars(link.dialogue).items() >= {"user": "u", "password": "p"}.items() or link.dialogue
+    assert link.dialogue.login == {"user": "u", "pass": "p"}
     link.lost("reset")
     assert (link.conn, link.dialogue, server.done[-1]) == (None, None, "disconnected")
 
@@ -32946,7 +33208,7 @@ INFO = b'INFO {"headers": true, "jetstream": true, "max_payload": 1048576, "prot
     [
         (None, b"", False),
         (None, b', "tls_required": true', True),
-        ("a context", b"", True),
+        ("a context", b', "tls_available": true', True),
     ],
 )
 def test_a_node_speaks_tls_with_its_log_if_either_wants_it(
@@ -32966,6 +33228,41 @@ def test_a_node_speaks_tls_with_its_log_if_either_wants_it(
         link.secured()
     assert any(b"CONNECT" in data for data in link.conn.done if isinstance(data, bytes))
     assert link.conn.done[-1] == "flush" and link.dialogue.out == []
+
+
+def test_a_node_that_is_to_speak_tls_says_nothing_to_a_server_of_nats_without(nats_link):
+    link, server = nats_link
+    link.connected("socket", "")
+    link.context = "a context"
+    link.received(INFO % b"")
+    assert server.done[-1] == "stopped: NATS offers no TLS; write nats:// in place of tls://"
+    assert not link.conn.done
+
+
+VERIFY_FAILED = "TLS: [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"
+
+
+@pytest.mark.parametrize(
+    "reason, told",
+    [
+        (
+            f"{VERIFY_FAILED}: certificate has expired (_ssl.c:1006)",
+            "its certificate has expired",
+        ),
+        (
+            f"{VERIFY_FAILED}: unable to get local issuer certificate (_ssl.c:1006)",
+            "its certificate is not signed by an authority that this computer trusts "
+            "(unable to get local issuer certificate)",
+        ),
+        ("reset", "reset"),
+    ],
+)
+def test_why_the_certificate_of_nats_is_refused_is_logged_in_plain_words(
+    reason, told, nats_link, caplog
+):
+    link, _ = nats_link
+    link.lost(reason)
+    assert caplog.messages == [f"NATS at {link.target}: {told}; trying again"]
 
 
 @pytest.mark.parametrize("text, shown", [("a\x1b[2Jb", "a\\x1b[2Jb"), ("tea", "tea")])
@@ -33952,6 +34249,16 @@ def test_a_checkpoint_waits_for_one_timer_however_much_is_stored(folder):
     due = [timer.callback for timer in house.loop.timers]
     assert due.count(house.committer.checkpoint) == 1
     assert due.count(house.committer.sweep) == 1  # from the start on
+    house.store.close()
+
+
+def test_the_trouble_of_checkpoints_is_logged_once_until_one_works(folder, caplog):
+    house, outcomes = stored(folder), []
+    house.helpers.submit = lambda owner, job, then: then(outcomes.pop(0))
+    for one in ("full", "full", "locked", None, "locked"):
+        outcomes.append(one and OSError(one))
+        house.committer.checkpoint()
+    assert caplog.messages == ["checkpoint: full", "checkpoint: locked", "checkpoint: locked"]
     house.store.close()
 
 
@@ -43372,19 +43679,36 @@ def test_a_backup_is_the_whole_database_of_a_server_that_runs(folder):
         ("foreign", "is not a database of chat.py"),
         ("holes", "is damaged"),
         ("absent", "there is no database in"),
-        ("in the way", "cannot write"),
+        ("copy", "copy: file exists"),
+        ("copy.part", "copy.part: file exists"),
     ],
 )
 def test_what_cannot_be_backed_up_leaves_no_copy(folder, capsys, how, words):
     path, copy = folder / "chat.db", folder / "copy"
-    if how == "in the way":
-        copy.write_bytes(b"mine")
+    mine = {folder / how} if how.startswith("copy") else set()
+    if mine:
+        (folder / how).write_bytes(b"mine")
         chat.Store(path).close()
     elif how != "absent":
         path.write_bytes(spoiled(path, how))
     assert chat.main(["backup", str(copy), "--data", str(folder)]) == 1
     assert words in capsys.readouterr().err
-    assert not copy.exists() or copy.read_bytes() == b"mine"
+    assert set(folder.glob("copy*")) == mine
+    assert all(one.read_bytes() == b"mine" for one in mine)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, sqlite3.OperationalError("disk is full")])
+def test_a_backup_that_is_interrupted_leaves_no_copy(folder, monkeypatch, capsys, end):
+    chat.Store(folder / "chat.db").close()
+
+    def interrupted(path, to):
+        to.write_bytes(b"the first pages")
+        raise end
+
+    monkeypatch.setattr(chat, "copy_database", interrupted)
+    status = chat.main(["backup", str(folder / "copy"), "--data", str(folder)])
+    assert status == (130 if end is KeyboardInterrupt else 1)
+    assert not list(folder.glob("copy*"))
 
 
 @pytest.mark.parametrize("home", ["", None])
@@ -43523,6 +43847,19 @@ def test_the_password_of_an_account_is_not_changed_in_the_database_of_a_node(fol
     with program(*arguments) as process:
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and b"is a node of a cluster" in said
+
+
+def test_a_new_password_does_not_upgrade_the_database_of_an_older_server(folder, capsys):
+    version = len(chat.MIGRATIONS) - 1
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+        db.executescript(
+            f"{';'.join(chat.MIGRATIONS[:version])}; PRAGMA user_version = {version};"
+            f"PRAGMA application_id = {chat.APPLICATION_ID};"
+        )
+    before = (folder / "chat.db").read_bytes()
+    assert chat.main(["passwd", "alice", "--data", str(folder), "--password", "secret"]) == 1
+    assert "of an earlier chat.py" in capsys.readouterr().err
+    assert (folder / "chat.db").read_bytes() == before
 
 
 def test_a_new_password_waits_5_s_for_a_busy_server(folder, monkeypatch):
@@ -43684,7 +44021,7 @@ SERVER_LIVES = [  # arguments, what it does after umask 77 and up to its run
         ["guard lock", "signals", "link", "how to join"],
     ),
 ]
-SIGNALS = ["SIGINT: stop", "SIGTERM: stop", "SIGHUP: reload"]
+SIGNALS = ["SIGINT: stop", "SIGTERM: stop"]
 
 
 @pytest.mark.parametrize("arguments, begun", SERVER_LIVES)
@@ -43695,7 +44032,7 @@ def test_a_server_that_ends_has_stored_logged_and_unlocked_all_before_it_restart
     steps.server.failure, steps.server.restarting = failure, restarting
     code = chat.main(["server", "--log", "debug", *arguments])
     at = begun.index("signals")
-    begun = [*begun[:at], *SIGNALS, *begun[at + 1 :]]
+    begun = ["SIGHUP: reload", *begun[:at], *SIGNALS, *begun[at + 1 :]]
     ends = ["run", "close", "flush", *["restart"] * (restarting and not failure)]
     assert steps.done == ["log to 2", "DEBUG", "umask 77", *begun, *ends]
     assert (code, capsys.readouterr().err) == (
@@ -44048,7 +44385,7 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     (
         ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-cert", "/none"],
         1,
-        "cannot use the certificate",
+        "cannot read the certificate",
     ),
     (["server", "--keep", "0"], 2, "a whole number from 1 on"),
     (["client", "alice", "--server", "ftp://x"], 2, "write HOST:PORT"),
@@ -44115,7 +44452,9 @@ def test_a_server_that_can_send_no_code_says_that_nothing_can_be_registered():
         assert b"no account can be registered" in process.stderr.readline()
 
 
-def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
+def test_a_wrong_command_line_is_one_clear_line_and_no_traceback(folder, monkeypatch):
+    for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(folder))
     with contextlib.ExitStack() as stack:
         started = [
             # without a terminal of its own that a password could be asked for at
@@ -44624,6 +44963,12 @@ STARTED = [  # the address that a server listens on, and what its clients are st
     ),
     (("127.0.0.1", 7001), "this machine only", " --server 127.0.0.1:7001", "127.0.0.1"),
     (("0.0.0.0", 7000), "everybody who can reach this machine", " --server HOST:7000", "HOST"),
+    (
+        ("::1", 7000),
+        "this machine only; --listen [::]:7000 for the network",
+        " --server [::1]:7000",
+        "::1",
+    ),
     (("::", 7001), "everybody who can reach this machine", " --server HOST:7001", "HOST"),
 ]
 
