@@ -28381,6 +28381,7 @@ def run_backup(args: argparse.Namespace) -> int:
         inspect_database(path)
         if os.path.lexists(args.file):
             raise FileExistsError(errno.EEXIST, "File exists", args.file)
+        part.unlink(missing_ok=True)  # of a backup that was killed
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except sqlite3.Error as error:
         raise Unusable(f"cannot read {path}: {error}") from error
