@@ -13172,6 +13172,12 @@ class Room:
         self.people.pop(name, None)
         self.typing.pop(name, None)
 
+    def left(self) -> None:
+        """Note that this client is no member any more, and hears no more of the others."""
+        self.inside = self.wanted = False
+        self.people.clear()
+        self.typing.clear()
+
     def take_list(self, names: dict[str, str]) -> None:
         """Take members, by name their ranks, from a list of which more is to come."""
         self.listed = self.listed or {}
@@ -15902,10 +15908,11 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, why: str = "") -> No
     room.went(name)
     why = "" if core.ignored.covers(heard.source) else why
     if core.is_me(name):
-        room.inside = room.wanted = False
+        room.left()
         commands = talk.acks.commands.items()
         talk.acks.commands = {id: line for id, line in commands if not talk.parts(line, room)}
-        return core.changed(room)
+        core.changed(room)
+        return core.show(ViewEvent(PEOPLE, where=room.name))
     kind, address = PART if heard.verb == "PART" else QUIT, heard.source.partition("@")[2]
     core.incoming.event(room, ViewEvent(kind, why, name, room.name, address=address))
     core.show(ViewEvent(PEOPLE, where=room.name))
@@ -15936,6 +15943,7 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         why = f": {heard.params[0]}" if says_why else ""
         core.incoming.text(room, f"{heard.name} has left{why}")
         room.gone = True  # as MONITOR tells, too
+        core.changed(room)
         # Another user may take that name
         core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
     core.people.forget(heard.name)
@@ -15953,8 +15961,7 @@ def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
         core.incoming.event(room, view)
         room.went(name)
         if core.is_me(name):
-            room.inside = room.wanted = False
-            room.people.clear()
+            room.left()
             talk.joins.forget(where)
             core.outgoing.park_all(room, f"you were kicked from {where}")
             core.rooms.keep(room)
@@ -16855,11 +16862,11 @@ class Reactions:
 
     def note(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
         """Store and show the reaction of a user, or the end of it."""
-        before = name in self.of(id).get(emoji, ())
-        if self.core.store and before != on:
-            self.core.store.react(id, emoji, name, on)
+        core, before = self.core, name in self.of(id).get(emoji, ())
+        if core.store and before != on and not core.store.is_elsewhere(core.fold(room.name), id):
+            core.store.react(id, emoji, name, on)
             view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
-            self.core.show(view._replace(mine=self.core.is_me(name)))
+            core.show(view._replace(mine=core.is_me(name)))
 
 
 class StoredMessages:
@@ -19107,6 +19114,12 @@ class ClientStore(Writer):
         """Return the stored message with this id; None if there is none or the file is locked."""
         row = self._row(f"SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND id = ?", id)
         return self._view(row) if row else None
+
+    @or_nothing
+    def is_elsewhere(self, key: str, id: str) -> bool:
+        """Return whether the message with this id was said in another conversation."""
+        query = "SELECT room FROM messages WHERE owner = ? AND id = ?"
+        return any(room != key for (room,) in self._rows(query, id))
 
     @or_nothing
     def has(self, key: str, view: ViewEvent) -> bool:
