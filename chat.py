@@ -1690,6 +1690,7 @@ class Files(dict[str, StoredFile]):
         self.total = FILES_BYTES  # of all; one owner, or one address, may have a quarter
         self.unwanted: list[str] = []  # names on disk that a link needs no more
         self.finishing: set[str] = set()  # ids of uploads whose content is there; not yet the link
+        self.removals = 0  # jobs that remove content: it may be that of an upload that finishes
 
     def load(self, rows: Iterable[tuple[str, str]]) -> None:
         for id, state in rows:
@@ -12101,7 +12102,7 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     session.conn.held = True
     session.conn.update()
     job = functools.partial(site.folder.finish, upload.handle, name)
-    site.server.background(FINISH_LANE, job, then=finished)
+    site.server.background(FILE_LANE if files.removals else FINISH_LANE, job, then=finished)
 
 
 def end_pieces(session: WebSession) -> None:
@@ -21422,7 +21423,7 @@ class Server:
         """Remove content that no link needs, left by a crash. A node has to know all of the log."""
         if self.site.folder and not self.hub.files.finishing:
             names = {file.on_disk for file in self.hub.files.values()}
-            self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
+            self._remove_later(functools.partial(self.site.folder.clean, names))
 
     def expire_files(self) -> None:
         """Remove old files, and uploads that are a day old, by the clock or since first seen."""
@@ -21447,7 +21448,17 @@ class Server:
             return
         used = {file.on_disk for file in files.values()}
         names, files.unwanted = set(files.unwanted) - used, []
-        self.background(FILE_LANE, functools.partial(self.site.folder.remove, names))
+        self._remove_later(functools.partial(self.site.folder.remove, names))
+
+    def _remove_later(self, job: Callable[[], Any]) -> None:
+        """Remove content off the loop. An upload that finishes meanwhile does that behind it."""
+
+        def removed(result: Any) -> None:
+            self.hub.files.removals -= 1
+            log_failure(result)
+
+        self.hub.files.removals += 1
+        self.background(FILE_LANE, job, then=removed)
 
     def background(
         self, lane: str, job: Callable[[], Any], owner: str = "", then: Callable = log_failure
@@ -22984,10 +22995,21 @@ def parse_url(text: str, base: Url) -> Url:
     return Url(Target(host, port or (443 if tls else 80), tls), f"{slash or '/'}{path}")
 
 
+def same_on_disk(path: str) -> str:
+    """Return a path in the form that disks compare which make no difference between cases."""
+    return unicodedata.normalize("NFC", path).casefold()
+
+
 def free_path(path: pathlib.Path, taken: Collection[str] = ()) -> pathlib.Path:
-    """Return this path, or one with a number, where no file is yet; none of the `taken` ones."""
+    """Return this path, or one with a number, where no file is yet; none of the `taken` ones, which
+    will be there, first with .part behind their names."""
     numbers = itertools.count(2)
-    while path.exists() or path.with_name(f"{path.name}.part").exists() or str(path) in taken:
+    known = {same_on_disk(f"{one}{part}") for one in taken for part in ("", ".part")}
+
+    def is_free(one: pathlib.Path) -> bool:
+        return not one.exists() and same_on_disk(str(one)) not in known
+
+    while not (is_free(path) and is_free(path.with_name(f"{path.name}.part"))):
         stem = re.sub(r" \(\d+\)$", "", path.stem)
         path = path.with_name(f"{stem} ({next(numbers)}){path.suffix}")
     return path

@@ -1548,6 +1548,9 @@ class Watched:
             views = list(itertools.islice(room.views, count))
             self.count += len(views)
             self._send_rows(START, views)
+            came = {view.id for view in views if view.id}
+            for view in [view for view in room.views if view.reply in came]:
+                self.change(room, view)  # what it answers is known now
             self._tell_fetched(bool(views))
 
     def _tell_fetched(self, came: bool) -> None:
@@ -3950,6 +3953,11 @@ class SheetText(ReadText):
     def start_of(self, number: int) -> str:
         return f"{self.sheet.line_of(number)}.0"
 
+    def lay_out(self) -> None:
+        """Let Tk count the pixels of all lines: it does that later, and takes the end to be in
+        sight until then."""
+        self.count("1.0", "end", "update", "ypixels")
+
     def last_in_sight(self) -> int:
         number = self.row_at(f"@0,{self.winfo_height()}")
         return len(self.sheet.rows) - 1 if number is None else number
@@ -4401,6 +4409,7 @@ class Transcript(ttk.Frame):
         number = self.sheet.find(spot.key)
         if not self.sheet.is_drawn(number):
             return False
+        self.text.lay_out()
         self.text.yview(self.text.start_of(number))
         if spot.offset:
             self.text.yview_scroll(spot.offset, "pixels")
@@ -4423,6 +4432,7 @@ class Transcript(ttk.Frame):
             if number is None or not self.draw_older():
                 return
         self.at_bottom = False
+        self.text.lay_out()
         first, _ = self.sheet.body_of(number)
         self.text.yview(f"{first} - 4 lines")
         self.text.see(first)

@@ -16762,6 +16762,48 @@ def test_a_connection_that_ends_while_a_file_is_completed_does_no_harm(files):
     assert on_disk(files) == []
 
 
+class SlowLane(FakeHelpers):
+    """Jobs of one lane wait until `slow` is not its name any more."""
+
+    slow = ""
+
+    def submit(self, owner, job, then, lane=chat.DISK_LANE, wanted=lambda: True):
+        self.waiting.append((job, then, wanted, lane))
+
+    def run(self):
+        waiting, self.waiting = self.waiting, []
+        for one in waiting:
+            if one[3] == self.slow:
+                self.waiting.append(one)
+            else:
+                one[1](chat.outcome_of(one[0]))
+
+
+def test_content_that_is_removed_stays_if_the_same_is_uploaded_meanwhile(files):
+    files.helpers = files.committer.helpers = SlowLane()
+    before = path_of(posted(files, b"hello"))
+    browser = Browser(files)
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('bob')}\nContent-Length: 5\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode())
+    browser.conn.session.receive(b"hello")
+    files.turn()
+    files.helpers.slow = chat.FILE_LANE  # other uploads are written
+    files.site.act("remove_file", before[7:])
+    files.end_turn()
+    files.begin_turn()
+    browser.conn.session.receive(chat.END_OF_BODY)
+    for _ in range(3):
+        files.helpers.run()
+        files.end_turn()
+        files.begin_turn()
+    files.helpers.slow = ""
+    files.turn()
+    (file,) = files.hub.files.values()
+    assert on_disk(files) == [file.sha] and got(files, f"/files/{file.id}")[2] == b"hello"
+    got(files, f"/files/{file.id}", basic("bob"), method="DELETE")
+    assert on_disk(files) == []
+
+
 def cut_off_at_the_end(nodes, name, body=b"hello"):
     """A browser that sends a file to a node, which loses the log just before it is complete."""
     node = nodes[name]
@@ -36547,6 +36589,27 @@ def test_a_file_that_is_saved_replaces_none_that_came_meanwhile(tmp_path):
     files.wake()
     there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert there == {"a.txt": b"the user's", "a (2).txt": WHOLE[2], "a (3).txt": WHOLE[2]}
+
+
+# On a disk that makes no difference between cases (or forms of a letter), these would be one file
+TAKEN_NAMES = [
+    ("A.txt", "a.txt", "a (2).txt"),
+    ("\xe9.txt", "e\u0301.txt", "e\u0301 (2).txt"),
+    ("a.txt", "a.txt.part", "a.txt (2).part"),
+    ("a.txt.part", "a.txt", "a (2).txt"),
+]
+
+
+@pytest.mark.parametrize("first, second, path", TAKEN_NAMES)
+def test_files_that_are_saved_at_once_get_names_of_their_own_on_every_disk(
+    first, second, path, tmp_path
+):
+    files = InMemory(tmp_path)
+    files.core.talk.ready = False
+    for id, name in enumerate((first, second)):
+        one = chat.Transfer(str(id), False, chat.LOBBY, "", name=name, url="/files/1")
+        files.start(one)
+    assert [one.path for one in files.core.transfers] == [str(tmp_path / n) for n in (first, path)]
 
 
 @pytest.mark.parametrize("up", [True, False])
