@@ -2193,7 +2193,7 @@ class Engine(chat.ManyServers):
         room = self.room_of(seat, view)
         said = find_view(room, lambda one: one.own_id == view.own_id)
         if said is None:
-            return self._keep(seat, view._replace(kind=chat.NOTE))
+            return self._keep(seat, view._replace(kind=chat.NOTE, own_id=""))
         why = view.text.partition(f": {said.text.strip('*')}")[0]
         why = seat.core.outbox.parked.get(view.own_id) or why
         seat.screen.failed[view.own_id] = why

@@ -38478,6 +38478,151 @@ def test_a_reaction_is_shown_that_comes_before_the_window_was_told_of_the_messag
     assert rows[-1].reactions == (("\U0001f44d", ("carol",)),)
 
 
+class Watcher(Pair):
+    """An engine of the window, joined to a server back to back, and what Tk would know of it."""
+
+    def __init__(self, house, name):
+        options = chat.ClientOptions(name, chat.parse_target("irc://127.0.0.1:1"))
+        self.house, self.name, self.connections = house, name, 0
+        self.engine = gui_client.Engine(options, chat.do_nothing)
+        self.core, self.core.clock = self.engine.core, lambda: house.now
+        self.core.kind, self.core.kind_forced = chat.CHAT, True
+        self.model, self.sheet, self.people = gui_client.Model(), gui_client.Sheet(), {}
+        self.dial()
+
+    views = property(lambda self: [], lambda self, views: self.engine.show(views))
+
+    def take_all(self):
+        """Take all batches that there are."""
+        for _ in range(9):
+            while self.engine.calls:
+                self.engine._take_call()
+            self.exchange(3)
+            self.engine.took()
+            self.engine.publish()
+            while not self.engine.batches.empty():
+                for event in self.engine.batches.get():
+                    self.take(event)
+
+    def take(self, event):
+        sheet = self.sheet
+        match event:
+            case gui_client.Rows(at=gui_client.RESET | gui_client.PAST):
+                sheet.reset(event)
+            case gui_client.Rows(at=gui_client.START):
+                sheet.prepend(event.rows)
+            case gui_client.Rows():
+                sheet.append(event.rows, True)
+            case gui_client.Changed():
+                sheet.replace(event.row)
+            case gui_client.Removed():
+                sheet.remove(event.id)
+            case gui_client.Trimmed():
+                sheet.trim(event.count)
+            case gui_client.Members():
+                gone = self.people if event.reset else event.went
+                self.people = {n: one for n, one in self.people.items() if n not in gone}
+                self.people |= {one.name: one for one in event.came}
+            case gui_client.Servers() | gui_client.Rooms() | gui_client.Looked():
+                self.model.take(event)
+
+    def compare(self):
+        """What Tk was told step by step is what it would be told at once."""
+        (seat,), core = self.engine.seats, self.core
+        infos = [gui_client.room_info(*place) for place in gui_client.places([seat])]
+        assert self.model.rooms == {one.number: one for one in infos}
+        assert self.model.servers == (self.engine.overview._server(seat),)
+        room = core.room or seat.screen.nowhere
+        views = self.engine.watched.past or room.views
+        by_id = {view.id: view for view in views if view.id}
+        rows = [gui_client.row_of(seat, room, view, by_id) for view in views]
+        assert self.model.here == self.sheet.room == room.id
+        assert len(rows) == len(self.sheet.rows)
+        for row, told in zip(rows, self.sheet.rows, strict=True):
+            elsewhere = row.view.reply not in by_id  # what it answers may have come since
+            answers = row.answers if elsewhere else told.answers
+            assert told._replace(missed=row.missed, answers=answers) == row
+        is_in = room.is_channel and room.inside and core.ready
+        assert self.people.keys() == {*(room.people if is_in else ())}
+
+
+DOES_IN_WINDOW = """
+    {text}|{text}|/msg {name} {text}|/join {place}|/part {place}|/close|/go {place}|/nick {nick}
+    /topic {text}|/me {text}|/react x|/redact|/query {name}|/quiet|/ignore {name}|/op {name}
+"""
+OTHERS_DO = (
+    "@+draft/react=x;+draft/reply={id} TAGMSG {place}",
+    "@+draft/react=y;+draft/reply={id} TAGMSG alice",
+    "@+draft/unreact=x;+draft/reply={id} TAGMSG {place}",
+    "@+draft/reply={id} PRIVMSG {place} :{text}",
+    "@+draft/reply={id} PRIVMSG alice :{text}",
+    "REDACT {place} {id}",
+    "REDACT alice {id}",
+    "@+typing=active TAGMSG {place}",
+    "PRIVMSG {place},alice :{text}",
+)
+
+
+def act_in_window(seeded, alice, words):
+    """Let the user of a window do something that may be anything."""
+    ask, rooms = alice.engine.requests, list(alice.model.rooms)
+    kept = [view for room in alice.core.rooms.values() for view in room.views if view.id]
+    what = seeded.choice(("say", "say", "look", "close", "leave", "older", "jump", "break"))
+    if what == "say":
+        text = seeded.choice([line for line in re.split(r"[|\n] *", DOES_IN_WINDOW) if line])
+        ask.say(alice.model.here, text.format(**words))
+    elif what == "break":
+        alice.break_off(seeded.random() < 0.5)
+    elif what == "older":
+        seeded.choice((ask.older, ask.newer, ask.present))(alice.model.here)
+    elif what == "jump" and kept:
+        view = seeded.choice(kept)
+        ask.jump(alice.core.rooms.open(view.where).id, view)
+    elif rooms and what in ("look", "close", "leave"):
+        act = {"look": ask.look, "close": ask.close, "leave": ask.leave_open}[what]
+        act(seeded.choice(rooms))
+
+
+@pytest.mark.parametrize("number", range(40 if THOROUGH else 6))
+def test_the_window_is_told_step_by_step_what_it_would_be_told_at_once(number, seeded, monkeypatch):
+    for name, value in {"ROWS_KEPT": 20, "ROWS_TRIMMED": 5, "ROWS_AT_ONCE": 4}.items():
+        monkeypatch.setattr(gui_client, name, value)
+    monkeypatch.setattr(chat, "VIEWS_KEPT", 15)
+    house = House()
+    house.logged = []
+    end = house.hub.end
+    house.hub.end = lambda: (house.logged.extend(house.hub.turn.events), end())
+    alice = Watcher(house, "alice")
+    alice.take_all()
+    for label, nick in (("a", "bob"), ("b", "carol"), ("c", "dan")):
+        house.connect_irc(label)
+        house.say(label, "CAP REQ :message-tags draft/message-redaction", f"NICK {nick}")
+        house.say(label, "USER u 0 * :r", "CAP END", "JOIN #lobby,#a", "OPER boss secret")
+    for n in range(200):
+        ids = [event.id for event in house.logged if isinstance(event, chat.Event)][-12:]
+        words = {
+            "place": seeded.choice(PLACES[:2] + PLACES[3:]),
+            "other": seeded.choice(PLACES),
+            "name": seeded.choice(("bob", "carol", "dan", "zoe")),
+            "nick": seeded.choice(("alice", "al", "ally", "bob")),
+            "text": f"text {n}",
+            "flag": "+m",
+            "id": house.hub.ids.text(seeded.choice(ids or [1])),
+        }
+        session = house.guests[seeded.choice("abc")]
+        if seeded.random() < 0.4:
+            act_in_window(seeded, alice, words)
+        elif not session.conn.closed:
+            line = seeded.choice(OTHERS_DO if seeded.random() < 0.6 else IRC_SAYS)
+            session.conn.lines.append(line.format(**words).encode())
+            house.pump(session)
+        if seeded.random() < 0.4:
+            house.turn()
+        if seeded.random() < 0.4:
+            alice.take_all()
+            alice.compare()
+
+
 MENTIONS = {  # text: a name, and whether the text calls it
     "alice: hello": ("Alice", True),
     "thanks, ALICE!": ("Alice", True),
@@ -40757,7 +40902,7 @@ def test_what_waits_is_sent_by_the_next_engine_after_one_that_ended(running, win
     at_home(alice)
 
 
-@pytest.mark.parametrize("seed", range(10 if THOROUGH else 2))
+@pytest.mark.parametrize("seed", range(10 if THOROUGH else 1))
 def test_the_window_shows_what_the_core_has_after_whatever_happened(
     running, window, seed, monkeypatch
 ):
@@ -41047,6 +41192,98 @@ def test_only_the_file_that_the_user_opens_is_opened_when_it_is_there(refused):
     asker._act = lambda number, act: None if refused else core.transfers.append(wanted)
     gui_client.Requests.save_file(asker, 1, said("tea"), "tea.png", True)
     assert list(asker.wanted.opening) == ([] if refused else ["wanted"])
+
+
+def drawn_runs(text):
+    """Return what a widget shows: each run of characters with its tags."""
+    tags, runs = set(), []
+    for kind, value, _ in text.dump("1.0", "end - 1 chars", text=True, tag=True):
+        if kind == "text" and runs and runs[-1][1] == tags:
+            runs[-1][0] += value
+        elif kind == "text":
+            runs.append([value, {*tags}])
+        elif kind in ("tagon", "tagoff"):
+            (tags.add if kind == "tagon" else tags.discard)(value)
+    return runs
+
+
+def assert_drawn_at_once(page, other):
+    """The transcript is what one that is filled now would show: text, tags and counts of lines."""
+    sheet, pieces, sizes = page.sheet, [], []
+    for number in range(sheet.first, len(sheet.rows)):
+        drawn = sheet.draw(number)
+        sizes.append(gui_client.lines_of(drawn))
+        pieces += drawn
+    other.delete("1.0", "end")
+    pieces[::2] = map(page.look.drawable, pieces[::2])
+    if pieces:
+        other.insert("1.0", *pieces)
+    assert sheet.sizes == sizes
+    for tag, key in page.text.marks.items():
+        if sheet.is_drawn(number := sheet.find(key)):
+            other.tag_add(tag, *sheet.body_of(number))
+    assert drawn_runs(page.text) == drawn_runs(other)
+
+
+def act_on_page(seeded, page, new_row):
+    """Let something happen to a conversation that is shown; what, is random."""
+    rows, what = page.sheet.rows, seeded.randrange(14)
+    row = seeded.choice(rows) if rows else new_row()
+    number = page.sheet.find(row.key)
+    if what < 4:
+        page.append([new_row() for _ in range(seeded.randint(1, 5))], seeded.random() < 0.5)
+    elif what == 4:
+        page.prepend([new_row() for _ in range(seeded.randint(1, 9))])
+    elif what == 5 and len(rows) > 20:
+        page.trim(len(rows) - 15)
+    elif what == 6 and row.view.kind in chat.SPOKEN:
+        reactions = seeded.choice(((), (("x", ("me",)),), (("y", ("bob", "me2")),)))
+        page.change(row._replace(reactions=reactions, state="", parked=False))
+    elif what == 7:
+        page.remove(row.view.id)
+    elif what == 8:
+        page.read_to(row.view.time)
+    elif what == 9:
+        page.rename_me(seeded.choice(("me", "me2")))
+    elif what == 10 and page.sheet.is_drawn(number):
+        seeded.choice((page.pointer.choose, page.show_row))(number)
+    elif what == 11 and page.sheet.is_drawn(number):
+        page.toggle(row)
+    elif what == 12:
+        page.restyle(seeded.choice(("%H:%M", "%H.%M")), seeded.random() < 0.5)
+    elif what == 13:
+        room, unread = seeded.randint(1, 2), seeded.randint(0, 3)
+        page.reset(gui_client.Rows(room, gui_client.RESET, tuple(rows), unread=unread))
+
+
+@pytest.mark.parametrize("number", range(10 if THOROUGH else 1))
+def test_a_conversation_drawn_step_by_step_is_what_is_drawn_at_once(
+    number, window, seeded, monkeypatch
+):
+    for name, value in {"ROWS_DRAWN": 14, "ROWS_MORE": 6, "ROWS_MOST": 30}.items():
+        monkeypatch.setattr(gui_client, name, value)
+    page, count = window(name="").transcript, itertools.count()
+    other = gui_client.tk.Text(page)
+    page.text.sheet.me = "me"
+
+    def new_row():
+        n = next(count)
+        text = seeded.choice((f"text {n}", "one\ntwo", "x " * 1200, "\u05e9\u05dc\u05d5\u05dd"))
+        name, when = seeded.choice(("bob", "me")), EIGHT + n * seeded.choice((1, 40_000_000))
+        reply = f"id{seeded.randrange(n + 1)}" if seeded.random() < 0.3 else ""
+        tag = "/files/" + "0" * 32 + ",image/png,9,64,48" if seeded.random() < 0.2 else ""
+        view = said(text, name, time=when, id=f"id{n}", mine=name == "me", reply=reply, file=tag)
+        if seeded.random() < 0.3:
+            view = chat.ViewEvent(chat.JOIN, name=name, time=when)
+        state = seeded.choice(("", gui_client.PENDING, gui_client.FAILED)) if view.mine else ""
+        answers = ("bob", "text") if view.reply else ("", "")
+        return gui_client.Row(view, state, "why", state == gui_client.FAILED, (), answers)
+
+    for n in range(150):
+        act_on_page(seeded, page, new_row)
+        if n % 3 == 0:
+            page.update_idletasks()
+        assert_drawn_at_once(page, other)
 
 
 def test_a_scroll_is_not_undone_by_a_message_that_comes_before_it_is_drawn(window):
