@@ -13214,11 +13214,13 @@ class Room:
             self.listed[new] = False
         return True
 
-    def name_view(self, own_id: str, id: str, file: str = "") -> None:
-        """Add the server's id and file to the view of a message that this client sent."""
+    def name_view(self, echo: ViewEvent) -> None:
+        """Add what the server says of a message that this client sent: id, file, and the nick under
+        which it was sent, which may be another one since."""
         for n in range(len(self.views) - 1, -1, -1):
-            if self.views[n].own_id == own_id:
-                self.views[n] = self.views[n]._replace(id=id, file=file)
+            if self.views[n].own_id == echo.own_id:
+                told = {"id": echo.id, "file": echo.file, "name": echo.name}
+                self.views[n] = self.views[n]._replace(**told)
                 return
 
     def drop(self, unwanted: Callable[[ViewEvent], bool]) -> bool:
@@ -17327,13 +17329,14 @@ class Outgoing:
             if core.talk:
                 core.talk.acks.acknowledged(message.id)
             said = self._view(message, message.text, view.time)
-            core.stored.add(said._replace(id=view.id, file=view.file))
+            told = {"id": view.id, "file": view.file, "name": view.name or said.name}
+            core.stored.add(said._replace(**told))
         if view.own_id in self.shown:
             self.shown.discard(view.own_id)
             remember(core.known.own, view.own_id)
             where = message.where if message else view.where
             if (room := core.find(where)) and view.id:
-                room.name_view(view.own_id, view.id, view.file)
+                room.name_view(view)
             core.show(view._replace(kind=ARRIVED, where=where))
 
     def lost(self, own_id: str, reason: str) -> None:

@@ -4342,7 +4342,11 @@ class Transcript(ttk.Frame):
         self.text.delete_first(self.sheet.trim(count))
 
     def change(self, row: Row) -> None:
+        number = self.sheet.find_row(row)
+        before = "" if number is None else self.sheet.rows[number].view.name
         self.redraw(self.sheet.replace(row))
+        if before not in ("", row.view.name):
+            self.redraw(number + 1)  # it may have stood under the same name
 
     def redraw(self, number: int | None) -> None:
         if self.sheet.is_drawn(number):
@@ -6002,7 +6006,11 @@ class Writing(Acts):
         """Give a text back to the field from which it came."""
         here, rooms = self.model.here, self.model.rooms
         if event.room == here or event.room not in rooms:
+            was_empty = not self.compose.content.strip()
             self.compose.give_back(event.text)
+            gone = event.room not in (0, here) and was_empty and bool(self.compose.content)
+            self.begun = self.begun or gone
+            self._keep_draft(self.compose.content)
         elif not self.drafts.get(event.room, "").strip() and event.text[:1] != "/":
             self.drafts[event.room] = event.text
             self.window.sidebar.set_draft(event.room, True)

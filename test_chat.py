@@ -22685,6 +22685,48 @@ def test_an_echo_counts_although_the_page_before_it_is_still_on_its_way():
     assert alice.said() == ["#lobby *alice: hello"]
 
 
+def test_a_channel_that_was_left_and_stays_open_has_no_members_any_more():
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    assert alice.people() == {"alice", "bob"}
+    alice.core.rooms["#lobby"].stays = True
+    alice.views.clear()
+    alice.typed("/part #lobby")
+    assert not alice.core.rooms["#lobby"].inside and alice.people() == set()
+    assert (chat.PEOPLE, "#lobby") in [(view.kind, view.where) for view in alice.views]
+
+
+def test_a_reaction_that_was_sent_to_another_conversation_than_its_message_is_not_shown():
+    house = House()
+    come(house, "bob", "carol")
+    alice = kept_client(house, chat.open_client_database(":memory:"))
+    ask(house, "carol", "JOIN #lobby")
+    id, _ = send(house, "bob", "alice", "between us")
+    alice.exchange()
+    house.say("carol", f"@+draft/react=x;+draft/reply={id} TAGMSG #lobby")
+    alice.exchange()
+    assert alice.core.reactions.of(id) == {}
+    house.say("bob", f"@+draft/react=x;+draft/reply={id} TAGMSG alice")
+    alice.exchange()
+    assert alice.core.reactions.of(id) == {"x": ["bob"]}
+
+
+def test_a_message_that_waited_is_shown_under_the_nick_under_which_it_was_sent():
+    house = House()
+    alice = kept_client(house, chat.open_client_database(":memory:"))
+    alice.drop()
+    house.grace_over()
+    come(house, "alice")
+    alice.core.typed("hello")
+    alice.dial()
+    alice.exchange()
+    room = alice.core.room
+    (view,) = [view for view in room.views if view.text == "hello"]
+    assert alice.core.name == view.name == "alice2" and view.id
+    alice.core.tick()
+    assert alice.core.store.message(view.id).name == "alice2"
+
+
 def test_a_page_that_was_too_much_for_a_line_is_asked_for_in_parts():
     house = house_of("bob")
     alice = Pair(house, "alice", interactive=False)
@@ -33519,7 +33561,7 @@ def test_content_is_removed_unless_a_link_to_it_may_still_come(folder, finishing
     server.site = types.SimpleNamespace(
         folder=types.SimpleNamespace(remove="remove") if folder else None
     )
-    server.background = lambda lane, job: done.append(job.args)
+    server._remove_later = lambda job: done.append(job.args)
     if folder:
         server.site.folder.remove = print
     chat.Server.remove_content(server)
@@ -38546,6 +38588,37 @@ class Watcher(Pair):
         assert self.people.keys() == {*(room.people if is_in else ())}
 
 
+def test_a_command_of_a_menu_leaves_what_is_half_typed():
+    alice = Watcher(House(), "alice")
+    alice.take_all()
+    ask, room = alice.engine.requests, alice.core.room
+    ask.draft(room.id, "half typed")
+    ask.command(room.id, "/query bob")
+    assert room.draft == "half typed"
+    ask.say(room.id, "/whole")
+    assert room.draft == ""
+
+
+def test_an_empty_page_that_is_wanted_amid_the_past_begins_behind_the_newest_rows():
+    alice = Watcher(House(), "alice")
+    alice.take_all()
+    watched, room = alice.engine.watched, alice.core.room
+    watched.past = [said("of the past", time=EIGHT)]
+    alice.engine.requests.command(room.id, "/clear")
+    events = published(alice.engine)
+    rows, cleared = [one for one in events if isinstance(one, gui_client.Rows | gui_client.Cleared)]
+    assert rows.at == gui_client.RESET and cleared.room == room.id and not watched.past
+
+
+def test_a_failed_message_of_a_closed_conversation_is_a_row_of_its_own():
+    alice = Watcher(House(), "alice")
+    alice.take_all()
+    (seat,) = alice.engine.seats
+    alice.engine.show([chat.ViewEvent(chat.FAILED, "no such nick", own_id="1")])
+    (view,) = [one for one in alice.core.room.views if one.text == "no such nick"]
+    assert gui_client.row_of(seat, alice.core.room, view).key != "1"
+
+
 DOES_IN_WINDOW = """
     {text}|{text}|/msg {name} {text}|/join {place}|/part {place}|/close|/go {place}|/nick {nick}
     /topic {text}|/me {text}|/react x|/redact|/query {name}|/quiet|/ignore {name}|/op {name}
@@ -41192,6 +41265,57 @@ def test_only_the_file_that_the_user_opens_is_opened_when_it_is_there(refused):
     asker._act = lambda number, act: None if refused else core.transfers.append(wanted)
     gui_client.Requests.save_file(asker, 1, said("tea"), "tea.png", True)
     assert list(asker.wanted.opening) == ([] if refused else ["wanted"])
+
+
+def test_a_text_that_came_too_late_for_its_conversation_goes_to_no_other_without_a_question(
+    running, window
+):
+    alice = at_home(window(running().address))
+    alice.writing.take_back(gui_client.Back(10**9, "for another one"))
+    assert alice.compose.content == "for another one"
+    alice.compose.submit()
+    assert alice.banner.shown and alice.compose.content == "for another one"
+    alice.banner.buttons.winfo_children()[0].invoke()
+    see(alice, "for another one")
+    assert not alice.banner.shown and not alice.compose.content
+
+
+def test_what_is_typed_before_there_is_a_conversation_is_a_draft_of_the_first(running, window):
+    alice = window(running().address)
+    alice.compose.set("half typed")
+    at_home(alice)
+    core = alice.model.engine.core
+    pump(alice, lambda: core.room.draft == "half typed")
+
+
+def test_what_is_not_read_is_counted_as_soon_as_the_user_does_not_see_it(
+    running, window, monkeypatch
+):
+    monkeypatch.setattr(gui_client, "SEEN_MS", 60_000)
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    focus(alice, True)
+    bob.send("hello\n")
+    pump(alice, lambda: alice.model.room.unread)
+    assert sidebar(alice) == ["#lobby"] and alice.root.title().startswith("#lobby")
+    gui_client.Reading.set_focus(alice.reading, False)
+    assert sidebar(alice) == ["#lobby 1"] and alice.root.title().startswith("(1) #lobby")
+
+
+def test_the_place_where_the_user_reads_is_kept_also_while_lines_are_not_laid_out(window):
+    page = window(name="").transcript
+    page.master.update()
+    rows = tuple(gui_client.Row(said("word " * 200, time=EIGHT + n)) for n in range(8))
+    page.reset(gui_client.Rows(1, gui_client.RESET, rows))
+    page.text.lay_out()
+    page.yview("moveto", 0.1)
+    page.master.update()
+    spot = page.spot()
+    for room, place in ((2, None), (1, spot)):
+        page.reset(gui_client.Rows(room, gui_client.RESET, rows if room == 1 else ()), place)
+    page.master.update()
+    assert not page.at_bottom and page.spot() == spot
 
 
 def drawn_runs(text):
