@@ -14284,11 +14284,13 @@ class HistoryRequests:
         self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
     def _deliver(self, room: Room, views: list[ViewEvent], paged: bool = False) -> None:
-        """Deliver the messages of a page but those that have no id and are shown already."""
-        unshown = not_among((view for view in room.views if not view.id), views)
+        """Deliver the messages of a page but those that are shown already, and not known by their
+        ids: without one, or from an older page."""
+        known = self.core.known
+        unshown = not_among((view for view in room.views if view.id not in known.ids), views)
         for view in unshown:
             self.core.incoming.deliver(room, view, paged)
-        self.core.known.note_without_id(room, unshown)
+        known.note_without_id(room, unshown)
 
     def _end_missed(self, room: Room, new: bool, more: str) -> None:
         """Ask for `more` after a page, or show what was held. A `new` one lets pages grow."""

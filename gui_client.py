@@ -110,7 +110,8 @@ class Row(NamedTuple):
     def key(self) -> Any:
         """The identity of this row, by which it is found again."""
         view = self.view
-        return view.own_id or view.id or (view.kind, view.time, view.name, view.text)
+        id = "" if view.kind == chat.FOUND else view.id  # else two rows had the id of a message
+        return view.own_id or id or (view.kind, view.time, view.name, view.text)
 
 
 class Server(NamedTuple):
@@ -715,6 +716,11 @@ def beginning(text: str) -> str:
     return "\n".join(lines[:LINES_SHOWN])[:TEXT_SHOWN]
 
 
+def has_id(view: chat.ViewEvent, id: str) -> bool:
+    """Return whether a view is the message with this id, and not a line that quotes it."""
+    return bool(id) and view.id == id and view.kind != chat.FOUND
+
+
 def is_unread(row: Row, read_time: int) -> bool:
     """Return whether a row is a message of another user that was not read yet."""
     view = row.view
@@ -1012,7 +1018,7 @@ class Sheet:
     def find_id(self, id: str) -> int | None:
         """Return the number of the row of a message, by the server's id."""
         numbers = range(len(self.rows) - 1, -1, -1)
-        return next((n for n in numbers if id and self.rows[n].view.id == id), None)
+        return next((n for n in numbers if has_id(self.rows[n].view, id)), None)
 
     def find_row(self, row: Row) -> int | None:
         """Return the number of an earlier form of this row."""
@@ -1320,7 +1326,7 @@ def result_of(core: chat.ClientCore, view: chat.ViewEvent) -> tuple[int, str, ch
 
 
 def looks_same(view: chat.ViewEvent, other: chat.ViewEvent) -> bool:
-    return view is other or (bool(view.id) and view.id == other.id)
+    return view is other or has_id(other, view.id)
 
 
 def find_view(room: chat.Room, wanted: Callable[[chat.ViewEvent], bool]) -> chat.ViewEvent | None:
@@ -1341,7 +1347,7 @@ def answered_by(
     """Return the sender and the beginning of the message that this one answers."""
     if not view.reply:
         return "", ""
-    said = by_id.get(view.reply) or find_view(room, lambda one: one.id == view.reply)
+    said = by_id.get(view.reply) or find_view(room, lambda one: has_id(one, view.reply))
     said = said or core.stored.message(view.reply)
     return (said.name, said.text[: 4 * EXCERPT]) if said else UNKNOWN_ANSWER
 
@@ -1363,7 +1369,8 @@ def row_of(
         parked, waits = view.own_id in outbox.parked, view.own_id in outbox.waiting
         reason = outbox.parked.get(view.own_id) or screen.failed.get(view.own_id, "")
         state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
-    looked_up = view.id and (view.past or not fresh or view.id in screen.reacted)
+    spoken = view.kind in chat.SPOKEN and view.id
+    looked_up = spoken and (view.past or not fresh or view.id in screen.reacted)
     reactions = core.reactions.of(view.id) if looked_up else {}
     told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
     answers = answered_by(core, room, view, by_id or {})
@@ -2212,7 +2219,7 @@ class Engine(chat.ManyServers):
     def _reacted(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         room = self.room_of(seat, view)
         chat.remember(seat.screen.reacted, view.id)
-        if said := find_view(room, lambda one: one.id == view.id):
+        if said := find_view(room, lambda one: has_id(one, view.id)):
             self.watched.change(room, said)
 
     def _reset(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
@@ -6191,7 +6198,7 @@ class Reading(Acts):
         spot = None if page.at_bottom or page.sheet.past else page.spot()
         if spot:
             self.spots[here] = spot
-        if self.present:
+        if self.present and page.sheet.newest:  # what came since was not in sight
             self.do("read", here, page.sheet.newest)
 
     # Events of the conversation that is looked at

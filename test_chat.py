@@ -22685,6 +22685,24 @@ def test_an_echo_counts_although_the_page_before_it_is_still_on_its_way():
     assert alice.said() == ["#lobby *alice: hello"]
 
 
+def test_a_page_of_older_messages_and_the_first_page_show_a_message_once():
+    house = house_of("bob")
+    house.say("bob", "/join #a", "one", "two")
+    alice = Pair(house, "alice")
+    for text in ("/join #a", "/msg bob the first page waits for this one"):
+        alice.views += alice.core.typed(text)
+    house.say(alice.label, *alice.core.take_output().split(b"\r\n")[:-1])
+    house.turn()
+    lines, alice.conn.out = alice.conn.out.splitlines(keepends=True), b""
+    for line in lines:
+        alice.views += alice.core.feed(line)
+        if b" JOIN #a" in line:  # and the user scrolls up at once
+            alice.core.talk.history.ask_page(alice.core.find("#a"), "older")
+    alice.exchange()
+    room = alice.core.find("#a")
+    assert [view.text for view in room.views if view.kind in chat.SPOKEN] == ["one", "two"]
+
+
 def test_a_channel_that_was_left_and_stays_open_has_no_members_any_more():
     house = house_of("bob")
     alice = Pair(house, "alice")
@@ -38588,6 +38606,15 @@ class Watcher(Pair):
         assert self.people.keys() == {*(room.people if is_in else ())}
 
 
+def test_a_line_that_quotes_a_message_is_not_taken_for_it():
+    row = gui_client.Row(said("tea?", time=EIGHT, id="m1"))
+    quote = chat.ViewEvent(chat.FOUND, "tea?", "bob", time=EIGHT, id="m1")
+    sheet, _ = sheet_of(row, quote)
+    assert sheet.replace(row._replace(reactions=(("x", ("bob",)),))) == 0 == sheet.find_id("m1")
+    assert gui_client.looks_same(quote, row.view) and not gui_client.looks_same(row.view, quote)
+    assert sheet.remove("m1") == [0, 1]  # its words are in both
+
+
 def test_a_command_of_a_menu_leaves_what_is_half_typed():
     alice = Watcher(House(), "alice")
     alice.take_all()
@@ -41301,6 +41328,23 @@ def test_what_is_not_read_is_counted_as_soon_as_the_user_does_not_see_it(
     assert sidebar(alice) == ["#lobby"] and alice.root.title().startswith("#lobby")
     gui_client.Reading.set_focus(alice.reading, False)
     assert sidebar(alice) == ["#lobby 1"] and alice.root.title().startswith("(1) #lobby")
+
+
+@pytest.mark.parametrize("said_before", [True, False])
+def test_a_message_that_comes_while_its_conversation_is_left_stays_unread(
+    running, window, said_before
+):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    if said_before:
+        bob.send("hello\n")
+        see(alice, "hello")
+    focus(alice, True)
+    asked = []
+    alice.reading.do = lambda *request: asked.append(request)
+    alice.reading.leave_room()
+    assert [when > 0 for _, _, when in asked] == [True] * said_before
 
 
 def test_the_place_where_the_user_reads_is_kept_also_while_lines_are_not_laid_out(window):
