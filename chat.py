@@ -1690,6 +1690,7 @@ class Files(dict[str, StoredFile]):
         self.total = FILES_BYTES  # of all; one owner, or one address, may have a quarter
         self.unwanted: list[str] = []  # names on disk that a link needs no more
         self.finishing: set[str] = set()  # ids of uploads whose content is there; not yet the link
+        self.removals = 0  # jobs that remove content: it may be that of an upload that finishes
 
     def load(self, rows: Iterable[tuple[str, str]]) -> None:
         for id, state in rows:
@@ -12138,7 +12139,7 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     session.conn.held = True
     session.conn.update()
     job = functools.partial(site.folder.finish, upload.handle, name)
-    site.server.background(FINISH_LANE, job, then=finished)
+    site.server.background(FILE_LANE if files.removals else FINISH_LANE, job, then=finished)
 
 
 def end_pieces(session: WebSession) -> None:
@@ -13209,6 +13210,12 @@ class Room:
         self.people.pop(name, None)
         self.typing.pop(name, None)
 
+    def left(self) -> None:
+        """Note that this client is no member any more, and hears no more of the others."""
+        self.inside = self.wanted = False
+        self.people.clear()
+        self.typing.clear()
+
     def take_list(self, names: dict[str, str]) -> None:
         """Take members, by name their ranks, from a list of which more is to come."""
         self.listed = self.listed or {}
@@ -13244,11 +13251,13 @@ class Room:
             self.listed[new] = False
         return True
 
-    def name_view(self, own_id: str, id: str, file: str = "") -> None:
-        """Add the server's id and file to the view of a message that this client sent."""
+    def name_view(self, echo: ViewEvent) -> None:
+        """Add what the server says of a message that this client sent: id, file, and the nick under
+        which it was sent, which may be another one since."""
         for n in range(len(self.views) - 1, -1, -1):
-            if self.views[n].own_id == own_id:
-                self.views[n] = self.views[n]._replace(id=id, file=file)
+            if self.views[n].own_id == echo.own_id:
+                told = {"id": echo.id, "file": echo.file, "name": echo.name}
+                self.views[n] = self.views[n]._replace(**told)
                 return
 
     def drop(self, unwanted: Callable[[ViewEvent], bool]) -> bool:
@@ -14312,11 +14321,13 @@ class HistoryRequests:
         self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
     def _deliver(self, room: Room, views: list[ViewEvent], paged: bool = False) -> None:
-        """Deliver the messages of a page but those that have no id and are shown already."""
-        unshown = not_among((view for view in room.views if not view.id), views)
+        """Deliver the messages of a page but those that are shown already, and not known by their
+        ids: without one, or from an older page."""
+        known = self.core.known
+        unshown = not_among((view for view in room.views if view.id not in known.ids), views)
         for view in unshown:
             self.core.incoming.deliver(room, view, paged)
-        self.core.known.note_without_id(room, unshown)
+        known.note_without_id(room, unshown)
 
     def _end_missed(self, room: Room, new: bool, more: str) -> None:
         """Ask for `more` after a page, or show what was held. A `new` one lets pages grow."""
@@ -15939,10 +15950,11 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, why: str = "") -> No
     room.went(name)
     why = "" if core.ignored.covers(heard.source) else why
     if core.is_me(name):
-        room.inside = room.wanted = False
+        room.left()
         commands = talk.acks.commands.items()
         talk.acks.commands = {id: line for id, line in commands if not talk.parts(line, room)}
-        return core.changed(room)
+        core.changed(room)
+        return core.show(ViewEvent(PEOPLE, where=room.name))
     kind, address = PART if heard.verb == "PART" else QUIT, heard.source.partition("@")[2]
     core.incoming.event(room, ViewEvent(kind, why, name, room.name, address=address))
     core.show(ViewEvent(PEOPLE, where=room.name))
@@ -15973,6 +15985,7 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
         why = f": {heard.params[0]}" if says_why else ""
         core.incoming.text(room, f"{heard.name} has left{why}")
         room.gone = True  # as MONITOR tells, too
+        core.changed(room)
         # Another user may take that name
         core.outgoing.park_all(room, f"{heard.name} has left", unsent=True)
     core.people.forget(heard.name)
@@ -15990,8 +16003,7 @@ def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
         core.incoming.event(room, view)
         room.went(name)
         if core.is_me(name):
-            room.inside = room.wanted = False
-            room.people.clear()
+            room.left()
             talk.joins.forget(where)
             core.outgoing.park_all(room, f"you were kicked from {where}")
             core.rooms.keep(room)
@@ -16892,11 +16904,11 @@ class Reactions:
 
     def note(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
         """Store and show the reaction of a user, or the end of it."""
-        before = name in self.of(id).get(emoji, ())
-        if self.core.store and before != on:
-            self.core.store.react(id, emoji, name, on)
+        core, before = self.core, name in self.of(id).get(emoji, ())
+        if core.store and before != on and not core.store.is_elsewhere(core.fold(room.name), id):
+            core.store.react(id, emoji, name, on)
             view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
-            self.core.show(view._replace(mine=self.core.is_me(name)))
+            core.show(view._replace(mine=core.is_me(name)))
 
 
 class StoredMessages:
@@ -17356,13 +17368,14 @@ class Outgoing:
             if core.talk:
                 core.talk.acks.acknowledged(message.id)
             said = self._view(message, message.text, view.time)
-            core.stored.add(said._replace(id=view.id, file=view.file))
+            told = {"id": view.id, "file": view.file, "name": view.name or said.name}
+            core.stored.add(said._replace(**told))
         if view.own_id in self.shown:
             self.shown.discard(view.own_id)
             remember(core.known.own, view.own_id)
             where = message.where if message else view.where
             if (room := core.find(where)) and view.id:
-                room.name_view(view.own_id, view.id, view.file)
+                room.name_view(view)
             core.show(view._replace(kind=ARRIVED, where=where))
 
     def lost(self, own_id: str, reason: str) -> None:
@@ -19144,6 +19157,12 @@ class ClientStore(Writer):
         """Return the stored message with this id; None if there is none or the file is locked."""
         row = self._row(f"SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND id = ?", id)
         return self._view(row) if row else None
+
+    @or_nothing
+    def is_elsewhere(self, key: str, id: str) -> bool:
+        """Return whether the message with this id was said in another conversation."""
+        query = "SELECT room FROM messages WHERE owner = ? AND id = ?"
+        return any(room != key for (room,) in self._rows(query, id))
 
     @or_nothing
     def has(self, key: str, view: ViewEvent) -> bool:
@@ -21497,7 +21516,7 @@ class Server:
         """Remove content that no link needs, left by a crash. A node has to know all of the log."""
         if self.site.folder and not self.hub.files.finishing:
             names = {file.on_disk for file in self.hub.files.values()}
-            self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
+            self._remove_later(functools.partial(self.site.folder.clean, names))
 
     def expire_files(self) -> None:
         """Remove old files, and uploads that are a day old, by the clock or since first seen."""
@@ -21522,7 +21541,17 @@ class Server:
             return
         used = {file.on_disk for file in files.values()}
         names, files.unwanted = set(files.unwanted) - used, []
-        self.background(FILE_LANE, functools.partial(self.site.folder.remove, names))
+        self._remove_later(functools.partial(self.site.folder.remove, names))
+
+    def _remove_later(self, job: Callable[[], Any]) -> None:
+        """Remove content off the loop. An upload that finishes meanwhile does that behind it."""
+
+        def removed(result: Any) -> None:
+            self.hub.files.removals -= 1
+            log_failure(result)
+
+        self.hub.files.removals += 1
+        self.background(FILE_LANE, job, then=removed)
 
     def background(
         self, lane: str, job: Callable[[], Any], owner: str = "", then: Callable = log_failure
@@ -23065,10 +23094,21 @@ def parse_url(text: str, base: Url) -> Url:
     return Url(Target(host, port or (443 if tls else 80), tls), f"{slash or '/'}{path}")
 
 
+def same_on_disk(path: str) -> str:
+    """Return a path in the form that disks compare which make no difference between cases."""
+    return unicodedata.normalize("NFC", path).casefold()
+
+
 def free_path(path: pathlib.Path, taken: Collection[str] = ()) -> pathlib.Path:
-    """Return this path, or one with a number, where no file is yet; none of the `taken` ones."""
+    """Return this path, or one with a number, where no file is yet; none of the `taken` ones, which
+    will be there, first with .part behind their names."""
     numbers = itertools.count(2)
-    while path.exists() or path.with_name(f"{path.name}.part").exists() or str(path) in taken:
+    known = {same_on_disk(f"{one}{part}") for one in taken for part in ("", ".part")}
+
+    def is_free(one: pathlib.Path) -> bool:
+        return not one.exists() and same_on_disk(str(one)) not in known
+
+    while not (is_free(path) and is_free(path.with_name(f"{path.name}.part"))):
         stem = re.sub(r" \(\d+\)$", "", path.stem)
         path = path.with_name(f"{stem} ({next(numbers)}){path.suffix}")
     return path

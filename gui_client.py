@@ -110,7 +110,8 @@ class Row(NamedTuple):
     def key(self) -> Any:
         """The identity of this row, by which it is found again."""
         view = self.view
-        return view.own_id or view.id or (view.kind, view.time, view.name, view.text)
+        id = "" if view.kind == chat.FOUND else view.id  # else two rows had the id of a message
+        return view.own_id or id or (view.kind, view.time, view.name, view.text)
 
 
 class Server(NamedTuple):
@@ -715,6 +716,11 @@ def beginning(text: str) -> str:
     return "\n".join(lines[:LINES_SHOWN])[:TEXT_SHOWN]
 
 
+def has_id(view: chat.ViewEvent, id: str) -> bool:
+    """Return whether a view is the message with this id, and not a line that quotes it."""
+    return bool(id) and view.id == id and view.kind != chat.FOUND
+
+
 def is_unread(row: Row, read_time: int) -> bool:
     """Return whether a row is a message of another user that was not read yet."""
     view = row.view
@@ -1012,7 +1018,7 @@ class Sheet:
     def find_id(self, id: str) -> int | None:
         """Return the number of the row of a message, by the server's id."""
         numbers = range(len(self.rows) - 1, -1, -1)
-        return next((n for n in numbers if id and self.rows[n].view.id == id), None)
+        return next((n for n in numbers if has_id(self.rows[n].view, id)), None)
 
     def find_row(self, row: Row) -> int | None:
         """Return the number of an earlier form of this row."""
@@ -1320,7 +1326,7 @@ def result_of(core: chat.ClientCore, view: chat.ViewEvent) -> tuple[int, str, ch
 
 
 def looks_same(view: chat.ViewEvent, other: chat.ViewEvent) -> bool:
-    return view is other or (bool(view.id) and view.id == other.id)
+    return view is other or has_id(other, view.id)
 
 
 def find_view(room: chat.Room, wanted: Callable[[chat.ViewEvent], bool]) -> chat.ViewEvent | None:
@@ -1341,7 +1347,7 @@ def answered_by(
     """Return the sender and the beginning of the message that this one answers."""
     if not view.reply:
         return "", ""
-    said = by_id.get(view.reply) or find_view(room, lambda one: one.id == view.reply)
+    said = by_id.get(view.reply) or find_view(room, lambda one: has_id(one, view.reply))
     said = said or core.stored.message(view.reply)
     return (said.name, said.text[: 4 * EXCERPT]) if said else UNKNOWN_ANSWER
 
@@ -1363,7 +1369,8 @@ def row_of(
         parked, waits = view.own_id in outbox.parked, view.own_id in outbox.waiting
         reason = outbox.parked.get(view.own_id) or screen.failed.get(view.own_id, "")
         state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
-    looked_up = view.id and (view.past or not fresh or view.id in screen.reacted)
+    spoken = view.kind in chat.SPOKEN and view.id
+    looked_up = spoken and (view.past or not fresh or view.id in screen.reacted)
     reactions = core.reactions.of(view.id) if looked_up else {}
     told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
     answers = answered_by(core, room, view, by_id or {})
@@ -1419,7 +1426,8 @@ class Overview:
         servers = tuple(self._server(seat) for seat in self.client.seats)
         if servers == self.servers and ended is None:
             return []
-        if [one.rooms for one in servers] != [one.rooms for one in self.servers]:
+        shown = [[(one.ready, one.rooms) for one in some] for some in (servers, self.servers)]
+        if shown[0] != shown[1]:  # whether the user is in a channel is known while ready
             self.all_touched = True
         self.servers = servers
         return [Servers(servers, ended)]
@@ -1547,6 +1555,9 @@ class Watched:
             views = list(itertools.islice(room.views, count))
             self.count += len(views)
             self._send_rows(START, views)
+            came = {view.id for view in views if view.id}
+            for view in [view for view in room.views if view.reply in came]:
+                self.change(room, view)  # what it answers is known now
             self._tell_fetched(bool(views))
 
     def _tell_fetched(self, came: bool) -> None:
@@ -1615,7 +1626,7 @@ class Watched:
         core.people.ask(room)  # who is away
         if room.asked_people != asked:
             self.loop.call_soon(self.seat.link.poke)
-        known = room.is_channel and core.ready
+        known = room.is_channel and core.ready and room.inside
         now = {one.name: one for one in core.people.of(room)} if known else {}
         if len(now) > MEMBERS_LARGE:
             self.people_due = self.loop.now + MEMBERS_SECONDS
@@ -1667,6 +1678,14 @@ class Watched:
         if self.past and self.is_at(number):
             self.past, self.back = [], False
             self.again = True
+
+    def clear(self, room: chat.Room) -> None:
+        """Begin with an empty page, at the newest rows."""
+        if room is self.room:
+            if self.past:
+                self.past, self.back = [], False
+                self._send_all()
+            self.tell(Cleared(room.id))
 
     def jump(self, seat: chat.Seat, room: chat.Room, view: chat.ViewEvent) -> None:
         """Show a message among those around it."""
@@ -1762,7 +1781,14 @@ class Requests:
     # What the user writes
 
     def say(self, number: int, text: str, reply: str = "") -> None:
-        """Take a text or a command for the conversation where it was entered; 0: there was none."""
+        """Take what was half typed in a conversation: a text or a command; 0: there was none."""
+        self.engine.writing = 0
+        if place := self._place(number):
+            place[1].draft = ""
+        self.command(number, text, reply)
+
+    def command(self, number: int, text: str, reply: str = "") -> None:
+        """Carry out a command in a conversation, or send a text; what is half typed stays."""
         engine = self.engine
         here = engine.core.room or engine.seat.screen.nowhere
         place = self._place(number) if number else (engine.seat, here)
@@ -1777,7 +1803,6 @@ class Requests:
         if verb.lower() == "/disconnect":
             engine.look_at(seat)
             return engine.disconnect()
-        room.draft, engine.writing = "", 0
         inside = room if room is not seat.screen.nowhere else None
         seat.link.typed(text.rstrip() if text[:1] == "/" else text, inside, reply)
         if inside and inside in seat.core.rooms.values():
@@ -1926,7 +1951,7 @@ class Requests:
         """Give a command to a server, in the place without a conversation."""
         for seat in self._seats(server):
             self.engine.look_at(seat)
-            self.say(seat.screen.nowhere.id, command)
+            self.command(seat.screen.nowhere.id, command)
 
     def register(self, address: str, secret: str) -> None:
         """Register the name as an account, once the server has it."""
@@ -2175,7 +2200,7 @@ class Engine(chat.ManyServers):
         room = self.room_of(seat, view)
         said = find_view(room, lambda one: one.own_id == view.own_id)
         if said is None:
-            return self._keep(seat, view._replace(kind=chat.NOTE))
+            return self._keep(seat, view._replace(kind=chat.NOTE, own_id=""))
         why = view.text.partition(f": {said.text.strip('*')}")[0]
         why = seat.core.outbox.parked.get(view.own_id) or why
         seat.screen.failed[view.own_id] = why
@@ -2194,7 +2219,7 @@ class Engine(chat.ManyServers):
     def _reacted(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         room = self.room_of(seat, view)
         chat.remember(seat.screen.reacted, view.id)
-        if said := find_view(room, lambda one: one.id == view.id):
+        if said := find_view(room, lambda one: has_id(one, view.id)):
             self.watched.change(room, said)
 
     def _reset(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
@@ -2229,7 +2254,7 @@ class Engine(chat.ManyServers):
         chat.OLDER: _older,
         chat.PEOPLE: _people,
         chat.TRANSFER: lambda self, seat, view: self.wanted.saved(seat.core, view.own_id),
-        chat.CLEARED: lambda self, seat, view: self.tell(Cleared(self.room_of(seat, view).id)),
+        chat.CLEARED: lambda self, seat, view: self.watched.clear(self.room_of(seat, view)),
         chat.BACK: lambda self, seat, view: self.tell(Back(self.room_of(seat, view).id, view.text)),
         chat.PAGE: lambda self, seat, view: self.tell(Page(view.name, view.text)),
         chat.QR_CODE: lambda self, seat, view: self.tell(Code(view.text)),
@@ -2331,9 +2356,9 @@ class Model:
         """Have the engine do something; return whether there is one."""
         return self.engine is not None and self.engine.do(name, *values)
 
-    def say(self, text: str) -> bool:
-        """Give a text or a command to the conversation that is looked at."""
-        return self.do("say", self.here, text)
+    def command(self, text: str) -> bool:
+        """Give a command to the conversation that is looked at."""
+        return self.do("command", self.here, text)
 
     @property
     def server(self) -> Server | None:
@@ -3833,6 +3858,7 @@ class SheetText(ReadText):
         fits = self.fits if look.reorders else None
         self.sheet = Sheet(Style(fits=fits, seen=look.ordered, box=box))
         self.spaces: set[str] = set()  # tags: lines as high as pictures
+        self.marks: dict[str, Any] = {}  # tags that one row has, and its key
         self.drew: Callable[[], None] = chat.do_nothing  # rows with pictures, perhaps
         super().__init__(parent, look, (0.9, 0.5), width=20, height=5)
 
@@ -3903,6 +3929,7 @@ class SheetText(ReadText):
             self.insert_pieces("1.0", sheet.draw_before(ROWS_MORE))
             if sheet.is_drawn(head):
                 self.redraw(head)  # it may go on with what is above it now
+        self.paint()
         return True
 
     def redraw(self, number: int) -> None:
@@ -3910,11 +3937,16 @@ class SheetText(ReadText):
         with self.editing():
             self.delete(f"{line}.0", f"{line + lines}.0")
             self.insert_pieces(f"{line}.0", pieces)
+        if self.sheet.rows[number].key in self.marks.values():
+            self.paint()
 
     def delete_first(self, lines: int) -> None:
+        """Delete lines of the oldest rows; what is the first row now gets a head."""
         if lines:
             with self.editing():
                 self.delete("1.0", f"{lines + 1}.0")
+            if self.sheet.sizes:
+                self.redraw(self.sheet.first)
 
     # Where rows are
 
@@ -3931,15 +3963,26 @@ class SheetText(ReadText):
     def start_of(self, number: int) -> str:
         return f"{self.sheet.line_of(number)}.0"
 
+    def lay_out(self) -> None:
+        """Let Tk count the pixels of all lines: it does that later, and takes the end to be in
+        sight until then."""
+        self.count("1.0", "end", "update", "ypixels")
+
     def last_in_sight(self) -> int:
         number = self.row_at(f"@0,{self.winfo_height()}")
         return len(self.sheet.rows) - 1 if number is None else number
 
     def mark_row(self, tag: str, number: int | None) -> None:
         """Give a tag to a row, and to no other one."""
-        self.tag_remove(tag, "1.0", "end")
-        if self.sheet.is_drawn(number):
-            self.tag_add(tag, *self.sheet.body_of(number))
+        self.marks[tag] = None if number is None else self.sheet.rows[number].key
+        self.paint()
+
+    def paint(self) -> None:
+        """Give the tags to their rows again, which may have been drawn again."""
+        for tag, key in self.marks.items():
+            self.tag_remove(tag, "1.0", "end")
+            if self.sheet.is_drawn(number := self.sheet.find(key)):
+                self.tag_add(tag, *self.sheet.body_of(number))
 
 
 class Spot(NamedTuple):
@@ -4006,6 +4049,7 @@ class Pictures:
                 text.tag_remove(tag, index)
             for tag in ("said", "picture"):
                 text.tag_add(tag, index)
+        text.paint()
         names = self.placed.setdefault(path, [])
         if name not in names:
             names.append(name)
@@ -4073,7 +4117,6 @@ class Pointer:
     def __init__(self, transcript: "Transcript"):
         self.transcript, self.text = transcript, transcript.text
         self.sheet = self.text.sheet
-        self.chosen: Any = None  # key of the row that the keys are for
         self.hovered: int | None = None
         self.menu_for: Callable[[Row, Any], Any] = chat.do_nothing
         self.acted: Callable[[str, Row], None] = chat.do_nothing
@@ -4090,6 +4133,11 @@ class Pointer:
         text.show_hand(*CLICKED)
 
     @property
+    def chosen(self) -> Any:
+        """The key of the row that the keys are for."""
+        return self.text.marks.get("chosen")
+
+    @property
     def row(self) -> Row | None:
         """The row that keys are for: the chosen one, or the last message."""
         number = self.sheet.find(self.chosen)
@@ -4100,11 +4148,7 @@ class Pointer:
 
     def choose(self, number: int | None) -> None:
         """Choose a row; None chooses none."""
-        self.chosen = None if number is None else self.sheet.rows[number].key
-        self.paint()
-
-    def paint(self) -> None:
-        self.text.mark_row("chosen", self.sheet.find(self.chosen))
+        self.text.mark_row("chosen", number)
 
     def _choose_next(self, step: int, event: Any) -> str:
         """Choose the next row, or the one before; the first key chooses the last in sight."""
@@ -4253,6 +4297,8 @@ class Transcript(ttk.Frame):
         drawn = max(ROWS_DRAWN, spot.drawn if spot else 0)
         if event.mark >= 0:
             drawn = max(drawn, len(event.rows) - event.mark + ROWS_MORE)
+        if event.room != self.sheet.room:
+            self.text.marks.pop("found", None)
         self.sheet.reset(event)
         self.text.fill(self.sheet.draw_before(drawn))
         self.waiting_older = self.waiting_after = False
@@ -4263,7 +4309,7 @@ class Transcript(ttk.Frame):
         else:
             self.at_bottom = not self.sheet.past
             self.text.see("end")
-        self.pointer.paint()
+        self.text.paint()
         self.tell_older("")
         self._want_older()
 
@@ -4300,18 +4346,22 @@ class Transcript(ttk.Frame):
         self.sheet.clear()
         self.text.fill([])
         self.at_bottom = True
+        self.reached_bottom()
 
     def trim(self, count: int) -> None:
         self.text.delete_first(self.sheet.trim(count))
 
     def change(self, row: Row) -> None:
+        number = self.sheet.find_row(row)
+        before = "" if number is None else self.sheet.rows[number].view.name
         self.redraw(self.sheet.replace(row))
+        if before not in ("", row.view.name):
+            self.redraw(number + 1)  # it may have stood under the same name
 
     def redraw(self, number: int | None) -> None:
         if self.sheet.is_drawn(number):
             self.text.redraw(number)
             self._stay()
-            self.pointer.paint()
 
     def redraw_all(self) -> None:
         sheet = self.sheet
@@ -4324,6 +4374,13 @@ class Transcript(ttk.Frame):
             self.sheet.style = wanted
             self.text.recolour()
             self.redraw_all()
+
+    def rename_me(self, name: str) -> None:
+        """Mark the reactions of this user, whose name is another one now."""
+        before, self.sheet.me = self.sheet.me, name
+        for number, row in enumerate(self.sheet.rows if before != name else ()):
+            if row.reactions:
+                self.redraw(number)
 
     def read_to(self, when: int) -> None:
         """Take away the "new" line: all was read, here or on another device."""
@@ -4366,6 +4423,7 @@ class Transcript(ttk.Frame):
         number = self.sheet.find(spot.key)
         if not self.sheet.is_drawn(number):
             return False
+        self.text.lay_out()
         self.text.yview(self.text.start_of(number))
         if spot.offset:
             self.text.yview_scroll(spot.offset, "pixels")
@@ -4388,6 +4446,7 @@ class Transcript(ttk.Frame):
             if number is None or not self.draw_older():
                 return
         self.at_bottom = False
+        self.text.lay_out()
         first, _ = self.sheet.body_of(number)
         self.text.yview(f"{first} - 4 lines")
         self.text.see(first)
@@ -5824,7 +5883,7 @@ class Acts:
     def __init__(self, window: "Window"):
         self.window = window
         self.model, self.look, self.timers = window.model, window.look, window.timers
-        self.do, self.say = window.model.do, window.model.say
+        self.do, self.command = window.model.do, window.model.command
         self.compose, self.transcript = window.compose, window.transcript
 
 
@@ -5917,13 +5976,14 @@ class Writing(Acts):
     def enter_room(self, room: RoomInfo | None, number: int, from_nowhere: bool) -> None:
         """Go on with the draft of a conversation. A text that was typed before there was a place
         for it comes with the user."""
-        draft = self.drafts.pop(number, room.draft if room else "")
+        kept = draft = self.drafts.pop(number, room.draft if room else "")
         text = self.compose.content if from_nowhere or self.begun else ""
         if text.strip() and text != draft:
             self.compose.editor.remember(draft)
             draft = text
         self.compose.open(draft)
-        self.kept = draft
+        self.kept = kept
+        self._keep_draft(draft)
 
     def leave_room(self) -> None:
         """Keep an unfinished text in its conversation. If that conversation is gone, the text stays
@@ -5954,7 +6014,11 @@ class Writing(Acts):
         """Give a text back to the field from which it came."""
         here, rooms = self.model.here, self.model.rooms
         if event.room == here or event.room not in rooms:
+            was_empty = not self.compose.content.strip()
             self.compose.give_back(event.text)
+            gone = event.room not in (0, here) and was_empty and bool(self.compose.content)
+            self.begun = self.begun or gone
+            self._keep_draft(self.compose.content)
         elif not self.drafts.get(event.room, "").strip() and event.text[:1] != "/":
             self.drafts[event.room] = event.text
             self.window.sidebar.set_draft(event.room, True)
@@ -6058,7 +6122,7 @@ class Writing(Acts):
 
         def send_all() -> None:
             lines = [f"/{piece}" if piece[:1] == "/" else piece for piece in pieces]
-            if all(self.do("say", here, line) for line in lines):
+            if all(self.do("command", here, line) for line in lines):
                 return self.banner.hide()
             return self.window.ask(NOT_SENT)
 
@@ -6092,6 +6156,7 @@ class Reading(Acts):
             self.focused = focused
             self.do("focus", focused)
             self._see()
+            self._show_unread()
 
     def _see(self) -> None:
         """Soon note that what is in sight was read, also while more comes."""
@@ -6105,15 +6170,22 @@ class Reading(Acts):
             self.transcript.sheet.seen(newest)
             self.do("read", self.model.here, newest)
 
+    def _show_unread(self) -> None:
+        """Show what is not read here unless the user sees it."""
+        self.window.sidebar.select()
+        self.window.refresh()
+
     def _reached_bottom(self) -> None:
         self.below = 0
         self.do("back", False)
         self.transcript.tell_below(0)
         self._see()
+        self._show_unread()
 
     def _left_bottom(self) -> None:
         self.do("back", True)
         self.transcript.tell_below(self.below)
+        self._show_unread()
 
     def enter_room(self) -> None:
         self.below = 0
@@ -6127,7 +6199,7 @@ class Reading(Acts):
         spot = None if page.at_bottom or page.sheet.past else page.spot()
         if spot:
             self.spots[here] = spot
-        if self.present:
+        if self.present and page.sheet.newest:  # what came since was not in sight
             self.do("read", here, page.sheet.newest)
 
     # Events of the conversation that is looked at
@@ -6146,7 +6218,7 @@ class Reading(Acts):
             elif event.at == RESET:
                 self.below = event.unread
                 self.do("back", True)
-                self.window.sidebar.select()  # which shows what is not read here, too
+                self._show_unread()
         elif event.at == START:
             page.prepend(event.rows)
         else:
@@ -6416,8 +6488,8 @@ class MessageActs(Acts):
         "copy": _copy,
         "expand": lambda self, row: self.transcript.toggle(row),
         "answers": lambda self, row: self.transcript.show_reply(row),
-        "private": lambda self, row: self.say(f"/query {row.view.name}"),
-        "ignore": lambda self, row: self.say(f"/ignore {row.view.name}"),
+        "private": lambda self, row: self.command(f"/query {row.view.name}"),
+        "ignore": lambda self, row: self.command(f"/ignore {row.view.name}"),
         "save": lambda self, row: self.files.save(row),
         "save-as": lambda self, row: self.files.save_as(row),
         "open": lambda self, row: self.files.open(row),
@@ -6466,7 +6538,7 @@ class RoomActs(Acts):
             self.look_at(room.number)
 
     def open_private(self, name: str) -> None:
-        self.say(f"/query {name}")
+        self.command(f"/query {name}")
         self.compose.focus_set()
 
     def close(self, number: int = 0) -> None:
@@ -6511,7 +6583,7 @@ class RoomActs(Acts):
             add(label=word, command=lambda: self.call_always(room))
             add(label="Topic \u2026", command=lambda: self.ask_topic(room))
             if not room.inside:
-                add(label="Join", command=lambda: self.do("say", number, f"/join {room.name}"))
+                add(label="Join", command=lambda: self.do("command", number, f"/join {room.name}"))
         for word, step in (("Move up", -1), ("Move down", 1)):  # some desktops use the keys
             add(label=word, command=functools.partial(self.window.sidebar.shift, step, number))
         menu.add_separator()
@@ -6536,7 +6608,7 @@ class RoomActs(Acts):
         menu, me = self.look.menu(self.people), self.model.me
         for label, command, for_operators in self.MEMBER_MENU:
             text = self.look.seen(f"{label} {shorter(name, 30)}")
-            act = functools.partial(self.say, command.format(name))
+            act = functools.partial(self.command, command.format(name))
             on = name != me and (self.people.is_operator(me) or not for_operators)
             menu.add_command(label=text, command=act, state=enabled(on))
         mention = functools.partial(self.compose.begin, f"{name}: ")
@@ -6546,19 +6618,19 @@ class RoomActs(Acts):
     # Questions
 
     def ask_topic(self, room: RoomInfo) -> None:
-        taken = lambda text: self.do("say", room.number, f"/topic {room.name} {text}")  # noqa: E731
+        taken = lambda text: self.do("command", room.number, f"/topic {room.name} {text}")  # noqa: E731
         self.ask_card.show(f"Topic of {room.name}", taken, room.topic)
 
     def ask_channel(self) -> None:
         note = "its name, and its password behind a blank if it has one"
-        join = lambda text: self.say(f"/join {text}")  # noqa: E731
+        join = lambda text: self.command(f"/join {text}")  # noqa: E731
         self.ask_card.show("Join a channel", join, "#", note)
 
     def ask_private(self) -> None:
         self.ask_card.show("Write to", lambda text: self.open_private(text.split()[0]))
 
     def ask_name(self) -> None:
-        rename = lambda text: self.say(f"/nick {text}")  # noqa: E731
+        rename = lambda text: self.command(f"/nick {text}")  # noqa: E731
         self.ask_card.show("Your name", rename, self.model.me)
 
 
@@ -6746,7 +6818,7 @@ class Commands(Acts):
             self.window.show_page(f"Topic of {room.name}", room.topic)
 
     def show_help(self) -> None:
-        if not self.say("/help"):
+        if not self.command("/help"):
             self.window.show_page("Keys", keys_text())
 
     def zoom(self, step: int) -> None:
@@ -7166,7 +7238,7 @@ class Window:
     def _name_user(self) -> None:
         """Mark what is the user's own, in the conversation and among the members."""
         if self.model.me:
-            self.transcript.sheet.me = self.model.me
+            self.transcript.rename_me(self.model.me)
             self.people.rename_me(self.model.me)
 
     def _take_rooms(self, event: Rooms) -> None:
@@ -7404,7 +7476,7 @@ def play_demo(window: Window, peers: dict[str, DemoPeer], folder: pathlib.Path) 
 
     wait_for(window, lambda: window.model.room and window.model.server.ready)
     for channel in DEMO_CHANNELS[1:]:
-        window.model.say(f"/join {channel}")
+        window.model.command(f"/join {channel}")
         wait_for(window, lambda c=channel: window.model.room and window.model.room.name == c)
     window.rooms.go_number(1)
     wait_for(window, lambda: window.model.room.name == DEMO_CHANNELS[0])
