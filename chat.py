@@ -392,6 +392,7 @@ FILES_COUNT = 10_000  # all of them are kept in memory
 FILES_DAYS = 90  # until a file is removed
 UPLOAD_SECONDS = 24 * 3600  # until an unfinished upload is removed
 UPLOADS_A_USER = 64  # that are not complete
+CLIENT_ID_LENGTH = 16  # of an id that a client makes for an upload: 64 random bits in hex
 CHUNKS_RESERVED = 8 * 1024 * 1024  # bytes, for a file whose size is not announced; then double
 FILE_NAME_BYTES = 200
 DISPOSITION_PARTS = 50  # semicolons of a Content-Disposition with a name
@@ -12182,17 +12183,52 @@ def take_pieces(session: WebSession) -> None:
         session.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
+def end_older(session: WebSession, id: str) -> None:
+    """End another connection that uploads a file: it broke, and its end was not noticed."""
+    if (other := session.site.uploading.get(id)) and other is not session:
+        other.conn.close()
+
+
+def tell_offset_of(session: WebSession, file: StoredFile) -> Steps:
+    """Answer how many bytes of a file there are. If the server ended before it completed a file of
+    which all bytes had come, do it now."""
+    files, folder = session.site.hub.files, session.site.folder
+    if file.sha or file.id in files.finishing:
+        return tell_progress(session, file.id, file.size)
+    if not session.site.has_content(file):
+        return tell_progress(session, file.id, 0)  # the other node knows
+    at = yield do(session.later, FILE_LANE, folder.size, file.id)
+    known = files.get(file.id)  # meanwhile it may have been completed, or removed
+    if at < file.size or known is None or known.sha or file.id in files.finishing:
+        return tell_progress(session, file.id, at)
+    end_older(session, file.id)
+    upload = Upload(file.id, file.size, resumable=True)
+    upload.handle, upload.at = yield do(session.later, FILE_LANE, folder.reopen, file.id)
+    return finish_upload(session, upload)
+
+
+def upload_id(owner: str, client_id: str) -> str:
+    """Return the id of a new file. An id that a client made for an upload gives the same one again:
+    so a request whose answer was lost is noticed. A short one could be guessed, and is ignored."""
+    if len(client_id) < CLIENT_ID_LENGTH:
+        return secrets.token_hex(16)
+    return hashlib.blake2b(f"{owner} {client_id}".encode(), digest_size=16).hexdigest()
+
+
 def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> Steps:
-    """Register a new file for an authorized client, and take the body."""
-    id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
+    """Register a new file for an authorized client, and take the body. If the client asks again,
+    tell how much there is."""
+    id, name = upload_id(owner, ""), disposition_name(request.header("content-disposition"))
     has_body = request.length != 0
     if tus := is_tus(request):
         known = tus_metadata(request.header("upload-metadata"))
-        name = known.get("filename", "") or known.get("name", "")
+        id, name = upload_id(owner, known.get("id", "")), known.get("filename") or known.get("name")
         if has_body and not is_piece(request):
             return answer_file(session, 415, NO_PIECE)
+    if file := session.site.hub.files.get(id):
+        return (yield from tell_offset_of(session, file))
     address, node = session.conn.limit_key, session.site.node
-    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
+    values = id, file_name(name or ""), UNKNOWN_TYPE, size, owner, address, node
     yield do(session.act, "begin_file", *values)
     session.site.uploading[id] = session
     total = size if tus or request.length is not None else None
@@ -12230,12 +12266,6 @@ def own_file(session: WebSession, request: Request) -> Steps:
     if not session.site.hub.same_person(file.owner, owner):
         raise Refused("NOT_YOURS", "this is another user's file")
     return file
-
-
-def end_older(session: WebSession, id: str) -> None:
-    """End another connection that uploads a file: it broke, and its end was not noticed."""
-    if (other := session.site.uploading.get(id)) and other is not session:
-        other.conn.close()
 
 
 @on_files("PATCH", "/files/*")
@@ -12280,18 +12310,8 @@ def delete_file(session: WebSession, request: Request) -> Steps:
 @in_steps
 def tell_offset(session: WebSession, request: Request) -> Steps:
     """Answer HEAD with Tus-Resumable: how many bytes of an upload there are."""
-    files, folder = session.site.hub.files, session.site.folder
     file = yield from own_file(session, request)
-    if file.sha or file.id in files.finishing:
-        return tell_progress(session, file.id, file.size)
-    at = yield do(session.later, FILE_LANE, folder.size, file.id)
-    known = files.get(file.id)  # meanwhile it may have been completed, or removed
-    if at < file.size or known is None or known.sha or file.id in files.finishing:
-        return tell_progress(session, file.id, at)
-    end_older(session, file.id)
-    upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
-    upload.handle, upload.at = yield do(session.later, FILE_LANE, folder.reopen, file.id)
-    finish_upload(session, upload)
+    yield from tell_offset_of(session, file)
 
 
 # Files: down
@@ -23396,15 +23416,16 @@ class Transfers:
         self._call(one.id, request._replace(done=answered))
 
     def _create(self, one: Transfer, token: str) -> None:
-        name = base64.b64encode(one.name.encode()).decode()
-        known = {"Upload_Length": one.size, "Upload_Metadata": f"filename {name}"}
+        words = {"filename": one.name, "id": one.id}  # so that it can be asked for again
+        told = (f"{key} {base64.b64encode(word.encode()).decode()}" for key, word in words.items())
+        known = {"Upload_Length": one.size, "Upload_Metadata": ",".join(told)}
         headers = self._headers(token, Content_Length=0, **known)
         url = parse_url(self.core.transfers.url, self.base)
 
         def created(response: Response, text: str) -> None:
             one.url = response.header("location")
             self.core.transfers.keep(one)
-            self._send_from(one, token, 0)
+            self._send_from(one, token, whole_bytes(response.header("upload-offset")))
 
         self._ask(one, CallRequest("POST", url, headers, created), 201)
 
@@ -26722,10 +26743,10 @@ class Uploader {
 
   async create(row) {
     const response = await this.call('POST', '/files', { 'Upload-Length': row.size,
-      'Upload-Metadata': `filename ${toBase64(bytesOf(row.name))}` });
+      'Upload-Metadata': `id ${btoa(row.own)},filename ${toBase64(bytesOf(row.name))}` });
     row.link = response.headers.get('Location');
     await keep(row);
-    return 0;
+    return offsetIn(response);
   }
 }
 

@@ -16230,6 +16230,55 @@ def test_an_upload_goes_on_where_it_broke_off(files):
     assert there[1]["upload-metadata"] == f"filename {name}".lower()  # asks() has small letters
 
 
+def meta(**words):
+    pairs = (f"{name} {base64.b64encode(word.encode()).decode()}" for name, word in words.items())
+    return f"Upload-Metadata: {','.join(pairs)}"
+
+
+ASKED_AGAIN = [  # bytes that came after the first POST, those of the second, what it answers
+    (b"", b"", "0"),
+    (b"hel", b"", "3"),
+    (b"hel", b"hello", "3"),  # the body of a POST begins with the first byte
+    (b"hello", b"", "5"),
+]
+
+
+@pytest.mark.parametrize("come, body, at", ASKED_AGAIN)
+def test_a_post_with_the_clients_id_whose_answer_was_lost_makes_no_second_file(
+    files, come, body, at
+):
+    ask = "POST", "/files", "Upload-Length: 5", meta(filename="a.txt", id="1" * 16)
+    path = path_of(tus(files, *ask))
+    if come:
+        tus(files, "PATCH", path, "Upload-Offset: 0", PIECE, body=come)
+    again = tus(files, *ask, *([PIECE] if body else ()), body=body)
+    assert (again[0], path_of(again), again[1]["upload-offset"]) == (201, path, at)
+    assert len(files.hub.files) == 1
+    if come != b"hello":
+        rest = b"hello"[int(at) :]
+        tus(files, "PATCH", path, f"Upload-Offset: {at}", PIECE, body=rest)
+    assert got(files, path)[2] == b"hello"
+
+
+@pytest.mark.parametrize(
+    "id, name", [("2" * 16, "alice"), ("1" * 16, "bob"), ("1" * 15, "alice"), ("", "alice")]
+)
+def test_another_id_another_user_or_an_id_that_can_be_guessed_makes_another_file(files, id, name):
+    first = "1" * 15 if len(id) == 15 else id if not id else "1" * 16
+    tus(files, "POST", "/files", "Upload-Length: 5", meta(id=first))
+    tus(files, "POST", "/files", "Upload-Length: 5", meta(id=id), name=name)
+    assert len(files.hub.files) == 2
+
+
+def test_an_upload_that_is_asked_for_again_on_another_node_is_one(files):
+    tus(files, "POST", "/files", "Upload-Length: 5", meta(id="1" * 16))
+    ((id, file),) = files.hub.files.items()
+    files.hub.files[id] = file._replace(node="n2")
+    files.site.cluster = types.SimpleNamespace()
+    again = tus(files, "POST", "/files", "Upload-Length: 5", meta(id="1" * 16))
+    assert (again[0], again[1]["upload-offset"]) == (201, "0") and path_of(again).endswith(id)
+
+
 @pytest.mark.parametrize("framing", ["Content-Length: 8", "Transfer-Encoding: chunked"])
 def test_a_piece_that_is_too_long_is_refused_and_the_upload_goes_on(files, framing):
     path = path_of(tus(files, "POST", "/files", "Upload-Length: 10", PIECE, body=b"hello"))
@@ -37052,11 +37101,13 @@ def test_each_new_state_of_a_transfer_is_shown(tmp_path):
 
 
 CREATED = 201, {"Location": "/files/1"}, b""
+CREATED_AT_5 = 201, {"Location": "/files/1", "Upload-Offset": "5"}, b""  # by an earlier POST
 AT_5 = 204, {"Upload-Offset": "5"}, b""
 AT_10 = 204, {"Upload-Offset": "10"}, b""
 UPLOADS = [  # answers, requests; whether the link is posted
     ([CREATED, AT_10], ["POST", "PATCH 0"], True),
     ([CREATED, AT_5, AT_10], ["POST", "PATCH 0", "PATCH 5"], True),
+    ([(500, {}, b""), CREATED_AT_5, AT_10], ["POST", "POST", "PATCH 5"], True),
     ([CREATED, *[(204, {}, b""), (200, {}, b"")] * 2], ["POST", *["PATCH 0", "HEAD"] * 2], False),
     ([CREATED, AT_5, AT_5, AT_5], ["POST", "PATCH 0", "PATCH 5", "HEAD", "PATCH 5"], False),
     ([CREATED, (500, {}, b""), (410, {}, b""), CREATED, AT_10], None, True),
