@@ -5570,30 +5570,21 @@ class Span(NamedTuple):
         return " AND ".join(texts), values
 
 
-# Scripts without spaces between words, and emoji: each character is a word of the index.
-# Han, kana, Thai, Lao, Burmese, Khmer (Unicode, Blocks.txt)
+# Scripts without spaces between words, and emoji: each character is a word of an index.
+# Han, kana, Thai, Lao, Burmese, Khmer (Unicode, Blocks.txt), and the syllables of Korean, in which
+# particles follow a word without a space
 JOINED_SCRIPTS = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\u3040-\u30ff\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001f000-\U0001faff\U00020000-\U0003ffff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U0001f000-\U0001faff\U00020000-\U0003ffff"
 )
 ONE_BY_ONE = re.compile(f"([{JOINED_SCRIPTS}])")
 
 
-def words_of(text: str) -> str:
-    """Return a text for the index: a blank on each side of characters that are words."""
-    return text if text.isascii() else ONE_BY_ONE.sub(r" \1 ", text)
-
-
-# In Korean, particles follow a word without a space: each syllable is a word, too
-HANGUL = "\uac00-\ud7a3"
-SYLLABLES = re.compile(f"([{HANGUL}])")
-
-
 def searchable(text: str) -> str:
-    """Return a text for the server's index: words_of() it without colours and styles, which may
-    begin or end inside a word."""
-    text = words_of(plain_text(text))
-    return text if text.isascii() else SYLLABLES.sub(r" \1 ", text)
+    """Return a text for an index: without colours and styles, which may begin or end inside a word,
+    and with a blank on each side of characters that are words."""
+    text = plain_text(text)
+    return text if text.isascii() else ONE_BY_ONE.sub(r" \1 ", text)
 
 
 class Readers:
@@ -12535,13 +12526,10 @@ def optional(*words: str) -> list[str]:
     return [word for word in words if word]
 
 
-JOINED = re.compile(f"[{JOINED_SCRIPTS}{HANGUL}]")
-
-
 def in_word(c: str) -> bool:
     """Return whether a character beside a name is of the same word, as far as its script tells."""
     is_letter = c == "_" or c.isalnum() or (c and unicodedata.category(c)[0] == "M")
-    return bool(is_letter) and not JOINED.match(c)
+    return bool(is_letter) and not ONE_BY_ONE.match(c)
 
 
 def calls(text: str, name: str, others: Iterable[str] = ()) -> bool:
@@ -13131,6 +13119,7 @@ class Room:
         self.read_time = 0  # ms; messages up to then were read, on some device ...
         self.told_time = 0  # ... and the time that the server knows,
         self.telling = False  # unless its answer is still to come
+        self.quiet_until = 0  # ms; while nothing was read here: before the first unread message
         self.typing: dict[str, float] = {}  # names of typing users, and until when (ticks)
         self.asked_people = False  # over this connection: who is away
 
@@ -13138,6 +13127,11 @@ class Room:
     def hole(self) -> str:
         """The position of the newest message before which others are missing; "" for none."""
         return self.holes[-1] if self.holes else ""
+
+    @property
+    def unread_since(self) -> int:
+        """The time (ms) after which messages are unread; 0 if none ever was."""
+        return self.read_time or self.quiet_until
 
     @property
     def oldest(self) -> str:
@@ -13225,7 +13219,7 @@ class Room:
 
     def forget_news(self, id: str) -> None:
         """No longer count a message as unread that was redacted."""
-        since = self.read_time  # what came in an earlier run may be unread
+        since = self.unread_since  # what came in an earlier run may be unread
         views = (view for view in self.views if not view.past or (view.time or 0) > since)
         news = list(filter(is_news, views))
         gone = [view for view in news[max(0, len(news) - self.unread) :] if view.id == id]
@@ -13270,7 +13264,7 @@ class Room:
 
     def count_unread(self) -> None:
         """Count the messages since the one that was read last, and those that call the user."""
-        when = self.read_time
+        when = self.unread_since
         later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
@@ -13287,8 +13281,10 @@ class Room:
     def take_over(self, other: "Room", trimmed: bool) -> None:
         """Take what is in another conversation, which ends: messages, members, counts. What the
         user has not read in one of them stays unread. `trimmed`: a store has the older messages."""
-        news = [room.read_time for room in (self, other) if room.unread]
-        self.read_time = min(news) if news else max(self.read_time, other.read_time)
+        both = (self, other)
+        news = [room for room in both if room.unread]
+        self.quiet_until = min(room.unread_since for room in news or both)
+        self.read_time = (min if news else max)(room.read_time for room in news or both)
         self.unread, self.called = self.unread + other.unread, self.called + other.called
         starts = [room.views[0].time or 0 for room in (self, other) if room.views.dropped]
         self.put([*other.views, *other.moves], max(starts, default=0) if trimmed else 0)
@@ -16472,6 +16468,7 @@ class Rooms(dict[str, Room]):
                 new = self.open(name)
                 new.put([view for view in room.views if fold(view.where) == other])
                 new.read_time = new.read_time or room.read_time
+                new.quiet_until = new.quiet_until or room.quiet_until
                 room.drop(lambda view, other=other: fold(view.where) == other)
                 for one in (new, room) if room.unread else ():
                     one.count_unread()
@@ -16878,6 +16875,7 @@ class StoredMessages:
         core, key = self.core, self.core.fold(room.name)
         room.holes = core.store.fact(f"holes {key}").split()
         room.read_time = core.believable(room.read_time)
+        room.quiet_until = core.believable(room.quiet_until)
         for view in self._after_hole(room, core.store.page(key, STORED_LINES)):
             room.views.append(view)
             room.spoke(view.name)
@@ -16885,7 +16883,7 @@ class StoredMessages:
             if view.id:
                 remember(core.known.ids, view.id)
         room.views.dropped = len(room.views) == STORED_LINES
-        if room.read_time:
+        if room.unread_since:
             room.count_unread()
 
     def load_again(self, room: Room) -> None:
@@ -17113,10 +17111,10 @@ class Incoming:
         core.stored.add(view, room)
         room.views.append(view)
         elsewhere = room is not core.room or not core.looked_at or not core.reads_at_once
-        new = view.time > room.read_time or not paged
+        new = view.time > room.unread_since or not paged
         if elsewhere and new and not (view.mine or view.past):
-            if not room.read_time:  # the next start must know that this one is news
-                room.read_time = room.told_time = core.believable(view.time) - 1
+            if not room.unread_since:  # the next start must know that this one is news
+                room.quiet_until = core.believable(view.time) - 1
                 core.rooms.keep(room)
             room.unread += 1
             room.called += view.called and not room.muted
@@ -18651,6 +18649,7 @@ CREATE TABLE IF NOT EXISTS rooms (
     draft TEXT NOT NULL,
     muted INTEGER NOT NULL DEFAULT 0,
     read_time INTEGER NOT NULL DEFAULT 0,       -- milliseconds: what is older has been read
+    quiet_until INTEGER NOT NULL DEFAULT 0,     -- while it is 0: what is later is unread
     place INTEGER NOT NULL DEFAULT 0,           -- among the conversations, from 0
     PRIMARY KEY (owner, key)
 ) WITHOUT ROWID;
@@ -18699,7 +18698,7 @@ CREATE TABLE IF NOT EXISTS outbox ( -- messages that were accepted and have not 
     at INTEGER NOT NULL,
     why TEXT NOT NULL
 );
-PRAGMA user_version = 4;
+PRAGMA user_version = 5;
 """
 CLIENT_COLUMNS = """
 ALTER TABLE messages ADD COLUMN reply TEXT NOT NULL DEFAULT '';
@@ -18712,27 +18711,37 @@ CLIENT_KINDS = """
 UPDATE messages SET kind = CASE kind WHEN 'said' THEN 'message' WHEN 'noticed' THEN 'notice' END
 WHERE kind IN ('said', 'noticed');
 """  # as versions 1 to 3 called them
-CLIENT_VERSION = 4
+CLIENT_NEWS = """
+ALTER TABLE rooms ADD COLUMN quiet_until INTEGER NOT NULL DEFAULT 0;
+DROP TRIGGER IF EXISTS words_gone;
+DROP TABLE IF EXISTS words;
+UPDATE indexed SET number = 0;
+"""  # version 4 counted invented times as read, and indexed Korean without its syllables
+CLIENT_VERSION = 5
 CLIENT_WORDS = """
 CREATE VIRTUAL TABLE IF NOT EXISTS words
 USING fts5 (text, content='messages', content_rowid='number', detail=none,
     tokenize="unicode61 categories 'L* N* Co So'");
 CREATE TRIGGER IF NOT EXISTS words_gone AFTER DELETE ON messages
 WHEN old.number <= (SELECT number FROM indexed)
-BEGIN INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, words_of(old.text)); END;
+BEGIN
+    INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, searchable(old.text));
+END;
 """
 BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client is writing
 LAST_NUMBER = 2**62  # above the number of every row
-ROOM_COLUMNS = ("name", "password", "channel", "wanted", "draft", "muted", "read_time", "place")
-ROOM_AT_FIRST = {"draft": "", "muted": False, "read_time": 0}  # which is no change
+ROOM_COLUMNS = ("name", "password", "channel", "wanted", "draft", "muted", "read_time")
+ROOM_COLUMNS += ("quiet_until", "place")
+ROOM_AT_FIRST = {"draft": "", "muted": False, "read_time": 0, "quiet_until": 0}  # no change
 MESSAGE_COLUMNS = "kind, text, name, place, time, mine, called, id, own_id, reply, file"
 MESSAGE_ROW = f"number, {MESSAGE_COLUMNS}"
+JOINED_WORD = re.compile(f"[{JOINED_SCRIPTS}]{{2,}}")
 
 
 def index_words(text: str) -> list[str]:
     """Return the words of a text in the form of the search index."""
     kinds = ("L", "N", "Co", "So")
-    solid = (c if unicodedata.category(c).startswith(kinds) else " " for c in words_of(text))
+    solid = (c if unicodedata.category(c).startswith(kinds) else " " for c in searchable(text))
     return "".join(solid).split()
 
 
@@ -18755,7 +18764,7 @@ def or_nothing(read: Callable) -> Callable:
 def open_client_database(path: str) -> sqlite3.Connection:
     """Open client.db, or one in memory. Raises sqlite3.Error; Unusable if it is too new."""
     db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
-    db.create_function("words_of", 1, words_of, deterministic=True)
+    db.create_function("searchable", 1, searchable, deterministic=True)
     with contextlib.suppress(sqlite3.Error):  # a network home may refuse WAL: then a journal
         db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
@@ -18763,7 +18772,7 @@ def open_client_database(path: str) -> sqlite3.Connection:
     if version > CLIENT_VERSION:
         raise Unusable(f"{path} is from a newer chat.py; {NO_STATE_ADVICE}")
     if version < CLIENT_VERSION:
-        before = CLIENT_COLUMNS * (version == 1) + CLIENT_KINDS * (version > 0)
+        before = CLIENT_COLUMNS * (version == 1) + (CLIENT_KINDS + CLIENT_NEWS) * (version > 0)
         try:
             db.executescript(f"BEGIN IMMEDIATE; {before} {CLIENT_TABLES} COMMIT;")
         except sqlite3.OperationalError:  # another client created them at the same time
@@ -19035,7 +19044,7 @@ class ClientStore(Writer):
             done = self.db.execute("SELECT number FROM indexed").fetchone()[0]
             rows = self.db.execute(query, [done, CLIENT_INDEX_SLICE]).fetchall()
             if rows:
-                rows = [(number, words_of(text)) for number, text in rows]
+                rows = [(number, searchable(text)) for number, text in rows]
                 with transaction(self.db):
                     self.db.executemany("INSERT INTO words (rowid, text) VALUES (?, ?)", rows)
                     self.db.execute("UPDATE indexed SET number = ?", [rows[-1][0]])
@@ -19097,9 +19106,12 @@ class ClientStore(Writer):
         if self.has_words:
             found = [quoted, CLIENT_HITS_SEEN, self.owner, *values]
             rows = self.db.execute(indexed, found).fetchall()
-        wanted = fold_text(words).split()
-        unindexed = self.db.execute(recent, [self.owner, *values])
-        rows += (row for row in unindexed if all(word in fold_text(row[2]) for word in wanted))
+            together = JOINED_WORD.findall(words)  # the index does not know the order of words
+            rows = [row for row in rows if all(run in plain_text(row[2]) for run in together)]
+        wanted = fold_text(plain_text(words)).split()
+        for row in self.db.execute(recent, [self.owner, *values]):
+            text = fold_text(plain_text(row[2]))
+            rows += [row] * all(word in text for word in wanted)
         rows.sort(key=lambda row: (row[5], row[0]))
         return [self._view(row) for row in rows[-count:]]
 
@@ -19144,7 +19156,9 @@ class ClientStore(Writer):
         """Store an open conversation: only what changed since this client stored or loaded it, as
         another client of the user may have changed the rest."""
         values = (room.name, room.password, room.is_channel, room.wanted, room.draft, room.muted)
-        row = dict(zip(ROOM_COLUMNS, (*values, room.read_time, place), strict=True))
+        row = dict(
+            zip(ROOM_COLUMNS, (*values, room.read_time, room.quiet_until, place), strict=True)
+        )
         before = self.kept_rooms.get(key, ROOM_AT_FIRST)
         changed = [name for name in row if row[name] != before.get(name)]
         self.kept_rooms[key] = row
@@ -19171,6 +19185,7 @@ class ClientStore(Writer):
             room = Room(known["name"], known["password"], bool(known["channel"]))
             room.wanted, room.muted = bool(known["wanted"]), bool(known["muted"])
             room.draft, room.read_time = known["draft"], known["read_time"]
+            room.quiet_until = known["quiet_until"]
             rooms.append(room)
         return rooms
 

@@ -1568,7 +1568,7 @@ class Watched:
         room, by_id = self.room, {view.id: view for view in views if view.id}
         rows = tuple(row_of(self.seat, room, view, by_id, at == END) for view in views)
         if rows or at == RESET:
-            self.tell(Rows(room.id, at, rows, room.read_time, room.unread, mark))
+            self.tell(Rows(room.id, at, rows, room.unread_since, room.unread, mark))
 
     def _send_new(self) -> None:
         """Send what is behind the rows that the window has."""

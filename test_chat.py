@@ -12921,6 +12921,24 @@ def test_words_of_scripts_without_spaces_and_emoji_are_found(text, found, missin
         assert [line.partition("alice: ")[2] for line in lines] == expected, words
 
 
+@pytest.mark.parametrize("text, found, missing", WITHOUT_SPACES)
+def test_a_client_finds_the_words_that_the_server_finds(text, found, missing):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.add("#a", chat.ViewEvent(chat.MESSAGE, text, "bob", "#a", 1, id="m"))
+    store.flush()
+    store.index()
+    for words, count in [*((w, 1) for w in found), *((w, 0) for w in missing)]:
+        assert len(store.find(words, 9)) == count, words
+
+
+def test_a_client_finds_a_word_with_a_colour_inside():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.add("#a", chat.ViewEvent(chat.MESSAGE, "a \x0304ne\x0fedle", "bob", "#a", 1, id="m"))
+    for _ in range(2):
+        assert len(store.find("needle", 9)) == 1
+        store.index()
+
+
 def test_a_search_that_finds_much_tells_the_newest(monkeypatch):
     monkeypatch.setattr(chat, "PAGE_BYTES", 2 * len("a " * 100) + 300)
     house = irc_house("#a", alice="batch message-tags soju.im/search")
@@ -21315,6 +21333,13 @@ def test_two_conversations_that_become_one_are_read_as_far_as_leaves_the_unread_
     assert (one.read_time, one.unread) == (both, sum(unread))
 
 
+def test_what_was_never_seen_is_not_read_in_a_conversation_that_takes_over_another():
+    one, other = chat.Room("[x]"), chat.Room("{x}")
+    one.read_time, other.quiet_until, one.unread, other.unread = 5, 9, 1, 1
+    one.take_over(other, trimmed=False)
+    assert (one.read_time, one.unread_since) == (0, 5)
+
+
 def test_the_history_of_two_channels_is_one_behind_a_rule_that_joins_their_names():
     db = chat.open_client_database(":memory:")
     lines = [f":bob!u@h PRIVMSG #{name} :{n}" for n, name in enumerate(["[x]", "{x}", "[x]"])]
@@ -23209,6 +23234,29 @@ def test_what_is_said_in_the_absence_of_a_client_is_news_in_a_channel_without_me
     assert (tea.unread, tea.called) == (1, 1)
 
 
+@pytest.mark.parametrize("starts", [1, 2])
+def test_a_conversation_that_the_user_never_saw_is_never_told_as_read(starts):
+    alice, bob, phone = with_phone()
+    alice.core.reads_at_once = False
+    bob.typed("/msg alice psst")
+    exchange_all(alice, phone)
+    bob.typed("/msg alice alice: hear me")
+    exchange_all(alice, phone)
+    for _ in range(starts):
+        start_again(phone)
+        phone.core.tick()
+        phone.exchange()
+    for room in phone.core.rooms["bob"], alice.core.rooms["bob"]:
+        assert (room.unread, room.read_time) == (2, 0)
+    assert not any("bob" in markers for markers in phone.house.hub.markers.values())
+    phone.core.rooms.mark_read(phone.core.rooms["bob"])
+    phone.core.tick()
+    exchange_all(phone, alice)
+    assert alice.core.rooms["bob"].unread == 0
+    start_again(phone)
+    assert phone.core.rooms["bob"].unread == 0
+
+
 def test_a_message_that_is_redacted_after_a_restart_is_no_longer_unread():
     _, bob, phone = with_phone()
     bob.typed("one")
@@ -23393,11 +23441,11 @@ def test_two_clients_of_a_user_keep_each_others_changes_of_a_conversation(tmp_pa
 def test_a_store_of_the_version_before_is_taken_over(tmp_path):
     path = str(tmp_path / "client.db")
     db = sqlite3.connect(path)
-    old = chat.CLIENT_TABLES.replace("user_version = 4", "user_version = 1")
+    old = chat.CLIENT_TABLES.replace("user_version = 5", "user_version = 1")
     old = re.sub(r",\n    reply TEXT[^\n]*\n    file TEXT[^\n]*\n", "\n", old)
     tables = "reactions|transfers|servers|logins|outboxes|outbox"
     old = re.sub(rf"CREATE TABLE IF NOT EXISTS ({tables}) .*?;\n", "", old, flags=re.DOTALL)
-    old = re.sub(r"    (muted|read_time|place) INTEGER[^\n]*\n", "", old)
+    old = re.sub(r"    (muted|read_time|quiet_until|place) INTEGER[^\n]*\n", "", old)
     db.executescript(old)
     db.execute("INSERT INTO owners VALUES (1, 'here', 'alice')")
     db.execute("INSERT INTO rooms VALUES (1, '#tea', '#tea', '', 1, 1, 'half')")
@@ -23414,6 +23462,29 @@ def test_a_store_of_the_version_before_is_taken_over(tmp_path):
     ]
     store.react("x", "+", "bob", True)
     assert store.reactions("x") == [("+", "bob")]
+    store.db.close()
+
+
+def test_the_words_of_a_store_of_version_4_are_indexed_again(tmp_path):
+    path = str(tmp_path / "client.db")
+    store = chat.ClientStore(chat.open_client_database(path), "here", "alice")
+    view = chat.ViewEvent(chat.MESSAGE, "\uac80\uc0c9\uc744", "bob", "#a", 1, id="m")
+    store.add("#a", view)
+    store.flush()
+    with chat.transaction(store.db):
+        store.db.execute("INSERT INTO words (rowid, text) VALUES (1, ?)", [view.text])
+        store.db.execute("UPDATE indexed SET number = 1")
+    assert store.find("\uac80\uc0c9", 9) == []
+    store.db.execute("ALTER TABLE rooms DROP COLUMN quiet_until")
+    store.db.execute("PRAGMA user_version = 4")
+    store.db.close()
+    store = chat.ClientStore(chat.open_client_database(path), "here", "alice")
+    for _ in range(2):
+        assert [found.id for found in store.find("\uac80\uc0c9", 9)] == ["m"]
+        store.index()
+    assert store.db.execute("SELECT number FROM indexed").fetchone() == (1,)
+    store.remove("m")
+    assert store.flush() and store.find("\uac80\uc0c9", 9) == []
     store.db.close()
 
 
