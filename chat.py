@@ -9067,6 +9067,8 @@ def disown_channel(session: LocalSession, name: str) -> Steps:
 
 def ask_service(session: IrcSession, text: str) -> None:
     """Run a command for NickServ. The text reaches no user, no history and no log."""
+    if text.startswith("\x01"):  # what programs ask each other (CTCP)
+        return
     verb, _, rest = text.lstrip(" ").partition(" ")
     session.from_service = True
     try:
@@ -9190,10 +9192,10 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> LongA
 
     def send(name: str) -> None:
         check_length(session, name, text, tags)
-        if text.startswith("\x01ACTION "):
-            send_message(session, name, text[8:].removesuffix("\x01"), ACTION, tags, own_id)
-        elif fold(name) == SERVICE_KEY:
+        if fold(name) == SERVICE_KEY:
             ask_service(session, text)
+        elif text.startswith("\x01ACTION "):
+            send_message(session, name, text[8:].removesuffix("\x01"), ACTION, tags, own_id)
         else:
             send_message(session, name, text, MESSAGE, tags, own_id)
 
@@ -9220,7 +9222,7 @@ def irc_tagmsg(session: IrcSession, targets: str = "") -> LongAnswer:
     kind = HINT if tags.partition("=")[0] == "+typing" and ";" not in tags else TAGS
 
     def send(name: str) -> None:
-        if tags:
+        if tags and fold(name) != SERVICE_KEY:  # typing, of one who writes to it
             session.act("say", name, "", kind, tags, "")
 
     return to_each_target(session, targets, send)
@@ -9600,14 +9602,14 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Lo
         case "CLEAR":
             return metadata_clear(session, target)
         case "GET" if params:
-            tell_metadata(session, metadata_owner(session, target), params)
+            tell_metadata(session, metadata_owner(session, target), dict.fromkeys(params))
         case "LIST":
             owner = metadata_owner(session, target)
             tell_metadata(session, owner, list(owner.metadata))
         case "SET" if params:
             metadata_set(session, target, *params[:2])
         case "SUB" | "UNSUB" as verb if params:
-            change_subscriptions(session, params, verb == "SUB")
+            change_subscriptions(session, dict.fromkeys(params), verb == "SUB")
         case "SUBS":
             lines = [session.shaped_line("772 {}", key) for key in session.subscribed]
             in_batch(session, "metadata-subs", lines)
@@ -9912,6 +9914,20 @@ def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = ""
 # Looking around
 
 
+def service_user(session: IrcSession) -> User:
+    """Return the service for accounts in the form of a user, for answers about users."""
+    source = source_of(SERVICE, f"{session.site.name}:0", SERVICE)
+    user = User(source, f"accounts; /msg {SERVICE} HELP", "", session.site.hub.now)
+    user.spoke = session.site.hub.ticks
+    return user
+
+
+def user_here(session: IrcSession, name: str) -> User | None:
+    """Return a user who is here, or the service for accounts, which always is."""
+    key = fold(name)
+    return service_user(session) if key == SERVICE_KEY else session.site.hub.users.get(key)
+
+
 def can_see(user: User, other: User) -> bool:
     """Return whether lists show a user to another: a user with +i only in a common channel."""
     return user is other or "i" not in other.modes or bool(user.channels.keys() & other.channels)
@@ -9934,7 +9950,7 @@ def who_fits(pattern: re.Pattern, user: User) -> bool:
 def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel | None] | None]:
     """Yield users with a channel that both are in, and None now and then: see in_slices()."""
     hub, me = session.site.hub, session.user
-    channel, exact = hub.channels.get(fold(mask)), hub.users.get(fold(mask))
+    channel, exact = hub.channels.get(fold(mask)), user_here(session, mask)
     hub.work += mask_work(mask)
     pattern = mask_pattern("*" if mask == "0" else mask)
     if mask.startswith("#"):
@@ -10029,19 +10045,10 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     yield "317 {} {} {} :seconds idle, signon time", idle, user.since // 1000
 
 
-def source_here(session: IrcSession, name: str) -> Source | None:
-    """Return the source of a user who is here, or of the service for accounts, which always is."""
-    key = fold(name)
-    if key == SERVICE_KEY:
-        return source_of(SERVICE, f"{session.site.name}:0", SERVICE)
-    user = session.site.hub.users.get(key)
-    return user.source if user else None
-
-
 def tell_whois(session: IrcSession, name: str) -> None:
     if fold(name) == SERVICE_KEY:
-        site, text = session.site, f"accounts; /msg {SERVICE} HELP"
-        session.reply(RPL_WHOISUSER, SERVICE, SERVICE, site.name, text)
+        site, service = session.site, service_user(session)
+        session.reply(RPL_WHOISUSER, SERVICE, SERVICE, site.name, service.realname)
         return session.reply(RPL_WHOISSERVER, SERVICE, site.name, site.network)
     user = session.site.hub.find_user(name)
     for shape, *values in whois_lines(session, user):
@@ -10087,8 +10094,8 @@ def irc_whowas(session: IrcSession, names: str, count: str = "", server: str = "
 @irc_command("ISON", 1, 15)
 def irc_ison(session: IrcSession, *names: str) -> None:
     """ISON <nickname>{ <nickname>} -- which of them are here"""
-    known = (source_here(session, name) for name in " ".join(names).split())
-    session.reply_list("303 :{}", [source.name for source in known if source] or [""])
+    known = (user_here(session, name) for name in " ".join(names).split())
+    session.reply_list("303 :{}", [user.name for user in known if user] or [""])
 
 
 def userhost(user: User) -> str:
@@ -10099,15 +10106,15 @@ def userhost(user: User) -> str:
 @irc_command("USERHOST", 1, 5)
 def irc_userhost(session: IrcSession, *names: str) -> None:
     """USERHOST <nickname>{ <nickname>} -- where they are, and whether they are away"""
-    users = (session.site.hub.users.get(fold(name)) for name in names)
+    users = (user_here(session, name) for name in names)
     session.reply_list("302 :{}", [userhost(user) for user in users if user] or [""])
 
 
 def tell_monitored(session: IrcSession, names: list[str]) -> None:
     session.site.hub.work += 2 * len(names)
-    known = [(name, source_here(session, name)) for name in names]
-    online = [source.mask for _, source in known if source]
-    offline = [name for name, source in known if not source]
+    known = [(name, user_here(session, name)) for name in names]
+    online = [user.source.mask for _, user in known if user]
+    offline = [name for name, user in known if not user]
     session.reply_list(RPL_MONONLINE, online, between=",")
     session.reply_list(RPL_MONOFFLINE, offline, between=",")
 

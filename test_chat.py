@@ -14303,7 +14303,15 @@ def test_the_service_for_accounts_can_be_reached_by_each_of_its_names(verb):
             ["311 NickServ NickServ chat.py", "312 NickServ chat.py", "318 nickserv"],
         ),
         ("ISON absent nickserv alice", ["303"]),
+        ("USERHOST absent nickserv", ["302"]),
         ("MONITOR + absent,nickserv", ["730", "731"]),
+        ("WHO nickserv", ["352 NickServ chat.py chat.py NickServ H", "315 nickserv"]),
+        ("WHO nickserv o", ["315 nickserv"]),
+        ("WHO nick*", ["315 nick*"]),
+        (
+            "WHO nickserv %tcuhsnfdla,7",
+            ["354 7 NickServ chat.py chat.py NickServ H 0 0", "315 nickserv"],
+        ),
     ],
 )
 def test_the_service_for_accounts_is_shown_as_present(line, told):
@@ -14313,7 +14321,34 @@ def test_the_service_for_accounts_is_shown_as_present(line, told):
     assert shown == told
     last = {one.verb: one.params[-1] for one in lines}
     assert last.get("303", "NickServ alice") == "NickServ alice"
+    assert last.get("302", "NickServ=+NickServ@chat.py") == "NickServ=+NickServ@chat.py"
+    assert last.get("352", "0 accounts; /msg NickServ HELP") == "0 accounts; /msg NickServ HELP"
     assert last.get("730", "NickServ!NickServ@chat.py") == "NickServ!NickServ@chat.py"
+
+
+# It reads commands only. A client tells each user to whom its user writes that the user types
+@pytest.mark.parametrize(
+    "line",
+    [
+        "@+typing=active TAGMSG nickserv",
+        "@+draft/react=x;+draft/reply=1 TAGMSG NickServ",
+        "NOTICE NickServ :help",
+        "PRIVMSG NickServ :\x01ACTION waves\x01",
+        "PRIVMSG NickServ :\x01VERSION\x01",
+    ],
+)
+def test_the_service_for_accounts_does_not_answer_what_is_no_command(line):
+    house = irc_house("", alice="message-tags")
+    assert asked(house, "alice", line) == []
+
+
+@pytest.mark.parametrize("command", ["SUB", "UNSUB", "GET"])
+@pytest.mark.parametrize("keys", ["a b", ".! b"])
+def test_an_answer_about_metadata_names_each_key_once(command, keys):
+    house, (one, other) = irc_house("", alice="draft/metadata-2"), keys.split()
+    lines = asked(house, "alice", f"METADATA * {command} {one} {one} {other} {one} {other}")
+    named = [word for line in lines for word in line.params[1:] if word in (one, other)]
+    assert named == [one, other]
 
 
 # A batch is for answers of several lines, also where a command takes several targets
