@@ -12774,7 +12774,11 @@ def parse_file_tag(value: str) -> FileTag | None:
 class Transfer:
     """A file being uploaded or downloaded, as the client store keeps it."""
 
-    KEPT = ("id", "up", "room", "path", "name", "size", "changed", "url", "type", "etag")
+    KEPT = {
+        **dict.fromkeys(("id", "room", "path", "name", "url", "type", "etag"), str),
+        **dict.fromkeys(("size", "changed"), int),
+        "up": bool,
+    }
 
     def __init__(self, id: str, up: bool, room: str, path: str, **properties: Any):
         self.id, self.up = id, up
@@ -12824,6 +12828,16 @@ SETTINGS = {
     "theme": Setting("auto", ("auto", "light", "dark"), "colours: the window"),
     "time": Setting("%H:%M", (), "how times are shown, as strftime has it"),
 }
+
+
+def setting_trouble(name: str, value: str) -> str:
+    """Return why a setting cannot have a value, or ""."""
+    allowed, limits = SETTINGS[name].values, SETTINGS[name].range
+    if allowed and value not in allowed:
+        return f"{name} is one of: {', '.join(allowed)}"
+    if limits and not limits[0] <= (whole_number(value) or 0) <= limits[1]:
+        return f"{name} is a number from {limits[0]} to {limits[1]}"
+    return ""
 
 
 def is_news(view: ViewEvent) -> bool:
@@ -18581,13 +18595,10 @@ def do_raw(core: ClientCore, line: str = "") -> None:
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
     """Change a setting and keep it; "default" is as it was delivered. Raises Refused."""
-    allowed, limits = SETTINGS[name].values, SETTINGS[name].range
     if value == "default":
         core.settings.pop(name, None)
-    elif allowed and value not in allowed:
-        raise Refused("BAD_SETTING", f"{name} is one of: {', '.join(allowed)}")
-    elif limits and not limits[0] <= (whole_number(value) or 0) <= limits[1]:
-        raise Refused("BAD_SETTING", f"{name} is a number from {limits[0]} to {limits[1]}")
+    elif trouble := setting_trouble(name, value):
+        raise Refused("BAD_SETTING", trouble)
     else:
         core.settings[name] = value
     if core.store:
@@ -18675,6 +18686,7 @@ CREATE TABLE IF NOT EXISTS facts ( -- that a server has told
     owner INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (owner, name)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS indexed (number INTEGER NOT NULL);     -- the last message that is
+DELETE FROM indexed WHERE typeof(number) <> 'integer';
 INSERT INTO indexed SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM indexed);
 CREATE TABLE IF NOT EXISTS servers (
     server TEXT PRIMARY KEY,        -- HOST:PORT; HOST for what holds on all its ports
@@ -18722,26 +18734,29 @@ CLIENT_NEWS = """
 ALTER TABLE rooms ADD COLUMN quiet_until INTEGER NOT NULL DEFAULT 0;
 DROP TRIGGER IF EXISTS words_gone;
 DROP TABLE IF EXISTS words;
-UPDATE indexed SET number = 0;
 """  # version 4 counted invented times as read, and indexed Korean without its syllables
 CLIENT_VERSION = 5
-CLIENT_WORDS = """
-CREATE VIRTUAL TABLE IF NOT EXISTS words
-USING fts5 (text, content='messages', content_rowid='number', detail=none,
-    tokenize="unicode61 categories 'L* N* Co So'");
-CREATE TRIGGER IF NOT EXISTS words_gone AFTER DELETE ON messages
-WHEN old.number <= (SELECT number FROM indexed)
-BEGIN
-    INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, searchable(old.text));
-END;
-"""
+CLIENT_WORDS = (
+    "UPDATE indexed SET number = 0",
+    """CREATE VIRTUAL TABLE words
+    USING fts5 (text, content='messages', content_rowid='number', detail=none,
+        tokenize="unicode61 categories 'L* N* Co So'")""",
+    """CREATE TRIGGER IF NOT EXISTS words_gone AFTER DELETE ON messages
+    WHEN old.number <= (SELECT number FROM indexed)
+    BEGIN
+        INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, searchable(old.text));
+    END""",
+)
+CLIENT_TABLE_NAMES = set(re.findall(r"TABLE IF NOT EXISTS (\w+)", CLIENT_TABLES))
 BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client is writing
 LAST_NUMBER = 2**62  # above the number of every row
 ROOM_COLUMNS = ("name", "password", "channel", "wanted", "draft", "muted", "read_time")
 ROOM_COLUMNS += ("quiet_until", "place")
+ROOM_TYPES = (str, str, str, int, int, str, int, int, int, int)  # of the key, and of these
 ROOM_AT_FIRST = {"draft": "", "muted": False, "read_time": 0, "quiet_until": 0}  # no change
 MESSAGE_COLUMNS = "kind, text, name, place, time, mine, called, id, own_id, reply, file"
 MESSAGE_ROW = f"number, {MESSAGE_COLUMNS}"
+MESSAGE_TYPES = (int, *[str] * 4, int, int, int, *[str] * 4)
 JOINED_WORD = re.compile(f"[{JOINED_SCRIPTS}]{{2,}}")
 
 
@@ -18750,6 +18765,20 @@ def index_words(text: str) -> list[str]:
     kinds = ("L", "N", "Co", "So")
     solid = (c if unicodedata.category(c).startswith(kinds) else " " for c in searchable(text))
     return "".join(solid).split()
+
+
+def sound(rows: Iterable[tuple], *types: type) -> list[tuple]:
+    """Return the rows with values of these types: SQLite would store anything."""
+    return [row for row in rows if tuple(map(type, row)) == types]
+
+
+def parsed(text: str, kind: type) -> Any:
+    """Return a text in JSON as a value of this type; an empty one if the text is damaged."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return kind()
+    return value if isinstance(value, kind) else kind()
 
 
 def or_nothing(read: Callable) -> Callable:
@@ -18768,9 +18797,16 @@ def or_nothing(read: Callable) -> Callable:
     return attempt_to
 
 
+def is_complete(db: sqlite3.Connection) -> bool:
+    """Return whether a database of this version has all tables, and a position of its index."""
+    names = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
+    return names >= CLIENT_TABLE_NAMES and bool(sound(db.execute("SELECT * FROM indexed"), int))
+
+
 def open_client_database(path: str) -> sqlite3.Connection:
     """Open client.db, or one in memory. Raises sqlite3.Error; Unusable if it is too new."""
     db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
+    db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
     db.create_function("searchable", 1, searchable, deterministic=True)
     with contextlib.suppress(sqlite3.Error):  # a network home may refuse WAL: then a journal
         db.execute("PRAGMA journal_mode = WAL")
@@ -18778,8 +18814,9 @@ def open_client_database(path: str) -> sqlite3.Connection:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > CLIENT_VERSION:
         raise Unusable(f"{path} is from a newer chat.py; {NO_STATE_ADVICE}")
-    if version < CLIENT_VERSION:
-        before = CLIENT_COLUMNS * (version == 1) + (CLIENT_KINDS + CLIENT_NEWS) * (version > 0)
+    if version < CLIENT_VERSION or not is_complete(db):
+        older = 0 < version < CLIENT_VERSION
+        before = CLIENT_COLUMNS * (version == 1) + (CLIENT_KINDS + CLIENT_NEWS) * older
         try:
             db.executescript(f"BEGIN IMMEDIATE; {before} {CLIENT_TABLES} COMMIT;")
         except sqlite3.OperationalError:  # another client created them at the same time
@@ -18787,8 +18824,11 @@ def open_client_database(path: str) -> sqlite3.Connection:
                 db.execute("ROLLBACK")
             if db.execute("PRAGMA user_version").fetchone()[0] == version:
                 raise
-    with contextlib.suppress(sqlite3.Error):  # without FTS5 in this Python, search is slower
-        db.executescript(CLIENT_WORDS)
+    if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'words'").fetchone():
+        # Without FTS5 in this Python, search is slower
+        with contextlib.suppress(sqlite3.Error), transaction(db):
+            for statement in CLIENT_WORDS:
+                db.execute(statement)
     db.execute("PRAGMA busy_timeout = 0")  # from here on no statement waits for a lock
     return db
 
@@ -18843,7 +18883,8 @@ class KnownServers(Writer):
         """Read what other clients have written. While the file is locked, what is known stays."""
         if self.flush():
             query = "SELECT server, kind, pin, port, until FROM servers"
-            self.rows = {row[0]: row[1:] for row in self.db.execute(query)}
+            rows = sound(self.db.execute(query), str, str, str, int, float)
+            self.rows = {row[0]: row[1:] for row in rows if 0 <= row[3] <= 65535}
 
     def _known(self, server: "Target | str") -> tuple[str, str, int, float]:
         return self.rows.get(str(server), ("", "", 0, 0.0))
@@ -18880,8 +18921,8 @@ class KnownServers(Writer):
 
     def login(self, server: "Target | str", name: str) -> Login | None:
         query = "SELECT account, password FROM logins WHERE server = ? AND name = ?"
-        row = self.db.execute(query, [str(server), fold(name)]).fetchone()
-        return Login(*row) if row else None
+        rows = sound(self.db.execute(query, [str(server), fold(name)]), str, str)
+        return Login(*rows[0]) if rows else None
 
     def keep_login(self, server: "Target | str", name: str, login: Login | None) -> None:
         """Store the password of an account, or with None forget it. Raises Unusable."""
@@ -18922,7 +18963,20 @@ class OutboxRows(Writer):
         return done
 
 
-NEW_OUTBOX = "INSERT INTO outboxes (server, name, secret) VALUES (?, ?, ?)"
+NEW_OUTBOX = """
+    INSERT INTO outboxes (box, server, name, secret) SELECT max(box) + 1, ?, ?, ?
+    FROM (SELECT box FROM outbox UNION ALL SELECT box FROM outboxes)"""
+OUTBOX_TYPES = (str, str, str, str, int, str, int, str)
+
+
+def add_outbox(
+    db: sqlite3.Connection, server: str, name: str, take: Callable[[int], Callable | None]
+) -> tuple[int, Callable]:
+    """Add an outbox; return its number, and a function that ends the ownership."""
+    while True:
+        box = db.execute(NEW_OUTBOX, [server, fold(name), Outbox().secret]).lastrowid
+        if close := take(box):  # else a client owns this number in a file that was removed
+            return box, close
 
 
 def adopt_outbox(
@@ -18944,15 +18998,19 @@ def adopt_outbox(
             boxes = dict(db.execute(query, [server, fold(name)]).fetchall())
             free |= {box: close for box in boxes if (close := take(box))}
             if not free:
-                box = db.execute(NEW_OUTBOX, [server, fold(name), Outbox().secret]).lastrowid
-                free[box], boxes[box] = take(box), 0
+                box, free[box] = add_outbox(db, server, name, take)
+                boxes[box] = 0
             own = next((box for box in free if boxes[box]), min(free))
             moved = [(own, box) for box in free if not boxes[box]]
             db.executemany("UPDATE outbox SET box = ? WHERE box = ?", moved)
             query = f"SELECT {columns} FROM outbox WHERE box = ? ORDER BY number"
-            waiting = list(itertools.starmap(Waiting, db.execute(query, [own])))
+            rows = sound(db.execute(query, [own]), *OUTBOX_TYPES)
+            waiting = list(itertools.starmap(Waiting, rows))
             query = "SELECT secret FROM outboxes WHERE box = ?"
             (secret,) = db.execute(query, [own]).fetchone()
+            if not re.fullmatch(f"[0-9a-f]{{{SECRET_DIGITS}}}", str(secret)):
+                secret = Outbox().secret
+                db.execute("UPDATE outboxes SET secret = ? WHERE box = ?", [secret, own])
         return Outbox(OutboxRows(db, own, own == min(boxes), free.pop(own)), secret, waiting)
     finally:
         for close in free.values():
@@ -19007,7 +19065,7 @@ class ClientStore(Writer):
     def reactions(self, id: str) -> list[tuple[str, str]]:
         """Return the emoji and the nick of each reaction to a message."""
         query = "SELECT emoji, name FROM reactions WHERE owner = ? AND id = ? LIMIT ?"
-        return self._rows(query, id, REACTIONS_SHOWN)
+        return self._rows((str, str), query, id, REACTIONS_SHOWN)
 
     def rename(self, old: str, new: str) -> None:
         change = "UPDATE OR REPLACE {} SET {} = ? WHERE owner = ? AND {} = ?"
@@ -19023,19 +19081,20 @@ class ClientStore(Writer):
         """Apply another rule for names to the keys of this user's rows. `names` are those of the
         open conversations by their keys of `before`. The messages of two private conversations with
         one key are told apart by the name that the user had."""
-        keys = [key for (key,) in self._rows("SELECT DISTINCT room FROM messages WHERE owner = ?")]
+        query = "SELECT DISTINCT room FROM messages WHERE owner = ?"
+        keys = (key for (key,) in self._rows((str,), query))
         for key in filter(AMBIGUOUS_KEY.search, keys):
             views = [] if key in names else self.page(key, 1)
             name = names.get(key) or (views[0].where if views else key)
             name = name if before(name) == key else key  # the conversation was renamed
             query = "SELECT DISTINCT place FROM messages WHERE owner = ? AND room = ?"
-            for (place,) in self._rows(query, key):
+            for (place,) in self._rows((str,), query, key):
                 own = before(place) == key and not is_channel(key)
                 change = "UPDATE messages SET room = ? WHERE owner = ? AND room = ? AND place = ?"
                 self.write(change, fold(place if own else name), self.owner, key, place)
             change = "UPDATE OR REPLACE facts SET name = ? WHERE owner = ? AND name = ?"
             self.write(change, f"holes {fold(name)}", self.owner, f"holes {key}")
-        for key, name in self._rows("SELECT key, name FROM rooms WHERE owner = ?"):
+        for key, name in self._rows((str, str), "SELECT key, name FROM rooms WHERE owner = ?"):
             if fold(name) != key:
                 change = "UPDATE OR IGNORE rooms SET key = ? WHERE owner = ? AND key = ?"
                 self.write(change, fold(name), self.owner, key)
@@ -19058,21 +19117,22 @@ class ClientStore(Writer):
 
     # Reading
 
-    @staticmethod
-    def _view(row: tuple) -> ViewEvent:
-        number, kind, text, name, place, when, mine, called, id, own_id, reply, file = row
-        view = ViewEvent(kind, text, name, place, when, bool(mine), bool(called), past=True, id=id)
-        return view._replace(own_id=own_id, number=number, reply=reply, file=file)
+    def _found(self, query: str, *values: Any) -> list[ViewEvent]:
+        """Return the messages that a query finds as views, in the order of their rows."""
+        views = []
+        for row in sound(self.db.execute(query, values), *MESSAGE_TYPES):
+            number, kind, text, name, place, when, mine, called, id, own_id, reply, file = row
+            view = ViewEvent(kind, text, name, place, when, bool(mine), bool(called), past=True)
+            views.append(view._replace(id=id, own_id=own_id, number=number, reply=reply, file=file))
+        return views
 
-    def _rows(self, query: str, *values: Any) -> list[tuple]:
-        return self.db.execute(query, [self.owner, *values]).fetchall()
+    def _messages(self, query: str, *values: Any) -> list[ViewEvent]:
+        """Return this user's messages that a query finds."""
+        return self._found(query, self.owner, *values)
 
-    def _row(self, query: str, *values: Any) -> tuple | None:
-        """Return the first row of this user's; None if there is none or the file is locked."""
-        try:
-            return next(iter(self._rows(query, *values)), None)
-        except sqlite3.OperationalError:  # locked
-            return None
+    def _rows(self, types: tuple[type, ...], query: str, *values: Any) -> list[tuple]:
+        """Return those of this user's rows that have values of these types."""
+        return sound(self.db.execute(query, [self.owner, *values]), *types)
 
     def _position(self, view: ViewEvent) -> tuple[int, int]:
         """Return the time and the number of a message, which determine its place in the order."""
@@ -19091,8 +19151,8 @@ class ClientStore(Writer):
             SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND room = ?
             AND (time {sign} ? OR (time = ? AND number {sign} ?))
             ORDER BY time {order}, number {order} LIMIT ?"""
-        rows = self._rows(query, key, when, when, number, count)
-        return [self._view(row) for row in (rows if after else reversed(rows))]
+        views = self._messages(query, key, when, when, number, count)
+        return views if after else views[::-1]
 
     @or_nothing
     def find(self, words: str, count: int, key: str | None = None) -> list[ViewEvent]:
@@ -19109,40 +19169,40 @@ class ClientStore(Writer):
         recent = f"""
             SELECT {MESSAGE_ROW} FROM messages NOT INDEXED
             WHERE number > (SELECT number FROM indexed) AND owner = ? {place}"""
-        rows: list[tuple] = []
+        views: list[ViewEvent] = []
         if self.has_words:
-            found = [quoted, CLIENT_HITS_SEEN, self.owner, *values]
-            rows = self.db.execute(indexed, found).fetchall()
+            views = self._found(indexed, quoted, CLIENT_HITS_SEEN, self.owner, *values)
             together = JOINED_WORD.findall(words)  # the index does not know the order of words
-            rows = [row for row in rows if all(run in plain_text(row[2]) for run in together)]
+            views = [v for v in views if all(run in plain_text(v.text) for run in together)]
         wanted = fold_text(plain_text(words)).split()
-        for row in self.db.execute(recent, [self.owner, *values]):
-            text = fold_text(plain_text(row[2]))
-            rows += [row] * all(word in text for word in wanted)
-        rows.sort(key=lambda row: (row[5], row[0]))
-        return [self._view(row) for row in rows[-count:]]
+        for view in self._found(recent, self.owner, *values):
+            text = fold_text(plain_text(view.text))
+            views += [view] * all(word in text for word in wanted)
+        views.sort(key=lambda view: (view.time, view.number))
+        return views[-count:]
 
     def message(self, id: str) -> ViewEvent | None:
         """Return the stored message with this id; None if there is none or the file is locked."""
-        row = self._row(f"SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND id = ?", id)
-        return self._view(row) if row else None
+        query = f"SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND id = ?"
+        with contextlib.suppress(sqlite3.Error):
+            return next(iter(self._messages(query, id)), None)
+        return None
 
     @or_nothing
     def has(self, key: str, view: ViewEvent) -> bool:
         """Return whether a message of a conversation is stored."""
         query = "SELECT 1 FROM messages WHERE owner = ? AND "
         if view.id:
-            return bool(self._rows(query + "id = ?", view.id))
+            return bool(self._rows((int,), query + "id = ?", view.id))
         query += "room = ? AND time = ? AND name = ? AND text = ? LIMIT 1"
-        return bool(self._rows(query, key, view.time or 0, view.name, view.text))
+        return bool(self._rows((int,), query, key, view.time or 0, view.name, view.text))
 
     def newest(self) -> ViewEvent | None:
         """Return the message with an id that was stored last; None if there is none."""
         query = f"""
             SELECT {MESSAGE_ROW} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
             ORDER BY number DESC LIMIT 1"""
-        rows = self._rows(query)
-        return self._view(rows[0]) if rows else None
+        return next(iter(self._messages(query)), None)
 
     # Transfers, conversations, ignored users, facts, settings
 
@@ -19156,8 +19216,10 @@ class ClientStore(Writer):
         self.flush()
 
     def transfers(self) -> list[Transfer]:
-        rows = self._rows("SELECT state FROM transfers WHERE owner = ?")
-        return [Transfer(**json.loads(state)) for (state,) in rows]
+        rows = self._rows((str,), "SELECT state FROM transfers WHERE owner = ?")
+        states = (parsed(state, dict) for (state,) in rows)
+        kept = Transfer.KEPT
+        return [Transfer(**one) for one in states if {k: type(one[k]) for k in one} == kept]
 
     def keep_room(self, key: str, room: Room, place: int = 0) -> None:
         """Store an open conversation: only what changed since this client stored or loaded it, as
@@ -19187,7 +19249,7 @@ class ClientStore(Writer):
         columns = ", ".join(ROOM_COLUMNS)
         query = f"SELECT key, {columns} FROM rooms WHERE owner = ? ORDER BY place"
         rooms = []
-        for key, *row in self._rows(query):
+        for key, *row in self._rows(ROOM_TYPES, query):
             self.kept_rooms[key] = known = dict(zip(ROOM_COLUMNS, row, strict=True))
             room = Room(known["name"], known["password"], bool(known["channel"]))
             room.wanted, room.muted = bool(known["wanted"]), bool(known["muted"])
@@ -19202,14 +19264,16 @@ class ClientStore(Writer):
             self.write("INSERT INTO ignored VALUES (?, ?)", self.owner, mask)
 
     def ignored(self) -> set[str]:
-        return {mask for (mask,) in self._rows("SELECT mask FROM ignored WHERE owner = ?")}
+        return {mask for (mask,) in self._rows((str,), "SELECT mask FROM ignored WHERE owner = ?")}
 
     def keep_fact(self, name: str, value: str) -> None:
         self.write("REPLACE INTO facts VALUES (?, ?, ?)", self.owner, name, value)
 
     def fact(self, name: str) -> str:
-        row = self._row("SELECT value FROM facts WHERE owner = ? AND name = ?", name)
-        return row[0] if row else ""
+        query = "SELECT value FROM facts WHERE owner = ? AND name = ?"
+        with contextlib.suppress(sqlite3.Error):  # locked
+            return next((value for (value,) in self._rows((str,), query, name)), "")
+        return ""
 
     def set(self, name: str, value: str | None) -> None:
         """Store a setting; None restores the default."""
@@ -19223,7 +19287,9 @@ class ClientStore(Writer):
         return self.db.execute("PRAGMA data_version").fetchone()[0]
 
     def settings(self) -> dict[str, str]:
-        return dict(self.db.execute("SELECT name, value FROM settings").fetchall())
+        rows = sound(self.db.execute("SELECT name, value FROM settings"), str, str)
+        known = ((name, value) for name, value in rows if name in SETTINGS)
+        return {name: value for name, value in known if not setting_trouble(name, value)}
 
 
 # ======================================================================================
@@ -24960,9 +25026,10 @@ class ManyServers(Client):
         """Connect to the other servers that were open last time."""
         first = self.seat
         with patience_with(self.db):  # else a lock would make the list empty, and keep it so
-            urls = json.loads(self.store.fact("servers") or "[]")
+            urls = parsed(self.store.fact("servers"), list)
         for url in urls:
-            self.connect(url)
+            if isinstance(url, str) and url.strip():
+                self.connect(url)
         self.look_at(first)
 
     def connect(self, words: str) -> None:

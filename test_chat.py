@@ -20565,8 +20565,12 @@ def test_the_list_of_other_servers_is_read_even_if_client_db_is_locked_for_a_mom
     client, waits = chat.ManyServers.__new__(chat.ManyServers), []
     client.db = chat.open_client_database(":memory:")
     client.seat, client.look_at = None, chat.do_nothing
-    timeout = lambda _: waits.append(client.db.execute("PRAGMA busy_timeout").fetchone()[0])  # noqa: E731
-    client.store = types.SimpleNamespace(fact=timeout)
+
+    def fact(name):
+        waits.append(client.db.execute("PRAGMA busy_timeout").fetchone()[0])
+        return ""
+
+    client.store = types.SimpleNamespace(fact=fact)
     client.open_others()
     assert waits[0] > 0
 
@@ -21885,6 +21889,140 @@ def test_a_damaged_file_of_messages_is_one_clear_line(folder):
                 core.outbox.rows.close()
         client.loop.close()
         assert folder / "client.lock" not in chat.LOCK_FILES
+
+
+def store_of_a_client():
+    """Return a client.db in memory with a row in each of its tables."""
+    db = chat.open_client_database(":memory:")
+    store, known = chat.ClientStore(db, "here", "alice"), chat.KnownServers(db)
+    words = {"reply": "x", "file": "/files/1,image/png,5,1,1"}
+    for n in (1, 2):
+        view = chat.ViewEvent(chat.MESSAGE, f"word {n}", "bob", "#a", 1000 * n, id=f"m{n}", **words)
+        store.add("#a", view)
+    store.react("m1", "+", "bob", True)
+    for place, room in enumerate((chat.Room("#a", channel=True), chat.Room("bob"))):
+        room.draft, room.read_time, room.wanted = "half", 5, room.is_channel
+        store.keep_room(room.name, room, place)
+    store.keep_ignored(["eve"])
+    for name, value in (
+        ("holes #a", "m1"),
+        ("servers", '["irc://there"]'),
+        ("CASEMAPPING", "ascii"),
+    ):
+        store.keep_fact(name, value)
+    store.keep_transfer(chat.Transfer("t", True, "#a", "/x"))
+    for name, value in (("size", "12"), ("time", "%H:%M"), ("highlight", "x y")):
+        store.set(name, value)
+    store.flush()
+    store.index()
+    known.remember("here", kind="irc", pin="x", port=6697, until=9.0)
+    known.keep_login("here", "alice", chat.Login("alice", "secret"))
+    box = chat.adopt_outbox(db, "here", "alice", lambda box: list)
+    for where in ("#a", "bob"):
+        box.add(1.0, where, "waits", chat.MESSAGE)
+    assert box.save(0.0)
+    return db
+
+
+def start_with(db, named="here"):
+    """Let a client with a screen start from a database, look at all, and come online."""
+    known = chat.KnownServers(db)
+    box = chat.adopt_outbox(db, named, "alice", lambda box: list)
+    made, store = known.login(named, "alice"), chat.ClientStore(db, named, "alice")
+    core = chat.ClientCore("alice", kind=known.kind(named), store=store, login=made, outbox=box)
+    for room in list(core.rooms.values()):
+        core.rooms.go(room)
+        core.stored.show_older(room)
+        core.reactions.of("m1")
+    for line in ("/set", "/transfers", "/ignore", "/lastlog word", "/history"):
+        core.typed(line)
+    store.index()
+    core.connected()
+    lines = "001 alice :w", "005 alice CASEMAPPING=rfc1459 :x", "376 alice :e"
+    core.feed("".join(f":s {line}\r\n" for line in lines).encode())
+    core.feed(b":alice!u@h JOIN #a\r\n:bob!u@h PRIVMSG #a :new\r\n:bob!u@h PRIVMSG alice :new\r\n")
+    core.tick()
+    return core
+
+
+TYPES_OF_SQLITE = ["x'ff00'", "'abc'", "1.5", "-1", "9223372036854775807", "CAST(x'ff' AS TEXT)"]
+
+
+@pytest.mark.parametrize("table", sorted(chat.CLIENT_TABLE_NAMES))
+@pytest.mark.parametrize("value", TYPES_OF_SQLITE)
+def test_a_client_starts_without_the_rows_of_its_file_that_have_other_types(table, value):
+    db = store_of_a_client()
+    columns = [(name, kind) for _, name, kind, *_ in db.execute(f"PRAGMA table_info({table})")]
+    copy = chat.open_client_database(":memory:")
+    for column, _ in columns:
+        db.backup(copy)
+        with contextlib.suppress(sqlite3.IntegrityError):  # a number of a row
+            copy.execute(f"UPDATE OR IGNORE {table} SET {column} = {value}")
+            before = copy.execute("SELECT count(*) FROM outbox").fetchone()
+            core = start_with(copy)
+            if table not in ("outbox", "outboxes"):
+                assert len(core.outbox.waiting) == 2
+            assert copy.execute("SELECT count(*) FROM outbox").fetchone() == before
+            size = chat.whole_number(core.setting("size"))
+            assert size is None or 6 <= size <= 40
+
+
+@pytest.mark.parametrize("table", sorted({*chat.CLIENT_TABLE_NAMES, "words"}))
+def test_a_client_starts_with_a_file_without_one_of_its_tables(table, tmp_path):
+    path = str(tmp_path / "client.db")
+    with contextlib.closing(sqlite3.connect(path)) as copy:
+        store_of_a_client().backup(copy)
+        copy.execute(f"DROP TABLE {table}")
+    with contextlib.closing(chat.open_client_database(path)) as db:
+        found = start_with(db)
+        lost = {"outbox", "outboxes"} & {table}
+        assert len(found.outbox.waiting) == (0 if lost else 2)
+        if table not in ("messages", "owners"):
+            for _ in range(2):
+                assert [view.id for view in found.store.find("word 2", 9)] == ["m2"]
+                found.store.index()
+
+
+def test_messages_of_an_outbox_that_is_missing_go_to_no_other_server():
+    db = store_of_a_client()
+    db.execute("DELETE FROM outboxes")
+    db.execute("DELETE FROM sqlite_sequence")
+    assert chat.adopt_outbox(db, "there", "alice", lambda box: list).waiting == {}
+    assert db.execute("SELECT count(*) FROM outbox").fetchone() == (2,)
+
+
+@pytest.mark.parametrize("damage", ["x'ff00'", "'two words'", "''"])
+def test_an_outbox_with_a_damaged_secret_gets_another_one_that_lasts(damage):
+    db = store_of_a_client()
+    db.execute(f"UPDATE outboxes SET secret = {damage}")
+    one, other = (chat.adopt_outbox(db, "here", "alice", lambda box: list) for _ in range(2))
+    assert len(one.waiting) == 2 and re.fullmatch("[0-9a-f]{32}", one.secret)
+    assert one.secret == other.secret
+
+
+def test_a_new_outbox_has_a_number_that_no_client_of_a_removed_file_has():
+    db, taken = chat.open_client_database(":memory:"), {1, 2}
+    box = chat.adopt_outbox(db, "here", "alice", lambda box: None if box in taken else list)
+    assert box.rows.box == 3
+    box.rows.close()
+
+
+@pytest.mark.parametrize(
+    "kept, servers",
+    [
+        ('["irc://a bob", 3, null, [], "", " ", "irc://b"]', ["irc://a bob", "irc://b"]),
+        ("damaged", []),
+        ("3", []),
+        ('{"irc://a": 1}', []),
+        ("", []),
+    ],
+)
+def test_other_servers_are_connected_to_as_far_as_their_list_is_sound(kept, servers, at_keys):
+    connected = []
+    at_keys.store = types.SimpleNamespace(fact=lambda name: kept)
+    at_keys.connect = connected.append
+    at_keys.open_others()
+    assert connected == servers
 
 
 def test_a_store_that_cannot_be_written_is_told_of_once():
