@@ -19117,18 +19117,15 @@ class ClientStore(Writer):
 
     # Reading
 
-    def _found(self, query: str, *values: Any) -> list[ViewEvent]:
-        """Return the messages that a query finds as views, in the order of their rows."""
-        views = []
-        for row in sound(self.db.execute(query, values), *MESSAGE_TYPES):
-            number, kind, text, name, place, when, mine, called, id, own_id, reply, file = row
-            view = ViewEvent(kind, text, name, place, when, bool(mine), bool(called), past=True)
-            views.append(view._replace(id=id, own_id=own_id, number=number, reply=reply, file=file))
-        return views
+    @staticmethod
+    def _view(row: tuple) -> ViewEvent:
+        number, kind, text, name, place, when, mine, called, id, own_id, reply, file = row
+        view = ViewEvent(kind, text, name, place, when, bool(mine), bool(called), past=True, id=id)
+        return view._replace(own_id=own_id, number=number, reply=reply, file=file)
 
     def _messages(self, query: str, *values: Any) -> list[ViewEvent]:
         """Return this user's messages that a query finds."""
-        return self._found(query, self.owner, *values)
+        return list(map(self._view, self._rows(MESSAGE_TYPES, query, *values)))
 
     def _rows(self, types: tuple[type, ...], query: str, *values: Any) -> list[tuple]:
         """Return those of this user's rows that have values of these types."""
@@ -19169,17 +19166,21 @@ class ClientStore(Writer):
         recent = f"""
             SELECT {MESSAGE_ROW} FROM messages NOT INDEXED
             WHERE number > (SELECT number FROM indexed) AND owner = ? {place}"""
-        views: list[ViewEvent] = []
+        rows: list[tuple] = []
         if self.has_words:
-            views = self._found(indexed, quoted, CLIENT_HITS_SEEN, self.owner, *values)
+            found = self.db.execute(indexed, [quoted, CLIENT_HITS_SEEN, self.owner, *values])
             together = JOINED_WORD.findall(words)  # the index does not know the order of words
-            views = [v for v in views if all(run in plain_text(v.text) for run in together)]
+            rows = [
+                row
+                for row in sound(found, *MESSAGE_TYPES)
+                if all(run in plain_text(row[2]) for run in together)
+            ]
         wanted = fold_text(plain_text(words)).split()
-        for view in self._found(recent, self.owner, *values):
-            text = fold_text(plain_text(view.text))
-            views += [view] * all(word in text for word in wanted)
-        views.sort(key=lambda view: (view.time, view.number))
-        return views[-count:]
+        for row in sound(self.db.execute(recent, [self.owner, *values]), *MESSAGE_TYPES):
+            text = fold_text(plain_text(row[2]))
+            rows += [row] * all(word in text for word in wanted)
+        rows.sort(key=lambda row: (row[5], row[0]))
+        return [self._view(row) for row in rows[-count:]]
 
     def message(self, id: str) -> ViewEvent | None:
         """Return the stored message with this id; None if there is none or the file is locked."""
