@@ -13336,7 +13336,7 @@ WANTED = (  # capabilities that this client can use
     *("draft/message-redaction", "standard-replies", "soju.im/search", "chat.py/session", "sasl"),
     *("chghost", "no-implicit-names", "cap-notify"),
 )
-WANTED_BY_SCREENS = ("away-notify", "account-notify", "draft/read-marker")  # but not by pipes
+WANTED_BY_SCREENS = ("away-notify", "draft/read-marker")  # but not by pipes
 COMMAND_LIMITS = {  # command -> token of 005 for its last parameter, and the usual limit
     "TOPIC": ("TOPICLEN", IRC_BYTES),
     "AWAY": ("AWAYLEN", IRC_BYTES),
@@ -15472,8 +15472,9 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core.began = core.began or heard.time or 0
     tell_own_name(talk)
     core.unwelcomed = False
-    if core.away and not talk.resumed:
-        talk.send("AWAY", core.away)
+    core.away_unanswered = bool(core.away_unanswered if talk.resumed else core.away)
+    if core.away_unanswered:
+        talk.send("AWAY", *optional(core.away))
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
         if core.find(core.outbox.waiting[id].where) is None:
             core.outgoing.leave_to_user(id)
@@ -15667,15 +15668,16 @@ def token_told(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("MARKREAD", least=2)
 def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
-    """MARKREAD <target> timestamp=<time> -- read so far, on another device perhaps"""
+    """MARKREAD <target> timestamp=<time>|* -- read so far, on another device perhaps"""
     room, value = talk.core.find(heard.params[0]), heard.params[1].removeprefix("timestamp=")
-    if room and value != "*":
+    if room:
         with contextlib.suppress(Refused):
-            talk.core.rooms.take_marker(room, parse_time(value))
+            talk.core.rooms.take_marker(room, 0 if value == "*" else parse_time(value))
 
 
 # Lines that only programs need, or that the client tells in other words
-from_server("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME")(do_nothing)
+from_server("002", "003", "020", "042", "318", "321", "329", "333", "369")(do_nothing)
+from_server("ACCOUNT", "SETNAME")(do_nothing)
 
 
 @from_server(*itertools.chain(*ANSWERS.values()))
@@ -15907,6 +15909,8 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
             we_joined(talk, heard, name)
             continue
         core.incoming.note_present(heard.name)
+        if not any(heard.name in room.people for room in core.rooms.values()):
+            core.people.forget(heard.name)  # what was known is of before
         if room := core.find(name):
             room.came(heard.name)
             core.incoming.event(room, ViewEvent(JOIN, "", heard.name, room.name, address=address))
@@ -16102,7 +16106,7 @@ def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
     core, reason = talk.core, "".join(heard.params[:1])
     if core.is_me(heard.name):  # said on another device
-        core.away = reason
+        core.away, core.away_unanswered = reason, 0
     core.people.note(heard.name, away=bool(reason))
     core.show(ViewEvent(PEOPLE))
     if (room := core.find(heard.name)) and not room.is_channel:
@@ -16111,16 +16115,13 @@ def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
         core.incoming.event(room, ViewEvent(AWAY, text, heard.name, room.name))
 
 
-@from_server("ACCOUNT", least=1)
-def account_changed(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.people.note(heard.name, account=heard.params[0].replace("*", ""))
-
-
 @from_server("305", "306", least=2)
 def own_away_told(talk: IrcTalk, heard: ServerLine) -> None:
-    if heard.verb == "305":
-        talk.core.away = ""
-    talk.core.server_text(heard.params[-1])
+    core = talk.core
+    core.away_unanswered = max(0, core.away_unanswered - 1)
+    if heard.verb == "305" and not core.away_unanswered:
+        core.away = ""
+    core.server_text(heard.params[-1])
 
 
 @from_server("332", "331", least=3)
@@ -16627,8 +16628,9 @@ class Rooms(dict[str, Room]):
 
     def take_marker(self, room: Room, when: int) -> None:
         """Note up to which time (ms) the user has read a conversation on another device."""
-        room.telling = room.telling and when < room.told_time
-        room.told_time = max(room.told_time, when)
+        # Else the server knows less than it did: as of another account, or after a loss
+        known = room.told_time if room.telling else 0
+        room.telling, room.told_time = when < known, max(known, when)
         self.read_up_to(room, when)
 
     def read_up_to(self, room: Room, when: int) -> None:
@@ -16713,7 +16715,6 @@ class Person(NamedTuple):
     name: str
     rank: str = ""  # symbols as in NAMES, the highest first
     away: bool = False
-    account: str = ""
     bot: bool = False
 
 
@@ -16740,7 +16741,7 @@ class People(dict[str, Person]):
             self.core.talk.send("WHO", room.name)
 
     def note(self, name: str, **facts: Any) -> None:
-        """Note facts about a user: away, account, bot."""
+        """Note facts about a user: away, bot."""
         key = self.core.fold(name)
         person = self.get(key, Person(name))._replace(**facts)
         if person == Person(person.name):
@@ -17571,6 +17572,7 @@ class ClientCore:
         self.server = ServerProfile(kind in (CHAT, PLAIN))
         self.talk: IrcTalk | PlainTalk | None = None  # while connected, once the protocol is known
         self.away, self.former_names = "", {}  # keys of this client's earlier nicks
+        self.away_unanswered = 0  # so many AWAYs may be unknown to the server
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
         self.ignored = IgnoreList(store.ignored() if store else (), self.fold)
         self.people, self.typing, self.reactions = People(self), Typing(self), Reactions(self)
@@ -17747,6 +17749,7 @@ class ClientCore:
             if room.telling:  # the marker may have been lost with the connection
                 room.told_time, room.telling = 0, False
             self.changed(room)
+        self.people.clear()
         self.people.asked.clear()
         self.transfers.take_token("")
         return self.take_views()
@@ -18227,7 +18230,7 @@ def do_search(core: ClientCore, words: str) -> None:
 def do_away(core: ClientCore, reason: str = "") -> None:
     """/away [REASON] -- say that you are not here, or that you are back"""
     core.talk.command("AWAY", *optional(reason))  # may be refused
-    core.away = reason
+    core.away, core.away_unanswered = reason, core.away_unanswered + 1
 
 
 client_command("back", doc="/back -- say that you are here again")(do_away)

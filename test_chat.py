@@ -22356,7 +22356,7 @@ def test_people_are_listed_up_to_the_limit(monkeypatch):
     longest = "n" * chat.IRC_BYTES
     for name in (longest + "n", longest, "bob", "carol"):
         room.came(name)
-        alice.core.people.note(name, away=True, account=name)
+        alice.core.people.note(name, away=True)
     assert list(room.people) == [longest, "bob"]
     assert len(alice.core.people) == 2
     room.typing.clear()
@@ -25764,13 +25764,16 @@ def test_a_user_in_a_channel_that_is_renamed_is_told_its_new_name():
         assert [view.where for view in alice.views if view.kind == "place"] == place
 
 
-def test_an_account_is_known_until_the_user_logs_out():
-    alice = Elsewhere(caps="account-notify away-notify")
-    alice.hears(":bob!u@h JOIN #lobby", ":bob!u@h ACCOUNT bobby", ":bob!u@h AWAY :lunch")
-    assert alice.core.people["bob"].account == "bobby"
-    alice.hears(":bob!u@h NICK rob", ":rob!u@h AWAY")
-    assert alice.core.people["rob"].account == "bobby"
-    alice.hears(":rob!u@h ACCOUNT *")
+def test_a_user_is_known_to_be_away_until_the_client_sees_that_user_no_more():
+    alice = Elsewhere(caps="away-notify", join=["#a", "#b"])
+    alice.hears(":bob!u@h JOIN #a", ":bob!u@h AWAY :lunch", ":bob!u@h NICK rob")
+    alice.hears(":rob!u@h JOIN #b", ":rob!u@h PART #a", ":rob!u@h JOIN #a")
+    assert alice.core.people["rob"].away
+    alice.hears(":rob!u@h PART #a", ":rob!u@h PART #b", ":rob!u@h JOIN #a")
+    assert alice.core.people == {}
+    alice.hears(":rob!u@h AWAY :tea")
+    assert alice.core.people["rob"].away
+    alice.views += alice.core.disconnected()
     assert alice.core.people == {}
 
 
@@ -27297,6 +27300,28 @@ def test_the_user_is_away_or_back_as_said_on_another_device(resumed):
     assert alice.core.away == ""
 
 
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("reason", ["tea", ""])
+def test_what_a_resumed_server_may_not_have_heard_of_being_away_is_told_again(reason, answered):
+    alice = with_bob().types("/away lunch").hears("306 alice :away").types(f"/away {reason}")
+    if answered:
+        alice.hears("306 alice :away" if reason else "305 alice :back")
+    alice.sent()
+    alice.views += alice.core.disconnected()
+    alice.views += alice.core.connected()
+    alice.hears("NOTE SESSION RESUMED :it goes on", "001 alice :Welcome")
+    told = [line for line in alice.sent() if line.startswith("AWAY")]
+    assert told == ([] if answered else [f"AWAY {reason}".strip()])
+
+
+def test_an_answer_to_an_earlier_away_does_not_end_the_present_one():
+    alice = with_bob().types("/away lunch", "/back", "/away tea")
+    alice.hears("306 alice :away", "305 alice :back")
+    assert alice.core.away == "tea"
+    alice.hears("306 alice :away", "305 alice :back")
+    assert alice.core.away == ""
+
+
 def test_that_a_user_is_away_is_told_once_until_that_user_speaks_or_another_reason_comes():
     alice = with_bob()
     told = ["301 alice bob :tea", "301 alice bob :tea", "301 alice bob :cake"]
@@ -28289,11 +28314,18 @@ def test_a_time_far_ahead_of_the_client_s_clock_is_not_believed(ahead, believed)
     assert core.believable(0) == 0 and core.believable(None) is None
 
 
-def test_the_newest_marker_that_was_told_counts():
-    alice = Elsewhere()
-    for when, newest in ((10, 10), (5, 10), (20, 20)):
-        alice.core.rooms.take_marker(alice.core.room, when)
-        assert alice.core.room.told_time == newest
+@pytest.mark.parametrize("told", ["*", "timestamp=1970-01-01T00:00:00.005Z"])
+def test_a_server_that_knows_an_older_marker_than_before_is_told_the_newest_once(told):
+    alice = Elsewhere(caps="draft/read-marker")
+    alice.hears("MARKREAD #lobby timestamp=1970-01-01T00:00:00.010Z")
+    alice.core.tick()
+    assert not any("MARKREAD" in line for line in alice.sent())
+    for times in (1, 0):  # a server that takes less answers with less
+        alice.hears(f"MARKREAD #lobby {told}")
+        alice.core.tick()
+        markers = [line for line in alice.sent() if "MARKREAD" in line]
+        assert markers == ["MARKREAD #lobby timestamp=1970-01-01T00:00:00.010Z"] * times
+    assert alice.core.room.read_time == 10
 
 
 def test_a_reaction_without_end_is_kept_in_part():
