@@ -16121,6 +16121,8 @@ def own_away_told(talk: IrcTalk, heard: ServerLine) -> None:
     core.away_unanswered = max(0, core.away_unanswered - 1)
     if heard.verb == "305" and not core.away_unanswered:
         core.away = ""
+    core.people.note(core.name, away=heard.verb == "306")
+    core.show(ViewEvent(PEOPLE))
     core.server_text(heard.params[-1])
 
 
@@ -16752,6 +16754,7 @@ class People(dict[str, Person]):
     def forget(self, name: str, new: str = "") -> None:
         """Forget the facts about a user who left, or move them to the new nick."""
         person = self.pop(self.core.fold(name), None)
+        self.pop(self.core.fold(new), None)  # of another user who had that nick
         if person and new:
             self[self.core.fold(new)] = person
 

@@ -25773,6 +25773,9 @@ def test_a_user_is_known_to_be_away_until_the_client_sees_that_user_no_more():
     assert alice.core.people == {}
     alice.hears(":rob!u@h AWAY :tea")
     assert alice.core.people["rob"].away
+    alice.hears(":rob!u@h PART #a", ":bob!u@h JOIN #a", ":bob!u@h NICK rob")
+    assert alice.core.people == {}
+    alice.hears(":rob!u@h AWAY :tea")
     alice.views += alice.core.disconnected()
     assert alice.core.people == {}
 
@@ -27312,6 +27315,13 @@ def test_what_a_resumed_server_may_not_have_heard_of_being_away_is_told_again(re
     alice.hears("NOTE SESSION RESUMED :it goes on", "001 alice :Welcome")
     told = [line for line in alice.sent() if line.startswith("AWAY")]
     assert told == ([] if answered else [f"AWAY {reason}".strip()])
+
+
+def test_the_user_is_away_among_the_people_of_a_channel_too():
+    alice = with_bob().types("/away lunch").hears("306 alice :away")
+    assert alice.core.people["alice"].away and "people" in [view.kind for view in alice.views]
+    alice.types("/back").hears("305 alice :back")
+    assert "alice" not in alice.core.people
 
 
 def test_an_answer_to_an_earlier_away_does_not_end_the_present_one():
