@@ -39439,7 +39439,7 @@ def test_a_window_closes_its_own_connection_to_the_file_that_it_shares(window, f
     alice.close()
     pump(alice, lambda: alice.gone)
     with pytest.raises(sqlite3.ProgrammingError):
-        alice.remembered.recent()
+        alice.remembered.store.db.execute("SELECT 1")
 
 
 def test_names_that_mean_something_to_tcl_are_names(running, window):
