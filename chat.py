@@ -26327,10 +26327,12 @@ function react(to, id, nick, emoji, on) {
   changed(message);
 }
 
-// A message, reaction or removal: from a page of the past, or as it happens
-function happened(nick, [target, text], { verb, tags }) {
+// A reaction or removal, as it happens or from a page of the past of `to`: users, and this one,
+// may have had other names then
+function happened(nick, [target, text], { verb, tags },
+  to = state.rooms[fold(partner(target, nick))]) {
   if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
-  const to = state.rooms[fold(partner(target, nick))], id = tags['+draft/reply'];
+  const id = tags['+draft/reply'];
   if (!to) return; // typing alone opens no conversation
   if (verb === 'REDACT') {
     const message = find(to, text), gone = { text: '', file: null, gone: true, reactions: [] };
@@ -26489,8 +26491,8 @@ function endBatch(key, { kind, target, line, lines }) {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
   }
   if (asked) turnPage(asked, said, 'draft/chathistory-end' in tags);
-  return lines.forEach((one) =>
-    /TAGMSG|REDACT/.test(one.verb) && happened(one.nick, one.params, one));
+  return lines.forEach((one) => /TAGMSG|REDACT/.test(one.verb)
+    && happened(one.nick, one.params, one, state.rooms[asked?.key]));
 }
 
 // An error: about a message of the outbox, about a request, or about what was typed

@@ -42373,6 +42373,25 @@ def test_a_reply_a_reaction_and_a_removal_reach_the_others_and_come_back(running
     assert "is there tea?" not in anna.js("document.querySelector('#asked').textContent")
 
 
+def test_a_reaction_under_an_earlier_name_is_there_after_a_reload(running, browse):
+    server = with_page(running)
+    tab, bob = browse(server.address).enter("anna"), server.guest("bob")
+    bob.send("/tell anna hello\n")
+    tab.until("room('bob').messages.length === 1")
+    tab.js(
+        "openRoom('bob'); (id => ask(`@+draft/react=+1;+draft/reply=${id} TAGMSG bob`))"
+        "(room('bob').messages[0].id)"
+    )
+    there = "JSON.stringify(room('bob').messages[0]?.reactions) === '[[\"+1\",\"anna\"]]'"
+    tab.until(there)
+    tab.say("/nick zoe")
+    tab.until("state.me === 'zoe'")
+    tab.js("Promise.all(allRooms().map(to => store('rooms', 'delete', to.key)))")
+    tab.js("globalThis.old = true; set('newest', ''); location.reload()")
+    tab.until("!globalThis.old && state.phase === 'online'")
+    tab.until(there)
+
+
 def test_search_finds_what_was_said_and_shows_what_stands_around_it(running, browse, folder):
     server = with_page(running, data=folder)
     tab = browse(server.address).enter("anna")
