@@ -26335,9 +26335,11 @@ function happened(nick, [target, text], { verb, tags },
   const id = tags['+draft/reply'];
   if (!to) return; // typing alone opens no conversation
   if (verb === 'REDACT') {
-    const message = find(to, text), gone = { text: '', file: null, gone: true, reactions: [] };
-    if (message) changed(Object.assign(message, gone));
-    to.messages.filter(({ reply: original }) => original === text).forEach(changed); // quotes
+    const message = find(to, text);
+    if (message) {
+      changed(Object.assign(message, { text: '', file: null, gone: true, reactions: [] }));
+    }
+    to.messages.filter(({ reply }) => reply === text).forEach(changed); // quotes
     remember(to);
   }
   const emoji = tags['+draft/react'] ?? tags['+draft/unreact'];
