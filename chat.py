@@ -26159,8 +26159,11 @@ async function openDatabase() {
   } catch { /* there is none, as in some private windows */ }
 }
 
+const opened = openDatabase(); // a row that is kept before that would be in localStorage
+
 // Safari closes the database of a page that was in the background: then it is opened once more
 async function reopening(work) {
+  await opened;
   try {
     return await work();
   } catch (error) {
@@ -26232,7 +26235,7 @@ function calls({ text, nick, target }) {
   const name = state.me.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&'), key = fold(state.me).slice(1);
   const others = Object.values(state.rooms[fold(target)]?.members ?? {})
     .filter((one) => !isMe(one.name) && fold(one.name).includes(key));
-  const rest = others.reduce((left, one) => left.split(one.name).join(' '), text.normalize('NFKC'));
+  const rest = others.reduce((left, one) => left.replaceAll(one.name, ' '), text.normalize('NFKC'));
   return !isMe(nick) && new RegExp(`(^|(?!${LETTER})[^])${name}(?!${LETTER})`, 'iu').test(rest);
 }
 
@@ -26374,7 +26377,10 @@ function miss(to) {
 function member(to, name, change) {
   const key = fold(name);
   if (change) to.members[key] = { name, rank: '', away: false, ...to.members[key], ...change };
-  else [to.members, to.typing].forEach((table) => delete table[key]);
+  else {
+    delete to.members[key];
+    delete to.typing[key];
+  }
 }
 
 const roomsWith = (nick) => allRooms().filter((to) => to.members[fold(nick)]);
@@ -26493,7 +26499,7 @@ function endBatch(key, { kind, target, line, lines }) {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
   }
   if (asked) turnPage(asked, said, 'draft/chathistory-end' in tags);
-  return lines.forEach((one) => /TAGMSG|REDACT/.test(one.verb)
+  lines.forEach((one) => /TAGMSG|REDACT/.test(one.verb)
     && happened(one.nick, one.params, one, state.rooms[asked?.key]));
 }
 
@@ -26586,8 +26592,9 @@ async function cancel({ own }) {
     leader?.uploader.call('DELETE', row.link).catch(() => {});
 }
 
+// A row with its blob, also one that the browser has lost
 async function storedRow(own) {
-  const row = (await stored('outbox')).find((one) => one.own === own);
+  const row = [...await stored('outbox'), ...state.outbox].find((one) => one.own === own);
   return row && blobs[own] ? { ...row, blob: blobs[own] } : row;
 }
 
@@ -27051,9 +27058,10 @@ function follow() {
 
 // Look for the leader. If there is none, or it is frozen, this tab takes its place
 function callLeader() {
-  const now = Date.now(), heard = () => leader || answered >= now;
+  const now = Date.now();
   channel.postMessage({ hello: tab, known: attached });
-  setTimeout(() => heard() || (document.hidden ? callLeader() : elect(true)), 3000);
+  setTimeout(() => leader || answered >= now
+    || (document.hidden ? callLeader() : elect(true)), 3000);
 }
 
 // A Web Lock makes the leader. On plain http there is none: a lease in localStorage does then. A
@@ -27752,7 +27760,6 @@ addEventListener('visibilitychange', () => {
 async function start() {
   state.me = setting('name') ?? '';
   here = fold(setting('here') ?? '#lobby');
-  await openDatabase();
   (await stored('rooms')).forEach((kept) =>
     miss(Object.assign(room(kept.name), kept, { behind: false })));
   room('#lobby');

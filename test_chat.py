@@ -42877,6 +42877,45 @@ def test_a_file_is_sent_also_where_a_browser_keeps_no_files(running, browse, fol
     tab.until("!state.outbox.length")
 
 
+SLOW_DATABASE = """
+    const opens = IDBFactory.prototype.open;
+    IDBFactory.prototype.open = function (...which) {
+      const waits = {};
+      setTimeout(() => {
+        const request = Object.assign(opens.apply(this, which), waits);
+        for (const name of ['onsuccess', 'onupgradeneeded', 'onerror']) {
+          const then = waits[name];
+          request[name] = (event) => { waits.result = request.result; then?.(event); };
+        }
+      }, 500);
+      return waits;
+    };
+"""
+
+
+def test_what_is_sent_before_the_database_is_open_is_kept_in_it(running, browse):
+    server = with_page(running)
+    tab = browse(server.address, before=SLOW_DATABASE).enter("anna")
+    tab.js("globalThis.old = true; location.reload()")
+    tab.until("!globalThis.old && document.readyState === 'complete'")
+    tab.js("say('absent', 'hello?')")
+    tab.until("state.outbox.some(({ failed }) => failed)")
+    rows = "stored('outbox').then((rows) => rows.map(({ text, failed }) => [text, failed !== '']))"
+    assert tab.js(rows) == [["hello?", True]] and tab.js("Boolean(indexed)")
+    tab.until("!room('#lobby').behind")
+
+
+def test_a_refused_message_that_the_browser_has_lost_waits_no_more(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("say('absent', 'hello?')")
+    tab.until("state.outbox.some(({ failed }) => failed)")
+    tab.js(
+        "store('outbox', 'delete', state.outbox[0].own).then(() => {"
+        "state.outbox[0].failed = ''; leader.pump(); })"
+    )
+    tab.until("state.outbox.some(({ failed }) => failed)")
+
+
 def test_tabs_without_a_database_lose_no_row_that_another_one_is_just_writing(running, browse):
     tab = browse(with_page(running).address, before=NO_DATABASE).enter("anna")
     names = tab.js("""(async () => {
