@@ -22451,7 +22451,7 @@ def test_news_of_what_is_known_is_taken_also_when_a_table_is_full(monkeypatch):
         room.came(name, ranks)
     assert room.people == {"bob": "@", "carol": ""}
     for name, away in (("bob", True), ("carol", True), ("bob", False), ("bob", True)):
-        core.people.note(name, away=away, account="x")
+        core.people.note(name, away=away, bot=True)
     assert core.people["bob"].away and len(core.people) == 2
 
 
@@ -27743,7 +27743,7 @@ EVERY_CAPABILITY = """
     draft/channel-rename multi-prefix draft/message-redaction standard-replies soju.im/search
     chat.py/session sasl chghost no-implicit-names cap-notify
 """
-FOR_SCREENS = "away-notify account-notify draft/read-marker"
+FOR_SCREENS = "away-notify draft/read-marker"
 
 
 @pytest.mark.parametrize("interactive", [False, True])
