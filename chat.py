@@ -5577,30 +5577,21 @@ class Span(NamedTuple):
         return " AND ".join(texts), values
 
 
-# Scripts without spaces between words, and emoji: each character is a word of the index.
-# Han, kana, Thai, Lao, Burmese, Khmer (Unicode, Blocks.txt)
+# Scripts without spaces between words, and emoji: each character is a word of an index.
+# Han, kana, Thai, Lao, Burmese, Khmer (Unicode, Blocks.txt), and the syllables of Korean, in which
+# particles follow a word without a space
 JOINED_SCRIPTS = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\u3040-\u30ff\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001f000-\U0001faff\U00020000-\U0003ffff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U0001f000-\U0001faff\U00020000-\U0003ffff"
 )
 ONE_BY_ONE = re.compile(f"([{JOINED_SCRIPTS}])")
 
 
-def words_of(text: str) -> str:
-    """Return a text for the index: a blank on each side of characters that are words."""
-    return text if text.isascii() else ONE_BY_ONE.sub(r" \1 ", text)
-
-
-# In Korean, particles follow a word without a space: each syllable is a word, too
-HANGUL = "\uac00-\ud7a3"
-SYLLABLES = re.compile(f"([{HANGUL}])")
-
-
 def searchable(text: str) -> str:
-    """Return a text for the server's index: words_of() it without colours and styles, which may
-    begin or end inside a word."""
-    text = words_of(plain_text(text))
-    return text if text.isascii() else SYLLABLES.sub(r" \1 ", text)
+    """Return a text for an index: without colours and styles, which may begin or end inside a word,
+    and with a blank on each side of characters that are words."""
+    text = plain_text(text)
+    return text if text.isascii() else ONE_BY_ONE.sub(r" \1 ", text)
 
 
 class Readers:
@@ -9120,6 +9111,8 @@ def disown_channel(session: LocalSession, name: str) -> Steps:
 
 def ask_service(session: IrcSession, text: str) -> None:
     """Run a command for NickServ. The text reaches no user, no history and no log."""
+    if text.startswith("\x01"):  # what programs ask each other (CTCP)
+        return
     verb, _, rest = text.lstrip(" ").partition(" ")
     session.from_service = True
     try:
@@ -9243,10 +9236,10 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> LongA
 
     def send(name: str) -> None:
         check_length(session, name, text, tags)
-        if text.startswith("\x01ACTION "):
-            send_message(session, name, text[8:].removesuffix("\x01"), ACTION, tags, own_id)
-        elif fold(name) == SERVICE_KEY:
+        if fold(name) == SERVICE_KEY:
             ask_service(session, text)
+        elif text.startswith("\x01ACTION "):
+            send_message(session, name, text[8:].removesuffix("\x01"), ACTION, tags, own_id)
         else:
             send_message(session, name, text, MESSAGE, tags, own_id)
 
@@ -9273,7 +9266,7 @@ def irc_tagmsg(session: IrcSession, targets: str = "") -> LongAnswer:
     kind = HINT if tags.partition("=")[0] == "+typing" and ";" not in tags else TAGS
 
     def send(name: str) -> None:
-        if tags:
+        if tags and fold(name) != SERVICE_KEY:  # typing, of one who writes to it
             session.act("say", name, "", kind, tags, "")
 
     return to_each_target(session, targets, send)
@@ -9653,14 +9646,14 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Lo
         case "CLEAR":
             return metadata_clear(session, target)
         case "GET" if params:
-            tell_metadata(session, metadata_owner(session, target), params)
+            tell_metadata(session, metadata_owner(session, target), dict.fromkeys(params))
         case "LIST":
             owner = metadata_owner(session, target)
             tell_metadata(session, owner, list(owner.metadata))
         case "SET" if params:
             metadata_set(session, target, *params[:2])
         case "SUB" | "UNSUB" as verb if params:
-            change_subscriptions(session, params, verb == "SUB")
+            change_subscriptions(session, dict.fromkeys(params), verb == "SUB")
         case "SUBS":
             lines = [session.shaped_line("772 {}", key) for key in session.subscribed]
             in_batch(session, "metadata-subs", lines)
@@ -9965,6 +9958,20 @@ def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = ""
 # Looking around
 
 
+def service_user(session: IrcSession) -> User:
+    """Return the service for accounts in the form of a user, for answers about users."""
+    source = source_of(SERVICE, f"{session.site.name}:0", SERVICE)
+    user = User(source, f"accounts; /msg {SERVICE} HELP", "", session.site.hub.now)
+    user.spoke = session.site.hub.ticks
+    return user
+
+
+def user_here(session: IrcSession, name: str) -> User | None:
+    """Return a user who is here, or the service for accounts, which always is."""
+    key = fold(name)
+    return service_user(session) if key == SERVICE_KEY else session.site.hub.users.get(key)
+
+
 def who_flags(user: User, member: Membership | None, multi: bool) -> str:
     """Return H or G (here or gone), * for operators, the ranks, and B for bots."""
     symbols = member.symbols if member else ""
@@ -9982,7 +9989,7 @@ def who_fits(pattern: re.Pattern, user: User) -> bool:
 def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel | None] | None]:
     """Yield users with a channel that both are in, and None now and then: see in_slices()."""
     hub, me = session.site.hub, session.user
-    channel, exact = hub.channels.get(fold(mask)), hub.users.get(fold(mask))
+    channel, exact = hub.channels.get(fold(mask)), user_here(session, mask)
     hub.work += mask_work(mask)
     pattern = mask_pattern("*" if mask == "0" else mask)
     if mask.startswith("#"):
@@ -10077,19 +10084,10 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     yield "317 {} {} {} :seconds idle, signon time", idle, user.since // 1000
 
 
-def source_here(session: IrcSession, name: str) -> Source | None:
-    """Return the source of a user who is here, or of the service for accounts, which always is."""
-    key = fold(name)
-    if key == SERVICE_KEY:
-        return source_of(SERVICE, f"{session.site.name}:0", SERVICE)
-    user = session.site.hub.users.get(key)
-    return user.source if user else None
-
-
 def tell_whois(session: IrcSession, name: str) -> None:
     if fold(name) == SERVICE_KEY:
-        site, text = session.site, f"accounts; /msg {SERVICE} HELP"
-        session.reply(RPL_WHOISUSER, SERVICE, SERVICE, site.name, text)
+        site, service = session.site, service_user(session)
+        session.reply(RPL_WHOISUSER, SERVICE, SERVICE, site.name, service.realname)
         return session.reply(RPL_WHOISSERVER, SERVICE, site.name, site.network)
     user = session.site.hub.find_user(name)
     for shape, *values in whois_lines(session, user):
@@ -10135,8 +10133,8 @@ def irc_whowas(session: IrcSession, names: str, count: str = "", server: str = "
 @irc_command("ISON", 1, 15)
 def irc_ison(session: IrcSession, *names: str) -> None:
     """ISON <nickname>{ <nickname>} -- which of them are here"""
-    known = (source_here(session, name) for name in " ".join(names).split())
-    session.reply_list("303 :{}", [source.name for source in known if source] or [""])
+    known = (user_here(session, name) for name in " ".join(names).split())
+    session.reply_list("303 :{}", [user.name for user in known if user] or [""])
 
 
 def userhost(user: User) -> str:
@@ -10147,15 +10145,15 @@ def userhost(user: User) -> str:
 @irc_command("USERHOST", 1, 5)
 def irc_userhost(session: IrcSession, *names: str) -> None:
     """USERHOST <nickname>{ <nickname>} -- where they are, and whether they are away"""
-    users = (session.site.hub.users.get(fold(name)) for name in names)
+    users = (user_here(session, name) for name in names)
     session.reply_list("302 :{}", [userhost(user) for user in users if user] or [""])
 
 
 def tell_monitored(session: IrcSession, names: list[str]) -> None:
     session.site.hub.work += 2 * len(names)
-    known = [(name, source_here(session, name)) for name in names]
-    online = [source.mask for _, source in known if source]
-    offline = [name for name, source in known if not source]
+    known = [(name, user_here(session, name)) for name in names]
+    online = [user.source.mask for _, user in known if user]
+    offline = [name for name, user in known if not user]
     session.reply_list(RPL_MONONLINE, online, between=",")
     session.reply_list(RPL_MONOFFLINE, offline, between=",")
 
@@ -12207,28 +12205,30 @@ def tell_offset_of(session: WebSession, file: StoredFile) -> Steps:
     return finish_upload(session, upload)
 
 
-def upload_id(owner: str, client_id: str) -> str:
+def upload_id(hub: Hub, owner: str, client_id: str = "") -> str:
     """Return the id of a new file. An id that a client made for an upload gives the same one again:
     so a request whose answer was lost is noticed. A short one could be guessed, and is ignored."""
-    if len(client_id) < CLIENT_ID_LENGTH:
-        return secrets.token_hex(16)
-    return hashlib.blake2b(f"{owner} {client_id}".encode(), digest_size=16).hexdigest()
+    id = hashlib.blake2b(client_id.encode(), digest_size=16).hexdigest()
+    file = hub.files.get(id)
+    foreign = file is not None and not hub.same_person(file.owner, owner)
+    return secrets.token_hex(16) if foreign or len(client_id) < CLIENT_ID_LENGTH else id
 
 
 def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> Steps:
     """Register a new file for an authorized client, and take the body. If the client asks again,
     tell how much there is."""
-    id, name = upload_id(owner, ""), disposition_name(request.header("content-disposition"))
-    has_body = request.length != 0
+    hub, name = session.site.hub, disposition_name(request.header("content-disposition"))
+    id, has_body = upload_id(hub, owner), request.length != 0
     if tus := is_tus(request):
         known = tus_metadata(request.header("upload-metadata"))
-        id, name = upload_id(owner, known.get("id", "")), known.get("filename") or known.get("name")
+        name = known.get("filename", "") or known.get("name", "")
+        id = upload_id(hub, owner, known.get("id", ""))
         if has_body and not is_piece(request):
             return answer_file(session, 415, NO_PIECE)
-    if file := session.site.hub.files.get(id):
+    if file := hub.files.get(id):
         return (yield from tell_offset_of(session, file))
     address, node = session.conn.limit_key, session.site.node
-    values = id, file_name(name or ""), UNKNOWN_TYPE, size, owner, address, node
+    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
     yield do(session.act, "begin_file", *values)
     session.site.uploading[id] = session
     total = size if tus or request.length is not None else None
@@ -12593,13 +12593,10 @@ def optional(*words: str) -> list[str]:
     return [word for word in words if word]
 
 
-JOINED = re.compile(f"[{JOINED_SCRIPTS}{HANGUL}]")
-
-
 def in_word(c: str) -> bool:
     """Return whether a character beside a name is of the same word, as far as its script tells."""
     is_letter = c == "_" or c.isalnum() or (c and unicodedata.category(c)[0] == "M")
-    return bool(is_letter) and not JOINED.match(c)
+    return bool(is_letter) and not ONE_BY_ONE.match(c)
 
 
 def calls(text: str, name: str, others: Iterable[str] = ()) -> bool:
@@ -12837,7 +12834,11 @@ def parse_file_tag(value: str) -> FileTag | None:
 class Transfer:
     """A file being uploaded or downloaded, as the client store keeps it."""
 
-    KEPT = ("id", "up", "room", "path", "name", "size", "changed", "url", "type", "etag")
+    KEPT = {
+        **dict.fromkeys(("id", "room", "path", "name", "url", "type", "etag"), str),
+        **dict.fromkeys(("size", "changed"), int),
+        "up": bool,
+    }
 
     def __init__(self, id: str, up: bool, room: str, path: str, **properties: Any):
         self.id, self.up = id, up
@@ -12887,6 +12888,16 @@ SETTINGS = {
     "theme": Setting("auto", ("auto", "light", "dark"), "colours: the window"),
     "time": Setting("%H:%M", (), "how times are shown, as strftime has it"),
 }
+
+
+def setting_trouble(name: str, value: str) -> str:
+    """Return why a setting cannot have a value, or ""."""
+    allowed, limits = SETTINGS[name].values, SETTINGS[name].range
+    if allowed and value not in allowed:
+        return f"{name} is one of: {', '.join(allowed)}"
+    if limits and not limits[0] <= (whole_number(value) or 0) <= limits[1]:
+        return f"{name} is a number from {limits[0]} to {limits[1]}"
+    return ""
 
 
 def is_news(view: ViewEvent) -> bool:
@@ -13189,6 +13200,7 @@ class Room:
         self.read_time = 0  # ms; messages up to then were read, on some device ...
         self.told_time = 0  # ... and the time that the server knows,
         self.telling = False  # unless its answer is still to come
+        self.quiet_until = 0  # ms; while nothing was read here: before the first unread message
         self.typing: dict[str, float] = {}  # names of typing users, and until when (ticks)
         self.asked_people = False  # over this connection: who is away
 
@@ -13196,6 +13208,11 @@ class Room:
     def hole(self) -> str:
         """The position of the newest message before which others are missing; "" for none."""
         return self.holes[-1] if self.holes else ""
+
+    @property
+    def unread_since(self) -> int:
+        """The time (ms) after which messages are unread; 0 if none ever was."""
+        return self.read_time or self.quiet_until
 
     @property
     def oldest(self) -> str:
@@ -13291,7 +13308,7 @@ class Room:
 
     def forget_news(self, id: str) -> None:
         """No longer count a message as unread that was redacted."""
-        since = self.read_time  # what came in an earlier run may be unread
+        since = self.unread_since  # what came in an earlier run may be unread
         views = (view for view in self.views if not view.past or (view.time or 0) > since)
         news = list(filter(is_news, views))
         gone = [view for view in news[max(0, len(news) - self.unread) :] if view.id == id]
@@ -13336,7 +13353,7 @@ class Room:
 
     def count_unread(self) -> None:
         """Count the messages since the one that was read last, and those that call the user."""
-        when = self.read_time
+        when = self.unread_since
         later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
         self.unread = len(later)
         self.called = 0 if self.muted else sum(view.called for view in later)
@@ -13353,8 +13370,10 @@ class Room:
     def take_over(self, other: "Room", trimmed: bool) -> None:
         """Take what is in another conversation, which ends: messages, members, counts. What the
         user has not read in one of them stays unread. `trimmed`: a store has the older messages."""
-        news = [room.read_time for room in (self, other) if room.unread]
-        self.read_time = min(news) if news else max(self.read_time, other.read_time)
+        both = (self, other)
+        news = [room for room in both if room.unread]
+        self.quiet_until = min(room.unread_since for room in news or both)
+        self.read_time = (min if news else max)(room.read_time for room in news or both)
         self.unread, self.called = self.unread + other.unread, self.called + other.called
         starts = [room.views[0].time or 0 for room in (self, other) if room.views.dropped]
         self.put([*other.views, *other.moves], max(starts, default=0) if trimmed else 0)
@@ -13385,7 +13404,7 @@ WANTED = (  # capabilities that this client can use
     *("draft/message-redaction", "standard-replies", "soju.im/search", "chat.py/session", "sasl"),
     *("chghost", "no-implicit-names", "cap-notify"),
 )
-WANTED_BY_SCREENS = ("away-notify", "account-notify", "draft/read-marker")  # but not by pipes
+WANTED_BY_SCREENS = ("away-notify", "draft/read-marker")  # but not by pipes
 COMMAND_LIMITS = {  # command -> token of 005 for its last parameter, and the usual limit
     "TOPIC": ("TOPICLEN", IRC_BYTES),
     "AWAY": ("AWAYLEN", IRC_BYTES),
@@ -15523,8 +15542,9 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core.began = core.began or heard.time or 0
     tell_own_name(talk)
     core.unwelcomed = False
-    if core.away and not talk.resumed:
-        talk.send("AWAY", core.away)
+    core.away_unanswered = bool(core.away_unanswered if talk.resumed else core.away)
+    if core.away_unanswered:
+        talk.send("AWAY", *optional(core.away))
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
         if core.find(core.outbox.waiting[id].where) is None:
             core.outgoing.leave_to_user(id)
@@ -15718,15 +15738,16 @@ def token_told(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("MARKREAD", least=2)
 def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
-    """MARKREAD <target> timestamp=<time> -- read so far, on another device perhaps"""
+    """MARKREAD <target> timestamp=<time>|* -- read so far, on another device perhaps"""
     room, value = talk.core.find(heard.params[0]), heard.params[1].removeprefix("timestamp=")
-    if room and value != "*":
+    if room:
         with contextlib.suppress(Refused):
-            talk.core.rooms.take_marker(room, parse_time(value))
+            talk.core.rooms.take_marker(room, 0 if value == "*" else parse_time(value))
 
 
 # Lines that only programs need, or that the client tells in other words
-from_server("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME")(do_nothing)
+from_server("002", "003", "020", "042", "318", "321", "329", "333", "369")(do_nothing)
+from_server("ACCOUNT", "SETNAME")(do_nothing)
 
 
 @from_server(*itertools.chain(*ANSWERS.values()))
@@ -15958,6 +15979,8 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
             we_joined(talk, heard, name)
             continue
         core.incoming.note_present(heard.name)
+        if not any(heard.name in room.people for room in core.rooms.values()):
+            core.people.forget(heard.name)  # what was known is of before
         if room := core.find(name):
             room.came(heard.name)
             core.incoming.event(room, ViewEvent(JOIN, "", heard.name, room.name, address=address))
@@ -16154,7 +16177,7 @@ def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
     core, reason = talk.core, "".join(heard.params[:1])
     if core.is_me(heard.name):  # said on another device
-        core.away = reason
+        core.away, core.away_unanswered = reason, 0
     core.people.note(heard.name, away=bool(reason))
     core.show(ViewEvent(PEOPLE))
     if (room := core.find(heard.name)) and not room.is_channel:
@@ -16163,16 +16186,15 @@ def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
         core.incoming.event(room, ViewEvent(AWAY, text, heard.name, room.name))
 
 
-@from_server("ACCOUNT", least=1)
-def account_changed(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.people.note(heard.name, account=heard.params[0].replace("*", ""))
-
-
 @from_server("305", "306", least=2)
 def own_away_told(talk: IrcTalk, heard: ServerLine) -> None:
-    if heard.verb == "305":
-        talk.core.away = ""
-    talk.core.server_text(heard.params[-1])
+    core = talk.core
+    core.away_unanswered = max(0, core.away_unanswered - 1)
+    if heard.verb == "305" and not core.away_unanswered:
+        core.away = ""
+    core.people.note(core.name, away=heard.verb == "306")
+    core.show(ViewEvent(PEOPLE))
+    core.server_text(heard.params[-1])
 
 
 @from_server("332", "331", least=3)
@@ -16541,6 +16563,7 @@ class Rooms(dict[str, Room]):
                 new = self.open(name)
                 new.put([view for view in room.views if fold(view.where) == other])
                 new.read_time = new.read_time or room.read_time
+                new.quiet_until = new.quiet_until or room.quiet_until
                 room.drop(lambda view, other=other: fold(view.where) == other)
                 for one in (new, room) if room.unread else ():
                     one.count_unread()
@@ -16678,8 +16701,9 @@ class Rooms(dict[str, Room]):
 
     def take_marker(self, room: Room, when: int) -> None:
         """Note up to which time (ms) the user has read a conversation on another device."""
-        room.telling = room.telling and when < room.told_time
-        room.told_time = max(room.told_time, when)
+        # Else the server knows less than it did: as of another account, or after a loss
+        known = room.told_time if room.telling else 0
+        room.telling, room.told_time = when < known, max(known, when)
         self.read_up_to(room, when)
 
     def read_up_to(self, room: Room, when: int) -> None:
@@ -16764,7 +16788,6 @@ class Person(NamedTuple):
     name: str
     rank: str = ""  # symbols as in NAMES, the highest first
     away: bool = False
-    account: str = ""
     bot: bool = False
 
 
@@ -16791,7 +16814,7 @@ class People(dict[str, Person]):
             self.core.talk.send("WHO", room.name)
 
     def note(self, name: str, **facts: Any) -> None:
-        """Note facts about a user: away, account, bot."""
+        """Note facts about a user: away, bot."""
         key = self.core.fold(name)
         person = self.get(key, Person(name))._replace(**facts)
         if person == Person(person.name):
@@ -16802,6 +16825,7 @@ class People(dict[str, Person]):
     def forget(self, name: str, new: str = "") -> None:
         """Forget the facts about a user who left, or move them to the new nick."""
         person = self.pop(self.core.fold(name), None)
+        self.pop(self.core.fold(new), None)  # of another user who had that nick
         if person and new:
             self[self.core.fold(new)] = person
 
@@ -16947,6 +16971,7 @@ class StoredMessages:
         core, key = self.core, self.core.fold(room.name)
         room.holes = core.store.fact(f"holes {key}").split()
         room.read_time = core.believable(room.read_time)
+        room.quiet_until = core.believable(room.quiet_until)
         for view in self._after_hole(room, core.store.page(key, STORED_LINES)):
             room.views.append(view)
             room.spoke(view.name)
@@ -16954,7 +16979,7 @@ class StoredMessages:
             if view.id:
                 remember(core.known.ids, view.id)
         room.views.dropped = len(room.views) == STORED_LINES
-        if room.read_time:
+        if room.unread_since:
             room.count_unread()
 
     def load_again(self, room: Room) -> None:
@@ -17182,10 +17207,10 @@ class Incoming:
         core.stored.add(view, room)
         room.views.append(view)
         elsewhere = room is not core.room or not core.looked_at or not core.reads_at_once
-        new = view.time > room.read_time or not paged
+        new = view.time > room.unread_since or not paged
         if elsewhere and new and not (view.mine or view.past):
-            if not room.read_time:  # the next start must know that this one is news
-                room.read_time = room.told_time = core.believable(view.time) - 1
+            if not room.unread_since:  # the next start must know that this one is news
+                room.quiet_until = core.believable(view.time) - 1
                 core.rooms.keep(room)
             room.unread += 1
             room.called += view.called and not room.muted
@@ -17622,6 +17647,7 @@ class ClientCore:
         self.server = ServerProfile(kind in (CHAT, PLAIN))
         self.talk: IrcTalk | PlainTalk | None = None  # while connected, once the protocol is known
         self.away, self.former_names = "", {}  # keys of this client's earlier nicks
+        self.away_unanswered = 0  # so many AWAYs may be unknown to the server
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
         self.ignored = IgnoreList(store.ignored() if store else (), self.fold)
         self.people, self.typing, self.reactions = People(self), Typing(self), Reactions(self)
@@ -17798,6 +17824,7 @@ class ClientCore:
             if room.telling:  # the marker may have been lost with the connection
                 room.told_time, room.telling = 0, False
             self.changed(room)
+        self.people.clear()
         self.people.asked.clear()
         self.transfers.take_token("")
         return self.take_views()
@@ -18278,7 +18305,7 @@ def do_search(core: ClientCore, words: str) -> None:
 def do_away(core: ClientCore, reason: str = "") -> None:
     """/away [REASON] -- say that you are not here, or that you are back"""
     core.talk.command("AWAY", *optional(reason))  # may be refused
-    core.away = reason
+    core.away, core.away_unanswered = reason, core.away_unanswered + 1
 
 
 client_command("back", doc="/back -- say that you are here again")(do_away)
@@ -18646,13 +18673,10 @@ def do_raw(core: ClientCore, line: str = "") -> None:
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
     """Change a setting and keep it; "default" is as it was delivered. Raises Refused."""
-    allowed, limits = SETTINGS[name].values, SETTINGS[name].range
     if value == "default":
         core.settings.pop(name, None)
-    elif allowed and value not in allowed:
-        raise Refused("BAD_SETTING", f"{name} is one of: {', '.join(allowed)}")
-    elif limits and not limits[0] <= (whole_number(value) or 0) <= limits[1]:
-        raise Refused("BAD_SETTING", f"{name} is a number from {limits[0]} to {limits[1]}")
+    elif trouble := setting_trouble(name, value):
+        raise Refused("BAD_SETTING", trouble)
     else:
         core.settings[name] = value
     if core.store:
@@ -18721,6 +18745,7 @@ CREATE TABLE IF NOT EXISTS rooms (
     draft TEXT NOT NULL,
     muted INTEGER NOT NULL DEFAULT 0,
     read_time INTEGER NOT NULL DEFAULT 0,       -- milliseconds: what is older has been read
+    quiet_until INTEGER NOT NULL DEFAULT 0,     -- while it is 0: what is later is unread
     place INTEGER NOT NULL DEFAULT 0,           -- among the conversations, from 0
     PRIMARY KEY (owner, key)
 ) WITHOUT ROWID;
@@ -18739,6 +18764,7 @@ CREATE TABLE IF NOT EXISTS facts ( -- that a server has told
     owner INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (owner, name)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS indexed (number INTEGER NOT NULL);     -- the last message that is
+DELETE FROM indexed WHERE typeof(number) <> 'integer';
 INSERT INTO indexed SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM indexed);
 CREATE TABLE IF NOT EXISTS servers (
     server TEXT PRIMARY KEY,        -- HOST:PORT; HOST for what holds on all its ports
@@ -18769,7 +18795,7 @@ CREATE TABLE IF NOT EXISTS outbox ( -- messages that were accepted and have not 
     at INTEGER NOT NULL,
     why TEXT NOT NULL
 );
-PRAGMA user_version = 4;
+PRAGMA user_version = 5;
 """
 CLIENT_COLUMNS = """
 ALTER TABLE messages ADD COLUMN reply TEXT NOT NULL DEFAULT '';
@@ -18782,28 +18808,55 @@ CLIENT_KINDS = """
 UPDATE messages SET kind = CASE kind WHEN 'said' THEN 'message' WHEN 'noticed' THEN 'notice' END
 WHERE kind IN ('said', 'noticed');
 """  # as versions 1 to 3 called them
-CLIENT_VERSION = 4
-CLIENT_WORDS = """
-CREATE VIRTUAL TABLE IF NOT EXISTS words
-USING fts5 (text, content='messages', content_rowid='number', detail=none,
-    tokenize="unicode61 categories 'L* N* Co So'");
-CREATE TRIGGER IF NOT EXISTS words_gone AFTER DELETE ON messages
-WHEN old.number <= (SELECT number FROM indexed)
-BEGIN INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, words_of(old.text)); END;
-"""
+CLIENT_NEWS = """
+ALTER TABLE rooms ADD COLUMN quiet_until INTEGER NOT NULL DEFAULT 0;
+DROP TRIGGER IF EXISTS words_gone;
+DROP TABLE IF EXISTS words;
+"""  # version 4 counted invented times as read, and indexed Korean without its syllables
+CLIENT_VERSION = 5
+CLIENT_WORDS = (
+    "UPDATE indexed SET number = 0",
+    """CREATE VIRTUAL TABLE words
+    USING fts5 (text, content='messages', content_rowid='number', detail=none,
+        tokenize="unicode61 categories 'L* N* Co So'")""",
+    """CREATE TRIGGER IF NOT EXISTS words_gone AFTER DELETE ON messages
+    WHEN old.number <= (SELECT number FROM indexed)
+    BEGIN
+        INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, searchable(old.text));
+    END""",
+)
+CLIENT_TABLE_NAMES = set(re.findall(r"TABLE IF NOT EXISTS (\w+)", CLIENT_TABLES))
 BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client is writing
 LAST_NUMBER = 2**62  # above the number of every row
-ROOM_COLUMNS = ("name", "password", "channel", "wanted", "draft", "muted", "read_time", "place")
-ROOM_AT_FIRST = {"draft": "", "muted": False, "read_time": 0}  # which is no change
+ROOM_COLUMNS = ("name", "password", "channel", "wanted", "draft", "muted", "read_time")
+ROOM_COLUMNS += ("quiet_until", "place")
+ROOM_TYPES = (str, str, str, int, int, str, int, int, int, int)  # of the key, and of these
+ROOM_AT_FIRST = {"draft": "", "muted": False, "read_time": 0, "quiet_until": 0}  # no change
 MESSAGE_COLUMNS = "kind, text, name, place, time, mine, called, id, own_id, reply, file"
 MESSAGE_ROW = f"number, {MESSAGE_COLUMNS}"
+MESSAGE_TYPES = (int, *[str] * 4, int, int, int, *[str] * 4)
+JOINED_WORD = re.compile(f"[{JOINED_SCRIPTS}]{{2,}}")
 
 
 def index_words(text: str) -> list[str]:
     """Return the words of a text in the form of the search index."""
     kinds = ("L", "N", "Co", "So")
-    solid = (c if unicodedata.category(c).startswith(kinds) else " " for c in words_of(text))
+    solid = (c if unicodedata.category(c).startswith(kinds) else " " for c in searchable(text))
     return "".join(solid).split()
+
+
+def sound(rows: Iterable[tuple], *types: type) -> list[tuple]:
+    """Return the rows with values of these types: SQLite would store anything."""
+    return [row for row in rows if tuple(map(type, row)) == types]
+
+
+def parsed(text: str, kind: type) -> Any:
+    """Return a text in JSON as a value of this type; an empty one if the text is damaged."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return kind()
+    return value if isinstance(value, kind) else kind()
 
 
 def or_nothing(read: Callable) -> Callable:
@@ -18822,18 +18875,26 @@ def or_nothing(read: Callable) -> Callable:
     return attempt_to
 
 
+def is_complete(db: sqlite3.Connection) -> bool:
+    """Return whether a database of this version has all tables, and a position of its index."""
+    names = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
+    return names >= CLIENT_TABLE_NAMES and bool(sound(db.execute("SELECT * FROM indexed"), int))
+
+
 def open_client_database(path: str) -> sqlite3.Connection:
     """Open client.db, or one in memory. Raises sqlite3.Error; Unusable if it is too new."""
     db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
-    db.create_function("words_of", 1, words_of, deterministic=True)
+    db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+    db.create_function("searchable", 1, searchable, deterministic=True)
     with contextlib.suppress(sqlite3.Error):  # a network home may refuse WAL: then a journal
         db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > CLIENT_VERSION:
         raise Unusable(f"{path} is from a newer chat.py; {NO_STATE_ADVICE}")
-    if version < CLIENT_VERSION:
-        before = CLIENT_COLUMNS * (version == 1) + CLIENT_KINDS * (version > 0)
+    if version < CLIENT_VERSION or not is_complete(db):
+        older = 0 < version < CLIENT_VERSION
+        before = CLIENT_COLUMNS * (version == 1) + (CLIENT_KINDS + CLIENT_NEWS) * older
         try:
             db.executescript(f"BEGIN IMMEDIATE; {before} {CLIENT_TABLES} COMMIT;")
         except sqlite3.OperationalError:  # another client created them at the same time
@@ -18841,8 +18902,11 @@ def open_client_database(path: str) -> sqlite3.Connection:
                 db.execute("ROLLBACK")
             if db.execute("PRAGMA user_version").fetchone()[0] == version:
                 raise
-    with contextlib.suppress(sqlite3.Error):  # without FTS5 in this Python, search is slower
-        db.executescript(CLIENT_WORDS)
+    if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'words'").fetchone():
+        # Without FTS5 in this Python, search is slower
+        with contextlib.suppress(sqlite3.Error), transaction(db):
+            for statement in CLIENT_WORDS:
+                db.execute(statement)
     db.execute("PRAGMA busy_timeout = 0")  # from here on no statement waits for a lock
     return db
 
@@ -18897,7 +18961,8 @@ class KnownServers(Writer):
         """Read what other clients have written. While the file is locked, what is known stays."""
         if self.flush():
             query = "SELECT server, kind, pin, port, until FROM servers"
-            self.rows = {row[0]: row[1:] for row in self.db.execute(query)}
+            rows = sound(self.db.execute(query), str, str, str, int, float)
+            self.rows = {row[0]: row[1:] for row in rows if 0 <= row[3] <= 65535}
 
     def _known(self, server: "Target | str") -> tuple[str, str, int, float]:
         return self.rows.get(str(server), ("", "", 0, 0.0))
@@ -18934,8 +18999,8 @@ class KnownServers(Writer):
 
     def login(self, server: "Target | str", name: str) -> Login | None:
         query = "SELECT account, password FROM logins WHERE server = ? AND name = ?"
-        row = self.db.execute(query, [str(server), fold(name)]).fetchone()
-        return Login(*row) if row else None
+        rows = sound(self.db.execute(query, [str(server), fold(name)]), str, str)
+        return Login(*rows[0]) if rows else None
 
     def keep_login(self, server: "Target | str", name: str, login: Login | None) -> None:
         """Store the password of an account, or with None forget it. Raises Unusable."""
@@ -18976,7 +19041,20 @@ class OutboxRows(Writer):
         return done
 
 
-NEW_OUTBOX = "INSERT INTO outboxes (server, name, secret) VALUES (?, ?, ?)"
+NEW_OUTBOX = """
+    INSERT INTO outboxes (box, server, name, secret) SELECT max(box) + 1, ?, ?, ?
+    FROM (SELECT box FROM outbox UNION ALL SELECT box FROM outboxes)"""
+OUTBOX_TYPES = (str, str, str, str, int, str, int, str)
+
+
+def add_outbox(
+    db: sqlite3.Connection, server: str, name: str, take: Callable[[int], Callable | None]
+) -> tuple[int, Callable]:
+    """Add an outbox; return its number, and a function that ends the ownership."""
+    while True:
+        box = db.execute(NEW_OUTBOX, [server, fold(name), Outbox().secret]).lastrowid
+        if close := take(box):  # else a client owns this number in a file that was removed
+            return box, close
 
 
 def adopt_outbox(
@@ -18998,15 +19076,19 @@ def adopt_outbox(
             boxes = dict(db.execute(query, [server, fold(name)]).fetchall())
             free |= {box: close for box in boxes if (close := take(box))}
             if not free:
-                box = db.execute(NEW_OUTBOX, [server, fold(name), Outbox().secret]).lastrowid
-                free[box], boxes[box] = take(box), 0
+                box, free[box] = add_outbox(db, server, name, take)
+                boxes[box] = 0
             own = next((box for box in free if boxes[box]), min(free))
             moved = [(own, box) for box in free if not boxes[box]]
             db.executemany("UPDATE outbox SET box = ? WHERE box = ?", moved)
             query = f"SELECT {columns} FROM outbox WHERE box = ? ORDER BY number"
-            waiting = list(itertools.starmap(Waiting, db.execute(query, [own])))
+            rows = sound(db.execute(query, [own]), *OUTBOX_TYPES)
+            waiting = list(itertools.starmap(Waiting, rows))
             query = "SELECT secret FROM outboxes WHERE box = ?"
             (secret,) = db.execute(query, [own]).fetchone()
+            if not re.fullmatch(f"[0-9a-f]{{{SECRET_DIGITS}}}", str(secret)):
+                secret = Outbox().secret
+                db.execute("UPDATE outboxes SET secret = ? WHERE box = ?", [secret, own])
         return Outbox(OutboxRows(db, own, own == min(boxes), free.pop(own)), secret, waiting)
     finally:
         for close in free.values():
@@ -19061,7 +19143,7 @@ class ClientStore(Writer):
     def reactions(self, id: str) -> list[tuple[str, str]]:
         """Return the emoji and the nick of each reaction to a message."""
         query = "SELECT emoji, name FROM reactions WHERE owner = ? AND id = ? LIMIT ?"
-        return self._rows(query, id, REACTIONS_SHOWN)
+        return self._rows((str, str), query, id, REACTIONS_SHOWN)
 
     def rename(self, old: str, new: str) -> None:
         change = "UPDATE OR REPLACE {} SET {} = ? WHERE owner = ? AND {} = ?"
@@ -19077,19 +19159,20 @@ class ClientStore(Writer):
         """Apply another rule for names to the keys of this user's rows. `names` are those of the
         open conversations by their keys of `before`. The messages of two private conversations with
         one key are told apart by the name that the user had."""
-        keys = [key for (key,) in self._rows("SELECT DISTINCT room FROM messages WHERE owner = ?")]
+        query = "SELECT DISTINCT room FROM messages WHERE owner = ?"
+        keys = (key for (key,) in self._rows((str,), query))
         for key in filter(AMBIGUOUS_KEY.search, keys):
             views = [] if key in names else self.page(key, 1)
             name = names.get(key) or (views[0].where if views else key)
             name = name if before(name) == key else key  # the conversation was renamed
             query = "SELECT DISTINCT place FROM messages WHERE owner = ? AND room = ?"
-            for (place,) in self._rows(query, key):
+            for (place,) in self._rows((str,), query, key):
                 own = before(place) == key and not is_channel(key)
                 change = "UPDATE messages SET room = ? WHERE owner = ? AND room = ? AND place = ?"
                 self.write(change, fold(place if own else name), self.owner, key, place)
             change = "UPDATE OR REPLACE facts SET name = ? WHERE owner = ? AND name = ?"
             self.write(change, f"holes {fold(name)}", self.owner, f"holes {key}")
-        for key, name in self._rows("SELECT key, name FROM rooms WHERE owner = ?"):
+        for key, name in self._rows((str, str), "SELECT key, name FROM rooms WHERE owner = ?"):
             if fold(name) != key:
                 change = "UPDATE OR IGNORE rooms SET key = ? WHERE owner = ? AND key = ?"
                 self.write(change, fold(name), self.owner, key)
@@ -19105,7 +19188,7 @@ class ClientStore(Writer):
             done = self.db.execute("SELECT number FROM indexed").fetchone()[0]
             rows = self.db.execute(query, [done, CLIENT_INDEX_SLICE]).fetchall()
             if rows:
-                rows = [(number, words_of(text)) for number, text in rows]
+                rows = [(number, searchable(text)) for number, text in rows]
                 with transaction(self.db):
                     self.db.executemany("INSERT INTO words (rowid, text) VALUES (?, ?)", rows)
                     self.db.execute("UPDATE indexed SET number = ?", [rows[-1][0]])
@@ -19118,15 +19201,13 @@ class ClientStore(Writer):
         view = ViewEvent(kind, text, name, place, when, bool(mine), bool(called), past=True, id=id)
         return view._replace(own_id=own_id, number=number, reply=reply, file=file)
 
-    def _rows(self, query: str, *values: Any) -> list[tuple]:
-        return self.db.execute(query, [self.owner, *values]).fetchall()
+    def _messages(self, query: str, *values: Any) -> list[ViewEvent]:
+        """Return this user's messages that a query finds."""
+        return list(map(self._view, self._rows(MESSAGE_TYPES, query, *values)))
 
-    def _row(self, query: str, *values: Any) -> tuple | None:
-        """Return the first row of this user's; None if there is none or the file is locked."""
-        try:
-            return next(iter(self._rows(query, *values)), None)
-        except sqlite3.OperationalError:  # locked
-            return None
+    def _rows(self, types: tuple[type, ...], query: str, *values: Any) -> list[tuple]:
+        """Return those of this user's rows that have values of these types."""
+        return sound(self.db.execute(query, [self.owner, *values]), *types)
 
     def _position(self, view: ViewEvent) -> tuple[int, int]:
         """Return the time and the number of a message, which determine its place in the order."""
@@ -19145,8 +19226,8 @@ class ClientStore(Writer):
             SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND room = ?
             AND (time {sign} ? OR (time = ? AND number {sign} ?))
             ORDER BY time {order}, number {order} LIMIT ?"""
-        rows = self._rows(query, key, when, when, number, count)
-        return [self._view(row) for row in (rows if after else reversed(rows))]
+        views = self._messages(query, key, when, when, number, count)
+        return views if after else views[::-1]
 
     @or_nothing
     def find(self, words: str, count: int, key: str | None = None) -> list[ViewEvent]:
@@ -19165,18 +19246,26 @@ class ClientStore(Writer):
             WHERE number > (SELECT number FROM indexed) AND owner = ? {place}"""
         rows: list[tuple] = []
         if self.has_words:
-            found = [quoted, CLIENT_HITS_SEEN, self.owner, *values]
-            rows = self.db.execute(indexed, found).fetchall()
-        wanted = fold_text(words).split()
-        unindexed = self.db.execute(recent, [self.owner, *values])
-        rows += (row for row in unindexed if all(word in fold_text(row[2]) for word in wanted))
+            found = self.db.execute(indexed, [quoted, CLIENT_HITS_SEEN, self.owner, *values])
+            together = JOINED_WORD.findall(words)  # the index does not know the order of words
+            rows = [
+                row
+                for row in sound(found, *MESSAGE_TYPES)
+                if all(run in plain_text(row[2]) for run in together)
+            ]
+        wanted = fold_text(plain_text(words)).split()
+        for row in sound(self.db.execute(recent, [self.owner, *values]), *MESSAGE_TYPES):
+            text = fold_text(plain_text(row[2]))
+            rows += [row] * all(word in text for word in wanted)
         rows.sort(key=lambda row: (row[5], row[0]))
         return [self._view(row) for row in rows[-count:]]
 
     def message(self, id: str) -> ViewEvent | None:
         """Return the stored message with this id; None if there is none or the file is locked."""
-        row = self._row(f"SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND id = ?", id)
-        return self._view(row) if row else None
+        query = f"SELECT {MESSAGE_ROW} FROM messages WHERE owner = ? AND id = ?"
+        with contextlib.suppress(sqlite3.Error):
+            return next(iter(self._messages(query, id)), None)
+        return None
 
     @or_nothing
     def is_elsewhere(self, key: str, id: str) -> bool:
@@ -19189,17 +19278,16 @@ class ClientStore(Writer):
         """Return whether a message of a conversation is stored."""
         query = "SELECT 1 FROM messages WHERE owner = ? AND "
         if view.id:
-            return bool(self._rows(query + "id = ?", view.id))
+            return bool(self._rows((int,), query + "id = ?", view.id))
         query += "room = ? AND time = ? AND name = ? AND text = ? LIMIT 1"
-        return bool(self._rows(query, key, view.time or 0, view.name, view.text))
+        return bool(self._rows((int,), query, key, view.time or 0, view.name, view.text))
 
     def newest(self) -> ViewEvent | None:
         """Return the message with an id that was stored last; None if there is none."""
         query = f"""
             SELECT {MESSAGE_ROW} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
             ORDER BY number DESC LIMIT 1"""
-        rows = self._rows(query)
-        return self._view(rows[0]) if rows else None
+        return next(iter(self._messages(query)), None)
 
     # Transfers, conversations, ignored users, facts, settings
 
@@ -19213,14 +19301,18 @@ class ClientStore(Writer):
         self.flush()
 
     def transfers(self) -> list[Transfer]:
-        rows = self._rows("SELECT state FROM transfers WHERE owner = ?")
-        return [Transfer(**json.loads(state)) for (state,) in rows]
+        rows = self._rows((str,), "SELECT state FROM transfers WHERE owner = ?")
+        states = (parsed(state, dict) for (state,) in rows)
+        kept = Transfer.KEPT
+        return [Transfer(**one) for one in states if {k: type(one[k]) for k in one} == kept]
 
     def keep_room(self, key: str, room: Room, place: int = 0) -> None:
         """Store an open conversation: only what changed since this client stored or loaded it, as
         another client of the user may have changed the rest."""
         values = (room.name, room.password, room.is_channel, room.wanted, room.draft, room.muted)
-        row = dict(zip(ROOM_COLUMNS, (*values, room.read_time, place), strict=True))
+        row = dict(
+            zip(ROOM_COLUMNS, (*values, room.read_time, room.quiet_until, place), strict=True)
+        )
         before = self.kept_rooms.get(key, ROOM_AT_FIRST)
         changed = [name for name in row if row[name] != before.get(name)]
         self.kept_rooms[key] = row
@@ -19242,11 +19334,12 @@ class ClientStore(Writer):
         columns = ", ".join(ROOM_COLUMNS)
         query = f"SELECT key, {columns} FROM rooms WHERE owner = ? ORDER BY place"
         rooms = []
-        for key, *row in self._rows(query):
+        for key, *row in self._rows(ROOM_TYPES, query):
             self.kept_rooms[key] = known = dict(zip(ROOM_COLUMNS, row, strict=True))
             room = Room(known["name"], known["password"], bool(known["channel"]))
             room.wanted, room.muted = bool(known["wanted"]), bool(known["muted"])
             room.draft, room.read_time = known["draft"], known["read_time"]
+            room.quiet_until = known["quiet_until"]
             rooms.append(room)
         return rooms
 
@@ -19256,14 +19349,16 @@ class ClientStore(Writer):
             self.write("INSERT INTO ignored VALUES (?, ?)", self.owner, mask)
 
     def ignored(self) -> set[str]:
-        return {mask for (mask,) in self._rows("SELECT mask FROM ignored WHERE owner = ?")}
+        return {mask for (mask,) in self._rows((str,), "SELECT mask FROM ignored WHERE owner = ?")}
 
     def keep_fact(self, name: str, value: str) -> None:
         self.write("REPLACE INTO facts VALUES (?, ?, ?)", self.owner, name, value)
 
     def fact(self, name: str) -> str:
-        row = self._row("SELECT value FROM facts WHERE owner = ? AND name = ?", name)
-        return row[0] if row else ""
+        query = "SELECT value FROM facts WHERE owner = ? AND name = ?"
+        with contextlib.suppress(sqlite3.Error):  # locked
+            return next((value for (value,) in self._rows((str,), query, name)), "")
+        return ""
 
     def set(self, name: str, value: str | None) -> None:
         """Store a setting; None restores the default."""
@@ -19277,7 +19372,9 @@ class ClientStore(Writer):
         return self.db.execute("PRAGMA data_version").fetchone()[0]
 
     def settings(self) -> dict[str, str]:
-        return dict(self.db.execute("SELECT name, value FROM settings").fetchall())
+        rows = sound(self.db.execute("SELECT name, value FROM settings"), str, str)
+        known = ((name, value) for name, value in rows if name in SETTINGS)
+        return {name: value for name, value in known if not setting_trouble(name, value)}
 
 
 # ======================================================================================
@@ -25109,9 +25206,10 @@ class ManyServers(Client):
         """Connect to the other servers that were open last time."""
         first = self.seat
         with patience_with(self.db):  # else a lock would make the list empty, and keep it so
-            urls = json.loads(self.store.fact("servers") or "[]")
+            urls = parsed(self.store.fact("servers"), list)
         for url in urls:
-            self.connect(url)
+            if isinstance(url, str) and url.strip():
+                self.connect(url)
         self.look_at(first)
 
     def connect(self, words: str) -> None:
@@ -26245,8 +26343,11 @@ async function openDatabase() {
   } catch { /* there is none, as in some private windows */ }
 }
 
+const opened = openDatabase(); // a row that is kept before that would be in localStorage
+
 // Safari closes the database of a page that was in the background: then it is opened once more
 async function reopening(work) {
+  await opened;
   try {
     return await work();
   } catch (error) {
@@ -26318,7 +26419,7 @@ function calls({ text, nick, target }) {
   const name = state.me.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&'), key = fold(state.me).slice(1);
   const others = Object.values(state.rooms[fold(target)]?.members ?? {})
     .filter((one) => !isMe(one.name) && fold(one.name).includes(key));
-  const rest = others.reduce((left, one) => left.split(one.name).join(' '), text.normalize('NFKC'));
+  const rest = others.reduce((left, one) => left.replaceAll(one.name, ' '), text.normalize('NFKC'));
   return !isMe(nick) && new RegExp(`(^|(?!${LETTER})[^])${name}(?!${LETTER})`, 'iu').test(rest);
 }
 
@@ -26413,15 +26514,19 @@ function react(to, id, nick, emoji, on) {
   changed(message);
 }
 
-// A message, reaction or removal: from a page of the past, or as it happens
-function happened(nick, [target, text], { verb, tags }) {
+// A reaction or removal, as it happens or from a page of the past of `to`: users, and this one,
+// may have had other names then
+function happened(nick, [target, text], { verb, tags },
+  to = state.rooms[fold(partner(target, nick))]) {
   if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
-  const to = state.rooms[fold(partner(target, nick))], id = tags['+draft/reply'];
+  const id = tags['+draft/reply'];
   if (!to) return; // typing alone opens no conversation
   if (verb === 'REDACT') {
-    const message = find(to, text), gone = { text: '', file: null, gone: true, reactions: [] };
-    if (message) changed(Object.assign(message, gone));
-    to.messages.filter(({ reply: original }) => original === text).forEach(changed); // quotes
+    const message = find(to, text);
+    if (message) {
+      changed(Object.assign(message, { text: '', file: null, gone: true, reactions: [] }));
+    }
+    to.messages.filter(({ reply }) => reply === text).forEach(changed); // quotes
     remember(to);
   }
   const emoji = tags['+draft/react'] ?? tags['+draft/unreact'];
@@ -26456,7 +26561,10 @@ function miss(to) {
 function member(to, name, change) {
   const key = fold(name);
   if (change) to.members[key] = { name, rank: '', away: false, ...to.members[key], ...change };
-  else [to.members, to.typing].forEach((table) => delete table[key]);
+  else {
+    delete to.members[key];
+    delete to.typing[key];
+  }
 }
 
 const roomsWith = (nick) => allRooms().filter((to) => to.members[fold(nick)]);
@@ -26575,8 +26683,8 @@ function endBatch(key, { kind, target, line, lines }) {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
   }
   if (asked) turnPage(asked, said, 'draft/chathistory-end' in tags);
-  return lines.forEach((one) =>
-    /TAGMSG|REDACT/.test(one.verb) && happened(one.nick, one.params, one));
+  lines.forEach((one) => /TAGMSG|REDACT/.test(one.verb)
+    && happened(one.nick, one.params, one, state.rooms[asked?.key]));
 }
 
 // An error: about a message of the outbox, about a request, or about what was typed
@@ -26668,8 +26776,9 @@ async function cancel({ own }) {
     leader?.uploader.call('DELETE', row.link).catch(() => {});
 }
 
+// A row with its blob, also one that the browser has lost
 async function storedRow(own) {
-  const row = (await stored('outbox')).find((one) => one.own === own);
+  const row = [...await stored('outbox'), ...state.outbox].find((one) => one.own === own);
   return row && blobs[own] ? { ...row, blob: blobs[own] } : row;
 }
 
@@ -26721,9 +26830,7 @@ class Uploader {
 
   async upload(row) {
     if (!(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
-    let at = NaN; // in the file, as the server has it
-    if (row.link) at = offsetIn(await this.call('HEAD', row.link));
-    if (!(at >= 0)) at = await this.create(row);
+    let at = await this.create(row); // bytes that the server has
     const wanted = () => state.outbox.some(({ own }) => own === row.own);
     while (at < row.size && wanted()) {
       const response = await this.call('PATCH', row.link, { 'Upload-Offset': at,
@@ -27133,9 +27240,10 @@ function follow() {
 
 // Look for the leader. If there is none, or it is frozen, this tab takes its place
 function callLeader() {
-  const now = Date.now(), heard = () => leader || answered >= now;
+  const now = Date.now();
   channel.postMessage({ hello: tab, known: attached });
-  setTimeout(() => heard() || (document.hidden ? callLeader() : elect(true)), 3000);
+  setTimeout(() => leader || answered >= now
+    || (document.hidden ? callLeader() : elect(true)), 3000);
 }
 
 // A Web Lock makes the leader. On plain http there is none: a lease in localStorage does then. A
@@ -27834,7 +27942,6 @@ addEventListener('visibilitychange', () => {
 async function start() {
   state.me = setting('name') ?? '';
   here = fold(setting('here') ?? '#lobby');
-  await openDatabase();
   (await stored('rooms')).forEach((kept) =>
     miss(Object.assign(room(kept.name), kept, { behind: false })));
   room('#lobby');

@@ -1579,7 +1579,7 @@ class Watched:
         room, by_id = self.room, {view.id: view for view in views if view.id}
         rows = tuple(row_of(self.seat, room, view, by_id, at == END) for view in views)
         if rows or at == RESET:
-            self.tell(Rows(room.id, at, rows, room.read_time, room.unread, mark))
+            self.tell(Rows(room.id, at, rows, room.unread_since, room.unread, mark))
 
     def _send_new(self) -> None:
         """Send what is behind the rows that the window has."""
@@ -2291,9 +2291,6 @@ class Remembered:
                 self.write(name, value)
             path.unlink()
 
-    def read(self, name: str) -> Any:
-        return json.loads(self.store.fact(name) or "null")
-
     def write(self, name: str, value: Any) -> None:
         self.store.keep_fact(name, json.dumps(value))
         with chat.patience_with(self.store.db):
@@ -2310,17 +2307,15 @@ class Remembered:
 
     def recent(self) -> list[list[str]]:
         """Return names and servers that were used, the last ones first."""
-        kept = self.read("recent")
-        pairs = [one for one in kept if isinstance(one, list)] if isinstance(kept, list) else []
-        return [[str(word) for word in one] for one in pairs if len(one) == 2]
+        kept = chat.parsed(self.store.fact("recent"), list)
+        return [list(map(str, one)) for one in kept if isinstance(one, list) and len(one) == 2]
 
     def close(self) -> None:
         self.store.db.close()
 
     def words(self, name: str) -> dict[str, Any]:
         """Return a part of what is remembered, {} if there is none."""
-        kept = self.read(name)
-        return kept if isinstance(kept, dict) else {}
+        return chat.parsed(self.store.fact(name), dict)
 
 
 # ======================================================================================
