@@ -19271,7 +19271,7 @@ class ClientStore(Writer):
     def is_elsewhere(self, key: str, id: str) -> bool:
         """Return whether the message with this id was said in another conversation."""
         query = "SELECT room FROM messages WHERE owner = ? AND id = ?"
-        return any(room != key for (room,) in self._rows(query, id))
+        return any(room != key for (room,) in self._rows((str,), query, id))
 
     @or_nothing
     def has(self, key: str, view: ViewEvent) -> bool:
