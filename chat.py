@@ -464,8 +464,7 @@ BATCH_RETRY_SECONDS = 1.0  # ... or after this, if the log refused it
 NODE_BEAT_SECONDS = 5.0  # between two batches of a node that has nothing to send
 LOG_STEP_MS = 15_000  # more between two batches is no time that passed for users: see ticks_of_log
 NODE_NAME_SECONDS = 12.0  # without a batch of a node: its name is free
-NODE_SILENT_MS = 20_000  # without a batch: then another node declares a node gone ...
-NODE_STEADY_SECONDS = 12.0  # ... which itself has read the log for so long
+NODE_SILENT_MS = 20_000  # without a batch, as a node sees it that reads the log: then it is gone
 NODE_PAUSE_SECONDS = 10.0  # without the log: then clients are told, and not read ...
 NODE_DROP_SECONDS = 20.0  # ... and then they are dropped
 CHECKSUMS_KEPT = 10_000  # to compare with those of other nodes
@@ -7590,7 +7589,7 @@ class Cluster:
             self.namesake = ""
             self.begin_epoch()
         self._watch_log()
-        if self.serving and self.caught_up and now - self.steady_since > NODE_STEADY_SECONDS:
+        if self.serving and self.caught_up:
             self._watch_nodes()
 
     def _watch_log(self) -> None:
@@ -12147,8 +12146,6 @@ def end_pieces(session: WebSession) -> None:
     if upload.total is not None and upload.at < upload.total:
         id, at = upload.id, upload.at
         drop_upload(session)
-        if not upload.resumable:
-            return answer_file(session, 400, "the body ended too early")
         return tell_progress(session, id, at)
     finish_upload(session, upload)
 

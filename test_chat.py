@@ -4741,6 +4741,24 @@ def test_members_are_told_the_ranks_with_which_an_account_joins_again():
         assert f":chat.py MODE #a {ranks}" in str(house.heard(who))
 
 
+@pytest.mark.parametrize("others", ["", "bob", "bob,carol"])
+def test_one_other_member_is_enough_to_be_told_the_ranks_of_an_account_that_joins(others):
+    house = House()
+    make_account(house, "zoe")
+    come_again(house, "zoe", "zoe", account="zoe")
+    names = others.split(",") if others else []
+    house.enter_irc("bob", "carol")
+    ask(house, "zoe", "JOIN #a")
+    for name in names:
+        ask(house, name, "JOIN #a")
+    ask(house, "zoe", "PART #a")
+    forget(house)
+    assert bool(of(asked(house, "zoe", "JOIN #a"), "MODE")) == bool(names)
+    for name in ("bob", "carol"):
+        told = [line.params for line in of(heard(house, name), "MODE")]
+        assert told == [["#a", "+qo", "zoe", "zoe"]] * (name in names)
+
+
 def test_the_longest_mask_is_removed_as_it_is_listed_and_a_longer_one_is_refused():
     house, most = irc_house("#a", alice=""), chat.MASK_BYTES - len("!*@*")
     asked(house, "alice", f"MODE #a +b {'b' * most}")
@@ -5727,6 +5745,18 @@ def test_silence_and_absence_count_from_the_founding_of_a_cluster_on():
     assert hub.ids.starts[-1] == started.values
 
 
+@pytest.mark.parametrize("size, left", [(8, 2), (3, 7)])
+def test_a_file_that_grows_takes_room_for_its_new_size(size, left):
+    hub = House().hub
+    hub.files.most = hub.files.total = 40  # a quarter for each user
+    hub.perform("begin_file", 0, "f1", "n", "t", 5, "~x", "h", "")
+    hub.perform("resize_file", 0, "f1", size)
+    assert hub.files["f1"].size == size
+    with pytest.raises(chat.Refused):
+        hub.files.check_room(left + 1, "~x", "h")
+    hub.files.check_room(left, "~x", "h")
+
+
 ACTS_REFUSED = [  # an act, its values; the code and the first words of the refusal
     ("set_topic", ("#a", "x" * (chat.TOPIC_BYTES + 1)), "TOO_LONG", "a topic has at most"),
     ("kill", ("bob", "why"), "NOT_SERVER_OPERATOR", "only operators"),
@@ -6119,6 +6149,28 @@ def test_a_channel_may_get_the_name_of_one_whose_closed_past_ends_in_that_turn()
     house.say("bob", "PART #y")
     told = ask(house, "alice", "RENAME #x #y")
     assert not refused(told, "CHANNEL_NAME_IN_USE") and "RENAME #x #y" in str(told)
+
+
+PASTS_OF_A_TURN = [  # what bob does in the turn in which #x becomes #y, and whether it may
+    (["JOIN #y", "PART #y"], False),
+    (["JOIN #y", "PRIVMSG #y :open", "PART #y"], False),
+    (["JOIN #y", "MODE #y +s", "PART #y"], True),
+    (["JOIN #y", "RENAME #y #z"], True),
+    (["JOIN #y", "RENAME #y #z", "PART #z"], True),
+    (["JOIN #z", "RENAME #z #y", "PART #y"], False),
+    (["JOIN #z", "INVITE alice #z", "AWAY :lunch"], True),
+]
+
+
+@pytest.mark.parametrize("lines, may", PASTS_OF_A_TURN)
+def test_what_a_turn_makes_of_a_channel_decides_whether_its_name_is_free_in_that_turn(lines, may):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #x")
+    house.say("bob", *lines)
+    told = ask(house, "alice", "RENAME #x #y")
+    assert refused(told, "CHANNEL_NAME_IN_USE") == (not may)
+    assert ("#y" in house.hub.channels) == may
 
 
 def test_a_change_is_recorded_once_also_if_the_database_was_busy():
@@ -6633,6 +6685,28 @@ def test_old_dedup_keys_are_forgotten_in_slices_one_after_the_other(monkeypatch,
     assert left == [(f"id{n}",) for n in range(1, count, 2)]
 
 
+def test_old_dedup_keys_are_looked_for_later_if_the_database_is_busy():
+    def next_old(now):
+        raise sqlite3.OperationalError("database is locked")
+
+    house, waited = House(), []
+    house.loop.call_later = lambda seconds, then: waited.append(seconds)
+    house.store.dedup = types.SimpleNamespace(next_old=next_old)
+    house.committer.sweep()
+    assert waited == [chat.SWEEP_SECONDS]
+
+
+@pytest.mark.parametrize("which", ["throttle", "made"])
+@pytest.mark.parametrize("seconds, left", [(-1, True), (0, False)])
+def test_attempts_are_forgotten_once_their_time_is_over(which, seconds, left):
+    house = House()
+    throttle = getattr(house.hub.accounts, which)
+    throttle.add("127.0.0.1", "alice", house.hub.ticks)
+    house.hub.ticks += throttle.milliseconds + seconds
+    house.committer.sweep()
+    assert bool(throttle.attempts) == left
+
+
 CHANGES_STORED = """
     TOPIC #a :news|MODE #a +m|MODE #a +k secret|MODE #a +l 5|MODE #a +b x!*@*|MODE #a -t
     MODE #a +v bob|METADATA #a SET url :x|RENAME #a #b|INVITE carol #a|AWAY :gone|NICK al
@@ -6733,6 +6807,22 @@ def test_history_is_pruned_by_count_in_slices(folder):
     assert slices >= 2
     assert texts(store, chat.LOBBY, 1000) == [str(n) for n in range(1900, 2000)]
     assert store.db.execute("SELECT events FROM targets").fetchone() == (100,)
+
+
+# Of a JOIN and six messages; what was deleted is counted without a look at its kind
+@pytest.mark.parametrize("keep, left", [(7, (6, 0)), (5, (6, 2)), (4, (4, 0)), (2, (2, 0))])
+def test_a_part_of_the_index_is_made_again_when_half_of_it_was_pruned(keep, left):
+    store = chat.Store(None)
+    house = House(store=store)
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", *[f"PRIVMSG #a :milk {n}" for n in range(6)])
+    store.retention.keep = keep
+    store.retention.excess.add("#a")
+    while store.retention.prune(idle=True, now=0):
+        pass
+    index_all(store)
+    (rows,) = store.search_index.db.execute("SELECT messages, stale FROM parts").fetchall()
+    assert rows == left
 
 
 @pytest.mark.parametrize("keep, left", [(100, 100), (499, 499), (500, 500), (501, 500)])
@@ -7456,6 +7546,22 @@ def test_a_part_of_the_index_is_made_again_when_messages_of_it_are_gone(count, g
     index_all(house.store)
     assert index.db.execute("SELECT messages, stale FROM parts").fetchall() == [left]
     assert not index.has_work
+
+
+REDACTED_IDS = [  # what the index has to forget; whether a part is made again; what is kept
+    ([], False, []),
+    ([(1, 1, 1)], False, [5]),
+    ([], True, [5]),
+]
+
+
+@pytest.mark.parametrize("gone, again, kept", REDACTED_IDS)
+def test_redacted_messages_are_known_until_the_index_has_forgotten_their_words(gone, again, kept):
+    store = chat.Store(None)
+    store.db.execute("INSERT INTO erased VALUES (5)")
+    store.search_index.rebuild_due = again
+    store.search_index.finish(chat.IndexStep(set(), gone))
+    assert [id for (id,) in store.db.execute("SELECT id FROM erased")] == kept
 
 
 def test_a_trouble_of_the_disk_is_over_with_the_next_turn_that_is_stored(monkeypatch):
@@ -9089,6 +9195,17 @@ def test_labels_find_the_answers_of_their_lines_also_when_several_are_under_way(
     assert labels == [*(f"l{n}" for n in range(9)), "names"]
     for n, line in enumerate(told[:9]):
         assert (" PRIVMSG #x " if n % 3 else " 40") in line
+
+
+@pytest.mark.parametrize("targets", ["#none,#x", "#x,#none", "#none,#gone", "#none,#x,#gone,alice"])
+def test_an_answer_on_a_node_that_comes_in_parts_is_one_batch_with_its_label(targets):
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    come(house, "alice", caps="labeled-response batch echo-message")
+    ask(house, "alice", "JOIN #x")
+    answer = answer_with("7", ask(house, "alice", f"@label=7 PRIVMSG {targets} :hi"))
+    known = {"#x": "PRIVMSG", "alice": "PRIVMSG"}
+    verbs = [known.get(target, "403") for target in targets.split(",")]
+    assert sorted(line[0] for line in answer) == sorted(verbs)
 
 
 def test_messages_sent_again_on_another_node_are_answered_with_their_labels(folder):
@@ -12297,6 +12414,26 @@ def test_a_labelled_message_in_a_batch_of_its_own_is_nested_with_the_rest_of_the
     assert answer_with("1", house.heard("alice")) == [lines, ["301", "alice", "bob", "lunch"]]
 
 
+@pytest.mark.parametrize("trouble, verbs", [("", ["382"]), ("cannot read it", ["382", "FAIL"])])
+@pytest.mark.parametrize("label", ["", "1"])
+def test_an_answer_that_goes_on_after_a_job_is_one_batch_with_its_label(trouble, verbs, label):
+    house = house_of()
+    come(house, "alice", caps="labeled-response batch standard-replies")
+    ask(house, "alice", "OPER boss secret")
+
+    def read_files():
+        if trouble:
+            raise chat.Unusable(trouble)
+
+    house.read_files = read_files
+    lines = ask(house, "alice", f"@label={label} REHASH", "@label=2 PING x")
+    assert answer_with("2", lines)[0] == "PONG"
+    if label:
+        assert [line[0] for line in answer_with("1", lines)] == verbs
+    else:
+        assert [parsed(line).verb for line in lines] == [*verbs, "PONG"]
+
+
 def test_three_wrong_passwords_of_an_operator_end_the_connection():
     house = House()
     house.enter_irc("alice")
@@ -13511,6 +13648,38 @@ def test_a_line_that_ends_another_batch_does_not_end_the_open_one():
 MULTILINE = "batch message-tags draft/multiline"
 
 
+PIECES_AND_SIZES = [  # pieces of a line, bytes of each; whether all of them are sent on
+    (4, 1, True),
+    (5, 1, False),
+    (8, 38, True),  # 304 bytes
+    (9, 34, False),
+    (9, 33, False),  # 297 bytes
+    (8, 37, False),
+]
+
+
+def collected(lines):
+    """Return a message as a server takes it: pieces that go on with a line begin with +."""
+    found = chat.Collected("r", "#a", "", "", "")
+    for line in lines:
+        tags = {"batch": "r"} | ({chat.CONCAT: ""} if line[0] == "+" else {})
+        found.add(chat.Message("PRIVMSG", ["#a", line.removeprefix("+")], tags))
+    return found
+
+
+@pytest.mark.parametrize("count, size, kept", PIECES_AND_SIZES)
+def test_a_line_in_far_more_pieces_than_it_needs_is_joined(count, size, kept):
+    found = collected(["x" * size, *["+" + "x" * size] * (count - 1)])
+    assert found.text == (chat.SOFT_BREAK * kept).join(["x" * size] * count)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_message_has_at_most_so_many_pieces_as_lines(more):
+    count = chat.MESSAGE_LINES + more
+    found = collected(["x" * 80, *["+" + "x" * 80] * (count - 1)])
+    assert (chat.SOFT_BREAK in found.text) == (not more)
+
+
 def batch_of(*pieces, target="#a"):
     """The lines of one message: pieces that begin with + go on with the line before them."""
     yield f"BATCH +1 draft/multiline {target}"
@@ -14065,6 +14234,37 @@ ADDRESSES = [  # of mail, and whether a code is sent to them
     ("@x.org", False),
     ("alice@", False),
 ]
+
+
+@pytest.mark.parametrize("name", ["x", "alice", "\u0445\u0443"])
+def test_an_account_that_was_made_while_its_user_was_here_is_not_registered_again(name):
+    house = House()
+    house.enter_irc(name)
+    make_account(house, name)
+    told = asked(house, name, f"REGISTER {name} * password")
+    assert fails(told) == [("REGISTER", "ACCOUNT_EXISTS", [name])]
+    assert house.hub.accounts[name].verifier == BOSS
+
+
+USERNAMES = [  # as given, and as shown
+    ("u" * 19, "~" + "u" * 19),
+    ("u" * 20, "~" + "u" * 19),
+    ("\u00e4" * 9, "~" + "\u00e4" * 9),
+    ("\u00e4" * 10, "~" + "\u00e4" * 9),
+    ("u@!*?~:,x", "~ux"),
+    ("@", "~user"),
+]
+
+
+@pytest.mark.parametrize("given, shown", USERNAMES)
+def test_a_username_has_as_many_bytes_as_the_server_tells(given, shown):
+    house = House()
+    house.connect_irc("alice")
+    house.say("alice", "NICK alice", f"USER {given} 0 * :Alice")
+    house.turn()
+    assert house.hub.users["alice"].source.mask == f"alice!{shown}@127.0.0.1"
+    assert tokens(heard(house, "alice"))["USERLEN"] == "20"
+    assert len(shown.encode()) <= chat.USERNAME_BYTES
 
 
 @pytest.mark.parametrize("address, valid", ADDRESSES)
@@ -16535,6 +16735,19 @@ def test_a_file_that_no_thread_can_finish_may_be_sent_again(files):
     assert files.hub.files == {} and files.hub.files.finishing == set()
 
 
+@pytest.mark.parametrize("requests", [["PATCH"], ["PATCH", "HEAD"]])
+def test_an_upload_that_could_not_be_finished_is_finished_by_the_next_request(files, requests):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    finish, files.site.folder.finish = files.site.folder.finish, refusing(errno.EAGAIN)
+    for verb in requests:
+        piece = [PIECE, "Upload-Offset: 0"] * (verb == "PATCH")
+        answer = tus(files, verb, path, *piece, body=b"hello" * (verb == "PATCH"))
+        assert answer[0] == 503 and files.hub.files
+    files.site.folder.finish = finish
+    assert tus(files, "HEAD", path)[1]["upload-offset"] == "5"
+    assert got(files, path)[2] == b"hello"
+
+
 def test_content_that_is_gone_from_disk_is_not_found(files, monkeypatch):
     path = path_of(posted(files))
     for name in on_disk(files):
@@ -16669,6 +16882,36 @@ CONTENTS = [  # first bytes, name, type
 @pytest.mark.parametrize(("head", "name", "kind"), CONTENTS)
 def test_the_content_decides_what_it_is(head, name, kind):
     assert chat.content_type(head, name, True) == kind
+
+
+HEADS_OF_FILES = [  # type; how it is shown; the type as it is told; what its page may do
+    ("text/plain", "inline", "text/plain; charset=utf-8", ""),
+    ("image/png", "inline", "image/png", ""),
+    ("video/mp4", "inline", "video/mp4", "; media-src 'self'; style-src 'unsafe-inline'"),
+    ("application/pdf", "attachment", "application/pdf", ""),
+    (chat.UNKNOWN_TYPE, "attachment", chat.UNKNOWN_TYPE, ""),
+]
+
+
+@pytest.mark.parametrize("kind, shown, told, allowed", HEADS_OF_FILES)
+def test_the_head_of_a_file_says_how_it_may_be_shown(files, kind, shown, told, allowed):
+    path = path_of(posted(files, b"hello", 'Content-Disposition: x; filename="t.x"'))
+    (file,) = files.hub.files.values()
+    files.hub.files[file.id] = file._replace(type=kind)
+    status, headers, body = got(files, path)
+    assert (status, body) == (200, b"hello") and headers.pop("date")
+    assert headers == {
+        "etag": f'"{file.sha}"',
+        "cache-control": "private, no-cache",
+        "content-type": told,
+        "content-disposition": f"{shown}; filename=\"t.x\"; filename*=utf-8''t.x",
+        "accept-ranges": "bytes",
+        "content-security-policy": f"default-src 'none'{allowed}; sandbox",
+        "content-length": "5",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-resource-policy": "cross-origin",
+    }
 
 
 def jpeg(width, height):
@@ -18080,6 +18323,17 @@ def test_a_client_gets_on_with_every_server(lines):
             said = re.sub(r"sent-\S+", "sent-ID", core.take_output().decode()).splitlines()
 
 
+@pytest.mark.parametrize("verb", ["421", "451"])
+def test_a_server_that_refuses_to_talk_about_capabilities_gets_the_names_once(verb):
+    core = chat.ClientCore("alice", kind=chat.CHAT)
+    core.connected()
+    assert core.take_output() == b"CAP LS 302\r\n"
+    for sent in (b"NICK alice\r\nUSER alice 0 * :alice\r\n", b""):
+        views = core.feed(f":irc.example {verb} * CAP :No\r\n".encode())
+        assert core.take_output() == sent
+        assert any("CAP: No" in view.text for view in views) == (not sent)
+
+
 JUNK = [
     b"",
     b":",
@@ -19305,6 +19559,17 @@ def test_our_own_message_is_shown_once_however_it_comes_back(caps, tokens, tags,
     assert alice.said() == ["#lobby *alice: from another client of mine"]
 
 
+@pytest.mark.parametrize("tags", ["+chat.py/id=other", "label=x;+chat.py/id=other"])
+def test_an_echo_with_the_id_of_another_client_confirms_no_message_of_this_one(tags):
+    alice = Elsewhere(caps=f"{LABELLING}")
+    alice.types("hi there")
+    (id,) = alice.core.outbox.waiting
+    alice.hears(f"@msgid=1;{tags} :alice!u@h PRIVMSG #lobby :hi there")
+    assert alice.said() == ["#lobby *alice: hi there"] * 2 and id in alice.core.outbox.waiting
+    alice.hears(f"@msgid=2;label={id} :alice!u@h PRIVMSG #lobby :hi there")
+    assert alice.said() == [] and alice.core.outbox.waiting == {}
+
+
 def test_a_message_of_several_lines_comes_back_as_several_and_is_shown_once():
     alice = Elsewhere(caps="echo-message")
     alice.types("one\ntwo\nthree")
@@ -19828,6 +20093,17 @@ def test_an_echo_is_overdue_some_time_after_the_last_confirmation(arrived, asked
             if when == alice.now:
                 alice.hears(said[number].replace(" PRIVMSG", " :alice!u@h PRIVMSG"))
     assert pings == [asked] * bool(asked)
+
+
+def test_an_echo_with_other_words_hastens_one_question_only():
+    alice = Elsewhere(caps="echo-message message-tags")
+    alice.types("/raw PRIVMSG bob one", "/raw PRIVMSG bob two", "hi")
+    alice.hears(":alice!u@h PRIVMSG bob :ONE")  # of one of two lines, which is not clear
+    (ping,) = [line for line in alice.sent(2) if line.startswith("PING echo-")]
+    alice.hears(ping.replace("PING", "PONG irc.example"))
+    alice.types("again")
+    for seconds, asked in ((chat.ECHO_SECONDS / 2, 0), (chat.ECHO_SECONDS / 2, 1)):
+        assert sum(line.startswith("PING echo-") for line in alice.sent(seconds)) == asked
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -20467,6 +20743,31 @@ def test_the_log_in_falls_back_to_a_mechanism_that_the_server_has(
     found = re.findall(r"AUTHENTICATE ([A-Z]+-?\S*-?\d*)\r", core.take_output().decode())
     found = [name for name in found if name in (*chat.LOGINS, "EXTERNAL")]
     assert found == mechanisms
+
+
+TAKEN_UP = [  # what is offered, the mechanism that is tried first, the answer, and the next one
+    ("sasl", "PLAIN", ["904 * :no"], "SCRAM-SHA-256"),
+    ("sasl", "PLAIN", ["AUTHENTICATE +", "904 * :no"], ""),
+    ("sasl=SCRAM-SHA-256,EXTERNAL", "EXTERNAL", ["AUTHENTICATE +", "904 * :no"], ""),
+    ("sasl=SCRAM-SHA-256,EXTERNAL", "EXTERNAL", ["904 * :no"], "SCRAM-SHA-256"),
+    ("sasl=SCRAM-SHA-256,PLAIN", "PLAIN", ["AUTHENTICATE +", "904 * :no"], ""),
+    ("sasl=SCRAM-SHA-256,PLAIN", "PLAIN", ["904 * :no"], "SCRAM-SHA-256"),
+    ("sasl=SCRAM-SHA-256,PLAIN", "PLAIN", ["AUTHENTICATE +", "905 * :too long"], ""),
+]
+
+
+@pytest.mark.parametrize("caps, first, answers, then", TAKEN_UP)
+def test_another_mechanism_is_tried_only_if_the_server_did_not_take_up_the_first(
+    caps, first, answers, then
+):
+    core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "sesame"))
+    core.me.mechanisms, core.me.certificate = (first, "SCRAM-SHA-256"), True
+    core.connected()
+    core.secure = True
+    core.feed(f":x CAP * LS :{caps}\r\n".encode())
+    assert f"AUTHENTICATE {first}\r\n".encode() in core.take_output()
+    core.feed("".join(f":x {line}\r\n" for line in answers).encode())
+    assert ("AUTHENTICATE SCRAM" in core.take_output().decode()) == bool(then)
 
 
 def logged_in_elsewhere():
@@ -21234,6 +21535,21 @@ KEYS_SET = [  # changes of modes, the password that the next JOIN gives
     ("-lk old", "JOIN #k"),
     ("+b-l+k *!*@h new", "JOIN #k new"),
 ]
+
+
+MODES_WITH_VALUES = [  # CHANMODES; letters and values of a MODE; the changes
+    ("CHANMODES=X,Y,Z,i", "+XYZi-XYZ a b c d e", "+Xa +Yb +Zc +i -Xd -Ye -Z"),
+    ("CHANMODES=b,k,l,X", "+Xb-X a", "+X +ba -X"),
+    ("PREFIX=(qo)~@", "+q-o+b-k a b c d", "+qa -ob +bc -kd"),
+]
+
+
+@pytest.mark.parametrize("token, line, changes", MODES_WITH_VALUES)
+def test_a_server_tells_which_modes_have_a_value(token, line, changes):
+    alice = Elsewhere(token)
+    letters, *values = line.split()
+    found = alice.core.server.mode_changes(letters, values)
+    assert " ".join("".join(change) for change in found) == changes
 
 
 @pytest.mark.parametrize("tokens", [(), ("CHANMODES=beI,k,l,imnst",)])
@@ -22794,6 +23110,23 @@ def page_up(pair, room):
 
 
 LONG_MESSAGES = 60  # fewer than a page has, and more bytes
+
+
+@pytest.mark.parametrize("stored, pages", [(150, [100, 50]), (200, [100, 100]), (99, [99])])
+def test_the_first_message_is_known_to_be_the_first_once_a_page_is_not_full(
+    stored, pages, monkeypatch
+):
+    monkeypatch.setattr(chat, "PAGE_LINES", 100)
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    core = chat.ClientCore("alice", store=store, join=("#a",))
+    for n in range(stored):
+        store.add("#a", chat.ViewEvent(chat.MESSAGE, f"{n}", "bob", "#a", 1000 + n, id=f"{n}"))
+    room = core.rooms["#a"]
+    for count in pages:
+        before = len(room.views)
+        assert core.stored.show_older(room) and len(room.views) == before + count
+        assert room.views.dropped == (count == 100)
+    assert not core.stored.show_older(room) and not room.views.dropped
 
 
 def test_what_was_missed_in_long_messages_is_reached_by_reading_back():
@@ -24655,6 +24988,25 @@ def test_a_far_server_has_more_time_to_speak_first(monkeypatch, took, seconds):
     assert not link.core.secure
 
 
+@pytest.mark.parametrize(
+    "tls, host, secure",
+    [
+        (False, "192.0.2.1", False),
+        (True, "192.0.2.1", True),
+        (False, "127.0.0.1", True),
+        (True, "127.0.0.1", True),
+        (False, "::1", True),
+    ],
+)
+def test_a_password_is_safe_over_tls_and_on_this_computer(tls, host, secure, monkeypatch):
+    monkeypatch.setattr(chat, "peer_address", lambda sock: (host, 7000))
+    link = Hanging(True, 60.0)
+    link.target = link.target._replace(tls=tls)
+    link.phase, link.conn = chat.CONNECTING, types.SimpleNamespace(sock=None, unsent=0, write=bool)
+    link._connected()
+    assert (link.core.tls, link.core.secure) == (tls, secure)
+
+
 def test_a_client_that_was_stopped_does_not_take_the_server_for_dead():
     link = Hanging(True, 60.0)
     dropped = []
@@ -24703,6 +25055,21 @@ def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it
         assert patience / 2 < asked - answered <= patience / 2 + 0.5 and pings == []
         assert patience < left <= patience + 0.5
         link.loop.now = 300.0
+
+
+@pytest.mark.parametrize("ours, patience", [(True, "SILENT_SECONDS"), (False, "OTHER_SECONDS")])
+def test_a_silent_server_is_asked_as_soon_as_that_is_due(ours, patience):
+    link, written = Hanging(True, 60.0), []
+    link.conn = types.SimpleNamespace(heard=0.0, unsent=0, write=written.append)
+    link.phase, link.core.kind = chat.ONLINE, chat.IRC
+    link.core.connected()
+    link.core.feed(b":x 001 alice :hi\r\n")
+    link.core.server.ours = ours
+    for seconds, asked in ((0, False), (0.5, True), (1, False)):
+        written.clear()
+        link.loop.now = link.watched = getattr(chat, patience) / 2 + seconds
+        link._watch()
+        assert (b"PING" in b"".join(written)) == asked
 
 
 @pytest.mark.parametrize("seconds, progress", [(0.0, False), (0.5, True)])
@@ -28222,6 +28589,15 @@ def test_a_message_without_an_id_is_stored_by_the_sole_client_of_a_database(sole
     assert (found and found.text) == ("hi" if id else None)
 
 
+def test_a_stored_message_is_known_to_be_of_the_past():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    view = chat.ViewEvent("message", "hi", "bob", "#a", 5000, id="m1", called=True)
+    store.add("#a", view)
+    store.flush()
+    found = store.message("m1")
+    assert found == view._replace(past=True, number=found.number)
+
+
 @pytest.mark.parametrize(
     "reply, words", [("m1", "bob: hi"), ("m9", "an earlier message"), ("", "")]
 )
@@ -28384,6 +28760,39 @@ def test_a_refused_register_is_not_blamed_when_a_later_login_fails():
     assert alice.core.me.proposed
     alice.hears("FAIL REGISTER WEAK_PASSWORD alice :too short")
     assert alice.core.me.proposed is None and alice.core.me.login is None
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_the_reason_for_a_refused_register_is_shown_and_a_password_made_for_it_forgotten(made):
+    alice, kept = Elsewhere(caps="draft/account-registration"), []
+    alice.core.me.keep = kept.append
+    alice.types("/register" if made else "/register password").sent(9)
+    alice.hears("FAIL REGISTER WEAK_PASSWORD alice :too short")
+    assert any("too short" in view.text for view in alice.views)
+    assert alice.core.me.proposed is alice.core.me.login is None and not alice.core.me.account
+    assert not alice.core.me.generated and kept[-1:] == [None] * made
+
+
+SAID_OF_AN_ACCOUNT = [  # who says it, its words; the log-in of the client then
+    ("NickServ!s@h", chat.PASSWORD_CHANGED, ("alice", "new")),
+    ("nickserv!s@h", chat.PASSWORD_CHANGED, ("alice", "new")),
+    ("NickServ!s@h", "something else", ("alice", "old")),
+    ("bob!u@h", chat.PASSWORD_CHANGED, ("alice", "old")),
+    ("bob!u@h", chat.ACCOUNT_GONE, ("alice", "old")),
+    ("NickServ!s@h", chat.ACCOUNT_GONE, None),
+]
+
+
+@pytest.mark.parametrize("source, words, login", SAID_OF_AN_ACCOUNT)
+def test_only_the_service_tells_that_a_password_was_changed_or_an_account_deleted(
+    source, words, login
+):
+    alice = Elsewhere(login=chat.Login("alice", "old"))
+    me = alice.core.me
+    me.account, me.proposed = "alice", chat.Login("alice", "new")
+    alice.hears(f":{source} NOTICE alice :{words}")
+    assert me.login == (login and chat.Login(*login))
+    assert me.account == (login[0] if login else "")
 
 
 class Rows:
@@ -30645,6 +31054,16 @@ def test_kline_and_unkline_work_in_the_line_protocol():
     house.turn()
     come_from(house, "late", "10.0.0.9")
     assert not is_closed(house, "late")
+
+
+def test_bans_from_the_server_are_listed_to_its_operators_only():
+    house = irc_house("#lobby", root="")
+    asked(house, "root", "OPER boss secret", KLINE.format(10, "10.0.0.8", "go away"))
+    house.enter("dora")
+    told = str(ask(house, "dora", "/stats k"))
+    assert "only operators of this server can do that" in told and "10.0.0.8" not in told
+    ask(house, "dora", "/oper boss secret")
+    assert "10.0.0.8" in str(ask(house, "dora", "/stats k"))
 
 
 # Machine faults
@@ -33235,6 +33654,29 @@ def test_a_client_that_does_not_answer_a_ping_is_disconnected():
             assert (one.asked > one.heard, one.leaving) == (asked, leaving)
 
 
+READ_ERRORS = [  # of a socket; whether the connection is over
+    (BlockingIOError(errno.EAGAIN, "x"), False),
+    (ConnectionResetError(errno.ECONNRESET, "x"), True),
+    (TimeoutError(errno.ETIMEDOUT, "x"), True),
+]
+
+
+@pytest.mark.parametrize("error, over", READ_ERRORS)
+def test_an_error_of_the_network_ends_a_connection_with_its_reason(error, over, monkeypatch):
+    def fails(size):
+        raise error
+
+    reasons = []
+    monkeypatch.setattr(chat.Peer, "lost", lambda peer, reason: reasons.append(reason))
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        sock = one.sock
+        one.sock = types.SimpleNamespace(recv=fails, close=sock.close, fileno=sock.fileno)
+        one.read()
+        assert reasons == [chat.reason_of(error)] * over and (one.state == chat.CLOSED) == over
+        one.sock = sock
+
+
 @pytest.mark.parametrize(
     "more, failed, busy, wait",
     [
@@ -33254,6 +33696,17 @@ def test_the_index_goes_on_at_once_on_a_server_with_nothing_else_to_do(more, fai
     house.committer.indexed(step)
     assert waits == [wait] * more and done == [step] * (failed is not None)
     assert house.committer.index_due == more
+
+
+@pytest.mark.parametrize("busy, most", [(True, chat.INDEX_IDS_BUSY), (False, None)])
+def test_the_index_takes_fewer_messages_at_once_while_the_server_is_busy(busy, most):
+    house, asked = House(), []
+    house.committer.committed = house.loop.now - (0 if busy else chat.INDEX_SECONDS)
+    house.committer.indexed = lambda done: asked.append(done)
+    step = types.SimpleNamespace(step=lambda given: lambda: ("done", given))
+    house.store.search_index = step
+    house.committer.index()
+    assert asked == [("done", most)]
 
 
 @pytest.mark.parametrize("data, rest", [(b"\x1b]11;rgb:0000", ""), (b"\x1bP1$r", "")])
@@ -34689,6 +35142,46 @@ def test_a_checkpoint_waits_for_one_timer_however_much_is_stored(folder):
     house.store.close()
 
 
+@pytest.mark.parametrize("error", [None, OSError("disk full")])
+def test_the_next_message_after_a_checkpoint_is_followed_by_another_one(error, folder):
+    house = stored(folder)
+    house.enter("alice")
+    house.committer.helpers = types.SimpleNamespace(submit=lambda owner, job, done: done(error))
+    for _ in range(3):
+        house.loop.timers.clear()
+        house.committer.checkpoint()
+        house.say("alice", "hello")
+        house.turn()
+        due = [timer.callback for timer in house.loop.timers]
+        assert due.count(house.committer.checkpoint) == 1
+    house.store.close()
+
+
+@pytest.mark.parametrize("erased", [True, False])
+def test_a_checkpoint_that_left_words_in_the_log_is_followed_by_another_one(erased, folder):
+    house = stored(folder)
+    house.committer.helpers = types.SimpleNamespace(submit=lambda owner, job, done: done(None))
+    house.loop.timers.clear()
+    house.store.erased = erased
+    house.committer.checkpoint()
+    due = [timer.callback for timer in house.loop.timers]
+    assert due.count(house.committer.checkpoint) == erased
+    house.store.close()
+
+
+@pytest.mark.parametrize("node", [True, False])
+def test_the_time_since_the_start_is_that_of_this_server_on_a_node_too(node):
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0)) if node else House()
+    house.enter_irc("alice")
+    for seconds in (0, 90_061):
+        (before,) = [line.params[1] for line in of(asked(house, "alice", "STATS u"), "242")]
+        house.now += seconds
+        house.begin_turn()
+    assert before.startswith("Server Up 0 days 00:00:")
+    (after,) = [line.params[1] for line in of(asked(house, "alice", "STATS u"), "242")]
+    assert after.startswith("Server Up 1 days 01:01:")
+
+
 def test_the_trouble_of_checkpoints_is_logged_once_until_one_works(folder, caplog):
     house, outcomes = stored(folder), []
     house.helpers.submit = lambda owner, job, then: then(outcomes.pop(0))
@@ -35396,6 +35889,19 @@ def test_the_title_of_a_conversation_has_its_topic_and_its_server(topic, server,
     assert chat.place_lines(talk, look) == ["\u2500\u2500 with bob"]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_reading_back_ends_with_the_last_row_of_a_message_of_several(rows):
+    desk = Desk(rows=10)
+    desk.hear(*[f"line {n}" for n in range(30)], "word " * 60)
+    desk.paint()
+    reader = desk.display.reader
+    reader.up(rows)
+    for left in range(rows - 1, -1, -1):
+        assert reader.back and reader.room.views.reading and reader.cut == left + 1
+        reader.down(1)
+    assert (reader.back, reader.room.views.reading, reader.cut) == (False, False, 0)
+
+
 def test_where_the_reader_is_stands_in_the_status_row():
     desk = Desk(rows=10)
     desk.hear(*[f"line {n}" for n in range(30)])
@@ -35932,6 +36438,18 @@ def test_tab_completes_the_last_speakers_and_known_channels():
     for before, expected in table.items():
         word = before[before.rfind(" ") + 1 :]
         assert chat.complete_line(core, before, word) == expected, before
+
+
+@pytest.mark.parametrize("speakers", ["", "a", "ca", "bac", "abcabb"])
+def test_the_user_who_spoke_last_is_completed_first(speakers):
+    core = chat.ClientCore("me", join=("#lobby",))
+    for name in "abc":
+        core.room.came(name * 2)
+    for name in speakers:
+        core.room.spoke(name * 2)
+    order = dict.fromkeys(f"{speakers[::-1]}cba")
+    words = [f"{name * 2} " for name in order]
+    assert [word for word in chat.complete_line(core, "hi ", "") if word in words] == words
 
 
 def test_several_conversations_at_a_terminal(running, terminal):
@@ -36756,6 +37274,19 @@ class Linked:
         self.loop.close()
 
 
+@pytest.mark.parametrize("own, holds", [("me.pem", True), (None, False)])
+def test_only_a_client_with_a_certificate_of_its_own_offers_to_log_in_by_it(own, holds):
+    core, loop = chat.ClientCore("alice"), chat.Loop()
+    link = chat.Link(
+        loop, chat.parse_target("irc://here"), core, chat.Trust(own=own), known_servers()
+    )
+    core.connected()
+    core.feed(b":x CAP * LS :sasl=EXTERNAL\r\n")
+    assert (b"AUTHENTICATE EXTERNAL" in core.take_output()) == holds
+    link.helpers.close()
+    loop.close()
+
+
 def test_a_broken_line_is_shown_at_once_and_not_when_something_else_happens(monkeypatch):
     monkeypatch.setattr(chat, "BACKOFF_FIRST", PATIENCE)
     monkeypatch.setattr(chat, "WATCH_SECONDS", PATIENCE)
@@ -37445,6 +37976,30 @@ def test_a_file_is_saved_as_it_is_or_not_at_all(answers, asked, saved, tmp_path)
     assert files.calls.keys() <= {one.id for one in files.core.transfers}
     there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert there == ({} if saved is None else {"a.txt": saved})
+
+
+SAVED_AS = [  # what the user gives as a path; what is there; where the file is saved
+    ("", (), "a.txt"),
+    ("", ("a.txt",), "a (2).txt"),
+    ("b.txt", (), "b.txt"),
+    ("b.txt", ("a.txt", "b.txt"), "b (2).txt"),
+    ("sub", ("sub/x",), "sub/a.txt"),
+    ("sub", ("sub/a.txt",), "sub/a (2).txt"),
+    ("sub/b", ("sub/x",), "sub/b"),
+]
+
+
+@pytest.mark.parametrize("path, there, where", SAVED_AS)
+def test_a_file_is_called_as_it_is_saved(path, there, where, tmp_path):
+    for name in there:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"the user's")
+    files = InMemory(tmp_path, WHOLE)
+    one = chat.Transfer("1", False, chat.LOBBY, path, name="a.txt", url="/files/1")
+    said = files.run(one)
+    assert (one.path, one.name) == (str(tmp_path / where), pathlib.Path(where).name)
+    assert (tmp_path / where).read_bytes() == WHOLE[2]
+    assert any(one.name in line for line in said)
 
 
 def test_a_file_that_is_saved_replaces_none_that_came_meanwhile(tmp_path):
