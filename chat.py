@@ -392,7 +392,7 @@ FILES_COUNT = 10_000  # all of them are kept in memory
 FILES_DAYS = 90  # until a file is removed
 UPLOAD_SECONDS = 24 * 3600  # until an unfinished upload is removed
 UPLOADS_A_USER = 64  # that are not complete
-CLIENT_ID_LENGTH = 16  # of an id that a client makes for an upload: 64 random bits in hex
+CLIENT_ID_LENGTH = 32  # of an id that a client makes for an upload: 128 random bits in hex
 CHUNKS_RESERVED = 8 * 1024 * 1024  # bytes, for a file whose size is not announced; then double
 FILE_NAME_BYTES = 200
 DISPOSITION_PARTS = 50  # semicolons of a Content-Disposition with a name
@@ -18624,7 +18624,7 @@ client_command(
 def do_send(core: ClientCore, path: str) -> None:
     """/send FILE -- upload a file, and post its link here when it is there"""
     room = asked_room(core)
-    core.transfers.start(Transfer(secrets.token_hex(8), True, room.name, path))
+    core.transfers.start(Transfer(secrets.token_hex(16), True, room.name, path))
 
 
 @client_command("save", most=2, nameless=True)
@@ -27726,7 +27726,7 @@ async function offer(file, ...others) {
   const smaller = el('input', { type: 'checkbox', checked: true });
   const send = () => {
     const taken = small && smaller.checked, blob = taken ? small : file;
-    accept({ own: newId(), n: Date.now(), target, type: blob.type, size: blob.size, blob, reply: '',
+    accept({ own: randomHex(16), n: Date.now(), target, type: blob.type, size: blob.size, blob, reply: '',
       name: taken ? `${name.replace(/\.\w+$/, '')}.jpg` : name, failed: '' })
       .catch((error) => note(`${name} was not accepted: ${error.message}`));
     closeSheet();

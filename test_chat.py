@@ -16500,7 +16500,7 @@ ASKED_AGAIN = [  # bytes that came after the first POST, those of the second, wh
 def test_a_post_with_the_clients_id_whose_answer_was_lost_makes_no_second_file(
     files, come, body, at
 ):
-    ask = "POST", "/files", "Upload-Length: 5", meta(filename="a.txt", id="1" * 16)
+    ask = "POST", "/files", "Upload-Length: 5", meta(filename="a.txt", id="1" * 32)
     path = path_of(tus(files, *ask))
     if come:
         tus(files, "PATCH", path, "Upload-Offset: 0", PIECE, body=come)
@@ -16514,21 +16514,28 @@ def test_a_post_with_the_clients_id_whose_answer_was_lost_makes_no_second_file(
 
 
 @pytest.mark.parametrize(
-    "id, name", [("2" * 16, "alice"), ("1" * 16, "bob"), ("1" * 15, "alice"), ("", "alice")]
+    "first, second, name",
+    [
+        ("1" * 32, "2" * 32, "alice"),
+        ("1" * 32, "1" * 32, "bob"),
+        ("1" * 31, "1" * 31, "alice"),
+        ("", "", "alice"),
+    ],
 )
-def test_another_id_another_user_or_an_id_that_can_be_guessed_makes_another_file(files, id, name):
-    first = "1" * 15 if len(id) == 15 else id if not id else "1" * 16
+def test_another_id_another_user_or_an_id_that_can_be_guessed_makes_another_file(
+    files, first, second, name
+):
     tus(files, "POST", "/files", "Upload-Length: 5", meta(id=first))
-    tus(files, "POST", "/files", "Upload-Length: 5", meta(id=id), name=name)
+    tus(files, "POST", "/files", "Upload-Length: 5", meta(id=second), name=name)
     assert len(files.hub.files) == 2
 
 
 def test_an_upload_that_is_asked_for_again_on_another_node_is_one(files):
-    tus(files, "POST", "/files", "Upload-Length: 5", meta(id="1" * 16))
+    tus(files, "POST", "/files", "Upload-Length: 5", meta(id="1" * 32))
     ((id, file),) = files.hub.files.items()
     files.hub.files[id] = file._replace(node="n2")
     files.site.cluster = types.SimpleNamespace()
-    again = tus(files, "POST", "/files", "Upload-Length: 5", meta(id="1" * 16))
+    again = tus(files, "POST", "/files", "Upload-Length: 5", meta(id="1" * 32))
     assert (again[0], again[1]["upload-offset"]) == (201, "0") and path_of(again).endswith(id)
 
 
