@@ -27726,8 +27726,8 @@ async function offer(file, ...others) {
   const smaller = el('input', { type: 'checkbox', checked: true });
   const send = () => {
     const taken = small && smaller.checked, blob = taken ? small : file;
-    accept({ own: randomHex(16), n: Date.now(), target, type: blob.type, size: blob.size, blob, reply: '',
-      name: taken ? `${name.replace(/\.\w+$/, '')}.jpg` : name, failed: '' })
+    accept({ own: randomHex(16), n: Date.now(), target, type: blob.type, size: blob.size, blob,
+      reply: '', name: taken ? `${name.replace(/\.\w+$/, '')}.jpg` : name, failed: '' })
       .catch((error) => note(`${name} was not accepted: ${error.message}`));
     closeSheet();
     offer(...others);
