@@ -39977,7 +39977,7 @@ class Watcher(Pair):
                 self.model.take(event)
 
     def compare(self):
-        """What Tk was told step by step is what it would be told at once."""
+        """Tk is told step by step what it would be told at once."""
         (seat,), core = self.engine.seats, self.core
         infos = [gui_client.room_info(*place) for place in gui_client.places([seat])]
         assert self.model.rooms == {one.number: one for one in infos}
