@@ -3640,6 +3640,11 @@ def free_name(
     )
 
 
+def whose_name(name: str, advice: str) -> str:
+    """Return why a name is not free, though no user has it, and what its owner can do."""
+    return "is kept for a service" if fold(name) in SERVICES else f"belongs to an account; {advice}"
+
+
 def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = "") -> None:
     """Raise Refused unless a user may have exactly this name."""
     if clean_name(wanted) != wanted or not wanted:
@@ -3652,7 +3657,7 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         text = f"{wanted} looks like {known} in other letters; choose another name"
         raise Refused("NAME_TAKEN", text, wanted)
     if owner and hub.accounts.is_foreign(wanted, owner.account):
-        raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
+        raise Refused("NAME_TAKEN", f"{wanted} {whose_name(wanted, 'log in first')}", wanted)
 
 
 def server_ban(hub: Hub, source: Source) -> ServerBan | None:
@@ -8699,7 +8704,8 @@ def complete_registration(session: IrcSession) -> Steps:
         session.notice(f"PASS did not log you in: {failure}")
     if session.site.hub.accounts.is_foreign(wanted, session.user.account):
         session.denied = wanted
-        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
+        advice = f"/msg {SERVICE} IDENTIFY {wanted} PASSWORD"
+        session.notice(f"{wanted} {whose_name(wanted, advice)}")
     for channel in session.user.channels if attached else ():
         session.tell_joined(channel.name)
         tell_channel(session, channel)
@@ -10519,7 +10525,7 @@ line_command = Commands("/")
 def why_renamed(hub: Hub, wanted: str, name: str) -> str:
     cleaned = clean_name(wanted)
     if name != cleaned and hub.accounts.is_foreign(cleaned, ""):
-        return f"{cleaned} belongs to an account; if it is yours: /login PASSWORD"
+        return f"{cleaned} {whose_name(cleaned, 'if it is yours: /login PASSWORD')}"
     if name != cleaned:
         return f"{cleaned} is taken"
     never, not_first = "".join(sorted(NOT_IN_NAMES)), "".join(sorted(NOT_FIRST_IN_NAMES))

@@ -11228,6 +11228,14 @@ erin> REGISTER * * password
 erin< FAIL REGISTER COMPLETE_CONNECTION_REQUIRED erin :register after you have joined the server
 erin> REGISTER erin
 erin< 461 erin REGISTER :Not enough parameters; usage: REGISTER <account or *> <email or *> <password>
+=== the name of the service is for no user
++erin
+erin> NICK NickServ
+erin> USER e 0 * :Erin
+erin< the welcome
+erin< NOTICE NickServ2 :NickServ is kept for a service
+dora> /nick chanserv
+dora< * you are chanserv2: chanserv is kept for a service
 === a name of an account is for its owner
 alice> REGISTER * * password
 alice< REGISTER SUCCESS alice :alice is yours; log in with your password
@@ -11669,7 +11677,7 @@ bob> WHO bob %na
 bob< 354 bob bob 0
 bob< 315 bob bob :End of WHO list
 bob> NICK NickServ
-bob< 433 bob NickServ :Nickname is already in use; NickServ belongs to an account; log in first
+bob< 433 bob NickServ :Nickname is already in use; NickServ is kept for a service
 dora> /tell NickServ register x
 dora< * no user here is called NickServ
 === VERIFY: a code that was never sent
