@@ -45890,9 +45890,7 @@ def test_a_server_that_can_send_no_code_says_that_nothing_can_be_registered():
         assert b"no account can be registered" in process.stderr.readline()
 
 
-def test_a_wrong_command_line_is_one_clear_line_and_no_traceback(folder, monkeypatch):
-    for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"):
-        monkeypatch.setenv(name, str(folder))
+def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
     with contextlib.ExitStack() as stack:
         started = [
             # without a terminal of its own that a password could be asked for at
