@@ -26768,18 +26768,15 @@ async function accept(...rows) {
   rows.forEach((row) => publish({ row }));
 }
 
-async function cancel({ own }) {
-  const row = await storedRow(own);
+async function drop(own) {
   await store('outbox', 'delete', own);
   publish({ dropped: own });
-  if (row?.size && row.link) // or what has come of it counts against the user's room for a day
-    leader?.uploader.call('DELETE', row.link).catch(() => {});
 }
 
-// A row with its blob, also one that the browser has lost
+// A row as it is now, with its blob, also one that the browser has lost
 async function storedRow(own) {
-  const row = [...await stored('outbox'), ...state.outbox].find((one) => one.own === own);
-  return row && blobs[own] ? { ...row, blob: blobs[own] } : row;
+  const same = [...await stored('outbox'), ...state.outbox].filter((one) => one.own === own);
+  return same.length && Object.assign({}, ...same, blobs[own] && { blob: blobs[own] });
 }
 
 const finalError = (text) => Object.assign(new Error(text), { final: true });
@@ -26797,7 +26794,7 @@ class Uploader {
     this.running = true;
     for (let row; leader && (row = state.outbox.find(({ size, failed }) => size && !failed));) {
       try {
-        await this.upload(await storedRow(row.own) ?? row);
+        await this.upload(await storedRow(row.own));
       } catch (error) {
         if (error.final) await leader?.setFailed(row.own, error.message);
         else await new Promise((done) => { this.wake = done; setTimeout(done, 2000); });
@@ -26817,7 +26814,7 @@ class Uploader {
       headers: { 'Tus-Resumable': '1.0.0', Authorization, ...headers } })
       .finally(() => clearTimeout(timer));
     if (response.status === 401) this.token = null;
-    if (response.ok || response.status === 409 || response.status === 404) return response;
+    if (response.ok || [404, 409].includes(response.status)) return response;
     const text = (await response.text()).trim();
     throw [400, 403, 413, 415, 507].includes(response.status) ? finalError(text) : new Error(text);
   }
@@ -26829,31 +26826,30 @@ class Uploader {
   }
 
   async upload(row) {
-    if (!(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
-    let at = await this.create(row); // bytes that the server has
-    const wanted = () => state.outbox.some(({ own }) => own === row.own);
-    while (at < row.size && wanted()) {
-      const response = await this.call('PATCH', row.link, { 'Upload-Offset': at,
-        'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK));
-      at = offsetIn(response);
-      if (wanted()) publish({ row: { ...shared(row), sent: at } });
-    }
-    if (!wanted()) { // cancelled, maybe while its link was being stored
-      await store('outbox', 'delete', row.own);
-      return this.call('DELETE', row.link);
-    }
-    if (!(at >= row.size)) throw new Error('the server has lost the upload');
-    const what = row.type.startsWith('image/') ? 'picture' : row.type || 'file';
-    const { blob, size, ...message } = row;
-    return accept({ ...message, text: `${row.name} (${what}, ${sizeText(size)}): ${row.link}` });
-  }
-
-  async create(row) {
-    const response = await this.call('POST', '/files', { 'Upload-Length': row.size,
+    const now = () => leader?.uploader === this // or another tab may have sent it
+      && state.outbox.find(({ own, size }) => size && own === row.own);
+    const wanted = () => now() && !now().gone;
+    if (wanted() && !(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
+    const made = await this.call('POST', '/files', { 'Upload-Length': row.size,
       'Upload-Metadata': `id ${btoa(row.own)},filename ${toBase64(bytesOf(row.name))}` });
-    row.link = response.headers.get('Location');
-    await keep(row);
-    return offsetIn(response);
+    const link = made.headers.get('Location');
+    let at = offsetIn(made); // bytes that the server has
+    while (at < row.size && wanted()) {
+      at = offsetIn(await this.call('PATCH', link, { 'Upload-Offset': at,
+        'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK)));
+      if (now()) publish({ row: { ...now(), sent: at } });
+    }
+    if (wanted()) {
+      if (!(at >= row.size)) throw new Error('the server has lost the upload');
+      const what = row.type.startsWith('image/') ? 'picture' : row.type || 'file';
+      const { blob, size, ...message } = row;
+      message.text = `${row.name} (${what}, ${sizeText(size)}): ${link}`;
+      await keep(message);
+      if (wanted()) publish({ row: message });
+    } else if (now()) {
+      await this.call('DELETE', link);
+      await drop(row.own);
+    }
   }
 }
 
@@ -27000,7 +26996,18 @@ class Leader {
   async setFailed(own, failed) { // why a row was refused; '' tries it again
     const row = await storedRow(own);
     this.inFlight.delete(own);
-    if (row) await accept({ ...row, failed });
+    if (row?.gone) await drop(own);
+    else if (row) await accept({ ...row, failed });
+  }
+
+  // A file stays until the server has removed what has come of it, which counts for a day
+  async cancel(own) {
+    const row = state.outbox.find((one) => one.own === own);
+    if (!row?.size) return drop(own);
+    const gone = { ...row, failed: '', gone: true };
+    publish({ row: gone }); // at once: it may be about to be sent
+    this.uploader.wake?.();
+    return store('outbox', 'put', gone);
   }
 
   closed() {
@@ -27179,6 +27186,12 @@ const ITEMS = {
     if (blob instanceof Blob) blobs[row.own] = blob;
     state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
     room(row.target);
+  },
+  read({ time, nick }, { name }) { // also without a connection: see MARKREAD
+    const to = room(name);
+    if (time <= to.marker) return; // another tab has read more
+    to.marker = time;
+    if (!isMe(nick)) respond(`MARKREAD ${name} timestamp=${time}`);
   },
   dropped(own) {
     delete blobs[own];
@@ -27437,8 +27450,7 @@ $('newest').onclick = () => { stuck = true; keepPlace(); };
 function markRead() {
   const to = shown(), last = lastSaid(to);
   if (document.hidden || !stuck || !last || last.time <= to.marker) return;
-  to.marker = last.time;
-  if (!isMe(last.nick)) act('send', `MARKREAD ${to.name} timestamp=${last.time}`);
+  publish({ read: last, name: to.name });
 }
 
 // ---- The screen: the rest of it, drawn again in the next frame where it differs
@@ -27483,7 +27495,7 @@ function draw() {
   fill($('menu').lastElementChild, sum, () => [badgeOf(sum)]);
   drawRooms(list);
   fill($('people'), members, () => peopleOf(members));
-  drawWaiting(state.outbox.filter(({ target }) => fold(target) === here));
+  drawWaiting(state.outbox.filter(({ target, gone }) => fold(target) === here && !gone));
   drawPhase();
 }
 
@@ -27522,7 +27534,7 @@ function drawWaiting(list) {
     return el('article', { className: 'row mine', ariaLive }, withLinks(row.text ?? row.name), bar,
       el('span', { className: row.failed ? 'failed' : 'dim' }, why),
       row.failed && button('Retry', () => act('setFailed', row.own, '')),
-      button('Cancel', () => cancel(row)));
+      button('Cancel', () => act('cancel', row.own)));
   })));
 }
 
@@ -28159,13 +28171,13 @@ def page_icon() -> bytes:
 
 def served(text: str) -> str:
     """Return a document without the parts that no browser needs: comments, indentation, line breaks
-    where nothing depends on them, and blanks in the style and around operators of the script. (No
-    text in the script has these operators between blanks.)"""
+    where nothing depends on them, and blanks in the style, and in the script around operators and
+    inside braces. (No text in the script has these operators between blanks, or such braces.)"""
     text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
     before, tag, rest = text.partition("<style>")
     style, end, script = rest.partition("</style>")
     style = re.sub(r" ?([{};,]) ?\n?|(?<=:) ", r"\1", style)
-    operators = r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?={)"
+    operators = r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?={)|(?<={) | (?=})"
     script = re.sub(operators, r"\1", script)
     return before + tag + style + end + script
 

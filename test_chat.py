@@ -43728,23 +43728,82 @@ def test_a_cancelled_file_is_never_sent(running, browse, folder, tmp_path):
     assert tab.rows() == ["nothing but this"]
 
 
-def test_the_server_removes_what_has_come_of_a_cancelled_file(running, browse, folder, tmp_path):
+@pytest.mark.parametrize("canceller", [0, 1])
+@pytest.mark.parametrize("lost", ["POST", "PATCH"])
+def test_the_server_removes_what_has_come_of_a_cancelled_file(
+    running, browse, folder, tmp_path, lost, canceller
+):
+    """Also if the answer that names it was lost, and if another tab than the leader cancels."""
     server = with_page(running, data=folder)
-    (tmp_path / "notes.txt").write_text("x" * 3000)
-    tab = browse(server.address).enter("anna")
-    tab.js("globalThis.usual = fetch; globalThis.seen = []; null")
-    cut = "how.method === 'PATCH' ? Promise.reject(Error('cut')) : usual(url, how)"
-    tab.js(f"fetch = (url, how) => {{ seen.push(how.method); return {cut}; }}; null")
-    tab.choose(tmp_path / "notes.txt")
-    tab.press("Send")
-    tab.until("seen.includes('PATCH')")
+    tabs = [browse(server.address).enter("anna"), browse(server.address)]
+    tabs[1].until("attached && state.phase === 'online'")
+    tabs[0].js(
+        "self.usual = fetch; self.seen = []; fetch = async (url, how) => {"
+        "const answer = await usual(url, how); seen.push(how.method);"
+        f"if (how.method === '{lost}' && !self.lost) {{ self.lost = true; throw Error('lost'); }}"
+        "return answer; }; null"
+    )
+    size = 1_000_000 if lost == "PATCH" else 3000  # that is not the last of it
+    (tmp_path / "notes.txt").write_text("x" * size)
+    tabs[0].choose(tmp_path / "notes.txt")
+    tabs[0].press("Send")
+    tabs[0].until("self.lost")
     assert len(server.server.hub.files) == 1
+    tab = tabs[canceller]
     tab.until("document.querySelector('#waiting button')")
     tab.js("[...document.querySelectorAll('#waiting button')].pop().click()")
-    tab.until("seen.includes('DELETE')")
+    tabs[0].until("seen.includes('DELETE') && !leader.uploader.running && !state.outbox.length")
     tab.say("nothing but this")
     tab.wait_for("nothing but this")
+    assert tab.rows() == ["nothing but this"] and tab.js("stored('outbox')") == []
     assert not server.server.hub.files
+
+
+def test_a_file_that_is_cancelled_without_a_connection_is_removed_after_a_reload(
+    running, browse, folder
+):
+    server = with_page(running, data=folder)
+    with Proxy(server.address) as proxy:
+        tab = browse(proxy.address, before=HASTY.replace("10", "50")).enter("anna")
+        tab.js("self.usual = fetch; fetch = async (...a) => { await usual(...a); throw Error(); }")
+        tab.js("offer(new File(['x'.repeat(3000)], 'notes.txt'))")
+        tab.press("Send")
+        assert eventually(lambda: server.server.hub.files)
+        proxy.server = ("127.0.0.1", 9)
+        proxy.hang_up()
+        tab.until("state.phase !== 'online' && document.querySelector('#waiting button')")
+        tab.js("[...document.querySelectorAll('#waiting button')].pop().click()")
+        tab.until("!document.querySelector('#waiting .row')")
+        tab.until("stored('outbox').then(([row]) => row.gone)")
+        tab.ask("Page.navigate", url="about:blank")
+        proxy.server = server.address
+        tab.go(tab.url)
+        tab.until("state.phase === 'online' && !state.outbox.length && !leader.uploader.running")
+        assert not server.server.hub.files and tab.rows() == []
+
+
+def test_a_file_that_another_tab_has_sent_is_not_removed_by_the_one_that_began(
+    running, browse, folder
+):
+    server = with_page(running, data=folder)
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    first.js(
+        "self.usual = fetch; self.seen = []; self.later = new Promise((go) => { self.go = go; });"
+        "fetch = async (url, how) => { const answer = await usual(url, how);"
+        "seen.push(how.method); if (how.method === 'PATCH') await later; return answer; };"
+        "self.began = leader.uploader; offer(new File(['x'.repeat(3000)], 'notes.txt'))"
+    )
+    first.press("Send")
+    first.until("seen.includes('PATCH')")  # it is frozen, say, before it knows
+    second.js("elect(true); null")
+    second.until("document.querySelector('#log .card') && !state.outbox.length")
+    first.until("!leader && attached && document.querySelector('#log .card')")
+    first.js("go()")
+    first.until("!began.running")
+    assert first.js("seen") == ["POST", "PATCH"]
+    assert len(server.server.hub.files) == 1
 
 
 def test_a_removed_text_is_gone_from_quotes_too(running, browse):
@@ -44219,6 +44278,25 @@ def test_what_was_read_without_a_connection_is_read_on_other_devices_later(runni
         "room('#lobby').told = room('#lobby').marker; leader.closed()"
     )  # was lost, with its line
     tab.js("leader.connect = usual; leader.connect()")
+    markers = server.server.hub.markers
+    assert eventually(lambda: [list(marks) for marks in list(markers.values())] == [["#lobby"]])
+
+
+def test_what_one_tab_reads_without_a_connection_is_read_in_the_other_one_too(running, browse):
+    server = with_page(running)
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    for tab in (first, second):
+        tab.js("openRoom('ben')")
+    server.guest("bob").send("hello\n")
+    for tab in (first, second):
+        tab.until("unreadIn(room('#lobby')).length === 1")
+    first.js("self.usual = leader.connect; leader.connect = () => null; leader.closed()")
+    second.until("state.phase === 'waiting'")
+    second.js("openRoom('#lobby')")
+    first.until("unreadIn(room('#lobby')).length === 0")
+    first.js("leader.connect = usual; leader.connect()")
     markers = server.server.hub.markers
     assert eventually(lambda: [list(marks) for marks in list(markers.values())] == [["#lobby"]])
 
