@@ -27010,6 +27010,10 @@ class Leader {
     return store('outbox', 'put', gone);
   }
 
+  close(name) { // not by the tab that asks: a line that comes meanwhile would open it again there
+    publish({ closed: name });
+  }
+
   closed() {
     const { socket } = this;
     if (socket) Object.assign(socket, { onclose: null, onmessage: null, onopen: null }).close();
@@ -27187,11 +27191,11 @@ const ITEMS = {
     state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
     room(row.target);
   },
-  read({ time, nick }, { name }) { // also without a connection: see MARKREAD
-    const to = room(name);
-    if (time <= to.marker) return; // another tab has read more
+  read({ time, nick }, { key }) { // also without a connection: see MARKREAD
+    const to = state.rooms[key];
+    if (!(time > to?.marker)) return; // another tab has read more, or removed it
     to.marker = time;
-    if (!isMe(nick)) respond(`MARKREAD ${name} timestamp=${time}`);
+    if (!isMe(nick)) respond(`MARKREAD ${to.name} timestamp=${time}`);
   },
   dropped(own) {
     delete blobs[own];
@@ -27450,7 +27454,7 @@ $('newest').onclick = () => { stuck = true; keepPlace(); };
 function markRead() {
   const to = shown(), last = lastSaid(to);
   if (document.hidden || !stuck || !last || last.time <= to.marker) return;
-  publish({ read: last, name: to.name });
+  publish({ read: last, key: to.key });
 }
 
 // ---- The screen: the rest of it, drawn again in the next frame where it differs
@@ -27869,7 +27873,7 @@ function joinSheet() {
 function roomSheet() {
   const to = shown(), list = div('list', ...peopleOf(Object.values(to.members)));
   const inside = to.joined || (isChannel(to.name) && !isOnline());
-  const leave = () => (inside ? ask(`PART ${to.name}`) : publish({ closed: to.name }));
+  const leave = () => (inside ? ask(`PART ${to.name}`) : act('close', to.name));
   openSheet(to.name, [to.topic && dim(to.topic), list],
     [choice(inside ? 'Leave' : 'Remove from the list', leave)]);
 }

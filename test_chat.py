@@ -43160,6 +43160,26 @@ def test_two_tabs_share_one_connection_and_one_outbox(running, browse):
     assert others == [line for line in others if " JOIN " in line], "no user saw the change"
 
 
+def test_what_is_said_while_a_conversation_is_removed_leaves_both_tabs_alike(running, browse):
+    server = with_page(running)
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    bob = server.guest("bob")
+    bob.send("/tell anna one\n")
+    second.until("state.rooms['=bob'] && state.rooms['=bob'].messages.length")
+    first.js("self.late = []; self.heard = channel.onmessage; null")
+    first.js("channel.onmessage = (event) => late.push(event); null")
+    second.js("openRoom('bob'); $('where').onclick()")
+    second.press("Remove from the list")
+    first.until("late.length")
+    bob.send("/tell anna two\n")
+    second.until("state.rooms['=bob']?.messages.some(({ text }) => text === 'two')")
+    first.js("channel.onmessage = heard; late.forEach(heard)")
+    for tab in (first, second):
+        tab.until("!state.rooms['=bob']")
+
+
 def test_what_is_typed_in_two_tabs_at_a_time_is_two_messages(running, browse):
     """Under one id there is one message, and the tabs keep their drafts in one place."""
     server = with_page(running)
