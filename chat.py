@@ -26578,6 +26578,24 @@ function left(to, nick, text) {
   keepJoined(to.name, false);
 }
 
+// A private conversation goes on under the new name, unless there is one under that, too
+function renamed(to, name) {
+  const was = to.key, key = fold(name), kept = setting(`draft.${was}`);
+  tell(to, `${to.name} is now ${name}`);
+  if (state.rooms[key]) return;
+  state.rooms[key] = Object.assign(to, { key, name });
+  delete state.rooms[was];
+  if (leader) store('rooms', 'delete', was);
+  if (kept) { // once, of several tabs
+    set(`draft.${key}`, kept);
+    set(`draft.${was}`, null);
+  }
+  if (here === was) {
+    here = key;
+    set('here', name);
+  }
+}
+
 const HANDLERS = { // verb -> what a line of (nick, params) does
   PRIVMSG: heard,
   NOTICE: heard,
@@ -26605,7 +26623,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
       news(to, `${nick} is now ${name}`);
     }
     if (isMe(nick)) ITEMS.me(name);
-    else if (state.rooms[fold(nick)]) tell(room(nick), `${nick} is now ${name}`);
+    else if (state.rooms[fold(nick)]) renamed(room(nick), name);
   },
   AWAY: (nick, [reason]) =>
     roomsWith(nick).forEach((to) => member(to, nick, { away: Boolean(reason) })),
@@ -28175,13 +28193,13 @@ def page_icon() -> bytes:
 
 def served(text: str) -> str:
     """Return a document without the parts that no browser needs: comments, indentation, line breaks
-    where nothing depends on them, and blanks in the style, and in the script around operators and
-    inside braces. (No text in the script has these operators between blanks, or such braces.)"""
+    where nothing depends on them, and blanks in the style, and in the script around operators,
+    inside braces and before a condition. (No text in the script has any of these.)"""
     text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
     before, tag, rest = text.partition("<style>")
     style, end, script = rest.partition("</style>")
     style = re.sub(r" ?([{};,]) ?\n?|(?<=:) ", r"\1", style)
-    operators = r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?={)|(?<={) | (?=})"
+    operators = r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?={)|(?<={) | (?=})|(?<=\bif) (?=\()"
     script = re.sub(operators, r"\1", script)
     return before + tag + style + end + script
 

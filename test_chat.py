@@ -43180,6 +43180,32 @@ def test_what_is_said_while_a_conversation_is_removed_leaves_both_tabs_alike(run
         tab.until("!state.rooms['=bob']")
 
 
+def test_a_private_conversation_goes_on_under_the_new_name_of_the_other(running, browse):
+    server = with_page(running)
+    tabs = [browse(server.address).enter("anna"), browse(server.address)]
+    tabs[1].until("attached && state.phase === 'online'")
+    bob = server.guest("bob")
+    bob.send("/tell anna one\n")
+    for tab in tabs:
+        tab.until("state.rooms['=bob'] && lastSaid(room('bob'))?.text === 'one'")
+    tabs[0].js("openRoom('bob'); field.value = 'half a'; field.oninput()")
+    bob.send("/nick ben\n/tell anna two\n")
+    for tab in tabs:
+        tab.until("!state.rooms['=bob'] && lastSaid(room('ben'))?.text === 'two'")
+        texts = tab.js("room('ben').messages.map(({ text }) => text)")
+        assert texts == ["one", "bob is now ben", "two"]
+    tabs[0].wait_for("one", "two")
+    assert tabs[0].js("[$('name').textContent, field.value]") == ["ben", "half a"]
+    tabs[0].js("keepRooms()")
+    for tab in tabs:
+        tab.ask("Page.navigate", url="about:blank")
+    tabs[0].go(tabs[0].url)
+    tabs[0].until("state.phase === 'online' && !allRooms().some((to) => to.behind)")
+    tabs[0].wait_for("one", "two")
+    assert tabs[0].js("[$('name').textContent, field.value]") == ["ben", "half a"]
+    assert tabs[0].js("allRooms().map(({ name }) => name)") == ["#lobby", "ben"]
+
+
 def test_what_is_typed_in_two_tabs_at_a_time_is_two_messages(running, browse):
     """Under one id there is one message, and the tabs keep their drafts in one place."""
     server = with_page(running)
