@@ -8677,7 +8677,7 @@ def complete_registration(session: IrcSession) -> Steps:
     _, account = user_of_token(session.site.hub, session.token, session.account)
     if account:
         session.fail("SESSION", "ACCOUNT_REQUIRED", f"log in to {account} to have your place again")
-        session.token = ""  # or it would be that of two users
+        session.token = ""  # it is said once; what was sent is still known by the client
 
     def kept_out(refusal: Refused) -> None:
         session.refuse(refusal)
@@ -8686,7 +8686,7 @@ def complete_registration(session: IrcSession) -> Steps:
 
     attached, resumed = yield do(
         *(session.act, "enter", wanted, session.username, session.realname, session.conn.address),
-        *(session.account, session.proof, session.token, True, secrets.randbits(32)),
+        *(session.account, session.proof, session.client, True, secrets.randbits(32)),
         *(tuple(session.metadata.items()), session.away),
         otherwise=kept_out,
     )
@@ -26888,9 +26888,10 @@ class Leader {
 
   connect() {
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
-    if (!setting('secret')) set('secret', randomHex(16));
+    // The ids of what waits belong to the secret: under another one it may be said twice
+    if (!setting('secret') || (this.moves && !waiting().length)) set('secret', randomHex(16));
     this.scram?.terminate(); // it belongs to the last connection
-    Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
+    Object.assign(this, { moves: false, knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.origin.replace('http', 'ws')}/irc`;
     this.socket = Object.assign(new WebSocket(url, 'text.ircv3.net'), {
       onopen: () => this.register(),
@@ -26961,7 +26962,7 @@ class Leader {
   registering({ verb, params }, text) {
     if (params[1] === 'NAK') this.stop('This page is older than the server: reload it');
     if (verb === '464') this.stop('This server has a password');
-    if (params[1] === 'ACCOUNT_REQUIRED') set('secret', null);
+    if (params[1] === 'ACCOUNT_REQUIRED') this.moves = true; // to a place of its own
     if (!/^43[237]$/.test(verb)) return;
     // The name is not free: ask; or, after a break, take one with a number
     if (!setting('welcomed') || ++this.others > 20) this.stop(text);
@@ -27073,9 +27074,8 @@ class Leader {
 
   logOut() {
     this.scram?.terminate();
-    Object.assign(this, { scram: null, login: null });
+    Object.assign(this, { scram: null, login: null, moves: true });
     set('login', null);
-    set('secret', null);
     this.send('QUIT');
   }
 
@@ -28199,7 +28199,9 @@ def served(text: str) -> str:
     before, tag, rest = text.partition("<style>")
     style, end, script = rest.partition("</style>")
     style = re.sub(r" ?([{};,]) ?\n?|(?<=:) ", r"\1", style)
-    operators = r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?={)|(?<={) | (?=})|(?<=\bif) (?=\()"
+    operators = (
+        r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?={)|(?<={) | (?=})|(?<=\bif) (?=\()"
+    )
     script = re.sub(operators, r"\1", script)
     return before + tag + style + end + script
 

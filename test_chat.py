@@ -7080,6 +7080,20 @@ def test_a_secret_is_no_log_in():
     house.say("thief", "NICK mallory")
     house.turn()
     assert house.hub.users["mallory"].account == ""
+    assert len(house.hub.users_by_token) == 1
+
+
+def test_a_client_that_may_not_have_its_place_again_sends_nothing_twice():
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "before", "alice", account="alice")
+    line = "@+chat.py/id=id1 PRIVMSG #lobby :once"
+    house.say("before", "CAP REQ message-tags", "JOIN #lobby", line)
+    come_again(house, "after", "guest")
+    house.say("after", "CAP REQ message-tags", "JOIN #lobby", line)
+    house.turn()
+    (echo,) = (one for one in house.heard("after") if "once" in one)
+    assert echo.endswith(" :alice!~u@127.0.0.1 PRIVMSG #lobby :once")  # that of the first
 
 
 def test_a_line_that_breaks_leaves_the_place_for_a_while_and_a_quit_does_not():
@@ -43682,6 +43696,30 @@ def test_a_message_whose_echo_was_lost_arrives_once_also_under_another_name(runn
     assert witness.heard("and on it goes")[0] == ["and on it goes"]
     tab.wait_for("said as anna", "and on it goes")  # painted later than sent
     assert tab.rows() == ["said as anna", "and on it goes"]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_message_whose_echo_was_lost_arrives_once_also_after_a_log_out(running, browse, lost):
+    """Also where the server does not hear of the log-out, and keeps the place of the account."""
+    server = with_page(running)
+    witness = Witness(server.address)
+    tab = browse(server.address).enter("anna")
+    tab.js("act('signUp', 'password')")
+    tab.until("state.account === 'anna'")
+    secret = tab.js("setting('secret')")
+    tab.js("globalThis.usual = leader.receive; leader.receive = () => null; null")
+    tab.say("said as anna")
+    witness.until("said as anna")
+    tab.js(f"leader.receive = usual; if ({str(lost).lower()}) leader.send = () => null; null")
+    tab.js("act('logOut'); leader.closed(); delete leader.send; leader.connect()")
+    tab.until("state.phase === 'online' && !state.outbox.length && !room('#lobby').behind")
+    assert tab.js("[state.me, state.account]") == ["anna2", ""]
+    tab.say("and on it goes")
+    assert witness.heard("and on it goes")[0] == ["and on it goes"]
+    tab.until("!state.outbox.length")
+    tab.js("leader.closed(); leader.moves = true; leader.connect()")
+    tab.until("state.phase === 'online'")
+    assert tab.js("setting('secret')") != secret
 
 
 def test_messages_of_a_server_that_lost_its_data_come_after_those_of_before(running, browse):
