@@ -8681,7 +8681,7 @@ def complete_registration(session: IrcSession) -> Steps:
     _, account = user_of_token(session.site.hub, session.token, session.account)
     if account:
         session.fail("SESSION", "ACCOUNT_REQUIRED", f"log in to {account} to have your place again")
-        session.token = ""  # or it would be that of two users
+        session.token = ""  # it is said once; what was sent is still known by the client
 
     def kept_out(refusal: Refused) -> None:
         session.refuse(refusal)
@@ -8690,7 +8690,7 @@ def complete_registration(session: IrcSession) -> Steps:
 
     attached, resumed = yield do(
         *(session.act, "enter", wanted, session.username, session.realname, session.conn.address),
-        *(session.account, session.proof, session.token, True, secrets.randbits(32)),
+        *(session.account, session.proof, session.client, True, secrets.randbits(32)),
         *(tuple(session.metadata.items()), session.away),
         otherwise=kept_out,
     )
@@ -26581,6 +26581,24 @@ function left(to, nick, text) {
   keepJoined(to.name, false);
 }
 
+// A private conversation goes on under the new name, unless there is one under that, too
+function renamed(to, name) {
+  const was = to.key, key = fold(name), kept = setting(`draft.${was}`);
+  tell(to, `${to.name} is now ${name}`);
+  if (state.rooms[key]) return;
+  state.rooms[key] = Object.assign(to, { key, name });
+  delete state.rooms[was];
+  if (leader) store('rooms', 'delete', was);
+  if (kept) { // once, of several tabs
+    set(`draft.${key}`, kept);
+    set(`draft.${was}`, null);
+  }
+  if (here === was) {
+    here = key;
+    set('here', name);
+  }
+}
+
 const HANDLERS = { // verb -> what a line of (nick, params) does
   PRIVMSG: heard,
   NOTICE: heard,
@@ -26608,7 +26626,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
       news(to, `${nick} is now ${name}`);
     }
     if (isMe(nick)) ITEMS.me(name);
-    else if (state.rooms[fold(nick)]) tell(room(nick), `${nick} is now ${name}`);
+    else if (state.rooms[fold(nick)]) renamed(room(nick), name);
   },
   AWAY: (nick, [reason]) =>
     roomsWith(nick).forEach((to) => member(to, nick, { away: Boolean(reason) })),
@@ -26771,18 +26789,15 @@ async function accept(...rows) {
   rows.forEach((row) => publish({ row }));
 }
 
-async function cancel({ own }) {
-  const row = await storedRow(own);
+async function drop(own) {
   await store('outbox', 'delete', own);
   publish({ dropped: own });
-  if (row?.size && row.link) // or what has come of it counts against the user's room for a day
-    leader?.uploader.call('DELETE', row.link).catch(() => {});
 }
 
-// A row with its blob, also one that the browser has lost
+// A row as it is now, with its blob, also one that the browser has lost
 async function storedRow(own) {
-  const row = [...await stored('outbox'), ...state.outbox].find((one) => one.own === own);
-  return row && blobs[own] ? { ...row, blob: blobs[own] } : row;
+  const same = [...await stored('outbox'), ...state.outbox].filter((one) => one.own === own);
+  return same.length && Object.assign({}, ...same, blobs[own] && { blob: blobs[own] });
 }
 
 const finalError = (text) => Object.assign(new Error(text), { final: true });
@@ -26800,7 +26815,7 @@ class Uploader {
     this.running = true;
     for (let row; leader && (row = state.outbox.find(({ size, failed }) => size && !failed));) {
       try {
-        await this.upload(await storedRow(row.own) ?? row);
+        await this.upload(await storedRow(row.own));
       } catch (error) {
         if (error.final) await leader?.setFailed(row.own, error.message);
         else await new Promise((done) => { this.wake = done; setTimeout(done, 2000); });
@@ -26820,7 +26835,7 @@ class Uploader {
       headers: { 'Tus-Resumable': '1.0.0', Authorization, ...headers } })
       .finally(() => clearTimeout(timer));
     if (response.status === 401) this.token = null;
-    if (response.ok || response.status === 409 || response.status === 404) return response;
+    if (response.ok || [404, 409].includes(response.status)) return response;
     const text = (await response.text()).trim();
     throw [400, 403, 413, 415, 507].includes(response.status) ? finalError(text) : new Error(text);
   }
@@ -26832,31 +26847,30 @@ class Uploader {
   }
 
   async upload(row) {
-    if (!(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
-    let at = await this.create(row); // bytes that the server has
-    const wanted = () => state.outbox.some(({ own }) => own === row.own);
-    while (at < row.size && wanted()) {
-      const response = await this.call('PATCH', row.link, { 'Upload-Offset': at,
-        'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK));
-      at = offsetIn(response);
-      if (wanted()) publish({ row: { ...shared(row), sent: at } });
-    }
-    if (!wanted()) { // cancelled, maybe while its link was being stored
-      await store('outbox', 'delete', row.own);
-      return this.call('DELETE', row.link);
-    }
-    if (!(at >= row.size)) throw new Error('the server has lost the upload');
-    const what = row.type.startsWith('image/') ? 'picture' : row.type || 'file';
-    const { blob, size, ...message } = row;
-    return accept({ ...message, text: `${row.name} (${what}, ${sizeText(size)}): ${row.link}` });
-  }
-
-  async create(row) {
-    const response = await this.call('POST', '/files', { 'Upload-Length': row.size,
+    const now = () => leader?.uploader === this // or another tab may have sent it
+      && state.outbox.find(({ own, size }) => size && own === row.own);
+    const wanted = () => now() && !now().gone;
+    if (wanted() && !(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
+    const made = await this.call('POST', '/files', { 'Upload-Length': row.size,
       'Upload-Metadata': `id ${btoa(row.own)},filename ${toBase64(bytesOf(row.name))}` });
-    row.link = response.headers.get('Location');
-    await keep(row);
-    return offsetIn(response);
+    const link = made.headers.get('Location');
+    let at = offsetIn(made); // bytes that the server has
+    while (at < row.size && wanted()) {
+      at = offsetIn(await this.call('PATCH', link, { 'Upload-Offset': at,
+        'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK)));
+      if (now()) publish({ row: { ...now(), sent: at } });
+    }
+    if (wanted()) {
+      if (!(at >= row.size)) throw new Error('the server has lost the upload');
+      const what = row.type.startsWith('image/') ? 'picture' : row.type || 'file';
+      const { blob, size, ...message } = row;
+      message.text = `${row.name} (${what}, ${sizeText(size)}): ${link}`;
+      await keep(message);
+      if (wanted()) publish({ row: message });
+    } else if (now()) {
+      await this.call('DELETE', link);
+      await drop(row.own);
+    }
   }
 }
 
@@ -26877,9 +26891,10 @@ class Leader {
 
   connect() {
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
-    if (!setting('secret')) set('secret', randomHex(16));
+    // The ids of what waits belong to the secret: under another one it may be said twice
+    if (!setting('secret') || (this.moves && !waiting().length)) set('secret', randomHex(16));
     this.scram?.terminate(); // it belongs to the last connection
-    Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
+    Object.assign(this, { moves: false, knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.origin.replace('http', 'ws')}/irc`;
     this.socket = Object.assign(new WebSocket(url, 'text.ircv3.net'), {
       onopen: () => this.register(),
@@ -26950,7 +26965,7 @@ class Leader {
   registering({ verb, params }, text) {
     if (params[1] === 'NAK') this.stop('This page is older than the server: reload it');
     if (verb === '464') this.stop('This server has a password');
-    if (params[1] === 'ACCOUNT_REQUIRED') set('secret', null);
+    if (params[1] === 'ACCOUNT_REQUIRED') this.moves = true; // to a place of its own
     if (!/^43[237]$/.test(verb)) return;
     // The name is not free: ask; or, after a break, take one with a number
     if (!setting('welcomed') || ++this.others > 20) this.stop(text);
@@ -27003,7 +27018,22 @@ class Leader {
   async setFailed(own, failed) { // why a row was refused; '' tries it again
     const row = await storedRow(own);
     this.inFlight.delete(own);
-    if (row) await accept({ ...row, failed });
+    if (row?.gone) await drop(own);
+    else if (row) await accept({ ...row, failed });
+  }
+
+  // A file stays until the server has removed what has come of it, which counts for a day
+  async cancel(own) {
+    const row = state.outbox.find((one) => one.own === own);
+    if (!row?.size) return drop(own);
+    const gone = { ...row, failed: '', gone: true };
+    publish({ row: gone }); // at once: it may be about to be sent
+    this.uploader.wake?.();
+    return store('outbox', 'put', gone);
+  }
+
+  close(name) { // not by the tab that asks: a line that comes meanwhile would open it again there
+    publish({ closed: name });
   }
 
   closed() {
@@ -27047,9 +27077,8 @@ class Leader {
 
   logOut() {
     this.scram?.terminate();
-    Object.assign(this, { scram: null, login: null });
+    Object.assign(this, { scram: null, login: null, moves: true });
     set('login', null);
-    set('secret', null);
     this.send('QUIT');
   }
 
@@ -27182,6 +27211,12 @@ const ITEMS = {
     if (blob instanceof Blob) blobs[row.own] = blob;
     state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
     room(row.target);
+  },
+  read({ time, nick }, { key }) { // also without a connection: see MARKREAD
+    const to = state.rooms[key];
+    if (!(time > to?.marker)) return; // another tab has read more, or removed it
+    to.marker = time;
+    if (!isMe(nick)) respond(`MARKREAD ${to.name} timestamp=${time}`);
   },
   dropped(own) {
     delete blobs[own];
@@ -27440,8 +27475,7 @@ $('newest').onclick = () => { stuck = true; keepPlace(); };
 function markRead() {
   const to = shown(), last = lastSaid(to);
   if (document.hidden || !stuck || !last || last.time <= to.marker) return;
-  to.marker = last.time;
-  if (!isMe(last.nick)) act('send', `MARKREAD ${to.name} timestamp=${last.time}`);
+  publish({ read: last, key: to.key });
 }
 
 // ---- The screen: the rest of it, drawn again in the next frame where it differs
@@ -27486,7 +27520,7 @@ function draw() {
   fill($('menu').lastElementChild, sum, () => [badgeOf(sum)]);
   drawRooms(list);
   fill($('people'), members, () => peopleOf(members));
-  drawWaiting(state.outbox.filter(({ target }) => fold(target) === here));
+  drawWaiting(state.outbox.filter(({ target, gone }) => fold(target) === here && !gone));
   drawPhase();
 }
 
@@ -27525,7 +27559,7 @@ function drawWaiting(list) {
     return el('article', { className: 'row mine', ariaLive }, withLinks(row.text ?? row.name), bar,
       el('span', { className: row.failed ? 'failed' : 'dim' }, why),
       row.failed && button('Retry', () => act('setFailed', row.own, '')),
-      button('Cancel', () => cancel(row)));
+      button('Cancel', () => act('cancel', row.own)));
   })));
 }
 
@@ -27860,7 +27894,7 @@ function joinSheet() {
 function roomSheet() {
   const to = shown(), list = div('list', ...peopleOf(Object.values(to.members)));
   const inside = to.joined || (isChannel(to.name) && !isOnline());
-  const leave = () => (inside ? ask(`PART ${to.name}`) : publish({ closed: to.name }));
+  const leave = () => (inside ? ask(`PART ${to.name}`) : act('close', to.name));
   openSheet(to.name, [to.topic && dim(to.topic), list],
     [choice(inside ? 'Leave' : 'Remove from the list', leave)]);
 }
@@ -28162,13 +28196,15 @@ def page_icon() -> bytes:
 
 def served(text: str) -> str:
     """Return a document without the parts that no browser needs: comments, indentation, line breaks
-    where nothing depends on them, and blanks in the style and around operators of the script. (No
-    text in the script has these operators between blanks.)"""
+    where nothing depends on them, and blanks in the style, and in the script around operators,
+    inside braces and before a condition. (No text in the script has any of these.)"""
     text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
     before, tag, rest = text.partition("<style>")
     style, end, script = rest.partition("</style>")
     style = re.sub(r" ?([{};,]) ?\n?|(?<=:) ", r"\1", style)
-    operators = r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?={)"
+    operators = (
+        r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?={)|(?<={) | (?=})|(?<=\bif) (?=\()"
+    )
     script = re.sub(operators, r"\1", script)
     return before + tag + style + end + script
 

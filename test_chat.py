@@ -7170,6 +7170,20 @@ def test_a_secret_is_no_log_in():
     house.say("thief", "NICK mallory")
     house.turn()
     assert house.hub.users["mallory"].account == ""
+    assert len(house.hub.users_by_token) == 1
+
+
+def test_a_client_that_may_not_have_its_place_again_sends_nothing_twice():
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "before", "alice", account="alice")
+    line = "@+chat.py/id=id1 PRIVMSG #lobby :once"
+    house.say("before", "CAP REQ message-tags", "JOIN #lobby", line)
+    come_again(house, "after", "guest")
+    house.say("after", "CAP REQ message-tags", "JOIN #lobby", line)
+    house.turn()
+    (echo,) = (one for one in house.heard("after") if "once" in one)
+    assert echo.endswith(" :alice!~u@127.0.0.1 PRIVMSG #lobby :once")  # that of the first
 
 
 def test_a_line_that_breaks_leaves_the_place_for_a_while_and_a_quit_does_not():
@@ -43730,6 +43744,52 @@ def test_two_tabs_share_one_connection_and_one_outbox(running, browse):
     assert others == [line for line in others if " JOIN " in line], "no user saw the change"
 
 
+def test_what_is_said_while_a_conversation_is_removed_leaves_both_tabs_alike(running, browse):
+    server = with_page(running)
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    bob = server.guest("bob")
+    bob.send("/tell anna one\n")
+    second.until("state.rooms['=bob'] && state.rooms['=bob'].messages.length")
+    first.js("self.late = []; self.heard = channel.onmessage; null")
+    first.js("channel.onmessage = (event) => late.push(event); null")
+    second.js("openRoom('bob'); $('where').onclick()")
+    second.press("Remove from the list")
+    first.until("late.length")
+    bob.send("/tell anna two\n")
+    second.until("state.rooms['=bob']?.messages.some(({ text }) => text === 'two')")
+    first.js("channel.onmessage = heard; late.forEach(heard)")
+    for tab in (first, second):
+        tab.until("!state.rooms['=bob']")
+
+
+def test_a_private_conversation_goes_on_under_the_new_name_of_the_other(running, browse):
+    server = with_page(running)
+    tabs = [browse(server.address).enter("anna"), browse(server.address)]
+    tabs[1].until("attached && state.phase === 'online'")
+    bob = server.guest("bob")
+    bob.send("/tell anna one\n")
+    for tab in tabs:
+        tab.until("state.rooms['=bob'] && lastSaid(room('bob'))?.text === 'one'")
+    tabs[0].js("openRoom('bob'); field.value = 'half a'; field.oninput()")
+    bob.send("/nick ben\n/tell anna two\n")
+    for tab in tabs:
+        tab.until("!state.rooms['=bob'] && lastSaid(room('ben'))?.text === 'two'")
+        texts = tab.js("room('ben').messages.map(({ text }) => text)")
+        assert texts == ["one", "bob is now ben", "two"]
+    tabs[0].wait_for("one", "two")
+    assert tabs[0].js("[$('name').textContent, field.value]") == ["ben", "half a"]
+    tabs[0].js("keepRooms()")
+    for tab in tabs:
+        tab.ask("Page.navigate", url="about:blank")
+    tabs[0].go(tabs[0].url)
+    tabs[0].until("state.phase === 'online' && !allRooms().some((to) => to.behind)")
+    tabs[0].wait_for("one", "two")
+    assert tabs[0].js("[$('name').textContent, field.value]") == ["ben", "half a"]
+    assert tabs[0].js("allRooms().map(({ name }) => name)") == ["#lobby", "ben"]
+
+
 def test_what_is_typed_in_two_tabs_at_a_time_is_two_messages(running, browse):
     """Under one id there is one message, and the tabs keep their drafts in one place."""
     server = with_page(running)
@@ -44208,6 +44268,30 @@ def test_a_message_whose_echo_was_lost_arrives_once_also_under_another_name(runn
     assert tab.rows() == ["said as anna", "and on it goes"]
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_message_whose_echo_was_lost_arrives_once_also_after_a_log_out(running, browse, lost):
+    """Also where the server does not hear of the log-out, and keeps the place of the account."""
+    server = with_page(running)
+    witness = Witness(server.address)
+    tab = browse(server.address).enter("anna")
+    tab.js("act('signUp', 'password')")
+    tab.until("state.account === 'anna'")
+    secret = tab.js("setting('secret')")
+    tab.js("globalThis.usual = leader.receive; leader.receive = () => null; null")
+    tab.say("said as anna")
+    witness.until("said as anna")
+    tab.js(f"leader.receive = usual; if ({str(lost).lower()}) leader.send = () => null; null")
+    tab.js("act('logOut'); leader.closed(); delete leader.send; leader.connect()")
+    tab.until("state.phase === 'online' && !state.outbox.length && !room('#lobby').behind")
+    assert tab.js("[state.me, state.account]") == ["anna2", ""]
+    tab.say("and on it goes")
+    assert witness.heard("and on it goes")[0] == ["and on it goes"]
+    tab.until("!state.outbox.length")
+    tab.js("leader.closed(); leader.moves = true; leader.connect()")
+    tab.until("state.phase === 'online'")
+    assert tab.js("setting('secret')") != secret
+
+
 def test_messages_of_a_server_that_lost_its_data_come_after_those_of_before(running, browse):
     tab, lines = None, [f"old {n}" for n in range(5)] + [f"new {n}" for n in range(5)]
     with Proxy(("127.0.0.1", 9)) as proxy:
@@ -44298,23 +44382,82 @@ def test_a_cancelled_file_is_never_sent(running, browse, folder, tmp_path):
     assert tab.rows() == ["nothing but this"]
 
 
-def test_the_server_removes_what_has_come_of_a_cancelled_file(running, browse, folder, tmp_path):
+@pytest.mark.parametrize("canceller", [0, 1])
+@pytest.mark.parametrize("lost", ["POST", "PATCH"])
+def test_the_server_removes_what_has_come_of_a_cancelled_file(
+    running, browse, folder, tmp_path, lost, canceller
+):
+    """Also if the answer that names it was lost, and if another tab than the leader cancels."""
     server = with_page(running, data=folder)
-    (tmp_path / "notes.txt").write_text("x" * 3000)
-    tab = browse(server.address).enter("anna")
-    tab.js("globalThis.usual = fetch; globalThis.seen = []; null")
-    cut = "how.method === 'PATCH' ? Promise.reject(Error('cut')) : usual(url, how)"
-    tab.js(f"fetch = (url, how) => {{ seen.push(how.method); return {cut}; }}; null")
-    tab.choose(tmp_path / "notes.txt")
-    tab.press("Send")
-    tab.until("seen.includes('PATCH')")
+    tabs = [browse(server.address).enter("anna"), browse(server.address)]
+    tabs[1].until("attached && state.phase === 'online'")
+    tabs[0].js(
+        "self.usual = fetch; self.seen = []; fetch = async (url, how) => {"
+        "const answer = await usual(url, how); seen.push(how.method);"
+        f"if (how.method === '{lost}' && !self.lost) {{ self.lost = true; throw Error('lost'); }}"
+        "return answer; }; null"
+    )
+    size = 1_000_000 if lost == "PATCH" else 3000  # that is not the last of it
+    (tmp_path / "notes.txt").write_text("x" * size)
+    tabs[0].choose(tmp_path / "notes.txt")
+    tabs[0].press("Send")
+    tabs[0].until("self.lost")
     assert len(server.server.hub.files) == 1
+    tab = tabs[canceller]
     tab.until("document.querySelector('#waiting button')")
     tab.js("[...document.querySelectorAll('#waiting button')].pop().click()")
-    tab.until("seen.includes('DELETE')")
+    tabs[0].until("seen.includes('DELETE') && !leader.uploader.running && !state.outbox.length")
     tab.say("nothing but this")
     tab.wait_for("nothing but this")
+    assert tab.rows() == ["nothing but this"] and tab.js("stored('outbox')") == []
     assert not server.server.hub.files
+
+
+def test_a_file_that_is_cancelled_without_a_connection_is_removed_after_a_reload(
+    running, browse, folder
+):
+    server = with_page(running, data=folder)
+    with Proxy(server.address) as proxy:
+        tab = browse(proxy.address, before=HASTY.replace("10", "50")).enter("anna")
+        tab.js("self.usual = fetch; fetch = async (...a) => { await usual(...a); throw Error(); }")
+        tab.js("offer(new File(['x'.repeat(3000)], 'notes.txt'))")
+        tab.press("Send")
+        assert eventually(lambda: server.server.hub.files)
+        proxy.server = ("127.0.0.1", 9)
+        proxy.hang_up()
+        tab.until("state.phase !== 'online' && document.querySelector('#waiting button')")
+        tab.js("[...document.querySelectorAll('#waiting button')].pop().click()")
+        tab.until("!document.querySelector('#waiting .row')")
+        tab.until("stored('outbox').then(([row]) => row.gone)")
+        tab.ask("Page.navigate", url="about:blank")
+        proxy.server = server.address
+        tab.go(tab.url)
+        tab.until("state.phase === 'online' && !state.outbox.length && !leader.uploader.running")
+        assert not server.server.hub.files and tab.rows() == []
+
+
+def test_a_file_that_another_tab_has_sent_is_not_removed_by_the_one_that_began(
+    running, browse, folder
+):
+    server = with_page(running, data=folder)
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    first.js(
+        "self.usual = fetch; self.seen = []; self.later = new Promise((go) => { self.go = go; });"
+        "fetch = async (url, how) => { const answer = await usual(url, how);"
+        "seen.push(how.method); if (how.method === 'PATCH') await later; return answer; };"
+        "self.began = leader.uploader; offer(new File(['x'.repeat(3000)], 'notes.txt'))"
+    )
+    first.press("Send")
+    first.until("seen.includes('PATCH')")  # it is frozen, say, before it knows
+    second.js("elect(true); null")
+    second.until("document.querySelector('#log .card') && !state.outbox.length")
+    first.until("!leader && attached && document.querySelector('#log .card')")
+    first.js("go()")
+    first.until("!began.running")
+    assert first.js("seen") == ["POST", "PATCH"]
+    assert len(server.server.hub.files) == 1
 
 
 def test_a_removed_text_is_gone_from_quotes_too(running, browse):
@@ -44789,6 +44932,25 @@ def test_what_was_read_without_a_connection_is_read_on_other_devices_later(runni
         "room('#lobby').told = room('#lobby').marker; leader.closed()"
     )  # was lost, with its line
     tab.js("leader.connect = usual; leader.connect()")
+    markers = server.server.hub.markers
+    assert eventually(lambda: [list(marks) for marks in list(markers.values())] == [["#lobby"]])
+
+
+def test_what_one_tab_reads_without_a_connection_is_read_in_the_other_one_too(running, browse):
+    server = with_page(running)
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    for tab in (first, second):
+        tab.js("openRoom('ben')")
+    server.guest("bob").send("hello\n")
+    for tab in (first, second):
+        tab.until("unreadIn(room('#lobby')).length === 1")
+    first.js("self.usual = leader.connect; leader.connect = () => null; leader.closed()")
+    second.until("state.phase === 'waiting'")
+    second.js("openRoom('#lobby')")
+    first.until("unreadIn(room('#lobby')).length === 0")
+    first.js("leader.connect = usual; leader.connect()")
     markers = server.server.hub.markers
     assert eventually(lambda: [list(marks) for marks in list(markers.values())] == [["#lobby"]])
 
