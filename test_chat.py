@@ -1011,6 +1011,39 @@ def test_a_name_becomes_one_that_every_dialect_can_carry(wanted, name):
     assert chat.clean_name(wanted) == name
 
 
+WRAPPED = [  # words, bytes in a line, what is between two; the lines
+    ("ab cd ef", 8, " ", ["ab cd", "ef"]),
+    ("ab cd ef", 9, " ", ["ab cd ef"]),
+    ("ab cd ef", 5, " ", ["ab", "cd", "ef"]),
+    ("ab", 1, " ", ["ab"]),
+    ("\u00e4 b", 4, " ", ["\u00e4", "b"]),
+    ("\u00e4 b", 5, " ", ["\u00e4 b"]),
+    ("ab cd ef", 8, ", ", ["ab, cd", "ef"]),
+    ("ab cd ef", 7, ", ", ["ab", "cd", "ef"]),
+    ("", 9, " ", []),
+]
+
+
+@pytest.mark.parametrize("words, room, between, lines", WRAPPED)
+def test_words_are_joined_to_lines_that_fit(words, room, between, lines):
+    assert list(chat.wrapped(words.split(), room, between)) == lines
+
+
+TIMES = [  # of the last event, of the clock; of the next event, in ms
+    (5, 9, 9),
+    (9, 9, 10),
+    (9, 5, 10),
+    (5 + chat.TIMES_AHEAD - 1, 5, 5 + chat.TIMES_AHEAD),
+    (5 + chat.TIMES_AHEAD, 5, 5 + chat.TIMES_AHEAD),
+    (5 + chat.TIMES_AHEAD + 1, 5, 5),
+]
+
+
+@pytest.mark.parametrize("last, now, next_one", TIMES)
+def test_the_time_of_an_event_is_unique_and_not_far_ahead_of_the_clock(last, now, next_one):
+    assert chat.next_time(last, now) == next_one
+
+
 def test_cleaning_a_name_twice_changes_nothing_more_and_keeps_the_limits(seeded):
     for _ in range(2000):
         wanted = "".join(
@@ -1471,6 +1504,35 @@ def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     assert len(throttle.attempts) <= chat.LOGIN_FAILURES_KEPT
     with pytest.raises(chat.Refused):  # an address that fills the table is not forgotten by that
         throttle.begin("10.0.0.1", "alice", now)
+
+
+@pytest.mark.parametrize("name", ["alice", "Alice", "zoe", "\u0445\u0443"])
+def test_the_salt_of_an_account_that_does_not_exist_looks_like_another_one(name):
+    decoy, real = chat.decoy_verifier(name), chat.make_verifier("secret", 1000)
+    assert len(decoy.salt) == len(real.salt) and decoy == chat.decoy_verifier(name.upper())
+    assert decoy.salt != chat.decoy_verifier("other").salt
+    assert decoy.rounds == chat.ACCOUNT_ROUNDS and chat.decoy_verifier(name, 5).rounds == 5
+
+
+@pytest.mark.parametrize("before, left", [(0, 0), (1, 1), (3, 3)])
+def test_a_right_password_takes_back_one_attempt_of_the_address(before, left):
+    throttle = chat.Accounts().throttle
+    for n in range(before):
+        throttle.begin("10.0.0.1", f"name{n}", 0)
+    throttle.begin("10.0.0.1", "alice", 0)
+    assert throttle.count("10.0.0.1", None, 0) == before + 1
+    throttle.succeeded("10.0.0.1", "ALICE")
+    assert throttle.count("10.0.0.1", None, 0) == left
+    assert throttle.count("10.0.0.1", "alice", 0) == 0
+    assert throttle.count("10.0.0.1", "name0", 0) == (before > 0)
+
+
+@pytest.mark.parametrize("more, counts", [(-1, 1), (0, 0), (1, 0)])
+def test_an_attempt_counts_until_its_time_is_over(more, counts):
+    throttle = chat.Accounts().throttle
+    throttle.add("10.0.0.1", "alice", 5)
+    assert throttle.count("10.0.0.1", "alice", 5 + throttle.milliseconds + more) == counts
+    assert throttle.count("10.0.0.1", None, 5 + throttle.milliseconds + more) == counts
 
 
 def test_an_address_can_have_so_many_accounts_made_and_this_machine_any_number():
@@ -3475,6 +3537,26 @@ def test_as_many_read_markers_are_kept_as_the_limit_has_and_these_still_move(mon
     assert not markers.advance("alice", "#a", chat.Marker(2))
 
 
+MARKERS_MOVED = [  # time and id of a marker, and of the next one; whether that is further
+    ((5, 3), (4, 4), True),
+    ((5, 3), (6, 3), False),
+    ((5, 3), (6, 2), False),
+    ((5, 0), (6, 2), True),
+    ((5, 0), (5, 9), False),
+    ((5, 9), (6, 0), True),
+    ((5, 9), (5, 0), False),
+    ((5, 0), (6, 0), True),
+]
+
+
+@pytest.mark.parametrize("first, second, moves", MARKERS_MOVED)
+def test_a_marker_moves_by_the_ids_of_messages_or_else_by_their_times(first, second, moves):
+    markers = chat.Markers()
+    assert markers.advance("alice", "#a", chat.Marker(*first))
+    assert markers.advance("alice", "#a", chat.Marker(*second)) == moves
+    assert markers["alice"]["#a"] == (second if moves else first)
+
+
 def test_as_many_absent_users_stay_as_the_limit_has_and_the_first_of_more_goes(monkeypatch):
     monkeypatch.setattr(chat, "ABSENT_MOST", 2)
     house = House()
@@ -3498,6 +3580,22 @@ def test_the_end_of_a_grace_period_is_looked_for_when_the_first_one_ends():
     house.leave("b")
     house.turn()
     assert house.grace_timer.when == pytest.approx(left + chat.GRACE_SECONDS, abs=2)
+
+
+Absent = collections.namedtuple("Absent", "resume_id")
+
+
+@pytest.mark.parametrize("more, gone", [(-1, ""), (0, "a"), (1, "a"), (1999, "a"), (2000, "ab")])
+def test_a_grace_period_ends_when_its_time_is_over(more, gone):
+    house, ended = House(), []
+    users = [Absent(name) for name in "ab"]
+    house.hub.absent = dict(zip(users, (5, 2005), strict=True))
+    house.site.act = lambda *values: ended.append(values)
+    house.hub.ticks = 5 + chat.GRACE_SECONDS * 1000 + more
+    house._end_grace()
+    acts = [("grace_period_over", "a", 5), ("grace_period_over", "b", 2005)]
+    assert ended == acts[: len(gone)]
+    assert house.grace_timer is None
 
 
 def test_as_many_invitations_count_as_the_limit_has_and_the_oldest_of_more_ends(monkeypatch):
@@ -8479,6 +8577,31 @@ def test_a_node_makes_a_snapshot_when_there_is_much_to_apply_again_without_it(
         house.cluster.save()
     gaps = [two - one for one, two in itertools.pairwise([0, *made])]
     assert len(made) >= 3 and min(gaps) > 1
+
+
+@pytest.mark.parametrize("sequence, left", [(0, [1, 2, 3]), (1, [2, 3]), (3, []), (9, [])])
+def test_a_snapshot_takes_the_place_of_the_entries_that_it_contains(sequence, left):
+    store = NodeHouse(FakeNats(lambda: 1_000_000.0)).store
+    store.db.execute("DELETE FROM entries")
+    columns = store.db.execute("SELECT * FROM entries").description
+    marks = ", ".join("?" * len(columns))
+    for n in (1, 2, 3):
+        row = [n if column[0] == "sequence" else b"" for column in columns]
+        store.db.execute(f"INSERT INTO entries VALUES ({marks})", row)
+    for hub in (b"first", b"second"):
+        store.save_node(hub, sequence, "entry")
+    assert [n for (n,) in store.db.execute("SELECT sequence FROM entries")] == left
+    snapshot, entry, entries = store.load_node()
+    assert (snapshot, entry, len(entries)) == (b"second", "entry", len(left))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_node_that_has_to_stop_says_so_once(times):
+    house, told = NodeHouse(FakeNats(lambda: 1_000_000.0)), []
+    house.fail = told.append
+    for n in range(times):
+        house.cluster.stop(f"reason {n}")
+    assert told == ["reason 0"] and house.cluster.stopped
 
 
 @pytest.mark.parametrize("run", some(range(8)))
@@ -16483,6 +16606,14 @@ def test_an_upload_goes_on_where_it_broke_off(files):
     assert there[1]["upload-metadata"] == f"filename {name}".lower()  # asks() has small letters
 
 
+@pytest.mark.parametrize("offset, status", [("1", 409), ("x", 400), ("", 400), ("0", 204)])
+def test_a_piece_that_does_not_fit_leaves_no_upload_under_way(files, offset, status):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    answer = tus(files, "PATCH", path, f"Upload-Offset: {offset}", PIECE, body=b"he")
+    assert answer[0] == status and files.site.uploading == {}
+    assert tus(files, "HEAD", path)[1]["upload-offset"] == ("2" if status == 204 else "0")
+
+
 def meta(**words):
     pairs = (f"{name} {base64.b64encode(word.encode()).decode()}" for name, word in words.items())
     return f"Upload-Metadata: {','.join(pairs)}"
@@ -19372,6 +19503,33 @@ def test_servers_and_passwords_in_files_are_taken_over_once(folder):
     assert found.login("a:1", "Two Words") == chat.Login("alice", "x y")
     assert found.login("b:2", "bob") is None
     assert not servers.exists() and not logins.exists()
+
+
+OLD_SERVERS = [  # a value; the rest of its row; whether it may be in the file of logins too
+    (chat.PLAIN, (chat.PLAIN, "", 0, 0), False),
+    ({"kind": "irc"}, ("irc", "", 0, 0), True),
+    ({"pin": "ab"}, ("", "ab", 0, 0), True),
+    ({"kind": "irc", "pin": "ab", "more": 5}, ("irc", "ab", 0, 0), True),
+    ({"more": 5}, None, True),
+    ([6697, 5.5], None, True),
+    ([6697, 5.5, 1], None, True),
+    (5, None, True),
+]
+
+
+@pytest.mark.parametrize("value, row, in_both", OLD_SERVERS)
+@pytest.mark.parametrize("name", ["servers.json", "logins.json"])
+@pytest.mark.parametrize("key", ["a:1", "sts:a"])
+def test_a_file_of_servers_is_taken_over_as_far_as_it_is_understood(
+    key, name, value, row, in_both, tmp_path
+):
+    db = chat.open_client_database(":memory:")
+    (tmp_path / name).write_text(json.dumps({key: value}))
+    chat.take_over(db, tmp_path / "servers.json", tmp_path / "logins.json")
+    rows = [(key, *row)] if row and (in_both or name == "servers.json") else []
+    rows = [("a", "", "", 6697, 5.5)] if (value, key) == ([6697, 5.5], "sts:a") else rows
+    assert db.execute("SELECT * FROM servers").fetchall() == rows
+    assert not (tmp_path / name).exists()
 
 
 def test_a_file_of_passwords_that_cannot_be_removed_brings_no_old_password_back(
@@ -22472,6 +22630,23 @@ def test_a_new_password_is_kept_on_disk_only_in_place_of_one_that_the_client_mad
     client.loop.close()
 
 
+LINKED_NAMES = [  # the text of a message with a link; the name of its file
+    ("a.txt (text/plain, 5 B): http://x/files/1", "a.txt"),
+    ("a (2).txt (5 B): http://x/files/1", "a (2).txt"),
+    ("../a.txt (5 B): /files/1", "a.txt"),
+    ("a.txt: http://x/files/1", ""),
+    ("a.txt (5 B): http://x/files/1 and more", ""),
+    ("see http://x/files/1", ""),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize("text, name", LINKED_NAMES)
+def test_the_text_of_a_link_tells_the_name_of_its_file(text, name):
+    view = chat.ViewEvent(chat.MESSAGE, text, "bob", "#a")
+    assert chat.linked_name(view) == name
+
+
 def test_many_clients_can_begin_at_once_in_a_new_folder(tmp_path):
     secrets, failed = [], []
 
@@ -25252,6 +25427,30 @@ def test_the_next_server_of_several_is_tried_soon(another, monkeypatch):
     assert link.backoff == (20.0 if another else min(40.0, chat.BACKOFF_MOST))
 
 
+@pytest.mark.parametrize("another", [True, False])
+@pytest.mark.parametrize("backoff", [1.0, 8.0, chat.BACKOFF_MOST])
+def test_not_all_clients_come_back_at_once(backoff, another, monkeypatch):
+    link, ranges = Hanging(True, 60.0), []
+    monkeypatch.setattr(random, "uniform", lambda *ends: ranges.append(ends) or sum(ends) / 2)
+    link.phase, link.backoff, link.stood = chat.CONNECTING, backoff, link.loop.now
+    link._next_choice = lambda: another
+    link._come_back("reset")
+    assert ranges == [(0.75, 1.25), *[(0, chat.NEXT_SERVER_SECONDS)] * another]
+    assert link.backoff == (backoff if another else min(2 * backoff, chat.BACKOFF_MOST))
+    assert (link.phase, link.core.quitting, link.timer) == (chat.WAITING, False, link.again)
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+@pytest.mark.parametrize("given", ["", chat.PLAIN])
+def test_the_protocol_of_a_server_is_remembered_once_it_is_sure(given, confirmed):
+    link = Hanging(True, 60.0)
+    link.phase, link.target = chat.ONLINE, link.target._replace(kind=given)
+    link.core.kind, link.core.kind_confirmed = chat.IRC, confirmed
+    link._stand()
+    assert link.known.kind(link.target) == (chat.IRC if confirmed and not given else "")
+    assert link.stays
+
+
 def test_each_server_of_a_chat_is_tried_once_before_the_client_waits():
     link = Hanging(True, 60.0)
     link.choices = collections.deque(chat.parse_target("irc://one,irc://two,irc://three").others)
@@ -25994,6 +26193,30 @@ def test_settings_are_listed_checked_and_kept():
     assert len(alice.kinds("note")) == 2 and alice.core.setting("bell") == "on"
 
 
+SETTINGS_TOLD = [  # its name, its value; how it is told
+    ("bell", "", "on"),
+    ("bell", "off", "off (usually on)"),
+    ("bell", "on", "on"),
+    ("font", "", "nothing"),
+    ("font", "Courier", "Courier (usually nothing)"),
+    ("notify", "9", "9 (usually off)"),
+    ("size", "12", "12 (usually nothing)"),
+    ("time", "%M", "%M (usually %H:%M)"),
+]
+
+
+@pytest.mark.parametrize("name, value, told", SETTINGS_TOLD)
+def test_a_setting_is_told_with_its_usual_value_where_it_has_another(name, value, told):
+    alice = Elsewhere()
+    alice.types(*([f"/set {name} {value}"] if value else []))
+    alice.views.clear()
+    alice.types(f"/set {name}", "/set")
+    row = f"{name}:  {told}; {chat.SETTINGS[name].summary}"
+    first, *others = alice.kinds("server text")
+    assert first == row and row in others and len(others) == len(chat.SETTINGS)
+    assert [text.partition(":")[0] for text in others] == list(chat.SETTINGS)
+
+
 def test_standard_output_that_does_not_block_loses_nothing(running):
     """As a program before us may have left a pipe."""
     server = running()
@@ -26081,6 +26304,33 @@ def test_the_topic_that_was_asked_for_is_told_or_that_there_is_none():
         "the topic of #lobby: tea at five",
         "#rust has no topic",
     ]
+
+
+LONGER_REPLIES = [  # with a word that this client does not know; what is told
+    ("332 alice #lobby tea :more", "the topic of #lobby: tea"),
+    ("341 alice bob #lobby :more", "bob is invited to #lobby"),
+    ("341 alice #lobby bob :more", "bob is invited to #lobby"),
+    (":bob!u@h INVITE alice #tea :more", "bob invites you to #tea; /join #tea"),
+    (":bob!u@h INVITE carol #lobby :more", "bob invites carol to #lobby"),
+    ("367 alice #lobby x!*@* op 0 :more", "banned: x!*@* by op"),
+]
+
+
+@pytest.mark.parametrize("line, told", LONGER_REPLIES)
+def test_a_reply_with_more_words_than_this_client_knows_is_understood(line, told):
+    alice = Elsewhere()
+    alice.hears(line)
+    assert alice.kinds("server text")[-1:] == [told]
+
+
+def test_a_member_of_a_list_with_more_words_than_this_client_knows_is_told():
+    alice = Elsewhere()
+    alice.types("/who #lobby")
+    alice.sent(3)
+    alice.hears("352 alice #lobby u h x bob G* 3 :more", "315 alice #lobby :End of WHO list")
+    alice.hears("@msgid=1 :bob!u@h PRIVMSG #lobby :hi", ":bob!u@h REDACT #lobby 1 why :more")
+    assert alice.kinds("page") == ["bob (u@h) in #lobby: , away, operator of the server"]
+    assert [view.text for view in alice.core.room.views] == ["bob took back a message"]
 
 
 @pytest.mark.parametrize("line", ["bob: hi", "bob (127.0.0.1:1) left the chat!"])
@@ -28762,6 +29012,36 @@ def test_a_refused_register_is_not_blamed_when_a_later_login_fails():
     assert alice.core.me.proposed is None and alice.core.me.login is None
 
 
+REGISTERED = [  # what the server offers, what is typed; address and password that are sent
+    ("draft/account-registration", "/register sesame", ("*", "sesame")),
+    ("draft/account-registration", "/register a@b.org sesame", ("a@b.org", "sesame")),
+    ("draft/account-registration=email-required", "/register a@b.org", ("a@b.org", "made")),
+    ("draft/account-registration=email-required", "/register", ("*", "made")),
+    ("draft/account-registration=email-required", "/register a@b.org s p", None),
+    (
+        "draft/account-registration=email-required",
+        "/register a@b.org sesame",
+        ("a@b.org", "sesame"),
+    ),
+]
+
+
+@pytest.mark.parametrize("offered, typed, sent", REGISTERED)
+def test_an_account_is_registered_with_the_address_and_password_that_were_typed(
+    offered, typed, sent
+):
+    alice, kept = Elsewhere(caps=offered), []
+    alice.core.me.keep = kept.append
+    alice.types(typed)
+    lines = [line.split()[1:] for line in alice.sent(9) if line.startswith("REGISTER")]
+    if sent is None:
+        assert lines == [] and alice.kinds("back") == [typed]
+        return
+    ((name, email, password),) = lines
+    assert (name, email) == ("*", sent[0]) and alice.core.me.generated == (sent[1] == "made")
+    assert password == (kept[0].password if sent[1] == "made" else sent[1])
+
+
 @pytest.mark.parametrize("made", [True, False])
 def test_the_reason_for_a_refused_register_is_shown_and_a_password_made_for_it_forgotten(made):
     alice, kept = Elsewhere(caps="draft/account-registration"), []
@@ -29747,6 +30027,15 @@ def test_the_thread_of_the_log_waits_when_all_is_written():
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+@pytest.mark.parametrize("text", ["hello", "\u00e4", "a\nb", "\udcff"])
+def test_every_text_can_be_written_to_the_log(text, monkeypatch):
+    monkeypatch.setattr(chat, "start_thread", chat.do_nothing)
+    writer = chat.LogWriter(2)
+    writer.emit(chat.logging.LogRecord("chat", chat.logging.INFO, "", 0, text, None, None))
+    assert list(writer.lines) == [f"{text}\n".encode(errors="backslashreplace")]
+    assert writer.more.is_set() and not writer.idle.is_set()
 
 
 def test_a_log_that_is_truncated_goes_on_at_its_beginning(tmp_path):
@@ -31064,6 +31353,17 @@ def test_bans_from_the_server_are_listed_to_its_operators_only():
     assert "only operators of this server can do that" in told and "10.0.0.8" not in told
     ask(house, "dora", "/oper boss secret")
     assert "10.0.0.8" in str(ask(house, "dora", "/stats k"))
+
+
+@pytest.mark.parametrize("line", ["/history #a", "/history #a 5", "/names #a"])
+def test_a_channel_that_the_user_is_not_in_is_not_shown_in_the_line_protocol(line):
+    house = irc_house("#a", root="")
+    asked(house, "root", "MODE #a +s", "TOPIC #a :tea at five", "PRIVMSG #a :psst")
+    house.enter("dora")
+    told = str(ask(house, "dora", line))
+    assert "tea" not in told and "psst" not in told and "root" not in told
+    ask(house, "dora", "/join #a")
+    assert any(word in str(ask(house, "dora", line)) for word in ("psst", "root"))
 
 
 # Machine faults
@@ -34177,6 +34477,21 @@ def test_a_job_that_failed_is_logged(result, logged, monkeypatch):
     monkeypatch.setattr(chat.log, "error", lambda text, *values: told.append(text % values))
     chat.log_failure(result)
     assert told == logged
+
+
+@pytest.mark.parametrize("error", [None, OSError("no room")])
+def test_content_that_could_not_be_removed_is_logged_and_waits_no_longer(error, monkeypatch):
+    house, told, during = House(), [], []
+    monkeypatch.setattr(chat.log, "error", lambda text, *values: told.append(text % values))
+
+    def submit(owner, job, then, lane):
+        during.append(house.hub.files.removals)
+        then(error)
+
+    house.helpers = types.SimpleNamespace(submit=submit)
+    house._remove_later(chat.do_nothing)
+    assert (during, house.hub.files.removals) == ([1], 0)
+    assert told == ["a job failed: no room"] * bool(error)
 
 
 @pytest.mark.parametrize(
@@ -39339,6 +39654,17 @@ def test_the_end_of_a_pipe_ends_its_last_line_and_the_client(piping):
     client.take(b"")
     assert [one.text for one in client.core.outbox.waiting.values()] == ["one", "half"]
     assert client.input_over and client.link.leaving and client.input.paused
+
+
+@pytest.mark.parametrize("trouble", ["", "it cannot be read"])
+@pytest.mark.parametrize("before", ["", "no room"])
+def test_a_pipe_that_could_not_be_read_to_its_end_is_a_failure(piping, trouble, before):
+    client = piping()
+    client.failure, client.input.trouble = before, trouble
+    client.take(b"one\n")
+    assert client.failure == before
+    client.take(b"")
+    assert client.failure == (trouble or before) and client.input_over
 
 
 ENDS_OF_A_PIPE = [  # messages and commands that failed, the reason to end; the reasons told
