@@ -12567,6 +12567,44 @@ def test_three_wrong_passwords_of_an_operator_end_the_connection():
     assert house.guests["alice"].conn.closed and "alice" not in house.hub.users
 
 
+MODES_OF_TWO = [  # the MODE of an operator; what this session is told, and the user's other one
+    ("-o", "-o", ""),
+    ("-o+w", "-o+w", "+w"),
+    ("+i-o", "+i-o", "+i"),
+    ("+iw", "+iw", "+iw"),
+    ("-w", "", ""),
+    ("+o", "", ""),
+]
+
+
+@pytest.mark.parametrize("change, mine, others", MODES_OF_TWO)
+def test_the_other_session_of_a_user_is_told_the_modes_that_both_have(change, mine, others):
+    house = House()
+    account(house, "alice")
+    for label in ("desk", "phone"):
+        device(house, label, "alice")
+    ask(house, "desk", "OPER boss secret")
+    forget(house)
+    told = of(asked(house, "desk", f"MODE alice {change}"), "MODE")
+    assert [line.params for line in told] == [["alice", mine]] * bool(mine)
+    told = of(heard(house, "phone"), "MODE")
+    assert [line.params for line in told] == [["alice", others]] * bool(others)
+    assert bool(house.guests["desk"].operator) == ("-o" not in change and change != "+i-o")
+    assert not house.guests["phone"].operator
+
+
+def test_a_user_who_changes_the_account_is_a_device_of_the_new_one_only():
+    house = House()
+    account(house, "alice", "zoe")
+    device(house, "desk", "alice")
+    before = house.guests["desk"].user.identity
+    assert house.hub.devices(before) == [house.guests["desk"]]
+    assert sasl(house, "desk", "zoe")
+    after = house.guests["desk"].user.identity
+    assert after != before and house.hub.devices(before) == []
+    assert house.hub.devices(after) == [house.guests["desk"]]
+
+
 def test_lists_have_limits_and_say_so():
     house = House()
     house.enter_irc("alice")
@@ -16614,6 +16652,30 @@ def test_a_piece_that_does_not_fit_leaves_no_upload_under_way(files, offset, sta
     assert tus(files, "HEAD", path)[1]["upload-offset"] == ("2" if status == 204 else "0")
 
 
+@pytest.mark.parametrize(
+    "size, status, there", [(0, 204, 2), (1, 204, 3), (3, 204, 5), (4, 413, 2)]
+)
+def test_a_piece_may_not_go_past_the_end_of_its_file(files, size, status, there):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    tus(files, "PATCH", path, "Upload-Offset: 0", PIECE, body=b"he")
+    answer = tus(files, "PATCH", path, "Upload-Offset: 2", PIECE, body=b"llo!"[:size])
+    assert answer[0] == status and files.site.uploading == {}
+    assert tus(files, "HEAD", path)[1]["upload-offset"] == str(there)
+
+
+@pytest.mark.parametrize("come", [b"", b"h", b"hell"])
+def test_an_upload_whose_connection_breaks_is_no_longer_under_way(files, come):
+    path, browser = path_of(tus(files, "POST", "/files", "Upload-Length: 5")), Browser(files, "cut")
+    head = f"PATCH {path} HTTP/1.1\nHost: localhost\n{basic('alice')}\nTus-Resumable: 1.0.0\n"
+    head += f"{PIECE}\nUpload-Offset: 0\nContent-Length: 5\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode() + come)
+    files.turn()
+    assert len(files.site.uploading) == 1
+    browser.conn.session.ended()
+    files.turn()
+    assert files.site.uploading == {}
+
+
 def meta(**words):
     pairs = (f"{name} {base64.b64encode(word.encode()).decode()}" for name, word in words.items())
     return f"Upload-Metadata: {','.join(pairs)}"
@@ -19575,7 +19637,7 @@ class Elsewhere:
     """A client on a server that is no chat.py, and a clock that is wound by hand."""
 
     def __init__(self, *tokens, caps="", interactive=True, **options):
-        self.now = 0.0
+        self.now = 5000.0
         options = {"kind": chat.IRC, **options}
         self.core = chat.ClientCore("alice", interactive, ticks=lambda: self.now, **options)
         self.out, self.views = [], []
@@ -20210,6 +20272,58 @@ def test_an_echo_that_stayed_unclear_says_nothing_about_later_messages():
     assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["yes", "no", "how"]
 
 
+UNCLEAR_ECHOES = [  # lines sent, echoes with other words; what is decided about the lines
+    (1, 0, ["not echoed 0"]),
+    (2, 0, ["not echoed 0", "not echoed 1"]),
+    (2, 1, ["unclear 0", "unclear 1", "part 0 5", "arrived end-0"]),
+    (2, 2, ["part 0 5", "arrived end-0", "part 1 6", "arrived end-1"]),
+    (1, 2, ["part 0 5", "arrived end-0"]),
+]
+
+
+def echoes_decided(monkeypatch, count, sent=2):
+    """Return acknowledgements with expected echoes, and what will be decided about these."""
+    alice, said = Elsewhere(caps="echo-message"), []
+    core, acks = alice.core, alice.core.talk.acks
+    core.outbox.in_flight.update(dict.fromkeys(map(str, range(sent))))
+    acks.echoes[:] = [
+        chat.ExpectedEcho("#a", f"text {n}", f"end-{n}", str(n), 5 + n) for n in range(sent)
+    ]
+    acks.strange[:] = [("#a", chat.ViewEvent(chat.ARRIVED, "*", id="m")) for _ in range(count)]
+    acks.strange.append(("#b", chat.ViewEvent(chat.ARRIVED, "*")))
+    acks.echoes.append(chat.ExpectedEcho("#b", "text", "end-9", "9", 5))
+    for one, name, words in (
+        (core.outgoing, "leave_to_user", lambda id, why: f"unclear {id}"),
+        (core.outgoing, "acknowledge", lambda view: f"arrived {view.own_id}"),
+        (core.outbox, "arrived_to", lambda id, end: f"part {id} {end}"),
+        (acks, "not_echoed", lambda id: f"not echoed {id}"),
+    ):
+        told = functools.partial(lambda words, *values: said.append(words(*values)), words)
+        monkeypatch.setattr(one, name, told)
+    return acks, said
+
+
+@pytest.mark.parametrize("sent, count, decided", UNCLEAR_ECHOES)
+def test_echoes_with_other_words_decide_about_the_lines_before_them(
+    sent, count, decided, monkeypatch
+):
+    acks, said = echoes_decided(monkeypatch, count, sent)
+    acks._explain("#a", [line for line in acks.echoes if line.target == "#a"])
+    assert said == decided
+    assert [line.target for line in acks.echoes] == [key for key, _ in acks.strange] == ["#b"]
+
+
+@pytest.mark.parametrize(
+    "of, left, decided", [("0", 0, ["part 1 6", "arrived end-1"]), ("7", 2, [])]
+)
+def test_a_refused_line_has_no_echo_and_the_others_are_decided_about(
+    of, left, decided, monkeypatch
+):
+    acks, said = echoes_decided(monkeypatch, 1)
+    acks.expect_no_echo(chat.SentLine("#a", of))
+    assert said == decided and len(acks.echoes) == left + 1
+
+
 @pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("tokens", [[], ["CLIENTTAGDENY=*"]])
 @pytest.mark.parametrize("texts, echoes, lost, doubted", ALTERED)
@@ -20243,12 +20357,13 @@ def test_of_a_burst_that_a_server_drops_and_changes_nothing_is_taken_for_arrived
 @pytest.mark.parametrize("arrived, asked", [([], 61.0), ([55], 76.0), ([52, 70], None)])
 def test_an_echo_is_overdue_some_time_after_the_last_confirmation(arrived, asked):
     alice = Elsewhere(caps="echo-message message-tags")
-    alice.core.outbox.window, alice.now = 9, 50.0
+    alice.core.outbox.window, began = 9, alice.now
+    alice.now += 50.0
     said, pings = alice.types("one", "two").sent(1), []
-    while alice.now < 80:
-        pings += [alice.now for line in alice.sent(1) if line.startswith("PING ")]
+    while alice.now - began < 80:
+        pings += [alice.now - began for line in alice.sent(1) if line.startswith("PING ")]
         for number, when in enumerate(arrived):
-            if when == alice.now:
+            if when == alice.now - began:
                 alice.hears(said[number].replace(" PRIVMSG", " :alice!u@h PRIVMSG"))
     assert pings == [asked] * bool(asked)
 
@@ -22926,6 +23041,70 @@ def test_nothing_is_acknowledged_that_a_server_took_which_was_none():
     assert not any(tables)
 
 
+def test_all_that_was_begun_with_a_server_that_was_none_is_begun_again():
+    alice = Elsewhere("CHANTYPES=#", join=("#lobby", "#tea"))
+    talk = alice.core.talk
+    talk.bouncer_said = "Your message to #lobby got lost"
+    alice.types("one").sent(1)
+    (id,) = alice.core.outbox.in_flight
+    talk.lines.unsent.append("x")
+    talk.joins.unanswered["#rust"] = (1, alice.now)
+    talk.wait_for_server("the bouncer has lost its server")
+    talk.wait_for_server("the bouncer has lost its server")
+    views = alice.core.take_views()
+    assert [view.where for view in views if view.kind == chat.ROOM] == ["#lobby", "#tea"] * 2
+    assert len([view for view in views if view.kind == chat.NOTE]) == 1
+    assert not (talk.bouncer_said or talk.lines.unsent or talk.joins.unanswered)
+    assert not any(room.inside for room in alice.core.rooms.values())
+    assert talk.unserved == alice.now and id in alice.core.outgoing.sent_before
+
+
+@pytest.mark.parametrize("words, asked, left", [("a", [], "b"), ("a b", ["a", "b"], "ab")])
+def test_capabilities_that_a_server_refuses_are_asked_for_one_by_one(words, asked, left):
+    alice = Elsewhere()
+    alice.core.server.requested = {"a", "b"}
+    alice.hears(f"CAP alice NAK :{words}")
+    assert alice.sent() == [f"CAP REQ {name}" for name in asked]
+    assert alice.core.server.requested == set(left)
+
+
+@pytest.mark.parametrize("version, rooms", [("chat.py-1", ["#lobby"]), ("ircd-1", [])])
+def test_a_client_without_a_channel_wants_the_one_of_all_users(version, rooms):
+    core = chat.ClientCore("alice", kind=chat.IRC, join=())
+    core.connected()
+    core.feed(f":x 001 alice :Welcome\r\n:x 004 alice x {version} a b\r\n".encode())
+    assert [room.name for room in core.rooms.values()] == rooms
+    assert all(room.wanted for room in core.rooms.values())
+    assert (core.here == "#lobby") == bool(rooms)
+
+
+@pytest.mark.parametrize("ignored, told", [("", "bye"), ("bob", "")])
+def test_the_last_words_of_a_user_in_a_channel_are_shown_unless_ignored(ignored, told):
+    alice = Elsewhere()
+    alice.hears(":bob!u@h JOIN #lobby", ":bob!u@h JOIN #tea")
+    alice.core.ignored.update({ignored} if ignored else ())
+    alice.hears(":bob!u@h PART #lobby :bye")
+    assert [view.text for view in alice.views if view.kind == chat.PART] == [told]
+
+
+NAMES_BEHIND = [  # the old name, the new one; the names of pending requests, and what is behind
+    ("#a", "#c", ["#c", "#b"], {"#b": "two", "#c": "one"}),
+    ("#A", "#c", ["#c", "#b"], {"#b": "two", "#c": "one"}),
+    ("#x", "#c", ["#a", "#b"], {"#b": "two", "#a": "one"}),
+]
+
+
+@pytest.mark.parametrize("old, new, where, behind", NAMES_BEHIND)
+def test_history_is_asked_for_under_the_new_name_of_a_conversation(old, new, where, behind):
+    history = Elsewhere("CHANTYPES=#").core.talk.history
+    history.requests.clear()
+    history.requests.extend(chat.HistoryRequest(name, "asked") for name in ("#a", "#b"))
+    history.behind.clear()
+    history.behind.update({"#a": "one", "#b": "two"})
+    history.renamed(old, new)
+    assert [asked.where for asked in history.requests] == where and history.behind == behind
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_message_waits_for_a_join_only_outside_its_channel(inside, asked):
@@ -24930,8 +25109,7 @@ def test_private_messages_wait_for_a_connection_like_others():
 
 def test_answers_to_pings_and_lists_of_bans_are_told_in_words():
     there = Elsewhere()
-    there.now = 100.0
-    there.hears(":bob!u@h NOTICE alice :\x01PING 97.5\x01")
+    there.hears(f":bob!u@h NOTICE alice :\x01PING {there.now - 2.5}\x01")
     assert there.kinds("server text")[-1] == "bob answers PING: after 2.5 s"
     there.hears("367 alice #lobby *!*@spam op!u@h 1795691458")
     assert there.kinds("server text")[-1] == "banned: *!*@spam by op on 2026-11-26 11:10 UTC"
@@ -26564,7 +26742,7 @@ def test_an_error_in_a_labelled_batch_is_about_the_message_with_that_label():
 )
 def test_a_channel_that_the_client_asked_for_is_not_one_it_was_made_to_join(asked, late, told):
     alice = Elsewhere()
-    alice.now = chat.LATE_JOIN_SECONDS + (1.0 if late else -1.0)
+    alice.now += chat.LATE_JOIN_SECONDS + (1.0 if late else -1.0)
     if asked:
         alice.core.talk.joins.join(alice.core.rooms.open("#tea"))
         alice.sent(1)
@@ -26664,6 +26842,41 @@ def test_uploads_that_wait_for_a_token_go_on_without_one_if_there_is_none():
     alice.core.transfers.wait_for_token = [got.append, got.append]
     alice.hears("FAIL TOKEN NO_PERMISSIONS FILEHOST :no")
     assert got == ["", ""] and alice.core.transfers.wait_for_token == []
+
+
+FRESH = chat.TOKEN_SECONDS / 2
+TOKENS_USED = [  # a token, the seconds since each use; whether it is still used after them
+    ("t", (0,), True),
+    ("t", (FRESH - 1,), True),
+    ("t", (FRESH,), False),
+    ("t", (FRESH + 1,), False),
+    ("t", (FRESH - 1, FRESH - 1), True),
+    ("t", (FRESH - 1, FRESH), False),
+    ("", (0,), False),
+]
+
+
+@pytest.mark.parametrize("token, ages, used", TOKENS_USED)
+def test_a_token_for_uploads_is_used_again_while_it_is_fresh(token, ages, used):
+    alice, got = Elsewhere("draft/AUTHTOKEN=x"), []
+    transfers = alice.core.transfers
+    transfers.take_token(token)
+    for seconds in ages:
+        alice.now += seconds
+        transfers.with_token(got.append)
+    asked = alice.sent().count("TOKEN GENERATE FILEHOST")
+    assert (asked, len(transfers.wait_for_token)) == (not used, not used)
+    assert got == [token] * (len(ages) - (not used))
+    transfers.take_token("new")
+    assert got[-1] == ("t" if used else "new") and transfers.wait_for_token == []
+
+
+@pytest.mark.parametrize("tokens", [(), ("FILEHOST=/up",)])
+def test_a_server_without_tokens_takes_files_without_one(tokens):
+    alice, got = Elsewhere(*tokens), []
+    alice.core.transfers.upload_token = "t"
+    alice.core.transfers.with_token(got.append)
+    assert got == [""] and alice.sent() == []
 
 
 def test_a_log_in_that_the_server_cannot_prove_ends_the_connection_without_a_word():
@@ -27344,7 +27557,7 @@ def test_an_offer_calls_the_user_and_one_beyond_the_budget_is_not_told():
 
 def test_a_channel_that_the_client_is_made_to_join_is_told():
     alice = Elsewhere()
-    alice.now = 100
+    alice.now += 100
     alice.types("/join #tea").hears(":alice!u@h JOIN #tea")
     assert alice.kinds("note") == []
     alice.hears(":alice!u@h JOIN #rules")
@@ -29040,6 +29253,17 @@ def test_an_account_is_registered_with_the_address_and_password_that_were_typed(
     ((name, email, password),) = lines
     assert (name, email) == ("*", sent[0]) and alice.core.me.generated == (sent[1] == "made")
     assert password == (kept[0].password if sent[1] == "made" else sent[1])
+
+
+@pytest.mark.parametrize("account, generated, may", [("", 1, 1), ("a", 0, 1), ("a", 1, 0)])
+def test_a_password_that_was_made_for_an_account_is_not_replaced_by_another(
+    account, generated, may
+):
+    alice = Elsewhere(caps="draft/account-registration")
+    alice.core.me.account, alice.core.me.generated = account, bool(generated)
+    alice.types("/register sesame")
+    assert ("REGISTER * * sesame" in alice.sent(9)) == bool(may)
+    assert any("is registered" in text for text in alice.kinds("note")) != bool(may)
 
 
 @pytest.mark.parametrize("made", [True, False])
