@@ -8604,6 +8604,32 @@ def test_a_node_that_has_to_stop_says_so_once(times):
     assert told == ["reason 0"] and house.cluster.stopped
 
 
+SILENT, BEAT = chat.NODE_SILENT_MS / 1000, chat.NODE_BEAT_SECONDS
+NODES_WATCHED = [  # seconds since it was heard, since all was steady, since it was declared gone
+    (SILENT, 999, None, False),
+    (SILENT + 1, 999, None, True),
+    (SILENT + 1, SILENT, None, False),
+    (None, SILENT + 1, None, True),
+    (SILENT + 1, 999, BEAT, False),
+    (SILENT + 1, 999, BEAT + 1, True),
+]
+
+
+@pytest.mark.parametrize("heard, steady, declared, gone", NODES_WATCHED)
+@pytest.mark.parametrize("name", ["n1", "n2"])
+def test_a_node_that_is_silent_for_too_long_is_declared_gone(name, heard, steady, declared, gone):
+    asked, now, node = [], 10_000.0, types.SimpleNamespace(name=name, epoch="e")
+    cluster = types.SimpleNamespace(name="n1", now=now, steady_since=now - steady)
+    cluster.hub = types.SimpleNamespace(nodes={name: node})
+    cluster.heard = {"old": now} | ({} if heard is None else {"e": now - heard})
+    cluster.declared = {} if declared is None else {"e": now - declared}
+    cluster.ask = lambda *values: asked.append(values)
+    chat.Cluster._watch_nodes(cluster)
+    gone = gone and name != "n1"
+    assert asked == [(None, "node_gone", (name, "e", True))] * gone
+    assert "old" not in cluster.heard and (cluster.declared.get("e") == now) == gone
+
+
 @pytest.mark.parametrize("run", some(range(8)))
 def test_nodes_that_are_killed_cut_off_and_started_again_are_the_same_in_the_end(
     seeded, folder, run
@@ -17873,7 +17899,7 @@ def test_without_a_spare_descriptor_no_connection_is_turned_away():
 
 def test_connections_that_speak_http_have_a_count_of_their_own():
     limits = chat.ConnectionLimits(chat.ServerOptions(max_per_address=2))
-    addresses, key = chat.Addresses(FakeLoop(0.0), None), "192.168.1.5"
+    addresses, key = chat.Addresses(FakeLoop(5000.0), None), "192.168.1.5"
     one = [addresses.enter(key) for _ in range(4)][0]
     assert [limits.speaks_chat(one) for _ in range(2)] == ["", ""]
     assert limits.speaks_chat(one).startswith("too many connections")
@@ -17904,7 +17930,7 @@ def test_a_proxy_has_as_many_connections_as_it_needs_and_its_clients_have_not():
     options = chat.ServerOptions(
         max_per_address=1, web=WEB._replace(proxies=frozenset(["10.0.0.2"]))
     )
-    limits, addresses = chat.ConnectionLimits(options), chat.Addresses(FakeLoop(0.0), None)
+    limits, addresses = chat.ConnectionLimits(options), chat.Addresses(FakeLoop(5000.0), None)
     proxy = [addresses.enter("10.0.0.2") for _ in range(9)][0]
     assert limits.refusal(9, proxy) == ""
     assert {limits.speaks_http(proxy) for _ in range(9)} == {""}
@@ -25240,7 +25266,7 @@ class Hanging(chat.Link):
 
     def __init__(self, asks, patience):
         self.log = []
-        loop = FakeLoop(0.0)
+        loop = FakeLoop(5000.0)
         loop.call_later = lambda seconds, callback: chat.Timer(seconds, callback)
         core, target = chat.ClientCore("alice", asks), chat.Target("127.0.0.1", 1)
         super().__init__(loop, target, core, chat.Trust(), known_servers())
@@ -25390,7 +25416,8 @@ def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it
     ours, waits, patience
 ):
     link, dropped, pings = Hanging(True, 60.0), [], []
-    link.conn = types.SimpleNamespace(heard=0.0, unsent=0, write=bool)
+    began = link.loop.now
+    link.conn = types.SimpleNamespace(heard=began, unsent=0, write=bool)
     link.conn.drop = lambda why: dropped.append(link.loop.now)
     link.phase, link.core.kind = chat.ONLINE, chat.IRC
     link.core.connected()
@@ -25398,7 +25425,7 @@ def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it
     link.core.server.ours = ours
     link.core.outbox.in_flight = {"one": None} if waits else {}
     link.core.talk.ping = lambda: pings.append(link.loop.now)
-    for answered in (0.0, 300.0):  # what is heard begins it again
+    for answered in (began, began + 300.0):  # what is heard begins it again
         link.conn.heard = link.watched = answered
         while not dropped:
             link.loop.now += 0.5
@@ -25407,7 +25434,7 @@ def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it
         asked, left = pings.pop(), dropped.pop() - answered
         assert patience / 2 < asked - answered <= patience / 2 + 0.5 and pings == []
         assert patience < left <= patience + 0.5
-        link.loop.now = 300.0
+        link.loop.now = began + 300.0
 
 
 @pytest.mark.parametrize("ours, patience", [(True, "SILENT_SECONDS"), (False, "OTHER_SECONDS")])
@@ -25444,7 +25471,7 @@ def talking_link(*lines, kind=chat.IRC, patience=60.0):
     """Return a link in memory on which these lines have come, and what is done with its connection:
     a list of bytes that are written, and of the reasons to drop it."""
     link, done = Hanging(True, patience), []
-    link.loop, link.phase, link.core.kind = FakeLoop(0.0), chat.DETECTING, kind
+    link.loop, link.phase, link.core.kind = FakeLoop(5000.0), chat.DETECTING, kind
     link.conn = types.SimpleNamespace(unsent=0, heard=0.0, state=chat.OPEN)
     link.conn.write = link.conn.drop = done.append
     link.core.connected()
@@ -25605,6 +25632,36 @@ def test_the_next_server_of_several_is_tried_soon(another, monkeypatch):
     assert link.backoff == (20.0 if another else min(40.0, chat.BACKOFF_MOST))
 
 
+Home = collections.namedtuple("Home", "used")
+HANDSHAKES = [  # parts of its time that a turn takes for each of three clients; how many begin
+    ((0, 0, 0), 3),
+    ((1, 0, 0), 3),
+    ((1.1, 0, 0), 1),
+    ((0.5, 0.6, 0), 2),
+    ((0, 0, 9), 3),
+]
+
+
+@pytest.mark.parametrize("parts, count", HANDSHAKES)
+def test_a_turn_begins_as_many_handshakes_as_it_has_time_for(parts, count, monkeypatch):
+    loop, clock, begun, rest = FakeLoop(5000.0), [7.0], [], list(parts)
+
+    def guarded(begin, data):
+        clock[0] += rest.pop(0) * chat.ACT_SECONDS_LIGHT
+        begun.append((begin, data))
+
+    loop.guarded = guarded
+    waiting = collections.namedtuple("Waiting", "begin_tls, home")
+    homes = [types.SimpleNamespace(used=lambda now, use=use: use) for use in (2, 1, 3)]
+    peers = [waiting(n, Home(home.used)) for n, home in enumerate(homes)]
+    beat = types.SimpleNamespace(loop=loop)
+    beat.handshakes = {peer: f"data {n}" for n, peer in enumerate(peers)}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    chat.ActBeat._begin_handshakes(beat)
+    assert begun == [(1, "data 1"), (0, "data 0"), (2, "data 2")][:count]
+    assert len(beat.handshakes) == 3 - count and len(loop.soon) == (count < 3)
+
+
 @pytest.mark.parametrize("another", [True, False])
 @pytest.mark.parametrize("backoff", [1.0, 8.0, chat.BACKOFF_MOST])
 def test_not_all_clients_come_back_at_once(backoff, another, monkeypatch):
@@ -25616,6 +25673,30 @@ def test_not_all_clients_come_back_at_once(backoff, another, monkeypatch):
     assert ranges == [(0.75, 1.25), *[(0, chat.NEXT_SERVER_SECONDS)] * another]
     assert link.backoff == (backoff if another else min(2 * backoff, chat.BACKOFF_MOST))
     assert (link.phase, link.core.quitting, link.timer) == (chat.WAITING, False, link.again)
+
+
+@pytest.mark.parametrize("seconds, ended", [(59.5, False), (60.0, True), (61.0, True)])
+@pytest.mark.parametrize("another", [True, False])
+def test_a_client_that_found_no_server_for_too_long_ends(another, seconds, ended):
+    link = Hanging(True, 60.0)
+    link.phase, link.stood = chat.CONNECTING, link.loop.now
+    link.loop.now += seconds
+    link._next_choice = lambda: another
+    link._come_back("reset")
+    ended = ended and not another
+    assert (link.phase == chat.ENDED) == ended and ("127.0.0.1:1: reset" in link.log) == ended
+
+
+@pytest.mark.parametrize("idle", [True, False])
+@pytest.mark.parametrize("leaving", [True, False])
+def test_a_client_that_leaves_says_goodbye_once_nothing_waits(leaving, idle):
+    link, done = Hanging(True, 60.0), []
+    link.phase, link.leaving = chat.ONLINE, leaving
+    link.core.outbox.waiting = {} if idle else {"1": chat.Waiting("1", "#a", "hi", chat.MESSAGE)}
+    link.make_room = lambda: done.append("room")
+    link._say_goodbye = lambda: done.append("goodbye")
+    link._stand()
+    assert done == ["room", *["goodbye"] * (leaving and idle)]
 
 
 @pytest.mark.parametrize("confirmed", [True, False])
@@ -25644,10 +25725,11 @@ def test_each_server_of_a_chat_is_tried_once_before_the_client_waits():
 
 def test_an_address_is_tried_a_moment_after_the_one_before_also_if_that_has_failed(attempts):
     _, loop, _ = raced((4, "a"), (4, "b"), (4, "c"))
+    counts, began = [], loop.now
     loop.now += 0.1
     attempts[0].then(attempts[0], "refused")
-    counts = []
-    for loop.now in (0.1, chat.NEXT_ADDRESS_SECONDS, chat.NEXT_ADDRESS_SECONDS + 0.1):
+    for seconds in (0.1, chat.NEXT_ADDRESS_SECONDS, chat.NEXT_ADDRESS_SECONDS + 0.1):
+        loop.now = began + seconds
         loop.run_due()
         counts.append(len(attempts))
     assert counts == [2, 2, 3]
@@ -25719,7 +25801,7 @@ def test_lines_beyond_the_rate_of_the_server_wait_for_one_timer():
             link._carry_on([])
             link._carry_on([])
         paces = [timer.when for timer in link.loop.timers if timer.callback == link._send_more]
-        assert paces == [when]
+        assert paces == [link.loop.now + when]
 
 
 @pytest.mark.parametrize("connected", [True, False])
@@ -25731,7 +25813,7 @@ def test_an_outbox_that_another_program_has_locked_is_tried_again_soon(connected
         link._carry_on([])
         link._carry_on([])
         paces = [timer.when for timer in link.loop.timers if timer.callback == link._send_more]
-        assert paces == again
+        assert paces == [link.loop.now + seconds for seconds in again]
 
 
 @pytest.mark.parametrize("at_once, sent", [(True, True), (False, False)])
@@ -25959,7 +26041,7 @@ class Selector:
 
 def input_of(fd, refuses=False):
     """Return standard input on a loop in memory, and the pieces that it takes."""
-    loop, taken = FakeLoop(0.0), []
+    loop, taken = FakeLoop(5000.0), []
     loop.selector = Selector(refuses)
     return chat.Input(loop, fd, taken.append), loop, taken
 
@@ -30283,8 +30365,9 @@ def test_a_line_of_the_log_that_was_cut_short_by_a_full_disk_is_no_part_of_the_n
 
     monkeypatch.setattr(chat, "start_thread", chat.do_nothing)
     writer = chat.LogWriter(2)
-    monkeypatch.setattr(os, "write", write)
-    kept = [writer._write(line) for line in (b"one is cut\n", b"two\n", b"three\n", b"four\n")]
+    with monkeypatch.context() as patch:  # the runner of the tests writes too
+        patch.setattr(os, "write", write)
+        kept = [writer._write(line) for line in (b"one is cut\n", b"two\n", b"three\n", b"four\n")]
     assert kept == [False, False, False, True]
     assert b"".join(written) == b"one\nt\nfour\n"
 
@@ -33143,7 +33226,7 @@ def test_an_address_that_used_much_of_its_budget_is_served_while_no_other_waits(
 
 def test_of_too_many_addresses_those_without_a_connection_go_the_fullest_budgets_first(monkeypatch):
     monkeypatch.setattr(chat, "ADDRESSES_KEPT", 3)
-    addresses = chat.Addresses(FakeLoop(0.0), (1.0, 1.0))
+    addresses = chat.Addresses(FakeLoop(5000.0), (1.0, 1.0))
     for name, spent in (("a", 1), ("b", 3), ("c", 2), ("d", 0)):
         addresses.enter(name).budget.tokens -= spent
         if name == "c":
@@ -33156,8 +33239,8 @@ def test_of_too_many_addresses_those_without_a_connection_go_the_fullest_budgets
 
 @pytest.mark.parametrize("flood", [None, (5.0, 2.0)])
 def test_an_address_has_the_budget_of_several_connections(flood):
-    address = chat.Addresses(FakeLoop(0.0), flood).enter("a")
-    assert address.used(0.0) == 0.0 and address.peers == 1
+    address = chat.Addresses(FakeLoop(5000.0), flood).enter("a")
+    assert address.used(5000.0) == 0.0 and address.peers == 1
     if flood is None:
         assert address.budget is None
     else:
@@ -33348,7 +33431,7 @@ def attempts(monkeypatch):
 
 def raced(*addresses):
     """Return the outcomes of a race, and its loop."""
-    found, loop = [], FakeLoop(0.0)
+    found, loop = [], FakeLoop(5000.0)
     race = chat.HappyEyeballs(loop, list(addresses), lambda *one: found.append(one))
     return race, loop, found
 
@@ -33842,7 +33925,7 @@ def test_what_the_server_does_at_intervals_it_does_again():
 
 def test_a_link_looks_after_its_connection_until_it_has_ended():
     link = Hanging(True, 60.0)
-    link.loop = FakeLoop(0.0)
+    link.loop = FakeLoop(5000.0)
     assert repeated(link._watch, link.loop)
     link._end("left")
     assert not repeated(link._watch, link.loop)
@@ -33853,7 +33936,7 @@ class Ticking(types.SimpleNamespace):
 
     def __init__(self, function, **names):
         self.called = []
-        super().__init__(loop=FakeLoop(0.0), **names)
+        super().__init__(loop=FakeLoop(5000.0), **names)
         self.run = types.MethodType(function, self)
         setattr(self, function.__name__, self.run)
         self.run()
@@ -33879,7 +33962,7 @@ TICKING = [
 ]
 
 
-@pytest.mark.parametrize("make, called", [*zip(TICKING, (["wake"], [], [0.0]), strict=True)])
+@pytest.mark.parametrize("make, called", [*zip(TICKING, (["wake"], [], [5000.0]), strict=True)])
 def test_what_clients_and_nodes_do_at_intervals_they_do_again(make, called):
     found = []
     ticking = make(found)
@@ -33985,7 +34068,7 @@ def test_another_connection_of_an_address_with_a_small_budget_begins_with_that()
 
 @pytest.mark.parametrize("most, kept", [(9, {"a", "b", "c"}), (2, {"b", "c"}), (1, {"c"})])
 def test_only_the_fullest_budgets_of_too_many_addresses_are_forgotten(monkeypatch, most, kept):
-    addresses = chat.Addresses(FakeLoop(0.0), (10.0, 1.0))
+    addresses = chat.Addresses(FakeLoop(5000.0), (10.0, 1.0))
     for key, tokens in (("a", 9.0), ("b", 5.0), ("c", -5.0)):
         address = addresses.enter(key)
         address.budget.tokens = tokens
@@ -34405,7 +34488,7 @@ IDLE_ON_THE_WEB = [  # the limit that is over, what is so; what is done
 
 @pytest.mark.parametrize("name, given, done", IDLE_ON_THE_WEB)
 def test_a_request_or_an_answer_that_does_not_go_on_is_ended(name, given, done):
-    limits, happened = chat.TimeLimits(FakeLoop(0.0)), []
+    limits, happened = chat.TimeLimits(FakeLoop(5000.0)), []
     limits.web_idle = types.SimpleNamespace(add=lambda peer: happened.append("waits"))
     session = types.SimpleNamespace(receive=lambda request: happened.append(request.status))
     peer = types.SimpleNamespace(
@@ -34527,7 +34610,7 @@ class NoNats:
         self.options = chat.NodeOptions(
             servers=(("one", 1), ("two", 2)), tls=tls, node="n1", user="u", password="p"
         )
-        self.cluster, self.loop, self.helpers = self, FakeLoop(0.0), self
+        self.cluster, self.loop, self.helpers = self, FakeLoop(5000.0), self
         self.hub, self.jobs = types.SimpleNamespace(sequence=5), []
 
     def submit(self, owner, job, then):
@@ -34960,7 +35043,7 @@ def test_invisible_users_are_counted_apart(invisible):
 
 
 def test_full_budgets_are_forgotten_although_there_are_few(monkeypatch):
-    loop = FakeLoop(0.0)
+    loop = FakeLoop(5000.0)
     monkeypatch.setattr(time, "monotonic", lambda: loop.now)
     addresses = chat.Addresses(loop, (10.0, 1.0))
     for host, used, there in (("a", 0, False), ("b", 5, False), ("c", 0, True)):
@@ -35018,7 +35101,7 @@ def test_the_files_of_a_server_are_cleaned_at_its_start_and_those_of_a_node_late
 
 @pytest.mark.parametrize("more, kept", [(0, [0, 1]), (1, [1])])
 def test_the_time_by_a_clock_counts_until_it_is_too_long_ago(more, kept):
-    loop = FakeLoop(0.0)
+    loop = FakeLoop(5000.0)
     steps = int(chat.SURE_SECONDS / chat.SURE_STEP_SECONDS)
     store = types.SimpleNamespace(offsets={0: 100.0, 1: 200.0}, node=False)
     records = []
@@ -35414,7 +35497,7 @@ def test_an_operator_who_steps_down_is_counted_no_longer():
 
 
 def test_an_address_that_has_used_its_budget_is_forgotten_when_that_is_full_again(monkeypatch):
-    loop = FakeLoop(0.0)
+    loop = FakeLoop(5000.0)
     monkeypatch.setattr(time, "monotonic", lambda: loop.now)
     addresses = chat.Addresses(loop, (10.0, 1.0))
     for tokens in (0.0, 5.0, 1e3):
@@ -35733,7 +35816,7 @@ def test_the_trouble_of_checkpoints_is_logged_once_until_one_works(folder, caplo
 
 def test_waits_of_one_length_end_one_after_the_other_however_often_they_begin(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: loop.now)
-    loop, due = FakeLoop(0.0), []
+    loop, due = FakeLoop(5000.0), []
     delay = chat.Delay(loop, 10.0, due.append)
     for item in ("a", "b", "c"):
         delay.add(item)
@@ -35770,7 +35853,7 @@ def test_a_connection_that_was_made_in_time_is_not_given_up_later():
 
 def test_a_line_that_waits_for_its_turn_is_sent_when_that_comes():
     link, sent = Hanging(True, 60.0), []
-    link.loop, link.phase = FakeLoop(0.0), chat.ONLINE
+    link.loop, link.phase = FakeLoop(5000.0), chat.ONLINE
     link.conn = types.SimpleNamespace(unsent=0, write=sent.append, drop=list)
     link.core.connected()
     link.received(b":x 001 alice :Welcome\r\n:x 422 alice :No MOTD\r\n:alice!u@h JOIN #lobby\r\n")
@@ -36461,6 +36544,24 @@ def test_where_the_reader_is_stands_in_the_status_row():
     )
     desk.tell(chat.ViewEvent(chat.PAGE, "\n".join(map(str, range(40))), "a page"))
     assert desk.display._at() == "a page: Page Down goes on, Escape leads back"
+
+
+@pytest.mark.parametrize("back", [True, False])
+@pytest.mark.parametrize("columns, rows", [(40, 10), (50, 10), (40, 12), (30, 8)])
+def test_a_screen_of_another_size_is_drawn_again(columns, rows, back):
+    desk, asked = Desk(columns=40, rows=10), []
+    desk.hear(*[f"line {n}" for n in range(30)])
+    desk.paint()
+    reader = desk.display.reader
+    if back:
+        reader.up(3)
+    reader.up = asked.append
+    desk.display.whole = False
+    desk.display.resize(columns, rows)
+    other = (columns, rows) != (40, 10)
+    assert (desk.display.whole, asked) == (other, [0] * (other and back))
+    assert (reader.look.columns, reader.height) == (columns, rows - 2)
+    assert (desk.display.painter.columns, desk.display.painter.rows) == (columns, rows)
 
 
 def test_page_down_does_nothing_to_a_conversation_that_scrolls_by_itself():
@@ -37460,7 +37561,7 @@ class Typist(chat.TerminalClient):
 
     def __init__(self):
         self.desk = Desk()
-        self.core, self.display, self.loop = self.desk.core, self.desk.display, FakeLoop(0.0)
+        self.core, self.display, self.loop = self.desk.core, self.desk.display, FakeLoop(5000.0)
         self.link = types.SimpleNamespace(typing=chat.do_nothing, ask_older=lambda room: False)
         self.decoder, self.editor = chat.KeyDecoder(), chat.LineEditor(self.complete)
         self.cleared = self.asked = -math.inf
@@ -37582,7 +37683,7 @@ def test_a_pipe_ends_with_the_number_of_messages_that_did_not_arrive(
     end = object.__new__(chat.Filter)
     outbox = types.SimpleNamespace(waiting=dict.fromkeys(range(waiting)))
     end.core = types.SimpleNamespace(outbox=outbox, failures=failures, refusals=0, odd_line="")
-    end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(0.0)
+    end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(5000.0)
     end.options = types.SimpleNamespace(state=None, login=None, join=())
     end.over(reason)
     assert re.findall("[0-9]+", end.reason) == told and end.reason.startswith(reason)
@@ -38296,6 +38397,35 @@ def test_an_answer_without_a_length_ends_with_the_connection(loop, length, whole
     far.close()
 
 
+PIECES_READ = [  # a piece of the file, bytes that wait for the network; what is told to be sent
+    (b"abc", 0, [13]),
+    (b"abc", 5, [8]),
+    (b"", 0, []),
+]
+
+
+@pytest.mark.parametrize("piece, unsent, told", PIECES_READ)
+def test_a_call_that_sends_a_file_goes_on_after_each_piece(loop, piece, unsent, told, monkeypatch):
+    near, far = socket.socketpair()
+    url, sent, asked = chat.Url(chat.parse_target("here:80"), "/files/x"), [], []
+    request = chat.CallRequest("PATCH", url, {}, chat.do_nothing, source=bytes, at=10)
+    helpers = types.SimpleNamespace(loop=loop, submit=lambda *job: asked.append(job[1].args))
+    loop.now = 50.0
+    call = chat.WebCall(helpers, near, None, request._replace(sent=sent.append), chat.Trust())
+    assert (call.heard, asked, call.reading) == (50.0, [(10,)], True)
+    monkeypatch.setattr(chat.WebCall, "unsent", unsent)
+    monkeypatch.setattr(chat.WebCall, "write", lambda call, data: asked.append(data))
+    loop.now = 60.0
+    call._read(piece)
+    at = 10 + len(piece)
+    assert (call.heard, call.at, sent) == (60.0, at, told)
+    assert asked[1:] == ([piece, (at,)] if piece else []) and call.reading == bool(piece)
+    assert (call.request.source is None) == (not piece)
+    monkeypatch.undo()
+    call.drop("")
+    far.close()
+
+
 SIZES = [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (1536, "1.5 KB"), (2_000_000, "1.9 MB")]
 
 
@@ -38539,6 +38669,22 @@ def test_a_file_is_called_as_it_is_saved(path, there, where, tmp_path):
     assert (one.path, one.name) == (str(tmp_path / where), pathlib.Path(where).name)
     assert (tmp_path / where).read_bytes() == WHOLE[2]
     assert any(one.name in line for line in said)
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("runs", [True, False])
+def test_what_has_come_of_a_file_is_removed_with_its_transfer(runs, up, there, tmp_path):
+    files, reasons = InMemory(tmp_path), []
+    one = chat.Transfer("1", up, chat.LOBBY, str(tmp_path / "a.txt"), name="a.txt")
+    part = tmp_path / "a.txt.part"
+    if there:
+        part.write_bytes(b"half")
+    if runs:
+        files.calls["1"] = types.SimpleNamespace(drop=reasons.append)
+    files.end(one)
+    assert reasons == ["dropped"] * runs and "1" not in files.calls
+    assert part.exists() == (there and up)
 
 
 def test_a_file_that_is_saved_replaces_none_that_came_meanwhile(tmp_path):
@@ -39573,6 +39719,33 @@ def test_a_server_that_is_lost_is_told_on_the_screen_that_is_looked_at(at_keys):
     other.link._ask_user("")
     told = "there:6667: You are banned; /reconnect tries again, /quit leaves"
     assert notes_of(at_keys)[-1] == told
+
+
+SERVERS_LEFT = [  # messages that wait there, the reason of the end; what is told
+    (0, "", "there:6667: left"),
+    (0, "reset", "there:6667: reset"),
+    (2, "reset", "there:6667: reset; 2 messages not sent"),
+    (1, "", "there:6667: 1 message not sent"),
+]
+
+
+@pytest.mark.parametrize("looked_at", [True, False])
+@pytest.mark.parametrize("waiting, reason, told", SERVERS_LEFT)
+def test_a_server_that_is_left_is_taken_off_the_screen(
+    waiting, reason, told, looked_at, at_keys, monkeypatch
+):
+    done, first = [], at_keys.seat
+    monkeypatch.setattr(chat.Link, "start", lambda link: done.append("started"))
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    assert done == ["started"] and other.link.stays and other.core.settings is first.core.settings
+    at_keys.look_at(other if looked_at else first)
+    other.core.outbox.waiting = dict.fromkeys(map(str, range(waiting)))
+    other.core.close_store = lambda: done.append("stored")
+    at_keys.keep_servers = lambda: done.append("kept")
+    at_keys.seats_changed = lambda: done.append([seat is first for seat in at_keys.seats])
+    other.link.over(reason)
+    assert [one for one in done if one != [True, False]] == ["started", "stored", "kept", [True]]
+    assert at_keys.seat is first and notes_of(at_keys)[-1] == told
 
 
 ADVICE = [  # why a connection failed, whether /pass is named
