@@ -23149,6 +23149,129 @@ def test_a_batch_whose_end_is_lost_is_shown_after_a_while():
     assert alice.said() == ["#lobby bob: hi"]
 
 
+class Unwelcome(Elsewhere):
+    """A client that its server has not welcomed."""
+
+    def connect(self, *tokens, caps=""):
+        self.views += self.core.connected()
+
+
+def nameless():
+    alice = Unwelcome()
+    alice.core.talk.named = False
+    return alice
+
+
+def logging_in():
+    alice = Unwelcome()
+    alice.core.talk.sasl.steps = iter(())
+    return alice
+
+
+def with_a_batch():
+    return Elsewhere(caps="batch").hears("BATCH +1 x #lobby")
+
+
+def with_a_join():
+    alice = Elsewhere()
+    alice.core.talk.joins.unanswered["#tea"] = (1, alice.now)
+    return alice
+
+
+def with_a_page():
+    alice = Elsewhere()
+    alice.core.talk.history.requests.append(asked := chat.HistoryRequest("#lobby", "asked"))
+    asked.at = alice.now
+    return alice
+
+
+def without_a_server():
+    alice = Elsewhere(interactive=False)
+    alice.core.talk.unserved = alice.now
+    return alice
+
+
+def in_the_workshop():
+    alice = Unwelcome(kind=chat.PLAIN)
+    alice.core.outbox.waiting["1"] = chat.Waiting("1", "bob", "hi", chat.MESSAGE)
+    return alice
+
+
+ANSWERS_AWAITED = [  # how long, by whom; what is so when that is over
+    ("CAP_SECONDS", nameless, lambda alice: alice.core.talk.named),
+    ("REGISTRATION_SECONDS", Unwelcome, lambda alice: alice.core.dismissed),
+    ("REGISTRATION_SECONDS", without_a_server, lambda alice: alice.core.dismissed),
+    ("LOGIN_SECONDS", logging_in, lambda alice: not alice.core.talk.sasl.running),
+    ("BATCH_SECONDS", with_a_batch, lambda alice: not alice.core.talk.batches),
+    ("JOIN_SECONDS", with_a_join, lambda alice: not alice.core.talk.joins.unanswered),
+    ("PAGE_SECONDS", with_a_page, lambda a: a.core.talk.history.requests[0].at == chat.GIVEN_UP),
+    ("CAP_SECONDS", in_the_workshop, lambda alice: bool(alice.core.outbox.parked)),
+]
+
+
+@pytest.mark.parametrize("limit, make, is_over", ANSWERS_AWAITED)
+@pytest.mark.parametrize("more", [-0.5, 0, 0.5])
+def test_a_client_waits_as_long_for_an_answer_as_the_limit_says(limit, make, is_over, more):
+    alice = make()
+    alice.now += getattr(chat, limit) + more
+    alice.core.talk.tick()
+    assert bool(is_over(alice)) == (more > 0)
+
+
+@pytest.mark.parametrize("more, asked", [(-0.5, False), (0, True), (0.5, True)])
+@pytest.mark.parametrize("tokens, line", [((), "ISON bob"), (("MONITOR=9",), "MONITOR + bob")])
+def test_a_nick_in_use_is_asked_for_again_after_a_while(tokens, line, more, asked):
+    alice = Elsewhere(*tokens)
+    nick, alice.core.wanted_name = alice.core.talk.nick, "bob"
+    nick.regain, nick.regain_at = True, alice.now + chat.REGAIN_SECONDS
+    now, said = nick.regain_at + more, []
+    alice.core.talk.send = lambda *words: said.append(" ".join(words))
+    nick.tick(now)
+    assert said == [line] * asked
+    if asked:
+        assert nick.regain_at == (math.inf if tokens else now + chat.REGAIN_SECONDS)
+        nick.tick(now + chat.REGAIN_SECONDS)
+        assert said == [line] * (1 if tokens else 2)
+
+
+@pytest.mark.parametrize("more, joined", [(-0.5, False), (0, False), (0.5, True)])
+@pytest.mark.parametrize("wanted, inside", [(True, False), (True, True), (False, False)])
+def test_a_channel_that_could_not_be_joined_is_joined_after_a_while(more, joined, wanted, inside):
+    alice = Elsewhere()
+    joins, room = alice.core.talk.joins, alice.core.room
+    room.entered, room.inside, room.wanted = True, False, wanted
+    joins.failed("#lobby", "it is full", "471")
+    assert joins.refused == {"#lobby": alice.now + chat.REJOIN_SECONDS}
+    room.inside, said = inside, []
+    joins.join = lambda room: said.append(room.name)
+    joins.try_again(alice.now + chat.REJOIN_SECONDS + more)
+    assert ("#lobby" not in joins.refused) == joined
+    assert said == ["#lobby"] * (joined and wanted and not inside)
+
+
+TYPING_TOLD = [  # what was told before, how long ago; what is to be told, whether it is
+    (None, 0, "active", True),
+    (None, 0, "done", False),
+    ("active", chat.TYPING_SECONDS, "active", False),
+    ("active", chat.TYPING_SECONDS + 0.5, "active", True),
+    ("active", 0, "done", True),
+    ("done", 0, "active", True),
+    ("done", 999, "done", False),
+]
+
+
+@pytest.mark.parametrize("before, ago, state, told", TYPING_TOLD)
+def test_others_are_told_now_and_then_that_the_user_types(before, ago, state, told):
+    alice, said = Elsewhere(caps="message-tags"), []
+    typing, room = alice.core.typing, alice.core.room
+    known = (alice.now - ago, before) if before else None
+    typing.told = {room.id: known} if before else {}
+    alice.core.talk.send, typing._may_tell = lambda *words: said.append(words), lambda room: True
+    typing.tell(room, state)
+    assert said == [(f"@{chat.TYPES}={state}", "TAGMSG", "#lobby")] * told
+    assert typing.told.get(room.id) == ((alice.now, state) if told else known)
+
+
 def test_several_channels_in_one_line_are_several():
     alice = Elsewhere()
     alice.hears(":alice!u@h JOIN #m1,#m2", ":bob!u@h JOIN #m1,#m2")
@@ -25697,6 +25820,25 @@ def test_a_client_that_leaves_says_goodbye_once_nothing_waits(leaving, idle):
     link._say_goodbye = lambda: done.append("goodbye")
     link._stand()
     assert done == ["room", *["goodbye"] * (leaving and idle)]
+
+
+WAYS_TO_LEAVE = [  # at once or not, whether the server is there; what is done
+    (True, True, ["goodbye"]),
+    (True, False, ["end"]),
+    (False, True, ["go on"]),
+    (False, False, ["go on"]),
+]
+
+
+@pytest.mark.parametrize("at_once, ready, way", WAYS_TO_LEAVE)
+def test_a_client_leaves_at_once_or_when_all_has_arrived(at_once, ready, way, monkeypatch):
+    link, done = Hanging(True, 60.0), []
+    monkeypatch.setattr(chat.ClientCore, "ready", ready)
+    link._end = lambda why: done.append("end" if not why else why)
+    link._say_goodbye = lambda: done.append("goodbye")
+    link._carry_on = lambda views: done.append("go on" if views == [] else views)
+    link.leave(at_once, "bye")
+    assert done == way and (link.leaving, link.reason) == (True, "bye")
 
 
 @pytest.mark.parametrize("confirmed", [True, False])
@@ -31671,6 +31813,33 @@ def test_a_channel_that_the_user_is_not_in_is_not_shown_in_the_line_protocol(lin
     assert "tea" not in told and "psst" not in told and "root" not in told
     ask(house, "dora", "/join #a")
     assert any(word in str(ask(house, "dora", line)) for word in ("psst", "root"))
+
+
+@pytest.mark.parametrize("count, taken", [(0, 0), (1, 1), (chat.HISTORY_LINES_MOST, 1), (501, 0)])
+def test_history_comes_in_as_many_messages_as_the_limit_says(count, taken):
+    house = house_of("alice")
+    house.say("alice", "hello")
+    told = str(ask(house, "alice", f"/history #lobby {count}"))
+    assert ("that was 1 message" in told, "history comes in" in told) == (taken, not taken)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("lane", [chat.PAGE_LANE, chat.DISK_LANE])
+def test_a_session_waits_until_a_job_for_it_is_done(lane, in_memory, folder):
+    house, updates, answers = House() if in_memory else stored(folder), [], []
+    house.enter("alice")
+    session, house.answer = house.guests["alice"], lambda *one: answers.append(one[2])
+    session.conn.update = lambda: updates.append(session.conn.held)
+    house.later(session, lane, lambda: 5, None)
+    assert updates == [True] and answers == []
+    soon = in_memory and lane == chat.PAGE_LANE
+    assert (len(house.loop.soon), [one[1] for one in house.jobs]) == (soon, [lane] * (not soon))
+    if soon:
+        house.loop.soon.popleft()()
+        assert answers == [5]
+    house.jobs.clear()
+    session.conn.held = False
+    house.store.close()
 
 
 # Machine faults
