@@ -3582,6 +3582,15 @@ def test_the_end_of_a_grace_period_is_looked_for_when_the_first_one_ends():
     assert house.grace_timer.when == pytest.approx(left + chat.GRACE_SECONDS, abs=2)
 
 
+@pytest.mark.parametrize("past", [0, 30, chat.GRACE_SECONDS, 10**6])
+def test_the_end_of_a_grace_period_is_its_time_less_what_has_passed(past):
+    house = House()
+    house.hub.absent = {Absent("a"): house.hub.ticks - past * 1000}
+    house.end_turn()
+    timer, house.hub.absent = house.grace_timer, {}
+    assert timer.when == house.loop.now + max(chat.GRACE_SECONDS - past, 0)
+
+
 Absent = collections.namedtuple("Absent", "resume_id")
 
 
@@ -16689,6 +16698,14 @@ def test_a_piece_may_not_go_past_the_end_of_its_file(files, size, status, there)
     assert tus(files, "HEAD", path)[1]["upload-offset"] == str(there)
 
 
+@pytest.mark.parametrize("version, status", [("", 201), ("1.0.0", 201), ("0.2.2", 412)])
+def test_an_upload_is_made_in_the_version_of_tus_that_is_known(files, version, status):
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nUpload-Length: 5"
+    head += f"\nTus-Resumable: {version}" * bool(version)
+    answer = Browser(files, "tus").asks(head)
+    assert (answer[0], "tus-version" in answer[1]) == (status, status == 412)
+
+
 @pytest.mark.parametrize("come", [b"", b"h", b"hell"])
 def test_an_upload_whose_connection_breaks_is_no_longer_under_way(files, come):
     path, browser = path_of(tus(files, "POST", "/files", "Upload-Length: 5")), Browser(files, "cut")
@@ -25755,6 +25772,106 @@ def test_the_next_server_of_several_is_tried_soon(another, monkeypatch):
     assert link.backoff == (20.0 if another else min(40.0, chat.BACKOFF_MOST))
 
 
+COMMANDS_PASSED_ON = [  # what is typed in #lobby, and what is sent
+    ("/invite bob", "INVITE bob #lobby"),
+    ("/invite bob #tea", "INVITE bob #tea"),
+    ("/names", "NAMES #lobby"),
+    ("/names #tea", "NAMES #tea"),
+    ("/who", "WHO #lobby"),
+    ("/who b*", "WHO b*"),
+    ("/list", "LIST"),
+    ("/list #t*", "LIST #t*"),
+    ("/whois bob", "WHOIS bob"),
+    ("/whois there bob", "WHOIS there bob"),
+    ("/nick zoe", "NICK zoe"),
+    ("/oper boss secret", "OPER boss secret"),
+    ("/drop sesame", "PRIVMSG NickServ :DROP sesame"),
+    ('/drop "two words"', 'PRIVMSG NickServ :DROP "two words"'),
+    ("/disown #tea", "PRIVMSG NickServ :DISOWN #tea"),
+]
+
+
+@pytest.mark.parametrize("typed, sent", COMMANDS_PASSED_ON)
+def test_a_command_is_passed_on_with_its_words_or_the_current_channel(typed, sent):
+    alice, said = Elsewhere(), []
+    alice.core.talk.command = lambda *words: said.append(list(words))
+    alice.types(typed)
+    head, colon, last = sent.partition(" :")
+    assert said == [head.split() + [last] * bool(colon)]
+
+
+@pytest.mark.parametrize("gone, left", [("#a", ["#b", "#c"]), ("#x", ["#a", "#b"])])
+def test_names_that_an_answer_is_awaited_for_follow_a_renaming(gone, left):
+    alice = Elsewhere()
+    talk = alice.core.talk
+    tables = [talk.answers.names, alice.core.people.asked, talk.stale_names]
+    for names in tables:
+        names.clear()
+        names.update({"#a", "#b"})
+    talk.readdress(lambda name: name == gone, "#c")
+    assert [sorted(names) for names in tables] == [left] * 3
+
+
+def raising(error):
+    """A function that fails with this error."""
+
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [None, sqlite3.OperationalError("database is locked")])
+def test_what_is_known_of_servers_is_read_again_for_each_connection(error):
+    link, done = Hanging(True, 60.0), []
+    read = raising(error) if error else chat.do_nothing
+    link.known.refresh = lambda: done.append("read") or read()
+    link.helpers.submit = lambda owner, job, then: done.append(then)
+    link.core.redial, link.again = True, chat.Timer(1.0, list)
+    link.start()
+    assert done == ["read", link._found] and (link.core.redial, link.again) == (False, None)
+    assert link.phase == chat.RESOLVING
+
+
+@pytest.mark.parametrize("why", ["too long", "this server takes no channels"])
+def test_a_text_that_could_not_be_sent_is_given_back_with_the_reason(why):
+    alice = Elsewhere()
+    alice.core.outgoing.send = raising(chat.Refused("CANNOT", why))
+    alice.types("hello")
+    assert alice.kinds("back") == ["hello"] and any(why in text for text in alice.kinds("note"))
+
+
+@pytest.mark.parametrize("name", ["reactions", "rekey", "page", "find", "is_elsewhere", "has"])
+def test_a_store_that_is_locked_has_nothing(name):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.flush = raising(sqlite3.OperationalError("database is locked"))
+    assert getattr(store, name)() == [] and store.trouble == "database is locked"
+
+
+@pytest.mark.parametrize("interactive, how", [(True, "gap"), (False, "missed")])
+@pytest.mark.parametrize("name, asked", [("bob", True), ("#tea", True), ("bob", False)])
+def test_what_was_missed_in_a_private_conversation_is_asked_for(name, asked, interactive, how):
+    alice, pages = Elsewhere("CHANTYPES=#", interactive=interactive), []
+    history = alice.core.talk.history
+    history.ask_page = lambda room, how: pages.append((room.name, room.mark, how))
+    history.requests.extend([chat.HistoryRequest("", "targets")] if asked else [])
+    alice.core.talk.since = 5000
+    alice.hears(f"CHATHISTORY TARGETS {name} 2026-01-01T00:00:00.000Z")
+    mark = f"timestamp={chat.tag_time(5000)}"
+    assert pages == [(name, mark, how)] * (asked and name == "bob")
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "EXTERNAL", *sorted(chat.LOGINS)])
+def test_a_log_in_begins_with_nothing_proven(mechanism):
+    alice, sent = Elsewhere(login=chat.Login("alice", "sesame")), []
+    sasl = alice.core.talk.sasl
+    alice.core.talk.send = lambda *words: sent.append(words)
+    sasl.proven = sasl.taken_up = True
+    sasl.begin(mechanism)
+    assert (sasl.mechanism, sasl.proven, sasl.taken_up) == (mechanism, False, False)
+    assert sasl.running and sent == [("AUTHENTICATE", mechanism)]
+
+
 Home = collections.namedtuple("Home", "used")
 HANDSHAKES = [  # parts of its time that a turn takes for each of three clients; how many begin
     ((0, 0, 0), 3),
@@ -25834,7 +25951,7 @@ WAYS_TO_LEAVE = [  # at once or not, whether the server is there; what is done
 def test_a_client_leaves_at_once_or_when_all_has_arrived(at_once, ready, way, monkeypatch):
     link, done = Hanging(True, 60.0), []
     monkeypatch.setattr(chat.ClientCore, "ready", ready)
-    link._end = lambda why: done.append("end" if not why else why)
+    link._end = lambda why: done.append(why or "end")
     link._say_goodbye = lambda: done.append("goodbye")
     link._carry_on = lambda views: done.append("go on" if views == [] else views)
     link.leave(at_once, "bye")
@@ -26744,6 +26861,17 @@ def test_the_people_of_a_workshop_server_are_drawn_again_when_they_are_heard(lin
     views = core.feed(f"{line}\n".encode())
     assert [view.where for view in views if view.kind == chat.PEOPLE] == [chat.LOBBY]
     assert ("bob" in core.room.people) == (line == "bob: hi")
+
+
+def test_the_last_speaker_of_a_workshop_is_completed_first():
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    for name in ("bob", "carol"):
+        core.feed(f"{name} (127.0.0.1:1) joined the chat!\n".encode())
+    for name in ("carol", "bob", "carol"):
+        core.feed(f"{name}: hi\n".encode())
+        words = chat.complete_line(core, "hi ", "")
+        assert [word for word in words if word in ("bob ", "carol ")][0] == f"{name} "
 
 
 def test_a_user_who_is_back_in_a_private_conversation_is_drawn_so():
@@ -36731,6 +36859,86 @@ def test_a_screen_of_another_size_is_drawn_again(columns, rows, back):
     assert (desk.display.whole, asked) == (other, [0] * (other and back))
     assert (reader.look.columns, reader.height) == (columns, rows - 2)
     assert (desk.display.painter.columns, desk.display.painter.rows) == (columns, rows)
+
+
+MARKS_OF_ROOMS = [  # rooms elsewhere with news; the marks
+    ([], ["#tea:2"]),
+    ([("there", "#rust")], ["#tea:2", "#rust:2"]),
+    ([("there", "#tea")], ["#tea:2", "there/#tea:2"]),
+]
+
+
+@pytest.mark.parametrize("besides, marks", MARKS_OF_ROOMS)
+def test_a_conversation_elsewhere_is_named_with_its_server_if_there_are_two(besides, marks):
+    def room_with_news(name):
+        room = chat.Room(name)
+        room.unread = 2
+        return room
+
+    here = [room_with_news("#lobby"), room_with_news("#tea")]
+    others = [(server, room_with_news(name)) for server, name in besides]
+    found = chat.room_marks(here, here[0], others)
+    assert found == [(mark, (36,)) for mark in marks]
+
+
+def test_a_screenful_is_written_again_once_the_budget_of_lines_is_full():
+    desk = Desk(rows=10)
+    reader = desk.display.reader
+    reader.budget.tokens, counts = 0.0, []
+    for seconds in (0, 1000):
+        desk.hear(*[f"line {n}" for n in range(20)])
+        counts.append(len(reader.news(desk.now + seconds)))
+    assert counts[0] < 20 == counts[1]
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_the_end_of_a_conversation_is_looked_at_with_no_more_rows_than_are_kept(back, at_keys):
+    reader, trimmed = at_keys.display.reader, []
+    reader.back = reader.room.views.reading = back
+    reader.room.views.trim = lambda: trimmed.append(reader.room.views.reading)
+    at_keys.present()
+    assert (reader.back, reader.room.views.reading, trimmed) == (False, False, [False])
+
+
+KEYS_TO_LEAVE = [  # the typed text, seconds since Ctrl-C asked and since it emptied a line; what is
+    ("hello", 999, 999, "emptied"),
+    ("", chat.LEAVE_SECONDS - 0.5, 999, "left"),
+    ("", chat.LEAVE_SECONDS, 999, "asked"),
+    ("", 999, chat.CLEAR_SECONDS, "nothing"),
+    ("", 999, chat.CLEAR_SECONDS + 0.5, "asked"),
+]
+
+
+@pytest.mark.parametrize("text, asked, cleared, what", KEYS_TO_LEAVE)
+def test_ctrl_c_empties_the_line_then_asks_and_then_leaves(text, asked, cleared, what, at_keys):
+    done, now = [], at_keys.loop.now
+    at_keys.editor.before = text
+    at_keys.asked, at_keys.cleared, at_keys.pressed = now - asked, now - cleared, False
+    at_keys.leave, at_keys.note = lambda: done.append("left"), lambda text: done.append("asked")
+    at_keys.interrupt()
+    done += ["emptied"] * (text != "" and at_keys.editor.text == "")
+    assert done == [what] * (what != "nothing") and at_keys.pressed == (what != "left")
+    assert (at_keys.asked == now, at_keys.cleared == now) == (what == "asked", what == "emptied")
+
+
+def test_what_each_server_is_told_is_stored_at_the_end(at_keys):
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    closed = []
+    for seat in at_keys.seats:
+        seat.core.close_store = lambda seat=seat: closed.append(seat)
+    at_keys.ending()
+    assert closed == at_keys.seats == [at_keys.seats[0], other]
+    for seat in at_keys.seats:
+        del seat.core.close_store
+
+
+@pytest.mark.parametrize("typed, draft", [("half a text", "half a text"), ("/oper a b", "")])
+def test_a_text_that_was_begun_is_kept_at_the_end_unless_it_is_secret(typed, draft, at_keys):
+    room = at_keys.core.room
+    at_keys.take(typed.encode())
+    at_keys.writing_in, at_keys.ended_room = room, False
+    at_keys.ending()
+    assert room.draft == draft
 
 
 def test_page_down_does_nothing_to_a_conversation_that_scrolls_by_itself():
