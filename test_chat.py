@@ -8625,8 +8625,8 @@ NODES_WATCHED = [  # seconds since it was heard, since all was steady, since it 
 
 
 @pytest.mark.parametrize("heard, steady, declared, gone", NODES_WATCHED)
-@pytest.mark.parametrize("name", ["n1", "n2"])
-def test_a_node_that_is_silent_for_too_long_is_declared_gone(name, heard, steady, declared, gone):
+def test_a_node_that_is_silent_for_too_long_is_declared_gone(heard, steady, declared, gone):
+    name = "n2"
     asked, now, node = [], 10_000.0, types.SimpleNamespace(name=name, epoch="e")
     cluster = types.SimpleNamespace(name="n1", now=now, steady_since=now - steady)
     cluster.hub = types.SimpleNamespace(nodes={name: node})
@@ -8634,9 +8634,13 @@ def test_a_node_that_is_silent_for_too_long_is_declared_gone(name, heard, steady
     cluster.declared = {} if declared is None else {"e": now - declared}
     cluster.ask = lambda *values: asked.append(values)
     chat.Cluster._watch_nodes(cluster)
-    gone = gone and name != "n1"
     assert asked == [(None, "node_gone", (name, "e", True))] * gone
     assert "old" not in cluster.heard and (cluster.declared.get("e") == now) == gone
+    cluster.name = name  # no node declares itself gone
+    asked.clear()
+    cluster.declared.clear()
+    chat.Cluster._watch_nodes(cluster)
+    assert asked == []
 
 
 @pytest.mark.parametrize("run", some(range(8)))
@@ -17190,6 +17194,50 @@ def test_pictures_tell_their_size_in_their_first_bytes(kind, head, size):
     assert tuple(chat.picture_size(kind, head)) == size
 
 
+JPEG_SEGMENTS = [  # bytes before the frame; whether its size is found behind them
+    (b"", True),
+    (b"\xff\xe0\x00\x02", True),
+    (b"\xff\xe0\x01\x04" + bytes(0x102), True),
+    (b"\xff\xe0\x12\x34" + bytes(0x1232), True),
+    (b"\xff\xe0\x00\x04" + bytes(3), False),
+    (b"\xff" * 5, True),
+    (b"\xff\x01", True),
+    (b"\xff\xd0\xff\xd8", True),
+    (b"\xff\xd9\x00\x02", True),
+    (b"\xff\xc4\x00\x04ab\xff\xc8\x00\x02\xff\xcc\x00\x02", True),
+    (b"\x00", False),
+]
+
+
+@pytest.mark.parametrize("before, found", JPEG_SEGMENTS)
+def test_the_size_of_a_jpeg_stands_behind_its_first_segments(before, found):
+    for marker in (0xC0, 0xC1, 0xC7, 0xCF):
+        frame = bytes((0xFF, marker, 0, 17, 8)) + struct.pack(">HH", 300, 400)
+        head = b"\xff\xd8" + before + frame
+        assert chat.picture_size("image/jpeg", head) == ((400, 300) if found else (0, 0))
+        assert chat.picture_size("image/jpeg", head[:-1]) == (0, 0)
+
+
+NAMES_IN_HEADERS = [  # Content-Disposition; the name of the file in it
+    ('attachment; filename="a.txt"', "a.txt"),
+    ("attachment; filename=a.txt", "a.txt"),
+    ("attachment; filename*=UTF-8''%c3%a4.txt", "\u00e4.txt"),
+    ('attachment; filename="\u00c3\u00a4.txt"', "\u00e4.txt"),  # UTF-8, read as Latin-1
+    ('attachment; filename="\u00e4.txt"', "\u00e4.txt"),
+    ('attachment; filename=""', ""),
+    ("attachment", ""),
+    ("", ""),
+    ("attachment; name=a.txt", ""),
+    ("attachment; filename=a.txt" + "; x=y" * chat.DISPOSITION_PARTS, ""),
+    ("attachment; filename=a.txt" + "; x=y" * (chat.DISPOSITION_PARTS - 1), "a.txt"),
+]
+
+
+@pytest.mark.parametrize("header, name", NAMES_IN_HEADERS)
+def test_the_name_of_an_upload_is_that_of_its_header(header, name):
+    assert chat.disposition_name(header) == name
+
+
 def test_junk_in_pictures_does_no_harm(seeded):
     for kind, head, _ in PICTURES:
         for _ in range(200):
@@ -19623,18 +19671,16 @@ OLD_SERVERS = [  # a value; the rest of its row; whether it may be in the file o
 
 
 @pytest.mark.parametrize("value, row, in_both", OLD_SERVERS)
-@pytest.mark.parametrize("name", ["servers.json", "logins.json"])
-@pytest.mark.parametrize("key", ["a:1", "sts:a"])
-def test_a_file_of_servers_is_taken_over_as_far_as_it_is_understood(
-    key, name, value, row, in_both, tmp_path
-):
-    db = chat.open_client_database(":memory:")
-    (tmp_path / name).write_text(json.dumps({key: value}))
-    chat.take_over(db, tmp_path / "servers.json", tmp_path / "logins.json")
-    rows = [(key, *row)] if row and (in_both or name == "servers.json") else []
-    rows = [("a", "", "", 6697, 5.5)] if (value, key) == ([6697, 5.5], "sts:a") else rows
-    assert db.execute("SELECT * FROM servers").fetchall() == rows
-    assert not (tmp_path / name).exists()
+def test_a_file_of_servers_is_taken_over_as_far_as_it_is_understood(value, row, in_both, tmp_path):
+    names = ("servers.json", "logins.json")
+    for name, key in itertools.product(names, ("a:1", "sts:a")):
+        db = chat.open_client_database(":memory:")
+        (tmp_path / name).write_text(json.dumps({key: value}))
+        chat.take_over(db, *(tmp_path / one for one in names))
+        rows = [(key, *row)] if row and (in_both or name == "servers.json") else []
+        rows = [("a", "", "", 6697, 5.5)] if (value, key) == ([6697, 5.5], "sts:a") else rows
+        assert db.execute("SELECT * FROM servers").fetchall() == rows
+        assert not (tmp_path / name).exists()
 
 
 def test_a_file_of_passwords_that_cannot_be_removed_brings_no_old_password_back(
@@ -23227,12 +23273,12 @@ ANSWERS_AWAITED = [  # how long, by whom; what is so when that is over
 
 
 @pytest.mark.parametrize("limit, make, is_over", ANSWERS_AWAITED)
-@pytest.mark.parametrize("more", [-0.5, 0, 0.5])
-def test_a_client_waits_as_long_for_an_answer_as_the_limit_says(limit, make, is_over, more):
-    alice = make()
-    alice.now += getattr(chat, limit) + more
-    alice.core.talk.tick()
-    assert bool(is_over(alice)) == (more > 0)
+def test_a_client_waits_as_long_for_an_answer_as_the_limit_says(limit, make, is_over):
+    for more in (-0.5, 0, 0.5):
+        alice = make()
+        alice.now += getattr(chat, limit) + more
+        alice.core.talk.tick()
+        assert bool(is_over(alice)) == (more > 0)
 
 
 @pytest.mark.parametrize("more, asked", [(-0.5, False), (0, True), (0.5, True)])
@@ -23251,8 +23297,15 @@ def test_a_nick_in_use_is_asked_for_again_after_a_while(tokens, line, more, aske
         assert said == [line] * (1 if tokens else 2)
 
 
-@pytest.mark.parametrize("more, joined", [(-0.5, False), (0, False), (0.5, True)])
-@pytest.mark.parametrize("wanted, inside", [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(
+    "more, joined, wanted, inside",
+    [
+        (0, False, True, False),
+        (0.5, True, True, False),
+        (0.5, True, True, True),
+        (0.5, True, False, False),
+    ],
+)
 def test_a_channel_that_could_not_be_joined_is_joined_after_a_while(more, joined, wanted, inside):
     alice = Elsewhere()
     joins, room = alice.core.talk.joins, alice.core.room
@@ -23647,6 +23700,36 @@ def test_the_first_message_is_known_to_be_the_first_once_a_page_is_not_full(
         assert core.stored.show_older(room) and len(room.views) == before + count
         assert room.views.dropped == (count == 100)
     assert not core.stored.show_older(room) and not room.views.dropped
+
+
+OLDER_PAGES = [  # who said each message of a page; which are shown; whether it is asked on
+    ("", "", False),
+    ("bb", "01", False),
+    ("be", "0", False),
+    ("ee", "", True),
+]
+
+
+@pytest.mark.parametrize("names, shown, goes_on", OLDER_PAGES)
+def test_a_page_of_older_messages_is_kept_and_shown_but_for_ignored_users(names, shown, goes_on):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice, asked = Elsewhere(store=store), []
+    room, history = alice.core.room, alice.core.talk.history
+    alice.core.ignored.add("e")
+    history.ask_page = lambda room, how: asked.append(how)
+    page = [
+        chat.ViewEvent(chat.MESSAGE, f"{n}", name, room.name, 1000 + n, id=f"m{n}")
+        for n, name in enumerate(names)
+    ]
+    history._page_older(room, page, 100)
+    assert [view.text for view in room.views] == list(shown)
+    assert all(view.past for view in room.views) and asked == ["older"] * goes_on
+    assert (room.whole, room.paged) == (not names, page[0] if goes_on else None)
+    views = alice.core.take_views()
+    assert [view.text for view in views if view.kind == chat.OLDER] == [str(len(shown))]
+    store.flush()
+    kept = store.page(alice.core.fold(room.name), 9)
+    assert [view.id for view in kept] == [f"m{n}" for n in shown]
 
 
 def test_what_was_missed_in_long_messages_is_reached_by_reading_back():
@@ -27229,6 +27312,22 @@ def test_a_server_without_tokens_takes_files_without_one(tokens):
     alice.core.transfers.upload_token = "t"
     alice.core.transfers.with_token(got.append)
     assert got == [""] and alice.sent() == []
+
+
+PLACES_OF_FILES = [  # tokens of the server; the URL for uploads
+    (("soju.im/FILEHOST=/a",), "/a"),
+    (("draft/FILEHOST=/b",), "/b"),
+    (("draft/FILEHOST=/b", "soju.im/FILEHOST=/a"), "/a"),
+    (("soju.im/FILEHOST",), None),
+    ((), None),
+]
+
+
+@pytest.mark.parametrize("tokens, url", PLACES_OF_FILES)
+def test_files_are_sent_to_the_url_that_the_server_tells(tokens, url):
+    transfers = Elsewhere(*tokens).core.transfers
+    with contextlib.nullcontext() if url else pytest.raises(chat.Refused, match="takes no files"):
+        assert transfers.url == url
 
 
 def test_a_log_in_that_the_server_cannot_prove_ends_the_connection_without_a_word():
@@ -36843,8 +36942,10 @@ def test_where_the_reader_is_stands_in_the_status_row():
     assert desk.display._at() == "a page: Page Down goes on, Escape leads back"
 
 
-@pytest.mark.parametrize("back", [True, False])
-@pytest.mark.parametrize("columns, rows", [(40, 10), (50, 10), (40, 12), (30, 8)])
+@pytest.mark.parametrize(
+    "columns, rows, back",
+    [(40, 10, True), (50, 10, True), (50, 10, False), (40, 12, True), (30, 8, False)],
+)
 def test_a_screen_of_another_size_is_drawn_again(columns, rows, back):
     desk, asked = Desk(columns=40, rows=10), []
     desk.hear(*[f"line {n}" for n in range(30)])
@@ -39048,20 +39149,28 @@ def test_a_file_is_called_as_it_is_saved(path, there, where, tmp_path):
     assert any(one.name in line for line in said)
 
 
-@pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("up", [True, False])
-@pytest.mark.parametrize("runs", [True, False])
-def test_what_has_come_of_a_file_is_removed_with_its_transfer(runs, up, there, tmp_path):
-    files, reasons = InMemory(tmp_path), []
-    one = chat.Transfer("1", up, chat.LOBBY, str(tmp_path / "a.txt"), name="a.txt")
-    part = tmp_path / "a.txt.part"
-    if there:
-        part.write_bytes(b"half")
-    if runs:
-        files.calls["1"] = types.SimpleNamespace(drop=reasons.append)
-    files.end(one)
-    assert reasons == ["dropped"] * runs and "1" not in files.calls
-    assert part.exists() == (there and up)
+def test_what_has_come_of_a_file_is_removed_with_its_transfer(up, tmp_path):
+    for runs, there in itertools.product((True, False), repeat=2):
+        files, reasons = InMemory(tmp_path), []
+        one = chat.Transfer("1", up, chat.LOBBY, str(tmp_path / "a.txt"), name="a.txt")
+        part = tmp_path / "a.txt.part"
+        part.unlink(missing_ok=True)
+        if there:
+            part.write_bytes(b"half")
+        if runs:
+            files.calls["1"] = types.SimpleNamespace(drop=reasons.append)
+        files.end(one)
+        assert reasons == ["dropped"] * runs and "1" not in files.calls
+        assert part.exists() == (there and up)
+
+
+@pytest.mark.parametrize("at, failures", [(0, 3), (4, 3), (5, 3), (6, 0)])
+def test_a_transfer_that_makes_progress_waits_less_long_after_a_failure(at, failures, tmp_path):
+    files, one = InMemory(tmp_path), chat.Transfer("1", True, chat.LOBBY, "a.txt")
+    one.reached, one.done, one.failures = 5, 9, 3
+    files._go_on_from(one, at)
+    assert (one.reached, one.done, one.failures) == (at, at, failures)
 
 
 def test_a_file_that_is_saved_replaces_none_that_came_meanwhile(tmp_path):
@@ -40098,16 +40207,15 @@ def test_a_server_that_is_lost_is_told_on_the_screen_that_is_looked_at(at_keys):
     assert notes_of(at_keys)[-1] == told
 
 
-SERVERS_LEFT = [  # messages that wait there, the reason of the end; what is told
-    (0, "", "there:6667: left"),
-    (0, "reset", "there:6667: reset"),
-    (2, "reset", "there:6667: reset; 2 messages not sent"),
-    (1, "", "there:6667: 1 message not sent"),
+SERVERS_LEFT = [  # messages that wait, the reason; what is told; whether it is looked at
+    (0, "", "there:6667: left", True),
+    (0, "reset", "there:6667: reset", False),
+    (2, "reset", "there:6667: reset; 2 messages not sent", True),
+    (1, "", "there:6667: 1 message not sent", False),
 ]
 
 
-@pytest.mark.parametrize("looked_at", [True, False])
-@pytest.mark.parametrize("waiting, reason, told", SERVERS_LEFT)
+@pytest.mark.parametrize("waiting, reason, told, looked_at", SERVERS_LEFT)
 def test_a_server_that_is_left_is_taken_off_the_screen(
     waiting, reason, told, looked_at, at_keys, monkeypatch
 ):
