@@ -1024,9 +1024,9 @@ WRAPPED = [  # words, bytes in a line, what is between two; the lines
 ]
 
 
-@pytest.mark.parametrize("words, room, between, lines", WRAPPED)
-def test_words_are_joined_to_lines_that_fit(words, room, between, lines):
-    assert list(chat.wrapped(words.split(), room, between)) == lines
+def test_words_are_joined_to_lines_that_fit():
+    for words, room, between, lines in WRAPPED:
+        assert list(chat.wrapped(words.split(), room, between)) == lines
 
 
 TIMES = [  # of the last event, of the clock; of the next event, in ms
@@ -1039,9 +1039,9 @@ TIMES = [  # of the last event, of the clock; of the next event, in ms
 ]
 
 
-@pytest.mark.parametrize("last, now, next_one", TIMES)
-def test_the_time_of_an_event_is_unique_and_not_far_ahead_of_the_clock(last, now, next_one):
-    assert chat.next_time(last, now) == next_one
+def test_the_time_of_an_event_is_unique_and_not_far_ahead_of_the_clock():
+    for last, now, next_one in TIMES:
+        assert chat.next_time(last, now) == next_one
 
 
 def test_cleaning_a_name_twice_changes_nothing_more_and_keeps_the_limits(seeded):
@@ -3549,12 +3549,12 @@ MARKERS_MOVED = [  # time and id of a marker, and of the next one; whether that 
 ]
 
 
-@pytest.mark.parametrize("first, second, moves", MARKERS_MOVED)
-def test_a_marker_moves_by_the_ids_of_messages_or_else_by_their_times(first, second, moves):
-    markers = chat.Markers()
-    assert markers.advance("alice", "#a", chat.Marker(*first))
-    assert markers.advance("alice", "#a", chat.Marker(*second)) == moves
-    assert markers["alice"]["#a"] == (second if moves else first)
+def test_a_marker_moves_by_the_ids_of_messages_or_else_by_their_times():
+    for first, second, moves in MARKERS_MOVED:
+        markers = chat.Markers()
+        assert markers.advance("alice", "#a", chat.Marker(*first))
+        assert markers.advance("alice", "#a", chat.Marker(*second)) == moves
+        assert markers["alice"]["#a"] == (second if moves else first)
 
 
 def test_as_many_absent_users_stay_as_the_limit_has_and_the_first_of_more_goes(monkeypatch):
@@ -17209,13 +17209,13 @@ JPEG_SEGMENTS = [  # bytes before the frame; whether its size is found behind th
 ]
 
 
-@pytest.mark.parametrize("before, found", JPEG_SEGMENTS)
-def test_the_size_of_a_jpeg_stands_behind_its_first_segments(before, found):
-    for marker in (0xC0, 0xC1, 0xC7, 0xCF):
-        frame = bytes((0xFF, marker, 0, 17, 8)) + struct.pack(">HH", 300, 400)
-        head = b"\xff\xd8" + before + frame
-        assert chat.picture_size("image/jpeg", head) == ((400, 300) if found else (0, 0))
-        assert chat.picture_size("image/jpeg", head[:-1]) == (0, 0)
+def test_the_size_of_a_jpeg_stands_behind_its_first_segments():
+    for before, found in JPEG_SEGMENTS:
+        for marker in (0xC0, 0xC1, 0xC7, 0xCF):
+            frame = bytes((0xFF, marker, 0, 17, 8)) + struct.pack(">HH", 300, 400)
+            head = b"\xff\xd8" + before + frame
+            assert chat.picture_size("image/jpeg", head) == ((400, 300) if found else (0, 0))
+            assert chat.picture_size("image/jpeg", head[:-1]) == (0, 0)
 
 
 NAMES_IN_HEADERS = [  # Content-Disposition; the name of the file in it
@@ -17233,9 +17233,9 @@ NAMES_IN_HEADERS = [  # Content-Disposition; the name of the file in it
 ]
 
 
-@pytest.mark.parametrize("header, name", NAMES_IN_HEADERS)
-def test_the_name_of_an_upload_is_that_of_its_header(header, name):
-    assert chat.disposition_name(header) == name
+def test_the_name_of_an_upload_is_that_of_its_header():
+    for header, name in NAMES_IN_HEADERS:
+        assert chat.disposition_name(header) == name
 
 
 def test_junk_in_pictures_does_no_harm(seeded):
@@ -22845,10 +22845,10 @@ LINKED_NAMES = [  # the text of a message with a link; the name of its file
 ]
 
 
-@pytest.mark.parametrize("text, name", LINKED_NAMES)
-def test_the_text_of_a_link_tells_the_name_of_its_file(text, name):
-    view = chat.ViewEvent(chat.MESSAGE, text, "bob", "#a")
-    assert chat.linked_name(view) == name
+def test_the_text_of_a_link_tells_the_name_of_its_file():
+    for text, name in LINKED_NAMES:
+        view = chat.ViewEvent(chat.MESSAGE, text, "bob", "#a")
+        assert chat.linked_name(view) == name
 
 
 def test_many_clients_can_begin_at_once_in_a_new_folder(tmp_path):
@@ -23272,13 +23272,13 @@ ANSWERS_AWAITED = [  # how long, by whom; what is so when that is over
 ]
 
 
-@pytest.mark.parametrize("limit, make, is_over", ANSWERS_AWAITED)
-def test_a_client_waits_as_long_for_an_answer_as_the_limit_says(limit, make, is_over):
-    for more in (-0.5, 0, 0.5):
-        alice = make()
-        alice.now += getattr(chat, limit) + more
-        alice.core.talk.tick()
-        assert bool(is_over(alice)) == (more > 0)
+def test_a_client_waits_as_long_for_an_answer_as_the_limit_says():
+    for limit, make, is_over in ANSWERS_AWAITED:
+        for more in (-0.5, 0, 0.5):
+            alice = make()
+            alice.now += getattr(chat, limit) + more
+            alice.core.talk.tick()
+            assert bool(is_over(alice)) == (more > 0)
 
 
 @pytest.mark.parametrize("more, asked", [(-0.5, False), (0, True), (0.5, True)])
@@ -23330,16 +23330,19 @@ TYPING_TOLD = [  # what was told before, how long ago; what is to be told, wheth
 ]
 
 
-@pytest.mark.parametrize("before, ago, state, told", TYPING_TOLD)
-def test_others_are_told_now_and_then_that_the_user_types(before, ago, state, told):
-    alice, said = Elsewhere(caps="message-tags"), []
-    typing, room = alice.core.typing, alice.core.room
-    known = (alice.now - ago, before) if before else None
-    typing.told = {room.id: known} if before else {}
-    alice.core.talk.send, typing._may_tell = lambda *words: said.append(words), lambda room: True
-    typing.tell(room, state)
-    assert said == [(f"@{chat.TYPES}={state}", "TAGMSG", "#lobby")] * told
-    assert typing.told.get(room.id) == ((alice.now, state) if told else known)
+def test_others_are_told_now_and_then_that_the_user_types():
+    for before, ago, state, told in TYPING_TOLD:
+        alice, said = Elsewhere(caps="message-tags"), []
+        typing, room = alice.core.typing, alice.core.room
+        known = (alice.now - ago, before) if before else None
+        typing.told = {room.id: known} if before else {}
+        alice.core.talk.send, typing._may_tell = (
+            lambda *words, said=said: said.append(words),
+            lambda room: True,
+        )
+        typing.tell(room, state)
+        assert said == [(f"@{chat.TYPES}={state}", "TAGMSG", "#lobby")] * told
+        assert typing.told.get(room.id) == ((alice.now, state) if told else known)
 
 
 def test_several_channels_in_one_line_are_several():
@@ -25874,13 +25877,13 @@ COMMANDS_PASSED_ON = [  # what is typed in #lobby, and what is sent
 ]
 
 
-@pytest.mark.parametrize("typed, sent", COMMANDS_PASSED_ON)
-def test_a_command_is_passed_on_with_its_words_or_the_current_channel(typed, sent):
-    alice, said = Elsewhere(), []
-    alice.core.talk.command = lambda *words: said.append(list(words))
-    alice.types(typed)
-    head, colon, last = sent.partition(" :")
-    assert said == [head.split() + [last] * bool(colon)]
+def test_a_command_is_passed_on_with_its_words_or_the_current_channel():
+    for typed, sent in COMMANDS_PASSED_ON:
+        alice, said = Elsewhere(), []
+        alice.core.talk.command = lambda *words, said=said: said.append(list(words))
+        alice.types(typed)
+        head, colon, last = sent.partition(" :")
+        assert said == [head.split() + [last] * bool(colon)]
 
 
 @pytest.mark.parametrize("gone, left", [("#a", ["#b", "#c"]), ("#x", ["#a", "#b"])])
@@ -25924,11 +25927,11 @@ def test_a_text_that_could_not_be_sent_is_given_back_with_the_reason(why):
     assert alice.kinds("back") == ["hello"] and any(why in text for text in alice.kinds("note"))
 
 
-@pytest.mark.parametrize("name", ["reactions", "rekey", "page", "find", "is_elsewhere", "has"])
-def test_a_store_that_is_locked_has_nothing(name):
-    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
-    store.flush = raising(sqlite3.OperationalError("database is locked"))
-    assert getattr(store, name)() == [] and store.trouble == "database is locked"
+def test_a_store_that_is_locked_has_nothing():
+    for name in ["reactions", "rekey", "page", "find", "is_elsewhere", "has"]:
+        store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+        store.flush = raising(sqlite3.OperationalError("database is locked"))
+        assert getattr(store, name)() == [] and store.trouble == "database is locked"
 
 
 @pytest.mark.parametrize("interactive, how", [(True, "gap"), (False, "missed")])
@@ -26807,16 +26810,16 @@ SETTINGS_TOLD = [  # its name, its value; how it is told
 ]
 
 
-@pytest.mark.parametrize("name, value, told", SETTINGS_TOLD)
-def test_a_setting_is_told_with_its_usual_value_where_it_has_another(name, value, told):
-    alice = Elsewhere()
-    alice.types(*([f"/set {name} {value}"] if value else []))
-    alice.views.clear()
-    alice.types(f"/set {name}", "/set")
-    row = f"{name}:  {told}; {chat.SETTINGS[name].summary}"
-    first, *others = alice.kinds("server text")
-    assert first == row and row in others and len(others) == len(chat.SETTINGS)
-    assert [text.partition(":")[0] for text in others] == list(chat.SETTINGS)
+def test_a_setting_is_told_with_its_usual_value_where_it_has_another():
+    for name, value, told in SETTINGS_TOLD:
+        alice = Elsewhere()
+        alice.types(*([f"/set {name} {value}"] if value else []))
+        alice.views.clear()
+        alice.types(f"/set {name}", "/set")
+        row = f"{name}:  {told}; {chat.SETTINGS[name].summary}"
+        first, *others = alice.kinds("server text")
+        assert first == row and row in others and len(others) == len(chat.SETTINGS)
+        assert [text.partition(":")[0] for text in others] == list(chat.SETTINGS)
 
 
 def test_standard_output_that_does_not_block_loses_nothing(running):
@@ -26918,11 +26921,11 @@ LONGER_REPLIES = [  # with a word that this client does not know; what is told
 ]
 
 
-@pytest.mark.parametrize("line, told", LONGER_REPLIES)
-def test_a_reply_with_more_words_than_this_client_knows_is_understood(line, told):
-    alice = Elsewhere()
-    alice.hears(line)
-    assert alice.kinds("server text")[-1:] == [told]
+def test_a_reply_with_more_words_than_this_client_knows_is_understood():
+    for line, told in LONGER_REPLIES:
+        alice = Elsewhere()
+        alice.hears(line)
+        assert alice.kinds("server text")[-1:] == [told]
 
 
 def test_a_member_of_a_list_with_more_words_than_this_client_knows_is_told():
