@@ -3591,6 +3591,21 @@ def test_the_end_of_a_grace_period_is_its_time_less_what_has_passed(past):
     assert timer.when == house.loop.now + max(chat.GRACE_SECONDS - past, 0)
 
 
+def test_the_markers_of_a_guest_end_with_the_guest_and_those_of_an_account_stay():
+    house = House()
+    account(house, "zoe")
+    device(house, "zoe", "zoe")
+    come(house, "alice")
+    owners = [house.guests[who].user.identity for who in ("alice", "zoe")]
+    for owner in owners:
+        house.hub.markers.advance(owner, "#a", chat.Marker(5, 5))
+    for who in ("alice", "zoe"):
+        house.say(who, "QUIT")
+        house.turn()
+        assert who not in house.hub.users
+    assert [owner in house.hub.markers for owner in owners] == [False, True]
+
+
 Absent = collections.namedtuple("Absent", "resume_id")
 
 
@@ -17238,6 +17253,26 @@ def test_the_name_of_an_upload_is_that_of_its_header():
         assert chat.disposition_name(header) == name
 
 
+TARGETS_OF_REQUESTS = [  # a target; its path, its host: that of the header is "there"
+    ("/", "/", "there"),
+    ("/a%20b?c", "/a b", "there"),
+    ("//a/b", "//a/b", "there"),
+    ("http://x:80/a?b", "/a", "x:80"),
+    ("https://x/a", "/a", "x"),
+    ("HTTPS://x:", "/", "x"),
+    ("ftp://x/a", "", "x"),
+    ("*", "", "there"),
+    ("x:80", "", "there"),
+    ("http://[x/a", "", "[x"),
+]
+
+
+def test_the_target_of_a_request_may_be_a_whole_url():
+    for target, path, host in TARGETS_OF_REQUESTS:
+        request = chat.Request("GET", target, 1, {"host": ["there"]})
+        assert (request.path, request.host) == (path, host), target
+
+
 def test_junk_in_pictures_does_no_harm(seeded):
     for kind, head, _ in PICTURES:
         for _ in range(200):
@@ -25999,6 +26034,38 @@ def test_not_all_clients_come_back_at_once(backoff, another, monkeypatch):
     assert ranges == [(0.75, 1.25), *[(0, chat.NEXT_SERVER_SECONDS)] * another]
     assert link.backoff == (backoff if another else min(2 * backoff, chat.BACKOFF_MOST))
     assert (link.phase, link.core.quitting, link.timer) == (chat.WAITING, False, link.again)
+
+
+@pytest.mark.parametrize("reason, why", [("reset", ""), (f"{chat.TLS_TROUBLE}x", "doubt")])
+def test_a_link_that_dials_again_begins_from_its_start(reason, why, monkeypatch):
+    monkeypatch.setattr(chat, "why_not_trusted", lambda reason: "doubt")
+    link, phases = Hanging(True, 60.0), []
+    link.start = lambda: phases.append(link.phase)
+    link.phase, link.core.quitting = chat.SECURING, True
+    link._dial_again(reason)
+    assert phases == [chat.WAITING] and not link.core.quitting
+    assert (link.certificate.refused or "") == why
+
+
+@pytest.mark.parametrize("name", ["ServerConnection", "WebCall"])
+def test_a_connection_that_can_send_again_gets_more_to_send(name):
+    done = []
+    conn = types.SimpleNamespace(loop=FakeLoop(5000.0), state=chat.OPEN, heard=0.0)
+    conn.more = lambda: done.append("more")
+    conn.link = types.SimpleNamespace(make_room=lambda: done.append("more"))
+    getattr(chat, name).lagging(conn)
+    assert done == ["more"]
+
+
+@pytest.mark.parametrize("when, kept", [(5, False), (6, True)])
+def test_what_was_read_on_another_device_is_kept(when, kept):
+    alice, done = Elsewhere(), []
+    room, alice.core.rooms.keep = alice.core.room, done.append
+    room.read_time = 5
+    alice.core.believable = lambda when: when
+    alice.core.rooms.take_marker(room, when)
+    shown = [view.where for view in alice.core.take_views() if view.kind == chat.READ_ELSEWHERE]
+    assert (done, shown) == ([room] * kept, ["#lobby"] * kept)
 
 
 @pytest.mark.parametrize("seconds, ended", [(59.5, False), (60.0, True), (61.0, True)])
@@ -36963,6 +37030,22 @@ def test_a_screen_of_another_size_is_drawn_again(columns, rows, back):
     assert (desk.display.whole, asked) == (other, [0] * (other and back))
     assert (reader.look.columns, reader.height) == (columns, rows - 2)
     assert (desk.display.painter.columns, desk.display.painter.rows) == (columns, rows)
+
+
+ROWS_TYPED = [  # columns, prompt, text before and after the cursor; what is seen, the column
+    (20, "> ", "hello", " you", "> hello you", 7),
+    (10, "> ", "hello you", "", "> llo you", 9),
+    (10, "> ", "hello", " you", "> hello y", 7),
+    (10, "a long prompt", "hello", "", "a lonello", 9),
+    (5, "> ", "hello", "", "> ello", 6),
+    (20, "", "", "", "", 0),
+]
+
+
+def test_the_typed_line_shows_what_is_around_the_cursor():
+    for columns, prompt, before, after, seen, column in ROWS_TYPED:
+        row = chat.Painter(columns).row(prompt, before, after)
+        assert row == f"\r\x1b[K{seen}\r" + f"\x1b[{column}C" * bool(column), before
 
 
 MARKS_OF_ROOMS = [  # rooms elsewhere with news; the marks
