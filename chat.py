@@ -14739,7 +14739,6 @@ class PlainTalk:
             called = calls(rest, core.name)
             view = ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line)
             core.incoming.deliver(room, view)
-            room.spoke(name)
         else:
             core.show(ViewEvent(kind, name=name, where=LOBBY, address=rest, line=line))
         core.show(ViewEvent(PEOPLE, where=LOBBY))

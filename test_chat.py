@@ -1011,6 +1011,39 @@ def test_a_name_becomes_one_that_every_dialect_can_carry(wanted, name):
     assert chat.clean_name(wanted) == name
 
 
+WRAPPED = [  # words, bytes in a line, what is between two; the lines
+    ("ab cd ef", 8, " ", ["ab cd", "ef"]),
+    ("ab cd ef", 9, " ", ["ab cd ef"]),
+    ("ab cd ef", 5, " ", ["ab", "cd", "ef"]),
+    ("ab", 1, " ", ["ab"]),
+    ("\u00e4 b", 4, " ", ["\u00e4", "b"]),
+    ("\u00e4 b", 5, " ", ["\u00e4 b"]),
+    ("ab cd ef", 8, ", ", ["ab, cd", "ef"]),
+    ("ab cd ef", 7, ", ", ["ab", "cd", "ef"]),
+    ("", 9, " ", []),
+]
+
+
+def test_words_are_joined_to_lines_that_fit():
+    for words, room, between, lines in WRAPPED:
+        assert list(chat.wrapped(words.split(), room, between)) == lines
+
+
+TIMES = [  # of the last event, of the clock; of the next event, in ms
+    (5, 9, 9),
+    (9, 9, 10),
+    (9, 5, 10),
+    (5 + chat.TIMES_AHEAD - 1, 5, 5 + chat.TIMES_AHEAD),
+    (5 + chat.TIMES_AHEAD, 5, 5 + chat.TIMES_AHEAD),
+    (5 + chat.TIMES_AHEAD + 1, 5, 5),
+]
+
+
+def test_the_time_of_an_event_is_unique_and_not_far_ahead_of_the_clock():
+    for last, now, next_one in TIMES:
+        assert chat.next_time(last, now) == next_one
+
+
 def test_cleaning_a_name_twice_changes_nothing_more_and_keeps_the_limits(seeded):
     for _ in range(2000):
         wanted = "".join(
@@ -1471,6 +1504,35 @@ def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     assert len(throttle.attempts) <= chat.LOGIN_FAILURES_KEPT
     with pytest.raises(chat.Refused):  # an address that fills the table is not forgotten by that
         throttle.begin("10.0.0.1", "alice", now)
+
+
+@pytest.mark.parametrize("name", ["alice", "Alice", "zoe", "\u0445\u0443"])
+def test_the_salt_of_an_account_that_does_not_exist_looks_like_another_one(name):
+    decoy, real = chat.decoy_verifier(name), chat.make_verifier("secret", 1000)
+    assert len(decoy.salt) == len(real.salt) and decoy == chat.decoy_verifier(name.upper())
+    assert decoy.salt != chat.decoy_verifier("other").salt
+    assert decoy.rounds == chat.ACCOUNT_ROUNDS and chat.decoy_verifier(name, 5).rounds == 5
+
+
+@pytest.mark.parametrize("before, left", [(0, 0), (1, 1), (3, 3)])
+def test_a_right_password_takes_back_one_attempt_of_the_address(before, left):
+    throttle = chat.Accounts().throttle
+    for n in range(before):
+        throttle.begin("10.0.0.1", f"name{n}", 0)
+    throttle.begin("10.0.0.1", "alice", 0)
+    assert throttle.count("10.0.0.1", None, 0) == before + 1
+    throttle.succeeded("10.0.0.1", "ALICE")
+    assert throttle.count("10.0.0.1", None, 0) == left
+    assert throttle.count("10.0.0.1", "alice", 0) == 0
+    assert throttle.count("10.0.0.1", "name0", 0) == (before > 0)
+
+
+@pytest.mark.parametrize("more, counts", [(-1, 1), (0, 0), (1, 0)])
+def test_an_attempt_counts_until_its_time_is_over(more, counts):
+    throttle = chat.Accounts().throttle
+    throttle.add("10.0.0.1", "alice", 5)
+    assert throttle.count("10.0.0.1", "alice", 5 + throttle.milliseconds + more) == counts
+    assert throttle.count("10.0.0.1", None, 5 + throttle.milliseconds + more) == counts
 
 
 def test_an_address_can_have_so_many_accounts_made_and_this_machine_any_number():
@@ -3475,6 +3537,26 @@ def test_as_many_read_markers_are_kept_as_the_limit_has_and_these_still_move(mon
     assert not markers.advance("alice", "#a", chat.Marker(2))
 
 
+MARKERS_MOVED = [  # time and id of a marker, and of the next one; whether that is further
+    ((5, 3), (4, 4), True),
+    ((5, 3), (6, 3), False),
+    ((5, 3), (6, 2), False),
+    ((5, 0), (6, 2), True),
+    ((5, 0), (5, 9), False),
+    ((5, 9), (6, 0), True),
+    ((5, 9), (5, 0), False),
+    ((5, 0), (6, 0), True),
+]
+
+
+def test_a_marker_moves_by_the_ids_of_messages_or_else_by_their_times():
+    for first, second, moves in MARKERS_MOVED:
+        markers = chat.Markers()
+        assert markers.advance("alice", "#a", chat.Marker(*first))
+        assert markers.advance("alice", "#a", chat.Marker(*second)) == moves
+        assert markers["alice"]["#a"] == (second if moves else first)
+
+
 def test_as_many_absent_users_stay_as_the_limit_has_and_the_first_of_more_goes(monkeypatch):
     monkeypatch.setattr(chat, "ABSENT_MOST", 2)
     house = House()
@@ -3498,6 +3580,46 @@ def test_the_end_of_a_grace_period_is_looked_for_when_the_first_one_ends():
     house.leave("b")
     house.turn()
     assert house.grace_timer.when == pytest.approx(left + chat.GRACE_SECONDS, abs=2)
+
+
+@pytest.mark.parametrize("past", [0, 30, chat.GRACE_SECONDS, 10**6])
+def test_the_end_of_a_grace_period_is_its_time_less_what_has_passed(past):
+    house = House()
+    house.hub.absent = {Absent("a"): house.hub.ticks - past * 1000}
+    house.end_turn()
+    timer, house.hub.absent = house.grace_timer, {}
+    assert timer.when == house.loop.now + max(chat.GRACE_SECONDS - past, 0)
+
+
+def test_the_markers_of_a_guest_end_with_the_guest_and_those_of_an_account_stay():
+    house = House()
+    account(house, "zoe")
+    device(house, "zoe", "zoe")
+    come(house, "alice")
+    owners = [house.guests[who].user.identity for who in ("alice", "zoe")]
+    for owner in owners:
+        house.hub.markers.advance(owner, "#a", chat.Marker(5, 5))
+    for who in ("alice", "zoe"):
+        house.say(who, "QUIT")
+        house.turn()
+        assert who not in house.hub.users
+    assert [owner in house.hub.markers for owner in owners] == [False, True]
+
+
+Absent = collections.namedtuple("Absent", "resume_id")
+
+
+@pytest.mark.parametrize("more, gone", [(-1, ""), (0, "a"), (1, "a"), (1999, "a"), (2000, "ab")])
+def test_a_grace_period_ends_when_its_time_is_over(more, gone):
+    house, ended = House(), []
+    users = [Absent(name) for name in "ab"]
+    house.hub.absent = dict(zip(users, (5, 2005), strict=True))
+    house.site.act = lambda *values: ended.append(values)
+    house.hub.ticks = 5 + chat.GRACE_SECONDS * 1000 + more
+    house._end_grace()
+    acts = [("grace_period_over", "a", 5), ("grace_period_over", "b", 2005)]
+    assert ended == acts[: len(gone)]
+    assert house.grace_timer is None
 
 
 def test_as_many_invitations_count_as_the_limit_has_and_the_oldest_of_more_ends(monkeypatch):
@@ -8495,6 +8617,61 @@ def test_a_node_makes_a_snapshot_when_there_is_much_to_apply_again_without_it(
     assert len(made) >= 3 and min(gaps) > 1
 
 
+@pytest.mark.parametrize("sequence, left", [(0, [1, 2, 3]), (1, [2, 3]), (3, []), (9, [])])
+def test_a_snapshot_takes_the_place_of_the_entries_that_it_contains(sequence, left):
+    store = NodeHouse(FakeNats(lambda: 1_000_000.0)).store
+    store.db.execute("DELETE FROM entries")
+    columns = store.db.execute("SELECT * FROM entries").description
+    marks = ", ".join("?" * len(columns))
+    for n in (1, 2, 3):
+        row = [n if column[0] == "sequence" else b"" for column in columns]
+        store.db.execute(f"INSERT INTO entries VALUES ({marks})", row)
+    for hub in (b"first", b"second"):
+        store.save_node(hub, sequence, "entry")
+    assert [n for (n,) in store.db.execute("SELECT sequence FROM entries")] == left
+    snapshot, entry, entries = store.load_node()
+    assert (snapshot, entry, len(entries)) == (b"second", "entry", len(left))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_node_that_has_to_stop_says_so_once(times):
+    house, told = NodeHouse(FakeNats(lambda: 1_000_000.0)), []
+    house.fail = told.append
+    for n in range(times):
+        house.cluster.stop(f"reason {n}")
+    assert told == ["reason 0"] and house.cluster.stopped
+
+
+SILENT, BEAT = chat.NODE_SILENT_MS / 1000, chat.NODE_BEAT_SECONDS
+NODES_WATCHED = [  # seconds since it was heard, since all was steady, since it was declared gone
+    (SILENT, 999, None, False),
+    (SILENT + 1, 999, None, True),
+    (SILENT + 1, SILENT, None, False),
+    (None, SILENT + 1, None, True),
+    (SILENT + 1, 999, BEAT, False),
+    (SILENT + 1, 999, BEAT + 1, True),
+]
+
+
+@pytest.mark.parametrize("heard, steady, declared, gone", NODES_WATCHED)
+def test_a_node_that_is_silent_for_too_long_is_declared_gone(heard, steady, declared, gone):
+    name = "n2"
+    asked, now, node = [], 10_000.0, types.SimpleNamespace(name=name, epoch="e")
+    cluster = types.SimpleNamespace(name="n1", now=now, steady_since=now - steady)
+    cluster.hub = types.SimpleNamespace(nodes={name: node})
+    cluster.heard = {"old": now} | ({} if heard is None else {"e": now - heard})
+    cluster.declared = {} if declared is None else {"e": now - declared}
+    cluster.ask = lambda *values: asked.append(values)
+    chat.Cluster._watch_nodes(cluster)
+    assert asked == [(None, "node_gone", (name, "e", True))] * gone
+    assert "old" not in cluster.heard and (cluster.declared.get("e") == now) == gone
+    cluster.name = name  # no node declares itself gone
+    asked.clear()
+    cluster.declared.clear()
+    chat.Cluster._watch_nodes(cluster)
+    assert asked == []
+
+
 @pytest.mark.parametrize("run", some(range(8)))
 def test_nodes_that_are_killed_cut_off_and_started_again_are_the_same_in_the_end(
     seeded, folder, run
@@ -12464,6 +12641,44 @@ def test_three_wrong_passwords_of_an_operator_end_the_connection():
         house.say("alice", "OPER boss wrong")
         house.turn()
     assert house.guests["alice"].conn.closed and "alice" not in house.hub.users
+
+
+MODES_OF_TWO = [  # the MODE of an operator; what this session is told, and the user's other one
+    ("-o", "-o", ""),
+    ("-o+w", "-o+w", "+w"),
+    ("+i-o", "+i-o", "+i"),
+    ("+iw", "+iw", "+iw"),
+    ("-w", "", ""),
+    ("+o", "", ""),
+]
+
+
+@pytest.mark.parametrize("change, mine, others", MODES_OF_TWO)
+def test_the_other_session_of_a_user_is_told_the_modes_that_both_have(change, mine, others):
+    house = House()
+    account(house, "alice")
+    for label in ("desk", "phone"):
+        device(house, label, "alice")
+    ask(house, "desk", "OPER boss secret")
+    forget(house)
+    told = of(asked(house, "desk", f"MODE alice {change}"), "MODE")
+    assert [line.params for line in told] == [["alice", mine]] * bool(mine)
+    told = of(heard(house, "phone"), "MODE")
+    assert [line.params for line in told] == [["alice", others]] * bool(others)
+    assert bool(house.guests["desk"].operator) == ("-o" not in change and change != "+i-o")
+    assert not house.guests["phone"].operator
+
+
+def test_a_user_who_changes_the_account_is_a_device_of_the_new_one_only():
+    house = House()
+    account(house, "alice", "zoe")
+    device(house, "desk", "alice")
+    before = house.guests["desk"].user.identity
+    assert house.hub.devices(before) == [house.guests["desk"]]
+    assert sasl(house, "desk", "zoe")
+    after = house.guests["desk"].user.identity
+    assert after != before and house.hub.devices(before) == []
+    assert house.hub.devices(after) == [house.guests["desk"]]
 
 
 def test_lists_have_limits_and_say_so():
@@ -16505,6 +16720,46 @@ def test_an_upload_goes_on_where_it_broke_off(files):
     assert there[1]["upload-metadata"] == f"filename {name}".lower()  # asks() has small letters
 
 
+@pytest.mark.parametrize("offset, status", [("1", 409), ("x", 400), ("", 400), ("0", 204)])
+def test_a_piece_that_does_not_fit_leaves_no_upload_under_way(files, offset, status):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    answer = tus(files, "PATCH", path, f"Upload-Offset: {offset}", PIECE, body=b"he")
+    assert answer[0] == status and files.site.uploading == {}
+    assert tus(files, "HEAD", path)[1]["upload-offset"] == ("2" if status == 204 else "0")
+
+
+@pytest.mark.parametrize(
+    "size, status, there", [(0, 204, 2), (1, 204, 3), (3, 204, 5), (4, 413, 2)]
+)
+def test_a_piece_may_not_go_past_the_end_of_its_file(files, size, status, there):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    tus(files, "PATCH", path, "Upload-Offset: 0", PIECE, body=b"he")
+    answer = tus(files, "PATCH", path, "Upload-Offset: 2", PIECE, body=b"llo!"[:size])
+    assert answer[0] == status and files.site.uploading == {}
+    assert tus(files, "HEAD", path)[1]["upload-offset"] == str(there)
+
+
+@pytest.mark.parametrize("version, status", [("", 201), ("1.0.0", 201), ("0.2.2", 412)])
+def test_an_upload_is_made_in_the_version_of_tus_that_is_known(files, version, status):
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nUpload-Length: 5"
+    head += f"\nTus-Resumable: {version}" * bool(version)
+    answer = Browser(files, "tus").asks(head)
+    assert (answer[0], "tus-version" in answer[1]) == (status, status == 412)
+
+
+@pytest.mark.parametrize("come", [b"", b"h", b"hell"])
+def test_an_upload_whose_connection_breaks_is_no_longer_under_way(files, come):
+    path, browser = path_of(tus(files, "POST", "/files", "Upload-Length: 5")), Browser(files, "cut")
+    head = f"PATCH {path} HTTP/1.1\nHost: localhost\n{basic('alice')}\nTus-Resumable: 1.0.0\n"
+    head += f"{PIECE}\nUpload-Offset: 0\nContent-Length: 5\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode() + come)
+    files.turn()
+    assert len(files.site.uploading) == 1
+    browser.conn.session.ended()
+    files.turn()
+    assert files.site.uploading == {}
+
+
 def meta(**words):
     pairs = (f"{name} {base64.b64encode(word.encode()).decode()}" for name, word in words.items())
     return f"Upload-Metadata: {','.join(pairs)}"
@@ -16981,6 +17236,70 @@ PICTURES = [
 @pytest.mark.parametrize(("kind", "head", "size"), PICTURES)
 def test_pictures_tell_their_size_in_their_first_bytes(kind, head, size):
     assert tuple(chat.picture_size(kind, head)) == size
+
+
+JPEG_SEGMENTS = [  # bytes before the frame; whether its size is found behind them
+    (b"", True),
+    (b"\xff\xe0\x00\x02", True),
+    (b"\xff\xe0\x01\x04" + bytes(0x102), True),
+    (b"\xff\xe0\x12\x34" + bytes(0x1232), True),
+    (b"\xff\xe0\x00\x04" + bytes(3), False),
+    (b"\xff" * 5, True),
+    (b"\xff\x01", True),
+    (b"\xff\xd0\xff\xd8", True),
+    (b"\xff\xd9\x00\x02", True),
+    (b"\xff\xc4\x00\x04ab\xff\xc8\x00\x02\xff\xcc\x00\x02", True),
+    (b"\x00", False),
+]
+
+
+def test_the_size_of_a_jpeg_stands_behind_its_first_segments():
+    for before, found in JPEG_SEGMENTS:
+        for marker in (0xC0, 0xC1, 0xC7, 0xCF):
+            frame = bytes((0xFF, marker, 0, 17, 8)) + struct.pack(">HH", 300, 400)
+            head = b"\xff\xd8" + before + frame
+            assert chat.picture_size("image/jpeg", head) == ((400, 300) if found else (0, 0))
+            assert chat.picture_size("image/jpeg", head[:-1]) == (0, 0)
+
+
+NAMES_IN_HEADERS = [  # Content-Disposition; the name of the file in it
+    ('attachment; filename="a.txt"', "a.txt"),
+    ("attachment; filename=a.txt", "a.txt"),
+    ("attachment; filename*=UTF-8''%c3%a4.txt", "\u00e4.txt"),
+    ('attachment; filename="\u00c3\u00a4.txt"', "\u00e4.txt"),  # UTF-8, read as Latin-1
+    ('attachment; filename="\u00e4.txt"', "\u00e4.txt"),
+    ('attachment; filename=""', ""),
+    ("attachment", ""),
+    ("", ""),
+    ("attachment; name=a.txt", ""),
+    ("attachment; filename=a.txt" + "; x=y" * chat.DISPOSITION_PARTS, ""),
+    ("attachment; filename=a.txt" + "; x=y" * (chat.DISPOSITION_PARTS - 1), "a.txt"),
+]
+
+
+def test_the_name_of_an_upload_is_that_of_its_header():
+    for header, name in NAMES_IN_HEADERS:
+        assert chat.disposition_name(header) == name
+
+
+TARGETS_OF_REQUESTS = [  # a target; its path, its host: that of the header is "there"
+    ("/", "/", "there"),
+    ("/a%20b?c", "/a b", "there"),
+    ("//a/b", "//a/b", "there"),
+    ("http://x:80/a?b", "/a", "x:80"),
+    ("https://x/a", "/a", "x"),
+    ("HTTPS://x:", "/", "x"),
+    ("ftp://x/a", "", "x"),
+    ("*", "", "there"),
+    ("x:80", "", "there"),
+    ("http://[x/a", "", "[x"),
+]
+
+
+def test_the_target_of_a_request_may_be_a_whole_url():
+    for target, path, host in TARGETS_OF_REQUESTS:
+        request = chat.Request("GET", target, 1, {"host": ["there"]})
+        assert (request.path, request.host) == (path, host), target
 
 
 def test_junk_in_pictures_does_no_harm(seeded):
@@ -17709,7 +18028,7 @@ def test_without_a_spare_descriptor_no_connection_is_turned_away():
 
 def test_connections_that_speak_http_have_a_count_of_their_own():
     limits = chat.ConnectionLimits(chat.ServerOptions(max_per_address=2))
-    addresses, key = chat.Addresses(FakeLoop(0.0), None), "192.168.1.5"
+    addresses, key = chat.Addresses(FakeLoop(5000.0), None), "192.168.1.5"
     one = [addresses.enter(key) for _ in range(4)][0]
     assert [limits.speaks_chat(one) for _ in range(2)] == ["", ""]
     assert limits.speaks_chat(one).startswith("too many connections")
@@ -17740,7 +18059,7 @@ def test_a_proxy_has_as_many_connections_as_it_needs_and_its_clients_have_not():
     options = chat.ServerOptions(
         max_per_address=1, web=WEB._replace(proxies=frozenset(["10.0.0.2"]))
     )
-    limits, addresses = chat.ConnectionLimits(options), chat.Addresses(FakeLoop(0.0), None)
+    limits, addresses = chat.ConnectionLimits(options), chat.Addresses(FakeLoop(5000.0), None)
     proxy = [addresses.enter("10.0.0.2") for _ in range(9)][0]
     assert limits.refusal(9, proxy) == ""
     assert {limits.speaks_http(proxy) for _ in range(9)} == {""}
@@ -19403,6 +19722,31 @@ def test_servers_and_passwords_in_files_are_taken_over_once(folder):
     assert not servers.exists() and not logins.exists()
 
 
+OLD_SERVERS = [  # a value; the rest of its row; whether it may be in the file of logins too
+    (chat.PLAIN, (chat.PLAIN, "", 0, 0), False),
+    ({"kind": "irc"}, ("irc", "", 0, 0), True),
+    ({"pin": "ab"}, ("", "ab", 0, 0), True),
+    ({"kind": "irc", "pin": "ab", "more": 5}, ("irc", "ab", 0, 0), True),
+    ({"more": 5}, None, True),
+    ([6697, 5.5], None, True),
+    ([6697, 5.5, 1], None, True),
+    (5, None, True),
+]
+
+
+@pytest.mark.parametrize("value, row, in_both", OLD_SERVERS)
+def test_a_file_of_servers_is_taken_over_as_far_as_it_is_understood(value, row, in_both, tmp_path):
+    names = ("servers.json", "logins.json")
+    for name, key in itertools.product(names, ("a:1", "sts:a")):
+        db = chat.open_client_database(":memory:")
+        (tmp_path / name).write_text(json.dumps({key: value}))
+        chat.take_over(db, *(tmp_path / one for one in names))
+        rows = [(key, *row)] if row and (in_both or name == "servers.json") else []
+        rows = [("a", "", "", 6697, 5.5)] if (value, key) == ([6697, 5.5], "sts:a") else rows
+        assert db.execute("SELECT * FROM servers").fetchall() == rows
+        assert not (tmp_path / name).exists()
+
+
 def test_a_file_of_passwords_that_cannot_be_removed_brings_no_old_password_back(
     folder, monkeypatch
 ):
@@ -19446,7 +19790,7 @@ class Elsewhere:
     """A client on a server that is no chat.py, and a clock that is wound by hand."""
 
     def __init__(self, *tokens, caps="", interactive=True, **options):
-        self.now = 0.0
+        self.now = 5000.0
         options = {"kind": chat.IRC, **options}
         self.core = chat.ClientCore("alice", interactive, ticks=lambda: self.now, **options)
         self.out, self.views = [], []
@@ -20081,6 +20425,58 @@ def test_an_echo_that_stayed_unclear_says_nothing_about_later_messages():
     assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["yes", "no", "how"]
 
 
+UNCLEAR_ECHOES = [  # lines sent, echoes with other words; what is decided about the lines
+    (1, 0, ["not echoed 0"]),
+    (2, 0, ["not echoed 0", "not echoed 1"]),
+    (2, 1, ["unclear 0", "unclear 1", "part 0 5", "arrived end-0"]),
+    (2, 2, ["part 0 5", "arrived end-0", "part 1 6", "arrived end-1"]),
+    (1, 2, ["part 0 5", "arrived end-0"]),
+]
+
+
+def echoes_decided(monkeypatch, count, sent=2):
+    """Return acknowledgements with expected echoes, and what will be decided about these."""
+    alice, said = Elsewhere(caps="echo-message"), []
+    core, acks = alice.core, alice.core.talk.acks
+    core.outbox.in_flight.update(dict.fromkeys(map(str, range(sent))))
+    acks.echoes[:] = [
+        chat.ExpectedEcho("#a", f"text {n}", f"end-{n}", str(n), 5 + n) for n in range(sent)
+    ]
+    acks.strange[:] = [("#a", chat.ViewEvent(chat.ARRIVED, "*", id="m")) for _ in range(count)]
+    acks.strange.append(("#b", chat.ViewEvent(chat.ARRIVED, "*")))
+    acks.echoes.append(chat.ExpectedEcho("#b", "text", "end-9", "9", 5))
+    for one, name, words in (
+        (core.outgoing, "leave_to_user", lambda id, why: f"unclear {id}"),
+        (core.outgoing, "acknowledge", lambda view: f"arrived {view.own_id}"),
+        (core.outbox, "arrived_to", lambda id, end: f"part {id} {end}"),
+        (acks, "not_echoed", lambda id: f"not echoed {id}"),
+    ):
+        told = functools.partial(lambda words, *values: said.append(words(*values)), words)
+        monkeypatch.setattr(one, name, told)
+    return acks, said
+
+
+@pytest.mark.parametrize("sent, count, decided", UNCLEAR_ECHOES)
+def test_echoes_with_other_words_decide_about_the_lines_before_them(
+    sent, count, decided, monkeypatch
+):
+    acks, said = echoes_decided(monkeypatch, count, sent)
+    acks._explain("#a", [line for line in acks.echoes if line.target == "#a"])
+    assert said == decided
+    assert [line.target for line in acks.echoes] == [key for key, _ in acks.strange] == ["#b"]
+
+
+@pytest.mark.parametrize(
+    "of, left, decided", [("0", 0, ["part 1 6", "arrived end-1"]), ("7", 2, [])]
+)
+def test_a_refused_line_has_no_echo_and_the_others_are_decided_about(
+    of, left, decided, monkeypatch
+):
+    acks, said = echoes_decided(monkeypatch, 1)
+    acks.expect_no_echo(chat.SentLine("#a", of))
+    assert said == decided and len(acks.echoes) == left + 1
+
+
 @pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("tokens", [[], ["CLIENTTAGDENY=*"]])
 @pytest.mark.parametrize("texts, echoes, lost, doubted", ALTERED)
@@ -20114,12 +20510,13 @@ def test_of_a_burst_that_a_server_drops_and_changes_nothing_is_taken_for_arrived
 @pytest.mark.parametrize("arrived, asked", [([], 61.0), ([55], 76.0), ([52, 70], None)])
 def test_an_echo_is_overdue_some_time_after_the_last_confirmation(arrived, asked):
     alice = Elsewhere(caps="echo-message message-tags")
-    alice.core.outbox.window, alice.now = 9, 50.0
+    alice.core.outbox.window, began = 9, alice.now
+    alice.now += 50.0
     said, pings = alice.types("one", "two").sent(1), []
-    while alice.now < 80:
-        pings += [alice.now for line in alice.sent(1) if line.startswith("PING ")]
+    while alice.now - began < 80:
+        pings += [alice.now - began for line in alice.sent(1) if line.startswith("PING ")]
         for number, when in enumerate(arrived):
-            if when == alice.now:
+            if when == alice.now - began:
                 alice.hears(said[number].replace(" PRIVMSG", " :alice!u@h PRIVMSG"))
     assert pings == [asked] * bool(asked)
 
@@ -22501,6 +22898,23 @@ def test_a_new_password_is_kept_on_disk_only_in_place_of_one_that_the_client_mad
     client.loop.close()
 
 
+LINKED_NAMES = [  # the text of a message with a link; the name of its file
+    ("a.txt (text/plain, 5 B): http://x/files/1", "a.txt"),
+    ("a (2).txt (5 B): http://x/files/1", "a (2).txt"),
+    ("../a.txt (5 B): /files/1", "a.txt"),
+    ("a.txt: http://x/files/1", ""),
+    ("a.txt (5 B): http://x/files/1 and more", ""),
+    ("see http://x/files/1", ""),
+    ("", ""),
+]
+
+
+def test_the_text_of_a_link_tells_the_name_of_its_file():
+    for text, name in LINKED_NAMES:
+        view = chat.ViewEvent(chat.MESSAGE, text, "bob", "#a")
+        assert chat.linked_name(view) == name
+
+
 def test_many_clients_can_begin_at_once_in_a_new_folder(tmp_path):
     secrets, failed = [], []
 
@@ -22780,6 +23194,70 @@ def test_nothing_is_acknowledged_that_a_server_took_which_was_none():
     assert not any(tables)
 
 
+def test_all_that_was_begun_with_a_server_that_was_none_is_begun_again():
+    alice = Elsewhere("CHANTYPES=#", join=("#lobby", "#tea"))
+    talk = alice.core.talk
+    talk.bouncer_said = "Your message to #lobby got lost"
+    alice.types("one").sent(1)
+    (id,) = alice.core.outbox.in_flight
+    talk.lines.unsent.append("x")
+    talk.joins.unanswered["#rust"] = (1, alice.now)
+    talk.wait_for_server("the bouncer has lost its server")
+    talk.wait_for_server("the bouncer has lost its server")
+    views = alice.core.take_views()
+    assert [view.where for view in views if view.kind == chat.ROOM] == ["#lobby", "#tea"] * 2
+    assert len([view for view in views if view.kind == chat.NOTE]) == 1
+    assert not (talk.bouncer_said or talk.lines.unsent or talk.joins.unanswered)
+    assert not any(room.inside for room in alice.core.rooms.values())
+    assert talk.unserved == alice.now and id in alice.core.outgoing.sent_before
+
+
+@pytest.mark.parametrize("words, asked, left", [("a", [], "b"), ("a b", ["a", "b"], "ab")])
+def test_capabilities_that_a_server_refuses_are_asked_for_one_by_one(words, asked, left):
+    alice = Elsewhere()
+    alice.core.server.requested = {"a", "b"}
+    alice.hears(f"CAP alice NAK :{words}")
+    assert alice.sent() == [f"CAP REQ {name}" for name in asked]
+    assert alice.core.server.requested == set(left)
+
+
+@pytest.mark.parametrize("version, rooms", [("chat.py-1", ["#lobby"]), ("ircd-1", [])])
+def test_a_client_without_a_channel_wants_the_one_of_all_users(version, rooms):
+    core = chat.ClientCore("alice", kind=chat.IRC, join=())
+    core.connected()
+    core.feed(f":x 001 alice :Welcome\r\n:x 004 alice x {version} a b\r\n".encode())
+    assert [room.name for room in core.rooms.values()] == rooms
+    assert all(room.wanted for room in core.rooms.values())
+    assert (core.here == "#lobby") == bool(rooms)
+
+
+@pytest.mark.parametrize("ignored, told", [("", "bye"), ("bob", "")])
+def test_the_last_words_of_a_user_in_a_channel_are_shown_unless_ignored(ignored, told):
+    alice = Elsewhere()
+    alice.hears(":bob!u@h JOIN #lobby", ":bob!u@h JOIN #tea")
+    alice.core.ignored.update({ignored} if ignored else ())
+    alice.hears(":bob!u@h PART #lobby :bye")
+    assert [view.text for view in alice.views if view.kind == chat.PART] == [told]
+
+
+NAMES_BEHIND = [  # the old name, the new one; the names of pending requests, and what is behind
+    ("#a", "#c", ["#c", "#b"], {"#b": "two", "#c": "one"}),
+    ("#A", "#c", ["#c", "#b"], {"#b": "two", "#c": "one"}),
+    ("#x", "#c", ["#a", "#b"], {"#b": "two", "#a": "one"}),
+]
+
+
+@pytest.mark.parametrize("old, new, where, behind", NAMES_BEHIND)
+def test_history_is_asked_for_under_the_new_name_of_a_conversation(old, new, where, behind):
+    history = Elsewhere("CHANTYPES=#").core.talk.history
+    history.requests.clear()
+    history.requests.extend(chat.HistoryRequest(name, "asked") for name in ("#a", "#b"))
+    history.behind.clear()
+    history.behind.update({"#a": "one", "#b": "two"})
+    history.renamed(old, new)
+    assert [asked.where for asked in history.requests] == where and history.behind == behind
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_message_waits_for_a_join_only_outside_its_channel(inside, asked):
@@ -22796,6 +23274,139 @@ def test_a_batch_whose_end_is_lost_is_shown_after_a_while():
     assert alice.said() == []
     alice.sent(chat.BATCH_SECONDS + 2)
     assert alice.said() == ["#lobby bob: hi"]
+
+
+class Unwelcome(Elsewhere):
+    """A client that its server has not welcomed."""
+
+    def connect(self, *tokens, caps=""):
+        self.views += self.core.connected()
+
+
+def nameless():
+    alice = Unwelcome()
+    alice.core.talk.named = False
+    return alice
+
+
+def logging_in():
+    alice = Unwelcome()
+    alice.core.talk.sasl.steps = iter(())
+    return alice
+
+
+def with_a_batch():
+    return Elsewhere(caps="batch").hears("BATCH +1 x #lobby")
+
+
+def with_a_join():
+    alice = Elsewhere()
+    alice.core.talk.joins.unanswered["#tea"] = (1, alice.now)
+    return alice
+
+
+def with_a_page():
+    alice = Elsewhere()
+    alice.core.talk.history.requests.append(asked := chat.HistoryRequest("#lobby", "asked"))
+    asked.at = alice.now
+    return alice
+
+
+def without_a_server():
+    alice = Elsewhere(interactive=False)
+    alice.core.talk.unserved = alice.now
+    return alice
+
+
+def in_the_workshop():
+    alice = Unwelcome(kind=chat.PLAIN)
+    alice.core.outbox.waiting["1"] = chat.Waiting("1", "bob", "hi", chat.MESSAGE)
+    return alice
+
+
+ANSWERS_AWAITED = [  # how long, by whom; what is so when that is over
+    ("CAP_SECONDS", nameless, lambda alice: alice.core.talk.named),
+    ("REGISTRATION_SECONDS", Unwelcome, lambda alice: alice.core.dismissed),
+    ("REGISTRATION_SECONDS", without_a_server, lambda alice: alice.core.dismissed),
+    ("LOGIN_SECONDS", logging_in, lambda alice: not alice.core.talk.sasl.running),
+    ("BATCH_SECONDS", with_a_batch, lambda alice: not alice.core.talk.batches),
+    ("JOIN_SECONDS", with_a_join, lambda alice: not alice.core.talk.joins.unanswered),
+    ("PAGE_SECONDS", with_a_page, lambda a: a.core.talk.history.requests[0].at == chat.GIVEN_UP),
+    ("CAP_SECONDS", in_the_workshop, lambda alice: bool(alice.core.outbox.parked)),
+]
+
+
+def test_a_client_waits_as_long_for_an_answer_as_the_limit_says():
+    for limit, make, is_over in ANSWERS_AWAITED:
+        for more in (-0.5, 0, 0.5):
+            alice = make()
+            alice.now += getattr(chat, limit) + more
+            alice.core.talk.tick()
+            assert bool(is_over(alice)) == (more > 0)
+
+
+@pytest.mark.parametrize("more, asked", [(-0.5, False), (0, True), (0.5, True)])
+@pytest.mark.parametrize("tokens, line", [((), "ISON bob"), (("MONITOR=9",), "MONITOR + bob")])
+def test_a_nick_in_use_is_asked_for_again_after_a_while(tokens, line, more, asked):
+    alice = Elsewhere(*tokens)
+    nick, alice.core.wanted_name = alice.core.talk.nick, "bob"
+    nick.regain, nick.regain_at = True, alice.now + chat.REGAIN_SECONDS
+    now, said = nick.regain_at + more, []
+    alice.core.talk.send = lambda *words: said.append(" ".join(words))
+    nick.tick(now)
+    assert said == [line] * asked
+    if asked:
+        assert nick.regain_at == (math.inf if tokens else now + chat.REGAIN_SECONDS)
+        nick.tick(now + chat.REGAIN_SECONDS)
+        assert said == [line] * (1 if tokens else 2)
+
+
+@pytest.mark.parametrize(
+    "more, joined, wanted, inside",
+    [
+        (0, False, True, False),
+        (0.5, True, True, False),
+        (0.5, True, True, True),
+        (0.5, True, False, False),
+    ],
+)
+def test_a_channel_that_could_not_be_joined_is_joined_after_a_while(more, joined, wanted, inside):
+    alice = Elsewhere()
+    joins, room = alice.core.talk.joins, alice.core.room
+    room.entered, room.inside, room.wanted = True, False, wanted
+    joins.failed("#lobby", "it is full", "471")
+    assert joins.refused == {"#lobby": alice.now + chat.REJOIN_SECONDS}
+    room.inside, said = inside, []
+    joins.join = lambda room: said.append(room.name)
+    joins.try_again(alice.now + chat.REJOIN_SECONDS + more)
+    assert ("#lobby" not in joins.refused) == joined
+    assert said == ["#lobby"] * (joined and wanted and not inside)
+
+
+TYPING_TOLD = [  # what was told before, how long ago; what is to be told, whether it is
+    (None, 0, "active", True),
+    (None, 0, "done", False),
+    ("active", chat.TYPING_SECONDS, "active", False),
+    ("active", chat.TYPING_SECONDS + 0.5, "active", True),
+    ("active", 0, "done", True),
+    ("done", 0, "active", True),
+    ("done", 999, "done", False),
+]
+
+
+def test_others_are_told_now_and_then_that_the_user_types():
+    for before, ago, state, told in TYPING_TOLD:
+        alice, said = Elsewhere(caps="message-tags"), []
+        typing, room = alice.core.typing, alice.core.room
+        known = (alice.now - ago, before) if before else None
+        typing.told = {room.id: known} if before else {}
+        alice.core.talk.send, typing._may_tell = (
+            lambda *words, said=said: said.append(words),
+            lambda room: True,
+        )
+        typing.tell(room, state)
+        assert said == [(f"@{chat.TYPES}={state}", "TAGMSG", "#lobby")] * told
+        assert typing.told.get(room.id) == ((alice.now, state) if told else known)
 
 
 def test_several_channels_in_one_line_are_several():
@@ -23156,6 +23767,36 @@ def test_the_first_message_is_known_to_be_the_first_once_a_page_is_not_full(
         assert core.stored.show_older(room) and len(room.views) == before + count
         assert room.views.dropped == (count == 100)
     assert not core.stored.show_older(room) and not room.views.dropped
+
+
+OLDER_PAGES = [  # who said each message of a page; which are shown; whether it is asked on
+    ("", "", False),
+    ("bb", "01", False),
+    ("be", "0", False),
+    ("ee", "", True),
+]
+
+
+@pytest.mark.parametrize("names, shown, goes_on", OLDER_PAGES)
+def test_a_page_of_older_messages_is_kept_and_shown_but_for_ignored_users(names, shown, goes_on):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice, asked = Elsewhere(store=store), []
+    room, history = alice.core.room, alice.core.talk.history
+    alice.core.ignored.add("e")
+    history.ask_page = lambda room, how: asked.append(how)
+    page = [
+        chat.ViewEvent(chat.MESSAGE, f"{n}", name, room.name, 1000 + n, id=f"m{n}")
+        for n, name in enumerate(names)
+    ]
+    history._page_older(room, page, 100)
+    assert [view.text for view in room.views] == list(shown)
+    assert all(view.past for view in room.views) and asked == ["older"] * goes_on
+    assert (room.whole, room.paged) == (not names, page[0] if goes_on else None)
+    views = alice.core.take_views()
+    assert [view.text for view in views if view.kind == chat.OLDER] == [str(len(shown))]
+    store.flush()
+    kept = store.page(alice.core.fold(room.name), 9)
+    assert [view.id for view in kept] == [f"m{n}" for n in shown]
 
 
 def test_what_was_missed_in_long_messages_is_reached_by_reading_back():
@@ -24784,8 +25425,7 @@ def test_private_messages_wait_for_a_connection_like_others():
 
 def test_answers_to_pings_and_lists_of_bans_are_told_in_words():
     there = Elsewhere()
-    there.now = 100.0
-    there.hears(":bob!u@h NOTICE alice :\x01PING 97.5\x01")
+    there.hears(f":bob!u@h NOTICE alice :\x01PING {there.now - 2.5}\x01")
     assert there.kinds("server text")[-1] == "bob answers PING: after 2.5 s"
     there.hears("367 alice #lobby *!*@spam op!u@h 1795691458")
     assert there.kinds("server text")[-1] == "banned: *!*@spam by op on 2026-11-26 11:10 UTC"
@@ -24916,7 +25556,7 @@ class Hanging(chat.Link):
 
     def __init__(self, asks, patience):
         self.log = []
-        loop = FakeLoop(0.0)
+        loop = FakeLoop(5000.0)
         loop.call_later = lambda seconds, callback: chat.Timer(seconds, callback)
         core, target = chat.ClientCore("alice", asks), chat.Target("127.0.0.1", 1)
         super().__init__(loop, target, core, chat.Trust(), known_servers())
@@ -25066,7 +25706,8 @@ def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it
     ours, waits, patience
 ):
     link, dropped, pings = Hanging(True, 60.0), [], []
-    link.conn = types.SimpleNamespace(heard=0.0, unsent=0, write=bool)
+    began = link.loop.now
+    link.conn = types.SimpleNamespace(heard=began, unsent=0, write=bool)
     link.conn.drop = lambda why: dropped.append(link.loop.now)
     link.phase, link.core.kind = chat.ONLINE, chat.IRC
     link.core.connected()
@@ -25074,7 +25715,7 @@ def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it
     link.core.server.ours = ours
     link.core.outbox.in_flight = {"one": None} if waits else {}
     link.core.talk.ping = lambda: pings.append(link.loop.now)
-    for answered in (0.0, 300.0):  # what is heard begins it again
+    for answered in (began, began + 300.0):  # what is heard begins it again
         link.conn.heard = link.watched = answered
         while not dropped:
             link.loop.now += 0.5
@@ -25083,7 +25724,7 @@ def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it
         asked, left = pings.pop(), dropped.pop() - answered
         assert patience / 2 < asked - answered <= patience / 2 + 0.5 and pings == []
         assert patience < left <= patience + 0.5
-        link.loop.now = 300.0
+        link.loop.now = began + 300.0
 
 
 @pytest.mark.parametrize("ours, patience", [(True, "SILENT_SECONDS"), (False, "OTHER_SECONDS")])
@@ -25120,7 +25761,7 @@ def talking_link(*lines, kind=chat.IRC, patience=60.0):
     """Return a link in memory on which these lines have come, and what is done with its connection:
     a list of bytes that are written, and of the reasons to drop it."""
     link, done = Hanging(True, patience), []
-    link.loop, link.phase, link.core.kind = FakeLoop(0.0), chat.DETECTING, kind
+    link.loop, link.phase, link.core.kind = FakeLoop(5000.0), chat.DETECTING, kind
     link.conn = types.SimpleNamespace(unsent=0, heard=0.0, state=chat.OPEN)
     link.conn.write = link.conn.drop = done.append
     link.core.connected()
@@ -25281,6 +25922,235 @@ def test_the_next_server_of_several_is_tried_soon(another, monkeypatch):
     assert link.backoff == (20.0 if another else min(40.0, chat.BACKOFF_MOST))
 
 
+COMMANDS_PASSED_ON = [  # what is typed in #lobby, and what is sent
+    ("/invite bob", "INVITE bob #lobby"),
+    ("/invite bob #tea", "INVITE bob #tea"),
+    ("/names", "NAMES #lobby"),
+    ("/names #tea", "NAMES #tea"),
+    ("/who", "WHO #lobby"),
+    ("/who b*", "WHO b*"),
+    ("/list", "LIST"),
+    ("/list #t*", "LIST #t*"),
+    ("/whois bob", "WHOIS bob"),
+    ("/whois there bob", "WHOIS there bob"),
+    ("/nick zoe", "NICK zoe"),
+    ("/oper boss secret", "OPER boss secret"),
+    ("/drop sesame", "PRIVMSG NickServ :DROP sesame"),
+    ('/drop "two words"', 'PRIVMSG NickServ :DROP "two words"'),
+    ("/disown #tea", "PRIVMSG NickServ :DISOWN #tea"),
+]
+
+
+def test_a_command_is_passed_on_with_its_words_or_the_current_channel():
+    for typed, sent in COMMANDS_PASSED_ON:
+        alice, said = Elsewhere(), []
+        alice.core.talk.command = lambda *words, said=said: said.append(list(words))
+        alice.types(typed)
+        head, colon, last = sent.partition(" :")
+        assert said == [head.split() + [last] * bool(colon)]
+
+
+@pytest.mark.parametrize("gone, left", [("#a", ["#b", "#c"]), ("#x", ["#a", "#b"])])
+def test_names_that_an_answer_is_awaited_for_follow_a_renaming(gone, left):
+    alice = Elsewhere()
+    talk = alice.core.talk
+    tables = [talk.answers.names, alice.core.people.asked, talk.stale_names]
+    for names in tables:
+        names.clear()
+        names.update({"#a", "#b"})
+    talk.readdress(lambda name: name == gone, "#c")
+    assert [sorted(names) for names in tables] == [left] * 3
+
+
+def raising(error):
+    """A function that fails with this error."""
+
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [None, sqlite3.OperationalError("database is locked")])
+def test_what_is_known_of_servers_is_read_again_for_each_connection(error):
+    link, done = Hanging(True, 60.0), []
+    read = raising(error) if error else chat.do_nothing
+    link.known.refresh = lambda: done.append("read") or read()
+    link.helpers.submit = lambda owner, job, then: done.append(then)
+    link.core.redial, link.again = True, chat.Timer(1.0, list)
+    link.start()
+    assert done == ["read", link._found] and (link.core.redial, link.again) == (False, None)
+    assert link.phase == chat.RESOLVING
+
+
+@pytest.mark.parametrize("why", ["too long", "this server takes no channels"])
+def test_a_text_that_could_not_be_sent_is_given_back_with_the_reason(why):
+    alice = Elsewhere()
+    alice.core.outgoing.send = raising(chat.Refused("CANNOT", why))
+    alice.types("hello")
+    assert alice.kinds("back") == ["hello"] and any(why in text for text in alice.kinds("note"))
+
+
+def test_a_store_that_is_locked_has_nothing():
+    for name in ["reactions", "rekey", "page", "find", "is_elsewhere", "has"]:
+        store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+        store.flush = raising(sqlite3.OperationalError("database is locked"))
+        assert getattr(store, name)() == [] and store.trouble == "database is locked"
+
+
+@pytest.mark.parametrize("interactive, how", [(True, "gap"), (False, "missed")])
+@pytest.mark.parametrize("name, asked", [("bob", True), ("#tea", True), ("bob", False)])
+def test_what_was_missed_in_a_private_conversation_is_asked_for(name, asked, interactive, how):
+    alice, pages = Elsewhere("CHANTYPES=#", interactive=interactive), []
+    history = alice.core.talk.history
+    history.ask_page = lambda room, how: pages.append((room.name, room.mark, how))
+    history.requests.extend([chat.HistoryRequest("", "targets")] if asked else [])
+    alice.core.talk.since = 5000
+    alice.hears(f"CHATHISTORY TARGETS {name} 2026-01-01T00:00:00.000Z")
+    mark = f"timestamp={chat.tag_time(5000)}"
+    assert pages == [(name, mark, how)] * (asked and name == "bob")
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "EXTERNAL", *sorted(chat.LOGINS)])
+def test_a_log_in_begins_with_nothing_proven(mechanism):
+    alice, sent = Elsewhere(login=chat.Login("alice", "sesame")), []
+    sasl = alice.core.talk.sasl
+    alice.core.talk.send = lambda *words: sent.append(words)
+    sasl.proven = sasl.taken_up = True
+    sasl.begin(mechanism)
+    assert (sasl.mechanism, sasl.proven, sasl.taken_up) == (mechanism, False, False)
+    assert sasl.running and sent == [("AUTHENTICATE", mechanism)]
+
+
+Home = collections.namedtuple("Home", "used")
+HANDSHAKES = [  # parts of its time that a turn takes for each of three clients; how many begin
+    ((0, 0, 0), 3),
+    ((1, 0, 0), 3),
+    ((1.1, 0, 0), 1),
+    ((0.5, 0.6, 0), 2),
+    ((0, 0, 9), 3),
+]
+
+
+@pytest.mark.parametrize("parts, count", HANDSHAKES)
+def test_a_turn_begins_as_many_handshakes_as_it_has_time_for(parts, count, monkeypatch):
+    loop, clock, begun, rest = FakeLoop(5000.0), [7.0], [], list(parts)
+
+    def guarded(begin, data):
+        clock[0] += rest.pop(0) * chat.ACT_SECONDS_LIGHT
+        begun.append((begin, data))
+
+    loop.guarded = guarded
+    waiting = collections.namedtuple("Waiting", "begin_tls, home")
+    homes = [types.SimpleNamespace(used=lambda now, use=use: use) for use in (2, 1, 3)]
+    peers = [waiting(n, Home(home.used)) for n, home in enumerate(homes)]
+    beat = types.SimpleNamespace(loop=loop)
+    beat.handshakes = {peer: f"data {n}" for n, peer in enumerate(peers)}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    chat.ActBeat._begin_handshakes(beat)
+    assert begun == [(1, "data 1"), (0, "data 0"), (2, "data 2")][:count]
+    assert len(beat.handshakes) == 3 - count and len(loop.soon) == (count < 3)
+
+
+@pytest.mark.parametrize("another", [True, False])
+@pytest.mark.parametrize("backoff", [1.0, 8.0, chat.BACKOFF_MOST])
+def test_not_all_clients_come_back_at_once(backoff, another, monkeypatch):
+    link, ranges = Hanging(True, 60.0), []
+    monkeypatch.setattr(random, "uniform", lambda *ends: ranges.append(ends) or sum(ends) / 2)
+    link.phase, link.backoff, link.stood = chat.CONNECTING, backoff, link.loop.now
+    link._next_choice = lambda: another
+    link._come_back("reset")
+    assert ranges == [(0.75, 1.25), *[(0, chat.NEXT_SERVER_SECONDS)] * another]
+    assert link.backoff == (backoff if another else min(2 * backoff, chat.BACKOFF_MOST))
+    assert (link.phase, link.core.quitting, link.timer) == (chat.WAITING, False, link.again)
+
+
+@pytest.mark.parametrize("reason, why", [("reset", ""), (f"{chat.TLS_TROUBLE}x", "doubt")])
+def test_a_link_that_dials_again_begins_from_its_start(reason, why, monkeypatch):
+    monkeypatch.setattr(chat, "why_not_trusted", lambda reason: "doubt")
+    link, phases = Hanging(True, 60.0), []
+    link.start = lambda: phases.append(link.phase)
+    link.phase, link.core.quitting = chat.SECURING, True
+    link._dial_again(reason)
+    assert phases == [chat.WAITING] and not link.core.quitting
+    assert (link.certificate.refused or "") == why
+
+
+@pytest.mark.parametrize("name", ["ServerConnection", "WebCall"])
+def test_a_connection_that_can_send_again_gets_more_to_send(name):
+    done = []
+    conn = types.SimpleNamespace(loop=FakeLoop(5000.0), state=chat.OPEN, heard=0.0)
+    conn.more = lambda: done.append("more")
+    conn.link = types.SimpleNamespace(make_room=lambda: done.append("more"))
+    getattr(chat, name).lagging(conn)
+    assert done == ["more"]
+
+
+@pytest.mark.parametrize("when, kept", [(5, False), (6, True)])
+def test_what_was_read_on_another_device_is_kept(when, kept):
+    alice, done = Elsewhere(), []
+    room, alice.core.rooms.keep = alice.core.room, done.append
+    room.read_time = 5
+    alice.core.believable = lambda when: when
+    alice.core.rooms.take_marker(room, when)
+    shown = [view.where for view in alice.core.take_views() if view.kind == chat.READ_ELSEWHERE]
+    assert (done, shown) == ([room] * kept, ["#lobby"] * kept)
+
+
+@pytest.mark.parametrize("seconds, ended", [(59.5, False), (60.0, True), (61.0, True)])
+@pytest.mark.parametrize("another", [True, False])
+def test_a_client_that_found_no_server_for_too_long_ends(another, seconds, ended):
+    link = Hanging(True, 60.0)
+    link.phase, link.stood = chat.CONNECTING, link.loop.now
+    link.loop.now += seconds
+    link._next_choice = lambda: another
+    link._come_back("reset")
+    ended = ended and not another
+    assert (link.phase == chat.ENDED) == ended and ("127.0.0.1:1: reset" in link.log) == ended
+
+
+@pytest.mark.parametrize("idle", [True, False])
+@pytest.mark.parametrize("leaving", [True, False])
+def test_a_client_that_leaves_says_goodbye_once_nothing_waits(leaving, idle):
+    link, done = Hanging(True, 60.0), []
+    link.phase, link.leaving = chat.ONLINE, leaving
+    link.core.outbox.waiting = {} if idle else {"1": chat.Waiting("1", "#a", "hi", chat.MESSAGE)}
+    link.make_room = lambda: done.append("room")
+    link._say_goodbye = lambda: done.append("goodbye")
+    link._stand()
+    assert done == ["room", *["goodbye"] * (leaving and idle)]
+
+
+WAYS_TO_LEAVE = [  # at once or not, whether the server is there; what is done
+    (True, True, ["goodbye"]),
+    (True, False, ["end"]),
+    (False, True, ["go on"]),
+    (False, False, ["go on"]),
+]
+
+
+@pytest.mark.parametrize("at_once, ready, way", WAYS_TO_LEAVE)
+def test_a_client_leaves_at_once_or_when_all_has_arrived(at_once, ready, way, monkeypatch):
+    link, done = Hanging(True, 60.0), []
+    monkeypatch.setattr(chat.ClientCore, "ready", ready)
+    link._end = lambda why: done.append(why or "end")
+    link._say_goodbye = lambda: done.append("goodbye")
+    link._carry_on = lambda views: done.append("go on" if views == [] else views)
+    link.leave(at_once, "bye")
+    assert done == way and (link.leaving, link.reason) == (True, "bye")
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+@pytest.mark.parametrize("given", ["", chat.PLAIN])
+def test_the_protocol_of_a_server_is_remembered_once_it_is_sure(given, confirmed):
+    link = Hanging(True, 60.0)
+    link.phase, link.target = chat.ONLINE, link.target._replace(kind=given)
+    link.core.kind, link.core.kind_confirmed = chat.IRC, confirmed
+    link._stand()
+    assert link.known.kind(link.target) == (chat.IRC if confirmed and not given else "")
+    assert link.stays
+
+
 def test_each_server_of_a_chat_is_tried_once_before_the_client_waits():
     link = Hanging(True, 60.0)
     link.choices = collections.deque(chat.parse_target("irc://one,irc://two,irc://three").others)
@@ -25296,10 +26166,11 @@ def test_each_server_of_a_chat_is_tried_once_before_the_client_waits():
 
 def test_an_address_is_tried_a_moment_after_the_one_before_also_if_that_has_failed(attempts):
     _, loop, _ = raced((4, "a"), (4, "b"), (4, "c"))
+    counts, began = [], loop.now
     loop.now += 0.1
     attempts[0].then(attempts[0], "refused")
-    counts = []
-    for loop.now in (0.1, chat.NEXT_ADDRESS_SECONDS, chat.NEXT_ADDRESS_SECONDS + 0.1):
+    for seconds in (0.1, chat.NEXT_ADDRESS_SECONDS, chat.NEXT_ADDRESS_SECONDS + 0.1):
+        loop.now = began + seconds
         loop.run_due()
         counts.append(len(attempts))
     assert counts == [2, 2, 3]
@@ -25371,7 +26242,7 @@ def test_lines_beyond_the_rate_of_the_server_wait_for_one_timer():
             link._carry_on([])
             link._carry_on([])
         paces = [timer.when for timer in link.loop.timers if timer.callback == link._send_more]
-        assert paces == [when]
+        assert paces == [link.loop.now + when]
 
 
 @pytest.mark.parametrize("connected", [True, False])
@@ -25383,7 +26254,7 @@ def test_an_outbox_that_another_program_has_locked_is_tried_again_soon(connected
         link._carry_on([])
         link._carry_on([])
         paces = [timer.when for timer in link.loop.timers if timer.callback == link._send_more]
-        assert paces == again
+        assert paces == [link.loop.now + seconds for seconds in again]
 
 
 @pytest.mark.parametrize("at_once, sent", [(True, True), (False, False)])
@@ -25611,7 +26482,7 @@ class Selector:
 
 def input_of(fd, refuses=False):
     """Return standard input on a loop in memory, and the pieces that it takes."""
-    loop, taken = FakeLoop(0.0), []
+    loop, taken = FakeLoop(5000.0), []
     loop.selector = Selector(refuses)
     return chat.Input(loop, fd, taken.append), loop, taken
 
@@ -26023,6 +26894,30 @@ def test_settings_are_listed_checked_and_kept():
     assert len(alice.kinds("note")) == 2 and alice.core.setting("bell") == "on"
 
 
+SETTINGS_TOLD = [  # its name, its value; how it is told
+    ("bell", "", "on"),
+    ("bell", "off", "off (usually on)"),
+    ("bell", "on", "on"),
+    ("font", "", "nothing"),
+    ("font", "Courier", "Courier (usually nothing)"),
+    ("notify", "9", "9 (usually off)"),
+    ("size", "12", "12 (usually nothing)"),
+    ("time", "%M", "%M (usually %H:%M)"),
+]
+
+
+def test_a_setting_is_told_with_its_usual_value_where_it_has_another():
+    for name, value, told in SETTINGS_TOLD:
+        alice = Elsewhere()
+        alice.types(*([f"/set {name} {value}"] if value else []))
+        alice.views.clear()
+        alice.types(f"/set {name}", "/set")
+        row = f"{name}:  {told}; {chat.SETTINGS[name].summary}"
+        first, *others = alice.kinds("server text")
+        assert first == row and row in others and len(others) == len(chat.SETTINGS)
+        assert [text.partition(":")[0] for text in others] == list(chat.SETTINGS)
+
+
 def test_standard_output_that_does_not_block_loses_nothing(running):
     """As a program before us may have left a pipe."""
     server = running()
@@ -26112,6 +27007,33 @@ def test_the_topic_that_was_asked_for_is_told_or_that_there_is_none():
     ]
 
 
+LONGER_REPLIES = [  # with a word that this client does not know; what is told
+    ("332 alice #lobby tea :more", "the topic of #lobby: tea"),
+    ("341 alice bob #lobby :more", "bob is invited to #lobby"),
+    ("341 alice #lobby bob :more", "bob is invited to #lobby"),
+    (":bob!u@h INVITE alice #tea :more", "bob invites you to #tea; /join #tea"),
+    (":bob!u@h INVITE carol #lobby :more", "bob invites carol to #lobby"),
+    ("367 alice #lobby x!*@* op 0 :more", "banned: x!*@* by op"),
+]
+
+
+def test_a_reply_with_more_words_than_this_client_knows_is_understood():
+    for line, told in LONGER_REPLIES:
+        alice = Elsewhere()
+        alice.hears(line)
+        assert alice.kinds("server text")[-1:] == [told]
+
+
+def test_a_member_of_a_list_with_more_words_than_this_client_knows_is_told():
+    alice = Elsewhere()
+    alice.types("/who #lobby")
+    alice.sent(3)
+    alice.hears("352 alice #lobby u h x bob G* 3 :more", "315 alice #lobby :End of WHO list")
+    alice.hears("@msgid=1 :bob!u@h PRIVMSG #lobby :hi", ":bob!u@h REDACT #lobby 1 why :more")
+    assert alice.kinds("page") == ["bob (u@h) in #lobby: , away, operator of the server"]
+    assert [view.text for view in alice.core.room.views] == ["bob took back a message"]
+
+
 @pytest.mark.parametrize("line", ["bob: hi", "bob (127.0.0.1:1) left the chat!"])
 def test_the_people_of_a_workshop_server_are_drawn_again_when_they_are_heard(line):
     core = chat.ClientCore("alice", kind=chat.PLAIN)
@@ -26121,6 +27043,17 @@ def test_the_people_of_a_workshop_server_are_drawn_again_when_they_are_heard(lin
     views = core.feed(f"{line}\n".encode())
     assert [view.where for view in views if view.kind == chat.PEOPLE] == [chat.LOBBY]
     assert ("bob" in core.room.people) == (line == "bob: hi")
+
+
+def test_the_last_speaker_of_a_workshop_is_completed_first():
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    for name in ("bob", "carol"):
+        core.feed(f"{name} (127.0.0.1:1) joined the chat!\n".encode())
+    for name in ("carol", "bob", "carol"):
+        core.feed(f"{name}: hi\n".encode())
+        words = chat.complete_line(core, "hi ", "")
+        assert [word for word in words if word in ("bob ", "carol ")][0] == f"{name} "
 
 
 def test_a_user_who_is_back_in_a_private_conversation_is_drawn_so():
@@ -26343,7 +27276,7 @@ def test_an_error_in_a_labelled_batch_is_about_the_message_with_that_label():
 )
 def test_a_channel_that_the_client_asked_for_is_not_one_it_was_made_to_join(asked, late, told):
     alice = Elsewhere()
-    alice.now = chat.LATE_JOIN_SECONDS + (1.0 if late else -1.0)
+    alice.now += chat.LATE_JOIN_SECONDS + (1.0 if late else -1.0)
     if asked:
         alice.core.talk.joins.join(alice.core.rooms.open("#tea"))
         alice.sent(1)
@@ -26443,6 +27376,57 @@ def test_uploads_that_wait_for_a_token_go_on_without_one_if_there_is_none():
     alice.core.transfers.wait_for_token = [got.append, got.append]
     alice.hears("FAIL TOKEN NO_PERMISSIONS FILEHOST :no")
     assert got == ["", ""] and alice.core.transfers.wait_for_token == []
+
+
+FRESH = chat.TOKEN_SECONDS / 2
+TOKENS_USED = [  # a token, the seconds since each use; whether it is still used after them
+    ("t", (0,), True),
+    ("t", (FRESH - 1,), True),
+    ("t", (FRESH,), False),
+    ("t", (FRESH + 1,), False),
+    ("t", (FRESH - 1, FRESH - 1), True),
+    ("t", (FRESH - 1, FRESH), False),
+    ("", (0,), False),
+]
+
+
+@pytest.mark.parametrize("token, ages, used", TOKENS_USED)
+def test_a_token_for_uploads_is_used_again_while_it_is_fresh(token, ages, used):
+    alice, got = Elsewhere("draft/AUTHTOKEN=x"), []
+    transfers = alice.core.transfers
+    transfers.take_token(token)
+    for seconds in ages:
+        alice.now += seconds
+        transfers.with_token(got.append)
+    asked = alice.sent().count("TOKEN GENERATE FILEHOST")
+    assert (asked, len(transfers.wait_for_token)) == (not used, not used)
+    assert got == [token] * (len(ages) - (not used))
+    transfers.take_token("new")
+    assert got[-1] == ("t" if used else "new") and transfers.wait_for_token == []
+
+
+@pytest.mark.parametrize("tokens", [(), ("FILEHOST=/up",)])
+def test_a_server_without_tokens_takes_files_without_one(tokens):
+    alice, got = Elsewhere(*tokens), []
+    alice.core.transfers.upload_token = "t"
+    alice.core.transfers.with_token(got.append)
+    assert got == [""] and alice.sent() == []
+
+
+PLACES_OF_FILES = [  # tokens of the server; the URL for uploads
+    (("soju.im/FILEHOST=/a",), "/a"),
+    (("draft/FILEHOST=/b",), "/b"),
+    (("draft/FILEHOST=/b", "soju.im/FILEHOST=/a"), "/a"),
+    (("soju.im/FILEHOST",), None),
+    ((), None),
+]
+
+
+@pytest.mark.parametrize("tokens, url", PLACES_OF_FILES)
+def test_files_are_sent_to_the_url_that_the_server_tells(tokens, url):
+    transfers = Elsewhere(*tokens).core.transfers
+    with contextlib.nullcontext() if url else pytest.raises(chat.Refused, match="takes no files"):
+        assert transfers.url == url
 
 
 def test_a_log_in_that_the_server_cannot_prove_ends_the_connection_without_a_word():
@@ -27123,7 +28107,7 @@ def test_an_offer_calls_the_user_and_one_beyond_the_budget_is_not_told():
 
 def test_a_channel_that_the_client_is_made_to_join_is_told():
     alice = Elsewhere()
-    alice.now = 100
+    alice.now += 100
     alice.types("/join #tea").hears(":alice!u@h JOIN #tea")
     assert alice.kinds("note") == []
     alice.hears(":alice!u@h JOIN #rules")
@@ -28791,6 +29775,47 @@ def test_a_refused_register_is_not_blamed_when_a_later_login_fails():
     assert alice.core.me.proposed is None and alice.core.me.login is None
 
 
+REGISTERED = [  # what the server offers, what is typed; address and password that are sent
+    ("draft/account-registration", "/register sesame", ("*", "sesame")),
+    ("draft/account-registration", "/register a@b.org sesame", ("a@b.org", "sesame")),
+    ("draft/account-registration=email-required", "/register a@b.org", ("a@b.org", "made")),
+    ("draft/account-registration=email-required", "/register", ("*", "made")),
+    ("draft/account-registration=email-required", "/register a@b.org s p", None),
+    (
+        "draft/account-registration=email-required",
+        "/register a@b.org sesame",
+        ("a@b.org", "sesame"),
+    ),
+]
+
+
+@pytest.mark.parametrize("offered, typed, sent", REGISTERED)
+def test_an_account_is_registered_with_the_address_and_password_that_were_typed(
+    offered, typed, sent
+):
+    alice, kept = Elsewhere(caps=offered), []
+    alice.core.me.keep = kept.append
+    alice.types(typed)
+    lines = [line.split()[1:] for line in alice.sent(9) if line.startswith("REGISTER")]
+    if sent is None:
+        assert lines == [] and alice.kinds("back") == [typed]
+        return
+    ((name, email, password),) = lines
+    assert (name, email) == ("*", sent[0]) and alice.core.me.generated == (sent[1] == "made")
+    assert password == (kept[0].password if sent[1] == "made" else sent[1])
+
+
+@pytest.mark.parametrize("account, generated, may", [("", 1, 1), ("a", 0, 1), ("a", 1, 0)])
+def test_a_password_that_was_made_for_an_account_is_not_replaced_by_another(
+    account, generated, may
+):
+    alice = Elsewhere(caps="draft/account-registration")
+    alice.core.me.account, alice.core.me.generated = account, bool(generated)
+    alice.types("/register sesame")
+    assert ("REGISTER * * sesame" in alice.sent(9)) == bool(may)
+    assert any("is registered" in text for text in alice.kinds("note")) != bool(may)
+
+
 @pytest.mark.parametrize("made", [True, False])
 def test_the_reason_for_a_refused_register_is_shown_and_a_password_made_for_it_forgotten(made):
     alice, kept = Elsewhere(caps="draft/account-registration"), []
@@ -29778,6 +30803,15 @@ def test_the_thread_of_the_log_waits_when_all_is_written():
         os.close(theirs)
 
 
+@pytest.mark.parametrize("text", ["hello", "\u00e4", "a\nb", "\udcff"])
+def test_every_text_can_be_written_to_the_log(text, monkeypatch):
+    monkeypatch.setattr(chat, "start_thread", chat.do_nothing)
+    writer = chat.LogWriter(2)
+    writer.emit(chat.logging.LogRecord("chat", chat.logging.INFO, "", 0, text, None, None))
+    assert list(writer.lines) == [f"{text}\n".encode(errors="backslashreplace")]
+    assert writer.more.is_set() and not writer.idle.is_set()
+
+
 def test_a_log_that_is_truncated_goes_on_at_its_beginning(tmp_path):
     fd = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     chat.append_only(fd)
@@ -29799,8 +30833,9 @@ def test_a_line_of_the_log_that_was_cut_short_by_a_full_disk_is_no_part_of_the_n
 
     monkeypatch.setattr(chat, "start_thread", chat.do_nothing)
     writer = chat.LogWriter(2)
-    monkeypatch.setattr(os, "write", write)
-    kept = [writer._write(line) for line in (b"one is cut\n", b"two\n", b"three\n", b"four\n")]
+    with monkeypatch.context() as patch:  # the runner of the tests writes too
+        patch.setattr(os, "write", write)
+        kept = [writer._write(line) for line in (b"one is cut\n", b"two\n", b"three\n", b"four\n")]
     assert kept == [False, False, False, True]
     assert b"".join(written) == b"one\nt\nfour\n"
 
@@ -31093,6 +32128,44 @@ def test_bans_from_the_server_are_listed_to_its_operators_only():
     assert "only operators of this server can do that" in told and "10.0.0.8" not in told
     ask(house, "dora", "/oper boss secret")
     assert "10.0.0.8" in str(ask(house, "dora", "/stats k"))
+
+
+@pytest.mark.parametrize("line", ["/history #a", "/history #a 5", "/names #a"])
+def test_a_channel_that_the_user_is_not_in_is_not_shown_in_the_line_protocol(line):
+    house = irc_house("#a", root="")
+    asked(house, "root", "MODE #a +s", "TOPIC #a :tea at five", "PRIVMSG #a :psst")
+    house.enter("dora")
+    told = str(ask(house, "dora", line))
+    assert "tea" not in told and "psst" not in told and "root" not in told
+    ask(house, "dora", "/join #a")
+    assert any(word in str(ask(house, "dora", line)) for word in ("psst", "root"))
+
+
+@pytest.mark.parametrize("count, taken", [(0, 0), (1, 1), (chat.HISTORY_LINES_MOST, 1), (501, 0)])
+def test_history_comes_in_as_many_messages_as_the_limit_says(count, taken):
+    house = house_of("alice")
+    house.say("alice", "hello")
+    told = str(ask(house, "alice", f"/history #lobby {count}"))
+    assert ("that was 1 message" in told, "history comes in" in told) == (taken, not taken)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("lane", [chat.PAGE_LANE, chat.DISK_LANE])
+def test_a_session_waits_until_a_job_for_it_is_done(lane, in_memory, folder):
+    house, updates, answers = House() if in_memory else stored(folder), [], []
+    house.enter("alice")
+    session, house.answer = house.guests["alice"], lambda *one: answers.append(one[2])
+    session.conn.update = lambda: updates.append(session.conn.held)
+    house.later(session, lane, lambda: 5, None)
+    assert updates == [True] and answers == []
+    soon = in_memory and lane == chat.PAGE_LANE
+    assert (len(house.loop.soon), [one[1] for one in house.jobs]) == (soon, [lane] * (not soon))
+    if soon:
+        house.loop.soon.popleft()()
+        assert answers == [5]
+    house.jobs.clear()
+    session.conn.held = False
+    house.store.close()
 
 
 # Machine faults
@@ -32648,7 +33721,7 @@ def test_an_address_that_used_much_of_its_budget_is_served_while_no_other_waits(
 
 def test_of_too_many_addresses_those_without_a_connection_go_the_fullest_budgets_first(monkeypatch):
     monkeypatch.setattr(chat, "ADDRESSES_KEPT", 3)
-    addresses = chat.Addresses(FakeLoop(0.0), (1.0, 1.0))
+    addresses = chat.Addresses(FakeLoop(5000.0), (1.0, 1.0))
     for name, spent in (("a", 1), ("b", 3), ("c", 2), ("d", 0)):
         addresses.enter(name).budget.tokens -= spent
         if name == "c":
@@ -32661,8 +33734,8 @@ def test_of_too_many_addresses_those_without_a_connection_go_the_fullest_budgets
 
 @pytest.mark.parametrize("flood", [None, (5.0, 2.0)])
 def test_an_address_has_the_budget_of_several_connections(flood):
-    address = chat.Addresses(FakeLoop(0.0), flood).enter("a")
-    assert address.used(0.0) == 0.0 and address.peers == 1
+    address = chat.Addresses(FakeLoop(5000.0), flood).enter("a")
+    assert address.used(5000.0) == 0.0 and address.peers == 1
     if flood is None:
         assert address.budget is None
     else:
@@ -32853,7 +33926,7 @@ def attempts(monkeypatch):
 
 def raced(*addresses):
     """Return the outcomes of a race, and its loop."""
-    found, loop = [], FakeLoop(0.0)
+    found, loop = [], FakeLoop(5000.0)
     race = chat.HappyEyeballs(loop, list(addresses), lambda *one: found.append(one))
     return race, loop, found
 
@@ -33347,7 +34420,7 @@ def test_what_the_server_does_at_intervals_it_does_again():
 
 def test_a_link_looks_after_its_connection_until_it_has_ended():
     link = Hanging(True, 60.0)
-    link.loop = FakeLoop(0.0)
+    link.loop = FakeLoop(5000.0)
     assert repeated(link._watch, link.loop)
     link._end("left")
     assert not repeated(link._watch, link.loop)
@@ -33358,7 +34431,7 @@ class Ticking(types.SimpleNamespace):
 
     def __init__(self, function, **names):
         self.called = []
-        super().__init__(loop=FakeLoop(0.0), **names)
+        super().__init__(loop=FakeLoop(5000.0), **names)
         self.run = types.MethodType(function, self)
         setattr(self, function.__name__, self.run)
         self.run()
@@ -33384,7 +34457,7 @@ TICKING = [
 ]
 
 
-@pytest.mark.parametrize("make, called", [*zip(TICKING, (["wake"], [], [0.0]), strict=True)])
+@pytest.mark.parametrize("make, called", [*zip(TICKING, (["wake"], [], [5000.0]), strict=True)])
 def test_what_clients_and_nodes_do_at_intervals_they_do_again(make, called):
     found = []
     ticking = make(found)
@@ -33490,7 +34563,7 @@ def test_another_connection_of_an_address_with_a_small_budget_begins_with_that()
 
 @pytest.mark.parametrize("most, kept", [(9, {"a", "b", "c"}), (2, {"b", "c"}), (1, {"c"})])
 def test_only_the_fullest_budgets_of_too_many_addresses_are_forgotten(monkeypatch, most, kept):
-    addresses = chat.Addresses(FakeLoop(0.0), (10.0, 1.0))
+    addresses = chat.Addresses(FakeLoop(5000.0), (10.0, 1.0))
     for key, tokens in (("a", 9.0), ("b", 5.0), ("c", -5.0)):
         address = addresses.enter(key)
         address.budget.tokens = tokens
@@ -33910,7 +34983,7 @@ IDLE_ON_THE_WEB = [  # the limit that is over, what is so; what is done
 
 @pytest.mark.parametrize("name, given, done", IDLE_ON_THE_WEB)
 def test_a_request_or_an_answer_that_does_not_go_on_is_ended(name, given, done):
-    limits, happened = chat.TimeLimits(FakeLoop(0.0)), []
+    limits, happened = chat.TimeLimits(FakeLoop(5000.0)), []
     limits.web_idle = types.SimpleNamespace(add=lambda peer: happened.append("waits"))
     session = types.SimpleNamespace(receive=lambda request: happened.append(request.status))
     peer = types.SimpleNamespace(
@@ -34032,7 +35105,7 @@ class NoNats:
         self.options = chat.NodeOptions(
             servers=(("one", 1), ("two", 2)), tls=tls, node="n1", user="u", password="p"
         )
-        self.cluster, self.loop, self.helpers = self, FakeLoop(0.0), self
+        self.cluster, self.loop, self.helpers = self, FakeLoop(5000.0), self
         self.hub, self.jobs = types.SimpleNamespace(sequence=5), []
 
     def submit(self, owner, job, then):
@@ -34206,6 +35279,21 @@ def test_a_job_that_failed_is_logged(result, logged, monkeypatch):
     monkeypatch.setattr(chat.log, "error", lambda text, *values: told.append(text % values))
     chat.log_failure(result)
     assert told == logged
+
+
+@pytest.mark.parametrize("error", [None, OSError("no room")])
+def test_content_that_could_not_be_removed_is_logged_and_waits_no_longer(error, monkeypatch):
+    house, told, during = House(), [], []
+    monkeypatch.setattr(chat.log, "error", lambda text, *values: told.append(text % values))
+
+    def submit(owner, job, then, lane):
+        during.append(house.hub.files.removals)
+        then(error)
+
+    house.helpers = types.SimpleNamespace(submit=submit)
+    house._remove_later(chat.do_nothing)
+    assert (during, house.hub.files.removals) == ([1], 0)
+    assert told == ["a job failed: no room"] * bool(error)
 
 
 @pytest.mark.parametrize(
@@ -34450,7 +35538,7 @@ def test_invisible_users_are_counted_apart(invisible):
 
 
 def test_full_budgets_are_forgotten_although_there_are_few(monkeypatch):
-    loop = FakeLoop(0.0)
+    loop = FakeLoop(5000.0)
     monkeypatch.setattr(time, "monotonic", lambda: loop.now)
     addresses = chat.Addresses(loop, (10.0, 1.0))
     for host, used, there in (("a", 0, False), ("b", 5, False), ("c", 0, True)):
@@ -34508,7 +35596,7 @@ def test_the_files_of_a_server_are_cleaned_at_its_start_and_those_of_a_node_late
 
 @pytest.mark.parametrize("more, kept", [(0, [0, 1]), (1, [1])])
 def test_the_time_by_a_clock_counts_until_it_is_too_long_ago(more, kept):
-    loop = FakeLoop(0.0)
+    loop = FakeLoop(5000.0)
     steps = int(chat.SURE_SECONDS / chat.SURE_STEP_SECONDS)
     store = types.SimpleNamespace(offsets={0: 100.0, 1: 200.0}, node=False)
     records = []
@@ -34904,7 +35992,7 @@ def test_an_operator_who_steps_down_is_counted_no_longer():
 
 
 def test_an_address_that_has_used_its_budget_is_forgotten_when_that_is_full_again(monkeypatch):
-    loop = FakeLoop(0.0)
+    loop = FakeLoop(5000.0)
     monkeypatch.setattr(time, "monotonic", lambda: loop.now)
     addresses = chat.Addresses(loop, (10.0, 1.0))
     for tokens in (0.0, 5.0, 1e3):
@@ -35223,7 +36311,7 @@ def test_the_trouble_of_checkpoints_is_logged_once_until_one_works(folder, caplo
 
 def test_waits_of_one_length_end_one_after_the_other_however_often_they_begin(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: loop.now)
-    loop, due = FakeLoop(0.0), []
+    loop, due = FakeLoop(5000.0), []
     delay = chat.Delay(loop, 10.0, due.append)
     for item in ("a", "b", "c"):
         delay.add(item)
@@ -35260,7 +36348,7 @@ def test_a_connection_that_was_made_in_time_is_not_given_up_later():
 
 def test_a_line_that_waits_for_its_turn_is_sent_when_that_comes():
     link, sent = Hanging(True, 60.0), []
-    link.loop, link.phase = FakeLoop(0.0), chat.ONLINE
+    link.loop, link.phase = FakeLoop(5000.0), chat.ONLINE
     link.conn = types.SimpleNamespace(unsent=0, write=sent.append, drop=list)
     link.core.connected()
     link.received(b":x 001 alice :Welcome\r\n:x 422 alice :No MOTD\r\n:alice!u@h JOIN #lobby\r\n")
@@ -35951,6 +37039,122 @@ def test_where_the_reader_is_stands_in_the_status_row():
     )
     desk.tell(chat.ViewEvent(chat.PAGE, "\n".join(map(str, range(40))), "a page"))
     assert desk.display._at() == "a page: Page Down goes on, Escape leads back"
+
+
+@pytest.mark.parametrize(
+    "columns, rows, back",
+    [(40, 10, True), (50, 10, True), (50, 10, False), (40, 12, True), (30, 8, False)],
+)
+def test_a_screen_of_another_size_is_drawn_again(columns, rows, back):
+    desk, asked = Desk(columns=40, rows=10), []
+    desk.hear(*[f"line {n}" for n in range(30)])
+    desk.paint()
+    reader = desk.display.reader
+    if back:
+        reader.up(3)
+    reader.up = asked.append
+    desk.display.whole = False
+    desk.display.resize(columns, rows)
+    other = (columns, rows) != (40, 10)
+    assert (desk.display.whole, asked) == (other, [0] * (other and back))
+    assert (reader.look.columns, reader.height) == (columns, rows - 2)
+    assert (desk.display.painter.columns, desk.display.painter.rows) == (columns, rows)
+
+
+ROWS_TYPED = [  # columns, prompt, text before and after the cursor; what is seen, the column
+    (20, "> ", "hello", " you", "> hello you", 7),
+    (10, "> ", "hello you", "", "> llo you", 9),
+    (10, "> ", "hello", " you", "> hello y", 7),
+    (10, "a long prompt", "hello", "", "a lonello", 9),
+    (5, "> ", "hello", "", "> ello", 6),
+    (20, "", "", "", "", 0),
+]
+
+
+def test_the_typed_line_shows_what_is_around_the_cursor():
+    for columns, prompt, before, after, seen, column in ROWS_TYPED:
+        row = chat.Painter(columns).row(prompt, before, after)
+        assert row == f"\r\x1b[K{seen}\r" + f"\x1b[{column}C" * bool(column), before
+
+
+MARKS_OF_ROOMS = [  # rooms elsewhere with news; the marks
+    ([], ["#tea:2"]),
+    ([("there", "#rust")], ["#tea:2", "#rust:2"]),
+    ([("there", "#tea")], ["#tea:2", "there/#tea:2"]),
+]
+
+
+@pytest.mark.parametrize("besides, marks", MARKS_OF_ROOMS)
+def test_a_conversation_elsewhere_is_named_with_its_server_if_there_are_two(besides, marks):
+    def room_with_news(name):
+        room = chat.Room(name)
+        room.unread = 2
+        return room
+
+    here = [room_with_news("#lobby"), room_with_news("#tea")]
+    others = [(server, room_with_news(name)) for server, name in besides]
+    found = chat.room_marks(here, here[0], others)
+    assert found == [(mark, (36,)) for mark in marks]
+
+
+def test_a_screenful_is_written_again_once_the_budget_of_lines_is_full():
+    desk = Desk(rows=10)
+    reader = desk.display.reader
+    reader.budget.tokens, counts = 0.0, []
+    for seconds in (0, 1000):
+        desk.hear(*[f"line {n}" for n in range(20)])
+        counts.append(len(reader.news(desk.now + seconds)))
+    assert counts[0] < 20 == counts[1]
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_the_end_of_a_conversation_is_looked_at_with_no_more_rows_than_are_kept(back, at_keys):
+    reader, trimmed = at_keys.display.reader, []
+    reader.back = reader.room.views.reading = back
+    reader.room.views.trim = lambda: trimmed.append(reader.room.views.reading)
+    at_keys.present()
+    assert (reader.back, reader.room.views.reading, trimmed) == (False, False, [False])
+
+
+KEYS_TO_LEAVE = [  # the typed text, seconds since Ctrl-C asked and since it emptied a line; what is
+    ("hello", 999, 999, "emptied"),
+    ("", chat.LEAVE_SECONDS - 0.5, 999, "left"),
+    ("", chat.LEAVE_SECONDS, 999, "asked"),
+    ("", 999, chat.CLEAR_SECONDS, "nothing"),
+    ("", 999, chat.CLEAR_SECONDS + 0.5, "asked"),
+]
+
+
+@pytest.mark.parametrize("text, asked, cleared, what", KEYS_TO_LEAVE)
+def test_ctrl_c_empties_the_line_then_asks_and_then_leaves(text, asked, cleared, what, at_keys):
+    done, now = [], at_keys.loop.now
+    at_keys.editor.before = text
+    at_keys.asked, at_keys.cleared, at_keys.pressed = now - asked, now - cleared, False
+    at_keys.leave, at_keys.note = lambda: done.append("left"), lambda text: done.append("asked")
+    at_keys.interrupt()
+    done += ["emptied"] * (text != "" and at_keys.editor.text == "")
+    assert done == [what] * (what != "nothing") and at_keys.pressed == (what != "left")
+    assert (at_keys.asked == now, at_keys.cleared == now) == (what == "asked", what == "emptied")
+
+
+def test_what_each_server_is_told_is_stored_at_the_end(at_keys):
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    closed = []
+    for seat in at_keys.seats:
+        seat.core.close_store = lambda seat=seat: closed.append(seat)
+    at_keys.ending()
+    assert closed == at_keys.seats == [at_keys.seats[0], other]
+    for seat in at_keys.seats:
+        del seat.core.close_store
+
+
+@pytest.mark.parametrize("typed, draft", [("half a text", "half a text"), ("/oper a b", "")])
+def test_a_text_that_was_begun_is_kept_at_the_end_unless_it_is_secret(typed, draft, at_keys):
+    room = at_keys.core.room
+    at_keys.take(typed.encode())
+    at_keys.writing_in, at_keys.ended_room = room, False
+    at_keys.ending()
+    assert room.draft == draft
 
 
 def test_page_down_does_nothing_to_a_conversation_that_scrolls_by_itself():
@@ -36950,7 +38154,7 @@ class Typist(chat.TerminalClient):
 
     def __init__(self):
         self.desk = Desk()
-        self.core, self.display, self.loop = self.desk.core, self.desk.display, FakeLoop(0.0)
+        self.core, self.display, self.loop = self.desk.core, self.desk.display, FakeLoop(5000.0)
         self.link = types.SimpleNamespace(typing=chat.do_nothing, ask_older=lambda room: False)
         self.decoder, self.editor = chat.KeyDecoder(), chat.LineEditor(self.complete)
         self.cleared = self.asked = -math.inf
@@ -37072,7 +38276,7 @@ def test_a_pipe_ends_with_the_number_of_messages_that_did_not_arrive(
     end = object.__new__(chat.Filter)
     outbox = types.SimpleNamespace(waiting=dict.fromkeys(range(waiting)))
     end.core = types.SimpleNamespace(outbox=outbox, failures=failures, refusals=0, odd_line="")
-    end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(0.0)
+    end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(5000.0)
     end.options = types.SimpleNamespace(state=None, login=None, join=())
     end.over(reason)
     assert re.findall("[0-9]+", end.reason) == told and end.reason.startswith(reason)
@@ -37786,6 +38990,35 @@ def test_an_answer_without_a_length_ends_with_the_connection(loop, length, whole
     far.close()
 
 
+PIECES_READ = [  # a piece of the file, bytes that wait for the network; what is told to be sent
+    (b"abc", 0, [13]),
+    (b"abc", 5, [8]),
+    (b"", 0, []),
+]
+
+
+@pytest.mark.parametrize("piece, unsent, told", PIECES_READ)
+def test_a_call_that_sends_a_file_goes_on_after_each_piece(loop, piece, unsent, told, monkeypatch):
+    near, far = socket.socketpair()
+    url, sent, asked = chat.Url(chat.parse_target("here:80"), "/files/x"), [], []
+    request = chat.CallRequest("PATCH", url, {}, chat.do_nothing, source=bytes, at=10)
+    helpers = types.SimpleNamespace(loop=loop, submit=lambda *job: asked.append(job[1].args))
+    loop.now = 50.0
+    call = chat.WebCall(helpers, near, None, request._replace(sent=sent.append), chat.Trust())
+    assert (call.heard, asked, call.reading) == (50.0, [(10,)], True)
+    monkeypatch.setattr(chat.WebCall, "unsent", unsent)
+    monkeypatch.setattr(chat.WebCall, "write", lambda call, data: asked.append(data))
+    loop.now = 60.0
+    call._read(piece)
+    at = 10 + len(piece)
+    assert (call.heard, call.at, sent) == (60.0, at, told)
+    assert asked[1:] == ([piece, (at,)] if piece else []) and call.reading == bool(piece)
+    assert (call.request.source is None) == (not piece)
+    monkeypatch.undo()
+    call.drop("")
+    far.close()
+
+
 SIZES = [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (1536, "1.5 KB"), (2_000_000, "1.9 MB")]
 
 
@@ -38029,6 +39262,30 @@ def test_a_file_is_called_as_it_is_saved(path, there, where, tmp_path):
     assert (one.path, one.name) == (str(tmp_path / where), pathlib.Path(where).name)
     assert (tmp_path / where).read_bytes() == WHOLE[2]
     assert any(one.name in line for line in said)
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_what_has_come_of_a_file_is_removed_with_its_transfer(up, tmp_path):
+    for runs, there in itertools.product((True, False), repeat=2):
+        files, reasons = InMemory(tmp_path), []
+        one = chat.Transfer("1", up, chat.LOBBY, str(tmp_path / "a.txt"), name="a.txt")
+        part = tmp_path / "a.txt.part"
+        part.unlink(missing_ok=True)
+        if there:
+            part.write_bytes(b"half")
+        if runs:
+            files.calls["1"] = types.SimpleNamespace(drop=reasons.append)
+        files.end(one)
+        assert reasons == ["dropped"] * runs and "1" not in files.calls
+        assert part.exists() == (there and up)
+
+
+@pytest.mark.parametrize("at, failures", [(0, 3), (4, 3), (5, 3), (6, 0)])
+def test_a_transfer_that_makes_progress_waits_less_long_after_a_failure(at, failures, tmp_path):
+    files, one = InMemory(tmp_path), chat.Transfer("1", True, chat.LOBBY, "a.txt")
+    one.reached, one.done, one.failures = 5, 9, 3
+    files._go_on_from(one, at)
+    assert (one.reached, one.done, one.failures) == (at, at, failures)
 
 
 def test_a_file_that_is_saved_replaces_none_that_came_meanwhile(tmp_path):
@@ -39065,6 +40322,32 @@ def test_a_server_that_is_lost_is_told_on_the_screen_that_is_looked_at(at_keys):
     assert notes_of(at_keys)[-1] == told
 
 
+SERVERS_LEFT = [  # messages that wait, the reason; what is told; whether it is looked at
+    (0, "", "there:6667: left", True),
+    (0, "reset", "there:6667: reset", False),
+    (2, "reset", "there:6667: reset; 2 messages not sent", True),
+    (1, "", "there:6667: 1 message not sent", False),
+]
+
+
+@pytest.mark.parametrize("waiting, reason, told, looked_at", SERVERS_LEFT)
+def test_a_server_that_is_left_is_taken_off_the_screen(
+    waiting, reason, told, looked_at, at_keys, monkeypatch
+):
+    done, first = [], at_keys.seat
+    monkeypatch.setattr(chat.Link, "start", lambda link: done.append("started"))
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    assert done == ["started"] and other.link.stays and other.core.settings is first.core.settings
+    at_keys.look_at(other if looked_at else first)
+    other.core.outbox.waiting = dict.fromkeys(map(str, range(waiting)))
+    other.core.close_store = lambda: done.append("stored")
+    at_keys.keep_servers = lambda: done.append("kept")
+    at_keys.seats_changed = lambda: done.append([seat is first for seat in at_keys.seats])
+    other.link.over(reason)
+    assert [one for one in done if one != [True, False]] == ["started", "stored", "kept", [True]]
+    assert at_keys.seat is first and notes_of(at_keys)[-1] == told
+
+
 ADVICE = [  # why a connection failed, whether /pass is named
     ("Access denied: Bad password?", True),
     ("Password incorrect; /pass PASSWORD gives it", False),
@@ -39368,6 +40651,17 @@ def test_the_end_of_a_pipe_ends_its_last_line_and_the_client(piping):
     client.take(b"")
     assert [one.text for one in client.core.outbox.waiting.values()] == ["one", "half"]
     assert client.input_over and client.link.leaving and client.input.paused
+
+
+@pytest.mark.parametrize("trouble", ["", "it cannot be read"])
+@pytest.mark.parametrize("before", ["", "no room"])
+def test_a_pipe_that_could_not_be_read_to_its_end_is_a_failure(piping, trouble, before):
+    client = piping()
+    client.failure, client.input.trouble = before, trouble
+    client.take(b"one\n")
+    assert client.failure == before
+    client.take(b"")
+    assert client.failure == (trouble or before) and client.input_over
 
 
 ENDS_OF_A_PIPE = [  # messages and commands that failed, the reason to end; the reasons told
