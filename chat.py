@@ -6658,8 +6658,8 @@ class NatsDialogue:
         self.wants_tls = False  # the owner starts TLS, and then calls connect()
         self.ready = False
         self.inbox = f"_INBOX.{secrets.token_hex(11)}"
-        self.login = {"user": user, "pass": password} if password else {"auth_token": user}
-        self.login = self.login if user else {}
+        login = {"user": user, "pass": password} if password else {"auth_token": user}
+        self.login = login if user else {}
         self.name = name
         self.buffer = b""
         self.requests: dict[str, Callable[[NatsMessage], None]] = {}  # by the subject of a reply
@@ -18830,8 +18830,10 @@ CLIENT_WORDS = (
 CLIENT_TABLE_NAMES = set(re.findall(r"TABLE IF NOT EXISTS (\w+)", CLIENT_TABLES))
 BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client is writing
 LAST_NUMBER = 2**62  # above the number of every row
-ROOM_COLUMNS = ("name", "password", "channel", "wanted", "draft", "muted", "read_time")
-ROOM_COLUMNS += ("quiet_until", "place")
+ROOM_COLUMNS = (
+    *("name", "password", "channel", "wanted", "draft", "muted"),
+    *("read_time", "quiet_until", "place"),
+)
 ROOM_TYPES = (str, str, str, int, int, str, int, int, int, int)  # of the key, and of these
 ROOM_AT_FIRST = {"draft": "", "muted": False, "read_time": 0, "quiet_until": 0}  # no change
 MESSAGE_COLUMNS = "kind, text, name, place, time, mine, called, id, own_id, reply, file"
@@ -24014,8 +24016,7 @@ class LineEditor:
 
     def _enter(self) -> str:
         text = self.text.rstrip("\n")  # a pasted line brings its newline along
-        if self.recalled and fold_text(self.draft) not in fold_text(text):  # nor what was sought
-            self.remember(self.draft)
+        self.keep_draft()
         self.remember(text)
         self.take()
         return text
@@ -24031,19 +24032,24 @@ class LineEditor:
 
     def forget(self) -> None:
         """Empty the line; Up brings the text back."""
-        if self.recalled:
-            self.remember(self.draft)
+        self.keep_draft()
         self.remember(self.text)
         self.recalled, self.sought, self.draft = 0, None, ""
         self.set("")
 
     def remember(self, text: str) -> bool:
         """Keep a text for Up; return False if it is empty, has a password, or was kept last."""
-        new = bool(text.strip()) and not is_secret(text) and [text] != [*self.typed][-1:]
-        if new:
-            self.typed.append(text)
-            self.recalled = min(self.recalled + (self.recalled > 0), len(self.typed))
-        return new
+        if not text.strip() or is_secret(text) or text == next(reversed(self.typed), ""):
+            return False
+        self.typed.append(text)
+        if self.recalled:
+            self.recalled = min(self.recalled + 1, len(self.typed))
+        return True
+
+    def keep_draft(self) -> None:
+        """Keep the text over which a line was recalled, unless that contains it: it was sought."""
+        if self.recalled and fold_text(self.draft) not in fold_text(self.text):
+            self.remember(self.draft)
 
     def _keep_changed(self) -> None:
         """Keep a recalled line that was changed, as a line of its own."""
@@ -24080,13 +24086,13 @@ class LineEditor:
     # Earlier lines
 
     def _recall(self, step: int) -> None:
-        before, back = self.recalled, self.recalled + step
+        back = self.recalled + step
         if not 0 <= back <= len(self.typed):
             return
-        if before == 0:
+        if self.recalled == 0:
             self.draft = self.text
         self._keep_changed()
-        self.recalled = min(back + self.recalled - before, len(self.typed)) if back else 0
+        self.recalled = min(self.recalled + step, len(self.typed)) if back else 0
         self.set(self.typed[-self.recalled] if back else self.draft)
 
     def _search(self) -> None:

@@ -3240,8 +3240,7 @@ class Compose(Field):
     def open(self, text: str) -> None:
         """Go on with the draft of another conversation. The text over which a line was recalled is
         not lost: Up brings it."""
-        if self.editor.recalled:
-            self.editor.remember(self.editor.draft)
+        self.editor.keep_draft()
         self.editor.take()
         self.set(text)
 
