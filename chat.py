@@ -12850,6 +12850,7 @@ class Transfer:
         self.name, self.size, self.type, self.etag = "", 0, "", ""
         self.changed = 0  # when the file of an upload was, last; as stat() tells it
         self.url = ""  # on the server; "" while unknown
+        self.unanswered = False  # whether the last request of an upload got no answer
         for name, value in properties.items():
             setattr(self, name, value)
         self.done = 0  # bytes that have arrived
@@ -23507,28 +23508,33 @@ class Transfers:
         """Send a request of an upload, which waits or fails after a status that is not accepted."""
 
         def answered(response: Response | None, text: str) -> None:
-            if is_temporary(response):
+            one.unanswered = is_temporary(response)
+            if one.unanswered:
                 self.broke(one, text)
             elif response.status in accepted:
                 request.done(response, text)
             else:
                 self.refused(one, response, text)
 
+        one.unanswered = True
         self._call(one.id, request._replace(done=answered))
 
-    def _create(self, one: Transfer, token: str) -> None:
-        words = {"filename": one.name, "id": one.id}  # so that it can be asked for again
+    def _post(self, one: Transfer, token: str, done: Callable[[Any, str], None]) -> CallRequest:
+        """Return the request that makes a file for an upload. With its id, it can be asked again:
+        our server makes no second file, and answers with the link of the first."""
+        words = {"filename": one.name, "id": one.id}
         told = (f"{key} {base64.b64encode(word.encode()).decode()}" for key, word in words.items())
         known = {"Upload_Length": one.size, "Upload_Metadata": ",".join(told)}
         headers = self._headers(token, Content_Length=0, **known)
-        url = parse_url(self.core.transfers.url, self.base)
+        return CallRequest("POST", parse_url(self.core.transfers.url, self.base), headers, done)
 
+    def _create(self, one: Transfer, token: str) -> None:
         def created(response: Response, text: str) -> None:
             one.url = response.header("location")
             self.core.transfers.keep(one)
             self._send_from(one, token, whole_bytes(response.header("upload-offset")))
 
-        self._ask(one, CallRequest("POST", url, headers, created), 201)
+        self._ask(one, self._post(one, token, created), 201)
 
     def _look(self, one: Transfer, token: str) -> None:
         """Ask the server how many bytes of an upload it has."""
@@ -23580,12 +23586,13 @@ class Transfers:
     def _take_back(self, one: Transfer) -> None:
         """Have the server remove what it has of an upload that is not completed: it counts against
         the user's room. An upload that is forgotten meanwhile is removed when its time is over."""
-        if one.up and one.url:
+        if one.up and (one.url or one.unanswered and self.core.server.ours):
             one.again = self.loop.now
             self.dropped.append(one)
         self.wake()
 
     def _remove(self, one: Transfer, token: str) -> None:
+        """Remove an upload; first ask for its link if the answer that told it did not arrive."""
         id = f"removed {one.id}"
 
         def done(response: Response | None, text: str) -> None:
@@ -23593,10 +23600,16 @@ class Transfers:
             if is_temporary(response):
                 self._back_off(one)
                 self.dropped.append(one)
+            elif response.status == 201:
+                one.url = response.header("location")
+                self._remove(one, token)
 
         headers = self._headers(token, Content_Length=0)
-        with contextlib.suppress(Unusable):  # the server gave no address
-            request = CallRequest("DELETE", self._own_url(one), headers, done)
+        with contextlib.suppress(ChatError):  # the server takes no files now, or gave no address
+            if one.url:
+                request = CallRequest("DELETE", self._own_url(one), headers, done)
+            else:
+                request = self._post(one, token, done)
             self.calls[id] = None
             self._call(id, request)
 

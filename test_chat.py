@@ -39380,6 +39380,32 @@ def test_an_upload_that_is_dropped_is_removed_as_soon_as_the_server_can_be_asked
     assert files.asked[2:] == ["DELETE", "DELETE"] and not files.dropped and not files.calls
 
 
+DROPPED_WHILE_ASKED = [  # whether the server is ours; answers; requests
+    (True, [], ["POST", "POST", "DELETE"]),
+    (True, [(503, {}, b"")], ["POST", "POST", "DELETE"]),
+    (True, [(403, {}, b"no")], ["POST"]),
+    (False, [], ["POST"]),
+]
+
+
+@pytest.mark.parametrize("ours, answers, asked", DROPPED_WHILE_ASKED)
+def test_an_upload_that_is_dropped_before_its_link_is_known_is_removed_too(
+    ours, answers, asked, tmp_path
+):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    files = InMemory(tmp_path, *answers)
+    files.core.server.ours = ours
+    files.start(chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a.txt")))
+    for one in files.core.transfers:
+        files.answers = [(503, {}, b""), CREATED, (204, {}, b"")]
+        files.core.transfers.drop(one)
+    for _ in range(3):
+        files.loop.now += chat.BACKOFF_MOST
+        files.wake()
+    again = ["POST"] * (len(asked) > 1)
+    assert files.asked == asked[:1] + again + asked[1:] and not files.dropped and not files.calls
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_connection_is_not_read_while_a_piece_of_a_file_is_written(fails, tmp_path):
     files, jobs, states, dropped = InMemory(tmp_path), [], [], []
