@@ -31052,9 +31052,11 @@ def running():
     yield start
     for guest in set(Visitor.open) - before:
         guest.close()
-    for server in started:
-        if server.thread.is_alive():  # not stopped by the test
-            server.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "STOP_SECONDS", 0.05)  # all readers are gone
+        for server in started:
+            if server.thread.is_alive():  # not stopped by the test
+                server.stop()
 
 
 @pytest.mark.parametrize("url, host", [("https://chat.example", "chat.example"), ("", None)])
@@ -44425,6 +44427,7 @@ def test_the_code_of_the_servers_address_is_drawn_on_a_card(running, window):
 def test_a_file_on_its_way_can_be_stopped_by_a_key_and_goes_on_after_the_engine_ended(
     running, window, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(chat, "WATCH_SECONDS", 0.05)
     server = keeps_files(running, tmp_path)
     state = {"state": tmp_path / "client", "config": tmp_path / "client"}
     alice = at_home(window(server.address, **state))
@@ -45628,7 +45631,7 @@ def test_messages_of_a_server_that_lost_its_data_come_after_those_of_before(runn
     assert tab.rows() in (lines, lines[5:])
 
 
-@pytest.mark.parametrize("after", [0, 20])
+@pytest.mark.parametrize("after", some([20, 0]))
 def test_a_long_paste_is_accepted_whole_or_not_at_all(running, browse, after):
     server = with_page(running)
     ben = server.guest()
