@@ -13085,6 +13085,7 @@ class Transcript(collections.deque):
     total = 0
     reading = False
     dropped = False  # older views were dropped: there is more before the first one
+    renumber: Callable[[int], None] = staticmethod(do_nothing)  # a reader's, see remove_all()
 
     def append(self, view: ViewEvent) -> None:
         self.total += 1
@@ -13096,6 +13097,18 @@ class Transcript(collections.deque):
         while len(self) > VIEWS_KEPT:
             self.popleft()
             self.dropped = True
+
+    def remove_all(self, unwanted: Callable[[ViewEvent], bool]) -> bool:
+        """Remove the unwanted views; return whether there were any. All views before a removed one
+        get the next number: the last view's is always the total."""
+        numbered = list(enumerate(self, self.total - len(self) + 1))
+        gone = dict.fromkeys(number for number, view in numbered if unwanted(view))
+        if gone:
+            self.clear()
+            self.extend(view for number, view in numbered if number not in gone)
+        for number in gone:
+            self.renumber(number)
+        return bool(gone)
 
 
 MOVED_WORDS = {  # by a user's first and last move in a row: True for a JOIN
@@ -13300,15 +13313,6 @@ class Room:
                 told = {"id": echo.id, "file": echo.file, "name": echo.name}
                 self.views[n] = self.views[n]._replace(**told)
                 return
-
-    def drop(self, unwanted: Callable[[ViewEvent], bool]) -> bool:
-        """Remove the unwanted views; return whether there were any."""
-        kept = [view for view in self.views if not unwanted(view)]
-        dropped = len(kept) < len(self.views)
-        if dropped:
-            self.views.clear()
-            self.views.extend(kept)
-        return dropped
 
     def forget_news(self, id: str) -> None:
         """No longer count a message as unread that was redacted."""
@@ -16567,7 +16571,7 @@ class Rooms(dict[str, Room]):
                 new.put([view for view in room.views if fold(view.where) == other])
                 new.read_time = new.read_time or room.read_time
                 new.quiet_until = new.quiet_until or room.quiet_until
-                room.drop(lambda view, other=other: fold(view.where) == other)
+                room.views.remove_all(lambda view, other=other: fold(view.where) == other)
                 for one in (new, room) if room.unread else ():
                     one.count_unread()
                 self.core.show(ViewEvent(RESET, where=room.name))
@@ -17247,7 +17251,7 @@ class Incoming:
         for room in core.rooms.values():
             if room.unread:
                 room.forget_news(id)
-            if room.drop(lambda view: view.id == id):
+            if room.views.remove_all(lambda view: view.id == id):
                 core.show(ViewEvent(REMOVED, where=room.name, id=id))
                 core.changed(room)
 
@@ -17402,7 +17406,7 @@ class Outgoing:
     def _unshow(self, message: Waiting) -> None:
         self.shown.discard(message.id)
         if room := self.core.find(message.where):
-            room.drop(lambda view: view.own_id == message.id)
+            room.views.remove_all(lambda view: view.own_id == message.id)
             self.core.show(ViewEvent(REMOVED, where=message.where, own_id=message.id))
 
     # Outcomes
@@ -24561,6 +24565,15 @@ class ScrollbackView:
         self.owed = 0  # ... but the user wanted to go up by so many rows
         self.mark: int | None = None  # the number of the first view that is new to the user
         self.budget = Budget(LINES_AT_ONCE, LINES_A_SECOND, 0.0)
+        room.views.renumber = self.renumber
+
+    def renumber(self, removed: int) -> None:
+        """Keep to the same views after the one with this number was removed."""
+        self.cut *= removed != self.end
+        self.end += removed > self.end
+        self.shown += removed > self.shown
+        self.cleared += removed > self.cleared
+        self.mark = self.mark and self.mark + (removed >= self.mark)
 
     @property
     def total(self) -> int:
@@ -24805,7 +24818,7 @@ class Display:
     def _take_removed(self, view: ViewEvent) -> None:
         room = self.core.find(view.where)
         if room and view.id:
-            room.drop(lambda one: one.kind == SERVER_TEXT and one.reply == view.id)
+            room.views.remove_all(lambda one: one.kind == SERVER_TEXT and one.reply == view.id)
         self.whole |= self.reader.room is room
 
     def _take_cleared(self, view: ViewEvent) -> None:

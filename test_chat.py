@@ -37179,11 +37179,65 @@ def test_a_page_of_which_most_was_taken_back_shows_what_is_left():
     room = desk.core.find("#lobby")
     desk.display.reader.up(50)
     left = [f"08:30 bob: line {n}" for n in range(55, 60)]
-    assert room.drop(lambda view: view.name == "bob" and f"08:30 bob: {view.text}" not in left)
+    assert room.views.remove_all(
+        lambda view: view.name == "bob" and f"08:30 bob: {view.text}" not in left
+    )
     assert [line for line in desk.paint() if "bob: " in line] == left[:1]
     desk.display.take([chat.ViewEvent(chat.REMOVED, where="#lobby")])
     desk.display.reader.down(500)
     assert [line for line in desk.paint() if "bob: " in line] == left
+
+
+REMOVED_LINES = [  # lines that are removed, the last line of the page that was line 20; its first
+    ([25], 20, 13),
+    ([25, 40, 59], 20, 13),
+    ([3], 20, 13),
+    ([15], 20, 12),
+    ([20], 19, 12),
+    ([21], 20, 13),
+    ([19, 20, 21], 18, 11),
+]
+
+
+@pytest.mark.parametrize("numbers, last, first", REMOVED_LINES)
+def test_a_page_stays_where_it_is_when_messages_are_taken_back(numbers, last, first):
+    desk = Desk(rows=10)
+    desk.hear(*[f"line {n}." for n in range(60)])
+    desk.paint()
+    desk.display.reader.up(39)
+    shown = [line for line in desk.paint() if "bob: " in line]
+    assert (shown[0], shown[-1]) == ("08:30 bob: line 13.", "08:30 bob: line 20.")
+    gone = {f"line {n}." for n in numbers}
+    assert desk.core.room.views.remove_all(lambda view: view.text in gone)
+    desk.display.take([chat.ViewEvent(chat.REMOVED, where="#lobby")])
+    shown = [line for line in desk.paint() if "bob: " in line]
+    assert (shown[0], shown[-1]) == (f"08:30 bob: line {first}.", f"08:30 bob: line {last}.")
+
+
+@pytest.mark.parametrize("taken_back", ["one", "two", "three"])
+def test_what_was_cleared_stays_so_when_a_message_is_taken_back(taken_back):
+    desk = Desk()
+    desk.hear("one", "two")
+    desk.display.take(desk.core.typed("/clear"))
+    desk.hear("three", "four")
+    desk.core.room.views.remove_all(lambda view: view.text == taken_back)
+    desk.display.take([chat.ViewEvent(chat.REMOVED, where="#lobby")])
+    left = [f"08:30 bob: {text}" for text in ("three", "four") if text != taken_back]
+    assert [line for line in desk.paint() if "bob: " in line] == left
+
+
+@pytest.mark.parametrize(
+    "taken_back, first", [("two", "three"), ("three", "four"), ("four", "three")]
+)
+def test_the_line_above_what_is_new_stays_when_a_message_is_taken_back(taken_back, first):
+    desk = Desk()
+    desk.hear("one", "two", "three", "four")
+    desk.paint()
+    desk.display.reader.mark_unread(2)
+    desk.core.room.views.remove_all(lambda view: view.text == taken_back)
+    desk.display.take([chat.ViewEvent(chat.REMOVED, where="#lobby")])
+    lines = desk.paint()
+    assert lines[lines.index("\u2500\u2500 new") + 1] == f"08:30 bob: {first}"
 
 
 def test_after_scrolling_down_nothing_older_is_owed():
