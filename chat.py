@@ -20754,6 +20754,42 @@ def reread_secret(secret: str) -> str:
     return read_secret(path) if path else secret
 
 
+def parse_log_url(url: Secret) -> NodeOptions:
+    """Parse nats://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...][/LOG]. Raises Unusable."""
+    import urllib.parse
+
+    scheme, _, rest = url.partition("://")
+    rest, _, name = rest.partition("/")
+    login, _, hosts = rest.rpartition("@")
+    user, _, password = (Secret(urllib.parse.unquote(word)) for word in login.partition(":"))
+    password.path = url.path
+    servers = [split_host(host) for host in hosts.split(",")]
+    valid = all(host and (port or 0) < 65536 for host, port in servers)
+    if (
+        scheme not in ("nats", "tls")
+        or not valid
+        or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat")
+    ):  # the URL is not told: it may have a password
+        raise Unusable("write nats://HOST:4222, tls://USER:PASSWORD@A,B,C, or @FILE with that")
+    known = tuple((host, port or NATS_PORT) for host, port in servers)
+    return NodeOptions("", known, scheme == "tls", user, password, name or "chat")
+
+
+def reread_log_url(options: NodeOptions) -> NodeOptions:
+    """Return a node's options with the servers and the log-in that its file has now, for the next
+    connection. Raises Unusable."""
+    path = getattr(options.password, "path", None)
+    if path is None:
+        return options
+    try:
+        read = parse_log_url(read_secret(path))
+    except Unusable as error:
+        raise Unusable(f"the URL of the log in {path}: {error}") from None
+    if read.log != options.log:
+        raise Unusable(f"{path} names another log, which takes a restart")
+    return read._replace(node=options.node, keep_days=options.keep_days)
+
+
 NOT_A_PAIR = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")  # of OpenSSL
 
 
@@ -21758,10 +21794,13 @@ class Server:
         options = self.options
         password = options.password and reread_secret(options.password)
         operators = operators_of((name, reread_secret(word)) for name, word in options.oper)
-        return server_tls_context(options), read_motd(options.motd), password, operators
+        node = options.cluster and reread_log_url(options.cluster)
+        return server_tls_context(options), read_motd(options.motd), password, operators, node
 
     def use_files(self, files: tuple) -> None:
-        self.tls_context, self.motd, self.site.password, self.site.operators = files
+        self.tls_context, self.motd, self.site.password, self.site.operators, node = files
+        if self.cluster:
+            self.cluster.options = node
 
     def restart(self) -> None:
         self.restarting = True
@@ -22918,8 +22957,7 @@ class NatsLink:
 
     def __init__(self, server: Server):
         self.server, self.loop = server, server.loop
-        self.cluster, self.options = server.cluster, server.cluster.options
-        self.servers = itertools.cycle(self.options.servers)
+        self.cluster, self.attempts = server.cluster, 0
         self.conn: LinkConnection | None = None
         self.dialogue: NatsDialogue | None = None
         self.context: Any = None  # of TLS
@@ -22931,8 +22969,14 @@ class NatsLink:
         self.dial()
         self.tick()
 
+    @property
+    def options(self) -> NodeOptions:
+        return self.cluster.options
+
     def dial(self) -> None:
-        self.target = Target(*next(self.servers), self.options.tls)
+        servers = self.options.servers
+        self.target = Target(*servers[self.attempts % len(servers)], self.options.tls)
+        self.attempts += 1
         job = functools.partial(resolve_server, self.target, BELIEVE_THE_SYSTEM)
         self.server.helpers.submit(self, job, self.found)
 
@@ -28721,25 +28765,12 @@ def byte_count(text: str) -> int:
 
 
 def cluster_option(text: str) -> NodeOptions:
-    """Parse nats://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...][/LOG], or @FILE with such a URL."""
-    import urllib.parse
-
-    advice = "write nats://HOST:4222, tls://USER:PASSWORD@A,B,C, or @FILE with that"
-    given = read_secret(pathlib.Path(text[1:])) if text.startswith("@") else text
-    scheme, _, rest = given.partition("://")
-    rest, _, name = rest.partition("/")
-    login, _, hosts = rest.rpartition("@")
-    user, _, password = (urllib.parse.unquote(word) for word in login.partition(":"))
-    servers = [split_host(host) for host in hosts.split(",")]
-    valid = all(host and (port or 0) < 65536 for host, port in servers)
-    if (
-        scheme not in ("nats", "tls")
-        or not valid
-        or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat")
-    ):
-        raise argparse.ArgumentTypeError(advice)  # without the text: it may have a password
-    known = tuple((host, port or NATS_PORT) for host, port in servers)
-    return NodeOptions("", known, scheme == "tls", user, password, name or "chat")
+    """Parse the URL of a cluster's log, or @FILE with it."""
+    given = read_secret(pathlib.Path(text[1:])) if text.startswith("@") else Secret(text)
+    try:
+        return parse_log_url(given)
+    except Unusable as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def adder(commands: Any, run: Callable, text: str, epilog: str) -> Callable:

@@ -35194,6 +35194,51 @@ def test_a_server_of_the_log_that_does_not_introduce_itself_is_left(
     assert link.conn.done == ["dropped: it does not answer"] * dropped
 
 
+def test_a_node_dials_the_servers_of_its_log_that_its_file_names_now(nats_link, attempts, tmp_path):
+    link, server = nats_link
+    file = tmp_path / "url"
+    file.write_text("nats://me:old@one,two/log\n")
+    given = chat.cluster_option(f"@{file}")._replace(node="n1", keep_days=7.0)
+    server.options = given
+    file.write_text("tls://you:new@four:4,five/log\n")
+    read = chat.reread_log_url(given)
+    assert read == ("n1", (("four", 4), ("five", 4222)), True, "you", "new", "log", 7.0)
+    server.options = read
+    link.connected("socket", "")
+    assert link.dialogue.login == {"user": "you", "pass": "new"}
+    for name in ("five:4222", "four:4"):
+        link.lost("reset")
+        link.loop.now += chat.NATS_RETRY_SECONDS
+        link.loop.run_due()
+        assert str(link.target).startswith(name) and link.target.tls
+    assert chat.reread_log_url(read) == read
+
+
+LOG_FILES = [  # what is in the file of a log's URL; words of the reason why it is not used
+    ("nats://me:new@one/other", "names another log, which takes a restart"),
+    ("nats://me:new@one", "names another log"),
+    ("http://one/log", "write nats://HOST:4222"),
+    ("", "is empty"),
+    (None, "no such file"),
+]
+
+
+@pytest.mark.parametrize("text, reason", LOG_FILES)
+def test_a_file_with_another_log_or_none_changes_nothing_and_its_url_is_not_told(
+    text, reason, tmp_path
+):
+    file = tmp_path / "url"
+    file.write_text("nats://me:old@one/log")
+    given = chat.cluster_option(f"@{file}")
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(chat.Unusable, match=str(file)) as refused:
+        chat.reread_log_url(given)
+    assert reason in str(refused.value) and "new" not in str(refused.value)
+    assert chat.reread_log_url(chat.cluster_option("nats://one/log")).log == "log"
+
+
 INFO = b'INFO {"headers": true, "jetstream": true, "max_payload": 1048576, "proto": 1%s}\r\n'
 
 
