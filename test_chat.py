@@ -292,6 +292,20 @@ def modules_are_no_garbage():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def databases_in_memory_are_copies():
+    """To make the tables of a database takes longer than most tests: in memory they are copied."""
+    made, migrate = chat.open_database(None), chat.migrate
+
+    def copy_or_migrate(db):
+        in_memory = not db.execute("SELECT file FROM pragma_database_list").fetchone()[0]
+        (made.backup if in_memory else migrate)(db)
+
+    with contextlib.closing(made), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "migrate", copy_or_migrate)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def users_folders_are_not_touched(tmp_path_factory):
     """A client that a test starts without --data keeps its state elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
