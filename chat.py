@@ -2972,7 +2972,6 @@ class Turn:
         self.dedup: dict[tuple[str, str], Event] = {}  # by owner, and the sender's id
         self.entries: list[tuple] = []  # of the log of a cluster, as in NODE_TABLES
         self.changed: set[User | Channel] = set()  # have another state() to be stored
-        self.conversations: dict[tuple[User, User], Conversation] = {}
         self.audiences: dict[tuple, Audience] = {}  # by what they were made of
         self.latest: Audience | None = None  # of the last event
         self.noted: dict[Audience, None] = {}  # audiences of the events ...
@@ -3482,10 +3481,10 @@ class Hub:
     def conversation(self, one: User, other: User) -> Conversation:
         """Return the audience of two users. Within a turn it is one object, in either order."""
         pair = (one, other) if one.resume_id <= other.resume_id else (other, one)
-        known = self.turn.conversations.get(pair)
-        key = " ".join(sorted((one.identity, other.identity)))
-        if known is None or known.targets[0][0] != key:  # a user has logged in meanwhile
-            known = self.turn.conversations[pair] = Conversation(*pair)
+        parts = (*pair, *(user.identity for user in pair))  # which a log-in changes
+        known = self.turn.audiences.get(parts)
+        if known is None:
+            known = self.turn.audiences[parts] = Conversation(*pair)
         return known
 
     def find_audience(self, user: User, name: str) -> "Audience | Channel":
@@ -7119,7 +7118,7 @@ def apply_batch(
     come twice, and the node may have been declared gone meanwhile."""
     hub.sequence, hub.now, hub.ticks = entry.sequence, batch.time, ticks_of_log(hub, batch.time)
     hub.log_time, hub.log_ticks = hub.now, hub.ticks
-    hub.turn.conversations = {}  # they must not depend on how many entries one turn applies
+    hub.turn.audiences = {}  # they must not depend on how many entries one turn applies
     node = hub.nodes.get(batch.node)
     is_next = node and node.epoch == batch.epoch and batch.number == node.number + 1
     if not is_next and (batch.number != 1 or (node and node.epoch == batch.epoch)):
