@@ -20952,7 +20952,8 @@ class Committer:
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.checkpoint_trouble = ""  # of the last one; it was logged
-        self.index_due = self.retry_due = False
+        self.index_due = False
+        self.retries = Delay(self.loop, BACKLOG_SECONDS, lambda _: self.retry())
         self.committed = 0.0  # when, last
         self.sweep()
 
@@ -20986,13 +20987,11 @@ class Committer:
                 log.error("history is not being kept: %s", self.store.trouble)
             else:
                 log.warning("history is being kept again")
-        if self.store.backlog.records and not self.retry_due:
-            self.retry_due = True
-            self.loop.call_later(BACKLOG_SECONDS, self.retry)
+        if self.store.backlog.records:
+            self.retries.add("backlog")
 
     def retry(self) -> None:
         """Store the records that the database did not take."""
-        self.retry_due = False
         if self.store.backlog.records:
             outcome = self.store.commit(Turn(), self.loop.now, self.hub.ticks)
             self.note_loss(outcome != KEPT)
