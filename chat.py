@@ -1278,8 +1278,7 @@ class Commands(dict[str, Command]):
 # account's name, or raises Refused.
 
 
-def sha256_hmac(key: bytes, text: bytes) -> bytes:
-    return hmac.digest(key, text, "sha256")
+sha256_hmac = functools.partial(hmac.digest, digest="sha256")  # of a key and a text
 
 
 def client_keys(password: str, salt: bytes, rounds: int) -> tuple[bytes, bytes]:
@@ -6265,7 +6264,7 @@ class Store:
             self.reserve_ids()
             self.retention.note_excess()
             self.search_index, self.dedup = SearchIndex(self), DedupKeys(self)
-            for name in (path, path.with_name(f"{path.name}-wal")) if path else ():
+            for name in (path, wal) if path else ():
                 self.guard(name)
         except sqlite3.OperationalError as error:  # busy or full: that is no damage
             raise Unusable(f"cannot use the database {path}: {error}") from error
@@ -8054,9 +8053,7 @@ class Collected:
             raise Refused("MULTILINE_INVALID", "a message is all PRIVMSG, or all NOTICE")
         if goes_on and not text:
             raise Refused("MULTILINE_INVALID", "a concatenated line must not be empty")
-        between = SOFT_BREAK if goes_on else "\n"
-        if not self.pieces:
-            between = ""
+        between = "" if not self.pieces else SOFT_BREAK if goes_on else "\n"
         self.verb = verb
         self.pieces.append(between + text)
         self.lines += not goes_on
