@@ -12954,10 +12954,13 @@ class Outbox:
         self.most = SENT_AHEAD  # ... and at most so many
         self.alone = 0  # so many are sent alone, to know which one a server refuses or changes
         self.unconfirmed: set[str] = set()  # sent over a lost connection; history will tell
-        # Left to the user (/retry, /cancel), and why
-        self.parked = {message.id: message.why for message in self.waiting.values() if message.why}
         self.unsaved: dict[str, None] = {}  # not accepted yet
         self.locked_at = math.inf  # since when another program has the file locked (ticks)
+
+    @property
+    def parked(self) -> dict[str, str]:
+        """The messages that are left to the user (/retry, /cancel), and why."""
+        return {message.id: message.why for message in self.waiting.values() if message.why}
 
     def add(self, now: float, where: str, text: str, kind: str, reply: str = "") -> Waiting:
         """Add a message at wall time `now` (s); save() accepts it."""
@@ -12991,7 +12994,6 @@ class Outbox:
         """Remove and return the messages that could not be stored."""
         lost = [self.waiting.pop(id) for id in self.unsaved]
         for message in lost:
-            self.parked.pop(message.id, None)
             del self.rows.changes[message.id]
         self.unsaved.clear()
         return lost
@@ -13004,9 +13006,9 @@ class Outbox:
         earlier one, except if both are false, or if the earlier one was left to the user."""
         if len(self.in_flight) >= (1 if self.alone else self.window):
             return None
-        later = self.in_flight.keys() | self.parked.keys() | self.unsaved.keys()
+        later = self.in_flight.keys() | self.unsaved.keys()
         for message in self.waiting.values():
-            if message.id in later:
+            if message.why or message.id in later:
                 continue
             if carries(message):
                 return None if message.id in self.unconfirmed else message
@@ -13034,7 +13036,6 @@ class Outbox:
             self.alone = max(0, self.alone - 1)
         self.unconfirmed.discard(id)
         self.unsaved.pop(id, None)
-        self.parked.pop(id, None)
         message = self.waiting.pop(id, None)
         if message and self.rows:
             self.rows.changes[id] = None
@@ -13044,13 +13045,11 @@ class Outbox:
         """Keep a message from being sent until the user decides about it; `why` is the reason."""
         self.in_flight.pop(id, None)
         self.unconfirmed.discard(id)
-        self.parked[id] = why
         self._change(self.waiting[id]._replace(why=why))
 
     def retry(self, id: str) -> None:
         """Let a message that was left to the user be sent again."""
-        if self.parked.pop(id, None) is not None:
-            self._change(self.waiting[id]._replace(why=""))
+        self._change(self.waiting[id]._replace(why=""))
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
         """Address the waiting messages of renamed conversations, those with is_old(name), to `new`.
@@ -14758,7 +14757,7 @@ class PlainTalk:
         core, outbox = self.core, self.core.outbox
         if core.kind_confirmed or core.kind_forced or core.ticks() - self.began > CAP_SECONDS:
             for message in [*outbox.waiting.values()]:
-                if not self.carries(message) and message.id not in outbox.parked:
+                if not (self.carries(message) or message.why):
                     core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
@@ -14914,8 +14913,8 @@ class IrcTalk:
         verb, params, _ = parse_message(line)
         self.answers.expect(verb, *params)
         outbox = self.core.outbox
-        unsent = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
-        last = next((id for id in reversed(outbox.waiting) if id in unsent), "")
+        later = (message for message in reversed(outbox.waiting.values()) if not message.why)
+        last = next((message.id for message in later if message.id not in outbox.in_flight), "")
         self.queue.append((line, last))
 
     def pump(self) -> None:
@@ -14970,7 +14969,7 @@ class IrcTalk:
         """Return whether the message that a queued line follows can still be sent."""
         outbox = self.core.outbox
         message = outbox.waiting.get(id)
-        done = message is None or id in outbox.in_flight or id in outbox.parked
+        done = message is None or message.why or id in outbox.in_flight
         return not done and (self.carries(message) or self.waits(message))
 
     @property
@@ -15547,7 +15546,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
         if core.find(core.outbox.waiting[id].where) is None:
             core.outgoing.leave_to_user(id)
     for message in core.outbox.waiting.values():  # accepted messages need the channel
-        if talk.server.is_channel(message.where) and message.id not in core.outbox.parked:
+        if talk.server.is_channel(message.where) and not message.why:
             core.rooms.open(message.where).wanted = True
     if heard.source == ZNC_ITSELF:
         talk.bouncer = True
@@ -15963,8 +15962,7 @@ def we_joined(talk: IrcTalk, heard: ServerLine, name: str) -> None:
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
     talk.history.catch_up(room)
-    waiting = (core.outbox.waiting[id].where for id in core.outbox.parked)
-    if count := sum(core.fold(where) == core.fold(room.name) for where in waiting):
+    if count := sum(bool(message.why) for message in core.outgoing.waiting_for(room)):
         text = f"{counted(count, 'message')} could not be sent before; /retry sends, /cancel drops"
         core.note(text, room.name)
 
@@ -17363,7 +17361,7 @@ class Outgoing:
         user to decide about them, all are sent."""
         core = self.core
         if not core.interactive:
-            for id in [*core.outbox.parked]:
+            for id in core.outbox.parked:
                 core.outbox.retry(id)
             return
         for message in core.outbox.waiting.values():
@@ -17464,10 +17462,9 @@ class Outgoing:
         only about those that are not sent, or not as a whole. A chat.py answers the others."""
         core, outbox = self.core, self.core.outbox
         unfinished = core.talk.lines.unfinished if core.talk else ""
-        answered = outbox.in_flight.keys() - {unfinished}
-        decided = {*outbox.parked, *(answered if unsent or core.server.ours else ())}
+        answered = outbox.in_flight.keys() - {unfinished} if unsent or core.server.ours else ()
         for message in self.waiting_for(room):
-            if message.id in decided:
+            if message.why or message.id in answered:
                 continue
             if message.id == unfinished and "echo-message" not in core.server.enabled:
                 outbox.arrived_to(message.id, core.talk.lines.sent_to)
@@ -17478,12 +17475,12 @@ class Outgoing:
 
     def retry(self, own_id: str) -> None:
         """Send a message that was left to the user; join its channel first if needed."""
-        core = self.core
-        if own_id not in core.outbox.parked:
+        core, message = self.core, self.core.outbox.waiting.get(own_id)
+        if message is None or not message.why:
             return
         core.outbox.retry(own_id)
         self.sent_before.add(own_id)
-        room = core.rooms.open(core.outbox.waiting[own_id].where)
+        room = core.rooms.open(message.where)
         if room.is_channel and not room.inside and core.ready:
             room.wanted = True
             if not core.talk.joins.waits(room.name):

@@ -29558,7 +29558,7 @@ def test_what_could_not_be_sent_is_dropped_or_also_what_waits(typed, left):
     outbox = alice.core.outbox
     first, second, _ = outbox.waiting
     outbox.in_flight[second] = outbox.in_flight.pop(first)
-    outbox.parked[first] = "not sent"
+    outbox.park(first, "not sent")
     alice.types(typed)
     assert [message.text for message in outbox.waiting.values()] == left
     assert alice.kinds("note")[-1].startswith(f"{3 - len(left)} message")
