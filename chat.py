@@ -11195,8 +11195,8 @@ class HttpReader:
             raise BadRequest(400, "a line of a body in chunks ends with CR and LF")
         return line[:-1]
 
-    def _head(self) -> Request | None:
-        """Take the head of a request; None if it is incomplete. Raises BadRequest."""
+    def _head(self) -> Any:
+        """Take the head of a message; None if it is incomplete. Raises BadRequest."""
         if blank := BLANK_LINE.match(self.data, self.start):  # RFC 9112 section 2.2
             self.start = blank.end()
         end = HEAD_END.search(self.data, self.start)
@@ -11208,7 +11208,10 @@ class HttpReader:
         head, self.start = self.data[self.start : end.start()], end.end()
         lines = [line.removesuffix(b"\r") for line in head.split(b"\n")]
         if len(lines) > HEADERS_MOST:
-            raise BadRequest(431, f"a request has at most {HEADERS_MOST} headers")
+            raise BadRequest(431, f"a head has at most {HEADERS_MOST} headers")
+        return self._begin(lines)
+
+    def _begin(self, lines: list[bytes]) -> Request:
         request = parse_head(lines)
         if request.length is None:
             self.chunked, self.step = True, self._size
@@ -23037,19 +23040,13 @@ class ResponseReader(HttpReader):
         self.bodiless = bodiless  # the answer to HEAD
         self.to_the_end = False  # of the connection
 
-    def _head(self) -> Response | None:
-        match = re.search(rb"\r?\n\r?\n", self.buffer[: self.limit + 4])
-        if match is None:
-            if len(self.buffer) > self.limit:
-                raise BadRequest(431, "the answer has no end")
-            return None
-        head, self.start = self.buffer[: match.start()], self.start + match.end()
-        first, *lines = [line.decode("latin-1").removesuffix("\r") for line in head.split(b"\n")]
+    def _begin(self, lines: list[bytes]) -> Response | None:
+        first, *texts = [line.decode("latin-1") for line in lines]
         status = re.fullmatch(r"HTTP/1\.\d ([1-5]\d\d)(?: .*)?", first)
         headers: dict[str, list[str]] = {}
-        if status is None or not all(":" in line for line in lines):
+        if status is None or not all(":" in text for text in texts):
             raise BadRequest(400, "this is no HTTP")
-        for name, _, value in (line.partition(":") for line in lines):
+        for name, _, value in (text.partition(":") for text in texts):
             headers.setdefault(name.strip().lower(), []).append(value.strip())
         if status[1] == "100":
             return self._head()

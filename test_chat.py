@@ -35035,7 +35035,7 @@ ANSWERS_TO_CALLS = [  # bytes of the answer, the end: status, and a part of the 
         (None, "the server closed the connection"),
     ),
     (b"", (None, "the server closed the connection")),
-    (b"x" * (chat.HEAD_BYTES + 99), (None, "the answer has no end")),
+    (b"x" * (chat.HEAD_BYTES + 99), (None, f"a head has at most {chat.HEAD_BYTES:,} bytes")),
 ]
 
 
