@@ -24704,30 +24704,20 @@ def typing_text(names: Iterable[str]) -> str:
 
 def notification(how: str, view: ViewEvent) -> str:
     """Return the escape sequence of a desktop notification: OSC 9 (iTerm2), or 777 (urxvt)."""
-    text = visible(cut(f"{view.name}: {view.text}", FITS_ALWAYS)).replace(";", ",")
+    text = visible(cut(": ".join(optional(view.name, view.text)), FITS_ALWAYS)).replace(";", ",")
     return {"9": f"\x1b]9;{text}\a", "777": f"\x1b]777;notify;chat.py;{text}\a"}.get(how, "")
 
 
-class Display:
-    """The screen of a client core, as text to be written.
+class Screen:
+    """The base of the screens of a client core, in a terminal and in a window. The core adds the
+    messages to their conversations; the screen adds other views as rows, too."""
 
-    Live, a conversation scrolls on the terminal's own screen, above two rows. Pages for reading
-    back are on its other buffer, so that the terminal's scrollback stays a plain log."""
+    ROWS: dict[str, Callable[[Any, ViewEvent], Any]] = {}  # by kind: what makes a row of a view ...
+    TAKEN: dict[str, Callable[[Any, ViewEvent], Any]] = {}  # ... and what else it changes
 
-    def __init__(self, core: ClientCore, palette: Palette, columns: int = 80, rows: int = 24):
-        self.core, self.palette = core, palette
-        self.painter = Painter(columns, rows)
+    def __init__(self, core: ClientCore):
+        self.core = core
         self.nowhere = Room("")  # what is told while no conversation is looked at
-        self.reader = self._read()
-        self.whole = False  # the screen has to be redrawn
-        self.bell = False
-        self.notice = ""  # for the desktop, as an escape sequence
-        self.server = ""  # its address, if there are several servers
-        self.elsewhere: Callable[[], Iterable[tuple[str, Room]]] = list  # on the other servers
-        self.fetching = False  # older messages are on their way
-        self.paged = False  # the other buffer is shown ...
-        self.was_drawn = False  # ... and whether the two rows are there on the first
-        self.seen: Any = None  # the last frame: it is not written twice
         self.noted: dict[int, ViewEvent] = {}  # views that are rows already, by identity
         core.at_once = self.note
 
@@ -24735,12 +24725,9 @@ class Display:
     def room(self) -> Room:
         return self.core.room or self.nowhere
 
-    def _read(self) -> ScrollbackView:
-        look = Look(self.palette, self.painter.columns, clock=self.core.setting("time"))
-        look = look._replace(answered=self.core.stored.answered_words)
-        return ScrollbackView(self.room, look, self.painter.rows - 2)
-
-    # What there is to show
+    def room_of(self, view: ViewEvent) -> Room:
+        """Return the conversation of a view, or the one that is looked at."""
+        return self.core.by_id(view.room) or self.core.find(view.where) or self.room
 
     def note(self, view: ViewEvent) -> None:
         """Make a row of a view of the core at once, before a message that comes after it. Without a
@@ -24754,20 +24741,71 @@ class Display:
         for view in views:
             if self.noted.pop(id(view), None) is None and view.kind in self.ROWS:
                 self.ROWS[view.kind](self, view)
-            room = self.core.find(view.where)
-            if view.called and not (view.past or view.mine or (room and room.muted)):
-                self.bell |= self.core.setting("bell") == "on"
-                self.notice = notification(self.core.setting("notify"), view)
+            if view.called and not (view.past or view.mine or self.room_of(view).muted):
+                self.call(view)
             if handler := self.TAKEN.get(view.kind):
                 handler(self, view)
 
+    def call(self, view: ViewEvent) -> None:
+        """Tell the user of a view that mentions them, by a bell or a notification."""
+        raise NotImplementedError
+
     def keep(self, view: ViewEvent, room: Room | None = None) -> None:
         """Add a view to its conversation, unless the core has added it."""
-        room = room or self.core.find(view.where) or self.room
+        room = room or self.room_of(view)
         if view.kind in FOLDED and any(one is view for one in reversed(room.moves)):
             return  # they will be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
-            room.views.append(self.core.timed(view))
+            room.views.append(self.core.timed(view, room))
+
+
+CLIENT_KEYS = (  # what the page of /help tells of them
+    "",
+    "Page Up:  read back; Page Down, Escape or Enter lead to the present",
+    "Alt-A:  to the next conversation with something new; first where you are mentioned",
+    "Alt-N, Alt-P:  to the next conversation, or the previous one",
+    "Alt-1 to Alt-9:  to that conversation; /go alone lists them",
+    "Tab:  complete a name, a channel or a command; again: the next that fits",
+    "Up, Down:  what you typed before",
+    "Alt-Enter:  a new line in a message",
+    "Ctrl-R:  the last line that you typed with these words; again: one before that",
+    "Ctrl-_:  undo",
+    "Ctrl-L:  draw the screen again",
+    "Ctrl-C:  forget the line; without one, twice: leave",
+)
+
+
+class Display(Screen):
+    """The screen of a client core, as text to be written.
+
+    Live, a conversation scrolls on the terminal's own screen, above two rows. Pages for reading
+    back are on its other buffer, so that the terminal's scrollback stays a plain log."""
+
+    def __init__(self, core: ClientCore, palette: Palette, columns: int = 80, rows: int = 24):
+        super().__init__(core)
+        self.palette = palette
+        self.painter = Painter(columns, rows)
+        self.reader = self._read()
+        self.whole = False  # the screen has to be redrawn
+        self.bell = False
+        self.notice = ""  # for the desktop, as an escape sequence
+        self.server = ""  # its address, if there are several servers
+        self.elsewhere: Callable[[], Iterable[tuple[str, Room]]] = list  # on the other servers
+        self.fetching = False  # older messages are on their way
+        self.paged = False  # the other buffer is shown ...
+        self.was_drawn = False  # ... and whether the two rows are there on the first
+        self.seen: Any = None  # the last frame: it is not written twice
+
+    def _read(self) -> ScrollbackView:
+        look = Look(self.palette, self.painter.columns, clock=self.core.setting("time"))
+        look = look._replace(answered=self.core.stored.answered_words)
+        return ScrollbackView(self.room, look, self.painter.rows - 2)
+
+    # What there is to show
+
+    def call(self, view: ViewEvent) -> None:
+        self.bell |= self.core.setting("bell") == "on"
+        self.notice = notification(self.core.setting("notify"), view)
 
     def _take_said(self, view: ViewEvent) -> None:
         """Show here a message without a conversation, and tell here what the user says elsewhere.
@@ -24807,7 +24845,7 @@ class Display:
     def _take_page(self, view: ViewEvent) -> None:
         """Show a text on the other buffer, from its beginning."""
         room = Room(view.name, channel=False)
-        for line in view.text.split("\n"):
+        for line in (*view.text.split("\n"), *(CLIENT_KEYS if view.name == "help" else ())):
             room.views.append(ViewEvent(PAGE, line, time=view.time))
         look = Look(self.palette, self.painter.columns)
         self.reader = ScrollbackView(room, look, self.painter.rows - 2)
@@ -24828,7 +24866,7 @@ class Display:
 
     ROWS = {
         **dict.fromkeys(SPOKEN, _take_said),
-        **dict.fromkeys((*FOLDED, SERVER_TEXT, NOTE, QR_CODE), keep),
+        **dict.fromkeys((*FOLDED, SERVER_TEXT, NOTE, QR_CODE), Screen.keep),
         FOUND: lambda self, view: self.keep(view, self.room),
         REACTED: _take_reacted,
         FAILED: _take_failed,
@@ -25436,28 +25474,6 @@ def on_signal(loop: Loop, name: str, callback: Callable[[], Any]) -> None:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback))
 
 
-CLIENT_KEYS = (  # what /help tells of them
-    "Page Up:  read back; Page Down, Escape or Enter lead to the present",
-    "Alt-A:  to the next conversation with something new; first where you are mentioned",
-    "Alt-N, Alt-P:  to the next conversation, or the previous one",
-    "Alt-1 to Alt-9:  to that conversation; /go alone lists them",
-    "Tab:  complete a name, a channel or a command; again: the next that fits",
-    "Up, Down:  what you typed before",
-    "Alt-Enter:  a new line in a message",
-    "Ctrl-R:  the last line that you typed with these words; again: one before that",
-    "Ctrl-_:  undo",
-    "Ctrl-L:  draw the screen again",
-    "Ctrl-C:  forget the line; without one, twice: leave",
-)
-
-
-def with_keys(view: ViewEvent) -> ViewEvent:
-    """Add the keys' meanings to the page of general help."""
-    if (view.kind, view.name) != (PAGE, "help"):
-        return view
-    return view._replace(text="\n".join([view.text, "", *CLIENT_KEYS]))
-
-
 class TerminalClient(ManyServers):
     """A terminal and links: keys go to the links, views to the terminal. The screen of each server
     is a Display; `display` is that of the server that is looked at."""
@@ -25760,7 +25776,7 @@ class TerminalClient(ManyServers):
             self.told_why = False
             self.display.keep(ViewEvent(NOTE, f"connected to {self.link.target}"))
         self.was_ready = self.core.ready
-        self.display.take(map(with_keys, views))
+        self.display.take(views)
         if self.writing_in is not self.core.room:
             self.change_drafts()
         self.keep_drafts()

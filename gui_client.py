@@ -110,8 +110,7 @@ class Row(NamedTuple):
     def key(self) -> Any:
         """The identity of this row, by which it is found again."""
         view = self.view
-        id = "" if view.kind == chat.FOUND else view.id  # else two rows had the id of a message
-        return view.own_id or id or (view.kind, view.time, view.name, view.text)
+        return view.own_id or view.id or (view.kind, view.time, view.name, view.text)
 
 
 class Server(NamedTuple):
@@ -717,8 +716,8 @@ def beginning(text: str) -> str:
 
 
 def has_id(view: chat.ViewEvent, id: str) -> bool:
-    """Return whether a view is the message with this id, and not a line that quotes it."""
-    return bool(id) and view.id == id and view.kind != chat.FOUND
+    """Return whether a view is the message with this id."""
+    return bool(id) and view.id == id
 
 
 def is_unread(row: Row, read_time: int) -> bool:
@@ -877,7 +876,7 @@ def told_text(view: chat.ViewEvent) -> str:
         return f"\u21c4 {view.text}"
     if view.kind == chat.FAILED:
         return f"not sent: {view.text}"
-    return f"{view.name}: {view.text}" if view.kind == chat.FOUND else view.text
+    return view.text
 
 
 def told_pieces(row: Row, style: Style) -> list:
@@ -1249,7 +1248,8 @@ def emoji_for(word: str) -> list[tuple[str, str]]:
 #   Watched    the rows and the members of the conversation that the user looks at
 #   Wanted     the files that Tk waits for
 #   Requests   the requests of Tk: Engine.do("say", ...) has Requests.say() called in the thread
-#   Engine     the thread, the views of the cores, and the batches
+#   SeatScreen the views of the core of one server
+#   Engine     the thread and the batches
 
 ROWS_AT_ONCE = 300  # in one batch: inserted in a few milliseconds
 ROWS_KEPT = 2000  # of the conversation looked at, while the end is in sight ...
@@ -1270,22 +1270,6 @@ SERVER_NUMBERS = itertools.count(1)
 
 Tell = Callable[[Any], None]  # takes an event for the next batch
 Place = tuple[chat.Seat, chat.Room]  # a conversation, and its server
-
-
-class SeatScreen:
-    """The state of the window about one server, in the engine's thread."""
-
-    def __init__(self) -> None:
-        self.number = next(SERVER_NUMBERS)
-        self.status, self.statuses = "", 0
-        self.nowhere = chat.Room("")  # for texts, while no conversation is open
-        self.failed: dict[str, str] = {}  # own ids of messages that are given up, and why
-        self.was_ready = self.told_why = False
-        self.secret = ""  # of an account that is to be registered
-        self.missed: dict[str, None] = {}  # ids of what was said while we were away
-        self.reacted: dict[str, None] = {}  # ids of the messages that got a reaction last
-        self.last_removed = ""  # id of the message that was redacted last
-        self.placed: dict[int, chat.ViewEvent] = {}  # views that are rows already, by identity
 
 
 def search_words(text: str) -> tuple[str, dict[str, str]]:
@@ -1829,7 +1813,7 @@ class Requests:
         if place := self._place(number):
             seat, _ = place
             seat.core.outgoing.retry(own_id)
-            self.engine.arrived(seat, chat.ViewEvent(chat.ARRIVED, room=number, own_id=own_id))
+            seat.screen.arrived(chat.ViewEvent(chat.ARRIVED, room=number, own_id=own_id))
             seat.link.poke()
 
     def cancel(self, number: int, own_id: str) -> None:
@@ -1957,7 +1941,7 @@ class Requests:
         """Register the name as an account, once the server has it."""
         for seat in [one for one in self.engine.seats if str(one.link.given) == address]:
             seat.screen.secret = secret
-            self.engine.register(seat)
+            seat.screen.register()
 
     def connect(self, options: chat.ClientOptions) -> None:
         """Connect to one more server, or look at it if it is there."""
@@ -1986,6 +1970,148 @@ class Requests:
             self.draft(number, text)
         self.wanted.drop_opening()
         self.engine.leave(reason)
+
+
+class SeatScreen(chat.Screen):
+    """The state of the window about one server, in the engine's thread."""
+
+    def __init__(self, engine: "Engine", seat: chat.Seat):
+        super().__init__(seat.core)
+        self.engine, self.seat = engine, seat
+        self.number = next(SERVER_NUMBERS)
+        self.status, self.statuses = "", 0
+        self.failed: dict[str, str] = {}  # own ids of messages that are given up, and why
+        self.was_ready = self.told_why = False
+        self.secret = ""  # of an account that is to be registered
+        self.missed: dict[str, None] = {}  # ids of what was said while we were away
+        self.reacted: dict[str, None] = {}  # ids of the messages that got a reaction last
+        self.last_removed = ""  # id of the message that was redacted last
+        self.core.results = self._results
+
+    @property
+    def watched(self) -> Watched:
+        return self.engine.watched
+
+    def take(self, views: Iterable[chat.ViewEvent]) -> None:
+        self._note_ready()
+        self._note_removed()
+        super().take(views)
+        self.engine.overview.touched.update(view.room for view in views if view.room)
+
+    def _note_ready(self) -> None:
+        """Note that a connection stands, or stands no more."""
+        if self.core.ready == self.was_ready:
+            return
+        self.was_ready = self.core.ready
+        self.watched.ready_changed()
+        if self.was_ready and self.told_why:
+            self.told_why = False
+            self.keep(chat.ViewEvent(chat.NOTE, f"connected to {self.seat.link.target}"))
+        self.register()
+
+    def _note_removed(self) -> None:
+        """Note messages that were redacted since: the core tells only of those in its rooms."""
+        removed, last = self.core.known.redacted, self.last_removed
+        self.last_removed = next(reversed(removed), "")
+        for id in itertools.takewhile(lambda id: id != last, reversed(removed)):
+            self.watched.redacted(id)
+
+    def register(self) -> None:
+        """Register the account that the user wants, once the server has the name."""
+        if self.secret and self.core.ready:
+            secret, self.secret = self.secret, ""
+            self.engine.submit(self._register_now, secret)
+
+    def _register_now(self, secret: str) -> None:
+        chat.do_register(self.core, secret)
+        self.seat.link.poke()
+
+    def call(self, view: chat.ViewEvent) -> None:
+        room = self.room_of(view)
+        on = (self.core.setting(name) == "on" for name in ("bell", "desktop"))
+        self.engine.tell(Called(room.id, view.name, view.text, room.name, *on))
+
+    def _said(self, view: chat.ViewEvent) -> None:
+        if not view.where:
+            self.keep(view)
+        if self.seat.link.phase != chat.ONLINE or view.past:
+            chat.remember(self.missed, view.id)
+
+    def _status(self, view: chat.ViewEvent) -> None:
+        self.status = view.text
+        self.statuses += 1
+        if self.seat.link.again and not self.told_why:
+            self.told_why = True
+            self.keep(chat.ViewEvent(chat.NOTE, view.text.partition(WHY_AGAIN)[0]))
+
+    def _failed(self, view: chat.ViewEvent) -> None:
+        room = self.room_of(view)
+        said = find_view(room, lambda one: one.own_id == view.own_id)
+        if said is None:
+            return self.keep(view._replace(kind=chat.NOTE, own_id=""))
+        why = view.text.partition(f": {said.text.strip('*')}")[0]
+        why = self.core.outbox.parked.get(view.own_id) or why
+        self.failed[view.own_id] = why
+        if room is not self.watched.room:  # there, and where the user looks
+            text = f"not sent to {room.name}: {excerpt(said.text)} ({why})"
+            self.keep(chat.ViewEvent(chat.NOTE, text))
+        return self.watched.change(room, said)
+
+    def arrived(self, view: chat.ViewEvent) -> None:
+        """Draw a message of the user's own again: it has arrived, or is on its way once more."""
+        room = self.room_of(view)
+        self.failed.pop(view.own_id, None)
+        if said := find_view(room, lambda one: one.own_id == view.own_id):
+            self.watched.change(room, said)
+
+    def _reacted(self, view: chat.ViewEvent) -> None:
+        room = self.room_of(view)
+        chat.remember(self.reacted, view.id)
+        if said := find_view(room, lambda one: has_id(one, view.id)):
+            self.watched.change(room, said)
+
+    def _reset(self, view: chat.ViewEvent) -> None:
+        if self.room_of(view) is self.watched.room:
+            self.watched.again = True  # some rows are gone
+
+    def _older(self, view: chat.ViewEvent) -> None:
+        self.watched.older_came(self.room_of(view), chat.whole_number(view.text) or 0)
+
+    def _read_elsewhere(self, view: chat.ViewEvent) -> None:
+        room = self.room_of(view)
+        self.engine.tell(Read(room.id, room.read_time))
+
+    def _people(self, view: chat.ViewEvent) -> None:
+        self.watched.people_changed = True
+        if view.text:
+            names = sorted(view.text.split(", "), key=key_of)
+            self.engine.tell(Page(f"Members of {view.where}", "\n".join(names)))
+
+    def _results(self, title: str, views: list[chat.ViewEvent]) -> None:
+        self.engine.tell(Results(title, tuple(result_of(self.core, view) for view in views)))
+
+    def _back(self, view: chat.ViewEvent) -> None:
+        self.engine.tell(Back(self.room_of(view).id, view.text))
+
+    ROWS = {
+        **dict.fromkeys((*chat.FOLDED, chat.SERVER_TEXT, chat.NOTE), chat.Screen.keep),
+        chat.FAILED: _failed,
+    }
+    TAKEN = {
+        **dict.fromkeys(chat.SPOKEN, _said),
+        chat.STATUS: _status,
+        chat.ARRIVED: arrived,
+        chat.REACTED: _reacted,
+        **dict.fromkeys((chat.REMOVED, chat.RESET), _reset),
+        chat.OLDER: _older,
+        chat.PEOPLE: _people,
+        chat.TRANSFER: lambda self, view: self.engine.wanted.saved(self.core, view.own_id),
+        chat.CLEARED: lambda self, view: self.watched.clear(self.room_of(view)),
+        chat.BACK: _back,
+        chat.PAGE: lambda self, view: self.engine.tell(Page(view.name, view.text)),
+        chat.QR_CODE: lambda self, view: self.engine.tell(Code(view.text)),
+        chat.READ_ELSEWHERE: _read_elsewhere,
+    }
 
 
 class Engine(chat.ManyServers):
@@ -2079,9 +2205,7 @@ class Engine(chat.ManyServers):
     def screen_for(self, seat: chat.Seat) -> SeatScreen:
         seat.core.reads_at_once = False  # the window says what has been read
         seat.core.stays_when_left = False  # it keeps what was typed there
-        seat.core.results = functools.partial(self._results, seat)
-        seat.core.at_once = functools.partial(self._place, seat)
-        return SeatScreen()
+        return SeatScreen(self, seat)
 
     def is_writing(self, seat: chat.Seat) -> bool:
         return seat.core.room is not None and seat.core.room.id == self.writing
@@ -2114,152 +2238,7 @@ class Engine(chat.ManyServers):
         self.show_of(self.seat, views)
 
     def show_of(self, seat: chat.Seat, views: list[chat.ViewEvent]) -> None:
-        self._note_ready(seat)
-        self._note_removed(seat)
-        for view in views:
-            placed = seat.screen.placed.pop(id(view), None)
-            if (handler := self.TAKEN.get(view.kind)) and placed is None:
-                handler(self, seat, view)
-            if view.room:
-                self.overview.touched.add(view.room)
-
-    def _note_ready(self, seat: chat.Seat) -> None:
-        """Note that a connection stands, or stands no more."""
-        screen, ready = seat.screen, seat.core.ready
-        if ready == screen.was_ready:
-            return
-        screen.was_ready = ready
-        self.watched.ready_changed()
-        if ready and screen.told_why:
-            screen.told_why = False
-            self._keep(seat, chat.ViewEvent(chat.NOTE, f"connected to {seat.link.target}"))
-        self.register(seat)
-
-    def _note_removed(self, seat: chat.Seat) -> None:
-        """Note messages that were redacted since: the core tells only of those in its rooms."""
-        removed, last = seat.core.known.redacted, seat.screen.last_removed
-        seat.screen.last_removed = next(reversed(removed), "")
-        for id in itertools.takewhile(lambda id: id != last, reversed(removed)):
-            self.watched.redacted(id)
-
-    def register(self, seat: chat.Seat) -> None:
-        """Register the account that the user wants, once the server has the name."""
-        secret = seat.screen.secret
-        if secret and seat.core.ready:
-            seat.screen.secret = ""
-            self.submit(self._register_now, seat, secret)
-
-    @staticmethod
-    def _register_now(seat: chat.Seat, secret: str) -> None:
-        chat.do_register(seat.core, secret)
-        seat.link.poke()
-
-    def room_of(self, seat: chat.Seat, view: chat.ViewEvent) -> chat.Room:
-        """Return the conversation of a view, or the one that is looked at."""
-        core = seat.core
-        room = core.by_id(view.room) if view.room else None
-        room = room or (core.find(view.where) if view.where else None)
-        return room or core.room or seat.screen.nowhere
-
-    def _place(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        """Make a row of a view of the core at once, before a message that comes after it. Without a
-        conversation it waits for the end of the segment, which may open the first one."""
-        handler = self.TAKEN.get(view.kind)
-        if seat.core.room and handler in (Engine._keep, Engine._failed):
-            seat.screen.placed[id(view)] = view
-            handler(self, seat, view)
-
-    def _keep(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        """Make a row of a view, unless the core has done so."""
-        room = self.room_of(seat, view)
-        if view.kind in chat.MOVES:
-            self.watched.people_changed = True
-        if view.kind in chat.FOLDED and any(one is view for one in reversed(room.moves)):
-            return  # many of them are to be one row
-        if not view.where or not any(one is view for one in reversed(room.views)):
-            room.views.append(seat.core.timed(view, room))
-
-    def _said(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        if not view.where:
-            self._keep(seat, view)
-        if seat.link.phase != chat.ONLINE or view.past:
-            chat.remember(seat.screen.missed, view.id)
-        room = self.room_of(seat, view)
-        if view.called and not (view.past or view.mine or room.muted):
-            on = (seat.core.setting(name) == "on" for name in ("bell", "desktop"))
-            self.tell(Called(room.id, view.name, view.text, room.name, *on))
-
-    def _status(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        seat.screen.status = view.text
-        seat.screen.statuses += 1
-        if seat.link.again and not seat.screen.told_why:
-            seat.screen.told_why = True
-            self._keep(seat, chat.ViewEvent(chat.NOTE, view.text.partition(WHY_AGAIN)[0]))
-
-    def _failed(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        room = self.room_of(seat, view)
-        said = find_view(room, lambda one: one.own_id == view.own_id)
-        if said is None:
-            return self._keep(seat, view._replace(kind=chat.NOTE, own_id=""))
-        why = view.text.partition(f": {said.text.strip('*')}")[0]
-        why = seat.core.outbox.parked.get(view.own_id) or why
-        seat.screen.failed[view.own_id] = why
-        if room is not self.watched.room:  # there, and where the user looks
-            text = f"not sent to {room.name}: {excerpt(said.text)} ({why})"
-            self._keep(seat, chat.ViewEvent(chat.NOTE, text))
-        return self.watched.change(room, said)
-
-    def arrived(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        """Draw a message of the user's own again: it has arrived, or is on its way once more."""
-        room = self.room_of(seat, view)
-        seat.screen.failed.pop(view.own_id, None)
-        if said := find_view(room, lambda one: one.own_id == view.own_id):
-            self.watched.change(room, said)
-
-    def _reacted(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        room = self.room_of(seat, view)
-        chat.remember(seat.screen.reacted, view.id)
-        if said := find_view(room, lambda one: has_id(one, view.id)):
-            self.watched.change(room, said)
-
-    def _reset(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        if self.room_of(seat, view) is self.watched.room:
-            self.watched.again = True  # some rows are gone
-
-    def _older(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        self.watched.older_came(self.room_of(seat, view), chat.whole_number(view.text) or 0)
-
-    def _read_elsewhere(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        room = self.room_of(seat, view)
-        self.tell(Read(room.id, room.read_time))
-
-    def _people(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        self.watched.people_changed = True
-        if view.text:
-            names = sorted(view.text.split(", "), key=key_of)
-            self.tell(Page(f"Members of {view.where}", "\n".join(names)))
-
-    def _results(self, seat: chat.Seat, title: str, views: list[chat.ViewEvent]) -> None:
-        self.tell(Results(title, tuple(result_of(seat.core, view) for view in views)))
-
-    TAKEN = {
-        chat.MESSAGE: _said,
-        chat.NOTICE: _said,
-        **dict.fromkeys((*chat.FOLDED, chat.SERVER_TEXT, chat.NOTE, chat.FOUND), _keep),
-        chat.STATUS: _status,
-        chat.FAILED: _failed,
-        chat.ARRIVED: arrived,
-        chat.REACTED: _reacted,
-        **dict.fromkeys((chat.REMOVED, chat.RESET), _reset),
-        chat.OLDER: _older,
-        chat.PEOPLE: _people,
-        chat.TRANSFER: lambda self, seat, view: self.wanted.saved(seat.core, view.own_id),
-        chat.CLEARED: lambda self, seat, view: self.watched.clear(self.room_of(seat, view)),
-        chat.BACK: lambda self, seat, view: self.tell(Back(self.room_of(seat, view).id, view.text)),
-        chat.PAGE: lambda self, seat, view: self.tell(Page(view.name, view.text)),
-        chat.QR_CODE: lambda self, seat, view: self.tell(Code(view.text)),
-        chat.READ_ELSEWHERE: _read_elsewhere,
-    }
+        seat.screen.take(views)
 
 
 # ======================================================================================
@@ -7281,8 +7260,8 @@ class Window:
         if event.bell:
             self.notices.ring()
         if event.desktop and not focused:
-            where = "" if event.where == event.name else f" in {event.where}"
-            self.notices.tell(f"{event.name}{where}", event.text)
+            title = " in ".join(dict.fromkeys(chat.optional(event.name, event.where)))
+            self.notices.tell(title, event.text)
         self.notices.flash(not focused)
 
     def _take_settings(self, event: Settings) -> None:

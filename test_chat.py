@@ -25286,6 +25286,21 @@ def test_a_reaction_cannot_forge_a_row():
     assert not [one for one in bob.core.room.views if "eve reacted" in one.text]
 
 
+NOTIFICATIONS = [  # the setting, who says "tea; now" (or the server), and what the terminal gets
+    ("off", "bob", ""),
+    ("9", "bob", "\x1b]9;bob: tea, now\a"),
+    ("777", "", "\x1b]777;notify;chat.py;tea, now\a"),
+]
+
+
+@pytest.mark.parametrize("how, name, written", NOTIFICATIONS)
+def test_a_call_is_told_to_the_desktop_by_way_of_the_terminal(how, name, written):
+    desk = Desk(columns=70)
+    desk.core.typed(f"/set notify {how}")
+    desk.display.take([chat.ViewEvent(chat.SERVER_TEXT, "tea; now", name, called=True)])
+    assert desk.display.notice == written
+
+
 def test_rows_of_several_lines_are_several_rows():
     view = chat.ViewEvent(chat.FAILED, "why: one\ntwo", time=0)
     look = chat.Look(chat.Palette(False))
@@ -41312,13 +41327,13 @@ class Watcher(Pair):
         assert self.people.keys() == {*(room.people if is_in else ())}
 
 
-def test_a_line_that_quotes_a_message_is_not_taken_for_it():
-    row = gui_client.Row(said("tea?", time=EIGHT, id="m1"))
-    quote = chat.ViewEvent(chat.FOUND, "tea?", "bob", time=EIGHT, id="m1")
-    sheet, _ = sheet_of(row, quote)
-    assert sheet.replace(row._replace(reactions=(("x", ("bob",)),))) == 0 == sheet.find_id("m1")
-    assert gui_client.looks_same(quote, row.view) and not gui_client.looks_same(row.view, quote)
-    assert sheet.remove("m1") == [0, 1]  # its words are in both
+def test_an_invitation_calls_the_user_as_a_message_does():
+    alice = Watcher(House(), "alice")
+    alice.take_all()
+    text = "bob invites you to #tea"
+    alice.engine.show([chat.ViewEvent(chat.SERVER_TEXT, text, called=True)])
+    (call,) = [one for one in published(alice.engine) if isinstance(one, gui_client.Called)]
+    assert (call.name, call.text, call.where) == ("", text, "#lobby")
 
 
 def test_a_command_of_a_menu_leaves_what_is_half_typed():
