@@ -686,14 +686,7 @@ def day_text(day: datetime.date) -> str:
 
 def broken(text: str) -> str:
     """Return `text` with its longest lines broken: Tk lays out lines, one at a time."""
-    if len(text) <= LINE_SHOWN:
-        return text
-    parts = (
-        line[n : n + LINE_SHOWN]
-        for line in text.split("\n")
-        for n in range(0, max(1, len(line)), LINE_SHOWN)
-    )
-    return "\n".join(parts)
+    return re.sub(rf"(.{{{LINE_SHOWN}}})(?=.)", r"\1\n", text)
 
 
 def shorter(text: str, limit: int) -> str:
@@ -1155,15 +1148,6 @@ def placeholder_text(server: Server | None, room: RoomInfo | None) -> str:
     return f"Message {where}"
 
 
-def typing_text(names: tuple[str, ...]) -> str:
-    if not names:
-        return ""
-    if len(names) > 3:
-        return "several users are typing\u2026"
-    verb = "is" if len(names) == 1 else "are"
-    return f"{', '.join(shorter(name, 24) for name in names)} {verb} typing\u2026"
-
-
 def member_order(person: chat.Person) -> tuple:
     """Return the place of a member in the list: the highest rank first, then by name."""
     symbols = "~&@%+"
@@ -1390,7 +1374,6 @@ class Overview:
         self.values: tuple[tuple[str, str], ...] = ()  # settings
         self.moving: tuple[Moving, ...] = ()
         self.moving_due = 0.0  # on the loop's clock
-        self.moving_timer = False
         self.touched: set[int] = set()  # numbers of conversations that may have changed
         self.all_touched = True
 
@@ -1464,19 +1447,14 @@ class Overview:
         )
         if moving == self.moving:
             return []
-        loop = self.client.loop
-        wait = self.moving_due - loop.now
-        if wait > 0 and [one.id for one in moving] == [one.id for one in self.moving]:
-            if not self.moving_timer:
-                self.moving_timer = True
-                loop.call_later(wait, self._timer_over)
+        loop, ids = self.client.loop, [one.id for one in moving]
+        if loop.now < self.moving_due and ids == [one.id for one in self.moving]:
             return []
         self.moving, self.moving_due = moving, loop.now + PROGRESS_SECONDS
+        loop.call_later(
+            PROGRESS_SECONDS, chat.do_nothing
+        )  # to look again in the turn that it begins
         return [Progress(moving)]
-
-    def _timer_over(self) -> None:
-        """The turn that this timer begins looks at the transfers again."""
-        self.moving_timer = False
 
 
 class Watched:
@@ -7283,7 +7261,8 @@ class Window:
         model, seen = self.model, self.look.seen
         self.header.refresh(model)
         set_text(self.compose.hint, seen(placeholder_text(model.server, model.room)))
-        self.transcript.tell_typing(seen(typing_text(model.room.typing if model.room else ())))
+        names = (shorter(name, 24) for name in model.room.typing) if model.room else ()
+        self.transcript.tell_typing(seen(chat.typing_text(names)))
         self.status_line.refresh(model.server)
         unread = model.unread(but=model.here if self.reading.present else 0)
         title = title_text(model.server, model.room, unread)
