@@ -4199,8 +4199,7 @@ def register_account(
 
 @act
 def verify_account(hub: Hub, who: Session, name: str, verifier: tuple, email: str) -> Account:
-    """Register an account whose mail address was verified. Another user who took the name while the
-    mail was under way has to give it up."""
+    """Register an account with a verified address. Another user with its name has to give it up."""
     if hub.accounts.is_foreign(name, ""):
         raise Refused("INVALID_CODE", f"{name}, or a name like it, is registered already", name)
     account = save_account(hub, Account(name, Verifier(*verifier), email, hub.next_id()))
@@ -5789,8 +5788,7 @@ class SearchIndex:
             )
 
     def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
-        """Open the index. Raises sqlite3.DatabaseError if it is damaged or another version's, or
-        without FTS5."""
+        """Open the index. Raises DatabaseError if damaged, of another version or without FTS5."""
         self._probe()
         db = connect(path, "rwc")
         version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -8649,8 +8647,7 @@ def tell_account(session: IrcSession, before: int | None = None) -> None:
 
 
 def log_in_by_pass(session: IrcSession) -> Steps:
-    """Log in with the account and password of PASS, for clients that know neither SASL nor
-    NickServ. Return why that failed, or ""."""
+    """Log in by PASS, for clients without SASL and NickServ. Return why that failed, or ""."""
     claimed, session.claimed = session.claimed, None
     if claimed is None or session.account:
         return ""
@@ -9869,8 +9866,7 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
 
 
 def tell_found(session: IrcSession, found: list[tuple[Scope, Event]]) -> Iterator[None]:
-    """Send the newest of the messages that a search found, without those of channels that the user
-    has left."""
+    """Send the newest messages that a search found, without those of channels left meanwhile."""
     channels = session.user.channels
     names = {channel.key: channel.name for channel in channels}  # now, not when asked
     places = [names.get(s.keys[0]) if s.keys[0][:1] == "#" else "" for s, _ in found]
@@ -12217,8 +12213,7 @@ def upload_id(hub: Hub, owner: str, client_id: str = "") -> str:
 
 
 def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> Steps:
-    """Register a new file for an authorized client, and take the body. If the client asks again,
-    tell how much there is."""
+    """Register a file and take the body. If the client asks again, tell how much there is."""
     hub, name = session.site.hub, disposition_name(request.header("content-disposition"))
     id, has_body = upload_id(hub, owner), request.length != 0
     if tus := is_tus(request):
@@ -13222,8 +13217,7 @@ class Room:
         return next(filter(None, map(position_of, views)), "")
 
     def move_mark(self, id: str, when: int | None) -> None:
-        """Note that everything is held up to a message with this id, or, on a server without ids,
-        with this time (ms)."""
+        """Note that everything is held up to a message with this id or, without ids, time (ms)."""
         if id:
             self.mark, self.mark_time = f"msgid={id}", when
         elif when and not self.mark.startswith("msgid="):
@@ -20749,8 +20743,7 @@ NOT_A_PAIR = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGN
 
 
 def read_pem(path: pathlib.Path, what: str) -> bytes:
-    """Return the bytes of a file, since OpenSSL does not say which one it cannot read. Raises
-    Unusable."""
+    """Return a file's bytes; OpenSSL does not say which file it cannot read. Raises Unusable."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -20758,8 +20751,7 @@ def read_pem(path: pathlib.Path, what: str) -> bytes:
 
 
 def pem_trouble(reason: str | None, data: bytes) -> str:
-    """Return what is wrong with the text of a certificate and its key, of which OpenSSL gives no
-    reason but that they are no pair."""
+    """Return what is wrong with a certificate and its key; OpenSSL says only: they are no pair."""
     if reason in NOT_A_PAIR:
         return "its first certificate is not that of the key"
     if b"ENCRYPTED" in data:  # a server has no user to ask
@@ -23270,8 +23262,7 @@ def check_unchanged(one: Transfer) -> None:
 
 
 class Download:
-    """One request for the rest of a file. The file is written off the loop; until a piece is on
-    disk, the connection is not read."""
+    """One request for the rest of a file. Each piece is written off the loop, then more is read."""
 
     def __init__(self, transfers: "Transfers", one: Transfer, part: pathlib.Path, at: int):
         self.transfers, self.one, self.part, self.at = transfers, one, part, at
@@ -23356,8 +23347,7 @@ class Transfers:
     # Beginning and end
 
     def start(self, one: Transfer) -> None:
-        """Add a transfer, which begins soon. Raises Refused if its file cannot be read, or none can
-        have this name."""
+        """Add a transfer, which begins soon. Raises Refused if its file cannot be used."""
         verb = "read" if one.up else "write"
         try:
             self._find_file(one, pathlib.Path(one.path or one.name).expanduser())
