@@ -1061,6 +1061,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list]:
+    """Return the values of each key, in their order."""
+    groups: dict[Any, list] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
 # ======================================================================================
 # BUFFERS
 # ======================================================================================
@@ -10110,9 +10118,8 @@ def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
 def irc_whowas(session: IrcSession, names: str, count: str = "", server: str = "") -> None:
     """WHOWAS <nickname>{,<nickname>} [<count>] -- who had a name before"""
     check_server(session, server)
-    known: dict[str, list[FormerUser]] = {}
-    for one in reversed(session.site.hub.former):
-        known.setdefault(one.key or fold(one.source.name), []).append(one)
+    former = reversed(session.site.hub.former)
+    known = grouped((one.key or fold(one.source.name), one) for one in former)
     asked: dict[str, str] = {}  # a name in two spellings is answered once
     for name in filter(None, names.split(",")):
         asked.setdefault(fold(name), name)
@@ -13125,15 +13132,10 @@ def changed_texts(moves: Iterable[ViewEvent]) -> list[str]:
 
 def moved_text(moves: list[ViewEvent]) -> str:
     """Return one line about the users who joined and left, each named once, and about changes."""
-    joins: dict[str, list[bool]] = {}  # by name: whether each move was a JOIN
-    for view in moves:
-        if view.kind in MOVES:
-            joins.setdefault(view.name, []).append(view.kind == JOIN)
-    groups: dict[str, list[str]] = {}
-    for name, moved in joins.items():
-        groups.setdefault(MOVED_WORDS[moved[0], moved[-1]], []).append(name)
+    joins = grouped((view.name, view.kind == JOIN) for view in moves if view.kind in MOVES)
+    names_of = grouped((MOVED_WORDS[how[0], how[-1]], name) for name, how in joins.items())
     parts = []
-    for what, names in groups.items():
+    for what, names in names_of.items():
         more = f" and {len(names) - MOVES_NAMED:,} more" if len(names) > MOVES_NAMED else ""
         parts.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
     return "; ".join([*parts, *changed_texts(moves)])
@@ -16921,10 +16923,7 @@ class Reactions:
 
     def of(self, id: str) -> dict[str, list[str]]:
         """Return the reactions to a message: lists of nicks, by emoji."""
-        nicks: dict[str, list[str]] = {}
-        for emoji, name in self.core.store.reactions(id) if self.core.store and id else ():
-            nicks.setdefault(emoji, []).append(name)
-        return nicks
+        return grouped(self.core.store.reactions(id) if self.core.store and id else ())
 
     def send(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
         """React to a message, or remove the reaction. Raises Refused."""
@@ -19303,10 +19302,8 @@ class ClientStore(Writer):
     def keep_room(self, key: str, room: Room, place: int = 0) -> None:
         """Store an open conversation: only what changed since this client stored or loaded it, as
         another client of the user may have changed the rest."""
-        values = (room.name, room.password, room.is_channel, room.wanted, room.draft, room.muted)
-        row = dict(
-            zip(ROOM_COLUMNS, (*values, room.read_time, room.quiet_until, place), strict=True)
-        )
+        known = {**vars(room), "channel": room.is_channel, "place": place}
+        row = {name: known[name] for name in ROOM_COLUMNS}
         before = self.kept_rooms.get(key, ROOM_AT_FIRST)
         changed = [name for name in row if row[name] != before.get(name)]
         self.kept_rooms[key] = row
@@ -22292,10 +22289,7 @@ class HappyEyeballs:
 
     def __init__(self, loop: Loop, addresses: list[tuple[int, tuple]], then: Callable):
         self.loop, self.then = loop, then
-        by_family: dict[int, list] = {}
-        for family, address in addresses:
-            by_family.setdefault(family, []).append((family, address))
-        turns = itertools.zip_longest(*by_family.values())
+        turns = itertools.zip_longest(*grouped((one[0], one) for one in addresses).values())
         self.left = [one for turn in turns for one in turn if one]
         self.running: list[Connecting] = []
         self.timer: Timer | None = None
@@ -23035,11 +23029,10 @@ class ResponseReader(HttpReader):
     def _begin(self, lines: list[bytes]) -> Response | None:
         first, *texts = [line.decode("latin-1") for line in lines]
         status = re.fullmatch(r"HTTP/1\.\d ([1-5]\d\d)(?: .*)?", first)
-        headers: dict[str, list[str]] = {}
         if status is None or not all(":" in text for text in texts):
             raise BadRequest(400, "this is no HTTP")
-        for name, _, value in (text.partition(":") for text in texts):
-            headers.setdefault(name.strip().lower(), []).append(value.strip())
+        fields = (text.partition(":") for text in texts)
+        headers = grouped((name.strip().lower(), value.strip()) for name, _, value in fields)
         if status[1] == "100":
             return self._head()
         self._expect_body(int(status[1]), headers)
