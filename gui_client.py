@@ -865,11 +865,7 @@ def told_text(view: chat.ViewEvent) -> str:
         return f"\u2192 {view.name} joined"
     if view.kind in (chat.PART, chat.QUIT):
         return f"\u2190 {view.name} left{why}"
-    if view.kind == chat.MOVED:
-        return f"\u21c4 {view.text}"
-    if view.kind == chat.FAILED:
-        return f"not sent: {view.text}"
-    return view.text
+    return f"\u21c4 {view.text}" if view.kind == chat.MOVED else view.text
 
 
 def told_pieces(row: Row, style: Style) -> list:
@@ -923,9 +919,7 @@ class Sheet:
         news = [row for row in self.rows if is_unread(row, self.read_time)]
         if not self.read_time:  # nothing was ever read here
             news = news[len(news) - unread :] if unread else []
-        row = news[0] if news else None
-        self.marked = row.key if row else None
-        self.unseen = row is not None
+        self.marked, self.unseen = news[0].key if news else None, bool(news)
 
     def append(self, rows: Iterable[Row], seen: bool) -> int | None:
         """Add rows at the end. Return the row that loses its "new" line, if one does."""
@@ -4502,9 +4496,7 @@ class Transcript(ttk.Frame):
 
     def tell_typing(self, text: str) -> None:
         """Show the users who are typing, over the empty line below the last message."""
-        if text == str(self.typing.cget("text")):
-            return
-        self.typing.configure(text=text)
+        set_text(self.typing, text)
         x, y = self.look.part(0.9), -self.look.part(0.15)
         lay_over(self.typing, bool(text), x=x, rely=1.0, y=y, anchor="sw")
 
