@@ -25283,6 +25283,13 @@ class ManyServers(Client):
             self.core.rooms.mark_read(self.core.room)
         self.seats_changed()
 
+    def go(self, seat: Seat, room: Room) -> None:
+        """Look at a conversation, or at a server without one."""
+        self.look_at(seat)
+        if room.name:
+            self.core.rooms.go(room)
+        self.show(self.core.take_views())
+
     def seat_over(self, seat: Seat, reason: str) -> None:
         """Remove a server whose link has ended; with the last one, end the client."""
         if len(self.seats) == 1:
@@ -25628,7 +25635,7 @@ class TerminalClient(ManyServers):
         elif command.split(None, 1)[:1] == ["/connect"]:
             self.connect(text[len("/connect") :].strip())
         elif command[:4] == "/go " and (place := self.place_of(text[4:].strip())):
-            self.go(place)
+            self.go(*place)
         elif command[:4] == "/go " and A_NUMBER.fullmatch(command[4:].strip()):
             self.note(f"there is no {command[4:].strip()}; /go 1 to /go {len(self.places())}")
         elif text:
@@ -25680,13 +25687,6 @@ class TerminalClient(ManyServers):
 
     # The conversation that is looked at
 
-    def go(self, place: tuple[Seat, Room]) -> None:
-        seat, room = place
-        self.look_at(seat)
-        if room.name:
-            self.core.rooms.go(room)
-        self.show(self.core.take_views())
-
     def place_of(self, name: str) -> tuple[Seat, Room] | None:
         """Return the conversation with this number or name, first of this server; None for none."""
         places = self.places()
@@ -25701,20 +25701,20 @@ class TerminalClient(ManyServers):
 
     def go_number(self, number: int) -> None:
         for place in self.places()[number - 1 : number]:
-            self.go(place)
+            self.go(*place)
 
     def go_next(self, step: int = 1) -> None:
         places = self.places()
         rooms = [room for _, room in places]
         room = self.core.room or self.display.nowhere
         here = rooms.index(room) if room in rooms else -1
-        self.go(places[(here + step) % len(places)])
+        self.go(*places[(here + step) % len(places)])
 
     def go_unread(self) -> None:
         """Go to a conversation where the user is mentioned; else to one with new messages."""
         places = sorted(self.places(), key=lambda place: not place[1].called)
         for place in [place for place in places if place[1].unread][:1]:
-            self.go(place)
+            self.go(*place)
 
     # Reading back
 
@@ -25777,9 +25777,10 @@ class TerminalClient(ManyServers):
         begun before there was a conversation is for the first one."""
         before, after = self.writing_in, self.core.room
         self.writing_in = after
-        left = {seat.link.ended for seat, room in self.places() if room is before}
-        if self.editor.text and False not in left and not self.ended_room:
-            renamed = after and before and after.name == before.name and not left
+        seats = [seat for seat, room in self.places() if room is before]
+        is_over = all(seat.link.ended for seat in seats)
+        if self.editor.text and is_over and not self.ended_room:
+            renamed = after and before and after.name == before.name and not seats
             if before and not renamed:
                 self.ended_room = before.name
                 text = f"{before.name} is closed; what you type for it is not sent"

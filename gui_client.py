@@ -1801,11 +1801,7 @@ class Requests:
 
     def look(self, number: int) -> None:
         if place := self._place(number):
-            seat, room = place
-            self.engine.look_at(seat)
-            if room.name:
-                seat.core.rooms.go(room)
-            self.engine.show(seat.core.take_views())
+            self.engine.go(*place)
 
     def close(self, number: int) -> None:
         if (place := self._place(number)) and place[1].name:
@@ -4733,9 +4729,9 @@ class Sidebar(ttk.Frame):
             room = room._replace(draft="")
         if number == self.here and self.reading():
             room = room._replace(unread=0, called=0)
-        tag = "called" if room.called and not room.muted else "unread" if room.unread else "read"
         away = not room.inside or bool(room.gone)
-        tag = "muted" if room.muted else "outside" if away and tag == "read" else tag
+        states = {"muted": room.muted, "called": room.called, "unread": room.unread}
+        tag = next((state for state, on in states.items() if on), "outside" if away else "read")
         text, count = self.look.seen(sidebar_text(room)), count_text(room)
         self.tree.item(f"r{number}", text=text, values=(count,), tags=(tag,))
         self.counts[number] = count

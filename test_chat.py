@@ -40157,7 +40157,7 @@ def test_an_entered_line_is_for_the_terminal_or_for_the_conversation(at_keys, li
     found = []
     for name in ("leave", "list_rooms", "disconnect", "connect"):
         setattr(at_keys, name, lambda *values, name=name: found.append((name, *values)))
-    at_keys.go = lambda place: found.append(("go", place[1].name))
+    at_keys.go = lambda seat, room: found.append(("go", room.name))
     at_keys.link.typed = lambda text, *_: found.append(("typed", text))
     at_keys.take(f"{line}\r\r".encode())  # an empty line is none
     assert found == [done]
