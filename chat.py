@@ -3488,7 +3488,7 @@ class Hub:
     def conversation(self, one: User, other: User) -> Conversation:
         """Return the audience of two users. Within a turn it is one object, in either order."""
         pair = (one, other) if one.resume_id <= other.resume_id else (other, one)
-        parts = (*pair, *(user.identity for user in pair))  # which a log-in changes
+        parts = (*pair, pair[0].identity, pair[1].identity)  # which a log-in changes
         known = self.turn.audiences.get(parts)
         if known is None:
             known = self.turn.audiences[parts] = Conversation(*pair)
