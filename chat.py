@@ -22107,6 +22107,34 @@ def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
     return unlock
 
 
+# Folders
+
+
+def home_folder() -> pathlib.Path:
+    """Return the user's home folder. Raises Unusable if there is none."""
+    with contextlib.suppress(RuntimeError):
+        if os.environ.get("HOME") != "" and (home := pathlib.Path.home()) != pathlib.Path():
+            return home
+    raise Unusable("there is no home folder (HOME); use --data DIR, or a client's --no-state")
+
+
+def data_folder() -> pathlib.Path:
+    """Return the folder where this user's programs keep their data, as the system has it."""
+    if os.name == "nt":
+        return pathlib.Path(os.environ.get("APPDATA") or home_folder()) / "chat.py"
+    if sys.platform == "darwin":
+        return home_folder() / "Library" / "Application Support" / "chat.py"
+    folder = os.environ.get("XDG_DATA_HOME") or home_folder() / ".local" / "share"
+    return pathlib.Path(folder) / "chat.py"
+
+
+def config_folder() -> pathlib.Path:
+    """Return the folder in which earlier versions kept passwords, as the system has it."""
+    if os.name == "nt" or sys.platform == "darwin":
+        return data_folder()
+    return pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "chat.py"
+
+
 # The files of earlier versions, each of which is taken over once
 
 
@@ -22206,12 +22234,11 @@ def file_errors(path: pathlib.Path | None) -> Iterator[None]:
         raise Unusable(f"{text}, {NO_STATE_ADVICE}") from error
 
 
-def open_client_file(
-    folder: pathlib.Path | None, config: pathlib.Path | None = None
-) -> sqlite3.Connection:
-    """Open client.db in a folder, or one in memory; `config` is another folder in which earlier
-    versions kept passwords. Raises Unusable."""
-    path = folder and folder / "client.db"
+def open_client_file(folder: pathlib.Path | None) -> sqlite3.Connection:
+    """Open client.db in a folder, or one in memory. Raises Unusable."""
+    path, config = folder and folder / "client.db", folder
+    with contextlib.suppress(Unusable):  # there is no home folder
+        config = config_folder() if folder == data_folder() / "client" else folder
     with file_errors(path):
         if folder:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -22219,7 +22246,7 @@ def open_client_file(
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         db = open_client_database(str(path) if path else ":memory:")
         if folder:
-            take_over(db, folder / "servers.json", (config or folder) / "logins.json")
+            take_over(db, folder / "servers.json", config / "logins.json")
     return db
 
 
@@ -25087,7 +25114,6 @@ class ClientOptions(NamedTuple):
     join: tuple[str, ...] = ()
     commands: bool = False  # piped lines may be commands
     login: Login | None = None
-    config: pathlib.Path | None = None  # folder in which earlier versions kept passwords
     mechanisms: tuple[str, ...] = ()  # of SASL, the best one first; () as usual
     lobby: bool = True  # enter it, if there is nothing else to enter
 
@@ -25099,7 +25125,7 @@ class Client:
 
     def __init__(self, options: ClientOptions):
         self.loop, self.options, self.reason = Loop(), options, ""
-        self.db = open_client_file(options.state, options.config)
+        self.db = open_client_file(options.state)
         self.core, self.link = self.dial(options)
         self.link.show, self.link.over = self.show, self.over
 
@@ -28239,31 +28265,6 @@ def page_documents() -> dict[str, Document]:
 # standard error and an exit status: 1 for what did not work, 2 for a wrong command line.
 
 
-def home_folder() -> pathlib.Path:
-    """Return the user's home folder. Raises Unusable if there is none."""
-    with contextlib.suppress(RuntimeError):
-        if os.environ.get("HOME") != "" and (home := pathlib.Path.home()) != pathlib.Path():
-            return home
-    raise Unusable("there is no home folder (HOME); use --data DIR, or a client's --no-state")
-
-
-def data_folder() -> pathlib.Path:
-    """Return the folder where this user's programs keep their data, as the system has it."""
-    if os.name == "nt":
-        return pathlib.Path(os.environ.get("APPDATA") or home_folder()) / "chat.py"
-    if sys.platform == "darwin":
-        return home_folder() / "Library" / "Application Support" / "chat.py"
-    folder = os.environ.get("XDG_DATA_HOME") or home_folder() / ".local" / "share"
-    return pathlib.Path(folder) / "chat.py"
-
-
-def config_folder() -> pathlib.Path:
-    """Return the folder for this program's settings and passwords, as the system has it."""
-    if os.name == "nt" or sys.platform == "darwin":
-        return data_folder()
-    return pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "chat.py"
-
-
 def checked_option(parse: Callable, fits: Callable, advice: str) -> Callable[[str], Any]:
     """Return a type for argparse: it takes parse(text), if fits() accepts that value."""
 
@@ -28621,7 +28622,6 @@ def run_client(args: argparse.Namespace) -> int:
         tuple(filter(None, ",".join(args.join).split(","))),
         args.commands or sys.stdin.isatty(),  # TERM=dumb: who types /login says no password
         login,
-        None if args.no_state else args.data or config_folder(),
         args.sasl,
     )
     has_screen = os.environ.get("TERM") not in (None, "", "dumb", "unknown")

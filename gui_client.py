@@ -6796,7 +6796,6 @@ class WindowOptions(NamedTuple):
     password: str = ""
     trust: chat.Trust = chat.BELIEVE_THE_SYSTEM
     state: pathlib.Path | None = None  # folder for what is remembered; None: nowhere
-    config: pathlib.Path | None = None  # folder in which earlier versions kept passwords
 
 
 def fitting_geometry(text: str, width: int, height: int) -> str:
@@ -7102,8 +7101,7 @@ class Window:
         target = chat.parse_target(server)
         given = self.options if self._is_given(target) else WindowOptions()
         target = target._replace(kind=chat.PLAIN if given.plain else target.kind)
-        state, config = self.options.state, self.options.config
-        return chat.ClientOptions(name, target, given.trust, state, given.password, config=config)
+        return chat.ClientOptions(name, target, given.trust, self.options.state, given.password)
 
     def _is_given(self, target: chat.Target) -> bool:
         """Return whether it is the server of the command line, and no less secure."""
@@ -7447,7 +7445,7 @@ def make_picture(path: pathlib.Path, theme: str, state: pathlib.Path) -> None:
     with chat.temporary_server() as target:
         peers = {name: DemoPeer(name, target[:2]) for name in DEMO_NAMES}
         where = chat.address_text(*target[:2])
-        window = Window(WindowOptions("alice", where, state=state, config=state))
+        window = Window(WindowOptions("alice", where, state=state))
         window.begin()
         window.model.do("set", "theme", theme)
         play_demo(window, peers, state)
@@ -7504,7 +7502,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args = command_line().parse_args(arguments)
         state = None if args.no_state else args.data or chat.data_folder() / "client"
-        config = None if args.no_state else args.data or chat.config_folder()
     except chat.ChatError as error:
         print(f"gui_client.py: {error}", file=sys.stderr)
         return 1
@@ -7516,7 +7513,7 @@ def main(arguments: list[str] | None = None) -> int:
             ctypes.OleDLL("shcore").SetProcessDpiAwareness(1)
     trust = chat.Trust(args.ca, args.pin, args.insecure, args.client_cert)
     options = WindowOptions(
-        whole(args.name), whole(args.server), args.plain, args.password or "", trust, state, config
+        whole(args.name), whole(args.server), args.plain, args.password or "", trust, state
     )
     try:
         window = Window(options)

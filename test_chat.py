@@ -19707,14 +19707,18 @@ def test_a_damaged_outbox_in_a_file_gives_up_what_is_damaged_alone(folder, recor
     assert messages_of(outbox) == ["kept"] and outbox.secret == "ab" * 16
 
 
-def test_servers_and_passwords_in_files_are_taken_over_once(folder):
-    config = folder / "config"
-    config.mkdir()
-    servers, logins = folder / "servers.json", config / "logins.json"
+@pytest.mark.parametrize("usual", [True, False])
+def test_servers_and_passwords_in_files_are_taken_over_once(monkeypatch, folder, usual):
+    monkeypatch.setattr(chat, "data_folder", lambda: folder if usual else folder / "data")
+    monkeypatch.setattr(chat, "config_folder", lambda: folder / "config")
+    state, config = folder / "client", folder / ("config" if usual else "client")
+    for one in {state, config}:
+        one.mkdir()
+    servers, logins = state / "servers.json", config / "logins.json"
     known = {"a:1": {"kind": "irc", "pin": "ab"}, "b:2": chat.PLAIN, "sts:a": [6697, 5.5]}
     servers.write_text(json.dumps(known | {"c:3": 5, "d:4": [1], "e:5": {"pin": "cd"}}))
     logins.write_text(json.dumps({"a:1 two words": ["alice", "x y"], "b:2 bob": None, "z": []}))
-    found = chat.KnownServers(chat.open_client_file(folder, config))
+    found = chat.KnownServers(chat.open_client_file(state))
     assert (found.kind("a:1"), found.pin("a:1"), found.policy("a")) == ("irc", "ab", (6697, 5.5))
     assert (found.kind("b:2"), found.pin("b:2"), found.pin("e:5")) == (chat.PLAIN, None, "cd")
     assert found.login("a:1", "Two Words") == chat.Login("alice", "x y")
@@ -40416,25 +40420,22 @@ def test_channels_to_be_joined_may_be_given_one_by_one(monkeypatch):
     assert joined == [("#a", "#b", "#c"), ()]
 
 
-CLIENT_FOLDERS = [  # options of a client, and the folders of its data and of its settings
-    ("--no-state", None, None),
-    ("--no-state --data x", None, None),
-    ("--data x", pathlib.Path("x"), pathlib.Path("x")),
-    ("", pathlib.Path("data/chat.py/client"), pathlib.Path("settings/chat.py")),
+CLIENT_FOLDERS = [  # options of a client, and the folder of its data
+    ("--no-state", None),
+    ("--no-state --data x", None),
+    ("--data x", pathlib.Path("x")),
+    ("", pathlib.Path("data/client")),
 ]
 
 
-@pytest.mark.parametrize("words, data, settings", CLIENT_FOLDERS)
-def test_a_client_keeps_its_state_in_the_folder_that_its_options_say(
-    monkeypatch, words, data, settings
-):
+@pytest.mark.parametrize("words, data", CLIENT_FOLDERS)
+def test_a_client_keeps_its_state_in_the_folder_that_its_options_say(monkeypatch, words, data):
     given, client = [], types.SimpleNamespace(run=lambda: "", close=lambda: None)
-    for name, folder in (("data_folder", "data"), ("config_folder", "settings")):
-        monkeypatch.setattr(chat, name, lambda folder=folder: pathlib.Path(folder) / "chat.py")
+    monkeypatch.setattr(chat, "data_folder", lambda: pathlib.Path("data"))
     for kind in ("Filter", "TerminalClient"):
         monkeypatch.setattr(chat, kind, lambda options: given.append(options) or client)
     chat.run_client(chat.command_line().parse_args(["client", "alice", *words.split()]))
-    assert [(options.state, options.config) for options in given] == [(data, settings)]
+    assert [options.state for options in given] == [data]
 
 
 @pytest.mark.parametrize("keys, seconds, key", [
@@ -42178,7 +42179,7 @@ def test_the_end_stays_in_sight_when_fonts_panes_and_the_window_change(running, 
 
 
 def test_a_window_closes_its_own_connection_to_the_file_that_it_shares(window, folder):
-    alice = window(name="", state=folder, config=folder)
+    alice = window(name="", state=folder)
     alice.close()
     pump(alice, lambda: alice.gone)
     with pytest.raises(sqlite3.ProgrammingError):
@@ -42223,7 +42224,7 @@ def test_a_window_says_why_it_cannot_connect_and_where_it_is_not(running, window
     pump(alice, lambda: "trying again in" in alice.status_line.status.cget("text"))
     blocked = folder / "file"
     blocked.write_text("")
-    other = window(running().address, state=blocked / "state", config=blocked)
+    other = window(running().address, state=blocked / "state")
     assert other.card.shown and "--no-state" in other.card.error.cget("text")
     server = running()
     third = at_home(window(server.address, name="third"))
@@ -42723,7 +42724,7 @@ def test_messages_are_answered_reacted_to_and_typing_is_shown(running, window):
 def test_what_was_said_is_found_and_shown_among_what_was_said_around_it(running, window, folder):
     server = running()
     bob = server.guest("bob")
-    alice = at_home(window(server.address, state=folder, config=folder))
+    alice = at_home(window(server.address, state=folder))
     bob.send("".join(f"message {n}{' needle' * (n == 20)}\n" for n in range(400)))
     see(alice, "message 399\n")
     press(alice, "Control-f")
@@ -43268,7 +43269,7 @@ def test_each_conversation_keeps_the_place_where_the_user_reads(running, window)
 
 def test_searches_are_narrowed_to_a_user_a_conversation_and_links(running, window, folder):
     server = running()
-    alice = at_home(window(server.address, state=folder, config=folder))
+    alice = at_home(window(server.address, state=folder))
     for name in ("bob", "carol"):
         server.guest(name).send("tea is ready\nhttps://tea.example/\n")
     pump(alice, lambda: transcript(alice).count("tea.example") == 2)
@@ -47008,7 +47009,6 @@ def clients(monkeypatch):
         monkeypatch.setattr(chat, name, functools.partial(Ended, name))
     monkeypatch.setattr(chat, "secret_option", lambda text: f"secret {text}")
     monkeypatch.setattr(chat, "data_folder", lambda: pathlib.Path("/data"))
-    monkeypatch.setattr(chat, "config_folder", lambda: pathlib.Path("/config"))
     return started
 
 
@@ -47018,11 +47018,8 @@ CLIENTS_GIVEN = [  # arguments, a field of the options, its value
     ([], "join", ()),
     (["--join", "#a,#b", "--join", "#c"], "join", ("#a", "#b", "#c")),
     ([], "state", pathlib.Path("/data/client")),
-    ([], "config", pathlib.Path("/config")),
     (["--data", "/here"], "state", pathlib.Path("/here")),
-    (["--data", "/here"], "config", pathlib.Path("/here")),
     (["--no-state"], "state", None),
-    (["--no-state"], "config", None),
     ([], "commands", False),
     (["--commands"], "commands", True),
     ([], "login", None),
