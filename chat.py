@@ -23965,9 +23965,9 @@ class LineEditor:
     """The line being typed: the text before the cursor and the text after it.
 
     press(key) changes the line; it returns the line if the key entered it. `complete` offers
-    completions: complete(word, at the start of the line) -> candidates."""
+    completions: complete(the text before the cursor, its last word) -> candidates."""
 
-    def __init__(self, complete: Callable[[str, bool], list[str]] = lambda word, first: []):
+    def __init__(self, complete: Callable[[str, str], list[str]] = lambda before, word: []):
         self.before = self.after = ""
         self.complete = complete
         self.killed = ""  # for yank
@@ -24123,8 +24123,7 @@ class LineEditor:
             word = self.offers[0]
             self.offers = self.offers[step:] + self.offers[:step]
         else:
-            first = word == self.before
-            self.offers = self.complete(word, first)[::step]
+            self.offers = self.complete(self.before, word)[::step]
         if self.offers:
             self.before = self.before.removesuffix(word) + self.offers[0]
 
@@ -24685,20 +24684,25 @@ TOPICS_COMPLETED = {
 GO_COMMANDS = ("/go", "/part", "/names", "/history")  # are followed by a conversation
 
 
-def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
-    """Return completions of the last word of a line; the users who spoke last come first."""
-    rooms = [room.name for room in core.rooms.values()]
+def complete_word(before: str, word: str, names: Iterable[str], rooms: list[str]) -> list[str]:
+    """Return completions of the last word of the text before the cursor. Some commands are followed
+    by a conversation or a topic."""
     command, first = before.split(" ")[0].lower(), word == before
     if command in GO_COMMANDS and not first:
         key = fold(word).lstrip("#")
         return [name for name in rooms if fold(name).lstrip("#").startswith(key)]
     if command in TOPICS_COMPLETED and not first:
         return [f"{one} " for one in TOPICS_COMPLETED[command] if one.startswith(word)]
+    return completions(word, first, (name for name in names if not is_channel(name)), rooms)
+
+
+def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
+    """Return the same; the users who spoke last come first."""
     near = [core.room] if core.room else []
-    near += core.rooms.values() if command[:1] == "/" else []
+    near += core.rooms.values() if before[:1] == "/" else []
     names = dict.fromkeys(n for room in near for n in (*reversed(room.people), room.name))
     names.pop(core.name, None)
-    return completions(word, first, (name for name in names if not is_channel(name)), rooms)
+    return complete_word(before, word, names, [room.name for room in core.rooms.values()])
 
 
 def typing_text(names: Iterable[str]) -> str:
@@ -25500,7 +25504,7 @@ class TerminalClient(ManyServers):
         super().__init__(options)
         self.display: Display = self.seat.screen
         self.decoder = KeyDecoder()
-        self.editor = LineEditor(self.complete)
+        self.editor = LineEditor(lambda before, word: complete_line(self.core, before, word))
         self.pressed = self.news = True  # paint after this key; paint within 1/30 s
         self.painted = 0.0
         self.painting: Timer | None = None  # what came too early for that
@@ -25707,9 +25711,6 @@ class TerminalClient(ManyServers):
             self.asked = now
             self.note("Ctrl-C again leaves; so does /quit")
         self.pressed = True
-
-    def complete(self, word: str, first: bool) -> list[str]:
-        return complete_line(self.core, self.editor.before, word)
 
     # The conversation that is looked at
 

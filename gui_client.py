@@ -3131,8 +3131,8 @@ class Compose(Field):
     def __init__(self, parent: tk.Misc, look: Look, above: tk.Misc):
         super().__init__(parent, look, self.submit, width=20, maxundo=500)
         self.send: Callable[[str], bool] = bool  # returns whether it could be: else the text stays
-        self.complete: Callable[[str, bool], list[str]] = lambda word, first: []
-        self.editor = chat.LineEditor(lambda word, first: self.complete(word, first))
+        self.complete: Callable[[str, str], list[str]] = lambda before, word: []
+        self.editor = chat.LineEditor(lambda before, word: self.complete(before, word))
         self.offers = Offers(above, look, self.take_offer)
         self.preview: Callable[[str, int], None] = chat.do_nothing  # a line, and the cursor in it
         self.edited: Callable[[], None] = chat.do_nothing  # the user changed the text
@@ -5884,23 +5884,17 @@ class Writing(Acts):
         self.about_text = True
         return False
 
-    def complete(self, word: str, first: bool) -> list[str]:
-        """Return completions of a word: the users who spoke last come first."""
+    def complete(self, before: str, word: str) -> list[str]:
+        """Return completions of the last word; the users who spoke last come first."""
         if match := EMOJI_WORD.fullmatch(word):
             return [f"{emoji} " for emoji, _ in emoji_for(match[1])]
         model, members = self.model, self.window.people.rows
         recent = [name for name in self.transcript.sheet.speakers() if name in members]
         rooms = [room.name for room in model.rooms.values() if room.name]
-        here = [model.room.name] if model.room and not model.room.channel else []
-        names = dict.fromkeys((*recent, *here, *sorted(members, key=key_of)))
+        talks = rooms if before[:1] == "/" else [model.room.name] if model.room else []
+        names = dict.fromkeys((*recent, *sorted(members, key=key_of), *talks))
         names.pop(model.me, None)
-        command = self.compose.editor.before.split(" ")[0]
-        if command[:1] == "/" and not first:
-            names.update(dict.fromkeys(name for name in rooms if not chat.is_channel(name)))
-            topics = chat.TOPICS_COMPLETED.get(command, ()) if word else ()
-            known = sorted(f"{topic} " for topic in topics if topic.startswith(word))
-            return known or chat.completions(word, first, names, rooms)
-        return chat.completions(word, first, names, [one for one in rooms if chat.is_channel(one)])
+        return chat.complete_word(before, word, names, rooms)
 
     def type_on(self, text: str) -> None:
         """Take what was typed or pasted elsewhere into the field."""

@@ -36530,7 +36530,7 @@ def test_what_was_typed_comes_back_and_the_draft_is_kept():
 
 def test_tab_goes_through_the_candidates_and_back():
     editor = chat.LineEditor(
-        lambda word, first: [f"{n} " for n in ("alan", "alice") if n.startswith(word)]
+        lambda before, word: [f"{n} " for n in ("alan", "alice") if n.startswith(word)]
     )
     editor.set("hi al")
     seen = []
@@ -36541,7 +36541,7 @@ def test_tab_goes_through_the_candidates_and_back():
 
 
 def test_a_name_is_completed_in_each_line_of_a_message():
-    editor = chat.LineEditor(lambda word, first: ["bob: " if first else "bob "] * (word == "bo"))
+    editor = chat.LineEditor(functools.partial(chat.complete_word, names=["bob"], rooms=[]))
     editor.set("tea?\nbo")
     editor.press(chat.Key("tab"))
     assert editor.text == "tea?\nbob "
@@ -38175,7 +38175,8 @@ class Typist(chat.TerminalClient):
         self.desk = Desk()
         self.core, self.display, self.loop = self.desk.core, self.desk.display, FakeLoop(5000.0)
         self.link = types.SimpleNamespace(typing=chat.do_nothing, ask_older=lambda room: False)
-        self.decoder, self.editor = chat.KeyDecoder(), chat.LineEditor(self.complete)
+        self.decoder = chat.KeyDecoder()
+        self.editor = chat.LineEditor(functools.partial(chat.complete_line, self.core))
         self.cleared = self.asked = -math.inf
         self.begun, self.told, self.left, self.ended_room = None, [], False, ""
         self.typed_in = None, ""
@@ -42379,13 +42380,17 @@ def test_names_channels_commands_and_emoji_are_completed(running, window):
         guest.send("hi\n")
     pump(alice, lambda: transcript(alice).count("hi\n") == 2)
     last = alice.transcript.sheet.speakers()
-    assert alice.writing.complete("b", True) == [*(f"{name}: " for name in last), "bob: "]
-    assert alice.writing.complete("BO", False) == ["bob "]
-    assert alice.writing.complete("#l", False) == ["#lobby "]
-    assert alice.writing.complete("/na", True) == ["/names "]
-    assert alice.writing.complete(":tea", False)[0] == "🍵 "
-    alice.compose.editor.before = "/set ti"
-    assert alice.writing.complete("ti", False) == ["time "]
+
+    def completed(before):
+        return alice.writing.complete(before, before.split(" ")[-1])
+
+    assert completed("b") == [*(f"{name}: " for name in last), "bob: "]
+    assert completed("hi BO") == ["bob "]
+    assert completed("in #l") == ["#lobby "]
+    assert completed("/na") == ["/names "]
+    assert completed("some :tea")[0] == "🍵 "
+    assert completed("/set ti") == ["time "]
+    assert completed("/go lo") == ["#lobby"]
 
 
 def test_a_list_offers_commands_and_emoji_while_they_are_typed(running, window):
