@@ -42107,7 +42107,7 @@ def test_a_message_that_was_taken_back_is_not_in_the_window_any_more(running, wi
 def test_a_redacted_message_is_seen_nowhere_not_in_results_the_past_or_a_reply(
     running, window, folder
 ):
-    server, state = running(), {"state": folder, "config": folder}
+    server, state = running(), {"state": folder}
     bob = tagger(server, "bob", "JOIN #lobby")
     alice = at_home(window(server.address, **state))
     lines = [f"PRIVMSG #lobby :{'a secret' if n == 20 else 'words'} {n}\r\n" for n in range(400)]
@@ -42500,7 +42500,7 @@ def test_a_window_talks_on_several_servers_at_once(running, window, folder):
     servers = [running(), running()]
     bobs = [server.guest(f"bob{n}") for n, server in enumerate(servers)]
     names = [chat.address_text(*server.address) for server in servers]
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     alice = at_home(window(servers[0].address, **state))
     alice.ask()
     assert alice.card.server.content == names[0]
@@ -42574,7 +42574,7 @@ def test_a_word_is_erased_with_control(window):
 
 def test_a_draft_belongs_to_its_conversation_and_outlives_the_window(running, window, folder):
     server = running()
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     alice = at_home(window(server.address, **state))
     join(alice, "#tea")
     alice.compose.insert("end", "milk or")
@@ -42758,7 +42758,7 @@ def test_what_was_said_is_found_and_shown_among_what_was_said_around_it(running,
 
 
 def test_a_message_of_long_ago_is_read_among_its_neighbours_up_and_down(running, window, folder):
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     server = running()
     bob = server.guest("bob")
     alice = at_home(window(server.address, **state))
@@ -42832,7 +42832,7 @@ def test_the_window_is_used_with_the_keyboard_alone(running, window):
 
 def test_the_look_follows_the_settings(running, window, folder):
     server = running()
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     alice = at_home(window(server.address, **state))
     enter(alice, "/set theme dark")
     pump(alice, lambda: alice.look.colours is gui_client.DARK)
@@ -43207,7 +43207,7 @@ def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window)
 
 
 def test_conversations_are_put_in_another_order_with_the_mouse(running, window, folder):
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     server = running()
     alice = at_home(window(server.address, **state))
     for name in ("#one", "#two"):
@@ -43231,7 +43231,7 @@ def test_conversations_are_put_in_another_order_with_the_mouse(running, window, 
 def test_what_was_not_read_is_marked_also_after_a_restart(running, window, folder):
     server = running()
     bob = server.guest("bob")
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     alice = at_home(window(server.address, **state))
     focus(alice, True)
     bob.send("this was read\n")
@@ -43729,7 +43729,7 @@ def test_three_hundred_new_senders_leave_the_window_usable(window):
 def test_what_waits_is_sent_by_the_next_engine_after_one_that_ended(running, window, folder):
     server = running()
     bob = server.guest("bob")
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     alice = at_home(window(server.address, **state))
     first, ids = alice.model.engine, []
     alice.model.engine.submit(
@@ -44421,7 +44421,7 @@ def test_a_file_on_its_way_can_be_stopped_by_a_key_and_goes_on_after_the_engine_
     running, window, tmp_path, monkeypatch
 ):
     server = keeps_files(running, tmp_path)
-    state = {"state": tmp_path / "client", "config": tmp_path / "client"}
+    state = {"state": tmp_path / "client"}
     alice = at_home(window(server.address, **state))
     with monkeypatch.context() as patch:
         patch.setattr(chat.WebCall, "more", chat.do_nothing)  # no piece is sent
