@@ -5808,7 +5808,6 @@ class Notices:
 DRAFT_MS = 250  # from a key until what is half typed is kept
 SEEN_MS = 200  # from in sight to read
 FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
-TYPING_MS = 3000  # between two notices that the user types
 NOT_SENT = "not connected: connect first, your text is kept"
 
 
@@ -5838,7 +5837,6 @@ class Writing(Acts):
         self.about_text = False  # the banner tells of the text in the field
         self.closed = 0  # the conversation that the user closed last
         self.begun = False  # the text was begun in a conversation that is gone
-        self.typed_at = 0.0  # when others were told that the user types; 0: they were not
         self.edited_at = 0.0  # when the user changed the text last
         compose = self.compose
         compose.send, compose.complete = self.send, self.complete
@@ -5859,7 +5857,6 @@ class Writing(Acts):
         if not self.do("say", self.model.here, text, reply):
             self.window.ask(NOT_SENT)
             return False
-        self.typed_at = 0.0
         self.timers.cancel("draft")
         self.kept = ""
         if reply:
@@ -5931,8 +5928,7 @@ class Writing(Acts):
         self.window.sidebar.set_draft(here, bool(text.strip()))
         self._keep_draft(text)
         self.stop_reply()
-        if self.typed_at:
-            self._tell_typing("")
+        self.do("typing", here, "")
         return None
 
     def room_gone(self, number: int) -> None:
@@ -5966,14 +5962,6 @@ class Writing(Acts):
         self.begun = self.begun and bool(text.strip())
         if not self.timers.waits("draft"):  # a user may type for minutes without a break
             self.timers.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
-        tells = bool(text.strip()) and text[:1] != "/"
-        if tells and (time.monotonic() - self.typed_at) * 1000 > TYPING_MS:
-            self._tell_typing(text)
-        elif not text and self.typed_at:
-            self._tell_typing("")
-
-    def _tell_typing(self, text: str) -> None:
-        self.typed_at = time.monotonic() if text else 0.0
         self.do("typing", self.model.here, text)
 
     def _keep_draft(self, text: str) -> None:
