@@ -24006,14 +24006,15 @@ class LineEditor:
         if key.name not in ("undo", "enter", "left", "right", "home", "end"):
             self.undone.append((self.before, self.after))
         if key.name == "enter":
-            return self._enter()
+            return self.forget()
         if key.name in ("text", "paste"):
             self.insert(key.text)
         elif key.name in self.KEYS:
             self.KEYS[key.name](self)
         return None
 
-    def _enter(self) -> str:
+    def forget(self) -> str:
+        """Empty the line and return its text, which Up brings back."""
         text = self.text.rstrip("\n")  # a pasted line brings its newline along
         self.keep_draft()
         self.remember(text)
@@ -24028,13 +24029,6 @@ class LineEditor:
         self.undone.clear()  # it may have been a password
         self.set("")
         return text
-
-    def forget(self) -> None:
-        """Empty the line; Up brings the text back."""
-        self.keep_draft()
-        self.remember(self.text)
-        self.recalled, self.sought, self.draft = 0, None, ""
-        self.set("")
 
     def remember(self, text: str) -> bool:
         """Keep a text for Up; return False if it is empty, has a password, or was kept last."""
