@@ -267,7 +267,7 @@ class Results(NamedTuple):
 
 
 class Called(NamedTuple):
-    """A message that mentions the user, or is private."""
+    """A message that mentions the user or is private, or an invitation, say."""
 
     room: int
     name: str
