@@ -1061,6 +1061,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list]:
+    """Return the values of each key, in their order."""
+    groups: dict[Any, list] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
 # ======================================================================================
 # BUFFERS
 # ======================================================================================
@@ -1278,8 +1286,7 @@ class Commands(dict[str, Command]):
 # account's name, or raises Refused.
 
 
-def sha256_hmac(key: bytes, text: bytes) -> bytes:
-    return hmac.digest(key, text, "sha256")
+sha256_hmac = functools.partial(hmac.digest, digest="sha256")  # of a key and a text
 
 
 def client_keys(password: str, salt: bytes, rounds: int) -> tuple[bytes, bytes]:
@@ -2972,7 +2979,6 @@ class Turn:
         self.dedup: dict[tuple[str, str], Event] = {}  # by owner, and the sender's id
         self.entries: list[tuple] = []  # of the log of a cluster, as in NODE_TABLES
         self.changed: set[User | Channel] = set()  # have another state() to be stored
-        self.conversations: dict[tuple[User, User], Conversation] = {}
         self.audiences: dict[tuple, Audience] = {}  # by what they were made of
         self.latest: Audience | None = None  # of the last event
         self.noted: dict[Audience, None] = {}  # audiences of the events ...
@@ -3482,10 +3488,10 @@ class Hub:
     def conversation(self, one: User, other: User) -> Conversation:
         """Return the audience of two users. Within a turn it is one object, in either order."""
         pair = (one, other) if one.resume_id <= other.resume_id else (other, one)
-        known = self.turn.conversations.get(pair)
-        key = " ".join(sorted((one.identity, other.identity)))
-        if known is None or known.targets[0][0] != key:  # a user has logged in meanwhile
-            known = self.turn.conversations[pair] = Conversation(*pair)
+        parts = (*pair, pair[0].identity, pair[1].identity)  # which a log-in changes
+        known = self.turn.audiences.get(parts)
+        if known is None:
+            known = self.turn.audiences[parts] = Conversation(*pair)
         return known
 
     def find_audience(self, user: User, name: str) -> "Audience | Channel":
@@ -4201,8 +4207,7 @@ def register_account(
 
 @act
 def verify_account(hub: Hub, who: Session, name: str, verifier: tuple, email: str) -> Account:
-    """Register an account whose mail address was verified. Another user who took the name while the
-    mail was under way has to give it up."""
+    """Register an account with a verified address. Another user with its name has to give it up."""
     if hub.accounts.is_foreign(name, ""):
         raise Refused("INVALID_CODE", f"{name}, or a name like it, is registered already", name)
     account = save_account(hub, Account(name, Verifier(*verifier), email, hub.next_id()))
@@ -5791,8 +5796,7 @@ class SearchIndex:
             )
 
     def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
-        """Open the index. Raises sqlite3.DatabaseError if it is damaged or another version's, or
-        without FTS5."""
+        """Open the index. Raises DatabaseError if damaged, of another version or without FTS5."""
         self._probe()
         db = connect(path, "rwc")
         version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -6266,7 +6270,7 @@ class Store:
             self.reserve_ids()
             self.retention.note_excess()
             self.search_index, self.dedup = SearchIndex(self), DedupKeys(self)
-            for name in (path, path.with_name(f"{path.name}-wal")) if path else ():
+            for name in (path, wal) if path else ():
                 self.guard(name)
         except sqlite3.OperationalError as error:  # busy or full: that is no damage
             raise Unusable(f"cannot use the database {path}: {error}") from error
@@ -7119,7 +7123,7 @@ def apply_batch(
     come twice, and the node may have been declared gone meanwhile."""
     hub.sequence, hub.now, hub.ticks = entry.sequence, batch.time, ticks_of_log(hub, batch.time)
     hub.log_time, hub.log_ticks = hub.now, hub.ticks
-    hub.turn.conversations = {}  # they must not depend on how many entries one turn applies
+    hub.turn.audiences = {}  # they must not depend on how many entries one turn applies
     node = hub.nodes.get(batch.node)
     is_next = node and node.epoch == batch.epoch and batch.number == node.number + 1
     if not is_next and (batch.number != 1 or (node and node.epoch == batch.epoch)):
@@ -8055,9 +8059,7 @@ class Collected:
             raise Refused("MULTILINE_INVALID", "a message is all PRIVMSG, or all NOTICE")
         if goes_on and not text:
             raise Refused("MULTILINE_INVALID", "a concatenated line must not be empty")
-        between = SOFT_BREAK if goes_on else "\n"
-        if not self.pieces:
-            between = ""
+        between = "" if not self.pieces else SOFT_BREAK if goes_on else "\n"
         self.verb = verb
         self.pieces.append(between + text)
         self.lines += not goes_on
@@ -8653,8 +8655,7 @@ def tell_account(session: IrcSession, before: int | None = None) -> None:
 
 
 def log_in_by_pass(session: IrcSession) -> Steps:
-    """Log in with the account and password of PASS, for clients that know neither SASL nor
-    NickServ. Return why that failed, or ""."""
+    """Log in by PASS, for clients without SASL and NickServ. Return why that failed, or ""."""
     claimed, session.claimed = session.claimed, None
     if claimed is None or session.account:
         return ""
@@ -9873,8 +9874,7 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
 
 
 def tell_found(session: IrcSession, found: list[tuple[Scope, Event]]) -> Iterator[None]:
-    """Send the newest of the messages that a search found, without those of channels that the user
-    has left."""
+    """Send the newest messages that a search found, without those of channels left meanwhile."""
     channels = session.user.channels
     names = {channel.key: channel.name for channel in channels}  # now, not when asked
     places = [names.get(s.keys[0]) if s.keys[0][:1] == "#" else "" for s, _ in found]
@@ -10118,9 +10118,8 @@ def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
 def irc_whowas(session: IrcSession, names: str, count: str = "", server: str = "") -> None:
     """WHOWAS <nickname>{,<nickname>} [<count>] -- who had a name before"""
     check_server(session, server)
-    known: dict[str, list[FormerUser]] = {}
-    for one in reversed(session.site.hub.former):
-        known.setdefault(one.key or fold(one.source.name), []).append(one)
+    former = reversed(session.site.hub.former)
+    known = grouped((one.key or fold(one.source.name), one) for one in former)
     asked: dict[str, str] = {}  # a name in two spellings is answered once
     for name in filter(None, names.split(",")):
         asked.setdefault(fold(name), name)
@@ -11199,8 +11198,8 @@ class HttpReader:
             raise BadRequest(400, "a line of a body in chunks ends with CR and LF")
         return line[:-1]
 
-    def _head(self) -> Request | None:
-        """Take the head of a request; None if it is incomplete. Raises BadRequest."""
+    def _head(self) -> Any:
+        """Take the head of a message; None if it is incomplete. Raises BadRequest."""
         if blank := BLANK_LINE.match(self.data, self.start):  # RFC 9112 section 2.2
             self.start = blank.end()
         end = HEAD_END.search(self.data, self.start)
@@ -11212,7 +11211,10 @@ class HttpReader:
         head, self.start = self.data[self.start : end.start()], end.end()
         lines = [line.removesuffix(b"\r") for line in head.split(b"\n")]
         if len(lines) > HEADERS_MOST:
-            raise BadRequest(431, f"a request has at most {HEADERS_MOST} headers")
+            raise BadRequest(431, f"a head has at most {HEADERS_MOST} headers")
+        return self._begin(lines)
+
+    def _begin(self, lines: list[bytes]) -> Request:
         request = parse_head(lines)
         if request.length is None:
             self.chunked, self.step = True, self._size
@@ -12218,8 +12220,7 @@ def upload_id(hub: Hub, owner: str, client_id: str = "") -> str:
 
 
 def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> Steps:
-    """Register a new file for an authorized client, and take the body. If the client asks again,
-    tell how much there is."""
+    """Register a file and take the body. If the client asks again, tell how much there is."""
     hub, name = session.site.hub, disposition_name(request.header("content-disposition"))
     id, has_body = upload_id(hub, owner), request.length != 0
     if tus := is_tus(request):
@@ -12959,10 +12960,13 @@ class Outbox:
         self.most = SENT_AHEAD  # ... and at most so many
         self.alone = 0  # so many are sent alone, to know which one a server refuses or changes
         self.unconfirmed: set[str] = set()  # sent over a lost connection; history will tell
-        # Left to the user (/retry, /cancel), and why
-        self.parked = {message.id: message.why for message in self.waiting.values() if message.why}
         self.unsaved: dict[str, None] = {}  # not accepted yet
         self.locked_at = math.inf  # since when another program has the file locked (ticks)
+
+    @property
+    def parked(self) -> dict[str, str]:
+        """The messages that are left to the user (/retry, /cancel), and why."""
+        return {message.id: message.why for message in self.waiting.values() if message.why}
 
     def add(self, now: float, where: str, text: str, kind: str, reply: str = "") -> Waiting:
         """Add a message at wall time `now` (s); save() accepts it."""
@@ -12996,7 +13000,6 @@ class Outbox:
         """Remove and return the messages that could not be stored."""
         lost = [self.waiting.pop(id) for id in self.unsaved]
         for message in lost:
-            self.parked.pop(message.id, None)
             del self.rows.changes[message.id]
         self.unsaved.clear()
         return lost
@@ -13009,9 +13012,9 @@ class Outbox:
         earlier one, except if both are false, or if the earlier one was left to the user."""
         if len(self.in_flight) >= (1 if self.alone else self.window):
             return None
-        later = self.in_flight.keys() | self.parked.keys() | self.unsaved.keys()
+        later = self.in_flight.keys() | self.unsaved.keys()
         for message in self.waiting.values():
-            if message.id in later:
+            if message.why or message.id in later:
                 continue
             if carries(message):
                 return None if message.id in self.unconfirmed else message
@@ -13039,7 +13042,6 @@ class Outbox:
             self.alone = max(0, self.alone - 1)
         self.unconfirmed.discard(id)
         self.unsaved.pop(id, None)
-        self.parked.pop(id, None)
         message = self.waiting.pop(id, None)
         if message and self.rows:
             self.rows.changes[id] = None
@@ -13049,13 +13051,11 @@ class Outbox:
         """Keep a message from being sent until the user decides about it; `why` is the reason."""
         self.in_flight.pop(id, None)
         self.unconfirmed.discard(id)
-        self.parked[id] = why
         self._change(self.waiting[id]._replace(why=why))
 
     def retry(self, id: str) -> None:
         """Let a message that was left to the user be sent again."""
-        if self.parked.pop(id, None) is not None:
-            self._change(self.waiting[id]._replace(why=""))
+        self._change(self.waiting[id]._replace(why=""))
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
         """Address the waiting messages of renamed conversations, those with is_old(name), to `new`.
@@ -13146,15 +13146,10 @@ def changed_texts(moves: Iterable[ViewEvent]) -> list[str]:
 
 def moved_text(moves: list[ViewEvent]) -> str:
     """Return one line about the users who joined and left, each named once, and about changes."""
-    joins: dict[str, list[bool]] = {}  # by name: whether each move was a JOIN
-    for view in moves:
-        if view.kind in MOVES:
-            joins.setdefault(view.name, []).append(view.kind == JOIN)
-    groups: dict[str, list[str]] = {}
-    for name, moved in joins.items():
-        groups.setdefault(MOVED_WORDS[moved[0], moved[-1]], []).append(name)
+    joins = grouped((view.name, view.kind == JOIN) for view in moves if view.kind in MOVES)
+    names_of = grouped((MOVED_WORDS[how[0], how[-1]], name) for name, how in joins.items())
     parts = []
-    for what, names in groups.items():
+    for what, names in names_of.items():
         more = f" and {len(names) - MOVES_NAMED:,} more" if len(names) > MOVES_NAMED else ""
         parts.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
     return "; ".join([*parts, *changed_texts(moves)])
@@ -13238,8 +13233,7 @@ class Room:
         return next(filter(None, map(position_of, views)), "")
 
     def move_mark(self, id: str, when: int | None) -> None:
-        """Note that everything is held up to a message with this id, or, on a server without ids,
-        with this time (ms)."""
+        """Note that everything is held up to a message with this id or, without ids, time (ms)."""
         if id:
             self.mark, self.mark_time = f"msgid={id}", when
         elif when and not self.mark.startswith("msgid="):
@@ -14767,7 +14761,7 @@ class PlainTalk:
         core, outbox = self.core, self.core.outbox
         if core.kind_confirmed or core.kind_forced or core.ticks() - self.began > CAP_SECONDS:
             for message in [*outbox.waiting.values()]:
-                if not self.carries(message) and message.id not in outbox.parked:
+                if not (self.carries(message) or message.why):
                     core.outgoing.leave_to_user(message.id, ONE_ROOM)
 
     # The line protocol has nothing for these
@@ -14923,8 +14917,8 @@ class IrcTalk:
         verb, params, _ = parse_message(line)
         self.answers.expect(verb, *params)
         outbox = self.core.outbox
-        unsent = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
-        last = next((id for id in reversed(outbox.waiting) if id in unsent), "")
+        later = (message for message in reversed(outbox.waiting.values()) if not message.why)
+        last = next((message.id for message in later if message.id not in outbox.in_flight), "")
         self.queue.append((line, last))
 
     def pump(self) -> None:
@@ -14979,7 +14973,7 @@ class IrcTalk:
         """Return whether the message that a queued line follows can still be sent."""
         outbox = self.core.outbox
         message = outbox.waiting.get(id)
-        done = message is None or id in outbox.in_flight or id in outbox.parked
+        done = message is None or message.why or id in outbox.in_flight
         return not done and (self.carries(message) or self.waits(message))
 
     @property
@@ -15556,7 +15550,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
         if core.find(core.outbox.waiting[id].where) is None:
             core.outgoing.leave_to_user(id)
     for message in core.outbox.waiting.values():  # accepted messages need the channel
-        if talk.server.is_channel(message.where) and message.id not in core.outbox.parked:
+        if talk.server.is_channel(message.where) and not message.why:
             core.rooms.open(message.where).wanted = True
     if heard.source == ZNC_ITSELF:
         talk.bouncer = True
@@ -15972,8 +15966,7 @@ def we_joined(talk: IrcTalk, heard: ServerLine, name: str) -> None:
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
     talk.history.catch_up(room)
-    waiting = (core.outbox.waiting[id].where for id in core.outbox.parked)
-    if count := sum(core.fold(where) == core.fold(room.name) for where in waiting):
+    if count := sum(bool(message.why) for message in core.outgoing.waiting_for(room)):
         text = f"{counted(count, 'message')} could not be sent before; /retry sends, /cancel drops"
         core.note(text, room.name)
 
@@ -16935,10 +16928,7 @@ class Reactions:
 
     def of(self, id: str) -> dict[str, list[str]]:
         """Return the reactions to a message: lists of nicks, by emoji."""
-        nicks: dict[str, list[str]] = {}
-        for emoji, name in self.core.store.reactions(id) if self.core.store and id else ():
-            nicks.setdefault(emoji, []).append(name)
-        return nicks
+        return grouped(self.core.store.reactions(id) if self.core.store and id else ())
 
     def send(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
         """React to a message, or remove the reaction. Raises Refused."""
@@ -17372,7 +17362,7 @@ class Outgoing:
         user to decide about them, all are sent."""
         core = self.core
         if not core.interactive:
-            for id in [*core.outbox.parked]:
+            for id in core.outbox.parked:
                 core.outbox.retry(id)
             return
         for message in core.outbox.waiting.values():
@@ -17473,10 +17463,9 @@ class Outgoing:
         only about those that are not sent, or not as a whole. A chat.py answers the others."""
         core, outbox = self.core, self.core.outbox
         unfinished = core.talk.lines.unfinished if core.talk else ""
-        answered = outbox.in_flight.keys() - {unfinished}
-        decided = {*outbox.parked, *(answered if unsent or core.server.ours else ())}
+        answered = outbox.in_flight.keys() - {unfinished} if unsent or core.server.ours else ()
         for message in self.waiting_for(room):
-            if message.id in decided:
+            if message.why or message.id in answered:
                 continue
             if message.id == unfinished and "echo-message" not in core.server.enabled:
                 outbox.arrived_to(message.id, core.talk.lines.sent_to)
@@ -17487,12 +17476,12 @@ class Outgoing:
 
     def retry(self, own_id: str) -> None:
         """Send a message that was left to the user; join its channel first if needed."""
-        core = self.core
-        if own_id not in core.outbox.parked:
+        core, message = self.core, self.core.outbox.waiting.get(own_id)
+        if message is None or not message.why:
             return
         core.outbox.retry(own_id)
         self.sent_before.add(own_id)
-        room = core.rooms.open(core.outbox.waiting[own_id].where)
+        room = core.rooms.open(message.where)
         if room.is_channel and not room.inside and core.ready:
             room.wanted = True
             if not core.talk.joins.waits(room.name):
@@ -19318,10 +19307,8 @@ class ClientStore(Writer):
     def keep_room(self, key: str, room: Room, place: int = 0) -> None:
         """Store an open conversation: only what changed since this client stored or loaded it, as
         another client of the user may have changed the rest."""
-        values = (room.name, room.password, room.is_channel, room.wanted, room.draft, room.muted)
-        row = dict(
-            zip(ROOM_COLUMNS, (*values, room.read_time, room.quiet_until, place), strict=True)
-        )
+        known = {**vars(room), "channel": room.is_channel, "place": place}
+        row = {name: known[name] for name in ROOM_COLUMNS}
         before = self.kept_rooms.get(key, ROOM_AT_FIRST)
         changed = [name for name in row if row[name] != before.get(name)]
         self.kept_rooms[key] = row
@@ -20794,8 +20781,7 @@ NOT_A_PAIR = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGN
 
 
 def read_pem(path: pathlib.Path, what: str) -> bytes:
-    """Return the bytes of a file, since OpenSSL does not say which one it cannot read. Raises
-    Unusable."""
+    """Return a file's bytes; OpenSSL does not say which file it cannot read. Raises Unusable."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -20803,8 +20789,7 @@ def read_pem(path: pathlib.Path, what: str) -> bytes:
 
 
 def pem_trouble(reason: str | None, data: bytes) -> str:
-    """Return what is wrong with the text of a certificate and its key, of which OpenSSL gives no
-    reason but that they are no pair."""
+    """Return what is wrong with a certificate and its key; OpenSSL says only: they are no pair."""
     if reason in NOT_A_PAIR:
         return "its first certificate is not that of the key"
     if b"ENCRYPTED" in data:  # a server has no user to ask
@@ -20994,7 +20979,8 @@ class Committer:
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.checkpoint_trouble = ""  # of the last one; it was logged
-        self.index_due = self.retry_due = False
+        self.index_due = False
+        self.retries = Delay(self.loop, BACKLOG_SECONDS, lambda _: self.retry())
         self.committed = 0.0  # when, last
         self.sweep()
 
@@ -21028,13 +21014,11 @@ class Committer:
                 log.error("history is not being kept: %s", self.store.trouble)
             else:
                 log.warning("history is being kept again")
-        if self.store.backlog.records and not self.retry_due:
-            self.retry_due = True
-            self.loop.call_later(BACKLOG_SECONDS, self.retry)
+        if self.store.backlog.records:
+            self.retries.add("backlog")
 
     def retry(self) -> None:
         """Store the records that the database did not take."""
-        self.retry_due = False
         if self.store.backlog.records:
             outcome = self.store.commit(Turn(), self.loop.now, self.hub.ticks)
             self.note_loss(outcome != KEPT)
@@ -22167,6 +22151,34 @@ def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
     return unlock
 
 
+# Folders
+
+
+def home_folder() -> pathlib.Path:
+    """Return the user's home folder. Raises Unusable if there is none."""
+    with contextlib.suppress(RuntimeError):
+        if os.environ.get("HOME") != "" and (home := pathlib.Path.home()) != pathlib.Path():
+            return home
+    raise Unusable("there is no home folder (HOME); use --data DIR, or a client's --no-state")
+
+
+def data_folder() -> pathlib.Path:
+    """Return the folder where this user's programs keep their data, as the system has it."""
+    if os.name == "nt":
+        return pathlib.Path(os.environ.get("APPDATA") or home_folder()) / "chat.py"
+    if sys.platform == "darwin":
+        return home_folder() / "Library" / "Application Support" / "chat.py"
+    folder = os.environ.get("XDG_DATA_HOME") or home_folder() / ".local" / "share"
+    return pathlib.Path(folder) / "chat.py"
+
+
+def config_folder() -> pathlib.Path:
+    """Return the folder in which earlier versions kept passwords, as the system has it."""
+    if os.name == "nt" or sys.platform == "darwin":
+        return data_folder()
+    return pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "chat.py"
+
+
 # The files of earlier versions, each of which is taken over once
 
 
@@ -22266,12 +22278,11 @@ def file_errors(path: pathlib.Path | None) -> Iterator[None]:
         raise Unusable(f"{text}, {NO_STATE_ADVICE}") from error
 
 
-def open_client_file(
-    folder: pathlib.Path | None, config: pathlib.Path | None = None
-) -> sqlite3.Connection:
-    """Open client.db in a folder, or one in memory; `config` is another folder in which earlier
-    versions kept passwords. Raises Unusable."""
-    path = folder and folder / "client.db"
+def open_client_file(folder: pathlib.Path | None) -> sqlite3.Connection:
+    """Open client.db in a folder, or one in memory. Raises Unusable."""
+    path, config = folder and folder / "client.db", folder
+    with contextlib.suppress(Unusable):  # there is no home folder
+        config = config_folder() if folder == data_folder() / "client" else folder
     with file_errors(path):
         if folder:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -22279,7 +22290,7 @@ def open_client_file(
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         db = open_client_database(str(path) if path else ":memory:")
         if folder:
-            take_over(db, folder / "servers.json", (config or folder) / "logins.json")
+            take_over(db, folder / "servers.json", config / "logins.json")
     return db
 
 
@@ -22349,10 +22360,7 @@ class HappyEyeballs:
 
     def __init__(self, loop: Loop, addresses: list[tuple[int, tuple]], then: Callable):
         self.loop, self.then = loop, then
-        by_family: dict[int, list] = {}
-        for family, address in addresses:
-            by_family.setdefault(family, []).append((family, address))
-        turns = itertools.zip_longest(*by_family.values())
+        turns = itertools.zip_longest(*grouped((one[0], one) for one in addresses).values())
         self.left = [one for turn in turns for one in turn if one]
         self.running: list[Connecting] = []
         self.timer: Timer | None = None
@@ -23094,20 +23102,13 @@ class ResponseReader(HttpReader):
         self.bodiless = bodiless  # the answer to HEAD
         self.to_the_end = False  # of the connection
 
-    def _head(self) -> Response | None:
-        match = re.search(rb"\r?\n\r?\n", self.buffer[: self.limit + 4])
-        if match is None:
-            if len(self.buffer) > self.limit:
-                raise BadRequest(431, "the answer has no end")
-            return None
-        head, self.start = self.buffer[: match.start()], self.start + match.end()
-        first, *lines = [line.decode("latin-1").removesuffix("\r") for line in head.split(b"\n")]
+    def _begin(self, lines: list[bytes]) -> Response | None:
+        first, *texts = [line.decode("latin-1") for line in lines]
         status = re.fullmatch(r"HTTP/1\.\d ([1-5]\d\d)(?: .*)?", first)
-        headers: dict[str, list[str]] = {}
-        if status is None or not all(":" in line for line in lines):
+        if status is None or not all(":" in text for text in texts):
             raise BadRequest(400, "this is no HTTP")
-        for name, _, value in (line.partition(":") for line in lines):
-            headers.setdefault(name.strip().lower(), []).append(value.strip())
+        fields = (text.partition(":") for text in texts)
+        headers = grouped((name.strip().lower(), value.strip()) for name, _, value in fields)
         if status[1] == "100":
             return self._head()
         self._expect_body(int(status[1]), headers)
@@ -23330,8 +23331,7 @@ def check_unchanged(one: Transfer) -> None:
 
 
 class Download:
-    """One request for the rest of a file. The file is written off the loop; until a piece is on
-    disk, the connection is not read."""
+    """One request for the rest of a file. Each piece is written off the loop, then more is read."""
 
     def __init__(self, transfers: "Transfers", one: Transfer, part: pathlib.Path, at: int):
         self.transfers, self.one, self.part, self.at = transfers, one, part, at
@@ -23416,8 +23416,7 @@ class Transfers:
     # Beginning and end
 
     def start(self, one: Transfer) -> None:
-        """Add a transfer, which begins soon. Raises Refused if its file cannot be read, or none can
-        have this name."""
+        """Add a transfer, which begins soon. Raises Refused if its file cannot be used."""
         verb = "read" if one.up else "write"
         try:
             self._find_file(one, pathlib.Path(one.path or one.name).expanduser())
@@ -24027,9 +24026,9 @@ class LineEditor:
     """The line being typed: the text before the cursor and the text after it.
 
     press(key) changes the line; it returns the line if the key entered it. `complete` offers
-    completions: complete(word, at the start of the line) -> candidates."""
+    completions: complete(the text before the cursor, its last word) -> candidates."""
 
-    def __init__(self, complete: Callable[[str, bool], list[str]] = lambda word, first: []):
+    def __init__(self, complete: Callable[[str, str], list[str]] = lambda before, word: []):
         self.before = self.after = ""
         self.complete = complete
         self.killed = ""  # for yank
@@ -24068,14 +24067,15 @@ class LineEditor:
         if key.name not in ("undo", "enter", "left", "right", "home", "end"):
             self.undone.append((self.before, self.after))
         if key.name == "enter":
-            return self._enter()
+            return self.forget()
         if key.name in ("text", "paste"):
             self.insert(key.text)
         elif key.name in self.KEYS:
             self.KEYS[key.name](self)
         return None
 
-    def _enter(self) -> str:
+    def forget(self) -> str:
+        """Empty the line and return its text, which Up brings back."""
         text = self.text.rstrip("\n")  # a pasted line brings its newline along
         self.keep_draft()
         self.remember(text)
@@ -24090,13 +24090,6 @@ class LineEditor:
         self.undone.clear()  # it may have been a password
         self.set("")
         return text
-
-    def forget(self) -> None:
-        """Empty the line; Up brings the text back."""
-        self.keep_draft()
-        self.remember(self.text)
-        self.recalled, self.sought, self.draft = 0, None, ""
-        self.set("")
 
     def remember(self, text: str) -> bool:
         """Keep a text for Up; return False if it is empty, has a password, or was kept last."""
@@ -24185,8 +24178,7 @@ class LineEditor:
             word = self.offers[0]
             self.offers = self.offers[step:] + self.offers[:step]
         else:
-            first = word == self.before
-            self.offers = self.complete(word, first)[::step]
+            self.offers = self.complete(self.before, word)[::step]
         if self.offers:
             self.before = self.before.removesuffix(word) + self.offers[0]
 
@@ -24756,20 +24748,25 @@ TOPICS_COMPLETED = {
 GO_COMMANDS = ("/go", "/part", "/names", "/history")  # are followed by a conversation
 
 
-def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
-    """Return completions of the last word of a line; the users who spoke last come first."""
-    rooms = [room.name for room in core.rooms.values()]
+def complete_word(before: str, word: str, names: Iterable[str], rooms: list[str]) -> list[str]:
+    """Return completions of the last word of the text before the cursor. Some commands are followed
+    by a conversation or a topic."""
     command, first = before.split(" ")[0].lower(), word == before
     if command in GO_COMMANDS and not first:
         key = fold(word).lstrip("#")
         return [name for name in rooms if fold(name).lstrip("#").startswith(key)]
     if command in TOPICS_COMPLETED and not first:
         return [f"{one} " for one in TOPICS_COMPLETED[command] if one.startswith(word)]
+    return completions(word, first, (name for name in names if not is_channel(name)), rooms)
+
+
+def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
+    """Return the same; the users who spoke last come first."""
     near = [core.room] if core.room else []
-    near += core.rooms.values() if command[:1] == "/" else []
+    near += core.rooms.values() if before[:1] == "/" else []
     names = dict.fromkeys(n for room in near for n in (*reversed(room.people), room.name))
     names.pop(core.name, None)
-    return completions(word, first, (name for name in names if not is_channel(name)), rooms)
+    return complete_word(before, word, names, [room.name for room in core.rooms.values()])
 
 
 def typing_text(names: Iterable[str]) -> str:
@@ -24785,30 +24782,20 @@ def typing_text(names: Iterable[str]) -> str:
 
 def notification(how: str, view: ViewEvent) -> str:
     """Return the escape sequence of a desktop notification: OSC 9 (iTerm2), or 777 (urxvt)."""
-    text = visible(cut(f"{view.name}: {view.text}", FITS_ALWAYS)).replace(";", ",")
+    text = visible(cut(": ".join(optional(view.name, view.text)), FITS_ALWAYS)).replace(";", ",")
     return {"9": f"\x1b]9;{text}\a", "777": f"\x1b]777;notify;chat.py;{text}\a"}.get(how, "")
 
 
-class Display:
-    """The screen of a client core, as text to be written.
+class Screen:
+    """The base of the screens of a client core, in a terminal and in a window. The core adds the
+    messages to their conversations; the screen adds other views as rows, too."""
 
-    Live, a conversation scrolls on the terminal's own screen, above two rows. Pages for reading
-    back are on its other buffer, so that the terminal's scrollback stays a plain log."""
+    ROWS: dict[str, Callable[[Any, ViewEvent], Any]] = {}  # by kind: what makes a row of a view ...
+    TAKEN: dict[str, Callable[[Any, ViewEvent], Any]] = {}  # ... and what else it changes
 
-    def __init__(self, core: ClientCore, palette: Palette, columns: int = 80, rows: int = 24):
-        self.core, self.palette = core, palette
-        self.painter = Painter(columns, rows)
+    def __init__(self, core: ClientCore):
+        self.core = core
         self.nowhere = Room("")  # what is told while no conversation is looked at
-        self.reader = self._read()
-        self.whole = False  # the screen has to be redrawn
-        self.bell = False
-        self.notice = ""  # for the desktop, as an escape sequence
-        self.server = ""  # its address, if there are several servers
-        self.elsewhere: Callable[[], Iterable[tuple[str, Room]]] = list  # on the other servers
-        self.fetching = False  # older messages are on their way
-        self.paged = False  # the other buffer is shown ...
-        self.was_drawn = False  # ... and whether the two rows are there on the first
-        self.seen: Any = None  # the last frame: it is not written twice
         self.noted: dict[int, ViewEvent] = {}  # views that are rows already, by identity
         core.at_once = self.note
 
@@ -24816,12 +24803,9 @@ class Display:
     def room(self) -> Room:
         return self.core.room or self.nowhere
 
-    def _read(self) -> ScrollbackView:
-        look = Look(self.palette, self.painter.columns, clock=self.core.setting("time"))
-        look = look._replace(answered=self.core.stored.answered_words)
-        return ScrollbackView(self.room, look, self.painter.rows - 2)
-
-    # What there is to show
+    def room_of(self, view: ViewEvent) -> Room:
+        """Return the conversation of a view, or the one that is looked at."""
+        return self.core.by_id(view.room) or self.core.find(view.where) or self.room
 
     def note(self, view: ViewEvent) -> None:
         """Make a row of a view of the core at once, before a message that comes after it. Without a
@@ -24835,20 +24819,71 @@ class Display:
         for view in views:
             if self.noted.pop(id(view), None) is None and view.kind in self.ROWS:
                 self.ROWS[view.kind](self, view)
-            room = self.core.find(view.where)
-            if view.called and not (view.past or view.mine or (room and room.muted)):
-                self.bell |= self.core.setting("bell") == "on"
-                self.notice = notification(self.core.setting("notify"), view)
+            if view.called and not (view.past or view.mine or self.room_of(view).muted):
+                self.call(view)
             if handler := self.TAKEN.get(view.kind):
                 handler(self, view)
 
+    def call(self, view: ViewEvent) -> None:
+        """Tell the user of a view that mentions them, by a bell or a notification."""
+        raise NotImplementedError
+
     def keep(self, view: ViewEvent, room: Room | None = None) -> None:
         """Add a view to its conversation, unless the core has added it."""
-        room = room or self.core.find(view.where) or self.room
+        room = room or self.room_of(view)
         if view.kind in FOLDED and any(one is view for one in reversed(room.moves)):
             return  # they will be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
-            room.views.append(self.core.timed(view))
+            room.views.append(self.core.timed(view, room))
+
+
+CLIENT_KEYS = (  # what the page of /help tells of them
+    "",
+    "Page Up:  read back; Page Down, Escape or Enter lead to the present",
+    "Alt-A:  to the next conversation with something new; first where you are mentioned",
+    "Alt-N, Alt-P:  to the next conversation, or the previous one",
+    "Alt-1 to Alt-9:  to that conversation; /go alone lists them",
+    "Tab:  complete a name, a channel or a command; again: the next that fits",
+    "Up, Down:  what you typed before",
+    "Alt-Enter:  a new line in a message",
+    "Ctrl-R:  the last line that you typed with these words; again: one before that",
+    "Ctrl-_:  undo",
+    "Ctrl-L:  draw the screen again",
+    "Ctrl-C:  forget the line; without one, twice: leave",
+)
+
+
+class Display(Screen):
+    """The screen of a client core, as text to be written.
+
+    Live, a conversation scrolls on the terminal's own screen, above two rows. Pages for reading
+    back are on its other buffer, so that the terminal's scrollback stays a plain log."""
+
+    def __init__(self, core: ClientCore, palette: Palette, columns: int = 80, rows: int = 24):
+        super().__init__(core)
+        self.palette = palette
+        self.painter = Painter(columns, rows)
+        self.reader = self._read()
+        self.whole = False  # the screen has to be redrawn
+        self.bell = False
+        self.notice = ""  # for the desktop, as an escape sequence
+        self.server = ""  # its address, if there are several servers
+        self.elsewhere: Callable[[], Iterable[tuple[str, Room]]] = list  # on the other servers
+        self.fetching = False  # older messages are on their way
+        self.paged = False  # the other buffer is shown ...
+        self.was_drawn = False  # ... and whether the two rows are there on the first
+        self.seen: Any = None  # the last frame: it is not written twice
+
+    def _read(self) -> ScrollbackView:
+        look = Look(self.palette, self.painter.columns, clock=self.core.setting("time"))
+        look = look._replace(answered=self.core.stored.answered_words)
+        return ScrollbackView(self.room, look, self.painter.rows - 2)
+
+    # What there is to show
+
+    def call(self, view: ViewEvent) -> None:
+        self.bell |= self.core.setting("bell") == "on"
+        self.notice = notification(self.core.setting("notify"), view)
 
     def _take_said(self, view: ViewEvent) -> None:
         """Show here a message without a conversation, and tell here what the user says elsewhere.
@@ -24888,7 +24923,7 @@ class Display:
     def _take_page(self, view: ViewEvent) -> None:
         """Show a text on the other buffer, from its beginning."""
         room = Room(view.name, channel=False)
-        for line in view.text.split("\n"):
+        for line in (*view.text.split("\n"), *(CLIENT_KEYS if view.name == "help" else ())):
             room.views.append(ViewEvent(PAGE, line, time=view.time))
         look = Look(self.palette, self.painter.columns)
         self.reader = ScrollbackView(room, look, self.painter.rows - 2)
@@ -24909,7 +24944,7 @@ class Display:
 
     ROWS = {
         **dict.fromkeys(SPOKEN, _take_said),
-        **dict.fromkeys((*FOLDED, SERVER_TEXT, NOTE, QR_CODE), keep),
+        **dict.fromkeys((*FOLDED, SERVER_TEXT, NOTE, QR_CODE), Screen.keep),
         FOUND: lambda self, view: self.keep(view, self.room),
         REACTED: _take_reacted,
         FAILED: _take_failed,
@@ -25147,7 +25182,6 @@ class ClientOptions(NamedTuple):
     join: tuple[str, ...] = ()
     commands: bool = False  # piped lines may be commands
     login: Login | None = None
-    config: pathlib.Path | None = None  # folder in which earlier versions kept passwords
     mechanisms: tuple[str, ...] = ()  # of SASL, the best one first; () as usual
     lobby: bool = True  # enter it, if there is nothing else to enter
 
@@ -25159,7 +25193,7 @@ class Client:
 
     def __init__(self, options: ClientOptions):
         self.loop, self.options, self.reason = Loop(), options, ""
-        self.db = open_client_file(options.state, options.config)
+        self.db = open_client_file(options.state)
         self.core, self.link = self.dial(options)
         self.link.show, self.link.over = self.show, self.over
 
@@ -25343,6 +25377,13 @@ class ManyServers(Client):
             self.core.rooms.mark_read(self.core.room)
         self.seats_changed()
 
+    def go(self, seat: Seat, room: Room) -> None:
+        """Look at a conversation, or at a server without one."""
+        self.look_at(seat)
+        if room.name:
+            self.core.rooms.go(room)
+        self.show(self.core.take_views())
+
     def seat_over(self, seat: Seat, reason: str) -> None:
         """Remove a server whose link has ended; with the last one, end the client."""
         if len(self.seats) == 1:
@@ -25517,28 +25558,6 @@ def on_signal(loop: Loop, name: str, callback: Callable[[], Any]) -> None:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback))
 
 
-CLIENT_KEYS = (  # what /help tells of them
-    "Page Up:  read back; Page Down, Escape or Enter lead to the present",
-    "Alt-A:  to the next conversation with something new; first where you are mentioned",
-    "Alt-N, Alt-P:  to the next conversation, or the previous one",
-    "Alt-1 to Alt-9:  to that conversation; /go alone lists them",
-    "Tab:  complete a name, a channel or a command; again: the next that fits",
-    "Up, Down:  what you typed before",
-    "Alt-Enter:  a new line in a message",
-    "Ctrl-R:  the last line that you typed with these words; again: one before that",
-    "Ctrl-_:  undo",
-    "Ctrl-L:  draw the screen again",
-    "Ctrl-C:  forget the line; without one, twice: leave",
-)
-
-
-def with_keys(view: ViewEvent) -> ViewEvent:
-    """Add the keys' meanings to the page of general help."""
-    if (view.kind, view.name) != (PAGE, "help"):
-        return view
-    return view._replace(text="\n".join([view.text, "", *CLIENT_KEYS]))
-
-
 class TerminalClient(ManyServers):
     """A terminal and links: keys go to the links, views to the terminal. The screen of each server
     is a Display; `display` is that of the server that is looked at."""
@@ -25549,7 +25568,7 @@ class TerminalClient(ManyServers):
         super().__init__(options)
         self.display: Display = self.seat.screen
         self.decoder = KeyDecoder()
-        self.editor = LineEditor(self.complete)
+        self.editor = LineEditor(lambda before, word: complete_line(self.core, before, word))
         self.pressed = self.news = True  # paint after this key; paint within 1/30 s
         self.painted = 0.0
         self.painting: Timer | None = None  # what came too early for that
@@ -25710,7 +25729,7 @@ class TerminalClient(ManyServers):
         elif command.split(None, 1)[:1] == ["/connect"]:
             self.connect(text[len("/connect") :].strip())
         elif command[:4] == "/go " and (place := self.place_of(text[4:].strip())):
-            self.go(place)
+            self.go(*place)
         elif command[:4] == "/go " and A_NUMBER.fullmatch(command[4:].strip()):
             self.note(f"there is no {command[4:].strip()}; /go 1 to /go {len(self.places())}")
         elif text:
@@ -25757,17 +25776,7 @@ class TerminalClient(ManyServers):
             self.note("Ctrl-C again leaves; so does /quit")
         self.pressed = True
 
-    def complete(self, word: str, first: bool) -> list[str]:
-        return complete_line(self.core, self.editor.before, word)
-
     # The conversation that is looked at
-
-    def go(self, place: tuple[Seat, Room]) -> None:
-        seat, room = place
-        self.look_at(seat)
-        if room.name:
-            self.core.rooms.go(room)
-        self.show(self.core.take_views())
 
     def place_of(self, name: str) -> tuple[Seat, Room] | None:
         """Return the conversation with this number or name, first of this server; None for none."""
@@ -25783,20 +25792,20 @@ class TerminalClient(ManyServers):
 
     def go_number(self, number: int) -> None:
         for place in self.places()[number - 1 : number]:
-            self.go(place)
+            self.go(*place)
 
     def go_next(self, step: int = 1) -> None:
         places = self.places()
         rooms = [room for _, room in places]
         room = self.core.room or self.display.nowhere
         here = rooms.index(room) if room in rooms else -1
-        self.go(places[(here + step) % len(places)])
+        self.go(*places[(here + step) % len(places)])
 
     def go_unread(self) -> None:
         """Go to a conversation where the user is mentioned; else to one with new messages."""
         places = sorted(self.places(), key=lambda place: not place[1].called)
         for place in [place for place in places if place[1].unread][:1]:
-            self.go(place)
+            self.go(*place)
 
     # Reading back
 
@@ -25841,7 +25850,7 @@ class TerminalClient(ManyServers):
             self.told_why = False
             self.display.keep(ViewEvent(NOTE, f"connected to {self.link.target}"))
         self.was_ready = self.core.ready
-        self.display.take(map(with_keys, views))
+        self.display.take(views)
         if self.writing_in is not self.core.room:
             self.change_drafts()
         self.keep_drafts()
@@ -25859,9 +25868,10 @@ class TerminalClient(ManyServers):
         begun before there was a conversation is for the first one."""
         before, after = self.writing_in, self.core.room
         self.writing_in = after
-        left = {seat.link.ended for seat, room in self.places() if room is before}
-        if self.editor.text and False not in left and not self.ended_room:
-            renamed = after and before and after.name == before.name and not left
+        seats = [seat for seat, room in self.places() if room is before]
+        is_over = all(seat.link.ended for seat in seats)
+        if self.editor.text and is_over and not self.ended_room:
+            renamed = after and before and after.name == before.name and not seats
             if before and not renamed:
                 self.ended_room = before.name
                 text = f"{before.name} is closed; what you type for it is not sent"
@@ -28320,31 +28330,6 @@ def page_documents() -> dict[str, Document]:
 # standard error and an exit status: 1 for what did not work, 2 for a wrong command line.
 
 
-def home_folder() -> pathlib.Path:
-    """Return the user's home folder. Raises Unusable if there is none."""
-    with contextlib.suppress(RuntimeError):
-        if os.environ.get("HOME") != "" and (home := pathlib.Path.home()) != pathlib.Path():
-            return home
-    raise Unusable("there is no home folder (HOME); use --data DIR, or a client's --no-state")
-
-
-def data_folder() -> pathlib.Path:
-    """Return the folder where this user's programs keep their data, as the system has it."""
-    if os.name == "nt":
-        return pathlib.Path(os.environ.get("APPDATA") or home_folder()) / "chat.py"
-    if sys.platform == "darwin":
-        return home_folder() / "Library" / "Application Support" / "chat.py"
-    folder = os.environ.get("XDG_DATA_HOME") or home_folder() / ".local" / "share"
-    return pathlib.Path(folder) / "chat.py"
-
-
-def config_folder() -> pathlib.Path:
-    """Return the folder for this program's settings and passwords, as the system has it."""
-    if os.name == "nt" or sys.platform == "darwin":
-        return data_folder()
-    return pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "chat.py"
-
-
 def checked_option(parse: Callable, fits: Callable, advice: str) -> Callable[[str], Any]:
     """Return a type for argparse: it takes parse(text), if fits() accepts that value."""
 
@@ -28702,7 +28687,6 @@ def run_client(args: argparse.Namespace) -> int:
         tuple(filter(None, ",".join(args.join).split(","))),
         args.commands or sys.stdin.isatty(),  # TERM=dumb: who types /login says no password
         login,
-        None if args.no_state else args.data or config_folder(),
         args.sasl,
     )
     has_screen = os.environ.get("TERM") not in (None, "", "dumb", "unknown")

@@ -110,8 +110,7 @@ class Row(NamedTuple):
     def key(self) -> Any:
         """The identity of this row, by which it is found again."""
         view = self.view
-        id = "" if view.kind == chat.FOUND else view.id  # else two rows had the id of a message
-        return view.own_id or id or (view.kind, view.time, view.name, view.text)
+        return view.own_id or view.id or (view.kind, view.time, view.name, view.text)
 
 
 class Server(NamedTuple):
@@ -268,7 +267,7 @@ class Results(NamedTuple):
 
 
 class Called(NamedTuple):
-    """A message that mentions the user, or is private."""
+    """A message that mentions the user or is private, or an invitation, say."""
 
     room: int
     name: str
@@ -687,14 +686,7 @@ def day_text(day: datetime.date) -> str:
 
 def broken(text: str) -> str:
     """Return `text` with its longest lines broken: Tk lays out lines, one at a time."""
-    if len(text) <= LINE_SHOWN:
-        return text
-    parts = (
-        line[n : n + LINE_SHOWN]
-        for line in text.split("\n")
-        for n in range(0, max(1, len(line)), LINE_SHOWN)
-    )
-    return "\n".join(parts)
+    return re.sub(rf"(.{{{LINE_SHOWN}}})(?=.)", r"\1\n", text)
 
 
 def shorter(text: str, limit: int) -> str:
@@ -717,8 +709,8 @@ def beginning(text: str) -> str:
 
 
 def has_id(view: chat.ViewEvent, id: str) -> bool:
-    """Return whether a view is the message with this id, and not a line that quotes it."""
-    return bool(id) and view.id == id and view.kind != chat.FOUND
+    """Return whether a view is the message with this id."""
+    return bool(id) and view.id == id
 
 
 def is_unread(row: Row, read_time: int) -> bool:
@@ -873,11 +865,7 @@ def told_text(view: chat.ViewEvent) -> str:
         return f"\u2192 {view.name} joined"
     if view.kind in (chat.PART, chat.QUIT):
         return f"\u2190 {view.name} left{why}"
-    if view.kind == chat.MOVED:
-        return f"\u21c4 {view.text}"
-    if view.kind == chat.FAILED:
-        return f"not sent: {view.text}"
-    return f"{view.name}: {view.text}" if view.kind == chat.FOUND else view.text
+    return f"\u21c4 {view.text}" if view.kind == chat.MOVED else view.text
 
 
 def told_pieces(row: Row, style: Style) -> list:
@@ -931,9 +919,7 @@ class Sheet:
         news = [row for row in self.rows if is_unread(row, self.read_time)]
         if not self.read_time:  # nothing was ever read here
             news = news[len(news) - unread :] if unread else []
-        row = news[0] if news else None
-        self.marked = row.key if row else None
-        self.unseen = row is not None
+        self.marked, self.unseen = news[0].key if news else None, bool(news)
 
     def append(self, rows: Iterable[Row], seen: bool) -> int | None:
         """Add rows at the end. Return the row that loses its "new" line, if one does."""
@@ -1156,15 +1142,6 @@ def placeholder_text(server: Server | None, room: RoomInfo | None) -> str:
     return f"Message {where}"
 
 
-def typing_text(names: tuple[str, ...]) -> str:
-    if not names:
-        return ""
-    if len(names) > 3:
-        return "several users are typing\u2026"
-    verb = "is" if len(names) == 1 else "are"
-    return f"{', '.join(shorter(name, 24) for name in names)} {verb} typing\u2026"
-
-
 def member_order(person: chat.Person) -> tuple:
     """Return the place of a member in the list: the highest rank first, then by name."""
     symbols = "~&@%+"
@@ -1249,7 +1226,8 @@ def emoji_for(word: str) -> list[tuple[str, str]]:
 #   Watched    the rows and the members of the conversation that the user looks at
 #   Wanted     the files that Tk waits for
 #   Requests   the requests of Tk: Engine.do("say", ...) has Requests.say() called in the thread
-#   Engine     the thread, the views of the cores, and the batches
+#   SeatScreen the views of the core of one server
+#   Engine     the thread and the batches
 
 ROWS_AT_ONCE = 300  # in one batch: inserted in a few milliseconds
 ROWS_KEPT = 2000  # of the conversation looked at, while the end is in sight ...
@@ -1270,22 +1248,6 @@ SERVER_NUMBERS = itertools.count(1)
 
 Tell = Callable[[Any], None]  # takes an event for the next batch
 Place = tuple[chat.Seat, chat.Room]  # a conversation, and its server
-
-
-class SeatScreen:
-    """The state of the window about one server, in the engine's thread."""
-
-    def __init__(self) -> None:
-        self.number = next(SERVER_NUMBERS)
-        self.status, self.statuses = "", 0
-        self.nowhere = chat.Room("")  # for texts, while no conversation is open
-        self.failed: dict[str, str] = {}  # own ids of messages that are given up, and why
-        self.was_ready = self.told_why = False
-        self.secret = ""  # of an account that is to be registered
-        self.missed: dict[str, None] = {}  # ids of what was said while we were away
-        self.reacted: dict[str, None] = {}  # ids of the messages that got a reaction last
-        self.last_removed = ""  # id of the message that was redacted last
-        self.placed: dict[int, chat.ViewEvent] = {}  # views that are rows already, by identity
 
 
 def search_words(text: str) -> tuple[str, dict[str, str]]:
@@ -1406,7 +1368,6 @@ class Overview:
         self.values: tuple[tuple[str, str], ...] = ()  # settings
         self.moving: tuple[Moving, ...] = ()
         self.moving_due = 0.0  # on the loop's clock
-        self.moving_timer = False
         self.touched: set[int] = set()  # numbers of conversations that may have changed
         self.all_touched = True
 
@@ -1480,19 +1441,14 @@ class Overview:
         )
         if moving == self.moving:
             return []
-        loop = self.client.loop
-        wait = self.moving_due - loop.now
-        if wait > 0 and [one.id for one in moving] == [one.id for one in self.moving]:
-            if not self.moving_timer:
-                self.moving_timer = True
-                loop.call_later(wait, self._timer_over)
+        loop, ids = self.client.loop, [one.id for one in moving]
+        if loop.now < self.moving_due and ids == [one.id for one in self.moving]:
             return []
         self.moving, self.moving_due = moving, loop.now + PROGRESS_SECONDS
+        loop.call_later(
+            PROGRESS_SECONDS, chat.do_nothing
+        )  # to look again in the turn that it begins
         return [Progress(moving)]
-
-    def _timer_over(self) -> None:
-        """The turn that this timer begins looks at the transfers again."""
-        self.moving_timer = False
 
 
 class Watched:
@@ -1829,7 +1785,7 @@ class Requests:
         if place := self._place(number):
             seat, _ = place
             seat.core.outgoing.retry(own_id)
-            self.engine.arrived(seat, chat.ViewEvent(chat.ARRIVED, room=number, own_id=own_id))
+            seat.screen.arrived(chat.ViewEvent(chat.ARRIVED, room=number, own_id=own_id))
             seat.link.poke()
 
     def cancel(self, number: int, own_id: str) -> None:
@@ -1845,11 +1801,7 @@ class Requests:
 
     def look(self, number: int) -> None:
         if place := self._place(number):
-            seat, room = place
-            self.engine.look_at(seat)
-            if room.name:
-                seat.core.rooms.go(room)
-            self.engine.show(seat.core.take_views())
+            self.engine.go(*place)
 
     def close(self, number: int) -> None:
         if (place := self._place(number)) and place[1].name:
@@ -1957,7 +1909,7 @@ class Requests:
         """Register the name as an account, once the server has it."""
         for seat in [one for one in self.engine.seats if str(one.link.given) == address]:
             seat.screen.secret = secret
-            self.engine.register(seat)
+            seat.screen.register()
 
     def connect(self, options: chat.ClientOptions) -> None:
         """Connect to one more server, or look at it if it is there."""
@@ -1986,6 +1938,148 @@ class Requests:
             self.draft(number, text)
         self.wanted.drop_opening()
         self.engine.leave(reason)
+
+
+class SeatScreen(chat.Screen):
+    """The state of the window about one server, in the engine's thread."""
+
+    def __init__(self, engine: "Engine", seat: chat.Seat):
+        super().__init__(seat.core)
+        self.engine, self.seat = engine, seat
+        self.number = next(SERVER_NUMBERS)
+        self.status, self.statuses = "", 0
+        self.failed: dict[str, str] = {}  # own ids of messages that are given up, and why
+        self.was_ready = self.told_why = False
+        self.secret = ""  # of an account that is to be registered
+        self.missed: dict[str, None] = {}  # ids of what was said while we were away
+        self.reacted: dict[str, None] = {}  # ids of the messages that got a reaction last
+        self.last_removed = ""  # id of the message that was redacted last
+        self.core.results = self._results
+
+    @property
+    def watched(self) -> Watched:
+        return self.engine.watched
+
+    def take(self, views: Iterable[chat.ViewEvent]) -> None:
+        self._note_ready()
+        self._note_removed()
+        super().take(views)
+        self.engine.overview.touched.update(view.room for view in views if view.room)
+
+    def _note_ready(self) -> None:
+        """Note that a connection stands, or stands no more."""
+        if self.core.ready == self.was_ready:
+            return
+        self.was_ready = self.core.ready
+        self.watched.ready_changed()
+        if self.was_ready and self.told_why:
+            self.told_why = False
+            self.keep(chat.ViewEvent(chat.NOTE, f"connected to {self.seat.link.target}"))
+        self.register()
+
+    def _note_removed(self) -> None:
+        """Note messages that were redacted since: the core tells only of those in its rooms."""
+        removed, last = self.core.known.redacted, self.last_removed
+        self.last_removed = next(reversed(removed), "")
+        for id in itertools.takewhile(lambda id: id != last, reversed(removed)):
+            self.watched.redacted(id)
+
+    def register(self) -> None:
+        """Register the account that the user wants, once the server has the name."""
+        if self.secret and self.core.ready:
+            secret, self.secret = self.secret, ""
+            self.engine.submit(self._register_now, secret)
+
+    def _register_now(self, secret: str) -> None:
+        chat.do_register(self.core, secret)
+        self.seat.link.poke()
+
+    def call(self, view: chat.ViewEvent) -> None:
+        room = self.room_of(view)
+        on = (self.core.setting(name) == "on" for name in ("bell", "desktop"))
+        self.engine.tell(Called(room.id, view.name, view.text, room.name, *on))
+
+    def _said(self, view: chat.ViewEvent) -> None:
+        if not view.where:
+            self.keep(view)
+        if self.seat.link.phase != chat.ONLINE or view.past:
+            chat.remember(self.missed, view.id)
+
+    def _status(self, view: chat.ViewEvent) -> None:
+        self.status = view.text
+        self.statuses += 1
+        if self.seat.link.again and not self.told_why:
+            self.told_why = True
+            self.keep(chat.ViewEvent(chat.NOTE, view.text.partition(WHY_AGAIN)[0]))
+
+    def _failed(self, view: chat.ViewEvent) -> None:
+        room = self.room_of(view)
+        said = find_view(room, lambda one: one.own_id == view.own_id)
+        if said is None:
+            return self.keep(view._replace(kind=chat.NOTE, own_id=""))
+        why = view.text.partition(f": {said.text.strip('*')}")[0]
+        why = self.core.outbox.parked.get(view.own_id) or why
+        self.failed[view.own_id] = why
+        if room is not self.watched.room:  # there, and where the user looks
+            text = f"not sent to {room.name}: {excerpt(said.text)} ({why})"
+            self.keep(chat.ViewEvent(chat.NOTE, text))
+        return self.watched.change(room, said)
+
+    def arrived(self, view: chat.ViewEvent) -> None:
+        """Draw a message of the user's own again: it has arrived, or is on its way once more."""
+        room = self.room_of(view)
+        self.failed.pop(view.own_id, None)
+        if said := find_view(room, lambda one: one.own_id == view.own_id):
+            self.watched.change(room, said)
+
+    def _reacted(self, view: chat.ViewEvent) -> None:
+        room = self.room_of(view)
+        chat.remember(self.reacted, view.id)
+        if said := find_view(room, lambda one: has_id(one, view.id)):
+            self.watched.change(room, said)
+
+    def _reset(self, view: chat.ViewEvent) -> None:
+        if self.room_of(view) is self.watched.room:
+            self.watched.again = True  # some rows are gone
+
+    def _older(self, view: chat.ViewEvent) -> None:
+        self.watched.older_came(self.room_of(view), chat.whole_number(view.text) or 0)
+
+    def _read_elsewhere(self, view: chat.ViewEvent) -> None:
+        room = self.room_of(view)
+        self.engine.tell(Read(room.id, room.read_time))
+
+    def _people(self, view: chat.ViewEvent) -> None:
+        self.watched.people_changed = True
+        if view.text:
+            names = sorted(view.text.split(", "), key=key_of)
+            self.engine.tell(Page(f"Members of {view.where}", "\n".join(names)))
+
+    def _results(self, title: str, views: list[chat.ViewEvent]) -> None:
+        self.engine.tell(Results(title, tuple(result_of(self.core, view) for view in views)))
+
+    def _back(self, view: chat.ViewEvent) -> None:
+        self.engine.tell(Back(self.room_of(view).id, view.text))
+
+    ROWS = {
+        **dict.fromkeys((*chat.FOLDED, chat.SERVER_TEXT, chat.NOTE), chat.Screen.keep),
+        chat.FAILED: _failed,
+    }
+    TAKEN = {
+        **dict.fromkeys(chat.SPOKEN, _said),
+        chat.STATUS: _status,
+        chat.ARRIVED: arrived,
+        chat.REACTED: _reacted,
+        **dict.fromkeys((chat.REMOVED, chat.RESET), _reset),
+        chat.OLDER: _older,
+        chat.PEOPLE: _people,
+        chat.TRANSFER: lambda self, view: self.engine.wanted.saved(self.core, view.own_id),
+        chat.CLEARED: lambda self, view: self.watched.clear(self.room_of(view)),
+        chat.BACK: _back,
+        chat.PAGE: lambda self, view: self.engine.tell(Page(view.name, view.text)),
+        chat.QR_CODE: lambda self, view: self.engine.tell(Code(view.text)),
+        chat.READ_ELSEWHERE: _read_elsewhere,
+    }
 
 
 class Engine(chat.ManyServers):
@@ -2079,9 +2173,7 @@ class Engine(chat.ManyServers):
     def screen_for(self, seat: chat.Seat) -> SeatScreen:
         seat.core.reads_at_once = False  # the window says what has been read
         seat.core.stays_when_left = False  # it keeps what was typed there
-        seat.core.results = functools.partial(self._results, seat)
-        seat.core.at_once = functools.partial(self._place, seat)
-        return SeatScreen()
+        return SeatScreen(self, seat)
 
     def is_writing(self, seat: chat.Seat) -> bool:
         return seat.core.room is not None and seat.core.room.id == self.writing
@@ -2114,152 +2206,7 @@ class Engine(chat.ManyServers):
         self.show_of(self.seat, views)
 
     def show_of(self, seat: chat.Seat, views: list[chat.ViewEvent]) -> None:
-        self._note_ready(seat)
-        self._note_removed(seat)
-        for view in views:
-            placed = seat.screen.placed.pop(id(view), None)
-            if (handler := self.TAKEN.get(view.kind)) and placed is None:
-                handler(self, seat, view)
-            if view.room:
-                self.overview.touched.add(view.room)
-
-    def _note_ready(self, seat: chat.Seat) -> None:
-        """Note that a connection stands, or stands no more."""
-        screen, ready = seat.screen, seat.core.ready
-        if ready == screen.was_ready:
-            return
-        screen.was_ready = ready
-        self.watched.ready_changed()
-        if ready and screen.told_why:
-            screen.told_why = False
-            self._keep(seat, chat.ViewEvent(chat.NOTE, f"connected to {seat.link.target}"))
-        self.register(seat)
-
-    def _note_removed(self, seat: chat.Seat) -> None:
-        """Note messages that were redacted since: the core tells only of those in its rooms."""
-        removed, last = seat.core.known.redacted, seat.screen.last_removed
-        seat.screen.last_removed = next(reversed(removed), "")
-        for id in itertools.takewhile(lambda id: id != last, reversed(removed)):
-            self.watched.redacted(id)
-
-    def register(self, seat: chat.Seat) -> None:
-        """Register the account that the user wants, once the server has the name."""
-        secret = seat.screen.secret
-        if secret and seat.core.ready:
-            seat.screen.secret = ""
-            self.submit(self._register_now, seat, secret)
-
-    @staticmethod
-    def _register_now(seat: chat.Seat, secret: str) -> None:
-        chat.do_register(seat.core, secret)
-        seat.link.poke()
-
-    def room_of(self, seat: chat.Seat, view: chat.ViewEvent) -> chat.Room:
-        """Return the conversation of a view, or the one that is looked at."""
-        core = seat.core
-        room = core.by_id(view.room) if view.room else None
-        room = room or (core.find(view.where) if view.where else None)
-        return room or core.room or seat.screen.nowhere
-
-    def _place(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        """Make a row of a view of the core at once, before a message that comes after it. Without a
-        conversation it waits for the end of the segment, which may open the first one."""
-        handler = self.TAKEN.get(view.kind)
-        if seat.core.room and handler in (Engine._keep, Engine._failed):
-            seat.screen.placed[id(view)] = view
-            handler(self, seat, view)
-
-    def _keep(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        """Make a row of a view, unless the core has done so."""
-        room = self.room_of(seat, view)
-        if view.kind in chat.MOVES:
-            self.watched.people_changed = True
-        if view.kind in chat.FOLDED and any(one is view for one in reversed(room.moves)):
-            return  # many of them are to be one row
-        if not view.where or not any(one is view for one in reversed(room.views)):
-            room.views.append(seat.core.timed(view, room))
-
-    def _said(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        if not view.where:
-            self._keep(seat, view)
-        if seat.link.phase != chat.ONLINE or view.past:
-            chat.remember(seat.screen.missed, view.id)
-        room = self.room_of(seat, view)
-        if view.called and not (view.past or view.mine or room.muted):
-            on = (seat.core.setting(name) == "on" for name in ("bell", "desktop"))
-            self.tell(Called(room.id, view.name, view.text, room.name, *on))
-
-    def _status(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        seat.screen.status = view.text
-        seat.screen.statuses += 1
-        if seat.link.again and not seat.screen.told_why:
-            seat.screen.told_why = True
-            self._keep(seat, chat.ViewEvent(chat.NOTE, view.text.partition(WHY_AGAIN)[0]))
-
-    def _failed(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        room = self.room_of(seat, view)
-        said = find_view(room, lambda one: one.own_id == view.own_id)
-        if said is None:
-            return self._keep(seat, view._replace(kind=chat.NOTE, own_id=""))
-        why = view.text.partition(f": {said.text.strip('*')}")[0]
-        why = seat.core.outbox.parked.get(view.own_id) or why
-        seat.screen.failed[view.own_id] = why
-        if room is not self.watched.room:  # there, and where the user looks
-            text = f"not sent to {room.name}: {excerpt(said.text)} ({why})"
-            self._keep(seat, chat.ViewEvent(chat.NOTE, text))
-        return self.watched.change(room, said)
-
-    def arrived(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        """Draw a message of the user's own again: it has arrived, or is on its way once more."""
-        room = self.room_of(seat, view)
-        seat.screen.failed.pop(view.own_id, None)
-        if said := find_view(room, lambda one: one.own_id == view.own_id):
-            self.watched.change(room, said)
-
-    def _reacted(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        room = self.room_of(seat, view)
-        chat.remember(seat.screen.reacted, view.id)
-        if said := find_view(room, lambda one: has_id(one, view.id)):
-            self.watched.change(room, said)
-
-    def _reset(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        if self.room_of(seat, view) is self.watched.room:
-            self.watched.again = True  # some rows are gone
-
-    def _older(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        self.watched.older_came(self.room_of(seat, view), chat.whole_number(view.text) or 0)
-
-    def _read_elsewhere(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        room = self.room_of(seat, view)
-        self.tell(Read(room.id, room.read_time))
-
-    def _people(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
-        self.watched.people_changed = True
-        if view.text:
-            names = sorted(view.text.split(", "), key=key_of)
-            self.tell(Page(f"Members of {view.where}", "\n".join(names)))
-
-    def _results(self, seat: chat.Seat, title: str, views: list[chat.ViewEvent]) -> None:
-        self.tell(Results(title, tuple(result_of(seat.core, view) for view in views)))
-
-    TAKEN = {
-        chat.MESSAGE: _said,
-        chat.NOTICE: _said,
-        **dict.fromkeys((*chat.FOLDED, chat.SERVER_TEXT, chat.NOTE, chat.FOUND), _keep),
-        chat.STATUS: _status,
-        chat.FAILED: _failed,
-        chat.ARRIVED: arrived,
-        chat.REACTED: _reacted,
-        **dict.fromkeys((chat.REMOVED, chat.RESET), _reset),
-        chat.OLDER: _older,
-        chat.PEOPLE: _people,
-        chat.TRANSFER: lambda self, seat, view: self.wanted.saved(seat.core, view.own_id),
-        chat.CLEARED: lambda self, seat, view: self.watched.clear(self.room_of(seat, view)),
-        chat.BACK: lambda self, seat, view: self.tell(Back(self.room_of(seat, view).id, view.text)),
-        chat.PAGE: lambda self, seat, view: self.tell(Page(view.name, view.text)),
-        chat.QR_CODE: lambda self, seat, view: self.tell(Code(view.text)),
-        chat.READ_ELSEWHERE: _read_elsewhere,
-    }
+        seat.screen.take(views)
 
 
 # ======================================================================================
@@ -3184,8 +3131,8 @@ class Compose(Field):
     def __init__(self, parent: tk.Misc, look: Look, above: tk.Misc):
         super().__init__(parent, look, self.submit, width=20, maxundo=500)
         self.send: Callable[[str], bool] = bool  # returns whether it could be: else the text stays
-        self.complete: Callable[[str, bool], list[str]] = lambda word, first: []
-        self.editor = chat.LineEditor(lambda word, first: self.complete(word, first))
+        self.complete: Callable[[str, str], list[str]] = lambda before, word: []
+        self.editor = chat.LineEditor(lambda before, word: self.complete(before, word))
         self.offers = Offers(above, look, self.take_offer)
         self.preview: Callable[[str, int], None] = chat.do_nothing  # a line, and the cursor in it
         self.edited: Callable[[], None] = chat.do_nothing  # the user changed the text
@@ -4545,9 +4492,7 @@ class Transcript(ttk.Frame):
 
     def tell_typing(self, text: str) -> None:
         """Show the users who are typing, over the empty line below the last message."""
-        if text == str(self.typing.cget("text")):
-            return
-        self.typing.configure(text=text)
+        set_text(self.typing, text)
         x, y = self.look.part(0.9), -self.look.part(0.15)
         lay_over(self.typing, bool(text), x=x, rely=1.0, y=y, anchor="sw")
 
@@ -4784,9 +4729,9 @@ class Sidebar(ttk.Frame):
             room = room._replace(draft="")
         if number == self.here and self.reading():
             room = room._replace(unread=0, called=0)
-        tag = "called" if room.called and not room.muted else "unread" if room.unread else "read"
         away = not room.inside or bool(room.gone)
-        tag = "muted" if room.muted else "outside" if away and tag == "read" else tag
+        states = {"muted": room.muted, "called": room.called, "unread": room.unread}
+        tag = next((state for state, on in states.items() if on), "outside" if away else "read")
         text, count = self.look.seen(sidebar_text(room)), count_text(room)
         self.tree.item(f"r{number}", text=text, values=(count,), tags=(tag,))
         self.counts[number] = count
@@ -5863,7 +5808,6 @@ class Notices:
 DRAFT_MS = 250  # from a key until what is half typed is kept
 SEEN_MS = 200  # from in sight to read
 FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
-TYPING_MS = 3000  # between two notices that the user types
 NOT_SENT = "not connected: connect first, your text is kept"
 
 
@@ -5893,7 +5837,6 @@ class Writing(Acts):
         self.about_text = False  # the banner tells of the text in the field
         self.closed = 0  # the conversation that the user closed last
         self.begun = False  # the text was begun in a conversation that is gone
-        self.typed_at = 0.0  # when others were told that the user types; 0: they were not
         self.edited_at = 0.0  # when the user changed the text last
         compose = self.compose
         compose.send, compose.complete = self.send, self.complete
@@ -5914,7 +5857,6 @@ class Writing(Acts):
         if not self.do("say", self.model.here, text, reply):
             self.window.ask(NOT_SENT)
             return False
-        self.typed_at = 0.0
         self.timers.cancel("draft")
         self.kept = ""
         if reply:
@@ -5939,23 +5881,17 @@ class Writing(Acts):
         self.about_text = True
         return False
 
-    def complete(self, word: str, first: bool) -> list[str]:
-        """Return completions of a word: the users who spoke last come first."""
+    def complete(self, before: str, word: str) -> list[str]:
+        """Return completions of the last word; the users who spoke last come first."""
         if match := EMOJI_WORD.fullmatch(word):
             return [f"{emoji} " for emoji, _ in emoji_for(match[1])]
         model, members = self.model, self.window.people.rows
         recent = [name for name in self.transcript.sheet.speakers() if name in members]
         rooms = [room.name for room in model.rooms.values() if room.name]
-        here = [model.room.name] if model.room and not model.room.channel else []
-        names = dict.fromkeys((*recent, *here, *sorted(members, key=key_of)))
+        talks = rooms if before[:1] == "/" else [model.room.name] if model.room else []
+        names = dict.fromkeys((*recent, *sorted(members, key=key_of), *talks))
         names.pop(model.me, None)
-        command = self.compose.editor.before.split(" ")[0]
-        if command[:1] == "/" and not first:
-            names.update(dict.fromkeys(name for name in rooms if not chat.is_channel(name)))
-            topics = chat.TOPICS_COMPLETED.get(command, ()) if word else ()
-            known = sorted(f"{topic} " for topic in topics if topic.startswith(word))
-            return known or chat.completions(word, first, names, rooms)
-        return chat.completions(word, first, names, [one for one in rooms if chat.is_channel(one)])
+        return chat.complete_word(before, word, names, rooms)
 
     def type_on(self, text: str) -> None:
         """Take what was typed or pasted elsewhere into the field."""
@@ -5992,8 +5928,7 @@ class Writing(Acts):
         self.window.sidebar.set_draft(here, bool(text.strip()))
         self._keep_draft(text)
         self.stop_reply()
-        if self.typed_at:
-            self._tell_typing("")
+        self.do("typing", here, "")
         return None
 
     def room_gone(self, number: int) -> None:
@@ -6027,14 +5962,6 @@ class Writing(Acts):
         self.begun = self.begun and bool(text.strip())
         if not self.timers.waits("draft"):  # a user may type for minutes without a break
             self.timers.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
-        tells = bool(text.strip()) and text[:1] != "/"
-        if tells and (time.monotonic() - self.typed_at) * 1000 > TYPING_MS:
-            self._tell_typing(text)
-        elif not text and self.typed_at:
-            self._tell_typing("")
-
-    def _tell_typing(self, text: str) -> None:
-        self.typed_at = time.monotonic() if text else 0.0
         self.do("typing", self.model.here, text)
 
     def _keep_draft(self, text: str) -> None:
@@ -6851,7 +6778,6 @@ class WindowOptions(NamedTuple):
     password: str = ""
     trust: chat.Trust = chat.BELIEVE_THE_SYSTEM
     state: pathlib.Path | None = None  # folder for what is remembered; None: nowhere
-    config: pathlib.Path | None = None  # folder in which earlier versions kept passwords
 
 
 def fitting_geometry(text: str, width: int, height: int) -> str:
@@ -7157,8 +7083,7 @@ class Window:
         target = chat.parse_target(server)
         given = self.options if self._is_given(target) else WindowOptions()
         target = target._replace(kind=chat.PLAIN if given.plain else target.kind)
-        state, config = self.options.state, self.options.config
-        return chat.ClientOptions(name, target, given.trust, state, given.password, config=config)
+        return chat.ClientOptions(name, target, given.trust, self.options.state, given.password)
 
     def _is_given(self, target: chat.Target) -> bool:
         """Return whether it is the server of the command line, and no less secure."""
@@ -7281,8 +7206,8 @@ class Window:
         if event.bell:
             self.notices.ring()
         if event.desktop and not focused:
-            where = "" if event.where == event.name else f" in {event.where}"
-            self.notices.tell(f"{event.name}{where}", event.text)
+            title = " in ".join(dict.fromkeys(chat.optional(event.name, event.where)))
+            self.notices.tell(title, event.text)
         self.notices.flash(not focused)
 
     def _take_settings(self, event: Settings) -> None:
@@ -7304,7 +7229,8 @@ class Window:
         model, seen = self.model, self.look.seen
         self.header.refresh(model)
         set_text(self.compose.hint, seen(placeholder_text(model.server, model.room)))
-        self.transcript.tell_typing(seen(typing_text(model.room.typing if model.room else ())))
+        names = (shorter(name, 24) for name in model.room.typing) if model.room else ()
+        self.transcript.tell_typing(seen(chat.typing_text(names)))
         self.status_line.refresh(model.server)
         unread = model.unread(but=model.here if self.reading.present else 0)
         title = title_text(model.server, model.room, unread)
@@ -7501,7 +7427,7 @@ def make_picture(path: pathlib.Path, theme: str, state: pathlib.Path) -> None:
     with chat.temporary_server() as target:
         peers = {name: DemoPeer(name, target[:2]) for name in DEMO_NAMES}
         where = chat.address_text(*target[:2])
-        window = Window(WindowOptions("alice", where, state=state, config=state))
+        window = Window(WindowOptions("alice", where, state=state))
         window.begin()
         window.model.do("set", "theme", theme)
         play_demo(window, peers, state)
@@ -7558,7 +7484,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args = command_line().parse_args(arguments)
         state = None if args.no_state else args.data or chat.data_folder() / "client"
-        config = None if args.no_state else args.data or chat.config_folder()
     except chat.ChatError as error:
         print(f"gui_client.py: {error}", file=sys.stderr)
         return 1
@@ -7570,7 +7495,7 @@ def main(arguments: list[str] | None = None) -> int:
             ctypes.OleDLL("shcore").SetProcessDpiAwareness(1)
     trust = chat.Trust(args.ca, args.pin, args.insecure, args.client_cert)
     options = WindowOptions(
-        whole(args.name), whole(args.server), args.plain, args.password or "", trust, state, config
+        whole(args.name), whole(args.server), args.plain, args.password or "", trust, state
     )
     try:
         window = Window(options)

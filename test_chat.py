@@ -19721,14 +19721,18 @@ def test_a_damaged_outbox_in_a_file_gives_up_what_is_damaged_alone(folder, recor
     assert messages_of(outbox) == ["kept"] and outbox.secret == "ab" * 16
 
 
-def test_servers_and_passwords_in_files_are_taken_over_once(folder):
-    config = folder / "config"
-    config.mkdir()
-    servers, logins = folder / "servers.json", config / "logins.json"
+@pytest.mark.parametrize("usual", [True, False])
+def test_servers_and_passwords_in_files_are_taken_over_once(monkeypatch, folder, usual):
+    monkeypatch.setattr(chat, "data_folder", lambda: folder if usual else folder / "data")
+    monkeypatch.setattr(chat, "config_folder", lambda: folder / "config")
+    state, config = folder / "client", folder / ("config" if usual else "client")
+    for one in {state, config}:
+        one.mkdir()
+    servers, logins = state / "servers.json", config / "logins.json"
     known = {"a:1": {"kind": "irc", "pin": "ab"}, "b:2": chat.PLAIN, "sts:a": [6697, 5.5]}
     servers.write_text(json.dumps(known | {"c:3": 5, "d:4": [1], "e:5": {"pin": "cd"}}))
     logins.write_text(json.dumps({"a:1 two words": ["alice", "x y"], "b:2 bob": None, "z": []}))
-    found = chat.KnownServers(chat.open_client_file(folder, config))
+    found = chat.KnownServers(chat.open_client_file(state))
     assert (found.kind("a:1"), found.pin("a:1"), found.policy("a")) == ("irc", "ab", (6697, 5.5))
     assert (found.kind("b:2"), found.pin("b:2"), found.pin("e:5")) == (chat.PLAIN, None, "cd")
     assert found.login("a:1", "Two Words") == chat.Login("alice", "x y")
@@ -25300,6 +25304,21 @@ def test_a_reaction_cannot_forge_a_row():
     assert not [one for one in bob.core.room.views if "eve reacted" in one.text]
 
 
+NOTIFICATIONS = [  # the setting, who says "tea; now" (or the server), and what the terminal gets
+    ("off", "bob", ""),
+    ("9", "bob", "\x1b]9;bob: tea, now\a"),
+    ("777", "", "\x1b]777;notify;chat.py;tea, now\a"),
+]
+
+
+@pytest.mark.parametrize("how, name, written", NOTIFICATIONS)
+def test_a_call_is_told_to_the_desktop_by_way_of_the_terminal(how, name, written):
+    desk = Desk(columns=70)
+    desk.core.typed(f"/set notify {how}")
+    desk.display.take([chat.ViewEvent(chat.SERVER_TEXT, "tea; now", name, called=True)])
+    assert desk.display.notice == written
+
+
 def test_rows_of_several_lines_are_several_rows():
     view = chat.ViewEvent(chat.FAILED, "why: one\ntwo", time=0)
     look = chat.Look(chat.Palette(False))
@@ -29572,7 +29591,7 @@ def test_what_could_not_be_sent_is_dropped_or_also_what_waits(typed, left):
     outbox = alice.core.outbox
     first, second, _ = outbox.waiting
     outbox.in_flight[second] = outbox.in_flight.pop(first)
-    outbox.parked[first] = "not sent"
+    outbox.park(first, "not sent")
     alice.types(typed)
     assert [message.text for message in outbox.waiting.values()] == left
     assert alice.kinds("note")[-1].startswith(f"{3 - len(left)} message")
@@ -35051,7 +35070,7 @@ ANSWERS_TO_CALLS = [  # bytes of the answer, the end: status, and a part of the 
         (None, "the server closed the connection"),
     ),
     (b"", (None, "the server closed the connection")),
-    (b"x" * (chat.HEAD_BYTES + 99), (None, "the answer has no end")),
+    (b"x" * (chat.HEAD_BYTES + 99), (None, f"a head has at most {chat.HEAD_BYTES:,} bytes")),
 ]
 
 
@@ -36572,7 +36591,7 @@ def test_what_was_typed_comes_back_and_the_draft_is_kept():
 
 def test_tab_goes_through_the_candidates_and_back():
     editor = chat.LineEditor(
-        lambda word, first: [f"{n} " for n in ("alan", "alice") if n.startswith(word)]
+        lambda before, word: [f"{n} " for n in ("alan", "alice") if n.startswith(word)]
     )
     editor.set("hi al")
     seen = []
@@ -36583,7 +36602,7 @@ def test_tab_goes_through_the_candidates_and_back():
 
 
 def test_a_name_is_completed_in_each_line_of_a_message():
-    editor = chat.LineEditor(lambda word, first: ["bob: " if first else "bob "] * (word == "bo"))
+    editor = chat.LineEditor(functools.partial(chat.complete_word, names=["bob"], rooms=[]))
     editor.set("tea?\nbo")
     editor.press(chat.Key("tab"))
     assert editor.text == "tea?\nbob "
@@ -38271,7 +38290,8 @@ class Typist(chat.TerminalClient):
         self.desk = Desk()
         self.core, self.display, self.loop = self.desk.core, self.desk.display, FakeLoop(5000.0)
         self.link = types.SimpleNamespace(typing=chat.do_nothing, ask_older=lambda room: False)
-        self.decoder, self.editor = chat.KeyDecoder(), chat.LineEditor(self.complete)
+        self.decoder = chat.KeyDecoder()
+        self.editor = chat.LineEditor(functools.partial(chat.complete_line, self.core))
         self.cleared = self.asked = -math.inf
         self.begun, self.told, self.left, self.ended_room = None, [], False, ""
         self.typed_in = None, ""
@@ -40283,7 +40303,7 @@ def test_an_entered_line_is_for_the_terminal_or_for_the_conversation(at_keys, li
     found = []
     for name in ("leave", "list_rooms", "disconnect", "connect"):
         setattr(at_keys, name, lambda *values, name=name: found.append((name, *values)))
-    at_keys.go = lambda place: found.append(("go", place[1].name))
+    at_keys.go = lambda seat, room: found.append(("go", room.name))
     at_keys.link.typed = lambda text, *_: found.append(("typed", text))
     at_keys.take(f"{line}\r\r".encode())  # an empty line is none
     assert found == [done]
@@ -40542,25 +40562,22 @@ def test_channels_to_be_joined_may_be_given_one_by_one(monkeypatch):
     assert joined == [("#a", "#b", "#c"), ()]
 
 
-CLIENT_FOLDERS = [  # options of a client, and the folders of its data and of its settings
-    ("--no-state", None, None),
-    ("--no-state --data x", None, None),
-    ("--data x", pathlib.Path("x"), pathlib.Path("x")),
-    ("", pathlib.Path("data/chat.py/client"), pathlib.Path("settings/chat.py")),
+CLIENT_FOLDERS = [  # options of a client, and the folder of its data
+    ("--no-state", None),
+    ("--no-state --data x", None),
+    ("--data x", pathlib.Path("x")),
+    ("", pathlib.Path("data/client")),
 ]
 
 
-@pytest.mark.parametrize("words, data, settings", CLIENT_FOLDERS)
-def test_a_client_keeps_its_state_in_the_folder_that_its_options_say(
-    monkeypatch, words, data, settings
-):
+@pytest.mark.parametrize("words, data", CLIENT_FOLDERS)
+def test_a_client_keeps_its_state_in_the_folder_that_its_options_say(monkeypatch, words, data):
     given, client = [], types.SimpleNamespace(run=lambda: "", close=lambda: None)
-    for name, folder in (("data_folder", "data"), ("config_folder", "settings")):
-        monkeypatch.setattr(chat, name, lambda folder=folder: pathlib.Path(folder) / "chat.py")
+    monkeypatch.setattr(chat, "data_folder", lambda: pathlib.Path("data"))
     for kind in ("Filter", "TerminalClient"):
         monkeypatch.setattr(chat, kind, lambda options: given.append(options) or client)
     chat.run_client(chat.command_line().parse_args(["client", "alice", *words.split()]))
-    assert [(options.state, options.config) for options in given] == [(data, settings)]
+    assert [options.state for options in given] == [data]
 
 
 @pytest.mark.parametrize("keys, seconds, key", [
@@ -41453,13 +41470,13 @@ class Watcher(Pair):
         assert self.people.keys() == {*(room.people if is_in else ())}
 
 
-def test_a_line_that_quotes_a_message_is_not_taken_for_it():
-    row = gui_client.Row(said("tea?", time=EIGHT, id="m1"))
-    quote = chat.ViewEvent(chat.FOUND, "tea?", "bob", time=EIGHT, id="m1")
-    sheet, _ = sheet_of(row, quote)
-    assert sheet.replace(row._replace(reactions=(("x", ("bob",)),))) == 0 == sheet.find_id("m1")
-    assert gui_client.looks_same(quote, row.view) and not gui_client.looks_same(row.view, quote)
-    assert sheet.remove("m1") == [0, 1]  # its words are in both
+def test_an_invitation_calls_the_user_as_a_message_does():
+    alice = Watcher(House(), "alice")
+    alice.take_all()
+    text = "bob invites you to #tea"
+    alice.engine.show([chat.ViewEvent(chat.SERVER_TEXT, text, called=True)])
+    (call,) = [one for one in published(alice.engine) if isinstance(one, gui_client.Called)]
+    assert (call.name, call.text, call.where) == ("", text, "#lobby")
 
 
 def test_a_command_of_a_menu_leaves_what_is_half_typed():
@@ -42231,7 +42248,7 @@ def test_a_message_that_was_taken_back_is_not_in_the_window_any_more(running, wi
 def test_a_redacted_message_is_seen_nowhere_not_in_results_the_past_or_a_reply(
     running, window, folder
 ):
-    server, state = running(), {"state": folder, "config": folder}
+    server, state = running(), {"state": folder}
     bob = tagger(server, "bob", "JOIN #lobby")
     alice = at_home(window(server.address, **state))
     lines = [f"PRIVMSG #lobby :{'a secret' if n == 20 else 'words'} {n}\r\n" for n in range(400)]
@@ -42304,7 +42321,7 @@ def test_the_end_stays_in_sight_when_fonts_panes_and_the_window_change(running, 
 
 
 def test_a_window_closes_its_own_connection_to_the_file_that_it_shares(window, folder):
-    alice = window(name="", state=folder, config=folder)
+    alice = window(name="", state=folder)
     alice.close()
     pump(alice, lambda: alice.gone)
     with pytest.raises(sqlite3.ProgrammingError):
@@ -42349,7 +42366,7 @@ def test_a_window_says_why_it_cannot_connect_and_where_it_is_not(running, window
     pump(alice, lambda: "trying again in" in alice.status_line.status.cget("text"))
     blocked = folder / "file"
     blocked.write_text("")
-    other = window(running().address, state=blocked / "state", config=blocked)
+    other = window(running().address, state=blocked / "state")
     assert other.card.shown and "--no-state" in other.card.error.cget("text")
     server = running()
     third = at_home(window(server.address, name="third"))
@@ -42504,13 +42521,17 @@ def test_names_channels_commands_and_emoji_are_completed(running, window):
         guest.send("hi\n")
     pump(alice, lambda: transcript(alice).count("hi\n") == 2)
     last = alice.transcript.sheet.speakers()
-    assert alice.writing.complete("b", True) == [*(f"{name}: " for name in last), "bob: "]
-    assert alice.writing.complete("BO", False) == ["bob "]
-    assert alice.writing.complete("#l", False) == ["#lobby "]
-    assert alice.writing.complete("/na", True) == ["/names "]
-    assert alice.writing.complete(":tea", False)[0] == "🍵 "
-    alice.compose.editor.before = "/set ti"
-    assert alice.writing.complete("ti", False) == ["time "]
+
+    def completed(before):
+        return alice.writing.complete(before, before.split(" ")[-1])
+
+    assert completed("b") == [*(f"{name}: " for name in last), "bob: "]
+    assert completed("hi BO") == ["bob "]
+    assert completed("in #l") == ["#lobby "]
+    assert completed("/na") == ["/names "]
+    assert completed("some :tea")[0] == "🍵 "
+    assert completed("/set ti") == ["time "]
+    assert completed("/go lo") == ["#lobby"]
 
 
 def test_a_list_offers_commands_and_emoji_while_they_are_typed(running, window):
@@ -42620,7 +42641,7 @@ def test_a_window_talks_on_several_servers_at_once(running, window, folder):
     servers = [running(), running()]
     bobs = [server.guest(f"bob{n}") for n, server in enumerate(servers)]
     names = [chat.address_text(*server.address) for server in servers]
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     alice = at_home(window(servers[0].address, **state))
     alice.ask()
     assert alice.card.server.content == names[0]
@@ -42694,7 +42715,7 @@ def test_a_word_is_erased_with_control(window):
 
 def test_a_draft_belongs_to_its_conversation_and_outlives_the_window(running, window, folder):
     server = running()
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     alice = at_home(window(server.address, **state))
     join(alice, "#tea")
     alice.compose.insert("end", "milk or")
@@ -42840,7 +42861,7 @@ def test_messages_are_answered_reacted_to_and_typing_is_shown(running, window):
     alice.messages.act("react \U0001f44d", alice.transcript.sheet.rows[-1])
     see(alice, " \U0001f44d 1 ")
     bob.send("@+typing=active TAGMSG #lobby\r\n")
-    pump(alice, lambda: alice.transcript.typing.cget("text") == "bob is typing\u2026")
+    pump(alice, lambda: alice.transcript.typing.cget("text") == "bob is typing")
     press(alice, "Key-h")
     alice.root.update()
     assert "+typing=active" in bob.until("typing")[-1]
@@ -42849,7 +42870,7 @@ def test_messages_are_answered_reacted_to_and_typing_is_shown(running, window):
 def test_what_was_said_is_found_and_shown_among_what_was_said_around_it(running, window, folder):
     server = running()
     bob = server.guest("bob")
-    alice = at_home(window(server.address, state=folder, config=folder))
+    alice = at_home(window(server.address, state=folder))
     bob.send("".join(f"message {n}{' needle' * (n == 20)}\n" for n in range(400)))
     see(alice, "message 399\n")
     press(alice, "Control-f")
@@ -42878,7 +42899,7 @@ def test_what_was_said_is_found_and_shown_among_what_was_said_around_it(running,
 
 
 def test_a_message_of_long_ago_is_read_among_its_neighbours_up_and_down(running, window, folder):
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     server = running()
     bob = server.guest("bob")
     alice = at_home(window(server.address, **state))
@@ -42952,7 +42973,7 @@ def test_the_window_is_used_with_the_keyboard_alone(running, window):
 
 def test_the_look_follows_the_settings(running, window, folder):
     server = running()
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     alice = at_home(window(server.address, **state))
     enter(alice, "/set theme dark")
     pump(alice, lambda: alice.look.colours is gui_client.DARK)
@@ -43327,7 +43348,7 @@ def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window)
 
 
 def test_conversations_are_put_in_another_order_with_the_mouse(running, window, folder):
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     server = running()
     alice = at_home(window(server.address, **state))
     for name in ("#one", "#two"):
@@ -43351,7 +43372,7 @@ def test_conversations_are_put_in_another_order_with_the_mouse(running, window, 
 def test_what_was_not_read_is_marked_also_after_a_restart(running, window, folder):
     server = running()
     bob = server.guest("bob")
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     alice = at_home(window(server.address, **state))
     focus(alice, True)
     bob.send("this was read\n")
@@ -43394,7 +43415,7 @@ def test_each_conversation_keeps_the_place_where_the_user_reads(running, window)
 
 def test_searches_are_narrowed_to_a_user_a_conversation_and_links(running, window, folder):
     server = running()
-    alice = at_home(window(server.address, state=folder, config=folder))
+    alice = at_home(window(server.address, state=folder))
     for name in ("bob", "carol"):
         server.guest(name).send("tea is ready\nhttps://tea.example/\n")
     pump(alice, lambda: transcript(alice).count("tea.example") == 2)
@@ -43849,7 +43870,7 @@ def test_three_hundred_new_senders_leave_the_window_usable(window):
 def test_what_waits_is_sent_by_the_next_engine_after_one_that_ended(running, window, folder):
     server = running()
     bob = server.guest("bob")
-    state = {"state": folder, "config": folder}
+    state = {"state": folder}
     alice = at_home(window(server.address, **state))
     first, ids = alice.model.engine, []
     alice.model.engine.submit(
@@ -44542,7 +44563,7 @@ def test_a_file_on_its_way_can_be_stopped_by_a_key_and_goes_on_after_the_engine_
 ):
     monkeypatch.setattr(chat, "WATCH_SECONDS", 0.05)
     server = keeps_files(running, tmp_path)
-    state = {"state": tmp_path / "client", "config": tmp_path / "client"}
+    state = {"state": tmp_path / "client"}
     alice = at_home(window(server.address, **state))
     with monkeypatch.context() as patch:
         patch.setattr(chat.WebCall, "more", chat.do_nothing)  # no piece is sent
@@ -47135,7 +47156,6 @@ def clients(monkeypatch):
         monkeypatch.setattr(chat, name, functools.partial(Ended, name))
     monkeypatch.setattr(chat, "secret_option", lambda text: f"secret {text}")
     monkeypatch.setattr(chat, "data_folder", lambda: pathlib.Path("/data"))
-    monkeypatch.setattr(chat, "config_folder", lambda: pathlib.Path("/config"))
     return started
 
 
@@ -47145,11 +47165,8 @@ CLIENTS_GIVEN = [  # arguments, a field of the options, its value
     ([], "join", ()),
     (["--join", "#a,#b", "--join", "#c"], "join", ("#a", "#b", "#c")),
     ([], "state", pathlib.Path("/data/client")),
-    ([], "config", pathlib.Path("/config")),
     (["--data", "/here"], "state", pathlib.Path("/here")),
-    (["--data", "/here"], "config", pathlib.Path("/here")),
     (["--no-state"], "state", None),
-    (["--no-state"], "config", None),
     ([], "commands", False),
     (["--commands"], "commands", True),
     ([], "login", None),
