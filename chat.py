@@ -16739,7 +16739,7 @@ class Typing:
             # Else an error about it may be taken for one about a message behind it
             and (core.server.labels or "echo-message" in core.server.enabled)
             and (room.inside or not room.is_channel)
-            and outbox.waiting.keys() <= outbox.parked.keys()
+            and all(message.why for message in outbox.waiting.values())
             and core.talk.budget.tokens > TYPING_SPARE
         )
 
@@ -17765,7 +17765,7 @@ class ClientCore:
     def idle(self) -> bool:
         """True if nothing is left to be sent, except messages that the user must decide about."""
         talk, outbox = self.talk, self.outbox
-        return not (talk and talk.busy) and outbox.waiting.keys() <= outbox.parked.keys()
+        return not (talk and talk.busy) and all(one.why for one in outbox.waiting.values())
 
     # Names, by this server's rule
 

@@ -1328,8 +1328,9 @@ def row_of(
     state = reason = ""
     parked = False
     if view.mine and view.own_id:
-        parked, waits = view.own_id in outbox.parked, view.own_id in outbox.waiting
-        reason = outbox.parked.get(view.own_id) or screen.failed.get(view.own_id, "")
+        waits = outbox.waiting.get(view.own_id)
+        parked = bool(waits and waits.why)
+        reason = waits.why if parked else screen.failed.get(view.own_id, "")
         state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
     spoken = view.kind in chat.SPOKEN and view.id
     looked_up = spoken and (view.past or not fresh or view.id in screen.reacted)
