@@ -1446,9 +1446,7 @@ class Overview:
         if loop.now < self.moving_due and ids == [one.id for one in self.moving]:
             return []
         self.moving, self.moving_due = moving, loop.now + PROGRESS_SECONDS
-        loop.call_later(
-            PROGRESS_SECONDS, chat.do_nothing
-        )  # to look again in the turn that it begins
+        loop.call_later(PROGRESS_SECONDS, chat.do_nothing)  # it begins a turn, which looks again
         return [Progress(moving)]
 
 
