@@ -5953,6 +5953,18 @@ def test_bans_whose_time_is_over_go_with_the_next_ban():
     assert list(house.hub.bans) == ["*!x@10.0.0.2", "*!x@10.0.0.3"]
 
 
+def test_a_ban_is_listed_until_its_time_is_over():
+    house = House()
+    house.enter_irc("boss")
+    ask(house, "boss", "OPER boss secret", "KLINE 1 x@10.0.0.1 :x")
+    (ban,) = house.hub.bans.values()
+    listed = []
+    for seconds in (-1, 0):
+        set_clock(house, ban.until / 1000 + seconds)
+        listed.append("10.0.0.1" in str(ask(house, "boss", "STATS k")))
+    assert listed == [True, False]
+
+
 # A quit of one of several devices: its secret is worth nothing, those of the others still are.
 def test_a_device_that_quits_cannot_resume_the_user():
     house = House()
@@ -6816,6 +6828,22 @@ def test_old_dedup_keys_are_looked_for_later_if_the_database_is_busy():
     house.store.dedup = types.SimpleNamespace(next_old=next_old)
     house.committer.sweep()
     assert waited == [chat.SWEEP_SECONDS]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_dedup_keys_are_old_sooner_in_memory(folder, in_memory):
+    store = chat.Store(None if in_memory else folder / "chat.db")
+    age = chat.DEDUP_IN_MEMORY_MS if in_memory else chat.DEDUP_MS
+    keys = [("~a", "old", 1, 1, 10**15 - age - 1), ("~a", "young", 2, 1, 10**15 - age)]
+    store.db.executemany("INSERT INTO dedup VALUES (?, ?, ?, ?, ?)", keys)
+    assert store.dedup.next_old(10**15) == ([("~a", "old")], False)
+    store.close()
+
+
+def test_a_turn_writes_no_pages_of_the_log_back_into_the_database(folder):
+    store = chat.Store(folder / "chat.db")
+    assert store.db.execute("PRAGMA wal_autocheckpoint").fetchone() == (0,)
+    store.close()
 
 
 @pytest.mark.parametrize("which", ["throttle", "made"])
@@ -9617,6 +9645,16 @@ def test_a_node_is_gone_when_it_says_so_or_has_been_silent_for_so_long(silent, l
     hub.now += chat.NODE_SILENT_MS - less
     hub.perform("node_gone", 0, "n2", epoch, silent)
     assert ("n2" not in hub.nodes) == (gone and epoch == "e")
+
+
+def test_the_sessions_of_a_node_s_last_start_end_when_it_starts_again(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    nodes["n2"].enter("alice")
+    nodes.turns(3)
+    hub = nodes["n1"].hub
+    assert hub.users["alice"].sessions
+    hub.perform("node_started", 0, "n2", "later", "", "")
+    assert "alice" not in hub.users or not hub.users["alice"].sessions
 
 
 def test_a_node_remembers_of_other_nodes_no_more_starts_than_there_are(folder):
@@ -13812,6 +13850,46 @@ def test_a_message_of_several_lines_before_the_name_is_dropped():
     assert house.heard("bob")[-1] == "dora: hello"
 
 
+def test_a_break_that_cannot_be_typed_is_no_part_of_a_text():
+    house = House()
+    house.enter("alice", "bob")
+    house.say("alice", b"one\0two")
+    house.turn()
+    assert house.heard("bob") == ["alice: onetwo"]
+
+
+@pytest.mark.parametrize("key", ["", "x"])
+def test_a_user_comes_in_without_the_password_of_the_lobby(key):
+    house = House()
+    house.enter_irc("boss")
+    ask(
+        house,
+        "boss",
+        "OPER boss secret",
+        f"JOIN {chat.LOBBY}",
+        f"MODE {chat.LOBBY} +k {key or 'y'}",
+    )
+    house.connect("alice").receive(b"alice")
+    house.turn()
+    assert "alice" in house.hub.users
+    assert not house.hub.users["alice"].channels
+
+
+AT_ONCE = chat.PLAYED_AT_ONCE
+
+
+@pytest.mark.parametrize(
+    "number, steps", [(0, 0), (AT_ONCE - 1, 0), (AT_ONCE, 1), (2 * AT_ONCE, 2)]
+)
+def test_the_past_is_told_in_steps_of_so_many_messages(number, steps):
+    house = house_of("alice")
+    session = house.guests["alice"]
+    house.say("alice", "hello")
+    (event,) = [one for one in house.hub.turn.events if one.kind == chat.MESSAGE]
+    told = list(chat.tell_past(session, None, [event] * number, "", "end"))
+    assert len(told) == steps
+
+
 # /lines: the server must drop the rest of a refused message, not send or execute it
 @pytest.mark.parametrize("lines", REFUSED_LINES)
 def test_the_rest_of_a_refused_message_is_neither_sent_nor_executed(lines):
@@ -14566,6 +14644,15 @@ def test_verify_does_not_change_the_account_of_a_user_who_is_logged_in():
     assert fails(told) == [("VERIFY", "ALREADY_AUTHENTICATED", ["alice"])]
     assert house.hub.users["alice"].account == "alice"
     assert of(asked(house, "bob", f"VERIFY * {codes['bob']}"), "VERIFY")
+
+
+def test_a_client_verifies_its_own_name_before_it_has_come_in():
+    house = House(register=frozenset(("email-required", "before-connect")))
+    house.connect_irc("alice")
+    asked(house, "alice", "CAP LS 302", "NICK alice", "REGISTER * alice@x.org password")
+    ((_, _, code),) = house.asked_for
+    told = of(asked(house, "alice", f"VERIFY * {code}"), "VERIFY")
+    assert [line.params[:2] for line in told] == [["SUCCESS", "alice"]]
 
 
 def test_a_device_does_not_take_the_others_to_another_account():
@@ -22846,6 +22933,14 @@ def test_what_a_server_would_cut_is_refused_with_its_limit(tokens, typed):
     assert re.search(r"at most \d+ bytes|takes \d+ bytes", alice.kinds("note")[0])
 
 
+@pytest.mark.parametrize("tokens, typed", [row for row in TOO_LONG if row[0]])
+def test_what_a_server_would_not_cut_is_sent(tokens, typed):
+    alice = Elsewhere(*tokens)
+    alice.types(typed[:-1])
+    (line,) = alice.sent(5)
+    assert line.endswith(typed[-9:-1]) and not alice.kinds("back")
+
+
 def test_a_long_notice_is_several():
     alice = Elsewhere()
     alice.types("/notice bob " + " ".join(["word"] * 150))
@@ -23381,6 +23476,14 @@ def test_a_channel_that_could_not_be_joined_is_joined_after_a_while(more, joined
     joins.try_again(alice.now + chat.REJOIN_SECONDS + more)
     assert ("#lobby" not in joins.refused) == joined
     assert said == ["#lobby"] * (joined and wanted and not inside)
+
+
+def test_a_channel_in_which_the_client_never_was_is_not_tried_again_by_itself():
+    alice = Elsewhere()
+    alice.types("/join #full").hears("471 alice #full :Cannot join")
+    room = alice.core.rooms.open("#full")
+    alice.core.talk.joins.failed("#full", "it is full", "471")
+    assert not room.entered and alice.core.talk.joins.refused["#full"] == math.inf
 
 
 TYPING_TOLD = [  # what was told before, how long ago; what is to be told, whether it is
@@ -25755,6 +25858,31 @@ def test_a_connection_that_lasts_resets_the_back_off(monkeypatch, seconds, progr
     link.loop.now = link.watched = 120.0 + chat.ONLINE_SECONDS + seconds
     link._watch()
     assert (link.backoff == chat.BACKOFF_FIRST) == progress
+
+
+def test_a_client_speaks_first_where_it_knows_the_dialect(monkeypatch):
+    monkeypatch.setattr(chat, "peer_address", lambda sock: ("192.0.2.1", 7000))
+    link, written = Hanging(True, 60.0), []
+    link.conn = types.SimpleNamespace(sock=None, heard=0.0, unsent=0, write=written.append)
+    link.phase, link.core.kind = chat.CONNECTING, chat.IRC
+    link._connected()
+    assert written and written[0].startswith(b"CAP LS 302\r\n")
+
+
+@pytest.mark.parametrize("gap, heard", [(3.0, 0.0), (4.0, 4.0), (1000.0, 1000.0)])
+def test_time_in_which_the_client_did_not_run_is_no_silence(gap, heard):
+    link = Hanging(True, 60.0)
+    link.conn = types.SimpleNamespace(heard=link.loop.now - 5.0, unsent=0, write=bool, drop=bool)
+    link.phase, link.core.kind = chat.ONLINE, chat.IRC
+    link.core.connected()
+    began = link.loop.now
+    link.watched, link.loop.now = began, began + gap
+    link._watch()
+    assert link.conn.heard == began - 5.0 + heard
+    link.conn.heard = began + 1  # by bytes that came in that time
+    link.watched, link.loop.now = began, began + 1000.0
+    link._watch()
+    assert link.conn.heard == began + 1000.0
 
 
 def talking_link(*lines, kind=chat.IRC, patience=60.0):
@@ -33539,6 +33667,14 @@ def test_no_file_of_the_data_folder_may_be_a_link_or_stays_open_to_others(folder
         chat.lock_folder(folder)
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o701, 0o770, 0o700])
+def test_the_data_folder_is_its_owner_s_alone(folder, mode):
+    (folder / "data").mkdir()
+    (folder / "data").chmod(mode)
+    os.close(chat.lock_folder(folder / "data"))
+    assert stat.S_IMODE((folder / "data").stat().st_mode) == 0o700
+
+
 @contextlib.contextmanager
 def beating(**options):
     """A server without listeners whose loop does not run, and a function that makes a peer of it,
@@ -34589,6 +34725,13 @@ def test_a_server_that_fails_ends_with_its_first_reason():
     assert ended and house.failure == "the disk is gone"
 
 
+def test_the_clients_of_a_server_that_fails_are_told_why_they_are_dropped():
+    house, dropped = house_of("alice"), []
+    house.drop_clients = dropped.append
+    chat.Server.fail(house, "the disk is gone")
+    assert dropped == ["the server is going down"]
+
+
 def test_a_turn_that_a_busy_database_did_not_take_is_tried_again_soon():
     house = house_of("alice")
     house.say("alice", "hello")
@@ -34754,6 +34897,14 @@ def test_a_client_that_does_not_answer_a_ping_is_disconnected():
             server.loop.now = one.heard + seconds
             server.times.probe(one)
             assert (one.asked > one.heard, one.leaving) == (asked, leaving)
+
+
+def test_a_user_who_did_not_answer_a_ping_may_come_back():
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        one.asked, server.loop.now = one.heard + 1, one.heard + 200
+        server.times.probe(one)
+        assert one.session.parting == "Ping timeout: 200 seconds" and not one.session.quit_intended
 
 
 READ_ERRORS = [  # of a socket; whether the connection is over
@@ -35697,6 +35848,8 @@ def test_frames_of_the_protocol_are_answered_once():
 FILES_NOT_WRITTEN = [  # the error of the system; code and text of the refusal
     (FileNotFoundError(errno.ENOENT, "x"), "NO_FILE", chat.NO_SUCH_FILE),
     (OSError(errno.ENOSPC, "No space left on device"), "NO_ROOM", ""),
+    (OSError(errno.EDQUOT, "Quota exceeded"), "NO_ROOM", ""),
+    (OSError(errno.EMFILE, "Too many open files"), "UNAVAILABLE", ""),
 ]
 
 
@@ -39111,6 +39264,18 @@ def test_answers_of_web_servers_are_read_however_they_are_cut(data, bodiless, wa
         assert (head.status, b"".join(pieces), end) == (*wanted, chat.END_OF_BODY)
 
 
+def test_the_head_of_an_answer_may_be_as_long_as_the_limit():
+    head = b"HTTP/1.1 200 OK\r\nX: "
+    fits = chat.ResponseReader(False)
+    fits.feed(head + b"x" * (fits.limit - len(head)))
+    assert fits.take() is None
+    fits.feed(b"\r\n\r\n")
+    assert fits.take().status == 200
+    longer = chat.ResponseReader(False)
+    longer.feed(head + b"x" * (longer.limit + 1 - len(head)))
+    assert longer.take().status == 431
+
+
 class Sender(Linked):
     """A client of a server that keeps files, with files of its own."""
 
@@ -40493,6 +40658,58 @@ def test_a_command_of_the_terminal_is_answered_by_a_note(at_keys, typed, note):
     assert len(at_keys.seats) == 1 and at_keys.editor.text == ""
 
 
+def test_another_server_is_not_told_the_secrets_of_the_first(at_keys, monkeypatch):
+    monkeypatch.setattr(chat.Link, "start", lambda link: None)
+    secrets = {"password": "word", "login": ("alice", "secret")}
+    at_keys.options = at_keys.options._replace(
+        **secrets, trust=chat.Trust("ca.pem", "ab" * 32, own="me.pem")
+    )
+    given = []
+    add = at_keys.add
+    at_keys.add = lambda options: given.append(options) or add(options._replace(trust=chat.Trust()))
+    at_keys.take(b"/connect irc://there bob\r")
+    (options,) = given
+    assert (options.password, options.login, options.trust) == ("", None, chat.Trust("ca.pem"))
+    assert (options.name, options.join, options.lobby) == ("bob", (), False)
+
+
+def test_a_mention_at_another_server_is_noticed(at_keys):
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    other.screen.bell, other.screen.notice = True, "bob: hello alice"
+    at_keys.display.bell, at_keys.display.notice = False, "before "
+    at_keys.show_of(other, [])
+    assert at_keys.display.bell and at_keys.display.notice == "before bob: hello alice"
+    assert not other.screen.bell and not other.screen.notice
+
+
+def test_a_client_that_cannot_leave_all_servers_ends_after_some_seconds_without_a_reason(at_keys):
+    ended = []
+    at_keys.over, at_keys.loop.timers[:] = ended.append, []
+    for seat in at_keys.seats:
+        seat.link.leave = lambda **options: ended.append(options)
+    at_keys.leave("so long")
+    (timer,) = at_keys.loop.timers
+    timer.callback()
+    assert ended == [{"at_once": True, "reason": "so long"}, ""]
+    assert timer.when - at_keys.loop.now == pytest.approx(at_keys.leave_seconds, abs=0.1)
+
+
+@pytest.mark.parametrize("ready, late, count", [(True, ["b"], 1), (True, [], 0), (False, [], 2)])
+def test_messages_are_told_to_wait_if_they_wait_long_or_there_is_no_server(
+    at_keys, ready, late, count
+):
+    told = []
+    at_keys.terminal.raw, at_keys.write, at_keys.pressed = True, str, True
+    at_keys.core.outbox.waiting = dict.fromkeys(("a", "b"))
+    at_keys.late = {*late, "gone"}
+    at_keys.core.talk.ready = ready
+    at_keys.display.parts = lambda trouble, count: told.append(count) or []
+    at_keys.display.frame = lambda *_: ""
+    at_keys.paint()
+    at_keys.core.outbox.waiting = {}
+    assert told == [count]
+
+
 def test_unread_conversations_are_visited_those_with_a_mention_first(at_keys):
     hears(at_keys, ":bob!u@h PRIVMSG #den :hello", ":bob!u@h PRIVMSG alice :psst")
     visited = []
@@ -40642,6 +40859,14 @@ def test_each_line_of_a_pipe_is_said_and_commands_only_if_they_are_wanted(
     assert [one.text for one in client.core.outbox.waiting.values()] == said
     assert (client.link.reason == "so long") is ends and client.input_over is ends
     assert client.link.leaving is ends
+
+
+def test_nothing_is_read_from_a_pipe_before_there_is_a_server(monkeypatch):
+    monkeypatch.setattr(chat, "Input", Pipe)
+    client = chat.Filter(chat.ClientOptions("alice", chat.parse_target("irc://here")))
+    assert client.input.paused
+    client.close()
+    client.loop.close()
 
 
 def test_the_end_of_a_pipe_ends_its_last_line_and_the_client(piping):
