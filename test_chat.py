@@ -1299,6 +1299,15 @@ def test_tls_says_goodbye_once_and_not_before_the_handshake(certificate):
     assert server.feed(client.take()) == b"" and server.ended
 
 
+def test_tls_notes_the_goodbye_of_the_other_side_also_after_its_own(certificate):
+    server, client = tls_pair(certificate)
+    for _ in range(2):
+        server.feed(client.take())
+        client.feed(server.take())
+    assert server.finish() and client.finish()
+    assert server.feed(client.take()) == b"" and server.ended
+
+
 # ======================================================================================
 # COMMANDS
 # ======================================================================================
@@ -1488,6 +1497,25 @@ def test_an_exchange_puts_chunks_of_400_bytes_together():
     with pytest.raises(chat.Refused):
         for _ in range(5):
             exchange.feed("A" * 400)
+
+
+def test_the_server_s_side_of_external_begins_with_an_empty_step():
+    steps = chat.sasl_external(lambda authzid: (f"found {authzid}",))
+    assert next(steps) == b""
+    with pytest.raises(StopIteration) as end:
+        steps.send(b"alice")
+    assert end.value.value == "found alice"
+
+
+def test_a_full_table_of_attempts_forgets_first_those_whose_time_is_over(monkeypatch):
+    monkeypatch.setattr(chat, "LOGIN_FAILURES_KEPT", 20)
+    throttle = chat.Throttle(5, 60, 50)
+    for n in range(10):
+        throttle.add("192.0.2.1", f"n{n}", 0)
+    for n in range(12):
+        throttle.add("192.0.2.2", f"n{n}", 60_000)
+    assert {host for host, _ in throttle.attempts} == {"192.0.2.2"}
+    assert all(throttle.count("192.0.2.2", f"n{n}", 60_000) == 1 for n in range(12))
 
 
 def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
@@ -5953,6 +5981,70 @@ def test_bans_whose_time_is_over_go_with_the_next_ban():
     assert list(house.hub.bans) == ["*!x@10.0.0.2", "*!x@10.0.0.3"]
 
 
+def test_a_ban_whose_time_is_over_is_not_stored_any_more_either(folder):
+    house = stored(folder)
+    house.enter_irc("boss")
+    ask(house, "boss", "OPER boss secret", "KLINE 1 x@10.0.0.1 :x", "KLINE 3 x@10.0.0.2 :x")
+    set_clock(house, house.now + 61)
+    ask(house, "boss", "KLINE x@10.0.0.3 :x")
+    assert [row[0] for row in house.store.rows("bans")] == ["*!x@10.0.0.2", "*!x@10.0.0.3"]
+    house.store.close()
+
+
+def test_a_question_to_the_store_is_answered_as_the_first_time():
+    ask_store = chat.question(lambda hub, number: hub.asked.append(number) or 2 * number)
+    hub = types.SimpleNamespace(known_answers=collections.deque(), answers=None, asked=[])
+    assert ask_store(hub, 1) == 2
+    hub.answers = []
+    assert ask_store(hub, 2) == 4 and hub.answers == [4]
+    hub.known_answers.append("as then")
+    assert ask_store(hub, 3) == "as then" and hub.asked == [1, 2]
+
+
+def test_an_account_has_the_newest_of_its_guests_and_the_store_no_others(monkeypatch):
+    monkeypatch.setattr(chat, "GUESTS_LINKED", 2)
+    hub = House().hub
+    for n in range(4):
+        hub.link_guest(f"~{n}", "=alice")
+    assert hub.guests_of["=alice"] == ["~2", "~3"] and set(hub.accounts_of) == {"~2", "~3"}
+    gone = [one.values for one in hub.turn.records if one.name == "identity_gone"]
+    assert gone == [("~0",), ("~1",)]
+
+
+HISTORY_OF_A_NAME = [  # what alice does in one turn; whether #b has readable history after it
+    (["JOIN #a", "PRIVMSG #a :hi"], False),
+    (["JOIN #b", "PRIVMSG #b :hi"], True),
+    (["RENAME #kept #b"], True),
+    (["RENAME #kept #b", "RENAME #b #c"], False),
+]
+
+
+@pytest.mark.parametrize("lines, has", HISTORY_OF_A_NAME)
+def test_a_name_has_history_as_soon_as_that_is_moved_there(lines, has):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #kept", "PRIVMSG #kept :hi")
+    house.say("alice", *lines)
+    assert house.hub.has_history("#b") == has
+    house.turn()
+    assert house.hub.has_history("#b") == has
+
+
+def test_metadata_that_comes_with_a_registration_keeps_to_the_limit(monkeypatch):
+    monkeypatch.setattr(chat, "METADATA_KEYS", 2)
+    house = House()
+    come(house, "alice", secret=SECRET)
+    for key in ("a", "b"):
+        house.guests["alice"].act("set_metadata", "alice", key, "old")
+    house.turn()
+    user, token = house.hub.users["alice"], house.guests["alice"].token
+    house.connect_irc("again")
+    who = house.guests["again"]
+    values = ("alice", "u", "r", who.conn.address, "", "", token, False)
+    house.hub.perform("enter", who.id, *values, 0, (("b", "new"), ("c", "new")), "")
+    assert user.metadata == {"a": "old", "b": "new"}
+
+
 def test_a_ban_is_listed_until_its_time_is_over():
     house = House()
     house.enter_irc("boss")
@@ -6844,6 +6936,57 @@ def test_a_turn_writes_no_pages_of_the_log_back_into_the_database(folder):
     store = chat.Store(folder / "chat.db")
     assert store.db.execute("PRAGMA wal_autocheckpoint").fetchone() == (0,)
     store.close()
+
+
+def test_a_transaction_that_fails_leaves_nothing(folder):
+    store = chat.Store(folder / "chat.db")
+    with pytest.raises(ZeroDivisionError), chat.transaction(store.db):
+        store.db.execute("INSERT INTO dedup VALUES ('~a', 'id', 1, 1, 1)")
+        1 / 0  # noqa: B018
+    assert not store.db.in_transaction
+    assert store.db.execute("SELECT count(*) FROM dedup").fetchone() == (0,)
+    store.close()
+
+
+def test_a_damaged_index_is_made_again_without_its_log(folder):
+    chat.Store(folder / "chat.db").close()
+    for name in ("search.db", "search.db-wal", "search.db-shm"):
+        (folder / name).write_bytes(b"nonsense" * 1000)
+    store = chat.Store(folder / "chat.db")
+    assert store.search_index.db
+    for name in ("search.db", "search.db-wal", "search.db-shm"):
+        assert b"nonsense" not in (folder / name).read_bytes()
+    store.close()
+
+
+def test_there_is_no_index_without_its_tokenizer(folder, monkeypatch):
+    monkeypatch.setattr(chat.SearchIndex, "TOKENIZER", "unheard_of")
+    chat.SearchIndex._probe.cache_clear()
+    store = chat.Store(folder / "chat.db")
+    assert store.search_index.db is None
+    store.close()
+    chat.SearchIndex._probe.cache_clear()
+
+
+@pytest.mark.parametrize("part, gone", [(1, 0), (2, 2), (4, 3)])
+def test_in_memory_the_channels_that_were_silent_longest_lose_their_history(
+    monkeypatch, part, gone
+):
+    store = chat.Store(None)
+    for n in range(4):
+        store.db.execute("INSERT INTO targets (key, founding, events) VALUES (?, 1, 10)", [f"#{n}"])
+        (target,) = store.db.execute("SELECT max(id) FROM targets").fetchone()
+        event = [n + 1, target, *[0] * 9]
+        event[2:] = [n, "message", "a", "h", "u", "", "~a", "", "hi"]
+        store.db.execute(INSERT_EVENT, event)
+    pages, free, size = (
+        store.db.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    monkeypatch.setattr(chat, "MEMORY_BYTES", (pages - free) * size / part)
+    store.retention._bound_memory()
+    assert len(store.retention.orphans) == gone
+    assert store.retention.orphans == set(range(1, gone + 1))
 
 
 @pytest.mark.parametrize("which", ["throttle", "made"])
@@ -13642,6 +13785,73 @@ def test_a_labelled_wallops_has_one_answer(mode, answers):
     assert [(line.verb, line.tags["label"]) for line in lines] == [(one, "x") for one in answers]
 
 
+def test_a_list_of_users_of_whom_none_is_here_is_empty():
+    house = irc_house("", alice="")
+    for command, numeric in (("ISON", "303"), ("USERHOST", "302")):
+        (line,) = asked(house, "alice", f"{command} absent")
+        assert (line.verb, line.params) == (numeric, ["alice", ""])
+    asked(house, "alice", "OPER boss secret")
+    (line,) = asked(house, "alice", "WHOWAS bob 1 elsewhere.example")
+    assert line.verb == "402"
+    house.asked_for.clear()
+    asked(house, "alice", "RESTART")
+    assert house.asked_for[-2:] == ["files", "restart"]
+
+
+ALWAYS_REFUSED = [  # a command that this server always refuses, and the numeric
+    ("SUMMON root", "445"),
+    ("USERS", "446"),
+    ("CONNECT far.example", "402"),
+    ("SQUIT far.example", "402"),
+    ("SERVER x", "462"),
+    ("SERVICE x", "462"),
+]
+
+
+@pytest.mark.parametrize("line, numeric", ALWAYS_REFUSED)
+def test_a_command_that_the_server_always_refuses_has_its_numeric(line, numeric):
+    house = irc_house("", alice="")
+    asked(house, "alice", "OPER boss secret")
+    (told,) = asked(house, "alice", line)
+    assert told.verb == numeric and " " in told.params[-1]
+
+
+WITHIN = [  # what is compared with how many; the time (ms) since the channel was made; is it so
+    ("", "<", "1", 0, False),
+    ("", "<", "2", 0, True),
+    ("", ">", "0", 0, True),
+    ("", ">", "1", 0, False),
+    ("C", "<", "1", 59_999, True),
+    ("C", "<", "1", 60_000, False),
+    ("C", ">", "1", 60_000, False),
+    ("C", ">", "1", 60_001, True),
+    ("T", ">", "0", 60_000, False),  # without a topic
+    ("T", "<", "9", 60_000, False),
+]
+
+
+@pytest.mark.parametrize("what, sign, number, age, holds", WITHIN)
+def test_a_list_of_channels_is_bounded_by_users_or_minutes(what, sign, number, age, holds):
+    house = irc_house("", alice="")
+    asked(house, "alice", "JOIN #a")
+    channel = house.hub.channels["#a"]
+    assert chat.within(channel, what, sign, number, channel.created + age) is holds
+
+
+def test_a_bug_in_one_message_of_a_turn_does_not_cost_the_others(monkeypatch):
+    def encode(self, audience, events):
+        assert all(event.text != "bad" for event in events)
+        return real(self, audience, events)
+
+    real = chat.LineWire.encode
+    monkeypatch.setattr(chat.LineWire, "encode", encode)
+    house = house_of("alice", "bob")
+    house.say("alice", "one", "bad", "three")
+    house.turn()
+    assert house.heard("bob") == ["alice: one", "alice: three"]
+    assert BUGS.told.pop() and not BUGS.told
+
+
 @pytest.mark.parametrize(
     "line, verb",
     (
@@ -13888,6 +14098,76 @@ def test_the_past_is_told_in_steps_of_so_many_messages(number, steps):
     (event,) = [one for one in house.hub.turn.events if one.kind == chat.MESSAGE]
     told = list(chat.tell_past(session, None, [event] * number, "", "end"))
     assert len(told) == steps
+
+
+IS_MESSAGE = [  # lines still wanted by /lines, a line, whether it only sends a message
+    (0, b"hello", True),
+    (0, b"/part", False),
+    (0, b"//part", True),
+    (0, b"/", False),
+    (0, b"", True),
+    (2, b"/part", True),
+    (2, b"hello", True),
+]
+
+
+@pytest.mark.parametrize("wanted, line, is_message", IS_MESSAGE)
+def test_a_line_that_only_sends_a_message_need_not_wait_for_others(wanted, line, is_message):
+    session = House().connect("alice")
+    session.wanted_lines = wanted
+    assert session.is_message(line) is is_message
+
+
+def test_help_has_two_columns_of_which_the_first_is_as_wide_as_its_longest():
+    house = house_of("alice")
+    house.say("alice", "/help")
+    house.turn()
+    lines = [line.removeprefix("* ") for line in house.heard("alice")]
+    width = max(len(command.syntax) for command in chat.line_command.values())
+    assert lines == [f"{one.syntax:<{width}}  {one.summary}" for one in chat.line_command.values()]
+
+
+def test_a_ban_is_ended_by_the_name_of_its_user_or_by_its_mask():
+    house = house_of("alice", "bob")
+    house.say("alice", "/join #a")
+    house.turn()
+    masks = ("bob!*@*", "carol!*@*", "*!*@10.0.0.1")
+    house.enter("carol")
+    for ended in ("bob", "carol!*@*", "*!*@10.0.0.1", "bob"):
+        session = house.guests["alice"]
+        for mask in masks:
+            session.act("set_modes", "#a", (chat.ModeChange(True, "b", mask),), 0)
+        house.turn()
+        house.heard("alice")
+        house.say("alice", f"/unban {ended}")
+        house.turn()
+        left = {one.text for one in house.hub.channels["#a"].lists["b"].values()}
+        assert len(left) == len(masks) - 1 and not any(mask.startswith(ended) for mask in left)
+    house.heard("alice")
+    house.say("alice", "/unban nobody")
+    house.turn()
+    assert house.heard("alice") == ["* no ban of #a is nobody; /ban lists them"]
+
+
+def test_the_bans_of_the_server_are_counted_for_netcat(monkeypatch):
+    house = house_of("alice")
+    house.say("alice", "/oper boss secret", "/kline 10.0.0.1 5 go")
+    house.turn()
+    for letter, lines in (("k", 2), ("K", 2), ("x", 1)):
+        house.heard("alice")
+        house.say("alice", f"/stats {letter}")
+        house.turn()
+        told = house.heard("alice")
+        assert len(told) == lines and told[-1] == f"* {lines - 1} K-line{'s' * (lines == 1)}"
+
+
+def test_messages_that_were_not_kept_are_told_behind_the_last_of_them():
+    house = house_of("alice", "bob")
+    house.say("alice", "one", "two")
+    events = [one for one in house.hub.turn.events if one.kind == chat.MESSAGE]
+    house.guests["alice"].not_kept(events, "disk full")
+    ((id, text),) = house.guests["alice"].replies
+    assert id == events[-1].id and text == b"* 2 messages delivered but not kept: disk full\n"
 
 
 # /lines: the server must drop the rest of a refused message, not send or execute it
@@ -16159,7 +16439,8 @@ def test_a_connection_is_kept_as_the_client_and_the_request_allow(head, closed):
     browser = Browser(House())
     _, headers, _ = browser.asks(head)
     assert browser.conn.closed is closed
-    assert (headers.get("connection") == "close") is closed
+    told = "keep-alive" if "HTTP/1.0" in head else None  # the rule of HTTP/1.1
+    assert headers.get("connection") == ("close" if closed else told)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -16978,6 +17259,12 @@ def test_what_tus_does_not_allow_has_the_right_status(files, method, path, heade
     assert status == 405 or answer[1]["tus-resumable"] == "1.0.0"
 
 
+def test_a_body_that_begins_an_upload_is_a_piece_by_its_type(files):
+    for kind, status in (("text/plain", 415), (chat.PIECE_TYPE, 201)):
+        head = ("Upload-Length: 5", f"Content-Type: {kind}")
+        assert tus(files, "POST", "/files", *head, body=b"hello")[0] == status
+
+
 @pytest.mark.parametrize("method", ["PATCH", "DELETE"])
 def test_the_method_of_tus_may_stand_in_a_header(files, method):
     path = path_of(tus(files, "POST", "/files", "Upload-Length: 5", PIECE, body=b"he"))
@@ -17305,6 +17592,7 @@ PICTURES = [
     ("image/webp", b"RIFF....WEBPVP8L....\x2f" + (7 | 15 << 14).to_bytes(4, "little"), (8, 16)),
     ("image/webp", b"RIFF....WEBPVP8 ....\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 8, 16), (8, 16)),
     ("image/webp", b"RIFF....WEBPVP8X", (0, 0)),
+    ("image/webp", b"RIFF....WEBPVP8?....\x2f" + bytes(30), (0, 0)),
     ("image/webp", b"RIFF....WEBPVP8X....\0\0\0\0\x07\0\0\x0f\0\0\xff\xff", (8, 16)),
     (
         "image/webp",
@@ -17323,6 +17611,17 @@ PICTURES = [
 @pytest.mark.parametrize(("kind", "head", "size"), PICTURES)
 def test_pictures_tell_their_size_in_their_first_bytes(kind, head, size):
     assert tuple(chat.picture_size(kind, head)) == size
+
+
+def test_frames_of_the_server_tell_their_size_in_as_few_bytes_as_the_protocol_has():
+    for size, head in (
+        (0, b"\x81\x00"),
+        (125, b"\x81\x7d"),
+        (126, b"\x81\x7e\x00\x7e"),
+        (65_535, b"\x81\x7e\xff\xff"),
+        (65_536, b"\x81\x7f\0\0\0\0\0\x01\0\0"),
+    ):
+        assert chat.frame(1, b"x" * size) == head + b"x" * size
 
 
 JPEG_SEGMENTS = [  # bytes before the frame; whether its size is found behind them
@@ -19707,6 +20006,37 @@ def test_the_reason_why_a_message_waits_for_the_user_outlives_the_program(folder
     assert not outbox.parked and messages_of(outbox) == ["hello"]
 
 
+def test_two_clients_that_create_the_file_at_the_same_time_both_open_it(folder, monkeypatch):
+    path, real = str(folder / "client.db"), sqlite3.connect
+
+    class Late(sqlite3.Connection):
+        def executescript(self, script):
+            if "BEGIN IMMEDIATE" in script and not made:
+                made.append(True)
+                chat.open_client_database(path).close()
+                self.execute("BEGIN")
+                raise sqlite3.OperationalError("table facts already exists")
+            return super().executescript(script)
+
+    made = []
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(real, factory=Late))
+    db = chat.open_client_database(path)
+    assert made and not db.in_transaction
+    assert db.execute("PRAGMA user_version").fetchone() == (chat.CLIENT_VERSION,)
+    db.close()
+
+
+def test_a_file_that_cannot_be_made_is_an_error(folder, monkeypatch):
+    class Full(sqlite3.Connection):
+        def executescript(self, script):
+            raise sqlite3.OperationalError("database or disk is full")
+
+    connect = functools.partial(sqlite3.connect, factory=Full)
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        chat.open_client_database(str(folder / "client.db"))
+
+
 @pytest.mark.parametrize("interactive", [True, False])
 def test_what_was_said_last_is_stored_before_the_client_ends(folder, interactive):
     core = chat.ClientCore("alice", interactive, outbox=outbox_in(folder))
@@ -20594,6 +20924,41 @@ def test_of_a_burst_that_a_server_drops_and_changes_nothing_is_taken_for_arrived
     assert len([text for text in alice.said() if "*alice" in text]) == len(texts)
 
 
+SASL_NONSENSE = [  # the mechanisms of a server, what it sends instead of a step of them
+    ("PLAIN", ["!"]),
+    ("PLAIN", ["Y" * 399]),
+    ("SCRAM-SHA-256", ["+", base64.b64encode(b"nonsense").decode()]),
+    ("SCRAM-SHA-256", ["+", "%%%%"]),
+]
+
+
+@pytest.mark.parametrize("mechanism, steps", SASL_NONSENSE)
+def test_a_log_in_whose_steps_are_nonsense_is_ended_by_the_client(mechanism, steps):
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore(
+        "alice", kind=chat.IRC, ticks=lambda: alice.now, login=chat.Login("alice", "secret")
+    )
+    alice.core.secure = True
+    alice.core.connected()
+    alice.hears(f"CAP * LS :sasl={mechanism}", "CAP * ACK :sasl")
+    assert alice.sent()[-1] == f"AUTHENTICATE {mechanism}"
+    for step in steps:
+        alice.hears(f"AUTHENTICATE {step}")
+    assert alice.sent()[-1] == "AUTHENTICATE *"
+
+
+def test_a_refusal_of_the_nick_before_the_secret_was_sent_decides_nothing():
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    alice.sent()
+    alice.hears("CAP * LS :chat.py/session message-tags", "433 * alice :Nickname is already in use")
+    assert not any(line.startswith("NICK alice2") for line in alice.sent())
+    assert alice.core.name == "alice" and not alice.kinds("server text")
+
+
 @pytest.mark.parametrize("arrived, asked", [([], 61.0), ([55], 76.0), ([52, 70], None)])
 def test_an_echo_is_overdue_some_time_after_the_last_confirmation(arrived, asked):
     alice = Elsewhere(caps="echo-message message-tags")
@@ -21368,6 +21733,14 @@ def test_a_password_is_made_and_kept_only_for_a_server_that_registers_accounts()
     alice.hears("CAP alice NEW :draft/account-registration")
     alice.types("/register")
     assert alice.sent(9)[0].startswith("REGISTER * * ") and len(kept) == 1
+
+
+def test_no_password_is_made_where_none_can_be_kept():
+    alice = Elsewhere(caps="draft/account-registration")
+    alice.types("/register")
+    assert "nothing is kept on disk" in alice.kinds("note")[-1] and alice.sent(9) == []
+    alice.types("/register sesame99")
+    assert alice.sent(9) == ["REGISTER * * sesame99"]
 
 
 def test_a_second_register_does_not_replace_the_password_that_is_kept():
@@ -22415,6 +22788,19 @@ def test_two_conversations_that_are_one_to_the_server_become_one(stored, after, 
         assert told_of(room)[:3] == THREE
         again.types("/close", "/query {X}")
         assert told_of(again.core.room)[:3] == THREE
+
+
+@pytest.mark.parametrize(
+    "held, others, together",
+    [(None, None, None), (["a"], None, ["a"]), (None, ["b"], ["b"]), (["a"], ["b"], ["b", "a"])],
+)
+def test_what_is_held_in_two_conversations_is_held_in_the_one_that_they_become(
+    held, others, together
+):
+    one, other = chat.Room("[x]"), chat.Room("{x}")
+    one.held, other.held = held, others
+    one.take_over(other, trimmed=False)
+    assert one.held == together
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -28084,6 +28470,7 @@ NO_NUMBERS = [  # typed beside two messages of bob and one of alice, and the not
     ("/go -1", "-1 is no number of a conversation: only 1"),
     ("/reply -0 hi", "-0 is none of the messages of others here: -1 to -2"),
     ("/reply -3 hi", "-3 is none of the messages of others here: -1 to -2"),
+    ("/reply -1", "usage: /reply [-N] TEXT"),
     ("/react -12345 x", "-12345 is none of the messages of others here: -1 to -2"),
     ("/react 2 x", "/react -2 x is about another message"),
     ("/redact -2", "-2 is none of the messages of yours here: only -1"),
@@ -30387,6 +30774,22 @@ def test_after_a_conversation_was_closed_the_newest_other_one_is_looked_at():
     alice.views.clear()
     alice.types("/close dan")
     assert [view.where for view in alice.views if view.kind == chat.PLACE] == ["carol"]
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_message_without_a_conversation_whose_fate_is_unclear_is_left_to_the_user(closed):
+    alice = Elsewhere("CHATHISTORY=100", caps=PAGES_OF)
+    alice.types("/query bob", "hello")
+    alice.sent(5)
+    alice.views += alice.core.disconnected()
+    assert len(alice.core.outbox.unconfirmed) == 1
+    if closed:
+        alice.types("/close bob")
+    else:
+        del alice.core.rooms["bob"]
+        alice.core.connected()
+        alice.hears("001 alice :Welcome")
+    assert not alice.core.outbox.unconfirmed and len(alice.core.outbox.parked) == 1
 
 
 def test_a_redaction_of_the_oldest_of_more_unread_messages_than_are_shown_is_counted():
@@ -33667,6 +34070,65 @@ def test_no_file_of_the_data_folder_may_be_a_link_or_stays_open_to_others(folder
         chat.lock_folder(folder)
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_sighup_has_the_files_read_again_or_changes_nothing(failed):
+    house = house_of("alice")
+    house.read_files = lambda: fails() if failed else ("context", "motd", "word", {})
+    fails = refusing(errno.EACCES)
+    used = []
+    house.use_files = used.append
+    chat.Server.reload(house)
+    house.helpers.run()
+    assert used == ([] if failed else [("context", "motd", "word", {})])
+
+
+def test_a_server_that_is_to_start_again_stops_and_says_so():
+    house, done = house_of("alice"), []
+    house.stop = lambda: done.append(house.restarting)
+    chat.Server.restart(house)
+    assert done == [True]
+
+
+@pytest.mark.parametrize("has_left", [False, True])
+def test_a_node_that_is_stopped_leaves_the_cluster_and_ends_once_that_is_known(has_left):
+    house, done = house_of("alice"), []
+    house.cluster = types.SimpleNamespace(
+        leave=lambda: done.append("leaves"), has_left=False, save=bool, flush=bool
+    )
+    house.loop.stop = lambda: done.append("ends")
+    chat.Server.stop(house)
+    house.peers, house.cluster.has_left = set(), has_left
+    house.end_turn()
+    assert done == ["leaves", "ends"][: 1 + has_left]
+
+
+def test_a_port_of_ipv6_leaves_that_of_ipv4_alone():
+    for host, only in (("::1", 1), ("127.0.0.1", None)):
+        with chat.Listener._bound(host, 0) as sock:
+            assert (
+                sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) and not sock.getblocking()
+            )
+            if only is not None:
+                assert sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == only
+
+
+def test_a_part_of_a_file_that_cannot_be_read_is_empty(tmp_path):
+    folder = chat.FileFolder(tmp_path / "files")
+    file = types.SimpleNamespace(path=tmp_path, read=lambda at, size: b"abc"[at : at + size])
+    assert folder.read(file, 1, 2) == b"bc" and folder.read(file, 1, 3) == b""
+    file.read = refusing(errno.EIO)
+    assert folder.read(file, 0, 0) == folder.read(file, 0, 1) == b""
+
+
+def test_a_bug_while_lines_are_acted_on_costs_only_that_client(monkeypatch):
+    with beating() as (server, peer):
+        one, other = named(server, peer, 2, "alice"), named(server, peer, 3, "bob")
+        monkeypatch.setattr(server.beat, "_take_lines", lambda peer, end: 1 // (peer is not one))
+        server.beat._act_on_peer(one, math.inf)
+        server.beat._act_on_peer(other, math.inf)
+        assert one.gone and BUGS.told.pop() and not other.gone
+
+
 @pytest.mark.parametrize("mode", [0o755, 0o701, 0o770, 0o700])
 def test_the_data_folder_is_its_owner_s_alone(folder, mode):
     (folder / "data").mkdir()
@@ -35863,6 +36325,12 @@ def test_an_upload_that_cannot_be_written_is_refused_with_the_reason(error, code
     assert refused.value.code == code and str(refused.value) not in ("", code)
     assert not text or str(refused.value) == text
     assert chat.FileFolder._guarded(lambda: 5) == 5
+
+
+def test_a_client_whose_certificate_is_of_no_use_is_told_before_it_connects(tmp_path):
+    (tmp_path / "own.pem").write_text("no PEM")
+    with pytest.raises(OSError):
+        chat.Trust(own=str(tmp_path / "own.pem")).context()
 
 
 RESULTS_TAKEN = [  # what is so after an act has come back; what is done
@@ -39405,6 +39873,16 @@ def test_a_file_is_saved_as_it_is_or_not_at_all(answers, asked, saved, tmp_path)
     assert there == ({} if saved is None else {"a.txt": saved})
 
 
+def test_a_file_that_could_not_be_written_to_its_end_fails_with_the_reason(tmp_path):
+    files = InMemory(tmp_path)
+    one, failed = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"), []
+    download = chat.Download.__new__(chat.Download)
+    download.one, download.transfers = one, files
+    files.failed = lambda one, why: failed.append((one.name, why))
+    download._closed(chat.Response(200, {}), "", OSError("the disk is full"))
+    assert failed == [("a.txt", "the disk is full")]
+
+
 SAVED_AS = [  # what the user gives as a path; what is there; where the file is saved
     ("", (), "a.txt"),
     ("", ("a.txt",), "a (2).txt"),
@@ -40680,6 +41158,58 @@ def test_a_mention_at_another_server_is_noticed(at_keys):
     at_keys.show_of(other, [])
     assert at_keys.display.bell and at_keys.display.notice == "before bob: hello alice"
     assert not other.screen.bell and not other.screen.notice
+
+
+def test_what_a_terminal_keeps_is_stored_when_the_client_of_a_pipe_ends(monkeypatch):
+    monkeypatch.setattr(chat, "Input", Pipe)
+    client = chat.Filter(chat.ClientOptions("alice", chat.parse_target("irc://here")))
+    stored = []
+    monkeypatch.setattr(client.core, "close_store", lambda: stored.append(True))
+    client.ending()
+    client.close()
+    client.loop.close()
+    assert stored == [True]
+
+
+def test_the_keys_are_explained_below_the_general_help_only(at_keys):
+    page = chat.ViewEvent(chat.PAGE, "the commands", "help")
+    assert chat.with_keys(page).text.startswith("the commands\n\nKeys") or (
+        chat.with_keys(page).text.split("\n")[:2] == ["the commands", ""]
+    )
+    assert chat.with_keys(page).text.split("\n")[2:] == [*chat.CLIENT_KEYS]
+    for other in (page._replace(name="/join"), page._replace(kind=chat.NOTE)):
+        assert chat.with_keys(other) is other
+
+
+def test_conversations_of_all_other_servers_are_told_beside_those_of_one(at_keys):
+    first = at_keys.seat
+    assert at_keys.rooms_besides(first) == []
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    other.core.rooms.open("#far")
+    assert {where for where, _ in at_keys.rooms_besides(first)} == {"there:6667"}
+    assert "#far" in [room.name for _, room in at_keys.rooms_besides(first)]
+    assert [room.name for _, room in at_keys.rooms_besides(other)] == ["#den", "#tea"]
+
+
+def test_the_tab_key_completes_what_is_before_it(at_keys):
+    at_keys.take(b"/go #d\t")
+    assert at_keys.editor.text == "/go #den"
+
+
+def test_another_form_of_the_time_is_seen_at_once():
+    desk = Desk()
+    desk.hear("hello")
+    assert "08:30 bob: hello" in desk.paint()
+    desk.core.typed("/set time %H.%M")
+    assert "08.30 bob: hello" in desk.paint()
+
+
+def test_a_conversation_to_which_the_core_went_by_itself_is_drawn():
+    desk = Desk()
+    desk.hear("hello", where="#rust")
+    desk.core.rooms.current = desk.core.rooms["#rust"]
+    desk.core.take_views()
+    assert "08:30 bob: hello" in desk.paint()
 
 
 def test_a_client_that_cannot_leave_all_servers_ends_after_some_seconds_without_a_reason(at_keys):
