@@ -16589,6 +16589,11 @@ PROXIED = [  # address, headers; of the client: address, as limits count it, whe
         "X-Forwarded-For: 1.2.3.4\nX-Forwarded-Proto: https",
         ("1.2.3.4", "1.2.3.4", True),
     ),
+    (
+        "10.0.0.2",
+        "X-Forwarded-For: 1.2.3.4\nX-Forwarded-Proto: http, https",
+        ("1.2.3.4", "1.2.3.4", True),
+    ),
     ("10.0.0.2", "X-Forwarded-Proto: https, http", ("10.0.0.2", "a proxy at 10.0.0.2", False)),
     ("10.0.0.3", "X-Forwarded-For: 1.2.3.4", ("10.0.0.3", "a proxy at 10.0.0.3", False)),
     ("10.0.0.3", "X-Forwarded-Proto: https", ("10.0.0.3", "a proxy at 10.0.0.3", False)),
@@ -17615,13 +17620,13 @@ def test_pictures_tell_their_size_in_their_first_bytes(kind, head, size):
 
 def test_frames_of_the_server_tell_their_size_in_as_few_bytes_as_the_protocol_has():
     for size, head in (
-        (0, b"\x81\x00"),
-        (125, b"\x81\x7d"),
-        (126, b"\x81\x7e\x00\x7e"),
-        (65_535, b"\x81\x7e\xff\xff"),
-        (65_536, b"\x81\x7f\0\0\0\0\0\x01\0\0"),
+        (0, b"\x82\x00"),
+        (125, b"\x82\x7d"),
+        (126, b"\x82\x7e\x00\x7e"),
+        (65_535, b"\x82\x7e\xff\xff"),
+        (65_536, b"\x82\x7f\0\0\0\0\0\x01\0\0"),
     ):
-        assert chat.frame(1, b"x" * size) == head + b"x" * size
+        assert chat.frame(2, b"x" * size) == head + b"x" * size
 
 
 JPEG_SEGMENTS = [  # bytes before the frame; whether its size is found behind them
@@ -20037,6 +20042,29 @@ def test_a_file_that_cannot_be_made_is_an_error(folder, monkeypatch):
         chat.open_client_database(str(folder / "client.db"))
 
 
+def test_a_store_that_cannot_be_read_finds_nothing_and_says_why(monkeypatch):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.db.close()
+    store.trouble = ""
+    assert store.page("#a", 5) == [] and store.trouble
+    assert store.fact("x") == ""
+
+
+def test_rows_that_no_file_takes_are_given_up_beyond_a_limit(monkeypatch):
+    monkeypatch.setattr(chat, "CLIENT_ROWS_WAITING", 3)
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.flush = bool
+    for n in range(3):
+        store.write("SELECT ?", n)
+    assert not store.trouble and len(store.waiting) == 3
+    store.write("SELECT ?", 3)
+    assert store.trouble == chat.LOCKED and [values for _, values in store.waiting] == [
+        (1,),
+        (2,),
+        (3,),
+    ]
+
+
 @pytest.mark.parametrize("interactive", [True, False])
 def test_what_was_said_last_is_stored_before_the_client_ends(folder, interactive):
     core = chat.ClientCore("alice", interactive, outbox=outbox_in(folder))
@@ -20287,6 +20315,276 @@ def test_a_user_whose_nick_only_looks_like_ours_is_another():
     assert alice.core.room.inside
     alice.hears(":op!u@h KICK #lobby ALICE :out")
     assert not alice.core.room.inside and not alice.core.room.people
+
+
+def test_a_command_of_one_letter_is_not_completed_and_longer_ones_are():
+    verbs = {*chat.client_command, *chat.CLIENT_ALIASES}
+    assert chat.completions("/", True, [], []) == sorted(f"/{v} " for v in verbs if len(v) > 1)
+    assert "/me " in chat.completions("/m", True, [], [])
+
+
+OUTBOX_SAVED = [  # whether its file took the changes, what is wrong, since when, texts not stored
+    (True, "", 0, 1, True),
+    (False, "", 0, 1, False),
+    (False, "", chat.LOCKED_SECONDS - 1, 1, False),
+    (False, "", chat.LOCKED_SECONDS, 1, None),
+    (False, "full", 0, 1, None),
+    (False, "full", 0, 0, True),
+    (False, "", chat.LOCKED_SECONDS, 0, True),
+]
+
+
+@pytest.mark.parametrize("flushes, trouble, since, texts, saved", OUTBOX_SAVED)
+def test_an_outbox_waits_for_its_file_for_a_while_and_then_accepts_nothing(
+    flushes, trouble, since, texts, saved
+):
+    rows = types.SimpleNamespace(changes=[1], flush=lambda: flushes, trouble=trouble)
+    outbox = chat.Outbox()
+    outbox.rows = rows
+    outbox.unsaved.update(dict.fromkeys(map(str, range(texts))))
+    outbox.locked_at = 5000.0 - since
+    refuses = pytest.raises(chat.Unusable, match=trouble or chat.LOCKED)
+    with refuses if saved is None else contextlib.nullcontext():
+        assert outbox.save(5000.0) is saved
+    assert outbox.locked_at == (math.inf if flushes else 5000.0 - since) and not rows.trouble
+
+
+def test_texts_that_no_file_takes_are_given_back():
+    alice = Elsewhere()
+    alice.core.outbox.rows = types.SimpleNamespace(changes=[1], flush=bool, trouble="full")
+    alice.core.outbox.rows.write = alice.core.outbox.rows.close = lambda *_: None
+    assert alice.core.outgoing.save() is True
+    alice.core.outbox.rows.trouble, alice.core.outbox.locked_at = "", math.inf
+    assert alice.core.outgoing.save() is False
+    alice.core.outbox.rows = None
+
+
+LISTED = [  # what happens while a list of names comes; the names that are there after it
+    (":bob!u@h JOIN #lobby", {"alice", "carol", "bob"}),
+    (":carol!u@h NICK dora", {"alice", "dora"}),
+    (":carol!u@h PART #lobby", {"alice"}),
+    ("", {"alice", "carol"}),
+]
+
+
+@pytest.mark.parametrize("line, people", LISTED)
+def test_what_happens_while_a_list_of_names_comes_is_newer_than_the_list(line, people):
+    alice = Elsewhere()
+    alice.hears(":carol!u@h JOIN #lobby", ":zoe!u@h JOIN #lobby")  # whose leaving is not told
+    alice.hears("353 alice = #lobby :alice carol", *[line] * bool(line), "366 alice #lobby :End")
+    assert set(alice.core.room.people) == people
+
+
+def test_why_the_password_is_not_told_is_explained_once():
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore(
+        "alice", kind=chat.IRC, ticks=lambda: alice.now, login=chat.Login("alice", "secret")
+    )
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "001 alice :Welcome")
+    alice.hears("004 alice x ircd a b", "422 alice :No MOTD")
+    notes = [text for text in alice.kinds("note") if text.startswith("not logged in")]
+    assert len(notes) == 1 and "in the clear" in notes[0]
+
+
+def test_a_batch_that_is_dropped_is_refused_by_the_server_without_harm():
+    alice = Elsewhere("draft/multiline", caps="batch draft/multiline=max-bytes=4000 message-tags")
+    talk = alice.core.talk
+    lines = types.SimpleNamespace(in_batch=True, core=alice.core, talk=talk, id="id", unsent=[1])
+    chat.MessageLines.drop(lines)
+    assert alice.core.output[-2:] == [f"{chat.BATCHED}PRIVMSG * :-", chat.END_BATCH]
+    assert [(line.target, line.id) for line in talk.acks.sent] == [("*", "id")] * 2
+    lines.in_batch, lines.unsent = False, [1]
+    chat.MessageLines.drop(lines)
+    assert len(talk.acks.sent) == 2 and not lines.unsent
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_tags_that_arrived_are_those_of_one_message(count):
+    acks = Elsewhere(caps="message-tags").core.talk.acks
+    for target in ("#a",) * count + ("#b",):
+        acks.note_sent(target, chat.QUIET)
+    acks.tags_arrived("#A")
+    assert [line.target for line in acks.sent] == ["#a"] * (count - 1) + ["#b"]
+
+
+def test_a_list_of_conversations_that_does_not_come_is_not_waited_for():
+    alice = Elsewhere("CHATHISTORY=100", caps=PAGES_OF)
+    history, done = alice.core.talk.history, []
+    history.requests.clear()
+    history.ask(chat.HistoryRequest("", "targets", 9), "TARGETS", "*", "*", "9")
+    history.release_talks = lambda: done.append(len(history.requests))
+    alice.sent(1)
+    for _ in range(2):
+        history.give_up_overdue(alice.now + chat.PAGE_SECONDS + 1)
+    assert done == [0]
+
+
+def test_a_nick_that_is_taken_in_all_forms_ends_the_attempt_with_the_server_s_words():
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    for _ in range(100):
+        alice.hears(f"433 * {alice.core.name} :Nickname is already in use")
+        if alice.core.refusal:
+            break
+    assert (
+        alice.core.refusal == "Nickname is already in use" and alice.core.cause == chat.NEEDS_USER
+    )
+
+
+def test_of_several_joins_each_has_a_refusal_and_the_last_one_decides():
+    alice = Elsewhere(join=["#c"])
+    joins = alice.core.talk.joins
+    alice.core.room.inside, alice.core.room.entered = False, True
+    for count, left in ((3, 2), (2, 1), (1, None)):
+        joins.unanswered["#c"] = count, 5000.0
+        joins.failed("#c", "it is full", "471")
+        assert joins.unanswered.get("#c") == (left and (left, 5000.0))
+        assert ("#c" in joins.refused) == (left is None)
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_a_message_that_a_workshop_has_no_place_for_is_left_to_the_user_once(parked):
+    core = chat.ClientCore("alice")
+    core.rooms.open("bob")
+    core.outgoing.send("bob", "hi")
+    core.kind, core.kind_confirmed = chat.PLAIN, True
+    core.connected()
+    (id,) = core.outbox.waiting
+    if parked:
+        core.outgoing.park(id, "before")
+    left = []
+    core.outgoing.leave_to_user = lambda id, why: left.append((id, why))
+    core.talk.tick()
+    assert left == ([] if parked else [(id, chat.ONE_ROOM)])
+
+
+def test_a_server_that_lets_the_client_not_in_is_left_after_a_while():
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    alice.sent(chat.REGISTRATION_SECONDS)
+    assert not alice.core.dismissed
+    alice.sent(1)
+    assert alice.core.dismissed and alice.core.cause == chat.TEMPORARY
+    assert alice.core.refusal == "the server does not let us in"
+
+
+NOT_LET_IN = [  # what a server says before the welcome; what the user is told
+    ("464 * :Password incorrect", "Password incorrect; /pass PASSWORD gives it"),
+    ("465 * :You are banned", "You are banned"),
+]
+
+
+@pytest.mark.parametrize("line, told", NOT_LET_IN)
+def test_a_client_that_is_refused_hangs_up_and_says_why(line, told):
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    alice.hears(line)
+    assert alice.core.dismissed and alice.core.refusal == told
+
+
+QUEUED_FOR = [  # a line that waits; whether it is dropped once bob has left
+    ("PRIVMSG bob :hi", True),
+    ("INVITE bob #lobby", True),
+    ("INVITE carol bob", False),
+    ("KICK #lobby bob :out", True),
+    ("KICK #lobby carol bob", False),
+    ("MODE #lobby +o bob", True),
+    ("MODE #lobby +oo carol bob", False),
+    ("WHOIS bob", False),
+]
+
+
+@pytest.mark.parametrize("line, dropped", QUEUED_FOR)
+def test_a_command_for_a_user_who_has_left_is_dropped(line, dropped):
+    alice = Elsewhere(interactive=True)
+    alice.core.talk.queue.append((line, None))
+    chat.drop_commands(alice.core.talk, "bob", "has left")
+    assert (not alice.core.talk.queue) is dropped
+
+
+FIRST_LINES = [  # the first line of a server; whether that is all that is to be done with it
+    ("* the server is full", True, "the server is full"),
+    ("HTTP/1.1 400 Bad Request", True, None),
+    (":chat.py/1 NOTICE * :hello", True, ""),
+    (":irc.example NOTICE * :*** Looking up", False, ""),
+]
+
+
+@pytest.mark.parametrize("line, handled, refusal", FIRST_LINES)
+def test_the_first_line_of_a_server_tells_its_kind(line, handled, refusal):
+    core = chat.ClientCore("alice")
+    core.connected()
+    assert chat.first_words(core, line) is handled
+    assert refusal is None or core.refusal == refusal
+
+
+@pytest.mark.parametrize("looked_at, then", [("#a", "#b"), ("#b", "#b"), ("#c", "#c")])
+def test_a_channel_takes_the_place_of_another_one_with_its_new_name(looked_at, then):
+    alice = Elsewhere(join=["#a", "#b", "#c"])
+    alice.types(f"/join {looked_at}")
+    moved = alice.core.find("#a")
+    alice.hears(":op!u@h RENAME #a #b :moved")
+    assert alice.core.find("#b") is moved and sorted(alice.core.rooms) == ["#b", "#c"]
+    assert alice.core.room is alice.core.find(then)
+
+
+SAVED_NAMES = [  # type of a file, and the name under which it is saved if its link has none
+    ("text/plain", "aaaaaaaa.txt"),
+    ("image/jpeg", "aaaaaaaa.jpg"),
+    ("image/png", "aaaaaaaa.png"),
+]
+
+
+@pytest.mark.parametrize("kind, name", SAVED_NAMES)
+def test_a_file_without_a_name_is_called_by_its_type(kind, name):
+    alice = Elsewhere()
+    path = "/files/" + "a" * 32
+    view = chat.ViewEvent(chat.MESSAGE, path, "bob", "#lobby", file=f"{path},{kind},7,0,0")
+    started = []
+    alice.core.transfers.start = started.append
+    alice.core.transfers.save(alice.core.room, view, "there")
+    (one,) = started
+    assert (one.name, one.url, one.size, one.type) == (name, path, 7, kind)
+    assert (one.up, one.room, one.path, len(one.id)) == (False, "#lobby", "there", 16)
+
+
+def test_a_transfer_follows_a_conversation_that_is_renamed():
+    alice = Elsewhere()
+    kept = []
+    for name in ("bob", "carol"):
+        alice.core.transfers.keep(chat.Transfer(name, True, name, "/x"))
+    alice.core.transfers.keep = kept.append
+    alice.core.transfers.readdress(lambda name: name == "bob", "rob")
+    assert [(one.id, one.room) for one in kept] == [("bob", "rob")]
+    assert [one.room for one in alice.core.transfers] == ["rob", "carol"]
+
+
+def test_the_code_of_a_registration_and_a_channel_that_is_looked_at_again():
+    alice = Elsewhere(join=["#a", "#b"])
+    alice.types("/verify 123")
+    assert alice.sent(9) == ["VERIFY alice 123"]
+    for name in ("#a", "#b", "#a"):
+        alice.types(f"/join {name}")
+        assert alice.core.here == name and alice.sent(9) == []
+    alice.core.traffic.extend(((0, True, "PING x"), (0, False, "PONG x")))
+    (page,) = [view for view in alice.types("/raw").views if view.kind == chat.PAGE]
+    assert page.text.split("\n")[-2:] == ["> PING x", "< PONG x"]
+
+
+def test_an_event_that_was_held_is_shown_behind_the_page():
+    alice = Elsewhere()
+    room = alice.core.room
+    room.held = [chat.ViewEvent(chat.TOPIC, "tea", "bob", "#lobby", 5)]
+    alice.core.incoming.release(room)
+    assert room.held is None and [view.kind for view in room.views][-1] == chat.TOPIC
 
 
 CHANNELS = [  # tokens, target, the conversation that it is in, whether that is a channel
@@ -25640,6 +25938,27 @@ def test_a_server_that_stood_stays_when_it_cannot_be_trusted_any_more():
     assert link.phase == chat.RESOLVING
 
 
+def test_a_certificate_that_is_believed_is_not_asked_about_again():
+    link = Hanging(True, 60.0)
+    link.phase, link.certificate.doubted = chat.WAITING, "ab" * 32
+    link.start = lambda: None
+    link.typed("/trust")
+    assert not link.certificate.doubted and link.known.pin(link.target) == "ab" * 32
+
+
+@pytest.mark.parametrize("other, pin, asked", [("", "", 0), ("ab", "", 1), ("ab", "cd", 0)])
+def test_another_certificate_may_be_believed_unless_one_is_given(other, pin, asked):
+    link, told = Hanging(True, 60.0), []
+    link.stays, link.certificate.other = True, other
+    link.trust = chat.Trust(pin=pin)
+    link._wait_for_user = lambda text, advice: told.append((text, advice))
+    link._give_up("it is broken")
+    ((text, advice),) = told
+    assert text.endswith("it is broken") or other
+    assert (link.certificate.doubted == other) is (bool(asked) or not other)
+    assert ("/trust" in advice) is bool(asked) and not link.certificate.other
+
+
 def test_the_last_message_is_the_one_that_was_there_when_the_command_was_begun():
     alice, bob = two_screens()
     for text in ("an answer", "QUESTION"):
@@ -25745,6 +26064,17 @@ def test_a_search_that_was_left_does_not_send_an_old_line():
     assert editor.text == "" and editor.press(chat.Key("enter")) == ""
     desk = Desk()
     assert desk.display.prompt("find") == "(search: find) "
+
+
+def test_return_does_not_send_the_match_of_a_shorter_text():
+    for before, text in (("", ""), ("draft", "draft")):
+        editor = chat.LineEditor()
+        editor.set("find this")
+        editor.press(chat.Key("enter"))
+        editor.set(before)
+        editor.press(chat.Key("search"))
+        editor.press(chat.Key("text", "zzz"))
+        assert editor.text == text or before
 
 
 def test_what_waits_over_a_restart_has_the_time_when_it_was_accepted():
@@ -35352,6 +35682,51 @@ def test_a_connection_that_is_closed_is_not_there_any_more():
         assert not one.still_there()
 
 
+@pytest.mark.parametrize("seconds, asked, ends", [(-1, 1, False), (0, 1, True), (0, 0, False)])
+def test_a_client_has_the_whole_time_to_answer_a_ping(seconds, asked, ends):
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        one.asked, before = one.heard + asked, one.heard + asked
+        server.loop.now = one.heard + chat.PING_SECONDS + seconds
+        server.times.probe(one)
+        assert one.leaving is ends
+        assert (one.asked != before) is (seconds == 0 and not ends)
+
+
+def test_a_server_that_goes_on_takes_up_the_lines_that_have_come():
+    house, done = house_of("alice"), []
+    peer = types.SimpleNamespace(
+        update=lambda: done.append("update"), resume_soon=lambda: done.append("resume")
+    )
+    house.peers, house.paused = [peer], True
+    chat.Server.resume(house)
+    assert not house.paused and done == ["update", "resume"]
+
+
+KINDS_OF_FIGURES = {"chat_log_entry": "counter", "chat_last_event": "counter"} | {
+    "chat_seconds": "counter"
+}
+
+
+def test_each_figure_is_a_gauge_or_a_counter():
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    for name, (kind, text, value) in house.metrics().items():
+        assert kind == KINDS_OF_FIGURES.get(name, "gauge") and text and value >= 0, name
+
+
+def test_a_server_without_a_password_has_none_after_sighup_either():
+    house = house_of("alice")
+    assert house.read_files()[2] is house.options.password is None
+
+
+def test_a_code_is_mailed_to_its_address_with_a_subject(tmp_path):
+    options = chat.ServerOptions(sendmail=f"dd status=none of={tmp_path / 'mail'}", network="tea")
+    chat.mail_code(options, "a@b.example", "alice", "123")
+    head, _, text = (tmp_path / "mail").read_text().partition("\n\n")
+    assert {"To: a@b.example", "Subject: Your code for tea"} <= set(head.split("\n"))
+    assert text == "The code of the account alice is 123.\n"
+
+
 def test_a_client_that_does_not_answer_a_ping_is_disconnected():
     with beating() as (server, peer):
         one = named(server, peer, 2, "alice")
@@ -37427,6 +37802,59 @@ def test_mentions_are_marked_whether_or_not_there_are_colours():
     assert "\x1b[1;31m! \x1b[0m" in bright and "\x1b[1mhi Alice\x1b[0m" in bright
     (private,) = chat.view_lines(view._replace(where="bob"), PLAIN_LOOK)
     assert "!" not in private
+
+
+def test_what_a_message_answers_is_cut_to_the_width_of_the_screen():
+    look = PLAIN_LOOK._replace(columns=30, answered=lambda view: "bob: " + "x" * 99)
+    first, _ = chat.view_lines(at(**CLOCK, text="hi", name="al", where="#rust", reply="1"), look)
+    assert first.startswith("      answers bob: xxx") and chat.text_width(first) == 29
+    notice = at(**CLOCK, kind="notice", text="a\nb", name="bob", where="#rust")
+    assert chat.view_lines(notice, PLAIN_LOOK)[-1] == "    b"
+
+
+def test_older_messages_that_came_are_scrolled_to_as_far_as_is_owed():
+    desk = Desk(rows=10)
+    desk.hear(*[f"line {n}" for n in range(30)])
+    desk.paint()
+    reader, moved = desk.display.reader, []
+    reader.up = moved.append
+    for back, owed, up in ((True, 5, [5]), (True, 0, []), (False, 5, [])):
+        reader.back, reader.owed, reader.at_top = back, owed, True
+        reader.came_older()
+        assert moved == up and not reader.at_top
+        moved.clear()
+
+
+def test_reactions_to_a_message_go_with_it_and_other_texts_stay():
+    desk = Desk()
+    desk.hear("tea?", id="1")
+    room = desk.core.room
+    for text, reply in (("bob reacted", "1"), ("other", "2"), ("plain", "")):
+        room.views.append(chat.ViewEvent(chat.SERVER_TEXT, text, where="#lobby", reply=reply))
+    desk.display.take([chat.ViewEvent(chat.REMOVED, where="#nowhere", id="1")])
+    desk.display.take([chat.ViewEvent(chat.REMOVED, where="#lobby", id="")])
+    assert len(room.views) == 4
+    desk.display.take([chat.ViewEvent(chat.REMOVED, where="#lobby", id="1")])
+    assert [view.text for view in room.views] == ["tea?", "other", "plain"]
+
+
+def test_who_is_in_a_conversation_is_a_page():
+    desk = Desk(colours=True)
+    pages = []
+    desk.display._take_page = pages.append
+    desk.display.take([chat.ViewEvent(chat.PEOPLE, "bob, carol", where="#lobby")])
+    desk.display.take([chat.ViewEvent(chat.PEOPLE, "", where="#lobby")])
+    (page,) = pages
+    assert (page.kind, page.name) == (chat.PAGE, "#lobby members")
+    assert [line.split() for line in page.text.split("\n")][-1] == ["bob", "carol"]
+
+
+@pytest.mark.parametrize("number, verb", [(1, "reacted"), (0, "takes back"), (-1, "takes back")])
+def test_a_reaction_is_told_and_so_is_that_it_is_taken_back(number, verb):
+    desk = Desk()
+    view = chat.ViewEvent(chat.REACTED, "+1", "bob", "#lobby", id="1")._replace(number=number)
+    desk.display.take([view])
+    assert desk.core.room.views[-1].text.startswith(f"bob {verb} +1 to ")
 
 
 def test_a_day_is_told_when_it_is_another_one_than_that_of_the_view_before():
@@ -39883,6 +40311,56 @@ def test_a_file_that_could_not_be_written_to_its_end_fails_with_the_reason(tmp_p
     assert failed == [("a.txt", "the disk is full")]
 
 
+RANGES_GIVEN = [  # status and headers of an answer; where its body begins, and the file's size
+    (200, {"content-length": ["9"]}, (0, 9)),
+    (206, {"content-range": ["bytes 3-8/9"]}, (3, 9)),
+    (206, {"content-range": ["bytes 3-8/*"], "content-length": ["6"]}, (3, 9)),
+    (206, {"content-range": ["bytes 3-8/*"]}, (3, 0)),
+    (206, {"content-range": ["nonsense"]}, (-1, 0)),
+    (206, {}, (-1, 0)),
+]
+
+
+@pytest.mark.parametrize("status, headers, given", RANGES_GIVEN)
+def test_an_answer_tells_which_part_of_a_file_it_is(status, headers, given):
+    assert chat.range_given(chat.Response(status, headers)) == given
+
+
+@pytest.mark.parametrize(
+    "silent, state, dropped",
+    [
+        (chat.WAITING_SECONDS, chat.OPEN, []),
+        (chat.WAITING_SECONDS + 1, chat.OPEN, ["no answer"]),
+        (chat.WAITING_SECONDS + 1, chat.CLOSED, []),
+    ],
+)
+def test_a_transfer_without_progress_is_dropped_after_a_while(tmp_path, silent, state, dropped):
+    files, why = InMemory(tmp_path), []
+    files.loop.now = 5000.0
+    files.calls = {"1": types.SimpleNamespace(heard=5000.0 - silent, state=state, drop=why.append)}
+    files.calls["2"] = None
+    files.wake = lambda: why.append("wake")
+    files.watch()
+    assert why == [*dropped, "wake"]
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_an_upload_that_is_gone_begins_again_under_another_link(tmp_path, status):
+    files, made = InMemory(tmp_path, (status, {}, b"")), []
+    one = chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a"), name="a", url="/files/1")
+    files._create = lambda one, token: made.append(one.url)
+    files._look(one, "")
+    assert made == [""]
+
+
+def test_a_server_that_cannot_remove_an_upload_now_is_asked_again_later(tmp_path):
+    files, waited = InMemory(tmp_path, (503, {}, b"")), []
+    one = chat.Transfer("1", True, chat.LOBBY, "", name="a", url="/files/1")
+    files._back_off = waited.append
+    files._remove(one, "")
+    assert waited == files.dropped == [one]
+
+
 SAVED_AS = [  # what the user gives as a path; what is there; where the file is saved
     ("", (), "a.txt"),
     ("", ("a.txt",), "a (2).txt"),
@@ -40664,6 +41142,7 @@ def test_what_came_too_soon_after_a_painting_is_painted_a_moment_later(at_keys):
     at_keys.terminal.raw, at_keys.write, at_keys.loop.timers[:] = True, painted.append, []
     at_keys.loop.now = 1000.0
     at_keys.paint()
+    assert at_keys.loop.timers == []
     at_keys.loop.now += 0.1 / chat.PAINTS_A_SECOND
     for _ in range(2):
         hears(at_keys, ":bob!u@h PRIVMSG #tea :hi")
@@ -41238,6 +41717,46 @@ def test_messages_are_told_to_wait_if_they_wait_long_or_there_is_no_server(
     at_keys.paint()
     at_keys.core.outbox.waiting = {}
     assert told == [count]
+
+
+def test_what_waited_for_a_second_waits_long_and_the_status_is_drawn_each_second(at_keys):
+    at_keys.core.outbox.waiting = dict.fromkeys(("a", "b"))
+    at_keys.late, at_keys.news, at_keys.loop.timers[:] = set(), False, []
+    at_keys.tick()
+    at_keys.core.outbox.waiting = {}
+    assert at_keys.late == {"a", "b"} and at_keys.news
+    (timer,) = at_keys.loop.timers
+    assert timer.when - at_keys.loop.now == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_text_that_comes_back_stands_behind_the_draft_of_its_conversation(at_keys):
+    room = at_keys.core.find("#den")
+    room.draft = "before"
+    at_keys.take_back(at_keys.core, chat.ViewEvent(chat.BACK, "after", where="#den"))
+    assert room.draft == "before\nafter"
+
+
+def test_the_line_is_drawn_behind_its_prompt(at_keys):
+    painted = []
+    at_keys.terminal.raw, at_keys.write = True, painted.append
+    at_keys.loop.now = 1000.0
+    at_keys.take(b"xyz")
+    at_keys.paint()
+    assert f"{at_keys.display.prompt()}xyz" in painted[-1]
+    for seconds, count in ((1 / chat.PAINTS_A_SECOND, 1), (5, 1)):  # nothing is new since then
+        at_keys.loop.now += seconds
+        at_keys.paint()
+    assert len(painted) == 1
+
+
+def test_a_painting_that_is_just_due_is_not_put_off(at_keys):
+    painted = []
+    at_keys.terminal.raw, at_keys.write, at_keys.loop.timers[:] = True, painted.append, []
+    at_keys.painted = at_keys.loop.now = 1000.0
+    at_keys.news, at_keys.pressed = True, False
+    at_keys.loop.now = 1000.0 + 1 / chat.PAINTS_A_SECOND
+    at_keys.paint()
+    assert len(painted) == 1 and at_keys.loop.timers == []
 
 
 def test_unread_conversations_are_visited_those_with_a_mention_first(at_keys):
