@@ -41743,7 +41743,7 @@ def test_the_line_is_drawn_behind_its_prompt(at_keys):
     at_keys.take(b"xyz")
     at_keys.paint()
     assert f"{at_keys.display.prompt()}xyz" in painted[-1]
-    for seconds, count in ((1 / chat.PAINTS_A_SECOND, 1), (5, 1)):  # nothing is new since then
+    for seconds in (1 / chat.PAINTS_A_SECOND, 5):  # nothing is new since then
         at_keys.loop.now += seconds
         at_keys.paint()
     assert len(painted) == 1
