@@ -6057,6 +6057,71 @@ def test_a_ban_is_listed_until_its_time_is_over():
     assert listed == [True, False]
 
 
+def test_a_code_that_was_right_is_no_attempt():
+    house, codes = awaiting_a_code("alice")
+    asked(house, "alice", f"VERIFY * {codes['alice']}")
+    throttle = house.hub.accounts.throttle
+    host = house.guests["alice"].conn.limit_key
+    assert throttle.count(host, "code alice", house.hub.ticks) == 0
+
+
+def test_words_from_before_a_channel_was_founded_again_are_told_from_others():
+    house = irc_house("#a", alice=CAPS, bob=CAPS)
+    id, _ = send(house, "alice", "#a", "hi")
+    (line,) = [line for line in asked(house, "bob", f"REDACT #a {id}") if line.verb == "FAIL"]
+    assert line.params[-1] == "only operators of #a can do that"
+    channel = house.hub.channels["#a"]
+    for founding, text in ((channel.founding, "only operators"), (0, "founded again")):
+        with pytest.raises(chat.Refused, match=text):
+            chat.check_may_redact(house.guests["bob"], channel, founding, "#a", id)
+    with pytest.raises(chat.Refused, match="not your words"):
+        chat.check_may_redact(house.guests["bob"], None, 0, "alice", id)
+
+
+def test_a_target_that_is_no_name_is_told_in_its_place():
+    house = irc_house("", alice="draft/chathistory batch")
+    told = asked(house, "alice", "CHATHISTORY LATEST !bad * 5")
+    assert fails(told) == [("CHATHISTORY", "INVALID_TARGET", ["LATEST", "!bad"])]
+
+
+def test_a_client_that_logged_in_before_it_came_registers_no_account():
+    house = House(register=frozenset(("before-connect",)))
+    account(house, "alice")
+    house.connect_irc("al")
+    house.say("al", "CAP REQ :sasl", "NICK al")
+    assert sasl(house, "al", "alice")
+    told = asked(house, "al", "REGISTER * * password")
+    assert fails(told) == [("REGISTER", "ALREADY_AUTHENTICATED", ["al"])]
+
+
+LEADS = [  # serving, caught up, its name among n1 and n2; whether that node leads
+    (True, True, "n1", True),
+    (True, True, "n2", False),
+    (True, False, "n1", False),
+    (False, True, "n1", False),
+]
+
+
+@pytest.mark.parametrize("serving, caught_up, name, leads", LEADS)
+def test_of_the_nodes_of_a_cluster_one_leads(serving, caught_up, name, leads):
+    hub = types.SimpleNamespace(nodes={"n2": 1, "n1": 1})
+    node = types.SimpleNamespace(serving=serving, caught_up=caught_up, name=name, hub=hub)
+    prop = chat.Cluster.__dict__["leads"]
+    assert bool(prop.fget(node) if isinstance(prop, property) else prop(node)) is leads
+
+
+@pytest.mark.parametrize("silent, asked, again", [(0, None, False), (1, None, True), (1, 0, False)])
+def test_a_log_that_is_silent_is_asked_for_again(silent, asked, again):
+    silence = chat.LOG_HEARTBEATS_MISSED * chat.LOG_HEARTBEAT_SECONDS
+    log = types.SimpleNamespace(asked=asked and 5000.0, subscription=1, heard=5000.0 - silence)
+    log.heard -= silent
+    log.asked = None if asked is None else 5000.0
+    consumed = []
+    log._consume = lambda: consumed.append(True)
+    chat.NatsLog.tick(log, 5000.0)
+    assert bool(consumed) is again
+
+
 # A quit of one of several devices: its secret is worth nothing, those of the others still are.
 def test_a_device_that_quits_cannot_resume_the_user():
     house = House()
@@ -14180,9 +14245,9 @@ def test_the_rest_of_a_refused_message_is_neither_sent_nor_executed(lines):
     assert house.heard("bob") == []
     told = house.heard("alice")
     assert len(told) == 1 and told[0].startswith("* ")  # said once
-    house.say("alice", "after it", "/lines 2", "two", "lines")
+    house.say("alice", "/me waves", "/lines 2", "two", "lines")
     house.turn()
-    assert house.heard("bob") == ["alice: after it", "alice: two", "alice: lines"]
+    assert house.heard("bob") == ["alice: *waves*", "alice: two", "alice: lines"]
 
 
 # The same kind in IRC: a piece of a batch that is refused before it is looked at as a piece
@@ -20585,6 +20650,195 @@ def test_an_event_that_was_held_is_shown_behind_the_page():
     room.held = [chat.ViewEvent(chat.TOPIC, "tea", "bob", "#lobby", 5)]
     alice.core.incoming.release(room)
     assert room.held is None and [view.kind for view in room.views][-1] == chat.TOPIC
+
+
+CTCP_REQUESTS = [  # to whom, what, the seconds the server's clock shows; the answer
+    ("alice", "VERSION", f"VERSION chat.py {chat.VERSION}"),
+    ("alice", "ping 12 34", "PING 12 34"),
+    ("alice", "TIME", "TIME 2001-09-09 01:46:40 UTC"),
+    ("alice", "CLIENTINFO", "CLIENTINFO ACTION CLIENTINFO PING TIME VERSION"),
+    ("#lobby", "VERSION", None),
+    ("alice", "SOURCE", None),
+]
+
+
+@pytest.mark.parametrize("target, request_, answer", CTCP_REQUESTS)
+def test_a_ctcp_request_to_the_user_alone_is_answered(target, request_, answer):
+    alice = Elsewhere(clock=lambda: 1e9)
+    alice.hears(f":bob!u@h PRIVMSG {target} :\x01{request_}\x01")
+    assert alice.sent(9) == ([f"NOTICE bob :\x01{answer}\x01"] if answer else [])
+
+
+def test_ctcp_requests_are_answered_again_after_a_while():
+    alice = Elsewhere()
+    for seconds, count in ((0, chat.CTCP_BURST), (600, chat.CTCP_BURST)):
+        alice.sent(seconds)
+        alice.hears(*[":bob!u@h PRIVMSG alice :\x01PING x\x01"] * (chat.CTCP_BURST + 2))
+        assert len([line for line in alice.sent(9) if "NOTICE" in line]) == count
+
+
+REPEATS = [  # name, text and time (ms) of a message without an id, after bob's "hi" at 5000 s
+    ("bob", "hi", 5_000_000, True),
+    ("bob", "hi", 5_000_001, False),
+    ("bob", "ho", 5_000_000, False),
+    ("carol", "hi", 5_000_000, False),
+    ("alice", "mine", 6_000_000, True),
+    ("alice", "mine", 6_000_000 + chat.REPEATED_MS - 1, True),
+    ("alice", "mine", 6_000_000 - chat.REPEATED_MS + 1, True),
+    ("alice", "mine", 6_000_000 + chat.REPEATED_MS, False),
+    ("alice", "other", 6_000_000, False),
+]
+
+
+@pytest.mark.parametrize("name, text, time_ms, repeated", REPEATS)
+def test_a_message_without_an_id_is_known_as_a_repeat_once(name, text, time_ms, repeated):
+    alice = Elsewhere()
+    known, room = alice.core.known, alice.core.room
+    message = functools.partial(chat.ViewEvent, chat.MESSAGE, where="#lobby")
+    before = [
+        message(text="hi", name="bob", time=5_000_000),
+        message(text="mine", name="alice", time=6_000_000, mine=True),
+    ]
+    known.note_without_id(room, before)
+    view = message(text=text, name=name, time=time_ms, mine=name == "alice")
+    assert known.is_repeat(room, view) is repeated
+    assert not known.is_repeat(room, view)
+    assert not known.is_repeat(room, view._replace(id="7"))
+    assert len(known.without_id) == 2 - repeated
+
+
+REFUSED_PAGES = [  # how a page was asked for, the mark, the code; is the newest page asked for
+    ("missed", "msgid=1", "UNKNOWN_MSGID", True),
+    ("gap", "msgid=1", "INVALID_PARAMS", True),
+    ("missed", "timestamp=1", "UNKNOWN_MSGID", False),
+    ("missed", "msgid=1", "MESSAGE_ERROR", False),
+    ("older", "msgid=1", "UNKNOWN_MSGID", False),
+]
+
+
+@pytest.mark.parametrize("how, mark, code, newest", REFUSED_PAGES)
+def test_a_mark_that_the_server_does_not_know_is_given_up(how, mark, code, newest):
+    alice = Elsewhere("CHATHISTORY=100", caps=PAGES_OF)
+    history, room, asked = alice.core.talk.history, alice.core.room, []
+    history.requests.clear()
+    history.requests.append(chat.HistoryRequest("#lobby", how, 9))
+    room.mark = mark
+    history.ask_page = lambda room, how: asked.append(how)
+    history.PAGES = {name: lambda *_: asked.append("empty") for name in history.PAGES}
+    history.refused(code, "", ["#lobby"])
+    assert asked == (["last"] if newest else ["empty"]) and (room.mark == "") is newest
+
+
+def test_after_more_was_missed_than_a_page_holds_the_conversation_is_drawn_again():
+    alice = Elsewhere("CHATHISTORY=100", caps=PAGES_OF)
+    room, history = alice.core.room, alice.core.talk.history
+    views = [
+        chat.ViewEvent(chat.MESSAGE, f"{n}", "bob", "#lobby", n + 1, id=f"{n}") for n in range(3)
+    ]
+    for limit, drawn in ((4, []), (3, ["#lobby"])):
+        room.held = []
+        alice.core.take_views()
+        history._page_gap(room, views, limit)
+        shown = alice.core.take_views()
+        assert [view.where for view in shown if view.kind == chat.RESET] == drawn
+
+
+OWN_HOSTS = [  # the mask known before, the host told by the server, the mask after it
+    ("alice!u@old.example", "new.example", "alice!u@new.example"),
+    ("alice!u@old.example", "x@new.example", "alice!u@new.example"),
+    ("alice!u@old.example", "al!v@new.example", "al!v@new.example"),
+    ("alice!u@old.example", "al!v", "alice!u@al!v"),
+]
+
+
+@pytest.mark.parametrize("before, host, after", OWN_HOSTS)
+def test_the_host_that_others_see_counts_in_the_length_of_a_line(before, host, after):
+    alice = Elsewhere()
+    alice.core.talk.mask = before
+    alice.hears(f"396 alice {host} :is now your displayed host")
+    assert alice.core.talk.mask == after
+    alice.core.talk.mask = ""
+    longest = alice.core.talk.longest_mask()
+    alice.hears("396 alice h.example :is now your displayed host")
+    assert alice.core.talk.mask == longest.partition("@")[0] + "@h.example"
+
+
+def test_a_nick_that_is_no_name_is_tried_in_simpler_and_shorter_forms():
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    name = "12-J\u00f6rg.the_3rd-of-all"
+    alice.core = chat.ClientCore(name, kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    alice.sent(5)
+    tried = []
+    while not alice.core.refusal and len(tried) < 50:
+        alice.hears(f"432 * {alice.core.name} :Erroneous nickname")
+        tried += [line[5:] for line in alice.sent() if line.startswith("NICK ")]
+    plain = "Jrgthe_3rd-of-all"
+    forms = dict.fromkeys(plain[:length] for length in chat.NICK_LENGTHS)
+    expected = [*forms, "Jrgtherdofall"[: chat.SHORT_NAME - 2]]
+    forms = iter(expected)
+    assert all(name in forms for name in tried) and tried[-1] == expected[-1]
+
+
+def test_a_text_for_a_service_is_not_shown_and_a_pipe_is_not_told_so():
+    for interactive in (True, False):
+        alice = Elsewhere(interactive=interactive)
+        alice.types("/msg NickServ IDENTIFY word")
+        notes = [text for text in alice.kinds("note") if "neither shown nor kept" in text]
+        assert len(notes) == interactive and "PRIVMSG NickServ :IDENTIFY word" in alice.sent(9)
+
+
+def test_drafts_of_two_conversations_are_put_together_in_order():
+    alice = Elsewhere()
+    kept, gone = alice.core.rooms.open("bob"), alice.core.rooms.open("rob")
+    kept.draft, gone.draft = "one", "two"
+    alice.core.rooms._join(kept, gone)
+    assert (kept.draft, gone.draft) == ("one\ntwo", "")
+
+
+def test_messages_that_are_taken_back_stand_before_the_later_ones():
+    outbox = chat.Outbox()
+    for id in ("a", "b", "c"):
+        outbox.waiting[id] = chat.Waiting(id, "#a", id, chat.MESSAGE)
+    outbox.take_back([outbox.waiting.pop("a"), outbox.waiting.pop("b")])
+    assert list(outbox.waiting) == ["a", "b", "c"]
+
+
+QUITS = [  # whether the client leaves, or was refused before; why it is told to be gone
+    (False, "", "the server says that we have quit"),
+    (True, "", ""),
+    (False, "banned", "banned"),
+]
+
+
+@pytest.mark.parametrize("quitting, refusal, told", QUITS)
+def test_a_quit_of_the_client_that_it_did_not_say_is_a_reason(quitting, refusal, told):
+    alice = Elsewhere()
+    alice.core.quitting, alice.core.refusal = quitting, refusal
+    alice.hears(":alice!u@h QUIT :gone")
+    assert alice.core.dismissed and alice.core.refusal == told
+
+
+def test_a_topic_that_changed_once_or_twice_is_told_with_its_number():
+    topics = [chat.ViewEvent(chat.TOPIC, f"topic {n}", "op", "#a") for n in range(2)]
+    assert chat.changed_texts(topics[:1]) == ["topic 0"]
+    assert chat.changed_texts(topics) == ["topic 1 (the last of 2)"]
+
+
+def test_a_list_of_channels_tells_the_topic_in_one_text():
+    alice = Elsewhere()
+    alice.hears("322 alice #a 5 :tea and more", "322 alice #b 6")
+    assert alice.kinds("server text")[-2:] == ["#a  5  tea and more", "#b  6"]
+
+
+def test_a_channel_that_stays_on_the_screen_is_kept_in_the_store():
+    alice, kept = Elsewhere(join=["#a"]), []
+    room = alice.core.room
+    room.stays = True
+    alice.core.rooms.keep = kept.append
+    alice.core.rooms.close_left(room)
+    assert kept == [room] and not room.stays and alice.core.room is room
 
 
 CHANNELS = [  # tokens, target, the conversation that it is in, whether that is a channel
@@ -34448,6 +34702,12 @@ def test_a_part_of_a_file_that_cannot_be_read_is_empty(tmp_path):
     assert folder.read(file, 1, 2) == b"bc" and folder.read(file, 1, 3) == b""
     file.read = refusing(errno.EIO)
     assert folder.read(file, 0, 0) == folder.read(file, 0, 1) == b""
+
+
+def test_a_server_without_files_says_so_for_each_way_to_them():
+    for line in ("POST /files", "GET /files/x", "HEAD /files/x", "DELETE /files/x"):
+        head = f"{line} HTTP/1.1\nHost: localhost\nContent-Length: 0"
+        assert Browser(House()).asks(head)[0] == 404
 
 
 def test_a_bug_while_lines_are_acted_on_costs_only_that_client(monkeypatch):
