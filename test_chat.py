@@ -20575,7 +20575,7 @@ def test_a_command_for_a_user_who_has_left_is_dropped(line, dropped):
     assert (not alice.core.talk.queue) is dropped
 
 
-FIRST_LINES = [  # the first line of a server; whether that is all that is to be done with it
+FIRST_WORDS = [  # the first line of a server; whether that is all that is to be done with it
     ("* the server is full", True, "the server is full"),
     ("HTTP/1.1 400 Bad Request", True, None),
     (":chat.py/1 NOTICE * :hello", True, ""),
@@ -20583,7 +20583,7 @@ FIRST_LINES = [  # the first line of a server; whether that is all that is to be
 ]
 
 
-@pytest.mark.parametrize("line, handled, refusal", FIRST_LINES)
+@pytest.mark.parametrize("line, handled, refusal", FIRST_WORDS)
 def test_the_first_line_of_a_server_tells_its_kind(line, handled, refusal):
     core = chat.ClientCore("alice")
     core.connected()
