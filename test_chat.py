@@ -20575,7 +20575,7 @@ def test_a_command_for_a_user_who_has_left_is_dropped(line, dropped):
     assert (not alice.core.talk.queue) is dropped
 
 
-FIRST_WORDS = [  # the first line of a server; whether that is all that is to be done with it
+SAID_AT_FIRST = [  # the first line of a server; whether that is all that is to be done with it
     ("* the server is full", True, "the server is full"),
     ("HTTP/1.1 400 Bad Request", True, None),
     (":chat.py/1 NOTICE * :hello", True, ""),
@@ -20583,7 +20583,7 @@ FIRST_WORDS = [  # the first line of a server; whether that is all that is to be
 ]
 
 
-@pytest.mark.parametrize("line, handled, refusal", FIRST_WORDS)
+@pytest.mark.parametrize("line, handled, refusal", SAID_AT_FIRST)
 def test_the_first_line_of_a_server_tells_its_kind(line, handled, refusal):
     core = chat.ClientCore("alice")
     core.connected()
@@ -22293,6 +22293,52 @@ def test_no_password_is_made_where_none_can_be_kept():
     assert "nothing is kept on disk" in alice.kinds("note")[-1] and alice.sent(9) == []
     alice.types("/register sesame99")
     assert alice.sent(9) == ["REGISTER * * sesame99"]
+
+
+def test_a_new_password_is_remembered_once_the_service_has_it():
+    alice = Elsewhere()
+    alice.core.me.login = chat.Login("al", "old")
+    alice.types("/passwd new")
+    assert alice.core.me.proposed == chat.Login("al", "new")
+    assert alice.sent(9) == ["PRIVMSG NickServ :PASSWD old new"]
+    alice.core.me.login = None
+    alice.types("/passwd one two")
+    assert alice.core.me.proposed == chat.Login("alice", "two")
+
+
+NEEDED = [("/reply hi", "reply"), ("/redact", "redact"), ("/react x", "react")]
+
+
+@pytest.mark.parametrize("typed, what", NEEDED)
+def test_a_command_that_the_server_cannot_serve_is_refused_before_all_else(typed, what):
+    alice = Elsewhere("CLIENTTAGDENY=*")
+    alice.types(typed)
+    assert alice.kinds("note")[-1].startswith("this server takes no") and alice.sent(9) == []
+
+
+PINGED = [("ping", "\x01PING {}\x01"), ("PING 5", "\x01PING 5\x01"), ("version", "\x01VERSION\x01")]
+
+
+@pytest.mark.parametrize("typed, sent", PINGED)
+def test_a_ping_of_another_client_carries_the_time(typed, sent):
+    alice = Elsewhere()
+    now = f"{alice.core.ticks():.3f}"
+    alice.types(f"/ctcp bob {typed}")
+    assert alice.sent(9) == [
+        f"PRIVMSG bob :{sent.format(now)}".replace(" :", " :" if " " in sent else " ", 1)
+    ]
+
+
+def test_after_pages_were_lost_with_the_connection_they_are_smaller():
+    alice = Elsewhere("CHATHISTORY=100", caps=PAGES_OF)
+    sizes = []
+    for _ in range(6):
+        alice.core.talk.history.requests.append(chat.HistoryRequest("#lobby", "gap", 9))
+        before = alice.core.page_lines
+        alice.core.disconnected()
+        sizes.append((before, alice.core.page_lines))
+        alice.connect("CHATHISTORY=100", caps=PAGES_OF)
+    assert all(after == max(1, before // 4) for before, after in sizes) and sizes[-1][1] == 1
 
 
 def test_a_second_register_does_not_replace_the_password_that_is_kept():
@@ -26329,6 +26375,35 @@ def test_return_does_not_send_the_match_of_a_shorter_text():
         editor.press(chat.Key("search"))
         editor.press(chat.Key("text", "zzz"))
         assert editor.text == text or before
+
+
+def test_each_search_begins_with_the_newest_line():
+    editor = chat.LineEditor()
+    for text in ("one x", "two x", "three x"):
+        editor.set(text)
+        editor.press(chat.Key("enter"))
+    for newest in ("three x", "two x"):
+        editor.press(chat.Key("search"))
+        editor.press(chat.Key("text", "x"))
+        assert editor.text == newest
+        editor.press(chat.Key("search"))
+        editor.set("two x")
+        editor.forget()
+        assert editor.text == "" and editor.sought is None
+    editor.press(chat.Key("up"))
+    assert editor.text == "two x"
+    editor.press(chat.Key("down"))
+    assert editor.text == ""
+
+
+def test_a_paste_whose_end_comes_in_pieces_is_one():
+    for cut in range(len(chat.PASTE_ENDS)):
+        decoder, keys = chat.KeyDecoder(), []
+        data = f"{chat.PASTE_BEGINS}two\r\nlines{chat.PASTE_ENDS}x".encode()
+        place = len(data) - 1 - len(chat.PASTE_ENDS) + cut
+        for part in (data[:place], data[place:]):
+            keys += decoder.feed(part)
+        assert [(key.name, key.text) for key in keys] == [("paste", "two\nlines"), ("text", "x")]
 
 
 def test_what_waits_over_a_restart_has_the_time_when_it_was_accepted():
@@ -34727,6 +34802,19 @@ def test_the_data_folder_is_its_owner_s_alone(folder, mode):
     assert stat.S_IMODE((folder / "data").stat().st_mode) == 0o700
 
 
+def test_a_data_folder_is_made_with_those_above_it(folder):
+    os.close(chat.lock_folder(folder / "a" / "b"))
+    assert stat.S_IMODE((folder / "a" / "b").stat().st_mode) == 0o700
+
+
+def test_a_line_on_standard_output_is_there_at_once(monkeypatch):
+    done = []
+    out = types.SimpleNamespace(write=done.append, flush=lambda: done.append("flush"))
+    monkeypatch.setattr(sys, "stdout", out)
+    chat.announce("hello")
+    assert "".join(done) == "hello\nflush"
+
+
 @contextlib.contextmanager
 def beating(**options):
     """A server without listeners whose loop does not run, and a function that makes a peer of it,
@@ -35961,6 +36049,87 @@ def test_a_server_that_goes_on_takes_up_the_lines_that_have_come():
     house.peers, house.paused = [peer], True
     chat.Server.resume(house)
     assert not house.paused and done == ["update", "resume"]
+
+
+def test_a_server_that_pauses_tells_its_users_and_reads_no_client():
+    house, done = house_of("alice"), []
+
+    def peer(user):
+        notice = lambda text: done.append((user, text))  # noqa: E731
+        session = types.SimpleNamespace(user=user, notice=notice)
+        update = lambda: done.append("update")  # noqa: E731
+        return types.SimpleNamespace(
+            session=session if user != "no session" else None, update=update
+        )
+
+    house.peers = [peer("no session"), peer("alice"), peer(None)]
+    chat.Server.pause(house, "one moment")
+    assert house.paused and done == ["update", ("alice", "one moment"), "update", "update"]
+
+
+def test_that_its_clock_differs_from_the_log_s_is_told_once(caplog):
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    house.cluster.wall = lambda now: 5_000_000.0
+    caplog.clear()
+    for _ in range(2):
+        house.begin_turn()
+    told = [text for text in caplog.messages if "differ by" in text]
+    assert len(told) == (1 if house.cluster.knows_time else 0)
+
+
+@pytest.mark.parametrize("fd, again", [(-1, False), (0, True), (5, True)])
+def test_a_listener_that_was_closed_meanwhile_does_not_come_back(fd, again):
+    done = []
+    selector = types.SimpleNamespace(register=lambda *given: done.append(given[1]))
+    loop = types.SimpleNamespace(selector=selector)
+    listener = types.SimpleNamespace(
+        sock=types.SimpleNamespace(fileno=lambda: fd), server=types.SimpleNamespace(loop=loop)
+    )
+    chat.Listener._come_back(listener)
+    assert done == [chat.READ] * again
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_the_socket_of_a_client_that_is_turned_away_lingers_unless_many_do(monkeypatch, more):
+    done = []
+
+    class Turned:
+        def __init__(self, loop, sock):
+            self.write = done.append
+            self.flush = lambda: done.append("flush")
+            self.close = lambda: done.append("close")
+            self.drop = lambda text: done.append(f"drop: {text}")
+
+    monkeypatch.setattr(chat, "Connection", Turned)
+    waiting = [None] * (chat.SPARE_DESCRIPTORS // 2 + more)
+    loop = types.SimpleNamespace(linger=types.SimpleNamespace(waiting=waiting))
+    limits = types.SimpleNamespace(_reason=lambda host, text: b"full")
+    chat.ConnectionLimits.turn_away(limits, loop, None, "h", "full")
+    assert done == [b"full", "flush", "close" if more < 0 else "drop: full"]
+
+
+def test_what_is_not_stored_yet_is_tried_again_once_at_a_time():
+    house = house_of("alice")
+    house.store.backlog.add([chat.Record("channel_gone", ("#a",), 0)], 0.0)
+    house.loop.timers.clear()
+    for _ in range(2):
+        house.committer.note_loss(False)
+    assert len(house.loop.timers) == 1
+
+
+def test_clients_of_heavy_use_that_had_no_turn_come_first_in_the_next(monkeypatch):
+    with beating() as (server, peer):
+        beat = server.beat
+        beat.fair = True
+        light, heavy = named(server, peer, 2, "alice"), named(server, peer, 3, "bob")
+        uses = {light: 0, heavy: chat.LIGHT_USE + 1}
+        for one in uses:
+            one.home = types.SimpleNamespace(used=lambda now, one=one: uses[one])
+        monkeypatch.setattr(beat, "_act_on", lambda peers, end: beat.acting.update({light: None}))
+        beat.acting = {light: None, heavy: None}
+        beat.act()
+        assert list(beat.acting) == [heavy, light]
+        beat.acting = {}
 
 
 KINDS_OF_FIGURES = {"chat_log_entry": "counter", "chat_last_event": "counter"} | {
@@ -38070,6 +38239,124 @@ def test_what_a_message_answers_is_cut_to_the_width_of_the_screen():
     assert first.startswith("      answers bob: xxx") and chat.text_width(first) == 29
     notice = at(**CLOCK, kind="notice", text="a\nb", name="bob", where="#rust")
     assert chat.view_lines(notice, PLAIN_LOOK)[-1] == "    b"
+
+
+PIECES = [  # a text, and the pieces of it that stay in one row; | where a row may end
+    ("two words", "two| words"),
+    ("\u4f60\u597d", "\u4f60|\u597d"),
+    ("\u4f60 \u597d", "\u4f60| \u597d"),
+    ("ab\u4f60cd", "ab|\u4f60|cd"),
+    ("\u4f60\u3002\u597d", "\u4f60\u3002|\u597d"),
+    ("\u300c\u4f60\u300d\u597d", "\u300c\u4f60\u300d|\u597d"),
+    ("see http://a/\u4f60\u597d", "see| http://a/\u4f60\u597d"),
+    ("x \u4f60\u597d", "x| \u4f60|\u597d"),
+    ("a\u00a0b", "a\u00a0b"),
+]
+
+
+@pytest.mark.parametrize("text, pieces", PIECES)
+def test_a_row_ends_where_its_script_allows_it(text, pieces):
+    found = list(chat.row_pieces(text))
+    marked = "".join("|" * (free and n > 0) + piece for n, (piece, free) in enumerate(found))
+    assert marked == pieces and "".join(piece for piece, _ in found) == text
+    assert found[0][1] is False
+
+
+NOTIFICATIONS = [  # the setting, name and text of a message, the escape sequence
+    ("9", "bob", "hi; there", "\x1b]9;bob: hi, there\a"),
+    ("777", "bob", "hi", "\x1b]777;notify;chat.py;bob: hi\a"),
+    ("off", "bob", "hi", ""),
+    ("", "bob", "hi", ""),
+    ("9", "b\x1bob", "a\nb\x07", "\x1b]9;bob: a\u23ceb\a"),
+]
+
+
+@pytest.mark.parametrize("how, name, text, sequence", NOTIFICATIONS)
+def test_a_notification_is_one_escape_sequence_and_no_more(how, name, text, sequence):
+    view = chat.ViewEvent(chat.MESSAGE, text, name)
+    assert chat.notification(how, view) == sequence
+
+
+@pytest.mark.parametrize(
+    "called, past, mine, muted, told",
+    [
+        (True, False, False, False, True),
+        (False, False, False, False, False),
+        (True, True, False, False, False),
+        (True, False, True, False, False),
+        (True, False, False, True, False),
+    ],
+)
+def test_a_mention_rings_and_is_noticed_unless_it_is_old_own_or_muted(
+    called, past, mine, muted, told
+):
+    desk = Desk()
+    settings = {"bell": "on", "notify": "9", "time": "%H:%M"}
+    desk.core.setting = settings.get
+    desk.core.find("#lobby").muted = muted
+    view = chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#lobby", called=called, past=past, mine=mine)
+    desk.display.take([view])
+    assert (desk.display.bell, desk.display.notice) == (told, "\x1b]9;bob: hi\a" * told)
+
+
+LEFT_WITH = [("", "bob left"), ("Quit", "bob left"), ("bye", "bob left (bye)")]
+
+
+@pytest.mark.parametrize("text, line", LEFT_WITH)
+def test_a_usual_reason_to_leave_is_not_shown(text, line):
+    view = at(**CLOCK, kind="quit", name="bob", text=text)
+    assert chat.view_lines(view, PLAIN_LOOK) == [f"08:30 {line}"]
+
+
+def test_members_stand_in_as_many_columns_as_fit_those_with_a_rank_first():
+    names = ["zoe", "bob", "@yves", "+amy"]
+    for columns, rows in ((29, 1), (28, 2), (15, 2), (14, 4)):
+        view = at(**CLOCK, kind="people", text=", ".join(names), where="#rust")
+        head, *lines = chat.view_lines(view, PLAIN_LOOK._replace(columns=columns))
+        assert head == "08:30 4 in #rust"
+        assert len(lines) == rows
+    assert " ".join(lines).split() == ["+amy", "@yves", "bob", "zoe"]
+
+
+def test_an_explanation_is_wrapped_below_itself_or_below_its_term():
+    columns = chat.BESIDE_COLUMNS
+    words = " ".join(["word"] * 40)
+    first, *more = chat.beside("/x", words, columns)
+    assert first.startswith("/x ") and all(row[: columns // 3].isspace() for row in more)
+    assert max(map(len, (first, *more))) <= columns - 1
+    exact = "a" * (columns - 1 - columns // 3)
+    assert chat.beside("/x", exact, columns) == [f"{'/x':<{columns // 3}}{exact}"]
+    left, *rows = chat.beside("/x", words, columns - 1)
+    assert left == "/x" and all(row.startswith("    word") for row in rows)
+
+
+def test_marks_of_conversations_are_bright_red_if_the_user_is_meant():
+    rooms = [chat.Room("#a"), chat.Room("#b"), chat.Room("#here")]
+    for room, called in zip(rooms, (0, 1, 0), strict=True):
+        room.unread, room.called = 3, called
+    assert chat.room_marks(rooms, rooms[2]) == [("#b:3!", (1, 31)), ("#a:3", (36,))]
+
+
+@pytest.mark.parametrize("count, mark", [(0, None), (1, 5), (2, 3), (3, 1), (9, None)])
+def test_the_first_message_that_is_new_to_the_user_is_marked(count, mark):
+    room = chat.Room("#a")
+    kinds = ((0, 0), (1, 0), (0, 0), (0, 1), (0, 0))  # the user's own, and of the past
+    for mine, past in kinds:
+        view = chat.ViewEvent(chat.MESSAGE, "x", "bob", "#a", mine=bool(mine), past=bool(past))
+        room.views.append(view)
+    reader = chat.ScrollbackView(room, PLAIN_LOOK, 9)
+    reader.mark_unread(count)
+    assert reader.mark == mark
+
+
+def test_the_first_letter_of_a_text_is_one_cluster():
+    for text, first in (
+        ("ab", "a"),
+        ("e\u0301x", "e\u0301"),
+        ("", ""),
+        ("\U0001f469\u200d\U0001f680x", "\U0001f469\u200d\U0001f680"),
+    ):
+        assert chat.first_cluster(text) == first
 
 
 def test_older_messages_that_came_are_scrolled_to_as_far_as_is_owed():
@@ -40613,6 +40900,35 @@ def test_an_upload_that_is_gone_begins_again_under_another_link(tmp_path, status
     assert made == [""]
 
 
+def test_the_heard_of_a_request_is_when_its_bytes_moved_last():
+    more = []
+    call = types.SimpleNamespace(loop=types.SimpleNamespace(now=7.0), heard=1.0, state=chat.OPEN)
+    call.more = lambda: more.append(True)
+    for call.state, count in ((chat.OPEN, 1), (chat.CLOSED, 1)):
+        call.heard = 1.0
+        chat.WebCall.lagging(call)
+        assert call.heard == 7.0 and len(more) == count
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_sent(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"hello")
+    files = InMemory(tmp_path)
+    one = chat.Transfer("1", True, chat.LOBBY, str(path), name="a.txt", url="/files/1")
+    one.size, one.changed = chat.state_of(one.path)
+    asked = []
+    files._ask = lambda one, request, *codes: asked.append(request)
+    files._send_from(one, "", 0)
+    read = next(
+        part for part in asked[-1] if callable(part) and getattr(part, "__name__", "") == "read"
+    )
+    assert read(1) == b"ello"
+    checks = []
+    monkeypatch.setattr(chat, "check_unchanged", checks.append)
+    read(0)
+    assert checks == [one, one]
+
+
 def test_a_server_that_cannot_remove_an_upload_now_is_asked_again_later(tmp_path):
     files, waited = InMemory(tmp_path, (503, {}, b"")), []
     one = chat.Transfer("1", True, chat.LOBBY, "", name="a", url="/files/1")
@@ -41994,6 +42310,37 @@ def test_a_text_that_comes_back_stands_behind_the_draft_of_its_conversation(at_k
     room.draft = "before"
     at_keys.take_back(at_keys.core, chat.ViewEvent(chat.BACK, "after", where="#den"))
     assert room.draft == "before\nafter"
+
+
+def test_the_servers_of_last_time_are_connected_and_the_first_is_looked_at(at_keys, monkeypatch):
+    first, opened = at_keys.seat, []
+    facts = {"servers": '["irc://one", " ", 5, "irc://two"]'}
+    at_keys.store = types.SimpleNamespace(fact=lambda name: facts.get(name, ""))
+    at_keys.connect = opened.append
+    at_keys.look_at = lambda seat: opened.append(seat is first)
+    at_keys.open_others()
+    assert opened == ["irc://one", "irc://two", True]
+
+
+def test_ctrl_c_ends_that_the_user_is_typing(at_keys):
+    told = []
+    at_keys.editor.set("half a line")
+    at_keys.note_typing = lambda: told.append(at_keys.editor.text)
+    at_keys.interrupt()
+    assert told == [""]
+
+
+@pytest.mark.parametrize("less, asks", [(0, False), (1, True)])
+def test_older_messages_are_asked_for_two_screens_before_the_oldest(at_keys, less, asks):
+    asked = []
+    at_keys.link.ask_older = lambda room: asked.append(room) or True
+    reader = at_keys.display.reader
+    reader.up = bool
+    for _ in range(60):
+        reader.room.views.append(chat.ViewEvent(chat.NOTE, "x"))
+    reader.end = reader.first + 2 * reader.height - less
+    at_keys.up(1)
+    assert (asked == [reader.room]) is asks and at_keys.display.fetching is asks
 
 
 def test_the_line_is_drawn_behind_its_prompt(at_keys):
