@@ -20841,6 +20841,212 @@ def test_a_channel_that_stays_on_the_screen_is_kept_in_the_store():
     assert kept == [room] and not room.stays and alice.core.room is room
 
 
+REFUSED_BY_FAIL = [  # a FAIL of the server; the names in it by which the refused line is found
+    ("FAIL PRIVMSG X #a :no", ["PRIVMSG", "#a"]),
+    ("FAIL NOTICE X #a :no", ["NOTICE", "#a"]),
+    ("FAIL TAGMSG X #a :no", ["TAGMSG", "#a"]),
+    ("FAIL BATCH X 1 :no", ["BATCH", "1"]),
+    ("FAIL MULTILINE X 1 :no", ["BATCH", "1"]),
+    ("FAIL * X :no", ["*"]),
+    ("FAIL METADATA X key :no", None),
+]
+
+
+@pytest.mark.parametrize("line, named", REFUSED_BY_FAIL)
+def test_a_fail_about_a_message_is_an_error_with_its_names(line, named, monkeypatch):
+    alice, found = Elsewhere(), []
+    monkeypatch.setattr(
+        chat, "refused", lambda talk, heard, text, error: found.append((text, error))
+    )
+    alice.hears(line)
+    ((text, error),) = found
+    assert text == "no" and error.verb == ("400" if named else "FAIL")
+    assert not named or [one for one in error.params if one] == [*named, "no"]
+
+
+def test_a_message_that_was_delivered_and_not_kept_is_reported_by_its_own_id():
+    alice, lost = Elsewhere(), []
+    alice.core.outgoing.lost = lambda *given: lost.append(given)
+    alice.hears("FAIL PRIVMSG NOT_KEPT * id5 :delivered but not kept: disk full")
+    assert lost == [("id5", "delivered but not kept: disk full")]
+
+
+def test_what_waits_for_a_user_who_quits_is_left_to_the_user_and_the_conversation_is_drawn():
+    alice, parked, drawn = Elsewhere(), [], []
+    alice.hears(":bob!u@h PRIVMSG alice :hi")
+    room = alice.core.find("bob")
+    alice.core.outgoing.park_all = lambda *given, **more: parked.append((*given, more))
+    alice.core.changed = drawn.append
+    alice.hears(":bob!u@h QUIT :bye")
+    assert parked == [(room, "bob has left", {"unsent": True})]
+    assert room in drawn and room.gone and room.views[-1].text == "bob has left: bye"
+
+
+TOLD_ABOUT = [  # lines of the server about a user; the text, and the conversation that it is in
+    ("311 alice bob u h * :Bob B", "bob is u@h: Bob B"),
+    ("312 alice bob irc.example :an irc server", "bob uses irc.example"),
+    ("313 alice bob :is an operator", "bob is an operator"),
+    ("317 alice bob 5 1 :seconds idle", "bob has said nothing for 5 s"),
+    ("319 alice bob :#a #b", "bob is in #a #b"),
+    ("330 alice bob bobby :is logged in as", "bob is logged in as bobby"),
+    ("338 alice bob 192.0.2.1 :actual host", "bob comes from 192.0.2.1"),
+    ("671 alice bob :is using TLS", "bob is using TLS"),
+]
+
+
+@pytest.mark.parametrize("line, text", TOLD_ABOUT)
+def test_what_is_told_about_a_user_is_told_in_words(line, text):
+    alice, told = Elsewhere(), []
+    alice.core.server_text = lambda *given: told.append(given)
+    alice.hears(line)
+    assert told == [(text, "")]
+
+
+def test_a_user_who_goes_away_is_listed_so_at_once():
+    alice = Elsewhere(caps="away-notify")
+    alice.hears(":bob!u@h JOIN #lobby")
+    for line in (":bob!u@h AWAY :tea", ":bob!u@h AWAY"):
+        alice.views.clear()
+        alice.hears(line)
+        assert chat.PEOPLE in [view.kind for view in alice.views]
+
+
+def test_two_conversations_that_become_one_are_stored_and_drawn_as_one():
+    alice = Elsewhere()
+    rooms = alice.core.rooms
+    kept, gone = rooms.open("bob"), rooms.open("rob")
+    gone.holes, gone.draft = ["msgid=5"], "draft"
+    done = []
+    rooms.keep = lambda room: done.append(("keep", room.name))
+    alice.core.changed = lambda room: done.append(("changed", room.name))
+    alice.core.stored.note_holes = lambda room, *holes: done.append(("holes", room.name, *holes))
+    alice.core.take_views()
+    rooms._join(kept, gone)
+    assert done == [
+        ("holes", "bob", "msgid=5"),
+        *(("keep", "bob"), ("changed", "rob"), ("changed", "bob")),
+    ]
+    shown = [(view.kind, view.where) for view in alice.core.take_views()]
+    assert shown == [(chat.RESET, "bob"), (chat.NOTE, "bob")]
+    assert (kept.draft, gone.draft) == ("draft", "")
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_reaction_has_a_label_where_the_server_has_labels(labels):
+    caps = "message-tags batch" + " labeled-response" * labels
+    alice = Elsewhere(caps=caps)
+    alice.core.reactions.send(alice.core.room, "5", "+1")
+    (line,) = alice.sent(5)
+    assert (";label=" in line) is labels and line.endswith(" TAGMSG #lobby")
+
+
+@pytest.mark.parametrize("caps, shown", [("", ["you to carol: psst"]), ("echo-message", [])])
+def test_a_notice_to_a_user_without_a_conversation_is_shown_unless_it_is_echoed(caps, shown):
+    alice = Elsewhere(caps=caps)
+    alice.views.clear()
+    alice.core.outgoing.show_aside(chat.NOTICE, "carol", "psst")
+    alice.views += alice.core.take_views()
+    assert alice.kinds("server text") == shown
+
+
+SEPARATE = [  # whether the client is let in, the kind of the server, multiline; is there a limit
+    (True, chat.IRC, False, True),
+    (False, chat.IRC, False, False),
+    (True, chat.PLAIN, False, False),
+    (True, chat.IRC, True, False),
+]
+
+
+@pytest.mark.parametrize("ready, kind, multiline, limited", SEPARATE)
+def test_lines_are_messages_of_their_own_on_most_servers(ready, kind, multiline, limited):
+    lines = types.SimpleNamespace(
+        core=types.SimpleNamespace(ready=ready, kind=kind),
+        server=types.SimpleNamespace(multiline=multiline),
+        text_bytes=lambda where: 400 + len(where),
+    )
+    prop = chat.MessageLines.__dict__["separate_bytes"]
+    value = prop.fget(lines) if isinstance(prop, property) else prop(lines)
+    assert value == (400 if limited else 0)
+
+
+def line_heard(text):
+    return chat.parse_heard(text)
+
+
+VIEWS_OF_BATCHES = [  # the kind of a batch, its source, lines in it; name and text of its message
+    (
+        "draft/multiline",
+        ":bob!u@h ",
+        [":eve!u@h PRIVMSG #a :one", "PRIVMSG #a :two"],
+        "bob",
+        "one\ntwo",
+    ),
+    ("draft/multiline", "", [":eve!u@h PRIVMSG #a :one"], "eve", "one"),
+    ("draft/multiline", ":bob!u@h ", [], None, None),
+    ("chathistory", ":bob!u@h ", [":eve!u@h PRIVMSG #a :one"], None, None),
+]
+
+
+@pytest.mark.parametrize("kind, source, lines, name, text", VIEWS_OF_BATCHES)
+def test_a_batch_of_lines_is_one_message_of_its_source(kind, source, lines, name, text):
+    alice = Elsewhere()
+    batch = chat.Batch(line_heard(f"{source}BATCH +1 {kind} #a"), 0.0)
+    batch.items = [line_heard(line) for line in lines]
+    view = alice.core.talk.view_of(batch)
+    assert (view and (view.name, view.text)) == (name and (name, text))
+
+
+def test_the_wanted_nick_is_asked_for_again_after_a_while():
+    nick = Elsewhere("MONITOR=5").core.talk.nick
+    nick.regain, told = True, []
+    for _ in range(2):
+        told.append(nick.not_regained(nick.wanted))
+        assert nick.regain_at == nick.core.ticks() + chat.REGAIN_SECONDS and nick.monitor_failed
+    assert told == [False, True] and not nick.not_regained("other")
+
+
+def test_a_line_of_a_workshop_that_names_the_user_calls():
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    core.feed(b"bob: hi alice\nbob: hi al\n")
+    called = [view.called for view in core.rooms["#lobby"].views if view.kind == chat.MESSAGE]
+    assert called == [True, False]
+
+
+def test_the_budget_of_lines_grows_while_the_client_waits():
+    alice = Elsewhere()
+    talk = alice.core.talk
+    talk.budget.tokens = 0.0
+    talk.queue.append(("WHOIS bob", None))
+    first = talk.wait
+    alice.now += first / 2
+    assert first and 0 < talk.wait < first
+    alice.now += first
+    assert talk.wait == 0
+
+
+DOUBTED = [  # text of a message that may have arrived; a line in history; what that line is
+    ("hello", "hello", "id"),
+    ("one\ntwo", "one", chat.PIECE),
+    ("one\ntwo", "two", ""),
+    ("hello", "hell", ""),
+    ("x" * 900, "x" * (chat.LINE_ROOM + 1), chat.PIECE),
+    ("x" * 900, "x" * chat.LINE_ROOM, ""),
+    ("x" * 900, "y" * (chat.LINE_ROOM + 1), ""),
+]
+
+
+@pytest.mark.parametrize("text, line, found", DOUBTED)
+def test_a_line_of_history_tells_that_a_message_or_a_part_of_it_has_arrived(text, line, found):
+    alice = Elsewhere()
+    outbox = alice.core.outbox
+    outbox.waiting["id"] = chat.Waiting("id", "#a", text, chat.MESSAGE, sent=1000)
+    outbox.unconfirmed.add("id")
+    heard = chat.ServerLine("alice!u@h", "PRIVMSG", ["#a", line], {"batch": "1"})
+    assert alice.core.talk.acks._doubted(heard, "#a", line) == found
+    assert outbox.waiting["id"].at == (len(line) if found == chat.PIECE else 0)
+
+
 CHANNELS = [  # tokens, target, the conversation that it is in, whether that is a channel
     (["CHANTYPES=#&+!"], "+free", "+free", True),
     (["CHANTYPES=#&+!"], "&local", "&local", True),
@@ -34785,6 +34991,105 @@ def test_a_server_without_files_says_so_for_each_way_to_them():
         assert Browser(House()).asks(head)[0] == 404
 
 
+@pytest.mark.parametrize("trouble, status", [("", 200), ("history is not kept", 503)])
+def test_a_monitor_is_told_whether_history_is_kept(trouble, status):
+    house = House()
+    house.trouble = lambda: trouble
+    answer = Browser(house).asks("GET /health HTTP/1.1\nHost: localhost")
+    assert answer[0] == status and answer[2].decode().strip() == (trouble or "ok")
+
+
+FRAME_LENGTHS = [  # the bytes of a length, what it says; the code of the refusal
+    (2, 125, 1002),
+    (8, 65_535, 1002),
+    (8, 65_536, 1009),
+    (8, 131_071, 1009),
+]
+
+
+@pytest.mark.parametrize("count, size, code", FRAME_LENGTHS)
+def test_a_length_of_a_frame_has_as_few_bytes_as_it_needs(count, size, code):
+    reader = chat.FrameReader(chat.LINE_BYTES)
+    head = bytes((0x81, 0x80 | (126 if count == 2 else 127))) + size.to_bytes(count, "big")
+    reader.feed(head + bytes(4))
+    reader.take()
+    assert code.to_bytes(2, "big") in reader.last
+
+
+MESSAGES_OF_IRC = [  # a line, whether it only sends a message to one target
+    (b"PRIVMSG #a :hi", True),
+    (b"privmsg bob hi", True),
+    (b"@label=1;+x=y PRIVMSG #a :hi", True),
+    (b"PRIVMSG #a,#b :hi", False),
+    (b"PRIVMSG #a :one, two", True),
+    (b"JOIN #a", False),
+    (b"@label=1 JOIN #a", False),
+    (b"", False),
+]
+
+
+@pytest.mark.parametrize("line, is_message", MESSAGES_OF_IRC)
+def test_a_line_of_irc_that_only_sends_a_message_need_not_wait(line, is_message):
+    assert House().connect_irc("alice").is_message(line) is is_message
+
+
+def test_losing_history_is_logged_once_and_so_is_its_end(caplog):
+    committer = house_of("alice").committer
+    caplog.clear()
+    for losing in (True, True, False, False, True):
+        committer.note_loss(losing)
+    said = ["is not being kept" in text for text in caplog.messages if "history" in text]
+    assert said == [True, False, True]
+
+
+JOURNAL = [  # a line of an outbox in a file of an earlier version; id, text and answered message
+    ('{"say": ["1", "#a", "hi", "message"]}', [("1", "hi", "")]),
+    ('{"say": ["1", "#a", "hi", "message", 0, "m5", "x"]}', [("1", "hi", "m5")]),
+    ('{"say": ["", "#a", "hi", "message"]}', []),
+    ('{"say": ["1", "#\\n", "hi", "message"]}', []),
+    ("nonsense", []),
+]
+
+
+@pytest.mark.parametrize("line, found", JOURNAL)
+def test_an_outbox_in_a_file_is_read_line_by_line(line, found):
+    _, waiting = chat.parse_journal(f"{line}\n5\n".encode())
+    assert [(one.id, one.text, one.reply) for one in waiting] == found
+
+
+def test_an_outbox_in_a_file_is_moved_once(folder):
+    db, path = chat.open_client_database(":memory:"), folder / "outbox"
+    path.write_bytes(b'{"say": ["1", "#a", "hi", "message"]}\n')
+    for _ in range(2):
+        with open(path, "r+b") as file:
+            chat.move_outbox(db, file, chat.parse_target("irc://here"), "alice")
+    assert path.read_bytes() == b"" and db.execute("SELECT text FROM outbox").fetchall() == [
+        ("hi",)
+    ]
+
+
+def test_the_audience_of_an_event_includes_members_users_and_sessions():
+    house = house_of("alice", "bob", "carol")
+    alice, bob, carol = (house.guests[name] for name in ("alice", "bob", "carol"))
+    house.say("alice", "/join #a")
+    channel = house.hub.channels["#a"]
+    for audience, heard in (
+        (chat.Audience("#a", channels=(channel,)), [True, False, False]),
+        (chat.Audience("", users={bob.user}), [False, True, False]),
+        (chat.Audience("", sessions=[carol]), [False, False, True]),
+        (chat.Audience("#a", channels=(channel,), users={bob.user}), [True, True, False]),
+    ):
+        assert [audience.includes(one) for one in (alice, bob, carol)] == heard
+
+
+def test_those_who_are_here_are_named_up_to_a_number():
+    for more, ending in ((0, ""), (1, " and 1 more"), (2, " and 2 more")):
+        names = [f"n{n}" for n in range(chat.NAMES_GREETED + more)]
+        house = house_of(*names)
+        told = house.connect("alice").who_is_here()
+        assert told == f"; here: {', '.join(names[: chat.NAMES_GREETED])}{ending}"
+
+
 def test_a_bug_while_lines_are_acted_on_costs_only_that_client(monkeypatch):
     with beating() as (server, peer):
         one, other = named(server, peer, 2, "alice"), named(server, peer, 3, "bob")
@@ -38359,6 +38664,33 @@ def test_the_first_letter_of_a_text_is_one_cluster():
         assert chat.first_cluster(text) == first
 
 
+def test_a_word_is_taken_up_to_its_end():
+    for text, word in (
+        ("  two_words x", "  two_words"),
+        ("_a b", "_a"),
+        ("a-b", "a"),
+        ("--", "--"),
+        ("", ""),
+    ):
+        assert "".join(chat.with_a_word(text)) == word
+
+
+def test_a_text_that_is_kept_while_an_older_one_is_recalled_moves_that_back():
+    editor = chat.LineEditor()
+    for text in ("one", "two", "three"):
+        editor.set(text)
+        editor.press(chat.Key("enter"))
+    editor.press(chat.Key("up"))
+    editor.press(chat.Key("up"))
+    assert editor.text == "two"
+    editor.remember("four")
+    editor.press(chat.Key("up"))
+    assert editor.text == "one"
+    editor.press(chat.Key("down"))
+    editor.press(chat.Key("down"))
+    assert editor.text == "three"
+
+
 def test_older_messages_that_came_are_scrolled_to_as_far_as_is_owed():
     desk = Desk(rows=10)
     desk.hear(*[f"line {n}" for n in range(30)])
@@ -40927,6 +41259,36 @@ def test_a_file_that_changes_while_it_is_read_is_not_sent(tmp_path, monkeypatch)
     monkeypatch.setattr(chat, "check_unchanged", checks.append)
     read(0)
     assert checks == [one, one]
+
+
+def test_an_upload_that_is_cancelled_is_removed_from_the_server_at_once(tmp_path):
+    files = InMemory(tmp_path)
+    files.loop.now = 5000.0
+    for up, url, removed in ((True, "/files/1", True), (True, "", False), (False, "/x", False)):
+        one = chat.Transfer("1", up, chat.LOBBY, "", name="a", url=url)
+        one.again, files.dropped, files.wake = 9000.0, [], bool
+        files._take_back(one)
+        assert (files.dropped == [one], one.again == 5000.0) == (removed, removed)
+    files._remove(one, "")
+    assert files.asked[-1] == "DELETE" and files.last.headers["Content-Length"] == "0"
+
+
+BROKEN_DOWNLOADS = [
+    ("reset", "reset"),
+    ("  ", "the connection broke"),
+    ("", "the connection broke"),
+]
+
+
+@pytest.mark.parametrize("text, why", BROKEN_DOWNLOADS)
+def test_a_download_that_breaks_says_why(tmp_path, text, why):
+    files, broke = InMemory(tmp_path), []
+    download = chat.Download.__new__(chat.Download)
+    download.one = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1")
+    download.transfers = files
+    files.broke = lambda one, why: broke.append(why)
+    download._closed(None, text, None)
+    assert broke == [why]
 
 
 def test_a_server_that_cannot_remove_an_upload_now_is_asked_again_later(tmp_path):
