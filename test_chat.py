@@ -20797,6 +20797,56 @@ def test_drafts_of_two_conversations_are_put_together_in_order():
     assert (kept.draft, gone.draft) == ("one\ntwo", "")
 
 
+def test_a_bouncer_is_known_by_its_modules():
+    alice = Elsewhere()
+    for source, bouncer in (("*status!u@h", False), ("*status!znc@znc.in", True)):
+        alice.hears(f":{source} PRIVMSG alice :hello")
+        assert alice.core.talk.bouncer is bouncer
+
+
+def test_conversations_that_become_two_are_both_drawn_again():
+    alice = lived("rfc1459", *TWO_USERS)
+    (room,) = [one for one in alice.core.rooms.values() if not one.is_channel]
+    alice.core.disconnected()
+    alice.views.clear()
+    alice.connect("CASEMAPPING=ascii")
+    names = [one.name for one in alice.core.rooms.values() if not one.is_channel]
+    assert sorted(names) == ["[x]", "{x}"]
+    assert room.name in [view.where for view in alice.views if view.kind == chat.RESET]
+
+
+def test_a_stored_message_is_found_by_its_id():
+    core = chat.ClientCore(
+        "alice", store=chat.ClientStore(chat.open_client_database(":memory:"), "s", "a")
+    )
+    core.store.add("#a", chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#a", 5, id="1"))
+    core.store.flush()
+    assert core.stored.message("1").text == "hi" and core.stored.message("") is None
+    assert chat.ClientCore("alice").stored.message("1") is None
+
+
+def test_a_read_marker_whose_answer_was_lost_is_told_again():
+    alice = Elsewhere()
+    for telling, told in ((True, 0), (False, 9)):
+        alice.core.room.told_time, alice.core.room.telling = 9, telling
+        alice.core.disconnected()
+        assert (alice.core.room.told_time, alice.core.room.telling) == (told, False)
+
+
+NAMED_OF_MANY = [
+    (chat.MOVES_NAMED - 1, ""),
+    (chat.MOVES_NAMED, ""),
+    (chat.MOVES_NAMED + 2, " and 2 more"),
+]
+
+
+@pytest.mark.parametrize("count, more", NAMED_OF_MANY)
+def test_users_who_came_are_named_up_to_a_number(count, more):
+    moves = [chat.ViewEvent(chat.JOIN, "", f"n{n}", "#a") for n in range(count)]
+    names = ", ".join(f"n{n}" for n in range(min(count, chat.MOVES_NAMED)))
+    assert chat.moved_text(moves).startswith(f"{names}{more} ")
+
+
 def test_messages_that_are_taken_back_stand_before_the_later_ones():
     outbox = chat.Outbox()
     for id in ("a", "b", "c"):
@@ -35068,6 +35118,105 @@ def test_an_outbox_in_a_file_is_moved_once(folder):
     ]
 
 
+def test_when_bytes_came_last_is_noted_on_each_connection(monkeypatch):
+    link = types.SimpleNamespace(loop=types.SimpleNamespace(now=7.0))
+    monkeypatch.setattr(chat.LinkConnection, "__init__", lambda self, link, sock: None)
+    conn = chat.ServerConnection(link, None)
+    assert conn.heard == 7.0
+    conn.loop, taken = types.SimpleNamespace(now=9.0), []
+    monkeypatch.setattr(chat.LinkConnection, "arrived", lambda self, data: taken.append(data))
+    conn.arrived(b"x")
+    assert conn.heard == 9.0 and taken == [b"x"]
+    call = types.SimpleNamespace(loop=conn.loop, heard=0.0, _take=bool)
+    call.reader = types.SimpleNamespace(feed=taken.append)
+    chat.WebCall.received(call, b"y")
+    assert call.heard == 9.0 and taken == [b"x", b"y"]
+
+
+def test_the_time_to_connect_begins_when_the_name_is_resolved():
+    link = Hanging(True, 60.0)
+    link.phase, link.began, link.loop.now = chat.RESOLVING, 1.0, 50.0
+    link.loop.call_soon = bool
+    link._found((None, []))
+    assert link.began == 50.0 and link.phase in (chat.CONNECTING, chat.WAITING)
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_trouble_that_only_the_user_can_end_is_told_and_stands_in_the_status(interactive):
+    link, ended = Hanging(interactive, 60.0), []
+    link.phase, link._end = chat.ONLINE, ended.append
+    link._wait_for_user("it is broken", "do something")
+    told = [(view.kind, view.text) for view in link.log]
+    assert ended == ([] if interactive else ["it is broken"])
+    wanted = [(chat.NOTE, "it is broken; do something"), (chat.STATUS, "it is broken")]
+    assert told == (wanted if interactive else [])
+
+
+def test_an_attempt_that_is_decided_has_no_timer_any_more():
+    found, done = [], []
+    attempt = types.SimpleNamespace(then=lambda one, reason: found.append(reason))
+    attempt.timer = types.SimpleNamespace(callback=bool, cancel=lambda: done.append("cancelled"))
+    attempt.loop = types.SimpleNamespace(selector=types.SimpleNamespace(unregister=done.append))
+    attempt.sock = types.SimpleNamespace(close=lambda: done.append("closed"))
+    chat.Connecting._done(attempt, "refused")
+    assert found == ["refused"] and done == ["cancelled", attempt.sock, "closed"]
+    attempt.timer.callback = None
+    chat.Connecting._done(attempt, "no answer")
+    assert found == ["refused"]
+
+
+@pytest.mark.parametrize("in_body, answers", [(True, []), (False, [1]), (False, []), (True, [1])])
+def test_the_time_for_a_head_or_for_a_body_begins_again_with_each_input(in_body, answers):
+    done = []
+    peer = types.SimpleNamespace(inbox=types.SimpleNamespace(in_body=in_body), answers=answers)
+    clock = lambda name: types.SimpleNamespace(  # noqa: E731
+        add=lambda one: done.append(f"{name} begins"),
+        discard=lambda one: done.append(f"{name} ends"),
+    )
+    times = types.SimpleNamespace(web_idle=clock("idle"), web_heads=clock("head"))
+    peer.server = types.SimpleNamespace(times=times)
+    chat.Peer.heard_request(peer)
+    assert done == ["idle ends", "idle begins" if in_body or answers else "head begins"]
+
+
+def test_a_client_that_was_out_of_budget_is_read_again():
+    class OutOfBudget(types.SimpleNamespace):
+        __hash__ = object.__hash__
+
+    done = []
+    for there in (True, False):
+        peer = OutOfBudget(waits_for_budget=True, update=lambda: done.append("update"))
+        peer.still_there = {True: lambda: True, False: lambda: False}[there]
+        peer.server = types.SimpleNamespace(beat=types.SimpleNamespace(acting={}))
+        chat.Peer.resume_with_budget(peer)
+        assert not peer.waits_for_budget and (peer in peer.server.beat.acting) is there
+    assert done == ["update"]
+
+
+def test_a_renamed_conversation_keeps_what_is_stored_of_it():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    room = chat.Room("bob")
+    store.keep_room("bob", room)
+    store.rename("bob", "rob")
+    assert list(store.kept_rooms) == ["rob"]
+    store.flush()
+    assert store.db.execute("SELECT key FROM rooms").fetchall() == [("rob",)]
+
+
+def test_conversations_and_holes_are_found_under_another_rule_for_names():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.keep_room("#{x}", chat.Room("#[X]"))
+    store.add("#{x}", chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#[X]", 5, id="1"))
+    insert = "INSERT INTO facts (owner, name, value) VALUES (?, 'holes #{x}', 'msgid=1')"
+    store.flush()
+    store.db.execute(insert, [store.owner])
+    fold = {"#[X]": "#[x]", "bob": "bob"}.get
+    store.rekey(lambda name: "#{x}" if name.startswith("#") else name, fold, {"#{x}": "#[X]"})
+    assert store.db.execute("SELECT key FROM rooms").fetchall() == [("#[x]",)]
+    assert store.fact("holes #[x]") == "msgid=1" and not store.fact("holes #{x}")
+    assert [view.text for view in store.page("#[x]", 5)] == ["hi"]
+
+
 def test_the_audience_of_an_event_includes_members_users_and_sessions():
     house = house_of("alice", "bob", "carol")
     alice, bob, carol = (house.guests[name] for name in ("alice", "bob", "carol"))
@@ -35080,6 +35229,39 @@ def test_the_audience_of_an_event_includes_members_users_and_sessions():
         (chat.Audience("#a", channels=(channel,), users={bob.user}), [True, True, False]),
     ):
         assert [audience.includes(one) for one in (alice, bob, carol)] == heard
+
+
+def test_a_user_with_an_account_who_leaves_by_netcat_has_left():
+    house = house_of("alice")
+    house.say("alice", "/register swordfish99")
+    house.turn()
+    house.say("alice", "/quit")
+    house.turn()
+    assert not house.hub.users and not house.hub.absent
+
+
+def test_a_file_that_is_removed_is_removed_from_the_store(files):
+    path = path_of(posted(files))
+    assert list(files.store.rows("files"))
+    files.site.act("remove_file", path[7:])
+    files.turn()
+    assert not list(files.store.rows("files")) and not files.hub.files
+
+
+def test_statistics_of_another_server_are_not_here():
+    house = irc_house("", alice="")
+    for line, numeric in (("STATS u elsewhere.example", "402"), ("STATS u", "242")):
+        assert asked(house, "alice", line)[0].verb == numeric
+
+
+def test_a_client_is_resumed_for_the_names_of_a_renamed_channel():
+    house, resumed = House(), []
+    come(house, "alice", "bob", caps="message-tags")
+    for name in ("alice", "bob"):
+        ask(house, name, "JOIN #a")
+    house.guests["bob"].conn.resume_soon = lambda: resumed.append(True)
+    ask(house, "alice", "RENAME #a #b")
+    assert resumed == [True]
 
 
 def test_those_who_are_here_are_named_up_to_a_number():
