@@ -20580,6 +20580,7 @@ SAID_AT_FIRST = [  # the first line of a server; whether that is all that is to 
     ("HTTP/1.1 400 Bad Request", True, None),
     (":chat.py/1 NOTICE * :hello", True, ""),
     (":irc.example NOTICE * :*** Looking up", False, ""),
+    ("What is your name?", True, None),
 ]
 
 
@@ -20802,6 +20803,87 @@ def test_a_bouncer_is_known_by_its_modules():
     for source, bouncer in (("*status!u@h", False), ("*status!znc@znc.in", True)):
         alice.hears(f":{source} PRIVMSG alice :hello")
         assert alice.core.talk.bouncer is bouncer
+
+
+def test_only_the_client_s_own_tags_confirm_its_message():
+    alice, confirmed = Elsewhere(caps="message-tags"), []
+    alice.core.talk.acks.confirm = confirmed.append
+    alice.hears(
+        f"@{chat.OWN_ID}=id5 :alice!u@h TAGMSG #lobby", f"@{chat.OWN_ID}=id6 :bob!u@h TAGMSG #lobby"
+    )
+    alice.hears(":alice!u@h TAGMSG #lobby")
+    assert confirmed == ["id5", ""]
+
+
+PASSWORDS_OF_A_CHANNEL = [("+k word", "word"), ("-k *", "old"), ("-k word", ""), ("+k *", "old")]
+
+
+@pytest.mark.parametrize("change, password", PASSWORDS_OF_A_CHANNEL)
+def test_a_password_of_a_channel_is_kept_as_it_changes(change, password):
+    alice, kept = Elsewhere(), []
+    alice.core.room.password = "old"
+    alice.core.rooms.keep = kept.append
+    alice.hears(f":op!u@h MODE #lobby {change}")
+    assert alice.core.room.password == password and bool(kept) is (password != "old")
+
+
+@pytest.mark.parametrize("tokens, most", [([], 3), (["MODES=2"], 2), (["MODES=9"], 9)])
+def test_ranks_are_given_to_as_many_users_at_once_as_the_server_takes(tokens, most):
+    alice, names = Elsewhere(*tokens), ["a", "b", "c", "d", "e"]
+    alice.types(f"/op {' '.join(names)}")
+    parts = [names[n : n + most] for n in range(0, len(names), most)]
+    assert alice.sent(30) == [f"MODE #lobby +{'o' * len(p)} {' '.join(p)}" for p in parts]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_the_server_says_of_an_own_message_is_noted_at_its_place(place):
+    room = chat.Room("#a")
+    for n in range(3):
+        room.views.append(chat.ViewEvent(chat.MESSAGE, "x", "al", "#a", own_id=f"own{n}"))
+    echo = chat.ViewEvent(chat.MESSAGE, "x", "alice", "#a", id="7", own_id=f"own{place}", file="f")
+    room.name_view(echo)
+    assert [view.id for view in room.views] == ["7" if n == place else "" for n in range(3)]
+    assert (room.views[place].name, room.views[place].file) == ("alice", "f")
+    room.name_view(echo._replace(own_id="unknown"))
+    assert [view.id for view in room.views].count("7") == 1
+
+
+def test_an_echo_that_was_cut_inside_a_letter_is_known():
+    line = "x" * chat.CUT_AT_LEAST + "y\u4f60"
+    for heard, place in (
+        (f"{line[:-1]}\ufffd", 0),
+        (f"{line[:-1]}\ufffd\ufffd", 0),
+        ("x\ufffd", None),
+    ):
+        assert chat.place_of_echo([line, "other"], heard, alters=False) == place
+
+
+def test_a_refused_message_has_no_echo():
+    alice, told = Elsewhere(caps="echo-message"), []
+    acks = alice.core.talk.acks
+    acks.expect_no_echo = told.append
+    acks.note_sent("#a", "id5", "hello")
+    (sent,) = acks.sent
+    line, lines, _ = acks.take_refused(["#a"], False, "no")
+    assert line is sent and told == [sent] and not acks.sent
+
+
+def test_older_pages_begin_before_the_oldest_message_with_a_time():
+    alice = Elsewhere("CHATHISTORY=100", "MSGREFTYPES=timestamp", caps=PAGES_OF)
+    room, history = alice.core.room, alice.core.talk.history
+    room.views.clear()
+    view = functools.partial(chat.ViewEvent, name="bob", where="#lobby")
+    for one in (
+        view(chat.JOIN, "", time=1000),
+        view(chat.MESSAGE, "a"),
+        view(chat.MESSAGE, "b", time=5000),
+    ):
+        room.views.append(one)
+    asked = []
+    history.ask = lambda request, *params: asked.append(params)
+    assert history.ask_page(room, "older") is True
+    ((subcommand, _, selector, _),) = asked
+    assert subcommand == "BEFORE" and selector == f"timestamp={chat.tag_time(5001)}"
 
 
 def test_conversations_that_become_two_are_both_drawn_again():
@@ -35203,6 +35285,58 @@ def test_a_renamed_conversation_keeps_what_is_stored_of_it():
     assert store.db.execute("SELECT key FROM rooms").fetchall() == [("rob",)]
 
 
+def test_settings_of_another_client_are_read_once():
+    core = chat.ClientCore(
+        "alice", store=chat.ClientStore(chat.open_client_database(":memory:"), "s", "a")
+    )
+    asked = []
+    core.store.version = lambda: 77
+    core.store.settings = lambda: asked.append("settings") or {"time": "%H"}
+    core.store.ignored = list
+    for _ in range(2):
+        core.refresh()
+    assert asked == ["settings"] and core.setting("time") == "%H"
+
+
+@pytest.mark.parametrize(
+    "state, queued", [("OPEN", 1), ("CLOSING", 1), ("LINGERING", 0), ("CLOSED", 0)]
+)
+def test_bytes_are_queued_until_the_own_end_was_sent(state, queued):
+    conn = types.SimpleNamespace(state=getattr(chat, state), direct=True, queue=[])
+    conn.loop = types.SimpleNamespace(dirty=types.SimpleNamespace(add=lambda one: None))
+    chat.Connection.write(conn, b"x")
+    assert len(conn.queue) == queued and conn.direct is not bool(queued)
+
+
+def test_the_end_of_the_other_side_is_handled_once_and_reading_ends():
+    done = []
+    conn = types.SimpleNamespace(eof=False, update=lambda: done.append("update"))
+    conn.ended, conn._finish = lambda: done.append("ended"), done.append
+    for conn.state, happened in (
+        (chat.OPEN, ["ended", "update"]),
+        (chat.OPEN, []),
+        (chat.LINGERING, [chat.HUNG_UP]),
+    ):
+        chat.Connection._end(conn)
+        assert done == happened and conn.eof
+        done.clear()
+    conn.eof, conn.state = False, chat.CLOSING
+    chat.Connection._end(conn)
+    assert done == ["update"]
+
+
+RELEASED = [(False, False, True), (True, False, False), (False, True, False), (True, True, False)]
+
+
+@pytest.mark.parametrize("gone, leaving, there", RELEASED)
+def test_after_a_job_a_connection_goes_on_if_it_is_still_there(gone, leaving, there):
+    done = []
+    peer = types.SimpleNamespace(held=True, gone=gone, leaving=leaving)
+    peer.resume_soon = lambda: done.append("resume")
+    assert chat.Peer.release(peer) is there
+    assert done == ["resume"] and not peer.held
+
+
 def test_conversations_and_holes_are_found_under_another_rule_for_names():
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
     store.keep_room("#{x}", chat.Room("#[X]"))
@@ -35238,6 +35372,73 @@ def test_a_user_with_an_account_who_leaves_by_netcat_has_left():
     house.say("alice", "/quit")
     house.turn()
     assert not house.hub.users and not house.hub.absent
+
+
+TICKS = [  # the log's ticks and time when they were noted, a later time; the ticks then
+    (100, 1000, 1000, 100),
+    (100, 1000, 1500, 600),
+    (100, 1000, 900, 100),
+    (100, 1000, 1000 + chat.LOG_STEP_MS, 100 + chat.LOG_STEP_MS),
+    (100, 1000, 1001 + chat.LOG_STEP_MS, 100 + chat.LOG_STEP_MS),
+]
+
+
+@pytest.mark.parametrize("noted, then, when, ticks", TICKS)
+def test_ticks_of_the_log_stand_still_over_jumps_of_its_clock(noted, then, when, ticks):
+    hub = types.SimpleNamespace(log_ticks=noted, log_time=then)
+    assert chat.ticks_of_log(hub, when) == ticks
+
+
+@pytest.mark.parametrize(
+    "number, steps", [(0, 0), (AT_ONCE - 1, 0), (AT_ONCE, 1), (2 * AT_ONCE + 1, 2)]
+)
+def test_the_past_is_played_in_steps_of_so_many_events(number, steps):
+    house = irc_house("#a", alice="")
+    house.say("alice", "PRIVMSG #a :hi")
+    (event,) = [one for one in house.hub.turn.events if one.kind == chat.MESSAGE]
+    played = list(chat.played(house.guests["alice"], [("#a", event)] * number))
+    assert played.count(None) == steps and len(played) == number + steps
+
+
+def test_a_snapshot_has_the_sessions_of_users_and_no_others():
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    come(house, "alice")
+    house.connect_irc("nameless")
+    copy = chat.Hub(0, chat.MessageIds())
+    chat.load_snapshot(chat.save_hub(house.hub), copy)
+    assert [one.user.name for one in copy.sessions.values()] == ["alice"]
+
+
+def test_a_log_that_was_asked_for_again_has_time_to_answer():
+    asked, dialogue = [], types.SimpleNamespace(inbox="x", numbers=itertools.count(1))
+    dialogue.subscribe = lambda subject, before: f"{subject} in place of {before}"
+    log = types.SimpleNamespace(dialogue=dialogue, now=7.0, heard=0.0, next=5, delivered=3)
+    log.name, log.subscription, log._call = "chat", "old", lambda *given: asked.append(given)
+    chat.NatsLog._consume(log)
+    assert (log.heard, log.delivered, log.subscription) == (7.0, 0, "x-log.1 in place of old")
+    ((subject, values, _),) = asked
+    assert subject == "CONSUMER.CREATE.chat" and values["stream_name"] == "chat"
+    config = values["config"]
+    assert (config["opt_start_seq"], config["deliver_subject"]) == (5, "x-log.1")
+
+
+def test_a_search_that_took_long_tells_nothing_of_a_channel_that_was_left_meanwhile(monkeypatch):
+    house = House()
+    come(house, "alice", caps="soju.im/search batch message-tags")
+    ask(house, "alice", "JOIN #a", "PRIVMSG #a :needle")
+    house.turn()
+    session, real = house.guests["alice"], chat.readable
+    calls = []
+
+    def readable(session, name, about):
+        calls.append(name)
+        if len(calls) > 1:
+            raise chat.Refused("INVALID_TARGET", "left", name)
+        return real(session, name, about)
+
+    monkeypatch.setattr(chat, "readable", readable)
+    told = ask(house, "alice", "SEARCH in=#a;text=needle")
+    assert session.user and len(calls) == 2 and not any(":needle" in line for line in told)
 
 
 def test_a_file_that_is_removed_is_removed_from_the_store(files):
@@ -41455,6 +41656,54 @@ def test_an_upload_that_is_cancelled_is_removed_from_the_server_at_once(tmp_path
     assert files.asked[-1] == "DELETE" and files.last.headers["Content-Length"] == "0"
 
 
+def test_a_download_that_begins_again_begins_at_nothing(tmp_path):
+    files, cut = InMemory(tmp_path), []
+    download = chat.Download.__new__(chat.Download)
+    one = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1")
+    download.one, download.transfers, download.at, one.done = one, files, 5, 5
+    download.file = types.SimpleNamespace(truncate=cut.append)
+    download.began(chat.Response(404, {}))
+    assert (one.done, cut) == (5, [])
+    download.began(chat.Response(200, {"content-length": ["9"], "etag": ['"a"']}))
+    assert (one.done, one.size, one.etag, cut) == (0, 9, '"a"', [0])
+
+
+def test_an_upload_tells_its_name_and_an_id_of_its_own(tmp_path):
+    files, asked = InMemory(tmp_path), []
+    files._ask = lambda one, request, *codes: asked.append((request, codes))
+    one = chat.Transfer("id5", True, chat.LOBBY, str(tmp_path / "a"), name="tea.txt", url="")
+    one.size = 9
+    files._create(one, "")
+    ((request, codes),) = asked
+    words = dict(part.split(" ") for part in request.headers["Upload-Metadata"].split(","))
+    assert {key: base64.b64decode(word).decode() for key, word in words.items()} == {
+        "filename": "tea.txt",
+        "id": "id5",
+    }
+    assert request.headers["Upload-Length"] == "9" and codes == (201,)
+    one.url = "/files/1"
+    files._send_from(one, "", 0)
+    assert asked[-1][1] == (204, 409) and asked[-1][0].method == "PATCH"
+
+
+LINKED = f"/files/{'a' * 32}"
+ADDRESSES_OF_FILES = [  # whether the server is a chat.py, the link; under which server it is asked
+    (True, f"http://elsewhere.example{LINKED}", False),
+    (False, f"http://elsewhere.example{LINKED}", True),
+    (True, "http://elsewhere.example/x", True),
+    (False, "http://elsewhere.example/x", True),
+]
+
+
+@pytest.mark.parametrize("ours, link, elsewhere", ADDRESSES_OF_FILES)
+def test_a_file_is_asked_for_at_the_address_that_the_client_uses(tmp_path, ours, link, elsewhere):
+    files = InMemory(tmp_path)
+    files.core.server.ours = ours
+    url = files._own_url(chat.Transfer("1", False, chat.LOBBY, "", name="a", url=link))
+    assert (url.server.host == "elsewhere.example") is elsewhere
+    assert link.endswith(url.path)
+
+
 BROKEN_DOWNLOADS = [
     ("reset", "reset"),
     ("  ", "the connection broke"),
@@ -42754,7 +43003,10 @@ def test_a_mention_at_another_server_is_noticed(at_keys):
     other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
     other.screen.bell, other.screen.notice = True, "bob: hello alice"
     at_keys.display.bell, at_keys.display.notice = False, "before "
-    at_keys.show_of(other, [])
+    taken = []
+    other.screen.take = taken.extend
+    at_keys.show_of(other, [chat.ViewEvent(chat.NOTE, "hi")])
+    assert [view.text for view in taken] == ["hi"]
     assert at_keys.display.bell and at_keys.display.notice == "before bob: hello alice"
     assert not other.screen.bell and not other.screen.notice
 
