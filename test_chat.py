@@ -9855,6 +9855,21 @@ def test_a_node_is_gone_when_it_says_so_or_has_been_silent_for_so_long(silent, l
     assert ("n2" not in hub.nodes) == (gone and epoch == "e")
 
 
+def test_a_node_that_starts_again_decides_as_it_did_by_its_store_of_then(folder):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    come(one, "alice", secret=SECRET)
+    for line in ("JOIN #a", "RENAME #a #b", "PRIVMSG #b :hello"):
+        one.say("alice", line)
+        nodes.turns(2)
+    before, sequence = one.hub.channels.keys(), one.hub.sequence
+    assert [*before] == ["#b"]
+    nodes.kill("n1")
+    nodes.start("n1")
+    again = nodes["n1"].hub
+    assert again.channels.keys() == before and again.sequence >= sequence and again.store
+
+
 def test_the_sessions_of_a_node_s_last_start_end_when_it_starts_again(folder):
     nodes = Nodes(folder, "n1", "n2")
     nodes["n2"].enter("alice")
@@ -22633,6 +22648,28 @@ def test_no_password_is_made_where_none_can_be_kept():
     assert alice.sent(9) == ["REGISTER * * sesame99"]
 
 
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_password_whose_registration_was_lost_is_forgotten(ready):
+    alice, forgotten = Elsewhere(), []
+    talk = alice.core.talk
+    talk.sasl.login = chat.Login("alice", "word")
+    talk.sasl.begin("PLAIN")
+    talk.ready, talk.sasl.taken_up = ready, True
+    alice.core.me.proposed = chat.Login("alice", "word")
+    alice.core.me.forget = lambda: forgotten.append(True)
+    alice.hears("904 alice :SASL authentication failed")
+    assert forgotten == [True] * (not ready)
+
+
+def test_a_message_is_redacted_where_the_server_can():
+    alice = Elsewhere()
+    with pytest.raises(chat.Refused, match="takes no"):
+        alice.core.redact(alice.core.room, "5")
+    there = Elsewhere(caps="message-tags draft/message-redaction")
+    there.core.redact(there.core.room, "5")
+    assert there.sent(5) == ["REDACT #lobby 5"]
+
+
 def test_a_new_password_is_remembered_once_the_service_has_it():
     alice = Elsewhere()
     alice.core.me.login = chat.Login("al", "old")
@@ -35337,6 +35374,82 @@ def test_after_a_job_a_connection_goes_on_if_it_is_still_there(gone, leaving, th
     assert done == ["resume"] and not peer.held
 
 
+@pytest.mark.parametrize("web", [True, False])
+def test_only_the_web_waits_for_a_reader_of_its_last_bytes(web):
+    assert chat.Peer.waits_for_reader.fget(types.SimpleNamespace(web=web)) is web
+
+
+def test_a_listener_that_listens_already_is_not_registered_again():
+    done = []
+    listener = types.SimpleNamespace(listening=False, address=("127.0.0.1", 1))
+    listener.sock = types.SimpleNamespace(listen=lambda backlog: done.append("listen"))
+    selector = types.SimpleNamespace(register=lambda *given: done.append("register"))
+    listener.server = types.SimpleNamespace(loop=types.SimpleNamespace(selector=selector))
+    for _ in range(2):
+        chat.Listener.listen(listener)
+    assert listener.listening and done == ["listen", "register"]
+
+
+MORE_CONNECTIONS = [  # the key of an address, its connections, whether it is refused one more of 5
+    ("192.0.2.1", 4, False),
+    ("192.0.2.1", 5, True),
+    ("127.0.0.1", 9, False),
+    ("10.0.0.2", 9, False),  # a proxy
+]
+
+
+@pytest.mark.parametrize("key, count, refused_", MORE_CONNECTIONS)
+def test_an_address_has_so_many_connections_but_proxies_and_this_machine_have_more(
+    key, count, refused_
+):
+    limits = types.SimpleNamespace(proxies={"10.0.0.2"})
+    why = chat.ConnectionLimits._too_many(limits, types.SimpleNamespace(key=key), count, 5)
+    assert why == (f"too many connections from {key}: 5 at most" if refused_ else "")
+
+
+def peer_out_of_budget(**more):
+    done = []
+    inbox = types.SimpleNamespace(in_body=False, pending=True, clear=lambda: done.append("clear"))
+    usual = {"inbox": inbox, "budget": types.SimpleNamespace(tokens=-1.0), "gone": False}
+    peer = types.SimpleNamespace(**usual | more, address="h:1", waits_for_budget=False)
+    peer.wait, peer.resume_with_budget = lambda: 5.0, lambda: done.append("resume")
+    peer.update = lambda: done.append("update")
+    return peer, done
+
+
+@pytest.mark.parametrize(
+    "more, happens, timers",
+    [({"inbox": None}, [], 0), ({"gone": True}, ["clear"], 0), ({}, ["update"], 1)],
+)
+def test_a_line_beyond_the_budget_waits_or_is_dropped_after_a_reset(more, happens, timers):
+    peer, done = peer_out_of_budget(**more)
+    beat = types.SimpleNamespace(loop=FakeLoop(5000.0))
+    assert chat.ActBeat.act_on_a_line(beat, peer) is False
+    assert done == happens and len(beat.loop.timers) == timers
+    assert peer.waits_for_budget is bool(timers)
+
+
+@pytest.mark.parametrize("left, acted", [(60.0, True), (-60.0, False)])
+def test_peers_whose_turn_did_not_come_are_the_first_of_the_next_turn(left, acted):
+    done, peers = [], ["one", "two"]
+    turn = types.SimpleNamespace(in_several=False, is_full=False)
+    beat = types.SimpleNamespace(_put_first=lambda peers: done.append(("first", *peers)))
+    beat.site = types.SimpleNamespace(hub=types.SimpleNamespace(turn=turn))
+    beat.loop = types.SimpleNamespace(guarded=lambda act, peer, end: done.append(peer))
+    beat._act_on_peer = None
+    assert chat.ActBeat._act_on(beat, peers, time.perf_counter() + left) is acted
+    assert done == (peers if acted else [("first", "one", "two")])
+
+
+def test_a_client_that_may_not_speak_http_is_told_and_closed():
+    done = []
+    limits = types.SimpleNamespace(speaks_http=lambda home: "too many")
+    peer = types.SimpleNamespace(server=types.SimpleNamespace(limits=limits), home=None, web=False)
+    peer.address, peer.write, peer.close = "h:1", done.append, lambda: done.append("close")
+    chat.Peer.speak_http(peer, b"GET / HTTP/1.1")
+    assert done == [chat.TOO_MANY_HTTP, "close"] and not peer.web
+
+
 def test_conversations_and_holes_are_found_under_another_rule_for_names():
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
     store.keep_room("#{x}", chat.Room("#[X]"))
@@ -43319,6 +43432,21 @@ def test_nothing_is_read_from_a_pipe_before_there_is_a_server(monkeypatch):
     assert client.input.paused
     client.close()
     client.loop.close()
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_pipe_is_read_while_there_is_room_for_its_lines(piping, room):
+    client = piping()
+    client.link.has_room = lambda: room
+    client.input.paused = room
+    client.go_on()
+    assert client.input.paused is not room
+
+
+def test_bytes_of_a_pipe_that_are_no_text_are_said_as_marks(piping):
+    client = piping()
+    client.take(b"a\xffb\n")
+    assert [one.text for one in client.core.outbox.waiting.values()] == ["a\ufffdb"]
 
 
 def test_the_end_of_a_pipe_ends_its_last_line_and_the_client(piping):
