@@ -20091,6 +20091,18 @@ def test_the_reason_why_a_message_waits_for_the_user_outlives_the_program(folder
     assert not outbox.parked and messages_of(outbox) == ["hello"]
 
 
+def test_what_has_arrived_at_the_end_is_not_sent_again_the_next_time(folder):
+    core = chat.ClientCore("alice", outbox=outbox_in(folder))
+    core.say("hello")
+    core.flush()
+    (id,) = core.outbox.waiting
+    core.outbox.arrived(id)
+    core.close_store()
+    outbox = outbox_in(folder)
+    assert messages_of(outbox) == []
+    outbox.rows.close()
+
+
 def test_two_clients_that_create_the_file_at_the_same_time_both_open_it(folder, monkeypatch):
     path, real = str(folder / "client.db"), sqlite3.connect
 
@@ -26750,6 +26762,18 @@ def test_return_does_not_send_the_match_of_a_shorter_text():
         editor.press(chat.Key("search"))
         editor.press(chat.Key("text", "zzz"))
         assert editor.text == text or before
+
+
+def test_a_completion_ends_with_the_next_key():
+    asked = []
+    editor = chat.LineEditor(lambda word, first: asked.append(word) or [f"{word}x ", f"{word}y "])
+    editor.set("b")
+    for name, text in (("tab", "bx "), ("tab", "by "), ("tab", "bx ")):
+        editor.press(chat.Key(name))
+        assert editor.text == text
+    editor.press(chat.Key("text", "b"))
+    editor.press(chat.Key("tab"))
+    assert editor.text == "bx bx " and asked == ["b", "b"]
 
 
 def test_each_search_begins_with_the_newest_line():
@@ -35252,6 +35276,24 @@ def test_when_bytes_came_last_is_noted_on_each_connection(monkeypatch):
     assert call.heard == 9.0 and taken == [b"x", b"y"]
 
 
+def test_a_loop_that_is_closed_leaves_nothing_open():
+    loop = chat.Loop()
+    ends = loop.woken, loop.waker
+    loop.close()
+    assert [end.fileno() for end in ends] == [-1, -1]
+
+
+@pytest.mark.parametrize("caught_up, part", [(True, 1), (False, 10)])
+def test_a_node_that_has_not_caught_up_looks_more_often(caught_up, part):
+    link = types.SimpleNamespace(give_up_silent=bool, attempt=lambda act: act(), up=True)
+    link.loop, link.tick = FakeLoop(5000.0), bool
+    link.cluster = types.SimpleNamespace(tick=bool, caught_up=caught_up)
+    chat.NatsLink.tick(link)
+    (timer,) = link.loop.timers
+    assert timer.when - 5000.0 == pytest.approx(chat.NODE_TICK_SECONDS / part)
+    assert link.up is caught_up
+
+
 def test_the_time_to_connect_begins_when_the_name_is_resolved():
     link = Hanging(True, 60.0)
     link.phase, link.began, link.loop.now = chat.RESOLVING, 1.0, 50.0
@@ -35576,6 +35618,21 @@ def test_a_client_is_resumed_for_the_names_of_a_renamed_channel():
     house.guests["bob"].conn.resume_soon = lambda: resumed.append(True)
     ask(house, "alice", "RENAME #a #b")
     assert resumed == [True]
+
+
+def test_a_marker_at_a_time_of_two_messages_covers_both():
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    house.say("alice", "PRIVMSG #a :one", "PRIVMSG #a :two")
+    house.turn()
+    db = house.store.db
+    ((when,),) = db.execute("SELECT max(time) FROM events WHERE text = 'two'")
+    db.execute("UPDATE events SET time = ? WHERE text = 'one'", [when])
+    ((last,),) = db.execute("SELECT id FROM events WHERE text = 'two'")
+    ask(house, "alice", f"MARKREAD #a timestamp={iso(when / 1000)}")
+    (marks,) = house.hub.markers.values()
+    assert marks["#a"].id == last
 
 
 def test_those_who_are_here_are_named_up_to_a_number():
@@ -43263,6 +43320,15 @@ def test_the_line_is_drawn_behind_its_prompt(at_keys):
         at_keys.loop.now += seconds
         at_keys.paint()
     assert len(painted) == 1
+
+
+def test_a_terminal_is_painted_at_the_end_of_a_turn_and_not_connected_at_first(monkeypatch):
+    monkeypatch.setattr(chat, "RawTerminal", Untouched)
+    monkeypatch.setattr(chat, "Input", Untouched)
+    client = chat.TerminalClient(chat.ClientOptions("alice", chat.parse_target("irc://here")))
+    assert client.loop.turn_ends == client.paint and not client.was_ready and not client.told_why
+    client.close()
+    client.loop.close()
 
 
 def test_a_painting_that_is_just_due_is_not_put_off(at_keys):
