@@ -50595,6 +50595,66 @@ def test_the_title_page_names_every_section():
         assert f"\n    {banner}" in title, banner
 
 
+# Commands whose handlers look at their parameters themselves: the fewest and the most of them
+PARAMETERS = {
+    **dict.fromkeys(("NICK", "TAGMSG", "topic", "ban", "mode"), (0, 1)),
+    **dict.fromkeys(("PONG", "ERROR"), (0, 0)),
+    **dict.fromkeys(("PRIVMSG", "NOTICE", "LIST", "MARKREAD", "WHO", "WHOIS"), (0, 2)),
+    **dict.fromkeys(("LUSERS", "STATS"), (0, 2)),
+    **dict.fromkeys(("SUMMON", "USERS", "SERVER", "SERVICE"), (0, 3)),
+    **dict.fromkeys(("join", "search", "unban", "op", "deop", "voice", "devoice", "reply"), (1, 1)),
+    **dict.fromkeys(("SQUERY",), (1, 2)),
+    **dict.fromkeys(("BATCH", "TOKEN", "WHOWAS", "CONNECT", "SQUIT"), (1, 3)),
+    **dict.fromkeys(("NS", "NICKSERV", "MODE", "ISON"), (1, 15)),
+    **{"METADATA": (2, 15), "USERHOST": (1, 5)},
+}
+
+
+def parameters_of(syntax):
+    """Return the fewest and the most parameters that the syntax of a command tells."""
+    words = re.sub(r"<[^>]*>", "<x>", re.sub(r"\{[^}]*\}", "", syntax)).split()[1:]
+    depth, fewest = 0, 0
+    for word in words:
+        fewest += depth == 0 and word[0] != "["
+        depth += word.count("[") - word.count("]")
+    return fewest, len(words)
+
+
+def test_the_syntax_of_a_command_tells_how_many_parameters_it_takes():
+    tables = chat.irc_command, chat.line_command, chat.client_command, chat.service_command
+    found = {}
+    for table in tables:
+        for verb, one in table.items():
+            if (one.least, one.most) != parameters_of(one.syntax):
+                found[verb] = one.least, one.most
+    assert found == PARAMETERS and sum(map(len, tables)) > 150
+
+
+FEWEST = {  # lines of a server by the fewest parameters that they have, as the protocol has it
+    1: """900 903 907 902 904 905 906 400 435 438 447 484 432 001 ERROR 464 465 466 PING AUTHENTICATE
+        TAGMSG JOIN PART NICK""",
+    2: """421 451 908 433 436 437 005 396 CHGHOST MARKREAD 375 372 376 422 303 730 731 PRIVMSG NOTICE
+        KICK RENAME TOPIC 305 306 MODE INVITE REDACT 366 263 416 REGISTER VERIFY""",
+    3: """CAP 004 470 TOKEN 734 FAIL NOTE WARN CHATHISTORY 301 311 312 313 317 319 330 338 671 367
+        348 346 332 331 353 322 341""",
+    8: "352",
+}
+
+
+def test_a_line_of_a_server_needs_its_fewest_parameters(monkeypatch):
+    alice, seen = Elsewhere(), []
+    fewest = {verb: count for count, verbs in FEWEST.items() for verb in verbs.split()}
+    table = chat.SERVER_HANDLERS
+    assert {verb for verb, (_, least) in table.items() if least and verb} == fewest.keys()
+    for verb, count in fewest.items():
+        spy = lambda talk, heard: seen.append(len(heard.params))  # noqa: E731
+        monkeypatch.setitem(table, verb, (spy, table[verb][1]))
+        for params in (count - 1, count):
+            alice.hears(f":x!u@h {verb}{' x' * params}")
+        assert seen == [count], verb
+        seen.clear()
+
+
 def test_every_refusal_has_a_code_and_says_why():
     tree, *_ = nodes_of(HERE / "chat.py")
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
