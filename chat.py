@@ -11491,7 +11491,7 @@ class FrameWriter:
 
 
 class WebOptions(NamedTuple):
-    hosts: frozenset[str] = frozenset(("localhost",))  # names that Host may have; IPs always may
+    hosts: frozenset[str] = frozenset()  # more names that Host may have; IPs always may
     ports: frozenset[int] = frozenset()  # of this server
     origins: frozenset[str] = frozenset()  # whose pages may open a WebSocket, besides our own
     proxies: frozenset[str] = frozenset()  # addresses whose X-Forwarded headers are believed

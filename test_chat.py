@@ -21023,6 +21023,19 @@ def test_a_fail_about_a_message_is_an_error_with_its_names(line, named, monkeypa
     assert not named or [one for one in error.params if one] == [*named, "no"]
 
 
+ANSWERS_TO_A_COMMAND = [("461", True), ("523", True), ("600", False), ("250", False)]
+
+
+@pytest.mark.parametrize("number, failed", ANSWERS_TO_A_COMMAND)
+def test_a_pipe_counts_numerics_of_400_and_500_as_failures(number, failed):
+    alice = Elsewhere(interactive=False)
+    alice.core.talk.queue.append(("FOO bar", None))
+    alice.sent(3)
+    before = alice.core.failures, alice.core.refusals
+    alice.hears(f"{number} alice FOO :so it is")
+    assert ((alice.core.failures, alice.core.refusals) != before) is failed
+
+
 def test_a_message_that_was_delivered_and_not_kept_is_reported_by_its_own_id():
     alice, lost = Elsewhere(), []
     alice.core.outgoing.lost = lambda *given: lost.append(given)
@@ -21097,6 +21110,13 @@ def test_a_reaction_has_a_label_where_the_server_has_labels(labels):
     alice.core.reactions.send(alice.core.room, "5", "+1")
     (line,) = alice.sent(5)
     assert (";label=" in line) is labels and line.endswith(" TAGMSG #lobby")
+
+
+def test_a_number_alone_is_a_reaction():
+    alice = Elsewhere(caps="message-tags")
+    alice.hears("@msgid=m1 :bob!u@h PRIVMSG #lobby :hi").types("/react 5")
+    (line,) = alice.sent(5)
+    assert f"{chat.REACT}=5" in line and f"{chat.REPLY}=m1" in line
 
 
 @pytest.mark.parametrize("caps, shown", [("", ["you to carol: psst"]), ("echo-message", [])])
@@ -35300,6 +35320,15 @@ def test_the_time_to_connect_begins_when_the_name_is_resolved():
     link.loop.call_soon = bool
     link._found((None, []))
     assert link.began == 50.0 and link.phase in (chat.CONNECTING, chat.WAITING)
+
+
+def test_a_link_that_begins_says_to_which_server():
+    link = Hanging(True, 60.0)
+    link.start()
+    assert [view.text for view in link.log if view.kind == chat.STATUS] == [
+        f"connecting to {link.target}"
+    ]
+    assert link.phase == chat.RESOLVING
 
 
 @pytest.mark.parametrize("interactive", [True, False])
