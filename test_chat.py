@@ -35448,6 +35448,7 @@ def test_after_a_job_a_connection_goes_on_if_it_is_still_there(gone, leaving, th
 @pytest.mark.parametrize("web", [True, False])
 def test_only_the_web_waits_for_a_reader_of_its_last_bytes(web):
     assert chat.Peer.waits_for_reader.fget(types.SimpleNamespace(web=web)) is web
+    assert chat.Connection.waits_for_reader is False
 
 
 def test_a_listener_that_listens_already_is_not_registered_again():
