@@ -21115,6 +21115,14 @@ def test_a_number_alone_is_a_reaction():
     assert f"{chat.REACT}=5" in line and f"{chat.REPLY}=m1" in line
 
 
+def test_what_is_shown_tells_the_conversation_that_it_is_in():
+    alice = Elsewhere()
+    alice.core.take_views()
+    alice.core.note("hi", "#lobby")
+    alice.core.note("hi")
+    assert [view.room for view in alice.core.take_views()] == [alice.core.room.id, 0]
+
+
 def test_a_notice_to_a_user_without_a_conversation_is_shown_unless_it_is_echoed():
     for caps, shown in [("", ["you to carol: psst"]), ("echo-message", [])]:
         alice = Elsewhere(caps=caps)
