@@ -5445,7 +5445,7 @@ def inspect_database(path: pathlib.Path) -> None:
         except sqlite3.OperationalError:
             raise  # locked by another program: that is no damage
         except sqlite3.DatabaseError as error:
-            application, verdict, version, tables = APPLICATION_ID, str(error), 0, 0
+            verdict = str(error)
     if verdict != "ok":
         raise Unusable(f"the database {path} is damaged ({verdict.splitlines()[-1]}); {advice}")
     if application != APPLICATION_ID and tables:  # an empty one was never finished: go on
@@ -6461,8 +6461,7 @@ class Store:
         """Move the history of a founding to the channel's new name."""
         update = "UPDATE OR REPLACE targets SET key = ? WHERE key = ? AND founding = ?"
         self.db.execute(update, [new, old, founding])
-        if (target := self.targets.pop((old, founding), None)) is not None:
-            self.targets[new, founding] = target
+        self.targets.pop((old, founding), None)
 
     def _seal(self, key: str, founding: int) -> None:
         """Close the history of a founding: the next start deletes it."""
@@ -10607,8 +10606,6 @@ class LineSession(LocalSession):
     def hear(self, event: Event) -> None:
         if event.kind == KILLED:
             self.end(killed_text(event.source, event.text))
-        elif event.kind == REPLACED:
-            self.end("Another connection of yours took this place")
 
     def say(self, text: str, kind: str = MESSAGE) -> None:
         self.act("say", self.current_channel().name, text, kind, "", "")
@@ -11496,7 +11493,7 @@ class FrameWriter:
 
 
 class WebOptions(NamedTuple):
-    hosts: frozenset[str] = frozenset(("localhost",))  # names that Host may have; IPs always may
+    hosts: frozenset[str] = frozenset()  # more names that Host may have; IPs always may
     ports: frozenset[int] = frozenset()  # of this server
     origins: frozenset[str] = frozenset()  # whose pages may open a WebSocket, besides our own
     proxies: frozenset[str] = frozenset()  # addresses whose X-Forwarded headers are believed

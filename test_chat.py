@@ -1313,6 +1313,15 @@ def test_tls_says_goodbye_once_and_not_before_the_handshake(certificate):
     assert server.feed(client.take()) == b"" and server.ended
 
 
+def test_tls_notes_the_goodbye_of_the_other_side_also_after_its_own(certificate):
+    server, client = tls_pair(certificate)
+    for _ in range(2):
+        server.feed(client.take())
+        client.feed(server.take())
+    assert server.finish() and client.finish()
+    assert server.feed(client.take()) == b"" and server.ended
+
+
 # ======================================================================================
 # COMMANDS
 # ======================================================================================
@@ -1502,6 +1511,25 @@ def test_an_exchange_puts_chunks_of_400_bytes_together():
     with pytest.raises(chat.Refused):
         for _ in range(5):
             exchange.feed("A" * 400)
+
+
+def test_the_server_s_side_of_external_begins_with_an_empty_step():
+    steps = chat.sasl_external(lambda authzid: (f"found {authzid}",))
+    assert next(steps) == b""
+    with pytest.raises(StopIteration) as end:
+        steps.send(b"alice")
+    assert end.value.value == "found alice"
+
+
+def test_a_full_table_of_attempts_forgets_first_those_whose_time_is_over(monkeypatch):
+    monkeypatch.setattr(chat, "LOGIN_FAILURES_KEPT", 20)
+    throttle = chat.Throttle(5, 60, 50)
+    for n in range(10):
+        throttle.add("192.0.2.1", f"n{n}", 0)
+    for n in range(12):
+        throttle.add("192.0.2.2", f"n{n}", 60_000)
+    assert {host for host, _ in throttle.attempts} == {"192.0.2.2"}
+    assert all(throttle.count("192.0.2.2", f"n{n}", 60_000) == 1 for n in range(12))
 
 
 def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
@@ -5967,6 +5995,146 @@ def test_bans_whose_time_is_over_go_with_the_next_ban():
     assert list(house.hub.bans) == ["*!x@10.0.0.2", "*!x@10.0.0.3"]
 
 
+def test_a_ban_whose_time_is_over_is_not_stored_any_more_either(folder):
+    house = stored(folder)
+    house.enter_irc("boss")
+    ask(house, "boss", "OPER boss secret", "KLINE 1 x@10.0.0.1 :x", "KLINE 3 x@10.0.0.2 :x")
+    set_clock(house, house.now + 61)
+    ask(house, "boss", "KLINE x@10.0.0.3 :x")
+    assert [row[0] for row in house.store.rows("bans")] == ["*!x@10.0.0.2", "*!x@10.0.0.3"]
+    house.store.close()
+
+
+def test_a_question_to_the_store_is_answered_as_the_first_time():
+    ask_store = chat.question(lambda hub, number: hub.asked.append(number) or 2 * number)
+    hub = types.SimpleNamespace(known_answers=collections.deque(), answers=None, asked=[])
+    assert ask_store(hub, 1) == 2
+    hub.answers = []
+    assert ask_store(hub, 2) == 4 and hub.answers == [4]
+    hub.known_answers.append("as then")
+    assert ask_store(hub, 3) == "as then" and hub.asked == [1, 2]
+
+
+def test_an_account_has_the_newest_of_its_guests_and_the_store_no_others(monkeypatch):
+    monkeypatch.setattr(chat, "GUESTS_LINKED", 2)
+    hub = House().hub
+    for n in range(4):
+        hub.link_guest(f"~{n}", "=alice")
+    assert hub.guests_of["=alice"] == ["~2", "~3"] and set(hub.accounts_of) == {"~2", "~3"}
+    gone = [one.values for one in hub.turn.records if one.name == "identity_gone"]
+    assert gone == [("~0",), ("~1",)]
+
+
+HISTORY_OF_A_NAME = [  # what alice does in one turn; whether #b has readable history after it
+    (["JOIN #a", "PRIVMSG #a :hi"], False),
+    (["JOIN #b", "PRIVMSG #b :hi"], True),
+    (["RENAME #kept #b"], True),
+    (["RENAME #kept #b", "RENAME #b #c"], False),
+]
+
+
+def test_a_name_has_history_as_soon_as_that_is_moved_there():
+    for lines, has in HISTORY_OF_A_NAME:
+        house = House()
+        come(house, "alice")
+        ask(house, "alice", "JOIN #kept", "PRIVMSG #kept :hi")
+        house.say("alice", *lines)
+        assert house.hub.has_history("#b") == has
+        house.turn()
+        assert house.hub.has_history("#b") == has
+
+
+def test_metadata_that_comes_with_a_registration_keeps_to_the_limit(monkeypatch):
+    monkeypatch.setattr(chat, "METADATA_KEYS", 2)
+    house = House()
+    come(house, "alice", secret=SECRET)
+    for key in ("a", "b"):
+        house.guests["alice"].act("set_metadata", "alice", key, "old")
+    house.turn()
+    user, token = house.hub.users["alice"], house.guests["alice"].token
+    house.connect_irc("again")
+    who = house.guests["again"]
+    values = ("alice", "u", "r", who.conn.address, "", "", token, False)
+    house.hub.perform("enter", who.id, *values, 0, (("b", "new"), ("c", "new")), "")
+    assert user.metadata == {"a": "old", "b": "new"}
+
+
+def test_a_ban_is_listed_until_its_time_is_over():
+    house = House()
+    house.enter_irc("boss")
+    ask(house, "boss", "OPER boss secret", "KLINE 1 x@10.0.0.1 :x")
+    (ban,) = house.hub.bans.values()
+    listed = []
+    for seconds in (-1, 0):
+        set_clock(house, ban.until / 1000 + seconds)
+        listed.append("10.0.0.1" in str(ask(house, "boss", "STATS k")))
+    assert listed == [True, False]
+
+
+def test_a_code_that_was_right_is_no_attempt():
+    house, codes = awaiting_a_code("alice")
+    asked(house, "alice", f"VERIFY * {codes['alice']}")
+    throttle = house.hub.accounts.throttle
+    host = house.guests["alice"].conn.limit_key
+    assert throttle.count(host, "code alice", house.hub.ticks) == 0
+
+
+def test_words_from_before_a_channel_was_founded_again_are_told_from_others():
+    house = irc_house("#a", alice=CAPS, bob=CAPS)
+    id, _ = send(house, "alice", "#a", "hi")
+    (line,) = [line for line in asked(house, "bob", f"REDACT #a {id}") if line.verb == "FAIL"]
+    assert line.params[-1] == "only operators of #a can do that"
+    channel = house.hub.channels["#a"]
+    for founding, text in ((channel.founding, "only operators"), (0, "founded again")):
+        with pytest.raises(chat.Refused, match=text):
+            chat.check_may_redact(house.guests["bob"], channel, founding, "#a", id)
+    with pytest.raises(chat.Refused, match="not your words"):
+        chat.check_may_redact(house.guests["bob"], None, 0, "alice", id)
+
+
+def test_a_target_that_is_no_name_is_told_in_its_place():
+    house = irc_house("", alice="draft/chathistory batch")
+    told = asked(house, "alice", "CHATHISTORY LATEST !bad * 5")
+    assert fails(told) == [("CHATHISTORY", "INVALID_TARGET", ["LATEST", "!bad"])]
+
+
+def test_a_client_that_logged_in_before_it_came_registers_no_account():
+    house = House(register=frozenset(("before-connect",)))
+    account(house, "alice")
+    house.connect_irc("al")
+    house.say("al", "CAP REQ :sasl", "NICK al")
+    assert sasl(house, "al", "alice")
+    told = asked(house, "al", "REGISTER * * password")
+    assert fails(told) == [("REGISTER", "ALREADY_AUTHENTICATED", ["al"])]
+
+
+LEADS = [  # serving, caught up, its name among n1 and n2; whether that node leads
+    (True, True, "n1", True),
+    (True, True, "n2", False),
+    (True, False, "n1", False),
+    (False, True, "n1", False),
+]
+
+
+def test_of_the_nodes_of_a_cluster_one_leads():
+    for serving, caught_up, name, leads in LEADS:
+        hub = types.SimpleNamespace(nodes={"n2": 1, "n1": 1})
+        node = types.SimpleNamespace(serving=serving, caught_up=caught_up, name=name, hub=hub)
+        assert chat.Cluster.leads.fget(node) is leads
+
+
+@pytest.mark.parametrize("silent, asked, again", [(0, None, False), (1, None, True), (1, 0, False)])
+def test_a_log_that_is_silent_is_asked_for_again(silent, asked, again):
+    silence = chat.LOG_HEARTBEATS_MISSED * chat.LOG_HEARTBEAT_SECONDS
+    log = types.SimpleNamespace(asked=asked and 5000.0, subscription=1, heard=5000.0 - silence)
+    log.heard -= silent
+    log.asked = None if asked is None else 5000.0
+    consumed = []
+    log._consume = lambda: consumed.append(True)
+    chat.NatsLog.tick(log, 5000.0)
+    assert bool(consumed) is again
+
+
 # A quit of one of several devices: its secret is worth nothing, those of the others still are.
 def test_a_device_that_quits_cannot_resume_the_user():
     house = House()
@@ -6830,6 +6998,73 @@ def test_old_dedup_keys_are_looked_for_later_if_the_database_is_busy():
     house.store.dedup = types.SimpleNamespace(next_old=next_old)
     house.committer.sweep()
     assert waited == [chat.SWEEP_SECONDS]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_dedup_keys_are_old_sooner_in_memory(folder, in_memory):
+    store = chat.Store(None if in_memory else folder / "chat.db")
+    age = chat.DEDUP_IN_MEMORY_MS if in_memory else chat.DEDUP_MS
+    keys = [("~a", "old", 1, 1, 10**15 - age - 1), ("~a", "young", 2, 1, 10**15 - age)]
+    store.db.executemany("INSERT INTO dedup VALUES (?, ?, ?, ?, ?)", keys)
+    assert store.dedup.next_old(10**15) == ([("~a", "old")], False)
+    store.close()
+
+
+def test_a_turn_writes_no_pages_of_the_log_back_into_the_database(folder):
+    store = chat.Store(folder / "chat.db")
+    assert store.db.execute("PRAGMA wal_autocheckpoint").fetchone() == (0,)
+    store.close()
+
+
+def test_a_transaction_that_fails_leaves_nothing(folder):
+    store = chat.Store(folder / "chat.db")
+    with pytest.raises(ZeroDivisionError), chat.transaction(store.db):
+        store.db.execute("INSERT INTO dedup VALUES ('~a', 'id', 1, 1, 1)")
+        1 / 0  # noqa: B018
+    assert not store.db.in_transaction
+    assert store.db.execute("SELECT count(*) FROM dedup").fetchone() == (0,)
+    store.close()
+
+
+def test_a_damaged_index_is_made_again_without_its_log(folder):
+    chat.Store(folder / "chat.db").close()
+    for name in ("search.db", "search.db-wal", "search.db-shm"):
+        (folder / name).write_bytes(b"nonsense" * 1000)
+    store = chat.Store(folder / "chat.db")
+    assert store.search_index.db
+    for name in ("search.db", "search.db-wal", "search.db-shm"):
+        assert b"nonsense" not in (folder / name).read_bytes()
+    store.close()
+
+
+def test_there_is_no_index_without_its_tokenizer(folder, monkeypatch):
+    monkeypatch.setattr(chat.SearchIndex, "TOKENIZER", "unheard_of")
+    chat.SearchIndex._probe.cache_clear()
+    store = chat.Store(folder / "chat.db")
+    assert store.search_index.db is None
+    store.close()
+    chat.SearchIndex._probe.cache_clear()
+
+
+@pytest.mark.parametrize("part, gone", [(1, 0), (2, 2), (4, 3)])
+def test_in_memory_the_channels_that_were_silent_longest_lose_their_history(
+    monkeypatch, part, gone
+):
+    store = chat.Store(None)
+    for n in range(4):
+        store.db.execute("INSERT INTO targets (key, founding, events) VALUES (?, 1, 10)", [f"#{n}"])
+        (target,) = store.db.execute("SELECT max(id) FROM targets").fetchone()
+        event = [n + 1, target, *[0] * 9]
+        event[2:] = [n, "message", "a", "h", "u", "", "~a", "", "hi"]
+        store.db.execute(INSERT_EVENT, event)
+    pages, free, size = (
+        store.db.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    monkeypatch.setattr(chat, "MEMORY_BYTES", (pages - free) * size / part)
+    store.retention._bound_memory()
+    assert len(store.retention.orphans) == gone
+    assert store.retention.orphans == set(range(1, gone + 1))
 
 
 @pytest.mark.parametrize("which", ["throttle", "made"])
@@ -9631,6 +9866,31 @@ def test_a_node_is_gone_when_it_says_so_or_has_been_silent_for_so_long(silent, l
     hub.now += chat.NODE_SILENT_MS - less
     hub.perform("node_gone", 0, "n2", epoch, silent)
     assert ("n2" not in hub.nodes) == (gone and epoch == "e")
+
+
+def test_a_node_that_starts_again_decides_as_it_did_by_its_store_of_then(folder):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    come(one, "alice", secret=SECRET)
+    for line in ("JOIN #a", "RENAME #a #b", "PRIVMSG #b :hello"):
+        one.say("alice", line)
+        nodes.turns(2)
+    before, sequence = one.hub.channels.keys(), one.hub.sequence
+    assert [*before] == ["#b"]
+    nodes.kill("n1")
+    nodes.start("n1")
+    again = nodes["n1"].hub
+    assert again.channels.keys() == before and again.sequence >= sequence and again.store
+
+
+def test_the_sessions_of_a_node_s_last_start_end_when_it_starts_again(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    nodes["n2"].enter("alice")
+    nodes.turns(3)
+    hub = nodes["n1"].hub
+    assert hub.users["alice"].sessions
+    hub.perform("node_started", 0, "n2", "later", "", "")
+    assert "alice" not in hub.users or not hub.users["alice"].sessions
 
 
 def test_a_node_remembers_of_other_nodes_no_more_starts_than_there_are(folder):
@@ -13618,6 +13878,73 @@ def test_a_labelled_wallops_has_one_answer(mode, answers):
     assert [(line.verb, line.tags["label"]) for line in lines] == [(one, "x") for one in answers]
 
 
+def test_a_list_of_users_of_whom_none_is_here_is_empty():
+    house = irc_house("", alice="")
+    for command, numeric in (("ISON", "303"), ("USERHOST", "302")):
+        (line,) = asked(house, "alice", f"{command} absent")
+        assert (line.verb, line.params) == (numeric, ["alice", ""])
+    asked(house, "alice", "OPER boss secret")
+    (line,) = asked(house, "alice", "WHOWAS bob 1 elsewhere.example")
+    assert line.verb == "402"
+    house.asked_for.clear()
+    asked(house, "alice", "RESTART")
+    assert house.asked_for[-2:] == ["files", "restart"]
+
+
+ALWAYS_REFUSED = [  # a command that this server always refuses, and the numeric
+    ("SUMMON root", "445"),
+    ("USERS", "446"),
+    ("CONNECT far.example", "402"),
+    ("SQUIT far.example", "402"),
+    ("SERVER x", "462"),
+    ("SERVICE x", "462"),
+]
+
+
+def test_a_command_that_the_server_always_refuses_has_its_numeric():
+    for line, numeric in ALWAYS_REFUSED:
+        house = irc_house("", alice="")
+        asked(house, "alice", "OPER boss secret")
+        (told,) = asked(house, "alice", line)
+        assert told.verb == numeric and " " in told.params[-1]
+
+
+WITHIN = [  # what is compared with how many; the time (ms) since the channel was made; is it so
+    ("", "<", "1", 0, False),
+    ("", "<", "2", 0, True),
+    ("", ">", "0", 0, True),
+    ("", ">", "1", 0, False),
+    ("C", "<", "1", 59_999, True),
+    ("C", "<", "1", 60_000, False),
+    ("C", ">", "1", 60_000, False),
+    ("C", ">", "1", 60_001, True),
+    ("T", ">", "0", 60_000, False),  # without a topic
+    ("T", "<", "9", 60_000, False),
+]
+
+
+def test_a_list_of_channels_is_bounded_by_users_or_minutes():
+    for what, sign, number, age, holds in WITHIN:
+        house = irc_house("", alice="")
+        asked(house, "alice", "JOIN #a")
+        channel = house.hub.channels["#a"]
+        assert chat.within(channel, what, sign, number, channel.created + age) is holds
+
+
+def test_a_bug_in_one_message_of_a_turn_does_not_cost_the_others(monkeypatch):
+    def encode(self, audience, events):
+        assert all(event.text != "bad" for event in events)
+        return real(self, audience, events)
+
+    real = chat.LineWire.encode
+    monkeypatch.setattr(chat.LineWire, "encode", encode)
+    house = house_of("alice", "bob")
+    house.say("alice", "one", "bad", "three")
+    house.turn()
+    assert house.heard("bob") == ["alice: one", "alice: three"]
+    assert BUGS.told.pop() and not BUGS.told
+
+
 @pytest.mark.parametrize(
     "line, verb",
     (
@@ -13826,6 +14153,109 @@ def test_a_message_of_several_lines_before_the_name_is_dropped():
     assert house.heard("bob")[-1] == "dora: hello"
 
 
+def test_a_break_that_cannot_be_typed_is_no_part_of_a_text():
+    house = House()
+    house.enter("alice", "bob")
+    house.say("alice", b"one\0two")
+    house.turn()
+    assert house.heard("bob") == ["alice: onetwo"]
+
+
+def test_a_user_comes_in_without_the_password_of_the_lobby():
+    for key in ("x", "y"):
+        house = House()
+        house.enter_irc("boss")
+        lines = f"JOIN {chat.LOBBY}", f"MODE {chat.LOBBY} +k {key}"
+        ask(house, "boss", "OPER boss secret", *lines)
+        house.connect("alice").receive(b"alice")
+        house.turn()
+        assert "alice" in house.hub.users
+        assert not house.hub.users["alice"].channels
+
+
+AT_ONCE = chat.PLAYED_AT_ONCE
+
+
+def test_the_past_is_told_in_steps_of_so_many_messages():
+    for number, steps in [(0, 0), (AT_ONCE - 1, 0), (AT_ONCE, 1), (2 * AT_ONCE, 2)]:
+        house = house_of("alice")
+        session = house.guests["alice"]
+        house.say("alice", "hello")
+        (event,) = [one for one in house.hub.turn.events if one.kind == chat.MESSAGE]
+        told = list(chat.tell_past(session, None, [event] * number, "", "end"))
+        assert len(told) == steps
+
+
+IS_MESSAGE = [  # lines still wanted by /lines, a line, whether it only sends a message
+    (0, b"hello", True),
+    (0, b"/part", False),
+    (0, b"//part", True),
+    (0, b"/", False),
+    (0, b"", True),
+    (2, b"/part", True),
+    (2, b"hello", True),
+]
+
+
+def test_a_line_that_only_sends_a_message_need_not_wait_for_others():
+    for wanted, line, is_message in IS_MESSAGE:
+        session = House().connect("alice")
+        session.wanted_lines = wanted
+        assert session.is_message(line) is is_message
+
+
+def test_help_has_two_columns_of_which_the_first_is_as_wide_as_its_longest():
+    house = house_of("alice")
+    house.say("alice", "/help")
+    house.turn()
+    lines = [line.removeprefix("* ") for line in house.heard("alice")]
+    width = max(len(command.syntax) for command in chat.line_command.values())
+    assert lines == [f"{one.syntax:<{width}}  {one.summary}" for one in chat.line_command.values()]
+
+
+def test_a_ban_is_ended_by_the_name_of_its_user_or_by_its_mask():
+    house = house_of("alice", "bob")
+    house.say("alice", "/join #a")
+    house.turn()
+    masks = ("bob!*@*", "carol!*@*", "*!*@10.0.0.1")
+    house.enter("carol")
+    for ended in ("bob", "carol!*@*", "*!*@10.0.0.1", "bob"):
+        session = house.guests["alice"]
+        for mask in masks:
+            session.act("set_modes", "#a", (chat.ModeChange(True, "b", mask),), 0)
+        house.turn()
+        house.heard("alice")
+        house.say("alice", f"/unban {ended}")
+        house.turn()
+        left = {one.text for one in house.hub.channels["#a"].lists["b"].values()}
+        assert len(left) == len(masks) - 1 and not any(mask.startswith(ended) for mask in left)
+    house.heard("alice")
+    house.say("alice", "/unban absent")
+    house.turn()
+    assert house.heard("alice") == ["* no ban of #a is absent; /ban lists them"]
+
+
+def test_the_bans_of_the_server_are_counted_for_netcat(monkeypatch):
+    house = house_of("alice")
+    house.say("alice", "/oper boss secret", "/kline 10.0.0.1 5 go")
+    house.turn()
+    for letter, lines in (("k", 2), ("K", 2), ("x", 1)):
+        house.heard("alice")
+        house.say("alice", f"/stats {letter}")
+        house.turn()
+        told = house.heard("alice")
+        assert len(told) == lines and told[-1] == f"* {lines - 1} K-line{'s' * (lines == 1)}"
+
+
+def test_messages_that_were_not_kept_are_told_behind_the_last_of_them():
+    house = house_of("alice", "bob")
+    house.say("alice", "one", "two")
+    events = [one for one in house.hub.turn.events if one.kind == chat.MESSAGE]
+    house.guests["alice"].not_kept(events, "disk full")
+    ((id, text),) = house.guests["alice"].replies
+    assert id == events[-1].id and text == b"* 2 messages delivered but not kept: disk full\n"
+
+
 # /lines: the server must drop the rest of a refused message, not send or execute it
 @pytest.mark.parametrize("lines", REFUSED_LINES)
 def test_the_rest_of_a_refused_message_is_neither_sent_nor_executed(lines):
@@ -13836,9 +14266,9 @@ def test_the_rest_of_a_refused_message_is_neither_sent_nor_executed(lines):
     assert house.heard("bob") == []
     told = house.heard("alice")
     assert len(told) == 1 and told[0].startswith("* ")  # said once
-    house.say("alice", "after it", "/lines 2", "two", "lines")
+    house.say("alice", "/me waves", "/lines 2", "two", "lines")
     house.turn()
-    assert house.heard("bob") == ["alice: after it", "alice: two", "alice: lines"]
+    assert house.heard("bob") == ["alice: *waves*", "alice: two", "alice: lines"]
 
 
 # The same kind in IRC: a piece of a batch that is refused before it is looked at as a piece
@@ -14580,6 +15010,15 @@ def test_verify_does_not_change_the_account_of_a_user_who_is_logged_in():
     assert fails(told) == [("VERIFY", "ALREADY_AUTHENTICATED", ["alice"])]
     assert house.hub.users["alice"].account == "alice"
     assert of(asked(house, "bob", f"VERIFY * {codes['bob']}"), "VERIFY")
+
+
+def test_a_client_verifies_its_own_name_before_it_has_come_in():
+    house = House(register=frozenset(("email-required", "before-connect")))
+    house.connect_irc("alice")
+    asked(house, "alice", "CAP LS 302", "NICK alice", "REGISTER * alice@x.org password")
+    ((_, _, code),) = house.asked_for
+    told = of(asked(house, "alice", f"VERIFY * {code}"), "VERIFY")
+    assert [line.params[:2] for line in told] == [["SUCCESS", "alice"]]
 
 
 def test_a_device_does_not_take_the_others_to_another_account():
@@ -16086,7 +16525,8 @@ def test_a_connection_is_kept_as_the_client_and_the_request_allow(head, closed):
     browser = Browser(House())
     _, headers, _ = browser.asks(head)
     assert browser.conn.closed is closed
-    assert (headers.get("connection") == "close") is closed
+    told = "keep-alive" if "HTTP/1.0" in head else None  # the rule of HTTP/1.1
+    assert headers.get("connection") == ("close" if closed else told)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -16233,6 +16673,11 @@ PROXIED = [  # address, headers; of the client: address, as limits count it, whe
     (
         "10.0.0.2",
         "X-Forwarded-For: 1.2.3.4\nX-Forwarded-Proto: https",
+        ("1.2.3.4", "1.2.3.4", True),
+    ),
+    (
+        "10.0.0.2",
+        "X-Forwarded-For: 1.2.3.4\nX-Forwarded-Proto: http, https",
         ("1.2.3.4", "1.2.3.4", True),
     ),
     ("10.0.0.2", "X-Forwarded-Proto: https, http", ("10.0.0.2", "a proxy at 10.0.0.2", False)),
@@ -16905,6 +17350,12 @@ def test_what_tus_does_not_allow_has_the_right_status(files, method, path, heade
     assert status == 405 or answer[1]["tus-resumable"] == "1.0.0"
 
 
+def test_a_body_that_begins_an_upload_is_a_piece_by_its_type(files):
+    for kind, status in (("text/plain", 415), (chat.PIECE_TYPE, 201)):
+        head = ("Upload-Length: 5", f"Content-Type: {kind}")
+        assert tus(files, "POST", "/files", *head, body=b"hello")[0] == status
+
+
 @pytest.mark.parametrize("method", ["PATCH", "DELETE"])
 def test_the_method_of_tus_may_stand_in_a_header(files, method):
     path = path_of(tus(files, "POST", "/files", "Upload-Length: 5", PIECE, body=b"he"))
@@ -17232,6 +17683,7 @@ PICTURES = [
     ("image/webp", b"RIFF....WEBPVP8L....\x2f" + (7 | 15 << 14).to_bytes(4, "little"), (8, 16)),
     ("image/webp", b"RIFF....WEBPVP8 ....\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 8, 16), (8, 16)),
     ("image/webp", b"RIFF....WEBPVP8X", (0, 0)),
+    ("image/webp", b"RIFF....WEBPVP8?....\x2f" + bytes(30), (0, 0)),
     ("image/webp", b"RIFF....WEBPVP8X....\0\0\0\0\x07\0\0\x0f\0\0\xff\xff", (8, 16)),
     (
         "image/webp",
@@ -17250,6 +17702,17 @@ PICTURES = [
 @pytest.mark.parametrize(("kind", "head", "size"), PICTURES)
 def test_pictures_tell_their_size_in_their_first_bytes(kind, head, size):
     assert tuple(chat.picture_size(kind, head)) == size
+
+
+def test_frames_of_the_server_tell_their_size_in_as_few_bytes_as_the_protocol_has():
+    for size, head in (
+        (0, b"\x82\x00"),
+        (125, b"\x82\x7d"),
+        (126, b"\x82\x7e\x00\x7e"),
+        (65_535, b"\x82\x7e\xff\xff"),
+        (65_536, b"\x82\x7f\0\0\0\0\0\x01\0\0"),
+    ):
+        assert chat.frame(2, b"x" * size) == head + b"x" * size
 
 
 JPEG_SEGMENTS = [  # bytes before the frame; whether its size is found behind them
@@ -19634,6 +20097,72 @@ def test_the_reason_why_a_message_waits_for_the_user_outlives_the_program(folder
     assert not outbox.parked and messages_of(outbox) == ["hello"]
 
 
+def test_what_has_arrived_at_the_end_is_not_sent_again_the_next_time(folder):
+    core = chat.ClientCore("alice", outbox=outbox_in(folder))
+    core.say("hello")
+    core.flush()
+    (id,) = core.outbox.waiting
+    core.outbox.arrived(id)
+    core.close_store()
+    outbox = outbox_in(folder)
+    assert messages_of(outbox) == []
+    outbox.rows.close()
+
+
+def test_two_clients_that_create_the_file_at_the_same_time_both_open_it(folder, monkeypatch):
+    path, real = str(folder / "client.db"), sqlite3.connect
+
+    class Late(sqlite3.Connection):
+        def executescript(self, script):
+            if "BEGIN IMMEDIATE" in script and not made:
+                made.append(True)
+                chat.open_client_database(path).close()
+                self.execute("BEGIN")
+                raise sqlite3.OperationalError("table facts already exists")
+            return super().executescript(script)
+
+    made = []
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(real, factory=Late))
+    db = chat.open_client_database(path)
+    assert made and not db.in_transaction
+    assert db.execute("PRAGMA user_version").fetchone() == (chat.CLIENT_VERSION,)
+    db.close()
+
+
+def test_a_file_that_cannot_be_made_is_an_error(folder, monkeypatch):
+    class Full(sqlite3.Connection):
+        def executescript(self, script):
+            raise sqlite3.OperationalError("database or disk is full")
+
+    connect = functools.partial(sqlite3.connect, factory=Full)
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        chat.open_client_database(str(folder / "client.db"))
+
+
+def test_a_store_that_cannot_be_read_finds_nothing_and_says_why(monkeypatch):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.db.close()
+    store.trouble = ""
+    assert store.page("#a", 5) == [] and store.trouble
+    assert store.fact("x") == ""
+
+
+def test_rows_that_no_file_takes_are_given_up_beyond_a_limit(monkeypatch):
+    monkeypatch.setattr(chat, "CLIENT_ROWS_WAITING", 3)
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.flush = bool
+    for n in range(3):
+        store.write("SELECT ?", n)
+    assert not store.trouble and len(store.waiting) == 3
+    store.write("SELECT ?", 3)
+    assert store.trouble == chat.LOCKED and [values for _, values in store.waiting] == [
+        (1,),
+        (2,),
+        (3,),
+    ]
+
+
 @pytest.mark.parametrize("interactive", [True, False])
 def test_what_was_said_last_is_stored_before_the_client_ends(folder, interactive):
     core = chat.ClientCore("alice", interactive, outbox=outbox_in(folder))
@@ -19888,6 +20417,833 @@ def test_a_user_whose_nick_only_looks_like_ours_is_another():
     assert alice.core.room.inside
     alice.hears(":op!u@h KICK #lobby ALICE :out")
     assert not alice.core.room.inside and not alice.core.room.people
+
+
+def test_a_command_of_one_letter_is_not_completed_and_longer_ones_are():
+    verbs = {*chat.client_command, *chat.CLIENT_ALIASES}
+    assert chat.completions("/", True, [], []) == sorted(f"/{v} " for v in verbs if len(v) > 1)
+    assert "/me " in chat.completions("/m", True, [], [])
+
+
+OUTBOX_SAVED = [  # whether its file took the changes, what is wrong, since when, texts not stored
+    (True, "", 0, 1, True),
+    (False, "", 0, 1, False),
+    (False, "", chat.LOCKED_SECONDS - 1, 1, False),
+    (False, "", chat.LOCKED_SECONDS, 1, None),
+    (False, "full", 0, 1, None),
+    (False, "full", 0, 0, True),
+    (False, "", chat.LOCKED_SECONDS, 0, True),
+]
+
+
+@pytest.mark.parametrize("flushes, trouble, since, texts, saved", OUTBOX_SAVED)
+def test_an_outbox_waits_for_its_file_for_a_while_and_then_accepts_nothing(
+    flushes, trouble, since, texts, saved
+):
+    rows = types.SimpleNamespace(changes=[1], flush=lambda: flushes, trouble=trouble)
+    outbox = chat.Outbox()
+    outbox.rows = rows
+    outbox.unsaved.update(dict.fromkeys(map(str, range(texts))))
+    outbox.locked_at = 5000.0 - since
+    refuses = pytest.raises(chat.Unusable, match=trouble or chat.LOCKED)
+    with refuses if saved is None else contextlib.nullcontext():
+        assert outbox.save(5000.0) is saved
+    assert outbox.locked_at == (math.inf if flushes else 5000.0 - since) and not rows.trouble
+
+
+def test_texts_that_no_file_takes_are_given_back():
+    alice = Elsewhere()
+    alice.core.outbox.rows = types.SimpleNamespace(changes=[1], flush=bool, trouble="full")
+    alice.core.outbox.rows.write = alice.core.outbox.rows.close = lambda *_: None
+    assert alice.core.outgoing.save() is True
+    alice.core.outbox.rows.trouble, alice.core.outbox.locked_at = "", math.inf
+    assert alice.core.outgoing.save() is False
+    alice.core.outbox.rows = None
+
+
+LISTED = [  # what happens while a list of names comes; the names that are there after it
+    (":bob!u@h JOIN #lobby", {"alice", "carol", "bob"}),
+    (":carol!u@h NICK dora", {"alice", "dora"}),
+    (":carol!u@h PART #lobby", {"alice"}),
+    ("", {"alice", "carol"}),
+]
+
+
+def test_what_happens_while_a_list_of_names_comes_is_newer_than_the_list():
+    for line, people in LISTED:
+        alice = Elsewhere()
+        alice.hears(":carol!u@h JOIN #lobby", ":zoe!u@h JOIN #lobby")  # whose leaving is not told
+        alice.hears(
+            "353 alice = #lobby :alice carol", *[line] * bool(line), "366 alice #lobby :End"
+        )
+        assert set(alice.core.room.people) == people
+
+
+def test_why_the_password_is_not_told_is_explained_once():
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore(
+        "alice", kind=chat.IRC, ticks=lambda: alice.now, login=chat.Login("alice", "secret")
+    )
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "001 alice :Welcome")
+    alice.hears("004 alice x ircd a b", "422 alice :No MOTD")
+    notes = [text for text in alice.kinds("note") if text.startswith("not logged in")]
+    assert len(notes) == 1 and "in the clear" in notes[0]
+
+
+def test_a_batch_that_is_dropped_is_refused_by_the_server_without_harm():
+    alice = Elsewhere("draft/multiline", caps="batch draft/multiline=max-bytes=4000 message-tags")
+    talk = alice.core.talk
+    lines = types.SimpleNamespace(in_batch=True, core=alice.core, talk=talk, id="id", unsent=[1])
+    chat.MessageLines.drop(lines)
+    assert alice.core.output[-2:] == [f"{chat.BATCHED}PRIVMSG * :-", chat.END_BATCH]
+    assert [(line.target, line.id) for line in talk.acks.sent] == [("*", "id")] * 2
+    lines.in_batch, lines.unsent = False, [1]
+    chat.MessageLines.drop(lines)
+    assert len(talk.acks.sent) == 2 and not lines.unsent
+
+
+def test_tags_that_arrived_are_those_of_one_message():
+    for count in [1, 2, 3]:
+        acks = Elsewhere(caps="message-tags").core.talk.acks
+        for target in ("#a",) * count + ("#b",):
+            acks.note_sent(target, chat.QUIET)
+        acks.tags_arrived("#A")
+        assert [line.target for line in acks.sent] == ["#a"] * (count - 1) + ["#b"]
+
+
+def test_a_list_of_conversations_that_does_not_come_is_not_waited_for():
+    alice = Elsewhere("CHATHISTORY=100", caps=PAGES_OF)
+    history, done = alice.core.talk.history, []
+    history.requests.clear()
+    history.ask(chat.HistoryRequest("", "targets", 9), "TARGETS", "*", "*", "9")
+    history.release_talks = lambda: done.append(len(history.requests))
+    alice.sent(1)
+    for _ in range(2):
+        history.give_up_overdue(alice.now + chat.PAGE_SECONDS + 1)
+    assert done == [0]
+
+
+def test_a_nick_that_is_taken_in_all_forms_ends_the_attempt_with_the_server_s_words():
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    for _ in range(100):
+        alice.hears(f"433 * {alice.core.name} :Nickname is already in use")
+        if alice.core.refusal:
+            break
+    assert (
+        alice.core.refusal == "Nickname is already in use" and alice.core.cause == chat.NEEDS_USER
+    )
+
+
+def test_of_several_joins_each_has_a_refusal_and_the_last_one_decides():
+    alice = Elsewhere(join=["#c"])
+    joins = alice.core.talk.joins
+    alice.core.room.inside, alice.core.room.entered = False, True
+    for count, left in ((3, 2), (2, 1), (1, None)):
+        joins.unanswered["#c"] = count, 5000.0
+        joins.failed("#c", "it is full", "471")
+        assert joins.unanswered.get("#c") == (left and (left, 5000.0))
+        assert ("#c" in joins.refused) == (left is None)
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_a_message_that_a_workshop_has_no_place_for_is_left_to_the_user_once(parked):
+    core = chat.ClientCore("alice")
+    core.rooms.open("bob")
+    core.outgoing.send("bob", "hi")
+    core.kind, core.kind_confirmed = chat.PLAIN, True
+    core.connected()
+    (id,) = core.outbox.waiting
+    if parked:
+        core.outgoing.park(id, "before")
+    left = []
+    core.outgoing.leave_to_user = lambda id, why: left.append((id, why))
+    core.talk.tick()
+    assert left == ([] if parked else [(id, chat.ONE_ROOM)])
+
+
+def test_a_server_that_does_not_let_the_client_in_is_left_after_a_while():
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    alice.sent(chat.REGISTRATION_SECONDS)
+    assert not alice.core.dismissed
+    alice.sent(1)
+    assert alice.core.dismissed and alice.core.cause == chat.TEMPORARY
+    assert alice.core.refusal == "the server does not let us in"
+
+
+NOT_LET_IN = [  # what a server says before the welcome; what the user is told
+    ("464 * :Password incorrect", "Password incorrect; /pass PASSWORD gives it"),
+    ("465 * :You are banned", "You are banned"),
+]
+
+
+@pytest.mark.parametrize("line, told", NOT_LET_IN)
+def test_a_client_that_is_refused_hangs_up_and_says_why(line, told):
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    alice.hears(line)
+    assert alice.core.dismissed and alice.core.refusal == told
+
+
+QUEUED_FOR = [  # a line that waits; whether it is dropped once bob has left
+    ("PRIVMSG bob :hi", True),
+    ("INVITE bob #lobby", True),
+    ("INVITE carol bob", False),
+    ("KICK #lobby bob :out", True),
+    ("KICK #lobby carol bob", False),
+    ("MODE #lobby +o bob", True),
+    ("MODE #lobby +oo carol bob", False),
+    ("WHOIS bob", False),
+]
+
+
+def test_a_command_for_a_user_who_has_left_is_dropped():
+    for line, dropped in QUEUED_FOR:
+        alice = Elsewhere(interactive=True)
+        alice.core.talk.queue.append((line, None))
+        chat.drop_commands(alice.core.talk, "bob", "has left")
+        assert (not alice.core.talk.queue) is dropped
+
+
+SAID_AT_FIRST = [  # the first line of a server; whether that is all that is to be done with it
+    ("* the server is full", True, "the server is full"),
+    ("HTTP/1.1 400 Bad Request", True, None),
+    (":chat.py/1 NOTICE * :hello", True, ""),
+    (":irc.example NOTICE * :*** Looking up", False, ""),
+    ("What is your name?", True, None),
+]
+
+
+def test_the_first_line_of_a_server_tells_its_kind():
+    for line, handled, refusal in SAID_AT_FIRST:
+        core = chat.ClientCore("alice")
+        core.connected()
+        assert chat.first_words(core, line) is handled
+        assert refusal is None or core.refusal == refusal
+
+
+@pytest.mark.parametrize("looked_at, then", [("#a", "#b"), ("#b", "#b"), ("#c", "#c")])
+def test_a_channel_takes_the_place_of_another_one_with_its_new_name(looked_at, then):
+    alice = Elsewhere(join=["#a", "#b", "#c"])
+    alice.types(f"/join {looked_at}")
+    moved = alice.core.find("#a")
+    alice.hears(":op!u@h RENAME #a #b :moved")
+    assert alice.core.find("#b") is moved and sorted(alice.core.rooms) == ["#b", "#c"]
+    assert alice.core.room is alice.core.find(then)
+
+
+SAVED_NAMES = [  # type of a file, and the name under which it is saved if its link has none
+    ("text/plain", "aaaaaaaa.txt"),
+    ("image/jpeg", "aaaaaaaa.jpg"),
+    ("image/png", "aaaaaaaa.png"),
+]
+
+
+def test_a_file_without_a_name_is_called_by_its_type():
+    for kind, name in SAVED_NAMES:
+        alice = Elsewhere()
+        path = "/files/" + "a" * 32
+        view = chat.ViewEvent(chat.MESSAGE, path, "bob", "#lobby", file=f"{path},{kind},7,0,0")
+        started = []
+        alice.core.transfers.start = started.append
+        alice.core.transfers.save(alice.core.room, view, "there")
+        (one,) = started
+        assert (one.name, one.url, one.size, one.type) == (name, path, 7, kind)
+        assert (one.up, one.room, one.path, len(one.id)) == (False, "#lobby", "there", 16)
+
+
+def test_a_transfer_follows_a_conversation_that_is_renamed():
+    alice = Elsewhere()
+    kept = []
+    for name in ("bob", "carol"):
+        alice.core.transfers.keep(chat.Transfer(name, True, name, "/x"))
+    alice.core.transfers.keep = kept.append
+    alice.core.transfers.readdress(lambda name: name == "bob", "rob")
+    assert [(one.id, one.room) for one in kept] == [("bob", "rob")]
+    assert [one.room for one in alice.core.transfers] == ["rob", "carol"]
+
+
+def test_the_code_of_a_registration_and_a_channel_that_is_looked_at_again():
+    alice = Elsewhere(join=["#a", "#b"])
+    alice.types("/verify 123")
+    assert alice.sent(9) == ["VERIFY alice 123"]
+    for name in ("#a", "#b", "#a"):
+        alice.types(f"/join {name}")
+        assert alice.core.here == name and alice.sent(9) == []
+    alice.core.traffic.extend(((0, True, "PING x"), (0, False, "PONG x")))
+    (page,) = [view for view in alice.types("/raw").views if view.kind == chat.PAGE]
+    assert page.text.split("\n")[-2:] == ["> PING x", "< PONG x"]
+
+
+def test_an_event_that_was_held_is_shown_behind_the_page():
+    alice = Elsewhere()
+    room = alice.core.room
+    room.held = [chat.ViewEvent(chat.TOPIC, "tea", "bob", "#lobby", 5)]
+    alice.core.incoming.release(room)
+    assert room.held is None and [view.kind for view in room.views][-1] == chat.TOPIC
+
+
+CTCP_REQUESTS = [  # to whom, what, the seconds the server's clock shows; the answer
+    ("alice", "VERSION", f"VERSION chat.py {chat.VERSION}"),
+    ("alice", "ping 12 34", "PING 12 34"),
+    ("alice", "TIME", "TIME 2001-09-09 01:46:40 UTC"),
+    ("alice", "CLIENTINFO", "CLIENTINFO ACTION CLIENTINFO PING TIME VERSION"),
+    ("#lobby", "VERSION", None),
+    ("alice", "SOURCE", None),
+]
+
+
+@pytest.mark.parametrize("target, request_, answer", CTCP_REQUESTS)
+def test_a_ctcp_request_to_the_user_alone_is_answered(target, request_, answer):
+    alice = Elsewhere(clock=lambda: 1e9)
+    alice.hears(f":bob!u@h PRIVMSG {target} :\x01{request_}\x01")
+    assert alice.sent(9) == ([f"NOTICE bob :\x01{answer}\x01"] if answer else [])
+
+
+def test_ctcp_requests_are_answered_again_after_a_while():
+    alice = Elsewhere()
+    for seconds, count in ((0, chat.CTCP_BURST), (600, chat.CTCP_BURST)):
+        alice.sent(seconds)
+        alice.hears(*[":bob!u@h PRIVMSG alice :\x01PING x\x01"] * (chat.CTCP_BURST + 2))
+        assert len([line for line in alice.sent(9) if "NOTICE" in line]) == count
+
+
+REPEATS = [  # name, text and time (ms) of a message without an id, after bob's "hi" at 5000 s
+    ("bob", "hi", 5_000_000, True),
+    ("bob", "hi", 5_000_001, False),
+    ("bob", "ho", 5_000_000, False),
+    ("carol", "hi", 5_000_000, False),
+    ("alice", "mine", 6_000_000, True),
+    ("alice", "mine", 6_000_000 + chat.REPEATED_MS - 1, True),
+    ("alice", "mine", 6_000_000 - chat.REPEATED_MS + 1, True),
+    ("alice", "mine", 6_000_000 + chat.REPEATED_MS, False),
+    ("alice", "other", 6_000_000, False),
+]
+
+
+def test_a_message_without_an_id_is_known_as_a_repeat_once():
+    for name, text, time_ms, repeated in REPEATS:
+        alice = Elsewhere()
+        known, room = alice.core.known, alice.core.room
+        message = functools.partial(chat.ViewEvent, chat.MESSAGE, where="#lobby")
+        before = [
+            message(text="hi", name="bob", time=5_000_000),
+            message(text="mine", name="alice", time=6_000_000, mine=True),
+        ]
+        known.note_without_id(room, before)
+        view = message(text=text, name=name, time=time_ms, mine=name == "alice")
+        assert known.is_repeat(room, view) is repeated
+        assert not known.is_repeat(room, view)
+        assert not known.is_repeat(room, view._replace(id="7"))
+        assert len(known.without_id) == 2 - repeated
+
+
+REFUSED_PAGES = [  # how a page was asked for, the mark, the code; is the newest page asked for
+    ("missed", "msgid=1", "UNKNOWN_MSGID", True),
+    ("gap", "msgid=1", "INVALID_PARAMS", True),
+    ("missed", "timestamp=1", "UNKNOWN_MSGID", False),
+    ("missed", "msgid=1", "MESSAGE_ERROR", False),
+    ("older", "msgid=1", "UNKNOWN_MSGID", False),
+]
+
+
+@pytest.mark.parametrize("how, mark, code, newest", REFUSED_PAGES)
+def test_a_mark_that_the_server_does_not_know_is_given_up(how, mark, code, newest):
+    alice = Elsewhere("CHATHISTORY=100", caps=PAGES_OF)
+    history, room, asked = alice.core.talk.history, alice.core.room, []
+    history.requests.clear()
+    history.requests.append(chat.HistoryRequest("#lobby", how, 9))
+    room.mark = mark
+    history.ask_page = lambda room, how: asked.append(how)
+    history.PAGES = {name: lambda *_: asked.append("empty") for name in history.PAGES}
+    history.refused(code, "", ["#lobby"])
+    assert asked == (["last"] if newest else ["empty"]) and (room.mark == "") is newest
+
+
+def test_after_more_was_missed_than_a_page_holds_the_conversation_is_drawn_again():
+    alice = Elsewhere("CHATHISTORY=100", caps=PAGES_OF)
+    room, history = alice.core.room, alice.core.talk.history
+    views = [
+        chat.ViewEvent(chat.MESSAGE, f"{n}", "bob", "#lobby", n + 1, id=f"{n}") for n in range(3)
+    ]
+    for limit, drawn in ((4, []), (3, ["#lobby"])):
+        room.held = []
+        alice.core.take_views()
+        history._page_gap(room, views, limit)
+        shown = alice.core.take_views()
+        assert [view.where for view in shown if view.kind == chat.RESET] == drawn
+
+
+OWN_HOSTS = [  # the mask known before, the host told by the server, the mask after it
+    ("alice!u@old.example", "new.example", "alice!u@new.example"),
+    ("alice!u@old.example", "x@new.example", "alice!u@new.example"),
+    ("alice!u@old.example", "al!v@new.example", "al!v@new.example"),
+    ("alice!u@old.example", "al!v", "alice!u@al!v"),
+]
+
+
+def test_the_host_that_others_see_counts_in_the_length_of_a_line():
+    for before, host, after in OWN_HOSTS:
+        alice = Elsewhere()
+        alice.core.talk.mask = before
+        alice.hears(f"396 alice {host} :is now your displayed host")
+        assert alice.core.talk.mask == after
+        alice.core.talk.mask = ""
+        longest = alice.core.talk.longest_mask()
+        alice.hears("396 alice h.example :is now your displayed host")
+        assert alice.core.talk.mask == longest.partition("@")[0] + "@h.example"
+
+
+def test_a_nick_that_is_no_name_is_tried_in_simpler_and_shorter_forms():
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    name = "12-J\u00f6rg.the_3rd-of-all"
+    alice.core = chat.ClientCore(name, kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    alice.sent(5)
+    tried = []
+    while not alice.core.refusal and len(tried) < 50:
+        alice.hears(f"432 * {alice.core.name} :Erroneous nickname")
+        tried += [line[5:] for line in alice.sent() if line.startswith("NICK ")]
+    plain = "Jrgthe_3rd-of-all"
+    forms = dict.fromkeys(plain[:length] for length in chat.NICK_LENGTHS)
+    expected = [*forms, "Jrgtherdofall"[: chat.SHORT_NAME - 2]]
+    forms = iter(expected)
+    assert all(name in forms for name in tried) and tried[-1] == expected[-1]
+
+
+def test_a_text_for_a_service_is_not_shown_and_a_pipe_is_not_told_so():
+    for interactive in (True, False):
+        alice = Elsewhere(interactive=interactive)
+        alice.types("/msg NickServ IDENTIFY word")
+        notes = [text for text in alice.kinds("note") if "neither shown nor kept" in text]
+        assert len(notes) == interactive and "PRIVMSG NickServ :IDENTIFY word" in alice.sent(9)
+
+
+def test_drafts_of_two_conversations_are_put_together_in_order():
+    alice = Elsewhere()
+    kept, gone = alice.core.rooms.open("bob"), alice.core.rooms.open("rob")
+    kept.draft, gone.draft = "one", "two"
+    alice.core.rooms._join(kept, gone)
+    assert (kept.draft, gone.draft) == ("one\ntwo", "")
+
+
+def test_a_bouncer_is_known_by_its_modules():
+    alice = Elsewhere()
+    for source, bouncer in (("*status!u@h", False), ("*status!znc@znc.in", True)):
+        alice.hears(f":{source} PRIVMSG alice :hello")
+        assert alice.core.talk.bouncer is bouncer
+
+
+def test_only_the_client_s_own_tags_confirm_its_message():
+    alice, confirmed = Elsewhere(caps="message-tags"), []
+    alice.core.talk.acks.confirm = confirmed.append
+    alice.hears(
+        f"@{chat.OWN_ID}=id5 :alice!u@h TAGMSG #lobby", f"@{chat.OWN_ID}=id6 :bob!u@h TAGMSG #lobby"
+    )
+    alice.hears(":alice!u@h TAGMSG #lobby")
+    assert confirmed == ["id5", ""]
+
+
+PASSWORDS_OF_A_CHANNEL = [("+k word", "word"), ("-k *", "old"), ("-k word", ""), ("+k *", "old")]
+
+
+def test_a_password_of_a_channel_is_kept_as_it_changes():
+    for change, password in PASSWORDS_OF_A_CHANNEL:
+        alice, kept = Elsewhere(), []
+        alice.core.room.password = "old"
+        alice.core.rooms.keep = kept.append
+        alice.hears(f":op!u@h MODE #lobby {change}")
+        assert alice.core.room.password == password and bool(kept) is (password != "old")
+
+
+def test_ranks_are_given_to_as_many_users_at_once_as_the_server_takes():
+    for tokens, most in [([], 3), (["MODES=2"], 2), (["MODES=9"], 9)]:
+        alice, names = Elsewhere(*tokens), ["a", "b", "c", "d", "e"]
+        alice.types(f"/op {' '.join(names)}")
+        parts = [names[n : n + most] for n in range(0, len(names), most)]
+        assert alice.sent(30) == [f"MODE #lobby +{'o' * len(p)} {' '.join(p)}" for p in parts]
+
+
+def test_what_the_server_says_of_an_own_message_is_noted_at_its_place():
+    for place in [0, 1, 2]:
+        room = chat.Room("#a")
+        for n in range(3):
+            room.views.append(chat.ViewEvent(chat.MESSAGE, "x", "al", "#a", own_id=f"own{n}"))
+        echo = chat.ViewEvent(
+            chat.MESSAGE, "x", "alice", "#a", id="7", own_id=f"own{place}", file="f"
+        )
+        room.name_view(echo)
+        assert [view.id for view in room.views] == ["7" if n == place else "" for n in range(3)]
+        assert (room.views[place].name, room.views[place].file) == ("alice", "f")
+        room.name_view(echo._replace(own_id="unknown"))
+        assert [view.id for view in room.views].count("7") == 1
+
+
+def test_an_echo_that_was_cut_inside_a_letter_is_known():
+    line = "x" * chat.CUT_AT_LEAST + "y\u4f60"
+    for heard, place in (
+        (f"{line[:-1]}\ufffd", 0),
+        (f"{line[:-1]}\ufffd\ufffd", 0),
+        ("x\ufffd", None),
+    ):
+        assert chat.place_of_echo([line, "other"], heard, alters=False) == place
+
+
+def test_a_refused_message_has_no_echo():
+    alice, told = Elsewhere(caps="echo-message"), []
+    acks = alice.core.talk.acks
+    acks.expect_no_echo = told.append
+    acks.note_sent("#a", "id5", "hello")
+    (sent,) = acks.sent
+    line, lines, _ = acks.take_refused(["#a"], False, "no")
+    assert line is sent and told == [sent] and not acks.sent
+
+
+def test_older_pages_begin_before_the_oldest_message_with_a_time():
+    alice = Elsewhere("CHATHISTORY=100", "MSGREFTYPES=timestamp", caps=PAGES_OF)
+    room, history = alice.core.room, alice.core.talk.history
+    room.views.clear()
+    view = functools.partial(chat.ViewEvent, name="bob", where="#lobby")
+    for one in (
+        view(chat.JOIN, "", time=1000),
+        view(chat.MESSAGE, "a"),
+        view(chat.MESSAGE, "b", time=5000),
+    ):
+        room.views.append(one)
+    asked = []
+    history.ask = lambda request, *params: asked.append(params)
+    assert history.ask_page(room, "older") is True
+    ((subcommand, _, selector, _),) = asked
+    assert subcommand == "BEFORE" and selector == f"timestamp={chat.tag_time(5001)}"
+
+
+def test_conversations_that_become_two_are_both_drawn_again():
+    alice = lived("rfc1459", *TWO_USERS)
+    (room,) = [one for one in alice.core.rooms.values() if not one.is_channel]
+    alice.core.disconnected()
+    alice.views.clear()
+    alice.connect("CASEMAPPING=ascii")
+    names = [one.name for one in alice.core.rooms.values() if not one.is_channel]
+    assert sorted(names) == ["[x]", "{x}"]
+    assert room.name in [view.where for view in alice.views if view.kind == chat.RESET]
+
+
+def test_a_stored_message_is_found_by_its_id():
+    core = chat.ClientCore(
+        "alice", store=chat.ClientStore(chat.open_client_database(":memory:"), "s", "a")
+    )
+    core.store.add("#a", chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#a", 5, id="1"))
+    core.store.flush()
+    assert core.stored.message("1").text == "hi" and core.stored.message("") is None
+    assert chat.ClientCore("alice").stored.message("1") is None
+
+
+def test_a_read_marker_whose_answer_was_lost_is_told_again():
+    alice = Elsewhere()
+    for telling, told in ((True, 0), (False, 9)):
+        alice.core.room.told_time, alice.core.room.telling = 9, telling
+        alice.core.disconnected()
+        assert (alice.core.room.told_time, alice.core.room.telling) == (told, False)
+
+
+NAMED_OF_MANY = [
+    (chat.MOVES_NAMED - 1, ""),
+    (chat.MOVES_NAMED, ""),
+    (chat.MOVES_NAMED + 2, " and 2 more"),
+]
+
+
+def test_users_who_came_are_named_up_to_a_number():
+    for count, more in NAMED_OF_MANY:
+        moves = [chat.ViewEvent(chat.JOIN, "", f"n{n}", "#a") for n in range(count)]
+        names = ", ".join(f"n{n}" for n in range(min(count, chat.MOVES_NAMED)))
+        assert chat.moved_text(moves).startswith(f"{names}{more} ")
+
+
+def test_messages_that_are_taken_back_stand_before_the_later_ones():
+    outbox = chat.Outbox()
+    for id in ("a", "b", "c"):
+        outbox.waiting[id] = chat.Waiting(id, "#a", id, chat.MESSAGE)
+    outbox.take_back([outbox.waiting.pop("a"), outbox.waiting.pop("b")])
+    assert list(outbox.waiting) == ["a", "b", "c"]
+
+
+QUITS = [  # whether the client leaves, or was refused before; why it is told to be gone
+    (False, "", "the server says that we have quit"),
+    (True, "", ""),
+    (False, "banned", "banned"),
+]
+
+
+def test_a_quit_of_the_client_that_it_did_not_say_is_a_reason():
+    for quitting, refusal, told in QUITS:
+        alice = Elsewhere()
+        alice.core.quitting, alice.core.refusal = quitting, refusal
+        alice.hears(":alice!u@h QUIT :gone")
+        assert alice.core.dismissed and alice.core.refusal == told
+
+
+def test_a_topic_that_changed_once_or_twice_is_told_with_its_number():
+    topics = [chat.ViewEvent(chat.TOPIC, f"topic {n}", "op", "#a") for n in range(2)]
+    assert chat.changed_texts(topics[:1]) == ["topic 0"]
+    assert chat.changed_texts(topics) == ["topic 1 (the last of 2)"]
+
+
+def test_a_list_of_channels_tells_the_topic_in_one_text():
+    alice = Elsewhere()
+    alice.hears("322 alice #a 5 :tea and more", "322 alice #b 6")
+    assert alice.kinds("server text")[-2:] == ["#a  5  tea and more", "#b  6"]
+
+
+def test_a_channel_that_stays_on_the_screen_is_kept_in_the_store():
+    alice, kept = Elsewhere(join=["#a"]), []
+    room = alice.core.room
+    room.stays = True
+    alice.core.rooms.keep = kept.append
+    alice.core.rooms.close_left(room)
+    assert kept == [room] and not room.stays and alice.core.room is room
+
+
+REFUSED_BY_FAIL = [  # a FAIL of the server; the names in it by which the refused line is found
+    ("FAIL PRIVMSG X #a :no", ["PRIVMSG", "#a"]),
+    ("FAIL NOTICE X #a :no", ["NOTICE", "#a"]),
+    ("FAIL TAGMSG X #a :no", ["TAGMSG", "#a"]),
+    ("FAIL BATCH X 1 :no", ["BATCH", "1"]),
+    ("FAIL MULTILINE X 1 :no", ["BATCH", "1"]),
+    ("FAIL * X :no", ["*"]),
+    ("FAIL METADATA X key :no", None),
+]
+
+
+@pytest.mark.parametrize("line, named", REFUSED_BY_FAIL)
+def test_a_fail_about_a_message_is_an_error_with_its_names(line, named, monkeypatch):
+    alice, found = Elsewhere(), []
+    monkeypatch.setattr(
+        chat, "refused", lambda talk, heard, text, error: found.append((text, error))
+    )
+    alice.hears(line)
+    ((text, error),) = found
+    assert text == "no" and error.verb == ("400" if named else "FAIL")
+    assert not named or [one for one in error.params if one] == [*named, "no"]
+
+
+ANSWERS_TO_A_COMMAND = [("461", True), ("523", True), ("600", False), ("250", False)]
+
+
+def test_a_pipe_counts_numerics_of_400_and_500_as_failures():
+    for number, failed in ANSWERS_TO_A_COMMAND:
+        alice = Elsewhere(interactive=False)
+        alice.core.talk.queue.append(("FOO bar", None))
+        alice.sent(3)
+        before = alice.core.failures, alice.core.refusals
+        alice.hears(f"{number} alice FOO :so it is")
+        assert ((alice.core.failures, alice.core.refusals) != before) is failed
+
+
+def test_a_message_that_was_delivered_and_not_kept_is_reported_by_its_own_id():
+    alice, lost = Elsewhere(), []
+    alice.core.outgoing.lost = lambda *given: lost.append(given)
+    alice.hears("FAIL PRIVMSG NOT_KEPT * id5 :delivered but not kept: disk full")
+    assert lost == [("id5", "delivered but not kept: disk full")]
+
+
+def test_what_waits_for_a_user_who_quits_is_left_to_the_user_and_the_conversation_is_drawn():
+    alice, parked, drawn = Elsewhere(), [], []
+    alice.hears(":bob!u@h PRIVMSG alice :hi")
+    room = alice.core.find("bob")
+    alice.core.outgoing.park_all = lambda *given, **more: parked.append((*given, more))
+    alice.core.changed = drawn.append
+    alice.hears(":bob!u@h QUIT :bye")
+    assert parked == [(room, "bob has left", {"unsent": True})]
+    assert room in drawn and room.gone and room.views[-1].text == "bob has left: bye"
+
+
+TOLD_ABOUT = [  # lines of the server about a user; the text, and the conversation that it is in
+    ("311 alice bob u h * :Bob B", "bob is u@h: Bob B"),
+    ("312 alice bob irc.example :an irc server", "bob uses irc.example"),
+    ("313 alice bob :is an operator", "bob is an operator"),
+    ("317 alice bob 5 1 :seconds idle", "bob has said nothing for 5 s"),
+    ("319 alice bob :#a #b", "bob is in #a #b"),
+    ("330 alice bob bobby :is logged in as", "bob is logged in as bobby"),
+    ("338 alice bob 192.0.2.1 :actual host", "bob comes from 192.0.2.1"),
+    ("671 alice bob :is using TLS", "bob is using TLS"),
+]
+
+
+@pytest.mark.parametrize("line, text", TOLD_ABOUT)
+def test_what_is_told_about_a_user_is_told_in_words(line, text):
+    alice, told = Elsewhere(), []
+    alice.core.server_text = lambda *given: told.append(given)
+    alice.hears(line)
+    assert told == [(text, "")]
+
+
+def test_a_user_who_goes_away_is_listed_so_at_once():
+    alice = Elsewhere(caps="away-notify")
+    alice.hears(":bob!u@h JOIN #lobby")
+    for line in (":bob!u@h AWAY :tea", ":bob!u@h AWAY"):
+        alice.views.clear()
+        alice.hears(line)
+        assert chat.PEOPLE in [view.kind for view in alice.views]
+
+
+def test_two_conversations_that_become_one_are_stored_and_drawn_as_one():
+    alice = Elsewhere()
+    rooms = alice.core.rooms
+    kept, gone = rooms.open("bob"), rooms.open("rob")
+    gone.holes, gone.draft = ["msgid=5"], "draft"
+    done = []
+    rooms.keep = lambda room: done.append(("keep", room.name))
+    alice.core.changed = lambda room: done.append(("changed", room.name))
+    alice.core.stored.note_holes = lambda room, *holes: done.append(("holes", room.name, *holes))
+    alice.core.take_views()
+    rooms._join(kept, gone)
+    assert done == [
+        ("holes", "bob", "msgid=5"),
+        *(("keep", "bob"), ("changed", "rob"), ("changed", "bob")),
+    ]
+    shown = [(view.kind, view.where) for view in alice.core.take_views()]
+    assert shown == [(chat.RESET, "bob"), (chat.NOTE, "bob")]
+    assert (kept.draft, gone.draft) == ("draft", "")
+
+
+def test_a_reaction_has_a_label_where_the_server_has_labels():
+    for labels in [False, True]:
+        caps = "message-tags batch" + " labeled-response" * labels
+        alice = Elsewhere(caps=caps)
+        alice.core.reactions.send(alice.core.room, "5", "+1")
+        (line,) = alice.sent(5)
+        assert (";label=" in line) is labels and line.endswith(" TAGMSG #lobby")
+
+
+def test_a_number_alone_is_a_reaction():
+    alice = Elsewhere(caps="message-tags")
+    alice.hears("@msgid=m1 :bob!u@h PRIVMSG #lobby :hi").types("/react 5")
+    (line,) = alice.sent(5)
+    assert f"{chat.REACT}=5" in line and f"{chat.REPLY}=m1" in line
+
+
+def test_what_is_shown_tells_the_conversation_that_it_is_in():
+    alice = Elsewhere()
+    alice.core.take_views()
+    alice.core.note("hi", "#lobby")
+    alice.core.note("hi")
+    assert [view.room for view in alice.core.take_views()] == [alice.core.room.id, 0]
+
+
+def test_a_notice_to_a_user_without_a_conversation_is_shown_unless_it_is_echoed():
+    for caps, shown in [("", ["you to carol: psst"]), ("echo-message", [])]:
+        alice = Elsewhere(caps=caps)
+        alice.views.clear()
+        alice.core.outgoing.show_aside(chat.NOTICE, "carol", "psst")
+        alice.views += alice.core.take_views()
+        assert alice.kinds("server text") == shown
+
+
+SEPARATE = [  # whether the client is let in, the kind of the server, multiline; is there a limit
+    (True, chat.IRC, False, True),
+    (False, chat.IRC, False, False),
+    (True, chat.PLAIN, False, False),
+    (True, chat.IRC, True, False),
+]
+
+
+@pytest.mark.parametrize("ready, kind, multiline, limited", SEPARATE)
+def test_lines_are_messages_of_their_own_on_most_servers(ready, kind, multiline, limited):
+    lines = types.SimpleNamespace(
+        core=types.SimpleNamespace(ready=ready, kind=kind),
+        server=types.SimpleNamespace(multiline=multiline),
+        text_bytes=lambda where: 400 + len(where),
+    )
+    assert chat.MessageLines.separate_bytes.fget(lines) == (400 if limited else 0)
+
+
+def line_heard(text):
+    return chat.parse_heard(text)
+
+
+VIEWS_OF_BATCHES = [  # the kind of a batch, its source, lines in it; name and text of its message
+    (
+        "draft/multiline",
+        ":bob!u@h ",
+        [":eve!u@h PRIVMSG #a :one", "PRIVMSG #a :two"],
+        "bob",
+        "one\ntwo",
+    ),
+    ("draft/multiline", "", [":eve!u@h PRIVMSG #a :one"], "eve", "one"),
+    ("draft/multiline", ":bob!u@h ", [], None, None),
+    ("chathistory", ":bob!u@h ", [":eve!u@h PRIVMSG #a :one"], None, None),
+]
+
+
+def test_a_batch_of_lines_is_one_message_of_its_source():
+    for kind, source, lines, name, text in VIEWS_OF_BATCHES:
+        alice = Elsewhere()
+        batch = chat.Batch(line_heard(f"{source}BATCH +1 {kind} #a"), 0.0)
+        batch.items = [line_heard(line) for line in lines]
+        view = alice.core.talk.view_of(batch)
+        assert (view and (view.name, view.text)) == (name and (name, text))
+
+
+def test_the_wanted_nick_is_asked_for_again_after_a_while():
+    nick = Elsewhere("MONITOR=5").core.talk.nick
+    nick.regain, told = True, []
+    for _ in range(2):
+        told.append(nick.not_regained(nick.wanted))
+        assert nick.regain_at == nick.core.ticks() + chat.REGAIN_SECONDS and nick.monitor_failed
+    assert told == [False, True] and not nick.not_regained("other")
+
+
+def test_a_line_of_a_workshop_that_names_the_user_calls():
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    core.feed(b"bob: hi alice\nbob: hi al\n")
+    called = [view.called for view in core.rooms["#lobby"].views if view.kind == chat.MESSAGE]
+    assert called == [True, False]
+
+
+def test_the_budget_of_lines_grows_while_the_client_waits():
+    alice = Elsewhere()
+    talk = alice.core.talk
+    talk.budget.tokens = 0.0
+    talk.queue.append(("WHOIS bob", None))
+    first = talk.wait
+    alice.now += first / 2
+    assert first and 0 < talk.wait < first
+    alice.now += first
+    assert talk.wait == 0
+
+
+DOUBTED = [  # text of a message that may have arrived; a line in history; what that line is
+    ("hello", "hello", "id"),
+    ("one\ntwo", "one", chat.PIECE),
+    ("one\ntwo", "two", ""),
+    ("hello", "hell", ""),
+    ("x" * 900, "x" * (chat.LINE_ROOM + 1), chat.PIECE),
+    ("x" * 900, "x" * chat.LINE_ROOM, ""),
+    ("x" * 900, "y" * (chat.LINE_ROOM + 1), ""),
+]
+
+
+def test_a_line_of_history_tells_that_a_message_or_a_part_of_it_has_arrived():
+    for text, line, found in DOUBTED:
+        alice = Elsewhere()
+        outbox = alice.core.outbox
+        outbox.waiting["id"] = chat.Waiting("id", "#a", text, chat.MESSAGE, sent=1000)
+        outbox.unconfirmed.add("id")
+        heard = chat.ServerLine("alice!u@h", "PRIVMSG", ["#a", line], {"batch": "1"})
+        assert alice.core.talk.acks._doubted(heard, "#a", line) == found
+        assert outbox.waiting["id"].at == (len(line) if found == chat.PIECE else 0)
 
 
 CHANNELS = [  # tokens, target, the conversation that it is in, whether that is a channel
@@ -20523,6 +21879,41 @@ def test_of_a_burst_that_a_server_drops_and_changes_nothing_is_taken_for_arrived
     waits = [one.text for one in alice.core.outbox.waiting.values()]
     assert waits == (doubted if interactive else []) and alice.core.idle
     assert len([text for text in alice.said() if "*alice" in text]) == len(texts)
+
+
+SASL_NONSENSE = [  # the mechanisms of a server, what it sends instead of a step of them
+    ("PLAIN", ["!"]),
+    ("PLAIN", ["Y" * 399]),
+    ("SCRAM-SHA-256", ["+", base64.b64encode(b"nonsense").decode()]),
+    ("SCRAM-SHA-256", ["+", "%%%%"]),
+]
+
+
+@pytest.mark.parametrize("mechanism, steps", SASL_NONSENSE)
+def test_a_log_in_whose_steps_are_nonsense_is_ended_by_the_client(mechanism, steps):
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore(
+        "alice", kind=chat.IRC, ticks=lambda: alice.now, login=chat.Login("alice", "secret")
+    )
+    alice.core.secure = True
+    alice.core.connected()
+    alice.hears(f"CAP * LS :sasl={mechanism}", "CAP * ACK :sasl")
+    assert alice.sent()[-1] == f"AUTHENTICATE {mechanism}"
+    for step in steps:
+        alice.hears(f"AUTHENTICATE {step}")
+    assert alice.sent()[-1] == "AUTHENTICATE *"
+
+
+def test_a_refusal_of_the_nick_before_the_secret_was_sent_decides_nothing():
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 5000.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    alice.sent()
+    alice.hears("CAP * LS :chat.py/session message-tags", "433 * alice :Nickname is already in use")
+    assert not any(line.startswith("NICK alice2") for line in alice.sent())
+    assert alice.core.name == "alice" and not alice.kinds("server text")
 
 
 @pytest.mark.parametrize("arrived, asked", [([], 61.0), ([55], 76.0), ([52, 70], None)])
@@ -21299,6 +22690,82 @@ def test_a_password_is_made_and_kept_only_for_a_server_that_registers_accounts()
     alice.hears("CAP alice NEW :draft/account-registration")
     alice.types("/register")
     assert alice.sent(9)[0].startswith("REGISTER * * ") and len(kept) == 1
+
+
+def test_no_password_is_made_where_none_can_be_kept():
+    alice = Elsewhere(caps="draft/account-registration")
+    alice.types("/register")
+    assert "nothing is kept on disk" in alice.kinds("note")[-1] and alice.sent(9) == []
+    alice.types("/register sesame99")
+    assert alice.sent(9) == ["REGISTER * * sesame99"]
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_password_whose_registration_was_lost_is_forgotten(ready):
+    alice, forgotten = Elsewhere(), []
+    talk = alice.core.talk
+    talk.sasl.login = chat.Login("alice", "word")
+    talk.sasl.begin("PLAIN")
+    talk.ready, talk.sasl.taken_up = ready, True
+    alice.core.me.proposed = chat.Login("alice", "word")
+    alice.core.me.forget = lambda: forgotten.append(True)
+    alice.hears("904 alice :SASL authentication failed")
+    assert forgotten == [True] * (not ready)
+
+
+def test_a_message_is_redacted_where_the_server_can():
+    alice = Elsewhere()
+    with pytest.raises(chat.Refused, match="takes no"):
+        alice.core.redact(alice.core.room, "5")
+    there = Elsewhere(caps="message-tags draft/message-redaction")
+    there.core.redact(there.core.room, "5")
+    assert there.sent(5) == ["REDACT #lobby 5"]
+
+
+def test_a_new_password_is_remembered_once_the_service_has_it():
+    alice = Elsewhere()
+    alice.core.me.login = chat.Login("al", "old")
+    alice.types("/passwd new")
+    assert alice.core.me.proposed == chat.Login("al", "new")
+    assert alice.sent(9) == ["PRIVMSG NickServ :PASSWD old new"]
+    alice.core.me.login = None
+    alice.types("/passwd one two")
+    assert alice.core.me.proposed == chat.Login("alice", "two")
+
+
+NEEDED = [("/reply hi", "reply"), ("/redact", "redact"), ("/react x", "react")]
+
+
+@pytest.mark.parametrize("typed, what", NEEDED)
+def test_a_command_that_the_server_cannot_serve_is_refused_before_all_else(typed, what):
+    alice = Elsewhere("CLIENTTAGDENY=*")
+    alice.types(typed)
+    assert alice.kinds("note")[-1].startswith("this server takes no") and alice.sent(9) == []
+
+
+PINGED = [("ping", "\x01PING {}\x01"), ("PING 5", "\x01PING 5\x01"), ("version", "\x01VERSION\x01")]
+
+
+def test_a_ping_of_another_client_carries_the_time():
+    for typed, sent in PINGED:
+        alice = Elsewhere()
+        now = f"{alice.core.ticks():.3f}"
+        alice.types(f"/ctcp bob {typed}")
+        assert alice.sent(9) == [
+            f"PRIVMSG bob :{sent.format(now)}".replace(" :", " :" if " " in sent else " ", 1)
+        ]
+
+
+def test_after_pages_were_lost_with_the_connection_they_are_smaller():
+    alice = Elsewhere("CHATHISTORY=100", caps=PAGES_OF)
+    sizes = []
+    for _ in range(6):
+        alice.core.talk.history.requests.append(chat.HistoryRequest("#lobby", "gap", 9))
+        before = alice.core.page_lines
+        alice.core.disconnected()
+        sizes.append((before, alice.core.page_lines))
+        alice.connect("CHATHISTORY=100", caps=PAGES_OF)
+    assert all(after == max(1, before // 4) for before, after in sizes) and sizes[-1][1] == 1
 
 
 def test_a_second_register_does_not_replace_the_password_that_is_kept():
@@ -22348,6 +23815,19 @@ def test_two_conversations_that_are_one_to_the_server_become_one(stored, after, 
         assert told_of(again.core.room)[:3] == THREE
 
 
+@pytest.mark.parametrize(
+    "held, others, together",
+    [(None, None, None), (["a"], None, ["a"]), (None, ["b"], ["b"]), (["a"], ["b"], ["b", "a"])],
+)
+def test_what_is_held_in_two_conversations_is_held_in_the_one_that_they_become(
+    held, others, together
+):
+    one, other = chat.Room("[x]"), chat.Room("{x}")
+    one.held, other.held = held, others
+    one.take_over(other, trimmed=False)
+    assert one.held == together
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_one_conversation_that_is_two_to_the_server_becomes_two(stored):
     db = chat.open_client_database(":memory:") if stored else None
@@ -22862,6 +24342,14 @@ def test_what_a_server_would_cut_is_refused_with_its_limit(tokens, typed):
     alice.types(typed)
     assert alice.sent(5) == [] and alice.kinds("back") == [typed]
     assert re.search(r"at most \d+ bytes|takes \d+ bytes", alice.kinds("note")[0])
+
+
+def test_what_a_server_would_not_cut_is_sent():
+    for tokens, typed in [row for row in TOO_LONG if row[0]]:
+        alice = Elsewhere(*tokens)
+        alice.types(typed[:-1])
+        (line,) = alice.sent(5)
+        assert line.endswith(typed[-9:-1]) and not alice.kinds("back")
 
 
 def test_a_long_notice_is_several():
@@ -23399,6 +24887,14 @@ def test_a_channel_that_could_not_be_joined_is_joined_after_a_while(more, joined
     joins.try_again(alice.now + chat.REJOIN_SECONDS + more)
     assert ("#lobby" not in joins.refused) == joined
     assert said == ["#lobby"] * (joined and wanted and not inside)
+
+
+def test_a_channel_in_which_the_client_never_was_is_not_tried_again_by_itself():
+    alice = Elsewhere()
+    alice.types("/join #full").hears("471 alice #full :Cannot join")
+    room = alice.core.rooms.open("#full")
+    alice.core.talk.joins.failed("#full", "it is full", "471")
+    assert not room.entered and alice.core.talk.joins.refused["#full"] == math.inf
 
 
 TYPING_TOLD = [  # what was told before, how long ago; what is to be told, whether it is
@@ -25169,6 +26665,27 @@ def test_a_server_that_stood_stays_when_it_cannot_be_trusted_any_more():
     assert link.phase == chat.RESOLVING
 
 
+def test_a_certificate_that_is_believed_is_not_asked_about_again():
+    link = Hanging(True, 60.0)
+    link.phase, link.certificate.doubted = chat.WAITING, "ab" * 32
+    link.start = lambda: None
+    link.typed("/trust")
+    assert not link.certificate.doubted and link.known.pin(link.target) == "ab" * 32
+
+
+@pytest.mark.parametrize("other, pin, asked", [("", "", 0), ("ab", "", 1), ("ab", "cd", 0)])
+def test_another_certificate_may_be_believed_unless_one_is_given(other, pin, asked):
+    link, told = Hanging(True, 60.0), []
+    link.stays, link.certificate.other = True, other
+    link.trust = chat.Trust(pin=pin)
+    link._wait_for_user = lambda text, advice: told.append((text, advice))
+    link._give_up("it is broken")
+    ((text, advice),) = told
+    assert text.endswith("it is broken") or other
+    assert (link.certificate.doubted == other) is (bool(asked) or not other)
+    assert ("/trust" in advice) is bool(asked) and not link.certificate.other
+
+
 def test_the_last_message_is_the_one_that_was_there_when_the_command_was_begun():
     alice, bob = two_screens()
     for text in ("an answer", "QUESTION"):
@@ -25274,6 +26791,61 @@ def test_a_search_that_was_left_does_not_send_an_old_line():
     assert editor.text == "" and editor.press(chat.Key("enter")) == ""
     desk = Desk()
     assert desk.display.prompt("find") == "(search: find) "
+
+
+def test_return_does_not_send_the_match_of_a_shorter_text():
+    editor = chat.LineEditor()
+    editor.set("find this")
+    editor.press(chat.Key("enter"))
+    editor.press(chat.Key("search"))
+    for typed, text in (("find", "find this"), ("z", "")):
+        editor.press(chat.Key("text", typed))
+        assert editor.text == text
+    editor.forget()
+    editor.set("draft")
+    editor.press(chat.Key("search"))
+    assert editor.text == "draft"
+
+
+def test_a_completion_ends_with_the_next_key():
+    asked = []
+    editor = chat.LineEditor(lambda word, first: asked.append(word) or [f"{word}x ", f"{word}y "])
+    editor.set("b")
+    for name, text in (("tab", "bx "), ("tab", "by "), ("tab", "bx ")):
+        editor.press(chat.Key(name))
+        assert editor.text == text
+    editor.press(chat.Key("text", "b"))
+    editor.press(chat.Key("tab"))
+    assert editor.text == "bx bx " and asked == ["b", "b"]
+
+
+def test_each_search_begins_with_the_newest_line():
+    editor = chat.LineEditor()
+    for text in ("one x", "two x", "three x"):
+        editor.set(text)
+        editor.press(chat.Key("enter"))
+    for newest in ("three x", "two x"):
+        editor.press(chat.Key("search"))
+        editor.press(chat.Key("text", "x"))
+        assert editor.text == newest
+        editor.press(chat.Key("search"))
+        editor.set("two x")
+        editor.forget()
+        assert editor.text == "" and editor.sought is None
+    editor.press(chat.Key("up"))
+    assert editor.text == "two x"
+    editor.press(chat.Key("down"))
+    assert editor.text == ""
+
+
+def test_a_paste_whose_end_comes_in_pieces_is_one():
+    for cut in range(len(chat.PASTE_ENDS)):
+        decoder, keys = chat.KeyDecoder(), []
+        data = f"{chat.PASTE_BEGINS}two\r\nlines{chat.PASTE_ENDS}x".encode()
+        place = len(data) - 1 - len(chat.PASTE_ENDS) + cut
+        for part in (data[:place], data[place:]):
+            keys += decoder.feed(part)
+        assert [(key.name, key.text) for key in keys] == [("paste", "two\nlines"), ("text", "x")]
 
 
 def test_what_waits_over_a_restart_has_the_time_when_it_was_accepted():
@@ -25788,6 +27360,33 @@ def test_a_connection_that_lasts_resets_the_back_off(monkeypatch, seconds, progr
     link.loop.now = link.watched = 120.0 + chat.ONLINE_SECONDS + seconds
     link._watch()
     assert (link.backoff == chat.BACKOFF_FIRST) == progress
+
+
+def test_a_client_speaks_first_where_it_knows_the_dialect(monkeypatch):
+    monkeypatch.setattr(chat, "peer_address", lambda sock: ("192.0.2.1", 7000))
+    link, written = Hanging(True, 60.0), []
+    link.conn = types.SimpleNamespace(sock=None, heard=0.0, unsent=0, write=written.append)
+    link.phase, link.core.kind = chat.CONNECTING, chat.IRC
+    link._connected()
+    assert written and written[0].startswith(b"CAP LS 302\r\n")
+
+
+def test_time_in_which_the_client_did_not_run_is_no_silence():
+    for gap, heard in [(3.0, 0.0), (4.0, 4.0), (1000.0, 1000.0)]:
+        link = Hanging(True, 60.0)
+        link.conn = types.SimpleNamespace(
+            heard=link.loop.now - 5.0, unsent=0, write=bool, drop=bool
+        )
+        link.phase, link.core.kind = chat.ONLINE, chat.IRC
+        link.core.connected()
+        began = link.loop.now
+        link.watched, link.loop.now = began, began + gap
+        link._watch()
+        assert link.conn.heard == began - 5.0 + heard
+        link.conn.heard = began + 1  # by bytes that came in that time
+        link.watched, link.loop.now = began, began + 1000.0
+        link._watch()
+        assert link.conn.heard == began + 1000.0
 
 
 def talking_link(*lines, kind=chat.IRC, patience=60.0):
@@ -27989,6 +29588,7 @@ NO_NUMBERS = [  # typed beside two messages of bob and one of alice, and the not
     ("/go -1", "-1 is no number of a conversation: only 1"),
     ("/reply -0 hi", "-0 is none of the messages of others here: -1 to -2"),
     ("/reply -3 hi", "-3 is none of the messages of others here: -1 to -2"),
+    ("/reply -1", "usage: /reply [-N] TEXT"),
     ("/react -12345 x", "-12345 is none of the messages of others here: -1 to -2"),
     ("/react 2 x", "/react -2 x is about another message"),
     ("/redact -2", "-2 is none of the messages of yours here: only -1"),
@@ -28175,11 +29775,11 @@ BESIDE = [  # a term, the columns, whether its explanation is in the same row
 ]
 
 
-@pytest.mark.parametrize("term, columns, same", BESIDE)
-def test_a_term_stands_beside_its_explanation_where_there_is_room(term, columns, same):
-    first, *more = chat.beside(term, "leave", columns)
-    assert first.startswith(term) and first.endswith("leave") == same
-    assert [row.strip() for row in more] == ([] if same else ["leave"])
+def test_a_term_stands_beside_its_explanation_where_there_is_room():
+    for term, columns, same in BESIDE:
+        first, *more = chat.beside(term, "leave", columns)
+        assert first.startswith(term) and first.endswith("leave") == same
+        assert [row.strip() for row in more] == ([] if same else ["leave"])
 
 
 @pytest.mark.parametrize("name", ["&local", "#tea", "+free"])
@@ -30292,6 +31892,22 @@ def test_after_a_conversation_was_closed_the_newest_other_one_is_looked_at():
     alice.views.clear()
     alice.types("/close dan")
     assert [view.where for view in alice.views if view.kind == chat.PLACE] == ["carol"]
+
+
+def test_a_message_without_a_conversation_whose_fate_is_unclear_is_left_to_the_user():
+    for closed in [True, False]:
+        alice = Elsewhere("CHATHISTORY=100", caps=PAGES_OF)
+        alice.types("/query bob", "hello")
+        alice.sent(5)
+        alice.views += alice.core.disconnected()
+        assert len(alice.core.outbox.unconfirmed) == 1
+        if closed:
+            alice.types("/close bob")
+        else:
+            del alice.core.rooms["bob"]
+            alice.core.connected()
+            alice.hears("001 alice :Welcome")
+        assert not alice.core.outbox.unconfirmed and len(alice.core.outbox.parked) == 1
 
 
 def test_a_redaction_of_the_oldest_of_more_unread_messages_than_are_shown_is_counted():
@@ -33574,6 +35190,557 @@ def test_no_file_of_the_data_folder_may_be_a_link_or_stays_open_to_others(folder
         chat.lock_folder(folder)
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_sighup_has_the_files_read_again_or_changes_nothing(failed):
+    house = house_of("alice")
+    house.read_files = lambda: fails() if failed else ("context", "motd", "word", {})
+    fails = refusing(errno.EACCES)
+    used = []
+    house.use_files = used.append
+    chat.Server.reload(house)
+    house.helpers.run()
+    assert used == ([] if failed else [("context", "motd", "word", {})])
+
+
+def test_a_server_that_is_to_start_again_stops_and_says_so():
+    house, done = house_of("alice"), []
+    house.stop = lambda: done.append(house.restarting)
+    chat.Server.restart(house)
+    assert done == [True]
+
+
+@pytest.mark.parametrize("has_left", [False, True])
+def test_a_node_that_is_stopped_leaves_the_cluster_and_ends_once_that_is_known(has_left):
+    house, done = house_of("alice"), []
+    house.cluster = types.SimpleNamespace(
+        leave=lambda: done.append("leaves"), has_left=False, save=bool, flush=bool
+    )
+    house.loop.stop = lambda: done.append("ends")
+    chat.Server.stop(house)
+    house.peers, house.cluster.has_left = set(), has_left
+    house.end_turn()
+    assert done == ["leaves", "ends"][: 1 + has_left]
+
+
+def test_a_port_of_ipv6_leaves_that_of_ipv4_alone():
+    for host, only in (("::1", 1), ("127.0.0.1", None)):
+        with chat.Listener._bound(host, 0) as sock:
+            assert (
+                sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) and not sock.getblocking()
+            )
+            if only is not None:
+                assert sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == only
+
+
+def test_a_part_of_a_file_that_cannot_be_read_is_empty(tmp_path):
+    folder = chat.FileFolder(tmp_path / "files")
+    file = types.SimpleNamespace(path=tmp_path, read=lambda at, size: b"abc"[at : at + size])
+    assert folder.read(file, 1, 2) == b"bc" and folder.read(file, 1, 3) == b""
+    file.read = refusing(errno.EIO)
+    assert folder.read(file, 0, 0) == folder.read(file, 0, 1) == b""
+
+
+def test_a_server_without_files_says_so_for_each_way_to_them():
+    for line in ("POST /files", "GET /files/x", "HEAD /files/x", "DELETE /files/x"):
+        head = f"{line} HTTP/1.1\nHost: localhost\nContent-Length: 0"
+        assert Browser(House()).asks(head)[0] == 404
+
+
+@pytest.mark.parametrize("trouble, status", [("", 200), ("history is not kept", 503)])
+def test_a_monitor_is_told_whether_history_is_kept(trouble, status):
+    house = House()
+    house.trouble = lambda: trouble
+    answer = Browser(house).asks("GET /health HTTP/1.1\nHost: localhost")
+    assert answer[0] == status and answer[2].decode().strip() == (trouble or "ok")
+
+
+FRAME_LENGTHS = [  # the bytes of a length, what it says; the code of the refusal
+    (2, 125, 1002),
+    (8, 65_535, 1002),
+    (8, 65_536, 1009),
+    (8, 131_071, 1009),
+]
+
+
+def test_a_length_of_a_frame_has_as_few_bytes_as_it_needs():
+    for count, size, code in FRAME_LENGTHS:
+        reader = chat.FrameReader(chat.LINE_BYTES)
+        head = bytes((0x81, 0x80 | (126 if count == 2 else 127))) + size.to_bytes(count, "big")
+        reader.feed(head + bytes(4))
+        reader.take()
+        assert code.to_bytes(2, "big") in reader.last
+
+
+MESSAGES_OF_IRC = [  # a line, whether it only sends a message to one target
+    (b"PRIVMSG #a :hi", True),
+    (b"privmsg bob hi", True),
+    (b"@label=1;+x=y PRIVMSG #a :hi", True),
+    (b"PRIVMSG #a,#b :hi", False),
+    (b"PRIVMSG #a :one, two", True),
+    (b"JOIN #a", False),
+    (b"@label=1 JOIN #a", False),
+    (b"", False),
+]
+
+
+def test_a_line_of_irc_that_only_sends_a_message_need_not_wait():
+    for line, is_message in MESSAGES_OF_IRC:
+        assert House().connect_irc("alice").is_message(line) is is_message
+
+
+def test_losing_history_is_logged_once_and_so_is_its_end(caplog):
+    committer = house_of("alice").committer
+    caplog.clear()
+    for losing in (True, True, False, False, True):
+        committer.note_loss(losing)
+    said = ["is not being kept" in text for text in caplog.messages if "history" in text]
+    assert said == [True, False, True]
+
+
+JOURNAL = [  # a line of an outbox in a file of an earlier version; id, text and answered message
+    ('{"say": ["1", "#a", "hi", "message"]}', [("1", "hi", "")]),
+    ('{"say": ["1", "#a", "hi", "message", 0, "m5", "x"]}', [("1", "hi", "m5")]),
+    ('{"say": ["", "#a", "hi", "message"]}', []),
+    ('{"say": ["1", "#\\n", "hi", "message"]}', []),
+    ("nonsense", []),
+]
+
+
+def test_an_outbox_in_a_file_is_read_line_by_line():
+    for line, found in JOURNAL:
+        _, waiting = chat.parse_journal(f"{line}\n5\n".encode())
+        assert [(one.id, one.text, one.reply) for one in waiting] == found
+
+
+def test_an_outbox_in_a_file_is_moved_once(folder):
+    db, path = chat.open_client_database(":memory:"), folder / "outbox"
+    path.write_bytes(b'{"say": ["1", "#a", "hi", "message"]}\n')
+    for _ in range(2):
+        with open(path, "r+b") as file:
+            chat.move_outbox(db, file, chat.parse_target("irc://here"), "alice")
+    assert path.read_bytes() == b"" and db.execute("SELECT text FROM outbox").fetchall() == [
+        ("hi",)
+    ]
+
+
+def test_when_bytes_came_last_is_noted_on_each_connection(monkeypatch):
+    link = types.SimpleNamespace(loop=types.SimpleNamespace(now=7.0))
+    monkeypatch.setattr(chat.LinkConnection, "__init__", lambda self, link, sock: None)
+    conn = chat.ServerConnection(link, None)
+    assert conn.heard == 7.0
+    conn.loop, taken = types.SimpleNamespace(now=9.0), []
+    monkeypatch.setattr(chat.LinkConnection, "arrived", lambda self, data: taken.append(data))
+    conn.arrived(b"x")
+    assert conn.heard == 9.0 and taken == [b"x"]
+    call = types.SimpleNamespace(loop=conn.loop, heard=0.0, _take=bool)
+    call.reader = types.SimpleNamespace(feed=taken.append)
+    chat.WebCall.received(call, b"y")
+    assert call.heard == 9.0 and taken == [b"x", b"y"]
+
+
+def test_a_loop_that_is_closed_leaves_nothing_open():
+    loop = chat.Loop()
+    ends = loop.woken, loop.waker
+    loop.close()
+    assert [end.fileno() for end in ends] == [-1, -1]
+
+
+@pytest.mark.parametrize("caught_up, part", [(True, 1), (False, 10)])
+def test_a_node_that_has_not_caught_up_looks_more_often(caught_up, part):
+    link = types.SimpleNamespace(give_up_silent=bool, attempt=lambda act: act(), up=True)
+    link.loop, link.tick = FakeLoop(5000.0), bool
+    link.cluster = types.SimpleNamespace(tick=bool, caught_up=caught_up)
+    chat.NatsLink.tick(link)
+    (timer,) = link.loop.timers
+    assert timer.when - 5000.0 == pytest.approx(chat.NODE_TICK_SECONDS / part)
+    assert link.up is caught_up
+
+
+def test_the_time_to_connect_begins_when_the_name_is_resolved():
+    link = Hanging(True, 60.0)
+    link.phase, link.began, link.loop.now = chat.RESOLVING, 1.0, 50.0
+    link.loop.call_soon = bool
+    link._found((None, []))
+    assert link.began == 50.0 and link.phase in (chat.CONNECTING, chat.WAITING)
+
+
+def test_a_link_that_begins_says_to_which_server():
+    link = Hanging(True, 60.0)
+    link.start()
+    assert [view.text for view in link.log if view.kind == chat.STATUS] == [
+        f"connecting to {link.target}"
+    ]
+    assert link.phase == chat.RESOLVING
+
+
+def test_a_trouble_that_only_the_user_can_end_is_told_and_stands_in_the_status():
+    for interactive in [True, False]:
+        link, ended = Hanging(interactive, 60.0), []
+        link.phase, link._end = chat.ONLINE, ended.append
+        link._wait_for_user("it is broken", "do something")
+        told = [(view.kind, view.text) for view in link.log]
+        assert ended == ([] if interactive else ["it is broken"])
+        wanted = [(chat.NOTE, "it is broken; do something"), (chat.STATUS, "it is broken")]
+        assert told == (wanted if interactive else [])
+
+
+def test_an_attempt_that_is_decided_has_no_timer_any_more():
+    found, done = [], []
+    attempt = types.SimpleNamespace(then=lambda one, reason: found.append(reason))
+    attempt.timer = types.SimpleNamespace(callback=bool, cancel=lambda: done.append("cancelled"))
+    attempt.loop = types.SimpleNamespace(selector=types.SimpleNamespace(unregister=done.append))
+    attempt.sock = types.SimpleNamespace(close=lambda: done.append("closed"))
+    chat.Connecting._done(attempt, "refused")
+    assert found == ["refused"] and done == ["cancelled", attempt.sock, "closed"]
+    attempt.timer.callback = None
+    chat.Connecting._done(attempt, "no answer")
+    assert found == ["refused"]
+
+
+@pytest.mark.parametrize("in_body, answers", [(True, []), (False, [1]), (False, []), (True, [1])])
+def test_the_time_for_a_head_or_for_a_body_begins_again_with_each_input(in_body, answers):
+    done = []
+    peer = types.SimpleNamespace(inbox=types.SimpleNamespace(in_body=in_body), answers=answers)
+    clock = lambda name: types.SimpleNamespace(  # noqa: E731
+        add=lambda one: done.append(f"{name} begins"),
+        discard=lambda one: done.append(f"{name} ends"),
+    )
+    times = types.SimpleNamespace(web_idle=clock("idle"), web_heads=clock("head"))
+    peer.server = types.SimpleNamespace(times=times)
+    chat.Peer.heard_request(peer)
+    assert done == ["idle ends", "idle begins" if in_body or answers else "head begins"]
+
+
+def test_a_client_that_was_out_of_budget_is_read_again():
+    class OutOfBudget(types.SimpleNamespace):
+        __hash__ = object.__hash__
+
+    done = []
+    for there in (True, False):
+        peer = OutOfBudget(waits_for_budget=True, update=lambda: done.append("update"))
+        peer.still_there = {True: lambda: True, False: lambda: False}[there]
+        peer.server = types.SimpleNamespace(beat=types.SimpleNamespace(acting={}))
+        chat.Peer.resume_with_budget(peer)
+        assert not peer.waits_for_budget and (peer in peer.server.beat.acting) is there
+    assert done == ["update"]
+
+
+def test_a_renamed_conversation_keeps_what_is_stored_of_it():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    room = chat.Room("bob")
+    store.keep_room("bob", room)
+    store.rename("bob", "rob")
+    assert list(store.kept_rooms) == ["rob"]
+    store.flush()
+    assert store.db.execute("SELECT key FROM rooms").fetchall() == [("rob",)]
+
+
+def test_settings_of_another_client_are_read_once():
+    core = chat.ClientCore(
+        "alice", store=chat.ClientStore(chat.open_client_database(":memory:"), "s", "a")
+    )
+    asked = []
+    core.store.version = lambda: 77
+    core.store.settings = lambda: asked.append("settings") or {"time": "%H"}
+    core.store.ignored = list
+    for _ in range(2):
+        core.refresh()
+    assert asked == ["settings"] and core.setting("time") == "%H"
+
+
+@pytest.mark.parametrize(
+    "state, queued", [("OPEN", 1), ("CLOSING", 1), ("LINGERING", 0), ("CLOSED", 0)]
+)
+def test_bytes_are_queued_until_the_own_end_was_sent(state, queued):
+    conn = types.SimpleNamespace(state=getattr(chat, state), direct=True, queue=[])
+    conn.loop = types.SimpleNamespace(dirty=types.SimpleNamespace(add=lambda one: None))
+    chat.Connection.write(conn, b"x")
+    assert len(conn.queue) == queued and conn.direct is not bool(queued)
+
+
+def test_the_end_of_the_other_side_is_handled_once_and_reading_ends():
+    done = []
+    conn = types.SimpleNamespace(eof=False, update=lambda: done.append("update"))
+    conn.ended, conn._finish = lambda: done.append("ended"), done.append
+    for conn.state, happened in (
+        (chat.OPEN, ["ended", "update"]),
+        (chat.OPEN, []),
+        (chat.LINGERING, [chat.HUNG_UP]),
+    ):
+        chat.Connection._end(conn)
+        assert done == happened and conn.eof
+        done.clear()
+    conn.eof, conn.state = False, chat.CLOSING
+    chat.Connection._end(conn)
+    assert done == ["update"]
+
+
+RELEASED = [(False, False, True), (True, False, False), (False, True, False), (True, True, False)]
+
+
+@pytest.mark.parametrize("gone, leaving, there", RELEASED)
+def test_after_a_job_a_connection_goes_on_if_it_is_still_there(gone, leaving, there):
+    done = []
+    peer = types.SimpleNamespace(held=True, gone=gone, leaving=leaving)
+    peer.resume_soon = lambda: done.append("resume")
+    assert chat.Peer.release(peer) is there
+    assert done == ["resume"] and not peer.held
+
+
+def test_only_the_web_waits_for_a_reader_of_its_last_bytes():
+    for web in [True, False]:
+        assert chat.Peer.waits_for_reader.fget(types.SimpleNamespace(web=web)) is web
+        assert chat.Connection.waits_for_reader is False
+
+
+def test_a_listener_that_listens_already_is_not_registered_again():
+    done = []
+    listener = types.SimpleNamespace(listening=False, address=("127.0.0.1", 1))
+    listener.sock = types.SimpleNamespace(listen=lambda backlog: done.append("listen"))
+    selector = types.SimpleNamespace(register=lambda *given: done.append("register"))
+    listener.server = types.SimpleNamespace(loop=types.SimpleNamespace(selector=selector))
+    for _ in range(2):
+        chat.Listener.listen(listener)
+    assert listener.listening and done == ["listen", "register"]
+
+
+MORE_CONNECTIONS = [  # the key of an address, its connections, whether it is refused one more of 5
+    ("192.0.2.1", 4, False),
+    ("192.0.2.1", 5, True),
+    ("127.0.0.1", 9, False),
+    ("10.0.0.2", 9, False),  # a proxy
+]
+
+
+def test_an_address_has_so_many_connections_but_proxies_and_this_machine_have_more():
+    for key, count, refused_ in MORE_CONNECTIONS:
+        limits = types.SimpleNamespace(proxies={"10.0.0.2"})
+        why = chat.ConnectionLimits._too_many(limits, types.SimpleNamespace(key=key), count, 5)
+        assert why == (f"too many connections from {key}: 5 at most" if refused_ else "")
+
+
+def peer_out_of_budget(**more):
+    done = []
+    inbox = types.SimpleNamespace(in_body=False, pending=True, clear=lambda: done.append("clear"))
+    usual = {"inbox": inbox, "budget": types.SimpleNamespace(tokens=-1.0), "gone": False}
+    peer = types.SimpleNamespace(**usual | more, address="h:1", waits_for_budget=False)
+    peer.wait, peer.resume_with_budget = lambda: 5.0, lambda: done.append("resume")
+    peer.update = lambda: done.append("update")
+    return peer, done
+
+
+@pytest.mark.parametrize(
+    "more, happens, timers",
+    [({"inbox": None}, [], 0), ({"gone": True}, ["clear"], 0), ({}, ["update"], 1)],
+)
+def test_a_line_beyond_the_budget_waits_or_is_dropped_after_a_reset(more, happens, timers):
+    peer, done = peer_out_of_budget(**more)
+    beat = types.SimpleNamespace(loop=FakeLoop(5000.0))
+    assert chat.ActBeat.act_on_a_line(beat, peer) is False
+    assert done == happens and len(beat.loop.timers) == timers
+    assert peer.waits_for_budget is bool(timers)
+
+
+@pytest.mark.parametrize("left, acted", [(60.0, True), (-60.0, False)])
+def test_peers_whose_turn_did_not_come_are_the_first_of_the_next_turn(left, acted):
+    done, peers = [], ["one", "two"]
+    turn = types.SimpleNamespace(in_several=False, is_full=False)
+    beat = types.SimpleNamespace(_put_first=lambda peers: done.append(("first", *peers)))
+    beat.site = types.SimpleNamespace(hub=types.SimpleNamespace(turn=turn))
+    beat.loop = types.SimpleNamespace(guarded=lambda act, peer, end: done.append(peer))
+    beat._act_on_peer = None
+    assert chat.ActBeat._act_on(beat, peers, time.perf_counter() + left) is acted
+    assert done == (peers if acted else [("first", "one", "two")])
+
+
+def test_a_client_that_may_not_speak_http_is_told_and_closed():
+    done = []
+    limits = types.SimpleNamespace(speaks_http=lambda home: "too many")
+    peer = types.SimpleNamespace(server=types.SimpleNamespace(limits=limits), home=None, web=False)
+    peer.address, peer.write, peer.close = "h:1", done.append, lambda: done.append("close")
+    chat.Peer.speak_http(peer, b"GET / HTTP/1.1")
+    assert done == [chat.TOO_MANY_HTTP, "close"] and not peer.web
+
+
+def test_conversations_and_holes_are_found_under_another_rule_for_names():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.keep_room("#{x}", chat.Room("#[X]"))
+    store.add("#{x}", chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#[X]", 5, id="1"))
+    insert = "INSERT INTO facts (owner, name, value) VALUES (?, 'holes #{x}', 'msgid=1')"
+    store.flush()
+    store.db.execute(insert, [store.owner])
+    fold = {"#[X]": "#[x]", "bob": "bob"}.get
+    store.rekey(lambda name: "#{x}" if name.startswith("#") else name, fold, {"#{x}": "#[X]"})
+    assert store.db.execute("SELECT key FROM rooms").fetchall() == [("#[x]",)]
+    assert store.fact("holes #[x]") == "msgid=1" and not store.fact("holes #{x}")
+    assert [view.text for view in store.page("#[x]", 5)] == ["hi"]
+
+
+def test_the_audience_of_an_event_includes_members_users_and_sessions():
+    house = house_of("alice", "bob", "carol")
+    alice, bob, carol = (house.guests[name] for name in ("alice", "bob", "carol"))
+    house.say("alice", "/join #a")
+    channel = house.hub.channels["#a"]
+    for audience, heard in (
+        (chat.Audience("#a", channels=(channel,)), [True, False, False]),
+        (chat.Audience("", users={bob.user}), [False, True, False]),
+        (chat.Audience("", sessions=[carol]), [False, False, True]),
+        (chat.Audience("#a", channels=(channel,), users={bob.user}), [True, True, False]),
+    ):
+        assert [audience.includes(one) for one in (alice, bob, carol)] == heard
+
+
+def test_a_user_with_an_account_who_leaves_by_netcat_has_left():
+    house = house_of("alice")
+    house.say("alice", "/register swordfish99")
+    house.turn()
+    house.say("alice", "/quit")
+    house.turn()
+    assert not house.hub.users and not house.hub.absent
+
+
+TICKS = [  # the log's ticks and time when they were noted, a later time; the ticks then
+    (100, 1000, 1000, 100),
+    (100, 1000, 1500, 600),
+    (100, 1000, 900, 100),
+    (100, 1000, 1000 + chat.LOG_STEP_MS, 100 + chat.LOG_STEP_MS),
+    (100, 1000, 1001 + chat.LOG_STEP_MS, 100 + chat.LOG_STEP_MS),
+]
+
+
+def test_ticks_of_the_log_stand_still_over_jumps_of_its_clock():
+    for noted, then, when, ticks in TICKS:
+        hub = types.SimpleNamespace(log_ticks=noted, log_time=then)
+        assert chat.ticks_of_log(hub, when) == ticks
+
+
+def test_the_past_is_played_in_steps_of_so_many_events():
+    for number, steps in [(0, 0), (AT_ONCE - 1, 0), (AT_ONCE, 1), (2 * AT_ONCE + 1, 2)]:
+        house = irc_house("#a", alice="")
+        house.say("alice", "PRIVMSG #a :hi")
+        (event,) = [one for one in house.hub.turn.events if one.kind == chat.MESSAGE]
+        played = list(chat.played(house.guests["alice"], [("#a", event)] * number))
+        assert played.count(None) == steps and len(played) == number + steps
+
+
+def test_a_snapshot_has_the_sessions_of_users_and_no_others():
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    come(house, "alice")
+    house.connect_irc("nameless")
+    copy = chat.Hub(0, chat.MessageIds())
+    chat.load_snapshot(chat.save_hub(house.hub), copy)
+    assert [one.user.name for one in copy.sessions.values()] == ["alice"]
+
+
+def test_a_log_that_was_asked_for_again_has_time_to_answer():
+    asked, dialogue = [], types.SimpleNamespace(inbox="x", numbers=itertools.count(1))
+    dialogue.subscribe = lambda subject, before: f"{subject} in place of {before}"
+    log = types.SimpleNamespace(dialogue=dialogue, now=7.0, heard=0.0, next=5, delivered=3)
+    log.name, log.subscription, log._call = "chat", "old", lambda *given: asked.append(given)
+    chat.NatsLog._consume(log)
+    assert (log.heard, log.delivered, log.subscription) == (7.0, 0, "x-log.1 in place of old")
+    ((subject, values, _),) = asked
+    assert subject == "CONSUMER.CREATE.chat" and values["stream_name"] == "chat"
+    config = values["config"]
+    assert (config["opt_start_seq"], config["deliver_subject"]) == (5, "x-log.1")
+
+
+def test_a_search_that_took_long_tells_nothing_of_a_channel_that_was_left_meanwhile(monkeypatch):
+    house = House()
+    come(house, "alice", caps="soju.im/search batch message-tags")
+    ask(house, "alice", "JOIN #a", "PRIVMSG #a :needle")
+    house.turn()
+    session, real = house.guests["alice"], chat.readable
+    calls = []
+
+    def readable(session, name, about):
+        calls.append(name)
+        if len(calls) > 1:
+            raise chat.Refused("INVALID_TARGET", "left", name)
+        return real(session, name, about)
+
+    monkeypatch.setattr(chat, "readable", readable)
+    told = ask(house, "alice", "SEARCH in=#a;text=needle")
+    assert session.user and len(calls) == 2 and not any(":needle" in line for line in told)
+
+
+def test_a_file_that_is_removed_is_removed_from_the_store(files):
+    path = path_of(posted(files))
+    assert list(files.store.rows("files"))
+    files.site.act("remove_file", path[7:])
+    files.turn()
+    assert not list(files.store.rows("files")) and not files.hub.files
+
+
+def test_statistics_of_another_server_are_not_here():
+    house = irc_house("", alice="")
+    for line, numeric in (("STATS u elsewhere.example", "402"), ("STATS u", "242")):
+        assert asked(house, "alice", line)[0].verb == numeric
+
+
+def test_a_client_is_resumed_for_the_names_of_a_renamed_channel():
+    house, resumed = House(), []
+    come(house, "alice", "bob", caps="message-tags")
+    for name in ("alice", "bob"):
+        ask(house, name, "JOIN #a")
+    house.guests["bob"].conn.resume_soon = lambda: resumed.append(True)
+    ask(house, "alice", "RENAME #a #b")
+    assert resumed == [True]
+
+
+def test_a_marker_at_a_time_of_two_messages_covers_both():
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    house.say("alice", "PRIVMSG #a :one", "PRIVMSG #a :two")
+    house.turn()
+    db = house.store.db
+    ((when,),) = db.execute("SELECT max(time) FROM events WHERE text = 'two'")
+    db.execute("UPDATE events SET time = ? WHERE text = 'one'", [when])
+    ((last,),) = db.execute("SELECT id FROM events WHERE text = 'two'")
+    ask(house, "alice", f"MARKREAD #a timestamp={iso(when / 1000)}")
+    (marks,) = house.hub.markers.values()
+    assert marks["#a"].id == last
+
+
+def test_those_who_are_here_are_named_up_to_a_number():
+    for more, ending in ((0, ""), (1, " and 1 more"), (2, " and 2 more")):
+        names = [f"n{n}" for n in range(chat.NAMES_GREETED + more)]
+        house = house_of(*names)
+        told = house.connect("alice").who_is_here()
+        assert told == f"; here: {', '.join(names[: chat.NAMES_GREETED])}{ending}"
+
+
+def test_a_bug_while_lines_are_acted_on_costs_only_that_client(monkeypatch):
+    with beating() as (server, peer):
+        one, other = named(server, peer, 2, "alice"), named(server, peer, 3, "bob")
+        monkeypatch.setattr(server.beat, "_take_lines", lambda peer, end: 1 // (peer is not one))
+        server.beat._act_on_peer(one, math.inf)
+        server.beat._act_on_peer(other, math.inf)
+        assert one.gone and BUGS.told.pop() and not other.gone
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o701, 0o770, 0o700])
+def test_the_data_folder_is_its_owner_s_alone(folder, mode):
+    (folder / "data").mkdir()
+    (folder / "data").chmod(mode)
+    os.close(chat.lock_folder(folder / "data"))
+    assert stat.S_IMODE((folder / "data").stat().st_mode) == 0o700
+
+
+def test_a_data_folder_is_made_with_those_above_it(folder):
+    os.close(chat.lock_folder(folder / "a" / "b"))
+    assert stat.S_IMODE((folder / "a" / "b").stat().st_mode) == 0o700
+
+
+def test_a_line_on_standard_output_is_there_at_once(monkeypatch):
+    done = []
+    out = types.SimpleNamespace(write=done.append, flush=lambda: done.append("flush"))
+    monkeypatch.setattr(sys, "stdout", out)
+    chat.announce("hello")
+    assert "".join(done) == "hello\nflush"
+
+
 @contextlib.contextmanager
 def beating(**options):
     """A server without listeners whose loop does not run, and a function that makes a peer of it,
@@ -34624,6 +36791,13 @@ def test_a_server_that_fails_ends_with_its_first_reason():
     assert ended and house.failure == "the disk is gone"
 
 
+def test_the_clients_of_a_server_that_fails_are_told_why_they_are_dropped():
+    house, dropped = house_of("alice"), []
+    house.drop_clients = dropped.append
+    chat.Server.fail(house, "the disk is gone")
+    assert dropped == ["the server is going down"]
+
+
 def test_a_turn_that_a_busy_database_did_not_take_is_tried_again_soon():
     house = house_of("alice")
     house.say("alice", "hello")
@@ -34782,6 +36956,132 @@ def test_a_connection_that_is_closed_is_not_there_any_more():
         assert not one.still_there()
 
 
+def test_a_client_has_the_whole_time_to_answer_a_ping():
+    for seconds, asked, ends in [(-1, 1, False), (0, 1, True), (0, 0, False)]:
+        with beating() as (server, peer):
+            one = named(server, peer, 2, "alice")
+            one.asked, before = one.heard + asked, one.heard + asked
+            server.loop.now = one.heard + chat.PING_SECONDS + seconds
+            server.times.probe(one)
+            assert one.leaving is ends
+            assert (one.asked != before) is (seconds == 0 and not ends)
+
+
+def test_a_server_that_goes_on_takes_up_the_lines_that_have_come():
+    house, done = house_of("alice"), []
+    peer = types.SimpleNamespace(
+        update=lambda: done.append("update"), resume_soon=lambda: done.append("resume")
+    )
+    house.peers, house.paused = [peer], True
+    chat.Server.resume(house)
+    assert not house.paused and done == ["update", "resume"]
+
+
+def test_a_server_that_pauses_tells_its_users_and_reads_no_client():
+    house, done = house_of("alice"), []
+
+    def peer(user):
+        notice = lambda text: done.append((user, text))  # noqa: E731
+        session = types.SimpleNamespace(user=user, notice=notice)
+        update = lambda: done.append("update")  # noqa: E731
+        return types.SimpleNamespace(
+            session=session if user != "no session" else None, update=update
+        )
+
+    house.peers = [peer("no session"), peer("alice"), peer(None)]
+    chat.Server.pause(house, "one moment")
+    assert house.paused and done == ["update", ("alice", "one moment"), "update", "update"]
+
+
+def test_that_its_clock_differs_from_the_log_s_is_told_once(caplog):
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    house.cluster.wall = lambda now: 5_000_000.0
+    caplog.clear()
+    for _ in range(2):
+        house.begin_turn()
+    told = [text for text in caplog.messages if "differ by" in text]
+    assert len(told) == (1 if house.cluster.knows_time else 0)
+
+
+@pytest.mark.parametrize("fd, again", [(-1, False), (0, True), (5, True)])
+def test_a_listener_that_was_closed_meanwhile_does_not_come_back(fd, again):
+    done = []
+    selector = types.SimpleNamespace(register=lambda *given: done.append(given[1]))
+    loop = types.SimpleNamespace(selector=selector)
+    listener = types.SimpleNamespace(
+        sock=types.SimpleNamespace(fileno=lambda: fd), server=types.SimpleNamespace(loop=loop)
+    )
+    chat.Listener._come_back(listener)
+    assert done == [chat.READ] * again
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_the_socket_of_a_client_that_is_turned_away_lingers_unless_many_do(monkeypatch, more):
+    done = []
+
+    class Turned:
+        def __init__(self, loop, sock):
+            self.write = done.append
+            self.flush = lambda: done.append("flush")
+            self.close = lambda: done.append("close")
+            self.drop = lambda text: done.append(f"drop: {text}")
+
+    monkeypatch.setattr(chat, "Connection", Turned)
+    waiting = [None] * (chat.SPARE_DESCRIPTORS // 2 + more)
+    loop = types.SimpleNamespace(linger=types.SimpleNamespace(waiting=waiting))
+    limits = types.SimpleNamespace(_reason=lambda host, text: b"full")
+    chat.ConnectionLimits.turn_away(limits, loop, None, "h", "full")
+    assert done == [b"full", "flush", "close" if more < 0 else "drop: full"]
+
+
+def test_what_is_not_stored_yet_is_tried_again_once_at_a_time():
+    house = house_of("alice")
+    house.store.backlog.add([chat.Record("channel_gone", ("#a",), 0)], 0.0)
+    house.loop.timers.clear()
+    for _ in range(2):
+        house.committer.note_loss(False)
+    assert len(house.loop.timers) == 1
+
+
+def test_clients_of_heavy_use_that_had_no_turn_come_first_in_the_next(monkeypatch):
+    with beating() as (server, peer):
+        beat = server.beat
+        beat.fair = True
+        light, heavy = named(server, peer, 2, "alice"), named(server, peer, 3, "bob")
+        uses = {light: 0, heavy: chat.LIGHT_USE + 1}
+        for one in uses:
+            one.home = types.SimpleNamespace(used=lambda now, one=one: uses[one])
+        monkeypatch.setattr(beat, "_act_on", lambda peers, end: beat.acting.update({light: None}))
+        beat.acting = {light: None, heavy: None}
+        beat.act()
+        assert list(beat.acting) == [heavy, light]
+        beat.acting = {}
+
+
+KINDS_OF_FIGURES = {"chat_log_entry": "counter", "chat_last_event": "counter"} | {
+    "chat_seconds": "counter"
+}
+
+
+def test_each_figure_is_a_gauge_or_a_counter():
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    for name, (kind, text, value) in house.metrics().items():
+        assert kind == KINDS_OF_FIGURES.get(name, "gauge") and text and value >= 0, name
+
+
+def test_a_server_without_a_password_has_none_after_sighup_either():
+    house = house_of("alice")
+    assert house.read_files()[2] is house.options.password is None
+
+
+def test_a_code_is_mailed_to_its_address_with_a_subject(tmp_path):
+    options = chat.ServerOptions(sendmail=f"dd status=none of={tmp_path / 'mail'}", network="tea")
+    chat.mail_code(options, "a@b.example", "alice", "123")
+    head, _, text = (tmp_path / "mail").read_text().partition("\n\n")
+    assert {"To: a@b.example", "Subject: Your code for tea"} <= set(head.split("\n"))
+    assert text == "The code of the account alice is 123.\n"
+
+
 def test_a_client_that_does_not_answer_a_ping_is_disconnected():
     with beating() as (server, peer):
         one = named(server, peer, 2, "alice")
@@ -34789,6 +37089,14 @@ def test_a_client_that_does_not_answer_a_ping_is_disconnected():
             server.loop.now = one.heard + seconds
             server.times.probe(one)
             assert (one.asked > one.heard, one.leaving) == (asked, leaving)
+
+
+def test_a_user_who_did_not_answer_a_ping_may_come_back():
+    with beating() as (server, peer):
+        one = named(server, peer, 2, "alice")
+        one.asked, server.loop.now = one.heard + 1, one.heard + 200
+        server.times.probe(one)
+        assert one.session.parting == "Ping timeout: 200 seconds" and not one.session.quit_intended
 
 
 READ_ERRORS = [  # of a socket; whether the connection is over
@@ -35777,6 +38085,8 @@ def test_frames_of_the_protocol_are_answered_once():
 FILES_NOT_WRITTEN = [  # the error of the system; code and text of the refusal
     (FileNotFoundError(errno.ENOENT, "x"), "NO_FILE", chat.NO_SUCH_FILE),
     (OSError(errno.ENOSPC, "No space left on device"), "NO_ROOM", ""),
+    (OSError(errno.EDQUOT, "Quota exceeded"), "NO_ROOM", ""),
+    (OSError(errno.EMFILE, "Too many open files"), "UNAVAILABLE", ""),
 ]
 
 
@@ -35790,6 +38100,12 @@ def test_an_upload_that_cannot_be_written_is_refused_with_the_reason(error, code
     assert refused.value.code == code and str(refused.value) not in ("", code)
     assert not text or str(refused.value) == text
     assert chat.FileFolder._guarded(lambda: 5) == 5
+
+
+def test_a_client_whose_certificate_is_of_no_use_is_told_before_it_connects(tmp_path):
+    (tmp_path / "own.pem").write_text("no PEM")
+    with pytest.raises(OSError):
+        chat.Trust(own=str(tmp_path / "own.pem")).context()
 
 
 RESULTS_TAKEN = [  # what is so after an act has come back; what is done
@@ -36886,6 +39202,204 @@ def test_mentions_are_marked_whether_or_not_there_are_colours():
     assert "\x1b[1;31m! \x1b[0m" in bright and "\x1b[1mhi Alice\x1b[0m" in bright
     (private,) = chat.view_lines(view._replace(where="bob"), PLAIN_LOOK)
     assert "!" not in private
+
+
+def test_what_a_message_answers_is_cut_to_the_width_of_the_screen():
+    look = PLAIN_LOOK._replace(columns=30, answered=lambda view: "bob: " + "x" * 99)
+    first, _ = chat.view_lines(at(**CLOCK, text="hi", name="al", where="#rust", reply="1"), look)
+    assert first.startswith("      answers bob: xxx") and chat.text_width(first) == 29
+    notice = at(**CLOCK, kind="notice", text="a\nb", name="bob", where="#rust")
+    assert chat.view_lines(notice, PLAIN_LOOK)[-1] == "    b"
+
+
+PIECES = [  # a text, and the pieces of it that stay in one row; | where a row may end
+    ("two words", "two| words"),
+    ("\u4f60\u597d", "\u4f60|\u597d"),
+    ("\u4f60 \u597d", "\u4f60| \u597d"),
+    ("ab\u4f60cd", "ab|\u4f60|cd"),
+    ("\u4f60\u3002\u597d", "\u4f60\u3002|\u597d"),
+    ("\u300c\u4f60\u300d\u597d", "\u300c\u4f60\u300d|\u597d"),
+    ("see http://a/\u4f60\u597d", "see| http://a/\u4f60\u597d"),
+    ("x \u4f60\u597d", "x| \u4f60|\u597d"),
+    ("a\u00a0b", "a\u00a0b"),
+]
+
+
+def test_a_row_ends_where_its_script_allows_it():
+    for text, pieces in PIECES:
+        found = list(chat.row_pieces(text))
+        marked = "".join("|" * (free and n > 0) + piece for n, (piece, free) in enumerate(found))
+        assert marked == pieces and "".join(piece for piece, _ in found) == text
+        assert found[0][1] is False
+
+
+NOTIFICATIONS = [  # the setting, name and text of a message, the escape sequence
+    ("9", "bob", "hi; there", "\x1b]9;bob: hi, there\a"),
+    ("777", "bob", "hi", "\x1b]777;notify;chat.py;bob: hi\a"),
+    ("off", "bob", "hi", ""),
+    ("", "bob", "hi", ""),
+    ("9", "b\x1bob", "a\nb\x07", "\x1b]9;bob: a\u23ceb\a"),
+]
+
+
+def test_a_notification_is_one_escape_sequence_and_no_more():
+    for how, name, text, sequence in NOTIFICATIONS:
+        view = chat.ViewEvent(chat.MESSAGE, text, name)
+        assert chat.notification(how, view) == sequence
+
+
+@pytest.mark.parametrize(
+    "called, past, mine, muted, told",
+    [
+        (True, False, False, False, True),
+        (False, False, False, False, False),
+        (True, True, False, False, False),
+        (True, False, True, False, False),
+        (True, False, False, True, False),
+    ],
+)
+def test_a_mention_rings_and_is_noticed_unless_it_is_old_own_or_muted(
+    called, past, mine, muted, told
+):
+    desk = Desk()
+    settings = {"bell": "on", "notify": "9", "time": "%H:%M"}
+    desk.core.setting = settings.get
+    desk.core.find("#lobby").muted = muted
+    view = chat.ViewEvent(chat.MESSAGE, "hi", "bob", "#lobby", called=called, past=past, mine=mine)
+    desk.display.take([view])
+    assert (desk.display.bell, desk.display.notice) == (told, "\x1b]9;bob: hi\a" * told)
+
+
+LEFT_WITH = [("", "bob left"), ("Quit", "bob left"), ("bye", "bob left (bye)")]
+
+
+def test_a_usual_reason_to_leave_is_not_shown():
+    for text, line in LEFT_WITH:
+        view = at(**CLOCK, kind="quit", name="bob", text=text)
+        assert chat.view_lines(view, PLAIN_LOOK) == [f"08:30 {line}"]
+
+
+def test_members_stand_in_as_many_columns_as_fit_those_with_a_rank_first():
+    names = ["zoe", "bob", "@yves", "+amy"]
+    for columns, rows in ((29, 1), (28, 2), (15, 2), (14, 4)):
+        view = at(**CLOCK, kind="people", text=", ".join(names), where="#rust")
+        head, *lines = chat.view_lines(view, PLAIN_LOOK._replace(columns=columns))
+        assert head == "08:30 4 in #rust"
+        assert len(lines) == rows
+    assert " ".join(lines).split() == ["+amy", "@yves", "bob", "zoe"]
+
+
+def test_an_explanation_is_wrapped_below_itself_or_below_its_term():
+    columns = chat.BESIDE_COLUMNS
+    words = " ".join(["word"] * 40)
+    first, *more = chat.beside("/x", words, columns)
+    assert first.startswith("/x ") and all(row[: columns // 3].isspace() for row in more)
+    assert max(map(len, (first, *more))) <= columns - 1
+    exact = "a" * (columns - 1 - columns // 3)
+    assert chat.beside("/x", exact, columns) == [f"{'/x':<{columns // 3}}{exact}"]
+    left, *rows = chat.beside("/x", words, columns - 1)
+    assert left == "/x" and all(row.startswith("    word") for row in rows)
+
+
+def test_marks_of_conversations_are_bright_red_if_the_user_is_meant():
+    rooms = [chat.Room("#a"), chat.Room("#b"), chat.Room("#here")]
+    for room, called in zip(rooms, (0, 1, 0), strict=True):
+        room.unread, room.called = 3, called
+    assert chat.room_marks(rooms, rooms[2]) == [("#b:3!", (1, 31)), ("#a:3", (36,))]
+
+
+def test_the_first_message_that_is_new_to_the_user_is_marked():
+    for count, mark in [(0, None), (1, 5), (2, 3), (3, 1), (9, None)]:
+        room = chat.Room("#a")
+        kinds = ((0, 0), (1, 0), (0, 0), (0, 1), (0, 0))  # the user's own, and of the past
+        for mine, past in kinds:
+            view = chat.ViewEvent(chat.MESSAGE, "x", "bob", "#a", mine=bool(mine), past=bool(past))
+            room.views.append(view)
+        reader = chat.ScrollbackView(room, PLAIN_LOOK, 9)
+        reader.mark_unread(count)
+        assert reader.mark == mark
+
+
+def test_the_first_letter_of_a_text_is_one_cluster():
+    for text, first in (
+        ("ab", "a"),
+        ("e\u0301x", "e\u0301"),
+        ("", ""),
+        ("\U0001f469\u200d\U0001f680x", "\U0001f469\u200d\U0001f680"),
+    ):
+        assert chat.first_cluster(text) == first
+
+
+def test_a_word_is_taken_up_to_its_end():
+    for text, word in (
+        ("  two_words x", "  two_words"),
+        ("_a b", "_a"),
+        ("a-b", "a"),
+        ("--", "--"),
+        ("", ""),
+    ):
+        assert "".join(chat.with_a_word(text)) == word
+
+
+def test_a_text_that_is_kept_while_an_older_one_is_recalled_moves_that_back():
+    editor = chat.LineEditor()
+    for text in ("one", "two", "three"):
+        editor.set(text)
+        editor.press(chat.Key("enter"))
+    editor.press(chat.Key("up"))
+    editor.press(chat.Key("up"))
+    assert editor.text == "two"
+    editor.remember("four")
+    editor.press(chat.Key("up"))
+    assert editor.text == "one"
+    editor.press(chat.Key("down"))
+    editor.press(chat.Key("down"))
+    assert editor.text == "three"
+
+
+def test_older_messages_that_came_are_scrolled_to_as_far_as_is_owed():
+    desk = Desk(rows=10)
+    desk.hear(*[f"line {n}" for n in range(30)])
+    desk.paint()
+    reader, moved = desk.display.reader, []
+    reader.up = moved.append
+    for back, owed, up in ((True, 5, [5]), (True, 0, []), (False, 5, [])):
+        reader.back, reader.owed, reader.at_top = back, owed, True
+        reader.came_older()
+        assert moved == up and not reader.at_top
+        moved.clear()
+
+
+def test_reactions_to_a_message_go_with_it_and_other_texts_stay():
+    desk = Desk()
+    desk.hear("tea?", id="1")
+    room = desk.core.room
+    for text, reply in (("bob reacted", "1"), ("other", "2"), ("plain", "")):
+        room.views.append(chat.ViewEvent(chat.SERVER_TEXT, text, where="#lobby", reply=reply))
+    desk.display.take([chat.ViewEvent(chat.REMOVED, where="#nowhere", id="1")])
+    desk.display.take([chat.ViewEvent(chat.REMOVED, where="#lobby", id="")])
+    assert len(room.views) == 4
+    desk.display.take([chat.ViewEvent(chat.REMOVED, where="#lobby", id="1")])
+    assert [view.text for view in room.views] == ["tea?", "other", "plain"]
+
+
+def test_who_is_in_a_conversation_is_a_page():
+    desk = Desk(colours=True)
+    pages = []
+    desk.display._take_page = pages.append
+    desk.display.take([chat.ViewEvent(chat.PEOPLE, "bob, carol", where="#lobby")])
+    desk.display.take([chat.ViewEvent(chat.PEOPLE, "", where="#lobby")])
+    (page,) = pages
+    assert (page.kind, page.name) == (chat.PAGE, "#lobby members")
+    assert [line.split() for line in page.text.split("\n")][-1] == ["bob", "carol"]
+
+
+def test_a_reaction_is_told_and_so_is_that_it_is_taken_back():
+    for number, verb in [(1, "reacted"), (0, "takes back"), (-1, "takes back")]:
+        desk = Desk()
+        view = chat.ViewEvent(chat.REACTED, "+1", "bob", "#lobby", id="1")._replace(number=number)
+        desk.display.take([view])
+        assert desk.core.room.views[-1].text.startswith(f"bob {verb} +1 to ")
 
 
 def test_a_day_is_told_when_it_is_another_one_than_that_of_the_view_before():
@@ -39246,6 +41760,18 @@ def test_answers_of_web_servers_are_read_however_they_are_cut(data, bodiless, wa
         assert (head.status, b"".join(pieces), end) == (*wanted, chat.END_OF_BODY)
 
 
+def test_the_head_of_an_answer_may_be_as_long_as_the_limit():
+    head = b"HTTP/1.1 200 OK\r\nX: "
+    fits = chat.ResponseReader(False)
+    fits.feed(head + b"x" * (fits.limit - len(head)))
+    assert fits.take() is None
+    fits.feed(b"\r\n\r\n")
+    assert fits.take().status == 200
+    longer = chat.ResponseReader(False)
+    longer.feed(head + b"x" * (longer.limit + 1 - len(head)))
+    assert longer.take().status == 431
+
+
 class Sender(Linked):
     """A client of a server that keeps files, with files of its own."""
 
@@ -39373,6 +41899,173 @@ def test_a_file_is_saved_as_it_is_or_not_at_all(answers, asked, saved, tmp_path)
     assert files.calls.keys() <= {one.id for one in files.core.transfers}
     there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert there == ({} if saved is None else {"a.txt": saved})
+
+
+def test_a_file_that_could_not_be_written_to_its_end_fails_with_the_reason(tmp_path):
+    files = InMemory(tmp_path)
+    one, failed = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1"), []
+    download = chat.Download.__new__(chat.Download)
+    download.one, download.transfers = one, files
+    files.failed = lambda one, why: failed.append((one.name, why))
+    download._closed(chat.Response(200, {}), "", OSError("the disk is full"))
+    assert failed == [("a.txt", "the disk is full")]
+
+
+RANGES_GIVEN = [  # status and headers of an answer; where its body begins, and the file's size
+    (200, {"content-length": ["9"]}, (0, 9)),
+    (206, {"content-range": ["bytes 3-8/9"]}, (3, 9)),
+    (206, {"content-range": ["bytes 3-8/*"], "content-length": ["6"]}, (3, 9)),
+    (206, {"content-range": ["bytes 3-8/*"]}, (3, 0)),
+    (206, {"content-range": ["nonsense"]}, (-1, 0)),
+    (206, {}, (-1, 0)),
+]
+
+
+def test_an_answer_tells_which_part_of_a_file_it_is():
+    for status, headers, given in RANGES_GIVEN:
+        assert chat.range_given(chat.Response(status, headers)) == given
+
+
+@pytest.mark.parametrize(
+    "silent, state, dropped",
+    [
+        (chat.WAITING_SECONDS, chat.OPEN, []),
+        (chat.WAITING_SECONDS + 1, chat.OPEN, ["no answer"]),
+        (chat.WAITING_SECONDS + 1, chat.CLOSED, []),
+    ],
+)
+def test_a_transfer_without_progress_is_dropped_after_a_while(tmp_path, silent, state, dropped):
+    files, why = InMemory(tmp_path), []
+    files.loop.now = 5000.0
+    files.calls = {"1": types.SimpleNamespace(heard=5000.0 - silent, state=state, drop=why.append)}
+    files.calls["2"] = None
+    files.wake = lambda: why.append("wake")
+    files.watch()
+    assert why == [*dropped, "wake"]
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_an_upload_that_is_gone_begins_again_under_another_link(tmp_path, status):
+    files, made = InMemory(tmp_path, (status, {}, b"")), []
+    one = chat.Transfer("1", True, chat.LOBBY, str(tmp_path / "a"), name="a", url="/files/1")
+    files._create = lambda one, token: made.append(one.url)
+    files._look(one, "")
+    assert made == [""]
+
+
+def test_the_time_of_a_request_is_when_its_bytes_moved_last():
+    more = []
+    call = types.SimpleNamespace(loop=types.SimpleNamespace(now=7.0), heard=1.0, state=chat.OPEN)
+    call.more = lambda: more.append(True)
+    for call.state, count in ((chat.OPEN, 1), (chat.CLOSED, 1)):
+        call.heard = 1.0
+        chat.WebCall.lagging(call)
+        assert call.heard == 7.0 and len(more) == count
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_sent(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"hello")
+    files = InMemory(tmp_path)
+    one = chat.Transfer("1", True, chat.LOBBY, str(path), name="a.txt", url="/files/1")
+    one.size, one.changed = chat.state_of(one.path)
+    asked = []
+    files._ask = lambda one, request, *codes: asked.append(request)
+    files._send_from(one, "", 0)
+    read = next(
+        part for part in asked[-1] if callable(part) and getattr(part, "__name__", "") == "read"
+    )
+    assert read(1) == b"ello"
+    checks = []
+    monkeypatch.setattr(chat, "check_unchanged", checks.append)
+    read(0)
+    assert checks == [one, one]
+
+
+def test_an_upload_that_is_cancelled_is_removed_from_the_server_at_once(tmp_path):
+    files = InMemory(tmp_path)
+    files.loop.now = 5000.0
+    for up, url, removed in ((True, "/files/1", True), (True, "", False), (False, "/x", False)):
+        one = chat.Transfer("1", up, chat.LOBBY, "", name="a", url=url)
+        one.again, files.dropped, files.wake = 9000.0, [], bool
+        files._take_back(one)
+        assert (files.dropped == [one], one.again == 5000.0) == (removed, removed)
+    files._remove(one, "")
+    assert files.asked[-1] == "DELETE" and files.last.headers["Content-Length"] == "0"
+
+
+def test_a_download_that_begins_again_begins_at_nothing(tmp_path):
+    files, cut = InMemory(tmp_path), []
+    download = chat.Download.__new__(chat.Download)
+    one = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1")
+    download.one, download.transfers, download.at, one.done = one, files, 5, 5
+    download.file = types.SimpleNamespace(truncate=cut.append)
+    download.began(chat.Response(404, {}))
+    assert (one.done, cut) == (5, [])
+    download.began(chat.Response(200, {"content-length": ["9"], "etag": ['"a"']}))
+    assert (one.done, one.size, one.etag, cut) == (0, 9, '"a"', [0])
+
+
+def test_an_upload_tells_its_name_and_an_id_of_its_own(tmp_path):
+    files, asked = InMemory(tmp_path), []
+    files._ask = lambda one, request, *codes: asked.append((request, codes))
+    one = chat.Transfer("id5", True, chat.LOBBY, str(tmp_path / "a"), name="tea.txt", url="")
+    one.size = 9
+    files._create(one, "")
+    ((request, codes),) = asked
+    words = dict(part.split(" ") for part in request.headers["Upload-Metadata"].split(","))
+    assert {key: base64.b64decode(word).decode() for key, word in words.items()} == {
+        "filename": "tea.txt",
+        "id": "id5",
+    }
+    assert request.headers["Upload-Length"] == "9" and codes == (201,)
+    one.url = "/files/1"
+    files._send_from(one, "", 0)
+    assert asked[-1][1] == (204, 409) and asked[-1][0].method == "PATCH"
+
+
+LINKED = f"/files/{'a' * 32}"
+ADDRESSES_OF_FILES = [  # whether the server is a chat.py, the link; under which server it is asked
+    (True, f"http://elsewhere.example{LINKED}", False),
+    (False, f"http://elsewhere.example{LINKED}", True),
+    (True, "http://elsewhere.example/x", True),
+    (False, "http://elsewhere.example/x", True),
+]
+
+
+@pytest.mark.parametrize("ours, link, elsewhere", ADDRESSES_OF_FILES)
+def test_a_file_is_asked_for_at_the_address_that_the_client_uses(tmp_path, ours, link, elsewhere):
+    files = InMemory(tmp_path)
+    files.core.server.ours = ours
+    url = files._own_url(chat.Transfer("1", False, chat.LOBBY, "", name="a", url=link))
+    assert (url.server.host == "elsewhere.example") is elsewhere
+    assert link.endswith(url.path)
+
+
+BROKEN_DOWNLOADS = [
+    ("reset", "reset"),
+    ("  ", "the connection broke"),
+    ("", "the connection broke"),
+]
+
+
+@pytest.mark.parametrize("text, why", BROKEN_DOWNLOADS)
+def test_a_download_that_breaks_says_why(tmp_path, text, why):
+    files, broke = InMemory(tmp_path), []
+    download = chat.Download.__new__(chat.Download)
+    download.one = chat.Transfer("1", False, chat.LOBBY, "", name="a.txt", url="/files/1")
+    download.transfers = files
+    files.broke = lambda one, why: broke.append(why)
+    download._closed(None, text, None)
+    assert broke == [why]
+
+
+def test_a_server_that_cannot_remove_an_upload_now_is_asked_again_later(tmp_path):
+    files, waited = InMemory(tmp_path, (503, {}, b"")), []
+    one = chat.Transfer("1", True, chat.LOBBY, "", name="a", url="/files/1")
+    files._back_off = waited.append
+    files._remove(one, "")
+    assert waited == files.dropped == [one]
 
 
 SAVED_AS = [  # what the user gives as a path; what is there; where the file is saved
@@ -40182,6 +42875,7 @@ def test_what_came_too_soon_after_a_painting_is_painted_a_moment_later(at_keys):
     at_keys.terminal.raw, at_keys.write, at_keys.loop.timers[:] = True, painted.append, []
     at_keys.loop.now = 1000.0
     at_keys.paint()
+    assert at_keys.loop.timers == []
     at_keys.loop.now += 0.1 / chat.PAINTS_A_SECOND
     for _ in range(2):
         hears(at_keys, ":bob!u@h PRIVMSG #tea :hi")
@@ -40651,6 +43345,193 @@ def test_a_command_of_the_terminal_is_answered_by_a_note(at_keys, typed, note):
     assert len(at_keys.seats) == 1 and at_keys.editor.text == ""
 
 
+def test_another_server_is_not_told_the_secrets_of_the_first(at_keys, monkeypatch):
+    monkeypatch.setattr(chat.Link, "start", lambda link: None)
+    secrets = {"password": "word", "login": ("alice", "secret")}
+    at_keys.options = at_keys.options._replace(
+        **secrets, trust=chat.Trust("ca.pem", "ab" * 32, own="me.pem")
+    )
+    given = []
+    add = at_keys.add
+    at_keys.add = lambda options: given.append(options) or add(options._replace(trust=chat.Trust()))
+    at_keys.take(b"/connect irc://there bob\r")
+    (options,) = given
+    assert (options.password, options.login, options.trust) == ("", None, chat.Trust("ca.pem"))
+    assert (options.name, options.join, options.lobby) == ("bob", (), False)
+
+
+def test_a_mention_at_another_server_is_noticed(at_keys):
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    other.screen.bell, other.screen.notice = True, "bob: hello alice"
+    at_keys.display.bell, at_keys.display.notice = False, "before "
+    taken = []
+    other.screen.take = taken.extend
+    at_keys.show_of(other, [chat.ViewEvent(chat.NOTE, "hi")])
+    assert [view.text for view in taken] == ["hi"]
+    assert at_keys.display.bell and at_keys.display.notice == "before bob: hello alice"
+    assert not other.screen.bell and not other.screen.notice
+
+
+def test_what_a_client_of_a_pipe_keeps_is_stored_when_it_ends(monkeypatch):
+    monkeypatch.setattr(chat, "Input", Pipe)
+    client = chat.Filter(chat.ClientOptions("alice", chat.parse_target("irc://here")))
+    stored = []
+    monkeypatch.setattr(client.core, "close_store", lambda: stored.append(True))
+    client.ending()
+    client.close()
+    client.loop.close()
+    assert stored == [True]
+
+
+def test_the_keys_are_explained_below_the_general_help_only(at_keys):
+    page = chat.ViewEvent(chat.PAGE, "the commands", "help")
+    assert chat.with_keys(page).text.startswith("the commands\n\nKeys") or (
+        chat.with_keys(page).text.split("\n")[:2] == ["the commands", ""]
+    )
+    assert chat.with_keys(page).text.split("\n")[2:] == [*chat.CLIENT_KEYS]
+    for other in (page._replace(name="/join"), page._replace(kind=chat.NOTE)):
+        assert chat.with_keys(other) is other
+
+
+def test_conversations_of_all_other_servers_are_told_beside_those_of_one(at_keys):
+    first = at_keys.seat
+    assert at_keys.rooms_besides(first) == []
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    other.core.rooms.open("#far")
+    assert {where for where, _ in at_keys.rooms_besides(first)} == {"there:6667"}
+    assert "#far" in [room.name for _, room in at_keys.rooms_besides(first)]
+    assert [room.name for _, room in at_keys.rooms_besides(other)] == ["#den", "#tea"]
+
+
+def test_the_tab_key_completes_what_is_before_it(at_keys):
+    at_keys.take(b"/go #d\t")
+    assert at_keys.editor.text == "/go #den"
+
+
+def test_another_form_of_the_time_is_seen_at_once():
+    desk = Desk()
+    desk.hear("hello")
+    assert "08:30 bob: hello" in desk.paint()
+    desk.core.typed("/set time %H.%M")
+    assert "08.30 bob: hello" in desk.paint()
+
+
+def test_a_conversation_to_which_the_core_went_by_itself_is_drawn():
+    desk = Desk()
+    desk.hear("hello", where="#rust")
+    desk.core.rooms.current = desk.core.rooms["#rust"]
+    desk.core.take_views()
+    assert "08:30 bob: hello" in desk.paint()
+
+
+def test_a_client_that_cannot_leave_all_servers_ends_after_some_seconds_without_a_reason(at_keys):
+    ended = []
+    at_keys.over, at_keys.loop.timers[:] = ended.append, []
+    for seat in at_keys.seats:
+        seat.link.leave = lambda **options: ended.append(options)
+    at_keys.leave("so long")
+    (timer,) = at_keys.loop.timers
+    timer.callback()
+    assert ended == [{"at_once": True, "reason": "so long"}, ""]
+    assert timer.when - at_keys.loop.now == pytest.approx(at_keys.leave_seconds, abs=0.1)
+
+
+@pytest.mark.parametrize("ready, late, count", [(True, ["b"], 1), (True, [], 0), (False, [], 2)])
+def test_messages_are_told_to_wait_if_they_wait_long_or_there_is_no_server(
+    at_keys, ready, late, count
+):
+    told = []
+    at_keys.terminal.raw, at_keys.write, at_keys.pressed = True, str, True
+    at_keys.core.outbox.waiting = dict.fromkeys(("a", "b"))
+    at_keys.late = {*late, "gone"}
+    at_keys.core.talk.ready = ready
+    at_keys.display.parts = lambda trouble, count: told.append(count) or []
+    at_keys.display.frame = lambda *_: ""
+    at_keys.paint()
+    at_keys.core.outbox.waiting = {}
+    assert told == [count]
+
+
+def test_what_waited_for_a_second_waits_long_and_the_status_is_drawn_each_second(at_keys):
+    at_keys.core.outbox.waiting = dict.fromkeys(("a", "b"))
+    at_keys.late, at_keys.news, at_keys.loop.timers[:] = set(), False, []
+    at_keys.tick()
+    at_keys.core.outbox.waiting = {}
+    assert at_keys.late == {"a", "b"} and at_keys.news
+    (timer,) = at_keys.loop.timers
+    assert timer.when - at_keys.loop.now == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_text_that_comes_back_stands_behind_the_draft_of_its_conversation(at_keys):
+    room = at_keys.core.find("#den")
+    room.draft = "before"
+    at_keys.take_back(at_keys.core, chat.ViewEvent(chat.BACK, "after", where="#den"))
+    assert room.draft == "before\nafter"
+
+
+def test_the_servers_of_last_time_are_connected_and_the_first_is_looked_at(at_keys, monkeypatch):
+    first, opened = at_keys.seat, []
+    facts = {"servers": '["irc://one", " ", 5, "irc://two"]'}
+    at_keys.store = types.SimpleNamespace(fact=lambda name: facts.get(name, ""))
+    at_keys.connect = opened.append
+    at_keys.look_at = lambda seat: opened.append(seat is first)
+    at_keys.open_others()
+    assert opened == ["irc://one", "irc://two", True]
+
+
+def test_ctrl_c_ends_that_the_user_is_typing(at_keys):
+    told = []
+    at_keys.editor.set("half a line")
+    at_keys.note_typing = lambda: told.append(at_keys.editor.text)
+    at_keys.interrupt()
+    assert told == [""]
+
+
+@pytest.mark.parametrize("less, asks", [(0, False), (1, True)])
+def test_older_messages_are_asked_for_two_screens_before_the_oldest(at_keys, less, asks):
+    asked = []
+    at_keys.link.ask_older = lambda room: asked.append(room) or True
+    reader = at_keys.display.reader
+    reader.up = bool
+    for _ in range(60):
+        reader.room.views.append(chat.ViewEvent(chat.NOTE, "x"))
+    reader.end = reader.first + 2 * reader.height - less
+    at_keys.up(1)
+    assert (asked == [reader.room]) is asks and at_keys.display.fetching is asks
+
+
+def test_the_line_is_drawn_behind_its_prompt(at_keys):
+    painted = []
+    at_keys.terminal.raw, at_keys.write = True, painted.append
+    at_keys.loop.now = 1000.0
+    at_keys.take(b"xyz")
+    at_keys.paint()
+    assert f"{at_keys.display.prompt()}xyz" in painted[-1]
+    for seconds in (1 / chat.PAINTS_A_SECOND, 5):  # nothing is new since then
+        at_keys.loop.now += seconds
+        at_keys.paint()
+    assert len(painted) == 1
+
+
+def test_a_terminal_is_painted_at_the_end_of_a_turn_and_not_connected_at_first(monkeypatch):
+    monkeypatch.setattr(chat, "RawTerminal", Untouched)
+    monkeypatch.setattr(chat, "Input", Untouched)
+    client = chat.TerminalClient(chat.ClientOptions("alice", chat.parse_target("irc://here")))
+    assert client.loop.turn_ends == client.paint and not client.was_ready and not client.told_why
+    client.close()
+    client.loop.close()
+
+
+def test_a_painting_that_is_just_due_is_not_put_off(at_keys):
+    painted = []
+    at_keys.terminal.raw, at_keys.write, at_keys.loop.timers[:] = True, painted.append, []
+    at_keys.painted = at_keys.loop.now = 1000.0
+    at_keys.news, at_keys.pressed = True, False
+    at_keys.loop.now = 1000.0 + 1 / chat.PAINTS_A_SECOND
+    at_keys.paint()
+    assert len(painted) == 1 and at_keys.loop.timers == []
+
+
 def test_unread_conversations_are_visited_those_with_a_mention_first(at_keys):
     hears(at_keys, ":bob!u@h PRIVMSG #den :hello", ":bob!u@h PRIVMSG alice :psst")
     visited = []
@@ -40800,6 +43681,29 @@ def test_each_line_of_a_pipe_is_said_and_commands_only_if_they_are_wanted(
     assert [one.text for one in client.core.outbox.waiting.values()] == said
     assert (client.link.reason == "so long") is ends and client.input_over is ends
     assert client.link.leaving is ends
+
+
+def test_nothing_is_read_from_a_pipe_before_there_is_a_server(monkeypatch):
+    monkeypatch.setattr(chat, "Input", Pipe)
+    client = chat.Filter(chat.ClientOptions("alice", chat.parse_target("irc://here")))
+    assert client.input.paused
+    client.close()
+    client.loop.close()
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_pipe_is_read_while_there_is_room_for_its_lines(piping, room):
+    client = piping()
+    client.link.has_room = lambda: room
+    client.input.paused = room
+    client.go_on()
+    assert client.input.paused is not room
+
+
+def test_bytes_of_a_pipe_that_are_no_text_are_said_as_marks(piping):
+    client = piping()
+    client.take(b"a\xffb\n")
+    assert [one.text for one in client.core.outbox.waiting.values()] == ["a\ufffdb"]
 
 
 def test_the_end_of_a_pipe_ends_its_last_line_and_the_client(piping):
@@ -47881,6 +50785,67 @@ def test_the_title_page_names_every_section():
     title, _, _ = source.partition('"""\n\nfrom')
     for banner in re.findall(r"# =+\n# ([A-Z ]+)\n# =+", source):
         assert f"\n    {banner}" in title, banner
+
+
+# Commands whose handlers look at their parameters themselves: the fewest and the most of them
+PARAMETERS = {
+    **dict.fromkeys(("NICK", "TAGMSG", "topic", "ban", "mode"), (0, 1)),
+    **dict.fromkeys(("PONG", "ERROR"), (0, 0)),
+    **dict.fromkeys(("PRIVMSG", "NOTICE", "LIST", "MARKREAD", "WHO", "WHOIS"), (0, 2)),
+    **dict.fromkeys(("LUSERS", "STATS"), (0, 2)),
+    **dict.fromkeys(("SUMMON", "USERS", "SERVER", "SERVICE"), (0, 3)),
+    **dict.fromkeys(("join", "search", "unban", "op", "deop", "voice", "devoice", "reply"), (1, 1)),
+    **dict.fromkeys(("SQUERY",), (1, 2)),
+    **dict.fromkeys(("BATCH", "TOKEN", "WHOWAS", "CONNECT", "SQUIT"), (1, 3)),
+    **dict.fromkeys(("NS", "NICKSERV", "MODE", "ISON"), (1, 15)),
+    "METADATA": (2, 15),
+    "USERHOST": (1, 5),
+}
+
+
+def parameters_of(syntax):
+    """Return the fewest and the most parameters that the syntax of a command tells."""
+    words = re.sub(r"<[^>]*>", "<x>", re.sub(r"\{[^}]*\}", "", syntax)).split()[1:]
+    depth, fewest = 0, 0
+    for word in words:
+        fewest += depth == 0 and word[0] != "["
+        depth += word.count("[") - word.count("]")
+    return fewest, len(words)
+
+
+def test_the_syntax_of_a_command_tells_how_many_parameters_it_takes():
+    tables = chat.irc_command, chat.line_command, chat.client_command, chat.service_command
+    found = {}
+    for table in tables:
+        for verb, one in table.items():
+            if (one.least, one.most) != parameters_of(one.syntax):
+                found[verb] = one.least, one.most
+    assert found == PARAMETERS and sum(map(len, tables)) > 150
+
+
+FEWEST = {  # lines of a server by the fewest parameters that they have, as the protocol has it
+    1: """900 903 907 902 904 905 906 400 435 438 447 484 432 001 ERROR 464 465 466 PING
+        AUTHENTICATE TAGMSG JOIN PART NICK""",
+    2: """421 451 908 433 436 437 005 396 CHGHOST MARKREAD 375 372 376 422 303 730 731 PRIVMSG
+        NOTICE KICK RENAME TOPIC 305 306 MODE INVITE REDACT 366 263 416 REGISTER VERIFY""",
+    3: """CAP 004 470 TOKEN 734 FAIL NOTE WARN CHATHISTORY 301 311 312 313 317 319 330 338 671
+        367 348 346 332 331 353 322 341""",
+    8: "352",
+}
+
+
+def test_a_line_of_a_server_needs_its_fewest_parameters(monkeypatch):
+    alice, seen = Elsewhere(), []
+    fewest = {verb: count for count, verbs in FEWEST.items() for verb in verbs.split()}
+    table = chat.SERVER_HANDLERS
+    assert {verb for verb, (_, least) in table.items() if least and verb} == fewest.keys()
+    for verb, count in fewest.items():
+        spy = lambda talk, heard: seen.append(len(heard.params))  # noqa: E731
+        monkeypatch.setitem(table, verb, (spy, table[verb][1]))
+        for params in (count - 1, count):
+            alice.hears(f":x!u@h {verb}{' x' * params}")
+        assert seen == [count], verb
+        seen.clear()
 
 
 def test_every_refusal_has_a_code_and_says_why():
