@@ -14320,10 +14320,15 @@ class HistoryRequests:
                 self.core.incoming.release(room)
 
     def release_talks(self) -> None:
-        """Show the held messages of private conversations for which no page was requested."""
+        """Show the held messages of private conversations for which no page was requested. In those
+        that are known to a chat.py, messages may have been changed: their pages are requested."""
         busy = {self.core.fold(asked.where) for asked in self.requests}
+        known = self.core.interactive and "chat.py/session" in self.server.enabled
         for key, room in list(self.core.rooms.items()):
-            if not room.is_channel and room.held is not None and key not in busy:
+            if room.is_channel or key in busy:
+                continue
+            changed = known and room.mark.startswith("msgid=") and len(busy) < TARGETS_ASKED
+            if not (changed and self.ask_page(room, "gap")) and room.held is not None:
                 self.core.incoming.release(room)
 
     # Pages, by how they were requested

@@ -24512,6 +24512,21 @@ def test_after_a_break_changes_are_asked_for_from_the_newest_message_that_was_se
     assert asked.split()[3] == f"msgid={newest.id}"
 
 
+def test_what_a_break_changed_in_a_private_conversation_is_known_though_no_more_was_said():
+    alice, bob = two_screens()
+    bob.typed("/msg alice liked")
+    bob.typed("/msg alice secret")
+    exchange_all(alice, bob)
+    liked, secret = (view.id for view in alice.core.rooms["bob"].views)
+    alice.drop()
+    bob.core.reactions.send(bob.core.rooms["alice"], liked, "+")
+    bob.typed(f"/raw REDACT alice {secret}")
+    alice.dial()
+    exchange_all(alice, bob)
+    assert [view.text for view in alice.core.rooms["bob"].views] == ["liked"]
+    assert alice.core.reactions.of(liked) == {"+": ["bob"]}
+
+
 def test_a_search_that_finds_nothing_says_so_and_one_that_does_has_a_beginning_and_an_end():
     alice, bob = two_screens()
     bob.typed("tea is ready")
