@@ -26218,8 +26218,9 @@ function el(tag, properties, ...children) {
   return made;
 }
 
-const button = (content, onclick, more) =>
-  el('button', { type: 'button', onclick, ...more }, content);
+// Its name, in a list that is drawn again, is what it begins with
+const button = (content, onclick, more) => el('button',
+  { type: 'button', name: content[0].textContent ?? content, onclick, ...more }, content);
 const dim = (text) => el('p', { className: 'dim' }, text);
 const div = (className, ...children) => el('div', { className }, ...children);
 const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(count)),
@@ -27504,14 +27505,15 @@ function refresh() {
   drawing = true;
 }
 
-// Replace the content of an element only if `facts` have changed: a tap needs its button to stay
+// Replace the content of an element only if `facts` have changed: a tap needs its button to stay.
+// The focus goes to the button of the same name
 function fill(parent, facts, make) {
   const text = JSON.stringify(facts);
   if (parent.facts === text) return;
-  const at = [...parent.querySelectorAll('button')].indexOf(document.activeElement);
+  const { name } = parent.contains(document.activeElement) && document.activeElement;
   parent.replaceChildren(...make());
   parent.facts = text;
-  if (at >= 0) parent.querySelectorAll('button')[at]?.focus();
+  if (name) [...parent.querySelectorAll('button')].find((one) => one.name === name)?.focus();
 }
 
 function draw() {
@@ -27569,8 +27571,8 @@ function drawWaiting(list) {
     const ariaLive = row.failed ? 'polite' : 'off'; // its echo is read out
     return el('article', { className: 'row mine', ariaLive }, withLinks(row.text ?? row.name), bar,
       el('span', { className: row.failed ? 'failed' : 'dim' }, why),
-      row.failed && button('Retry', () => act('setFailed', row.own, '')),
-      button('Cancel', () => act('cancel', row.own)));
+      row.failed && button('Retry', () => act('setFailed', row.own, ''), { name: `+${row.own}` }),
+      button('Cancel', () => act('cancel', row.own), { name: row.own }));
   })));
 }
 
@@ -27969,6 +27971,7 @@ visualViewport.onresize = visualViewport.onscroll = () => { // the keyboard of a
   if (scale < 1.01) scrollTo(0, 0); // Safari moves the page up, too
 };
 document.onkeydown = (event) => {
+  if (event.key === 'Escape') $('rooms').classList.remove('open');
   if (event.key !== 'k' || !event.ctrlKey) return;
   event.preventDefault();
   joinSheet();

@@ -45845,6 +45845,10 @@ def test_a_message_elsewhere_leaves_the_focus_and_the_count_alone(running, brows
     tab.until("room('#lobby').messages.length >= 3")
     tab.until("document.querySelector('#rooms .badge')?.textContent === '1'")
     assert tab.js("document.activeElement.closest('#rooms') !== null")
+    tab.js("void document.querySelectorAll('#rooms button')[1].focus()")
+    tab.js("openRoom('#a')")
+    tab.until("document.querySelectorAll('#rooms button')[2].textContent === 'ben'")
+    assert tab.js("document.activeElement.name") == "ben"  # it is another one in the list now
 
 
 def test_a_password_is_taken_as_it_was_typed_and_a_name_without_blanks(running, browse):
@@ -46180,6 +46184,8 @@ def test_the_keyboard_of_a_phone_covers_nothing_that_is_used(running, browse):
     assert tab.js("self.moved") == [0, 0]  # Safari shows the field by moving the page
     for part in ("composer", "rooms", "sheet"):
         if part == "sheet":
+            tab.key("Escape", 27)
+            assert not tab.js("$('rooms').offsetHeight")
             tab.js("openSheet('Sheet', Array.from({ length: 50 }, () => dim('text')))")
         top, bottom = tab.js(f"(b => [b.top, b.bottom])($('{part}').getBoundingClientRect())")
         assert 0 <= top < bottom <= 300, part
