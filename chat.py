@@ -26743,12 +26743,12 @@ function refused(nick, params, { verb, tags }) {
 
 const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.includes(how));
 
-// The conversation that a page is of. If another one has the same messages, its user was renamed
-// while this browser was away: they go on as one, under the name that user had last
+// The conversation that a page is of. If it has the newest message of another one, too, the user of
+// that was renamed while this browser was away: they go on as one, under the name used last
 function talkOf(to, messages) {
   const ids = new Set(messages.map(({ id }) => id)), isTalk = ({ name }) => !isChannel(name);
   const other = isTalk(to) && allRooms().filter(isTalk)
-    .find((one) => one !== to && one.messages.some(({ id }) => ids.has(id)));
+    .find((one) => one !== to && ids.has(lastSaid(one)?.id));
   if (!other) return to;
   const { nick = '' } = lastOf(messages.filter((one) => !isMe(one.nick))) ?? {};
   const [old, now] = fold(nick) === other.key ? [to, other] : [other, to];

@@ -45102,6 +45102,21 @@ def test_a_private_conversation_goes_on_under_the_new_name_of_the_other(running,
     assert tabs[0].js("allRooms().map(({ name }) => name)") == ["#lobby", "bert"]
 
 
+def test_a_page_joins_conversations_of_one_user_only(running, browse):
+    """Carol is rob now, and the new carol has written, too: that is not what rob said."""
+    tab = browse(with_page(running).address)
+    tab.js(
+        "self.said = (id, nick) => ({ id: `${id}aaaa`, own: '', time: now(), nick, text: '',"
+        " reactions: [] }); add(room('carol'), [said(1, 'carol'), said(5, 'carol')])"
+    )
+    for name, page, rooms in (
+        ("rob", "[said(1, 'carol'), said(4, 'rob')]", ["#lobby", "carol", "rob"]),
+        ("cora", "[said(5, 'carol'), said(6, 'cora')]", ["#lobby", "cora", "rob"]),
+    ):
+        assert tab.js(f"talkOf(room('{name}'), {page}).name") == name
+        assert tab.js("allRooms().map((to) => to.name).sort()") == rooms
+
+
 def test_what_is_typed_in_two_tabs_at_a_time_is_two_messages(running, browse):
     """Under one id there is one message, and the tabs keep their drafts in one place."""
     server = with_page(running)
