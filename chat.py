@@ -26401,6 +26401,7 @@ async function storedOnce(name) {
 // ---- The model: rooms and messages. Every tab has the same one, made from the same items
 
 const PAGE = 100; // messages that are asked for at once; fewer while the connection breaks often
+const PEOPLE = 500; // members of a channel who are shown, and asked for whether they are away
 const KEPT = 200; // messages of a room that are kept for the next start
 const WALKED = 1000; // missed messages that are fetched in order; of more, only the newest
 
@@ -26680,7 +26681,15 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
       member(room(name), nick, { rank });
     }
   },
-  366: (nick, [, name]) => { room(name).named = true; },
+  366(nick, [, name]) {
+    const to = room(name), ask = !to.named && Object.keys(to.members).length <= PEOPLE;
+    to.named = true;
+    if (ask) respond(`WHO ${name}`);
+  },
+  352(nick, [, name, , , , who, flags]) {
+    const to = state.rooms[fold(name)];
+    if (to?.members[fold(who)]) member(to, who, { away: flags[0] === 'G' });
+  },
   900: (nick, [, , account]) => { state.account = account; },
   REGISTER(nick, [result, account, text]) {
     note(text);
@@ -26692,7 +26701,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
 };
 
 // Numerics that are not shown: those of registration and of lists
-const QUIET = /^(00.|2..|30[16]|333|366|37.|422|43[1237]|464|90[3-7])$/;
+const QUIET = /^(00.|2..|30[16]|315|333|37.|422|43[1237]|464|90[3-7])$/;
 
 function dispatch(line) {
   const batch = state.batches[line.tags.batch], { verb, params } = line;
@@ -27557,7 +27566,7 @@ function drawRooms(list) {
 
 function peopleOf(members) {
   const order = ({ rank, name }) => `${rank ? '~&@%+'.indexOf(rank) : 9}${fold(name)}`;
-  const sorted = members.sort((a, b) => order(a).localeCompare(order(b))).slice(0, 500);
+  const sorted = members.sort((a, b) => order(a).localeCompare(order(b))).slice(0, PEOPLE);
   return [dim(counted(members.length, 'member')), ...sorted.map(({ name, rank, away }) =>
     button(rank + name, () => personSheet(name), { className: away ? 'dim' : '' }))];
 }
@@ -27589,12 +27598,14 @@ function drawPhase() {
   $('typing').textContent = names && `${names} typing`;
 }
 
+const closeRooms = () => $('rooms').classList.remove('open');
+
 function openRoom(name) {
   if (!name) return note('No name was given');
   const to = room(name);
   here = to.key;
   set('here', to.name);
-  $('rooms').classList.remove('open');
+  closeRooms();
   setReplyTo(null);
   if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
@@ -27850,7 +27861,7 @@ function openSheet(title, parts, buttons = [], kind = '') {
   sheet.replaceChildren(el('h2', { id: 'title' }, title), ...parts.filter(Boolean),
     div('buttons', ...buttons, button('Close', closeSheet)));
   sheet.dataset.kind = kind;
-  $('rooms').classList.remove('open');
+  closeRooms();
   if (!sheet.open) sheet.showModal();
 }
 
@@ -27960,7 +27971,7 @@ function signUpSheet() {
 $('where').onclick = roomSheet;
 $('find').onclick = () => searchSheet();
 $('menu').onclick = () => $('rooms').classList.toggle('open');
-log.onpointerdown = () => $('rooms').classList.remove('open');
+log.onpointerdown = closeRooms;
 new ResizeObserver(() => {
   width = log.clientWidth;
   keepPlace();
@@ -27971,7 +27982,7 @@ visualViewport.onresize = visualViewport.onscroll = () => { // the keyboard of a
   if (scale < 1.01) scrollTo(0, 0); // Safari moves the page up, too
 };
 document.onkeydown = (event) => {
-  if (event.key === 'Escape') $('rooms').classList.remove('open');
+  if (event.key === 'Escape') closeRooms();
   if (event.key !== 'k' || !event.ctrlKey) return;
   event.preventDefault();
   joinSheet();

@@ -44901,6 +44901,17 @@ def test_a_channel_that_is_founded_again_has_no_topic_on_the_page(running, brows
     tab.until("room('#a').joined && room('#a').named && room('#a').topic === ''")
 
 
+def test_the_page_knows_who_is_away_also_of_those_who_were_so_before(running, browse):
+    server = with_page(running)
+    ben = server.guest()
+    ben.enter_irc("ben", "JOIN #lobby", "AWAY :tea")
+    tab = browse(server.address).enter("anna")
+    tab.until("room('#lobby').members['=ben']?.away")
+    ben.send("AWAY\r\n")
+    tab.until("!room('#lobby').members['=ben'].away")
+    assert tab.js("drawn().length") == 0  # the answer to WHO is no news
+
+
 def test_the_commands_of_the_page_send_what_was_typed_in_one_line(running, browse):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
