@@ -26190,7 +26190,7 @@ dialog img { max-height: 40vh; }
     <p id="typing"></p>
     <div id="reply" hidden><span></span><button aria-label="No reply">&times;</button></div>
     <form id="composer">
-      <button type="button" id="menu" aria-label="Conversations">&#9776; <span></span></button>
+      <button type="button" id="menu">&#9776; <span></span></button>
       <button type="button" id="camera" aria-label="Take a picture">&#x1f4f7;&#xfe0e;</button>
       <button type="button" id="attach" aria-label="Send a picture or file">&#xff0b;</button>
       <textarea id="text" rows="1" placeholder="Message" aria-label="Message"></textarea>
