@@ -27250,11 +27250,12 @@ const ITEMS = {
     state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
     room(row.target);
   },
-  read({ time, nick }, { key }) { // also without a connection: see MARKREAD
+  read({ time }, { key }) { // also without a connection: see MARKREAD
     const to = state.rooms[key];
     if (!(time > to?.marker)) return; // another tab has read more, or removed it
+    const news = unreadIn(to).length;
     to.marker = time;
-    if (!isMe(nick)) respond(`MARKREAD ${to.name} timestamp=${time}`);
+    if (news) respond(`MARKREAD ${to.name} timestamp=${time}`);
   },
   dropped(own) {
     delete blobs[own];

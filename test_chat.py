@@ -46072,12 +46072,17 @@ def test_piled_up_marks_are_cut_where_no_letter_has_so_many(running, browse):
 
 def test_what_came_before_the_user_wrote_is_read_and_what_came_meanwhile_is_not(running, browse):
     tab = browse(with_page(running).address)
+    tab.until("leader")
     tab.js("state.me = 'anna'; self.at = (minute) => `2026-11-27T08:0${minute}:00.000Z`; null")
     said = "{ nick: 'bob', own: '', time: at(2) }, { nick: 'bob', own: '', time: at(4) }"
     mine = "{ nick: 'anna', time: at(5), own: `${Date.parse(at(3)).toString(16)}-aa` }"
     for message, unread in ((mine, [4]), (mine.replace("at(3)", "at(6)"), [])):
-        news = tab.js(f"unreadIn({{ marker: at(1), messages: [{said}, {message}] }})")
+        tab.js(f"Object.assign(room('bob'), {{ marker: at(1), messages: [{said}, {message}] }})")
+        news = tab.js("unreadIn(room('bob'))")
         assert [int(one["time"][15]) for one in news] == unread
+        tab.js("self.told = []; leader.send = (line) => told.push(line); null")
+        tab.js("ITEMS.read({ time: at(5) }, { key: fold('bob') })")
+        assert len(tab.js("told")) == len(unread)  # so it is read on other devices, too
 
 
 def test_a_log_in_outlives_a_break_and_comes_one_after_the_other(running, browse):
