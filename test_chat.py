@@ -46360,6 +46360,10 @@ def test_what_was_read_elsewhere_without_a_connection_is_read_in_the_page_later(
     server.server.hub.markers[identity] = {"ben": chat.Marker(when)}
     tab.js("leader.connect = usual; leader.connect()")
     tab.until("unreadIn(room('ben')).length === 0")
+    tab.js("act('close', 'ben')")
+    ben.send("PRIVMSG anna :two\r\n")  # the page reads the past of the conversation again
+    tab.until("state.rooms['=ben']?.messages.length === 2 && !room('ben').behind")
+    assert tab.js("unreadIn(room('ben')).map(({ text }) => text)") == ["two"]
 
 
 def test_a_channel_is_not_left_without_a_connection_and_a_removed_one_not_joined(running, browse):
