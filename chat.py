@@ -16665,6 +16665,7 @@ class Rooms(dict[str, Room]):
         if core.store:
             core.store.rename(old, core.fold(name))
         room.name = name
+        room.told_time, room.telling = 0, False  # under the old name it may have come too late
         self.rekey()
         self.keep(room)
         core.changed(room)
@@ -26609,6 +26610,7 @@ function renamed(to, name) {
   state.rooms[key] = Object.assign(to, { key, name });
   delete state.rooms[was];
   if (leader) store('rooms', 'delete', was);
+  respond(`MARKREAD ${name}`); // what was told under the old name may have come too late
   if (kept && !setting(`draft.${key}`)) { // once, of several tabs
     set(`draft.${key}`, kept);
     set(`draft.${was}`, null);

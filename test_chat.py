@@ -24571,6 +24571,23 @@ def test_ids_of_conversations_stay_when_their_names_change():
     assert alice.core.by_id(0) is None
 
 
+def test_what_was_read_while_the_other_user_took_a_new_name_is_read_under_that():
+    alice, bob = two_screens()
+    bob.typed("/msg alice psst")
+    alice.exchange()
+    alice.core.typed("/go bob")
+    alice.core.tick()
+    late = alice.core.take_output().split(b"\r\n")[:-1]
+    assert any(line.startswith(b"MARKREAD bob timestamp=") for line in late)
+    bob.typed("/nick rob")
+    alice.house.say(alice.label, *late)
+    alice.exchange()
+    alice.core.tick()
+    alice.exchange()
+    sent = [line for _, by_alice, line in alice.core.traffic if by_alice]
+    assert any(line.startswith("MARKREAD rob timestamp=") for line in sent)
+
+
 def test_an_answer_carries_the_id_of_what_it_answers():
     alice, bob = two_screens()
     bob.typed("who has tea?")
