@@ -21167,6 +21167,10 @@ class FileFolder:
         return file, os.fstat(file.fd).st_size
 
     def size(self, id: str) -> int:
+        """Return how many bytes of an upload there are: none if a server that was killed registered
+        it and did not begin it, which is done now. Raises Refused."""
+        if not self._part(id).exists():
+            self.begin(id).close()
         return self._guarded(lambda: self._part(id).stat().st_size)
 
     def append(self, file: OpenFile, piece: bytes) -> None:

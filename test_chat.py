@@ -16773,6 +16773,19 @@ ASKED_AGAIN = [  # bytes that came after the first POST, those of the second, wh
 ]
 
 
+def test_an_upload_that_a_killed_server_registered_and_did_not_begin_begins_when_asked_again(
+    files, tmp_path
+):
+    ask = "POST", "/files", "Upload-Length: 5", meta(id="1" * 32)
+    path = path_of(tus(files, *ask))
+    (part,) = tmp_path.rglob("*.part")
+    part.unlink()
+    again = tus(files, *ask)
+    assert (again[0], path_of(again), again[1]["upload-offset"]) == (201, path, "0")
+    tus(files, "PATCH", path, "Upload-Offset: 0", PIECE, body=b"hello")
+    assert got(files, path)[2] == b"hello"
+
+
 @pytest.mark.parametrize("come, body, at", ASKED_AGAIN)
 def test_a_post_with_the_clients_id_whose_answer_was_lost_makes_no_second_file(
     files, come, body, at
