@@ -14316,10 +14316,15 @@ class HistoryRequests:
                 self.core.incoming.release(room)
 
     def release_talks(self) -> None:
-        """Show the held messages of private conversations for which no page was requested."""
+        """Show the held messages of private conversations for which no page was requested. In those
+        that are known to a chat.py, messages may have been changed: their pages are requested."""
         busy = {self.core.fold(asked.where) for asked in self.requests}
+        known = self.core.interactive and "chat.py/session" in self.server.enabled
         for key, room in list(self.core.rooms.items()):
-            if not room.is_channel and room.held is not None and key not in busy:
+            if room.is_channel or key in busy:
+                continue
+            changed = known and room.mark.startswith("msgid=") and len(busy) < TARGETS_ASKED
+            if not (changed and self.ask_page(room, "gap")) and room.held is not None:
                 self.core.incoming.release(room)
 
     # Pages, by how they were requested
@@ -16655,6 +16660,7 @@ class Rooms(dict[str, Room]):
         if core.store:
             core.store.rename(old, core.fold(name))
         room.name = name
+        room.told_time, room.telling = 0, False  # under the old name it may have come too late
         self.rekey()
         self.keep(room)
         core.changed(room)
@@ -21183,6 +21189,10 @@ class FileFolder:
         return file, os.fstat(file.fd).st_size
 
     def size(self, id: str) -> int:
+        """Return how many bytes of an upload there are: none if a server that was killed registered
+        it and did not begin it, which is done now. Raises Refused."""
+        if not self._part(id).exists():
+            self.begin(id).close()
         return self._guarded(lambda: self._part(id).stat().st_size)
 
     def append(self, file: OpenFile, piece: bytes) -> None:
@@ -26154,8 +26164,9 @@ def bench_table(result: dict[str, Any]) -> str:
 # The page that a browser shows at the server's address: a client of IRC over a WebSocket, in one
 # document without anything from another host. It is the same kind of client as the others: a
 # message waits in its outbox under an id of its own until the echo is here, and what was missed is
-# asked for by the last id. Of several tabs, one has the connection. Chrome 88, Firefox 91 and
-# Safari 15 have what it needs; it does without what came later.
+# asked for by the last id. Of several tabs, one has the connection. Chrome 88, Firefox 98 and
+# Safari 15.4 have what it needs, which every device that has Firefox 91 or Safari 15 can have; it
+# does without what came later.
 
 PAGE_TEXT = r"""<!doctype html>
 <html lang="en">
@@ -26174,15 +26185,15 @@ PAGE_TEXT = r"""<!doctype html>
     --accent: #8ab8ff; --on: #0b1320; --mine: #1d2a3d; --called: #40381a; --bad: #ffb4ab;
     --light: 72%; } }
 * { box-sizing: border-box; }
-[hidden], dialog:not([open]) { display: none !important; }
+[hidden] { display: none !important; }
 html, body { height: 100%; margin: 0; overflow: hidden; -webkit-text-size-adjust: 100%; }
-body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var(--text);
-  overflow-wrap: break-word; overflow-wrap: anywhere; }
+body { font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
+body, dialog { background: var(--back); color: var(--text); }
 button, input, textarea { font: inherit; color: inherit; }
 button, .card, #rooms, #people { background: var(--side); }
 button, input, textarea, .row, img, .card { border-radius: .5rem; }
 button, dialog { border: 1px solid transparent; } /* forced colours show it */
-button { min-height: 44px; min-width: 44px; padding: 0 .6rem; cursor: pointer; }
+button { min-height: 44px; min-width: 44px; padding: 0 .6rem; cursor: pointer; overflow: hidden; }
 .main { background: var(--accent); color: var(--on); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
 input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
@@ -26204,11 +26215,9 @@ header button { background: none; }
 #phase { margin: 0; padding: .1rem .6rem; background: var(--called); }
 #log { flex: 1; overflow-x: hidden; overflow-y: auto; padding: 0 .6rem .3rem;
   overscroll-behavior: contain; overflow-anchor: none; }
-.block.known { content-visibility: auto; }
 .row { padding: .25rem .4rem; overflow: hidden; }
 @media print { /* all rows, and nothing else */
   html, body, main, #chat, #log { display: block; height: auto; overflow: visible; }
-  .block.known { content-visibility: visible; }
   header, nav, aside, form, #newest { display: none !important; } }
 .same > div:first-child { display: none; }
 .mine { background: var(--mine); }
@@ -26220,6 +26229,7 @@ header button { background: none; }
 .info .text { color: var(--dim); }
 blockquote { margin: 0; padding-inline-start: .5rem; border-inline-start: 3px solid var(--line); }
 img, .card { display: block; max-width: 100%; height: auto; }
+.reactions { max-height: 40vh; overflow-y: auto; }
 .reactions button { min-height: 34px; margin: .2rem .3rem 0 0; }
 [aria-pressed=true] { outline: 1px solid var(--accent); }
 .failed { color: var(--bad); }
@@ -26236,18 +26246,16 @@ progress { width: 100%; }
 #rooms, #people { width: 15rem; padding: .4rem; overflow: auto; }
 .list button { width: 100%; margin: 1px 0; align-items: center; }
 [aria-current=true] { background: var(--mine); font-weight: 600; }
-dialog { width: min(34rem, 100%); max-height: calc(90% - var(--keyboard)); overflow: auto;
-  z-index: 3; border-radius: 1rem; background: var(--back); color: var(--text);
-  padding: 1rem 1rem 2rem; }
-dialog[open] { position: fixed; inset: auto 0 var(--keyboard); margin: auto auto 0; }
+dialog { inset: 0 0 var(--keyboard); width: min(34rem, 100%);
+  max-height: calc(90% - var(--keyboard)); padding: 1rem 1rem 2rem; border-radius: 1rem; }
 h2 { margin: 0; font-size: 1.1rem; }
 .buttons { flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
 dialog img { max-height: 40vh; }
 @media (max-width: 1099px) { #people { display: none; } }
-@media (min-width: 720px) { #menu, #camera { display: none; }
-  dialog[open] { inset: 0 0 var(--keyboard); margin: auto; } }
+@media (min-width: 720px) { #menu, #camera { display: none; } }
 @media (max-width: 719px) {
-  #rooms { position: fixed; inset: auto 0 var(--keyboard); width: 100%; max-height: 75%; z-index: 2;
+  #rooms, dialog { inset: auto 0 var(--keyboard); }
+  #rooms { position: fixed; width: 100%; max-height: 75%; z-index: 2;
     border-radius: 1rem 1rem 0 0; box-shadow: 0 0 3rem #0006; display: none; }
   #rooms.open { display: block; } }
 </style>
@@ -26264,7 +26272,7 @@ dialog img { max-height: 40vh; }
     <p id="typing"></p>
     <div id="reply" hidden><span></span><button aria-label="No reply">&times;</button></div>
     <form id="composer">
-      <button type="button" id="menu" aria-label="Conversations">&#9776; <span></span></button>
+      <button type="button" id="menu">&#9776; <span></span></button>
       <button type="button" id="camera" aria-label="Take a picture">&#x1f4f7;&#xfe0e;</button>
       <button type="button" id="attach" aria-label="Send a picture or file">&#xff0b;</button>
       <textarea id="text" rows="1" placeholder="Message" aria-label="Message"></textarea>
@@ -26292,8 +26300,9 @@ function el(tag, properties, ...children) {
   return made;
 }
 
-const button = (content, onclick, more) =>
-  el('button', { type: 'button', onclick, ...more }, content);
+// Its name, in a list that is drawn again, is what it begins with
+const button = (content, onclick, more) => el('button',
+  { type: 'button', name: content[0].textContent ?? content, onclick, ...more }, content);
 const dim = (text) => el('p', { className: 'dim' }, text);
 const div = (className, ...children) => el('div', { className }, ...children);
 const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(count)),
@@ -26474,6 +26483,7 @@ async function storedOnce(name) {
 // ---- The model: rooms and messages. Every tab has the same one, made from the same items
 
 const PAGE = 100; // messages that are asked for at once; fewer while the connection breaks often
+const PEOPLE = 500; // members of a channel who are shown, and asked for whether they are away
 const KEPT = 200; // messages of a room that are kept for the next start
 const WALKED = 1000; // missed messages that are fetched in order; of more, only the newest
 
@@ -26512,10 +26522,13 @@ function calls({ text, nick, target }) {
 const STYLES = new RegExp('\x03(\\d\\d?(,\\d\\d?)?)?|\x04([\\da-f]{6}(,[\\da-f]{6})?)?'
   + '|[\x02\x0f\x11\x16\x1d-\x1f]', 'gi');
 
+// No letter needs more marks (UAX #15), and it takes a browser seconds to draw thousands of them
+const PILED = /(\p{M}{30})\p{M}+/gu;
+
 function messageOf({ tags, nick, params: [target, said] }) {
   const action = /^\x01ACTION (.*?)\x01?$/s.exec(said);
   const message = { nick, target: target.replace(/^[~&@%+]+(?=#)/, ''),
-    text: (action ? action[1] : said).replace(STYLES, '') };
+    text: (action ? action[1] : said).replace(STYLES, '').replace(PILED, '$1') };
   return { id: tags.msgid ?? '', own: tags['+chat.py/id'] ?? '', time: tags.time ?? now(),
     ...message, action: Boolean(action), reply: tags['+draft/reply'],
     file: fileOf(tags['chat.py/file']), reactions: [], called: calls(message) };
@@ -26584,11 +26597,18 @@ function arrived(own, to) {
   ITEMS.dropped(own);
 }
 
-// What is unread behind the marker, up to 100 messages; the time of a note is of this device
+// When a message was written, if that is known and before it was sent
+function writtenAt({ own, time }) {
+  const written = parseInt(own, 16);
+  return written < Date.parse(time) ? new Date(written).toISOString() : time;
+}
+
+// What is unread of the newest 100 messages: neither before the marker, nor before this user wrote
 function unreadIn({ messages, marker }) {
-  const said = messages.filter(({ info, gone }) => !info && !gone).slice(-100).reverse();
-  const read = said.findIndex(({ time, nick }) => time <= marker || isMe(nick));
-  return read < 0 ? said : said.slice(0, read);
+  const said = messages.filter(({ info, gone }) => !info && !gone).slice(-100);
+  const mine = said.filter(({ nick }) => isMe(nick));
+  const read = lastOf([marker, ...mine.map(writtenAt)].sort());
+  return said.filter((message) => message.time > read && !mine.includes(message));
 }
 
 function react(to, id, nick, emoji, on) {
@@ -26638,7 +26658,7 @@ const because = (reason) => (reason ? `: ${reason}` : '');
 // Note that messages are missed from now on; `upTo` becomes the id of the last one that was not. It
 // stays where an earlier gap begins
 function miss(to) {
-  to.joined = false;
+  Object.assign(to, { joined: false, told: '' }); // a marker may be lost with the connection
   if (to.behind && to.upTo) return;
   Object.assign(to, { behind: true, upTo: lastSaid(to)?.id ?? '', walked: 0 });
 }
@@ -26671,7 +26691,8 @@ function renamed(to, name) {
   state.rooms[key] = Object.assign(to, { key, name });
   delete state.rooms[was];
   if (leader) store('rooms', 'delete', was);
-  if (kept) { // once, of several tabs
+  respond(`MARKREAD ${name}`); // what was told under the old name may have come too late
+  if (kept && !setting(`draft.${key}`)) { // once, of several tabs
     set(`draft.${key}`, kept);
     set(`draft.${was}`, null);
   }
@@ -26743,7 +26764,15 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
       member(room(name), nick, { rank });
     }
   },
-  366: (nick, [, name]) => { room(name).named = true; },
+  366(nick, [, name]) {
+    const to = room(name), ask = !to.named && Object.keys(to.members).length <= PEOPLE;
+    to.named = true;
+    if (ask) respond(`WHO ${name}`);
+  },
+  352(nick, [, name, , , , who, flags]) {
+    const to = state.rooms[fold(name)];
+    if (to?.members[fold(who)]) member(to, who, { away: flags[0] === 'G' });
+  },
   900: (nick, [, , account]) => { state.account = account; },
   REGISTER(nick, [result, account, text]) {
     note(text);
@@ -26755,7 +26784,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
 };
 
 // Numerics that are not shown: those of registration and of lists
-const QUIET = /^(00.|2..|30[16]|333|366|37.|422|43[1237]|464|90[3-7])$/;
+const QUIET = /^(00.|2..|30[16]|315|333|37.|422|43[1237]|464|90[3-7])$/;
 
 function dispatch(line) {
   const batch = state.batches[line.tags.batch], { verb, params } = line;
@@ -26778,9 +26807,7 @@ function endBatch(key, { kind, target, line, lines }) {
     .filter(({ text }) => !text.startsWith('\x01'));
   if (kind === 'soju.im/search') return showFound(said, asked);
   if (kind === 'draft/chathistory-targets') {
-    lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
-    return allRooms().forEach(({ name }) => // perhaps read on another device
-      isChannel(name) || respond(`MARKREAD ${name}`));
+    return lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
   }
   if (kind !== 'chathistory') {
     return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
@@ -26808,12 +26835,29 @@ function refused(nick, params, { verb, tags }) {
 
 const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.includes(how));
 
+// The conversation that a page is of. If it has the newest message of another one, too, the user of
+// that was renamed while this browser was away: they go on as one, under the name used last
+function talkOf(to, messages) {
+  const ids = new Set(messages.map(({ id }) => id)), isTalk = ({ name }) => !isChannel(name);
+  const other = isTalk(to) && allRooms().filter(isTalk)
+    .find((one) => one !== to && ids.has(lastSaid(one)?.id));
+  if (!other) return to;
+  const { nick = '' } = lastOf(messages.filter((one) => !isMe(one.nick))) ?? {};
+  const [old, now] = fold(nick) === other.key ? [to, other] : [other, to];
+  delete state.rooms[now.key];
+  renamed(old, now.name);
+  add(old, now.messages.filter(({ id }) => id));
+  if (now.marker > old.marker) old.marker = now.marker;
+  if (old === shown()) drawLog();
+  return old;
+}
+
 function turnPage({ key, how }, messages, ended) {
-  const to = state.rooms[key];
-  if (!to) return;
+  if (!state.rooms[key]) return;
   state.page = Math.min(PAGE, state.page * 2);
   if (leader) leader.wait = SHORTEST; // that was progress
   if (how === 'AROUND') return showContext(messages);
+  const to = talkOf(state.rooms[key], messages);
   if (how !== 'AFTER') to.whole = ended;
   const notes = how === 'LATEST' ? forget(to, messages) : [];
   add(to, messages);
@@ -27082,6 +27126,7 @@ class Leader {
     const behind = allRooms().filter((to) => to.behind && (to.joined || !isChannel(to.name)));
     const { key, name, upTo, walked } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
     const newest = setting('newest');
+    if (key) this.send(`MARKREAD ${name}`); // perhaps it was read on another device
     if (!this.knowsTargets) {
       const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
       this.knowsTargets = true;
@@ -27126,7 +27171,6 @@ class Leader {
     if (isOnline() && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
     if (this.inFlight.size) this.window = 1;
     this.inFlight.clear();
-    allRooms().forEach((to) => { to.told = ''; }); // a marker may be lost with the connection
     this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
     this.uploader.end?.abort(); // its connection may be as dead
@@ -27243,15 +27287,10 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-let channel = { postMessage: (data) => [data, null].forEach((one) => set('channel', one)) };
+let channel = { postMessage() {} }; // where a browser keeps nothing of a page
 try {
   channel = new BroadcastChannel('chat');
-} catch { // Safari before 15.4 has none; where a browser keeps nothing of a page, it may refuse it
-  self.onstorage = ({ key, newValue }) => {
-    const data = key === 'chat.channel' && JSON.parse(newValue);
-    if (data) channel.onmessage({ data });
-  };
-}
+} catch { /* refused */ }
 
 let leader = null;
 let attached = false; // the model is that of the leader
@@ -27294,11 +27333,12 @@ const ITEMS = {
     state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
     room(row.target);
   },
-  read({ time, nick }, { key }) { // also without a connection: see MARKREAD
+  read({ time }, { key }) { // also without a connection: see MARKREAD
     const to = state.rooms[key];
     if (!(time > to?.marker)) return; // another tab has read more, or removed it
+    const news = unreadIn(to).length;
     to.marker = time;
-    if (!isMe(nick)) respond(`MARKREAD ${to.name} timestamp=${time}`);
+    if (news) respond(`MARKREAD ${to.name} timestamp=${time}`);
   },
   dropped(own) {
     delete blobs[own];
@@ -27382,7 +27422,7 @@ function elect(steal) {
 // ---- The screen: messages
 
 const EMOJI = ['\u{1f44d}', '\u2764\ufe0f', '\u{1f602}', '\u{1f62e}', '\u{1f622}', '\u{1f64f}'];
-const ROWS = 50; // of a block: the browser draws only the blocks that are in sight
+const DRAWN = 500; // rows at least, for a reader at the end: scrolling up draws older ones again
 // What ends a link: white space, quotes, the punctuation of Chinese and Japanese
 const NO_LINK = '\\s<>"\\p{Cf}\\xab\\xbb\\u201c-\\u201f\\u3001-\\u3004\\u3008-\\u301f'
   + '\\uff01-\\uff0f\\uff1a-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65';
@@ -27395,10 +27435,12 @@ const log = $('log');
 let here = fold('#lobby'); // key of the room on the screen
 let drawnFrom = 0; // its first message that has a row
 let stuck = true; // the reader is at the end, and stays there
+let firstRow, firstAt; // else: the first row in sight, and how far below the top of the log it is
+let width = 0; // of the log: another one moves all rows
 let replyTo = null; // the message that the next one replies to
 
 const shown = () => state.rooms[here] ?? allRooms()[0] ?? room('#lobby');
-const outside = { target: '_blank', rel: 'noopener noreferrer' };
+const outside = { target: '_blank', rel: 'noreferrer' };
 const isPicture = (type) => /^image\/(png|jpeg|gif|webp)$/.test(type);
 
 // A text and its links, which are every other part of it
@@ -27415,7 +27457,7 @@ function headOf({ nick, time }) {
 function quoteOf(id) {
   const original = find(shown(), id);
   return el('blockquote', { dir: 'auto',
-    onclick: () => rows.get(original)?.scrollIntoView({ block: 'center' }) },
+    onclick: () => rowOf(original)?.scrollIntoView({ block: 'center' }) },
   original ? `${original.nick}: ${original.gone ? TAKEN : original.text}` : 'an earlier message');
 }
 
@@ -27440,12 +27482,9 @@ function reactionsOf(message) {
   }));
 }
 
-const above = (row) =>
-  row.previousElementSibling ?? row.parentElement.previousElementSibling?.lastElementChild;
-
 // Show the day if it is not that of the row above, and the name if it is not the same
 function decorate(row) {
-  const { nick, time, info, reply: id } = row.message, last = above(row)?.message;
+  const { nick, time, info, reply: id } = row.message, last = row.previousElementSibling?.message;
   const day = !last || dayOf(last.time) !== dayOf(time);
   if (day) row.dataset.day = dayOf(time);
   row.classList.toggle('day', day);
@@ -27453,7 +27492,8 @@ function decorate(row) {
     && Date.parse(time) - Date.parse(last.time) < 300000);
 }
 
-const rows = new WeakMap(); // message -> its row
+const drawn = () => [...log.children].slice(0, -1); // the last child is for what waits
+const rowOf = (message) => drawn().find((row) => row.message === message);
 
 function fillRow(row) {
   const { message } = row, { nick, text, info, gone, action, reply: id, file } = message;
@@ -27466,80 +27506,62 @@ function fillRow(row) {
   decorate(row);
 }
 
-// The element in front of which new rows are put that come before the row `next`
-function blockBefore(next) {
-  if (!next) return $('waiting');
-  const block = next.parentElement;
-  if (next === block.firstElementChild) return block;
-  const all = [...block.children], rest = div('block', ...all.slice(all.indexOf(next)));
-  block.after(rest);
-  return rest;
-}
-
+// Draw messages in front of a row, or at the end
 function drawRows(messages, next) {
-  const place = blockBefore(next);
-  let block = next ? null : place.previousElementSibling;
   for (const message of messages) {
-    if (!block || block.childElementCount >= ROWS) {
-      block = div('block');
-      place.before(block);
-    }
     const row = el('article', { tabIndex: -1, message });
     if (messages.length > 1) row.setAttribute('aria-live', 'off'); // they are history
-    rows.set(message, row);
-    block.append(row);
+    (next ?? $('waiting')).before(row);
     fillRow(row);
   }
   if (next) decorate(next);
-  afterFrame(measureBlocks);
 }
 
-// The browser draws only the blocks that are in sight, once their height is known: a guessed height
-// would move what the reader looks at
-function measureBlocks() {
-  const full = [...log.querySelectorAll('.block:not(.known, :nth-last-child(2))')];
-  const heights = full.map((block) => block.offsetHeight);
-  full.forEach((block, n) => {
-    block.style.setProperty('contain-intrinsic-size', `1px ${heights[n]}px`);
-    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`); // newer browsers
-    block.classList.add('known');
-  });
+const topOf = (row) => row.getBoundingClientRect().top - log.getBoundingClientRect().top;
+
+// Note the first row in sight, if no sheet is above it, and where it is
+function look() {
+  const { left, top } = log.getBoundingClientRect();
+  const row = document.elementFromPoint(left + width / 2, top + 9)?.closest('.row');
+  if (row) [firstRow, firstAt] = [row, topOf(row)];
 }
 
-// Change the log and keep what the reader looks at where it is
+// Change the log, or its size, and keep what the reader looks at where it is
 function keepPlace(change) {
-  const { left: x, top: y, width } = log.getBoundingClientRect();
-  const seen = !stuck && document.elementFromPoint(x + width / 2, y + 9)?.closest('.row, .block');
-  const top = seen && seen.getBoundingClientRect().top;
+  if (change && !stuck) look();
   change?.();
   if (stuck) log.scrollTop = log.scrollHeight;
-  else if (seen?.isConnected) log.scrollTop += seen.getBoundingClientRect().top - top;
+  else if (firstRow?.isConnected) log.scrollTop += topOf(firstRow) - firstAt;
 }
 
 function inserted(to, index, messages) {
   if (to !== shown() || !messages.length) return;
   if (index < drawnFrom) drawnFrom += messages.length;
-  else keepPlace(() => drawRows(messages, rows.get(to.messages[index + messages.length])));
+  else keepPlace(() => drawRows(messages, rowOf(to.messages[index + messages.length])));
+  const all = drawn();
+  if (!stuck || all.length < 2 * DRAWN) return;
+  drawnFrom += DRAWN;
+  all.slice(0, DRAWN).forEach((row) => row.remove());
 }
 
 function changed(message) {
-  const row = rows.get(message);
-  if (row?.isConnected) keepPlace(() => fillRow(row));
+  const row = rowOf(message);
+  if (row) keepPlace(() => fillRow(row));
 }
 
 function drawLog() {
-  log.querySelectorAll('.block').forEach((block) => block.remove());
+  drawn().forEach((row) => row.remove());
   drawnFrom = shown().messages.length;
   stuck = true;
   drawOlder(PAGE);
   refresh();
 }
 
-function drawOlder(count = ROWS) {
+function drawOlder(count = 50) {
   const to = shown(), end = drawnFrom, first = to.messages.find(({ id }) => id);
   if (end) {
     drawnFrom = Math.max(0, end - count);
-    keepPlace(() => drawRows(to.messages.slice(drawnFrom, end), rows.get(to.messages[end])));
+    keepPlace(() => drawRows(to.messages.slice(drawnFrom, end), rowOf(to.messages[end])));
   } else if (first && isOnline() && !to.whole && !to.behind && !isAsked('BEFORE')) {
     act('request', 'BEFORE', to.key, `${to.name} msgid=${first.id} ${state.page}`);
   }
@@ -27548,6 +27570,7 @@ function drawOlder(count = ROWS) {
 log.onscroll = () => {
   stuck = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
   $('newest').hidden = stuck;
+  if (log.clientWidth === width) look();
   if (log.scrollTop < 1500) drawOlder();
   if (stuck) refresh();
 };
@@ -27575,14 +27598,15 @@ function refresh() {
   drawing = true;
 }
 
-// Replace the content of an element only if `facts` have changed: a tap needs its button to stay
+// Replace the content of an element only if `facts` have changed: a tap needs its button to stay.
+// The focus goes to the button of the same name
 function fill(parent, facts, make) {
   const text = JSON.stringify(facts);
   if (parent.facts === text) return;
-  const at = [...parent.querySelectorAll('button')].indexOf(document.activeElement);
+  const { name } = parent.contains(document.activeElement) && document.activeElement;
   parent.replaceChildren(...make());
   parent.facts = text;
-  if (at >= 0) parent.querySelectorAll('button')[at]?.focus();
+  if (name) [...parent.querySelectorAll('button')].find((one) => one.name === name)?.focus();
 }
 
 function draw() {
@@ -27626,7 +27650,7 @@ function drawRooms(list) {
 
 function peopleOf(members) {
   const order = ({ rank, name }) => `${rank ? '~&@%+'.indexOf(rank) : 9}${fold(name)}`;
-  const sorted = members.sort((a, b) => order(a).localeCompare(order(b))).slice(0, 500);
+  const sorted = members.sort((a, b) => order(a).localeCompare(order(b))).slice(0, PEOPLE);
   return [dim(counted(members.length, 'member')), ...sorted.map(({ name, rank, away }) =>
     button(rank + name, () => personSheet(name), { className: away ? 'dim' : '' }))];
 }
@@ -27640,8 +27664,8 @@ function drawWaiting(list) {
     const ariaLive = row.failed ? 'polite' : 'off'; // its echo is read out
     return el('article', { className: 'row mine', ariaLive }, withLinks(row.text ?? row.name), bar,
       el('span', { className: row.failed ? 'failed' : 'dim' }, why),
-      row.failed && button('Retry', () => act('setFailed', row.own, '')),
-      button('Cancel', () => act('cancel', row.own)));
+      row.failed && button('Retry', () => act('setFailed', row.own, ''), { name: `+${row.own}` }),
+      button('Cancel', () => act('cancel', row.own), { name: row.own }));
   })));
 }
 
@@ -27658,12 +27682,14 @@ function drawPhase() {
   $('typing').textContent = names && `${names} typing`;
 }
 
+const closeRooms = () => $('rooms').classList.remove('open');
+
 function openRoom(name) {
   if (!name) return note('No name was given');
   const to = room(name);
   here = to.key;
   set('here', to.name);
-  $('rooms').classList.remove('open');
+  closeRooms();
   setReplyTo(null);
   if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
@@ -27894,7 +27920,7 @@ log.onclick = ({ target }) => {
 
 // Move the focus to the row above or below; from the composer and back to it
 function moveFocus(step) {
-  const list = [...log.querySelectorAll('.block .row'), field];
+  const list = [...drawn(), field];
   const at = list.indexOf(document.activeElement.closest('.row, #text'));
   const next = list[(at < 0 ? list.length - 1 : at) + step] ?? list[0];
   next.focus();
@@ -27919,15 +27945,11 @@ function openSheet(title, parts, buttons = [], kind = '') {
   sheet.replaceChildren(el('h2', { id: 'title' }, title), ...parts.filter(Boolean),
     div('buttons', ...buttons, button('Close', closeSheet)));
   sheet.dataset.kind = kind;
-  if (sheet.open) return;
-  if (sheet.showModal) sheet.showModal();
-  else sheet.setAttribute('open', ''); // browsers before 2022
+  closeRooms();
+  if (!sheet.open) sheet.showModal();
 }
 
-function closeSheet() {
-  if (sheet.close) sheet.close();
-  else sheet.removeAttribute('open');
-}
+const closeSheet = () => sheet.close();
 
 sheet.onclick = ({ target }) => { if (target === sheet) closeSheet(); };
 
@@ -27968,7 +27990,6 @@ function personSheet(name) {
 }
 
 function joinSheet() {
-  $('rooms').classList.remove('open');
   form('Go to', [['#channel, or a name', { required: true }]], 'Open',
     (text) => enter(...text.split(/\s+/)));
 }
@@ -28005,11 +28026,13 @@ function showContext(messages) {
     el('article', { className: 'row' }, headOf(message), withLinks(message.text))));
 }
 
+const PLAIN_HTTP = 'Over plain http, others on this network can read along';
+
 function settingsSheet() {
-  $('rooms').classList.remove('open');
   openSheet(state.me, [dim(state.account ? `Logged in as ${state.account}` : 'Not logged in'),
-    !self.isSecureContext && dim('Over plain http, others on this network can read along, and '
-      + 'the page can neither be installed nor opened without network.'), otherWays()],
+    !self.isSecureContext
+      && dim(`${PLAIN_HTTP}, and the page can neither be installed nor opened without network.`),
+    otherWays()],
   [button('Name', () => (!isOnline() ? nameSheet()
     : form('Your name', [nameField()], 'Change', (name) => ask(`NICK ${name}`)))),
     ...state.account ? [choice('Log out', () => act('logOut'))]
@@ -28022,9 +28045,9 @@ function logInSheet() {
 }
 
 function signUpSheet() {
-  const warning = dim('Over plain http, others on this network can read this password.');
   form(`Register ${state.me}`, [['A password', { ...SECRET, required: true, minLength: 3 }]],
-    'Register', (word) => act('signUp', word), location.protocol === 'https:' ? [] : [warning]);
+    'Register', (word) => act('signUp', word),
+    [location.protocol === 'http:' && dim(`${PLAIN_HTTP}.`)]);
 }
 
 // ---- Start
@@ -28032,15 +28055,18 @@ function signUpSheet() {
 $('where').onclick = roomSheet;
 $('find').onclick = () => searchSheet();
 $('menu').onclick = () => $('rooms').classList.toggle('open');
-log.onpointerdown = () => $('rooms').classList.remove('open');
-new ResizeObserver(() => keepPlace()).observe(log);
+log.onpointerdown = closeRooms;
+new ResizeObserver(() => {
+  width = log.clientWidth;
+  keepPlace();
+}).observe(log);
 visualViewport.onresize = visualViewport.onscroll = () => { // the keyboard of a phone
   const { style, clientHeight } = document.documentElement, { height, scale } = visualViewport;
   style.setProperty('--keyboard', `${Math.max(0, clientHeight - height * scale)}px`);
   if (scale < 1.01) scrollTo(0, 0); // Safari moves the page up, too
 };
 document.onkeydown = (event) => {
-  if (event.key === 'Escape' && !sheet.showModal) closeSheet(); // browsers before 2022
+  if (event.key === 'Escape') closeRooms();
   if (event.key !== 'k' || !event.ctrlKey) return;
   event.preventDefault();
   joinSheet();

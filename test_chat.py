@@ -17232,6 +17232,19 @@ ASKED_AGAIN = [  # bytes that came after the first POST, those of the second, wh
 ]
 
 
+def test_an_upload_that_a_killed_server_registered_and_did_not_begin_begins_when_asked_again(
+    files, tmp_path
+):
+    ask = "POST", "/files", "Upload-Length: 5", meta(id="1" * 32)
+    path = path_of(tus(files, *ask))
+    (part,) = tmp_path.rglob("*.part")
+    part.unlink()
+    again = tus(files, *ask)
+    assert (again[0], path_of(again), again[1]["upload-offset"]) == (201, path, "0")
+    tus(files, "PATCH", path, "Upload-Offset: 0", PIECE, body=b"hello")
+    assert got(files, path)[2] == b"hello"
+
+
 @pytest.mark.parametrize("come, body, at", ASKED_AGAIN)
 def test_a_post_with_the_clients_id_whose_answer_was_lost_makes_no_second_file(
     files, come, body, at
@@ -26026,6 +26039,21 @@ def test_after_a_break_changes_are_asked_for_from_the_newest_message_that_was_se
     assert asked.split()[3] == f"msgid={newest.id}"
 
 
+def test_what_a_break_changed_in_a_private_conversation_is_known_though_no_more_was_said():
+    alice, bob = two_screens()
+    bob.typed("/msg alice liked")
+    bob.typed("/msg alice secret")
+    exchange_all(alice, bob)
+    liked, secret = (view.id for view in alice.core.rooms["bob"].views)
+    alice.drop()
+    bob.core.reactions.send(bob.core.rooms["alice"], liked, "+")
+    bob.typed(f"/raw REDACT alice {secret}")
+    alice.dial()
+    exchange_all(alice, bob)
+    assert [view.text for view in alice.core.rooms["bob"].views] == ["liked"]
+    assert alice.core.reactions.of(liked) == {"+": ["bob"]}
+
+
 def test_a_search_that_finds_nothing_says_so_and_one_that_does_has_a_beginning_and_an_end():
     alice, bob = two_screens()
     bob.typed("tea is ready")
@@ -26068,6 +26096,23 @@ def test_ids_of_conversations_stay_when_their_names_change():
     kept = alice.core.store
     assert [view.text for view in kept.page("rob", 9)] == ["psst"] and not kept.page("bob", 9)
     assert alice.core.by_id(0) is None
+
+
+def test_what_was_read_while_the_other_user_took_a_new_name_is_read_under_that():
+    alice, bob = two_screens()
+    bob.typed("/msg alice psst")
+    alice.exchange()
+    alice.core.typed("/go bob")
+    alice.core.tick()
+    late = alice.core.take_output().split(b"\r\n")[:-1]
+    assert any(line.startswith(b"MARKREAD bob timestamp=") for line in late)
+    bob.typed("/nick rob")
+    alice.house.say(alice.label, *late)
+    alice.exchange()
+    alice.core.tick()
+    alice.exchange()
+    sent = [line for _, by_alice, line in alice.core.traffic if by_alice]
+    assert any(line.startswith("MARKREAD rob timestamp=") for line in sent)
 
 
 def test_an_answer_carries_the_id_of_what_it_answers():
@@ -47795,12 +47840,12 @@ class Tab:
 
     def rows(self):
         """The texts of the messages that are shown: those that have arrived."""
-        rows = "document.querySelectorAll('#log .block .row:not(.info) .text')"
+        rows = "document.querySelectorAll('#log > .row:not(.info) .text')"
         return self.js(f"[...{rows}].map(row => row.textContent)")
 
     def wait_for(self, *texts):
         for text in texts:
-            rows = "[...document.querySelectorAll('#log .block .row')]"
+            rows = "[...document.querySelectorAll('#log > .row')]"
             self.until(f"{rows}.some(row => row.textContent.includes({json.dumps(text)}))")
 
     def choose(self, path):
@@ -47948,6 +47993,17 @@ def test_a_channel_that_is_founded_again_has_no_topic_on_the_page(running, brows
     tab.until("room('#a').joined && room('#a').named && room('#a').topic === ''")
 
 
+def test_the_page_knows_who_is_away_also_of_those_who_were_so_before(running, browse):
+    server = with_page(running)
+    ben = server.guest()
+    ben.enter_irc("ben", "JOIN #lobby", "AWAY :tea")
+    tab = browse(server.address).enter("anna")
+    tab.until("room('#lobby').members['=ben']?.away")
+    ben.send("AWAY\r\n")
+    tab.until("!room('#lobby').members['=ben'].away")
+    assert tab.js("drawn().length") == 0  # the answer to WHO is no news
+
+
 def test_the_commands_of_the_page_send_what_was_typed_in_one_line(running, browse):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
@@ -48031,7 +48087,7 @@ def test_what_was_said_before_a_break_is_not_fetched_again_as_the_newest(running
         "Object.assign(state, { phase: 'online' }); room('#lobby').behind = false;"
         "leader.knowsTargets = true; leader.catchUp(); return said; })()"
     )
-    assert asks == ["CHATHISTORY AFTER bob msgid=1faaaa 100"]
+    assert asks == ["MARKREAD bob", "CHATHISTORY AFTER bob msgid=1faaaa 100"]
 
 
 def test_a_page_that_was_closed_sends_what_waits_when_it_is_opened_again(running, browse):
@@ -48121,6 +48177,7 @@ def test_what_is_said_while_a_conversation_is_removed_leaves_both_tabs_alike(run
 
 
 def test_a_private_conversation_goes_on_under_the_new_name_of_the_other(running, browse):
+    """Also where the page was away as the other user took that."""
     server = with_page(running)
     tabs = [browse(server.address).enter("anna"), browse(server.address)]
     tabs[1].until("attached && state.phase === 'online'")
@@ -48135,15 +48192,32 @@ def test_a_private_conversation_goes_on_under_the_new_name_of_the_other(running,
         texts = tab.js("room('ben').messages.map(({ text }) => text)")
         assert texts == ["one", "bob is now ben", "two"]
     tabs[0].wait_for("one", "two")
-    assert tabs[0].js("[$('name').textContent, field.value]") == ["ben", "half a"]
+    tabs[0].until("$('name').textContent === 'ben' && field.value === 'half a'")
     tabs[0].js("keepRooms()")
     for tab in tabs:
         tab.ask("Page.navigate", url="about:blank")
+    bob.send("/nick bert\n/tell anna three\n")
+    bob.until("three")
     tabs[0].go(tabs[0].url)
     tabs[0].until("state.phase === 'online' && !allRooms().some((to) => to.behind)")
-    tabs[0].wait_for("one", "two")
-    assert tabs[0].js("[$('name').textContent, field.value]") == ["ben", "half a"]
-    assert tabs[0].js("allRooms().map(({ name }) => name)") == ["#lobby", "ben"]
+    tabs[0].until("$('name').textContent === 'bert' && field.value === 'half a'")
+    tabs[0].wait_for("one", "two", "three")
+    assert tabs[0].js("allRooms().map(({ name }) => name)") == ["#lobby", "bert"]
+
+
+def test_a_page_joins_conversations_of_one_user_only(running, browse):
+    """Carol is rob now, and the new carol has written, too: that is not what rob said."""
+    tab = browse(with_page(running).address)
+    tab.js(
+        "self.said = (id, nick) => ({ id: `${id}aaaa`, own: '', time: now(), nick, text: '',"
+        " reactions: [] }); add(room('carol'), [said(1, 'carol'), said(5, 'carol')])"
+    )
+    for name, page, rooms in (
+        ("rob", "[said(1, 'carol'), said(4, 'rob')]", ["#lobby", "carol", "rob"]),
+        ("cora", "[said(5, 'carol'), said(6, 'cora')]", ["#lobby", "cora", "rob"]),
+    ):
+        assert tab.js(f"talkOf(room('{name}'), {page}).name") == name
+        assert tab.js("allRooms().map((to) => to.name).sort()") == rooms
 
 
 def test_what_is_typed_in_two_tabs_at_a_time_is_two_messages(running, browse):
@@ -48168,11 +48242,10 @@ def test_what_is_typed_in_two_tabs_at_a_time_is_two_messages(running, browse):
 NO_LOCK = "Object.defineProperty(navigator, 'locks', { value: undefined });"  # as on plain http
 
 
-@pytest.mark.parametrize("before", [NO_LOCK, f"{NO_LOCK} delete self.BroadcastChannel"])
-def test_of_two_tabs_without_web_locks_one_has_the_connection(running, browse, before):
+def test_of_two_tabs_without_web_locks_one_has_the_connection(running, browse):
     """The browser takes an address as insecure if it is not loopback, so the test takes the locks
-    away. Safari before 15.4 has no BroadcastChannel either."""
-    server, before = with_page(running), HASTY + before
+    away."""
+    server, before = with_page(running), HASTY + NO_LOCK
     first = browse(server.address, before=before).enter("anna")
     second = browse(server.address, before=before)
     second.until("attached && state.phase === 'online'")
@@ -48186,7 +48259,6 @@ def test_of_two_tabs_without_web_locks_one_has_the_connection(running, browse, b
     second.say("alone")
     second.wait_for("alone")
     assert second.rows() == ["through the first", "of the first", "alone"]
-    assert second.js("setting('channel')") is None
 
 
 def test_a_tab_takes_the_place_of_a_leader_that_does_not_answer(running, browse):
@@ -48294,10 +48366,10 @@ def test_a_picture_goes_from_the_page_to_all_and_back(running, browse, folder, t
     tab.press("Send")
     line = witness.until("/files/")[-1]
     assert re.search(r"PRIVMSG #lobby :tea\.(png|jpg) \(picture, \d+ KB\): http", line)
-    tab.until("document.querySelector('#log .block img')?.naturalWidth > 0")
+    tab.until("document.querySelector('#log > .row img')?.naturalWidth > 0")
     other = browse(server.address, user="ben").enter("ben")
-    other.until("document.querySelector('#log .block img')?.naturalWidth > 0")
-    assert other.js("document.querySelector('#log .block img').offsetWidth") <= 360
+    other.until("document.querySelector('#log > .row img')?.naturalWidth > 0")
+    assert other.js("document.querySelector('#log > .row img').offsetWidth") <= 360
 
 
 def test_an_upload_goes_on_where_the_network_broke_it(running, browse, folder, tmp_path, seeded):
@@ -48480,7 +48552,7 @@ def test_page_netcat_terminal_and_window_talk_and_see_one_picture(
     netcat.until("/files/")
     pump(wanda, wanda.transcript.text.image_names)
     page.wait_for("said by netcat", "said in the terminal", "said in the window")
-    page.until("document.querySelector('#log .block img')?.naturalWidth > 0")
+    page.until("document.querySelector('#log > .row img')?.naturalWidth > 0")
 
 
 def test_a_page_that_was_kept_opens_without_its_server_and_shows_what_was_said(running, browse):
@@ -48891,6 +48963,10 @@ def test_a_message_elsewhere_leaves_the_focus_and_the_count_alone(running, brows
     tab.until("room('#lobby').messages.length >= 3")
     tab.until("document.querySelector('#rooms .badge')?.textContent === '1'")
     assert tab.js("document.activeElement.closest('#rooms') !== null")
+    tab.js("void document.querySelectorAll('#rooms button')[1].focus()")
+    tab.js("openRoom('#a')")
+    tab.until("document.querySelectorAll('#rooms button')[2].textContent === 'ben'")
+    assert tab.js("document.activeElement.name") == "ben"  # it is another one in the list now
 
 
 def test_a_password_is_taken_as_it_was_typed_and_a_name_without_blanks(running, browse):
@@ -48934,10 +49010,9 @@ IDBObjectStore.prototype.put = function (row) {
   return row.blob ? this.transaction.abort() : put.call(this, row);
 };
 """  # as WebKit does in private windows
-NO_DIALOG = "for (const one of ['showModal', 'close']) delete HTMLDialogElement.prototype[one]"
 
 
-@pytest.mark.parametrize("before", [NO_LOCKS, NO_CHANNEL, NO_DATABASE, NO_DIALOG])
+@pytest.mark.parametrize("before", [NO_LOCKS, NO_CHANNEL, NO_DATABASE])
 def test_the_page_talks_also_where_a_browser_refuses_what_it_would_like(running, browse, before):
     server = with_page(running)
     tab = browse(server.address, before=before).enter("anna")
@@ -48952,15 +49027,6 @@ def test_a_tab_that_keeps_no_name_has_that_of_the_other_tab(running, browse):
     browse(server.address).enter("anna")
     tab = browse(server.address, before="Storage.prototype.getItem = () => null")
     tab.until("attached && state.me === 'anna' && !$('sheet').open")
-
-
-def test_a_sheet_is_closed_by_escape_and_out_of_sight_where_dialogs_are_unknown(running, browse):
-    tab = browse(with_page(running).address, before=NO_DIALOG, width=1200).enter("anna")
-    tab.until("getComputedStyle($('sheet')).display === 'none'")
-    tab.js("settingsSheet()")
-    tab.until("getComputedStyle($('sheet')).display === 'block'")
-    tab.key("Escape", 27)
-    tab.until("getComputedStyle($('sheet')).display === 'none'")
 
 
 @pytest.mark.parametrize("before", [NO_DATABASE, NO_FILES_KEPT])
@@ -49043,7 +49109,9 @@ def test_a_database_that_the_browser_closes_is_opened_again(running, browse):
     assert tab.rows()[-1] == "after"
 
 
-def test_a_row_stays_where_it_is_while_older_ones_are_drawn_above_it(running, browse):
+def test_a_row_stays_where_it_is_while_older_ones_are_drawn_and_the_phone_is_turned(
+    running, browse
+):
     server = with_page(running)
     tab = browse(server.address).enter("anna")
     server.guest("bob").send("".join(f"history {n} {'words ' * (n % 40)}\n" for n in range(250)))
@@ -49065,6 +49133,48 @@ def test_a_row_stays_where_it_is_while_older_ones_are_drawn_above_it(running, br
     moved = [tab.js(step) for _ in range(40)]
     steps = [by for top, by in moved if top > 0 and by is not None]
     assert len(steps) > 20 and all(298 <= by <= 302 for by in steps), moved
+    tab.js("log.scrollTop = log.scrollHeight / 2")
+    tab.until("(self.row = firstRow, !stuck && Math.abs(topOf(row)) < 300)")
+    before = tab.js("topOf(row)")
+    for width, height in ((640, 360), (360, 640)):
+        turned = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
+        tab.ask("Emulation.setDeviceMetricsOverride", **turned)
+        tab.until(f"width === {width} && Math.abs(topOf(row) - {before}) < 2")
+
+
+def test_a_reader_at_the_end_has_few_rows_and_the_older_ones_come_by_scrolling(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.until("!room('#lobby').behind")
+    note = "{ id: '', info: true, time: now(), nick: '', text: `${n}`, reactions: [] }"
+    tab.js(f"insert(shown(), 0, Array.from({{ length: 1000 }}, (_, n) => ({note})))")
+    assert tab.js("[drawn().length, drawnFrom]") == [500, 500]
+    tab.js("stuck = false; drawOlder()")
+    texts = tab.js("drawn().map((row) => row.message.text)")
+    assert texts == [str(n) for n in range(450, 1000)]
+
+
+def test_piled_up_marks_are_cut_where_no_letter_has_so_many(running, browse):
+    """A browser takes quadratic time to draw them."""
+    tab = browse(with_page(running).address)
+    said = "parseLine(`:bob!b@h PRIVMSG #lobby :${text}`)"
+    lengths = "['a' + '\\u0301'.repeat(8000), 'e\\u0301'.repeat(90), 'o' + '\\u0e49'.repeat(30)]"
+    sizes = tab.js(f"{lengths}.map((text) => messageOf({said}).text.length)")
+    assert sizes == [31, 180, 31]
+
+
+def test_what_came_before_the_user_wrote_is_read_and_what_came_meanwhile_is_not(running, browse):
+    tab = browse(with_page(running).address)
+    tab.until("leader")
+    tab.js("state.me = 'anna'; self.at = (minute) => `2026-11-27T08:0${minute}:00.000Z`; null")
+    said = "{ nick: 'bob', own: '', time: at(2) }, { nick: 'bob', own: '', time: at(4) }"
+    mine = "{ nick: 'anna', time: at(5), own: `${Date.parse(at(3)).toString(16)}-aa` }"
+    for message, unread in ((mine, [4]), (mine.replace("at(3)", "at(6)"), [])):
+        tab.js(f"Object.assign(room('bob'), {{ marker: at(1), messages: [{said}, {message}] }})")
+        news = tab.js("unreadIn(room('bob'))")
+        assert [int(one["time"][15]) for one in news] == unread
+        tab.js("self.told = []; leader.send = (line) => told.push(line); null")
+        tab.js("ITEMS.read({ time: at(5) }, { key: fold('bob') })")
+        assert len(tab.js("told")) == len(unread)  # so it is read on other devices, too
 
 
 def test_a_log_in_outlives_a_break_and_comes_one_after_the_other(running, browse):
@@ -49195,8 +49305,11 @@ def test_the_keyboard_of_a_phone_covers_nothing_that_is_used(running, browse):
     tab.js("scrollTo = (...to) => { self.moved = to; }; null")
     tab.js("visualViewport.dispatchEvent(new Event('resize')); $('menu').click()")
     assert tab.js("self.moved") == [0, 0]  # Safari shows the field by moving the page
-    tab.js("openSheet('Sheet', Array.from({ length: 50 }, () => dim('text')))")
     for part in ("composer", "rooms", "sheet"):
+        if part == "sheet":
+            tab.key("Escape", 27)
+            assert not tab.js("$('rooms').offsetHeight")
+            tab.js("openSheet('Sheet', Array.from({ length: 50 }, () => dim('text')))")
         top, bottom = tab.js(f"(b => [b.top, b.bottom])($('{part}').getBoundingClientRect())")
         assert 0 <= top < bottom <= 300, part
 
@@ -49339,6 +49452,10 @@ def test_what_was_read_elsewhere_without_a_connection_is_read_in_the_page_later(
     server.server.hub.markers[identity] = {"ben": chat.Marker(when)}
     tab.js("leader.connect = usual; leader.connect()")
     tab.until("unreadIn(room('ben')).length === 0")
+    tab.js("act('close', 'ben')")
+    ben.send("PRIVMSG anna :two\r\n")  # the page reads the past of the conversation again
+    tab.until("state.rooms['=ben']?.messages.length === 2 && !room('ben').behind")
+    assert tab.js("unreadIn(room('ben')).map(({ text }) => text)") == ["two"]
 
 
 def test_a_channel_is_not_left_without_a_connection_and_a_removed_one_not_joined(running, browse):
