@@ -26164,9 +26164,8 @@ def bench_table(result: dict[str, Any]) -> str:
 # The page that a browser shows at the server's address: a client of IRC over a WebSocket, in one
 # document without anything from another host. It is the same kind of client as the others: a
 # message waits in its outbox under an id of its own until the echo is here, and what was missed is
-# asked for by the last id. Of several tabs, one has the connection. Chrome 88, Firefox 98 and
-# Safari 15.4 have what it needs, which every device that has Firefox 91 or Safari 15 can have; it
-# does without what came later.
+# asked for by the last id. Of several tabs, one has the connection. Chrome 88, Firefox 91 and
+# Safari 15 have what it needs; it does without what came later.
 
 PAGE_TEXT = r"""<!doctype html>
 <html lang="en">
@@ -26185,9 +26184,9 @@ PAGE_TEXT = r"""<!doctype html>
     --accent: #8ab8ff; --on: #0b1320; --mine: #1d2a3d; --called: #40381a; --bad: #ffb4ab;
     --light: 72%; } }
 * { box-sizing: border-box; }
-[hidden] { display: none !important; }
+[hidden], dialog:not([open]) { display: none !important; }
 html, body { height: 100%; margin: 0; overflow: hidden; -webkit-text-size-adjust: 100%; }
-body { font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: break-word; overflow-wrap: anywhere; }
 body, dialog { background: var(--back); color: var(--text); }
 button, input, textarea { font: inherit; color: inherit; }
 button, .card, #rooms, #people { background: var(--side); }
@@ -26246,7 +26245,8 @@ progress { width: 100%; }
 #rooms, #people { width: 15rem; padding: .4rem; overflow: auto; }
 .list button { width: 100%; margin: 1px 0; align-items: center; }
 [aria-current=true] { background: var(--mine); font-weight: 600; }
-dialog { inset: 0 0 var(--keyboard); width: min(34rem, 100%);
+dialog { position: fixed; z-index: 3; inset: 0 0 var(--keyboard); margin: auto;
+  width: min(34rem, 100%);
   max-height: calc(90% - var(--keyboard)); padding: 1rem 1rem 2rem; border-radius: 1rem; }
 h2 { margin: 0; font-size: 1.1rem; }
 .buttons { flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
@@ -27287,10 +27287,15 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-let channel = { postMessage() {} }; // where a browser keeps nothing of a page
+let channel = { postMessage: (data) => [data, null].forEach((one) => set('channel', one)) };
 try {
   channel = new BroadcastChannel('chat');
-} catch { /* refused */ }
+} catch { // Safari before 15.4 has none; where a browser keeps nothing of a page, it may refuse it
+  self.onstorage = ({ key, newValue }) => {
+    const data = key === 'chat.channel' && JSON.parse(newValue);
+    if (data) channel.onmessage({ data });
+  };
+}
 
 let leader = null;
 let attached = false; // the model is that of the leader
@@ -27946,10 +27951,15 @@ function openSheet(title, parts, buttons = [], kind = '') {
     div('buttons', ...buttons, button('Close', closeSheet)));
   sheet.dataset.kind = kind;
   closeRooms();
-  if (!sheet.open) sheet.showModal();
+  if (sheet.open) return;
+  if (sheet.showModal) sheet.showModal();
+  else sheet.setAttribute('open', ''); // browsers before 2022
 }
 
-const closeSheet = () => sheet.close();
+function closeSheet() {
+  if (sheet.close) sheet.close();
+  else sheet.removeAttribute('open');
+}
 
 sheet.onclick = ({ target }) => { if (target === sheet) closeSheet(); };
 
@@ -28031,7 +28041,7 @@ const PLAIN_HTTP = 'Over plain http, others on this network can read along';
 function settingsSheet() {
   openSheet(state.me, [dim(state.account ? `Logged in as ${state.account}` : 'Not logged in'),
     !self.isSecureContext
-      && dim(`${PLAIN_HTTP}, and the page can neither be installed nor opened without network.`),
+      && dim(`${PLAIN_HTTP}; the page can neither be installed nor opened without network.`),
     otherWays()],
   [button('Name', () => (!isOnline() ? nameSheet()
     : form('Your name', [nameField()], 'Change', (name) => ask(`NICK ${name}`)))),
@@ -28067,6 +28077,7 @@ visualViewport.onresize = visualViewport.onscroll = () => { // the keyboard of a
 };
 document.onkeydown = (event) => {
   if (event.key === 'Escape') closeRooms();
+  if (event.key === 'Escape' && !sheet.showModal) closeSheet(); // browsers before 2022
   if (event.key !== 'k' || !event.ctrlKey) return;
   event.preventDefault();
   joinSheet();
@@ -28305,13 +28316,14 @@ def page_icon() -> bytes:
 def served(text: str) -> str:
     """Return a document without the parts that no browser needs: comments, indentation, line breaks
     where nothing depends on them, and blanks in the style, and in the script around operators,
-    inside braces and before a condition. (No text in the script has any of these.)"""
+    inside braces, at parentheses and behind commas. (No text in the script has any of these.)"""
     text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
     before, tag, rest = text.partition("<style>")
     style, end, script = rest.partition("</style>")
     style = re.sub(r" ?([{};,]) ?\n?|(?<=:) ", r"\1", style)
     operators = (
-        r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?={)|(?<={) | (?=})|(?<=\bif) (?=\()"
+        r" (=>|[!=<>]==?|&&|\|\||\?\?|[-+]?=|[?:<>]) |(?<=\)) (?=[\w{])|(?<={) | (?=})"
+        r"|(?<=\bif) (?=\()|(?<=[)\]}'],) (?=\w)|(?<=[\w)\]}],) (?=[\[{('])"
     )
     script = re.sub(operators, r"\1", script)
     return before + tag + style + end + script

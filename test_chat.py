@@ -47923,6 +47923,17 @@ def test_the_page_is_small_and_allows_nothing_but_its_own_script_and_server():
     assert not re.findall(rb"\son\w+=|innerHTML|document\.write|eval\(|https?://(?!\?)[a-z]", body)
 
 
+def test_the_texts_of_the_page_are_served_with_all_their_blanks():
+    script = re.sub(r"(?m)^ *// .*\n| +// .*$", "", chat.PAGE_TEXT.partition("<script>")[2])
+    texts = [one or two for one, two in re.findall(r"'([^'\n]+)'|`([^`\n]+)`", script)]
+    parts = [part for text in texts for part in re.split(r"\$\{[^}]*\}", text)]
+    words = [
+        part for part in parts if re.fullmatch(r"[\w ,.;:#/()-]*[a-z] [a-z][\w ,.;:#/()-]*", part)
+    ]
+    served = chat.page_documents()["/"].forms[""].decode()
+    assert len(words) > 40 and [text for text in words if text not in served] == []
+
+
 def test_no_field_of_a_class_has_parentheses():
     """They lead to a ReferenceError in Safari 15 (https://webkit.org/b/236843)."""
     fields = re.findall(r"class \w+ \{\n((?:  \w+ = .*\n)+)", chat.PAGE_TEXT)
@@ -48242,10 +48253,11 @@ def test_what_is_typed_in_two_tabs_at_a_time_is_two_messages(running, browse):
 NO_LOCK = "Object.defineProperty(navigator, 'locks', { value: undefined });"  # as on plain http
 
 
-def test_of_two_tabs_without_web_locks_one_has_the_connection(running, browse):
+@pytest.mark.parametrize("before", [NO_LOCK, f"{NO_LOCK} delete self.BroadcastChannel"])
+def test_of_two_tabs_without_web_locks_one_has_the_connection(running, browse, before):
     """The browser takes an address as insecure if it is not loopback, so the test takes the locks
-    away."""
-    server, before = with_page(running), HASTY + NO_LOCK
+    away. Safari before 15.4 has no BroadcastChannel either."""
+    server, before = with_page(running), HASTY + before
     first = browse(server.address, before=before).enter("anna")
     second = browse(server.address, before=before)
     second.until("attached && state.phase === 'online'")
@@ -48254,11 +48266,12 @@ def test_of_two_tabs_without_web_locks_one_has_the_connection(running, browse):
     first.wait_for("through the first")
     first.say("of the first")
     second.wait_for("of the first")
-    first.close()
+    first.ask("Page.navigate", url="about:blank")  # a tab that is closed may not say so
     second.until("leader && state.phase === 'online'")
     second.say("alone")
     second.wait_for("alone")
     assert second.rows() == ["through the first", "of the first", "alone"]
+    assert second.js("setting('channel')") is None
 
 
 def test_a_tab_takes_the_place_of_a_leader_that_does_not_answer(running, browse):
@@ -49012,7 +49025,10 @@ IDBObjectStore.prototype.put = function (row) {
 """  # as WebKit does in private windows
 
 
-@pytest.mark.parametrize("before", [NO_LOCKS, NO_CHANNEL, NO_DATABASE])
+NO_DIALOG = "for (const one of ['showModal', 'close']) delete HTMLDialogElement.prototype[one]"
+
+
+@pytest.mark.parametrize("before", [NO_LOCKS, NO_CHANNEL, NO_DATABASE, NO_DIALOG])
 def test_the_page_talks_also_where_a_browser_refuses_what_it_would_like(running, browse, before):
     server = with_page(running)
     tab = browse(server.address, before=before).enter("anna")
@@ -49027,6 +49043,15 @@ def test_a_tab_that_keeps_no_name_has_that_of_the_other_tab(running, browse):
     browse(server.address).enter("anna")
     tab = browse(server.address, before="Storage.prototype.getItem = () => null")
     tab.until("attached && state.me === 'anna' && !$('sheet').open")
+
+
+def test_a_sheet_is_closed_by_escape_and_out_of_sight_where_dialogs_are_unknown(running, browse):
+    tab = browse(with_page(running).address, before=NO_DIALOG, width=1200).enter("anna")
+    tab.until("getComputedStyle($('sheet')).display === 'none'")
+    tab.js("settingsSheet()")
+    tab.until("getComputedStyle($('sheet')).display === 'block'")
+    tab.key("Escape", 27)
+    tab.until("getComputedStyle($('sheet')).display === 'none'")
 
 
 @pytest.mark.parametrize("before", [NO_DATABASE, NO_FILES_KEPT])
