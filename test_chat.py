@@ -47724,9 +47724,9 @@ HASTY = """
 # Whether a condition holds within half a second: to look in the page is cheaper than to ask it
 LOOK = """(holds) => new Promise((done) => {
   let rest = 50, found = false;
-  const look = () => {
+  const look = async () => {
     try {
-      found = Boolean(holds());
+      found = Boolean(await holds());
     } catch {} // the page is being loaded
     if (found || !rest--) done(found);
     else setTimeout(look, 10);
@@ -48219,6 +48219,7 @@ def test_a_private_conversation_goes_on_under_the_new_name_of_the_other(running,
 def test_a_page_joins_conversations_of_one_user_only(running, browse):
     """Carol is rob now, and the new carol has written, too: that is not what rob said."""
     tab = browse(with_page(running).address)
+    tab.until("$('sheet').open")  # it has loaded what it keeps
     tab.js(
         "self.said = (id, nick) => ({ id: `${id}aaaa`, own: '', time: now(), nick, text: '',"
         " reactions: [] }); add(room('carol'), [said(1, 'carol'), said(5, 'carol')])"
@@ -48850,7 +48851,8 @@ def test_the_server_removes_what_has_come_of_a_cancelled_file(
     tabs[0].until("seen.includes('DELETE') && !leader.uploader.running && !state.outbox.length")
     tab.say("nothing but this")
     tab.wait_for("nothing but this")
-    assert tab.rows() == ["nothing but this"] and tab.js("stored('outbox')") == []
+    assert tab.rows() == ["nothing but this"]
+    tab.until("stored('outbox').then((rows) => !rows.length)")
     assert not server.server.hub.files
 
 
