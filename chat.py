@@ -26214,7 +26214,8 @@ header button { background: none; }
 #phase { margin: 0; padding: .1rem .6rem; background: var(--called); }
 #log { flex: 1; overflow-x: hidden; overflow-y: auto; padding: 0 .6rem .3rem;
   overscroll-behavior: contain; overflow-anchor: none; }
-.row { padding: .25rem .4rem; overflow: hidden; }
+.row { padding: .25rem .4rem; overflow: hidden;
+  contain: content; } /* else 10,000 rows take 0.1 s a frame */
 @media print { /* all rows, and nothing else */
   html, body, main, #chat, #log { display: block; height: auto; overflow: visible; }
   header, nav, aside, form, #newest { display: none !important; } }

@@ -49178,6 +49178,7 @@ def test_a_reader_at_the_end_has_few_rows_and_the_older_ones_come_by_scrolling(r
     tab.js("stuck = false; drawOlder()")
     texts = tab.js("drawn().map((row) => row.message.text)")
     assert texts == [str(n) for n in range(450, 1000)]
+    assert tab.js("getComputedStyle(drawn()[0]).contain") == "content"  # so that many cost little
 
 
 def test_piled_up_marks_are_cut_where_no_letter_has_so_many(running, browse):
