@@ -345,6 +345,7 @@ TOKENS_KEPT = 500  # capabilities, and tokens of 005, that a server may have
 BATCH_LINES = 2000  # of what a server says at once ...
 BATCHES = 20  # ... and so many that it has not ended
 TARGETS_ASKED = 500  # conversations with new messages, after a break
+CHANGED_ASKED = 5  # private ones without, the newest first: a few requests, as a break may be next
 SHORT_NAME = 9  # letters that every server takes (RFC 2812 section 1.2.1) ...
 NAMES_TRIED = 4  # ... and names, before we give up
 SCRAM_ROUNDS = range(4096, 2_000_001)  # that a server may ask of us (RFC 7677 section 4)
@@ -14316,15 +14317,18 @@ class HistoryRequests:
                 self.core.incoming.release(room)
 
     def release_talks(self) -> None:
-        """Show the held messages of private conversations for which no page was requested. In those
-        that are known to a chat.py, messages may have been changed: their pages are requested."""
+        """Show the held messages of private conversations for which no page was requested. A
+        chat.py is first asked for what may have changed in the newest of them."""
         busy = {self.core.fold(asked.where) for asked in self.requests}
-        known = self.core.interactive and "chat.py/session" in self.server.enabled
-        for key, room in list(self.core.rooms.items()):
-            if room.is_channel or key in busy:
-                continue
-            changed = known and room.mark.startswith("msgid=") and len(busy) < TARGETS_ASKED
-            if not (changed and self.ask_page(room, "gap")) and room.held is not None:
+        rooms = [one for key, one in self.core.rooms.items() if key not in busy]
+        talks = [room for room in rooms if not room.is_channel]
+        if self.core.interactive and "chat.py/session" in self.server.enabled:
+            known = [room for room in talks if room.mark.startswith("msgid=")]
+            known.sort(key=lambda room: room.mark_time or 0, reverse=True)
+            asked = [room for room in known[:CHANGED_ASKED] if self.ask_page(room, "gap")]
+            talks = [room for room in talks if room not in asked]
+        for room in talks:
+            if room.held is not None:
                 self.core.incoming.release(room)
 
     # Pages, by how they were requested

@@ -26054,6 +26054,20 @@ def test_what_a_break_changed_in_a_private_conversation_is_known_though_no_more_
     assert alice.core.reactions.of(liked) == {"+": ["bob"]}
 
 
+def test_after_a_break_changes_are_looked_for_in_the_newest_private_conversations_only():
+    alice = Elsewhere(caps="draft/chathistory batch message-tags server-time")
+    alice.core.server.enabled |= {"chat.py/session"}
+    times = [int(n) for n in "376148250"]
+    for n in times:
+        tags = f"@time=2026-11-27T08:0{n}:00.000Z;msgid={n}aaaa"
+        alice.hears(f"{tags} :bob{n}!u@h PRIVMSG alice :hi")
+    alice.sent()
+    alice.core.talk.history.requests.clear()
+    alice.core.talk.history.release_talks()
+    asked = [one.where for one in alice.core.talk.history.requests]
+    assert asked == [f"bob{n}" for n in sorted(times, reverse=True)[: chat.CHANGED_ASKED]]
+
+
 def test_a_search_that_finds_nothing_says_so_and_one_that_does_has_a_beginning_and_an_end():
     alice, bob = two_screens()
     bob.typed("tea is ready")
