@@ -20775,10 +20775,11 @@ def reread_log_url(options: NodeOptions) -> NodeOptions:
     path = getattr(options.password, "path", None)
     if path is None:
         return options
+    url = read_secret(path)
     try:
-        read = parse_log_url(read_secret(path))
+        read = parse_log_url(url)
     except Unusable as error:
-        raise Unusable(f"the URL of the log in {path}: {error}") from None
+        raise Unusable(f"{path} has no URL of a log: {error}") from None
     if read.log != options.log:
         raise Unusable(f"{path} names another log, which takes a restart")
     return read._replace(node=options.node, keep_days=options.keep_days)
